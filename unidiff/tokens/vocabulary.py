@@ -1,0 +1,173 @@
+"""Declared id layouts: which ids are text, which are image codes, and where [MASK] sits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+
+
+class Modality(IntEnum):
+    """What a position holds. The values are also the rows of the modality embedding."""
+
+    TEXT = 0
+    IMAGE = 1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One shared id space for text tokens and image codes.
+
+    Args:
+        size: rows of the embedding table and columns of the full head.
+        text: half-open id range `(start, stop)` of text tokens (end-of-text included, it is a target too).
+        image: half-open id range of image codes; code `c` has id `image[0] + c`. Empty `(n, n)` without images.
+        mask_id: the id that replaces a hidden text token.
+        image_mask_id: the id that replaces a hidden image code; `mask_id` where the family shares one [MASK].
+        specials: named ids, for instance `eos`, `bos`, `pad`, `boi`.
+
+    A head restricted to a modality is the slice `text` or `image`; ids inside that slice which may never be
+    emitted (for instance a [MASK] in the middle of LLaDA's text range) are listed by `forbidden`.
+    """
+
+    size: int
+    text: tuple[int, int]
+    image: tuple[int, int]
+    mask_id: int
+    image_mask_id: int | None = None
+    specials: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, (start, stop) in (("text", self.text), ("image", self.image)):
+            if not 0 <= start <= stop <= self.size:
+                raise ValueError(f"{name} range ({start}, {stop}) must lie inside [0, {self.size}]")
+        if max(self.text[0], self.image[0]) < min(self.text[1], self.image[1]):
+            raise ValueError(f"text range {self.text} and image range {self.image} overlap; give them disjoint ids")
+        ids = {"mask_id": self.mask_id, "image_mask_id": self.image_mask, **self.specials}
+        for name, value in ids.items():
+            if not 0 <= value < self.size:
+                raise ValueError(f"{name} = {value} must lie inside [0, {self.size})")
+        object.__setattr__(self, "text", tuple(self.text))
+        object.__setattr__(self, "image", tuple(self.image))
+        object.__setattr__(self, "specials", MappingProxyType(dict(self.specials)))
+
+    @classmethod
+    def unified(cls, text_size: int, image_size: int, specials: Mapping[str, int] | None = None) -> Vocabulary:
+        """Text ids, then [MASK], then image codes: the layout of UniDisc and of unidiff's own models."""
+        start = text_size + 1
+        return cls(start + image_size, (0, text_size), (start, start + image_size), text_size, specials=specials or {})
+
+    @property
+    def image_mask(self) -> int:
+        """The id that hides an image code."""
+        return self.mask_id if self.image_mask_id is None else self.image_mask_id
+
+    @property
+    def text_size(self) -> int:
+        return self.text[1] - self.text[0]
+
+    @property
+    def image_size(self) -> int:
+        return self.image[1] - self.image[0]
+
+    def range_of(self, modality: Modality | int) -> tuple[int, int]:
+        """Half-open id range of a modality, which is also the slice of the head that may predict it."""
+        return self.text if modality == Modality.TEXT else self.image
+
+    def mask_of(self, modality: Modality | int) -> int:
+        """The [MASK] id of a modality."""
+        return self.mask_id if modality == Modality.TEXT else self.image_mask
+
+    def forbidden(self, modality: Modality | int) -> tuple[int, ...]:
+        """Offsets inside the modality's slice that may never be emitted: a [MASK] that lies in the slice."""
+        start, stop = self.range_of(modality)
+        masks = sorted({self.mask_id, self.image_mask})
+        return tuple(m - start for m in masks if start <= m < stop)
+
+    def to_dict(self) -> dict:
+        """Plain data for a config file; `Vocabulary(**d)` reads it back."""
+        return {
+            "size": self.size,
+            "text": list(self.text),
+            "image": list(self.image),
+            "mask_id": self.mask_id,
+            "image_mask_id": self.image_mask_id,
+            "specials": dict(self.specials),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Vocabulary:
+        """Inverse of `to_dict`; an unknown key is an error."""
+        known = {"size", "text", "image", "mask_id", "image_mask_id", "specials"}
+        if unknown := set(data) - known:
+            raise ValueError(f"unknown vocabulary keys {sorted(unknown)}; expected some of {sorted(known)}")
+        values = dict(data)
+        values["text"], values["image"] = tuple(values["text"]), tuple(values["image"])
+        return cls(**values)
+
+    @classmethod
+    def named(cls, name: str) -> Vocabulary:
+        """The layout of a released family: `unidisc-vq16`, `unidisc-magvit`, `mdlm`, `llada`, `mmada`, `lumina`, `muddit`."""
+        if name not in _NAMED:
+            raise ValueError(f"unknown vocabulary {name!r}; expected one of {sorted(_NAMED)}")
+        return cls(**_NAMED[name])
+
+
+_LLADA = {"eos": 126081, "pad": 126081, "eot": 126348}
+_NAMED: dict[str, dict] = {
+    "unidisc-vq16": dict(
+        size=48385, text=(0, 32000), image=(32001, 48385), mask_id=32000, specials={"bos": 1, "eos": 2, "image": 811}
+    ),
+    "unidisc-magvit": dict(
+        size=40193, text=(0, 32000), image=(32001, 40193), mask_id=32000, specials={"bos": 1, "eos": 2, "image": 811}
+    ),
+    "mdlm": dict(size=50258, text=(0, 50257), image=(50257, 50257), mask_id=50257, specials={"eos": 50256}),
+    "llada": dict(size=126464, text=(0, 126464), image=(126464, 126464), mask_id=126336, specials=_LLADA),
+    # MMaDA and Lumina put image codes behind LLaDA's text ids; the specials in between are prompt tokens, never targets.
+    "mmada": dict(
+        size=134656,
+        text=(0, 126349),
+        image=(126349, 134541),
+        mask_id=126336,
+        specials={
+            "bos": 126080,
+            "eos": 126081,
+            "soi": 126084,
+            "eoi": 126085,
+            "t2i": 126088,
+            "mmu": 126089,
+            "ipad": 126093,
+            "r2i": 126094,
+            "start_header": 126346,
+            "end_header": 126347,
+            "eot": 126348,
+        },
+    ),
+    "lumina": dict(
+        size=134656,
+        text=(0, 126356),
+        image=(126356, 134548),
+        mask_id=126336,
+        specials={
+            "eos": 126081,
+            "newline": 126084,
+            "answer_pad": 126339,
+            "boi": 126349,
+            "eoi": 126350,
+            "uncondition": 126351,
+            "answer": 126354,
+            "end_answer": 126355,
+        },
+    ),
+    # Muddit keeps separate text and image tables. Here: CLIP text 0-49407, its [MASK] 49408, then the 8,256-row image
+    # table from 49409 on, whose codes are rows 0-8191 and whose [MASK] is row 8255.
+    "muddit": dict(
+        size=49409 + 8256,
+        text=(0, 49408),
+        image=(49409, 49409 + 8192),
+        mask_id=49408,
+        image_mask_id=49409 + 8255,
+        specials={"bos": 49406, "eos": 49407},
+    ),
+}
