@@ -1,0 +1,193 @@
+"""`TextTokenizer`: strings to text ids and back, over any Hugging Face tokenizer; trains a byte-level BPE of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
+
+
+class TextTokenizer:
+    """A thin wrapper round a Hugging Face tokenizer with the three promises unidiff needs.
+
+    1. `decode(encode(s)) == s` for every Unicode string, when the tokenizer came from `train`: byte-level, no
+       normaliser, no prefix space, no clean-up. A tokenizer from the hub keeps its own rules.
+    2. Text never becomes a control token: `<|eos|>` typed by a person is encoded as the characters it is made of.
+    3. Special tokens have short names: `special("caption")` is the id of `<|caption|>`.
+
+    Args:
+        tokenizer: a loaded Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str] = DEFAULT_SPECIALS) -> TextTokenizer:
+        """Train a byte-level BPE.
+
+        Args:
+            texts: the corpus, one string per document; read once.
+            vocab_size: the largest size, specials and the 256 bytes included. A small corpus gives fewer ids.
+            specials: short names without `<|` and `|>`; they get the ids 0, 1, ... in this order. `eos` is required.
+
+        Raises:
+            ValueError: `vocab_size` cannot hold bytes and specials, a bad list of specials, or a corpus without text.
+        """
+        specials = list(specials)
+        if "eos" not in specials or len(set(specials)) != len(specials) or not all(specials):
+            raise ValueError(f"specials {specials} must be distinct names that include 'eos'")
+        smallest = 256 + len(specials)
+        if vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} specials need at least {smallest}"
+            )
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        names = [special_token(name) for name in specials]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=names,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        counted = _CountedTexts(texts)
+        backend.train_from_iterator(iter(counted), trainer)
+        if not counted.characters:
+            raise ValueError("the corpus holds no text; give at least one non-empty document")
+        eos = special_token("eos")
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token=eos,
+            extra_special_tokens=[name for name in names if name != eos],
+            clean_up_tokenization_spaces=False,
+            split_special_tokens=True,
+        )
+        return cls(fast)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: object) -> TextTokenizer:
+        """Load a folder or a hub name through `AutoTokenizer`. A folder is never looked up on the network.
+
+        Raises:
+            FileNotFoundError: the folder holds no tokenizer, or `name` is neither a folder nor a reachable hub name.
+        """
+        folder = Path(name)
+        if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
+            raise FileNotFoundError(f"text tokenizer folder {str(name)!r} does not exist")
+        if folder.is_dir():
+            present = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+            if not any((folder / file).is_file() for file in present):
+                raise FileNotFoundError(
+                    f"{str(name)!r} holds no text tokenizer (no tokenizer.json); "
+                    "train one with tokenizers/train_text_tokenizer.py"
+                )
+            kwargs["local_files_only"] = True
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(name), **kwargs))
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = "cannot be read as a tokenizer" if folder.is_dir() else "is neither a folder nor a hub tokenizer"
+            raise FileNotFoundError(f"{str(name)!r} {what}: {reason}") from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json; each file appears complete or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
+            self.tokenizer.save_pretrained(temporary)
+            for file in sorted(Path(temporary).iterdir()):
+                os.replace(file, folder / file.name)
+
+    def encode(self, text: str) -> list[int]:
+        """Text ids of a string, without any special token.
+
+        Raises:
+            TypeError: not a string.
+            ValueError: lone surrogates, which no UTF-8 text can hold.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"expected a string to tokenize, got {type(text).__name__}")
+        _check_unicode(text)
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Iterable[int], keep_specials: bool = False) -> str:
+        """The string behind text ids. Special tokens are dropped unless `keep_specials`.
+
+        Bytes that are no valid UTF-8, which only a sampled sequence can hold, become U+FFFD.
+
+        Raises:
+            ValueError: an id outside [0, size).
+        """
+        ids = [int(i) for i in ids]
+        if bad := [i for i in ids if not 0 <= i < self.size]:
+            raise ValueError(f"text id {bad[0]} is outside [0, {self.size}); was an image code or [MASK] passed?")
+        return self.tokenizer.decode(ids, skip_special_tokens=not keep_specials, clean_up_tokenization_spaces=False)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id: the width of the text range in a `Vocabulary`."""
+        return max(self._vocabulary.values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-text id, which also fills a text span."""
+        return self.special("eos")
+
+    def special(self, name: str) -> int:
+        """The id of a special token by its short name (`eos`, `caption`, ...) or its full text.
+
+        Raises:
+            KeyError: this tokenizer has no such token.
+        """
+        for candidate in (special_token(name), name):
+            if candidate in self._vocabulary and self._vocabulary[candidate] in self.tokenizer.all_special_ids:
+                return self._vocabulary[candidate]
+        named = getattr(self.tokenizer, f"{name}_token_id", None) if name in ("eos", "bos", "pad", "unk") else None
+        if named is None:
+            raise KeyError(f"the tokenizer has no special token {name!r}; it has {sorted(self.specials())}")
+        return int(named)
+
+    def specials(self) -> dict[str, int]:
+        """Short names and ids of all special tokens; the names `Vocabulary.unified` takes."""
+        tokens = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
+        named = {token.removeprefix("<|").removesuffix("|>"): int(i) for token, i in tokens}
+        if self.tokenizer.eos_token_id is not None:
+            named.setdefault("eos", int(self.tokenizer.eos_token_id))
+        return named
+
+
+def special_token(name: str) -> str:
+    """The text form of a special token: `caption` becomes `<|caption|>`."""
+    return f"<|{name}|>"
+
+
+class _CountedTexts:
+    """Passes texts on and counts characters, so that an empty corpus is noticed after one read."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts, self.characters = texts, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            _check_unicode(text)
+            self.characters += len(text)
+            yield text
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds the lone surrogate {text[error.start]!r} at character {error.start}; it is not Unicode text"
+        ) from error
