@@ -1,0 +1,213 @@
+"""The training objective: cross-entropy at masked positions only, weighted into the joint NELBO.
+
+    NELBO = int_0^1 -alpha'_t / (1 - alpha_t) E[ sum over masked i of -log p(x_i | x_t) ] dt
+
+With one t shared by all tokens of a row and modality weights of 1 this bounds -log p(text, image). Restricting the
+targets (the rest given) makes it a conditional NELBO. Independent times per modality or other weights are other
+objectives: name them so in logs. No `[B, L, V]` tensor is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unidiff.diffusion.schedules import Schedule
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
+
+Head = Callable[[Tensor, int, int], Tensor]  # (hidden [n, D], start, stop) -> logits [n, stop - start]
+
+
+@dataclass(frozen=True)
+class MaskedIndex:
+    """Masked positions in chunks of one fixed size, because varying matmul sizes leak memory in bf16 on CPU.
+
+    Attributes:
+        index: int64 `[chunks, count]`, flat positions in B*L; padding points at position 0.
+        slot: int64 `[chunks, count]`, the same with padding pointing at B*L, a place to throw results away.
+        target: int64 `[chunks, count]`, the clean ids.
+        real: bool `[chunks, count]`, False on padding.
+    """
+
+    index: Tensor
+    slot: Tensor
+    target: Tensor
+    real: Tensor
+
+
+def gather_masked(masked: Tensor, x0: Tensor, count: int) -> MaskedIndex:
+    """Index the True positions of `masked` (bool `[B, L]`) and their clean ids, in as many chunks of `count` as needed.
+
+    Nothing is dropped: more masked positions than `count` give more chunks.
+    """
+    if count < 1:
+        raise ValueError(f"gather count is {count}; expected at least 1")
+    index = masked.reshape(-1).nonzero()[:, 0]  # [n]
+    chunks = -(-len(index) // count)
+    slot = F.pad(index, (0, chunks * count - len(index)), value=masked.numel()).view(chunks, count)
+    real = slot < masked.numel()
+    index = slot.masked_fill(~real, 0)
+    return MaskedIndex(index, slot, x0.reshape(-1)[index], real)
+
+
+def masked_nll(
+    hidden: Tensor, head: Head, masked: Tensor, x0: TokenBatch, vocabulary: Vocabulary, count: int = 1024
+) -> Tensor:
+    """-log p(x0_i | x_t) at masked positions, each through its modality's slice of the head (SUBS by slicing).
+
+    Args:
+        hidden: `[B, L, D]` final hidden states of x_t.
+        head: `model.head`: `(hidden [n, D], start, stop) -> logits [n, stop - start]`.
+        masked: bool `[B, L]`.
+        x0: the clean batch.
+        count: positions per head call; the only matmul size that occurs.
+
+    Returns:
+        `[B, L]` nats, float32 (float64 if the logits are), 0 where not masked.
+
+    Raises:
+        ValueError: a masked target lies outside its modality's id range.
+    """
+    out = None
+    for modality in Modality:
+        where = masked & (x0.modality == modality)
+        nll = modality_nll(hidden, head, gather_masked(where, x0.ids, count), vocabulary, modality)
+        if nll is not None:
+            out = nll if out is None else out + nll
+    return hidden.float().sum(-1) * 0 if out is None else out
+
+
+def modality_nll(
+    hidden: Tensor, head: Head, gathered: MaskedIndex, vocabulary: Vocabulary, modality: Modality
+) -> Tensor | None:
+    """As `masked_nll` for the gathered positions of one modality; None when there are none."""
+    if len(gathered.index) == 0:
+        return None
+    start, stop = vocabulary.range_of(modality)
+    target = torch.where(gathered.real, gathered.target - start, 0)
+    if bool(((target < 0) | (target >= stop - start)).any()):
+        raise ValueError(f"a masked {modality.name.lower()} target lies outside ids [{start}, {stop}); check the batch")
+    flat = hidden.reshape(-1, hidden.shape[-1])  # [B*L, D]
+    forbidden = list(vocabulary.forbidden(modality))
+    parts = [
+        _chunk_nll(head(flat[index], start, stop), chunk_target, forbidden)
+        for index, chunk_target in zip(gathered.index, target, strict=True)
+    ]
+    nll = torch.cat(parts)  # [chunks * count]
+    dense = nll.new_zeros(len(flat) + 1).scatter(0, gathered.slot.reshape(-1), nll)[:-1]
+    return dense.view(hidden.shape[:2])
+
+
+def _chunk_nll(logits: Tensor, target: Tensor, forbidden: list[int]) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if forbidden:
+        logits = logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+@dataclass(frozen=True)
+class ElboTerms:
+    """Weighted NLL sums and their normalisers.
+
+    Attributes:
+        total: scalar to minimise: modality-weighted nats per target token.
+        text, image: scalars, nats per target token of that modality, without modality weights; 0 without targets.
+        row_text, row_image: `[B]`, nats of each row.
+        count_text, count_image: `[B]`, target positions of each row, masked or not.
+    """
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+    row_text: Tensor
+    row_image: Tensor
+    count_text: Tensor
+    count_image: Tensor
+
+    @property
+    def row_total(self) -> Tensor:
+        """`[B]`, nats of each row over both modalities: the one-sample NELBO estimate when `weight` was the ELBO's."""
+        return self.row_text + self.row_image
+
+    def detach(self) -> ElboTerms:
+        return ElboTerms(**{name: value.detach() for name, value in vars(self).items()})
+
+
+def joint_elbo(
+    nll: Tensor,
+    weight: Tensor,
+    batch: TokenBatch,
+    modality_weights: Mapping[Modality, float] | None = None,
+    normalizer: Tensor | float | None = None,
+) -> ElboTerms:
+    """Weight per-token NLLs into the NELBO and normalise by valid target positions, masked or not.
+
+    Args:
+        nll: `[B, L]`, 0 where not masked.
+        weight: `[B]` or `[B, L]`, see `time_weight`.
+        batch: clean or noisy batch; its `targets` are what is counted.
+        modality_weights: default 1 for both, which is the joint NELBO.
+        normalizer: divides the total in place of the number of targets: a global count divided by the number of
+            ranks where gradients are averaged over ranks, or the number of masked positions for MMaDA's mean.
+    """
+    weights = {Modality.TEXT: 1.0, Modality.IMAGE: 1.0, **(modality_weights or {})}
+    weighted = nll * (weight[:, None] if weight.ndim == 1 else weight)
+    rows, counts, means = [], [], []
+    for modality in Modality:
+        where = batch.targets & (batch.modality == modality)
+        rows.append(torch.where(where, weighted, 0).sum(1))
+        counts.append(where.sum(1))
+        means.append(rows[-1].sum() / counts[-1].sum().clamp_min(1))
+    if normalizer is None:
+        normalizer = (counts[0] + counts[1]).sum().clamp_min(1)
+    total = sum(weights[m] * rows[m].sum() for m in Modality) / normalizer
+    return ElboTerms(total, means[0], means[1], rows[0], rows[1], counts[0], counts[1])
+
+
+def time_weight(kind: str, schedule: Schedule, t: Tensor, gamma: float = 5.0, floor: float = 1e-3) -> Tensor:
+    """Per-row loss weight at times t.
+
+    Args:
+        kind: `elbo`: -alpha'/(1 - alpha). `softmin_snr`: -alpha'/((1 - alpha) + alpha/gamma), the ELBO weight with a
+            soft cap (UniDisc, gamma 5). `muddit`: 1/max(r, floor), r the mask rate. `ce`: 1 (MMaDA's plain CE).
+            Only `elbo` bounds the likelihood.
+    """
+    if kind == "elbo":
+        return schedule.weight(t)
+    if kind == "softmin_snr":
+        return -schedule.dalpha(t) / (schedule.mask_rate(t) + schedule.alpha(t) / gamma)
+    if kind == "muddit":
+        return 1 / schedule.mask_rate(t).clamp_min(floor)
+    if kind == "ce":
+        return torch.ones_like(t)
+    raise ValueError(f"unknown weight {kind!r}; expected 'elbo', 'softmin_snr', 'muddit' or 'ce'")
+
+
+def cosine_count(u: Tensor, length: Tensor | int) -> Tensor:
+    """Muddit's number of masked positions, round(L cos(pi u / 2)), int64; the weight that makes it exact is below."""
+    return torch.round(length * torch.cos(math.pi / 2 * u)).long()
+
+
+def cosine_count_weight(count: Tensor, length: Tensor | int) -> Tensor:
+    """1 / (n P(n)): the exact NELBO weight on the CE sum when n = `cosine_count(u, L)` positions are masked.
+
+    P(n) = (2/pi) [asin(min(1, (n + 1/2)/L)) - asin((n - 1/2)/L)]. Muddit's own 1/r is this only approximately.
+
+    Returns:
+        float64, 0 where `count` is 0 (there is no loss there).
+    """
+    n = count.double()
+    upper = torch.asin(((n + 0.5) / length).clamp_max(1))
+    probability = 2 / math.pi * (upper - torch.asin(((n - 0.5) / length).clamp(-1, 1)))
+    return torch.where(count > 0, 1 / (n * probability), 0.0)
+
+
+def condition_on(batch: TokenBatch, modality: Modality, rows: Tensor | None = None) -> TokenBatch:
+    """Declare every token of `modality` given (in `rows`, bool `[B]`, or all): the NELBO of the rest given it."""
+    known = batch.modality == modality
+    return batch.replace(given=batch.given | (known if rows is None else known & rows[:, None]))
