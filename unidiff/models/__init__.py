@@ -1,0 +1,7 @@
+"""Models: the masked transformer, its parts, and the restricted heads."""
+
+from unidiff.models.heads import modality_logits, subs_log_probs
+from unidiff.models.partial import CachePlan
+from unidiff.models.transformer import MaskedTransformer
+
+__all__ = ["CachePlan", "MaskedTransformer", "modality_logits", "subs_log_probs"]

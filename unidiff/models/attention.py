@@ -1,0 +1,71 @@
+"""Self-attention over a whole row: fused qkv, optional QK norm, rotary, grouped keys, SDPA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unidiff.models.layers import Norm
+from unidiff.models.rotary import RotaryTables, rotate
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `num_kv_heads` shared key/value heads.
+
+    The rows of `qkv` are all queries, then all keys, then all values, each head by head.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        qk_norm: str = "none",
+        qk_norm_type: str = "rms",
+        qk_norm_eps: float = 1e-6,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = size // num_heads
+        self.qk_norm = qk_norm
+        kv_size = num_kv_heads * self.head_dim
+        self.qkv = nn.Linear(size, size + 2 * kv_size, bias=bias)
+        self.out = nn.Linear(size, size, bias=bias)
+        if qk_norm != "none":
+            widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
+
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
+        """`x` `[B, L, D]`, `mask` bool `[B, 1, L, L]` (True = may be seen) or None for all; returns `[B, L, D]`."""
+        q, k, v = self.project(x, rotary)
+        grouped = self.num_kv_heads != self.num_heads
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=grouped
+        )  # [B, H, L, d]
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, L, H, d]`, keys and values `[B, L, KV, d]`; queries and keys normed and rotated."""
+        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
+        q, k, v = self.qkv(x).split((heads * d, kv * d, kv * d), dim=-1)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.unflatten(-1, (heads, d)), k.unflatten(-1, (kv, d)), v.unflatten(-1, (kv, d))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype), v
+
+
+def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) -> Tensor:
+    """bool `[B, 1, L, L]`: a query sees its own block of `block_length` positions and earlier ones (BD3-LM).
+
+    Args:
+        index: int64 `[B, L]`, position inside the sample.
+        block_length: tokens per block.
+        allowed: bool `[B, 1, L, L]` that keeps samples and padding apart, or None for one sample per row.
+    """
+    block = torch.div(index, block_length, rounding_mode="floor")  # [B, L]
+    visible = (block[:, :, None] >= block[:, None, :])[:, None]  # [B, 1, L, L]
+    return visible if allowed is None else visible & allowed

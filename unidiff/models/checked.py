@@ -1,0 +1,75 @@
+"""Loading that refuses what diffusers only warns about: wrong weights, unknown config keys, NaN."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import is_accelerate_available
+from safetensors import SafetensorError
+
+
+class CheckedModel(ModelMixin, ConfigMixin):
+    """A `ModelMixin` whose `from_pretrained` and `from_config` raise one clear sentence instead of guessing."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """As `ModelMixin.from_pretrained` (`torch_dtype`/`dtype`, `subfolder`, `revision`, ...), safetensors only.
+
+        Raises:
+            FileNotFoundError: no config or no safetensors weights there.
+            ValueError: another model class, unknown config keys, weights that are missing, unexpected, of another
+                shape or unreadable, or that hold NaN or infinity.
+        """
+        where = f"{cls.__name__} at {str(pretrained_model_name_or_path)!r}"
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+        settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, **settings})
+        except SafetensorError as error:
+            raise ValueError(f"{where}: the weight file is not readable safetensors ({_first_line(error)})") from error
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{where}: no config.json with safetensors weights ({_first_line(error)})"
+            ) from error
+        problems = {
+            "missing": sorted(info["missing_keys"]),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "misshaped": sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"]),
+            "failed": [_first_line(message) for message in info["error_msgs"]],
+        }
+        if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
+            raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
+        check_finite(model, where)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Split a config into constructor arguments; an unknown key or another class raises `ValueError`."""
+        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        if unknown := sorted(k for k in config_dict if not k.startswith("_") and k not in known):
+            raise ValueError(f"{cls.__name__} config has unknown keys {unknown}; expected some of {sorted(known)}")
+        family = config_dict.get("_class_name", cls.__name__)
+        if family not in {c.__name__ for c in cls.__mro__}:
+            raise ValueError(f"the config describes a {family}, not a {cls.__name__}; load it with its own class")
+        return super().extract_init_dict(config_dict, **kwargs)
+
+
+def check_finite(model: torch.nn.Module, where: str) -> None:
+    """Raise `ValueError` naming the first weights that hold NaN or infinity."""
+    bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise ValueError(f"{where}: {len(bad)} weights hold NaN or infinity ({_few(bad)}); the checkpoint is damaged")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,49 @@
+"""Norms and feed-forward layers of the transformer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORMS = ("rms", "layer", "layer_bias")
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
+
+
+class Norm(nn.Module):
+    """RMSNorm ("rms"), LayerNorm with a scale only ("layer"), or with scale and bias ("layer_bias")."""
+
+    def __init__(self, size: int, kind: str = "rms", eps: float = 1e-6) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer_bias" else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., size] -> [..., size]
+        if self.kind == "rms":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class FeedForward(nn.Module):
+    """Dense feed-forward: down(act(up(x))), or down(silu(gate) * up) for "swiglu" with gate and up in one matrix."""
+
+    def __init__(self, size: int, inner: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(size, 2 * inner if activation == "swiglu" else inner, bias=bias)
+        self.down = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
+        x = self.up(x)
+        if self.activation == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+def default_ffn_size(hidden_size: int, activation: str) -> int:
+    """4 D, or for SwiGLU the same parameter count, 8/3 D, rounded up to a multiple of 64."""
+    if activation == "swiglu":
+        return -(-8 * hidden_size // 3 // 64) * 64
+    return 4 * hidden_size

@@ -1,0 +1,290 @@
+"""`MaskedTransformer`: the denoiser. Ids of both modalities in, hidden states out, a head that can be sliced."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unidiff.models.attention import Attention, block_causal_mask
+from unidiff.models.checked import CheckedModel
+from unidiff.models.conditioning import AdaLN, TimeEmbedding, modulate
+from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
+from unidiff.models.rotary import RotaryTables, rotary_tables
+from unidiff.tokens.batch import TokenBatch
+from unidiff.tokens.vocabulary import Modality
+
+
+class Block(nn.Module):
+    """x += gate . norm(attention(norm(x))); x += gate . norm(feed_forward(norm(x))); parts left out are identities.
+
+    Args:
+        attention, feed_forward: the two branches; any module with the same call works (the feed-forward is a slot).
+        norms: the two input norms.
+        out_norms: the two sandwich norms on the branch outputs, or None.
+        cond_dim: size of the condition for adaLN, or None without time conditioning.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norms: tuple[Norm, Norm],
+        out_norms: tuple[Norm, Norm] | None,
+        cond_dim: int | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.attention, self.feed_forward, self.dropout = attention, feed_forward, dropout
+        self.attention_norm, self.ffn_norm = norms
+        self.attention_out_norm, self.ffn_out_norm = out_norms or (None, None)
+        self.ada_ln = None if cond_dim is None else AdaLN(cond_dim, norms[0].weight.numel(), 6)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        mask: Tensor | None,
+        cond: Tensor | None = None,
+        conditioned: Tensor | None = None,
+    ) -> Tensor:
+        """`x` `[B, L, D]`, `cond` `[B, cond_dim]`, `conditioned` bool `[B, L, 1]` (None: every token)."""
+        if self.ada_ln is None:
+            h = self.attention(self.attention_norm(x), rotary, mask)
+            x = x + self._leave(h, self.attention_out_norm)
+            h = self.feed_forward(self.ffn_norm(x))
+            return x + self._leave(h, self.ffn_out_norm)
+        values = self.ada_ln(cond)  # 6 of [B, 1, D]
+        if conditioned is not None:
+            values = tuple(torch.where(conditioned, v, float(i in (2, 5))) for i, v in enumerate(values))
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = values
+        h = self.attention(modulate(self.attention_norm(x), shift, scale), rotary, mask)
+        x = x + gate * self._leave(h, self.attention_out_norm)
+        h = self.feed_forward(modulate(self.ffn_norm(x), ffn_shift, ffn_scale))
+        return x + ffn_gate * self._leave(h, self.ffn_out_norm)
+
+    def _leave(self, h: Tensor, norm: Norm | None) -> Tensor:
+        h = h if norm is None else norm(h)
+        return F.dropout(h, self.dropout, self.training) if self.dropout else h
+
+
+class MaskedTransformer(CheckedModel):
+    """A transformer over one sequence of text ids and image codes, bidirectional or block-causal.
+
+    Weights are drawn from torch's global generator: seed with `torch.manual_seed` before construction.
+
+    Args:
+        vocab_size: rows of the embedding and columns of the head.
+        hidden_size, num_layers, num_heads: width, depth, heads.
+        num_kv_heads: shared key/value heads (GQA); None for one per head.
+        ffn_size: inner width of the feed-forward; None for 4 D (GELU) or 8/3 D (SwiGLU, in multiples of 64).
+        norm: "rms", "layer" (scale only) or "layer_bias"; `norm_eps` its epsilon.
+        qk_norm: "none", "head" (each head) or "width" (before the head split); `qk_norm_type` as `norm`,
+            `qk_norm_eps` its epsilon (None: `norm_eps`).
+        activation: "swiglu", "gelu" (erf) or "gelu_tanh".
+        rope: "1d" (index) or "2d" (image tokens by row and column); `rope_theta` and `rope_linear_factor` as in
+            `rotary_tables`.
+        modality_embedding: add a learned vector per modality to the input.
+        time_conditioning: adaLN on the time given to `hidden`; `cond_dim` the condition's size.
+        time_scale: the time is multiplied by it before the sinusoidal embedding.
+        constant_time: the network always sees this time, whatever it is given (MDLM without time conditioning).
+        time_tokens: "all" tokens are modulated, or only "image" tokens in rows that have any (UniDisc).
+        sandwich_norm: norms on the branch outputs as well.
+        tie_head: the head is the embedding matrix.
+        head_bias, linear_bias: biases of the head, of the linear layers; `ffn_bias` overrides it for the feed-forward.
+        attention: "full" or "block_causal" with blocks of `block_length` positions, counted in each sample.
+        dropout: on the branch outputs, in training mode.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int = 256,
+        num_layers: int = 6,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        ffn_size: int | None = None,
+        norm: str = "rms",
+        norm_eps: float = 1e-6,
+        qk_norm: str = "none",
+        qk_norm_type: str = "rms",
+        qk_norm_eps: float | None = None,
+        activation: str = "swiglu",
+        rope: str = "2d",
+        rope_theta: float = 1e4,
+        rope_linear_factor: float = 1.0,
+        modality_embedding: bool = True,
+        time_conditioning: bool = False,
+        cond_dim: int = 128,
+        time_scale: float = 1.0,
+        constant_time: float | None = None,
+        time_tokens: str = "all",
+        sandwich_norm: bool = False,
+        tie_head: bool = False,
+        head_bias: bool = False,
+        linear_bias: bool = False,
+        ffn_bias: bool | None = None,
+        attention: str = "full",
+        block_length: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        c = self.config
+        _check_config(c)
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.embed_modality = nn.Embedding(len(Modality), hidden_size) if modality_embedding else None
+        self.embed_time = TimeEmbedding(cond_dim) if time_conditioning else None
+        self.blocks = nn.ModuleList(self._make_block() for _ in range(num_layers))
+        self.final_norm = Norm(hidden_size, norm, norm_eps)
+        self.final_ada_ln = AdaLN(cond_dim, hidden_size, 2) if time_conditioning else None
+        self.output_weight = None if tie_head else nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if head_bias else None
+        self._init_weights()
+
+    def hidden(
+        self,
+        ids: Tensor,
+        modality: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor | None = None,
+        time: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states `[B, L, D]`, ready for `head`.
+
+        Args:
+            ids, modality: int64 `[B, L]`.
+            positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
+            attention_mask: bool `[B, 1, L, L]`, True where a query may see a key; None when every row is one sample
+                without padding (the fast path). A query that may see nothing gets a zero attention output.
+            time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
+        """
+        c = self.config
+        dtype = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
+        head_dim = c.hidden_size // c.num_heads
+        # 1. embed
+        x = F.embedding(ids, self.embed_tokens.weight)  # [B, L, D]
+        if self.embed_modality is not None:
+            x = x + F.embedding(modality, self.embed_modality.weight)
+        # 2. what all layers share: rotary tables, visibility, condition
+        rotary = rotary_tables(positions, modality, head_dim, c.rope, c.rope_theta, c.rope_linear_factor, dtype)
+        if c.attention == "block_causal":
+            attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
+        cond, conditioned = self._condition(modality, time)
+        # 3. layers
+        for block in self.blocks:
+            x = block(x, rotary, attention_mask, cond, conditioned)
+        # 4. final norm
+        x = self.final_norm(x)
+        if self.final_ada_ln is not None:
+            shift, scale = self.final_ada_ln(cond)  # [B, 1, D]
+            if conditioned is not None:
+                shift, scale = (torch.where(conditioned, v, 0.0) for v in (shift, scale))
+            x = modulate(x, shift, scale)
+        return x
+
+    def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits of the ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]` (float64 for a float64 model)."""
+        weight = self.embed_tokens.weight if self.output_weight is None else self.output_weight
+        bias = None if self.output_bias is None else self.output_bias[start:stop]
+        logits = F.linear(hidden, weight[start:stop], bias)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def forward(self, batch: TokenBatch, time: Tensor | None = None) -> Tensor:
+        """Logits over the whole vocabulary, `[B, L, V]`. For tests and small models; training slices the head."""
+        return self.head(self.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), time))
+
+    def _condition(self, modality: Tensor, time: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        c = self.config
+        if self.embed_time is None:
+            return None, None
+        if c.constant_time is not None:
+            time = torch.full((len(modality),), float(c.constant_time), device=modality.device)
+        if time is None:
+            raise ValueError("this model is time-conditioned: give `time`, a float tensor [B]")
+        conditioned = None
+        if c.time_tokens == "image":
+            image = modality == Modality.IMAGE  # [B, L]
+            conditioned = (image | ~image.any(1, keepdim=True))[..., None]
+        return self.embed_time(time * c.time_scale), conditioned
+
+    def _make_block(self) -> Block:
+        c = self.config
+        ffn_size = c.ffn_size or default_ffn_size(c.hidden_size, c.activation)
+        ffn_bias = c.linear_bias if c.ffn_bias is None else c.ffn_bias
+        qk_eps = c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps
+        norms = [Norm(c.hidden_size, c.norm, c.norm_eps) for _ in range(4 if c.sandwich_norm else 2)]
+        return Block(
+            Attention(
+                c.hidden_size,
+                c.num_heads,
+                c.num_kv_heads or c.num_heads,
+                c.qk_norm,
+                c.qk_norm_type,
+                qk_eps,
+                c.linear_bias,
+            ),
+            FeedForward(c.hidden_size, ffn_size, c.activation, ffn_bias),
+            (norms[0], norms[1]),
+            (norms[2], norms[3]) if c.sandwich_norm else None,
+            c.cond_dim if c.time_conditioning else None,
+            c.dropout,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Fan-in scaled normals; residual branches start small.
+
+        Branch outputs start at zero, except where something else already silences or rescales them: with adaLN the
+        gates start at zero (two zeros in a row would never learn), and a sandwich norm undoes the scale of its input
+        (its own gain starts at 1/sqrt(2 layers) instead).
+        """
+        c = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, AdaLN):
+                nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, Block) and c.sandwich_norm:
+                for norm in (module.attention_out_norm, module.ffn_out_norm):
+                    nn.init.constant_(norm.weight, (2 * c.num_layers) ** -0.5)
+            elif isinstance(module, Block) and not c.time_conditioning:
+                nn.init.zeros_(module.attention.out.weight)
+                nn.init.zeros_(module.feed_forward.down.weight)
+        if self.output_weight is not None:
+            nn.init.normal_(self.output_weight, std=0.02)
+
+
+def _check_config(c) -> None:
+    choices = {
+        "norm": NORMS,
+        "qk_norm": ("none", "head", "width"),
+        "qk_norm_type": NORMS,
+        "activation": ACTIVATIONS,
+        "rope": ("1d", "2d"),
+        "time_tokens": ("all", "image"),
+        "attention": ("full", "block_causal"),
+    }
+    for name, allowed in choices.items():
+        if c[name] not in allowed:
+            raise ValueError(f"{name} = {c[name]!r}; expected one of {list(allowed)}")
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
+        if c[name] < 1:
+            raise ValueError(f"{name} = {c[name]}; expected at least 1")
+    unit = c.num_heads * (4 if c.rope == "2d" else 2)
+    if c.hidden_size % unit:
+        raise ValueError(
+            f"hidden_size = {c.hidden_size} must be a multiple of {unit} for {c.num_heads} heads, rope {c.rope}"
+        )
+    if c.num_kv_heads is not None and (c.num_kv_heads < 1 or c.num_heads % c.num_kv_heads):
+        raise ValueError(f"num_kv_heads = {c.num_kv_heads} must divide num_heads = {c.num_heads}")
+    if (c.attention == "block_causal") != (c.block_length is not None) or (c.block_length or 1) < 1:
+        raise ValueError(f"attention = {c.attention!r} with block_length = {c.block_length}; give both, or neither")
+    if not 0 <= c.dropout < 1:
+        raise ValueError(f"dropout = {c.dropout} must lie in [0, 1)")
