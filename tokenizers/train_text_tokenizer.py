@@ -40,15 +40,13 @@ def _all_documents(config: TextTokenizerConfig) -> Iterator[str]:
                 if line.strip():
                     yield line.rstrip("\r\n")
     if config.shards:
+        from unidiff.data.collate import qa_pairs
         from unidiff.data.shards import ShardSource
 
-        source = ShardSource(config.shards, members=("txt", "json"), require=("txt",), shuffle=0, repeat=False)
+        source = ShardSource(config.shards, require=("txt",), optional=("json",))
         for sample in source:
             yield sample["txt"]
-            for pair in sample.get("json", {}).get("qa", []):
-                yield from (str(part) for part in pair)
-        if source.report.total:
-            typer.echo(source.report.summary(), err=True)
+            yield from (part for pair in qa_pairs(sample.get("json")) for part in pair)
 
 
 def main(

@@ -1,0 +1,157 @@
+"""The members a sample may have: bytes to values and back, by an allow-list of types. Nothing here can run code."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from unidiff.data import report
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
+ALLOWED_TYPES = (*IMAGE_TYPES, "txt", "json", "npy", "safetensors")
+MAX_PIXELS = 64 * 1024 * 1024  # a few kB can claim to be gigapixels
+
+_REASONS = {
+    **dict.fromkeys(IMAGE_TYPES, report.CORRUPT_IMAGE),
+    "txt": report.BAD_CAPTION,
+    "json": report.BAD_JSON,
+    "npy": report.BAD_ARRAY,
+    "safetensors": report.BAD_ARRAY,
+}
+
+
+class MemberError(ValueError):
+    """A member's bytes cannot be decoded. `reason` is one of the names in `unidiff.data.report`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def member_type(name: str) -> str:
+    """The type of a member: the last extension, lower case (`codes.npy` is `npy`)."""
+    return name.rsplit(".", 1)[-1].lower()
+
+
+def check_member(name: str) -> None:
+    """Refuse a member name that is not on the allow-list (`image` stands for any image type).
+
+    Raises:
+        ValueError: the type may not be decoded.
+    """
+    if name != "image" and member_type(name) not in ALLOWED_TYPES:
+        raise ValueError(
+            f"member {name!r} has type {member_type(name)!r}, which is never decoded; expected 'image' or one of {ALLOWED_TYPES}"
+        )
+
+
+def find_member(sample: dict[str, Any], name: str) -> str | None:
+    """The name under which a raw sample holds `name`; `image` finds the first image of any type."""
+    if name != "image":
+        return name if name in sample else None
+    return next((kind for kind in IMAGE_TYPES if kind in sample), None)
+
+
+def decode_member(name: str, data: bytes) -> Any:
+    """Decode one member.
+
+    Args:
+        name: member name; its last extension decides: images give uint8 tensors `[3, H, W]`, `txt` a string, `json`
+            plain data, `npy` an array (never an object array), `safetensors` a dict of tensors.
+        data: the member's bytes.
+
+    Raises:
+        MemberError: the bytes are damaged.
+        ValueError: the type is not on the allow-list.
+    """
+    check_member(name)
+    kind = member_type(name)
+    try:
+        return _DECODERS[kind](data)
+    except Exception as error:  # decoders raise almost anything on damaged bytes; every case is counted by the caller
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise MemberError(_REASONS[kind], f"{name}: {first_line or type(error).__name__}") from error
+
+
+def encode_member(name: str, value: Any) -> bytes:
+    """Inverse of `decode_member`. Bytes pass unchanged; images may be PIL or uint8 tensors `[3, H, W]`.
+
+    Raises:
+        ValueError: the type is not on the allow-list, or the value does not fit it.
+    """
+    check_member(name)
+    if isinstance(value, bytes):
+        return value
+    kind = member_type(name)
+    buffer = io.BytesIO()
+    if kind in IMAGE_TYPES:
+        image = to_pil(value) if isinstance(value, Tensor) else value
+        options = {"lossless": True} if kind == "webp" else {"quality": 95} if kind in ("jpg", "jpeg") else {}
+        image.save(buffer, {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[kind], **options)
+    elif kind == "txt":
+        return value.encode("utf-8")
+    elif kind == "json":
+        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    elif kind == "npy":
+        np.save(buffer, np.asarray(value), allow_pickle=False)
+    else:
+        return safetensors.torch.save(value)
+    return buffer.getvalue()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A uint8 tensor `[3, H, W]` as a PIL image."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"expected a uint8 image [3, H, W], got {image.dtype} {tuple(image.shape)}")
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def rgb_tensor(image: Image.Image) -> Tensor:
+    """Any PIL image as uint8 RGB `[3, H, W]`: upright by its EXIF tag, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
+        # convert("RGB") would clip 16-bit grey to white
+        grey = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((grey / 257.0).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    array = np.array(image.convert("RGB"))  # [H, W, 3]
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def _decode_image(data: bytes) -> Tensor:
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    except UnidentifiedImageError as error:  # its message holds a memory address, and reports must repeat exactly
+        raise ValueError("not a JPEG, PNG or WebP picture") from error
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        image.load()
+        return rgb_tensor(image)
+
+
+def _decode_array(data: bytes) -> np.ndarray:
+    buffer = io.BytesIO(data)
+    array = np.load(buffer, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("not a single array")
+    return array
+
+
+_DECODERS = {
+    **dict.fromkeys(IMAGE_TYPES, _decode_image),
+    "txt": lambda data: data.decode("utf-8"),
+    "json": lambda data: json.loads(data.decode("utf-8")),
+    "npy": _decode_array,
+    "safetensors": safetensors.torch.load,
+}

@@ -1,0 +1,111 @@
+"""`SkipReport`: what was left out of a data stream, why, and under which key. Nothing is skipped without an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Shard-level reasons: the rest of the shard is lost, and how many samples it held is unknown.
+MISSING_SHARD = "missing_shard"
+UNREADABLE_SHARD = "unreadable_shard"
+TRUNCATED_SHARD = "truncated_shard"
+# Sample-level reasons.
+MISSING_MEMBER = "missing_member"
+DUPLICATE_MEMBER = "duplicate_member"
+CORRUPT_IMAGE = "corrupt_image"
+BAD_CAPTION = "bad_caption"
+BAD_JSON = "bad_json"
+BAD_ARRAY = "bad_array"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One thing left out: `reason`, the shard, the sample's key ("" when a whole shard is meant), and the cause."""
+
+    reason: str
+    shard: str
+    key: str
+    detail: str
+
+    def __str__(self) -> str:
+        place = f"{self.shard} sample {self.key}" if self.key else self.shard
+        return f"{self.reason}: {place} ({self.detail})"
+
+
+@dataclass
+class SkipReport:
+    """Counts by reason, with the first `listed` occurrences of each named.
+
+    A stream that repeats counts what it meets again in every epoch.
+
+    Attributes:
+        counts: events per reason.
+        examples: the first `listed` events per reason.
+        ignored: members whose type is not on the allow-list, by extension; the sample itself was used.
+    """
+
+    listed: int = 1000
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[Skip]] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """All events."""
+        return sum(self.counts.values())
+
+    def add(self, skip: Skip) -> None:
+        self.counts[skip.reason] = self.counts.get(skip.reason, 0) + 1
+        named = self.examples.setdefault(skip.reason, [])
+        if len(named) < self.listed:
+            named.append(skip)
+
+    def ignore(self, extension: str) -> None:
+        """Count a member of a type that is never decoded."""
+        self.ignored[extension] = self.ignored.get(extension, 0) + 1
+
+    def merge(self, other: SkipReport) -> SkipReport:
+        """A new report with the events of both, this one's first."""
+        merged = SkipReport(self.listed)
+        for report in (self, other):
+            for reason, count in report.counts.items():
+                merged.counts[reason] = merged.counts.get(reason, 0) + count
+                named = merged.examples.setdefault(reason, [])
+                named.extend(report.examples.get(reason, [])[: self.listed - len(named)])
+            for extension, count in report.ignored.items():
+                merged.ignored[extension] = merged.ignored.get(extension, 0) + count
+        return merged
+
+    def keys(self, reason: str) -> list[str]:
+        """Keys of the samples named under a reason; "" entries (whole shards) are left out."""
+        return [skip.key for skip in self.examples.get(reason, []) if skip.key]
+
+    def shards(self, reason: str) -> list[str]:
+        """Shards named under a reason."""
+        return [skip.shard for skip in self.examples.get(reason, [])]
+
+    def summary(self, shown: int = 3) -> str:
+        """A few lines for a person: counts by reason, each with its first examples."""
+        if not self.counts and not self.ignored:
+            return "nothing was skipped"
+        lines = []
+        if self.counts:
+            lines.append(f"skipped {self.total}: " + ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items())))
+        for reason in sorted(self.counts):
+            lines += [f"  {skip}" for skip in self.examples[reason][:shown]]
+            if self.counts[reason] > shown:
+                lines.append(f"  {reason}: and {self.counts[reason] - shown} more")
+        if self.ignored:
+            types = ", ".join(f"{n} {e or 'without extension'}" for e, n in sorted(self.ignored.items()))
+            lines.append(f"members of other types, never decoded: {types}")
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict:
+        """Plain data (JSON-able); `from_state_dict` reads it back."""
+        examples = {r: [[s.shard, s.key, s.detail] for s in skips] for r, skips in self.examples.items()}
+        return {"listed": self.listed, "counts": dict(self.counts), "examples": examples, "ignored": dict(self.ignored)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping) -> SkipReport:
+        examples = {r: [Skip(r, *entry) for entry in entries] for r, entries in state["examples"].items()}
+        return cls(state["listed"], dict(state["counts"]), examples, dict(state["ignored"]))

@@ -1,0 +1,232 @@
+"""`ShardSource`: decoded samples of many tar shards, shuffled, with an exact position and an account of what is skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unidiff.data.images import ImagePreprocess
+from unidiff.data.members import IMAGE_TYPES, MemberError, check_member, decode_member, find_member
+from unidiff.data.report import Skip, SkipReport
+from unidiff.data.tar import expand_shards, read_shard
+
+_LOG = logging.getLogger(__name__)
+
+
+class ShardSource:
+    """Iterates over samples; each is a dict of decoded members with `__key__` and `__url__`.
+
+    The order is a pure function of (shards, seed, epoch): shards are permuted, their samples read in order, and every
+    `shuffle` consecutive ones permuted. Worker threads only decode, so their number changes nothing. The position
+    can be saved between any two samples and restored, and then gives exactly the remaining samples and counts.
+
+    Args:
+        shards: see `expand_shards`.
+        require: members a sample must have; `image` stands for jpg, jpeg, png or webp. Without one it is skipped.
+        optional: members decoded when present; a damaged one makes the sample skipped too.
+        shuffle: samples per shuffling window, held in memory undecoded; 0 keeps the order of the tars.
+        seed: of all permutations.
+        repeat: start again after the last shard, with the next epoch's order.
+        workers: decoding threads; 0 decodes in the caller's.
+
+    Attributes:
+        report: what has been skipped so far (`SkipReport`).
+
+    Raises:
+        ValueError: a refused source or member type; or, while iterating with `repeat`, an epoch without any usable sample.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        require: Sequence[str] = ("image", "txt"),
+        optional: Sequence[str] = (),
+        shuffle: int = 0,
+        seed: int = 0,
+        repeat: bool = False,
+        workers: int = 0,
+    ) -> None:
+        self.shards = expand_shards(shards)
+        for name in (*require, *optional):
+            check_member(name)
+        if shuffle < 0 or workers < 0:
+            raise ValueError(f"shuffle = {shuffle} and workers = {workers} must not be negative")
+        self.require, self.optional = tuple(require), tuple(optional)
+        self.shuffle, self.seed, self.repeat, self.workers = shuffle, seed, repeat, workers
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._where = _Position()
+        self._before = SkipReport()  # events before the current window
+        self._reading = SkipReport()  # events met while filling it; they come again when it is refilled
+        self._decoding = SkipReport()  # events met while decoding it, up to the position
+
+    @property
+    def report(self) -> SkipReport:
+        return self._before.merge(self._reading).merge(self._decoding)
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the shards."""
+        return self._where.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last sample handed out, as plain data (JSON-able)."""
+        return {
+            "fingerprint": self._fingerprint(),
+            "position": self._where.to_dict(),
+            "before": self._before.state_dict(),
+            "decoding": self._decoding.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; a running iterator must be replaced by a new one.
+
+        Raises:
+            ValueError: the state belongs to other shards, another seed or another window.
+        """
+        if state["fingerprint"] != self._fingerprint():
+            raise ValueError(
+                "the saved position belongs to other shards, members, seed or shuffle window; start without it"
+            )
+        self._where = _Position(**state["position"])
+        self._before = SkipReport.from_state_dict(state["before"])
+        self._decoding = SkipReport.from_state_dict(state["decoding"])
+        self._reading = SkipReport()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._where.finished:
+            return
+        while True:
+            yield from self._epoch()
+            if self._where.used == 0 and self.repeat:
+                raise ValueError(f"no usable sample in {len(self.shards)} shards; {self.report.summary()}")
+            if self.report.counts:
+                _LOG.warning("epoch %d: %s", self._where.epoch, self.report.summary())
+            self._where = _Position(epoch=self._where.epoch + 1, finished=not self.repeat)
+            if not self.repeat:
+                return
+
+    def _epoch(self) -> Iterator[dict[str, Any]]:
+        where = self._where
+        stream = self._raw_samples(where.epoch, where.shard, where.entry)
+        while True:
+            window: list[dict[str, Any]] = []
+            end = (where.shard, where.entry)
+            for shard, entry, item in stream:
+                end = (shard, entry)
+                if isinstance(item, Skip):
+                    self._reading.add(item)
+                    continue
+                for extension in item["__ignored__"]:
+                    self._reading.ignore(extension)
+                window.append(item)
+                if len(window) >= max(1, self.shuffle):
+                    break
+            order = self._permutation(len(window), where.epoch, where.window + 1)
+            order = order[where.offset :]
+            for result in self._decode_all([window[i] for i in order]):
+                where.offset += 1
+                if isinstance(result, Skip):
+                    self._decoding.add(result)
+                    continue
+                where.used += 1
+                yield result
+            done = len(window) < max(1, self.shuffle)
+            self._before = self.report
+            self._reading, self._decoding = SkipReport(), SkipReport()
+            where.shard, where.entry, where.window, where.offset = *end, where.window + 1, 0
+            if done:
+                return
+
+    def _raw_samples(self, epoch: int, start: int, skip: int) -> Iterator[tuple[int, int, dict[str, Any] | Skip]]:
+        """(shard number in this epoch's order, entries of it read so far, entry), from a position on."""
+        order = self._permutation(len(self.shards), epoch, 0)
+        groups = [IMAGE_TYPES if name == "image" else (name,) for name in self.require]
+        for number in range(start, len(order)):
+            entries = enumerate(read_shard(self.shards[order[number]], groups), start=1)
+            for entry, item in islice(entries, skip, None):
+                yield number, entry, item
+            skip = 0
+
+    def _decode_all(self, window: list[dict[str, Any]]) -> Iterator[dict[str, Any] | Skip]:
+        """Decode in order, a bounded number of samples ahead."""
+        if self._pool is None:
+            yield from map(self._decode, window)
+            return
+        ahead = 2 * self.workers
+        pending = [self._pool.submit(self._decode, raw) for raw in window[:ahead]]
+        for i in range(len(window)):
+            result = pending.pop(0).result()
+            if i + ahead < len(window):
+                pending.append(self._pool.submit(self._decode, window[i + ahead]))
+            yield result
+
+    def _decode(self, raw: dict[str, Any]) -> dict[str, Any] | Skip:
+        sample = {"__key__": raw["__key__"], "__url__": raw["__url__"]}
+        for name in (*self.require, *self.optional):
+            found = find_member(raw, name)
+            if found is None:
+                continue  # an optional member; `read_shard` has checked the others
+            try:
+                sample[name] = decode_member(found, raw[found])
+            except MemberError as error:
+                return Skip(error.reason, raw["__url__"], raw["__key__"], str(error))
+        return sample
+
+    def _permutation(self, count: int, epoch: int, stream: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(count))
+        return np.random.default_rng([self.seed & 0xFFFFFFFF, epoch, stream]).permutation(count).tolist()
+
+    def _fingerprint(self) -> str:
+        settings = [self.shards, self.require, self.optional, self.shuffle, self.seed]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+class _Position:
+    """Where the next sample is: the window's first entry, and how many of the window have been handed out."""
+
+    def __init__(
+        self,
+        epoch: int = 0,
+        shard: int = 0,
+        entry: int = 0,
+        window: int = 0,
+        offset: int = 0,
+        used: int = 0,
+        finished: bool = False,
+    ) -> None:
+        self.epoch, self.shard, self.entry = epoch, shard, entry
+        self.window, self.offset, self.used, self.finished = window, offset, used, finished
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def image_batches(
+    shards: str | Sequence[str],
+    size: int,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: int = 1024,
+    factor: int = 1,
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """An endless stream of float32 batches `[batch_size, 3, size, size]` in [0, 1]; captions are not needed.
+
+    Raises:
+        ValueError: a refused source, or no usable picture.
+    """
+    prepare = ImagePreprocess(size, factor)
+    source = ShardSource(shards, ("image",), shuffle=shuffle, seed=seed, repeat=True, workers=workers)
+    samples = iter(source)
+    while True:
+        yield torch.stack([prepare(sample["image"]) for sample in islice(samples, batch_size)])
