@@ -14,10 +14,10 @@ from unidiff.tokens.vocabulary import Modality
 
 
 class RotaryTables(NamedTuple):
-    """cos and sin of every position's angles, `[B, L, 1, head_dim / 2]`, shared by all layers and heads."""
+    """cos and (-sin, sin) of every position's angles, `[B, L, 1, head_dim]`, shared by all layers and heads."""
 
     cos: Tensor
-    sin: Tensor
+    signed_sin: Tensor
 
 
 def rotary_tables(
@@ -48,15 +48,15 @@ def rotary_tables(
         frequencies = _frequencies(head_dim // 4, theta, index)
         by_place = (frequencies[:, None] * grid[..., None, :]).flatten(-2)  # [B, L, d/4, 2] -> [B, L, d/2]
         angles = torch.where((modality == Modality.IMAGE)[..., None], by_place, angles)
-    angles = angles[:, :, None]  # [B, L, 1, d/2]
-    return RotaryTables(angles.cos(), angles.sin())
+    cos, sin = angles[:, :, None].cos(), angles[:, :, None].sin()  # [B, L, 1, d/2]
+    return RotaryTables(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, L, H, d]` by the tables' angles; computed in the tables' dtype, returned in that of `x`."""
-    first, second = x.chunk(2, dim=-1)  # [B, L, H, d/2]
-    cos, sin = tables
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    cos, signed_sin = tables
+    # rolling by d/2 swaps the halves, so this is (a cos - b sin, b cos + a sin)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin).to(x.dtype)
 
 
 def _frequencies(count: int, theta: float, like: Tensor) -> Tensor:
