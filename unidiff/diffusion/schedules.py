@@ -47,7 +47,8 @@ class Schedule(ABC):
 
     def sigma(self, t: Tensor) -> Tensor:
         """Total noise -log alpha(t), the input of time-conditioned networks; infinite where alpha is 0."""
-        return -torch.log1p(-self.mask_rate(t))
+        rate = self.mask_rate(t)
+        return -torch.where(rate < 0.5, torch.log1p(-rate), torch.log(self.alpha(t)))  # accurate at both ends
 
     def dsigma(self, t: Tensor) -> Tensor:
         """d sigma / dt = -alpha' / alpha."""
