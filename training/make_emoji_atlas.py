@@ -1,0 +1,89 @@
+"""Render the sprite atlas that ships in `unidiff/assets`: Noto Color Emoji artwork with Unicode CLDR short names.
+
+Needs the font and the names only when the atlas is made anew (Debian: `fonts-noto-color-emoji`, `unicode-cldr-core`):
+
+    python training/make_emoji_atlas.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image, ImageDraw, ImageFont
+
+# Everyday things. The first 64 are the `cpu` profile; the whole list is the `gpu` profile.
+EMOJI = (
+    "🐶🐱🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🦉🐝🦋🐞🐢🐙🦀🐠🐳🌵🌲🍄🌹🌻🌷🍎🍐🍋"
+    "🍌🍉🍇🍓🍒🍍🥕🌽🥐🧀🍔🍕🍩🎂🍦☕⚽🏀🚗🚌🚀⛵🏠⏰🔑💡🎁🎈👑🎸🔔🧸"
+    "🐭🐹🐰🐴🦄🐺🦝🐗🐤🦆🦅🦇🐛🐌🐜🦂🦞🦐🦑🐬🦈🐊🐘🦒🦘🐫🐑🐐🦌🐓🦃🦜"
+    "🌴🍀🍁🌺🌸🍊🍑🥭🥥🥝🍅🥑🍆🥔🥦🧄🧅🥜🍞🥨🥞🧇🥓🍟🌭🌮🍿🍣🍪🍫🍬🍭"
+    "🍯🥛🍵⚾🎾🏐🏈🎳🏓🚕🚓🚑🚒🚜🚲🛴🚂✈🚁⛺🏰🌋🧭⌚📷📺📻🔦🕯📚💎🔧🔨"
+    "🧲🧪🔭🧹🧺🧻🧼🛒🪑🚪🛁🎩👒👟👗👓☂🎒🎀🎨🎺🎻🥁🎲🧩🎯🪁🏆🥇🌍🌙☀⭐🌈⚡❄🔥💧❤"
+)
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+NAMES = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
+OUT = Path(__file__).resolve().parents[1] / "unidiff" / "assets" / "emoji"
+SPRITE = 64  # pixels; profiles scale down from here
+COLUMNS = 16
+NOTO_SIZE = 109  # the one size the bitmap font holds
+
+
+def short_names(path: Path) -> dict[str, str]:
+    """CLDR text-to-speech names, for instance `{"🐶": "dog face"}`."""
+    root = ElementTree.parse(path).getroot()
+    return {a.get("cp", ""): a.text or "" for a in root.iter("annotation") if a.get("type") == "tts"}
+
+
+def draw(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """One sprite: the glyph cropped to its ink and scaled into a square of SPRITE pixels, RGBA."""
+    canvas = Image.new("RGBA", (192, 192), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((24, 24), character, font=font, embedded_color=True)
+    box = canvas.getbbox()
+    if box is None:
+        raise SystemExit(f"{FONT.name} has no glyph for {character!r}; remove it from EMOJI")
+    glyph = canvas.crop(box)
+    scale = SPRITE / max(glyph.size)
+    size = (max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale)))
+    sprite = Image.new("RGBA", (SPRITE, SPRITE), (0, 0, 0, 0))
+    glyph = glyph.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    sprite.paste(glyph, ((SPRITE - size[0]) // 2, (SPRITE - size[1]) // 2))
+    return sprite
+
+
+def main(
+    font: Annotated[Path, typer.Option(help="NotoColorEmoji.ttf")] = FONT,
+    names: Annotated[Path, typer.Option(help="CLDR annotations, English")] = NAMES,
+    out: Annotated[Path, typer.Option(help="Folder for atlas.png and atlas.json")] = OUT,
+) -> None:
+    for path in (font, names):
+        if not path.is_file():
+            raise SystemExit(f"{path} does not exist; install fonts-noto-color-emoji and unicode-cldr-core, or name it")
+    characters = list(dict.fromkeys(EMOJI))
+    known = short_names(names)
+    face = ImageFont.truetype(str(font), NOTO_SIZE)
+    rows = -(-len(characters) // COLUMNS)
+    atlas = Image.new("RGBA", (COLUMNS * SPRITE, rows * SPRITE), (0, 0, 0, 0))
+    for i, character in enumerate(characters):
+        atlas.paste(draw(character, face), (i % COLUMNS * SPRITE, i // COLUMNS * SPRITE))
+    out.mkdir(parents=True, exist_ok=True)
+    index = {
+        "sprite_size": SPRITE,
+        "columns": COLUMNS,
+        "artwork": "Noto Color Emoji, Copyright Google LLC, SIL Open Font License 1.1",
+        "names": "Unicode CLDR English short names, Copyright Unicode, Inc., Unicode License v3",
+        "sprites": [{"name": known[c], "character": c} for c in characters],
+    }
+    atlas.save(out / "atlas.png.tmp", format="PNG", optimize=True)
+    (out / "atlas.json.tmp").write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for name in ("atlas.png", "atlas.json"):
+        os.replace(out / f"{name}.tmp", out / name)
+    typer.echo(f"{len(characters)} sprites -> {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,123 @@
+"""`CellVQModel`: a small VQ autoencoder whose codes depend on one cell of pixels each.
+
+Why not diffusers' `VQModel` for the embedded model: its group norms look at the whole picture and its convolutions at
+seven neighbouring cells, so the same sprite gets other codes at every place, and a generative model has to learn them
+all. Here the encoder sees exactly one `factor x factor` cell, so a code is a function of the pixels under it; the
+decoder looks at neighbouring cells and pixels to join them sharply. Codes are cosine-nearest (Yu et al. 2021,
+arXiv 2110.04627, section 3.2: low-dimensional, l2-normalised codes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes int64 `[B, h, w]`, their unit vectors `[B, d, h, w]`, and the unit latents they were nearest to."""
+
+    codes: Tensor
+    vectors: Tensor
+    latents: Tensor
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels at each place of `[B, C, H, W]`: unlike a group norm it looks nowhere else."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6).to(x.dtype)
+        return x * scale * self.weight[:, None, None].to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """norm, k x k convolution, SiLU, 1 x 1 convolution, added to the input."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.conv1 = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv2d(2 * channels, channels, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
+
+
+class CellVQModel(ModelMixin, ConfigMixin):
+    """VQ autoencoder for images `[B, 3, H, W]` in [0, 1].
+
+    Args:
+        factor: pixels per code along each side, a power of two.
+        codebook_size: number of codes.
+        code_dim: dimensions of a code vector.
+        encoder_width, encoder_depth: channels and residual blocks over single cells.
+        decoder_widths: channels at 1/factor, then at each doubling of the resolution; the rest is a pixel shuffle.
+        decoder_depths: residual 3 x 3 blocks at each of these resolutions.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        factor: int = 8,
+        codebook_size: int = 2048,
+        code_dim: int = 8,
+        encoder_width: int = 256,
+        encoder_depth: int = 2,
+        decoder_widths: tuple[int, ...] = (256, 96),
+        decoder_depths: tuple[int, ...] = (3, 1),
+    ) -> None:
+        super().__init__()
+        if factor < 2 or factor & (factor - 1):
+            raise ValueError(f"factor {factor} must be a power of two, at least 2")
+        if len(decoder_widths) != len(decoder_depths) or 2 ** (len(decoder_widths) - 1) > factor:
+            raise ValueError(
+                f"decoder_widths {tuple(decoder_widths)} and decoder_depths {tuple(decoder_depths)} must have the same "
+                f"length, at most {factor.bit_length()} for factor {factor}"
+            )
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, encoder_width, factor, stride=factor),
+            *(ResidualBlock(encoder_width, 1) for _ in range(encoder_depth)),
+            ChannelNorm(encoder_width),
+            nn.Conv2d(encoder_width, code_dim, 1),
+        )
+        self.register_buffer("codebook", F.normalize(torch.randn(codebook_size, code_dim), dim=-1))
+        layers: list[nn.Module] = [nn.Conv2d(code_dim, decoder_widths[0], 1)]
+        for level, (width, depth) in enumerate(zip(decoder_widths, decoder_depths, strict=True)):
+            if level:
+                layers += [nn.Conv2d(decoder_widths[level - 1], 4 * width, 1), nn.PixelShuffle(2)]
+            layers += [ResidualBlock(width, 3) for _ in range(depth)]
+        step = factor // 2 ** (len(decoder_widths) - 1)
+        layers += [ChannelNorm(decoder_widths[-1]), nn.Conv2d(decoder_widths[-1], 3 * step * step, 1)]
+        if step > 1:
+            layers.append(nn.PixelShuffle(step))
+        self.decoder = nn.Sequential(*layers)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Unit vectors `[B, d, h, w]`, float32 whatever autocast says: nearest codes must not depend on bf16 rounding."""
+        return F.normalize(self.encoder(images * 2 - 1).float(), dim=1)
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Nearest codes by cosine, in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = latents.movedim(1, -1)  # [B, h, w, d]
+            codes = (flat @ self.codebook.float().T).argmax(-1)  # [B, h, w]
+            return Quantized(codes, self.lookup(codes), latents)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Code vectors float32 `[B, d, h, w]` of codes `[B, h, w]`."""
+        return F.embedding(codes, self.codebook.float()).movedim(-1, 1)
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` (not clipped) from code vectors."""
+        return self.decoder(vectors) * 0.5 + 0.5

@@ -1,0 +1,101 @@
+"""`VQImageTokenizer`: one small interface over a VQ autoencoder, ours or diffusers' `VQModel`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import VQModel
+from torch import Tensor
+
+from unidiff.tokens.cell_vq import CellVQModel
+from unidiff.tokens.image import check_codes, check_images
+from unidiff.weights import load_model_strictly
+
+_CLASSES = {"CellVQModel": CellVQModel, "VQModel": VQModel}
+
+
+class VQImageTokenizer:
+    """Images to codes and back.
+
+    Args:
+        model: a `CellVQModel`, or a diffusers `VQModel` (pixels in [0, 1], its convention).
+
+    Attributes:
+        factor: pixels per code along each side.
+        codebook_size: number of codes.
+    """
+
+    def __init__(self, model: CellVQModel | VQModel) -> None:
+        self.model = model.eval()
+        if isinstance(model, CellVQModel):
+            self.factor, self.codebook_size = int(model.config.factor), int(model.config.codebook_size)
+        else:
+            self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+            self.codebook_size = int(model.config.num_vq_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def to(self, *args, **kwargs) -> VQImageTokenizer:
+        """Move the weights, as `nn.Module.to`."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """float `[B, 3, H, W]` in [0, 1] -> int64 codes `[B, H/factor, W/factor]`.
+
+        Raises:
+            ValueError: wrong shape, dtype, range, or a side that `factor` does not divide.
+        """
+        check_images(images, self.factor)
+        images = images.to(self.device, self.dtype)
+        if isinstance(self.model, CellVQModel):
+            return self.model.quantize(self.model.latents(images)).codes
+        latents = self.model.encode(images).latents.float()
+        codes = self.model.quantize.float()(latents)[2][2]
+        return codes.reshape(latents.shape[0], *latents.shape[-2:])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 codes `[B, h, w]` -> float32 `[B, 3, h * factor, w * factor]` in [0, 1].
+
+        Raises:
+            ValueError: a wrong shape or a code outside the codebook.
+        """
+        check_codes(codes, self.codebook_size)
+        codes = codes.to(self.device)
+        if isinstance(self.model, CellVQModel):
+            images = self.model.decode_vectors(self.model.lookup(codes).to(self.dtype))
+        else:
+            shape = (*codes.shape, int(self.model.config.vq_embed_dim or self.model.config.latent_channels))
+            vectors = self.model.quantize.get_codebook_entry(codes.reshape(-1), shape).to(self.dtype)
+            images = self.model.decode(vectors, force_not_quantize=True).sample
+        return images.float().clamp(0, 1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights (safetensors)."""
+        self.model.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> VQImageTokenizer:
+        """Read a folder written by `save_pretrained`, or any diffusers `VQModel` folder.
+
+        Raises:
+            FileNotFoundError: no `config.json` there.
+            ValueError: an unknown kind of tokenizer, or weights that do not fit.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; name a folder with an image tokenizer")
+        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
+        if name not in _CLASSES:
+            raise ValueError(f"{path} holds a {name!r}; expected one of {sorted(_CLASSES)}")
+        return cls(load_model_strictly(_CLASSES[name], folder, dtype))

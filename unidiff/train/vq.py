@@ -1,0 +1,174 @@
+"""Training an image tokenizer: reconstruction loss with an edge-aware term, codebook by moving averages, revival.
+
+Works for `CellVQModel` (codebook as a moving average of its latents, van den Oord et al. 2017, appendix A.1) and for
+diffusers' `VQModel` (codebook by gradient, its own quantiser). No pre-trained network is involved.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import Tensor
+
+from unidiff.tokens.cell_vq import CellVQModel
+
+
+@dataclass(frozen=True)
+class VQModelConfig:
+    """Fields of `CellVQModel` (`kind: cell`) or of diffusers' `VQModel` (`kind: vqmodel`)."""
+
+    kind: str = "cell"
+    factor: int = 8
+    codebook_size: int = 2048
+    code_dim: int = 8
+    encoder_width: int = 256
+    encoder_depth: int = 2
+    decoder_widths: list[int] = field(default_factory=lambda: [192, 64])
+    decoder_depths: list[int] = field(default_factory=lambda: [3, 2])
+    norm_num_groups: int = 8  # vqmodel only
+
+    def build(self) -> CellVQModel | VQModel:
+        """A freshly initialised model (torch's global generator)."""
+        if self.kind == "cell":
+            return CellVQModel(
+                self.factor, self.codebook_size, self.code_dim, self.encoder_width, self.encoder_depth,
+                tuple(self.decoder_widths), tuple(self.decoder_depths),
+            )  # fmt: skip
+        if self.kind != "vqmodel":
+            raise ValueError(f"tokenizer kind {self.kind!r} is unknown; expected 'cell' or 'vqmodel'")
+        levels = int(math.log2(self.factor)) + 1
+        if len(self.decoder_widths) != levels:
+            raise ValueError(
+                f"vqmodel with factor {self.factor} needs {levels} decoder_widths, got {self.decoder_widths}"
+            )
+        model = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(self.decoder_widths), latent_channels=self.code_dim,
+            num_vq_embeddings=self.codebook_size, norm_num_groups=self.norm_num_groups,
+            mid_block_add_attention=False, lookup_from_codebook=True,
+        )  # fmt: skip
+        model.quantize.legacy = False  # diffusers puts beta on the codebook term otherwise
+        return model
+
+
+@dataclass(frozen=True)
+class VQLossWeights:
+    """Weights of the reconstruction terms; `edge_focus` multiplies errors near strong gradients of the target."""
+
+    l1: float = 1.0
+    l2: float = 2.0
+    gradient: float = 0.5
+    commitment: float = 0.25
+    edge_focus: float = 4.0
+
+
+@dataclass(frozen=True)
+class VQStep:
+    """Scalars of one step: loss, mean squared error, and the codes used, int64 `[B, h, w]`."""
+
+    loss: Tensor
+    mse: Tensor
+    codes: Tensor
+
+
+def image_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward differences down and right, zero-padded to the shape of `x` `[B, C, H, W]`."""
+    return F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1)), F.pad(x[..., 1:] - x[..., :-1], (0, 1))
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, weights: VQLossWeights) -> Tensor:
+    """w1 |e| + w2 e^2 + wg |grad e|, each averaged with weight 1 + edge_focus * |grad target| (its local mean)."""
+    error = output.float() - target
+    down, right = image_gradients(target)
+    strength = (down.abs() + right.abs()).amax(1, keepdim=True).clamp(max=1.0)
+    focus = 1 + weights.edge_focus * F.max_pool2d(strength, 3, stride=1, padding=1)
+    gradient_down, gradient_right = image_gradients(error)
+    terms = weights.l1 * error.abs() + weights.l2 * error.square()
+    terms = terms + weights.gradient * (gradient_down.abs() + gradient_right.abs())
+    return (terms * focus).mean() / focus.mean()
+
+
+class CodebookAverage:
+    """Moving averages of the latents assigned to each code, and revival of codes that nothing chooses.
+
+    Args:
+        model: its `codebook` buffer is rewritten in place.
+        decay: of the averages, per step.
+        revive_below: a code whose average share of a step's cells falls below this fraction of a uniform share is
+            moved onto a latent of the step, the likelier the farther that latent is from its own code.
+    """
+
+    def __init__(self, model: CellVQModel, decay: float = 0.98, revive_below: float = 0.05) -> None:
+        self.model, self.decay, self.revive_below = model, decay, revive_below
+        self.counts = torch.ones(len(model.codebook))
+        self.sums = model.codebook.clone().float()
+        self.started = False
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, latents: Tensor, generator: torch.Generator, revive: bool) -> int:
+        """Take one step's assignments `codes [B, h, w]`, `latents [B, d, h, w]`; returns the number of revived codes."""
+        flat = latents.movedim(1, -1).reshape(-1, latents.shape[1])  # [N, d]
+        chosen = codes.reshape(-1)
+        fit = (flat * self.model.codebook[chosen]).sum(-1)  # [N] cosine to the own code
+        if not self.started:  # data initialisation: codes start on latents
+            self.started = True
+            self._place(torch.ones_like(self.counts, dtype=torch.bool), flat, torch.zeros_like(fit), generator)
+            self._write()
+            return len(self.counts)
+        ones = torch.ones(len(chosen))
+        counts = torch.zeros_like(self.counts).index_add_(0, chosen, ones)
+        sums = torch.zeros_like(self.sums).index_add_(0, chosen, flat)
+        self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        dead = self.counts < self.revive_below * len(chosen) / len(self.counts)
+        revived = int(dead.sum()) if revive else 0
+        if revived:
+            self._place(dead, flat, fit, generator)
+        self._write()
+        return revived
+
+    def _place(self, where: Tensor, flat: Tensor, fit: Tensor, generator: torch.Generator) -> None:
+        """Move the marked codes onto latents drawn by their misfit, with a share of use that lets them prove themselves."""
+        misfit = (1 - fit).clamp(min=1e-5)
+        pick = torch.multinomial(misfit, int(where.sum()), replacement=True, generator=generator)
+        share = len(flat) / len(self.counts) * 0.3
+        self.sums[where] = flat[pick] * share
+        self.counts[where] = share
+
+    def _write(self) -> None:
+        self.model.codebook.copy_(F.normalize(self.sums, dim=-1).to(self.model.codebook.dtype))
+
+
+def vq_forward(
+    model: CellVQModel | VQModel, images: Tensor, weights: VQLossWeights, bf16: bool, average: CodebookAverage | None
+) -> tuple[VQStep, Tensor | None]:
+    """Encode, quantise in float32, decode, and the loss; also the latents `average` wants (`CellVQModel` only)."""
+    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
+    if isinstance(model, CellVQModel):
+        with autocast:
+            latents = model.latents(images)  # [B, d, h, w] float32
+        quantized = model.quantize(latents)
+        vectors = latents + (quantized.vectors - latents).detach()  # straight-through gradient
+        with autocast:
+            output = model.decode_vectors(vectors)
+        commitment = (1 - (latents * quantized.vectors).sum(1)).mean()
+        loss = reconstruction_loss(output, images, weights) + weights.commitment * commitment
+        mse = F.mse_loss(output.detach().float(), images)
+        return VQStep(loss, mse, quantized.codes), latents.detach()
+    with autocast:
+        hidden = model.encode(images).latents
+    vectors, codebook_loss, (_, _, codes) = model.quantize(hidden.float())
+    with autocast:
+        output = model.decode(vectors, force_not_quantize=True).sample
+    loss = reconstruction_loss(output, images, weights) + weights.commitment * codebook_loss
+    mse = F.mse_loss(output.detach().float(), images)
+    return VQStep(loss, mse, codes.reshape(hidden.shape[0], *hidden.shape[-2:])), None
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error, for images in [0, 1]."""
+    return -10 * math.log10(max(mse, 1e-12))

@@ -1,0 +1,215 @@
+"""The image tokenizer's training run: data, schedule, spike guard, best weights, report and picture sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
+from unidiff.tokens.cell_vq import CellVQModel
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Where pictures come from: the scene generator (`emoji_profile`), or webdataset shards (`shards`)."""
+
+    emoji_profile: str | None = None
+    shards: list[str] = field(default_factory=list)
+    image_size: int = 256
+    validation_images: int = 256
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """One tokenizer run; see `configs/emoji_tokenizer.yaml`. `steps` counts optimiser steps of `batch_size` images."""
+
+    out: str = "runs/image_tokenizer"
+    init_from: str | None = None
+    data: ImageData = field(default_factory=ImageData)
+    model: VQModelConfig = field(default_factory=VQModelConfig)
+    loss: VQLossWeights = field(default_factory=VQLossWeights)
+    steps: int = 4000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    revive_until: float = 0.6
+    bf16: bool = True
+    log_every: int = 50
+    validate_every: int = 500
+    seed: int = 0
+
+
+def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
+    """Run the training and return the report that is also written to `<out>/report.json`.
+
+    Raises:
+        ValueError: a setting that cannot work, or no usable picture.
+        FileNotFoundError: `init_from` or a shard does not exist.
+    """
+    torch.manual_seed(config.seed)  # initial weights
+    generator = torch.Generator().manual_seed(config.seed)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = VQImageTokenizer.from_pretrained(config.init_from).model if config.init_from else config.model.build()
+    model = model.train().to(memory_format=torch.channels_last)
+    average = CodebookAverage(model) if isinstance(model, CellVQModel) else None
+    if average is not None and config.init_from:
+        average.started = True
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    batches, validation = _batches(config)
+    best, seen_mse, skipped, start = -math.inf, None, 0, time.monotonic()
+    for step in range(config.steps):
+        images = next(batches)
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config.warmup_steps, config.steps)
+        result, latents = vq_forward(model, images, config.loss, config.bf16, average)
+        optimiser.zero_grad(set_to_none=True)
+        result.loss.backward()
+        mse = float(result.mse)
+        # A spike once threw a run from 20 dB to 0.5: leave out a step whose error jumps or is not a number.
+        if not math.isfinite(mse) or (seen_mse is not None and mse > 8 * seen_mse + 0.02):
+            skipped += 1
+            if skipped > 50:
+                raise ValueError(f"more than 50 steps diverged, the last at step {step}; lower learning_rate")
+            continue
+        seen_mse = mse if seen_mse is None else 0.98 * seen_mse + 0.02 * mse
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        revived = 0
+        if average is not None and latents is not None:
+            revive = step % 10 == 0 and step < config.revive_until * config.steps
+            revived = average.update(result.codes, latents, generator, revive)
+        if step % config.log_every == 0 or step == config.steps - 1:
+            line = {"step": step, "loss": round(result.loss.item(), 5), "psnr": round(psnr(seen_mse), 2),
+                    "codes": int(result.codes.unique().numel()), "revived": revived,
+                    "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+            print(json.dumps(line), flush=True)
+            with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        if (step + 1) % config.validate_every == 0 or step == config.steps - 1:
+            report = measure(model, validation)
+            print(json.dumps({"validation": report}), flush=True)
+            if report["psnr"] > best:
+                best = report["psnr"]
+                report |= {"step": step + 1, "skipped_steps": skipped, "seconds": round(time.monotonic() - start, 1)}
+                _save(model, out, report, validation)
+            model.train()
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def measure(model, validation: Tensor) -> dict:
+    """PSNR (dB), SSIM (7 x 7 uniform window) and the share of codes used on `validation` `[N, 3, H, W]`."""
+    tokenizer = VQImageTokenizer(model)
+    codes, outputs = [], []
+    for chunk in validation.split(64):
+        codes.append(tokenizer.encode(chunk))
+        outputs.append(tokenizer.decode(codes[-1]))
+    output, used = torch.cat(outputs), torch.cat(codes).unique().numel()
+    return {
+        "psnr": round(psnr(float((output - validation).square().mean())), 3),
+        "ssim": round(float(ssim(output, validation)), 4),
+        "codes_used": used,
+        "code_usage": round(used / tokenizer.codebook_size, 4),
+    }
+
+
+def ssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
+    """Mean structural similarity (Wang et al. 2004, eq. 13) of images `[N, 3, H, W]` in [0, 1], uniform window."""
+
+    def mean(v: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(v, window, stride=1)
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (score / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
+
+
+def emoji_images(profile_name: str, seed: int, start: int, count: int) -> Tensor:
+    """Rendered training scenes `start .. start + count`: float `[count, 3, H, W]` in [0, 1]."""
+    profile = get_profile(profile_name, kinds=(0.15, 0.25, 0.4, 0.2))  # many sprites per picture
+    scenes = SceneGenerator(profile, seed, split="all")
+    pixels = np.stack([render(scenes.scene(start + i), profile) for i in range(count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def _batches(config: ImageTokenizerConfig) -> tuple[Iterator[Tensor], Tensor]:
+    """An endless iterator of training batches and one held-back validation tensor."""
+    data = config.data
+    if (data.emoji_profile is None) == (not data.shards):
+        raise ValueError("data needs exactly one of emoji_profile (a profile name) and shards (a list of tar files)")
+    if data.emoji_profile is None:
+        return _shard_batches(config)
+    profile, size = data.emoji_profile, config.batch_size
+
+    def endless() -> Iterator[Tensor]:
+        index = 0
+        while True:
+            yield emoji_images(profile, config.seed, index, size).contiguous(memory_format=torch.channels_last)
+            index += size
+
+    return endless(), emoji_images(profile, config.seed + 1, 0, data.validation_images)
+
+
+def _schedule(step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then cosine to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _save(model, out: Path, report: dict, validation: Tensor) -> None:
+    """Replace `<out>/model` as a whole, then the report and the sheet."""
+    fresh, old = out / "model.new", out / "model.old"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(fresh)
+    if (out / "model").exists():
+        os.replace(out / "model", old)
+    os.replace(fresh, out / "model")
+    shutil.rmtree(old, ignore_errors=True)
+    tokenizer = VQImageTokenizer(model)
+    shown = validation[:12]
+    pair = torch.cat([shown, tokenizer.decode(tokenizer.encode(shown))], 2)  # pictures above, reconstructions below
+    sheet = torch.cat(list(pair), 2).permute(1, 2, 0).mul(255).round().byte().numpy()
+    picture = Image.fromarray(sheet)
+    scale = max(1, 128 // shown.shape[-1])
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    _write_atomically(out / "reconstructions.png", lambda p: picture.save(p, format="PNG"))
+    _write_atomically(
+        out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    )
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _shard_batches(config: ImageTokenizerConfig) -> tuple[Iterator[Tensor], Tensor]:
+    """Batches from webdataset shards; the first pictures are held back for validation."""
+    from unidiff.data.shards import image_batches
+
+    size, data = config.data.image_size, config.data
+    batches = image_batches(data.shards, size, config.batch_size, seed=config.seed)
+    held: list[Tensor] = []
+    while sum(len(b) for b in held) < data.validation_images:
+        held.append(next(batches))
+    return batches, torch.cat(held)[: data.validation_images]
