@@ -1,0 +1,17 @@
+"""Decoding: one sampler for text and image tokens, made of small objects."""
+
+from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.decoding.policies import NoCache, RefreshPolicy
+from unidiff.decoding.sampler import Sampler, SamplerOutput
+from unidiff.decoding.state import DecodeState
+
+__all__ = [
+    "DecodeState",
+    "Guidance",
+    "ModalityDecoding",
+    "NoCache",
+    "RefreshPolicy",
+    "Sampler",
+    "SamplerConfig",
+    "SamplerOutput",
+]

@@ -1,0 +1,119 @@
+"""Commit rules: how many positions a pass fills, and which. Every rule works on whole batches, row by row inside."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import ModalityDecoding
+
+
+def masked_share(schedule: str, progress: Tensor) -> Tensor:
+    """Share still masked after a share `progress` of the steps; 1 at 0 and exactly 0 at 1. float64.
+
+    With t = 1 - progress this is the mask rate 1 - alpha(t): `linear` and `cosine` are the diffusion schedules
+    `linear` and `maskgit_cosine`.
+    """
+    u = progress.double()
+    share = {
+        "linear": lambda: 1 - u,
+        "cosine": lambda: torch.cos(math.pi / 2 * u),
+        "square": lambda: 1 - u.square(),
+        "root": lambda: 1 - u.sqrt(),
+        "arccos": lambda: torch.acos(u.clamp(0, 1)) * (2 / math.pi),
+    }
+    if schedule not in share:
+        raise ValueError(f"schedule {schedule!r} has no times; expected one of {', '.join(share)}")
+    return torch.where(u >= 1, 0.0, share[schedule]())
+
+
+def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: Tensor) -> Tensor:
+    """How many positions a row commits in this pass, int64 `[B]`; at least one while any remain, all in the last pass.
+
+    Args:
+        schedule: see `masked_share`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
+        start: positions that were masked when the block began.
+        remaining: masked now; differs from the plan after remasking, and the quota catches up.
+        step, steps: this pass, from 0, and passes of the block.
+    """
+    last = step + 1 >= steps
+    if schedule == "fixed":
+        taken = (step + 1) * (start // steps) + torch.minimum(step + 1, start % steps)
+        keep = start - taken
+    else:
+        keep = (start * masked_share(schedule, (step + 1) / steps) + 1e-9).floor().long()
+    count = torch.where(last, remaining, remaining - keep)
+    return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
+
+
+def take_best(score: Tensor, live: Tensor, count: Tensor) -> Tensor:
+    """bool `[B, n]`: the `count[b]` live positions of highest score; ties go to the earlier one."""
+    rank = torch.where(live, score, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    return live & (rank < count[:, None])
+
+
+def above_threshold(confidence: Tensor, live: Tensor, threshold: float) -> Tensor:
+    """bool `[B, n]`: every live position with confidence >= threshold, and always the best one (Fast-dLLM, threshold)."""
+    return (live & (confidence >= threshold)) | take_best(
+        confidence, live, torch.ones_like(live[:, 0], dtype=torch.long)
+    )
+
+
+def factor_count(confidence: Tensor, live: Tensor, factor: float) -> Tensor:
+    """int64 `[B]`: length of the longest prefix of the descending confidences with c_r >= 1 - factor / (r + 1), r from 1.
+
+    At least one (Fast-dLLM, factor; the strict form: what is accepted is exactly that prefix).
+    """
+    ranked = torch.where(live, confidence, -math.inf).sort(dim=1, descending=True).values
+    rank = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
+    fits = ranked >= 1 - factor / (rank + 1)
+    fits[:, 0] = True
+    return torch.minimum(fits.long().cumprod(1).sum(1), live.sum(1))
+
+
+def unmask_chance(schedule: str, step: Tensor, steps: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    """Chance that a masked position is revealed between t = 1 - step/steps and s = t - 1/steps, float64 `[B]`.
+
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma = 0 is the reverse process (MDLM), sigma > 0 ReMDM. In and
+    after the last step it is 1.
+    """
+    alpha_t = 1 - masked_share(schedule, (step / steps).clamp(max=1))
+    alpha_s = 1 - masked_share(schedule, ((step + 1) / steps).clamp(max=1))
+    chance = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+    return torch.where(step + 1 >= steps, 1.0, chance)
+
+
+def decide_early(settings: ModalityDecoding, active: Tensor, count: Tensor, noise: Tensor) -> Tensor | None:
+    """bool `[B, L]` of the positions to fill where the rule does not look at the model; None where it does.
+
+    Such rules need logits only at these positions, and no pass at all when there are none (`ancestral` is one more;
+    its coin is `unmask_chance`).
+
+    Args:
+        active: bool `[B, L]`, the positions that may be filled.
+        count: int64 `[B]`, the quota.
+        noise: uniforms `[B, L]`.
+    """
+    if settings.rule == "first_hitting":
+        return take_best(noise, active, torch.ones_like(count))
+    if settings.rule == "quota" and settings.confidence == "random":
+        return take_best(noise, active, count)
+    return None
+
+
+def decide(settings: ModalityDecoding, confidence: Tensor, score: Tensor, live: Tensor, count: Tensor) -> Tensor:
+    """bool `[B, n]` of the candidates to fill, by their confidences.
+
+    Args:
+        confidence: float64 `[B, n]`; thresholds apply to it.
+        score: confidence with choice noise; the quota ranks by it.
+        live: bool `[B, n]`, real candidates.
+        count: int64 `[B]`, the quota.
+    """
+    if settings.rule == "threshold":
+        return above_threshold(confidence, live, settings.threshold)
+    if settings.rule == "factor":
+        return take_best(confidence, live, factor_count(confidence, live, settings.factor))
+    return take_best(score, live, count)

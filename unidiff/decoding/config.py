@@ -1,0 +1,202 @@
+"""Sampler settings: frozen dataclasses, one set per modality, plain data in and out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+RULES = ("quota", "threshold", "factor", "first_hitting", "ancestral")
+SCHEDULES = ("fixed", "linear", "cosine", "square", "root", "arccos")
+CONFIDENCES = ("probability", "margin", "entropy", "random")
+BLOCK_ORDERS = ("sequence", "checkerboard", "coarse")
+REMASKING = ("none", "confidence", "remdm")
+GUIDANCE_MODES = ("constant", "ramp", "window")
+HIDES = ("given", "other", "text", "image")
+ORDERS = ("together", "text_first", "image_first")
+
+
+@dataclass(frozen=True)
+class ModalityDecoding:
+    """How one modality is decoded. Nothing here is shared between text and image.
+
+    Args:
+        steps: passes to spread over all blocks of the modality (`quota` and `ancestral`; the other rules end by themselves).
+        rule: how many tokens a pass commits.
+            `quota`: what `schedule` says, at least one. `threshold`: every position whose confidence reaches `threshold`,
+            at least the best one (Fast-dLLM). `factor`: the longest prefix of the sorted confidences with
+            c_r >= 1 - factor / (r + 1), at least one (Fast-dLLM). `first_hitting`: one uniformly random position, the
+            exact law of the model. `ancestral`: each position by its own coin, the reverse process on a grid of times.
+        schedule: share still masked after a share u of the steps: `linear` 1-u, `cosine` cos(pi u/2), `square` 1-u^2,
+            `root` 1-sqrt(u), `arccos` acos(u) 2/pi; `fixed` commits n // steps, plus one in the first n % steps passes.
+        confidence: what ranks positions: `probability` of the chosen token, `margin` between the best two, `entropy`
+            (negative), or `random`. Always from the guided logits before temperature and filters.
+        temperature: of the token draw; 0 takes the best token.
+        choice_temperature: scale of the Gumbel noise on the ranking, multiplied by the remaining time.
+        top_k, top_p: keep only the k best tokens, and the smallest set that reaches probability p.
+        threshold, factor: of the rules of the same names.
+        block_length: tokens per block, decoded block after block; None for the whole span at once.
+        block_order: which tokens form a block: `sequence`, or for images `checkerboard` and `coarse` (coarse to fine).
+        remask: `confidence`: tokens committed in earlier passes with a probability below `remask_threshold` are masked
+            again, the least sure first, at most `remask_budget` times per row. `remdm`: ReMDM's law-preserving form
+            for the `ancestral` rule, sigma_t = min(`remask_cap`, (1 - alpha_s) / alpha_t).
+        forbid: vocabulary ids that may never be emitted, besides [MASK] and the other modality's.
+
+    Raises:
+        ValueError: a value outside its range; the message names it.
+    """
+
+    steps: int = 16
+    rule: str = "quota"
+    schedule: str = "cosine"
+    confidence: str = "probability"
+    temperature: float = 1.0
+    choice_temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    threshold: float = 0.9
+    factor: float = 1.0
+    block_length: int | None = None
+    block_order: str = "sequence"
+    remask: str = "none"
+    remask_threshold: float = 0.0
+    remask_budget: int = 0
+    remask_cap: float = 0.0
+    forbid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("rule", self.rule, RULES)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("confidence", self.confidence, CONFIDENCES)
+        _one_of("block_order", self.block_order, BLOCK_ORDERS)
+        _one_of("remask", self.remask, REMASKING)
+        _whole("steps", self.steps, 1)
+        _whole("remask_budget", self.remask_budget, 0)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1)
+        if self.block_length is not None:
+            _whole("block_length", self.block_length, 1)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("choice_temperature", self.choice_temperature, 0.0, math.inf)
+        if self.top_p is not None:
+            _number("top_p", self.top_p, 0.0, 1.0)
+            if self.top_p == 0:
+                raise ValueError("top_p is 0; expected a number in (0, 1], or None to keep every token")
+        _number("threshold", self.threshold, -math.inf, math.inf)
+        _number("factor", self.factor, 0.0, math.inf)
+        _number("remask_threshold", self.remask_threshold, 0.0, 1.0)
+        _number("remask_cap", self.remask_cap, 0.0, 1.0)
+        object.__setattr__(self, "forbid", tuple(int(i) for i in self.forbid))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.remask == "remdm" and self.rule != "ancestral":
+            raise ValueError(f"remask='remdm' keeps the law of rule='ancestral' only, but rule is {self.rule!r}")
+        if self.remask == "confidence" and self.rule == "ancestral":
+            raise ValueError(
+                "remask='confidence' does not go with rule='ancestral'; use remask='remdm' or another rule"
+            )
+        if self.rule == "ancestral" and self.schedule == "fixed":
+            raise ValueError(
+                "rule='ancestral' needs a schedule of times, but schedule is 'fixed'; use 'linear' or 'cosine'"
+            )
+        if self.rule in ("threshold", "factor") and self.confidence == "random":
+            raise ValueError(f"rule={self.rule!r} compares confidences, but confidence is 'random'; use 'probability'")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: logits = uncond + s (cond - uncond); s = 1 is off and costs nothing.
+
+    Args:
+        scale: s at full strength. UniDisc's weight w and LLaDA's `cfg_scale` are s - 1.
+        mode: `constant`; `ramp`: s(t) = 1 + (scale - 1)(1 - t), weak while all is masked (UniDisc);
+            `window`: full strength while the progress 1 - t is inside `window`, off outside.
+        window: start and stop of the window, shares of the decode.
+        hide: what the unconditional pass does not see: all `given` tokens, every token of the `other` modality (given
+            or generated; for joint generation), or the given `text` or `image`. A `condition` passed to the sampler wins.
+        text_scale, image_scale: s for one modality where it differs.
+    """
+
+    scale: float = 1.0
+    mode: str = "constant"
+    window: tuple[float, float] = (0.0, 1.0)
+    hide: str = "given"
+    text_scale: float | None = None
+    image_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("guidance mode", self.mode, GUIDANCE_MODES)
+        _one_of("guidance hide", self.hide, HIDES)
+        for name in ("scale", "text_scale", "image_scale"):
+            if (value := getattr(self, name)) is not None:
+                _number(f"guidance {name}", value, 0.0, math.inf)
+        object.__setattr__(self, "window", tuple(float(w) for w in self.window))
+        if len(self.window) != 2 or not 0.0 <= self.window[0] <= self.window[1] <= 1.0:
+            raise ValueError(f"guidance window is {self.window}; expected (start, stop) with 0 <= start <= stop <= 1")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """All settings of a decode.
+
+    Args:
+        text, image: per modality.
+        guidance: classifier-free guidance.
+        order: `together`, or one modality first (`text_first`, `image_first`), row by row.
+        stop_at_eos: a text row ends when every position before its first generated end-of-text is known;
+            what follows is filled with end-of-text.
+    """
+
+    text: ModalityDecoding = field(default_factory=lambda: ModalityDecoding(rule="threshold", temperature=0.0))
+    image: ModalityDecoding = field(default_factory=lambda: ModalityDecoding(rule="quota", schedule="cosine"))
+    guidance: Guidance = field(default_factory=Guidance)
+    order: str = "together"
+    stop_at_eos: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("order", self.order, ORDERS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data; `from_dict` reads it back."""
+        return _jsonable(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SamplerConfig:
+        """Inverse of `to_dict`. Keys left out keep their defaults; an unknown key is an error."""
+        values = dict(_known("sampler", cls, data))
+        for name, schema in (("text", ModalityDecoding), ("image", ModalityDecoding), ("guidance", Guidance)):
+            if name in values:
+                if not isinstance(values[name], Mapping):
+                    raise ValueError(f"sampler {name} is {values[name]!r}; expected a mapping of settings")
+                values[name] = schema(**_known(name, schema, values[name]))
+        return cls(**values)
+
+
+def _known(what: str, schema: type, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = {f.name for f in fields(schema)}
+    if unknown := sorted(set(data) - names):
+        raise ValueError(f"unknown {what} settings {unknown}; expected some of {sorted(names)}")
+    return data
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _whole(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {low}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; expected a number between {low:g} and {high:g}")

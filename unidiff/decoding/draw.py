@@ -1,0 +1,153 @@
+"""Tokens from logits: keyed noise, filters, exact categorical draws and confidences. Tensors in, tensors out.
+
+Draws invert the cumulative distribution in float64 with one uniform per position. (Gumbel noise in float32 lowers the
+temperature silently; "unmask this position?" is decided elsewhere, with a uniform of its own.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import ModalityDecoding
+from unidiff.diffusion.noise import keyed_uniform
+
+TOKEN, UNMASK, CHOICE, ORDER, REMASK = range(5)  # independent uses of noise within a step
+_USES = 8
+_DOMAIN = 0x5A17  # keeps the sampler's noise apart from training's
+_CHUNK = 1 << 24  # float64 numbers held at once per intermediate
+
+
+class RowNoise:
+    """Uniform noise that depends on (row seed, step, use, place in the row) only: not on batch size or padding.
+
+    Args:
+        seeds: int64 `[B]`, one per row.
+        valid: bool `[B, L]`; a position's place is its rank among the valid ones, wherever padding lies.
+    """
+
+    def __init__(self, seeds: Tensor, valid: Tensor) -> None:
+        if seeds.shape != (valid.shape[0],) or seeds.is_floating_point():
+            raise ValueError(
+                f"seeds have shape {tuple(seeds.shape)} and dtype {seeds.dtype}; expected int64 [{valid.shape[0]}], one per row"
+            )
+        self.seeds = seeds.to(valid.device, torch.long)
+        self.place = (valid.long().cumsum(1) - 1).clamp_min(0)  # [B, L]
+
+    def __call__(self, step: int, use: int) -> Tensor:
+        """float64 `[B, L]` in (0, 1)."""
+        u = keyed_uniform(_DOMAIN, self.seeds, step * _USES + use, self.place.shape[1])
+        return u.gather(1, self.place).clamp_max(1 - 2**-53)  # 53 random bits plus a half may round up to 1
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniforms."""
+    return -torch.log(-torch.log(u))
+
+
+def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Index of the category whose stretch of the cumulative sum holds u; exact to the last bit of float64.
+
+    Args:
+        probabilities: `[..., V]`, non-negative, not necessarily normalised.
+        u: `[...]` in (0, 1).
+    Returns:
+        int64 `[...]`; a category of probability 0 is never returned.
+    """
+    cdf = probabilities.double().cumsum(-1)
+    total = cdf[..., -1]
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target[..., None], right=True)[..., 0].clamp_max(cdf.shape[-1] - 1)
+
+
+def kept_tokens(sorted_probabilities: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """bool, which of the descending probabilities `[..., V]` survive: the k best, and the smallest set that reaches p."""
+    keep = torch.ones_like(sorted_probabilities, dtype=torch.bool)
+    if top_k is not None:
+        keep[..., top_k:] = False
+    if top_p is not None:
+        before = sorted_probabilities.cumsum(-1) - sorted_probabilities
+        keep &= before < top_p
+        keep[..., 0] = True
+    return keep
+
+
+def draw_tokens(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """One token per position from softmax(logits / temperature) after the filters.
+
+    Args:
+        logits: float `[..., V]`; -inf removes a token.
+        u: float64 uniforms `[...]`.
+    Returns:
+        int64 `[...]`; ties at temperature 0 go to the lowest index.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.double() / temperature
+    if top_k is None and top_p is None:
+        return inverse_cdf(scaled.softmax(-1), u)
+    ranked = scaled.sort(dim=-1, descending=True, stable=True)
+    p = ranked.values.softmax(-1)
+    p = p * kept_tokens(p, top_k, top_p)
+    return ranked.indices.gather(-1, inverse_cdf(p, u)[..., None])[..., 0]
+
+
+def confidence_of(log_p: Tensor, probability: Tensor, measure: str, noise: Tensor) -> Tensor:
+    """How sure the model is of each position, float64 `[...]`; larger is surer.
+
+    Args:
+        log_p: log-probabilities `[..., V]`.
+        probability: of the chosen token, `[...]`.
+        measure: `probability`, `margin`, `entropy` (negative) or `random`.
+        noise: uniforms `[...]` for `random`.
+    """
+    if measure == "probability":
+        return probability
+    if measure == "random":
+        return noise
+    p = log_p.exp()
+    if measure == "margin":
+        best = p.topk(min(2, p.shape[-1]), dim=-1).values
+        return best[..., 0] - (best[..., 1] if p.shape[-1] > 1 else 0.0)
+    return torch.xlogy(p, p).sum(-1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was drawn at n positions per row.
+
+    Attributes:
+        token: int64 `[B, n]`, index inside the modality's slice.
+        probability: float64 `[B, n]`, of that token before temperature and filters.
+        confidence: float64 `[B, n]`, by the chosen measure.
+        sound: bool scalar, False where a position had NaN, +inf, or no token left.
+    """
+
+    token: Tensor
+    probability: Tensor
+    confidence: Tensor
+    sound: Tensor
+
+
+def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor) -> Choice:
+    """Draw a token at every position and say how sure the model is of it.
+
+    Args:
+        logits: float `[B, n, V]`, guided, with -inf at forbidden tokens.
+        live: bool `[B, n]`; the others are padding of the index.
+        settings: temperature, filters and confidence measure.
+        u, noise: float64 `[B, n]`, for the token and for `random` confidence.
+    """
+    rows, _, width = logits.shape
+    size = max(1, _CHUNK // max(1, rows * width))
+    parts = []
+    for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
+        token = draw_tokens(part, u_part, settings.temperature, settings.top_k, settings.top_p)
+        log_p = part.double().log_softmax(-1)
+        probability = log_p.gather(-1, token[..., None])[..., 0].exp()
+        parts.append((token, probability, confidence_of(log_p, probability, settings.confidence, noise_part)))
+    token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    sound = (logits.amax(-1).isfinite() | ~live).all()
+    return Choice(token, probability, confidence, sound)

@@ -1,0 +1,143 @@
+"""`Request`: everything one call of the sampler owns. Nothing of it lives in the sampler, the model or the process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import SamplerConfig
+from unidiff.decoding.draw import RowNoise
+from unidiff.decoding.eos import EndOfText
+from unidiff.decoding.forward import Denoiser, Forward
+from unidiff.decoding.guidance import hidden_from
+from unidiff.decoding.state import Clock, DecodeState
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
+
+if TYPE_CHECKING:
+    from unidiff.decoding.sampler import Work
+
+_WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation
+
+
+@dataclass
+class Request:
+    """State, streams, noise and bookkeeping of one decode.
+
+    Attributes:
+        stream_of: unconditional stream of each modality with targets.
+        sound: bool scalar, False once a model returned logits that cannot be used.
+        limit: passes after which a decode cannot be running any more.
+    """
+
+    state: DecodeState
+    forward: Forward
+    noise: RowNoise
+    stream_of: dict[Modality, int]
+    end_of_text: EndOfText | None
+    order: str
+    targets: dict[Modality, int]
+    limit: int
+    sound: Tensor
+
+    @classmethod
+    def open(
+        cls,
+        model: Denoiser,
+        vocabulary: Vocabulary,
+        config: SamplerConfig,
+        batch: TokenBatch,
+        seeds: Tensor,
+        condition: Tensor | None,
+    ) -> Request:
+        if condition is not None and (condition.shape != batch.ids.shape or condition.dtype != torch.bool):
+            raise ValueError(
+                f"condition has shape {tuple(condition.shape)} and dtype {condition.dtype}; expected bool {batch.shape}"
+            )
+        noise = RowNoise(seeds, batch.valid)
+        clocks, targets, hides, stream_of = {}, {}, [], {}
+        for modality, settings in ((Modality.TEXT, config.text), (Modality.IMAGE, config.image)):
+            clock = Clock.open(modality, settings, batch)
+            most = int(clock.wanted.sum(1).max())
+            if not most:
+                continue
+            start, stop = vocabulary.range_of(modality)
+            if start == stop:
+                raise ValueError(f"the batch has {modality.name.lower()} targets, but the vocabulary has no such ids")
+            clocks[modality], targets[modality] = clock, most
+            hides.append(hidden_from(config.guidance, modality, batch, condition))
+            stream_of[modality] = len(hides)
+        if len(hides) == 2 and bool((hides[0] == hides[1]).all()):  # one unconditional pass serves both
+            hides.pop()
+            stream_of = dict.fromkeys(stream_of, 1)
+        limit = sum(2 * targets[m] + c.settings.steps + c.settings.remask_budget for m, c in clocks.items()) + 1
+        eos = vocabulary.specials.get("eos") if config.stop_at_eos and Modality.TEXT in clocks else None
+        return cls(
+            DecodeState.start(batch.hide_targets(vocabulary), clocks),
+            Forward(model, vocabulary, batch, hides),
+            noise,
+            stream_of,
+            None if eos is None else EndOfText(batch, eos),
+            config.order,
+            targets,
+            limit,
+            torch.ones((), dtype=torch.bool, device=batch.ids.device),
+        )
+
+    def waiting(self, modality: Modality) -> Tensor:
+        """bool `[B]`: rows whose other modality goes first and is not complete."""
+        first = {"text_first": Modality.TEXT, "image_first": Modality.IMAGE}.get(self.order)
+        if first is None or first == modality or first not in self.state.clocks or self.state.finishing:
+            return torch.zeros_like(self.state.open[:, 0])
+        leader = self.state.clocks[first]
+        return (self.state.open & leader.wanted).any(1) | leader.pending
+
+    def synchronise(self, work: Sequence[Work]) -> bool:
+        """Read the flags of a pass from the device in one go; False when nothing is left to do.
+
+        Raises:
+            ValueError: the last pass met logits that cannot be used.
+            RuntimeError: more passes than any decode needs, so a policy withholds logits for ever.
+        """
+        state = self.state
+        left = state.open.any()
+        for w in work:
+            left = left | w.clock.pending.any()
+        flags = [left, self.sound]
+        for w in work:
+            flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]
+        unfinished, sound, *rest = torch.stack([f.long() for f in flags]).tolist()
+        if not sound:
+            raise ValueError(
+                "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
+            )
+        for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
+            unit = math.ceil(self.targets[w.clock.modality] / _WIDTHS)
+            w.width = min(unit * math.ceil(most / unit), state.open.shape[1])
+            w.guided = bool(guided)
+        if unfinished and state.step >= self.limit:
+            raise RuntimeError(
+                f"the decode is not complete after {state.step} passes; the cache policy never asks for logits at "
+                "some open position"
+            )
+        return bool(unfinished)
+
+    def streams(self, work: Sequence[Work]) -> list[int]:
+        """The conditional stream and the unconditional ones that this pass mixes in."""
+        return sorted({0, *(self.stream_of[w.clock.modality] for w in work if w.guided)})
+
+    def time(self, work: Sequence[Work]) -> Tensor:
+        """Diffusion time `[B]` for time-conditioned models: that of the modality which is furthest behind."""
+        return torch.stack([w.time for w in work]).amax(0)
+
+    def end_pass(self) -> None:
+        state = self.state
+        if self.end_of_text is not None:
+            state.settle(self.end_of_text.closed(state.ids, state.open), self.end_of_text.eos_id)
+        for clock in state.clocks.values():
+            clock.end_pass()
+        state.step += 1

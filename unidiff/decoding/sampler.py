@@ -1,0 +1,220 @@
+"""The sampler: one loop that unmasks any part of a sequence, text or image or both."""
+
+from __future__ import annotations
+
+import time as wall
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding import draw
+from unidiff.decoding.commit import decide, decide_early, quota, unmask_chance
+from unidiff.decoding.config import SamplerConfig
+from unidiff.decoding.forward import Denoiser
+from unidiff.decoding.guidance import mix, scale_at
+from unidiff.decoding.policies import NoCache, RefreshPolicy
+from unidiff.decoding.remask import remdm_sigma, unsure_tokens
+from unidiff.decoding.request import Request
+from unidiff.decoding.state import Clock, DecodeState
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
+
+Callback = Callable[[int, DecodeState], bool | None]
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """A finished decode.
+
+    Attributes:
+        batch: the request with every target filled.
+        confidence: float32 `[B, L]`, probability of each decoded token when it was committed (guided, at temperature 1,
+            before filters); 1 at known tokens and end-of-text fill.
+        nfe: network evaluations of a row; a guided pass counts once per stream.
+        seconds: wall-clock time.
+        trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
+        steps: passes of the loop, those that needed no forward included.
+    """
+
+    batch: TokenBatch
+    confidence: Tensor
+    nfe: int
+    seconds: float
+    trajectory: list[Tensor] | None = None
+    steps: int = 0
+
+
+@dataclass
+class Work:
+    """What one modality does in one pass.
+
+    Attributes:
+        candidates: bool `[B, L]`, positions whose logits are wanted.
+        decided: all candidates are filled whatever the model says (rules that do not look at confidences).
+        quota: int64 `[B]`. sigma: float64 `[B]`, ReMDM's chance. time: float64 `[B]`. scale: guidance `[B]`.
+        width: most candidates in a row, rounded up so that few different shapes occur. guided: some row has scale != 1.
+    """
+
+    clock: Clock
+    candidates: Tensor
+    decided: bool
+    quota: Tensor
+    sigma: Tensor
+    time: Tensor
+    scale: Tensor
+    width: int = 0
+    guided: bool = False
+
+
+class Sampler:
+    """Fills the targets of a batch by masked diffusion.
+
+    Args:
+        model: anything with `hidden` and `head` (see `Denoiser`), in evaluation mode.
+        vocabulary: id layout; `specials["eos"]`, where present, ends text rows.
+        config: see `SamplerConfig`.
+        policy: what each pass recomputes; no cache when left out.
+
+    Raises:
+        ValueError: `forbid` names an id outside the vocabulary or leaves a modality without tokens.
+    """
+
+    def __init__(
+        self, model: Denoiser, vocabulary: Vocabulary, config: SamplerConfig, policy: RefreshPolicy | None = None
+    ) -> None:
+        self.model, self.vocabulary, self.config = model, vocabulary, config
+        self.policy: RefreshPolicy = NoCache() if policy is None else policy
+        settings = {Modality.TEXT: config.text, Modality.IMAGE: config.image}
+        self._banned = {m: _banned_offsets(vocabulary, m, s.forbid) for m, s in settings.items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch: TokenBatch,
+        seeds: Tensor,
+        condition: Tensor | None = None,
+        callback: Callback | None = None,
+        record: bool = False,
+    ) -> SamplerOutput:
+        """Decode every target (`valid & ~given`). Known tokens never change and [MASK] is never emitted.
+
+        Args:
+            batch: the request; ids at targets do not matter.
+            seeds: int64 `[B]`; a row's result depends on its own seed and tokens only.
+            condition: bool `[B, L]`, given positions that the unconditional guidance stream does not see; overrides
+                `guidance.hide`.
+            callback: called after each pass as `callback(step, state)`; returning False fills the rest in one last pass.
+            record: keep the ids after each pass.
+
+        Raises:
+            ValueError: seeds or condition of another shape, or a model that returns NaN or infinite logits.
+        """
+        begun = wall.perf_counter()
+        # 1. hide the targets; open the clocks, the guidance streams and the noise
+        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, condition)
+        state, forward = request.state, request.forward
+        trajectory = [state.ids.clone()] if record else None
+        while True:
+            # 2. which positions may be filled now: blocks, order, and rules that need no look at the model
+            work = [self._begin(request, clock) for clock in state.clocks.values()]
+            if not request.synchronise(work):  # the only host synchronisation of a pass
+                break
+            busy = [w for w in work if w.width]
+            state.written = torch.zeros_like(state.open)
+            if busy:
+                # 3. plan: what to recompute and where logits are wanted
+                plan = self.policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
+                # 4. forward: features [B, L, D] of every guidance stream in use
+                forward.run(state.ids, plan, request.streams(busy), request.time(work))
+                state.nfe = forward.evaluations
+                # 5. logits, guidance, tokens, commit: each modality by its own rules
+                for w in busy:
+                    self._fill(request, w, w.candidates if plan.logits is None else w.candidates & plan.logits)
+            # 6. remask: committed tokens become fresh work
+            for w in work:
+                self._remask(request, w)
+            # 7. close finished texts, move the clocks, let policy and callback look
+            request.end_pass()
+            if busy:
+                self.policy.observe(state, plan)
+            if trajectory is not None:
+                trajectory.append(state.ids.clone())
+            if callback is not None and callback(state.step - 1, state) is False:
+                state.finishing = True
+        return SamplerOutput(
+            state.batch, state.confidence, state.nfe, wall.perf_counter() - begun, trajectory, state.step
+        )
+
+    def _begin(self, request: Request, clock: Clock) -> Work:
+        """Candidates of one modality, with everything its rules need to know about the clock."""
+        state, settings = request.state, clock.settings
+        clock.begin_pass(state.open, request.waiting(clock.modality))
+        step, steps = clock.step, clock.steps
+        time = clock.time(state.open)
+        sigma = torch.zeros_like(time)
+        if settings.remask == "remdm":
+            sigma = remdm_sigma(settings.schedule, step, steps, settings.remask_cap)
+        count = clock.remaining
+        if settings.rule == "quota":
+            count = quota(settings.schedule, clock.start, clock.remaining, step, steps)
+        decided = None
+        if state.finishing:
+            decided = state.open & clock.wanted
+        elif settings.rule == "ancestral":
+            chance = unmask_chance(settings.schedule, step, steps, sigma)
+            decided = clock.active & (request.noise(state.step, draw.UNMASK) < chance[:, None])
+        else:
+            decided = decide_early(settings, clock.active, count, request.noise(state.step, draw.ORDER))
+        candidates = clock.active if decided is None else decided
+        scale = scale_at(self.config.guidance, clock.modality, time)
+        return Work(clock, candidates, decided is not None, count, sigma, time, scale)
+
+    def _fill(self, request: Request, work: Work, wanted: Tensor) -> None:
+        """Draw tokens at the wanted positions `[B, L]` of one modality and commit those that its rule picks."""
+        state, settings, modality = request.state, work.clock.settings, work.clock.modality
+        streams = [0, request.stream_of[modality]] if work.guided else [0]
+        logits = request.forward.logits(modality, wanted, work.width, streams)
+        values = mix(*logits.values, work.scale) if work.guided else logits.values[0]  # [B, n, V]
+        if len(self._banned[modality]):
+            values = values.index_fill(-1, self._banned[modality].to(values.device), -torch.inf)
+        token_noise, order_noise, choice_noise = (
+            request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
+        )  # [B, n]
+        choice = draw.choose(values, logits.live, settings, token_noise, order_noise)
+        request.sound &= choice.sound
+        pick = logits.live
+        if not work.decided:
+            score = choice.confidence
+            if settings.choice_temperature:
+                base = score.log() if settings.confidence == "probability" else score
+                score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(choice_noise)
+            pick = decide(settings, choice.confidence, score, logits.live, work.quota)
+        start, _ = self.vocabulary.range_of(modality)
+        state.written |= state.write(logits.index, pick, choice.token + start, choice.probability)
+
+    def _remask(self, request: Request, work: Work) -> None:
+        """Mask committed tokens of one modality again, where its settings ask for it."""
+        state, clock, settings = request.state, work.clock, work.clock.settings
+        if settings.remask == "none" or state.finishing:
+            return
+        earlier = state.committed & ~state.written
+        if settings.remask == "remdm":
+            again = earlier & clock.in_block & (request.noise(state.step, draw.REMASK) < work.sigma[:, None])
+        else:
+            candidates = earlier & clock.wanted & clock.running[:, None]
+            budget = settings.remask_budget - clock.remasked
+            again = unsure_tokens(state.confidence, candidates, settings.remask_threshold, budget)
+        clock.remasked = clock.remasked + again.sum(1)
+        state.mask_again(again, self.vocabulary.mask_of(clock.modality))
+
+
+def _banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...]) -> Tensor:
+    """Offsets in the modality's slice that may not be emitted, int64."""
+    if outside := [i for i in forbid if not 0 <= i < vocabulary.size]:
+        raise ValueError(f"forbid names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+    start, stop = vocabulary.range_of(modality)
+    offsets = {i - start for i in forbid if start <= i < stop} | set(vocabulary.forbidden(modality))
+    if stop > start and len(offsets) == stop - start:
+        raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
+    return torch.tensor(sorted(offsets), dtype=torch.long)

@@ -1,0 +1,163 @@
+"""What a decode knows between passes: the tokens, what is still open, and one clock per modality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.blocks import block_ids, block_steps, current_block
+from unidiff.decoding.config import ModalityDecoding
+from unidiff.tokens import Modality, TokenBatch
+
+
+@dataclass
+class Clock:
+    """Where each row stands in the decode of one modality.
+
+    Attributes:
+        wanted: bool `[B, L]`, the modality's targets.
+        blocks: int64 `[B, L]`, see `block_ids`. count: int64 `[B]`, blocks of the row.
+        block: int64 `[B]`, the one being decoded, -1 before the first. step: passes made in it. start: positions that
+            were masked when it began.
+        active: bool `[B, L]`, positions that may be filled in this pass. running: bool `[B]`, rows that take part in it.
+        remasked: int64 `[B]`, how many tokens of the row were masked again.
+    """
+
+    modality: Modality
+    settings: ModalityDecoding
+    wanted: Tensor
+    blocks: Tensor
+    count: Tensor
+    block: Tensor
+    step: Tensor
+    start: Tensor
+    active: Tensor
+    running: Tensor
+    remasked: Tensor
+
+    @classmethod
+    def open(cls, modality: Modality, settings: ModalityDecoding, batch: TokenBatch) -> Clock:
+        wanted = batch.targets & (batch.modality == modality)
+        blocks = block_ids(batch, wanted, settings.block_length, settings.block_order)
+        count = torch.where(wanted, blocks + 1, 0).amax(1)
+        zero = torch.zeros_like(count)
+        nowhere, never = torch.zeros_like(wanted), torch.zeros_like(zero, dtype=torch.bool)
+        return cls(modality, settings, wanted, blocks, count, zero - 1, zero, zero, nowhere, never, zero)
+
+    def begin_pass(self, open_: Tensor, waiting: Tensor) -> None:
+        """Find the block each row works on: the lowest with an open position. Rows in `waiting` `[B]` pause."""
+        own = open_ & self.wanted & ~waiting[:, None]
+        block = current_block(self.blocks, own)
+        pending = self.pending & ~waiting
+        block = torch.where(pending, self.block, block)
+        self.active = own & (self.blocks == block[:, None])
+        self.running = self.active.any(1) | pending
+        moved = self.running & (block != self.block)
+        self.block = torch.where(moved, block, self.block)
+        self.step = torch.where(moved, 0, self.step)
+        self.start = torch.where(moved, self.remaining, self.start)
+
+    def end_pass(self) -> None:
+        self.step = self.step + self.running.long()
+
+    @property
+    def pending(self) -> Tensor:
+        """bool `[B]`: rows whose block has passes left although nothing may be open (ReMDM may mask tokens again)."""
+        if self.settings.remask != "remdm":
+            return torch.zeros_like(self.running)
+        return (self.block >= 0) & (self.step < self.steps)
+
+    @property
+    def remaining(self) -> Tensor:
+        """int64 `[B]`: open positions of the current block."""
+        return self.active.sum(1)
+
+    @property
+    def in_block(self) -> Tensor:
+        """bool `[B, L]`: targets of the block that running rows work on."""
+        return self.wanted & (self.blocks == self.block[:, None]) & self.running[:, None]
+
+    @property
+    def steps(self) -> Tensor:
+        """int64 `[B]`: passes planned for the current block."""
+        return block_steps(self.settings.steps, self.count, self.block.clamp_min(0))[0]
+
+    def time(self, open_: Tensor) -> Tensor:
+        """float64 `[B]` in [0, 1], diffusion time at this pass: 1 = all masked.
+
+        The share of the planned passes still to come, or of the positions still open where the rule plans none.
+        """
+        if self.settings.rule in ("quota", "ancestral"):
+            own, before = block_steps(self.settings.steps, self.count, self.block.clamp_min(0))
+            total = torch.maximum(self.count, torch.full_like(self.count, self.settings.steps))
+            return (1 - (before + torch.minimum(self.step, own)).double() / total).clamp(0, 1)
+        return (open_ & self.wanted).sum(1).double() / self.wanted.sum(1).clamp_min(1)
+
+
+@dataclass
+class DecodeState:
+    """The decode between two passes. Policies and callbacks read it; only the sampler writes.
+
+    Attributes:
+        batch: current tokens, [MASK] at open positions.
+        open: bool `[B, L]`, targets still masked.
+        settled: bool `[B, L]`, targets that may not be masked again (end-of-text fill).
+        written: bool `[B, L]`, filled in the last pass.
+        confidence: float32 `[B, L]`, probability of each decoded token when it was committed; 1 at known tokens
+            and end-of-text fill, 0 while open.
+        clocks: one per modality that has targets.
+        step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
+        finishing: the next pass fills everything that is open.
+    """
+
+    batch: TokenBatch
+    open: Tensor
+    settled: Tensor
+    written: Tensor
+    confidence: Tensor
+    clocks: dict[Modality, Clock] = field(default_factory=dict)
+    step: int = 0
+    nfe: int = 0
+    finishing: bool = False
+
+    @classmethod
+    def start(cls, hidden: TokenBatch, clocks: dict[Modality, Clock]) -> DecodeState:
+        """`hidden` is the request with every target masked."""
+        nowhere = torch.zeros_like(hidden.given)
+        confidence = (~hidden.targets).float()
+        return cls(hidden, hidden.targets.clone(), nowhere, nowhere, confidence, clocks)
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 `[B, L]`."""
+        return self.batch.ids
+
+    @property
+    def committed(self) -> Tensor:
+        """bool `[B, L]`: decoded targets, which remasking may revise."""
+        return self.batch.targets & ~self.open & ~self.settled
+
+    def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> Tensor:
+        """Put tokens at the picked entries of an index `[B, n]`; returns the filled positions bool `[B, L]`."""
+        ids = torch.where(pick, token, self.ids.gather(1, index))
+        sure = torch.where(pick, confidence.float(), self.confidence.gather(1, index))
+        self.batch = self.batch.replace(ids=self.ids.scatter(1, index, ids))
+        self.confidence = self.confidence.scatter(1, index, sure)
+        filled = torch.zeros_like(self.open).scatter(1, index, pick)
+        self.open = self.open & ~filled
+        return filled
+
+    def mask_again(self, where: Tensor, mask_id: int) -> None:
+        """Committed tokens at `where` bool `[B, L]` become open."""
+        self.batch = self.batch.replace(ids=torch.where(where, mask_id, self.ids))
+        self.confidence = torch.where(where, 0.0, self.confidence)
+        self.open = self.open | where
+
+    def settle(self, where: Tensor, token: int) -> None:
+        """Fill open positions at `where` for good, with a token that was not decoded."""
+        self.batch = self.batch.replace(ids=torch.where(where, token, self.ids))
+        self.confidence = torch.where(where, 1.0, self.confidence)
+        self.open = self.open & ~where
+        self.settled = self.settled | where
