@@ -41,6 +41,9 @@ class ImagePreprocess:
                 raise ValueError(f"image {height}x{width} is smaller than the tokenizer factor {self.factor}")
         else:
             crop = (self.size, self.size)
+            # A 1 x 10,000 strip would be resized to gigabytes first; twice the kept square leaves the result the same.
+            height, width = min(height, 2 * width), min(width, 2 * height)
+            image = v2.functional.center_crop(image, [height, width])
             if min(height, width) != self.size:
                 scale = self.size / min(height, width)
                 resized = [max(self.size, round(side * scale)) for side in (height, width)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,6 +72,24 @@ class MixtureSchedule:
         sources = self.block(number)
         source = int(sources[place])
         return source, number * self.counts[source] + int((sources[:place] == source).sum())
+
+
+def parse_sources(spec: str | Sequence[str]) -> list[tuple[str, float]]:
+    """Shard patterns and weights of a setting: `"a-{0..9}.tar@3 :: b.tar@1"`.
+
+    Without any `@weight` the whole setting is one source, its patterns one after the other; with one, each pattern is a
+    source and those without a weight have 1.
+
+    Raises:
+        ValueError: nothing given, or an empty pattern.
+    """
+    parts = [p.strip() for whole in ([spec] if isinstance(spec, str) else spec) for p in whole.split("::")]
+    if not parts or not all(parts):
+        raise ValueError(f"empty shard pattern in {spec!r}; give a path, a brace pattern or an http(s) URL")
+    found = [re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", part) for part in parts]
+    if not any(found):
+        return [("::".join(parts), 1.0)]
+    return [(m[1], float(m[2])) if m else (part, 1.0) for m, part in zip(found, parts, strict=True)]
 
 
 class MixedSource:

@@ -47,9 +47,9 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     for pattern in (part.strip() for whole in patterns for part in str(whole).split("::")):
         if not pattern:
             raise ValueError(f"empty shard pattern in {patterns}; give a path, a brace pattern or an http(s) URL")
-        _check_scheme(pattern)
+        check_scheme(pattern)
         for url in braceexpand.braceexpand(pattern):
-            _check_scheme(url)
+            check_scheme(url)
             found = [url]
             if os.path.isdir(url):
                 found = sorted(glob.glob(os.path.join(glob.escape(url), "*.tar")))
@@ -63,7 +63,8 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     return urls
 
 
-def _check_scheme(url: str) -> None:
+def check_scheme(url: str) -> None:
+    """Raise ValueError unless `url` is a path, a file URL or an http(s) URL; call it before webdataset opens anything."""
     scheme = urlparse(url).scheme
     if scheme == "pipe":
         raise ValueError(f"{url!r} is refused: a `pipe:` source runs a shell command; give a file or an http(s) URL")
@@ -83,7 +84,7 @@ def read_shard(url: str, require: Sequence[Sequence[str]] = ()) -> Iterator[dict
         dicts of bytes by member name with `__key__`, `__url__` and `__ignored__` (extensions never decoded), or a
         `Skip`. Damage ends the shard with a single `Skip`, whose key is the sample the cut went through.
     """
-    _check_scheme(url)
+    check_scheme(url)
     try:
         stream = gopen(url, "rb")
     except OSError as error:

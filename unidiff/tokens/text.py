@@ -131,7 +131,9 @@ class TextTokenizer:
         ids = [int(i) for i in ids]
         if bad := [i for i in ids if not 0 <= i < self.size]:
             raise ValueError(f"text id {bad[0]} is outside [0, {self.size}); was an image code or [MASK] passed?")
-        return self.tokenizer.decode(ids, skip_special_tokens=not keep_specials, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=not keep_specials, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list only for a batch of sequences
+        return text
 
     @property
     def size(self) -> int:

@@ -1,0 +1,229 @@
+"""Token shards by number: a set of pre-tokenised tars as a deterministic map from draw number to row."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unidiff.data import report
+from unidiff.data.manifest import TokenManifest
+from unidiff.data.members import MemberError, decode_member
+from unidiff.data.report import Skip, SkipReport
+from unidiff.data.tar import check_scheme, expand_shards, read_shard
+from unidiff.tokens import Vocabulary
+
+_LOG = logging.getLogger(__name__)
+_TOGETHER = 8  # shards whose rows are shuffled together
+_KEPT = 3 * _TOGETHER  # decoded shards held in memory
+
+Pairs = tuple[np.ndarray, np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Readable rows of one shard: codes int32 [n, h, w], captions int32 [n, T], questions per row (maybe none)."""
+
+    codes: Tensor
+    captions: Tensor
+    questions: list[Pairs]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """codes int32 `[h, w]`, caption int32 `[T]`, and (questions int32 `[Q, T]`, answer starts int32 `[Q]`) or None."""
+
+    codes: Tensor
+    caption: Tensor
+    pairs: Pairs
+
+
+class TokenSet:
+    """Rows of one list of token shards, addressed by draw number; shards are decoded when needed and kept for a while.
+
+    Args:
+        urls: the shards.
+        counts: rows of each, from the manifest.
+        layout: their common manifest.
+        seed: of the order.
+        account: gets an entry for every row that can no longer be read.
+    """
+
+    def __init__(
+        self, urls: list[str], counts: list[int], layout: TokenManifest, seed: int, account: SkipReport
+    ) -> None:
+        self.urls, self.counts, self.layout, self.seed, self.account = urls, counts, layout, seed, account
+        self.total = sum(counts)  # rows in use: `hold_out` takes some away at the end
+        self._starts = np.cumsum([0, *counts])
+        self._shards: OrderedDict[int, _Rows] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._reported: set[int] = set()
+
+    def draw(self, number: int) -> TokenRow:
+        """Row of draw `number`: every epoch permutes shards, and rows among `_TOGETHER` of them."""
+        epoch, place = divmod(number, self.total)
+        order, starts = self._epoch(epoch)
+        group = (int(np.searchsorted(starts, place, side="right")) - 1) // _TOGETHER
+        first = group * _TOGETHER
+        begin = int(starts[first])
+        end = int(starts[min(first + _TOGETHER, len(order))])
+        place = begin + int(self._within(epoch, group, end - begin)[place - begin])
+        position = int(np.searchsorted(starts, place, side="right")) - 1
+        return self.row(int(order[position]), place - int(starts[position]))
+
+    def row(self, shard: int, row: int) -> TokenRow:
+        """A row; a lost one is replaced by another of the shard, or of the next shard that has any.
+
+        Raises:
+            ValueError: no row in use can be read.
+        """
+        for step in range(len(self.urls)):
+            candidate = (shard + step) % len(self.urls)
+            rows = self._load(candidate)
+            usable = min(len(rows.codes), self._in_use(candidate))  # a held-out row never stands in for another
+            if usable:
+                place = row % usable
+                return TokenRow(rows.codes[place], rows.captions[place], rows.questions[place])
+        raise ValueError(f"none of {len(self.urls)} token shards can be read; {self.account.summary()}")
+
+    def hold_out(self, count: int) -> tuple[TokenSet, list[TokenRow]]:
+        """The set without its last `count` rows, and those rows.
+
+        Raises:
+            ValueError: nothing would be left.
+        """
+        if count >= self.total:
+            raise ValueError(f"holding out {count} rows leaves nothing of {self.total}; use fewer validation rows")
+        places = range(self.total - count, self.total)
+        shards = [int(np.searchsorted(self._starts, place, side="right")) - 1 for place in places]
+        rows = [self.row(shard, place - int(self._starts[shard])) for shard, place in zip(shards, places, strict=True)]
+        rest = self.seeded(self.seed)
+        rest.total -= count
+        return rest, rows
+
+    def seeded(self, seed: int) -> TokenSet:
+        """The same rows in another order."""
+        other = TokenSet(self.urls, self.counts, self.layout, seed, self.account)
+        other.total, other._reported = self.total, self._reported
+        return other
+
+    def _in_use(self, shard: int) -> int:
+        """Rows of a shard that are not held out."""
+        return int(np.clip(self.total - self._starts[shard], 0, self.counts[shard]))
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            order = _generator(self.seed, epoch, 0).permutation(len(self.urls))
+            starts = np.cumsum([0, *(self._in_use(int(shard)) for shard in order)])
+            _remember(self._epochs, epoch, (order, starts), 2)
+        return self._epochs[epoch]
+
+    def _within(self, epoch: int, group: int, count: int) -> np.ndarray:
+        if (epoch, group) not in self._groups:
+            _remember(self._groups, (epoch, group), _generator(self.seed, epoch, group + 1).permutation(count), 4)
+        return self._groups[epoch, group]
+
+    def _load(self, shard: int) -> _Rows:
+        if shard not in self._shards:
+            found: list[tuple[np.ndarray, np.ndarray, Pairs]] = []
+            skips: list[Skip] = []
+            for item in read_shard(self.urls[shard], (("codes.npy",), ("text.npy",))):
+                try:
+                    skips.append(item) if isinstance(item, Skip) else found.append(self._decode(item))
+                except MemberError as error:
+                    skips.append(Skip(error.reason, item["__url__"], item["__key__"], str(error)))  # type: ignore[index]
+            if shard not in self._reported:
+                self._reported.add(shard)
+                for skip in skips:
+                    self.account.add(skip)
+                    _LOG.warning("token shards: %s; other rows take its place", skip)
+            height, width = self.layout.grid
+            codes = np.stack([f[0] for f in found]) if found else np.zeros((0, height, width), np.int32)
+            captions = np.stack([f[1] for f in found]) if found else np.zeros((0, self.layout.text_length), np.int32)
+            rows = _Rows(torch.from_numpy(codes), torch.from_numpy(captions), [f[2] for f in found])
+            _remember(self._shards, shard, rows, _KEPT)
+        self._shards.move_to_end(shard)
+        return self._shards[shard]
+
+    def _decode(self, raw: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, Pairs]:
+        vocabulary, length = Vocabulary.from_dict(self.layout.vocabulary), self.layout.text_length
+        codes = _array(raw, "codes.npy", tuple(self.layout.grid), vocabulary.image_size)
+        text = _array(raw, "text.npy", (length,), vocabulary.text_size)
+        if "questions.npy" not in raw or "answer_start.npy" not in raw:
+            return codes, text, None
+        questions = _array(raw, "questions.npy", (-1, length), vocabulary.text_size)
+        starts = _array(raw, "answer_start.npy", (len(questions),), length)
+        return codes, text, (questions, starts) if len(questions) else None
+
+
+def open_token_set(pattern: str, seed: int, account: SkipReport) -> TokenSet:
+    """Open the shards that one pattern names.
+
+    A folder (or a URL that ends in `/`) stands for every shard in its manifest, whether or not the file still exists.
+
+    Raises:
+        FileNotFoundError: shards without `tokens.json`.
+        ValueError: a refused source, shards of different layout, or no rows.
+    """
+    urls, counts, layout = [], [], None
+    manifests: dict[str, TokenManifest] = {}
+    for url in token_shards(pattern):
+        folder, name = folder_of(url), url.rsplit("/", 1)[-1]
+        if folder not in manifests:
+            manifests[folder] = TokenManifest.load(folder)
+        manifest = manifests[folder]
+        if layout is not None and manifest.layout() != layout.layout():
+            raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
+        if name not in manifest.shards:
+            raise ValueError(f"{url!r} is not listed in its folder's tokens.json; encode it again")
+        layout = replace(manifest, questions=sum(m.questions for m in manifests.values()))
+        urls.append(url)
+        counts.append(manifest.shards[name])
+    if layout is None or not sum(counts):
+        raise ValueError(f"{pattern!r} holds no rows")
+    return TokenSet(urls, counts, layout, seed, account)
+
+
+def token_shards(pattern: str) -> list[str]:
+    """As `expand_shards`, with folders expanded by their manifests."""
+    urls = []
+    for part in pattern.split("::"):
+        check_scheme(part.strip())
+        folder = part.strip().rstrip("/")
+        if os.path.isdir(folder) or part.strip().endswith("/"):
+            urls += [f"{folder}/{name}" for name in TokenManifest.load(folder).shards]
+        else:
+            urls += expand_shards(part)
+    return urls
+
+
+def folder_of(url: str) -> str:
+    """The folder of a shard, "" for the current one."""
+    return url.rsplit("/", 1)[0] if "/" in url else ""
+
+
+def _array(raw: dict[str, Any], name: str, shape: tuple[int, ...], limit: int) -> np.ndarray:
+    array = decode_member(name, raw[name])
+    fits = array.ndim == len(shape) and all(s in (-1, n) for s, n in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype.kind not in "iu":
+        raise MemberError(report.BAD_ARRAY, f"{name} is {array.dtype} {array.shape}; expected integers {shape}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
+        raise MemberError(report.BAD_ARRAY, f"{name} has ids {array.min()}..{array.max()}, outside 0..{limit - 1}")
+    return array.astype(np.int32)
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng([seed & 0xFFFFFFFF, *key])
+
+
+def _remember(store: OrderedDict, key: Any, value: Any, most: int) -> None:
+    store[key] = value
+    while len(store) > most:
+        store.popitem(last=False)
