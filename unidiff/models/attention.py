@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from unidiff.models.layers import Norm
 from unidiff.models.rotary import RotaryTables, rotate
 
-
 SHORT_ROW = 256  # tokens up to which the composed attention may hold all its scores
 
 

@@ -10,8 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Condition(NamedTuple):
+    """What the layers are conditioned on, and which tokens it reaches.
+
+    Attributes:
+        vector: `[B, cond_dim]`.
+        shifted: bool `[B, L, 1]`, tokens whose normed input is shifted and scaled; None for all.
+        gated: bool `[B, L, 1]`, tokens whose branch output is gated; None for all.
+    """
+
+    vector: Tensor
+    shifted: Tensor | None = None
+    gated: Tensor | None = None
+
+
 class Modulation(NamedTuple):
-    """Shift, scale and gate of one residual branch, broadcastable to `[B, L, D]`."""
+    """adaLN of one residual branch, each broadcastable to `[B, L, D]`."""
 
     shift: Tensor
     scale: Tensor
@@ -38,20 +52,29 @@ class TimeEmbedding(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """The condition `[B, cond_dim]` to `count` modulation vectors, each `[B, 1, D]`, or per token where restricted.
+    """The condition to modulation vectors: `branches` times (shift, scale, gate), or one (shift, scale).
 
     Zero-initialised, so a gated branch starts as the identity.
     """
 
-    def __init__(self, cond_dim: int, size: int, count: int) -> None:
+    def __init__(self, cond_dim: int, size: int, branches: int | None) -> None:
         super().__init__()
-        self.count = count
-        self.linear = nn.Linear(cond_dim, count * size)
+        self.branches = branches
+        self.linear = nn.Linear(cond_dim, (2 if branches is None else 3 * branches) * size)
 
-    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(cond)[:, None].chunk(self.count, dim=-1)
+    def forward(self, condition: Condition) -> list[Modulation]:
+        """One `Modulation` per branch; with `branches=None` one whose gate is 1."""
+        parts = self.linear(condition.vector)[:, None].chunk(2 if self.branches is None else 3 * self.branches, dim=-1)
+        if self.branches is None:
+            parts = (*parts, torch.ones_like(parts[0]))
+        reach = ((condition.shifted, 0.0), (condition.shifted, 0.0), (condition.gated, 1.0))
+        restricted = [
+            part if where is None else torch.where(where, part, neutral)
+            for part, (where, neutral) in zip(parts, reach * (len(parts) // 3), strict=True)
+        ]
+        return [Modulation(*restricted[i : i + 3]) for i in range(0, len(restricted), 3)]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, modulation: Modulation) -> Tensor:
     """x (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    return x * (1 + modulation.scale) + modulation.shift

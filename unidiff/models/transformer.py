@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unidiff.models.attention import Attention, block_causal_mask
 from unidiff.models.checked import CheckedModel
-from unidiff.models.conditioning import AdaLN, TimeEmbedding, modulate
+from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
 from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
 from unidiff.models.rotary import RotaryTables, rotary_tables
 from unidiff.tokens.batch import TokenBatch
@@ -24,6 +24,8 @@ class Block(nn.Module):
         norms: the two input norms.
         out_norms: the two sandwich norms on the branch outputs, or None.
         cond_dim: size of the condition for adaLN, or None without time conditioning.
+        attention_gate: whether adaLN gates the attention branch.
+        dropout: on the branch outputs, in training mode.
     """
 
     def __init__(
@@ -33,36 +35,28 @@ class Block(nn.Module):
         norms: tuple[Norm, Norm],
         out_norms: tuple[Norm, Norm] | None,
         cond_dim: int | None,
+        attention_gate: bool,
         dropout: float,
     ) -> None:
         super().__init__()
-        self.attention, self.feed_forward, self.dropout = attention, feed_forward, dropout
+        self.attention, self.feed_forward = attention, feed_forward
+        self.attention_gate, self.dropout = attention_gate, dropout
         self.attention_norm, self.ffn_norm = norms
         self.attention_out_norm, self.ffn_out_norm = out_norms or (None, None)
-        self.ada_ln = None if cond_dim is None else AdaLN(cond_dim, norms[0].weight.numel(), 6)
+        self.ada_ln = None if cond_dim is None else AdaLN(cond_dim, norms[0].weight.numel(), branches=2)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryTables,
-        mask: Tensor | None,
-        cond: Tensor | None = None,
-        conditioned: Tensor | None = None,
+        self, x: Tensor, rotary: RotaryTables, mask: Tensor | None, condition: Condition | None = None
     ) -> Tensor:
-        """`x` `[B, L, D]`, `cond` `[B, cond_dim]`, `conditioned` bool `[B, L, 1]` (None: every token)."""
+        """`x` `[B, L, D]` to the same; `mask` as in `Attention`; `condition` where the block was made with `cond_dim`."""
         if self.ada_ln is None:
-            h = self.attention(self.attention_norm(x), rotary, mask)
-            x = x + self._leave(h, self.attention_out_norm)
-            h = self.feed_forward(self.ffn_norm(x))
-            return x + self._leave(h, self.ffn_out_norm)
-        values = self.ada_ln(cond)  # 6 of [B, 1, D]
-        if conditioned is not None:
-            values = tuple(torch.where(conditioned, v, float(i in (2, 5))) for i, v in enumerate(values))
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = values
-        h = self.attention(modulate(self.attention_norm(x), shift, scale), rotary, mask)
-        x = x + gate * self._leave(h, self.attention_out_norm)
-        h = self.feed_forward(modulate(self.ffn_norm(x), ffn_shift, ffn_scale))
-        return x + ffn_gate * self._leave(h, self.ffn_out_norm)
+            x = x + self._leave(self.attention(self.attention_norm(x), rotary, mask), self.attention_out_norm)
+            return x + self._leave(self.feed_forward(self.ffn_norm(x)), self.ffn_out_norm)
+        first, second = self.ada_ln(condition)
+        h = self._leave(self.attention(modulate(self.attention_norm(x), first), rotary, mask), self.attention_out_norm)
+        x = x + (first.gate * h if self.attention_gate else h)
+        h = self._leave(self.feed_forward(modulate(self.ffn_norm(x), second)), self.ffn_out_norm)
+        return x + second.gate * h
 
     def _leave(self, h: Tensor, norm: Norm | None) -> Tensor:
         h = h if norm is None else norm(h)
@@ -89,7 +83,9 @@ class MaskedTransformer(CheckedModel):
         time_conditioning: adaLN on the time given to `hidden`; `cond_dim` the condition's size.
         time_scale: the time is multiplied by it before the sinusoidal embedding.
         constant_time: the network always sees this time, whatever it is given (MDLM without time conditioning).
-        time_tokens: "all" tokens are modulated, or only "image" tokens in rows that have any (UniDisc).
+        time_tokens: adaLN reaches "all" tokens, or "image": only image tokens, and the shift and scale (not the gate)
+            every token of rows without images (UniDisc).
+        attention_gate: whether adaLN gates the attention branch (UniDisc with sandwich norms does not).
         sandwich_norm: norms on the branch outputs as well.
         tie_head: the head is the embedding matrix.
         head_bias, linear_bias: biases of the head, of the linear layers; `ffn_bias` overrides it for the feed-forward.
@@ -121,6 +117,7 @@ class MaskedTransformer(CheckedModel):
         time_scale: float = 1.0,
         constant_time: float | None = None,
         time_tokens: str = "all",
+        attention_gate: bool = True,
         sandwich_norm: bool = False,
         tie_head: bool = False,
         head_bias: bool = False,
@@ -138,7 +135,7 @@ class MaskedTransformer(CheckedModel):
         self.embed_time = TimeEmbedding(cond_dim) if time_conditioning else None
         self.blocks = nn.ModuleList(self._make_block() for _ in range(num_layers))
         self.final_norm = Norm(hidden_size, norm, norm_eps)
-        self.final_ada_ln = AdaLN(cond_dim, hidden_size, 2) if time_conditioning else None
+        self.final_ada_ln = AdaLN(cond_dim, hidden_size, branches=None) if time_conditioning else None
         self.output_weight = None if tie_head else nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if head_bias else None
         self._init_weights()
@@ -171,18 +168,13 @@ class MaskedTransformer(CheckedModel):
         rotary = rotary_tables(positions, modality, head_dim, c.rope, c.rope_theta, c.rope_linear_factor, dtype)
         if c.attention == "block_causal":
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
-        cond, conditioned = self._condition(modality, time)
+        condition = self._condition(modality, time)
         # 3. layers
         for block in self.blocks:
-            x = block(x, rotary, attention_mask, cond, conditioned)
+            x = block(x, rotary, attention_mask, condition)
         # 4. final norm
         x = self.final_norm(x)
-        if self.final_ada_ln is not None:
-            shift, scale = self.final_ada_ln(cond)  # [B, 1, D]
-            if conditioned is not None:
-                shift, scale = (torch.where(conditioned, v, 0.0) for v in (shift, scale))
-            x = modulate(x, shift, scale)
-        return x
+        return x if self.final_ada_ln is None else modulate(x, self.final_ada_ln(condition)[0])
 
     def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]` (float64 for a float64 model)."""
@@ -195,19 +187,19 @@ class MaskedTransformer(CheckedModel):
         """Logits over the whole vocabulary, `[B, L, V]`. For tests and small models; training slices the head."""
         return self.head(self.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), time))
 
-    def _condition(self, modality: Tensor, time: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _condition(self, modality: Tensor, time: Tensor | None) -> Condition | None:
         c = self.config
         if self.embed_time is None:
-            return None, None
+            return None
         if c.constant_time is not None:
             time = torch.full((len(modality),), float(c.constant_time), device=modality.device)
         if time is None:
             raise ValueError("this model is time-conditioned: give `time`, a float tensor [B]")
-        conditioned = None
-        if c.time_tokens == "image":
-            image = modality == Modality.IMAGE  # [B, L]
-            conditioned = (image | ~image.any(1, keepdim=True))[..., None]
-        return self.embed_time(time * c.time_scale), conditioned
+        vector = self.embed_time(time * c.time_scale)
+        if c.time_tokens == "all":
+            return Condition(vector)
+        image = (modality == Modality.IMAGE)[..., None]  # [B, L, 1]
+        return Condition(vector, shifted=image | ~image.any(1, keepdim=True), gated=image)
 
     def _make_block(self) -> Block:
         c = self.config
@@ -229,6 +221,7 @@ class MaskedTransformer(CheckedModel):
             (norms[0], norms[1]),
             (norms[2], norms[3]) if c.sandwich_norm else None,
             c.cond_dim if c.time_conditioning else None,
+            c.attention_gate,
             c.dropout,
         )
 

@@ -1,0 +1,165 @@
+"""UniDisc (Swerdlow et al. 2025, arXiv 2503.20853): checkpoints of its `DIT` network, static text-then-image layout.
+
+Conventions of the family: padding is ordinary text that attention sees and no loss counts; text uses its index in the
+row, image tokens their row and column; one shared [MASK]; the network takes no time unless the config says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.dit_names import TIME_ENTRIES, head_entries
+from unidiff.released.keymap import Entry, KeyMap, build
+from unidiff.tokens.batch import TokenBatch
+from unidiff.tokens.vocabulary import Modality, Vocabulary
+
+PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1e-6
+SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
+UNSUPPORTED = ("use_pretrained_img_emb", "img_cond", "cond_label")  # other networks under the same class
+
+
+def load_unidisc(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> tuple[MaskedTransformer, Vocabulary]:
+    """Model and vocabulary from an upstream state dict and configuration.
+
+    Args:
+        state_dict: upstream names; `module.`, `_orig_mod.`, `_orig_module.` and a top-level `model` are removed.
+        config: the upstream experiment configuration (`model`, `trainer`, `data`, ...), or a mapping that holds it
+            under `config` beside `vocab_size`, `text_vocab_size` and `mask_index`. Keys that do not matter are ignored.
+        dtype: cast the weights; None keeps the checkpoint's.
+
+    Raises:
+        ValueError: weights left over, missing or misshaped, or an option that is another network.
+    """
+    kwargs = unidisc_config(config)
+    return build(kwargs, unidisc_keymap(kwargs), state_dict, dtype), unidisc_vocabulary(config)
+
+
+def unidisc_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
+    """The model's weights under upstream names."""
+    return unidisc_keymap(model.config).to_theirs(model.state_dict())
+
+
+def unidisc_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
+    """Text ids, [MASK], then image codes; upstream's text vocabulary counts [MASK]."""
+    model = config.get("config", config)["model"]
+    text_size = config.get("text_vocab_size", model["text_vocab_size"])
+    size = config.get("vocab_size", text_size + model["image_vocab_size"])
+    mask_id = config.get("mask_index", text_size - 1)
+    if mask_id != text_size - 1:
+        raise ValueError(f"mask_index = {mask_id}; UniDisc keeps [MASK] last of its text ids, at {text_size - 1}")
+    specials = {name: i for name, i in SPECIALS.items() if i < mask_id}
+    return Vocabulary(size, (0, mask_id), (text_size, size), mask_id, specials=specials)
+
+
+def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
+    full = config.get("config", config)
+    model = full["model"]
+    if used := [name for name in UNSUPPORTED if model.get(name)]:
+        raise ValueError(
+            f"UniDisc option {used[0]} = {model[used[0]]!r} is another network; only the plain DIT is supported"
+        )
+    if not model.get("full_attention", True):
+        raise ValueError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
+    if full.get("data", {}).get("require_sample_ids", False):
+        raise ValueError("UniDisc option data.require_sample_ids = True (interleaved layout) is not supported")
+    norm = {"layernorm": "layer", "rms": "rms"}[model.get("norm_type", "layernorm")]
+    sandwich = bool(model.get("sandwich_normalization", False))
+    return {
+        "vocab_size": unidisc_vocabulary(config).size,
+        "hidden_size": model.get("hidden_size", 768),
+        "num_layers": model.get("n_blocks", 12),
+        "num_heads": model.get("n_heads", 12),
+        "ffn_size": 4 * model.get("hidden_size", 768),
+        "norm": norm,
+        "norm_eps": RMS_NORM_EPS if norm == "rms" else LAYER_NORM_EPS,
+        "qk_norm": "width" if model.get("qk_norm", False) else "none",
+        "qk_norm_type": "layer_bias",
+        "qk_norm_eps": LAYER_NORM_EPS,
+        "activation": "gelu_tanh",
+        "rope": "2d" if model.get("rope_2d", False) else "1d",
+        "rope_linear_factor": float(model.get("linear_factor") or 1.0),
+        "modality_embedding": bool(model.get("modality_embed", False)),
+        "time_conditioning": bool(full.get("time_conditioning", False) or model.get("force_time_conditioning", False)),
+        "cond_dim": model.get("cond_dim", 128),
+        "time_tokens": "image",
+        "attention_gate": not sandwich,
+        "sandwich_norm": sandwich,
+        "head_bias": True,
+        "ffn_bias": True,
+        "dropout": float(model.get("dropout", 0.1)),
+    }
+
+
+def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:
+    """Names for a model made with `unidisc_config` arguments (its `config` serves too)."""
+    time, sandwich = config["time_conditioning"], config["sandwich_norm"]
+    block = [
+        ("attention.qkv.weight", "attention.attn_qkv.weight"),
+        ("attention.out.weight", "attention.attn_out.weight"),
+        *((f"attention.{n}_norm.{p}",) * 2 for n in "qk" for p in ("weight", "bias") if config["qk_norm"] != "none"),
+        ("attention_norm.weight", "norm1.weight"),
+        ("ffn_norm.weight", "norm2.weight"),
+        *(
+            (f"feed_forward.{ours}.{p}", f"mlp.{n}.{p}")
+            for ours, n in (("up", 0), ("down", 2))
+            for p in ("weight", "bias")
+        ),
+        *((f"ada_ln.linear.{p}", f"adaLN_modulation.{p}") for p in ("weight", "bias") if time),
+        *((("ffn_out_norm.weight", "post_ff_norm.weight"),) if sandwich else ()),
+        *((("attention_out_norm.weight", "pre_residual_norm.weight"),) if sandwich else ()),
+    ]
+    entries = [
+        Entry("embed_tokens.weight", "vocab_embed.embedding"),
+        *(TIME_ENTRIES if time else ()),
+        *([Entry("embed_modality.weight", "modality_embed.embedding")] if config["modality_embedding"] else ()),
+        *(Entry(f"blocks.{{i}}.{ours}", f"blocks.{{i}}.{theirs}") for ours, theirs in block),
+        *head_entries(time),
+    ]
+    return KeyMap(entries, config["num_layers"], PREFIXES)
+
+
+def unidisc_batch(ids: Tensor, modality: Tensor, attended: Tensor | None = None) -> TokenBatch:
+    """Ids in UniDisc's static layout as a `TokenBatch`.
+
+    Every position is valid, because the network sees padding; positions that are not `attended` are given, so they are
+    never targets. Each run of image tokens is taken as one square grid.
+
+    Args:
+        ids, modality: int64 `[B, L]`.
+        attended: `[B, L]`, upstream's attention mask (0 on padding); None for all ones.
+
+    Raises:
+        ValueError: a run of image tokens that is not a square grid.
+    """
+    batch, length = ids.shape
+    image = modality == Modality.IMAGE
+    positions = torch.zeros(batch, length, 3, dtype=torch.long, device=ids.device)
+    positions[..., 0] = torch.arange(length, device=ids.device)
+    for row, start, stop in image_runs(image):
+        side = math.isqrt(stop - start)
+        if side * side != stop - start:
+            raise ValueError(f"row {row} has a run of {stop - start} image tokens; UniDisc images are square grids")
+        code = torch.arange(stop - start, device=ids.device)
+        positions[row, start:stop, 1] = code // side
+        positions[row, start:stop, 2] = code % side
+    given = torch.zeros_like(image) if attended is None else ~attended.bool()
+    everywhere = torch.ones_like(image)
+    return TokenBatch(ids, modality, given, everywhere, positions, torch.zeros_like(ids))
+
+
+def image_runs(image: Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every run of True in bool `[B, L]`."""
+    edge = torch.nn.functional.pad(image.long(), (1, 1)).diff(dim=1)  # [B, L + 1]: 1 where a run starts, -1 after it
+    starts, stops = (edge == 1).nonzero().tolist(), (edge == -1).nonzero().tolist()
+    return [(row, start, stop) for (row, start), (_, stop) in zip(starts, stops, strict=True)]
