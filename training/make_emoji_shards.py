@@ -1,0 +1,93 @@
+"""Training data from the emoji scene generator:
+
+    python training/make_emoji_shards.py shards OUT --count 10000            # webdataset tars: png, txt, json
+    python training/make_emoji_shards.py text OUT                            # the text tokenizer for these captions
+    python training/make_emoji_shards.py table OUT.safetensors --image-tokenizer DIR --text-tokenizer DIR
+
+`table` is the fast way to train the embedded model: pictures are tokenised once and held in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from unidiff.data.emoji_scenes import SceneGenerator, get_profile
+from unidiff.data.emoji_table import corpus, emoji_vocabulary, raw_samples, token_rows
+
+app = typer.Typer(add_completion=False, help=__doc__)
+ProfileName = Annotated[str, typer.Option(help="cpu (64 px, 64 objects) or gpu (128 px, the whole atlas)")]
+Seed = Annotated[int, typer.Option(help="other seeds give other scenes")]
+Split = Annotated[str, typer.Option(help="train, held_out or all")]
+
+
+@app.command()
+def shards(
+    out: Annotated[Path, typer.Argument(help="folder for the tars")],
+    count: int = 10_000,
+    profile: ProfileName = "cpu",
+    seed: Seed = 0,
+    split: Split = "train",
+    per_shard: int = 1000,
+) -> None:
+    """Write raw webdataset shards."""
+    from unidiff.data.tar import ShardWriter
+
+    scenes = SceneGenerator(get_profile(profile), seed, split)
+    with ShardWriter(out, per_shard) as writer:
+        for key, members in track(raw_samples(scenes, count), "scenes", total=count):
+            writer.write(key, members)
+
+
+@app.command()
+def text(
+    out: Annotated[Path, typer.Argument(help="folder for the tokenizer")],
+    profile: ProfileName = "cpu",
+    vocab_size: int = 1024,
+    count: int = 20_000,
+    seed: Seed = 0,
+) -> None:
+    """Train the byte-level BPE on the generator's own captions, questions and answers."""
+    from unidiff.tokens.text import TextTokenizer
+
+    tokenizer = TextTokenizer.train(corpus(SceneGenerator(get_profile(profile), seed), count), vocab_size)
+    tokenizer.save_pretrained(out)
+    typer.echo(f"{tokenizer.size} ids -> {out}")
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Argument(help="file to write, .safetensors")],
+    image_tokenizer: Annotated[Path, typer.Option(help="folder of the image tokenizer")],
+    text_tokenizer: Annotated[Path, typer.Option(help="folder of the text tokenizer")],
+    count: int = 200_000,
+    profile: ProfileName = "cpu",
+    seed: Seed = 0,
+    split: Split = "train",
+    text_length: int = 24,
+    captions: int = 4,
+    questions: int = 2,
+) -> None:
+    """Write a token table for `training/pretrain.py`."""
+    import torch
+
+    from unidiff.tokens.image_vq import VQImageTokenizer
+    from unidiff.tokens.text import TextTokenizer
+    from unidiff.train.source import TokenTable
+
+    image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
+    scenes, step = SceneGenerator(get_profile(profile), seed, split), 2048
+    parts = [
+        token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, questions)
+        for start in track(range(0, count, step), "scenes")
+    ]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    TokenTable(tensors, emoji_vocabulary(words, image.codebook_size)).save(out)
+    typer.echo(f"{count} rows -> {out}")
+
+
+if __name__ == "__main__":
+    app()

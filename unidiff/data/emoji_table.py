@@ -1,0 +1,108 @@
+"""Emoji scenes as training data: raw samples for webdataset shards, and pre-tokenised tables for the trainer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unidiff.data.collate import TEXT_PREFIX, caption_row, question_row
+from unidiff.data.emoji_language import caption_distribution, draw_question
+from unidiff.data.emoji_scenes import Profile, Scene, SceneGenerator, render
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.image import ImageEncoder
+from unidiff.tokens.text import TextTokenizer
+
+TASK_SPECIALS = ("eos", "caption", "question", "answer")
+
+
+@dataclass(frozen=True)
+class SceneTexts:
+    """What is said about one scene: captions drawn from its distribution, and (question, answer) pairs."""
+
+    captions: list[str]
+    questions: list[tuple[str, str]]
+
+
+def scene_texts(scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: int) -> SceneTexts:
+    """Texts of scene `index`, drawn independently of each other; the same for the same generator and index."""
+    rng = scenes.rng(index, "texts")
+    options = caption_distribution(scene)
+    drawn = rng.choices(list(options), list(options.values()), k=captions)
+    asked = [draw_question(scene, scenes.profile, rng) for _ in range(questions)]
+    return SceneTexts(drawn, asked)
+
+
+def corpus(scenes: SceneGenerator, count: int) -> Iterator[str]:
+    """Captions, questions and answers of `count` scenes, for training a text tokenizer."""
+    for index in range(count):
+        texts = scene_texts(scenes, index, scenes.scene(index), 1, 1)
+        yield texts.captions[0]
+        yield from texts.questions[0]
+
+
+def raw_samples(scenes: SceneGenerator, count: int) -> Iterator[tuple[str, dict]]:
+    """`(key, members)` for a shard writer: a PNG, one caption, and questions with answers in the json."""
+    for index in range(count):
+        scene = scenes.scene(index)
+        texts = scene_texts(scenes, index, scene, 1, 2)
+        buffer = io.BytesIO()
+        Image.fromarray(render(scene, scenes.profile)).save(buffer, format="PNG")
+        metadata = {"key": f"{index:09d}", "caption": texts.captions[0], "qa": [list(q) for q in texts.questions]}
+        yield f"{index:09d}", {"png": buffer.getvalue(), "txt": texts.captions[0], "json": metadata}
+
+
+def emoji_vocabulary(text: TextTokenizer, codebook_size: int) -> Vocabulary:
+    """Text ids, [MASK], image codes; the task tokens are text ids."""
+    specials = {name: text.special(name) for name in TASK_SPECIALS}
+    return Vocabulary.unified(text.size, codebook_size, specials)
+
+
+def render_batch(scenes: list[Scene], profile: Profile) -> Tensor:
+    """float32 `[N, 3, H, W]` in [0, 1]."""
+    pixels = np.stack([render(scene, profile) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def token_rows(
+    scenes: SceneGenerator,
+    start: int,
+    count: int,
+    image: ImageEncoder,
+    text: TextTokenizer,
+    text_length: int,
+    captions: int = 4,
+    questions: int = 2,
+) -> dict[str, Tensor]:
+    """Tensors of a token table for scenes `start .. start + count`: codes, captions, questions, answer_start, levels.
+
+    Raises:
+        ValueError: a caption or question that does not fit `text_length`.
+    """
+    drawn = [scenes.scene(start + i) for i in range(count)]
+    codes = torch.cat([image.encode(render_batch(drawn[i : i + 256], scenes.profile)) for i in range(0, count, 256)])
+    caption_ids, question_ids, starts = [], [], []
+    for offset, scene in enumerate(drawn):
+        texts = scene_texts(scenes, start + offset, scene, captions, questions)
+        rows = [caption_row(text, caption, text_length) for caption in texts.captions]
+        asked = [question_row(text, q, a, text_length) for q, a in texts.questions]
+        if any(row.cut for row in rows) or any(row is None for row in asked):
+            raise ValueError(f"scene {start + offset} needs more than {text_length} text tokens; raise text_length")
+        caption_ids.append([row.ids for row in rows])
+        question_ids.append([row.ids for row in asked if row])
+        starts.append([row.answer_start for row in asked if row])
+    return {
+        "codes": codes,
+        "captions": torch.tensor(caption_ids),
+        "questions": torch.tensor(question_ids),
+        "answer_start": torch.tensor(starts),
+        "levels": torch.tensor([len(scene.objects) for scene in drawn]),
+    }
+
+
+__all__ = ["TEXT_PREFIX", "corpus", "emoji_vocabulary", "raw_samples", "render_batch", "scene_texts", "token_rows"]
