@@ -21,6 +21,7 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 if TYPE_CHECKING:
     from unidiff.decoding.sampler import Work
 
+_PATIENCE = 16  # a policy may withhold logits now and then, so allow more passes than the rules can need
 _WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation
 
 
@@ -74,7 +75,7 @@ class Request:
         if len(hides) == 2 and bool((hides[0] == hides[1]).all()):  # one unconditional pass serves both
             hides.pop()
             stream_of = dict.fromkeys(stream_of, 1)
-        limit = sum(2 * targets[m] + c.settings.steps + c.settings.remask_budget for m, c in clocks.items()) + 1
+        needed = sum(targets[m] + c.settings.steps + c.settings.remask_budget for m, c in clocks.items())
         eos = vocabulary.specials.get("eos") if config.stop_at_eos and Modality.TEXT in clocks else None
         return cls(
             DecodeState.start(batch.hide_targets(vocabulary), clocks),
@@ -84,7 +85,7 @@ class Request:
             None if eos is None else EndOfText(batch, eos),
             config.order,
             targets,
-            limit,
+            64 + _PATIENCE * needed,
             torch.ones((), dtype=torch.bool, device=batch.ids.device),
         )
 
@@ -105,8 +106,9 @@ class Request:
         """
         state = self.state
         left = state.open.any()
-        for w in work:
-            left = left | w.clock.pending.any()
+        if not state.finishing:
+            for w in work:
+                left = left | w.clock.pending.any()
         flags = [left, self.sound]
         for w in work:
             flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]

@@ -175,9 +175,12 @@ class Sampler:
         state, settings, modality = request.state, work.clock.settings, work.clock.modality
         streams = [0, request.stream_of[modality]] if work.guided else [0]
         logits = request.forward.logits(modality, wanted, work.width, streams)
-        values = mix(*logits.values, work.scale) if work.guided else logits.values[0]  # [B, n, V]
+        values = logits.values[0]  # [B, n, V]
+        if work.guided:
+            values = mix(values, logits.values[1], work.scale)
         if len(self._banned[modality]):
-            values = values.index_fill(-1, self._banned[modality].to(values.device), -torch.inf)
+            banned = self._banned[modality] = self._banned[modality].to(values.device)
+            values = values.index_fill(-1, banned, -torch.inf)
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]
