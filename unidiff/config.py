@@ -36,7 +36,8 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
         return OmegaConf.to_object(OmegaConf.merge(*layers))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path or schema.__name__}: {reason}") from error
+        key = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
+        raise ValueError(f"{path or schema.__name__}: {reason}{key}") from error
 
 
 def dump_config(config: object) -> str:

@@ -1,0 +1,228 @@
+"""Settings of a training run: frozen dataclasses filled from one YAML file, with the checks a type cannot express."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from unidiff.config import load_config
+
+TASKS = ("joint", "t2i", "caption", "vqa", "text")
+RATES = ("uniform", "cosine", "high", "beta")
+WEIGHTS = ("elbo", "inverse_rate", "ce")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from. See `unidiff.train.source` for the formats.
+
+    Args:
+        train: token table (`.safetensors`) or a brace-expanded pattern of pre-tokenised webdataset shards.
+        validation: the same for held-out rows; empty takes the last `validation_rows` rows away from `train`.
+        validation_rows: rows scored at every validation.
+        curriculum: `[[fraction of the run, highest level], ...]`; needs `levels` in the table. Empty: all rows always.
+        crop_fill: probability that a row's EOS fill is cut to a random length (the cut part becomes batch padding).
+    """
+
+    train: str = ""
+    validation: str = ""
+    validation_rows: int = 256
+    curriculum: list[Any] = field(default_factory=list)
+    crop_fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Folders of the tokenizers, needed only for sample sheets and for raw shards."""
+
+    image: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task of the mixture.
+
+    Args:
+        weight: share of rows, relative to the other tasks.
+        rate: how the mask rate r is drawn from u ~ U(0, 1): `uniform` r = u (the ELBO's own), `cosine`
+            r = cos(pi u / 2), `high` r = 1 - 0.5 u^2 (between one half and all), `beta` r ~ Beta(beta, 1) = u^(1/beta).
+        beta: the exponent of `beta`.
+        loss: weight of a masked token: `elbo` 1 / (r p(r)), unbiased for the NELBO whatever `rate` is;
+            `inverse_rate` 1 / r (Muddit); `ce` 1.
+        scale: factor of this task's loss.
+        dropout: probability that the condition is hidden entirely (guidance training); no meaning for `joint`.
+    """
+
+    weight: float = 0.0
+    rate: str = "uniform"
+    beta: float = 2.0
+    loss: str = "ce"
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """The mixture. `joint` hides text and image at one shared rate; the others hide one modality given the rest."""
+
+    joint: TaskConfig = field(default_factory=lambda: TaskConfig(weight=1.0, loss="elbo"))
+    t2i: TaskConfig = field(default_factory=TaskConfig)
+    caption: TaskConfig = field(default_factory=TaskConfig)
+    vqa: TaskConfig = field(default_factory=TaskConfig)
+    text: TaskConfig = field(default_factory=TaskConfig)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Loss settings.
+
+    Args:
+        text_weight, image_weight: modality weights of the training loss (validation always uses 1).
+        chunk: masked positions per call of the head. The fixed size keeps bf16 memory level on CPU; nothing is dropped.
+    """
+
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """`adamw`, or `muon`: Muon on the matrices inside the blocks and AdamW on embeddings, head, norms and biases."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    muon_lr: float = 0.0  # 0: as lr; Muon's update is scaled to AdamW's size
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    momentum: float = 0.95
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate: linear warm-up, then `cosine`, `wsd` (flat, then 1 - sqrt decay over `decay` of the run) or `constant`."""
+
+    name: str = "cosine"
+    warmup: int = 100
+    decay: float = 0.2
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    decay: float = 0.999
+    warmup: float = 10.0  # decay at update n is min(decay, (1 + n) / (warmup + n))
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Intervals are in steps; 0 turns a thing off."""
+
+    every: int = 20
+    validate_every: int = 500
+    validation_draws: int = 2
+    sample_every: int = 0
+    sample_steps: int = 16
+    sample_guidance: float = 1.0
+    prompts: list[str] = field(default_factory=list)
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`every` in steps and `minutes` of wall time (0 turns either off); `keep` newest; `init_from` a weights folder."""
+
+    every: int = 500
+    minutes: float = 0.0
+    keep: int = 3
+    resume: bool = True
+    init_from: str = ""
+    export_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One file, one run. `model` holds `MaskedTransformer` arguments; `vocab_size` comes from the data."""
+
+    output: str = "out/run"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: str = "bf16"
+    device: str = "auto"
+    threads: int = 0
+    compile: bool = False
+    max_bad_steps: int = 20
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Samples one optimiser step consumes."""
+        return self.batch_size * self.accumulate
+
+
+def read_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Load and check a run's settings.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown key, a wrong type, or a value outside its range; the message names it.
+    """
+    config = load_config(TrainConfig, path, overrides)
+    check_config(config)
+    return config
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ValueError with one sentence for the first setting that makes no sense."""
+    positive = {"steps": config.steps, "batch_size": config.batch_size, "accumulate": config.accumulate}
+    positive |= {"optimiser.lr": config.optimiser.lr, "optimiser.clip": config.optimiser.clip}
+    positive |= {"checkpoint.keep": config.checkpoint.keep, "max_bad_steps": config.max_bad_steps}
+    positive |= {"logging.validation_draws": config.logging.validation_draws, "objective.chunk": config.objective.chunk}
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} = {value} must be greater than 0")
+    _choice("precision", config.precision, ("bf16", "fp32"))
+    _choice("optimiser.name", config.optimiser.name, ("adamw", "muon"))
+    _choice("schedule.name", config.schedule.name, ("cosine", "wsd", "constant"))
+    _choice("checkpoint.export_dtype", config.checkpoint.export_dtype, ("bfloat16", "float16", "float32"))
+    shares = {"data.crop_fill": config.data.crop_fill, "schedule.decay": config.schedule.decay}
+    shares |= {"schedule.floor": config.schedule.floor, "ema.decay": config.ema.decay}
+    for task in fields(config.tasks):
+        settings: TaskConfig = getattr(config.tasks, task.name)
+        _choice(f"tasks.{task.name}.rate", settings.rate, RATES)
+        _choice(f"tasks.{task.name}.loss", settings.loss, WEIGHTS)
+        shares[f"tasks.{task.name}.dropout"] = settings.dropout
+        if settings.weight < 0 or settings.beta <= 0:
+            raise ValueError(
+                f"tasks.{task.name}: weight must not be negative and beta must be positive, got {settings}"
+            )
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} = {value} must lie in [0, 1]")
+    for entry in config.data.curriculum:
+        if not (isinstance(entry, list) and len(entry) == 2):
+            raise ValueError(f"data.curriculum entry {entry!r} is not of the form [fraction, highest level]")
+    if sum(getattr(config.tasks, t).weight for t in TASKS) <= 0:
+        raise ValueError("no task has a weight above 0; set tasks.joint.weight or another")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r} is unknown; expected one of {', '.join(allowed)}")

@@ -1,0 +1,177 @@
+"""What a run says while it goes: JSON lines, TensorBoard, and one progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from unidiff.train.config import TASKS
+from unidiff.train.step import StepReport
+
+
+class TaskMeter:
+    """Sums step reports between two log lines; per task and modality apart."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(2, len(TASKS), 2, dtype=torch.float64)
+        self._rows = torch.zeros(len(TASKS), dtype=torch.float64)
+        self._losses: list[float] = []
+        self._norms: list[float] = []
+
+    def add(self, report: StepReport) -> None:
+        if not report.finite:
+            return
+        self._sums += torch.stack([report.nll, report.hidden]).double()
+        self._rows += report.rows.double()
+        self._losses.append(report.loss)
+        self._norms.append(report.grad_norm)
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call: `loss`, `grad_norm`, `nll/<task>/<modality>` per hidden token, `share/<task>`."""
+        if not self._losses:
+            return {}
+        out = {
+            "loss": sum(self._losses) / len(self._losses),
+            "grad_norm": sum(self._norms) / len(self._norms),
+        }
+        for number, task in enumerate(TASKS):
+            if self._rows[number] > 0:
+                out[f"share/{task}"] = float(self._rows[number] / self._rows.sum())
+            for column, modality in enumerate(("text", "image")):
+                nll, count = self._sums[:, number, column].tolist()
+                if count > 0:
+                    out[f"nll/{task}/{modality}"] = nll / count
+        self._reset()
+        return out
+
+
+class RunLog:
+    """`metrics.jsonl` (one object per line with `step`) and TensorBoard event files in `folder/tensorboard`.
+
+    Args:
+        folder: the run's folder.
+        tensorboard: also write event files; needs the `train` extra.
+        start_step: lines of later steps, left by a killed run, are dropped.
+
+    Raises:
+        ValueError: TensorBoard is wanted but not installed.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, start_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        _truncate(self.path, start_step)
+        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                message = (
+                    "TensorBoard is not installed; run `pip install unidiff[train]` or set logging.tensorboard=false"
+                )
+                raise ValueError(message) from error
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """One line `{"step", "kind", "time", **values}`; numbers that are not finite become null."""
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = {"step": step, "kind": kind, "time": round(time.time(), 2), **plain}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in plain.items():
+                if value is not None:
+                    self._writer.add_scalar(f"{kind}/{key}", value, step)
+
+    def image(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """A uint8 `[3, H, W]` picture for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # a line cut by a kill
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Progress:
+    """Throughput and time left: a live bar on a terminal, a plain line every `every` steps elsewhere."""
+
+    def __init__(self, steps: int, start: int, tokens_per_step: int, every: int, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._steps, self._tokens, self._every, self._shown = steps, tokens_per_step, every, shown
+        self._seconds, self._last = 0.0, time.perf_counter()
+        console = Console()
+        self._bar: Bar | None = None
+        if shown and console.is_terminal:
+            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Bar(*columns, console=console)
+            self._task = self._bar.add_task("train", total=steps, completed=start, note="")
+            self._bar.start()
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self._seconds
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step (validation, saving) out of the throughput."""
+        self._last = time.perf_counter()
+
+    def step(self, step: int, loss: float, factor: float) -> None:
+        now = time.perf_counter()
+        spent, self._last = now - self._last, now
+        self._seconds = spent if self._seconds == 0 else 0.95 * self._seconds + 0.05 * spent
+        if not self._shown:
+            return
+        note = (
+            f"loss {loss:.4f}  lr x{factor:.3f}  {self._seconds:.3f} s/step  "
+            f"{self._tokens / max(self._seconds, 1e-9):,.0f} tokens/s  left {_clock((self._steps - step) * self._seconds)}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+        elif self._every and step % self._every == 0:
+            print(f"step {step}/{self._steps}  {note}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

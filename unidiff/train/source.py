@@ -1,0 +1,245 @@
+"""Where training tokens come from: `TokenSource`, and `TokenTable`, which holds every example as small integers in memory.
+
+File format of a token table (safetensors):
+
+    codes         int16/int32 [N, h, w]     image codes, 0 .. codebook_size - 1
+    captions      int16/int32 [N, K, T]     K paraphrases (or [N, T]): task token, words, then EOS up to T
+    questions     int16/int32 [N, Q, T]     optional (or [N, T]): question task token ... answer token, answer, EOS fill
+    answer_start  int16/...   [N, Q]        with `questions` (or [N]): first answer position; everything before is given
+    levels        int8/...    [N]           optional: difficulty for a curriculum, for instance the number of objects
+
+    metadata["vocabulary"]: JSON of `Vocabulary.to_dict()`; metadata["text_prefix"]: leading caption positions that are
+    always given (1 for a task token; default 1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unidiff.diffusion.noise import keyed_bits
+from unidiff.tokens import Vocabulary
+
+_PICK_STREAM = 0x5EED_0001
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokens of B samples, each modality counted from 0.
+
+    Attributes:
+        codes: int64 `[B, h, w]`.
+        captions: int64 `[B, T]`.
+        questions: int64 `[B, T]` or None.
+        answer_start: int64 `[B]` or None.
+    """
+
+    codes: Tensor
+    captions: Tensor
+    questions: Tensor | None
+    answer_start: Tensor | None
+
+
+class TokenSource(Protocol):
+    """A deterministic map from a global sample index to tokens; the same for every batch size, rank and worker."""
+
+    vocabulary: Vocabulary
+    text_prefix: int
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def text_length(self) -> int: ...
+
+    @property
+    def rows(self) -> int | None:
+        """Distinct samples, None for a stream without an end."""
+        ...
+
+    @property
+    def has_questions(self) -> bool: ...
+
+    def fetch(self, index: Tensor) -> TokenRows:
+        """Tokens of the samples `index` (int64 `[B]`, global, unbounded)."""
+        ...
+
+
+class TokenTable:
+    """All examples in memory. Sample i is row `permutation_e[i mod N]` of epoch e = i // N; its paraphrase and question
+    are picked by a hash of (seed, i).
+
+    Args:
+        tensors: as in the file format above.
+        vocabulary: ids; the table's own ids are offsets into `vocabulary.text` and `vocabulary.image`.
+        text_prefix: leading caption positions that are always given.
+        seed: of the permutations and picks.
+        phases: `((first global index, highest level), ...)`, ascending from 0; None uses every row throughout.
+
+    Raises:
+        ValueError: shapes that disagree, ids outside the vocabulary, or a phase without rows.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        vocabulary: Vocabulary,
+        text_prefix: int = 1,
+        seed: int = 0,
+        phases: tuple[tuple[int, int], ...] | None = None,
+    ) -> None:
+        self.tensors = _check_tensors(tensors, vocabulary)
+        self.vocabulary = vocabulary
+        self.text_prefix = text_prefix
+        self.seed = seed
+        self._phases: list[tuple[int, Tensor | None]] = [(0, None)]
+        if phases:
+            self._phases = [(start, self._rows_up_to(level)) for start, level in phases]
+            if self._phases[0][0] != 0:
+                raise ValueError(
+                    f"the first curriculum phase starts at sample {self._phases[0][0]}; it must start at 0"
+                )
+        self._orders: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> TokenTable:
+        """Read a `.safetensors` table.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a safetensors file, or without the needed tensors and metadata.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"token table {str(path)!r} does not exist; write it with tokenizers/encode_shards.py"
+            )
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+        if "vocabulary" not in metadata:
+            raise ValueError(
+                f"token table {str(path)!r} has no `vocabulary` in its metadata; write it with TokenTable.save"
+            )
+        vocabulary = Vocabulary.from_dict(json.loads(metadata["vocabulary"]))
+        return cls(tensors, vocabulary, int(metadata.get("text_prefix", "1")))
+
+    def seeded(self, seed: int, phases: tuple[tuple[int, int], ...] | None = None) -> TokenTable:
+        """The same rows in another order; see the arguments of the class."""
+        return TokenTable(self.tensors, self.vocabulary, self.text_prefix, seed, phases)
+
+    def split(self, count: int) -> tuple[TokenTable, TokenTable]:
+        """All but the last `count` rows, and those."""
+        parts = ({k: v[:-count] for k, v in self.tensors.items()}, {k: v[-count:] for k, v in self.tensors.items()})
+        first, second = (TokenTable(p, self.vocabulary, self.text_prefix, self.seed) for p in parts)
+        return first, second
+
+    def save(self, path: str | Path) -> None:
+        """Write the table atomically; int16 where the values fit."""
+        tensors = {}
+        for name, value in self.tensors.items():
+            small = value.numel() == 0 or int(value.max()) < 2**15
+            tensors[name] = value.to(torch.int16 if small else torch.int32).contiguous()
+        metadata = {"vocabulary": json.dumps(self.vocabulary.to_dict()), "text_prefix": str(self.text_prefix)}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+
+    def __len__(self) -> int:
+        return len(self.tensors["codes"])
+
+    @property
+    def rows(self) -> int:
+        return len(self)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens (height, width)."""
+        return self.tensors["codes"].shape[1], self.tensors["codes"].shape[2]
+
+    @property
+    def text_length(self) -> int:
+        return self.tensors["captions"].shape[-1]
+
+    @property
+    def has_questions(self) -> bool:
+        return "questions" in self.tensors
+
+    def fetch(self, index: Tensor) -> TokenRows:
+        """See `TokenSource.fetch`."""
+        row = torch.tensor([self._row_of(int(i)) for i in index])
+        picks = keyed_bits(self.seed, index, _PICK_STREAM, 2) & 0x7FFFFFFF  # [B, 2]
+        captions = self.tensors["captions"]
+        questions = self.tensors.get("questions")
+        which = picks[:, 0] % captions.shape[1]
+        rows = TokenRows(self.tensors["codes"][row].long(), captions[row, which].long(), None, None)
+        if questions is None:
+            return rows
+        which = picks[:, 1] % questions.shape[1]
+        start = self.tensors["answer_start"][row, which].long()
+        return TokenRows(rows.codes, rows.captions, questions[row, which].long(), start)
+
+    def _row_of(self, index: int) -> int:
+        number = max(p for p, (start, _) in enumerate(self._phases) if start <= index)
+        start, eligible = self._phases[number]
+        count = len(self) if eligible is None else len(eligible)
+        epoch, place = divmod(index - start, count)
+        order = self._order(number, epoch, count)
+        return int(order[place]) if eligible is None else int(eligible[order[place]])
+
+    def _order(self, phase: int, epoch: int, count: int) -> Tensor:
+        key = (phase, epoch)
+        if key not in self._orders:
+            for old in [k for k in self._orders if k < (phase, epoch - 1)]:
+                del self._orders[old]
+            seed = int(keyed_bits(self.seed, torch.tensor(epoch), phase, 1)[0])
+            self._orders[key] = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return self._orders[key]
+
+    def _rows_up_to(self, level: int) -> Tensor:
+        if "levels" not in self.tensors:
+            raise ValueError("data.curriculum is set but the token table has no `levels`; remove it or add them")
+        rows = torch.nonzero(self.tensors["levels"] <= level)[:, 0]
+        if len(rows) == 0:
+            raise ValueError(f"no row has a level up to {level}; raise it in data.curriculum")
+        return rows
+
+
+def _check_tensors(tensors: dict[str, Tensor], vocabulary: Vocabulary) -> dict[str, Tensor]:
+    known = {"codes", "captions", "questions", "answer_start", "levels"}
+    if unknown := set(tensors) - known:
+        raise ValueError(f"token table holds unknown tensors {sorted(unknown)}; expected some of {sorted(known)}")
+    if missing := {"codes", "captions"} - set(tensors):
+        raise ValueError(f"token table lacks {sorted(missing)}")
+    if ("questions" in tensors) != ("answer_start" in tensors):
+        raise ValueError("token table must hold `questions` and `answer_start` together")
+    tensors = dict(tensors)
+    for name, ndim in (("captions", 3), ("questions", 3), ("answer_start", 2)):
+        if name in tensors and tensors[name].ndim == ndim - 1:
+            tensors[name] = tensors[name][:, None]
+    count = len(tensors["codes"])
+    if count == 0 or any(len(v) != count for v in tensors.values()):
+        raise ValueError(f"token table rows disagree or are empty: { {k: tuple(v.shape) for k, v in tensors.items()} }")
+    if "questions" in tensors and tensors["questions"].shape[-1] != tensors["captions"].shape[-1]:
+        raise ValueError("captions and questions must have the same length T")
+    for name, size in (
+        ("codes", vocabulary.image_size),
+        ("captions", vocabulary.text_size),
+        ("questions", vocabulary.text_size),
+    ):
+        if name in tensors and not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < size:
+            low, high = int(tensors[name].min()), int(tensors[name].max())
+            raise ValueError(f"{name} has ids {low}..{high}, outside the vocabulary's 0..{size - 1}")
+    return tensors

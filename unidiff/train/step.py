@@ -1,0 +1,121 @@
+"""The training step: one function, from clean tokens to updated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unidiff.diffusion.objective import joint_elbo, masked_nll
+from unidiff.diffusion.process import mask_tokens
+from unidiff.tokens import Modality, Vocabulary
+from unidiff.train.config import TASKS
+from unidiff.train.ema import EMA
+from unidiff.train.optim import Optimisers
+from unidiff.train.tasks import TaskBatch
+
+
+@dataclass
+class TrainState:
+    """What a step changes, and what it needs to change it.
+
+    Attributes:
+        model: has `head`; its parameters are what `optimisers` and `ema` hold.
+        hidden: `model.hidden`, possibly compiled.
+        step: optimiser steps taken, skipped ones included.
+        bad_steps: consecutive steps skipped for a loss or gradient that was not finite.
+        skipped: all such steps of the run.
+    """
+
+    model: nn.Module
+    hidden: Callable[..., Tensor]
+    vocabulary: Vocabulary
+    optimisers: Optimisers
+    ema: EMA
+    bf16: bool
+    chunk: int
+    step: int = 0
+    bad_steps: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Numbers of one step, on the CPU.
+
+    Attributes:
+        loss: the training loss.
+        grad_norm: before clipping.
+        finite: False when the step was skipped.
+        nll: float32 `[tasks, 2]`, summed nats at hidden positions per task and modality.
+        hidden: float32 `[tasks, 2]`, how many there were.
+        rows: float32 `[tasks]`.
+    """
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    nll: Tensor
+    hidden: Tensor
+    rows: Tensor
+
+
+def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: float) -> StepReport:
+    """One optimiser step over `batches` (more than one accumulate), as if they were a single batch.
+
+    Args:
+        state: changed in place.
+        batches: equal-shaped mixed-task batches `[B, L]` on the model's device.
+        rate_factor: factor on the peak learning rate.
+
+    The loss is sum of weight * NLL over hidden targets, divided by all valid targets of the step, hidden or not.
+    """
+    device = batches[0].batch.ids.device
+    normalizer = sum(b.batch.targets.sum() for b in batches)
+    loss = torch.zeros((), device=device)
+    sums = torch.zeros(3, len(TASKS), 2, device=device)  # nll, hidden, rows per (task, modality)
+    state.optimisers.zero_grad()
+    for micro in batches:
+        # 1. hide: x_t, with exactly ceil(rate * targets) hidden per row
+        noisy = mask_tokens(micro.batch, micro.rate, state.vocabulary, micro.noise)
+        x_t = noisy.batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+            # 2. transformer: hidden states of x_t
+            hidden = state.hidden(
+                x_t.ids, x_t.modality, x_t.positions, attention_mask=x_t.attention_mask(), time=micro.rate.float()
+            )  # [B, L, D]
+            # 3. NLL at hidden positions only, each through its modality's slice of the head
+            nll = masked_nll(
+                hidden, state.model.head, noisy.masked, micro.batch, state.vocabulary, state.chunk
+            )  # [B, L]
+        # 4. loss: weighted, normalised by the valid targets of the whole step
+        terms = joint_elbo(nll, micro.weight, micro.batch, normalizer=normalizer)
+        # 5. backward
+        terms.total.backward()
+        loss += terms.total.detach()
+        _add_sums(sums, nll.detach(), noisy.masked, micro)
+    # 6. clip, and refuse to step on numbers that are not finite
+    norm = state.optimisers.clip()
+    state.optimisers.set_rate(rate_factor)
+    state.step += 1
+    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    if finite:
+        # 7. optimiser, 8. moving average
+        state.optimisers.step()
+        state.ema.update()
+        state.bad_steps = 0
+    else:
+        state.bad_steps += 1
+        state.skipped += 1
+    sums = sums.cpu()
+    return StepReport(float(loss), float(norm), finite, sums[0], sums[1], sums[2, :, 0])
+
+
+def _add_sums(sums: Tensor, nll: Tensor, masked: Tensor, micro: TaskBatch) -> None:
+    for modality in Modality:
+        where = masked & (micro.batch.modality == modality)
+        sums[0, :, modality].index_add_(0, micro.task, torch.where(where, nll, 0).sum(1).float())
+        sums[1, :, modality].index_add_(0, micro.task, where.sum(1).float())
+    sums[2, :, 0].index_add_(0, micro.task, torch.ones(len(micro.task), device=sums.device))
