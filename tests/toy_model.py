@@ -25,7 +25,9 @@ class TableModel:
         self.calls = 0
         self._powers = (self.size + 1) ** torch.arange(self.length - 1, -1, -1)
 
-    def hidden(self, ids: Tensor, modality: Tensor, positions: Tensor, attention_mask: Tensor | None, time=None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, modality: Tensor, positions: Tensor, attention_mask: Tensor | None, time=None
+    ) -> Tensor:
         self.calls += 1
         return self.log_table[(ids[:, : self.length] * self._powers).sum(1)]
 
@@ -71,7 +73,7 @@ class TableModel:
 
 
 def joint_tensor(probabilities: Mapping[str, str], size: int) -> Tensor:
-    """"021" -> "1/7" to a dense float64 joint `[V, ..., V]`."""
+    """ "021" -> "1/7" to a dense float64 joint `[V, ..., V]`."""
     length = len(next(iter(probabilities)))
     joint = torch.zeros((size,) * length, dtype=torch.float64)
     for symbols, p in probabilities.items():

@@ -53,7 +53,9 @@ def exact_law(model: TableModel, settings: ModalityDecoding) -> Tensor:
     law = {state: float(all(s == mask for s in state)) for state in states}
     for step in range(settings.steps):
         k, n = torch.tensor([step]), torch.tensor([settings.steps])
-        sigma = remdm_sigma(settings.schedule, k, n, settings.remask_cap) if settings.remask == "remdm" else torch.zeros(1)
+        sigma = (
+            remdm_sigma(settings.schedule, k, n, settings.remask_cap) if settings.remask == "remdm" else torch.zeros(1)
+        )
         reveal, hide = unmask_chance(settings.schedule, k, n, sigma).item(), sigma.item()
         after = dict.fromkeys(states, 0.0)
         for index, state in enumerate(states):

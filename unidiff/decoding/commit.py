@@ -10,13 +10,18 @@ from torch import Tensor
 from unidiff.decoding.config import ModalityDecoding
 
 
-def masked_share(schedule: str, progress: Tensor) -> Tensor:
-    """Share still masked after a share `progress` of the steps; 1 at 0 and exactly 0 at 1. float64.
+def progress(step: Tensor, steps: Tensor) -> Tensor:
+    """step / steps as float64 in [0, 1]. (int / int is float32 in torch, which turns quotas of 4 into 3.)"""
+    return (step.double() / steps).clamp(max=1)
 
-    With t = 1 - progress this is the mask rate 1 - alpha(t): `linear` and `cosine` are the diffusion schedules
+
+def masked_share(schedule: str, done: Tensor) -> Tensor:
+    """Share still masked after a share `done` of the steps; 1 at 0 and exactly 0 at 1. float64.
+
+    With t = 1 - done this is the mask rate 1 - alpha(t): `linear` and `cosine` are the diffusion schedules
     `linear` and `maskgit_cosine`.
     """
-    u = progress.double()
+    u = done.double()
     share = {
         "linear": lambda: 1 - u,
         "cosine": lambda: torch.cos(math.pi / 2 * u),
@@ -43,7 +48,7 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
         taken = (step + 1) * (start // steps) + torch.minimum(step + 1, start % steps)
         keep = start - taken
     else:
-        keep = (start * masked_share(schedule, (step + 1) / steps) + 1e-9).floor().long()
+        keep = (start * masked_share(schedule, progress(step + 1, steps)) + 1e-9).floor().long()
     count = torch.where(last, remaining, remaining - keep)
     return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
 
@@ -79,8 +84,8 @@ def unmask_chance(schedule: str, step: Tensor, steps: Tensor, sigma: Tensor | fl
     (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma = 0 is the reverse process (MDLM), sigma > 0 ReMDM. In and
     after the last step it is 1.
     """
-    alpha_t = 1 - masked_share(schedule, (step / steps).clamp(max=1))
-    alpha_s = 1 - masked_share(schedule, ((step + 1) / steps).clamp(max=1))
+    alpha_t = 1 - masked_share(schedule, progress(step, steps))
+    alpha_s = 1 - masked_share(schedule, progress(step + 1, steps))
     chance = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
     return torch.where(step + 1 >= steps, 1.0, chance)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit import masked_share, take_best
+from unidiff.decoding.commit import masked_share, progress, take_best
 
 
 def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budget: Tensor) -> Tensor:
@@ -26,6 +26,6 @@ def remdm_sigma(schedule: str, step: Tensor, steps: Tensor, cap: float) -> Tenso
     With `unmask_chance(..., sigma)` for the masked ones every marginal keeps alpha_s (arXiv 2503.00307, eq. 5); sigma
     is 0 in the last step, so the decode ends.
     """
-    alpha_t = 1 - masked_share(schedule, (step / steps).clamp(max=1))
-    rate_s = masked_share(schedule, ((step + 1) / steps).clamp(max=1))
+    alpha_t = 1 - masked_share(schedule, progress(step, steps))
+    rate_s = masked_share(schedule, progress(step + 1, steps))
     return torch.where(alpha_t > 0, rate_s / alpha_t, torch.inf).clamp_max(cap)

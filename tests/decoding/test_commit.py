@@ -1,0 +1,123 @@
+"""Commit rules: quotas sum exactly, thresholds take at least one, selections are per row."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from golden import golden_folders
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unidiff.decoding.commit import (
+    above_threshold,
+    factor_count,
+    masked_share,
+    progress,
+    quota,
+    take_best,
+    unmask_chance,
+)
+from unidiff.decoding.config import SCHEDULES
+from unidiff.decoding.remask import remdm_sigma, unsure_tokens
+from unidiff.diffusion.schedules import get_schedule
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(1, 300), st.integers(1, 70))
+@settings(max_examples=200, deadline=None)
+def test_quotas_sum_exactly_and_never_stall(schedule: str, masked: int, steps: int) -> None:
+    start, remaining, taken = torch.tensor([masked]), torch.tensor([masked]), []
+    for step in range(steps):
+        k = quota(schedule, start, remaining, torch.tensor([step]), torch.tensor([steps]))
+        assert k.item() >= (remaining.item() > 0)
+        taken.append(k.item())
+        remaining = remaining - k
+    assert sum(taken) == masked and remaining.item() == 0
+    if schedule == "fixed" and steps <= masked:
+        assert taken == [masked // steps + (i < masked % steps) for i in range(steps)]
+
+
+def test_quota_is_per_row_and_catches_up_after_remasking() -> None:
+    start = torch.tensor([10, 10, 4, 0])
+    remaining = torch.tensor([5, 8, 1, 0])  # row 1 had three tokens masked again
+    k = quota("linear", start, remaining, torch.full((4,), 5), torch.full((4,), 10))
+    assert k.tolist() == [1, 4, 1, 0]
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("linear", "linear"), ("cosine", "maskgit_cosine")])
+def test_masked_share_is_the_mask_rate_of_the_diffusion_schedule(name: str, schedule: str) -> None:
+    t = torch.linspace(0, 1, 21, dtype=torch.float64)
+    torch.testing.assert_close(masked_share(name, 1 - t), get_schedule(schedule).mask_rate(t), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "fixed"])
+def test_masked_share_falls_from_one_to_zero(schedule: str) -> None:
+    share = masked_share(schedule, torch.linspace(0, 1, 50, dtype=torch.float64))
+    assert share[0] == 1 and share[-1] == 0 and (share.diff() < 0).all()
+
+
+def test_take_best_breaks_ties_to_the_left_and_skips_dead_entries() -> None:
+    score = torch.tensor([[0.5, 0.9, 0.9, 0.9, 0.1], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    live = torch.tensor([[True, True, False, True, True], [False, False, True, True, False]])
+    assert take_best(score, live, torch.tensor([1, 9])).tolist() == [
+        [False, True, False, False, False],
+        [False, False, True, True, False],
+    ]
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_threshold_and_factor_take_at_least_one(seed: int, threshold: float, factor: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(5, 8, generator=generator, dtype=torch.float64)
+    live = torch.rand(5, 8, generator=generator) < 0.5
+    picked = above_threshold(confidence, live, threshold)
+    best = torch.where(live, confidence, -1.0).amax(1, keepdim=True)
+    assert torch.equal(picked, live & ((confidence >= threshold) | (confidence == best)))
+    count = factor_count(confidence, live, factor)
+    for row in range(5):
+        ranked = sorted(confidence[row][live[row]].tolist(), reverse=True)
+        length = 0
+        while length < len(ranked) and (length == 0 or ranked[length] >= 1 - factor / (length + 2)):
+            length += 1
+        assert count[row].item() == length
+
+
+@pytest.mark.golden
+def test_factor_rule_of_the_golden_set() -> None:
+    folders = golden_folders("toy_exact")
+    if not folders:
+        pytest.skip("golden/toy_exact is absent")
+    for folder in folders:
+        for case in json.loads((folder / "toy_exact.json").read_text())["parallel_greedy"]["factor_rule"]:
+            confidence = torch.tensor([case["sorted_confidences"]], dtype=torch.float64)
+            live = torch.ones_like(confidence, dtype=torch.bool)
+            assert factor_count(confidence, live, case["factor"]).item() == case["selected"], case
+
+
+@given(st.integers(1, 40), st.sampled_from(["linear", "cosine", "square"]), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_ancestral_marginals_follow_alpha_with_and_without_remasking(steps: int, schedule: str, cap: float) -> None:
+    """masked_s = masked_t (1 - reveal) + known_t sigma must be 1 - alpha_s at every step."""
+    n = torch.full((1,), steps)
+    masked = torch.ones(1, dtype=torch.float64)
+    for step in range(steps):
+        k = torch.tensor([step])
+        sigma = remdm_sigma(schedule, k, n, cap)
+        reveal = unmask_chance(schedule, k, n, sigma)
+        assert 0 <= sigma.item() <= cap + 1e-12 and -1e-12 <= reveal.item() <= 1 + 1e-12
+        masked = masked * (1 - reveal) + (1 - masked) * sigma
+        torch.testing.assert_close(masked, masked_share(schedule, progress(k + 1, n)), atol=1e-9, rtol=0)
+    assert masked.item() == 0
+
+
+def test_unsure_tokens_are_the_least_sure_and_within_budget() -> None:
+    confidence = torch.tensor([[0.1, 0.5, 0.2, 0.9, 0.3]] * 3)
+    candidates = torch.tensor([[True, True, True, True, False]] * 3)
+    again = unsure_tokens(confidence, candidates, 0.6, torch.tensor([2, 9, 0]))
+    assert again.tolist() == [
+        [True, False, True, False, False],
+        [True, True, True, False, False],
+        [False] * 5,
+    ]

@@ -1,0 +1,120 @@
+"""Draws: the inverse CDF is exact, filters keep what they say, noise is keyed by row, step and place."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unidiff.decoding import ModalityDecoding
+from unidiff.decoding.draw import RowNoise, choose, confidence_of, draw_tokens, gumbel, inverse_cdf, kept_tokens
+
+
+def test_inverse_cdf_switches_exactly_at_the_cumulative_sums() -> None:
+    p = torch.tensor([0.25, 0.0, 0.5, 0.25], dtype=torch.float64)
+    u = torch.tensor([1e-300, 0.25 - 2**-54, 0.25, 0.75 - 2**-53, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert inverse_cdf(p.expand(len(u), 4), u).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_rare_tokens_keep_their_rate() -> None:
+    """A token of probability 1e-12 owns a stretch of 1e-12 of the uniform: float32 Gumbel noise would lose it."""
+    p = torch.tensor([1 - 1e-12, 1e-12], dtype=torch.float64)
+    edge = 1 - 1e-12
+    u = torch.tensor([edge - 1e-15, edge + 1e-15], dtype=torch.float64)
+    assert inverse_cdf(p.expand(2, 2), u).tolist() == [0, 1]
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12).filter(lambda p: sum(p) > 0), st.floats(1e-12, 1 - 1e-12))
+def test_inverse_cdf_never_returns_an_impossible_token(p: list[float], u: float) -> None:
+    token = inverse_cdf(torch.tensor([p], dtype=torch.float64), torch.tensor([u], dtype=torch.float64)).item()
+    assert p[token] > 0
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.floats(0.05, 1.0), st.sampled_from([0.5, 1.0, 2.0]))
+@settings(max_examples=60, deadline=None)
+def test_filters_keep_the_best_tokens(seed: int, top_k: int, top_p: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, 9, generator=generator) * 2
+    u = torch.rand(40, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    p = (logits.double() / temperature).softmax(-1)
+    by_k = draw_tokens(logits, u, temperature, top_k, None)
+    assert ((p > p.gather(1, by_k[:, None])).sum(1) < top_k).all()
+    by_p = draw_tokens(logits, u, temperature, None, top_p)
+    mass_above = torch.where(p > p.gather(1, by_p[:, None]), p, 0.0).sum(1)
+    assert (mass_above < top_p).all()
+
+
+def test_filters_keep_exactly_k_and_the_smallest_set_reaching_p() -> None:
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    assert kept_tokens(p, 3, None).tolist() == [True, True, True, False]
+    assert kept_tokens(p, None, 0.7).tolist() == [True, True, False, False]
+    assert kept_tokens(p, None, 0.71).tolist() == [True, True, True, False]
+    assert kept_tokens(p, None, 1e-9).tolist() == [True, False, False, False]
+    assert kept_tokens(torch.full((4,), 0.25), 2, None).sum() == 2  # ties do not widen the set
+
+
+def test_filtered_draw_has_the_renormalised_law() -> None:
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+    n = 4000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    tokens = draw_tokens(p.log().expand(n, 4), u, 1.0, 2, None)
+    share = torch.bincount(tokens, minlength=4) / n
+    torch.testing.assert_close(share, torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=1 / n, rtol=0)
+
+
+def test_confidence_measures() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    chosen, noise = torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.77], dtype=torch.float64)
+    values = {
+        m: confidence_of(p.log(), chosen, m, noise).item() for m in ("probability", "margin", "entropy", "random")
+    }
+    entropy = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
+    assert values == pytest.approx({"probability": 0.3, "margin": 0.2, "entropy": -entropy, "random": 0.77})
+    certain = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
+    assert confidence_of(certain, chosen, "entropy", noise).item() == 0  # not NaN
+
+
+def test_confidence_ignores_temperature_and_filters() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0]]])
+    u, live = torch.tensor([[0.5]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    hot = choose(logits, live, ModalityDecoding(temperature=5.0, top_k=1), u, u)
+    assert hot.token.item() == 0
+    assert hot.probability.item() == pytest.approx(logits.softmax(-1)[0, 0, 0].item())
+
+
+def test_choosing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(3, 17, 5, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(3, 17, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    live = torch.ones(3, 17, dtype=torch.bool)
+    whole = choose(logits, live, ModalityDecoding(), u, u)
+    monkeypatch.setattr("unidiff.decoding.draw._CHUNK", 30)
+    parts = choose(logits, live, ModalityDecoding(), u, u)
+    assert torch.equal(whole.token, parts.token) and torch.equal(whole.confidence, parts.confidence)
+
+
+@given(st.integers(-(2**62), 2**62), st.integers(0, 50), st.integers(0, 4), st.integers(1, 5), st.integers(1, 5))
+def test_noise_does_not_see_batch_or_padding(seed: int, step: int, use: int, left: int, right: int) -> None:
+    length = 6
+    alone = RowNoise(torch.tensor([seed]), torch.ones(1, length, dtype=torch.bool))(step, use)
+    valid = torch.zeros(3, left + length + right, dtype=torch.bool)
+    valid[1, left : left + length] = True
+    valid[2, :] = True
+    batched = RowNoise(torch.tensor([7, seed, 9]), valid)(step, use)
+    assert torch.equal(alone[0], batched[1, left : left + length])
+    assert not torch.equal(batched[1], batched[2])
+    assert (batched > 0).all() and (batched < 1).all()
+
+
+def test_gumbel_noise_has_its_mean() -> None:
+    u = RowNoise(torch.arange(50), torch.ones(50, 200, dtype=torch.bool))(0, 2)
+    assert gumbel(u).mean().item() == pytest.approx(0.5772, abs=0.05)
+
+
+def test_seeds_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="seeds have shape"):
+        RowNoise(torch.zeros(2, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="expected int64"):
+        RowNoise(torch.zeros(3), torch.ones(3, 4, dtype=torch.bool))
