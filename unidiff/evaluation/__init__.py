@@ -1,0 +1,1 @@
+"""Evaluation: the exact picture reader, EmojiEval, likelihoods and reports."""
