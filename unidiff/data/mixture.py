@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,10 +60,7 @@ class MixtureSchedule:
 
     def block(self, number: int) -> np.ndarray:
         """int64 `[1000]`: the source of each draw of a block."""
-        sources = np.repeat(np.arange(len(self.weights)), self.counts)
-        if len(self.weights) == 1:
-            return sources
-        return np.random.default_rng([self.seed & 0xFFFFFFFF, number]).permutation(sources)
+        return _block(self.counts, self.seed & 0xFFFFFFFF, number)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, that source's own draw number) of draw `index`."""
@@ -72,6 +70,12 @@ class MixtureSchedule:
         sources = self.block(number)
         source = int(sources[place])
         return source, number * self.counts[source] + int((sources[:place] == source).sum())
+
+
+@lru_cache(maxsize=16)
+def _block(counts: tuple[int, ...], seed: int, number: int) -> np.ndarray:
+    sources = np.repeat(np.arange(len(counts)), counts)
+    return sources if len(counts) == 1 else np.random.default_rng([seed, number]).permutation(sources)
 
 
 def parse_sources(spec: str | Sequence[str]) -> list[tuple[str, float]]:

@@ -263,7 +263,9 @@ class ShardWriter:
         encoded = {name: encode_member(name, value) for name, value in members.items()}
         if self._tar is None:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 (lives until the shard is full)
-            self._tar = TarWriter(self._file, encoder=False, mtime=0.0)
+            self._tar = TarWriter(
+                self._file, encoder=False, mtime=0
+            )  # an int: a float would add a PAX header to every member
         self._tar.write({"__key__": key, **encoded})
         self._keys.add(key)
         if len(self._keys) == self.samples_per_shard:
@@ -283,6 +285,7 @@ class ShardWriter:
     def discard(self) -> None:
         """Drop the unfinished shard."""
         if self._tar is not None:
+            self._tar.close()
             self._file.close()
             self._temporary.unlink(missing_ok=True)
             self._tar, self._file, self._keys = None, None, set()

@@ -1,0 +1,217 @@
+import json
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from shard_samples import picture, truncate, write_samples
+
+from unidiff.data import report
+from unidiff.data.shards import ShardSource, image_batches
+
+
+def damaged_set(folder, count=100, per_shard=10):
+    """5 % truncated images, two captions that are no UTF-8, three samples without a part, a cut tar, a vanished shard.
+
+    Returns (shard pattern, expected keys in order, expected counts, keys by reason).
+    """
+    broken = {5, 25, 45, 65, 85}
+    no_text, no_caption, no_image = {11, 71}, {12, 52}, {33}
+
+    def change(number, members):
+        kind = next(name for name in members if name in ("png", "jpg", "webp"))
+        if number in broken:
+            members[kind] = members[kind][: len(members[kind]) // 2]
+        if number in no_text:
+            members["txt"] = b"caf\xe9"
+        if number in no_caption:
+            del members["txt"]
+        if number in no_image:
+            del members[kind]
+        return members
+
+    keys = write_samples(folder, count, per_shard, change)
+    (folder / "00006.tar").unlink()  # samples 60-69, and damaged sample 65 with them
+    cut = folder / "00009.tar"  # samples 90-99
+    truncate(cut, cut.read_bytes().index(b"000094.txt") // 512 * 512 + 512 + 4)
+    gone = {*broken, *no_text, *no_caption, *no_image, *range(60, 70), *range(94, 100)}
+    expected = [key for number, key in enumerate(keys) if number not in gone]
+    named = {
+        report.CORRUPT_IMAGE: [f"{n:06d}" for n in sorted(broken - {65})],
+        report.BAD_CAPTION: [f"{n:06d}" for n in sorted(no_text)],
+        report.MISSING_MEMBER: [f"{n:06d}" for n in sorted(no_caption | no_image)],
+        report.TRUNCATED_SHARD: ["000094"],
+        report.MISSING_SHARD: [],
+    }
+    counts = {reason: max(1, len(found)) for reason, found in named.items()}
+    return str(folder / "{00000..00009}.tar"), expected, counts, named
+
+
+@pytest.mark.parametrize(("shuffle", "workers"), [(0, 0), (0, 3), (16, 0), (1000, 2)])
+def test_damage_is_skipped_counted_and_named(tmp_path, caplog, shuffle, workers):
+    pattern, expected, counts, named = damaged_set(tmp_path)
+    source = ShardSource(pattern, optional=("json",), shuffle=shuffle, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        samples = list(source)
+    keys = [s["__key__"] for s in samples]
+    assert (keys if not shuffle else sorted(keys)) == expected
+    assert source.report.counts == counts
+    for reason, found in named.items():
+        assert sorted(source.report.keys(reason)) == found
+    assert source.report.shards(report.MISSING_SHARD) == [str(tmp_path / "00006.tar")]
+    assert source.report.total == sum(counts.values())
+    assert "corrupt_image" in caplog.text  # never silent
+    for reason, count in counts.items():
+        assert f"{count} {reason}" in source.report.summary()
+    for sample in samples:
+        number = int(sample["__key__"])
+        assert sample["txt"] == f"caption {number}"
+        assert sample["json"]["n"] == number
+        assert sample["image"].shape == (3, 12, 16) and sample["image"].dtype == torch.uint8
+        if number % 3 != 1:  # png and lossless webp
+            assert torch.equal(sample["image"], picture(number))
+
+
+def test_order_depends_on_seed_and_epoch_alone(tmp_path):
+    write_samples(tmp_path, 60, 7)
+
+    def keys(seed=0, workers=0, shuffle=20, count=120):
+        source = ShardSource(str(tmp_path), shuffle=shuffle, seed=seed, workers=workers, repeat=True)
+        stream = iter(source)
+        return [next(stream)["__key__"] for _ in range(count)]
+
+    first = keys()
+    assert first == keys() == keys(workers=1) == keys(workers=4)
+    assert first != keys(seed=1)
+    assert sorted(first[:60]) == sorted(first[60:]) == sorted({*first})
+    assert first[:60] != first[60:]
+    assert keys(shuffle=0)[:60] == keys(shuffle=0)[60:] == sorted({*first})
+    # Shards are permuted and samples cross shard borders: neighbours rarely stay neighbours.
+    stayed = sum(int(b) - int(a) == 1 for a, b in pairwise(first))
+    assert stayed < 20
+
+
+@pytest.mark.parametrize("shuffle", [0, 1, 7, 25, 500])
+def test_resuming_anywhere_gives_the_same_rest(tmp_path, shuffle):
+    pattern, expected, counts, _ = damaged_set(tmp_path, 100)
+
+    def source(workers=0):
+        return ShardSource(pattern, optional=("json",), shuffle=shuffle, seed=3, workers=workers)
+
+    whole = source()
+    keys = [s["__key__"] for s in whole]
+    assert sorted(keys) == expected
+    running = source()
+    stream = iter(running)
+    for position in range(len(keys) + 1):
+        if position % 9 == 0 or position in (1, len(keys) - 1, len(keys)):
+            state = json.loads(json.dumps(running.state_dict()))
+            resumed = source(workers=position % 3)
+            resumed.load_state_dict(state)
+            assert [s["__key__"] for s in resumed] == keys[position:]
+            assert resumed.report.counts == counts
+            assert resumed.report.state_dict() == whole.report.state_dict()
+        if position < len(keys):
+            assert next(stream)["__key__"] == keys[position]
+
+
+def test_resuming_across_epochs(tmp_path):
+    write_samples(tmp_path, 23, 5)
+
+    def source():
+        return ShardSource(str(tmp_path), shuffle=8, seed=1, repeat=True)
+
+    stream = iter(source())
+    keys = [next(stream)["__key__"] for _ in range(70)]
+    for position in (22, 23, 24, 46, 47, 60):
+        running = source()
+        ahead = iter(running)
+        for _ in range(position):
+            next(ahead)
+        resumed = source()
+        resumed.load_state_dict(running.state_dict())
+        rest = iter(resumed)
+        assert [next(rest)["__key__"] for _ in range(70 - position)] == keys[position:]
+
+
+def test_a_finished_source_stays_finished(tmp_path):
+    write_samples(tmp_path, 4)
+    source = ShardSource(str(tmp_path))
+    assert len(list(source)) == 4
+    assert list(source) == []
+    other = ShardSource(str(tmp_path))
+    other.load_state_dict(source.state_dict())
+    assert list(other) == []
+
+
+def test_a_position_of_another_run_is_refused(tmp_path):
+    write_samples(tmp_path, 10, 5)
+    state = ShardSource(str(tmp_path), seed=1).state_dict()
+    for other in (
+        ShardSource(str(tmp_path), seed=2),
+        ShardSource(str(tmp_path), seed=1, shuffle=4),
+        ShardSource(str(tmp_path), ("txt",), seed=1),
+        ShardSource(str(tmp_path / "00000.tar"), seed=1),
+    ):
+        with pytest.raises(ValueError, match="belongs to other shards"):
+            other.load_state_dict(state)
+
+
+def test_members_are_chosen(tmp_path):
+    write_samples(tmp_path, 6)
+    for require, optional, names in (
+        (("txt",), (), {"txt"}),
+        (("image",), ("txt",), {"image", "txt"}),
+        (("image", "json"), (), {"image", "json"}),
+    ):
+        for sample in ShardSource(str(tmp_path), require, optional):
+            assert {name for name in sample if not name.startswith("__")} == names
+    with pytest.raises(ValueError, match="never decoded"):
+        ShardSource(str(tmp_path), ("image", "pkl"))
+    with pytest.raises(ValueError, match="shell command"):
+        ShardSource("pipe:cat x.tar")
+    with pytest.raises(ValueError, match="negative"):
+        ShardSource(str(tmp_path), shuffle=-1)
+
+
+def test_a_damaged_optional_member_skips_the_sample(tmp_path):
+    def change(number, members):
+        return members | {"json": b"{"} if number == 2 else members
+
+    write_samples(tmp_path, 5, change=change)
+    source = ShardSource(str(tmp_path), optional=("json",))
+    assert len(list(source)) == 4
+    assert source.report.keys(report.BAD_JSON) == ["000002"]
+
+
+def test_repeating_nothing_is_an_error_not_a_hang(tmp_path):
+    write_samples(tmp_path, 3, change=lambda number, members: {"txt": members["txt"]})
+    with pytest.raises(ValueError, match="no usable sample in 1 shards; skipped 3: 3 missing_member"):
+        next(iter(ShardSource(str(tmp_path), repeat=True)))
+    assert list(ShardSource(str(tmp_path))) == []
+    with pytest.raises(ValueError, match="no usable sample in 2 shards"):
+        next(image_batches(str(tmp_path / "gone{0,1}.tar"), 8, 2))
+
+
+def test_image_batches(tmp_path):
+    write_samples(tmp_path, 5, change=lambda number, members: {k: v for k, v in members.items() if k != "txt"})
+    batches = image_batches(str(tmp_path), 8, 4, seed=2)
+    first = [next(batches) for _ in range(3)]
+    assert all(b.shape == (4, 3, 8, 8) and b.dtype == torch.float32 for b in first)
+    assert min(b.min() for b in first) >= 0 and max(b.max() for b in first) <= 1
+    again = image_batches(str(tmp_path), 8, 4, seed=2)
+    assert all(torch.equal(a, next(again)) for a in first)
+
+
+def test_many_keys_are_counted_but_only_some_listed():
+    account = report.SkipReport(listed=2)
+    for number in range(5):
+        account.add(report.Skip(report.BAD_JSON, "a.tar", str(number), "x"))
+    account.ignore("pkl")
+    assert account.counts == {report.BAD_JSON: 5} and account.keys(report.BAD_JSON) == ["0", "1"]
+    merged = account.merge(account)
+    assert merged.counts == {report.BAD_JSON: 10} and len(merged.examples[report.BAD_JSON]) == 2
+    assert merged.ignored == {"pkl": 2}
+    assert "and 3 more" in account.summary(shown=2) and "pkl" in account.summary()
+    assert report.SkipReport.from_state_dict(json.loads(json.dumps(account.state_dict()))) == account
+    assert report.SkipReport().summary() == "nothing was skipped"
