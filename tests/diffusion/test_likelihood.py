@@ -23,16 +23,15 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(3, 4)
-N = 3000
+N = 2000
+MIX = torch.randn(32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)  # 4 positions x 8 ids
 
 
 def log_probs(x_t):
     """float64 log-probabilities that depend on every visible token, each modality over its own slice."""
-    generator = torch.Generator().manual_seed(5)
     size, length = VOCABULARY.size, x_t.shape[1]
-    mix = torch.randn(length, size, length, size, generator=generator, dtype=torch.float64)
     seen = torch.nn.functional.one_hot(x_t.ids, size).double()
-    logits = torch.einsum("bjv,jviw->biw", seen, mix)
+    logits = (seen.flatten(1) @ MIX).view(-1, length, size)
     out = torch.full_like(logits, -torch.inf)
     for modality in Modality:
         start, stop = VOCABULARY.range_of(modality)
@@ -47,7 +46,7 @@ ROW = [Span.text([0, 2]), Span.image(torch.tensor([[5, 7]]))]
 
 
 def rows(n=N):
-    return TokenBatch.from_spans([ROW] * n)
+    return TokenBatch.from_spans([ROW]).rows(torch.zeros(n, dtype=torch.long))
 
 
 def within(values, expected, sigmas=4.0):
@@ -205,6 +204,25 @@ def test_model_scorer_equals_the_full_log_probabilities():
     dense = mask_count_nelbo(log_prob_scorer(full), batch, VOCABULARY, keys, samples=3)
     torch.testing.assert_close(sliced.total, dense.total, rtol=1e-5, atol=1e-5)
     assert 0.5 * math.log(3) < float(sliced.total.mean()) / 4 < 3 * math.log(4)
+
+
+def test_time_conditioned_models_hear_the_masked_share():
+    heard = []
+
+    class Model:
+        def hidden(self, ids, modality, positions, attention_mask, time=None):
+            heard.append(time)
+            return torch.zeros(*ids.shape, 2)
+
+        def head(self, hidden, start, stop):
+            return hidden.new_zeros(len(hidden), stop - start)
+
+    scorer = model_scorer(Model(), VOCABULARY, time=lambda share: 10 * share)
+    result = mask_count_nelbo(scorer, rows(3).pad_to(6), VOCABULARY, torch.arange(3), samples=4)
+    for row in torch.stack(heard, 1).tolist():
+        assert row == [2.5, 5.0, 7.5, 10.0]
+    # uniform guesses: each estimate is one draw's n/k times its masked positions, text ln 3 and image ln 4
+    assert float(result.total.mean()) == pytest.approx(2 * math.log(3) + 2 * math.log(4), rel=0.15)
 
 
 def test_without_eos_fill():

@@ -15,7 +15,7 @@ VOCABULARY = Vocabulary(20, (0, 8), (9, 18), mask_id=8, image_mask_id=18)
 def make_batch(rows=4):
     known = torch.tensor([True, False, False, False])
     row = [Span.text([1, 2, 3, 4], given=known), Span.image(torch.arange(9, 15).view(2, 3))]
-    return TokenBatch.from_spans([row] * rows).pad_to(12)
+    return TokenBatch.from_spans([row]).pad_to(12).rows(torch.zeros(rows, dtype=torch.long))
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 3))
@@ -89,7 +89,7 @@ def test_mask_count_is_exact(seed):
 
 
 def test_mask_count_subsets_are_uniform():
-    batch = TokenBatch.from_spans([[Span.text([1, 2, 3, 4])]] * 6000)
+    batch = TokenBatch.from_spans([[Span.text([1, 2, 3, 4])]]).rows(torch.zeros(6000, dtype=torch.long))
     noisy = mask_count(batch, torch.full((6000,), 2), VOCABULARY, keyed_uniform(2, torch.arange(6000), 0, 4))
     codes, counts = (noisy.masked.long() @ torch.tensor([1, 2, 4, 8])).unique(return_counts=True)
     assert len(codes) == 6

@@ -211,7 +211,7 @@ def test_one_draw_variance_of_the_estimators_themselves(case):
     """4,000 rows, one draw each: the sample variances of the code that evaluation runs, against the exact ones."""
     toy, stored, scorer, moments = case
     stored, n = stored["estimator_variance"], 4000
-    batch = toy.batch([stored["x0"]] * n)
+    batch = toy.batch([stored["x0"]]).rows(torch.zeros(n, dtype=torch.long))
     i, keys = row_of(toy, stored["x0"]), torch.arange(n)
     count = mask_count_nelbo(scorer, batch, toy.vocabulary, keys, seed=3, samples=1).total
     iid = time_nelbo(scorer, batch, toy.vocabulary, get_schedule("linear"), keys, seed=4, samples=1, low=1e-3).total

@@ -1,5 +1,14 @@
 """Diffusion mathematics: schedules, forward process, objectives, likelihood. Tensors in, tensors out; no trainer, no model."""
 
+from unidiff.diffusion.likelihood import (
+    Nelbo,
+    block_nelbo,
+    log_prob_scorer,
+    mask_count_nelbo,
+    model_scorer,
+    time_nelbo,
+    without_eos_fill,
+)
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import (
     ElboTerms,
@@ -17,20 +26,27 @@ from unidiff.diffusion.schedules import Schedule, get_schedule, sample_times
 __all__ = [
     "ElboTerms",
     "MaskedIndex",
+    "Nelbo",
     "NoisyBatch",
     "Schedule",
+    "block_nelbo",
     "condition_on",
     "gather_masked",
     "get_schedule",
     "hide",
     "joint_elbo",
     "keyed_uniform",
+    "log_prob_scorer",
     "mask_count",
+    "mask_count_nelbo",
     "mask_tokens",
     "masked_nll",
     "modality_nll",
+    "model_scorer",
     "posterior",
     "reverse_step",
     "sample_times",
+    "time_nelbo",
     "time_weight",
+    "without_eos_fill",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import joint_elbo, masked_nll
-from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens
+from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_ids, mask_tokens
 from unidiff.diffusion.schedules import Schedule
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -28,16 +28,34 @@ Scorer = Callable[[TokenBatch, TokenBatch, Tensor], Tensor]
 class HiddenModel(Protocol):
     """What `model_scorer` needs: `MaskedTransformer` has it."""
 
-    def hidden(self, ids: Tensor, modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor: ...
+    def hidden(
+        self,
+        ids: Tensor,
+        modality: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        time: Tensor | None = None,
+    ) -> Tensor: ...
 
     def head(self, hidden: Tensor, start: int, stop: int) -> Tensor: ...
 
 
-def model_scorer(model: HiddenModel, vocabulary: Vocabulary, count: int = 1024) -> Scorer:
-    """Score with a model, through the modality's slice of its head, `count` positions at a time."""
+def model_scorer(
+    model: HiddenModel, vocabulary: Vocabulary, count: int = 512, time: Callable[[Tensor], Tensor] | None = None
+) -> Scorer:
+    """Score with a model, through the modality's slice of its head, `count` positions at a time.
+
+    Args:
+        time: for a time-conditioned model: from the share of a row's targets that is masked, `[B]`, to the network's
+            time input, for instance `lambda r: schedule.sigma(schedule.inverse_rate(r))`.
+    """
 
     def score(x_t: TokenBatch, x0: TokenBatch, where: Tensor) -> Tensor:
-        hidden = model.hidden(x_t.ids, x_t.modality, x_t.positions, x_t.attention_mask())
+        moment = None
+        if time is not None:
+            unknown = x0.targets & (x_t.ids == mask_ids(x_t, vocabulary))
+            moment = time(unknown.sum(1) / x0.targets.sum(1).clamp_min(1))
+        hidden = model.hidden(x_t.ids, x_t.modality, x_t.positions, x_t.attention_mask(), moment)
         return masked_nll(hidden, model.head, where, x0, vocabulary, count)
 
     return score
@@ -228,11 +246,10 @@ def without_eos_fill(batch: TokenBatch, eos_id: int) -> TokenBatch:
     """
     text = batch.valid & (batch.modality == Modality.TEXT)
     eos = text & (batch.ids == eos_id)
-    before = eos.cumsum(1) - eos.long()  # end-of-text tokens strictly before, over the row
+    before = torch.zeros_like(batch.ids)  # end-of-text tokens strictly before, in the same sample
     for sample in batch.sample_ids.unique().tolist():
-        inside = batch.sample_ids == sample
-        count = (eos & inside).cumsum(1) - (eos & inside).long()
-        before = torch.where(inside, count, before)
+        inside = eos & (batch.sample_ids == sample)
+        before = torch.where(inside, inside.cumsum(1) - 1, before)
     fill = eos & (before > 0)
     return batch.replace(
         valid=batch.valid & ~fill, given=batch.given | fill, sample_ids=batch.sample_ids.masked_fill(fill, -1)

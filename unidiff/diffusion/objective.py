@@ -56,7 +56,7 @@ def gather_masked(masked: Tensor, x0: Tensor, count: int) -> MaskedIndex:
 
 
 def masked_nll(
-    hidden: Tensor, head: Head, masked: Tensor, x0: TokenBatch, vocabulary: Vocabulary, count: int = 1024
+    hidden: Tensor, head: Head, masked: Tensor, x0: TokenBatch, vocabulary: Vocabulary, count: int = 512
 ) -> Tensor:
     """-log p(x0_i | x_t) at masked positions, each through its modality's slice of the head (SUBS by slicing).
 
@@ -165,7 +165,7 @@ def joint_elbo(
         means.append(rows[-1].sum() / counts[-1].sum().clamp_min(1))
     if normalizer is None:
         normalizer = (counts[0] + counts[1]).sum().clamp_min(1)
-    total = sum(weights[m] * rows[m].sum() for m in Modality) / normalizer
+    total = (weights[Modality.TEXT] * rows[0].sum() + weights[Modality.IMAGE] * rows[1].sum()) / normalizer
     return ElboTerms(total, means[0], means[1], rows[0], rows[1], counts[0], counts[1])
 
 

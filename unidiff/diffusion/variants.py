@@ -115,13 +115,13 @@ def unidisc_capped_total(terms: ElboTerms, modality_weights: Mapping[Modality, f
     """UniDisc's total with its text term rescaled to be at most the (detached) image term.
 
     Both terms are modality-weighted sums over *all* target positions' count, so that `joint_elbo(...).total` with the
-    same weights is the uncapped version.
+    same weights is the uncapped version. A batch without image loss is not capped: its text would learn nothing.
     """
     count = (terms.count_text + terms.count_image).sum().clamp_min(1)
     text = modality_weights[Modality.TEXT] * terms.row_text.sum() / count
     image = modality_weights[Modality.IMAGE] * terms.row_image.sum() / count
     cap = torch.minimum(text.detach(), image.detach()) / text.detach().clamp_min(torch.finfo(text.dtype).tiny)
-    return text * cap + image
+    return text * torch.where(image.detach() > 0, cap, 1) + image
 
 
 def plain_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = -100) -> Tensor:
