@@ -1,0 +1,38 @@
+"""A pipeline with random weights that decodes in milliseconds: 16 codes, 16 x 24 px, 10 text tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.settings import PipelineSettings
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.cell_vq import CellVQModel
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+
+TEXT_LENGTH, GRID, SIZE = 10, (2, 3), (16, 24)
+CORPUS = ["a dog on a red background", "two cats", "an owl above a fox", "what is in the picture? a dog"] * 3
+
+
+def tiny_parts(seed: int = 0) -> tuple[MaskedTransformer, CellVQModel, TextTokenizer, PipelineSettings]:
+    torch.manual_seed(seed)
+    text = TextTokenizer.train(CORPUS, 320)
+    image = CellVQModel(8, 16, 4, 16, 1, (16,), (1,))
+    for convolution in (image.decoder[0], image.decoder[-2]):  # contrast between codes
+        torch.nn.init.normal_(convolution.weight, std=1.0)
+    specials = {name: text.special(name) for name in ("eos", "caption", "question", "answer")}
+    vocabulary = Vocabulary.unified(text.size, 16, specials)
+    transformer = MaskedTransformer(vocabulary.size, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32)
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:  # branches start at zero; attention must matter here
+            torch.nn.init.normal_(parameter, std=0.3)
+    return transformer, image, text, PipelineSettings(vocabulary, TEXT_LENGTH, GRID)
+
+
+def tiny_pipeline(seed: int = 0) -> UniDiffPipeline:
+    transformer, image, text, settings = tiny_parts(seed)
+    pipe = UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

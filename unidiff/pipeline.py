@@ -1,0 +1,327 @@
+"""`UniDiffPipeline`: text-to-image, captions, answers, joint inpainting and joint generation with one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.checks import check_fit, read_dtype
+from unidiff.pipelines.decode import (
+    OUTPUT_TYPES,
+    DecodeOptions,
+    StepCallback,
+    StepWatcher,
+    guidance_condition,
+    trajectory_of,
+)
+from unidiff.pipelines.folder import load_parts, locate, write_folder
+from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
+from unidiff.pipelines.output import UniDiffOutput
+from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
+from unidiff.pipelines.seeds import RowGenerator, row_seeds
+from unidiff.pipelines.settings import PipelineSettings, with_overrides
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+
+
+class UniDiffPipeline(DiffusionPipeline):
+    """One masked diffusion model over text and image tokens, with everything around it.
+
+    All tasks are the same decode with other tokens known; they share the keyword arguments of `DecodeOptions`.
+
+    Args:
+        transformer: the denoiser.
+        image_tokenizer: a `VQImageTokenizer`, or the model inside one.
+        text_tokenizer: a `TextTokenizer`, or the Hugging Face tokenizer inside one.
+        settings: `PipelineSettings`, or its plain-data form; saved in `model_index.json`.
+
+    Raises:
+        ValueError: parts that do not fit together.
+    """
+
+    model_cpu_offload_seq = "transformer->image_tokenizer"
+
+    def __init__(
+        self,
+        transformer: MaskedTransformer,
+        image_tokenizer: Any,
+        text_tokenizer: Any,
+        settings: PipelineSettings | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(settings, PipelineSettings):
+            settings = PipelineSettings.from_dict(settings or {})
+        if isinstance(image_tokenizer, VQImageTokenizer):
+            image_tokenizer = image_tokenizer.model
+        if isinstance(text_tokenizer, TextTokenizer):
+            text_tokenizer = text_tokenizer.tokenizer
+        self.register_modules(
+            transformer=transformer.eval(), image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer
+        )
+        self.register_to_config(settings=settings.to_dict())
+        self.settings = settings
+        self.images = VQImageTokenizer(image_tokenizer)
+        self.texts = TextTokenizer(text_tokenizer)
+        check_fit(transformer, self.images, self.texts, settings)
+        factor = self.images.factor
+        self.image_inputs = ImageInputs((settings.grid[0] * factor, settings.grid[1] * factor), factor)
+        self.text_slots = TextSlots(self.texts, settings)
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """True once a callback has asked the running decode to finish."""
+        return self._interrupt
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_inputs.size
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **hub_options: Any,
+    ) -> Self:
+        """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), strictly.
+
+        Args:
+            name: where.
+            dtype: of the weights in memory, float32 when left out; `torch_dtype` is the same.
+            hub_options: revision, cache_dir, token, local_files_only, force_download.
+
+        Raises:
+            FileNotFoundError: nothing there, or a part is missing.
+            ValueError: another family, unknown settings, or weights that are missing, unexpected, misshaped or NaN.
+        """
+        wanted = read_dtype(dtype if torch_dtype is None else torch_dtype)
+        parts = load_parts(locate(name, **hub_options), wanted)
+        return cls(parts.transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the whole folder (safetensors, in the dtype of the weights), or nothing.
+
+        Raises:
+            ValueError: a folder that holds something else than a pipeline.
+        """
+        write_folder(save_directory, lambda folder: DiffusionPipeline.save_pretrained(self, str(folder), **kwargs))
+
+    def text_to_image(
+        self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, **options: Unpack[DecodeOptions]
+    ) -> UniDiffOutput:
+        """Draw pictures from words.
+
+        Args:
+            prompt: one or several captions.
+            num_images_per_prompt: rows per prompt, next to each other in the results.
+
+        Raises:
+            ValueError: an empty prompt, one longer than the model holds, or an option out of range.
+        """
+        slots = [self.text_slots.prompt(p) for p in as_list(prompt, "prompt")]
+        slots, count = _repeat(slots, num_images_per_prompt)
+        return self._decode("text_to_image", slots, None, None, per_entry=count, **options)
+
+    def caption(
+        self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Unpack[DecodeOptions]
+    ) -> UniDiffOutput:
+        """Describe pictures.
+
+        Args:
+            image: one or several pictures, see `ImageInputs.images`.
+            max_text_tokens: longest caption.
+            resize: accept other sizes.
+
+        Raises:
+            ValueError: a picture of another size, mode, dtype or range, or an option out of range.
+        """
+        codes = self._encode(image, resize)
+        slots = [self.text_slots.hidden(max_text_tokens)] * len(codes)
+        return self._decode("caption", slots, codes, None, pictures=False, **options)
+
+    def answer(
+        self,
+        image: Any,
+        question: str | Sequence[str],
+        max_text_tokens: int | None = None,
+        resize: bool = False,
+        **options: Unpack[DecodeOptions],
+    ) -> UniDiffOutput:
+        """Answer questions about pictures; one picture with several questions, or the other way round, is fine too.
+
+        Raises:
+            ValueError: as for `caption`; an empty or too long question; lists of different lengths.
+        """
+        slots = [self.text_slots.question(q, max_text_tokens) for q in as_list(question, "question")]
+        images, slots = broadcast(image=self._encode(image, resize), question=slots)
+        return self._decode("answer", slots, torch.stack(images), None, pictures=False, **options)
+
+    def inpaint(
+        self,
+        image: Any,
+        mask_image: Any = None,
+        text: str | Sequence[str] | None = None,
+        max_text_tokens: int | None = None,
+        paste_back: bool = False,
+        resize: bool = False,
+        num_images_per_prompt: int = 1,
+        **options: Unpack[DecodeOptions],
+    ) -> UniDiffOutput:
+        """Fill holes in pictures and in their captions together. Every other token stays exactly as it was.
+
+        Args:
+            image: one or several pictures.
+            mask_image: white where to repaint, as large as the picture; a code is decoded again when any of its pixels
+                is white. None repaints nothing.
+            text: captions with holes: `<mask>` hides one token (a word and the space before it, for most words),
+                `<mask:3>` three; without holes the caption guides the picture. None: a caption of unknown words.
+            max_text_tokens: longest caption, when `text` is None.
+            paste_back: put the picture's own pixels back outside the mask (its codes are exact without that).
+            resize: accept pictures of other sizes.
+
+        Raises:
+            ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
+        """
+        pixels = self.image_inputs.images(image, resize)  # [B, 3, H, W]
+        if mask_image is None:
+            masks = torch.zeros(1, *self.image_size, dtype=torch.bool)
+        else:
+            masks = self.image_inputs.masks(mask_image, image, resize)  # [B, H, W]
+        given, masks, slots = broadcast(
+            image=self.images.encode(pixels), mask_image=masks, text=self._captions(text, max_text_tokens)
+        )
+        if paste_back:
+            pixels = pixels.expand(len(given), -1, -1, -1)
+        codes, mask = torch.stack(given), torch.stack(masks)
+        slots, count = _repeat(slots, num_images_per_prompt)
+        codes, mask = (x.repeat_interleave(count, 0) for x in (codes, mask))
+        paste = (pixels.repeat_interleave(count, 0), mask) if paste_back else None
+        return self._decode(
+            "inpaint", slots, codes, self.image_inputs.cells(mask), paste=paste, per_entry=count, **options
+        )
+
+    def generate(
+        self,
+        text: str | Sequence[str] | None = None,
+        image: Any = None,
+        max_text_tokens: int | None = None,
+        resize: bool = False,
+        num_images_per_prompt: int = 1,
+        **options: Unpack[DecodeOptions],
+    ) -> UniDiffOutput:
+        """Make a picture and its caption together, from nothing, from a few words, or from either one.
+
+        Args:
+            text: None for a caption of unknown words, or captions with holes as for `inpaint`.
+            image: None for pictures of unknown content, or known pictures.
+            num_images_per_prompt: rows per text or image.
+
+        Raises:
+            ValueError: text and image both known in full, or as for `inpaint`.
+        """
+        captions = self._captions(text, max_text_tokens)
+        codes = None
+        if image is not None:
+            given, captions = broadcast(image=self._encode(image, resize), text=captions)
+            codes = torch.stack(given)
+        slots, count = _repeat(captions, num_images_per_prompt)
+        codes = None if codes is None else codes.repeat_interleave(count, 0)
+        return self._decode("generate", slots, codes, None, per_entry=count, **options)
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        task: str,
+        slots: Sequence[TextSlot],
+        codes: Tensor | None,
+        hidden: Tensor | None,
+        *,
+        pictures: bool = True,
+        paste: tuple[Tensor, Tensor] | None = None,
+        per_entry: int = 1,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_hides: str | None = None,
+        temperature: float | None = None,
+        sampler: SamplerConfig | None = None,
+        policy: RefreshPolicy | None = None,
+        generator: RowGenerator = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        record_trajectory: bool = False,
+    ) -> UniDiffOutput:
+        """The one path of all tasks: rows, sampler, and back to words and pixels."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+        settings, vocabulary = self.settings, self.settings.vocabulary
+        # 1. settings of the decode
+        never = self.text_slots.never(closed=all(slot.closed for slot in slots))
+        config = with_overrides(
+            sampler or settings.sampler(task), steps, guidance_scale, guidance_hides, temperature, never
+        )
+        # 2. rows: text span, image span, what is known
+        batch = build_batch(slots, codes, hidden, settings).to(self._execution_device)  # [B, L]
+        condition = guidance_condition(batch, config.guidance.hide)
+        seeds = row_seeds(generator, len(slots), per_entry)
+        # 3. decode
+        targets = int(batch.targets.sum())
+        self._interrupt = False
+        with self.progress_bar(total=targets) as bar:
+            watcher = StepWatcher(self, bar, targets, callback_on_step_end)
+            run = Sampler(self.transformer, vocabulary, config, policy)
+            out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory)
+            watcher.finish()
+        # 4. back to words and pixels
+        ids = out.batch.ids.cpu()
+        text_ids = [self.text_slots.words(row, slot) for row, slot in zip(ids, slots, strict=True)]
+        codes = ids[:, settings.text_length :].unflatten(1, settings.grid) - vocabulary.image[0]  # [B, h, w]
+        trajectory = None
+        if out.trajectory is not None:
+            trajectory = trajectory_of(out.trajectory, slots, self.text_slots, settings, self.images.decode)
+        return UniDiffOutput(
+            images=self._pictures(codes, output_type, paste) if pictures else None,
+            texts=[self.texts.decode(words).strip() for words in text_ids],
+            codes=codes,
+            text_ids=text_ids,
+            ids=ids,
+            confidences=out.confidence.cpu(),
+            nfe=out.nfe,
+            seconds=out.seconds,
+            seeds=seeds,
+            trajectory=trajectory,
+        )
+
+    def _encode(self, image: Any, resize: bool) -> Tensor:
+        """Pictures to codes int64 `[B, h, w]`."""
+        return self.images.encode(self.image_inputs.images(image, resize)).cpu()
+
+    def _captions(self, text: str | Sequence[str] | None, max_text_tokens: int | None) -> list[TextSlot]:
+        if text is None:
+            return [self.text_slots.hidden(max_text_tokens)]
+        return [self.text_slots.template(t) for t in as_list(text, "text")]
+
+    def _pictures(self, codes: Tensor, output_type: str, paste: tuple[Tensor, Tensor] | None) -> Any:
+        if output_type == "codes":
+            return codes
+        images = self.images.decode(codes).cpu()  # [B, 3, H, W]
+        if paste is not None:
+            original, mask = paste
+            images = torch.where(mask[:, None], images, original)
+        return self.image_inputs.output(images, output_type)
+
+
+def _repeat(slots: Sequence[TextSlot], count: int) -> tuple[list[TextSlot], int]:
+    """Each slot `count` times in a row."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"num_images_per_prompt is {count!r}; expected a whole number of at least 1")
+    return [slot for slot in slots for _ in range(count)], count

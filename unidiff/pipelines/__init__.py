@@ -1,0 +1,1 @@
+"""The parts of `UniDiffPipeline`: settings, inputs, rows, results and folders."""

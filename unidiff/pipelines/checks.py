@@ -1,0 +1,48 @@
+"""Do the parts of a pipeline fit together? One clear sentence where they do not."""
+
+from __future__ import annotations
+
+import torch
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.settings import PipelineSettings
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_fit(
+    transformer: MaskedTransformer, images: VQImageTokenizer, texts: TextTokenizer, settings: PipelineSettings
+) -> None:
+    """Raise `ValueError` unless vocabulary, transformer and tokenizers agree about the ids."""
+    vocabulary = settings.vocabulary
+    if transformer.config.vocab_size != vocabulary.size:
+        raise ValueError(
+            f"the transformer has {transformer.config.vocab_size} ids but the vocabulary {vocabulary.size}; "
+            "give the tokenizers it was trained with"
+        )
+    if images.codebook_size != vocabulary.image_size:
+        raise ValueError(
+            f"the image tokenizer has {images.codebook_size} codes but the vocabulary {vocabulary.image_size}; "
+            "give the tokenizer the model was trained with"
+        )
+    if texts.size != vocabulary.text_size:
+        raise ValueError(
+            f"the text tokenizer has {texts.size} ids but the vocabulary {vocabulary.text_size}; "
+            "give the tokenizer the model was trained with"
+        )
+    known = texts.specials()
+    if missing := [name for name in settings.task_tokens.values() if name not in known]:
+        raise ValueError(f"the text tokenizer has no special token {missing[0]!r}; it has {sorted(known)}")
+
+
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A torch dtype from itself or its name; float32 for None."""
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in (*_DTYPES.values(), torch.float64):
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")

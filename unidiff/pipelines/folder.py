@@ -1,0 +1,131 @@
+"""Pipeline folders: finding them, reading them strictly, writing them whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.settings import PipelineSettings
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+
+INDEX = "model_index.json"
+PIPELINE_CLASS = "UniDiffPipeline"
+EMBEDDED = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji" / "model"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+@dataclass(frozen=True)
+class LoadedParts:
+    """Everything a pipeline is made of."""
+
+    transformer: MaskedTransformer
+    image_tokenizer: VQImageTokenizer
+    text_tokenizer: TextTokenizer
+    settings: PipelineSettings
+
+
+def locate(name: str | Path, **hub_options: Any) -> Path:
+    """The folder behind a folder name, the name of an embedded model (`emoji`) or a hub name (`owner/model`).
+
+    A name that looks like a path is never looked up on the network.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        TypeError: an option that the hub download does not know.
+    """
+    if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
+        raise TypeError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(_HUB_OPTIONS)}")
+    folder = Path(name)
+    if str(name) in EMBEDDED:  # before folders: the default model must not depend on where one stands
+        embedded = EMBEDDED[str(name)]
+        if not embedded.is_dir():
+            raise FileNotFoundError(f"the embedded model {str(name)!r} is not part of this installation ({embedded})")
+        return embedded
+    if folder.is_dir():
+        return folder
+    if isinstance(name, Path) or not _HUB_NAME.fullmatch(str(name)) or folder.parent.is_dir():
+        raise FileNotFoundError(
+            f"model folder {str(name)!r} does not exist; name a folder, a hub model 'owner/name', or 'emoji'"
+        )
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted, **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a reachable hub model: {reason}") from error
+
+
+def load_parts(folder: Path, dtype: torch.dtype) -> LoadedParts:
+    """Read a pipeline folder; any doubt about it is an error.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: a pipeline of another family, unknown settings, weights that are missing, unexpected, misshaped or
+            NaN, or parts that do not fit together.
+    """
+    index = read_index(folder)
+    settings = PipelineSettings.from_dict(index.get("settings") or {})
+    transformer = load_transformer(folder / "transformer", dtype)
+    image_tokenizer = VQImageTokenizer.from_pretrained(folder / "image_tokenizer", dtype)
+    text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
+    return LoadedParts(transformer, image_tokenizer, text_tokenizer, settings)
+
+
+def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> MaskedTransformer:
+    """A `MaskedTransformer` folder in evaluation mode; never looked up on the network."""
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no config.json; name a folder with a saved MaskedTransformer")
+    return MaskedTransformer.from_pretrained(str(folder), torch_dtype=dtype).eval()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json` of a unidiff pipeline."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {INDEX}; name a folder written by save_pretrained")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); the file is damaged") from error
+    family = index.get("_class_name") if isinstance(index, dict) else None
+    if family != PIPELINE_CLASS:
+        raise ValueError(f"{path} describes a {family}, not a {PIPELINE_CLASS}; load it with its own library")
+    return index
+
+
+def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on an empty folder beside `target`, then put it in place; `target` is never half-written.
+
+    Raises:
+        ValueError: `target` is a file, or a folder that holds something else than a pipeline.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{str(target)!r} is a file; name a folder to save the pipeline in")
+    if target.is_dir() and any(target.iterdir()) and not (target / INDEX).is_file():
+        raise ValueError(f"{str(target)!r} is not empty and holds no pipeline; save to a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        write(new)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

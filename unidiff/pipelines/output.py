@@ -1,0 +1,110 @@
+"""What the pipeline hands back: pictures, texts, tokens, numbers, and the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The decode as it went: all hidden first, then after each pass.
+
+    Attributes:
+        ids: int64 `[S, B, L]`, [MASK] where still open.
+        frames: uint8 `[S, B, H, W, 3]`, open cells in grey.
+        texts: `[S][B]`, open tokens as underscores.
+    """
+
+    ids: Tensor
+    frames: Tensor
+    texts: list[list[str]]
+
+
+@dataclass(frozen=True)
+class UniDiffOutput:
+    """Results of B rows.
+
+    Attributes:
+        images: PIL images, a float tensor `[B, 3, H, W]`, a float array `[B, H, W, 3]` or int64 codes `[B, h, w]`, as
+            `output_type` says. For captions and answers, the pictures the model looked at through its codes.
+        texts: the caption, answer or prompt of each row, up to its first end-of-text.
+        codes: int64 `[B, h, w]`, image codes.
+        text_ids: the text ids behind `texts`.
+        ids: int64 `[B, L]`, the whole rows in the shared vocabulary.
+        confidences: float32 `[B, L]`, probability of each decoded token when it was committed; 1 where known.
+        nfe: network evaluations per row; a guided pass counts twice.
+        seconds: wall-clock time of the decode.
+        seeds: int64 `[B]`; `generator=[seed]` repeats a row alone.
+        trajectory: when asked for.
+    """
+
+    images: Any
+    texts: list[str]
+    codes: Tensor
+    text_ids: list[list[int]]
+    ids: Tensor
+    confidences: Tensor
+    nfe: int
+    seconds: float
+    seeds: Tensor
+    trajectory: Trajectory | None = None
+
+    def save_gif(self, path: str | Path, milliseconds: int = 180) -> None:
+        """Animate the trajectory, rows side by side; the end stays for two seconds.
+
+        Raises:
+            ValueError: no trajectory was recorded.
+        """
+        steps = self._trajectory()
+        frames = [self._sheet([[(s, b)] for b in range(len(self.texts))], columns=4) for s in range(len(steps.ids))]
+        size = (max(f.width for f in frames), max(f.height for f in frames))  # texts wrap to more or fewer lines
+        frames = [ImageOps.pad(f, size, color="white", centering=(0, 0)) if f.size != size else f for f in frames]
+        durations = [milliseconds] * (len(frames) - 1) + [2000]
+        save_image(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+    def save_filmstrip(self, path: str | Path, count: int = 8) -> None:
+        """One PNG: `count` moments of the trajectory from left to right, one line per row.
+
+        Raises:
+            ValueError: no trajectory was recorded, or `count` is below 2.
+        """
+        if count < 2:
+            raise ValueError(f"count is {count}; a filmstrip needs at least 2 pictures")
+        steps = self._trajectory()
+        last = len(steps.ids) - 1
+        moments = sorted({round(last * i / (count - 1)) for i in range(count)})
+        save_image(self._sheet([[(s, b) for s in moments] for b in range(len(self.texts))]), path, "PNG")
+
+    def _trajectory(self) -> Trajectory:
+        if self.trajectory is None:
+            raise ValueError("this result has no trajectory; call the pipeline with record_trajectory=True")
+        return self.trajectory
+
+    def _sheet(self, rows: Sequence[Sequence[tuple[int, int]]], columns: int | None = None) -> Image.Image:
+        steps = self._trajectory()
+        lines = [
+            [Cell(Image.fromarray(steps.frames[s, b].numpy()), steps.texts[s][b] or " ") for s, b in row]
+            for row in rows
+        ]
+        if columns is not None:
+            flat = [cell for line in lines for cell in line]
+            lines = [flat[i : i + columns] for i in range(0, len(flat), columns)]
+        return draw_sheet(lines)
+
+
+def to_frames(images: Tensor, open_cells: Tensor) -> Tensor:
+    """uint8 `[B, H, W, 3]` of float images `[B, 3, H, W]`, with open cells (bool `[B, h, w]`) in grey."""
+    factor = images.shape[-1] // open_cells.shape[-1]
+    covered = open_cells.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, None]  # [B, 1, H, W]
+    checks = (torch.arange(images.shape[-2])[:, None] // factor + torch.arange(images.shape[-1]) // factor) % 2
+    images = torch.where(covered, 0.55 + 0.07 * checks, images.cpu())
+    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,59 @@
+"""One seed per row from what people pass as `generator`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unidiff.diffusion.noise import keyed_bits
+
+RowGenerator = int | torch.Generator | Sequence[int | torch.Generator] | None
+_LARGEST = (1 << 62) - 1
+
+
+def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
+    """int64 `[rows]`, non-negative.
+
+    Args:
+        generator: None for fresh seeds from the system; an int, from which every row gets its own; a torch generator,
+            which draws one seed per row; or a list of ints (used as they are) and generators, one per row or one per
+            entry.
+        rows: rows of the batch, `per_entry` of them for each entry of the caller's list.
+
+    Raises:
+        ValueError: a list of another length, or an entry of another kind.
+    """
+    if generator is None:
+        return torch.tensor([secrets.randbelow(_LARGEST) for _ in range(rows)])
+    if isinstance(generator, torch.Generator):
+        return torch.tensor([_draw(generator) for _ in range(rows)])
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        return derived_seeds(generator, rows)
+    if not isinstance(generator, list | tuple):
+        raise ValueError(f"generator is a {type(generator).__name__}; expected an int, a torch.Generator or a list")
+    if len(generator) not in (rows, rows // per_entry):
+        raise ValueError(f"generator lists {len(generator)} seeds for {rows} rows; give one per row")
+    repeats = rows // len(generator)
+    seeds: list[int] = []
+    for entry in generator:
+        if isinstance(entry, torch.Generator):
+            seeds += [_draw(entry) for _ in range(repeats)]
+        elif isinstance(entry, int) and not isinstance(entry, bool):
+            seeds += [entry] if repeats == 1 else derived_seeds(entry, repeats).tolist()
+        else:
+            raise ValueError(f"generator lists a {type(entry).__name__}; expected ints and torch.Generators")
+    if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 63]:
+        raise ValueError(f"seed {bad[0]} does not fit into 64 bits; choose a smaller one")
+    return torch.tensor(seeds)
+
+
+def derived_seeds(seed: int, rows: int) -> Tensor:
+    """Row i's seed as a hash of (seed, i): rows of neighbouring seeds do not repeat each other."""
+    return keyed_bits(seed, torch.arange(rows), 0, 1)[:, 0] & _LARGEST
+
+
+def _draw(generator: torch.Generator) -> int:
+    return int(torch.randint(_LARGEST, (), generator=generator, device=generator.device))

@@ -1,0 +1,131 @@
+"""What a pipeline knows besides its weights: the layout of a row and the sampler defaults of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.tokens import Vocabulary
+
+TASKS = ("text_to_image", "caption", "answer", "inpaint", "generate")
+
+
+def default_samplers() -> dict[str, SamplerConfig]:
+    """Settings per task where a model brings none of its own: text by threshold, images by a cosine quota."""
+    text = ModalityDecoding(steps=16, rule="threshold", temperature=0.0)
+    drawn_text = replace(text, temperature=1.0, top_p=0.9)
+    image = ModalityDecoding(steps=16, rule="quota", schedule="cosine", temperature=0.7, choice_temperature=1.0)
+    return {
+        "text_to_image": SamplerConfig(text, image, Guidance(2.0)),
+        "caption": SamplerConfig(text, image),
+        "answer": SamplerConfig(text, image),
+        "inpaint": SamplerConfig(text, image),
+        "generate": SamplerConfig(drawn_text, image, Guidance(1.0, hide="other"), order="text_first"),
+    }
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """Layout of a row (text span, then one image span) and defaults.
+
+    Args:
+        vocabulary: the shared id layout.
+        text_length: tokens of the text span, task token and end-of-text fill included.
+        grid: image codes per column and per row, `(height, width)`.
+        task_tokens: names of the special text tokens that open a caption, open a question, and separate the answer.
+        samplers: sampler settings per task (`TASKS`); tasks left out get `default_samplers`.
+
+    Raises:
+        ValueError: a value outside its range; the message names it.
+    """
+
+    vocabulary: Vocabulary
+    text_length: int
+    grid: tuple[int, int]
+    task_tokens: Mapping[str, str] = field(
+        default_factory=lambda: {name: name for name in ("caption", "question", "answer")}
+    )
+    samplers: Mapping[str, SamplerConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text_length, int) or self.text_length < 3:
+            raise ValueError(f"text_length is {self.text_length!r}; expected a whole number of at least 3")
+        grid = tuple(int(side) for side in self.grid)
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid is {self.grid!r}; expected (height, width) in image codes")
+        if missing := {"caption", "question", "answer"} - set(self.task_tokens):
+            raise ValueError(f"task_tokens lack {sorted(missing)}; name the special token of each")
+        if unknown := set(self.samplers) - set(TASKS):
+            raise ValueError(f"samplers name unknown tasks {sorted(unknown)}; expected some of {list(TASKS)}")
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "task_tokens", dict(self.task_tokens))
+        object.__setattr__(self, "samplers", {**default_samplers(), **self.samplers})
+
+    def sampler(self, task: str) -> SamplerConfig:
+        """The default sampler settings of a task."""
+        if task not in self.samplers:
+            raise ValueError(f"unknown task {task!r}; expected one of {list(TASKS)}")
+        return self.samplers[task]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data; `from_dict` reads it back."""
+        return {
+            "vocabulary": self.vocabulary.to_dict(),
+            "text_length": self.text_length,
+            "grid": list(self.grid),
+            "task_tokens": dict(self.task_tokens),
+            "samplers": {task: sampler.to_dict() for task, sampler in self.samplers.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PipelineSettings:
+        """Inverse of `to_dict`; an unknown or missing key is an error."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"pipeline settings are {type(data).__name__}; expected a mapping")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown pipeline settings {unknown}; expected some of {sorted(known)}")
+        if missing := sorted({"vocabulary", "text_length", "grid"} - set(data)):
+            raise ValueError(f"pipeline settings lack {missing}")
+        values = dict(data)
+        values["vocabulary"] = Vocabulary.from_dict(values["vocabulary"])
+        values["grid"] = tuple(values["grid"])
+        values["samplers"] = {t: SamplerConfig.from_dict(s) for t, s in values.get("samplers", {}).items()}
+        return cls(**values)
+
+
+def with_overrides(
+    sampler: SamplerConfig,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_hides: str | None = None,
+    temperature: float | None = None,
+    forbid_text: tuple[int, ...] = (),
+) -> SamplerConfig:
+    """A sampler config with the everyday knobs changed.
+
+    Args:
+        steps: passes per modality; a text rule that ends by itself (threshold, factor) becomes a quota of that many.
+        guidance_scale: at full strength, for both modalities.
+        guidance_hides: see `Guidance.hide`.
+        temperature: of token draws in both modalities.
+        forbid_text: vocabulary ids no text position may become.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    text, image, guidance = sampler.text, sampler.image, sampler.guidance
+    if steps is not None:
+        rule = "quota" if text.rule in ("threshold", "factor", "first_hitting") else text.rule
+        schedule = "linear" if rule != text.rule else text.schedule
+        text, image = replace(text, steps=steps, rule=rule, schedule=schedule), replace(image, steps=steps)
+    if temperature is not None:
+        text, image = replace(text, temperature=temperature), replace(image, temperature=temperature)
+    if guidance_scale is not None:
+        guidance = replace(guidance, scale=guidance_scale, text_scale=None, image_scale=None)
+    if guidance_hides is not None:
+        guidance = replace(guidance, hide=guidance_hides)
+    text = replace(text, forbid=tuple(sorted({*text.forbid, *forbid_text})))
+    return replace(sampler, text=text, image=image, guidance=guidance)
