@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -13,11 +13,14 @@ from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
 
-class CheckedModel(ModelMixin, ConfigMixin):
+class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A `ModelMixin` whose `from_pretrained` and `from_config` raise one clear sentence instead of guessing."""
 
+    if TYPE_CHECKING:
+        config: Any  # diffusers declares a dict; its keys read as attributes too
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Self:
         """As `ModelMixin.from_pretrained` (`torch_dtype`/`dtype`, `subfolder`, `revision`, ...), safetensors only.
 
         Raises:
@@ -30,13 +33,14 @@ class CheckedModel(ModelMixin, ConfigMixin):
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
         settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, **settings})
-        except SafetensorError as error:
-            raise ValueError(f"{where}: the weight file is not readable safetensors ({_first_line(error)})") from error
-        except OSError as error:
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, **settings})
+        except (OSError, SafetensorError) as error:
+            if _chain_holds(error, SafetensorError):
+                raise ValueError(f"{where}: the weight file is damaged, or no safetensors file") from error
             raise FileNotFoundError(
                 f"{where}: no config.json with safetensors weights ({_first_line(error)})"
             ) from error
+        model, info = loaded
         problems = {
             "missing": sorted(info["missing_keys"]),
             "unexpected": sorted(info["unexpected_keys"]),
@@ -46,7 +50,7 @@ class CheckedModel(ModelMixin, ConfigMixin):
         if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
             raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
         check_finite(model, where)
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -65,6 +69,12 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
     bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise ValueError(f"{where}: {len(bad)} weights hold NaN or infinity ({_few(bad)}); the checkpoint is damaged")
+
+
+def _chain_holds(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _few(names: list[str]) -> str:

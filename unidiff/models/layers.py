@@ -21,7 +21,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., size] -> [..., size]
         if self.kind == "rms":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # fused if dtypes agree
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 

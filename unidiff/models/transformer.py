@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ class Block(nn.Module):
         self.attention, self.feed_forward = attention, feed_forward
         self.attention_gate, self.dropout = attention_gate, dropout
         self.attention_norm, self.ffn_norm = norms
-        self.attention_out_norm, self.ffn_out_norm = out_norms or (None, None)
+        self.attention_out_norm = out_norms[0] if out_norms else None
+        self.ffn_out_norm = out_norms[1] if out_norms else None
         self.ada_ln = None if cond_dim is None else AdaLN(cond_dim, norms[0].weight.numel(), branches=2)
 
     def forward(
@@ -244,17 +247,16 @@ class MaskedTransformer(CheckedModel):
         for module in self.modules():
             if isinstance(module, AdaLN):
                 nn.init.zeros_(module.linear.weight)
-            elif isinstance(module, Block) and c.sandwich_norm:
-                for norm in (module.attention_out_norm, module.ffn_out_norm):
-                    nn.init.constant_(norm.weight, (2 * c.num_layers) ** -0.5)
-            elif isinstance(module, Block) and not c.time_conditioning:
-                nn.init.zeros_(module.attention.out.weight)
-                nn.init.zeros_(module.feed_forward.down.weight)
+            elif isinstance(module, Block) and module.attention_out_norm and module.ffn_out_norm:
+                nn.init.constant_(module.attention_out_norm.weight, (2 * c.num_layers) ** -0.5)
+                nn.init.constant_(module.ffn_out_norm.weight, (2 * c.num_layers) ** -0.5)
+            elif isinstance(module, (Attention, FeedForward)) and not (c.sandwich_norm or c.time_conditioning):
+                nn.init.zeros_(module.out.weight if isinstance(module, Attention) else module.down.weight)
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=0.02)
 
 
-def _check_config(c) -> None:
+def _check_config(c: Any) -> None:
     choices = {
         "norm": NORMS,
         "qk_norm": ("none", "head", "width"),

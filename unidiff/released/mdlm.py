@@ -77,7 +77,8 @@ def mdlm_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     }
     if not specials and size == 50258:
         specials = {"eos": 50256}
-    return Vocabulary(size, (0, size - 1 if mask_id == size - 1 else size), (size, size), mask_id, specials=specials)
+    stop = mask_id if mask_id == size - 1 else size
+    return Vocabulary(size, (0, stop), (stop, stop), mask_id, specials=specials)
 
 
 def mdlm_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
+TEXT_VOCAB_SIZE = 32001  # LLaMA-2's ids and [MASK]
+NORM_TYPES = {"layernorm": "layer", "rms": "rms"}
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
 SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
@@ -52,8 +54,10 @@ def unidisc_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
 def unidisc_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     """Text ids, [MASK], then image codes; upstream's text vocabulary counts [MASK]."""
     model = config.get("config", config)["model"]
-    text_size = config.get("text_vocab_size", model["text_vocab_size"])
-    size = config.get("vocab_size", text_size + model["image_vocab_size"])
+    text_size = config.get("text_vocab_size") or model.get("text_vocab_size", TEXT_VOCAB_SIZE)
+    if config.get("vocab_size") is None and model.get("image_vocab_size") is None:
+        raise ValueError("UniDisc config names neither vocab_size nor model.image_vocab_size; add one")
+    size = config.get("vocab_size") or text_size + model["image_vocab_size"]
     mask_id = config.get("mask_index", text_size - 1)
     if mask_id != text_size - 1:
         raise ValueError(f"mask_index = {mask_id}; UniDisc keeps [MASK] last of its text ids, at {text_size - 1}")
@@ -73,7 +77,10 @@ def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
     if full.get("data", {}).get("require_sample_ids", False):
         raise ValueError("UniDisc option data.require_sample_ids = True (interleaved layout) is not supported")
-    norm = {"layernorm": "layer", "rms": "rms"}[model.get("norm_type", "layernorm")]
+    norm_type = model.get("norm_type", "layernorm")
+    if norm_type not in NORM_TYPES:
+        raise ValueError(f"UniDisc option norm_type = {norm_type!r}; expected one of {sorted(NORM_TYPES)}")
+    norm = NORM_TYPES[norm_type]
     sandwich = bool(model.get("sandwich_normalization", False))
     return {
         "vocab_size": unidisc_vocabulary(config).size,
