@@ -18,11 +18,13 @@ class DataConfig:
     """Where tokens come from. See `unidiff.train.source` for the formats.
 
     Args:
-        train: token table (`.safetensors`) or a brace-expanded pattern of pre-tokenised webdataset shards.
+        train: token table (`.safetensors`), or webdataset shards, pre-tokenised or raw: a folder, a brace pattern or a
+            URL; several weighted sets as `a.tar@3::b.tar@1`. Raw shards are encoded once, into OUTPUT/tokens.
         validation: the same for held-out rows; empty takes the last `validation_rows` rows away from `train`.
         validation_rows: rows scored at every validation.
         curriculum: `[[fraction of the run, highest level], ...]`; needs `levels` in the table. Empty: all rows always.
         crop_fill: probability that a row's EOS fill is cut to a random length (the cut part becomes batch padding).
+        image_size, text_length: of raw shards: side of the square picture in pixels, and tokens of the text span.
     """
 
     train: str = ""
@@ -30,6 +32,8 @@ class DataConfig:
     validation_rows: int = 256
     curriculum: list[Any] = field(default_factory=list)
     crop_fill: float = 0.0
+    image_size: int = 256
+    text_length: int = 64
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from unidiff.data.encode import EncodeSettings
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
+from unidiff.train.shard_source import ShardTokens, is_tokenised, open_shards
 from unidiff.train.source import TokenTable
 
 
-def open_sources(config: TrainConfig) -> tuple[TokenTable, TokenTable | None]:
-    """The training table and the held-out one (None when `validation_rows` is 0 and no file is named).
+def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTable | ShardTokens | None]:
+    """The training source and the held-out one (None when `validation_rows` is 0 and no file is named).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -18,10 +22,10 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable, TokenTable | None]:
     data = config.data
     if not data.train:
         raise ValueError("data.train is empty; name a token table (.safetensors) or shards")
-    table = _open(data.train)
-    held_out = None
+    table = _open(data.train, config, "train")
+    held_out: TokenTable | ShardTokens | None = None
     if data.validation:
-        held_out = _open(data.validation)
+        held_out = _open(data.validation, config, "validation")
         if held_out.vocabulary != table.vocabulary or held_out.grid != table.grid:
             raise ValueError(f"{data.validation!r} has another vocabulary or grid than {data.train!r}")
     elif data.validation_rows:
@@ -39,7 +43,16 @@ def phases(config: TrainConfig) -> tuple[tuple[int, int], ...] | None:
     return tuple((round(float(share) * total), int(level)) for share, level in config.data.curriculum) or None
 
 
-def _open(pattern: str) -> TokenTable:
+def _open(pattern: str, config: TrainConfig, name: str) -> TokenTable | ShardTokens:
     if Path(pattern).suffix == ".safetensors":
         return TokenTable.load(pattern)
-    raise ValueError(f"data source {pattern!r} must end in .safetensors")
+    if is_tokenised(pattern):
+        return open_shards(pattern)
+    image, text = config.tokenizer.image, config.tokenizer.text
+    return open_shards(
+        pattern,
+        cache=Path(config.output) / "tokens" / name,
+        image_tokenizer=VQImageTokenizer.from_pretrained(image) if image else None,
+        text_tokenizer=TextTokenizer.from_pretrained(text) if text else None,
+        settings=EncodeSettings(config.data.image_size, config.data.text_length),
+    )
