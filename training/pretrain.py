@@ -7,7 +7,14 @@ Run the same command again to continue from the newest checkpoint. The averaged 
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Read once when torch loads: threads that wait on a shared machine must sleep, not spin (three times the throughput when
+# other work runs), and bf16 kernels are cached per shape.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 from unidiff.train.config import TrainConfig, read_config
 
