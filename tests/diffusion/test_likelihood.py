@@ -145,6 +145,26 @@ def test_draws_depend_on_the_key_and_not_on_the_batch():
     assert torch.equal(whole[1:3], part) and len(whole.unique()) > 1
 
 
+def test_every_draw_and_every_block_has_its_own_noise():
+    seen = []
+
+    def record(x_t, x0, where):
+        seen.append(where)
+        return where.double()
+
+    mask_count_nelbo(record, rows(400), VOCABULARY, torch.arange(400), samples=8)
+    pairs = [
+        (a, b) for i, a in enumerate(seen) for b in seen[:i] if bool((a.sum(1) == 2).all() & (b.sum(1) == 2).all())
+    ]
+    assert len(pairs) == 1  # 8 draws, 4 counts: each count twice
+    same = float((pairs[0][0] == pairs[0][1]).all(1).double().mean())
+    assert 0.08 < same < 0.26  # independent subsets agree once in six
+    seen.clear()
+    block_nelbo(record, rows(400), torch.tensor([0, 0, 1, 1]), VOCABULARY, torch.arange(400), samples=2)
+    first, second = seen[0][:, :2], seen[2][:, 2:]  # one of two positions, in either block
+    assert 0.4 < float((first == second).all(1).double().mean()) < 0.6
+
+
 def test_stratified_counts_reach_every_count_once():
     """With as many draws as targets each count occurs exactly once, so a count-only loss has no variance."""
 

@@ -42,8 +42,7 @@ def d3pm_loss(log_x0: Tensor, log_mask: Tensor, alpha_t: Tensor, alpha_s: Tensor
     first = unmask * (denominator - log_x0)
     noise_s = (1 - alpha_s).clamp_min(0)
     stay = torch.log1p(alpha_s * mask / torch.where(noise_s > 0, noise_s, 1))
-    second = torch.where(noise_s > 0, (1 - unmask) * (denominator - stay), 0)
-    return steps * (first + second)
+    return steps * (first + (1 - unmask) * (denominator - stay))  # 1 - unmask is 0 where noise_s is
 
 
 def sedd_log_score(logits: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
