@@ -79,6 +79,7 @@ def test_reuse_makes_fewer_passes_and_policies_see_what_was_written(model: Maske
     policy = EveryNth(3)
     out = Sampler(model, VOCABULARY, config, policy)(request_of(2), torch.arange(2))
     assert out.steps == 9 and out.nfe == 3
+    assert (out.stats.full_passes, out.stats.partial_passes, out.stats.reused_passes) == (3, 0, 6)
     assert (out.batch.ids != VOCABULARY.mask_id).all()
     assert [full for *_, full in policy.observed] == [True, False, False] * 3
     assert sum(written for _, written, _ in policy.observed) == int(request_of(2).targets.sum())
@@ -106,6 +107,7 @@ def test_a_policy_may_restrict_where_tokens_are_committed(model: MaskedTransform
             changed = (row_before != row_after).nonzero().flatten().tolist()
             assert changed == (row_before == VOCABULARY.mask_id).nonzero().flatten().tolist()[:1]
     assert out.steps == 13
+    assert (out.stats.full_passes, out.stats.partial_passes) == (1, 12)  # there is nothing to reuse in the first
 
 
 def test_state_belongs_to_the_request(model: MaskedTransformer) -> None:

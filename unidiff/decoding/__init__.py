@@ -4,9 +4,11 @@ from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.decoding.state import DecodeState
+from unidiff.decoding.stats import DecodeStats
 
 __all__ = [
     "DecodeState",
+    "DecodeStats",
     "Guidance",
     "ModalityDecoding",
     "NoCache",

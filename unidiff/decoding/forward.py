@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unidiff.decoding.stats import DecodeStats
 from unidiff.models.partial import CachePlan
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -73,7 +74,7 @@ class Forward:
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         self._hides = [torch.zeros_like(batch.given), *hides]
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
-        self.evaluations = 0
+        self.stats = DecodeStats()
 
     def run(self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor) -> None:
         """Compute the features of `plan.query` in the given streams; elsewhere those of earlier passes stay.
@@ -85,6 +86,7 @@ class Forward:
         """
         missing = any(s not in self._features for s in streams)
         if plan.query is not None and not missing and not bool(plan.query.any()):
+            self.stats.reused_passes += 1
             return
         rows = [torch.where(self._hides[s], self._mask_ids, ids) for s in streams]
         n, layout = len(streams), self._layout
@@ -96,16 +98,23 @@ class Forward:
             None if mask is None else mask.repeat(n, 1, 1, 1),
             time.float().repeat(n),
         )
-        self.evaluations += n
+        self._count(plan.query is None or missing, n)
         for stream, features in zip(streams, fresh.chunk(n), strict=True):
             if plan.query is not None and stream in self._features:
                 features = torch.where(plan.query[..., None], features, self._features[stream])
             self._features[stream] = features
 
+    def _count(self, full: bool, streams: int) -> None:
+        self.stats.evaluations += streams
+        self.stats.full_passes += full
+        self.stats.partial_passes += not full
+        self.stats.model_tokens += streams * self._layout.ids.numel()
+
     def logits(self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int]) -> PositionLogits:
         """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row)."""
         index, live = gather_positions(wanted, count)
         start, stop = self._vocabulary.range_of(modality)
+        self.stats.head_tokens += len(streams) * index.numel()
         features = [self._features[s] for s in streams]
         picked = torch.stack([f.gather(1, index[..., None].expand(-1, -1, f.shape[-1])) for f in features])
         return PositionLogits(index, live, self._model.head(picked, start, stop))  # [S, B, n, V]

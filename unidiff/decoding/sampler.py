@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time as wall
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.request import Request
 from unidiff.decoding.state import Clock, DecodeState
+from unidiff.decoding.stats import DecodeStats
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 Callback = Callable[[int, DecodeState], bool | None]
@@ -35,6 +36,7 @@ class SamplerOutput:
         seconds: wall-clock time.
         trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
         steps: passes of the loop, those that needed no forward included.
+        stats: what the decode cost.
     """
 
     batch: TokenBatch
@@ -43,6 +45,7 @@ class SamplerOutput:
     seconds: float
     trajectory: list[Tensor] | None = None
     steps: int = 0
+    stats: DecodeStats = field(default_factory=DecodeStats)
 
 
 @dataclass
@@ -127,7 +130,7 @@ class Sampler:
                 plan = self.policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
                 forward.run(state.ids, plan, request.streams(busy), request.time(work))
-                state.nfe = forward.evaluations
+                state.nfe = forward.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:
                     self._fill(request, w, w.candidates if plan.logits is None else w.candidates & plan.logits)
@@ -142,9 +145,8 @@ class Sampler:
                 trajectory.append(state.ids.clone())
             if callback is not None and callback(state.step - 1, state) is False:
                 state.finishing = True
-        return SamplerOutput(
-            state.batch, state.confidence, state.nfe, wall.perf_counter() - begun, trajectory, state.step
-        )
+        seconds = wall.perf_counter() - begun
+        return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, forward.stats)
 
     def _begin(self, request: Request, clock: Clock) -> Work:
         """Candidates of one modality, with everything its rules need to know about the clock."""
