@@ -16,7 +16,9 @@ TEXT_LENGTH, GRID, SIZE = 10, (2, 3), (16, 24)
 CORPUS = ["a dog on a red background", "two cats", "an owl above a fox", "what is in the picture? a dog"] * 3
 
 
-def tiny_parts(seed: int = 0) -> tuple[MaskedTransformer, CellVQModel, TextTokenizer, PipelineSettings]:
+def tiny_parts(
+    seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID
+) -> tuple[MaskedTransformer, CellVQModel, TextTokenizer, PipelineSettings]:
     torch.manual_seed(seed)
     text = TextTokenizer.train(CORPUS, 320)
     image = CellVQModel(8, 16, 4, 16, 1, (16,), (1,))
@@ -28,11 +30,11 @@ def tiny_parts(seed: int = 0) -> tuple[MaskedTransformer, CellVQModel, TextToken
     for parameter in transformer.parameters():
         if parameter.ndim > 1:  # branches start at zero; attention must matter here
             torch.nn.init.normal_(parameter, std=0.3)
-    return transformer, image, text, PipelineSettings(vocabulary, TEXT_LENGTH, GRID)
+    return transformer, image, text, PipelineSettings(vocabulary, text_length, grid)
 
 
-def tiny_pipeline(seed: int = 0) -> UniDiffPipeline:
-    transformer, image, text, settings = tiny_parts(seed)
+def tiny_pipeline(seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID) -> UniDiffPipeline:
+    transformer, image, text, settings = tiny_parts(seed, text_length, grid)
     pipe = UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -72,7 +72,7 @@ class UniDiffOutput:
         save_image(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
     def save_filmstrip(self, path: str | Path, count: int = 8) -> None:
-        """One PNG: `count` moments of the trajectory from left to right, one line per row.
+        """One picture: `count` moments of the trajectory from left to right, one line per row.
 
         Raises:
             ValueError: no trajectory was recorded, or `count` is below 2.
@@ -82,7 +82,7 @@ class UniDiffOutput:
         steps = self._trajectory()
         last = len(steps.ids) - 1
         moments = sorted({round(last * i / (count - 1)) for i in range(count)})
-        save_image(self._sheet([[(s, b) for s in moments] for b in range(len(self.texts))]), path, "PNG")
+        save_image(self._sheet([[(s, b) for s in moments] for b in range(len(self.texts))]), path)
 
     def _trajectory(self) -> Trajectory:
         if self.trajectory is None:
@@ -92,8 +92,7 @@ class UniDiffOutput:
     def _sheet(self, rows: Sequence[Sequence[tuple[int, int]]], columns: int | None = None) -> Image.Image:
         steps = self._trajectory()
         lines = [
-            [Cell(Image.fromarray(steps.frames[s, b].numpy()), steps.texts[s][b] or " ") for s, b in row]
-            for row in rows
+            [Cell((Image.fromarray(steps.frames[s, b].numpy()),), steps.texts[s][b]) for s, b in row] for row in rows
         ]
         if columns is not None:
             flat = [cell for line in lines for cell in line]

@@ -42,7 +42,7 @@ def pack_pipeline(
         FileNotFoundError: a folder is missing.
         ValueError: parts that do not fit together.
     """
-    images = VQImageTokenizer.from_pretrained(image_tokenizer)
+    images = VQImageTokenizer.from_pretrained(image_tokenizer, image_dtype)
     texts = TextTokenizer.from_pretrained(text_tokenizer)
     specials = {name: texts.special(name) for name in TASK_TOKENS}
     if any(side % images.factor for side in image_size):
@@ -52,6 +52,6 @@ def pack_pipeline(
         text_length,
         (image_size[0] // images.factor, image_size[1] // images.factor),
     )
-    pipe = UniDiffPipeline(load_transformer(transformer).to(dtype), images.to(image_dtype), texts, settings)
+    pipe = UniDiffPipeline(load_transformer(transformer, dtype), images, texts, settings)
     pipe.save_pretrained(out)
     return pipe

@@ -11,51 +11,93 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+GAP = 12
 INK, PAPER, QUIET = (28, 30, 36), (255, 255, 255), (110, 114, 124)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture (or none) with a text below and a small heading above."""
+    """Pictures next to each other (or none), a heading above, a text below and a note in grey below that."""
 
-    image: Image.Image | None
+    images: tuple[Image.Image, ...]
     text: str = ""
+    note: str = ""
     heading: str = ""
 
 
-def draw_sheet(rows: Sequence[Sequence[Cell]], side: int = 128, title: str = "", font_size: int = 13) -> Image.Image:
-    """Cells in lines, each picture scaled to `side` pixels without smoothing small ones.
+def draw_sheet(
+    rows: Sequence[Sequence[Cell]], side: int = 128, title: str = "", font_size: int = 13, width: int = 0
+) -> Image.Image:
+    """Cells in lines, each picture scaled to a width of `side` pixels; small ones keep their pixels sharp.
 
     Args:
         rows: lines of cells, of any lengths.
-        side: width of a cell's picture; the height keeps its proportions.
         title: drawn above all lines.
+        width: of the sheet, at least what the cells need.
     """
-    font, small = ImageFont.load_default(font_size), ImageFont.load_default(font_size - 2)
-    gap, line = 12, font_size + 4
-    width = gap + max(len(row) for row in rows) * (side + gap)
-    letters = max(8, int(side / (font_size * 0.52)))
-    heights = []
-    for row in rows:
-        pictures = max((_height(cell, side) for cell in row), default=0)
-        words = max((len(_wrap(cell.text, letters)) for cell in row), default=0)
-        headed = any(cell.heading for cell in row)
-        heights.append((line if headed else 0, pictures, words * line))
-    top = gap + (2 * line if title else 0)
-    canvas = Image.new("RGB", (width, top + sum(sum(h) + gap for h in heights)), PAPER)
+    laid = [[_Laid.of(cell, side, font_size) for cell in row] for row in rows]
+    line = font_size + 4
+    needed = GAP + max((sum(c.width + GAP for c in row) for row in laid), default=0)
+    top = GAP + (2 * line if title else 0)
+    canvas = Image.new("RGB", (max(width, needed), top + sum(max(c.height for c in row) + GAP for row in laid)), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((gap, gap), title, INK, ImageFont.load_default(font_size + 4))
-    for row, (headed, pictures, words) in zip(rows, heights, strict=True):
-        for number, cell in enumerate(row):
-            left = gap + number * (side + gap)
-            if cell.heading:
-                draw.text((left, top), cell.heading, QUIET, small)
-            if cell.image is not None:
-                canvas.paste(_scaled(cell.image, side), (left, top + headed))
-            for k, words_line in enumerate(_wrap(cell.text, letters)):
-                draw.text((left, top + headed + pictures + 3 + k * line), words_line, INK, font)
-        top += headed + pictures + words + gap
+        draw.text((GAP, GAP), title, INK, ImageFont.load_default(font_size + 4))
+    for row in laid:
+        left = GAP
+        pictures_top = top + (line if any(c.cell.heading for c in row) else 0)
+        for cell in row:
+            cell.draw(canvas, draw, left, top, pictures_top)
+            left += cell.width + GAP
+        top += max(c.height for c in row) + GAP
+    return canvas
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A cell with its sizes: width and height in pixels, and its wrapped lines with their colours."""
+
+    cell: Cell
+    pictures: list[Image.Image]
+    lines: list[tuple[str, tuple[int, int, int]]]
+    width: int
+    height: int
+    font_size: int
+
+    @classmethod
+    def of(cls, cell: Cell, side: int, font_size: int) -> _Laid:
+        pictures = [_scaled(image, side) for image in cell.images]
+        width = max(1, len(pictures)) * (side + 4) - 4
+        letters = max(8, int(width / (font_size * 0.52)))
+        lines = [
+            (part, colour)
+            for words, colour in ((cell.text, INK), (cell.note, QUIET))
+            for part in textwrap.wrap(words, letters)
+        ]
+        line = font_size + 4
+        height = max((p.height for p in pictures), default=0) + (len(lines) + bool(cell.heading)) * line + 4
+        return cls(cell, pictures, lines, width, height, font_size)
+
+    def draw(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, pictures_top: int) -> None:
+        if self.cell.heading:
+            draw.text((left, top), self.cell.heading, QUIET, ImageFont.load_default(self.font_size - 2))
+        bottom, at = pictures_top, left
+        for picture in self.pictures:
+            canvas.paste(picture, (at, pictures_top))
+            at += picture.width + 4
+            bottom = max(bottom, pictures_top + picture.height)
+        font = ImageFont.load_default(self.font_size)
+        for number, (words, colour) in enumerate(self.lines):
+            draw.text((left, bottom + 3 + number * (self.font_size + 4)), words, colour, font)
+
+
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below each other."""
+    canvas = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        canvas.paste(sheet, (0, top))
+        top += sheet.height
     return canvas
 
 
@@ -99,14 +141,6 @@ def picture_format(path: str | Path) -> str:
     if ending not in kinds:
         raise ValueError(f"{str(path)!r} does not end in {', '.join(sorted(kinds))}; choose one of these endings")
     return kinds[ending]
-
-
-def _wrap(text: str, letters: int) -> list[str]:
-    return textwrap.wrap(text, letters) if text.strip() else ([] if not text else [""])
-
-
-def _height(cell: Cell, side: int) -> int:
-    return 0 if cell.image is None else round(side * cell.image.height / cell.image.width)
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:

@@ -1,0 +1,201 @@
+"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unidiff.cli_common import (
+    Device,
+    Dtype,
+    Filmstrip,
+    Gif,
+    GuidanceScale,
+    Longest,
+    Model,
+    Out,
+    Resize,
+    Seed,
+    Steps,
+    Temperature,
+    check_outputs,
+    load_pipeline,
+    open_image,
+    report,
+    write_images,
+)
+from unidiff.cli_tools import demo, eval_app, info, pack
+
+app = typer.Typer(
+    name="unidiff",
+    help="Unified multimodal discrete diffusion: pictures from words, words from pictures, and both together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def generate(
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to draw. With holes ('a <mask> on <mask:2>') or left out, words are made up too."),
+    ] = None,
+    out: Out = Path("unidiff.png"),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures per text.")] = 1,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
+    temperature: Temperature = None,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    gif: Gif = None,
+    filmstrip: Filmstrip = None,
+) -> None:
+    """Draw pictures from words, or picture and words together."""
+    check_outputs([out, filmstrip], gif)
+    texts = text or []
+    holes = [("<mask" in t) for t in texts]
+    if len(set(holes)) > 1:
+        raise ValueError("some texts have <mask> holes and some do not; run them apart")
+    pipe = load_pipeline(model, device, dtype)
+    options = {
+        "num_images_per_prompt": count,
+        "generator": seed,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "temperature": temperature,
+        "record_trajectory": gif is not None or filmstrip is not None,
+    }
+    if texts and not any(holes):
+        result = pipe.text_to_image(texts, **options)
+    else:
+        result = pipe.generate(texts or None, **options)
+    report(result, write_images(result, out), gif, filmstrip)
+
+
+@app.command()
+def caption(
+    images: Annotated[list[Path], typer.Argument(help="Pictures to describe.")],
+    max_text_tokens: Longest = None,
+    resize: Resize = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
+    temperature: Temperature = None,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Describe pictures."""
+    pictures = [open_image(path) for path in images]
+    pipe = load_pipeline(model, device, dtype)
+    result = pipe.caption(
+        pictures,
+        max_text_tokens,
+        resize,
+        generator=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        temperature=temperature,
+    )
+    for path, words in zip(images, result.texts, strict=True):
+        typer.echo(words if len(images) == 1 else f"{path}: {words}")
+
+
+@app.command()
+def answer(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    questions: Annotated[list[str], typer.Argument(help="Questions about it.")],
+    max_text_tokens: Longest = None,
+    resize: Resize = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
+    temperature: Temperature = None,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Answer questions about a picture."""
+    picture = open_image(image)
+    pipe = load_pipeline(model, device, dtype)
+    result = pipe.answer(
+        picture,
+        questions,
+        max_text_tokens,
+        resize,
+        generator=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        temperature=temperature,
+    )
+    for question, words in zip(questions, result.texts, strict=True):
+        typer.echo(words if len(questions) == 1 else f"{question} {words}")
+
+
+@app.command()
+def inpaint(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    mask: Annotated[Path | None, typer.Option(help="Picture of the same size, white where to repaint.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="The caption; <mask> hides a word, <mask:3> three. Left out: the caption is made up."),
+    ] = None,
+    out: Out = Path("unidiff.png"),
+    paste_back: Annotated[bool, typer.Option("--paste-back", help="Keep the pixels outside the mask.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Results to make.")] = 1,
+    resize: Resize = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
+    temperature: Temperature = None,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    gif: Gif = None,
+    filmstrip: Filmstrip = None,
+) -> None:
+    """Fill holes in a picture and in its caption together."""
+    check_outputs([out, filmstrip], gif)
+    picture = open_image(image)
+    hole = None if mask is None else open_image(mask)
+    pipe = load_pipeline(model, device, dtype)
+    result = pipe.inpaint(
+        picture,
+        hole,
+        text,
+        paste_back=paste_back,
+        resize=resize,
+        num_images_per_prompt=count,
+        generator=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        temperature=temperature,
+        record_trajectory=gif is not None or filmstrip is not None,
+    )
+    report(result, write_images(result, out), gif, filmstrip)
+
+
+for command in (demo, info, pack):
+    app.command()(command)
+app.add_typer(eval_app)
+
+
+def main() -> None:
+    """Run the command line; what a person did wrong becomes one sentence and exit status 1."""
+    try:
+        app()
+    except (ValueError, OSError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        typer.echo(f"unidiff: {message}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

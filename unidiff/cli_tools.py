@@ -1,0 +1,115 @@
+"""The commands around a model: demo, evaluation, information, packing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unidiff.cli_common import Device, Dtype, Model, Seed, check_outputs, load_pipeline
+
+eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=True)
+
+
+@eval_app.command("emoji")
+def eval_emoji(
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option("--n", min=1, help="Cases per category.")] = 300,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Draw, describe and answer on emoji scenes, read by an exact oracle."""
+    check_outputs(json_file=json_path)
+    pipe = load_pipeline(model, device, dtype)
+    from unidiff.evaluation.emoji_eval import run_emoji_eval
+
+    result = run_emoji_eval(pipe, seed, n)
+    text = json.dumps(result, indent=2)
+    if json_path is not None:
+        from unidiff.pipelines.sheet import save_text
+
+        save_text(text + "\n", json_path)
+    typer.echo(text)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.html.")] = Path("out"),
+    seed: Seed = 0,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Show everything the model does on one sheet: demo.png and demo.html."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; name a folder")
+    pipe = load_pipeline(model, device, dtype)
+    from unidiff.demo import run_demo
+
+    for path in run_demo(pipe, out, seed):
+        typer.echo(path)
+
+
+def info(model: Model = "emoji") -> None:
+    """Say what a model is and what this machine offers."""
+    pipe = load_pipeline(model, "cpu")
+    import diffusers
+    import torch
+    import transformers
+
+    import unidiff
+
+    config, settings = pipe.transformer.config, pipe.settings
+    count = sum(p.numel() for p in pipe.transformer.parameters()) / 1e6
+    decoder = sum(p.numel() for p in pipe.image_tokenizer.parameters()) / 1e6
+    height, width = pipe.image_size
+    lines = {
+        "unidiff": f"{unidiff.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"transformers {transformers.__version__}",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {torch.get_num_threads()} threads",
+        "model": model,
+        "transformer": f"{count:.2f} M parameters, {config.num_layers} layers, width {config.hidden_size}, "
+        f"{config.attention} attention",
+        "image tokenizer": f"{decoder:.2f} M parameters, {pipe.images.codebook_size} codes, factor {pipe.images.factor}",
+        "text tokenizer": f"{pipe.texts.size} ids",
+        "picture": f"{width} x {height} pixels, {settings.grid[0] * settings.grid[1]} codes",
+        "text": f"at most {pipe.text_slots.room} tokens",
+        "tasks": ", ".join(settings.samplers),
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name + ':':17}{value}")
+
+
+def pack(
+    transformer: Annotated[Path, typer.Argument(help="Folder of the trained MaskedTransformer.")],
+    image_tokenizer: Annotated[Path, typer.Argument(help="Folder of its image tokenizer.")],
+    text_tokenizer: Annotated[Path, typer.Argument(help="Folder of its text tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    text_length: Annotated[int, typer.Option(help="Tokens of the text span, as trained.")] = 24,
+    image_size: Annotated[str, typer.Option(help="Side in pixels, or WIDTHxHEIGHT.")] = "64",
+    dtype: Annotated[str, typer.Option(help="How the transformer is stored.")] = "bfloat16",
+    image_dtype: Annotated[str, typer.Option(help="How the image tokenizer is stored.")] = "float16",
+) -> None:
+    """Put a transformer and its tokenizers together into one model folder."""
+    sides = image_size.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"--image-size is {image_size!r}; expected a number of pixels, or WIDTHxHEIGHT")
+    from unidiff.pipelines.checks import read_dtype
+    from unidiff.pipelines.pack import pack_pipeline
+
+    pack_pipeline(
+        transformer,
+        image_tokenizer,
+        text_tokenizer,
+        out,
+        text_length=text_length,
+        image_size=(int(sides[-1]), int(sides[0])),
+        dtype=read_dtype(dtype),
+        image_dtype=read_dtype(image_dtype),
+    )
+    typer.echo(out)
