@@ -36,7 +36,11 @@ class Estimate:
         p = sum(values) / n
         centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        return cls(p, max(0.0, centre - half), min(1.0, centre + half), n)
+        low, high = (
+            (0.0 if p == 0 else centre - half),
+            (1.0 if p == 1 else centre + half),
+        )  # exactly, not up to rounding
+        return cls(p, low, high, n)
 
     @classmethod
     def mean(cls, values: Sequence[float] | np.ndarray) -> Estimate:

@@ -1,0 +1,81 @@
+"""`unidiff eval emoji`: the whole of EmojiEval for one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+from unidiff.data.emoji_scenes import Profile, get_profile
+from unidiff.evaluation.emoji_eval import TASKS, EmojiEval
+from unidiff.evaluation.emoji_model import PipelineModel
+from unidiff.evaluation.likelihood_eval import evaluate_likelihood
+from unidiff.evaluation.report import Report
+from unidiff.pipeline import UniDiffPipeline
+
+ALL_TASKS = (*TASKS, "likelihood")
+QUICK, FULL = 300, 2000
+"""Cases per category and task: for a look, and for numbers to keep."""
+
+
+def run_emoji_eval(
+    pipe: UniDiffPipeline,
+    seed: int = 0,
+    n: int = QUICK,
+    tasks: Sequence[str] = ALL_TASKS,
+    batch_size: int = 64,
+    profile: Profile | None = None,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Evaluate a pipeline on emoji scenes.
+
+    Args:
+        pipe: trained on a profile of the emoji scenes.
+        seed: of scenes, prompts, questions, masks and decodes; another seed gives others.
+        n: cases per category and task; `QUICK` or `FULL`, or any other number.
+        tasks: some of `ALL_TASKS`.
+        batch_size: rows per decode; results do not depend on it.
+        profile: which scenes; by default the one of the pipeline's picture size.
+        progress: called with what is done next.
+        options: for every decode, for instance `steps`; by default the pipeline's own settings for each task.
+
+    Raises:
+        ValueError: an unknown task, n below 1, or a pipeline whose pictures fit no profile.
+    """
+    if unknown := [task for task in tasks if task not in ALL_TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(ALL_TASKS)}")
+    profile = profile or profile_of(pipe)
+    say = progress or (lambda what: None)
+    start = perf_counter()
+    hidden_bar = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**hidden_bar, "disable": True})
+    try:
+        model = PipelineModel(pipe, batch_size, **options)
+        judge = EmojiEval(model, profile, seed, n, say)
+        report = judge.run([task for task in tasks if task != "likelihood"])
+        if "likelihood" in tasks:
+            say("likelihoods")
+            evaluate_likelihood(pipe, profile, report, seed, n, batch_size=batch_size)
+    finally:
+        pipe.set_progress_bar_config(**hidden_bar)
+    report.about["parameters"] = sum(p.numel() for p in pipe.transformer.parameters())
+    report.add("seconds", perf_counter() - start)
+    return report
+
+
+def profile_of(pipe: UniDiffPipeline) -> Profile:
+    """The profile whose pictures are as large as the pipeline's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    profiles = [get_profile(name) for name in ("cpu", "gpu")]
+    for profile in profiles:
+        if pipe.image_size == (profile.image_size, profile.image_size):
+            return profile
+    known = " or ".join(f"{p.image_size}x{p.image_size}" for p in profiles)
+    raise ValueError(
+        f"EmojiEval scores models of {known} pictures, this one makes {pipe.image_size[1]}x{pipe.image_size[0]}; "
+        "name a profile that fits"
+    )
