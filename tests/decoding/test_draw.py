@@ -68,12 +68,10 @@ def test_filtered_draw_has_the_renormalised_law() -> None:
 def test_confidence_measures() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     chosen, noise = torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.77], dtype=torch.float64)
-    values = {
-        m: confidence_of(p.log(), chosen, m, noise).item() for m in ("probability", "margin", "entropy", "random")
-    }
+    values = {m: confidence_of(p, chosen, m, noise).item() for m in ("probability", "margin", "entropy", "random")}
     entropy = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
     assert values == pytest.approx({"probability": 0.3, "margin": 0.2, "entropy": -entropy, "random": 0.77})
-    certain = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
+    certain = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     assert confidence_of(certain, chosen, "entropy", noise).item() == 0  # not NaN
 
 

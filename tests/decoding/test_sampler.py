@@ -128,7 +128,7 @@ def check_result(batch: TokenBatch, out: TokenBatch, confidence: Tensor, config:
 
 @given(st.lists(rows(), min_size=1, max_size=3), configs, st.integers(0, 2**40), st.integers(0, 3))
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

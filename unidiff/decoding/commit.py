@@ -55,6 +55,7 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
 
 def take_best(score: Tensor, live: Tensor, count: Tensor) -> Tensor:
     """bool `[B, n]`: the `count[b]` live positions of highest score; ties go to the earlier one."""
+    score = score.clamp_min(torch.finfo(score.dtype).min)  # a live -inf must still come before the others
     rank = torch.where(live, score, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
     return live & (rank < count[:, None])
 

@@ -85,20 +85,19 @@ def draw_tokens(logits: Tensor, u: Tensor, temperature: float, top_k: int | None
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.double() / temperature
+    p = (logits.double() / temperature).softmax(-1)
     if top_k is None and top_p is None:
-        return inverse_cdf(scaled.softmax(-1), u)
-    ranked = scaled.sort(dim=-1, descending=True, stable=True)
-    p = ranked.values.softmax(-1)
-    p = p * kept_tokens(p, top_k, top_p)
-    return ranked.indices.gather(-1, inverse_cdf(p, u)[..., None])[..., 0]
+        return inverse_cdf(p, u)
+    ranked = p.sort(dim=-1, descending=True, stable=True)
+    kept = ranked.values * kept_tokens(ranked.values, top_k, top_p)
+    return ranked.indices.gather(-1, inverse_cdf(kept, u)[..., None])[..., 0]
 
 
-def confidence_of(log_p: Tensor, probability: Tensor, measure: str, noise: Tensor) -> Tensor:
+def confidence_of(p: Tensor, probability: Tensor, measure: str, noise: Tensor) -> Tensor:
     """How sure the model is of each position, float64 `[...]`; larger is surer.
 
     Args:
-        log_p: log-probabilities `[..., V]`.
+        p: probabilities `[..., V]`.
         probability: of the chosen token, `[...]`.
         measure: `probability`, `margin`, `entropy` (negative) or `random`.
         noise: uniforms `[...]` for `random`.
@@ -107,7 +106,6 @@ def confidence_of(log_p: Tensor, probability: Tensor, measure: str, noise: Tenso
         return probability
     if measure == "random":
         return noise
-    p = log_p.exp()
     if measure == "margin":
         best = p.topk(min(2, p.shape[-1]), dim=-1).values
         return best[..., 0] - (best[..., 1] if p.shape[-1] > 1 else 0.0)
@@ -142,12 +140,16 @@ def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, 
     """
     rows, _, width = logits.shape
     size = max(1, _CHUNK // max(1, rows * width))
+    plain = settings.temperature == 1 and settings.top_k is None and settings.top_p is None
     parts = []
     for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
-        token = draw_tokens(part, u_part, settings.temperature, settings.top_k, settings.top_p)
-        log_p = part.double().log_softmax(-1)
-        probability = log_p.gather(-1, token[..., None])[..., 0].exp()
-        parts.append((token, probability, confidence_of(log_p, probability, settings.confidence, noise_part)))
+        p = part.double().softmax(-1)
+        if plain:
+            token = inverse_cdf(p, u_part)
+        else:
+            token = draw_tokens(part, u_part, settings.temperature, settings.top_k, settings.top_p)
+        probability = p.gather(-1, token[..., None])[..., 0]
+        parts.append((token, probability, confidence_of(p, probability, settings.confidence, noise_part)))
     token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
     sound = (logits.amax(-1).isfinite() | ~live).all()
     return Choice(token, probability, confidence, sound)

@@ -21,7 +21,7 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 if TYPE_CHECKING:
     from unidiff.decoding.sampler import Work
 
-_PATIENCE = 16  # a policy may withhold logits now and then, so allow more passes than the rules can need
+_PATIENCE = 64  # passes in a row in which a policy may withhold every logit
 _WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation
 
 
@@ -32,7 +32,7 @@ class Request:
     Attributes:
         stream_of: unconditional stream of each modality with targets.
         sound: bool scalar, False once a model returned logits that cannot be used.
-        limit: passes after which a decode cannot be running any more.
+        stalled: passes in a row that wanted logits and wrote nothing. busy: the coming pass wants logits.
     """
 
     state: DecodeState
@@ -42,8 +42,9 @@ class Request:
     end_of_text: EndOfText | None
     order: str
     targets: dict[Modality, int]
-    limit: int
     sound: Tensor
+    stalled: int = 0
+    busy: bool = False
 
     @classmethod
     def open(
@@ -75,7 +76,6 @@ class Request:
         if len(hides) == 2 and bool((hides[0] == hides[1]).all()):  # one unconditional pass serves both
             hides.pop()
             stream_of = dict.fromkeys(stream_of, 1)
-        needed = sum(targets[m] + c.settings.steps + c.settings.remask_budget for m, c in clocks.items())
         eos = vocabulary.specials.get("eos") if config.stop_at_eos and Modality.TEXT in clocks else None
         return cls(
             DecodeState.start(batch.hide_targets(vocabulary), clocks),
@@ -85,7 +85,6 @@ class Request:
             None if eos is None else EndOfText(batch, eos),
             config.order,
             targets,
-            64 + _PATIENCE * needed,
             torch.ones((), dtype=torch.bool, device=batch.ids.device),
         )
 
@@ -102,29 +101,30 @@ class Request:
 
         Raises:
             ValueError: the last pass met logits that cannot be used.
-            RuntimeError: more passes than any decode needs, so a policy withholds logits for ever.
+            RuntimeError: a policy withholds every logit, pass after pass.
         """
         state = self.state
         left = state.open.any()
         if not state.finishing:
             for w in work:
                 left = left | w.clock.pending.any()
-        flags = [left, self.sound]
+        flags = [left, self.sound, state.written.any()]
         for w in work:
             flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]
-        unfinished, sound, *rest = torch.stack([f.long() for f in flags]).tolist()
+        unfinished, sound, wrote, *rest = torch.stack([f.long() for f in flags]).tolist()
         if not sound:
             raise ValueError(
                 "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
             )
+        self.stalled = 0 if wrote or not self.busy else self.stalled + 1
         for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
             unit = math.ceil(self.targets[w.clock.modality] / _WIDTHS)
             w.width = min(unit * math.ceil(most / unit), state.open.shape[1])
             w.guided = bool(guided)
-        if unfinished and state.step >= self.limit:
+        self.busy = any(w.width for w in work)
+        if unfinished and self.stalled > _PATIENCE:
             raise RuntimeError(
-                f"the decode is not complete after {state.step} passes; the cache policy never asks for logits at "
-                "some open position"
+                f"nothing was decoded in {self.stalled} passes; the cache policy never asks for logits at the open positions"
             )
         return bool(unfinished)
 
