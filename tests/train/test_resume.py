@@ -1,0 +1,162 @@
+"""The command line: SIGKILL and resume bit for bit, SIGTERM, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from train_fixtures import MIXED, TINY, tiny_table
+
+RECIPE = Path(__file__).parents[2] / "training" / "pretrain.py"
+
+
+def start(folder: Path, table: Path, *overrides: str) -> subprocess.Popen:
+    config = folder.parent / "config.yaml"
+    config.write_text("seed: 3\n")
+    arguments = [*TINY, *MIXED, f"output={folder}", f"data.train={table}", "accumulate=2", *overrides]
+    return subprocess.Popen(
+        [sys.executable, str(RECIPE), str(config), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the log shows `step`."""
+    metrics = folder / "metrics.jsonl"
+    for _ in range(2400):
+        if metrics.is_file() and any(f'"step": {step},' in line for line in metrics.read_text().splitlines()):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def weights(folder: Path, step: int) -> dict[str, bytes]:
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    return {p.name: p.read_bytes() for p in sorted(checkpoint.glob("*.safetensors"))}
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, optimiser):
+    table = tmp_path / "table.safetensors"
+    tiny_table(72).save(table)
+    steps = 40 if optimiser == "adamw" else 24
+    common = [
+        f"steps={steps}",
+        "checkpoint.every=5",
+        "logging.every=1",
+        f"optimiser.name={optimiser}",
+        "data.crop_fill=0.3",
+    ]
+    common += ["model.dropout=0.1", "schedule.name=wsd", "logging.validate_every=7"]
+    whole = start(tmp_path / "whole", table, *common)
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+
+    killed = start(tmp_path / "killed", table, *common)
+    wait_for_step(tmp_path / "killed", 12, killed)  # between two checkpoints
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    resumed = start(tmp_path / "killed", table, *common)
+    _, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+
+    expected, found = weights(tmp_path / "whole", steps), weights(tmp_path / "killed", steps)
+    assert set(expected) == {"model.safetensors", "ema.safetensors", "optimiser.safetensors"}
+    assert expected == found
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("time", "seconds_per_step")}
+            for line in text.splitlines()
+        ]
+        for text in ((tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "killed"))
+    ]
+    assert logs[0] == logs[1]  # no step twice, none lost
+
+
+@pytest.mark.training
+def test_sigterm_saves_and_exits_with_zero(tmp_path):
+    table = tmp_path / "table.safetensors"
+    tiny_table(72).save(table)
+    process = start(tmp_path / "run", table, "steps=100000", "checkpoint.every=0", "logging.every=1")
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    name = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    state = json.loads((tmp_path / "run" / "checkpoints" / name / "state.json").read_text())
+    assert state["step"] >= 3 and state["samples"] == 16 * state["step"]
+    assert load_file(tmp_path / "run" / "checkpoints" / name / "model.safetensors")
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def recipe_main():
+    """`main` of the recipe, without a process of its own."""
+    import importlib.util
+
+    before = dict(os.environ)
+    spec = importlib.util.spec_from_file_location("pretrain_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    os.environ.clear()
+    os.environ.update(before)
+    return module.main
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle.hidden_size=3"], "modle"),
+        (["model.hiden_size=3"], "hiden_size"),
+        (["model.hidden_size=wide"], "model.hidden_size = 'wide'"),
+        (["steps=many"], "many"),
+        (["steps=0"], "steps = 0"),
+        (["steps"], "key=value"),
+        (["optimiser.name=sgd"], "optimiser.name = 'sgd'"),
+        (["tasks.joint.rate=slow"], "tasks.joint.rate = 'slow'"),
+        (["tasks.t2i.dropout=2"], "tasks.t2i.dropout"),
+        (["tasks.joint.weight=0"], "no task"),
+        (["data.train=/nowhere/table.safetensors"], "does not exist"),
+        (["data.validation_rows=72"], "leaves nothing"),
+        (["checkpoint.init_from=/nowhere"], "/nowhere"),
+        (["device=tpu9"], "tpu9"),
+        (["data.curriculum=[[0, -1]]"], "level up to -1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failing_exit(tmp_path, capsys, overrides, message):
+    table = tmp_path / "table.safetensors"
+    tiny_table(72).save(table)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"steps: 1\noutput: {tmp_path / 'run'}\ndata: {{train: {table}}}\n")
+    assert recipe_main()([str(config), *TINY, *overrides]) != 0
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_or_broken_config_file(tmp_path, capsys):
+    assert recipe_main()([str(tmp_path / "none.yaml")]) != 0
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "broken.yaml").write_text("steps: [1\n")
+    assert recipe_main()([str(tmp_path / "broken.yaml")]) != 0
+    assert capsys.readouterr().err.startswith("error: ")
+    assert recipe_main()([]) != 0
+    assert recipe_main()(["--help"]) == 0
+
+
+def test_every_committed_training_config_loads():
+    from unidiff.train.config import read_config
+
+    config = read_config(RECIPE.parents[1] / "configs" / "emoji.yaml")
+    assert config.tasks.t2i.weight > 0 and config.model["hidden_size"] > 0
