@@ -28,6 +28,9 @@ def main(
 ) -> None:
     """Encode shards into codes.npy and text.npy members, skipping and listing what is damaged."""
     try:
+        from unidiff.data.tar import expand_shards
+
+        expand_shards(shards)  # a mistyped or refused source fails before the slow imports
         from unidiff.data.encode import EncodeSettings, encode_shards
         from unidiff.data.report import SkipReport
         from unidiff.tokens.image_vq import VQImageTokenizer

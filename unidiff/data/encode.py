@@ -110,7 +110,7 @@ def encode_shards(
         if on_shard is not None:
             on_shard(sum(progress.shards.values()), source.report)
     if not progress.shards:
-        raise ValueError(f"no usable sample in {len(source.shards)} shards; {source.report.summary()}")
+        raise ValueError(f"no usable sample in {len(source.shards)} shards; {source.report.brief()}")
     side = settings.image_size // image_tokenizer.factor
     specials = {name: text_tokenizer.special(name) for name in TASK_TOKENS}
     manifest = TokenManifest(

@@ -140,6 +140,12 @@ def _decode_image(data: bytes) -> Tensor:
         return rgb_tensor(image)
 
 
+def _decode_json(data: bytes) -> Any:
+    value = json.loads(data.decode("utf-8"))
+    json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is no text: it fails here
+    return value
+
+
 def _decode_array(data: bytes) -> np.ndarray:
     buffer = io.BytesIO(data)
     array = np.load(buffer, allow_pickle=False)
@@ -151,7 +157,7 @@ def _decode_array(data: bytes) -> np.ndarray:
 _DECODERS = {
     **dict.fromkeys(IMAGE_TYPES, _decode_image),
     "txt": lambda data: data.decode("utf-8"),
-    "json": lambda data: json.loads(data.decode("utf-8")),
+    "json": _decode_json,
     "npy": _decode_array,
     "safetensors": safetensors.torch.load,
 }

@@ -100,6 +100,13 @@ class SkipReport:
             lines.append(f"members of other types, never decoded: {types}")
         return "\n".join(lines)
 
+    def brief(self) -> str:
+        """One line: counts by reason and the first event, for error messages."""
+        if not self.counts:
+            return "nothing was skipped"
+        counts = ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items()))
+        return f"skipped {self.total} ({counts}), for instance {self.examples[min(self.counts)][0]}"
+
     def state_dict(self) -> dict:
         """Plain data (JSON-able); `from_state_dict` reads it back."""
         examples = {r: [[s.shard, s.key, s.detail] for s in skips] for r, skips in self.examples.items()}

@@ -107,7 +107,7 @@ class ShardSource:
         while True:
             yield from self._epoch()
             if self._where.used == 0 and self.repeat:
-                raise ValueError(f"no usable sample in {len(self.shards)} shards; {self.report.summary()}")
+                raise ValueError(f"no usable sample in {len(self.shards)} shards; {self.report.brief()}")
             if self.report.counts:
                 _LOG.warning("epoch %d: %s", self._where.epoch, self.report.summary())
             self._where = _Position(epoch=self._where.epoch + 1, finished=not self.repeat)

@@ -91,7 +91,7 @@ class TokenSet:
             if usable:
                 place = row % usable
                 return TokenRow(rows.codes[place], rows.captions[place], rows.questions[place])
-        raise ValueError(f"none of {len(self.urls)} token shards can be read; {self.account.summary()}")
+        raise ValueError(f"none of {len(self.urls)} token shards can be read; {self.account.brief()}")
 
     def hold_out(self, count: int) -> tuple[TokenSet, list[TokenRow]]:
         """The set without its last `count` rows, and those rows.

@@ -1,0 +1,135 @@
+"""The two tokenizer recipes as commands, with good and bad input."""
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from shard_samples import write_samples
+from typer.testing import CliRunner
+
+from unidiff.tokens.text import TextTokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(recipe, *arguments, process=False):
+    """(exit code, stdout, stderr) of a recipe, in this process unless a real one is asked for."""
+    path = ROOT / "tokenizers" / recipe
+    if process:
+        command = [sys.executable, str(path), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return result.returncode, result.stdout, result.stderr
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        app = typer.Typer()
+        app.command()(module.main)
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+    finally:
+        del sys.modules[path.stem]
+    return result.exit_code, result.stdout, result.stderr
+
+
+def assert_fails(result, message):
+    """One clear sentence on stderr and a non-zero exit."""
+    code, _, errors = result
+    assert code not in (0, None)
+    assert message in errors and errors.startswith("error: "), errors
+    assert errors.count("\n") == 1 and "Traceback" not in errors
+
+
+def test_text_tokenizer_from_files_and_shards(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("zwei rote Äpfel\n\nfünf Bäume\n" * 5, encoding="utf-8")
+    write_samples(tmp_path / "raw", 5, 10, lambda n, m: m | {"txt": b"\xff"} if n == 2 else m)
+    out = tmp_path / "tokenizer"
+    text = ("--text", tmp_path / "a.txt")
+    with caplog.at_level(logging.WARNING):
+        code, _, errors = run("train_text_tokenizer.py", out, *text, "--shards", tmp_path / "raw", "--vocab-size", 300)
+    assert code == 0, errors
+    assert "bad_caption" in caplog.text  # the damaged caption is reported
+    tokenizer = TextTokenizer.from_pretrained(out)
+    assert 260 < tokenizer.size <= 300
+    assert len(tokenizer.encode("caption")) < 4 and len(tokenizer.encode(" Äpfel")) < 6
+    assert tokenizer.decode(tokenizer.encode("Äpfel <|eos|>")) == "Äpfel <|eos|>"
+
+
+def test_text_tokenizer_from_a_config(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\nthree four\n", encoding="utf-8")
+    config = tmp_path / "c.yaml"
+    config.write_text(f"text: [{tmp_path / 'a.txt'}]\nvocab_size: 262\nspecials: [eos, caption]\nlimit: 1\n")
+    code, _, errors = run("train_text_tokenizer.py", tmp_path / "out", "--config", config)
+    assert code == 0, errors
+    assert TextTokenizer.from_pretrained(tmp_path / "out").specials() == {"eos": 0, "caption": 1}
+
+
+def test_text_tokenizer_bad_input(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "c.yaml").write_text("vocabulary: 3\n")
+    out = tmp_path / "out"
+    cases = [
+        ((), "no corpus", True),
+        (("--text", tmp_path / "none.txt"), "does not exist", False),
+        (("--text", tmp_path / "latin.txt"), "not UTF-8", False),
+        (("--shards", f"pipe:touch {tmp_path}/ran"), "shell command", False),
+        (("--config", tmp_path / "c.yaml"), "vocabulary", False),
+        (("--config", tmp_path / "none.yaml"), "does not exist", False),
+        (("--shards", tmp_path / "gone.tar"), "holds no text", False),
+        (("--text", tmp_path / "latin.txt", "--vocab-size", 100), "need at least 260", False),
+    ]
+    for arguments, message, process in cases:
+        assert_fails(run("train_text_tokenizer.py", out, *arguments, process=process), message)
+    assert not out.exists() and not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    from diffusers import VQModel
+
+    root = tmp_path_factory.mktemp("tokenizers")
+    TextTokenizer.train(["caption 1", "which?"], 300).save_pretrained(root / "text")
+    sizes = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    model = VQModel(
+        **sizes, up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        num_vq_embeddings=32, vq_embed_dim=4,
+    )  # fmt: skip
+    model.save_pretrained(root / "image")
+    return root
+
+
+def encode(root, out, *arguments, image="image", process=False):
+    common = ("--image-tokenizer", root / image, "--text-tokenizer", root / "text", "--text-length", 16)
+    return run("encode_shards.py", out, *common, "--image-size", 8, *arguments, process=process)
+
+
+def test_encode_shards(tmp_path, tokenizers):
+    write_samples(tmp_path / "raw", 7, 4, lambda n, m: m | {"txt": b"\xff"} if n == 2 else m)
+    code, output, errors = encode(tokenizers, tmp_path / "out", "--shards", tmp_path / "raw", "--samples-per-shard", 4)
+    assert code == 0, errors
+    assert "6 samples, 6 questions in 2 shards" in output and "1 bad_caption" in output
+    manifest = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    assert manifest["shards"] == {"00000.tar": 4, "00001.tar": 2} and manifest["grid"] == [4, 4]
+
+
+def test_encode_shards_bad_input(tmp_path, tokenizers):
+    write_samples(tmp_path / "raw", 2, 4)
+    raw = ("--shards", tmp_path / "raw")
+    cases = [
+        (("--shards", f"pipe:touch {tmp_path}/ran"), {"process": True}, "shell command"),
+        (("--shards", f"pipe:touch {tmp_path}/ran/"), {}, "shell command"),
+        (("--shards", tmp_path / "gone-{0..2}.tar"), {}, "no usable sample in 3 shards"),
+        (raw, {"image": "nothing"}, "does not exist"),
+        (raw, {"image": "text"}, "does not exist"),
+        ((*raw, "--image-size", 9), {}, "multiple of the tokenizer factor"),
+        ((*raw, "--text-length", 1), {}, "at least 3"),
+        ((*raw, "--text-tokenizer", tmp_path / "none"), {}, "does not exist"),
+    ]
+    for arguments, options, message in cases:
+        assert_fails(encode(tokenizers, tmp_path / "out", *arguments, **options), message)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
