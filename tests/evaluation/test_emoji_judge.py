@@ -9,7 +9,7 @@ from emoji_fakes import BlurredModel, PerfectModel, ShuffledModel
 
 from unidiff.data.emoji_scenes import get_profile
 from unidiff.evaluation.emoji_cases import CATEGORIES, HELD_OUT
-from unidiff.evaluation.emoji_eval import EmojiEval, yardstick
+from unidiff.evaluation.emoji_judge import EmojiEval, yardstick
 
 PROFILE = get_profile("cpu")
 N = 21
