@@ -28,7 +28,7 @@ class ImageInputs:
     def __init__(self, size: tuple[int, int], factor: int) -> None:
         self.size, self.factor = size, factor
         self.processor = VaeImageProcessor(vae_scale_factor=factor, resample="bicubic", do_normalize=False)
-        self._nearest = VaeImageProcessor(vae_scale_factor=factor, resample="nearest", do_normalize=False)
+        self._smooth = VaeImageProcessor(vae_scale_factor=factor, resample="bilinear", do_normalize=False)
 
     def images(self, images: Any, resize: bool = False) -> Tensor:
         """float32 `[B, 3, H, W]` in [0, 1].
@@ -63,10 +63,12 @@ class ImageInputs:
                     f"mask_image is {grey.shape[1]}x{grey.shape[0]} pixels but the image is {wanted[1]}x{wanted[0]}; "
                     "give both the same size"
                 )
-            if resize and grey.shape != self.size:
-                picture = self._nearest.resize(Image.fromarray(grey), *self.size, resize_mode="crop")
-                grey = np.asarray(picture)
-            out.append(torch.from_numpy(np.ascontiguousarray(grey > _WHITE)))
+            white = grey > _WHITE
+            if resize and white.shape != self.size:
+                picture = Image.fromarray(white.astype(np.uint8) * 255)
+                picture = self._smooth.resize(picture, *self.size, resize_mode="crop")
+                white = np.asarray(picture.convert("L")) > 0  # a thin stroke must not get lost
+            out.append(torch.from_numpy(np.array(white)))
         return torch.stack(out)
 
     def cells(self, mask: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def _to_floats(image: Any) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ValueError(f"image array has shape {image.shape}; expected [H, W], [H, W, 3] or a batch of those")
-        values = torch.from_numpy(np.ascontiguousarray(image))
+        values = torch.from_numpy(np.array(image))
         values = values[None] if image.ndim == 2 else values.permute(2, 0, 1)
     elif isinstance(image, Tensor):
         values = image.detach().cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +67,11 @@ class _Laid:
     def of(cls, cell: Cell, side: int, font_size: int) -> _Laid:
         pictures = [_scaled(image, side) for image in cell.images]
         width = max(1, len(pictures)) * (side + 4) - 4
-        letters = max(8, int(width / (font_size * 0.52)))
+        font = ImageFont.load_default(font_size)
         lines = [
             (part, colour)
             for words, colour in ((cell.text, INK), (cell.note, QUIET))
-            for part in textwrap.wrap(words, letters)
+            for part in _wrap(words, font, width)
         ]
         line = font_size + 4
         height = max((p.height for p in pictures), default=0) + (len(lines) + bool(cell.heading)) * line + 4
@@ -141,6 +140,24 @@ def picture_format(path: str | Path) -> str:
     if ending not in kinds:
         raise ValueError(f"{str(path)!r} does not end in {', '.join(sorted(kinds))}; choose one of these endings")
     return kinds[ending]
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words, or inside one that is too long."""
+    lines, line = [], ""
+    for word in text.split():
+        joined = f"{line} {word}" if line else word
+        if font.getlength(joined) <= width:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        line = word
+        while font.getlength(line) > width and len(line) > 1:
+            fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            lines.append(line[:fits])
+            line = line[fits:]
+    return [*lines, line] if line else lines
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:

@@ -1,0 +1,29 @@
+"""Describe pictures and answer a question about each: python inference/caption.py picture.png ..."""
+
+from __future__ import annotations
+
+import sys
+
+from PIL import Image
+
+from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
+from unidiff.pipeline import UniDiffPipeline
+
+
+def main(paths: list[str]) -> None:
+    if paths:
+        pictures = [Image.open(path) for path in paths]
+    else:  # scenes of the generator, of compositions that training never saw
+        profile = get_profile("cpu")
+        scenes = SceneGenerator(profile, seed=1, split="held_out")
+        pictures = [Image.fromarray(render(scenes.scene(i), profile)) for i in range(4)]
+    pipe = UniDiffPipeline.from_pretrained("emoji")
+    captions = pipe.caption(pictures, resize=True, generator=0).texts
+    question = "what colour is the background?"
+    answers = pipe.answer(pictures, question, resize=True, generator=0).texts
+    for number, (caption, answer) in enumerate(zip(captions, answers, strict=True)):
+        print(f"{paths[number] if paths else number}: {caption}\n    {question} {answer}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

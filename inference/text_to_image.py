@@ -1,0 +1,23 @@
+"""Draw pictures from sentences: python inference/text_to_image.py "a fox on a green background" "two tulips" """
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from unidiff.pipeline import UniDiffPipeline
+
+
+def main(prompts: list[str], out: Path = Path("out/text_to_image")) -> None:
+    pipe = UniDiffPipeline.from_pretrained("emoji")
+    result = pipe.text_to_image(prompts, num_images_per_prompt=2, generator=0, record_trajectory=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(result.images):
+        image.save(out / f"{number}.png")
+    result.save_filmstrip(out / "filmstrip.png")
+    result.save_gif(out / "decode.gif")
+    print(f"{len(result.images)} pictures, {result.nfe} forward passes, {result.seconds:.2f} s: {out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["a fox on a green background", "three red apples on a white background"])
