@@ -21,7 +21,7 @@ from unidiff.pipelines.decode import (
     guidance_condition,
     trajectory_of,
 )
-from unidiff.pipelines.folder import load_parts, locate, write_folder
+from unidiff.pipelines.folder import forget_origins, load_parts, locate, write_folder
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
@@ -114,7 +114,12 @@ class UniDiffPipeline(DiffusionPipeline):
         Raises:
             ValueError: a folder that holds something else than a pipeline.
         """
-        write_folder(save_directory, lambda folder: DiffusionPipeline.save_pretrained(self, str(folder), **kwargs))
+
+        def write(folder: Path) -> None:
+            DiffusionPipeline.save_pretrained(self, str(folder), **kwargs)
+            forget_origins(folder)
+
+        write_folder(save_directory, write)
 
     def text_to_image(
         self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, **options: Unpack[DecodeOptions]

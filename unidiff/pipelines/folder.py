@@ -25,6 +25,7 @@ INDEX = "model_index.json"
 PIPELINE_CLASS = "UniDiffPipeline"
 EMBEDDED = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji" / "model"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -105,6 +106,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     if family != PIPELINE_CLASS:
         raise ValueError(f"{path} describes a {family}, not a {PIPELINE_CLASS}; load it with its own library")
     return index
+
+
+def forget_origins(folder: Path) -> None:
+    """Drop the paths that diffusers and transformers note in configs: a model must not name its maker's machine."""
+    for path in sorted(folder.rglob("*config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in _ORIGINS}
+        if kept != config:
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
