@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"config file {str(path)!r} does not exist")
-        layers.append(OmegaConf.load(path))
+        layers.append(_read_yaml(path))
     if bad := [o for o in overrides if "=" not in o]:
         raise ValueError(f"override {bad[0]!r} is not of the form key=value")
     layers.append(OmegaConf.from_dotlist(list(overrides)))
@@ -38,6 +39,17 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
         reason = str(error).splitlines()[0]
         key = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
         raise ValueError(f"{path or schema.__name__}: {reason}{key}") from error
+
+
+def _read_yaml(path: str | Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path} holds a list; expected `key: value` lines")
+    return content
 
 
 def dump_config(config: object) -> str:
