@@ -20,6 +20,7 @@ from unidiff.data.report import Skip, SkipReport
 from unidiff.data.tar import expand_shards, read_shard
 
 _LOG = logging.getLogger(__name__)
+_IN_ORDER = 64  # samples read at a time without shuffling, so that threads have some to decode
 
 
 class ShardSource:
@@ -117,6 +118,7 @@ class ShardSource:
     def _epoch(self) -> Iterator[dict[str, Any]]:
         where = self._where
         stream = self._raw_samples(where.epoch, where.shard, where.entry)
+        size = self.shuffle or _IN_ORDER
         while True:
             window: list[dict[str, Any]] = []
             end = (where.shard, where.entry)
@@ -128,7 +130,7 @@ class ShardSource:
                 for extension in item["__ignored__"]:
                     self._reading.ignore(extension)
                 window.append(item)
-                if len(window) >= max(1, self.shuffle):
+                if len(window) >= size:
                     break
             order = self._permutation(len(window), where.epoch, where.window + 1)
             order = order[where.offset :]
@@ -139,8 +141,9 @@ class ShardSource:
                     continue
                 where.used += 1
                 yield result
-            done = len(window) < max(1, self.shuffle)
-            self._before = self.report
+            done = len(window) < size
+            if self._reading.counts or self._reading.ignored or self._decoding.counts:
+                self._before = self.report
             self._reading, self._decoding = SkipReport(), SkipReport()
             where.shard, where.entry, where.window, where.offset = *end, where.window + 1, 0
             if done:
