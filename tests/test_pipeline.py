@@ -41,7 +41,7 @@ def test_text_to_image_keeps_the_prompt_and_draws_codes(pipe):
     result = pipe.text_to_image(["a dog", "two cats"], num_images_per_prompt=2, generator=0)
     assert result.texts == ["a dog", "a dog", "two cats", "two cats"]
     assert [image.size for image in result.images] == [(WIDTH, HEIGHT)] * 4
-    assert result.codes.shape == (4, *GRID) and 0 <= result.codes.min() and result.codes.max() < 16
+    assert result.codes.shape == (4, *GRID) and result.codes.min() >= 0 and result.codes.max() < 16
     assert result.ids[0, 0] == pipe.texts.special("caption")
     assert (result.confidences[:, :TEXT_LENGTH] == 1).all() and (result.confidences[:, TEXT_LENGTH:] < 1).all()
     assert len(set(map(tuple, result.codes.flatten(1).tolist()))) == 4  # rows have noise of their own
@@ -281,8 +281,15 @@ BAD_CALLS = {
     "empty question": (lambda p, i: p.answer(i, ""), "question is empty"),
     "long question": (lambda p, i: p.answer(i, LONG), "questions of at most 7"),
     "lists disagree": (lambda p, i: p.answer([i, i], ["a", "b", "c"]), "2 images do not go with 3 questions"),
-    "mask of another size": (lambda p, i: p.inpaint(i, Image.new("L", (8, 8)), "a"), "8x8 pixels but the image is 24x16"),
+    "mask of another size": (
+        lambda p, i: p.inpaint(i, Image.new("L", (8, 8)), "a"),
+        "8x8 pixels but the image is 24x16",
+    ),
     "mask of another type": (lambda p, i: p.inpaint(i, [[0]], "a"), "mask_image is a list"),
+    "masks and images disagree": (
+        lambda p, i: p.inpaint([i, i], [Image.new("L", (24, 16))] * 3, "a"),
+        "2 images do not go with 3 mask_images",
+    ),
     "all known": (lambda p, i: p.inpaint(i, Image.new("L", (24, 16)), "a dog"), "nothing is left to decode"),
     "all known, generate": (lambda p, i: p.generate("a dog", i), "nothing is left to decode"),
     "hole of 0": (lambda p, i: p.generate("a <mask:0>"), "'<mask:0>' is no hole"),

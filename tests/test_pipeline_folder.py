@@ -203,7 +203,7 @@ def test_names_that_look_like_paths_never_reach_the_network(tmp_path, monkeypatc
 
     monkeypatch.setattr("unidiff.pipelines.folder.snapshot_download", network)
     for name in (tmp_path / "none", "./none", "../a/b", "a/b/c", "none", ""):
-        with pytest.raises(FileNotFoundError, match="does not exist|holds no"):
+        with pytest.raises(FileNotFoundError, match=r"does not exist|holds no"):
             UniDiffPipeline.from_pretrained(name)
     with pytest.raises(AssertionError, match="network"):
         locate("someone/model")
@@ -216,7 +216,9 @@ def test_an_unreachable_hub_name_is_one_sentence(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("unidiff.pipelines.folder.snapshot_download", unreachable)
-    with pytest.raises(FileNotFoundError, match="'someone/model' is neither a folder nor a reachable hub model: no route$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'someone/model' is neither a folder nor a reachable hub model: no route$"
+    ):
         locate("someone/model")
 
 

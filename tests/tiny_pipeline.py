@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from unidiff.models.transformer import MaskedTransformer
@@ -17,10 +19,10 @@ CORPUS = ["a dog on a red background", "two cats", "an owl above a fox", "what i
 
 
 def tiny_parts(
-    seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID
+    seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID, corpus: Sequence[str] = CORPUS
 ) -> tuple[MaskedTransformer, CellVQModel, TextTokenizer, PipelineSettings]:
     torch.manual_seed(seed)
-    text = TextTokenizer.train(CORPUS, 320)
+    text = TextTokenizer.train(corpus, 320 if corpus is CORPUS else 1000)
     image = CellVQModel(8, 16, 4, 16, 1, (16,), (1,))
     for convolution in (image.decoder[0], image.decoder[-2]):  # contrast between codes
         torch.nn.init.normal_(convolution.weight, std=1.0)
@@ -33,8 +35,10 @@ def tiny_parts(
     return transformer, image, text, PipelineSettings(vocabulary, text_length, grid)
 
 
-def tiny_pipeline(seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID) -> UniDiffPipeline:
-    transformer, image, text, settings = tiny_parts(seed, text_length, grid)
+def tiny_pipeline(
+    seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID, corpus: Sequence[str] = CORPUS
+) -> UniDiffPipeline:
+    transformer, image, text, settings = tiny_parts(seed, text_length, grid, corpus)
     pipe = UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -64,18 +65,15 @@ def generate(
     if len(set(holes)) > 1:
         raise ValueError("some texts have <mask> holes and some do not; run them apart")
     pipe = load_pipeline(model, device, dtype)
-    options = {
-        "num_images_per_prompt": count,
-        "generator": seed,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "temperature": temperature,
-        "record_trajectory": gif is not None or filmstrip is not None,
-    }
-    if texts and not any(holes):
-        result = pipe.text_to_image(texts, **options)
-    else:
-        result = pipe.generate(texts or None, **options)
+    draw = partial(pipe.text_to_image, texts) if texts and not any(holes) else partial(pipe.generate, texts or None)
+    result = draw(
+        num_images_per_prompt=count,
+        generator=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        temperature=temperature,
+        record_trajectory=gif is not None or filmstrip is not None,
+    )
     report(result, write_images(result, out), gif, filmstrip)
 
 

@@ -81,7 +81,9 @@ def check_outputs(pictures: Sequence[Path | None] = (), gif: Path | None = None,
     Raises:
         ValueError: another ending, a path that is a folder, or one below a file.
     """
-    wanted = [(path, (".png", ".jpg", ".jpeg", ".webp")) for path in pictures]
+    wanted: list[tuple[Path | None, tuple[str, ...]]] = [
+        (path, (".png", ".jpg", ".jpeg", ".webp")) for path in pictures
+    ]
     wanted += [(gif, (".gif",)), (json_file, (".json",))]
     for path, endings in wanted:
         if path is None:

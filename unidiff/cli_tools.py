@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +24,16 @@ def eval_emoji(
     """Draw, describe and answer on emoji scenes, read by an exact oracle."""
     check_outputs(json_file=json_path)
     pipe = load_pipeline(model, device, dtype)
+    from rich.console import Console
+
     from unidiff.evaluation.emoji_eval import run_emoji_eval
 
-    result = run_emoji_eval(pipe, seed, n)
-    text = json.dumps(result, indent=2)
+    console = Console(stderr=True)
+    with console.status("EmojiEval") as status:
+        result = run_emoji_eval(pipe, seed, n, progress=lambda what: status.update(f"EmojiEval: {what}"))
     if json_path is not None:
-        from unidiff.pipelines.sheet import save_text
-
-        save_text(text + "\n", json_path)
-    typer.echo(text)
+        result.save(json_path)
+    Console().print(result.table())
 
 
 def demo(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig
@@ -46,7 +46,10 @@ class UniDiffPipeline(DiffusionPipeline):
         ValueError: parts that do not fit together.
     """
 
-    model_cpu_offload_seq = "transformer->image_tokenizer"
+    transformer: MaskedTransformer
+    image_tokenizer: Any
+    text_tokenizer: Any
+    model_cpu_offload_seq = "transformer->image_tokenizer"  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -168,7 +171,7 @@ class UniDiffPipeline(DiffusionPipeline):
             ValueError: as for `caption`; an empty or too long question; lists of different lengths.
         """
         slots = [self.text_slots.question(q, max_text_tokens) for q in as_list(question, "question")]
-        images, slots = broadcast(image=self._encode(image, resize), question=slots)
+        images, slots = broadcast(image=list(self._encode(image, resize)), question=slots)
         return self._decode("answer", slots, torch.stack(images), None, pictures=False, **options)
 
     def inpaint(
@@ -199,11 +202,11 @@ class UniDiffPipeline(DiffusionPipeline):
         """
         pixels = self.image_inputs.images(image, resize)  # [B, 3, H, W]
         if mask_image is None:
-            masks = torch.zeros(1, *self.image_size, dtype=torch.bool)
+            holes = torch.zeros(1, *self.image_size, dtype=torch.bool)
         else:
-            masks = self.image_inputs.masks(mask_image, image, resize)  # [B, H, W]
+            holes = self.image_inputs.masks(mask_image, image, resize)  # [B, H, W]
         given, masks, slots = broadcast(
-            image=self.images.encode(pixels), mask_image=masks, text=self._captions(text, max_text_tokens)
+            image=list(self.images.encode(pixels)), mask_image=list(holes), text=self._captions(text, max_text_tokens)
         )
         if paste_back:
             pixels = pixels.expand(len(given), -1, -1, -1)
@@ -237,7 +240,7 @@ class UniDiffPipeline(DiffusionPipeline):
         captions = self._captions(text, max_text_tokens)
         codes = None
         if image is not None:
-            given, captions = broadcast(image=self._encode(image, resize), text=captions)
+            given, captions = broadcast(image=list(self._encode(image, resize)), text=captions)
             codes = torch.stack(given)
         slots, count = _repeat(captions, num_images_per_prompt)
         codes = None if codes is None else codes.repeat_interleave(count, 0)
@@ -268,7 +271,7 @@ class UniDiffPipeline(DiffusionPipeline):
         """The one path of all tasks: rows, sampler, and back to words and pixels."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
-        settings, vocabulary = self.settings, self.settings.vocabulary
+        settings = self.settings
         # 1. settings of the decode
         never = self.text_slots.never(closed=all(slot.closed for slot in slots))
         config = with_overrides(
@@ -279,17 +282,16 @@ class UniDiffPipeline(DiffusionPipeline):
         condition = guidance_condition(batch, config.guidance.hide)
         seeds = row_seeds(generator, len(slots), per_entry)
         # 3. decode
-        targets = int(batch.targets.sum())
-        self._interrupt = False
+        self._interrupt, targets = False, int(batch.targets.sum())
         with self.progress_bar(total=targets) as bar:
             watcher = StepWatcher(self, bar, targets, callback_on_step_end)
-            run = Sampler(self.transformer, vocabulary, config, policy)
+            run = Sampler(self.transformer, settings.vocabulary, config, policy)
             out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory)
             watcher.finish()
         # 4. back to words and pixels
         ids = out.batch.ids.cpu()
         text_ids = [self.text_slots.words(row, slot) for row, slot in zip(ids, slots, strict=True)]
-        codes = ids[:, settings.text_length :].unflatten(1, settings.grid) - vocabulary.image[0]  # [B, h, w]
+        codes = ids[:, settings.text_length :].unflatten(1, settings.grid) - settings.vocabulary.image[0]  # [B, h, w]
         trajectory = None
         if out.trajectory is not None:
             trajectory = trajectory_of(out.trajectory, slots, self.text_slots, settings, self.images.decode)

@@ -57,7 +57,7 @@ class ImageInputs:
         out = []
         for number, mask in enumerate(masks):
             grey = _grey(mask)  # [h, w]
-            wanted = _size_of(originals[number if len(originals) > 1 else 0])
+            wanted = _size_of(originals[min(number, len(originals) - 1)])
             if grey.shape != wanted:
                 raise ValueError(
                     f"mask_image is {grey.shape[1]}x{grey.shape[0]} pixels but the image is {wanted[1]}x{wanted[0]}; "
@@ -197,4 +197,5 @@ def _grey(mask: Any) -> np.ndarray:
 def _size_of(image: Any) -> tuple[int, int]:
     if isinstance(image, Image.Image):
         return image.height, image.width
-    return tuple(image.shape[-2:]) if isinstance(image, Tensor) else tuple(image.shape[:2])
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
+    return int(height), int(width)

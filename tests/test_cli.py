@@ -1,0 +1,204 @@
+"""The command line as a person meets it. Processes that import torch take seconds, so most tests run in this one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pipeline import tiny_parts, tiny_pipeline
+
+from unidiff import cli
+
+NO_TORCH = "import sys; sys.modules['torch'] = None; from unidiff.cli import main; sys.argv[0] = 'unidiff'; main()"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    return str(tmp_path / "in.png")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unidiff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+            sys.exit(0)
+        out = capsys.readouterr()
+        return int(left.value.code or 0), out.out, out.err
+
+    return call
+
+
+def process(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-c", code] if code else [sys.executable, "-m", "unidiff.cli"]
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["eval", "emoji"]], ids=" ".join)
+def test_help_works_where_torch_cannot_be_imported(arguments):
+    done = process(*arguments, "--help", code=NO_TORCH)
+    assert done.returncode == 0, done.stderr
+    words = {"generate": "--guidance", "eval": "--json", "": "caption"}
+    assert words[arguments[0] if arguments else ""] in done.stdout
+
+
+def test_mistakes_in_files_are_found_before_torch_is_imported(tmp_path):
+    done = process("caption", tmp_path / "none.png", code=NO_TORCH)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"unidiff: image file {str(tmp_path / 'none.png')!r} does not exist\n"
+
+
+def test_a_real_process_draws_a_picture(model, tmp_path):
+    out = tmp_path / "made" / "dog.png"
+    done = process("generate", "a dog", "-o", out, "--model", model, "--seed", 3, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: a dog\n" and "4 forward passes" in done.stderr
+    expected = tiny_pipeline().text_to_image("a dog", generator=3, steps=2).images[0]
+    with Image.open(out) as image:
+        assert image.format == "PNG" and image.tobytes() == expected.tobytes()
+    assert [p.name for p in out.parent.iterdir()] == ["dog.png"]
+
+
+def test_generate_options(run, model, tmp_path):
+    out, gif, strip = tmp_path / "a.webp", tmp_path / "a.gif", tmp_path / "strip.png"
+    status, text, _ = run(
+        *("generate", "a dog", "an owl", "-n", 2, "-o", out, "--model", model, "--guidance", 1),
+        *("--gif", gif, "--filmstrip", strip, "--temperature", 0.5, "--dtype", "bfloat16", "--device", "cpu"),
+    )
+    assert status == 0
+    names = [f"a-{i}.webp" for i in range(1, 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "a.gif", "strip.png"])
+    lines = text.splitlines()
+    assert lines == [f"{tmp_path / n}: {t}" for n, t in zip(names, ["a dog"] * 2 + ["an owl"] * 2, strict=True)]
+
+
+def test_generate_makes_words_up_too(run, model, tmp_path):
+    assert run("generate", "--model", model, "-o", tmp_path / "a.png")[0] == 0
+    status, text, _ = run("generate", "two <mask> on", "--model", model, "-o", tmp_path / "b.png")
+    assert status == 0 and ": two" in text and text.endswith(" on\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_caption_answer_and_inpaint_agree_with_the_pipeline(run, model, picture, tmp_path):
+    pipe = tiny_pipeline()
+    with Image.open(picture) as image:
+        image.load()
+    words = pipe.caption(image, generator=1, temperature=1.0).texts[0]
+    assert run("caption", picture, "--model", model, "--seed", 1, "--temperature", 1)[1] == words + "\n"
+    both = run("caption", picture, picture, "--model", model)[1].splitlines()
+    assert len(both) == 2 and all(line.startswith(f"{picture}: ") for line in both)
+    words = pipe.answer(image, "what?", generator=1, temperature=1.0).texts[0]
+    assert run("answer", picture, "what?", "--model", model, "--seed", 1, "--temperature", 1)[1] == words + "\n"
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    options = ("--text", "a <mask>", "--seed", 1, "--paste-back", "-o", tmp_path / "out.png", "--model", model)
+    status, text, _ = run("inpaint", picture, "--mask", tmp_path / "mask.png", *options)
+    expected = pipe.inpaint(image, mask, "a <mask>", generator=1, paste_back=True)
+    assert status == 0 and text == f"{tmp_path / 'out.png'}: {expected.texts[0]}\n"
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.tobytes() == expected.images[0].tobytes()
+
+
+def test_resize_accepts_any_picture(run, model, tmp_path):
+    Image.new("L", (100, 90), 30).save(tmp_path / "large.jpg")
+    status, _, error = run("caption", tmp_path / "large.jpg", "--model", model)
+    assert status == 1 and "100x90 pixels but this model takes 24x16" in error
+    assert run("caption", tmp_path / "large.jpg", "--model", model, "--resize", "--max-text-tokens", 2)[0] == 0
+
+
+def test_info_and_pack(run, tmp_path):
+    transformer, image, text, _ = tiny_parts()
+    for part, name in ((transformer, "t"), (image, "i"), (text, "x")):
+        part.save_pretrained(tmp_path / name)
+    parts = [tmp_path / "t", tmp_path / "i", tmp_path / "x", tmp_path / "model"]
+    status, out, _ = run("pack", *parts, "--text-length", 10, "--image-size", "24x16")
+    assert status == 0 and out == f"{tmp_path / 'model'}\n"
+    status, out, _ = run("info", "--model", tmp_path / "model")
+    assert status == 0 and "24 x 16 pixels, 6 codes" in out and "16 codes, factor 8" in out
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == "UniDiffPipeline" and index["settings"]["grid"] == [2, 3]
+
+
+def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
+    from unidiff.evaluation.report import Estimate, Report
+
+    def evaluate(pipe, seed, n, progress):
+        progress("captions")
+        report = Report(about={"seed": seed, "n": n})
+        report.add("categories.single_object", Estimate.share([True] * 3 + [False]))
+        return report
+
+    monkeypatch.setattr("unidiff.evaluation.emoji_eval.run_emoji_eval", evaluate)
+    options = ("--seed", 5, "--n", 7, "--json", tmp_path / "made" / "r.json", "--model", model)
+    status, out, _ = run("eval", "emoji", *options)
+    data = json.loads((tmp_path / "made" / "r.json").read_text())
+    assert status == 0 and "0.750" in out
+    assert data["about"] == {"seed": 5, "n": 7} and data["categories"]["single_object"] == 0.75
+
+
+MISTAKES = {
+    "empty prompt": (["generate", " ", "-o", "OUT"], "prompt is empty"),
+    "long prompt": (["generate", "a picture of a dog, a cat, an owl and a fox", "-o", "OUT"], "at most 9"),
+    "steps 0": (["generate", "a", "--steps", 0, "-o", "OUT"], "steps is 0"),
+    "negative guidance": (["generate", "a", "--guidance", -1, "-o", "OUT"], "guidance scale is -1"),
+    "texts with and without holes": (["generate", "a", "a <mask>", "-o", "OUT"], "run them apart"),
+    "missing model": (["generate", "a", "--model", "NEW", "-o", "OUT"], "new' does not exist"),
+    "device": (["generate", "a", "--device", "abacus", "-o", "OUT"], "device 'abacus' cannot be used"),
+    "dtype": (["generate", "a", "--dtype", "int4", "-o", "OUT"], "dtype is 'int4'"),
+    "ending": (["generate", "a", "-o", "x.gif"], "must end in .png or"),
+    "gif ending": (["generate", "a", "--gif", "x.png"], "must end in .gif"),
+    "folder as output": (["generate", "a", "-o", "FOLDER"], "is a folder"),
+    "output under a file": (["generate", "a", "-o", "IN/x.png"], "which is a file"),
+    "missing picture": (["caption", "none.png"], "'none.png' does not exist"),
+    "no picture": (["caption", "TEXT"], "cannot be read as a picture"),
+    "empty question": (["answer", "IN", ""], "question is empty"),
+    "mask of another size": (["inpaint", "IN", "--mask", "SMALL", "-o", "OUT"], "8x8 pixels but the image is 24x16"),
+    "all known": (["inpaint", "IN", "--text", "a dog", "-o", "OUT"], "nothing is left to decode"),
+    "missing mask": (["inpaint", "IN", "--mask", "none.png", "-o", "OUT"], "'none.png' does not exist"),
+    "json ending": (["eval", "emoji", "--json", "x.txt"], "must end in .json"),
+    "demo into a file": (["demo", "-o", "IN"], "is a file"),
+    "demo of other pictures": (["demo", "-o", "NEW"], "needs square pictures"),
+    "pack without parts": (["pack", "none", "none", "none", "NEW"], "does not exist"),
+    "pack size": (["pack", "none", "none", "none", "NEW", "--image-size", "big"], "--image-size is 'big'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_sentence_and_write_nothing(run, model, picture, tmp_path, name):
+    arguments, words = MISTAKES[name]
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (8, 8), 255).save(tmp_path / "small.png")
+    places = {"OUT": "out.png", "FOLDER": "folder.png", "TEXT": "text.png", "SMALL": "small.png", "NEW": "new"}
+    filled = [str(tmp_path / places[str(a)]) if str(a) in places else str(a).replace("IN", picture) for a in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    takes_model = arguments[0] != "pack" and "--model" not in arguments
+    status, _, error = run(*filled, *(["--model", model] if takes_model else []))
+    message = error.strip().splitlines()[-1]
+    assert status == 1 and message.startswith("unidiff: ") and words in message
+    assert "Traceback" not in error and sorted(tmp_path.rglob("*")) == before
+    assert not Path("x.gif").exists()
+
+
+def test_usage_mistakes_exit_with_2(run):
+    assert run("caption")[0] == 2
+    assert run("generate", "a", "--count", 0)[0] == 2
+    assert run("paint")[0] == 2

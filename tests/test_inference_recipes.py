@@ -1,0 +1,44 @@
+"""The recipes in inference/ run as they are, here on a model with random weights in place of the embedded one."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_pipeline import tiny_pipeline
+
+from unidiff.data.emoji_language import vocabulary_words
+from unidiff.data.emoji_scenes import get_profile
+from unidiff.demo import PROMPTS
+from unidiff.pipelines import folder
+
+RECIPES = Path(__file__).resolve().parents[1] / "inference"
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """A stand-in for the embedded model, and an empty working directory."""
+    corpus = [p for p, _ in PROMPTS] * 2 + vocabulary_words(get_profile("cpu")) * 2
+    tiny_pipeline(text_length=40, grid=(8, 8), corpus=corpus).save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(folder.EMBEDDED, "emoji", tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("text_to_image", {"0.png", "1.png", "2.png", "3.png", "decode.gif", "filmstrip.png"}),
+        ("caption", set()),
+        ("joint_inpaint", {"before.png", "after.png", "filmstrip.png"}),
+    ],
+)
+def test_recipe_runs(embedded, monkeypatch, capsys, name, files):
+    path = RECIPES / f"{name}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert {p.name for p in Path("out").rglob("*") if p.is_file()} == files
+    assert capsys.readouterr().out.strip()
