@@ -46,19 +46,17 @@ def weights(folder: Path, step: int) -> dict[str, bytes]:
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, optimiser):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     table = tmp_path / "table.safetensors"
     tiny_table(72).save(table)
-    steps = 40 if optimiser == "adamw" else 24
+    steps = 60
     common = [
         f"steps={steps}",
         "checkpoint.every=5",
         "logging.every=1",
-        f"optimiser.name={optimiser}",
         "data.crop_fill=0.3",
     ]
-    common += ["model.dropout=0.1", "schedule.name=wsd", "logging.validate_every=7"]
+    common += ["model.dropout=0.1", "schedule.name=wsd", "logging.validate_every=25"]
     whole = start(tmp_path / "whole", table, *common)
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors

@@ -195,7 +195,11 @@ def read_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError with one sentence for the first setting that makes no sense."""
-    positive = {"steps": config.steps, "batch_size": config.batch_size, "accumulate": config.accumulate}
+    positive: dict[str, float] = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+    }
     positive |= {"optimiser.lr": config.optimiser.lr, "optimiser.clip": config.optimiser.clip}
     positive |= {"checkpoint.keep": config.checkpoint.keep, "max_bad_steps": config.max_bad_steps}
     positive |= {"logging.validation_draws": config.logging.validation_draws, "objective.chunk": config.objective.chunk}

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 from unidiff.train.config import TASKS
 from unidiff.train.ema import EMA
@@ -22,14 +23,14 @@ class TrainState:
     """What a step changes, and what it needs to change it.
 
     Attributes:
-        model: has `head`; its parameters are what `optimisers` and `ema` hold.
+        model: its parameters are what `optimisers` and `ema` hold.
         hidden: `model.hidden`, possibly compiled.
         step: optimiser steps taken, skipped ones included.
         bad_steps: consecutive steps skipped for a loss or gradient that was not finite.
         skipped: all such steps of the run.
     """
 
-    model: nn.Module
+    model: MaskedTransformer
     hidden: Callable[..., Tensor]
     vocabulary: Vocabulary
     optimisers: Optimisers

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from unidiff.config import dump_config
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.build import build_model, pick_device
 from unidiff.train.checkpoint import (
     Checkpoint,
     latest_name,
@@ -32,6 +29,7 @@ from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.ema import EMA
 from unidiff.train.logs import Progress, RunLog, TaskMeter
 from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.signals import StopOnSignals
 from unidiff.train.source import TokenSource
 from unidiff.train.step import StepReport, TrainState, train_step
 from unidiff.train.tasks import TaskMixer
@@ -71,7 +69,8 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
         crop = config.data.crop_fill
         self.mixer = TaskMixer(source, config.tasks, config.objective, config.seed, crop)
-        model = build_model(config, source.vocabulary.size).to(self.device)
+        model = build_model(config, source.vocabulary.size)
+        model.to(self.device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
         hidden = torch.compile(model.hidden) if config.compile else model.hidden
         optimisers = Optimisers(model, config.optimiser)
         ema = EMA(model, config.ema.decay, config.ema.warmup)
@@ -85,7 +84,7 @@ class Trainer:
 
     @property
     def model(self) -> MaskedTransformer:
-        return self.state.model  # type: ignore[return-value]
+        return self.state.model
 
     def train(self) -> dict[str, float]:
         """Run to `config.steps`. Returns the last validation report (empty without one).
@@ -109,7 +108,7 @@ class Trainer:
         if self.resumed:
             progress.say(f"resumed at step {state.step} from {self.checkpoints}")
         try:
-            with _stop_on_signals(self._request_stop):
+            with StopOnSignals(self._request_stop):
                 while state.step < settings.steps and not self._stop:
                     factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
                     step = self._step(factor)
@@ -223,67 +222,14 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, with `vocabulary.json`."""
         model = copy.deepcopy(self.model).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.state.ema.average[name])
+        dtype = getattr(torch, self.config.checkpoint.export_dtype)
+        for name, parameter in model.named_parameters():
+            parameter.data = self.state.ema.average[name].to(dtype)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.to(getattr(torch, self.config.checkpoint.export_dtype)).save_pretrained(temporary)
+        model.save_pretrained(temporary)
         write_atomic(temporary / "vocabulary.json", json.dumps(self.source.vocabulary.to_dict(), indent=1))
         replace_folder(temporary, folder)
-
-
-def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
-    """The model of `config.model`, drawn from `config.seed`, or warm-started from `checkpoint.init_from`.
-
-    Raises:
-        ValueError: an unknown or ill-typed model setting, or weights that do not fit.
-        FileNotFoundError: `init_from` holds no safetensors file.
-    """
-    known = inspect.signature(MaskedTransformer.__init__).parameters
-    if unknown := set(config.model) - set(known) | (set(config.model) & {"self", "vocab_size"}):
-        raise ValueError(
-            f"unknown model settings {sorted(unknown)}; vocab_size comes from the data, others are {sorted(known)}"
-        )
-    for key, value in config.model.items():
-        default = known[key].default
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
-            not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise ValueError(f"model.{key} = {value!r} must be of type {type(default).__name__}")
-    torch.manual_seed(config.seed)
-    try:
-        model = MaskedTransformer(vocab_size=vocab_size, **config.model)
-    except TypeError as error:
-        raise ValueError(f"model settings {config.model} have a wrong type: {error}") from error
-    if config.checkpoint.init_from:
-        folder = Path(config.checkpoint.init_from)
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"checkpoint.init_from = {str(folder)!r} holds no .safetensors file")
-        weights = {name: value for file in files for name, value in load_file(file).items()}
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"the weights in {str(folder)!r} do not fit the model of this config ({reason})"
-            ) from error
-    return model.float().train()
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device = {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r} but no CUDA device is there; use device=cpu")
-    return device
 
 
 def _due(every: int, step: int) -> bool:
@@ -293,24 +239,3 @@ def _due(every: int, step: int) -> bool:
 def _validation_line(step: int, report: dict[str, float]) -> str:
     shown = ("joint_nelbo", "joint_nelbo_text", "joint_nelbo_image", "t2i_nelbo", "caption_nelbo", "vqa_nelbo")
     return f"step {step} validation  " + "  ".join(f"{k} {report[k]:.3f}" for k in shown if k in report)
-
-
-class _stop_on_signals:
-    """While open, SIGTERM and SIGINT call `request` instead of ending the process; only in the main thread."""
-
-    def __init__(self, request: Callable[[], None]) -> None:
-        self._request, self._old = request, {}
-
-    def __enter__(self) -> None:
-        def handle(number: int, frame: FrameType | None) -> None:
-            self._request()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[number] = signal.signal(number, handle)
-            except ValueError:  # not the main thread: the caller owns the signals
-                return
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)

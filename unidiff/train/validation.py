@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
-from unidiff.tokens import Modality
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.source import TokenSource
 from unidiff.train.tasks import TaskMixer, keep_fill
@@ -23,9 +24,18 @@ from unidiff.train.tasks import TaskMixer, keep_fill
 VALIDATION_SEED = 20_240_601
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Per row and mask draw, float64 nats `[rows * draws]`: text part, image part, and the text part up to the first EOS."""
+
+    text: Tensor
+    image: Tensor
+    words: Tensor
+
+
 @torch.no_grad()
 def validate(
-    model: nn.Module,
+    model: MaskedTransformer,
     hidden: Callable[..., Tensor],
     source: TokenSource,
     rows: int,
@@ -40,54 +50,61 @@ def validate(
     their targets only. `*_words` leaves the EOS fill beyond the first EOS out. `*_error` is the standard error over rows.
 
     Args:
+        model: its weights are scored as they are, in evaluation mode.
+        hidden: `model.hidden`, possibly compiled.
         rows, draws: rows scored, and masks per row; `rows` must not exceed the source for each row to count once.
+        batch_size: rows per forward; the last batch wraps round, so that only one shape occurs.
+        bf16: under autocast.
+        chunk: masked positions per call of the head.
     """
-    device = next(model.parameters()).device
     even = TaskConfig(weight=1.0, loss="elbo")
-    mixer = TaskMixer(
-        source,
-        TasksConfig(even, even, even, even if source.has_questions else TaskConfig(), even),
-        ObjectiveConfig(),
-        VALIDATION_SEED,
-    )
-    eos = source.vocabulary.specials.get("eos")
+    asked = even if source.has_questions else TaskConfig()
+    mixer = TaskMixer(source, TasksConfig(even, even, even, asked, even), ObjectiveConfig(), VALIDATION_SEED)
     was_training = model.training
     model.eval()
     report: dict[str, float] = {}
     for task in ("joint", "t2i", "caption", *(("vqa",) if source.has_questions else ())):
-        parts: list[Tensor] = []
+        parts = []
         for first in range(0, rows * draws, batch_size):
-            index = torch.arange(first, first + batch_size) % (rows * draws)  # static shapes: the last batch wraps
-            micro = mixer.of(index, TASKS.index(task)).to(device)
-            noisy = mask_tokens(micro.batch, micro.rate, source.vocabulary, micro.noise)
-            x_t = noisy.batch
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                states = hidden(x_t.ids, x_t.modality, x_t.positions, attention_mask=None, time=micro.rate.float())
-                nll = masked_nll(states, model.head, noisy.masked, micro.batch, source.vocabulary, chunk)
-            terms = joint_elbo(nll, micro.weight, micro.batch)
-            words = terms.row_text
-            if eos is not None:
-                text = micro.batch.ids[:, : source.text_length].cpu()
-                every = torch.ones(len(text), dtype=torch.bool)
-                keep = keep_fill(text, eos, every, torch.full((len(text),), 1e-9)).to(device)
-                words = (nll * micro.weight)[:, : source.text_length].masked_fill(~keep, 0).sum(1)
-            real = min(batch_size, rows * draws - first)
-            parts.append(torch.stack([terms.row_text, terms.row_image, words])[:, :real].double().cpu())
-        text_part, image_part, words_part = torch.cat(parts, 1)  # [rows * draws] each
-        total = text_part + image_part
+            index = torch.arange(first, first + batch_size) % (rows * draws)
+            with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+                parts.append(_score(model, hidden, mixer, index, TASKS.index(task), chunk))
+        text, image, words = (
+            torch.cat([getattr(p, n) for p in parts])[: rows * draws] for n in ("text", "image", "words")
+        )
+        total = text + image
         report[f"{task}_nelbo"] = float(total.mean())
         report[f"{task}_nelbo_error"] = float(total.std() / math.sqrt(total.numel())) if total.numel() > 1 else math.inf
         if task == "joint":
-            report["joint_nelbo_text"], report["joint_nelbo_image"] = float(text_part.mean()), float(image_part.mean())
-            length = _targets(mixer, source)
-            report["joint_nelbo_per_token"] = report["joint_nelbo"] / length
-        if task != "t2i" and eos is not None:
-            report[f"{task}_nelbo_words"] = float((words_part + image_part).mean())
+            report["joint_nelbo_text"], report["joint_nelbo_image"] = float(text.mean()), float(image.mean())
+            report["joint_nelbo_per_token"] = report["joint_nelbo"] / _target_count(mixer)
+        if task != "t2i":
+            report[f"{task}_nelbo_words"] = float((words + image).mean())
     model.train(was_training)
     return report
 
 
-def _targets(mixer: TaskMixer, source: TokenSource) -> int:
+def _score(
+    model: MaskedTransformer, hidden: Callable[..., Tensor], mixer: TaskMixer, index: Tensor, task: int, chunk: int
+) -> Scores:
+    source, device = mixer.source, next(model.parameters()).device
+    micro = mixer.of(index, task).to(device)
+    noisy = mask_tokens(micro.batch, micro.rate, source.vocabulary, micro.noise)
+    x_t = noisy.batch
+    states = hidden(
+        x_t.ids, x_t.modality, x_t.positions, attention_mask=x_t.attention_mask(), time=micro.rate.float()
+    )  # [B, L, D]
+    nll = masked_nll(states, model.head, noisy.masked, micro.batch, source.vocabulary, chunk)  # [B, L]
+    terms = joint_elbo(nll, micro.weight, micro.batch)
+    words, eos = terms.row_text, source.vocabulary.specials.get("eos")
+    if eos is not None:
+        text = micro.batch.ids[:, : source.text_length].cpu()
+        every, shortest = torch.ones(len(text), dtype=torch.bool), torch.zeros(len(text))
+        keep = keep_fill(text, eos, every, shortest).to(device)
+        words = (nll * micro.weight)[:, : source.text_length].masked_fill(~keep, 0).sum(1)
+    return Scores(*(part.double().cpu() for part in (terms.row_text, terms.row_image, words)))
+
+
+def _target_count(mixer: TaskMixer) -> int:
     batch = mixer.of(torch.zeros(1, dtype=torch.long), TASKS.index("joint")).batch
-    assert int((batch.modality == Modality.TEXT).sum()) == source.text_length
     return int(batch.targets.sum())
