@@ -156,11 +156,11 @@ DAMAGE = {
     ),
     "NaN in the transformer": (
         lambda f: edit_weights(f / "transformer", lambda w: w["final_norm.weight"].fill_(torch.nan)),
-        "NaN or infinity",
+        "NaN or infinit",
     ),
     "NaN in the image tokenizer": (
         lambda f: edit_weights(f / "image_tokenizer", lambda w: w["codebook"].fill_(torch.nan)),
-        "NaN or infinite",
+        "NaN or infinit",
     ),
     "another image tokenizer": (
         lambda f: edit_json(f / "image_tokenizer" / "config.json", _class_name="AutoencoderKL"),
