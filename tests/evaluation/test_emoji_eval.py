@@ -44,6 +44,7 @@ KEYS = [
     "caption_nelbo_words",
     "answer_baseline",
     "shuffled_composition",
+    "readers",
 ]
 
 
@@ -64,7 +65,7 @@ def pipe() -> UniDiffPipeline:
 
 @pytest.fixture(scope="module")
 def report(pipe: UniDiffPipeline) -> Report:
-    return run_emoji_eval(pipe, seed=1, n=4, batch_size=3, steps=2)
+    return run_emoji_eval(pipe, seed=1, n=4, batch_size=3, steps=2, profile=get_profile("cpu", num_objects=12))
 
 
 def test_report_has_all_keys(report: Report) -> None:

@@ -6,14 +6,19 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from unidiff.data.emoji_scenes import Profile, get_profile
 from unidiff.evaluation.emoji_judge import TASKS, EmojiEval
 from unidiff.evaluation.emoji_model import PipelineModel
 from unidiff.evaluation.likelihood_eval import evaluate_likelihood
 from unidiff.evaluation.report import Report
+from unidiff.evaluation.second_reader import compare_readers
 from unidiff.pipeline import UniDiffPipeline
 
-ALL_TASKS = (*TASKS, "likelihood")
+ALL_TASKS = (*TASKS, "second_reader", "likelihood")
+"""`second_reader` reads the pictures of `text_to_image` again, so it needs that task."""
 QUICK, FULL = 300, 2000
 """Cases per category and task: for a look, and for numbers to keep."""
 
@@ -50,10 +55,19 @@ def run_emoji_eval(
     start = perf_counter()
     hidden_bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**hidden_bar, "disable": True})
+    prompts: list[str] = []
+    drawn: list[Tensor] = []  # uint8 [B, 3, H, W]
+
+    def keep(words: Sequence[str], images: Tensor) -> None:
+        prompts.extend(words)
+        drawn.append((images * 255 + 0.5).clamp(0, 255).to(torch.uint8))
+
     try:
-        model = PipelineModel(pipe, batch_size, **options)
-        judge = EmojiEval(model, profile, seed, n, say)
-        report = judge.run([task for task in tasks if task != "likelihood"])
+        model = PipelineModel(pipe, batch_size, keep if "second_reader" in tasks else None, **options)
+        report = EmojiEval(model, profile, seed, n, say).run([task for task in tasks if task in TASKS])
+        if drawn:
+            say("second reader")
+            compare_readers(prompts, torch.cat(drawn).movedim(1, -1), profile, report)
         if "likelihood" in tasks:
             say("likelihoods")
             evaluate_likelihood(pipe, profile, report, seed, n, batch_size=batch_size)

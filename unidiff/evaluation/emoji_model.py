@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,11 +64,18 @@ class PipelineModel:
     Args:
         pipe: the pipeline.
         batch_size: rows per decode; results do not depend on it.
+        on_drawn: told the prompts and pictures of every text-to-image batch.
         options: keyword arguments for every decode, for instance `steps`.
     """
 
-    def __init__(self, pipe: UniDiffPipeline, batch_size: int = 64, **options: Any) -> None:
-        self.pipe, self.batch_size = pipe, batch_size
+    def __init__(
+        self,
+        pipe: UniDiffPipeline,
+        batch_size: int = 64,
+        on_drawn: Callable[[Sequence[str], Tensor], None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.pipe, self.batch_size, self.on_drawn = pipe, batch_size, on_drawn
         self.options = {"output_type": "pt", **options}
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -76,9 +83,14 @@ class PipelineModel:
         return torch.cat(parts)
 
     def text_to_image(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        run = self.pipe.text_to_image
-        parts = [run(list(prompts[p]), generator=list(seeds[p]), **self.options).images for p in self._parts(prompts)]
-        return torch.cat(parts)
+        pictures = []
+        for part in self._parts(prompts):
+            words = list(prompts[part])
+            drawn = self.pipe.text_to_image(words, generator=list(seeds[part]), **self.options).images
+            if self.on_drawn is not None:
+                self.on_drawn(words, drawn)
+            pictures.append(drawn)
+        return torch.cat(pictures)
 
     def caption(self, images: Tensor, seeds: Sequence[int]) -> list[str]:
         texts: list[str] = []
