@@ -9,8 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unidiff.checked import CheckedModel
 from unidiff.models.attention import Attention, block_causal_mask
-from unidiff.models.checked import CheckedModel
 from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
 from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
 from unidiff.models.rotary import RotaryTables, rotary_tables

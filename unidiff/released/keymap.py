@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.models.checked import check_finite
+from unidiff.checked import check_finite
 from unidiff.models.transformer import MaskedTransformer
 
 LAYER = "{i}"

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from unidiff.checked import CheckedModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
 
 
-class CellVQModel(ModelMixin, ConfigMixin):
+class CellVQModel(CheckedModel):
     """VQ autoencoder for images `[B, 3, H, W]` in [0, 1].
 
     Args:

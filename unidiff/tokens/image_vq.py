@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import VQModel
 from torch import Tensor
 
+from unidiff.checked import load_checked
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.image import check_codes, check_images
-from unidiff.weights import load_model_strictly
 
-_CLASSES = {"CellVQModel": CellVQModel, "VQModel": VQModel}
+_CLASSES: dict[str, Any] = {"CellVQModel": CellVQModel, "VQModel": VQModel}
 
 
 class VQImageTokenizer:
@@ -28,12 +29,14 @@ class VQImageTokenizer:
     """
 
     def __init__(self, model: CellVQModel | VQModel) -> None:
-        self.model = model.eval()
+        self.model: Any = cast(Any, model)  # diffusers' decorators hide the types of its models
+        self.model.eval()
+        config = self.model.config
         if isinstance(model, CellVQModel):
-            self.factor, self.codebook_size = int(model.config.factor), int(model.config.codebook_size)
+            self.factor, self.codebook_size = int(config.factor), int(config.codebook_size)
         else:
-            self.factor = 2 ** (len(model.config.block_out_channels) - 1)
-            self.codebook_size = int(model.config.num_vq_embeddings)
+            self.factor = 2 ** (len(config.block_out_channels) - 1)
+            self.codebook_size = int(config.num_vq_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -98,4 +101,5 @@ class VQImageTokenizer:
         name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
         if name not in _CLASSES:
             raise ValueError(f"{path} holds a {name!r}; expected one of {sorted(_CLASSES)}")
-        return cls(load_model_strictly(_CLASSES[name], folder, dtype))
+        model, _ = load_checked(_CLASSES[name].from_pretrained, name, str(folder), torch_dtype=dtype)
+        return cls(model)

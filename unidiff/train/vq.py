@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class VQModelConfig:
     decoder_depths: list[int] = field(default_factory=lambda: [3, 2])
     norm_num_groups: int = 8  # vqmodel only
 
-    def build(self) -> CellVQModel | VQModel:
+    def build(self) -> Any:
         """A freshly initialised model (torch's global generator)."""
         if self.kind == "cell":
             return CellVQModel(
@@ -45,7 +46,7 @@ class VQModelConfig:
             raise ValueError(
                 f"vqmodel with factor {self.factor} needs {levels} decoder_widths, got {self.decoder_widths}"
             )
-        model = VQModel(
+        model: Any = VQModel(
             down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=tuple(self.decoder_widths), latent_channels=self.code_dim,
             num_vq_embeddings=self.codebook_size, norm_num_groups=self.norm_num_groups,
@@ -143,11 +144,10 @@ class CodebookAverage:
         self.model.codebook.copy_(F.normalize(self.sums, dim=-1).to(self.model.codebook.dtype))
 
 
-def vq_forward(
-    model: CellVQModel | VQModel, images: Tensor, weights: VQLossWeights, bf16: bool, average: CodebookAverage | None
-) -> tuple[VQStep, Tensor | None]:
-    """Encode, quantise in float32, decode, and the loss; also the latents `average` wants (`CellVQModel` only)."""
+def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -> tuple[VQStep, Tensor | None]:
+    """Encode, quantise in float32, decode, and the loss; also the latents for `CodebookAverage` (`CellVQModel` only)."""
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
+    latents: Tensor | None = None
     if isinstance(model, CellVQModel):
         with autocast:
             latents = model.latents(images)  # [B, d, h, w] float32
@@ -155,18 +155,17 @@ def vq_forward(
         vectors = latents + (quantized.vectors - latents).detach()  # straight-through gradient
         with autocast:
             output = model.decode_vectors(vectors)
-        commitment = (1 - (latents * quantized.vectors).sum(1)).mean()
-        loss = reconstruction_loss(output, images, weights) + weights.commitment * commitment
-        mse = F.mse_loss(output.detach().float(), images)
-        return VQStep(loss, mse, quantized.codes), latents.detach()
-    with autocast:
-        hidden = model.encode(images).latents
-    vectors, codebook_loss, (_, _, codes) = model.quantize(hidden.float())
-    with autocast:
-        output = model.decode(vectors, force_not_quantize=True).sample
-    loss = reconstruction_loss(output, images, weights) + weights.commitment * codebook_loss
+        commitment, codes = (1 - (latents * quantized.vectors).sum(1)).mean(), quantized.codes
+    else:  # diffusers' VQModel: its forward would quantise in bf16, so encode, quantise and decode apart
+        with autocast:
+            hidden = model.encode(images).latents
+        vectors, commitment, (_, _, flat) = model.quantize(hidden.float())
+        with autocast:
+            output = model.decode(vectors, force_not_quantize=True).sample
+        codes = flat.reshape(hidden.shape[0], *hidden.shape[-2:])
+    loss = reconstruction_loss(output, images, weights) + weights.commitment * commitment
     mse = F.mse_loss(output.detach().float(), images)
-    return VQStep(loss, mse, codes.reshape(hidden.shape[0], *hidden.shape[-2:])), None
+    return VQStep(loss, mse, codes), latents.detach() if latents is not None else None
 
 
 def psnr(mse: float) -> float:

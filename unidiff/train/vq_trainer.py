@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,15 @@ class ImageData:
 
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """One tokenizer run; see `configs/emoji_tokenizer.yaml`. `steps` counts optimiser steps of `batch_size` images."""
+    """One tokenizer run; see `configs/emoji_tokenizer.yaml`. `steps` counts optimiser steps of `batch_size` images.
+
+    `decoder_only` (with `init_from`) sharpens the decoder of a `CellVQModel` and leaves its codes as they are, so that
+    a transformer trained on these codes stays valid.
+    """
 
     out: str = "runs/image_tokenizer"
     init_from: str | None = None
+    decoder_only: bool = False
     data: ImageData = field(default_factory=ImageData)
     model: VQModelConfig = field(default_factory=VQModelConfig)
     loss: VQLossWeights = field(default_factory=VQLossWeights)
@@ -63,19 +69,29 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     generator = torch.Generator().manual_seed(config.seed)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    model = VQImageTokenizer.from_pretrained(config.init_from).model if config.init_from else config.model.build()
+    loaded = VQImageTokenizer.from_pretrained(config.init_from).model if config.init_from else None
+    model: Any = loaded or config.model.build()
     model = model.train().to(memory_format=torch.channels_last)
-    average = CodebookAverage(model) if isinstance(model, CellVQModel) else None
+    average = CodebookAverage(model) if isinstance(model, CellVQModel) and not config.decoder_only else None
     if average is not None and config.init_from:
         average.started = True
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    if config.decoder_only:
+        if not (isinstance(model, CellVQModel) and config.init_from):
+            raise ValueError("decoder_only needs init_from with a CellVQModel; set init_from or turn decoder_only off")
+        model.encoder.requires_grad_(False)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+    )
     batches, validation = _batches(config)
     best, seen_mse, skipped, start = -math.inf, None, 0, time.monotonic()
     for step in range(config.steps):
         images = next(batches)
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config.warmup_steps, config.steps)
-        result, latents = vq_forward(model, images, config.loss, config.bf16, average)
+        result, latents = vq_forward(model, images, config.loss, config.bf16)
         optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
         mse = float(result.mse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,29 +29,9 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: another model class, unknown config keys, weights that are missing, unexpected, of another
                 shape or unreadable, or that hold NaN or infinity.
         """
-        where = f"{cls.__name__} at {str(pretrained_model_name_or_path)!r}"
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-        settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        try:
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, **settings})
-        except (OSError, SafetensorError) as error:
-            if _chain_holds(error, SafetensorError):
-                raise ValueError(f"{where}: the weight file is damaged, or no safetensors file") from error
-            raise FileNotFoundError(
-                f"{where}: no config.json with safetensors weights ({_first_line(error)})"
-            ) from error
-        model, info = loaded
-        problems = {
-            "missing": sorted(info["missing_keys"]),
-            "unexpected": sorted(info["unexpected_keys"]),
-            "misshaped": sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"]),
-            "failed": [_first_line(message) for message in info["error_msgs"]],
-        }
-        if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
-            raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
-        check_finite(model, where)
-        return (model, info) if wants_info else model  # type: ignore[return-value]
+        loaded = load_checked(super().from_pretrained, cls.__name__, pretrained_model_name_or_path, **kwargs)
+        return loaded if wants_info else loaded[0]  # type: ignore[return-value]
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -62,6 +43,45 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if family not in {c.__name__ for c in cls.__mro__}:
             raise ValueError(f"the config describes a {family}, not a {cls.__name__}; load it with its own class")
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+def load_checked(
+    loader: Callable[..., Any], class_name: str, source: str | os.PathLike | None, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Call a diffusers `from_pretrained` and refuse what it would only warn about.
+
+    Args:
+        loader: the bound `from_pretrained` of a model class.
+        class_name: for messages.
+        source: folder or hub name.
+        kwargs: handed on to `loader`.
+
+    Returns:
+        (model, diffusers' loading info).
+
+    Raises:
+        FileNotFoundError: no config or no safetensors weights there.
+        ValueError: weights that are missing, unexpected, misshaped, unreadable, NaN or infinite.
+    """
+    where = f"{class_name} at {str(source)!r}"
+    kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+    settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, info = loader(source, **{**kwargs, **settings})
+    except (OSError, SafetensorError) as error:
+        if _chain_holds(error, SafetensorError):
+            raise ValueError(f"{where}: the weight file is damaged, or no safetensors file") from error
+        raise FileNotFoundError(f"{where}: no config.json with safetensors weights ({_first_line(error)})") from error
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "misshaped": sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"]),
+        "failed": [_first_line(message) for message in info["error_msgs"]],
+    }
+    if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
+        raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
+    check_finite(model, where)
+    return model, info
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:
