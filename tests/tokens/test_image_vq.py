@@ -19,18 +19,20 @@ def cell_model(factor: int = 4) -> CellVQModel:
     return CellVQModel(factor, 32, 4, 16, 1, (16, 8), (1, 1))
 
 
-def vq_model() -> VQModel:
+def vq_model(lookup: bool = False) -> VQModel:
     torch.manual_seed(0)
     return VQModel(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16), latent_channels=4, num_vq_embeddings=32, norm_num_groups=4,
-        mid_block_add_attention=False,
+        mid_block_add_attention=False, lookup_from_codebook=lookup,
     )  # fmt: skip
 
 
-@pytest.fixture(params=["cell", "vqmodel"])
+@pytest.fixture(params=["cell", "vqmodel", "vqmodel-lookup"])
 def tokenizer(request: pytest.FixtureRequest) -> VQImageTokenizer:
-    return VQImageTokenizer(cell_model() if request.param == "cell" else vq_model())
+    if request.param == "cell":
+        return VQImageTokenizer(cell_model())
+    return VQImageTokenizer(vq_model(lookup=request.param.endswith("lookup")))
 
 
 def test_any_size_that_divides_round_trips_in_shape(tokenizer: VQImageTokenizer) -> None:

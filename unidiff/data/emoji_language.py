@@ -52,7 +52,8 @@ def article(name: str) -> str:
     """`a dog face`, `an owl`, `cherries`."""
     if name in UNCOUNTED:
         return name
-    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+    vowel = name[0] in "aeiou" and name not in {"unicorn", "ewe"}
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def plural(name: str) -> str:
@@ -68,7 +69,8 @@ def plural(name: str) -> str:
                  "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "volcano": "volcanoes",
                  "dress": "dresses", "kiwi fruit": "kiwi fruits", "cherry blossom": "cherry blossoms",
                  "lady beetle": "lady beetles", "snowflake": "snowflakes", "radio": "radios", "trophy": "trophies",
-                 "puzzle piece": "puzzle pieces", "paintbrush": "paintbrushes", "teddy bear": "teddy bears"}  # fmt: skip
+                 "puzzle piece": "puzzle pieces", "teacup without handle": "teacups without handle",
+                 "globe showing Europe-Africa": "globes showing Europe-Africa", "teddy bear": "teddy bears"}  # fmt: skip
     if head.endswith(("s", "x", "ch", "sh")) and head not in irregular:
         irregular[head] = head + "es"
     return irregular.get(head, head + "s") + of + rest

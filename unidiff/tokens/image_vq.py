@@ -79,8 +79,11 @@ class VQImageTokenizer:
             images = self.model.decode_vectors(self.model.lookup(codes).to(self.dtype))
         else:
             shape = (*codes.shape, int(self.model.config.vq_embed_dim or self.model.config.latent_channels))
-            vectors = self.model.quantize.get_codebook_entry(codes.reshape(-1), shape).to(self.dtype)
-            images = self.model.decode(vectors, force_not_quantize=True).sample
+            if self.model.config.lookup_from_codebook:
+                given: Tensor = codes.reshape(-1)
+            else:
+                given = self.model.quantize.get_codebook_entry(codes.reshape(-1), shape).to(self.dtype)
+            images = self.model.decode(given, force_not_quantize=True, shape=shape).sample
         return images.float().clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -50,7 +50,7 @@ class VQModelConfig:
             down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=tuple(self.decoder_widths), latent_channels=self.code_dim,
             num_vq_embeddings=self.codebook_size, norm_num_groups=self.norm_num_groups,
-            mid_block_add_attention=False, lookup_from_codebook=True,
+            mid_block_add_attention=False,
         )  # fmt: skip
         model.quantize.legacy = False  # diffusers puts beta on the codebook term otherwise
         return model
