@@ -65,6 +65,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     wait_for_step(tmp_path / "killed", 12, killed)  # between two checkpoints
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
+    assert (tmp_path / "killed" / "model" / "config.json").is_file()  # exported with every checkpoint
     assert killed.returncode == -signal.SIGKILL
     resumed = start(tmp_path / "killed", table, *common)
     _, errors = resumed.communicate(timeout=300)

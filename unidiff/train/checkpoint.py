@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,7 +99,8 @@ def replace_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, aside)
     os.replace(temporary, final)
-    shutil.rmtree(aside, ignore_errors=True)
+    for stray in final.parent.glob(f".{final.name}.*"):  # ours, and what a killed process left
+        shutil.rmtree(stray, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -109,8 +109,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Float tensors in `dtype`, others unchanged."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}

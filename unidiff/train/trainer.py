@@ -130,13 +130,16 @@ class Trainer:
                     overdue = minutes > 0 and time.monotonic() - saved_at > 60 * minutes
                     if _due(settings.checkpoint.every, state.step) or overdue or last:
                         self.save()
+                        self.export(self.folder / "model")
                         saved_at = time.monotonic()
                     if last or _due(settings.logging.validate_every, state.step) or overdue:
                         progress.restart_clock()
             if self._stop:
                 self.save()
+                self.export(self.folder / "model")
                 progress.say(f"stopped at step {state.step}; run the same command to go on")
-            self.export(self.folder / "model")
+            elif not (self.folder / "model").exists():  # a finished run whose export was deleted
+                self.export(self.folder / "model")
         finally:
             progress.close()
             log.close()
