@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from unidiff.checked import check_finite
 from unidiff.models.transformer import MaskedTransformer
 
 LAYER = "{i}"
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ def build(
     """A `MaskedTransformer` in evaluation mode that takes over the tensors of a checkpoint (cast to `dtype` if given)."""
     with torch.device("meta"):
         model = MaskedTransformer(**config)
+    return assemble(model, keymap, state, dtype)
+
+
+def assemble(model: M, keymap: KeyMap, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> M:
+    """Put the tensors of a checkpoint into a model made on the meta device; returns it in evaluation mode."""
     weights = keymap.to_ours(state, {name: value.shape for name, value in model.state_dict().items()})
     model.load_state_dict({k: v if dtype is None else v.to(dtype) for k, v in weights.items()}, assign=True)
     check_finite(model, "released checkpoint")

@@ -12,27 +12,38 @@ from torch import Tensor
 
 from unidiff.checked import load_checked
 from unidiff.tokens.cell_vq import CellVQModel
+from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
+from unidiff.tokens.conv_vq import ConvVQModel
 from unidiff.tokens.image import check_codes, check_images
+from unidiff.tokens.image_lfq import LFQModel
 
-_CLASSES: dict[str, Any] = {"CellVQModel": CellVQModel, "VQModel": VQModel}
+_CLASSES: dict[str, Any] = {
+    "CellVQModel": CellVQModel,
+    "ConvVQModel": ConvVQModel,
+    "LFQModel": LFQModel,
+    "VQModel": VQModel,
+}
 
 
 class VQImageTokenizer:
     """Images to codes and back.
 
     Args:
-        model: a `CellVQModel`, or a diffusers `VQModel` (pixels in [0, 1], its convention).
+        model: a `CellVQModel`, a `ConvVQModel` (LlamaGen), an `LFQModel` (MAGVIT-v2), or a diffusers `VQModel` (pixels
+            in [0, 1], its convention).
 
     Attributes:
         factor: pixels per code along each side.
         codebook_size: number of codes.
     """
 
-    def __init__(self, model: CellVQModel | VQModel) -> None:
+    def __init__(self, model: CellVQModel | ConvTokenizerModel | VQModel) -> None:
         self.model: Any = cast(Any, model)  # diffusers' decorators hide the types of its models
         self.model.eval()
         config = self.model.config
-        if isinstance(model, CellVQModel):
+        if isinstance(model, ConvTokenizerModel):
+            self.factor, self.codebook_size = model.factor, model.codebook_size
+        elif isinstance(model, CellVQModel):
             self.factor, self.codebook_size = int(config.factor), int(config.codebook_size)
         else:
             self.factor = 2 ** (len(config.block_out_channels) - 1)
@@ -59,7 +70,10 @@ class VQImageTokenizer:
             ValueError: wrong shape, dtype, range, or a side that `factor` does not divide.
         """
         check_images(images, self.factor)
-        images = images.to(self.device, self.dtype)
+        images = images.to(self.device)
+        if isinstance(self.model, ConvTokenizerModel):  # chooses its own precision
+            return self.model.quantize(self.model.latents(images)).codes
+        images = images.to(self.dtype)
         if isinstance(self.model, CellVQModel):
             return self.model.quantize(self.model.latents(images)).codes
         latents = self.model.encode(images).latents.float()
@@ -75,7 +89,9 @@ class VQImageTokenizer:
         """
         check_codes(codes, self.codebook_size)
         codes = codes.to(self.device)
-        if isinstance(self.model, CellVQModel):
+        if isinstance(self.model, ConvTokenizerModel):
+            images = self.model.decode_vectors(self.model.lookup(codes))
+        elif isinstance(self.model, CellVQModel):
             images = self.model.decode_vectors(self.model.lookup(codes).to(self.dtype))
         else:
             shape = (*codes.shape, int(self.model.config.vq_embed_dim or self.model.config.latent_channels))
