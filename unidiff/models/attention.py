@@ -47,14 +47,34 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, L, H, d]`, keys and values `[B, L, KV, d]`; queries and keys normed and rotated."""
+        q, k, v = self.heads(x)
+        return rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype), v
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `project`, before rotary."""
         heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.qkv(x).split((heads * d, kv * d, kv * d), dim=-1)
+        return *self._normed(q, k), v.unflatten(-1, (kv, d))
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of `heads` alone."""
+        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
+        return self._normed(*self._rows(x, 0, (heads + kv) * d).split((heads * d, kv * d), dim=-1))
+
+    def value(self, x: Tensor) -> Tensor:
+        """Values of `heads` alone."""
+        start = (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self._rows(x, start, None).unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+    def _rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
+        return F.linear(x, self.qkv.weight[start:stop], bias)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.unflatten(-1, (heads, d)), k.unflatten(-1, (kv, d)), v.unflatten(-1, (kv, d))
-        if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype), v
+        q, k = q.unflatten(-1, (self.num_heads, self.head_dim)), k.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" else (q, k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

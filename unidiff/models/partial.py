@@ -1,10 +1,31 @@
-"""What one model pass is asked to compute: the seam between a cache policy and the sampler."""
+"""A forward over any set of query positions against stored features: what every decoding cache is made of.
+
+Features of a position that is not recomputed are those of an earlier pass. Keys and values alone suffice where a pass
+recomputes the same positions in every layer (prefix and dual caches, Fast-dLLM, arXiv 2505.22618). A store with
+`outputs` also keeps what the branches add to the residual stream, so that every layer may recompute other positions
+(dLLM-Cache, arXiv 2506.06295). All state lives in the store, which belongs to a request.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from unidiff.models.attention import attend
+from unidiff.models.conditioning import Condition, Modulation, modulate
+from unidiff.models.rotary import rotate
+from unidiff.models.store import FeatureStore, gather_rows
+
+if TYPE_CHECKING:
+    from unidiff.models.layers import Norm
+    from unidiff.models.transformer import Block, MaskedTransformer
+
+Select = Callable[[int, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -12,20 +33,218 @@ class CachePlan:
     """Which positions a pass recomputes and where logits are wanted.
 
     Attributes:
-        query: bool `[B, L]`, positions whose features are recomputed; None for all of them.
+        query: bool `[B, L]`, positions whose features are recomputed in every layer; None for all of them.
         logits: bool `[B, L]`, positions whose logits the caller reads; None for all of them.
         full: True when every feature is computed afresh, so nothing stored from earlier passes is used.
+        verify: bool `[B, L]`, positions whose values every layer recomputes, replaces and compares with the stored ones;
+            the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
+        full_layers: layers that recompute every position. Needs a store with `outputs`.
+        width: most `query` positions in a row where the caller knows it; saves reading it from the device.
     """
 
     query: Tensor | None = None
     logits: Tensor | None = None
     full: bool = True
+    verify: Tensor | None = None
+    full_layers: tuple[int, ...] = ()
+    width: int | None = None
 
     def __post_init__(self) -> None:
-        for name, positions in (("query", self.query), ("logits", self.logits)):
+        for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
             if positions is not None and (positions.ndim != 2 or positions.dtype.is_floating_point):
                 raise ValueError(
                     f"CachePlan.{name} has shape {tuple(positions.shape)} and dtype {positions.dtype}; expected bool [B, L]"
                 )
-        if self.full and self.query is not None:
-            raise ValueError("a full CachePlan recomputes every position; leave query out or set full=False")
+        if self.full and not (self.query is None and self.verify is None and not self.full_layers):
+            raise ValueError(
+                "a full CachePlan recomputes every position; leave query, verify and full_layers out or set full=False"
+            )
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Positions per row that one layer sent through its matrices, padding of the index included."""
+
+    qk: int
+    v: int
+    out: int
+
+
+@dataclass(frozen=True)
+class PartialHidden:
+    """What a pass computed.
+
+    Attributes:
+        hidden: `[B, n, D]`, final hidden states ready for the head. (The store keeps them for all positions.)
+        index: int64 `[B, n]`, their positions; L on padding of the index.
+        work: one entry per layer.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    work: tuple[LayerWork, ...]
+
+
+def query_index(query: Tensor, width: int | None = None) -> Tensor:
+    """Positions of bool `[B, L]` as int64 `[B, n]`, ascending; L where a row has fewer than n."""
+    if width is None:
+        width = int(query.sum(1).max())
+    length = query.shape[1]
+    places = torch.where(query, torch.arange(length, device=query.device), length)  # [B, L]
+    return places.sort(dim=1).values[:, :width]
+
+
+@torch.no_grad()
+def partial_hidden(
+    model: MaskedTransformer,
+    ids: Tensor,
+    plan: CachePlan,
+    store: FeatureStore,
+    time: Tensor | None = None,
+    select: Select | None = None,
+) -> PartialHidden:
+    """See `MaskedTransformer.partial`."""
+    if ids.shape != store.shape:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected {tuple(store.shape)}, that of the store")
+    if (plan.verify is not None or plan.full_layers) and not store.outputs:
+        raise ValueError("this CachePlan verifies or refreshes layer by layer; make the store with outputs=True")
+    if plan.verify is not None and select is None:
+        raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
+    if not (plan.full or store.outputs):
+        index = store.everywhere() if plan.query is None else query_index(plan.query, plan.width)
+        return _narrow(model, ids, index, plan, store, time)
+    if plan.full:
+        return _narrow(model, ids, store.everywhere(), plan, store, time)
+    return _layered(model, ids, plan, store, time, select)
+
+
+def _narrow(
+    model: MaskedTransformer, ids: Tensor, index: Tensor, plan: CachePlan, store: FeatureStore, time: Tensor | None
+) -> PartialHidden:
+    """The same positions in every layer: the residual stream holds them alone."""
+    whole = plan.full or plan.query is None
+    x = model.embed(ids, store.modality)  # [B, L, D]
+    condition = model.condition(store.modality, time)
+    rotary = store.rotary
+    if not whole:
+        x, rotary, condition = gather_rows(x, index), store.rotary_at(index), _condition_at(condition, index)
+    store.begin(index, whole)
+    mask = store.visible(None if whole else index)
+    for layer, block in enumerate(model.blocks):
+        first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
+        h = _enter(x, block.attention_norm, first)  # [B, n, D]
+        q, k, v = block.attention.heads(h)
+        keep = rotate(k, rotary).to(v.dtype) if store.rotated else k
+        store.write(layer, index, whole, key=keep, value=v)
+        h = _attend(block, rotate(q, rotary).to(v.dtype), layer, store, mask)
+        x = x + _gated(store.output(layer, "attention", index, whole, h), first if block.attention_gate else None)
+        h = _leave(block.feed_forward(_enter(x, block.ffn_norm, second)), block.ffn_out_norm)
+        x = x + _gated(store.output(layer, "feed_forward", index, whole, h), second)
+    x = model.finish(x, condition)
+    store.write_hidden(index, whole, x)
+    n = index.shape[1]
+    return PartialHidden(x, index, (LayerWork(n, n, n),) * len(model.blocks))
+
+
+def _layered(
+    model: MaskedTransformer,
+    ids: Tensor,
+    plan: CachePlan,
+    store: FeatureStore,
+    time: Tensor | None,
+    select: Select | None,
+) -> PartialHidden:
+    """Other positions in every layer: the residual stream holds all, with stored branch outputs where not recomputed."""
+    x = model.embed(ids, store.modality)  # [B, L, D]
+    condition = model.condition(store.modality, time)
+    everywhere = store.everywhere()
+    query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query
+    store.begin(everywhere if plan.query is None else query_index(plan.query, plan.width), plan.query is None)
+    work = []
+    for layer, block in enumerate(model.blocks):
+        first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
+        h = _enter(x, block.attention_norm, first)  # [B, L, D]
+        refreshed = layer in plan.full_layers or plan.query is None
+        index, values = everywhere, everywhere
+        if not refreshed:
+            chosen = query
+            values = index = query_index(query, plan.width)
+            if plan.verify is not None and select is not None:
+                chosen, values = _verify(block, h, layer, plan.verify, query, store, select)
+                index = query_index(chosen)
+            else:
+                _write_values(block, h, layer, values, store)
+        else:
+            _write_values(block, h, layer, everywhere, store)
+        if index.shape[1]:
+            rotary = store.rotary if refreshed else store.rotary_at(index)
+            q, k = block.attention.query_key(h if refreshed else gather_rows(h, index))
+            keep = rotate(k, rotary).to(h.dtype) if store.rotated else k
+            store.write(layer, index, refreshed, key=keep)
+            mask = store.visible(None if refreshed else index)
+            fresh = _attend(block, rotate(q, rotary).to(h.dtype), layer, store, mask)
+            store.output(layer, "attention", index, refreshed, fresh)
+        x = x + _gated(store.all_outputs(layer, "attention"), first if block.attention_gate else None)
+        if index.shape[1]:
+            entered = _enter(x, block.ffn_norm, second, None if refreshed else index)
+            fresh = _leave(block.feed_forward(entered), block.ffn_out_norm)
+            store.output(layer, "feed_forward", index, refreshed, fresh)
+        x = x + _gated(store.all_outputs(layer, "feed_forward"), second)
+        work.append(LayerWork(index.shape[1], values.shape[1], index.shape[1]))
+    x = model.finish(x, condition)
+    store.write_hidden(everywhere, True, x)
+    return PartialHidden(x, everywhere, tuple(work))
+
+
+def _verify(
+    block: Block, h: Tensor, layer: int, verify: Tensor, query: Tensor, store: FeatureStore, select: Select
+) -> tuple[Tensor, Tensor]:
+    """New values at `verify` and `query`; which positions to recompute, bool `[B, L]`, and the index of the values."""
+    values = query_index(verify | query)
+    fresh = block.attention.value(gather_rows(h, values))  # [B, n, KV, d]
+    similarity = cosine(fresh.flatten(2), gather_rows(store.raw_values(layer), values))
+    store.write(layer, values, False, value=fresh)
+    spread = similarity.new_full((h.shape[0], h.shape[1] + 1), torch.nan).scatter(1, values, similarity)[:, :-1]
+    chosen = select(layer, torch.where(verify & ~query, spread, torch.nan))
+    return query if chosen is None else query | (chosen & verify), values
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine over the last dimension in float32 (float64 inputs stay): `[..., D]` to `[...]`."""
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return F.cosine_similarity(a.to(dtype), b.to(dtype), dim=-1)
+
+
+def _write_values(block: Block, h: Tensor, layer: int, index: Tensor, store: FeatureStore) -> None:
+    if index.shape[1]:
+        whole = index is store.everywhere()
+        store.write(layer, index, whole, value=block.attention.value(h if whole else gather_rows(h, index)))
+
+
+def _attend(block: Block, q: Tensor, layer: int, store: FeatureStore, mask: Tensor | None) -> Tensor:
+    """Attention branch output `[B, n, D]` of rotated queries `[B, n, H, d]` against the whole store."""
+    k, v = store.keys(layer), store.values(layer)  # [B, L, KV, d]
+    mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, n, d]
+    return _leave(block.attention.out(mixed.transpose(1, 2).flatten(2)), block.attention_out_norm)
+
+
+def _enter(x: Tensor, norm: Norm, modulation: Modulation | None, index: Tensor | None = None) -> Tensor:
+    """Input of a branch, at the positions of an index or at all."""
+    if modulation is None:
+        return norm(x if index is None else gather_rows(x, index))
+    h = modulate(norm(x), modulation)
+    return h if index is None else gather_rows(h, index)
+
+
+def _leave(h: Tensor, norm: Norm | None) -> Tensor:
+    return h if norm is None else norm(h)
+
+
+def _gated(h: Tensor, modulation: Modulation | None) -> Tensor:
+    return h if modulation is None else modulation.gate * h
+
+
+def _condition_at(condition: Condition | None, index: Tensor) -> Condition | None:
+    if condition is None or condition.shifted is None or condition.gated is None:
+        return condition
+    return Condition(condition.vector, gather_rows(condition.shifted, index), gather_rows(condition.gated, index))

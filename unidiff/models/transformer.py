@@ -13,7 +13,9 @@ from unidiff.checked import CheckedModel
 from unidiff.models.attention import Attention, block_causal_mask
 from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
 from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
+from unidiff.models.partial import CachePlan, PartialHidden, Select, partial_hidden
 from unidiff.models.rotary import RotaryTables, rotary_tables
+from unidiff.models.store import FeatureStore
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality
 
@@ -164,18 +166,53 @@ class MaskedTransformer(CheckedModel):
         dtype = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
         head_dim = c.hidden_size // c.num_heads
         # 1. embed
-        x = F.embedding(ids, self.embed_tokens.weight)  # [B, L, D]
-        if self.embed_modality is not None:
-            x = x + F.embedding(modality, self.embed_modality.weight)
+        x = self.embed(ids, modality)  # [B, L, D]
         # 2. what all layers share: rotary tables, visibility, condition
         rotary = rotary_tables(positions, modality, head_dim, c.rope, c.rope_theta, c.rope_linear_factor, dtype)
         if c.attention == "block_causal":
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
-        condition = self._condition(modality, time)
+        condition = self.condition(modality, time)
         # 3. layers
         for block in self.blocks:
             x = block(x, rotary, attention_mask, condition)
         # 4. final norm
+        return self.finish(x, condition)
+
+    def partial(
+        self,
+        ids: Tensor,
+        plan: CachePlan,
+        store: FeatureStore,
+        time: Tensor | None = None,
+        select: Select | None = None,
+    ) -> PartialHidden:
+        """Recompute the positions of a plan; the others keep the features that `store` holds of them.
+
+        Every query sees what it would see in `hidden`, by position: its own sample, no padding, earlier blocks where
+        the model is block-causal; never a position that no pass has computed yet.
+
+        Args:
+            ids: int64 `[B, L]`, current tokens.
+            plan: see `CachePlan`. A full plan, or one without `query`, equals `hidden`.
+            store: `FeatureStore(model, batch, options)` of the same rows; changed in place.
+            time: as in `hidden`.
+            select: with `plan.verify`: called in every layer that does not recompute everything as
+                `select(layer, similarity)`, where `similarity` `[B, L]` is the cosine between new and stored values
+                (float32 over the full width, NaN where not compared); returns bool `[B, L]`, positions that the layer
+                recomputes besides the query, or None for no more.
+
+        Raises:
+            ValueError: ids of another shape than the store, or a plan that needs a store with outputs or `select`.
+        """
+        return partial_hidden(self, ids, plan, store, time, select)
+
+    def embed(self, ids: Tensor, modality: Tensor) -> Tensor:
+        """Input of the first layer `[B, L, D]`."""
+        x = F.embedding(ids, self.embed_tokens.weight)
+        return x if self.embed_modality is None else x + F.embedding(modality, self.embed_modality.weight)
+
+    def finish(self, x: Tensor, condition: Condition | None) -> Tensor:
+        """The final norm."""
         x = self.final_norm(x)
         return x if self.final_ada_ln is None else modulate(x, self.final_ada_ln(condition)[0])
 
@@ -190,7 +227,7 @@ class MaskedTransformer(CheckedModel):
         """Logits over the whole vocabulary, `[B, L, V]`. For tests and small models; training slices the head."""
         return self.head(self.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), time))
 
-    def _condition(self, modality: Tensor, time: Tensor | None) -> Condition | None:
+    def condition(self, modality: Tensor, time: Tensor | None) -> Condition | None:
         c = self.config
         if self.embed_time is None:
             return None

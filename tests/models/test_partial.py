@@ -1,0 +1,215 @@
+"""The partial forward: any set of query positions against stored features, compared with the whole forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from unidiff.models.partial import CachePlan, query_index
+from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import Span, TokenBatch, Vocabulary
+
+VOCABULARY = Vocabulary.unified(11, 7)
+VARIANTS = {
+    "plain": {},
+    "grouped": dict(num_kv_heads=2, qk_norm="head", rope="1d"),
+    "sandwich": dict(sandwich_norm=True, qk_norm="width", linear_bias=True, activation="gelu"),
+    "timed": dict(time_conditioning=True, time_tokens="image", sandwich_norm=True, attention_gate=False),
+    "timed_all": dict(time_conditioning=True, num_kv_heads=1, tie_head=True),
+    "causal": dict(attention="block_causal", block_length=3),
+}
+OPTIONS = [StoreOptions(), StoreOptions(rotated=False), StoreOptions(outputs=True), StoreOptions(False, True)]
+
+
+def make_model(**kwargs) -> MaskedTransformer:
+    torch.manual_seed(5)
+    model = MaskedTransformer(VOCABULARY.size, hidden_size=16, num_layers=3, num_heads=4, **kwargs).eval().double()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def make_batch() -> TokenBatch:
+    """Rows of 11, 8 and 9 tokens, the last with two packed samples."""
+    text = Span.text([1, 2, 3], True)
+    image = Span.masked_image((2, 2), VOCABULARY)
+    return TokenBatch.from_packed(
+        [
+            [[text, Span.masked_text(4, VOCABULARY), image]],
+            [[Span.masked_text(4, VOCABULARY), image]],
+            [[text, Span.masked_text(1, VOCABULARY)], [text, Span.masked_text(2, VOCABULARY)]],
+        ]
+    )
+
+
+def whole(model: MaskedTransformer, ids: Tensor, batch: TokenBatch, time: Tensor) -> Tensor:
+    return model.hidden(ids, batch.modality, batch.positions, batch.attention_mask(), time)
+
+
+@pytest.fixture(params=VARIANTS.items(), ids=VARIANTS.keys())
+def model(request) -> MaskedTransformer:
+    return make_model(**request.param[1])
+
+
+TIME = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_full_passes_equal_the_whole_forward(model, options):
+    batch = make_batch()
+    store = FeatureStore(model, batch, options)
+    expected = whole(model, batch.ids, batch, TIME)
+    everything = torch.ones_like(batch.valid)
+    for plan in (CachePlan(), CachePlan(full=False), CachePlan(everything, full=False)):
+        out = model.partial(batch.ids, plan, store, TIME)
+        torch.testing.assert_close(out.hidden[batch.valid], expected[batch.valid])
+        torch.testing.assert_close(store.hidden[:, :-1][batch.valid], expected[batch.valid])
+
+
+def some_positions(batch: TokenBatch, share: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return batch.valid & (torch.rand(batch.shape, generator=generator) < share)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_unchanged_tokens_give_unchanged_features(model, options):
+    """Whatever is recomputed, layer by layer or not: with the same tokens everything stays what it was."""
+    batch = make_batch()
+    expected = whole(model, batch.ids, batch, TIME)
+    store = FeatureStore(model, batch, options)
+    model.partial(batch.ids, CachePlan(), store, TIME)
+    for share in (0.0, 0.3, 0.7):
+        query = some_positions(batch, share)
+        plans = [CachePlan(query, full=False), CachePlan(query, full=False, width=batch.shape[1])]
+        if options.outputs:
+            plans += [
+                CachePlan(query, full=False, full_layers=(1,)),
+                CachePlan(query, full=False, verify=some_positions(batch, 0.6, 1)),
+                CachePlan(torch.zeros_like(query), full=False, verify=batch.valid, full_layers=(0,)),
+            ]
+        for plan in plans:
+            compared = []
+
+            def select(layer: int, similarity: Tensor, plan=plan, compared=compared) -> Tensor:
+                compared.append(similarity)
+                return some_positions(batch, 0.5, layer)
+
+            store.hidden.zero_()
+            out = model.partial(batch.ids, plan, store, TIME, select)
+            computed = batch.valid if options.outputs else query
+            torch.testing.assert_close(store.hidden[:, :-1][computed], expected[computed])
+            assert out.index.shape[1] == len(out.index[0]) and len(out.work) == 3
+            for similarity in compared:
+                seen = plan.verify & ~plan.query
+                assert torch.equal(similarity.isnan(), ~seen)
+                torch.testing.assert_close(similarity[seen], torch.ones_like(similarity[seen]))
+            assert len(compared) == (0 if plan.verify is None else 3 - len(plan.full_layers))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_a_row_in_a_padded_batch_equals_the_row_alone(model, options):
+    """Other tokens in every pass, other numbers of queries per row."""
+    batch = make_batch().pad_to(14)
+    lengths = batch.valid.sum(1).tolist()
+
+    def passes(rows: list[int], length: int) -> Tensor:
+        part = batch.rows(rows)
+        part = TokenBatch(*(getattr(part, f)[:, :length] for f in part.__dataclass_fields__))
+        store = FeatureStore(model, part, options)
+        for step in range(4):
+            changed = some_positions(batch, 0.4, 10 + step)[rows, :length]
+            ids = torch.where(changed, step, part.ids)
+            query = some_positions(batch, 0.5, step)[rows, :length]
+            verify = some_positions(batch, 0.8, 20 + step)[rows, :length] if options.outputs and step % 2 else None
+            plan = CachePlan() if step == 0 else CachePlan(query, full=False, verify=verify)
+            model.partial(ids, plan, store, TIME[rows], lambda _, s: s < s.nanmean(1, keepdim=True) - 1e-6)
+        return store.hidden[:, :-1]
+
+    together = passes([0, 1, 2], 14)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(together[row : row + 1, :length], passes([row], length))
+
+
+@torch.no_grad()
+def test_stored_features_are_really_used():
+    """Two hand-checked facts of a stale key: it hides a change, and it goes when its position is recomputed."""
+    model, batch = make_model(), make_batch().rows([0])
+    store = FeatureStore(model, batch)
+    before = model.partial(batch.ids, CachePlan(), store).hidden
+    ids = batch.ids.clone()
+    ids[0, 0] = 7
+    last = torch.zeros_like(batch.valid)
+    last[0, -1] = True
+    stale = model.partial(ids, CachePlan(last, full=False), store).hidden
+    torch.testing.assert_close(stale[0, 0], before[0, -1])
+    first = last.clone()
+    first[0, 0] = True
+    fresh = model.partial(ids, CachePlan(first, full=False), store).hidden
+    assert not torch.allclose(fresh[0, -1], before[0, -1])
+    assert store.age[0].tolist() == [0, *[2] * 9, 0]
+
+
+@torch.no_grad()
+def test_block_causal_prefix_is_exact_from_the_first_block_on():
+    """Blocks appended one by one, never a full pass: the same as one whole forward."""
+    model, batch = make_model(**VARIANTS["causal"]), make_batch()
+    expected = whole(model, batch.ids, batch, TIME)
+    store = FeatureStore(model, batch)
+    block = batch.positions[..., 0] // 3
+    for b in range(int(block.max()) + 1):
+        model.partial(batch.ids, CachePlan(batch.valid & (block == b), full=False), store)
+    torch.testing.assert_close(store.hidden[:, :-1][batch.valid], expected[batch.valid])
+
+
+@torch.no_grad()
+def test_positions_never_computed_are_seen_by_nobody():
+    model, batch = make_model(), make_batch().rows([0])
+    store = FeatureStore(model, batch)
+    front = torch.arange(11)[None] < 5
+    out = model.partial(batch.ids, CachePlan(front, full=False), store)
+    short = TokenBatch(*(getattr(batch, f)[:, :5] for f in batch.__dataclass_fields__))
+    torch.testing.assert_close(out.hidden, whole(model, short.ids, short, TIME[:1]))
+
+
+@torch.no_grad()
+def test_narrow_stores_share_memory_and_nothing_else():
+    model, batch = make_model(), make_batch()
+    pair = FeatureStore(model, TokenBatch.cat([batch, batch]))
+    other = torch.where(batch.given, VOCABULARY.mask_id, batch.ids)
+    a, b = pair.narrow(0, 3), pair.narrow(3, 6)
+    model.partial(batch.ids, CachePlan(), a)
+    assert not bool(pair.complete.all()) and not bool(b.computed.any())
+    model.partial(other, CachePlan(), b)
+    assert pair.passes.tolist() == [1] * 6
+    query = some_positions(batch, 0.5)
+    both = model.partial(torch.cat((other, other)), CachePlan(query.repeat(2, 1), full=False), pair).hidden
+    apart = FeatureStore(model, batch)
+    model.partial(batch.ids, CachePlan(), apart)
+    alone = model.partial(other, CachePlan(query, full=False), apart)
+    real = alone.index < 11
+    torch.testing.assert_close(both[:3][real], alone.hidden[real])
+
+
+def test_index_is_ascending_and_padded_with_the_spare_position():
+    query = torch.tensor([[False, True, True], [True, False, False]])
+    assert query_index(query).tolist() == [[1, 2], [0, 3]]
+    assert query_index(query, 3).tolist() == [[1, 2, 3], [0, 3, 3]]
+
+
+def test_bad_requests_say_what_to_do():
+    model, batch = make_model(), make_batch()
+    store = FeatureStore(model, batch)
+    with pytest.raises(ValueError, match="expected \\(3, 11\\)"):
+        model.partial(batch.ids[:, :4], CachePlan(), store)
+    with pytest.raises(ValueError, match="outputs=True"):
+        model.partial(batch.ids, CachePlan(batch.valid, full=False, verify=batch.valid), store)
+    with pytest.raises(ValueError, match="needs `select`"):
+        plan = CachePlan(batch.valid, full=False, verify=batch.valid)
+        model.partial(batch.ids, plan, FeatureStore(model, batch, StoreOptions(outputs=True)))
+    with pytest.raises(ValueError, match="full=False"):
+        CachePlan(verify=batch.valid)

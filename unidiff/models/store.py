@@ -1,0 +1,189 @@
+"""`FeatureStore`: features of every position of a request's rows, kept between passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unidiff.models.attention import block_causal_mask
+from unidiff.models.rotary import RotaryTables, rotary_tables, rotate
+from unidiff.tokens.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from unidiff.models.transformer import MaskedTransformer
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a store keeps besides keys and values.
+
+    Args:
+        rotated: keys are kept after rotary, which saves rotating all of them at every use. Positions do not change
+            within a request, so this is exact; False keeps them before rotary, as the reference systems do.
+        outputs: keep the outputs of both branches (after projection and sandwich norm, before gate and residual add).
+    """
+
+    rotated: bool = True
+    outputs: bool = False
+
+
+class FeatureStore:
+    """Features of B rows of one layout; every tensor has a spare position L that takes the padding of an index.
+
+    Rows are independent: a guidance stream is more rows. `narrow` gives views of some rows that share the memory.
+
+    Attributes:
+        key, value: `[layers, B, L + 1, KV d]`. attention, feed_forward: `[layers, B, L + 1, D]` or empty.
+        hidden: `[B, L + 1, D]`, final hidden states at their last computation.
+        computed: int64 `[B, L + 1]`, the pass that computed a position, from 1; 0 for never.
+        passes: int64 `[B]`. complete: bool `[B]` on the CPU, rows without a position that was never computed.
+    """
+
+    def __init__(self, model: MaskedTransformer, batch: TokenBatch, options: StoreOptions | None = None) -> None:
+        """Zeros for the rows of `batch`, whose layout is fixed from here on; ids do not matter."""
+        c, like = model.config, model.embed_tokens.weight
+        options = StoreOptions() if options is None else options
+        self.rotated, self.outputs = options.rotated, options.outputs
+        rows, length = batch.shape
+        self.head_dim = c.hidden_size // c.num_heads
+        kv = (c.num_kv_heads or c.num_heads) * self.head_dim
+        device, self.modality = batch.ids.device, batch.modality
+
+        def zeros(width: int, layers: int) -> Tensor:
+            return torch.zeros(layers, rows, length + 1, width, dtype=like.dtype, device=device)
+
+        self.key, self.value = zeros(kv, c.num_layers), zeros(kv, c.num_layers)
+        self.attention, self.feed_forward = (zeros(c.hidden_size, c.num_layers * self.outputs) for _ in range(2))
+        self.hidden = zeros(c.hidden_size, 1)[0]
+        self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
+        self.passes = torch.zeros(rows, dtype=torch.long, device=device)
+        self.complete = torch.zeros(rows, dtype=torch.bool)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.rotary = rotary_tables(
+            batch.positions, batch.modality, self.head_dim, c.rope, c.rope_theta, c.rope_linear_factor, dtype
+        )
+        allowed = batch.attention_mask()
+        if c.attention == "block_causal":
+            allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
+        self.allowed = allowed  # [B, 1, L, L] or None
+        self._everywhere = torch.arange(length, device=device).expand(rows, length)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._everywhere.shape[0], self._everywhere.shape[1]
+
+    def narrow(self, start: int, stop: int) -> FeatureStore:
+        """The rows `[start, stop)`, in the same memory."""
+        view = object.__new__(FeatureStore)
+        view.rotated, view.outputs, view.head_dim = self.rotated, self.outputs, self.head_dim
+        for name in ("key", "value", "attention", "feed_forward"):
+            setattr(view, name, getattr(self, name)[:, start:stop])
+        for name in ("hidden", "computed", "passes", "complete", "modality", "_everywhere"):
+            setattr(view, name, getattr(self, name)[start:stop])
+        view.rotary = RotaryTables(*(table[start:stop] for table in self.rotary))
+        view.allowed = None if self.allowed is None else self.allowed[start:stop]
+        return view
+
+    @property
+    def age(self) -> Tensor:
+        """int64 `[B, L]`: passes since each position was computed; as many as there were where it never was."""
+        return self.passes[:, None] - self.computed[:, :-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the features."""
+        held = (self.key, self.value, self.attention, self.feed_forward, self.hidden)
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def everywhere(self) -> Tensor:
+        """int64 `[B, L]`: the index of all positions; always the same object."""
+        return self._everywhere
+
+    def rotary_at(self, index: Tensor) -> RotaryTables:
+        """Tables of the positions of an index `[B, n]`."""
+        return RotaryTables(*(gather_rows(table.flatten(2), index)[:, :, None] for table in self.rotary))
+
+    def visible(self, index: Tensor | None) -> Tensor | None:
+        """bool `[B, 1, n, L]`: what the queries at `index` (None: all positions) may see; None where that is all.
+
+        A position that was never computed is seen by nobody.
+        """
+        mask = self.allowed
+        if mask is not None and index is not None:
+            mask = gather_rows(mask[:, 0], index)[:, None]
+        if not bool(self.complete.all()):
+            known = (self.computed[:, :-1] > 0)[:, None, None]  # [B, 1, 1, L]
+            mask = known if mask is None else mask & known
+        return mask
+
+    def begin(self, index: Tensor, whole: bool) -> None:
+        """Count a pass that computes the positions of an index."""
+        self.passes += 1
+        if whole:
+            self.computed[:, :-1] = self.passes[:, None]
+            self.complete.fill_(True)
+        else:
+            self.computed.scatter_(1, index, self.passes[:, None].expand_as(index))
+
+    def write(
+        self, layer: int, index: Tensor, whole: bool, key: Tensor | None = None, value: Tensor | None = None
+    ) -> None:
+        """Replace keys or values `[B, n, KV, d]` of one layer."""
+        if key is not None:
+            _put(self.key[layer], index, whole, key.flatten(2))
+        if value is not None:
+            _put(self.value[layer], index, whole, value.flatten(2))
+
+    def write_hidden(self, index: Tensor, whole: bool, hidden: Tensor) -> None:
+        _put(self.hidden, index, whole, hidden)
+
+    def output(self, layer: int, branch: str, index: Tensor, whole: bool, fresh: Tensor) -> Tensor:
+        """Keep a branch output `[B, n, D]` where the store has room for it; returns it."""
+        if self.outputs:
+            _put(self._branch(branch)[layer], index, whole, fresh)
+        return fresh
+
+    def all_outputs(self, layer: int, branch: str) -> Tensor:
+        """`[B, L, D]`: the kept outputs of `attention` or `feed_forward`."""
+        return self._branch(branch)[layer, :, :-1]
+
+    def keys(self, layer: int) -> Tensor:
+        """`[B, L, KV, d]`, rotated."""
+        k = self.key[layer, :, :-1].unflatten(-1, (-1, self.head_dim))
+        return k if self.rotated else rotate(k, self.rotary).to(k.dtype)
+
+    def values(self, layer: int) -> Tensor:
+        """`[B, L, KV, d]`."""
+        return self.value[layer, :, :-1].unflatten(-1, (-1, self.head_dim))
+
+    def raw_values(self, layer: int) -> Tensor:
+        """`[B, L + 1, KV d]`, with the spare position."""
+        return self.value[layer]
+
+    def _branch(self, branch: str) -> Tensor:
+        return self.attention if branch == "attention" else self.feed_forward
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`[B, L, D]` and int64 `[B, n]` to `[B, n, D]`; padding of the index (L or more) takes the last position."""
+    rows, length, width = x.shape
+    if rows * index.shape[1] == 0:
+        return x.new_zeros(rows, index.shape[1], width)
+    if not x.is_contiguous():
+        return x.gather(1, index.clamp_max(length - 1)[..., None].expand(-1, -1, width))
+    start = torch.arange(rows, device=x.device)[:, None] * length
+    flat = (index.clamp_max(length - 1) + start).flatten()
+    return x.view(rows * length, width).index_select(0, flat).view(rows, -1, width)
+
+
+def _put(kept: Tensor, index: Tensor, whole: bool, fresh: Tensor) -> None:
+    """Write `[B, n, D]` into `[B, L + 1, D]`."""
+    if whole:
+        kept[:, :-1] = fresh
+        return
+    rows, places, width = kept.shape
+    start = torch.arange(rows, device=kept.device)[:, None] * places
+    kept.view(rows * places, width).index_copy_(0, (index + start).flatten(), fresh.reshape(-1, width))
