@@ -1,0 +1,259 @@
+"""`MMDiT`: the multimodal diffusion transformer of Meissonic and Muddit, with a head per modality.
+
+Unlike `MaskedTransformer` it takes text as features of a separate text encoder and images as a grid of codes, and text
+and image ids have tables of their own. Meissonic: arXiv 2410.08261; Muddit: arXiv 2505.23606.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unidiff.checked import CheckedModel
+from unidiff.models.conditioning import AdaLN, Condition
+from unidiff.models.layers import Norm
+from unidiff.models.mmdit_blocks import NORM_EPS, DoubleBlock, SingleBlock, axis_tables, plain_norm
+
+MICRO_CONDITIONS = 5  # original width, original height, crop top, crop left (pixels), aesthetic score
+SINUSOID = 256
+TIME_FACTOR = 1000.0
+
+
+class MMDiTFeatures(NamedTuple):
+    """Features ready for the two heads: text `[B, T, D]`, image `[B, H, W, D]` on the grid of the codes."""
+
+    text: Tensor
+    image: Tensor
+
+
+class MMDiTOutput(NamedTuple):
+    """Logits over text ids `[B, T, text_vocab_size]` (None without a text head) and codes `[B, H, W, codebook_size]`."""
+
+    text: Tensor | None
+    image: Tensor
+
+
+def sinusoid(values: Tensor) -> Tensor:
+    """`[...]` to `[..., 256]` = [cos, sin] of value * 10000^(-j / 128), in float32."""
+    half = SINUSOID // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values.device) * (-math.log(1e4) / half)
+    angles = values.float()[..., None] * exponent.exp()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class TwoLayer(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, inputs: int, size: int, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, size, bias=bias), nn.Linear(size, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(x.to(self.first.weight.dtype))))
+
+
+class MMDiT(CheckedModel):
+    """Masked denoiser over text features and a grid of image codes.
+
+    Weights are drawn from torch's global generator: seed with `torch.manual_seed` before construction.
+
+    Args:
+        vocab_size: rows of the image embedding (codes, unused rows, [MASK] last).
+        codebook_size: codes that the image head predicts.
+        text_vocab_size: ids that the text head predicts; None for a model without one (Meissonic).
+        num_layers, num_single_layers: double (two-stream) and single (joined) blocks.
+        num_heads, head_dim: attention heads; the width D is their product.
+        text_dim: features of the text encoder as they enter the model, after the adapter if there is one.
+        pooled_dim: size of the text encoder's pooled vector.
+        rope_axes: head features that turn with (text index, row, column); even, summing to `head_dim`.
+        rope_theta: base of the rotary frequencies.
+        adapter_dim: width of another text encoder that an adapter maps to `text_dim`; None without.
+        downsample: halve the code grid before the blocks and double it after them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 8256,
+        codebook_size: int = 8192,
+        text_vocab_size: int | None = 49408,
+        num_layers: int = 14,
+        num_single_layers: int = 28,
+        num_heads: int = 8,
+        head_dim: int = 128,
+        text_dim: int = 1024,
+        pooled_dim: int = 1024,
+        rope_axes: Sequence[int] = (16, 56, 56),
+        rope_theta: float = 1e4,
+        adapter_dim: int | None = None,
+        downsample: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_config(self.config)
+        size = num_heads * head_dim
+        self.embed_codes = nn.Embedding(vocab_size, size)
+        self.embed_norm = Norm(size, "rms", NORM_EPS)
+        self.embed_out = nn.Conv2d(size, size, 1, bias=False)
+        self.down_norm = Norm(size, "rms", NORM_EPS) if downsample else None
+        self.down = nn.Conv2d(size, size, 2, stride=2, bias=False) if downsample else None
+        self.enter_norm = Norm(size, "rms", NORM_EPS)
+        self.enter = nn.Linear(size, size, bias=False)
+        self.adapter = None if adapter_dim is None else nn.Linear(adapter_dim, text_dim, bias=False)
+        self.embed_text = nn.Linear(text_dim, size)
+        self.text_norm = Norm(size, "rms", NORM_EPS)
+        self.embed_pooled = TwoLayer(pooled_dim + MICRO_CONDITIONS * SINUSOID, size, bias=False)
+        self.condition_time = TwoLayer(SINUSOID, size)
+        self.condition_pooled = TwoLayer(size, size)
+        self.double_blocks = nn.ModuleList(DoubleBlock(size, head_dim) for _ in range(num_layers))
+        self.single_blocks = nn.ModuleList(SingleBlock(size, head_dim) for _ in range(num_single_layers))
+        self.text_out = None if text_vocab_size is None else nn.Linear(size, text_vocab_size, bias=False)
+        self.leave_norm = Norm(size, "rms", NORM_EPS)
+        self.leave = nn.Linear(size, size, bias=False)
+        self.up_norm = Norm(size, "rms", NORM_EPS) if downsample else None
+        self.up = nn.ConvTranspose2d(size, size, 2, stride=2, bias=False) if downsample else None
+        self.image_in = nn.Conv2d(size, size, 1, bias=False)
+        self.image_norm = Norm(size, "rms", NORM_EPS)
+        self.image_out = nn.Conv2d(size, codebook_size, 1, bias=False)
+        self._init_weights()
+
+    def features(self, codes: Tensor, text: Tensor, pooled: Tensor, micro: Tensor, time: Tensor) -> MMDiTFeatures:
+        """Everything up to the heads.
+
+        Args:
+            codes: int64 `[B, H, W]`, image codes, or `vocab_size - 1` where hidden. H and W even with `downsample`.
+            text: float `[B, T, text_dim]` (or `adapter_dim`), features of the text encoder. All T are attended to.
+            pooled: float `[B, pooled_dim]`, the encoder's pooled vector.
+            micro: float `[B, 5]` or `[1, 5]`: original width and height, crop top and left in pixels, aesthetic score.
+            time: `[B]` or `[1]`, in the checkpoint's convention; multiplied by 1000 here, in float32.
+
+        Raises:
+            ValueError: a grid that cannot be halved, or batch sizes that do not fit.
+        """
+        self._check_inputs(codes, text, pooled)
+        dtype = self.embed_text.weight.dtype
+        # 1. the condition of all blocks
+        condition = self.condition(pooled, micro, time)  # vector [B, D]
+        # 2. text features to the model's width
+        text = text.to(dtype)
+        if self.adapter is not None:
+            text = self.adapter(plain_norm(text))
+        text = self.text_norm(self.embed_text(text))  # [B, T, D]
+        # 3. codes to image tokens, on a grid of half the side lengths with `downsample`
+        x = _pointwise(self.embed_out, self.embed_norm(self.embed_codes(codes)))  # [B, H, W, D]
+        if self.down is not None and self.down_norm is not None:
+            x = _on_channels(self.down, self.down_norm(x))  # [B, H/2, W/2, D]
+        grid = x.shape[1:3]
+        image = self.enter(self.enter_norm(x.flatten(1, 2)))  # [B, N, D]
+        # 4. blocks
+        rotary = self.rotary(text.shape[1], grid, image.device)
+        for block in self.double_blocks:
+            text, image = block(text, image, condition, rotary)
+        joined = torch.cat((text, image), dim=1)  # [B, T + N, D]
+        for block in self.single_blocks:
+            joined = block(joined, condition, rotary)
+        text, image = joined.split((text.shape[1], image.shape[1]), dim=1)
+        # 5. image tokens back to the grid of the codes
+        x = self.leave(self.leave_norm(image)).unflatten(1, grid)  # [B, H/2, W/2, D]
+        if self.up is not None and self.up_norm is not None:
+            x = _on_channels(self.up, self.up_norm(x))  # [B, H, W, D]
+        return MMDiTFeatures(text, x)
+
+    def condition(self, pooled: Tensor, micro: Tensor, time: Tensor) -> Condition:
+        """SiLU of (time embedding + embedding of pooled text and micro conditions), `[B, D]`; arguments as `features`."""
+        micro = sinusoid(micro).flatten(1).expand(len(pooled), -1)  # [B, 1280]
+        pooled = self.embed_pooled(torch.cat((pooled.float(), micro), dim=1))  # [B, D]
+        moment = self.condition_time(sinusoid(time.float() * TIME_FACTOR))  # [B or 1, D]
+        return Condition(F.silu(moment + self.condition_pooled(pooled)))
+
+    def rotary(self, text_length: int, grid: Sequence[int], device: torch.device | None = None) -> Any:
+        """Rotary tables for text at the origin, then the image tokens of the grid at (0, row, column)."""
+        height, width = grid
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        columns = torch.arange(width, device=device).repeat(height)
+        image = torch.stack((torch.zeros_like(rows), rows, columns), dim=1)  # [N, 3]
+        positions = torch.cat((image.new_zeros(text_length, 3), image))  # [T + N, 3]
+        dtype = torch.float64 if self.embed_text.weight.dtype == torch.float64 else torch.float32
+        return axis_tables(positions, self.config.rope_axes, self.config.rope_theta, dtype)
+
+    def text_head(self, features: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits of the text ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]`.
+
+        Raises:
+            ValueError: the model has no text head.
+        """
+        if self.text_out is None:
+            raise ValueError("this model predicts images only (text_vocab_size is None); it cannot write text")
+        return _wide(F.linear(plain_norm(features), self.text_out.weight[start:stop]))
+
+    def image_head(self, features: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits of the codes `[start, stop)`: `[..., D]` to float32 `[..., stop - start]`."""
+        x = self.image_norm(_pointwise(self.image_in, features))
+        return _wide(F.linear(x, self.image_out.weight[start:stop].flatten(1)))
+
+    def forward(self, codes: Tensor, text: Tensor, pooled: Tensor, micro: Tensor, time: Tensor) -> MMDiTOutput:
+        """Logits of every position; arguments as `features`."""
+        features = self.features(codes, text, pooled, micro, time)
+        words = None if self.text_out is None else self.text_head(features.text)
+        return MMDiTOutput(words, self.image_head(features.image))
+
+    def _check_inputs(self, codes: Tensor, text: Tensor, pooled: Tensor) -> None:
+        if codes.ndim != 3:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected a grid [B, H, W]")
+        if self.config.downsample and (codes.shape[1] % 2 or codes.shape[2] % 2):
+            raise ValueError(f"a grid of {codes.shape[1]}x{codes.shape[2]} codes cannot be halved; use even sides")
+        if not len(codes) == len(text) == len(pooled):
+            raise ValueError(
+                f"{len(codes)} images, {len(text)} texts and {len(pooled)} pooled vectors; expected as many of each"
+            )
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Fan-in scaled normals, small embeddings; the gates of adaLN start at zero, so blocks start as identities."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                # every output of a transposed convolution with stride = kernel size sees `in_channels` inputs
+                fan_in = len(module.weight) if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
+                nn.init.normal_(module.weight, std=fan_in**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, AdaLN):
+                nn.init.zeros_(module.linear.weight)
+        nn.init.normal_(self.image_out.weight, std=0.02)
+        if self.text_out is not None:
+            nn.init.normal_(self.text_out.weight, std=0.02)
+
+
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution on channels-last features `[..., D]`."""
+    return F.linear(x, conv.weight.flatten(1))
+
+
+def _on_channels(conv: nn.Module, x: Tensor) -> Tensor:
+    """A strided convolution on channels-last features `[B, H, W, D]`."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check_config(c: Any) -> None:
+    axes = list(c.rope_axes)
+    if len(axes) != 3 or sum(axes) != c.head_dim or any(n < 0 or n % 2 for n in axes):
+        raise ValueError(f"rope_axes = {axes}; expected three even numbers that sum to head_dim = {c.head_dim}")
+    if not 1 <= c.codebook_size < c.vocab_size:
+        raise ValueError(
+            f"codebook_size = {c.codebook_size} must be at least 1 and below vocab_size = {c.vocab_size}, whose last row is [MASK]"
+        )
+    for name in ("num_heads", "head_dim", "text_dim", "pooled_dim"):
+        if c[name] < 1:
+            raise ValueError(f"{name} = {c[name]}; expected at least 1")
