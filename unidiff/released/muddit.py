@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.checked import check_finite
 from unidiff.models.mmdit import MMDiT
-from unidiff.released.keymap import LAYER, Entry, KeyMap
+from unidiff.released.keymap import LAYER, Entry, KeyMap, assemble
 from unidiff.tokens.vocabulary import Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
@@ -74,11 +73,7 @@ def load_muddit(
     kwargs = muddit_config(config)
     with torch.device("meta"):
         model = MMDiT(**kwargs)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    weights = muddit_keymap(kwargs).to_ours(state_dict, shapes)
-    model.load_state_dict({k: v if dtype is None else v.to(dtype) for k, v in weights.items()}, assign=True)
-    check_finite(model, "released checkpoint")
-    return model.eval(), muddit_vocabulary(config)
+    return assemble(model, muddit_keymap(kwargs), state_dict, dtype), muddit_vocabulary(config)
 
 
 def muddit_state_dict(model: MMDiT) -> dict[str, Tensor]:

@@ -1,0 +1,88 @@
+"""Parts of the Muddit family for tests: those of a golden folder, and tiny ones with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import VQModel
+from golden import golden_folders
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from unidiff.models.mmdit import MMDiT
+from unidiff.released.muddit_text import ClipText
+from unidiff.tokens.image_vq import VQImageTokenizer
+
+CLIP = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=32,
+    projection_dim=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=10,
+    bos_token_id=46,
+    eos_token_id=47,
+    pad_token_id=0,
+)
+MODEL = dict(
+    vocab_size=20,
+    codebook_size=16,
+    text_vocab_size=48,
+    num_layers=1,
+    num_single_layers=1,
+    num_heads=2,
+    head_dim=12,
+    text_dim=16,
+    pooled_dim=12,
+    rope_axes=(4, 4, 4),
+)
+VQ = dict(block_out_channels=(4, 4), latent_channels=4, num_vq_embeddings=16, norm_num_groups=2, layers_per_block=1)
+
+
+def muddit_sets() -> list[Any]:
+    """One pytest parameter per golden folder with a configuration, or one that skips."""
+    found = [f for f in golden_folders("muddit") if (f / "config.json").is_file()]
+    if not found:
+        return [pytest.param(None, marks=pytest.mark.skip(reason="golden set muddit is not there"))]
+    return [pytest.param(f, id=f.name) for f in found]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def golden_clip(folder: Path, mask_embedding: Tensor | None) -> ClipText:
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**read_config(folder)["text_encoder"]))
+    encoder.load_state_dict(load_file(folder / "text_encoder.safetensors"))
+    return ClipText(encoder, mask_embedding)
+
+
+def golden_vq(folder: Path) -> VQImageTokenizer:
+    model: Any = VQModel(**read_config(folder)["vqvae"])
+    model.load_state_dict(load_file(folder / "vqvae.safetensors"))
+    return VQImageTokenizer(model)
+
+
+def lively_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights in place of the zero and one initialisations, so that every term shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for value in model.state_dict().values():
+        noise = torch.randn(value.shape, generator=generator)
+        value.copy_(noise * (0.7 * value[0].numel() ** -0.5) if value.ndim > 1 else 1 + 0.3 * noise)
+    return model.eval()
+
+
+def tiny_model(**changes: Any) -> MMDiT:
+    return lively_(MMDiT(**{**MODEL, **changes}))  # type: ignore[return-value]
+
+
+def tiny_clip(mask_embedding: bool = True) -> ClipText:
+    torch.manual_seed(0)
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP))
+    return ClipText(encoder, torch.randn(CLIP["hidden_size"]) if mask_embedding else None)
