@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from unidiff.decoding.policies.base import RefreshPolicy
+from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.partial import CachePlan
+from unidiff.models.store import FeatureStore
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
@@ -57,64 +61,150 @@ def gather_positions(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Forward:
-    """Runs the model for one request and keeps the last features of every stream.
+    """Runs the model for one request and keeps the features of every guidance stream.
+
+    A stream is B rows of one `FeatureStore`; streams that do the same in a pass run together. Where the policy asks for
+    no store, or the model is no `MaskedTransformer`, a partial pass computes whole rows and keeps the queried positions.
 
     Args:
         model: see `Denoiser`.
         vocabulary: for [MASK] and the modality slices.
         batch: the request; its layout does not change.
         hides: bool `[B, L]` per unconditional stream, what it does not see.
+        policy: of this request; no cache when left out.
+        peaks: filled with the largest logits where the policy wants them, see `DecodeState.peaks`.
     """
 
-    def __init__(self, model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch, hides: Sequence[Tensor]) -> None:
-        self._model = model
-        self._vocabulary = vocabulary
-        self._layout = batch
+    def __init__(
+        self,
+        model: Denoiser,
+        vocabulary: Vocabulary,
+        batch: TokenBatch,
+        hides: Sequence[Tensor],
+        policy: RefreshPolicy | None = None,
+        peaks: dict[int, Tensor] | None = None,
+    ) -> None:
+        self._model, self._vocabulary, self._layout = model, vocabulary, batch
+        self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._attention = batch.attention_mask()
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         self._hides = [torch.zeros_like(batch.given), *hides]
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
+        self._held: set[int] = set()  # streams whose difference from the conditional one is kept in this pass
+        self._beside: dict[int, Tensor] = {}  # stream -> conditional features when it was last evaluated
+        self._peaks = {} if peaks is None else peaks
+        self.store: FeatureStore | None = None
+        if self._policy.store is not None and isinstance(model, MaskedTransformer):
+            self.store = FeatureStore(model, TokenBatch.cat([batch] * len(self._hides)), self._policy.store)
         self.stats = DecodeStats()
 
     def run(self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor) -> None:
-        """Compute the features of `plan.query` in the given streams; elsewhere those of earlier passes stay.
+        """Compute the features of the plan in the given streams; elsewhere those of earlier passes stay.
 
         Args:
             ids: int64 `[B, L]`, current tokens.
             streams: 0 is the conditional one, k the k-th of `hides`.
             time: `[B]`, diffusion time.
         """
-        missing = any(s not in self._features for s in streams)
-        if plan.query is not None and not missing and not bool(plan.query.any()):
+        self._held = {s for s in streams if plan.of(s) is None and s in self._features}
+        plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
+        if not plans:
             self.stats.reused_passes += 1
             return
-        rows = [torch.where(self._hides[s], self._mask_ids, ids) for s in streams]
-        n, layout = len(streams), self._layout
-        mask = self._attention
+        for group in self._groups(plans):
+            rows = torch.cat([torch.where(self._hides[s], self._mask_ids, ids) for s in group])  # [S * B, L]
+            run = self._run_whole if self.store is None else self._run_partial
+            run(rows, plans[group[0]], group, time)
+        full = all(p.full for p in plans.values())
+        self.stats.full_passes += full
+        self.stats.partial_passes += not full
+        if plan.others:
+            self._beside |= {s: self._features[0].clone() for s in plans if s}
+
+    def _plan_of(self, stream: int, plan: CachePlan) -> CachePlan | None:
+        """What a stream does in this pass, None for nothing; one without features computes all of them."""
+        own = plan.of(stream)
+        if stream not in self._features and not (self.store is not None and self._policy.appends):
+            return CachePlan()
+        if own is None or own.full:
+            return own
+        by_layer = own.verify is not None or bool(own.full_layers)
+        if by_layer and self.store is None:
+            return CachePlan()
+        idle = not by_layer and own.query is not None and own.width is None and not bool(own.query.any())
+        return None if idle or (not by_layer and own.width == 0) else own
+
+    def _groups(self, plans: Mapping[int, CachePlan]) -> list[list[int]]:
+        """Streams that can run in one call: the same plan, and rows next to each other where there is a store."""
+        groups: list[list[int]] = []
+        for stream, own in plans.items():
+            if groups:
+                other = plans[groups[-1][0]]
+                same = own is other or (own.full and other.full)
+                if same and (self.store is None or groups[-1][-1] + 1 == stream):
+                    groups[-1].append(stream)
+                    continue
+            groups.append([stream])
+        return groups
+
+    def _run_whole(self, rows: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
+        n, layout, mask = len(streams), self._layout, self._attention
         fresh = self._model.hidden(
-            torch.cat(rows),  # [S * B, L]
+            rows,
             layout.modality.repeat(n, 1),
             layout.positions.repeat(n, 1, 1),
             None if mask is None else mask.repeat(n, 1, 1, 1),
             time.float().repeat(n),
         )
-        self._count(plan.query is None or missing, n)
+        self._count(n, layout.ids.numel())
         for stream, features in zip(streams, fresh.chunk(n), strict=True):
             if plan.query is not None and stream in self._features:
                 features = torch.where(plan.query[..., None], features, self._features[stream])
             self._features[stream] = features
 
-    def _count(self, full: bool, streams: int) -> None:
+    def _run_partial(self, rows: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
+        assert self.store is not None and isinstance(self._model, MaskedTransformer)
+        n, size = len(streams), len(self._layout.ids)
+        if n > 1 and not plan.full:
+            query, verify = (None if x is None else x.repeat(n, 1) for x in (plan.query, plan.verify))
+            plan = replace(plan, query=query, verify=verify)
+        store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
+        out = self._model.partial(rows, plan, store, time.float().repeat(n), self._policy.select)
+        self._count(n, size * sum(w.out for w in out.work) // len(out.work))
+        for i, stream in enumerate(streams):
+            self._features[stream] = store.hidden[i * size : (i + 1) * size, :-1]
+
+    def _count(self, streams: int, tokens: int) -> None:
         self.stats.evaluations += streams
-        self.stats.full_passes += full
-        self.stats.partial_passes += not full
-        self.stats.model_tokens += streams * self._layout.ids.numel()
+        self.stats.model_tokens += streams * tokens
 
     def logits(self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int]) -> PositionLogits:
         """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row)."""
         index, live = gather_positions(wanted, count)
-        start, stop = self._vocabulary.range_of(modality)
-        self.stats.head_tokens += len(streams) * index.numel()
-        features = [self._features[s] for s in streams]
+        values = self._head(modality, [self._features[s] for s in streams], index)  # [S, B, n, V]
+        if held := [i for i, s in enumerate(streams) if s in self._held]:
+            beside = self._head(modality, [self._beside[streams[i]] for i in held], index)
+            values[held] += values[0] - beside  # cond - (cond then - uncond then)
+        if self._policy.peaks is not None:
+            self._note_peaks(modality, index, live, values, streams)
+        return PositionLogits(index, live, values)
+
+    def _head(self, modality: Modality, features: Sequence[Tensor], index: Tensor) -> Tensor:
+        self.stats.head_tokens += len(features) * index.numel()
         picked = torch.stack([f.gather(1, index[..., None].expand(-1, -1, f.shape[-1])) for f in features])
-        return PositionLogits(index, live, self._model.head(picked, start, stop))  # [S, B, n, V]
+        return self._model.head(picked, *self._vocabulary.range_of(modality))
+
+    def _note_peaks(
+        self, modality: Modality, index: Tensor, live: Tensor, values: Tensor, streams: Sequence[int]
+    ) -> None:
+        """Largest logits at the candidates, or at all positions over this modality's slice."""
+        best = values.amax(-1)  # [S, B, n]
+        if self._policy.peaks == "everywhere":
+            index = torch.arange(self._layout.shape[1], device=index.device).expand(self._layout.shape)
+            live = torch.ones_like(self._layout.valid)
+            best = self._head(modality, [self._features[s] for s in streams], index).amax(-1)
+        for stream, peak in zip(streams, best, strict=True):
+            known = self._peaks.get(stream)
+            if known is None:
+                known = torch.full(self._layout.shape, torch.nan, dtype=peak.dtype, device=peak.device)
+            self._peaks[stream] = known.scatter(1, index, torch.where(live, peak, known.gather(1, index)))

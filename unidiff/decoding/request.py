@@ -15,6 +15,7 @@ from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.eos import EndOfText
 from unidiff.decoding.forward import Denoiser, Forward
 from unidiff.decoding.guidance import hidden_from
+from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.state import Clock, DecodeState
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -55,6 +56,7 @@ class Request:
         batch: TokenBatch,
         seeds: Tensor,
         condition: Tensor | None,
+        policy: RefreshPolicy | None = None,
     ) -> Request:
         if condition is not None and (condition.shape != batch.ids.shape or condition.dtype != torch.bool):
             raise ValueError(
@@ -77,9 +79,10 @@ class Request:
             hides.pop()
             stream_of = dict.fromkeys(stream_of, 1)
         eos = vocabulary.specials.get("eos") if config.stop_at_eos and Modality.TEXT in clocks else None
+        state = DecodeState.start(batch.hide_targets(vocabulary), clocks)
         return cls(
-            DecodeState.start(batch.hide_targets(vocabulary), clocks),
-            Forward(model, vocabulary, batch, hides),
+            state,
+            Forward(model, vocabulary, batch, hides, policy, state.peaks),
             noise,
             stream_of,
             None if eos is None else EndOfText(batch, eos),

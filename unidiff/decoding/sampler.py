@@ -115,7 +115,8 @@ class Sampler:
         """
         begun = wall.perf_counter()
         # 1. hide the targets; open the clocks, the guidance streams and the noise
-        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, condition)
+        policy = self.policy.start(batch, self.model)
+        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, condition, policy)
         state, forward = request.state, request.forward
         trajectory = [state.ids.clone()] if record else None
         while True:
@@ -127,9 +128,10 @@ class Sampler:
             state.written = torch.zeros_like(state.open)
             if busy:
                 # 3. plan: what to recompute and where logits are wanted
-                plan = self.policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
+                state.streams = tuple(request.streams(busy))
+                plan = policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
-                forward.run(state.ids, plan, request.streams(busy), request.time(work))
+                forward.run(state.ids, plan, state.streams, request.time(work))
                 state.nfe = forward.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:
@@ -140,7 +142,7 @@ class Sampler:
             # 7. close finished texts, move the clocks, let policy and callback look
             request.end_pass()
             if busy:
-                self.policy.observe(state, plan)
+                policy.observe(state, plan)
             if trajectory is not None:
                 trajectory.append(state.ids.clone())
             if callback is not None and callback(state.step - 1, state) is False:

@@ -110,6 +110,9 @@ class DecodeState:
         clocks: one per modality that has targets.
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
         finishing: the next pass fills everything that is open.
+        streams: guidance streams that the coming pass mixes in; 0 is the conditional one.
+        peaks: per stream `[B, L]`, the largest logit of a position in its modality's slice when the head last saw it,
+            NaN where it never did; kept for policies that ask for it.
     """
 
     batch: TokenBatch
@@ -121,6 +124,8 @@ class DecodeState:
     step: int = 0
     nfe: int = 0
     finishing: bool = False
+    streams: tuple[int, ...] = (0,)
+    peaks: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, hidden: TokenBatch, clocks: dict[Modality, Clock]) -> DecodeState:

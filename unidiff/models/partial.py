@@ -8,8 +8,8 @@ recomputes the same positions in every layer (prefix and dual caches, Fast-dLLM,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,7 @@ class CachePlan:
             the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
         full_layers: layers that recompute every position. Needs a store with `outputs`.
         width: most `query` positions in a row where the caller knows it; saves reading it from the device.
+        others: what guidance streams do that do not follow this plan; see `with_streams`.
     """
 
     query: Tensor | None = None
@@ -48,6 +49,7 @@ class CachePlan:
     verify: Tensor | None = None
     full_layers: tuple[int, ...] = ()
     width: int | None = None
+    others: Mapping[int, CachePlan | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
@@ -59,6 +61,18 @@ class CachePlan:
             raise ValueError(
                 "a full CachePlan recomputes every position; leave query, verify and full_layers out or set full=False"
             )
+
+    def with_streams(self, others: Mapping[int, CachePlan | None]) -> CachePlan:
+        """This plan, with plans of their own for some guidance streams.
+
+        None leaves a stream out of the pass: its difference from the conditional logits stays what it was when it was
+        last evaluated.
+        """
+        return replace(self, others=dict(others))
+
+    def of(self, stream: int) -> CachePlan | None:
+        """What a stream does; the conditional one is 0."""
+        return self.others.get(stream, self)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from unidiff.decoding.policies.base import Policy
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 
 
-class NoCache:
+class NoCache(Policy):
     """Full passes, logits at the candidates."""
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         return CachePlan(logits=candidates)
-
-    def select(self, layer: int, similarity: Tensor) -> Tensor | None:
-        return None
-
-    def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        return None
