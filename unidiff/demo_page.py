@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from unidiff.pipelines.sheet import Cell, save_text
+from unidiff.files import replacing
+from unidiff.pipelines.sheet import Cell
 
 _STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1e24 }
@@ -42,7 +43,8 @@ def write_page(sections: Sequence[Section], path: str | Path, title: str) -> Non
     body = "\n".join(_section(section) for section in sections)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n'
-    save_text(page, path)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _section(section: Section) -> str:

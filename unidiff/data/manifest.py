@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from webdataset.gopen import gopen
 
 from unidiff.data.tar import check_scheme
+from unidiff.files import replacing
 from unidiff.tokens import Vocabulary
 
 MANIFEST = "tokens.json"
@@ -89,6 +89,5 @@ class TokenManifest:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")

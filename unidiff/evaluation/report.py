@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+
+from unidiff.files import replacing
 
 Z95 = 1.959963984540054
 
@@ -96,14 +97,8 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file appears complete or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def table(self, title: str = "EmojiEval", labels: Mapping[str, str] | None = None) -> Table:
         """A rich table: one line per number."""

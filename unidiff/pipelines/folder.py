@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens.image_vq import VQImageTokenizer
@@ -128,14 +126,5 @@ def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
         raise ValueError(f"{str(target)!r} is a file; name a folder to save the pipeline in")
     if target.is_dir() and any(target.iterdir()) and not (target / INDEX).is_file():
         raise ValueError(f"{str(target)!r} is not empty and holds no pipeline; save to a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        write(new)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(target) as temporary:
+        write(temporary)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from unidiff.files import replacing
 
 GAP = 12
 INK, PAPER, QUIET = (28, 30, 36), (255, 255, 255), (110, 114, 124)
@@ -106,27 +107,9 @@ def save_image(image: Image.Image, path: str | Path, kind: str | None = None, **
     Raises:
         ValueError: an ending that names no picture format.
     """
-    path = Path(path)
-    kind = kind or picture_format(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    kind = kind or picture_format(Path(path))
+    with replacing(path) as temporary:
         image.save(temporary, kind, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_text(text: str, path: str | Path) -> None:
-    """As `save_image`, for UTF-8 text."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def picture_format(path: str | Path) -> str:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from unidiff.files import flush_to_disk, replacing, replacing_folder
 
 _PARTS = ("model", "ema", "optimiser")
 
@@ -31,12 +32,8 @@ class Checkpoint:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a small text file under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -48,19 +45,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     name = f"step-{checkpoint.state['step']:08d}"
     if latest_name(folder) == name:  # SIGTERM right after a regular save: it is on disk already
         return folder / name
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for part in _PARTS:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, part).items()}
-        save_file(tensors, temporary / f"{part}.safetensors")
-        _sync(temporary / f"{part}.safetensors")
-    write_atomic(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
     final = folder / name
-    if final.exists():  # left by a run killed before it moved the pointer
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(folder)
+    with replacing_folder(final) as temporary:
+        for part in _PARTS:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, part).items()}
+            save_file(tensors, temporary / f"{part}.safetensors")
+            flush_to_disk(temporary / f"{part}.safetensors")
+        write_atomic(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
+    flush_to_disk(folder)
     write_atomic(folder / "latest", name + "\n")
     for old in sorted(folder.glob("step-*"))[:-keep]:
         if old.name != name:
@@ -91,21 +83,3 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         raise ValueError(f"checkpoint {target} lacks {', '.join(missing)}; point {folder / 'latest'} at a complete one")
     tensors = {part: load_file(target / f"{part}.safetensors") for part in _PARTS}
     return Checkpoint(**tensors, state=json.loads((target / "state.json").read_text(encoding="utf-8")))
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in the place of another; between the two renames the old one is kept aside."""
-    aside = final.with_name(f".{final.name}.{os.getpid()}.old")
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(temporary, final)
-    for stray in final.parent.glob(f".{final.name}.*"):  # ours, and what a killed process left
-        shutil.rmtree(stray, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from unidiff.data.collate import caption_row
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.sampler import Sampler
+from unidiff.files import replacing
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.tokens.image import PixelDecoder
@@ -70,7 +70,8 @@ class SheetSampler:
         pictures = self.decoder.decode(codes.view(-1, *self.grid).cpu())
         sheet = draw_sheet(pictures, self.prompts)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_png(sheet, self.folder / f"step-{step:08d}.png")
+        with replacing(self.folder / f"step-{step:08d}.png") as temporary:
+            sheet.save(temporary, format="PNG")
         return (
             torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(*sheet.size[::-1], 3).permute(2, 0, 1)
         )
@@ -103,10 +104,3 @@ def draw_sheet(pictures: Tensor, captions: Sequence[str], columns: int = 8, side
         sheet.paste(Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST), (left, top))
         draw.text((left + 2, top + side + 1), caption[:22], fill="black")
     return sheet
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)

@@ -15,7 +15,6 @@ File format of a token table (safetensors):
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits
+from unidiff.files import replacing
 from unidiff.tokens import Vocabulary
 
 _PICK_STREAM = 0x5EED_0001
@@ -151,11 +151,8 @@ class TokenTable:
             small = value.numel() == 0 or int(value.max()) < 2**15
             tensors[name] = value.to(torch.int16 if small else torch.int32).contiguous()
         metadata = {"vocabulary": json.dumps(self.vocabulary.to_dict()), "text_prefix": str(self.text_prefix)}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
 
     def __len__(self) -> int:
         return len(self.tensors["codes"])

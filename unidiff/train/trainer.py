@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,13 +13,13 @@ from typing import Any
 import torch
 
 from unidiff.config import dump_config
+from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.build import build_model, pick_device
 from unidiff.train.checkpoint import (
     Checkpoint,
     latest_name,
     load_checkpoint,
-    replace_folder,
     save_checkpoint,
     write_atomic,
 )
@@ -228,11 +226,9 @@ class Trainer:
         dtype = getattr(torch, self.config.checkpoint.export_dtype)
         for name, parameter in model.named_parameters():
             parameter.data = self.state.ema.average[name].to(dtype)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        write_atomic(temporary / "vocabulary.json", json.dumps(self.source.vocabulary.to_dict(), indent=1))
-        replace_folder(temporary, folder)
+        with replacing_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            write_atomic(temporary / "vocabulary.json", json.dumps(self.source.vocabulary.to_dict(), indent=1))
 
 
 def _due(every: int, step: int) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
+from unidiff.files import replacing, replacing_folder
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
@@ -192,14 +191,8 @@ def _schedule(step: int, warmup: int, total: int) -> float:
 
 def _save(model, out: Path, report: dict, validation: Tensor) -> None:
     """Replace `<out>/model` as a whole, then the report and the sheet."""
-    fresh, old = out / "model.new", out / "model.old"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    model.save_pretrained(fresh)
-    if (out / "model").exists():
-        os.replace(out / "model", old)
-    os.replace(fresh, out / "model")
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(out / "model") as temporary:
+        model.save_pretrained(temporary)
     tokenizer = VQImageTokenizer(model)
     shown = validation[:12]
     pair = torch.cat([shown, tokenizer.decode(tokenizer.encode(shown))], 2)  # pictures above, reconstructions below
@@ -207,16 +200,10 @@ def _save(model, out: Path, report: dict, validation: Tensor) -> None:
     picture = Image.fromarray(sheet)
     scale = max(1, 128 // shown.shape[-1])
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    _write_atomically(out / "reconstructions.png", lambda p: picture.save(p, format="PNG"))
-    _write_atomically(
-        out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    )
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    with replacing(out / "reconstructions.png") as temporary:
+        picture.save(temporary, format="PNG")
+    with replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _shard_batches(config: ImageTokenizerConfig) -> tuple[Iterator[Tensor], Tensor]:
