@@ -86,3 +86,24 @@ def tiny_clip(mask_embedding: bool = True) -> ClipText:
     torch.manual_seed(0)
     encoder = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP))
     return ClipText(encoder, torch.randn(CLIP["hidden_size"]) if mask_embedding else None)
+
+
+def released_config(model: MMDiT) -> dict:
+    """Upstream's names for a tiny model's configuration."""
+    c = model.config
+    return dict(
+        _class_name="SymmetricTransformer2DModel",
+        vocab_size=c.vocab_size,
+        codebook_size=c.codebook_size,
+        tokenizer_vocab_size=c.text_vocab_size,
+        num_layers=c.num_layers,
+        num_single_layers=c.num_single_layers,
+        num_attention_heads=c.num_heads,
+        attention_head_dim=c.head_dim,
+        joint_attention_dim=c.text_dim,
+        pooled_projection_dim=c.pooled_dim,
+        axes_dims_rope=list(c.rope_axes),
+        t5_dim=c.adapter_dim,
+        downsample=c.downsample,
+        upsample=c.downsample,
+    )

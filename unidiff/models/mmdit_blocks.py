@@ -128,5 +128,6 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, condition: Condition, rotary: AxisTables) -> Tensor:  # [B, T + N, D]
         (modulation,) = self.ada_ln(condition)
         normed = modulate(plain_norm(x), modulation)
-        branches = (mix(*self.heads(normed), rotary), F.gelu(self.up(normed), approximate="tanh"))
+        q, k, v = self.heads(normed)
+        branches = (mix(q, k, v, rotary), F.gelu(self.up(normed), approximate="tanh"))
         return x + modulation.gate * self.out(torch.cat(branches, dim=-1))

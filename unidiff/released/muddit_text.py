@@ -53,7 +53,7 @@ class ClipText:
                     f"the mask embedding has shape {tuple(mask_embedding.shape)}; expected {table.weight.shape[1]} finite numbers"
                 )
             grown = torch.cat((table.weight.detach(), row[None].to(table.weight)))
-            encoder.set_input_embeddings(nn.Embedding(*grown.shape, _weight=grown))
+            encoder.set_input_embeddings(nn.Embedding.from_pretrained(grown, freeze=False))
 
     @property
     def device(self) -> torch.device:

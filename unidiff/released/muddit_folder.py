@@ -1,0 +1,208 @@
+"""A released Muddit or Meissonic folder (diffusers layout) as one object with its tasks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unidiff.checked import load_checked
+from unidiff.models.mmdit import MMDiT
+from unidiff.released.muddit import CLASSES, load_muddit
+from unidiff.released.muddit_scheduler import Draws, RowDraws
+from unidiff.released.muddit_tasks import MudditSettings, generate_image, write_text
+from unidiff.released.muddit_text import ClipText, TextFeatures, question_rows, upstream_wording
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.vocabulary import Vocabulary
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MASK_EMBEDDING = "mask_token_embedding.pth"
+TIME_OF = {"muddit": "fraction", "meissonic": "index"}
+
+
+@dataclass(frozen=True)
+class Muddit:
+    """Everything that a released folder holds.
+
+    Attributes:
+        model, vocabulary: network and id space.
+        encoder: CLIP, with a row for [MASK] where the folder has one.
+        images: the VQ model, in float32.
+        tokenizer: transformers' CLIP tokenizer.
+        settings: defaults of the family.
+    """
+
+    model: MMDiT
+    vocabulary: Vocabulary
+    encoder: ClipText
+    images: VQImageTokenizer
+    tokenizer: Any
+    settings: MudditSettings = field(default_factory=MudditSettings)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, mask_embedding: str | Path | None = None, dtype: torch.dtype | None = None
+    ) -> Muddit:
+        """Read `transformer`, `text_encoder`, `tokenizer`, `vqvae` and `scheduler` below `folder`.
+
+        Args:
+            mask_embedding: the file of text [MASK]'s row; None looks for `mask_token_embedding.pth` in the folder and
+                beside it. Without one, images can be drawn but no text written.
+            dtype: of network and text encoder; None keeps the checkpoint's.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            ValueError: a part of another family, or weights that do not fit.
+        """
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+        folder = Path(folder)
+        if absent := [n for n in ("transformer", "text_encoder", "tokenizer", "vqvae") if not (folder / n).is_dir()]:
+            raise FileNotFoundError(f"{folder} has no {', '.join(absent)}; name a Muddit or Meissonic folder")
+        config = _read_json(folder / "transformer" / "config.json")
+        model, vocabulary = load_muddit(_read_weights(folder / "transformer"), config, dtype)
+        encoder, _ = load_checked(
+            CLIPTextModelWithProjection.from_pretrained,
+            "CLIPTextModelWithProjection",
+            str(folder / "text_encoder"),
+            dtype="auto" if dtype is None else dtype,
+        )
+        found = [mask_embedding] if mask_embedding else [folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING]
+        row = next((_read_row(Path(p)) for p in found if mask_embedding or Path(p).is_file()), None)
+        family = CLASSES[config["_class_name"]] if "_class_name" in config else "muddit"
+        schedule = folder / "scheduler" / "scheduler_config.json"
+        masking = _read_json(schedule).get("masking_schedule", "cosine") if schedule.is_file() else "cosine"
+        return cls(
+            model,
+            vocabulary,
+            ClipText(encoder, row),
+            VQImageTokenizer.from_pretrained(folder / "vqvae"),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            MudditSettings(masking=masking, time=TIME_OF[family]),
+        )
+
+    def text_to_image(
+        self,
+        prompts: Sequence[str],
+        seeds: Tensor,
+        height: int = 512,
+        width: int = 512,
+        negative_prompt: str = "",
+        codes: Tensor | None = None,
+        settings: MudditSettings | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Images of prompts, float `[B, 3, height, width]` in [0, 1].
+
+        Args:
+            prompts: one per row.
+            seeds: int64 `[B]`; a row's image does not depend on its neighbours. Ignored with `draws`.
+            codes: int64 `[B, height / factor, width / factor]` to fill where they are the image [MASK]; all if None.
+            settings: None for the family's.
+
+        Raises:
+            ValueError: a size that does not fit, or a prompt with more tokens than the encoder has positions.
+        """
+        settings, factor = settings or self.settings, self.images.factor
+        side = factor * (2 if self.model.config.downsample else 1)
+        if height % side or width % side or min(height, width) < side:
+            raise ValueError(f"image size {height}x{width} must be a positive multiple of {side}")
+        shape = (len(prompts), height // factor, width // factor)
+        mask_id = self.model.config.vocab_size - 1
+        device = self.model.device
+        tokens = torch.full(shape, mask_id, device=device) if codes is None else codes.to(device)
+        if tuple(tokens.shape) != shape:
+            raise ValueError(f"codes have shape {tuple(tokens.shape)}; expected {shape}")
+        negative = self._features([negative_prompt], settings) if settings.guidance_scale > 1 else None
+        draws = draws or RowDraws(seeds.to(device), shape[1] * shape[2])
+        text = self._features(prompts, settings)
+        return self.images.decode(generate_image(self.model, text, tokens, settings, draws, factor, negative))
+
+    def answer(
+        self,
+        images: Tensor,
+        seeds: Tensor,
+        questions: Sequence[str] | None = None,
+        settings: MudditSettings | None = None,
+        draws: Draws | None = None,
+    ) -> list[str]:
+        """Answers to questions about images, or captions without questions.
+
+        Args:
+            images: float `[B, 3, H, W]` in [0, 1].
+            seeds: int64 `[B]`, as in `text_to_image`.
+            questions: one per image.
+
+        Raises:
+            ValueError: no mask embedding, no text head, a question too long for an answer, or counts that do not fit.
+        """
+        settings, device = settings or self.settings, self.model.device
+        if questions is not None and len(questions) != len(images):
+            raise ValueError(f"{len(questions)} questions for {len(images)} images; give one per image")
+        prefixes = [[]] * len(images) if questions is None else [self.tokenizer(q).input_ids[:-1] for q in questions]
+        rows = question_rows(prefixes, self.encoder.length, self.encoder.mask_id).to(device)
+        codes = self.images.encode(images).to(device)
+        draws = draws or RowDraws(seeds.to(device), rows.shape[1])
+        result = write_text(self.model, self.encoder, codes, rows, settings, draws, self.images.factor)
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in result.answers]
+        return [upstream_wording(t) for t in texts] if settings.compat else [t.strip() for t in texts]
+
+    def with_settings(self, **changes: Any) -> Muddit:
+        """The same parts with other defaults, for instance `steps=64`."""
+        return replace(self, settings=replace(self.settings, **changes))
+
+    def _features(self, prompts: Sequence[str], settings: MudditSettings) -> TextFeatures:
+        """Prompts padded to the encoder's length; the reference cuts long ones silently, which compat keeps."""
+        length = self.encoder.length
+        if not settings.compat:
+            for prompt in prompts:
+                if (count := len(self.tokenizer(prompt).input_ids)) > length:
+                    raise ValueError(f"a prompt has {count} tokens, start and end included; the encoder reads {length}")
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length).input_ids
+        features = self.encoder(torch.tensor(ids))
+        return TextFeatures(*(part.to(self.model.device) for part in features))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"{path} does not exist; name a Muddit or Meissonic folder") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """One safetensors file, or all that an index names."""
+    index = folder / f"{WEIGHTS}.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; download the whole checkpoint")
+        try:
+            weights |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}); download it again") from error
+    return weights
+
+
+def _read_row(path: Path) -> Tensor:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name the file of the mask embedding")
+    try:
+        row = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than a tensor; download it again") from error
+    if not isinstance(row, Tensor):
+        raise ValueError(f"{path} holds a {type(row).__name__}; expected one tensor")
+    return row
