@@ -72,6 +72,7 @@ class Forward:
         batch: the request; its layout does not change.
         hides: bool `[B, L]` per unconditional stream, what it does not see.
         policy: of this request; no cache when left out.
+        unconditional: the rows of stream 1 where hiding does not make them, see `Sampler`.
         peaks: filled with the largest logits where the policy wants them, see `DecodeState.peaks`.
     """
 
@@ -83,19 +84,23 @@ class Forward:
         hides: Sequence[Tensor],
         policy: RefreshPolicy | None = None,
         peaks: dict[int, Tensor] | None = None,
+        unconditional: TokenBatch | None = None,
     ) -> None:
         self._model, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
-        self._attention = batch.attention_mask()
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         self._hides = [torch.zeros_like(batch.given), *hides]
+        self._layouts = [batch] * len(self._hides) if unconditional is None else [batch, unconditional]
+        self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
         self._held: set[int] = set()  # streams whose difference from the conditional one is kept in this pass
+        self._last: set[int] = set()  # streams of the last pass
+        self._absent: set[int] = set()  # streams with features that took no part in it
         self._beside: dict[int, Tensor] = {}  # stream -> conditional features when it was last evaluated
         self._peaks = {} if peaks is None else peaks
         self.store: FeatureStore | None = None
         if self._policy.store is not None and isinstance(model, MaskedTransformer):
-            self.store = FeatureStore(model, TokenBatch.cat([batch] * len(self._hides)), self._policy.store)
+            self.store = FeatureStore(model, TokenBatch.cat(self._layouts), self._policy.store)
         self.stats = DecodeStats()
 
     def run(self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor) -> None:
@@ -106,13 +111,15 @@ class Forward:
             streams: 0 is the conditional one, k the k-th of `hides`.
             time: `[B]`, diffusion time.
         """
+        self._absent = set(self._features) - self._last
+        self._last = set(streams)
         self._held = {s for s in streams if plan.of(s) is None and s in self._features}
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
         if not plans:
             self.stats.reused_passes += 1
             return
         for group in self._groups(plans):
-            rows = torch.cat([torch.where(self._hides[s], self._mask_ids, ids) for s in group])  # [S * B, L]
+            rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S * B, L]
             run = self._run_whole if self.store is None else self._run_partial
             run(rows, plans[group[0]], group, time)
         full = all(p.full for p in plans.values())
@@ -121,10 +128,23 @@ class Forward:
         if plan.others:
             self._beside |= {s: self._features[0].clone() for s in plans if s}
 
+    def _ids_of(self, stream: int, ids: Tensor) -> Tensor:
+        """What a stream sees, int64 `[B, L]`."""
+        layout = self._layouts[stream]
+        if layout is not self._layout:
+            return torch.where(layout.targets, ids, layout.ids)
+        return torch.where(self._hides[stream], self._mask_ids, ids)
+
     def _plan_of(self, stream: int, plan: CachePlan) -> CachePlan | None:
-        """What a stream does in this pass, None for nothing; one without features computes all of them."""
+        """What a stream does in this pass, None for nothing.
+
+        One without features computes all of them, and so does one that comes back after passes without it, unless the
+        policy keeps count of each stream.
+        """
         own = plan.of(stream)
-        if stream not in self._features and not (self.store is not None and self._policy.appends):
+        counted = self.store is not None and self._policy.appends
+        stale = self.store is not None and stream in self._absent and stream not in plan.others
+        if (stream not in self._features or stale) and not counted:
             return CachePlan()
         if own is None or own.full:
             return own
@@ -140,7 +160,11 @@ class Forward:
         for stream, own in plans.items():
             if groups:
                 other = plans[groups[-1][0]]
-                same = own is other or (own.full and other.full)
+                same = (own.full and other.full) or (
+                    (own.full, own.full_layers) == (other.full, other.full_layers)
+                    and own.query is other.query
+                    and own.verify is other.verify
+                )
                 if same and (self.store is None or groups[-1][-1] + 1 == stream):
                     groups[-1].append(stream)
                     continue
@@ -148,15 +172,13 @@ class Forward:
         return groups
 
     def _run_whole(self, rows: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
-        n, layout, mask = len(streams), self._layout, self._attention
-        fresh = self._model.hidden(
-            rows,
-            layout.modality.repeat(n, 1),
-            layout.positions.repeat(n, 1, 1),
-            None if mask is None else mask.repeat(n, 1, 1, 1),
-            time.float().repeat(n),
-        )
-        self._count(n, layout.ids.numel())
+        n, key = len(streams), tuple(streams)
+        if key not in self._joined:
+            joined = TokenBatch.cat([self._layouts[s] for s in streams])
+            self._joined[key] = joined, joined.attention_mask()
+        layout, mask = self._joined[key]
+        fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, time.float().repeat(n))
+        self._count(n, self._layout.ids.numel())
         for stream, features in zip(streams, fresh.chunk(n), strict=True):
             if plan.query is not None and stream in self._features:
                 features = torch.where(plan.query[..., None], features, self._features[stream])
@@ -177,6 +199,10 @@ class Forward:
     def _count(self, streams: int, tokens: int) -> None:
         self.stats.evaluations += streams
         self.stats.model_tokens += streams * tokens
+
+    def features(self, stream: int) -> Tensor:
+        """`[B, L, D]`, final hidden states at their last computation."""
+        return self._features[stream]
 
     def logits(self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int]) -> PositionLogits:
         """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row)."""
@@ -199,12 +225,13 @@ class Forward:
     ) -> None:
         """Largest logits at the candidates, or at all positions over this modality's slice."""
         best = values.amax(-1)  # [S, B, n]
-        if self._policy.peaks == "everywhere":
+        everywhere = self._policy.peaks == "everywhere"
+        if everywhere:
             index = torch.arange(self._layout.shape[1], device=index.device).expand(self._layout.shape)
-            live = torch.ones_like(self._layout.valid)
             best = self._head(modality, [self._features[s] for s in streams], index).amax(-1)
         for stream, peak in zip(streams, best, strict=True):
             known = self._peaks.get(stream)
             if known is None:
                 known = torch.full(self._layout.shape, torch.nan, dtype=peak.dtype, device=peak.device)
-            self._peaks[stream] = known.scatter(1, index, torch.where(live, peak, known.gather(1, index)))
+            fresh = self._layouts[stream].valid if everywhere else live
+            self._peaks[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))

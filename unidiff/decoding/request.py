@@ -57,11 +57,14 @@ class Request:
         seeds: Tensor,
         condition: Tensor | None,
         policy: RefreshPolicy | None = None,
+        unconditional: TokenBatch | None = None,
     ) -> Request:
         if condition is not None and (condition.shape != batch.ids.shape or condition.dtype != torch.bool):
             raise ValueError(
                 f"condition has shape {tuple(condition.shape)} and dtype {condition.dtype}; expected bool {batch.shape}"
             )
+        if unconditional is not None:
+            _check_unconditional(unconditional, batch, condition)
         noise = RowNoise(seeds, batch.valid)
         clocks, targets, hides, stream_of = {}, {}, [], {}
         for modality, settings in ((Modality.TEXT, config.text), (Modality.IMAGE, config.image)):
@@ -75,14 +78,14 @@ class Request:
             clocks[modality], targets[modality] = clock, most
             hides.append(hidden_from(config.guidance, modality, batch, condition))
             stream_of[modality] = len(hides)
-        if len(hides) == 2 and bool((hides[0] == hides[1]).all()):  # one unconditional pass serves both
+        if len(hides) == 2 and (unconditional is not None or bool((hides[0] == hides[1]).all())):  # one serves both
             hides.pop()
             stream_of = dict.fromkeys(stream_of, 1)
         eos = vocabulary.specials.get("eos") if config.stop_at_eos and Modality.TEXT in clocks else None
         state = DecodeState.start(batch.hide_targets(vocabulary), clocks)
         return cls(
             state,
-            Forward(model, vocabulary, batch, hides, policy, state.peaks),
+            Forward(model, vocabulary, batch, hides, policy, state.peaks, unconditional),
             noise,
             stream_of,
             None if eos is None else EndOfText(batch, eos),
@@ -146,3 +149,13 @@ class Request:
         for clock in state.clocks.values():
             clock.end_pass()
         state.step += 1
+
+
+def _check_unconditional(rows: TokenBatch, batch: TokenBatch, condition: Tensor | None) -> None:
+    """Raise `ValueError` unless `rows` may stand in for `batch` in the unconditional stream."""
+    if condition is not None:
+        raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
+    if rows.shape != batch.shape:
+        raise ValueError(f"unconditional has shape {rows.shape}; expected {batch.shape}, that of the batch")
+    if not torch.equal(rows.targets, batch.targets):
+        raise ValueError("unconditional has other targets than the batch; align the rows, for instance by left padding")

@@ -99,6 +99,7 @@ class Sampler:
         condition: Tensor | None = None,
         callback: Callback | None = None,
         record: bool = False,
+        unconditional: TokenBatch | None = None,
     ) -> SamplerOutput:
         """Decode every target (`valid & ~given`). Known tokens never change and [MASK] is never emitted.
 
@@ -109,14 +110,16 @@ class Sampler:
                 `guidance.hide`.
             callback: called after each pass as `callback(step, state)`; returning False fills the rest in one last pass.
             record: keep the ids after each pass.
+            unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden: another
+                prompt, other padding and positions, but the same shape and targets. Overrides `guidance.hide`.
 
         Raises:
-            ValueError: seeds or condition of another shape, or a model that returns NaN or infinite logits.
+            ValueError: seeds, condition or unconditional of another shape, or a model that returns NaN or infinite logits.
         """
         begun = wall.perf_counter()
         # 1. hide the targets; open the clocks, the guidance streams and the noise
         policy = self.policy.start(batch, self.model)
-        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, condition, policy)
+        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, condition, policy, unconditional)
         state, forward = request.state, request.forward
         trajectory = [state.ids.clone()] if record else None
         while True:

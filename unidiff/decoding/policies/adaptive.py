@@ -1,0 +1,122 @@
+"""Adaptive feature cache (dLLM-Cache, Liu et al. 2025, arXiv 2506.06295): prompt and response age at different rates.
+
+The prompt is recomputed every `prompt_interval` passes, the response every `response_interval`. In between, every layer
+renews the values V of the response and compares them with the stored ones (V-verify, eq. 5 of the paper): the share
+`ratio` whose cosine is lowest is recomputed, the others keep what attention and feed-forward gave them last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.commit import take_best
+from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
+from unidiff.decoding.state import DecodeState
+from unidiff.models.partial import CachePlan
+from unidiff.models.store import StoreOptions
+
+
+@dataclass
+class AdaptiveCache(Policy):
+    """dLLM-Cache as a refresh policy. Each guidance stream has a counter and features of its own.
+
+    Cost of a pass with P prompt and G response tokens, on average: P / prompt_interval + G / response_interval
+    + G (1 - 1 / response_interval) (ratio + (1 - ratio) v) tokens, v being the share of V in a layer's work, and
+    layer 0 in full with `full_layers=(0,)`. What it gains grows with the length of the prompt.
+
+    Args:
+        prompt_interval: passes between two refreshes of the given tokens; 1 recomputes them in every pass.
+        response_interval: the same for the targets. With both at 1 this is no cache.
+        ratio: share of the compared positions that every layer recomputes between refreshes; 0 compares nothing.
+        guidance_interval: passes between two evaluations of the unconditional streams; in between, the difference of
+            the logits (conditional - unconditional) is kept. 1 evaluates them in every pass.
+        guidance_warmup: first passes, all of which evaluate the unconditional streams.
+        full_layers: layers that recompute every position in every pass. The values of layer 0 depend on the token
+            alone, so comparing them says nothing; MMaDA's hook passes ().
+        compat: None, or "upstream" for the reference implementation: the share is taken of the whole response, decoded
+            tokens and later blocks included, and tokens that changed are not recomputed for that reason. By default
+            only undecoded positions are compared and count, and changed tokens are always recomputed.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    prompt_interval: int = 50
+    response_interval: int = 7
+    ratio: float = 0.25
+    guidance_interval: int = 1
+    guidance_warmup: int = 5
+    full_layers: tuple[int, ...] = (0,)
+    compat: str | None = None
+    store = StoreOptions(outputs=True)
+    _passes: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_interval", "response_interval", "guidance_interval"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("guidance_warmup", self.guidance_warmup, 0)
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio!r}; expected a number between 0 and 1")
+        if self.compat not in COMPAT:
+            raise ValueError(f"compat is {self.compat!r}; expected one of {COMPAT}")
+        self.full_layers = tuple(self.full_layers)
+
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
+        """See `RefreshPolicy.plan`."""
+        first = self._passes.get(0, 0), self._seen.get(0)
+        own = self._stream_plan(0, state, candidates)
+        renew = first[0] % self.guidance_interval == 0 or first[0] < self.guidance_warmup
+        others: dict[int, CachePlan | None] = {}
+        for stream in state.streams:
+            if stream == 0:
+                continue
+            if stream in self._seen and not renew:
+                others[stream] = None
+            elif self._passes.get(stream, 0) == first[0] and self._seen.get(stream) is first[1]:
+                self._note_pass(stream, state)  # in step with the conditional stream: they run together
+                if self.guidance_interval > 1:
+                    others[stream] = own
+            else:
+                others[stream] = self._stream_plan(stream, state, candidates)
+        return own.with_streams(others)
+
+    def select(self, layer: int, similarity: Tensor) -> Tensor | None:
+        """The floor(ratio n) least similar of the n compared positions of each row; at least one by default.
+
+        Args:
+            similarity: cosine `[B, L]`, NaN where nothing was compared.
+        """
+        compared = ~similarity.isnan()
+        n = compared.sum(1)
+        quota = (n.double() * self.ratio).floor().long()
+        if self.compat is None:
+            quota = torch.maximum(quota, (n > 0).long())
+        return take_best(-similarity.nan_to_num(), compared, quota)
+
+    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
+        """What one stream recomputes in its next pass, by its own counter."""
+        batch, count, seen = state.batch, self._passes.get(stream, 0), self._seen.get(stream)
+        self._note_pass(stream, state)
+        prompt, response = batch.valid & batch.given, batch.targets
+        whole_prompt, whole_response = count % self.prompt_interval == 0, count % self.response_interval == 0
+        if (whole_prompt and whole_response) or seen is None:
+            return CachePlan(logits=candidates)
+        query = torch.zeros_like(prompt)
+        if whole_prompt:
+            query = query | prompt
+        if whole_response:
+            query = query | response
+        verify = None
+        if not whole_response and self.ratio > 0:
+            verify = response if self.compat else state.open
+        if self.compat is None:
+            query = query | (batch.ids != seen)
+        return CachePlan(query, candidates, full=False, verify=verify, full_layers=self.full_layers)
+
+    def _note_pass(self, stream: int, state: DecodeState) -> None:
+        self._passes[stream] = self._passes.get(stream, 0) + 1
+        self._seen[stream] = state.ids
