@@ -1,6 +1,10 @@
 """Refresh policies: one file per cache."""
 
-from unidiff.decoding.policies.base import RefreshPolicy
+from unidiff.decoding.policies.base import Policy, RefreshPolicy
+from unidiff.decoding.policies.block_causal import BlockCausalCache
+from unidiff.decoding.policies.dual import DualCache
 from unidiff.decoding.policies.none import NoCache
+from unidiff.decoding.policies.prefix import PrefixCache
+from unidiff.decoding.policies.vicinity import VicinityCache
 
-__all__ = ["NoCache", "RefreshPolicy"]
+__all__ = ["BlockCausalCache", "DualCache", "NoCache", "Policy", "PrefixCache", "RefreshPolicy", "VicinityCache"]
