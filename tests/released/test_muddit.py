@@ -24,6 +24,7 @@ from unidiff.released.muddit_tasks import (
     MudditSettings,
     StepReport,
     generate_image,
+    hide_codes,
     micro_conditions,
     network_time,
     write_text,
@@ -224,6 +225,35 @@ def test_images_row_by_row_equal_the_batch_and_keep_known_codes(time):
         assert torch.equal(alone[0], together[row])
     with pytest.raises(ValueError, match="needs features of a negative prompt"):
         generate_image(model, text, tokens, settings, RowDraws(seeds, 24))
+
+
+def test_redrawing_starts_in_the_middle_and_touches_only_the_region():
+    settings, seeds = MudditSettings(steps=8), torch.arange(4)
+    codes = torch.randint(16, (4, 20, 20), generator=torch.Generator().manual_seed(0))
+    tokens, first = hide_codes(codes, 19, settings, 0.5, seeds)
+    hidden = tokens == 19
+    assert first == 4 and torch.equal(tokens[~hidden], codes[~hidden])
+    assert hidden.float().mean().item() == pytest.approx(settings.schedule().ratios()[3].item(), abs=0.04)
+    assert torch.equal(hide_codes(codes[2:3], 19, settings, 0.5, seeds[2:3])[0][0], tokens[2])
+    region = torch.zeros(4, 20, 20, dtype=torch.bool)
+    region[:, :10] = True
+    inside, first = hide_codes(codes, 19, settings, 1.0, seeds, region)
+    assert first == 0 and torch.equal(inside == 19, region)
+    for strength in (0.0, 0.1, 1.5):
+        with pytest.raises(ValueError, match="expected a number in"):
+            hide_codes(codes, 19, settings, strength, seeds)
+    # the loop goes on from there: as many passes as steps are left, counts as if from the beginning
+    seen: list[StepReport] = []
+    settings, text = replace(settings, guidance_scale=1.0), some_text(4)
+    tokens, first = hide_codes(codes, 19, settings, 0.5, seeds)
+    generate_image(tiny_model(), text, tokens, settings, RowDraws(seeds, 400), callback=seen.append, first_step=first)
+    assert [report.step for report in seen] == [4, 5, 6, 7]
+    for report in seen:
+        assert torch.equal(report.tokens[~hidden], codes[~hidden])
+    start = hidden.flatten(1).float().mean(1, keepdim=True) / settings.schedule().ratios()[3]
+    planned = settings.schedule().planned(400, start)[:, 4:7].T.long()
+    left = torch.stack([(report.tokens == 19).flatten(1).sum(1) for report in seen])
+    assert torch.equal(left[:3], planned) and not left[3].any()
 
 
 def test_answers_row_by_row_equal_the_batch_and_end_at_the_end_token():

@@ -93,6 +93,24 @@ def test_inpainting_keeps_the_known_codes(muddit, monkeypatch):
         muddit.text_to_image(["ab"], SEEDS[:1], 8, 12, codes=codes)
 
 
+def test_redrawing_and_inpainting_images(muddit, monkeypatch):
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    codes = muddit.images.encode(images)
+    changed = muddit.redraw(images, ["ab", "cab"], SEEDS, strength=0.7)
+    assert changed.shape == images.shape
+    torch.testing.assert_close(muddit.redraw(images[1:], ["cab"], SEEDS[1:], strength=0.7)[0], changed[1])
+    decoded = []
+    monkeypatch.setattr(muddit.images, "decode", lambda codes: decoded.append(codes) or torch.zeros(2, 3, 8, 8))
+    mask = torch.zeros(2, 8, 8)
+    mask[:, :3] = 1.0  # the second row of cells is touched
+    muddit.redraw(images, ["ab", "cab"], SEEDS, 1.0, mask)
+    assert torch.equal(decoded[0][:, 2:], codes[:, 2:]) and not torch.equal(decoded[0][:, :2], codes[:, :2])
+    with pytest.raises(ValueError, match=r"mask has shape \(1, 8, 8\); expected \(2, 8, 8\)"):
+        muddit.redraw(images, ["ab", "cab"], SEEDS, 1.0, mask[:1])
+    with pytest.raises(ValueError, match="1 prompts for 2 images"):
+        muddit.redraw(images, ["ab"], SEEDS)
+
+
 def test_answers_and_captions(muddit):
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     answers = muddit.answer(images, SEEDS, ["ab", "cab"])

@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from unidiff.checked import load_checked
 from unidiff.models.mmdit import MMDiT
 from unidiff.released.muddit import CLASSES, load_muddit
 from unidiff.released.muddit_scheduler import Draws, RowDraws
-from unidiff.released.muddit_tasks import MudditSettings, generate_image, write_text
+from unidiff.released.muddit_tasks import MudditSettings, generate_image, hide_codes, write_text
 from unidiff.released.muddit_text import ClipText, TextFeatures, question_rows, upstream_wording
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
@@ -99,6 +100,7 @@ class Muddit:
         codes: Tensor | None = None,
         settings: MudditSettings | None = None,
         draws: Draws | None = None,
+        first_step: int = 0,
     ) -> Tensor:
         """Images of prompts, float `[B, 3, height, width]` in [0, 1].
 
@@ -107,6 +109,7 @@ class Muddit:
             seeds: int64 `[B]`; a row's image does not depend on its neighbours. Ignored with `draws`.
             codes: int64 `[B, height / factor, width / factor]` to fill where they are the image [MASK]; all if None.
             settings: None for the family's.
+            first_step: see `generate_image`.
 
         Raises:
             ValueError: a size that does not fit, or a prompt with more tokens than the encoder has positions.
@@ -124,7 +127,43 @@ class Muddit:
         negative = self._features([negative_prompt], settings) if settings.guidance_scale > 1 else None
         draws = draws or RowDraws(seeds.to(device), shape[1] * shape[2])
         text = self._features(prompts, settings)
-        return self.images.decode(generate_image(self.model, text, tokens, settings, draws, factor, negative))
+        done = generate_image(self.model, text, tokens, settings, draws, factor, negative, first_step=first_step)
+        return self.images.decode(done)
+
+    def redraw(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        seeds: Tensor,
+        strength: float = 0.5,
+        mask: Tensor | None = None,
+        negative_prompt: str = "",
+        settings: MudditSettings | None = None,
+    ) -> Tensor:
+        """Images changed towards prompts: all over with some strength, or a region (with strength 1: inpainting).
+
+        Args:
+            images: float `[B, 3, H, W]` in [0, 1].
+            prompts, seeds, negative_prompt, settings: as in `text_to_image`.
+            strength: share of the steps to run, in (0, 1]; see `hide_codes`.
+            mask: `[B, H, W]`, bool or in [0, 1]: a code may change where any pixel of its cell is above 0.5.
+
+        Raises:
+            ValueError: as `text_to_image`; a strength that runs no step, or a mask of another size.
+        """
+        settings, device, region = settings or self.settings, self.model.device, None
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts for {len(images)} images; give one per image")
+        if mask is not None:
+            if mask.shape != (len(images), *images.shape[2:]):
+                raise ValueError(
+                    f"the mask has shape {tuple(mask.shape)}; expected {(len(images), *images.shape[2:])}, the images' size"
+                )
+            region = F.max_pool2d(mask.to(device).float()[:, None], self.images.factor)[:, 0] > 0.5
+        codes, seeds = self.images.encode(images).to(device), seeds.to(device)
+        tokens, first = hide_codes(codes, self.model.config.vocab_size - 1, settings, strength, seeds, region)
+        height, width = images.shape[2:]
+        return self.text_to_image(prompts, seeds, height, width, negative_prompt, tokens, settings, first_step=first)
 
     def answer(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unidiff.decoding.draw import UNMASK, RowNoise
 from unidiff.models.mmdit import MMDiT
 from unidiff.released.muddit_scheduler import Draws, MaskGitSchedule, starting_ratio
 from unidiff.released.muddit_text import ClipText, TextFeatures
@@ -119,6 +120,7 @@ def generate_image(
     factor: int = 16,
     negative: TextFeatures | None = None,
     callback: Callback | None = None,
+    first_step: int = 0,
 ) -> Tensor:
     """Fill the hidden codes of images from text.
 
@@ -129,6 +131,7 @@ def generate_image(
             inpainting. Known codes never change.
         factor: pixels per code, for the micro conditions.
         negative: features for the unconditional stream (one row or B); needed with guidance.
+        first_step: the step to begin with, where `tokens` are as hidden as the steps before it leave them.
 
     Returns:
         int64 `[B, h, w]` codes.
@@ -147,8 +150,9 @@ def generate_image(
     streams = [text] if not guided or negative is None else [negative.rows(len(tokens)), text]  # unconditional first
     sequence, pooled = (torch.cat(parts) for parts in zip(*streams, strict=True))
     micro = micro_conditions(grid[0] * factor, grid[1] * factor, settings, tokens.device)
-    start = starting_ratio(tokens == mask_id, schedule.compat)
-    for k in range(settings.steps):
+    share = starting_ratio(tokens == mask_id, schedule.compat)
+    start = share if first_step == 0 else share / schedule.ratios()[first_step - 1].to(share.device)
+    for k in range(first_step, settings.steps):
         # 2. logits of both streams
         time = network_time(settings.time, k, settings.steps, tokens == mask_id)
         times = time if len(time) == 1 else time.repeat(len(streams))
@@ -163,6 +167,36 @@ def generate_image(
         if callback is not None:
             callback(StepReport(k, time, tokens, logits, text))
     return tokens
+
+
+def hide_codes(
+    codes: Tensor, mask_id: int, settings: MudditSettings, strength: float, seeds: Tensor, region: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Hide as much of an image as redrawing it with `strength` asks for (aMUSEd's image-to-image and inpainting).
+
+    Args:
+        codes: int64 `[B, h, w]`, whole images.
+        strength: share of the steps to run, in (0, 1]; 1 hides everything.
+        seeds: int64 `[B]`, of the rows.
+        region: bool `[B, h, w]`, the codes that may change; all if None.
+
+    Returns:
+        `tokens` and `first_step` for `generate_image`: codes are hidden by a coin each, with the share that the steps
+        before `first_step` leave hidden.
+
+    Raises:
+        ValueError: a strength outside (0, 1], or one that leaves no step to run.
+    """
+    run = int(settings.steps * strength)
+    if not 0 < strength <= 1 or run < 1:
+        raise ValueError(
+            f"strength = {strength} runs {max(run, 0)} of {settings.steps} steps; expected a number in (0, 1] that runs at least one"
+        )
+    first = settings.steps - run
+    ratio = 1.0 if first == 0 else float(settings.schedule().ratios()[first - 1])
+    noise = RowNoise(seeds, torch.ones_like(codes.flatten(1), dtype=torch.bool))
+    hidden = (noise(first, UNMASK) < ratio).view(codes.shape)
+    return torch.where(hidden if region is None else hidden & region, mask_id, codes), first
 
 
 @torch.no_grad()
