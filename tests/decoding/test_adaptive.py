@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -203,3 +204,25 @@ def test_interval_and_ratio_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             AdaptiveCache(**bad)
+
+
+@pytest.mark.parametrize("policy", [AdaptiveCache(4, 2, 0.3), AdaptiveCache(4, 2, 0.3, compat="upstream")], ids=str)
+def test_ties_end_and_nan_is_refused(model, policy) -> None:
+    level = copy.deepcopy(model)
+    for p in level.parameters():
+        p.data.zero_()  # every logit and every cosine is a tie
+    ids = decode(level, policy, GUIDED).batch.ids
+    assert not torch.isin(ids, torch.tensor([VOCABULARY.mask_id, VOCABULARY.image_mask])).any()
+    broken = copy.deepcopy(model)
+    broken.blocks[1].feed_forward.down.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        decode(broken, policy, GUIDED)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu_in_float64(model) -> None:
+    policy = AdaptiveCache(4, 3, 0.4, guidance_interval=2, guidance_warmup=1)
+    batch, seeds, on_gpu = TokenBatch.from_spans(ROWS), torch.arange(3), copy.deepcopy(model).cuda()
+    cpu = Sampler(model, VOCABULARY, config(GUIDED), policy)(batch, seeds)
+    gpu = Sampler(on_gpu, VOCABULARY, config(GUIDED), policy)(batch.to("cuda"), seeds.cuda())
+    assert torch.equal(cpu.batch.ids, gpu.batch.ids.cpu()) and cpu.nfe == gpu.nfe

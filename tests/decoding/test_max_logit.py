@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -167,3 +168,27 @@ def test_settings_are_checked() -> None:
     for bad in (dict(ratio=1.5), dict(warmup=-0.1), dict(interval=0), dict(compat="other")):
         with pytest.raises(ValueError, match=next(iter(bad))):
             MaxLogitCache(**bad)
+
+
+@pytest.mark.parametrize("compat", [None, "upstream"])
+def test_ties_end_and_nan_is_refused(model, compat) -> None:
+    policy = MaxLogitCache(0.7, 0.1, 4, compat=compat)
+    level = copy.deepcopy(model)
+    for p in level.parameters():
+        p.data.zero_()  # every logit is a tie
+    ids = decode(level, policy, GUIDANCE[1]).batch.ids
+    assert not torch.isin(ids, torch.tensor([VOCABULARY.mask_id, VOCABULARY.image_mask])).any()
+    broken = copy.deepcopy(model)
+    broken.blocks[1].feed_forward.down.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        decode(broken, policy, GUIDANCE[1])
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu_in_float64(model) -> None:
+    config = SamplerConfig(image=ModalityDecoding(steps=9), guidance=Guidance(2.0))
+    batch, seeds, policy = TokenBatch.from_spans(ROWS), torch.arange(3), MaxLogitCache(0.7, 0.1, 3)
+    on_gpu = copy.deepcopy(model).cuda()
+    cpu = Sampler(model, VOCABULARY, config, policy)(batch, seeds)
+    gpu = Sampler(on_gpu, VOCABULARY, config, policy)(batch.to("cuda"), seeds.cuda())
+    assert torch.equal(cpu.batch.ids, gpu.batch.ids.cpu()) and cpu.nfe == gpu.nfe

@@ -1,10 +1,22 @@
 """Refresh policies: one file per cache."""
 
+from unidiff.decoding.policies.adaptive import AdaptiveCache
 from unidiff.decoding.policies.base import Policy, RefreshPolicy
 from unidiff.decoding.policies.block_causal import BlockCausalCache
 from unidiff.decoding.policies.dual import DualCache
+from unidiff.decoding.policies.max_logit import MaxLogitCache
 from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.policies.prefix import PrefixCache
 from unidiff.decoding.policies.vicinity import VicinityCache
 
-__all__ = ["BlockCausalCache", "DualCache", "NoCache", "Policy", "PrefixCache", "RefreshPolicy", "VicinityCache"]
+__all__ = [
+    "AdaptiveCache",
+    "BlockCausalCache",
+    "DualCache",
+    "MaxLogitCache",
+    "NoCache",
+    "Policy",
+    "PrefixCache",
+    "RefreshPolicy",
+    "VicinityCache",
+]
