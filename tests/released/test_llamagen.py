@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
@@ -207,12 +208,18 @@ class Payload:
 def test_bad_files_are_refused(tiny, tmp_path):
     state = llamagen_state_dict(tiny)
     path = tmp_path / "vq.pt"
-    torch.save({"model": state}, path)
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)  # as training scripts save it
     load_llamagen(path, TINY)
-    whole = path.read_bytes()
-    for size in (0, 10, len(whole) // 2, len(whole) - 20):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"vq.pt is damaged or no torch file"):
+    for legacy in (False, True):
+        torch.save({"model": state}, path, _use_new_zipfile_serialization=not legacy)
+        whole = path.read_bytes()
+        for size in (10, len(whole) // 2, len(whole) - 20):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match=r"vq\.pt is damaged; download it again"):
+                load_llamagen(path, TINY)
+    for content in (b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"vq\.pt is no torch file"):
             load_llamagen(path, TINY)
     marker = tmp_path / "made"
     for legacy in (False, True):

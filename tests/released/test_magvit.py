@@ -123,6 +123,17 @@ def test_float16_weights_whose_activations_exceed_its_range_stay_finite(tiny):
 
 
 @torch.no_grad()
+def test_bfloat16_decodes_in_bfloat16_and_encodes_in_float32(tiny):
+    low = LFQModel(**magvit_config(TINY))
+    low.load_state_dict(tiny.model.state_dict())
+    low.bfloat16()
+    codes = torch.arange(12).reshape(1, 3, 4)
+    assert low.decode_vectors(low.lookup(codes)).dtype == torch.bfloat16
+    torch.testing.assert_close(VQImageTokenizer(low).decode(codes), tiny.decode(codes), atol=0.05, rtol=0)
+    assert low.latents(torch.rand(1, 3, 4, 4)).dtype == torch.float32
+
+
+@torch.no_grad()
 def test_any_size_that_divides_and_rows_alone_equal_rows_in_a_batch(tiny):
     images = torch.rand(3, 3, 6, 10, generator=torch.Generator().manual_seed(0))
     codes = tiny.encode(images)

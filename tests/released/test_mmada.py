@@ -272,14 +272,15 @@ def test_a_row_alone_equals_the_row_in_a_batch(model):
     assert both.min() >= 0 and both.max() < 16
 
 
-@pytest.mark.parametrize("guidance", [0.0])
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_the_sampler_decodes_the_same_image(model, guidance):
     """Without choice noise the family's loop and the sampler are the same decoder."""
     codes = torch.tensor([[-1, 2, -1, -1], [-1, -1, -1, -1]])
     settings = ImageSettings(steps=3, guidance=guidance, temperature=0.0)
     expected, _ = decode_image(model, codes, settings)
-    batch, _ = image_rows(codes)
-    out = Sampler(model, VOCABULARY, image_config(settings))(batch, torch.tensor([5, 6]))
+    batch, unconditional = image_rows(codes)
+    sampler = Sampler(model, VOCABULARY, image_config(settings))
+    out = sampler(batch, torch.tensor([5, 6]), unconditional=unconditional if guidance else None)
     image = batch.modality == Modality.IMAGE
     assert torch.equal(out.batch.ids[image].reshape(2, 4) - VOCABULARY.image[0], expected)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")  # zip archive; the older bare pickle
 FOLDER_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 
 
@@ -46,17 +48,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if not file.read(4).startswith(TORCH_MAGIC):
+            raise ValueError(f"{path} is no torch file (a web page or a pointer to it, perhaps); download it again")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # training scripts save their command line next to the weights; the class only holds attributes
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise ValueError(
-                f"{path} holds more than tensors and plain data, and reading that could run code; "
-                "convert it to safetensors where you trust it"
-            ) from error
-        raise ValueError(f"{path} is damaged or no torch file; download it again") from error
+        raise ValueError(
+            f"{path} holds more than tensors and plain data, and reading that could run code; "
+            "convert it to safetensors where you trust it"
+        ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no torch file; download it again") from error
+        raise ValueError(f"{path} is damaged; download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected named weights")
     return content
