@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden import golden_folders
 
+from unidiff.decoding.policies import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.decoding.sampler import Sampler
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.mmada import (
@@ -283,6 +284,28 @@ def test_the_sampler_decodes_the_same_image(model, guidance):
     out = sampler(batch, torch.tensor([5, 6]), unconditional=unconditional if guidance else None)
     image = batch.modality == Modality.IMAGE
     assert torch.equal(out.batch.ids[image].reshape(2, 4) - VOCABULARY.image[0], expected)
+
+
+CACHES = [
+    PrefixCache(interval=1),
+    DualCache(interval=1),
+    VicinityCache(interval=1),
+    AdaptiveCache(prompt_interval=1, response_interval=1),
+    MaxLogitCache(interval=1),
+]
+
+
+@pytest.mark.parametrize("policy", CACHES, ids=lambda p: type(p).__name__)
+def test_every_cache_that_refreshes_in_every_pass_changes_nothing(model, policy):
+    batch, unconditional = image_rows(torch.tensor([[-1, 2, -1, -1], [-1, -1, -1, -1]]))
+    asked, seeds = question([[1, 2, 3], [4]]), torch.tensor([5, 6])
+    images = image_config(ImageSettings(steps=3, guidance=2.0))
+    answers = answer_config(VOCABULARY, steps=4, block_length=2, guidance=1.5)
+    for request, config, other in ((batch, images, unconditional), (asked, answers, None)):
+        plain = Sampler(model, VOCABULARY, config)(request, seeds, unconditional=other)
+        cached = Sampler(model, VOCABULARY, config, policy)(request, seeds, unconditional=other)
+        assert torch.equal(plain.batch.ids, cached.batch.ids)
+        torch.testing.assert_close(plain.confidence, cached.confidence, atol=1e-5, rtol=0)
 
 
 def test_bad_requests_are_refused(model):
