@@ -164,6 +164,20 @@ def test_partial_passes_cost_less_and_the_result_is_whole(model) -> None:
     assert (cached.batch.ids != VOCABULARY.mask_id).all()
 
 
+def test_guidance_streams_run_in_one_call(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own query."""
+    calls, partial = [], MaskedTransformer.partial
+
+    def spy(self, ids, plan, *args, **kwargs):
+        calls.append((len(ids), plan.query))
+        return partial(self, ids, plan, *args, **kwargs)
+
+    monkeypatch.setattr(MaskedTransformer, "partial", spy)
+    out = decode(model, MaxLogitCache(0.75, 0.0, 100), Guidance(2.0))
+    assert [rows for rows, _ in calls] == [2 * len(ROWS)] * out.steps
+    assert any(not torch.equal(*query.chunk(2)) for _, query in calls if query is not None)
+
+
 def test_settings_are_checked() -> None:
     for bad in (dict(ratio=1.5), dict(warmup=-0.1), dict(interval=0), dict(compat="other")):
         with pytest.raises(ValueError, match=next(iter(bad))):

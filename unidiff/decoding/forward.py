@@ -121,7 +121,7 @@ class Forward:
         for group in self._groups(plans):
             rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S * B, L]
             run = self._run_whole if self.store is None else self._run_partial
-            run(rows, plans[group[0]], group, time)
+            run(rows, _stacked([plans[s] for s in group]), group, time)
         full = all(p.full for p in plans.values())
         self.stats.full_passes += full
         self.stats.partial_passes += not full
@@ -155,17 +155,12 @@ class Forward:
         return None if idle or (not by_layer and own.width == 0) else own
 
     def _groups(self, plans: Mapping[int, CachePlan]) -> list[list[int]]:
-        """Streams that can run in one call: the same plan, and rows next to each other where there is a store."""
+        """Streams that can run in one call: plans that stack, and rows next to each other where there is a store."""
         groups: list[list[int]] = []
         for stream, own in plans.items():
             if groups:
-                other = plans[groups[-1][0]]
-                same = (own.full and other.full) or (
-                    (own.full, own.full_layers) == (other.full, other.full_layers)
-                    and own.query is other.query
-                    and own.verify is other.verify
-                )
-                if same and (self.store is None or groups[-1][-1] + 1 == stream):
+                together = self.store is None or groups[-1][-1] + 1 == stream
+                if together and _stack(own, plans[groups[-1][0]]):
                     groups[-1].append(stream)
                     continue
             groups.append([stream])
@@ -179,17 +174,15 @@ class Forward:
         layout, mask = self._joined[key]
         fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, time.float().repeat(n))
         self._count(n, self._layout.ids.numel())
-        for stream, features in zip(streams, fresh.chunk(n), strict=True):
-            if plan.query is not None and stream in self._features:
-                features = torch.where(plan.query[..., None], features, self._features[stream])
+        queries = [None] * n if plan.query is None else plan.query.chunk(n)
+        for stream, features, query in zip(streams, fresh.chunk(n), queries, strict=True):
+            if query is not None and stream in self._features:
+                features = torch.where(query[..., None], features, self._features[stream])
             self._features[stream] = features
 
     def _run_partial(self, rows: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
         assert self.store is not None and isinstance(self._model, MaskedTransformer)
         n, size = len(streams), len(self._layout.ids)
-        if n > 1 and not plan.full:
-            query, verify = (None if x is None else x.repeat(n, 1) for x in (plan.query, plan.verify))
-            plan = replace(plan, query=query, verify=verify)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
         out = self._model.partial(rows, plan, store, time.float().repeat(n), self._policy.select)
         self._count(n, size * sum(w.out for w in out.work) // len(out.work))
@@ -235,3 +228,26 @@ class Forward:
                 known = torch.full(self._layout.shape, torch.nan, dtype=peak.dtype, device=peak.device)
             fresh = self._layouts[stream].valid if everywhere else live
             self._peaks[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
+
+
+def _stack(a: CachePlan, b: CachePlan) -> bool:
+    """Whether streams with these plans run as rows of one call.
+
+    Plans that refresh layer by layer differ in size when they differ at all; joined, each would pay for the larger.
+    """
+    if a.full or b.full:
+        return a.full and b.full
+    if a.query is b.query and a.verify is b.verify:
+        return (a.full_layers, a.width) == (b.full_layers, b.width)
+    plain = all(p.verify is None and not p.full_layers and p.query is not None for p in (a, b))
+    return plain and a.width == b.width
+
+
+def _stacked(plans: Sequence[CachePlan]) -> CachePlan:
+    """The plan of all rows, stream by stream."""
+    first = plans[0]
+    if first.full or len(plans) == 1:
+        return first
+    query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
+    verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
+    return replace(first, query=query, verify=verify, others={})
