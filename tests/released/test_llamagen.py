@@ -176,6 +176,16 @@ def test_lengths_of_latents_and_code_vectors_do_not_matter(tiny):
     torch.testing.assert_close(tiny.model.lookup(codes), before)
 
 
+@torch.no_grad()
+def test_codes_are_the_nearest_also_where_a_batch_is_taken_in_parts(tiny):
+    latents = torch.randn(3, 4, 32, 40, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(latents, dim=1)
+    book = torch.nn.functional.normalize(tiny.model.codebook, dim=-1)
+    nearest = torch.einsum("bdhw,kd->bhwk", unit, book).argmax(-1)
+    codes = tiny.model.quantize(latents).codes
+    assert codes.shape == (3, 32, 40) and (codes == nearest).float().mean() > 0.999  # ties of rounding
+
+
 def test_folder_round_trip(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     again = VQImageTokenizer.from_pretrained(tmp_path)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from unidiff.tokens.cell_vq import Quantized
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
 
+_AT_ONCE = 2048  # latents whose distances are held at once
+
 
 @dataclass(frozen=True)
 class VQLosses:
@@ -77,7 +79,8 @@ class ConvVQModel(ConvTokenizerModel):
         """Nearest codes of latents `[B, d, h, w]`, in float32; `latents` of the result are the ones that were compared."""
         with torch.autocast(latents.device.type, enabled=False):
             compared = self._unit(latents.float().movedim(1, -1))  # [B, h, w, d]
-            codes = self._distances(compared).argmin(-1)
+            parts = compared.flatten(0, -2).split(_AT_ONCE)  # the distances of a batch to 16,384 codes are gigabytes
+            codes = torch.cat([self._distances(part).argmin(-1) for part in parts]).reshape(compared.shape[:-1])
             return Quantized(codes, self.lookup(codes), compared.movedim(-1, 1))
 
     def lookup(self, codes: Tensor) -> Tensor:
