@@ -94,8 +94,6 @@ class Forward:
         self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
         self._held: set[int] = set()  # streams whose difference from the conditional one is kept in this pass
-        self._last: set[int] = set()  # streams of the last pass
-        self._absent: set[int] = set()  # streams with features that took no part in it
         self._beside: dict[int, Tensor] = {}  # stream -> conditional features when it was last evaluated
         self._peaks = {} if peaks is None else peaks
         self.store: FeatureStore | None = None
@@ -111,8 +109,6 @@ class Forward:
             streams: 0 is the conditional one, k the k-th of `hides`.
             time: `[B]`, diffusion time.
         """
-        self._absent = set(self._features) - self._last
-        self._last = set(streams)
         self._held = {s for s in streams if plan.of(s) is None and s in self._features}
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
         if not plans:
@@ -136,15 +132,9 @@ class Forward:
         return torch.where(self._hides[stream], self._mask_ids, ids)
 
     def _plan_of(self, stream: int, plan: CachePlan) -> CachePlan | None:
-        """What a stream does in this pass, None for nothing.
-
-        One without features computes all of them, and so does one that comes back after passes without it, unless the
-        policy keeps count of each stream.
-        """
+        """What a stream does in this pass, None for nothing; one without features computes all of them."""
         own = plan.of(stream)
-        counted = self.store is not None and self._policy.appends
-        stale = self.store is not None and stream in self._absent and stream not in plan.others
-        if (stream not in self._features or stale) and not counted:
+        if stream not in self._features and not (self.store is not None and self._policy.appends):
             return CachePlan()
         if own is None or own.full:
             return own

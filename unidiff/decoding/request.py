@@ -138,6 +138,16 @@ class Request:
         """The conditional stream and the unconditional ones that this pass mixes in."""
         return sorted({0, *(self.stream_of[w.clock.modality] for w in work if w.guided)})
 
+    def users(self, work: Sequence[Work]) -> dict[int, Tensor]:
+        """bool `[B]` per stream: rows that have a use for it in this pass."""
+        rows = [w.candidates.any(1) for w in work]  # [B] each
+        users = {0: torch.stack(rows).any(0)}
+        for w, own in zip(work, rows, strict=True):
+            if w.guided:
+                stream, guided = self.stream_of[w.clock.modality], own & (w.scale != 1)
+                users[stream] = users[stream] | guided if stream in users else guided
+        return users
+
     def time(self, work: Sequence[Work]) -> Tensor:
         """Diffusion time `[B]` for time-conditioned models: that of the modality which is furthest behind."""
         return torch.stack([w.time for w in work]).amax(0)

@@ -131,7 +131,7 @@ class Sampler:
             state.written = torch.zeros_like(state.open)
             if busy:
                 # 3. plan: what to recompute and where logits are wanted
-                state.streams = tuple(request.streams(busy))
+                state.streams, state.users = tuple(request.streams(busy)), request.users(busy)
                 plan = policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
                 forward.run(state.ids, plan, state.streams, request.time(work))

@@ -111,6 +111,7 @@ class DecodeState:
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
         finishing: the next pass fills everything that is open.
         streams: guidance streams that the coming pass mixes in; 0 is the conditional one.
+        users: bool `[B]` per stream, rows that need it in the coming pass.
         peaks: per stream `[B, L]`, the largest logit of a position in its modality's slice when the head last saw it,
             NaN where it never did; kept for policies that ask for it.
     """
@@ -125,6 +126,7 @@ class DecodeState:
     nfe: int = 0
     finishing: bool = False
     streams: tuple[int, ...] = (0,)
+    users: dict[int, Tensor] = field(default_factory=dict)
     peaks: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod

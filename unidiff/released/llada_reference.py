@@ -145,6 +145,7 @@ def generate(
                 break
             # 3. forward; candidates are the masks among the positions fed, up to the end of the block
             left = left & (place < stop)
+            state.streams, state.users = streams, dict.fromkeys(streams, left.any(1))
             plan = policy.plan(state, left if settings.cache == "none" else left & (place >= first))
             fed = torch.ones_like(left) if plan.query is None else plan.query
             left = left & fed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,25 @@ from unidiff.models.store import StoreOptions
 from unidiff.tokens import Modality
 
 
+class Past(NamedTuple):
+    """What the rows of a guidance stream did so far, int64 `[B]` each.
+
+    passes: those that the row had a use for. since: passes since it recomputed everything. blocks: the block of each
+    modality in its last pass.
+    """
+
+    passes: Tensor
+    since: Tensor
+    blocks: dict[Modality, Tensor]
+
+
 @dataclass
 class BlockRefresh(Policy, ABC):
     """When rows recompute everything; subclasses say what they recompute in between (`region`).
 
     A row refreshes in its first pass, whenever one of its modalities begins a block (also an earlier one, after
-    remasking), and by `interval`. Rows refresh apart from each other: a row in a batch equals the row alone.
+    remasking), and by `interval`. Rows and guidance streams refresh apart from each other: a row in a batch equals the
+    row alone.
 
     Args:
         interval: passes between two refreshes of a row within a block; None for no more than one per block, 1 is no cache.
@@ -31,9 +45,7 @@ class BlockRefresh(Policy, ABC):
     interval: int | None = None
     warmup: int = 0
     rotated: bool = True
-    _made: Tensor | None = field(default=None, init=False, repr=False)  # [B] passes of the row
-    _since: Tensor | None = field(default=None, init=False, repr=False)  # [B] passes since its last refresh
-    _block: dict[Modality, Tensor] = field(default_factory=dict, init=False, repr=False)  # [B]
+    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
         if self.interval is not None:
@@ -51,33 +63,49 @@ class BlockRefresh(Policy, ABC):
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        busy = candidates.any(1)  # [B]
-        fresh = self._due(state, busy)
-        region = torch.zeros_like(candidates)
+        region = candidates
         for clock in state.clocks.values():
             region = region | self.region(state, clock.in_block)
-        valid = state.batch.valid
-        query = torch.where(fresh[:, None], valid, (region | candidates) & valid) & busy[:, None]
-        whole, width = torch.stack([(fresh | ~busy).all().long(), query.sum(1).max()]).tolist()
-        if whole:
-            return CachePlan(logits=candidates)
-        return CachePlan(query, candidates, full=False, width=width)
+        region = region & state.batch.valid
+        alike = torch.stack([(state.users[s] == state.users[0]).all() for s in state.streams]).tolist()
+        plans: dict[int, CachePlan] = {}
+        made: dict[int, tuple[CachePlan, Past]] = {}
+        for stream, same in zip(state.streams, alike, strict=True):
+            past = self._past.get(stream)
+            if same and id(past) in made:  # streams that did the same so far and serve the same rows
+                plans[stream], self._past[stream] = made[id(past)]
+                continue
+            query, now = self._stream_query(state, region, past, state.users[stream])
+            plans[stream], self._past[stream] = self._plan(state, query, candidates), now
+            if same:
+                made[id(past)] = plans[stream], now
+        first = plans.pop(0)
+        others = {stream: plan for stream, plan in plans.items() if plan is not first}
+        return first.with_streams(others) if others else first
 
-    def _due(self, state: DecodeState, busy: Tensor) -> Tensor:
-        """bool `[B]`: rows that recompute everything in this pass."""
-        if self._made is None or self._since is None:
-            self._made = self._since = torch.zeros_like(busy, dtype=torch.long)
-        fresh = (self._made == 0) | (self._made < self.warmup)
+    def _plan(self, state: DecodeState, query: Tensor, candidates: Tensor) -> CachePlan:
+        """A full plan where every row that is not complete is queried everywhere."""
+        alive = state.open.any(1)
+        for clock in state.clocks.values():
+            alive = alive | clock.pending
+        whole = ((query == state.batch.valid).all(1) | ~alive).all()
+        full, width = torch.stack([whole.long(), query.sum(1).max()]).tolist()
+        return CachePlan(logits=candidates) if full else CachePlan(query, candidates, full=False, width=width)
+
+    def _stream_query(self, state: DecodeState, region: Tensor, past: Past | None, busy: Tensor) -> tuple[Tensor, Past]:
+        """What the rows `busy` `[B]` of a stream recompute `[B, L]`."""
+        if past is None:
+            zero = torch.zeros_like(busy, dtype=torch.long)
+            past = Past(zero, zero, {modality: zero - 1 for modality in state.clocks})
+        fresh, blocks = past.passes <= max(0, self.warmup - 1), {}
         for modality, clock in state.clocks.items():
-            last = self._block.get(modality, torch.full_like(clock.block, -1))
-            fresh = fresh | (clock.running & (clock.block != last))
-            self._block[modality] = torch.where(clock.running & busy, clock.block, last)
+            fresh = fresh | (clock.running & (clock.block != past.blocks[modality]))
+            blocks[modality] = torch.where(clock.running & busy, clock.block, past.blocks[modality])
         if self.interval is not None:
-            fresh = fresh | (self._since + 1 >= self.interval)
-        fresh = fresh & busy
-        self._made = self._made + busy.long()
-        self._since = torch.where(fresh, 0, self._since + busy.long())
-        return fresh
+            fresh = fresh | (past.since + 1 >= self.interval)
+        query = torch.where(fresh[:, None], state.batch.valid, region) & busy[:, None]
+        since = torch.where(busy, torch.where(fresh, 0, past.since + 1), past.since)
+        return query, Past(past.passes + busy.long(), since, blocks)
 
 
 def places(like: Tensor) -> Tensor:
