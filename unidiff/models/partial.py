@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -137,14 +137,15 @@ def _narrow(
 ) -> PartialHidden:
     """The same positions in every layer: the residual stream holds them alone."""
     whole = plan.full or plan.query is None
-    x = model.embed(ids, store.modality)  # [B, L, D]
-    condition = model.condition(store.modality, time)
-    rotary = store.rotary
+    modality, rotary, condition = store.modality, store.rotary, model.condition(store.modality, time)
     if not whole:
-        x, rotary, condition = gather_rows(x, index), store.rotary_at(index), _condition_at(condition, index)
+        place = index.clamp_max(ids.shape[1] - 1)
+        ids, modality = ids.gather(1, place), modality.gather(1, place)
+        rotary, condition = store.rotary_at(index), _condition_at(condition, index)
+    x = model.embed(ids, modality)  # [B, n, D]
     store.begin(index, whole)
     mask = store.visible(None if whole else index)
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
         h = _enter(x, block.attention_norm, first)  # [B, n, D]
         q, k, v = block.attention.heads(h)
@@ -175,7 +176,7 @@ def _layered(
     query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query
     store.begin(everywhere if plan.query is None else query_index(plan.query, plan.width), plan.query is None)
     work = []
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
         h = _enter(x, block.attention_norm, first)  # [B, L, D]
         refreshed = layer in plan.full_layers or plan.query is None
@@ -208,6 +209,10 @@ def _layered(
     x = model.finish(x, condition)
     store.write_hidden(everywhere, True, x)
     return PartialHidden(x, everywhere, tuple(work))
+
+
+def _blocks(model: MaskedTransformer) -> list[Block]:
+    return cast("list[Block]", list(model.blocks))
 
 
 def _verify(

@@ -24,7 +24,7 @@ class Block(nn.Module):
     """x += gate . norm(attention(norm(x))); x += gate . norm(feed_forward(norm(x))); parts left out are identities.
 
     Args:
-        attention, feed_forward: the two branches; any module with the same call works (the feed-forward is a slot).
+        attention, feed_forward: the two branches; the feed-forward is a slot: any module with the same call works.
         norms: the two input norms.
         out_norms: the two sandwich norms on the branch outputs, or None.
         cond_dim: size of the condition for adaLN, or None without time conditioning.
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: Attention,
         feed_forward: nn.Module,
         norms: tuple[Norm, Norm],
         out_norms: tuple[Norm, Norm] | None,
