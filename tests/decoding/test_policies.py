@@ -291,3 +291,15 @@ def test_nan_and_infinity_are_refused(name, value):
 def test_settings_outside_their_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*POLICIES, "causal"])
+def test_cuda_equals_cpu_in_float64(config, name):
+    batch, seeds = TokenBatch.cat(rows()), torch.arange(3)
+    kwargs = dict(attention="block_causal", block_length=3) if name == "causal" else {}
+    policy = BlockCausalCache() if name == "causal" else POLICIES[name](interval=4)
+    cpu = Sampler(make_model(**kwargs), VOCABULARY, config, policy)(batch, seeds)
+    gpu = Sampler(make_model(**kwargs).cuda(), VOCABULARY, config, policy)(batch.to("cuda"), seeds.cuda())
+    assert torch.equal(cpu.batch.ids, gpu.batch.ids.cpu()) and cpu.nfe == gpu.nfe

@@ -213,3 +213,24 @@ def test_bad_requests_say_what_to_do():
         model.partial(batch.ids, plan, FeatureStore(model, batch, StoreOptions(outputs=True)))
     with pytest.raises(ValueError, match="full=False"):
         CachePlan(verify=batch.valid)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_bfloat16_weights(options):
+    model, batch = make_model(num_kv_heads=2, qk_norm="head").bfloat16(), make_batch()
+    store = FeatureStore(model, batch, options)
+    expected = model.partial(batch.ids, CachePlan(), store).hidden
+    assert expected.dtype == store.key.dtype == torch.bfloat16
+    whole_pass = whole(model, batch.ids, batch, TIME)
+    torch.testing.assert_close(expected[batch.valid], whole_pass[batch.valid], atol=0.05, rtol=0.02)
+    query = some_positions(batch, 0.5)
+    model.partial(batch.ids, CachePlan(query, full=False), store)
+    kept = store.hidden[:, :-1]
+    torch.testing.assert_close(kept[batch.valid], expected[batch.valid], atol=0.05, rtol=0.02)
+
+
+def test_a_store_says_how_large_it_is():
+    model, batch = make_model(num_kv_heads=2), make_batch()  # 3 rows of 11 positions and a spare one, float64
+    assert FeatureStore(model, batch).nbytes == 3 * 12 * 8 * (3 * 2 * 8 + 16)
+    assert FeatureStore(model, batch, StoreOptions(outputs=True)).nbytes == 3 * 12 * 8 * (3 * (2 * 8 + 2 * 16) + 16)
