@@ -142,7 +142,8 @@ class Forward:
         if by_layer and self.store is None:
             return CachePlan()
         idle = not by_layer and own.query is not None and own.width is None and not bool(own.query.any())
-        return None if idle or (not by_layer and own.width == 0) else own
+        nothing = own.width == 0 and own.fresh is None and not by_layer
+        return None if idle or nothing else own
 
     def _groups(self, plans: Mapping[int, CachePlan]) -> list[list[int]]:
         """Streams that can run in one call: plans that stack, and rows next to each other where there is a store."""
@@ -176,6 +177,7 @@ class Forward:
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
         out = self._model.partial(rows, plan, store, time.float().repeat(n), self._policy.select)
         self._count(n, size * sum(w.out for w in out.work) // len(out.work))
+        self.stats.model_tokens += out.fresh * self._layout.shape[1]
         for i, stream in enumerate(streams):
             self._features[stream] = store.hidden[i * size : (i + 1) * size, :-1]
 
@@ -216,7 +218,7 @@ class Forward:
             known = self._peaks.get(stream)
             if known is None:
                 known = torch.full(self._layout.shape, torch.nan, dtype=peak.dtype, device=peak.device)
-            fresh = self._layouts[stream].valid if everywhere else live
+            fresh = self._layouts[stream].valid & live.any(1, keepdim=True) if everywhere else live
             self._peaks[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
 
 
@@ -240,4 +242,8 @@ def _stacked(plans: Sequence[CachePlan]) -> CachePlan:
         return first
     query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
     verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
-    return replace(first, query=query, verify=verify, others={})
+    fresh = None
+    if query is not None and any(p.fresh is not None for p in plans):
+        none = torch.zeros_like(query[: len(query) // len(plans), 0])
+        fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
+    return replace(first, query=query, verify=verify, fresh=fresh, others={})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unidiff.decoding.commit import take_best
 from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
+from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -21,7 +22,7 @@ from unidiff.models.store import StoreOptions
 
 @dataclass
 class AdaptiveCache(Policy):
-    """dLLM-Cache as a refresh policy. Each guidance stream has a counter and features of its own.
+    """dLLM-Cache as a refresh policy. Each row of each guidance stream has a counter and features of its own.
 
     Cost of a pass with P prompt and G response tokens, on average: P / prompt_interval + G / response_interval
     + G (1 - 1 / response_interval) (ratio + (1 - ratio) v) tokens, v being the share of V in a layer's work, and
@@ -32,7 +33,7 @@ class AdaptiveCache(Policy):
         response_interval: the same for the targets. With both at 1 this is no cache.
         ratio: share of the compared positions that every layer recomputes between refreshes; 0 compares nothing.
         guidance_interval: passes between two evaluations of the unconditional streams; in between, the difference of
-            the logits (conditional - unconditional) is kept. 1 evaluates them in every pass.
+            the logits (conditional - unconditional) is kept. 1 evaluates them in every pass. Counted for the batch.
         guidance_warmup: first passes, all of which evaluate the unconditional streams.
         full_layers: layers that recompute every position in every pass. The values of layer 0 depend on the token
             alone, so comparing them says nothing; MMaDA's hook passes ().
@@ -52,8 +53,8 @@ class AdaptiveCache(Policy):
     full_layers: tuple[int, ...] = (0,)
     compat: str | None = None
     store = StoreOptions(outputs=True)
-    _passes: dict[int, int] = field(default_factory=dict, init=False, repr=False)
-    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _passes: int = field(default=0, init=False, repr=False)
+    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
         for name in ("prompt_interval", "response_interval", "guidance_interval"):
@@ -67,22 +68,24 @@ class AdaptiveCache(Policy):
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        first = self._passes.get(0, 0), self._seen.get(0)
+        renew = self._passes % self.guidance_interval == 0 or self._passes < self.guidance_warmup
+        self._passes += 1
+        begin = self._past.get(0)
         own = self._stream_plan(0, state, candidates)
-        renew = first[0] % self.guidance_interval == 0 or first[0] < self.guidance_warmup
         others: dict[int, CachePlan | None] = {}
         for stream in state.streams:
+            past = self._past.get(stream)
             if stream == 0:
                 continue
-            if stream in self._seen and not renew:
+            if past is not None and not renew:
                 others[stream] = None
-            elif self._passes.get(stream, 0) == first[0] and self._seen.get(stream) is first[1]:
-                self._note_pass(stream, state)  # in step with the conditional stream: they run together
+            elif past is begin and torch.equal(state.users[stream], state.users[0]):
+                self._past[stream] = self._past[0]  # in step with the conditional stream: they run together
                 if self.guidance_interval > 1:
                     others[stream] = own
             else:
                 others[stream] = self._stream_plan(stream, state, candidates)
-        return own.with_streams(others)
+        return own.with_streams(others) if others else own
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row; at least one by default.
@@ -98,25 +101,19 @@ class AdaptiveCache(Policy):
         return take_best(-similarity.nan_to_num(), compared, quota)
 
     def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """What one stream recomputes in its next pass, by its own counter."""
-        batch, count, seen = state.batch, self._passes.get(stream, 0), self._seen.get(stream)
-        self._note_pass(stream, state)
+        """What the rows of one stream recompute in their next pass, by their own counters."""
+        batch, busy = state.batch, state.users[stream]
+        past = self._past.get(stream) or Past.start(state)
+        self._past[stream] = past.after(state, busy)
         prompt, response = batch.valid & batch.given, batch.targets
-        whole_prompt, whole_response = count % self.prompt_interval == 0, count % self.response_interval == 0
-        if (whole_prompt and whole_response) or seen is None:
-            return CachePlan(logits=candidates)
-        query = torch.zeros_like(prompt)
-        if whole_prompt:
-            query = query | prompt
-        if whole_response:
-            query = query | response
-        verify = None
-        if not whole_response and self.ratio > 0:
-            verify = response if self.compat else state.open
+        whole_prompt, whole_response = (
+            (busy & (past.passes % interval == 0))[:, None]
+            for interval in (self.prompt_interval, self.response_interval)
+        )
+        query = (prompt & whole_prompt) | (response & whole_response)
         if self.compat is None:
-            query = query | (batch.ids != seen)
-        return CachePlan(query, candidates, full=False, verify=verify, full_layers=self.full_layers)
-
-    def _note_pass(self, stream: int, state: DecodeState) -> None:
-        self._passes[stream] = self._passes.get(stream, 0) + 1
-        self._seen[stream] = state.ids
+            query = query | ((batch.ids != past.seen) & busy[:, None])
+        verify = None
+        if self.ratio > 0:
+            verify = (response if self.compat else state.open) & ~whole_response & busy[:, None]
+        return plan_rows(state, query, candidates, verify, self.full_layers)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
+from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -21,7 +22,7 @@ from unidiff.models.store import StoreOptions
 class MaxLogitCache(Policy):
     """ML-Cache as a refresh policy. Each guidance stream ranks its own logits and keeps its own features.
 
-    With T passes, w = int(T warmup) and pass i from 0, a pass is full where i <= w or (i - w) is a multiple of
+    With T planned passes, w = int(T warmup) and pass i of a row from 0, a pass is full where i <= w or (i - w) is a multiple of
     `interval`; the defaults make 28 of 64 passes full, so at most a speed-up of 2.03.
 
     Args:
@@ -41,8 +42,7 @@ class MaxLogitCache(Policy):
     interval: int = 5
     compat: str | None = None
     store = StoreOptions()
-    _passes: int = field(default=0, init=False, repr=False)
-    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, 1)
@@ -55,23 +55,29 @@ class MaxLogitCache(Policy):
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        step, self._passes = self._passes, self._passes + 1
-        begin = int(max(clock.settings.steps for clock in state.clocks.values()) * self.warmup)
-        full = step <= begin or (step - begin) % self.interval == 0
-        plans = {stream: self._stream_plan(stream, state, candidates, full) for stream in {0, *state.streams}}
-        return plans.pop(0).with_streams(plans)
+        planned = [torch.where(c.count > 0, c.settings.steps, 0) for c in state.clocks.values()]  # [B] each
+        begin = (torch.stack(planned).amax(0).double() * self.warmup).floor().long()
+        step = (self._past.get(0) or Past.start(state)).passes
+        full = (step <= begin) | ((step - begin) % self.interval == 0)  # [B]
+        plans = {stream: self._stream_plan(stream, state, candidates, full) for stream in state.streams}
+        own = plans.pop(0)
+        return own.with_streams(plans) if plans else own
 
-    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor, full: bool) -> CachePlan:
-        seen, self._seen[stream] = self._seen.get(stream), state.ids
-        if full or seen is None or stream not in state.peaks:
+    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor, full: Tensor) -> CachePlan:
+        busy, valid = state.users[stream], state.batch.valid
+        past = self._past.get(stream) or Past.start(state)
+        self._past[stream] = past.after(state, busy)
+        peaks = state.peaks.get(stream)  # [B, L], NaN where never seen
+        if peaks is None:
             return CachePlan(logits=candidates)
-        peaks = state.peaks[stream]  # [B, L], NaN where never seen
         known = ~peaks.isnan()
         if self.compat:
-            return CachePlan(low_peaks(peaks, known, 1 - self.ratio), candidates, full=False)
-        query = low_peaks(peaks, candidates & known, 1 - self.ratio)
-        query = query | (candidates & ~known) | (state.ids != seen)
-        return CachePlan(query, candidates, full=False)
+            low = low_peaks(peaks, known, 1 - self.ratio)
+        else:
+            low = low_peaks(peaks, candidates & known, 1 - self.ratio)
+            low = low | (candidates & ~known) | (state.ids != past.seen)
+        fresh = (full | (past.passes == 0))[:, None]
+        return plan_rows(state, torch.where(fresh, valid, low) & busy[:, None], candidates)
 
 
 def low_peaks(peaks: Tensor, counted: Tensor, share: float) -> Tensor:
