@@ -166,6 +166,18 @@ def test_costs_are_those_of_the_formulas(model):
             assert (out.nfe, out.stats.full_passes, out.stats.partial_passes) == (16 * streams, 4, 12)
 
 
+def test_rows_pay_for_their_own_refreshes(model):
+    """Two rows in other blocks at other times: the batch costs what the rows cost alone, up to the padding of blocks."""
+    config = SamplerConfig(text=ModalityDecoding(rule="threshold", threshold=0.35, temperature=0.0, block_length=4))
+    long = [Span.text([1, 2], True), Span.masked_text(20, VOCABULARY)]
+    batch = TokenBatch.from_spans([long, [Span.text([4, 3], True), *long[1:]], [Span.text([9, 9], True), *long[1:]]])
+    alone = [decode(model, config, DualCache(), batch.rows([i]), [i]) for i in range(3)]
+    together = decode(model, config, DualCache(), batch, [0, 1, 2])
+    assert len({out.steps for out in alone}) > 1
+    own = sum(out.stats.model_tokens for out in alone)
+    assert own <= together.stats.model_tokens <= own + together.steps * 3 * 4
+
+
 def test_policies_meet_where_they_should(model, config):
     batch = TokenBatch.cat(rows())
     dual = decode(model, config, DualCache(), batch, [4, 5, 6])
@@ -291,6 +303,24 @@ def test_nan_and_infinity_are_refused(name, value):
 def test_settings_outside_their_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class WholeRows:
+    """A `Denoiser` that cannot compute some positions only: its partial passes keep what was not asked for."""
+
+    def __init__(self, model: MaskedTransformer) -> None:
+        self.hidden, self.head = model.hidden, model.head
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_any_denoiser_decodes_under_a_policy(model, config, name):
+    """Rows refresh, keep and end like rows alone, although the model sees whole rows."""
+    policy, net = POLICIES[name](), WholeRows(model)
+    together = decode(net, config, policy, TokenBatch.cat(rows()), [0, 1, 2])
+    assert together.stats.partial_passes > 0
+    for i, row in enumerate(rows()):
+        alone = decode(net, config, policy, row, [i])
+        assert torch.equal(together.batch.ids[i : i + 1, : row.shape[1]], alone.batch.ids)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unidiff.models.attention import Attention, attend
 from unidiff.models.partial import CachePlan, query_index
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.models.transformer import MaskedTransformer
@@ -135,6 +136,32 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(model, options):
         torch.testing.assert_close(together[row : row + 1, :length], passes([row], length))
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+@torch.no_grad()
+def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
+    """Against whole forwards whose attention is handed the keys and values that a position had when it was computed."""
+    batch = make_batch()
+    store = FeatureStore(model, batch, StoreOptions(rotated=rotated))
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    query = batch.valid
+
+    def forward(self, x: Tensor, rotary, mask):
+        q, k, v = self.project(x, rotary)
+        if id(self) in kept:
+            k, v = (torch.where(query[..., None, None], *pair) for pair in zip((k, v), kept[id(self)], strict=True))
+        kept[id(self)] = k, v
+        return self.out(attend(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2).flatten(2))
+
+    for step in range(5):
+        ids = torch.where(some_positions(batch, 0.3, step), step, batch.ids)
+        query = batch.valid if step == 0 else some_positions(batch, 0.4, 30 + step)
+        with monkeypatch.context() as patch:
+            patch.setattr(Attention, "forward", forward)
+            expected = whole(model, ids, batch, TIME)
+        model.partial(ids, CachePlan() if step == 0 else CachePlan(query, full=False), store, TIME)
+        torch.testing.assert_close(store.hidden[:, :-1][query], expected[query])
+
+
 @torch.no_grad()
 def test_stored_features_are_really_used():
     """Two hand-checked facts of a stale key: it hides a change, and it goes when its position is recomputed."""
@@ -195,6 +222,27 @@ def test_narrow_stores_share_memory_and_nothing_else():
     torch.testing.assert_close(both[:3][real], alone.hidden[real])
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_rows_that_refresh_go_apart(model, options):
+    """One row recomputes everything, one some positions, one nothing: each as if it were alone."""
+    batch = make_batch()
+    ids = torch.where(batch.given, 6, batch.ids)
+    query = some_positions(batch, 0.5)
+    query[2] = False
+    stores = [FeatureStore(model, batch, options) for _ in range(2)]
+    for store in stores:
+        model.partial(batch.ids, CachePlan(), store, TIME)
+    fresh = torch.tensor([True, False, False])
+    out = model.partial(ids, CachePlan(query, full=False, fresh=fresh), stores[0], TIME)
+    model.partial(ids, CachePlan(torch.where(fresh[:, None], batch.valid, query), full=False), stores[1], TIME)
+    assert out.fresh == 1 and out.work[0].out <= 11
+    valid = batch.valid & (query | fresh[:, None])
+    torch.testing.assert_close(stores[0].hidden[:, :-1][valid], stores[1].hidden[:, :-1][valid])
+    torch.testing.assert_close(stores[0].key[:, :, :-1][:, valid], stores[1].key[:, :, :-1][:, valid])
+    torch.testing.assert_close(stores[0].age[valid], stores[1].age[valid])
+
+
 def test_index_is_ascending_and_padded_with_the_spare_position():
     query = torch.tensor([[False, True, True], [True, False, False]])
     assert query_index(query).tolist() == [[1, 2], [0, 3]]
@@ -213,6 +261,8 @@ def test_bad_requests_say_what_to_do():
         model.partial(batch.ids, plan, FeatureStore(model, batch, StoreOptions(outputs=True)))
     with pytest.raises(ValueError, match="full=False"):
         CachePlan(verify=batch.valid)
+    with pytest.raises(ValueError, match="goes with query"):
+        CachePlan(full=False, fresh=batch.valid[:, 0])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -165,7 +165,8 @@ class Forward:
         layout, mask = self._joined[key]
         fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, time.float().repeat(n))
         self._count(n, self._layout.ids.numel())
-        queries = [None] * n if plan.query is None else plan.query.chunk(n)
+        wanted = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
+        queries = [None] * n if wanted is None else wanted.chunk(n)
         for stream, features, query in zip(streams, fresh.chunk(n), queries, strict=True):
             if query is not None and stream in self._features:
                 features = torch.where(query[..., None], features, self._features[stream])

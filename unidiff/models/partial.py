@@ -40,6 +40,8 @@ class CachePlan:
             the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
         full_layers: layers that recompute every position. Needs a store with `outputs`.
         width: most `query` positions in a row where the caller knows it; saves reading it from the device.
+        fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
+            apart from rows that do little, so that none of these pays for the padding.
         others: what guidance streams do that do not follow this plan; see `with_streams`.
     """
 
@@ -49,6 +51,7 @@ class CachePlan:
     verify: Tensor | None = None
     full_layers: tuple[int, ...] = ()
     width: int | None = None
+    fresh: Tensor | None = None
     others: Mapping[int, CachePlan | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,10 +60,10 @@ class CachePlan:
                 raise ValueError(
                     f"CachePlan.{name} has shape {tuple(positions.shape)} and dtype {positions.dtype}; expected bool [B, L]"
                 )
-        if self.full and not (self.query is None and self.verify is None and not self.full_layers):
-            raise ValueError(
-                "a full CachePlan recomputes every position; leave query, verify and full_layers out or set full=False"
-            )
+        if self.full and not (self.query is self.verify is self.fresh is None and not self.full_layers):
+            raise ValueError("a full CachePlan recomputes every position; leave all but logits out or set full=False")
+        if self.fresh is not None and (self.query is None or self.verify is not None or self.full_layers):
+            raise ValueError("CachePlan.fresh goes with query, and not with verify or full_layers")
 
     def with_streams(self, others: Mapping[int, CachePlan | None]) -> CachePlan:
         """This plan, with plans of their own for some guidance streams.
@@ -90,13 +93,15 @@ class PartialHidden:
 
     Attributes:
         hidden: `[B, n, D]`, final hidden states ready for the head. (The store keeps them for all positions.)
-        index: int64 `[B, n]`, their positions; L on padding of the index.
+        index: int64 `[B, n]`, their positions; L on padding of the index, and in rows that were computed afresh.
         work: one entry per layer.
+        fresh: rows that were computed afresh.
     """
 
     hidden: Tensor
     index: Tensor
     work: tuple[LayerWork, ...]
+    fresh: int = 0
 
 
 def query_index(query: Tensor, width: int | None = None) -> Tensor:
@@ -124,6 +129,14 @@ def partial_hidden(
         raise ValueError("this CachePlan verifies or refreshes layer by layer; make the store with outputs=True")
     if plan.verify is not None and select is None:
         raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
+    if plan.fresh is not None and plan.query is not None:
+        rows = plan.fresh.nonzero().flatten()
+        part = store.take(rows)
+        own = None if time is None else time[rows]
+        _narrow(model, ids[rows], part.everywhere(), CachePlan(), part, own)
+        store.put(rows, part)
+        rest = replace(plan, query=plan.query & ~plan.fresh[:, None], fresh=None)
+        return replace(partial_hidden(model, ids, rest, store, time, select), fresh=len(rows))
     if not (plan.full or store.outputs):
         index = store.everywhere() if plan.query is None else query_index(plan.query, plan.width)
         return _narrow(model, ids, index, plan, store, time)
@@ -144,6 +157,9 @@ def _narrow(
         rotary, condition = store.rotary_at(index), _condition_at(condition, index)
     x = model.embed(ids, modality)  # [B, n, D]
     store.begin(index, whole)
+    n = index.shape[1]
+    if not n:
+        return PartialHidden(store.hidden[:, :0], index, (LayerWork(0, 0, 0),) * len(model.blocks))
     mask = store.visible(None if whole else index)
     for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
@@ -157,7 +173,6 @@ def _narrow(
         x = x + _gated(store.output(layer, "feed_forward", index, whole, h), second)
     x = model.finish(x, condition)
     store.write_hidden(index, whole, x)
-    n = index.shape[1]
     return PartialHidden(x, index, (LayerWork(n, n, n),) * len(model.blocks))
 
 

@@ -77,15 +77,40 @@ class FeatureStore:
 
     def narrow(self, start: int, stop: int) -> FeatureStore:
         """The rows `[start, stop)`, in the same memory."""
-        view = object.__new__(FeatureStore)
-        view.rotated, view.outputs, view.head_dim = self.rotated, self.outputs, self.head_dim
+        rows = slice(start, stop)
+        view = self._layout_of(rows)
         for name in ("key", "value", "attention", "feed_forward"):
-            setattr(view, name, getattr(self, name)[:, start:stop])
-        for name in ("hidden", "computed", "passes", "complete", "modality", "_everywhere"):
-            setattr(view, name, getattr(self, name)[start:stop])
-        view.rotary = RotaryTables(*(table[start:stop] for table in self.rotary))
-        view.allowed = None if self.allowed is None else self.allowed[start:stop]
+            setattr(view, name, getattr(self, name)[:, rows])
+        for name in ("hidden", "computed", "passes", "complete"):
+            setattr(view, name, getattr(self, name)[rows])
         return view
+
+    def take(self, rows: Tensor) -> FeatureStore:
+        """An empty store for some rows, int64 `[n]`; `put` brings its features back."""
+        part = self._layout_of(rows)
+        for name in ("key", "value", "attention", "feed_forward"):
+            held = getattr(self, name)
+            setattr(part, name, held.new_zeros(len(held), len(rows), *held.shape[2:]))
+        part.hidden = self.hidden.new_zeros(len(rows), *self.hidden.shape[1:])
+        part.computed, part.passes = self.computed[rows], self.passes[rows]
+        part.complete = torch.zeros(len(rows), dtype=torch.bool)
+        return part
+
+    def put(self, rows: Tensor, part: FeatureStore) -> None:
+        """Replace all features of some rows by those of a store made by `take` (the number of passes stays)."""
+        for name in ("key", "value", "attention", "feed_forward"):
+            getattr(self, name).index_copy_(1, rows, getattr(part, name))
+        for name in ("hidden", "computed"):
+            getattr(self, name).index_copy_(0, rows, getattr(part, name))
+        self.complete[rows.cpu()] = part.complete
+
+    def _layout_of(self, rows: slice | Tensor) -> FeatureStore:
+        part = object.__new__(FeatureStore)
+        part.rotated, part.outputs, part.head_dim = self.rotated, self.outputs, self.head_dim
+        part.modality, part._everywhere = self.modality[rows], self._everywhere[rows]
+        part.rotary = RotaryTables(*(table[rows] for table in self.rotary))
+        part.allowed = None if self.allowed is None else self.allowed[rows]
+        return part
 
     @property
     def age(self) -> Tensor:

@@ -148,6 +148,7 @@ def generate(
             state.streams, state.users = streams, dict.fromkeys(streams, left.any(1))
             plan = policy.plan(state, left if settings.cache == "none" else left & (place >= first))
             fed = torch.ones_like(left) if plan.query is None else plan.query
+            fed = fed if plan.fresh is None else fed | plan.fresh[:, None]
             left = left & fed
             time = torch.ones(len(ids), device=ids.device)
             forward.run(state.ids, plan, streams, time)

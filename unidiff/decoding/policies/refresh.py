@@ -75,25 +75,29 @@ class BlockRefresh(Policy, ABC):
             if same and id(past) in made:  # streams that did the same so far and serve the same rows
                 plans[stream], self._past[stream] = made[id(past)]
                 continue
-            query, now = self._stream_query(state, region, past, state.users[stream])
-            plans[stream], self._past[stream] = self._plan(state, query, candidates), now
+            query, fresh, now = self._stream_query(state, region, past, state.users[stream])
+            plans[stream], self._past[stream] = self._plan(state, query, fresh, candidates), now
             if same:
                 made[id(past)] = plans[stream], now
         first = plans.pop(0)
         others = {stream: plan for stream, plan in plans.items() if plan is not first}
         return first.with_streams(others) if others else first
 
-    def _plan(self, state: DecodeState, query: Tensor, candidates: Tensor) -> CachePlan:
-        """A full plan where every row that is not complete is queried everywhere."""
+    def _plan(self, state: DecodeState, query: Tensor, fresh: Tensor, candidates: Tensor) -> CachePlan:
+        """A full plan where every row that is not complete refreshes."""
         alive = state.open.any(1)
         for clock in state.clocks.values():
             alive = alive | clock.pending
-        whole = ((query == state.batch.valid).all(1) | ~alive).all()
-        full, width = torch.stack([whole.long(), query.sum(1).max()]).tolist()
-        return CachePlan(logits=candidates) if full else CachePlan(query, candidates, full=False, width=width)
+        flags = [(fresh | ~alive).all().long(), fresh.any().long(), query.sum(1).max()]
+        full, some, width = torch.stack(flags).tolist()
+        if full:
+            return CachePlan(logits=candidates)
+        return CachePlan(query, candidates, full=False, width=width, fresh=fresh if some else None)
 
-    def _stream_query(self, state: DecodeState, region: Tensor, past: Past | None, busy: Tensor) -> tuple[Tensor, Past]:
-        """What the rows `busy` `[B]` of a stream recompute `[B, L]`."""
+    def _stream_query(
+        self, state: DecodeState, region: Tensor, past: Past | None, busy: Tensor
+    ) -> tuple[Tensor, Tensor, Past]:
+        """What the rows `busy` `[B]` of a stream recompute: some positions `[B, L]`, or everything `[B]`."""
         if past is None:
             zero = torch.zeros_like(busy, dtype=torch.long)
             past = Past(zero, zero, {modality: zero - 1 for modality in state.clocks})
@@ -103,9 +107,10 @@ class BlockRefresh(Policy, ABC):
             blocks[modality] = torch.where(clock.running & busy, clock.block, past.blocks[modality])
         if self.interval is not None:
             fresh = fresh | (past.since + 1 >= self.interval)
-        query = torch.where(fresh[:, None], state.batch.valid, region) & busy[:, None]
+        fresh = fresh & busy
+        query = region & (busy & ~fresh)[:, None]
         since = torch.where(busy, torch.where(fresh, 0, past.since + 1), past.since)
-        return query, Past(past.passes + busy.long(), since, blocks)
+        return query, fresh, Past(past.passes + busy.long(), since, blocks)
 
 
 def places(like: Tensor) -> Tensor:
