@@ -106,12 +106,12 @@ def test_caches_are_used_and_every_target_is_filled(model, config, name):
     assert not torch.equal(plain.confidence, cached.confidence)  # features were really old
 
 
-@pytest.mark.parametrize("interval", [None, 3])
+@pytest.mark.parametrize("rule", [{}, dict(interval=3), dict(drift=0.2)], ids=str)
 @pytest.mark.parametrize("name", [*POLICIES, "causal"])
-def test_a_row_in_a_padded_batch_equals_the_row_alone(model, config, name, interval):
+def test_a_row_in_a_padded_batch_equals_the_row_alone(model, config, name, rule):
     """Rows begin blocks, refresh, use guidance and end at different passes."""
     causal = make_model(attention="block_causal", block_length=3)
-    net, policy = (causal, BlockCausalCache()) if name == "causal" else (model, POLICIES[name](interval=interval))
+    net, policy = (causal, BlockCausalCache()) if name == "causal" else (model, POLICIES[name](**rule))
     together = decode(net, config, policy, TokenBatch.cat(rows()).pad_to(20), [7, 8, 9])
     for i, row in enumerate(rows()):
         alone = decode(net, config, policy, row, [7 + i])
@@ -176,6 +176,24 @@ def test_rows_pay_for_their_own_refreshes(model):
     assert len({out.steps for out in alone}) > 1
     own = sum(out.stats.model_tokens for out in alone)
     assert own <= together.stats.model_tokens <= own + together.steps * 3 * 4
+
+
+def test_rows_refresh_by_interval_and_by_drift(model):
+    """12 tokens in one block, one per pass: full passes where the rules say so."""
+    batch = TokenBatch.from_spans([[Span.text([1, 2], True), Span.masked_text(12, VOCABULARY)]])
+    config = SamplerConfig(text=ModalityDecoding(rule="first_hitting"), stop_at_eos=False)
+    plain = decode(model, config, NoCache(), batch, [0])
+    for rule, full in (
+        (dict(), 1),
+        (dict(interval=5), 3),  # passes 0, 5, 10
+        (dict(drift=0.25), 4),  # after every 3 tokens: passes 0, 3, 6, 9
+        (dict(drift=1.0), 1),
+        (dict(interval=4, drift=0.5), 3),  # 0, 4, 8: a refresh by one rule restarts the other
+        (dict(warmup=3), 3),
+    ):
+        out = decode(model, config, DualCache(**rule), batch, [0])
+        assert (out.stats.full_passes, out.stats.partial_passes) == (full, 12 - full), rule
+    same(plain, decode(model, config, DualCache(drift=0.0), batch, [0]))
 
 
 def test_policies_meet_where_they_should(model, config):
@@ -296,6 +314,7 @@ def test_nan_and_infinity_are_refused(name, value):
     [
         (lambda: DualCache(interval=0), "interval is 0"),
         (lambda: PrefixCache(warmup=-1), "warmup is -1"),
+        (lambda: DualCache(drift=1.5), "drift is 1.5"),
         (lambda: VicinityCache(look_back=-2), "look_back is -2"),
         (lambda: VicinityCache(look_ahead=1.5), "look_ahead is 1.5"),
     ],

@@ -19,12 +19,13 @@ from unidiff.tokens import Modality
 class Past(NamedTuple):
     """What the rows of a guidance stream did so far, int64 `[B]` each.
 
-    passes: those that the row had a use for. since: passes since it recomputed everything. blocks: the block of each
-    modality in its last pass.
+    passes: those that the row had a use for. since: passes since it recomputed everything. ids: `[B, L]`, its tokens
+    then. blocks: the block of each modality in its last pass.
     """
 
     passes: Tensor
     since: Tensor
+    ids: Tensor
     blocks: dict[Modality, Tensor]
 
 
@@ -33,16 +34,19 @@ class BlockRefresh(Policy, ABC):
     """When rows recompute everything; subclasses say what they recompute in between (`region`).
 
     A row refreshes in its first pass, whenever one of its modalities begins a block (also an earlier one, after
-    remasking), and by `interval`. Rows and guidance streams refresh apart from each other: a row in a batch equals the
+    remasking), and by `interval` and `drift`. Rows and guidance streams refresh apart from each other: a row in a batch equals the
     row alone.
 
     Args:
         interval: passes between two refreshes of a row within a block; None for no more than one per block, 1 is no cache.
+        drift: a row refreshes as soon as this share of its targets has changed since it last did; None for no such rule,
+            0 is no cache.
         warmup: first passes of a row, all of which recompute everything.
         rotated: keep keys after rotary (the same result, less work per pass).
     """
 
     interval: int | None = None
+    drift: float | None = None
     warmup: int = 0
     rotated: bool = True
     _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
@@ -51,6 +55,8 @@ class BlockRefresh(Policy, ABC):
         if self.interval is not None:
             check_whole("interval", self.interval, 1)
         check_whole("warmup", self.warmup, 0)
+        if self.drift is not None and not 0 <= self.drift <= 1:
+            raise ValueError(f"drift is {self.drift!r}; expected a share between 0 and 1, or None")
 
     @property
     def store(self) -> StoreOptions:  # type: ignore[override]
@@ -100,17 +106,22 @@ class BlockRefresh(Policy, ABC):
         """What the rows `busy` `[B]` of a stream recompute: some positions `[B, L]`, or everything `[B]`."""
         if past is None:
             zero = torch.zeros_like(busy, dtype=torch.long)
-            past = Past(zero, zero, {modality: zero - 1 for modality in state.clocks})
+            past = Past(zero, zero, state.ids, {modality: zero - 1 for modality in state.clocks})
         fresh, blocks = past.passes <= max(0, self.warmup - 1), {}
         for modality, clock in state.clocks.items():
             fresh = fresh | (clock.running & (clock.block != past.blocks[modality]))
             blocks[modality] = torch.where(clock.running & busy, clock.block, past.blocks[modality])
         if self.interval is not None:
             fresh = fresh | (past.since + 1 >= self.interval)
+        if self.drift is not None:
+            targets = state.batch.targets
+            changed = (targets & (state.ids != past.ids)).sum(1)
+            fresh = fresh | (changed >= self.drift * targets.sum(1))
         fresh = fresh & busy
         query = region & (busy & ~fresh)[:, None]
         since = torch.where(busy, torch.where(fresh, 0, past.since + 1), past.since)
-        return query, fresh, Past(past.passes + busy.long(), since, blocks)
+        ids = torch.where(fresh[:, None], state.ids, past.ids)
+        return query, fresh, Past(past.passes + busy.long(), since, ids, blocks)
 
 
 def places(like: Tensor) -> Tensor:
