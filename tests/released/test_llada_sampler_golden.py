@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_trace(folder, name):
     )
     sampler = Sampler(
         model,
-        vocabulary,
+        replace(vocabulary, mask_id=case["mask_id"]),
         SamplerConfig(text=text, guidance=Guidance(1 + case.get("cfg_scale", 0.0)), stop_at_eos=False),
         POLICIES[case["entry_point"]](),
     )

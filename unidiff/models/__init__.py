@@ -1,7 +1,16 @@
 """Models: the masked transformer, its parts, and the restricted heads."""
 
 from unidiff.models.heads import modality_logits, subs_log_probs
-from unidiff.models.partial import CachePlan
+from unidiff.models.partial import CachePlan, PartialHidden
+from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 
-__all__ = ["CachePlan", "MaskedTransformer", "modality_logits", "subs_log_probs"]
+__all__ = [
+    "CachePlan",
+    "FeatureStore",
+    "MaskedTransformer",
+    "PartialHidden",
+    "StoreOptions",
+    "modality_logits",
+    "subs_log_probs",
+]
