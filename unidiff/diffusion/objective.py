@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidiff.diffusion.schedules import Schedule
+from unidiff.diffusion.streamed_nll import HeadPart, LinearHead, streamed_nll
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 Head = Callable[[Tensor, int, int], Tensor]  # (hidden [n, D], start, stop) -> logits [n, stop - start]
@@ -56,13 +57,15 @@ def gather_masked(masked: Tensor, x0: Tensor, count: int) -> MaskedIndex:
 
 
 def masked_nll(
-    hidden: Tensor, head: Head, masked: Tensor, x0: TokenBatch, vocabulary: Vocabulary, count: int = 512
+    hidden: Tensor, head: Head | LinearHead, masked: Tensor, x0: TokenBatch, vocabulary: Vocabulary, count: int = 512
 ) -> Tensor:
     """-log p(x0_i | x_t) at masked positions, each through its modality's slice of the head (SUBS by slicing).
 
     Args:
         hidden: `[B, L, D]` final hidden states of x_t.
-        head: `model.head`: `(hidden [n, D], start, stop) -> logits [n, stop - start]`.
+        head: the model itself where its head is one matrix (`LinearHead`): logits are made tile by tile and made again
+            in the backward pass, so training holds no `[n, V]`. Or any `(hidden [n, D], start, stop) -> logits
+            [n, stop - start]`, for instance `model.head`, whose logits autograd keeps.
         masked: bool `[B, L]`.
         x0: the clean batch.
         count: positions per head call; the only matmul size that occurs.
@@ -73,10 +76,12 @@ def masked_nll(
     Raises:
         ValueError: a masked target lies outside its modality's id range.
     """
+    gathered = {m: gather_masked(masked & (x0.modality == m), x0.ids, count) for m in Modality}
+    if isinstance(head, LinearHead):
+        return _linear_nll(hidden, head, gathered, vocabulary)
     out = None
     for modality in Modality:
-        where = masked & (x0.modality == modality)
-        nll = modality_nll(hidden, head, gather_masked(where, x0.ids, count), vocabulary, modality)
+        nll = modality_nll(hidden, head, gathered[modality], vocabulary, modality)
         if nll is not None:
             out = nll if out is None else out + nll
     return hidden.float().sum(-1) * 0 if out is None else out
@@ -89,18 +94,44 @@ def modality_nll(
     if len(gathered.index) == 0:
         return None
     start, stop = vocabulary.range_of(modality)
-    target = torch.where(gathered.real, gathered.target - start, 0)
-    if bool(((target < 0) | (target >= stop - start)).any()):
-        raise ValueError(f"a masked {modality.name.lower()} target lies outside ids [{start}, {stop}); check the batch")
+    target = _slice_targets(gathered, vocabulary, modality)
     flat = hidden.reshape(-1, hidden.shape[-1])  # [B*L, D]
     forbidden = list(vocabulary.forbidden(modality))
     parts = [
         _chunk_nll(head(flat[index], start, stop), chunk_target, forbidden)
         for index, chunk_target in zip(gathered.index, target, strict=True)
     ]
-    nll = torch.cat(parts)  # [chunks * count]
-    dense = nll.new_zeros(len(flat) + 1).scatter(0, gathered.slot.reshape(-1), nll)[:-1]
-    return dense.view(hidden.shape[:2])
+    return _scatter(torch.cat(parts), gathered.slot, hidden)
+
+
+def _linear_nll(
+    hidden: Tensor, head: LinearHead, gathered: Mapping[Modality, MaskedIndex], vocabulary: Vocabulary
+) -> Tensor:
+    used = {m: g for m, g in gathered.items() if len(g.index)}
+    parts = tuple(
+        HeadPart(
+            g.index, _slice_targets(g, vocabulary, m), g.real, *vocabulary.range_of(m), tuple(vocabulary.forbidden(m))
+        )
+        for m, g in used.items()
+    )
+    nll = streamed_nll(hidden.reshape(-1, hidden.shape[-1]), *head.head_parameters(), parts)
+    slots = [g.slot.reshape(-1) for g in used.values()]
+    return _scatter(nll, torch.cat(slots) if slots else nll.new_zeros(0, dtype=torch.long), hidden)
+
+
+def _slice_targets(gathered: MaskedIndex, vocabulary: Vocabulary, modality: Modality) -> Tensor:
+    """Targets counted from the start of the modality's ids, `[chunks, count]`, 0 on padding."""
+    start, stop = vocabulary.range_of(modality)
+    target = torch.where(gathered.real, gathered.target - start, 0)
+    if bool(((target < 0) | (target >= stop - start)).any()):
+        raise ValueError(f"a masked {modality.name.lower()} target lies outside ids [{start}, {stop}); check the batch")
+    return target
+
+
+def _scatter(nll: Tensor, slot: Tensor, hidden: Tensor) -> Tensor:
+    """Gathered values back to their places, `[B, L]`; padding goes to a slot that is cut off."""
+    rows, length = hidden.shape[:2]
+    return nll.new_zeros(rows * length + 1).scatter(0, slot.reshape(-1), nll)[:-1].view(rows, length)
 
 
 def _chunk_nll(logits: Tensor, target: Tensor, forbidden: list[int]) -> Tensor:

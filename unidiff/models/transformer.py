@@ -218,10 +218,13 @@ class MaskedTransformer(CheckedModel):
 
     def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]` (float64 for a float64 model)."""
-        weight = self.embed_tokens.weight if self.output_weight is None else self.output_weight
-        bias = None if self.output_bias is None else self.output_bias[start:stop]
-        logits = F.linear(hidden, weight[start:stop], bias)
+        weight, bias = self.head_parameters()
+        logits = F.linear(hidden, weight[start:stop], None if bias is None else bias[start:stop])
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, D]` and bias `[V]` (or None) of the whole head."""
+        return self.embed_tokens.weight if self.output_weight is None else self.output_weight, self.output_bias
 
     def forward(self, batch: TokenBatch, time: Tensor | None = None) -> Tensor:
         """Logits over the whole vocabulary, `[B, L, V]`. For tests and small models; training slices the head."""

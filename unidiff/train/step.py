@@ -89,7 +89,7 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
             )  # [B, L, D]
             # 3. NLL at hidden positions only, each through its modality's slice of the head
             nll = masked_nll(
-                hidden, state.model.head, noisy.masked, micro.batch, state.vocabulary, state.chunk
+                hidden, state.model, noisy.masked, micro.batch, state.vocabulary, state.chunk
             )  # [B, L]
         # 4. loss: weighted, normalised by the valid targets of the whole step
         terms = joint_elbo(nll, micro.weight, micro.batch, normalizer=normalizer)
