@@ -70,6 +70,9 @@ def table(
     text_length: int = 24,
     captions: int = 4,
     questions: int = 2,
+    kinds: Annotated[
+        tuple[float, float, float, float], typer.Option(help="relative frequency of single, count, pair and group scenes")
+    ] = (0.45, 0.2, 0.2, 0.15),
 ) -> None:
     """Write a token table for `training/pretrain.py`."""
     import torch
@@ -79,7 +82,7 @@ def table(
     from unidiff.train.source import TokenTable
 
     image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
-    scenes, step = SceneGenerator(get_profile(profile), seed, split), 2048
+    scenes, step = SceneGenerator(get_profile(profile, kinds=kinds), seed, split), 2048
     parts = [
         token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, questions)
         for start in track(range(0, count, step), "scenes")

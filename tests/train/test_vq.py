@@ -12,8 +12,23 @@ import torch
 
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.image_vq import VQImageTokenizer
-from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr, reconstruction_loss, vq_forward
-from unidiff.train.vq_trainer import ImageData, ImageTokenizerConfig, emoji_images, ssim, train_image_tokenizer
+from unidiff.train.vq import (
+    CodebookAverage,
+    VQLossWeights,
+    VQModelConfig,
+    cycle_loss,
+    psnr,
+    reconstruction_loss,
+    vq_forward,
+)
+from unidiff.train.vq_trainer import (
+    ImageData,
+    ImageTokenizerConfig,
+    SpikeGuard,
+    emoji_images,
+    ssim,
+    train_image_tokenizer,
+)
 
 RECIPE = Path(__file__).resolve().parents[2] / "tokenizers" / "train_image_tokenizer.py"
 SMALL = VQModelConfig(
@@ -89,6 +104,27 @@ def test_loss_weighs_edges_and_is_zero_at_the_target() -> None:
     assert float(reconstruction_loss(near, target, only_l1)) > 2 * float(reconstruction_loss(far, target, only_l1))
 
 
+def test_cycle_loss_is_small_where_a_picture_keeps_its_codes_and_reaches_the_decoder() -> None:
+    torch.manual_seed(0)
+    model = CellVQModel(4, 16, 4, 8, 1, (8,), (1,))
+    images = torch.rand(2, 3, 16, 16)
+    codes = model.quantize(model.latents(images)).codes
+    with torch.no_grad():
+        assert float(cycle_loss(model, images, codes)) < float(cycle_loss(model, images, codes.flip(0)))
+    with_cycle, _ = vq_forward(model, images, VQLossWeights(l1=0, l2=0, gradient=0, commitment=0, cycle=1), bf16=False)
+    with_cycle.loss.backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.decoder[-1:].parameters())
+
+
+def test_spike_guard_refuses_jumps_and_gives_up() -> None:
+    guard = SpikeGuard(allowed=2)
+    assert guard.accepts(0.01, 0) and guard.accepts(0.05, 1)
+    assert not guard.accepts(1.0, 2) and not guard.accepts(float("nan"), 3)
+    assert guard.skipped == 2 and guard.level < 0.02
+    with pytest.raises(ValueError, match="lower learning_rate"):
+        guard.accepts(float("inf"), 4)
+
+
 def test_ssim_bounds() -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert float(ssim(images, images)) == pytest.approx(1.0, abs=1e-5)
@@ -100,6 +136,9 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
         train_image_tokenizer(settings(tmp_path, data=ImageData()))
     with pytest.raises(ValueError, match="decoder_only needs"):
         train_image_tokenizer(settings(tmp_path, decoder_only=True))
+    with pytest.raises(ValueError, match="cycle"):
+        vqmodel = VQModelConfig(kind="vqmodel", factor=4, decoder_widths=[8, 8, 16])
+        train_image_tokenizer(settings(tmp_path, model=vqmodel, loss=VQLossWeights(cycle=1)))
     with pytest.raises(ValueError, match="expected 'cell' or 'vqmodel'"):
         VQModelConfig(kind="gan").build()
 

@@ -58,13 +58,18 @@ class VQModelConfig:
 
 @dataclass(frozen=True)
 class VQLossWeights:
-    """Weights of the reconstruction terms; `edge_focus` multiplies errors near strong gradients of the target."""
+    """Weights of the reconstruction terms; `edge_focus` multiplies errors near strong gradients of the target.
+
+    `cycle` asks that an encoded reconstruction gets the codes it was decoded from (`CellVQModel` only): pictures that a
+    transformer draws are then read back as the tokens it drew.
+    """
 
     l1: float = 1.0
     l2: float = 2.0
     gradient: float = 0.5
     commitment: float = 0.25
     edge_focus: float = 4.0
+    cycle: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,13 @@ def reconstruction_loss(output: Tensor, target: Tensor, weights: VQLossWeights) 
     terms = weights.l1 * error.abs() + weights.l2 * error.square()
     terms = terms + weights.gradient * (gradient_down.abs() + gradient_right.abs())
     return (terms * focus).mean() / focus.mean()
+
+
+def cycle_loss(model: CellVQModel, output: Tensor, codes: Tensor, temperature: float = 0.05) -> Tensor:
+    """Cross-entropy of `codes` `[B, h, w]` under softmax(cosine / temperature) of the encoded `output` `[B, 3, H, W]`."""
+    latents = model.latents(output.clamp(0, 1)).movedim(1, -1)  # [B, h, w, d]
+    cosine = latents.flatten(0, -2) @ model.codebook.float().T  # [N, codes]
+    return F.cross_entropy(cosine / temperature, codes.flatten())
 
 
 class CodebookAverage:
@@ -148,6 +160,7 @@ def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -
     """Encode, quantise in float32, decode, and the loss; also the latents for `CodebookAverage` (`CellVQModel` only)."""
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
     latents: Tensor | None = None
+    cycle: Tensor | float = 0.0
     if isinstance(model, CellVQModel):
         with autocast:
             latents = model.latents(images)  # [B, d, h, w] float32
@@ -155,6 +168,8 @@ def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -
         vectors = latents + (quantized.vectors - latents).detach()  # straight-through gradient
         with autocast:
             output = model.decode_vectors(vectors)
+            if weights.cycle:
+                cycle = cycle_loss(model, output, quantized.codes)
         commitment, codes = (1 - (latents * quantized.vectors).sum(1)).mean(), quantized.codes
     else:  # diffusers' VQModel: its forward would quantise in bf16, so encode, quantise and decode apart
         with autocast:
@@ -163,7 +178,7 @@ def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -
         with autocast:
             output = model.decode(vectors, force_not_quantize=True).sample
         codes = flat.reshape(hidden.shape[0], *hidden.shape[-2:])
-    loss = reconstruction_loss(output, images, weights) + weights.commitment * commitment
+    loss = reconstruction_loss(output, images, weights) + weights.commitment * commitment + weights.cycle * cycle
     mse = F.mse_loss(output.detach().float(), images)
     return VQStep(loss, mse, codes), latents.detach() if latents is not None else None
 

@@ -24,9 +24,13 @@ from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr
 
 @dataclass(frozen=True)
 class ImageData:
-    """Where pictures come from: the scene generator (`emoji_profile`), or webdataset shards (`shards`)."""
+    """Where pictures come from: the scene generator (`emoji_profile`), or webdataset shards (`shards`).
+
+    `emoji_kinds` are the relative frequencies of single, count, pair and group scenes (many sprites per picture).
+    """
 
     emoji_profile: str | None = None
+    emoji_kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
     shards: list[str] = field(default_factory=list)
     image_size: int = 256
     validation_images: int = 256
@@ -68,73 +72,102 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     generator = torch.Generator().manual_seed(config.seed)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    loaded = VQImageTokenizer.from_pretrained(config.init_from).model if config.init_from else None
-    model: Any = loaded or config.model.build()
-    model = model.train().to(memory_format=torch.channels_last)
-    average = CodebookAverage(model) if isinstance(model, CellVQModel) and not config.decoder_only else None
-    if average is not None and config.init_from:
-        average.started = True
-    if config.decoder_only:
-        if not (isinstance(model, CellVQModel) and config.init_from):
-            raise ValueError("decoder_only needs init_from with a CellVQModel; set init_from or turn decoder_only off")
-        model.encoder.requires_grad_(False)
-    optimiser = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.01,
-    )
+    model, average = _build(config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     batches, validation = _batches(config)
-    best, seen_mse, skipped, start = -math.inf, None, 0, time.monotonic()
+    best, guard, start = -math.inf, SpikeGuard(), time.monotonic()
     for step in range(config.steps):
+        # 1. reconstruct a batch, and the gradient of the loss
         images = next(batches)
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config.warmup_steps, config.steps)
         result, latents = vq_forward(model, images, config.loss, config.bf16)
         optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
-        mse = float(result.mse)
-        # A spike once threw a run from 20 dB to 0.5: leave out a step whose error jumps or is not a number.
-        if not math.isfinite(mse) or (seen_mse is not None and mse > 8 * seen_mse + 0.02):
-            skipped += 1
-            if skipped > 50:
-                raise ValueError(f"more than 50 steps diverged, the last at step {step}; lower learning_rate")
+        if not guard.accepts(float(result.mse), step):
             continue
-        seen_mse = mse if seen_mse is None else 0.98 * seen_mse + 0.02 * mse
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # 2. weights, then the codebook
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         revived = 0
         if average is not None and latents is not None:
             revive = step % 10 == 0 and step < config.revive_until * config.steps
             revived = average.update(result.codes, latents, generator, revive)
-        if step % config.log_every == 0 or step == config.steps - 1:
-            line = {"step": step, "loss": round(result.loss.item(), 5), "psnr": round(psnr(seen_mse), 2),
-                    "codes": int(result.codes.unique().numel()), "revived": revived,
-                    "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
-            print(json.dumps(line), flush=True)
-            with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-        if (step + 1) % config.validate_every == 0 or step == config.steps - 1:
+        # 3. report, and keep the best weights
+        last, seconds = step == config.steps - 1, round(time.monotonic() - start, 1)
+        if step % config.log_every == 0 or last:
+            line = {"step": step, "loss": round(result.loss.item(), 5), "psnr": round(psnr(guard.level), 2),
+                    "codes": int(result.codes.unique().numel()), "revived": revived, "seconds": seconds}  # fmt: skip
+            _say(line, out / "log.jsonl")
+        if (step + 1) % config.validate_every == 0 or last:
             report = measure(model, validation)
-            print(json.dumps({"validation": report}), flush=True)
+            _say({"validation": report, "step": step + 1}, out / "log.jsonl")
             if report["psnr"] > best:
                 best = report["psnr"]
-                report |= {"step": step + 1, "skipped_steps": skipped, "seconds": round(time.monotonic() - start, 1)}
+                report |= {"step": step + 1, "skipped_steps": guard.skipped, "seconds": seconds}
                 _save(model, out, report, validation)
             model.train()
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
+class SpikeGuard:
+    """Leaves out steps whose error jumps or is not a number: one such step once threw a run from 20 dB to 0.5."""
+
+    def __init__(self, allowed: int = 50) -> None:
+        self.allowed, self.skipped = allowed, 0
+        self.level: float = math.inf  # moving average of the mean squared error
+
+    def accepts(self, mse: float, step: int) -> bool:
+        """Whether to take a step with this error. Raises ValueError after too many refusals."""
+        if not math.isfinite(mse) or mse > 8 * self.level + 0.02:
+            self.skipped += 1
+            if self.skipped > self.allowed:
+                raise ValueError(
+                    f"more than {self.allowed} steps diverged, the last at step {step}; lower learning_rate"
+                )
+            return False
+        self.level = mse if math.isinf(self.level) else 0.98 * self.level + 0.02 * mse
+        return True
+
+
+def _build(config: ImageTokenizerConfig) -> tuple[Any, CodebookAverage | None]:
+    """The model to train, and the moving averages of its codebook where it learns one that way."""
+    loaded = VQImageTokenizer.from_pretrained(config.init_from).model if config.init_from else None
+    model: Any = (loaded or config.model.build()).float().train().to(memory_format=torch.channels_last)
+    cell = isinstance(model, CellVQModel)
+    if config.loss.cycle and not cell:
+        raise ValueError(f"loss.cycle {config.loss.cycle} needs a CellVQModel; set it to 0 or model.kind to 'cell'")
+    if config.decoder_only:
+        if not (cell and config.init_from):
+            raise ValueError("decoder_only needs init_from with a CellVQModel; set init_from or turn decoder_only off")
+        model.encoder.requires_grad_(False)
+    average = CodebookAverage(model) if cell and not config.decoder_only else None
+    if average is not None and config.init_from:
+        average.started = True
+    return model, average
+
+
+def _say(line: dict, log: Path) -> None:
+    text = json.dumps(line)
+    print(text, flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
 @torch.no_grad()
 def measure(model, validation: Tensor) -> dict:
-    """PSNR (dB), SSIM (7 x 7 uniform window) and the share of codes used on `validation` `[N, 3, H, W]`."""
+    """PSNR (dB), SSIM (7 x 7 uniform window), the share of codes used, and the share of codes that stay the same when a
+    reconstruction is encoded again, on `validation` `[N, 3, H, W]`."""
     tokenizer = VQImageTokenizer(model)
-    codes, outputs = [], []
+    codes, outputs, kept = [], [], []
     for chunk in validation.split(64):
         codes.append(tokenizer.encode(chunk))
         outputs.append(tokenizer.decode(codes[-1]))
+        kept.append((tokenizer.encode(outputs[-1]) == codes[-1]).float())
     output, used = torch.cat(outputs), torch.cat(codes).unique().numel()
     return {
+        "codes_kept": round(float(torch.cat(kept).mean()), 4),
         "psnr": round(psnr(float((output - validation).square().mean())), 3),
         "ssim": round(float(ssim(output, validation)), 4),
         "codes_used": used,
@@ -156,9 +189,11 @@ def ssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
     return (score / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
 
 
-def emoji_images(profile_name: str, seed: int, start: int, count: int) -> Tensor:
+def emoji_images(
+    profile_name: str, seed: int, start: int, count: int, kinds: tuple[float, ...] = ImageData.emoji_kinds
+) -> Tensor:
     """Rendered training scenes `start .. start + count`: float `[count, 3, H, W]` in [0, 1]."""
-    profile = get_profile(profile_name, kinds=(0.15, 0.25, 0.4, 0.2))  # many sprites per picture
+    profile = get_profile(profile_name, kinds=kinds)
     scenes = SceneGenerator(profile, seed, split="all")
     pixels = np.stack([render(scenes.scene(start + i), profile) for i in range(count)])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -176,7 +211,9 @@ def _batches(config: ImageTokenizerConfig) -> tuple[Iterator[Tensor], Tensor]:
     def endless() -> Iterator[Tensor]:
         index = 0
         while True:
-            yield emoji_images(profile, config.seed, index, size).contiguous(memory_format=torch.channels_last)
+            yield emoji_images(profile, config.seed, index, size, data.emoji_kinds).contiguous(
+                memory_format=torch.channels_last
+            )
             index += size
 
     return endless(), emoji_images(profile, config.seed + 1, 0, data.validation_images)
