@@ -1,4 +1,4 @@
-"""UniDisc's objective, corruption and sequence scores (golden set `unidisc`, folders static and small)."""
+"""UniDisc's objective, corruption and sequence scores (golden set `unidisc`)."""
 
 import json
 
@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll, sample_times
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.diffusion.objective import time_weight
-from unidiff.diffusion.variants import unidisc_capped_total, unidisc_dropout
-from unidiff.released.unidisc import load_unidisc, unidisc_batch, unidisc_keymap
+from unidiff.diffusion.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
+from unidiff.released.unidisc import load_unidisc, unidisc_batch, unidisc_interleaved, unidisc_keymap
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden
-FOLDERS = [f for f in golden_folders("unidisc") if (f / "config.json").is_file()]
+FOLDERS = [f for f in golden_folders("unidisc") if any(f.glob("*loss.safetensors"))]
 SCHEDULE = get_schedule("loglinear", eps=1e-3)
 
 if not FOLDERS:
@@ -30,6 +30,7 @@ class Set:
         self.config = json.loads((folder / "config.json").read_text())
         self.trainer = self.config["config"]["trainer"]
         self.model, self.vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), self.config)
+        self.packed = unidisc_interleaved(self.config)
 
     def load(self, name):
         path = self.folder / f"{name}.safetensors"
@@ -40,9 +41,6 @@ class Set:
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda f: f.name)
 def golden(request):
-    config = json.loads((request.param / "config.json").read_text())["config"]
-    if config.get("data", {}).get("require_sample_ids") or config.get("time_conditioning"):
-        pytest.skip("the interleaved layout and time conditioning belong to the released-checkpoints issue")
     return Set(request.param)
 
 
@@ -66,9 +64,11 @@ class Variant:
         if name == "as_config":
             self.kind = "softmin_snr" if trainer["softmin_snr"] else "elbo"
         self.gamma = float(trainer["softmin_snr"])
-        self.capped = name.endswith("txtcap")
-        self.everything = "fullmask" in name or name == "as_config"
-        image_weight = 0.2 if self.capped else trainer["img_loss_weight"] if "weighted" in name else 1.0
+        configured = name == "as_config"
+        self.capped = name.endswith("txtcap") or (configured and golden.packed)
+        self.everything = "fullmask" in name or (configured and not golden.packed)
+        weighted = "weighted" in name or (configured and golden.packed)
+        image_weight = 0.2 if self.capped and not configured else trainer["img_loss_weight"] if weighted else 1.0
         self.weights = {Modality.TEXT: trainer["text_loss_weight"], Modality.IMAGE: image_weight}
         self.rows = stored["textonly.rows"] if name.startswith("textonly") else torch.arange(len(stored["x0"]))
         self.ignored_last = name.endswith("ignore_last_row")
@@ -79,7 +79,8 @@ def compute(golden, stored, variant):
     rows = variant.rows
     attended = stored["attention_mask"][rows].bool()
     counted = torch.ones_like(attended) if variant.everything else attended
-    batch = unidisc_batch(stored["x0"][rows], stored["modality"][rows], counted)
+    samples = stored["sample_ids"][rows] if golden.packed else None
+    batch = unidisc_batch(stored["x0"][rows], stored["modality"][rows], counted, samples)
     nll = token_nll(golden, batch, stored["move_indices"][rows].bool())
     t = stored["t"][rows]
     terms = joint_elbo(nll, time_weight(variant.kind, SCHEDULE, t, variant.gamma), batch, variant.weights)
@@ -162,20 +163,44 @@ def test_gradient_norms(golden):
         close(theirs[name].norm(), expected, rtol=2e-4 if "bias" in name else 1e-4, atol=1e-7)
 
 
-def test_small_loss(golden):
+def test_configured_loss(golden):
     stored = golden.load("forward_loss")
-    batch = unidisc_batch(stored["x0"], stored["modality"])
+    batch = unidisc_batch(stored["x0"], stored["modality"], sample_ids=stored.get("sample_ids"))
     noisy = hide(batch, stored["move_indices"].bool(), golden.vocabulary).batch
     assert torch.equal(noisy.ids, stored["input_ids"])
     with torch.no_grad():
         compared = set().union(*(check_variant(golden, stored, name) for name in variants(stored)))
-    inputs = {"x0", "modality", "attention_mask", "t", "move_indices", "input_ids"}
+    inputs = {"x0", "modality", "attention_mask", "sample_ids", "t", "move_indices", "input_ids"}
     network = {"logits", "rope_cos", "rope_sin"}  # tests/released compares the network's own tensors
-    assert compared and compared | inputs | network == set(stored)
+    assert compared and set(stored) <= compared | inputs | network
+
+
+def test_interleaved_corruption(golden):
+    stored = golden.load("corruption")
+    if not golden.packed:
+        pytest.skip("the static layout drops whole modalities")
+    batch = unidisc_batch(stored["x0"], stored["modality"], sample_ids=stored["sample_ids"])
+    everywhere = unidisc_batch(stored["x0"], stored["modality"])  # upstream masks padding too, which nothing sees
+    plain = mask_tokens(everywhere, stored["move_chance"][:, 0], golden.vocabulary, stored["u_token"]).masked
+    probability = golden.trainer["mask_entire_modality"]
+    dropped = unidisc_block_dropout(plain, batch, probability, stored["u_block"][:, 0])
+    actual = {
+        "move_indices": dropped.masked,
+        "xt": hide(batch, dropped.masked, golden.vocabulary).batch.ids,
+        "ignore_metrics": dropped.rows,
+    }
+    for key, value in actual.items():
+        assert torch.equal(value.long(), stored[key].long()), key
+    inputs = {"x0", "modality", "sample_ids", "move_chance", "u_token", "u_block", "n_rand"}  # n_rand: a count of calls
+    assert set(actual) | inputs == set(stored)
+    with pytest.raises(ValueError, match="one per block of more than 4 tokens"):
+        unidisc_block_dropout(plain, batch, probability, stored["u_block"][:1, 0])
 
 
 def test_corruption(golden):
     stored = golden.load("corruption")
+    if golden.packed:
+        pytest.skip("the interleaved layout drops blocks")
     batch = unidisc_batch(stored["x0"], stored["modality"])
     plain = mask_tokens(batch, stored["move_chance"], golden.vocabulary, stored["u_token"]).masked
     compared = {"x0", "modality", "move_chance", "u_token", "u_drop_txt", "u_drop_img"}

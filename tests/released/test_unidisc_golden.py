@@ -12,30 +12,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.models import subs_log_probs
-from unidiff.models.rotary import rotary_tables
+from unidiff.models.image_spans import image_spans
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.unidisc import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict, unidisc_vocabulary
+from unidiff.released.unidisc import (
+    load_unidisc,
+    unidisc_batch,
+    unidisc_config,
+    unidisc_interleaved,
+    unidisc_state_dict,
+    unidisc_vocabulary,
+)
 from unidiff.tokens import Vocabulary
 
 TOLERANCE = dict(atol=5e-5, rtol=1e-5)
-INPUTS = {"x0", "input_ids", "modality", "attention_mask", "sigma", "text_only_input_ids", "text_only_modality"}
+INPUTS = {
+    *("x0", "input_ids", "modality", "attention_mask", "sample_ids", "sigma"),
+    *("text_only_input_ids", "text_only_modality"),
+}
 OBJECTIVE = ("t", "move_indices", "as_config.")  # the training objective: compared by the objective's golden tests
-LATER = "belongs to the released-checkpoints issue (packed samples, several images, per-size rotary tables)"
 
 
 def sets() -> list:
     found = [f for f in golden_folders("unidisc") if (f / "weights.safetensors").is_file()]
     if not found:
         return [pytest.param(None, marks=pytest.mark.skip(reason="golden set unidisc is not there"))]
-    return [pytest.param(f, id=f.name, marks=[pytest.mark.skip(reason=LATER)] if interleaved(f) else []) for f in found]
+    return [pytest.param(f, id=f.name) for f in found]
 
 
 def read_config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
-
-
-def interleaved(folder: Path) -> bool:
-    return bool(read_config(folder)["config"].get("data", {}).get("require_sample_ids"))
 
 
 def forward_file(folder: Path) -> dict[str, Tensor]:
@@ -61,8 +66,10 @@ def test_every_weight_maps_both_ways(folder):
 def test_forward_matches_the_reference(folder):
     stored, config = forward_file(folder), read_config(folder)
     model, vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), config)
-    batch = unidisc_batch(stored["input_ids"], stored["modality"], stored.get("attention_mask"))
-    assert batch.attention_mask() is None, "padding takes part in attention"
+    samples = stored.get("sample_ids")
+    batch = unidisc_batch(stored["input_ids"], stored["modality"], stored.get("attention_mask"), samples)
+    assert (samples is not None) == unidisc_interleaved(config)
+    assert (batch.attention_mask() is None) == (samples is None), "padding takes part in attention unless packed"
     hidden: dict[str, Tensor] = {}
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda _m, _a, output, name=f"hidden.{i}": hidden.update({name: output}))
@@ -92,15 +99,9 @@ def test_forward_matches_the_reference(folder):
 
 def rotary(model, batch, stored) -> dict[str, Tensor]:
     """The stored half tables, from ours: text rows by index, image rows by row and column."""
-    c = model.config
-    head_dim = c.hidden_size // c.num_heads
-    half = head_dim // 2
 
     def tables(rows, modality):
-        made = rotary_tables(
-            rows[None], torch.full((1, len(rows)), modality), head_dim, c.rope, c.rope_theta, c.rope_linear_factor
-        )
-        return made.cos[0, :, 0, :half], made.signed_sin[0, :, 0, half:]
+        return half_tables(model, rows, modality)
 
     out: dict[str, Tensor] = {}
     if "rope_cos" in stored:
@@ -114,6 +115,50 @@ def rotary(model, batch, stored) -> dict[str, Tensor]:
         row = int((stored["modality"] == 1).any(1).nonzero()[0])
         out["rope.img_cos"], out["rope.img_sin"] = tables(batch.positions[row][stored["modality"][row] == 1], 1)
     return out
+
+
+def half_tables(model, positions, modality):
+    """cos and sin of the first half of a head, `[L, head_dim / 2]`, for one row of one modality."""
+    made, _ = model.place(positions[None], torch.full((1, len(positions)), modality))
+    half = made.cos.shape[-1] // 2
+    return made.cos[0, :, 0, :half], made.signed_sin[0, :, 0, half:]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("folder", [p for p in sets() if p.values[0] and (p.values[0] / "rope.safetensors").is_file()])
+def test_every_image_size_has_its_own_rotary_table(folder):
+    stored, config = load_file(folder / "rope.safetensors"), read_config(folder)
+    with torch.device("meta"):
+        model = MaskedTransformer(**unidisc_config(config))
+    compared = set()
+    for name in sorted(key.removesuffix(".rows") for key in stored if key.endswith(".rows")):
+        rows, image = stored[f"{name}.rows"], name.startswith("img")
+        count = int(name.removeprefix("img")) if image else int(rows.max()) + 1
+        batch = unidisc_batch(torch.zeros(1, count, dtype=torch.long), torch.full((1, count), int(image)))
+        made = half_tables(model, batch.positions[0], int(image))
+        for part, value in zip(("cos", "sin"), made, strict=True):
+            torch.testing.assert_close(value[rows], stored[f"{name}.{part}"], **TOLERANCE)
+        compared |= {f"{name}.{part}" for part in ("rows", "cos", "sin")}
+    assert compared == set(stored)
+
+
+def test_interleaved_samples_keep_to_themselves():
+    """Positions restart, images are counted in their sample, padding is invisible, and each defect has its sentence."""
+    modality = torch.cat((torch.zeros(2), torch.ones(256), torch.zeros(2), torch.ones(256), torch.zeros(3))).long()[
+        None
+    ]
+    samples = torch.tensor([[0] * 258 + [1] * 258 + [-1] * 3])
+    ids = torch.zeros_like(samples)
+    batch = unidisc_batch(ids, modality, sample_ids=samples)
+    assert batch.positions[0, [0, 2, 257, 258, 260], 0].tolist() == [0, 2, 257, 0, 2]
+    assert image_spans(batch.positions, modality).number.max() == 0
+    assert not batch.valid[0, -3:].any() and batch.given[0, -3:].all() and not batch.given[0, :-3].any()
+    one = unidisc_batch(ids, modality, sample_ids=torch.where(samples >= 0, 0, -1))
+    spans = image_spans(one.positions, modality)
+    assert spans.number[0, [2, 257, 258, 260, 515]].tolist() == [0, 0, 0, 1, 1]
+    assert spans.side[0, [1, 2, 260]].tolist() == [1, 16, 16]
+    with pytest.raises(ValueError, match="image of 4x4 codes; expected a side of"):
+        unidisc_batch(ids[:, :16], torch.ones_like(ids[:, :16]), sample_ids=torch.zeros_like(ids[:, :16]))
 
 
 def test_released_sizes_and_vocabularies():

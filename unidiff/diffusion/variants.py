@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidiff.diffusion.objective import ElboTerms
-from unidiff.tokens import Modality
+from unidiff.tokens import Modality, TokenBatch
+
+SMALLEST_BLOCK = 4  # runs of this many tokens or fewer are never dropped by UniDisc
 
 
 def discrete_time(t: Tensor, steps: int) -> Tensor:
@@ -108,6 +110,51 @@ def unidisc_dropout(
     is_text = modality == Modality.TEXT
     dropped = torch.where(text[:, None], is_text, ~is_text)
     return ModalityDropout(torch.where((text | image)[:, None], dropped, masked), text, image)
+
+
+@dataclass(frozen=True)
+class BlockDropout:
+    """UniDisc's guidance dropout of packed rows.
+
+    Attributes:
+        masked: bool `[B, L]`, what is hidden after dropping. rows: bool `[B]`, rows with a dropped block.
+    """
+
+    masked: Tensor
+    rows: Tensor
+
+
+def unidisc_block_dropout(masked: Tensor, batch: TokenBatch, probability: float, u: Tensor) -> BlockDropout:
+    """Hide whole blocks: the k-th (from 0) of the n blocks of a sample with probability 2 p (k + 1) / n.
+
+    A block is a run of more than 4 tokens of one modality in one sample. Its other tokens keep their own masks.
+
+    Args:
+        masked: bool `[B, L]` from the forward process.
+        batch: packed rows.
+        probability: p, upstream `mask_entire_modality`.
+        u: uniforms, one per block at least, in row-major order.
+
+    Raises:
+        ValueError: fewer uniforms than blocks.
+    """
+    masked, rows, used = masked.clone(), torch.zeros_like(masked[:, 0]), 0
+    for row in range(len(masked)):
+        key = torch.where(batch.valid[row], batch.sample_ids[row] * len(Modality) + batch.modality[row], -1)
+        values, lengths = key.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0)
+        blocks: dict[int, list[tuple[int, int]]] = {}
+        for value, length, end in zip(values.tolist(), lengths.tolist(), ends.tolist(), strict=True):
+            if value >= 0 and length > SMALLEST_BLOCK:
+                blocks.setdefault(value // len(Modality), []).append((end - length, end))
+        for own in blocks.values():
+            if used + len(own) > len(u):
+                raise ValueError(f"got {len(u)} uniforms for more blocks; give one per block of more than 4 tokens")
+            for k, (start, stop) in enumerate(own):
+                if float(u[used + k]) < 2 * probability * (k + 1) / len(own):
+                    masked[row, start:stop], rows[row] = True, True
+            used += len(own)
+    return BlockDropout(masked, rows)
 
 
 def unidisc_capped_total(terms: ElboTerms, modality_weights: Mapping[Modality, float]) -> Tensor:

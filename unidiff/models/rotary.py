@@ -26,7 +26,7 @@ def rotary_tables(
     head_dim: int,
     kind: str = "2d",
     theta: float = 1e4,
-    linear_factor: float = 1.0,
+    linear_factor: float | Tensor = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> RotaryTables:
     """Tables for one batch.
@@ -38,7 +38,8 @@ def rotary_tables(
         kind: "1d": every token turns by its index. "2d": image tokens turn by row and column instead, in the
             interleaved layout [h0, w0, h1, w1, ...] of UniDisc, whose frequencies are theta^(-4i/head_dim).
         theta: base of the frequencies.
-        linear_factor: rows and columns are divided by it (UniDisc: 1 at 256 px, 2 at 512 px).
+        linear_factor: rows and columns are divided by it (UniDisc: 1 at 256 px, 2 at 512 px); a number, or one per
+            token `[B, L, 1]`.
         dtype: of the angles and tables; float32 or float64.
     """
     index = positions[..., 0, None].to(dtype)  # [B, L, 1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unidiff.models.attention import block_causal_mask
-from unidiff.models.rotary import RotaryTables, rotary_tables, rotate
+from unidiff.models.rotary import RotaryTables, rotate
 from unidiff.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -61,10 +61,7 @@ class FeatureStore:
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = torch.zeros(rows, dtype=torch.bool)
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.rotary = rotary_tables(
-            batch.positions, batch.modality, self.head_dim, c.rope, c.rope_theta, c.rope_linear_factor, dtype
-        )
+        self.rotary, self.images = model.place(batch.positions, batch.modality)
         allowed = batch.attention_mask()
         if c.attention == "block_causal":
             allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
@@ -109,6 +106,7 @@ class FeatureStore:
         part.rotated, part.outputs, part.head_dim = self.rotated, self.outputs, self.head_dim
         part.modality, part._everywhere = self.modality[rows], self._everywhere[rows]
         part.rotary = RotaryTables(*(table[rows] for table in self.rotary))
+        part.images = None if self.images is None else self.images[rows]
         part.allowed = None if self.allowed is None else self.allowed[rows]
         return part
 

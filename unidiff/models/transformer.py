@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from unidiff.checked import CheckedModel
 from unidiff.models.attention import Attention, block_causal_mask
 from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
+from unidiff.models.image_spans import image_spans
 from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
 from unidiff.models.partial import CachePlan, PartialHidden, Select, partial_hidden
 from unidiff.models.rotary import RotaryTables, rotary_tables
@@ -83,8 +84,10 @@ class MaskedTransformer(CheckedModel):
             `qk_norm_eps` its epsilon (None: `norm_eps`).
         activation: "swiglu", "gelu" (erf) or "gelu_tanh".
         rope: "1d" (index) or "2d" (image tokens by row and column); `rope_theta` and `rope_linear_factor` as in
-            `rotary_tables`.
+            `rotary_tables`. rope_grid: every image spans this many steps whatever its side: the factor of an image is
+            its side over `rope_grid`, and `rope_linear_factor` stays 1 (UniDisc, interleaved).
         modality_embedding: add a learned vector per modality to the input.
+        image_embeddings: add a learned vector per image of a sample, at its tokens; how many images have one, 0 for none.
         time_conditioning: adaLN on the time given to `hidden`; `cond_dim` the condition's size.
         time_scale: the time is multiplied by it before the sinusoidal embedding.
         constant_time: the network always sees this time, whatever it is given (MDLM without time conditioning).
@@ -116,7 +119,9 @@ class MaskedTransformer(CheckedModel):
         rope: str = "2d",
         rope_theta: float = 1e4,
         rope_linear_factor: float = 1.0,
+        rope_grid: int | None = None,
         modality_embedding: bool = True,
+        image_embeddings: int = 0,
         time_conditioning: bool = False,
         cond_dim: int = 128,
         time_scale: float = 1.0,
@@ -137,6 +142,7 @@ class MaskedTransformer(CheckedModel):
         _check_config(c)
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.embed_modality = nn.Embedding(len(Modality), hidden_size) if modality_embedding else None
+        self.embed_image = nn.Embedding(image_embeddings, hidden_size) if image_embeddings else None
         self.embed_time = TimeEmbedding(cond_dim) if time_conditioning else None
         self.blocks = nn.ModuleList(self._make_block() for _ in range(num_layers))
         self.final_norm = Norm(hidden_size, norm, norm_eps)
@@ -163,12 +169,10 @@ class MaskedTransformer(CheckedModel):
             time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
         """
         c = self.config
-        dtype = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
-        head_dim = c.hidden_size // c.num_heads
         # 1. embed
-        x = self.embed(ids, modality)  # [B, L, D]
-        # 2. what all layers share: rotary tables, visibility, condition
-        rotary = rotary_tables(positions, modality, head_dim, c.rope, c.rope_theta, c.rope_linear_factor, dtype)
+        rotary, images = self.place(positions, modality)
+        x = self.embed(ids, modality, images)  # [B, L, D]
+        # 2. what all layers share besides the rotary tables: visibility, condition
         if c.attention == "block_causal":
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
         condition = self.condition(modality, time)
@@ -206,10 +210,29 @@ class MaskedTransformer(CheckedModel):
         """
         return partial_hidden(self, ids, plan, store, time, select)
 
-    def embed(self, ids: Tensor, modality: Tensor) -> Tensor:
-        """Input of the first layer `[B, L, D]`."""
+    def place(self, positions: Tensor, modality: Tensor) -> tuple[RotaryTables, Tensor | None]:
+        """What positions `[B, L, 3]` mean to the network: rotary tables, and with `image_embeddings` the number of each
+        token's image in its sample, int64 `[B, L]`."""
+        c = self.config
+        dtype = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
+        factor: float | Tensor = c.rope_linear_factor
+        spans = None
+        if c.rope_grid is not None or self.embed_image is not None:
+            spans = image_spans(positions, modality)
+        if c.rope_grid is not None and spans is not None:
+            factor = spans.side[..., None].to(dtype) / c.rope_grid
+        head_dim = c.hidden_size // c.num_heads
+        rotary = rotary_tables(positions, modality, head_dim, c.rope, c.rope_theta, factor, dtype)
+        return rotary, spans.number if self.embed_image is not None and spans is not None else None
+
+    def embed(self, ids: Tensor, modality: Tensor, images: Tensor | None = None) -> Tensor:
+        """Input of the first layer `[B, L, D]`; `images` as `place` returns it."""
         x = F.embedding(ids, self.embed_tokens.weight)
-        return x if self.embed_modality is None else x + F.embedding(modality, self.embed_modality.weight)
+        if self.embed_modality is not None:
+            x = x + F.embedding(modality, self.embed_modality.weight)
+        if self.embed_image is not None and images is not None:
+            x = x + F.embedding(images, self.embed_image.weight) * (modality == Modality.IMAGE)[..., None]
+        return x
 
     def finish(self, x: Tensor, condition: Condition | None) -> Tensor:
         """The final norm."""
@@ -321,5 +344,7 @@ def _check_config(c: Any) -> None:
         raise ValueError(f"num_kv_heads = {c.num_kv_heads} must divide num_heads = {c.num_heads}")
     if (c.attention == "block_causal") != (c.block_length is not None) or (c.block_length or 1) < 1:
         raise ValueError(f"attention = {c.attention!r} with block_length = {c.block_length}; give both, or neither")
+    if c.rope_grid is not None and (c.rope != "2d" or c.rope_grid < 1 or c.rope_linear_factor != 1):
+        raise ValueError(f"rope_grid = {c.rope_grid} needs rope '2d', at least 1 and rope_linear_factor 1")
     if not 0 <= c.dropout < 1:
         raise ValueError(f"dropout = {c.dropout} must lie in [0, 1)")

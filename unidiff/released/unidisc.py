@@ -1,13 +1,16 @@
-"""UniDisc (Swerdlow et al. 2025, arXiv 2503.20853): checkpoints of its `DIT` network, static text-then-image layout.
+"""UniDisc (Swerdlow et al. 2025, arXiv 2503.20853): checkpoints of its `DIT` network, both layouts.
 
-Conventions of the family: padding is ordinary text that attention sees and no loss counts; text uses its index in the
-row, image tokens their row and column; one shared [MASK]; the network takes no time unless the config says so.
+Conventions of the family: text uses its index, image tokens their row and column; one shared [MASK]; the network takes
+no time unless the config says so. In the *static* layout a row is one text and one image, and padding is ordinary text
+that attention sees and no loss counts. In the *interleaved* one, rows are packed with samples of texts and images of
+several sizes, padding is invisible, and an image adds a vector for its number in the sample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,11 +28,16 @@ NORM_TYPES = {"layernorm": "layer", "rms": "rms"}
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
 SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
+INTERLEAVED_SIDES = (16, 32, 48, 64)  # rows and columns of the images that upstream has rotary tables for
+INTERLEAVED_IMAGES = 16  # images of a sample that have a vector of their own
 UNSUPPORTED = ("use_pretrained_img_emb", "img_cond", "cond_label")  # other networks under the same class
 
 
 def load_unidisc(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[MaskedTransformer, Vocabulary]:
     """Model and vocabulary from an upstream state dict and configuration.
 
@@ -38,12 +46,13 @@ def load_unidisc(
         config: the upstream experiment configuration (`model`, `trainer`, `data`, ...), or a mapping that holds it
             under `config` beside `vocab_size`, `text_vocab_size` and `mask_index`. Keys that do not matter are ignored.
         dtype: cast the weights; None keeps the checkpoint's.
+        device: where to load; None for the CPU.
 
     Raises:
         ValueError: weights left over, missing or misshaped, or an option that is another network.
     """
     kwargs = unidisc_config(config)
-    return build(kwargs, unidisc_keymap(kwargs), state_dict, dtype), unidisc_vocabulary(config)
+    return build(kwargs, unidisc_keymap(kwargs), state_dict, dtype, device), unidisc_vocabulary(config)
 
 
 def unidisc_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
@@ -75,13 +84,12 @@ def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not model.get("full_attention", True):
         raise ValueError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
-    if full.get("data", {}).get("require_sample_ids", False):
-        raise ValueError("UniDisc option data.require_sample_ids = True (interleaved layout) is not supported")
     norm_type = model.get("norm_type", "layernorm")
     if norm_type not in NORM_TYPES:
         raise ValueError(f"UniDisc option norm_type = {norm_type!r}; expected one of {sorted(NORM_TYPES)}")
     norm = NORM_TYPES[norm_type]
     sandwich = bool(model.get("sandwich_normalization", False))
+    packed = unidisc_interleaved(config)
     return {
         "vocab_size": unidisc_vocabulary(config).size,
         "hidden_size": model.get("hidden_size", 768),
@@ -95,8 +103,10 @@ def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm_eps": LAYER_NORM_EPS,
         "activation": "gelu_tanh",
         "rope": "2d" if model.get("rope_2d", False) else "1d",
-        "rope_linear_factor": float(model.get("linear_factor") or 1.0),
+        "rope_linear_factor": 1.0 if packed else float(model.get("linear_factor") or 1.0),
+        "rope_grid": INTERLEAVED_SIDES[0] if packed and model.get("rope_2d", False) else None,
         "modality_embedding": bool(model.get("modality_embed", False)),
+        "image_embeddings": INTERLEAVED_IMAGES if packed else 0,
         "time_conditioning": bool(full.get("time_conditioning", False) or model.get("force_time_conditioning", False)),
         "cond_dim": model.get("cond_dim", 128),
         "time_tokens": "image",
@@ -106,6 +116,11 @@ def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_bias": True,
         "dropout": float(model.get("dropout", 0.1)),
     }
+
+
+def unidisc_interleaved(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of the interleaved layout."""
+    return bool(config.get("config", config).get("data", {}).get("require_sample_ids", False))
 
 
 def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:
@@ -126,7 +141,9 @@ def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:
         *((("ffn_out_norm.weight", "post_ff_norm.weight"),) if sandwich else ()),
         *((("attention_out_norm.weight", "pre_residual_norm.weight"),) if sandwich else ()),
     ]
+    images = config["image_embeddings"]
     entries = [
+        *([Entry("embed_image.weight", "img_count_embedding")] if images else ()),
         Entry("embed_tokens.weight", "vocab_embed.embedding"),
         *(TIME_ENTRIES if time else ()),
         *([Entry("embed_modality.weight", "modality_embed.embedding")] if config["modality_embedding"] else ()),
@@ -136,37 +153,57 @@ def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:
     return KeyMap(entries, config["num_layers"], PREFIXES)
 
 
-def unidisc_batch(ids: Tensor, modality: Tensor, attended: Tensor | None = None) -> TokenBatch:
-    """Ids in UniDisc's static layout as a `TokenBatch`.
+def unidisc_batch(
+    ids: Tensor, modality: Tensor, attended: Tensor | None = None, sample_ids: Tensor | None = None
+) -> TokenBatch:
+    """Ids in UniDisc's layouts as a `TokenBatch`. Each run of image tokens is one square image.
 
-    Every position is valid, because the network sees padding; positions that are not `attended` are given, so they are
-    never targets. Each run of image tokens is taken as one square grid.
+    Static: every position is valid, because the network sees padding; positions that are not `attended` are given, so
+    they are never targets. Interleaved: with `sample_ids`; positions count from 0 in each sample.
 
     Args:
         ids, modality: int64 `[B, L]`.
         attended: `[B, L]`, upstream's attention mask (0 on padding); None for all ones.
+        sample_ids: int64 `[B, L]`, the packed sample of every token, -1 on padding; None for the static layout.
 
     Raises:
-        ValueError: a run of image tokens that is not a square grid.
+        ValueError: a run of image tokens that is no square, in the interleaved layout of another side than
+            `INTERLEAVED_SIDES`, or more images in a sample than have a vector.
     """
     batch, length = ids.shape
-    image = modality == Modality.IMAGE
+    samples = torch.zeros_like(ids) if sample_ids is None else sample_ids
+    valid = samples >= 0
+    image = (modality == Modality.IMAGE) & valid
     positions = torch.zeros(batch, length, 3, dtype=torch.long, device=ids.device)
-    positions[..., 0] = torch.arange(length, device=ids.device)
-    for row, start, stop in image_runs(image):
+    place = torch.arange(length, device=ids.device).expand_as(ids)
+    begins = torch.nn.functional.pad(samples.diff(dim=1) != 0, (1, 0), value=True)
+    positions[..., 0] = (place - torch.where(begins, place, 0).cummax(1).values) * valid
+    images: dict[tuple[int, int], int] = {}
+    for row, start, stop in image_runs(torch.where(image, samples + 1, 0)):
         side = math.isqrt(stop - start)
         if side * side != stop - start:
             raise ValueError(f"row {row} has a run of {stop - start} image tokens; UniDisc images are square grids")
+        if sample_ids is not None:
+            sample = (row, int(samples[row, start]))
+            images[sample] = images.get(sample, 0) + 1
+            if side not in INTERLEAVED_SIDES:
+                raise ValueError(
+                    f"row {row} has an image of {side}x{side} codes; expected a side of {INTERLEAVED_SIDES}"
+                )
+            if images[sample] > INTERLEAVED_IMAGES:
+                raise ValueError(f"a sample of row {row} has more than {INTERLEAVED_IMAGES} images; split it")
         code = torch.arange(stop - start, device=ids.device)
         positions[row, start:stop, 1] = code // side
         positions[row, start:stop, 2] = code % side
-    given = torch.zeros_like(image) if attended is None else ~attended.bool()
-    everywhere = torch.ones_like(image)
-    return TokenBatch(ids, modality, given, everywhere, positions, torch.zeros_like(ids))
+    given = ~valid if attended is None else ~(attended.bool() & valid)
+    return TokenBatch(ids, modality, given, valid, positions, samples)
 
 
 def image_runs(image: Tensor) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every run of True in bool `[B, L]`."""
-    edge = torch.nn.functional.pad(image.long(), (1, 1)).diff(dim=1)  # [B, L + 1]: 1 where a run starts, -1 after it
-    starts, stops = (edge == 1).nonzero().tolist(), (edge == -1).nonzero().tolist()
-    return [(row, start, stop) for (row, start), (_, stop) in zip(starts, stops, strict=True)]
+    """(row, start, stop) of every run of one non-zero value in int `[B, L]`."""
+    edge = torch.nn.functional.pad(image, (1, 1)).diff(dim=1) != 0  # [B, L + 1]: where the value changes
+    out = []
+    for row, edges in enumerate(edge):
+        bounds = edges.nonzero()[:, 0].tolist()
+        out += [(row, a, b) for a, b in pairwise(bounds) if bool(image[row, a])]
+    return out
