@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import GRID, TEXT_LENGTH, tiny_parts, tiny_pipeline
 
 from unidiff.decoding import ModalityDecoding, SamplerConfig
+from unidiff.hub import locate
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import locate, write_folder
+from unidiff.pipelines.folder import write_folder
 from unidiff.pipelines.pack import pack_pipeline
 from unidiff.pipelines.settings import PipelineSettings
 
@@ -201,7 +202,7 @@ def test_names_that_look_like_paths_never_reach_the_network(tmp_path, monkeypatc
     def network(*args, **kwargs):
         raise AssertionError("looked up on the network")
 
-    monkeypatch.setattr("unidiff.pipelines.folder.snapshot_download", network)
+    monkeypatch.setattr("unidiff.hub.snapshot_download", network)
     for name in (tmp_path / "none", "./none", "../a/b", "a/b/c", "none", ""):
         with pytest.raises(FileNotFoundError, match=r"does not exist|holds no"):
             UniDiffPipeline.from_pretrained(name)
@@ -215,7 +216,7 @@ def test_an_unreachable_hub_name_is_one_sentence(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr("unidiff.pipelines.folder.snapshot_download", unreachable)
+    monkeypatch.setattr("unidiff.hub.snapshot_download", unreachable)
     with pytest.raises(
         FileNotFoundError, match=r"'someone/model' is neither a folder nor a reachable hub model: no route$"
     ):

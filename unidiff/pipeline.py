@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig
+from unidiff.hub import locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.checks import check_fit, read_dtype
 from unidiff.pipelines.decode import (
@@ -21,7 +22,7 @@ from unidiff.pipelines.decode import (
     guidance_condition,
     trajectory_of,
 )
-from unidiff.pipelines.folder import forget_origins, load_parts, locate, write_folder
+from unidiff.pipelines.folder import forget_origins, load_parts, write_folder
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch

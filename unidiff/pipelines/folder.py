@@ -1,17 +1,14 @@
-"""Pipeline folders: finding them, reading them strictly, writing them whole."""
+"""Pipeline folders: reading them strictly, writing them whole. Finding them is `unidiff.hub`."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
@@ -21,10 +18,7 @@ from unidiff.tokens.text import TextTokenizer
 
 INDEX = "model_index.json"
 PIPELINE_CLASS = "UniDiffPipeline"
-EMBEDDED = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji" / "model"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True)
@@ -35,37 +29,6 @@ class LoadedParts:
     image_tokenizer: VQImageTokenizer
     text_tokenizer: TextTokenizer
     settings: PipelineSettings
-
-
-def locate(name: str | Path, **hub_options: Any) -> Path:
-    """The folder behind a folder name, the name of an embedded model (`emoji`) or a hub name (`owner/model`).
-
-    A name that looks like a path is never looked up on the network.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        TypeError: an option that the hub download does not know.
-    """
-    if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
-        raise TypeError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(_HUB_OPTIONS)}")
-    folder = Path(name)
-    if str(name) in EMBEDDED:  # before folders: the default model must not depend on where one stands
-        embedded = EMBEDDED[str(name)]
-        if not embedded.is_dir():
-            raise FileNotFoundError(f"the embedded model {str(name)!r} is not part of this installation ({embedded})")
-        return embedded
-    if folder.is_dir():
-        return folder
-    if isinstance(name, Path) or not _HUB_NAME.fullmatch(str(name)) or folder.parent.is_dir():
-        raise FileNotFoundError(
-            f"model folder {str(name)!r} does not exist; name a folder, a hub model 'owner/name', or 'emoji'"
-        )
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=wanted, **hub_options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a reachable hub model: {reason}") from error
 
 
 def load_parts(folder: Path, dtype: torch.dtype) -> LoadedParts:

@@ -1,60 +1,225 @@
-"""Reading one released weight file: safetensors, or a torch file without running any code that it may carry."""
+"""Reading released weight files tensor by tensor: safetensors, sharded indexes, and torch files without running code.
+
+Opening a file reads names, shapes and dtypes. The bytes of a tensor are read when it is asked for and belong to the
+file's mapping until they are copied, so that a model can be filled with no second copy of it in memory.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+SAFE_SUFFIX = ".safetensors"
 TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")  # zip archive; the older bare pickle
-FOLDER_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+INDEX_ENDING = ".index.json"
+FOLDER_NAMES = tuple(
+    f"{stem}{ending}{index}"
+    for stem, ending in (
+        ("model", SAFE_SUFFIX),
+        ("diffusion_pytorch_model", SAFE_SUFFIX),
+        ("pytorch_model", ".bin"),
+        ("diffusion_pytorch_model", ".bin"),
+    )
+    for index in ("", INDEX_ENDING)
+)
+WINDOW = 64 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
+_SAFE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a weight file, on the CPU.
+class _Reader(Protocol):
+    def read(self, key: tuple[Any, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file that has not been read.
+
+    Attributes:
+        shape, dtype: as stored.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    _reader: _Reader
+    _key: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU, backed by the file: copy it before the file may change."""
+        return self._reader.read(self._key)
+
+
+AnyTensor = Tensor | StoredTensor
+
+
+def in_memory(value: AnyTensor) -> Tensor:
+    """The tensor itself, read if it is a stored one."""
+    return value.read() if isinstance(value, StoredTensor) else value
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a weight file with a `StoredTensor` in place of every tensor.
 
     Args:
-        path: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, or a folder that holds `model.safetensors`,
-            `diffusion_pytorch_model.safetensors` or `pytorch_model.bin`.
+        path: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file; an index (`*.index.json`) of several; or a folder
+            that holds one of `FOLDER_NAMES`.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: nothing there, or a shard is missing.
         ValueError: another suffix, a truncated or damaged file, a torch file with other things than tensors and plain
-            data (it could run code), or one that holds no mapping.
+            data (it could run code), one that holds no mapping, or shards that differ from their index.
+    """
+    path = weight_file(path)
+    if path.name.endswith(INDEX_ENDING):
+        return _open_shards(path)
+    if path.suffix == SAFE_SUFFIX:
+        return _SafeFile(path).content()
+    if path.suffix not in TORCH_SUFFIXES:
+        raise ValueError(f"{path} has suffix {path.suffix!r}; expected {SAFE_SUFFIX} or one of {TORCH_SUFFIXES}")
+    return _TorchFile(path).content()
+
+
+def weight_file(path: str | Path, any_name: bool = False) -> Path:
+    """The weight file or index behind `path`: itself, or the one in a folder.
+
+    Args:
+        any_name: also take a folder's only weight file under another name than `FOLDER_NAMES`.
+
+    Raises:
+        FileNotFoundError: nothing there, or several files that could be meant.
     """
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
+        if not found and any_name:
+            found = sorted(p for p in path.iterdir() if p.suffix in (SAFE_SUFFIX, *TORCH_SUFFIXES) and p.is_file())
+            if len(found) > 1:
+                raise FileNotFoundError(f"{path} holds {len(found)} weight files ({found[0].name}, ...); name one")
         if not found:
             raise FileNotFoundError(f"{path} holds none of {', '.join(FOLDER_NAMES)}; name the weight file itself")
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a released weight file")
-    if path.suffix == ".safetensors":
+    return path
+
+
+def pick_entry(content: Mapping[str, Any], entry: str | None, order: Sequence[str]) -> Mapping[str, Any]:
+    """The weights inside a checkpoint that may nest them.
+
+    Args:
+        content: names to weights, or entries to such mappings.
+        entry: the entry to take; None for the first of `order` that holds named weights, or `content` itself without any.
+
+    Raises:
+        ValueError: `entry` is not there.
+    """
+    there = [name for name, value in content.items() if isinstance(value, Mapping)]
+    if entry is not None:
+        if entry not in there:
+            raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
+        return content[entry]
+    return next((content[name] for name in order if name in there and _named_weights(content[name])), content)
+
+
+def _named_weights(value: Mapping[str, Any]) -> bool:
+    """A Lightning `ema` holds a list of weights beside counters, which only its family can name."""
+    return any(isinstance(item, (Tensor, StoredTensor, Mapping)) for item in value.values())
+
+
+class _SafeFile:
+    """One safetensors file; a mapping is opened per read, so that what was read leaves the memory with its tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def content(self) -> dict[str, Any]:
         try:
-            return load_file(path)
+            with safe_open(self.path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                found = {name: (torch.Size(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); download it again") from error
-    if path.suffix not in TORCH_SUFFIXES:
-        raise ValueError(f"{path} has suffix {path.suffix!r}; expected .safetensors or one of {TORCH_SUFFIXES}")
-    return _read_torch(path)
+            raise ValueError(f"{self.path} is damaged or no safetensors file ({error}); download it again") from error
+        if unknown := sorted({dtype for _, dtype in found.values()} - set(_SAFE_DTYPES)):
+            raise ValueError(f"{self.path} holds tensors of type {unknown[0]}; expected some of {sorted(_SAFE_DTYPES)}")
+        return {n: StoredTensor(shape, _SAFE_DTYPES[dtype], self, (n,)) for n, (shape, dtype) in found.items()}
+
+    def read(self, key: tuple[Any, ...]) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(key[0])
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+class _TorchFile:
+    """One torch file, memory-mapped where its format allows; the mapping is renewed after every `WINDOW` bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._content, self._left = path, None, WINDOW
+        with path.open("rb") as file:
+            self.mapped = file.read(4) == TORCH_MAGIC[0]
+
+    def content(self) -> dict[str, Any]:
+        content = _read_torch(self.path, self.mapped)
+        if not self.mapped:  # the older format is read whole, once
+            self._content = content
+        return self._stored(content, ())
+
+    def _stored(self, value: Any, key: tuple[Any, ...]) -> Any:
+        """The same nesting of mappings and lists with stored tensors."""
+        if isinstance(value, Tensor):
+            return StoredTensor(value.shape, value.dtype, self, key)
+        if isinstance(value, Mapping):
+            return {k: self._stored(v, (*key, k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._stored(v, (*key, n)) for n, v in enumerate(value)]
+        return value
+
+    def read(self, key: tuple[Any, ...]) -> Tensor:
+        if self._content is None:
+            self._content, self._left = _read_torch(self.path, self.mapped), WINDOW
+        value: Any = self._content
+        for part in key:
+            value = value[part]
+        self._left -= value.nbytes
+        if self.mapped and self._left <= 0:
+            self._content = None
+        return value.detach()
+
+
+def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
     with path.open("rb") as file:
         if not file.read(4).startswith(TORCH_MAGIC):
             raise ValueError(f"{path} is no torch file (a web page or a pointer to it, perhaps); download it again")
     try:
         # training scripts save their command line next to the weights; the class only holds attributes
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain data, and reading that could run code; "
@@ -67,19 +232,30 @@ def _read_torch(path: Path) -> dict[str, Any]:
     return content
 
 
-def pick_entry(content: Mapping[str, Any], entry: str | None, order: Sequence[str]) -> Mapping[str, Any]:
-    """The weights inside a checkpoint that may nest them.
-
-    Args:
-        content: names to weights, or entries to such mappings.
-        entry: the entry to take; None for the first of `order` that is there, or `content` itself without any.
-
-    Raises:
-        ValueError: `entry` is not there.
-    """
-    there = [name for name, value in content.items() if isinstance(value, Mapping)]
-    if entry is not None:
-        if entry not in there:
-            raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
-        return content[entry]
-    return next((content[name] for name in order if name in there), content)
+def _open_shards(index: Path) -> dict[str, Any]:
+    """All tensors of the files that an index names."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged or no index with a weight_map ({error}); download it again") from error
+    paths = [index.parent / name for name in shards]
+    if outside := [name for name in shards if Path(name).name != name or name.endswith(INDEX_ENDING)]:
+        raise ValueError(f"{index} names {outside[0]!r}; expected plain file names beside it")
+    if absent := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{absent[0]} does not exist ({len(absent)} of {len(paths)} shards are missing); "
+            "download the whole checkpoint"
+        )
+    content: dict[str, Any] = {}
+    for path in paths:
+        part = open_checkpoint(path)
+        wrong = sorted(name for name in part if listed.get(name) != path.name)
+        lacking = sorted(name for name, shard in listed.items() if shard == path.name and name not in part)
+        if wrong or lacking:
+            raise ValueError(
+                f"{path} does not hold what {index.name} says: {len(lacking)} missing ({', '.join(lacking[:3])}), "
+                f"{len(wrong)} unexpected ({', '.join(wrong[:3])}); download both again"
+            )
+        content |= part
+    return content

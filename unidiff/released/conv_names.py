@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.released.checkpoint_file import pick_entry, read_checkpoint
+from unidiff.released.checkpoint_file import open_checkpoint, pick_entry
 from unidiff.released.keymap import Entry, KeyMap, assemble
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
 from unidiff.tokens.image_vq import VQImageTokenizer
@@ -39,8 +39,8 @@ def rename_with(rules: Iterable[tuple[str, str | Callable[[re.Match[str]], str]]
 
 
 def read_weights(source: str | Path | Mapping[str, Any], entry: str | None = None) -> Mapping[str, Any]:
-    """Names to weights from a file, a folder or what was read from one; see `read_checkpoint` and `pick_entry`."""
-    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    """Names to weights from a file, a folder or what was read from one; see `open_checkpoint` and `pick_entry`."""
+    content = source if isinstance(source, Mapping) else open_checkpoint(source)
     return pick_entry(content, entry, ENTRIES)
 
 
@@ -51,6 +51,7 @@ def build_tokenizer(
     state: Mapping[str, Any],
     dtype: torch.dtype | None,
     constants: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
 ) -> VQImageTokenizer:
     """A tokenizer in evaluation mode that takes over the tensors of `state` (cast to `dtype` if given).
 
@@ -59,7 +60,7 @@ def build_tokenizer(
     """
     with torch.device("meta"):
         model = model_class(**config)
-    return VQImageTokenizer(assemble(model, tokenizer_keymap(model, rename, constants or {}), state, dtype))
+    return VQImageTokenizer(assemble(model, tokenizer_keymap(model, rename, constants or {}), state, dtype, device))
 
 
 def tokenizer_keymap(model: ConvTokenizerModel, rename: Rename, constants: Mapping[str, Tensor]) -> KeyMap:

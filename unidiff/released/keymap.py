@@ -14,9 +14,32 @@ from torch import Tensor
 
 from unidiff.checked import check_finite
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.checkpoint_file import AnyTensor, in_memory
 
 LAYER = "{i}"
 M = TypeVar("M", bound=torch.nn.Module)
+
+
+class KeyMismatch(ValueError):
+    """The weights of a checkpoint are not those that its config describes.
+
+    Attributes:
+        missing, left_over: names in the checkpoint's spelling.
+        misshaped: name to (shape found, shape that the config asks for).
+    """
+
+    def __init__(
+        self,
+        missing: list[str],
+        left_over: list[str],
+        misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        self.missing, self.left_over, self.misshaped = missing, left_over, dict(misshaped)
+        shapes = [
+            f"{n!r} gives shape {found} and the config asks for {wanted}" for n, (found, wanted) in misshaped.items()
+        ]
+        counts = f"{_few('missing', missing)}, {_few('left over', left_over)}, {_few('misshaped', shapes)}"
+        super().__init__(f"checkpoint does not fit its config: {counts}; check the family and the config")
 
 
 @dataclass(frozen=True)
@@ -78,38 +101,53 @@ class KeyMap:
         """Their parameter names in upstream order, without prefixes: the order of a list of EMA weights."""
         return [name for entry in self.expanded() for name in entry.parts]
 
-    def to_ours(self, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Rename a checkpoint.
+    def to_ours(
+        self,
+        state: Mapping[str, Any],
+        shapes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Rename a checkpoint; every tensor goes straight to its place, one at a time.
 
         Args:
-            state: their weights; prefixes and one level of nesting under `model` or `state_dict` are removed.
+            state: their weights (tensors, or `StoredTensor` of a file); prefixes and one level of nesting under `model`
+                or `state_dict` are removed.
             shapes: the expected shape of every weight of ours.
+            dtype: of the floating-point weights; None keeps the checkpoint's.
+            device: where to; None for where they are.
 
         Raises:
-            ValueError: missing or left-over weights, a wrong shape, or a constant of another value.
+            KeyMismatch: missing, left-over or misshaped weights.
+            ValueError: a constant of another value.
         """
         theirs = strip_prefixes(unwrap(state), self.prefixes)
-        missing = [n for n in [*self.names(), *self.constants] if n not in theirs and n not in self.constants]
-        left_over = sorted(set(theirs) - set(self.names()) - set(self.constants))
-        if missing or left_over:
-            raise ValueError(
-                f"checkpoint does not fit its config: {_few('missing', missing)}, {_few('left over', left_over)}; "
-                "check the family and the config"
-            )
-        for name, value in self.constants.items():
-            if name in theirs and not torch.allclose(theirs[name].float(), value.float(), rtol=1e-3, atol=1e-6):
+        self.check(theirs, shapes)
+        for name, constant in self.constants.items():
+            if name in theirs and not torch.allclose(
+                in_memory(theirs[name]).float(), constant.float(), rtol=1e-3, atol=1e-6
+            ):
                 raise ValueError(f"checkpoint weight {name!r} is not the constant that this architecture implies")
-        ours = {}
+        return {
+            entry.ours: _place([theirs[name] for name in entry.parts], shapes[entry.ours], dtype, device)
+            for entry in self.expanded()
+        }
+
+    def check(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise `KeyMismatch` unless `theirs`, without prefixes, holds exactly the weights of these shapes."""
+        names = self.names()
+        misshaped = {}
         for entry in self.expanded():
-            parts = [theirs[name] for name in entry.parts]
-            value = parts[0] if len(parts) == 1 else torch.cat(parts)
             expected = tuple(shapes[entry.ours])
-            if tuple(value.shape) != expected:
-                raise ValueError(
-                    f"checkpoint weight {entry.parts[0]!r} gives shape {tuple(value.shape)}; the config asks for {expected}"
-                )
-            ours[entry.ours] = value
-        return ours
+            rows = entry.rows if len(entry.parts) > 1 else expected[:1]
+            for name, count in zip(entry.parts, rows or [None] * len(entry.parts), strict=True):
+                wanted = expected if count is None else (count, *expected[1:])
+                if name in theirs and tuple(getattr(theirs[name], "shape", (None,))) != wanted:
+                    misshaped[name] = (tuple(getattr(theirs[name], "shape", ())), wanted)
+        missing = [name for name in names if name not in theirs]
+        left_over = sorted(set(theirs) - set(names) - set(self.constants))
+        if missing or left_over or misshaped:
+            raise KeyMismatch(missing, left_over, misshaped)
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `to_ours`, without prefixes."""
@@ -125,20 +163,53 @@ class KeyMap:
 
 
 def build(
-    config: Mapping[str, Any], keymap: KeyMap, state: Mapping[str, Any], dtype: torch.dtype | None = None
+    config: Mapping[str, Any],
+    keymap: KeyMap,
+    state: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> MaskedTransformer:
     """A `MaskedTransformer` in evaluation mode that takes over the tensors of a checkpoint (cast to `dtype` if given)."""
     with torch.device("meta"):
         model = MaskedTransformer(**config)
-    return assemble(model, keymap, state, dtype)
+    return assemble(model, keymap, state, dtype, device)
 
 
-def assemble(model: M, keymap: KeyMap, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> M:
+def assemble(
+    model: M,
+    keymap: KeyMap,
+    state: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> M:
     """Put the tensors of a checkpoint into a model made on the meta device; returns it in evaluation mode."""
-    weights = keymap.to_ours(state, {name: value.shape for name, value in model.state_dict().items()})
-    model.load_state_dict({k: v if dtype is None else v.to(dtype) for k, v in weights.items()}, assign=True)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    model.load_state_dict(keymap.to_ours(state, shapes, dtype, device), assign=True)
     check_finite(model, "released checkpoint")
     return model.eval()
+
+
+def _place(
+    parts: Sequence[AnyTensor], shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
+) -> Tensor:
+    """The parts of a weight stacked along dim 0. A tensor in memory that is one already is taken over as it is."""
+    first = parts[0]
+    kinds = {part.dtype for part in parts}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"weights that belong together are stored as {sorted(map(str, kinds))}; give a dtype")
+    wanted = first.dtype if dtype is None or not first.dtype.is_floating_point else dtype
+    if len(parts) == 1 and isinstance(first, Tensor):
+        return first.to(device=device, dtype=wanted)
+    place = torch.device("cpu") if device is None else device
+    if device is None and isinstance(first, Tensor):
+        place = first.device
+    out, start = torch.empty(tuple(shape), dtype=wanted, device=place), 0
+    if out.ndim == 0:
+        return out.copy_(in_memory(first))
+    for part in parts:
+        out.narrow(0, start, part.shape[0]).copy_(in_memory(part))
+        start += part.shape[0]
+    return out
 
 
 def unwrap(state: Mapping[str, Any]) -> Mapping[str, Any]:

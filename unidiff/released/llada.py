@@ -39,6 +39,7 @@ def load_llada(
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     vocabulary: Vocabulary | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[MaskedTransformer, Vocabulary]:
     """Model and vocabulary from a released state dict.
 
@@ -47,6 +48,7 @@ def load_llada(
         config: a released `config.json`.
         dtype: cast the weights; None keeps the checkpoint's.
         vocabulary: the id layout where the config does not imply it (image codes); of the size that the weights have.
+        device: where to load; None for the CPU.
 
     Raises:
         ValueError: an unsupported option, or weights left over, missing or misshaped.
@@ -60,7 +62,7 @@ def load_llada(
     vocabulary = llada_vocabulary(config) if vocabulary is None else vocabulary
     if vocabulary.size != kwargs["vocab_size"]:
         raise ValueError(f"the vocabulary has {vocabulary.size} ids, but the config has {kwargs['vocab_size']}")
-    return build(kwargs, keymap, weights, dtype), vocabulary
+    return build(kwargs, keymap, weights, dtype, device), vocabulary
 
 
 def llada_state_dict(

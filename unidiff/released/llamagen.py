@@ -60,6 +60,7 @@ def load_llamagen(
     config: str | Mapping[str, Any] | None = None,
     entry: str | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> VQImageTokenizer:
     """Image tokenizer from released weights.
 
@@ -70,9 +71,10 @@ def load_llamagen(
         entry: where the weights are inside the checkpoint; None for the first of `ema`, `model` and `state_dict` that is
             there.
         dtype: cast the weights; None keeps the checkpoint's. float16 is safe: it is computed in float32.
+        device: where to load; None for the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_checkpoint`; weights left over, missing or misshaped; unknown settings.
+        FileNotFoundError, ValueError: see `open_checkpoint`; weights left over, missing or misshaped; unknown settings.
     """
     weights = strip_prefixes(read_weights(source, entry), PREFIXES)
     if config is None:
@@ -81,7 +83,7 @@ def load_llamagen(
     kwargs = llamagen_config(config)
     if (usage := weights.get(_USAGE)) is not None:
         kwargs["usage_window"] = len(usage)
-    return build_tokenizer(ConvVQModel, kwargs, _rename, weights, dtype)
+    return build_tokenizer(ConvVQModel, kwargs, _rename, weights, dtype, device=device)
 
 
 def llamagen_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:

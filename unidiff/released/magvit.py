@@ -34,6 +34,7 @@ def load_magvit(
     config: Mapping[str, Any] | None = None,
     entry: str | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> VQImageTokenizer:
     """Image tokenizer from released weights.
 
@@ -42,13 +43,15 @@ def load_magvit(
         config: `codebook_dim`, `encoder` and `decoder` with upstream's fields; `showlab/magvitv2` if left out.
         entry: where the weights are inside the checkpoint; None for `ema`, `model` or `state_dict` where there is one.
         dtype: cast the weights; None keeps the checkpoint's. float16 is safe: it is computed in float32.
+        device: where to load; None for the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_checkpoint`; weights left over, missing or misshaped; unknown settings.
+        FileNotFoundError, ValueError: see `open_checkpoint`; weights left over, missing or misshaped; unknown settings.
     """
     kwargs = magvit_config(RELEASED if config is None else config)
     width = kwargs["code_dim"]
-    return build_tokenizer(LFQModel, kwargs, _rename(kwargs), read_weights(source, entry), dtype, _constants(width))
+    weights = read_weights(source, entry)
+    return build_tokenizer(LFQModel, kwargs, _rename(kwargs), weights, dtype, _constants(width), device)
 
 
 def magvit_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:

@@ -30,7 +30,10 @@ FIELDS = {
 
 
 def load_mdlm(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[MaskedTransformer, Vocabulary]:
     """Model and vocabulary from a released state dict, or a Lightning checkpoint, whose EMA weights are then used.
 
@@ -40,6 +43,7 @@ def load_mdlm(
         config: upstream's Hydra configuration or the Hugging Face one; plus `vocab_size` (50258 if absent) and
             `mask_index` (the last id if absent). `time_conditioning=True` makes the network use the time it is given.
         dtype: cast the weights; None keeps the checkpoint's.
+        device: where to load; None for the CPU.
 
     Raises:
         ValueError: weights left over, missing or misshaped.
@@ -51,7 +55,7 @@ def load_mdlm(
     keymap = mdlm_keymap(kwargs)
     if ema := state_dict.get("ema"):
         weights = {**weights, **ema_weights(ema["shadow_params"], keymap)}
-    return build(kwargs, keymap, weights, dtype), mdlm_vocabulary(config)
+    return build(kwargs, keymap, weights, dtype, device), mdlm_vocabulary(config)
 
 
 def mdlm_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:

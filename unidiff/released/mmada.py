@@ -68,6 +68,7 @@ def load_mmada(
     config: Mapping[str, Any] = RELEASED,
     dtype: torch.dtype | None = None,
     vocabulary: Vocabulary | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[MaskedTransformer, Vocabulary]:
     """Model and vocabulary from an upstream state dict.
 
@@ -76,11 +77,12 @@ def load_mmada(
         config: upstream's fields; those left out are the 8B checkpoints'.
         dtype: cast the weights; None keeps the checkpoint's.
         vocabulary: the 8B checkpoints' if left out.
+        device: where to load; None for the CPU.
 
     Raises:
         ValueError: weights left over, missing or misshaped, an option that is another network, or another vocabulary.
     """
-    return load_llada(state_dict, _llada_fields(config), dtype, vocabulary or mmada_vocabulary())
+    return load_llada(state_dict, _llada_fields(config), dtype, vocabulary or mmada_vocabulary(), device)
 
 
 def mmada_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:

@@ -58,7 +58,10 @@ PUBLISHED["meissonic"] = {k: v for k, v in PUBLISHED["muddit"].items() if k not 
 
 
 def load_muddit(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[MMDiT, Vocabulary]:
     """Model (evaluation mode) and vocabulary from the transformer's weights of a Muddit or Meissonic checkpoint.
 
@@ -66,6 +69,7 @@ def load_muddit(
         state_dict: upstream names, possibly with `module.` or `_orig_mod.` prefixes or nested under `model`.
         config: the `config.json` beside them, upstream's names.
         dtype: cast the weights; None keeps the checkpoint's.
+        device: where to load; None for the CPU.
 
     Raises:
         ValueError: an unknown config key or value, or weights left over, missing, misshaped or not finite.
@@ -73,7 +77,7 @@ def load_muddit(
     kwargs = muddit_config(config)
     with torch.device("meta"):
         model = MMDiT(**kwargs)
-    return assemble(model, muddit_keymap(kwargs), state_dict, dtype), muddit_vocabulary(config)
+    return assemble(model, muddit_keymap(kwargs), state_dict, dtype, device), muddit_vocabulary(config)
 
 
 def muddit_state_dict(model: MMDiT) -> dict[str, Tensor]:

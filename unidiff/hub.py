@@ -1,0 +1,58 @@
+"""Finding model folders: on disk, embedded in the package, or on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "emoji" / "model"}
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+ALL_FILES = (
+    *SAFE_FILES,
+    "*.yaml",
+    "*.yml",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+)  # released weights come as torch files too
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: Any) -> Path:
+    """The folder behind a folder name, the name of an embedded model (`emoji`) or a hub name (`owner/model`).
+
+    A name that looks like a path is never looked up on the network.
+
+    Args:
+        wanted: patterns of the files to download from the hub.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        TypeError: an option that the hub download does not know.
+    """
+    if unknown := sorted(set(hub_options) - set(HUB_OPTIONS)):
+        raise TypeError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(HUB_OPTIONS)}")
+    folder = Path(name)
+    if str(name) in EMBEDDED:  # before folders: the default model must not depend on where one stands
+        embedded = EMBEDDED[str(name)]
+        if not embedded.is_dir():
+            raise FileNotFoundError(f"the embedded model {str(name)!r} is not part of this installation ({embedded})")
+        return embedded
+    if folder.is_dir():
+        return folder
+    if isinstance(name, Path) or not _HUB_NAME.fullmatch(str(name)) or folder.parent.is_dir():
+        raise FileNotFoundError(
+            f"model folder {str(name)!r} does not exist; name a folder, a hub model 'owner/name', or 'emoji'"
+        )
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(wanted), **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a reachable hub model: {reason}") from error
