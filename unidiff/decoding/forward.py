@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time as wall
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unidiff.decoding.flops import LayerFlops
 from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.stats import DecodeStats
-from unidiff.models.partial import CachePlan
+from unidiff.models.partial import CachePlan, LayerWork
 from unidiff.models.store import FeatureStore
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
@@ -72,7 +74,7 @@ class Forward:
         batch: the request; its layout does not change.
         hides: bool `[B, L]` per unconditional stream, what it does not see.
         policy: of this request; no cache when left out.
-        unconditional: the rows of stream 1 where hiding does not make them, see `Sampler`.
+        unconditional: the rows of streams 1, 2, ... where hiding does not make them, see `Sampler`.
         peaks: filled with the largest logits where the policy wants them, see `DecodeState.peaks`.
     """
 
@@ -84,13 +86,13 @@ class Forward:
         hides: Sequence[Tensor],
         policy: RefreshPolicy | None = None,
         peaks: dict[int, Tensor] | None = None,
-        unconditional: TokenBatch | None = None,
+        unconditional: Sequence[TokenBatch] = (),
     ) -> None:
         self._model, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         self._hides = [torch.zeros_like(batch.given), *hides]
-        self._layouts = [batch] * len(self._hides) if unconditional is None else [batch, unconditional]
+        self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._hides)
         self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
         self._held: set[int] = set()  # streams whose difference from the conditional one is kept in this pass
@@ -99,7 +101,8 @@ class Forward:
         self.store: FeatureStore | None = None
         if self._policy.store is not None and isinstance(model, MaskedTransformer):
             self.store = FeatureStore(model, TokenBatch.cat(self._layouts), self._policy.store)
-        self.stats = DecodeStats()
+        self._layer = LayerFlops.of(model.config) if isinstance(model, MaskedTransformer) else None
+        self.stats = DecodeStats(store_bytes=0 if self.store is None else self.store.nbytes)
 
     def run(self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor) -> None:
         """Compute the features of the plan in the given streams; elsewhere those of earlier passes stay.
@@ -114,6 +117,7 @@ class Forward:
         if not plans:
             self.stats.reused_passes += 1
             return
+        begun = wall.perf_counter()
         for group in self._groups(plans):
             rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S * B, L]
             run = self._run_whole if self.store is None else self._run_partial
@@ -123,6 +127,7 @@ class Forward:
         self.stats.partial_passes += not full
         if plan.others:
             self._beside |= {s: self._features[0].clone() for s in plans if s}
+        self.stats.forward_seconds += wall.perf_counter() - begun
 
     def _ids_of(self, stream: int, ids: Tensor) -> Tensor:
         """What a stream sees, int64 `[B, L]`."""
@@ -164,7 +169,8 @@ class Forward:
             self._joined[key] = joined, joined.attention_mask()
         layout, mask = self._joined[key]
         fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, time.float().repeat(n))
-        self._count(n, self._layout.ids.numel())
+        size, length = self._layout.shape
+        self._count(n, size, size * length, self._whole_work)
         wanted = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
         queries = [None] * n if wanted is None else wanted.chunk(n)
         for stream, features, query in zip(streams, fresh.chunk(n), queries, strict=True):
@@ -177,14 +183,30 @@ class Forward:
         n, size = len(streams), len(self._layout.ids)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
         out = self._model.partial(rows, plan, store, time.float().repeat(n), self._policy.select)
-        self._count(n, size * sum(w.out for w in out.work) // len(out.work))
-        self.stats.model_tokens += out.fresh * self._layout.shape[1]
+        self._count(n, size, size * sum(w.out for w in out.work) // len(out.work), out.work)
+        if out.fresh:  # rows computed apart, in features of their own
+            length = self._layout.shape[1]
+            self.stats.model_tokens += out.fresh * length
+            assert self._layer is not None
+            self.stats.count_layers(self._layer, self._whole_work, out.fresh, length)
+            held = self.store.nbytes
+            self.stats.store_bytes = max(self.stats.store_bytes, held + held * out.fresh // self.store.shape[0])
         for i, stream in enumerate(streams):
-            self._features[stream] = store.hidden[i * size : (i + 1) * size, :-1]
+            held_rows = store.hidden[i * size : (i + 1) * size, :-1]
+            self._features[stream] = self._model.shifted(held_rows, self._layouts[stream].positions)
 
-    def _count(self, streams: int, tokens: int) -> None:
+    @property
+    def _whole_work(self) -> tuple[LayerWork, ...]:
+        """Every position in every layer."""
+        layers = self._model.config.num_layers if isinstance(self._model, MaskedTransformer) else 0
+        return (LayerWork(*(self._layout.shape[1],) * 3),) * layers
+
+    def _count(self, streams: int, rows: int, tokens: int, work: Sequence[LayerWork]) -> None:
+        """A call with `rows` rows of each stream; `tokens` of a stream went through the layers."""
         self.stats.evaluations += streams
         self.stats.model_tokens += streams * tokens
+        if self._layer is not None:
+            self.stats.count_layers(self._layer, work, streams * rows, self._layout.shape[1])
 
     def features(self, stream: int) -> Tensor:
         """`[B, L, D]`, final hidden states at their last computation."""
@@ -202,9 +224,15 @@ class Forward:
         return PositionLogits(index, live, values)
 
     def _head(self, modality: Modality, features: Sequence[Tensor], index: Tensor) -> Tensor:
-        self.stats.head_tokens += len(features) * index.numel()
+        begun, tokens = wall.perf_counter(), len(features) * index.numel()
+        start, stop = self._vocabulary.range_of(modality)
         picked = torch.stack([f.gather(1, index[..., None].expand(-1, -1, f.shape[-1])) for f in features])
-        return self._model.head(picked, *self._vocabulary.range_of(modality))
+        logits = self._model.head(picked, start, stop)
+        self.stats.head_tokens += tokens
+        if self._layer is not None:
+            self.stats.head_flops += self._layer.head(tokens, stop - start)
+        self.stats.forward_seconds += wall.perf_counter() - begun
+        return logits
 
     def _note_peaks(
         self, modality: Modality, index: Tensor, live: Tensor, values: Tensor, streams: Sequence[int]

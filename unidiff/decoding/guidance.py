@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,15 @@ from unidiff.decoding.config import Guidance
 from unidiff.tokens import Modality, TokenBatch
 
 
+def full_scale(guidance: Guidance, modality: Modality) -> float:
+    """Guidance scale of a modality at full strength; 1 means that it is never guided."""
+    own = guidance.text_scale if modality == Modality.TEXT else guidance.image_scale
+    return guidance.scale if own is None else own
+
+
 def scale_at(guidance: Guidance, modality: Modality, time: Tensor) -> Tensor:
     """Guidance scale s `[B]` at diffusion time t (1 = all masked); see `Guidance`. 1 means off."""
-    own = guidance.text_scale if modality == Modality.TEXT else guidance.image_scale
-    full = guidance.scale if own is None else own
+    full = full_scale(guidance, modality)
     if guidance.mode == "ramp":
         return 1 + (full - 1) * (1 - time)
     if guidance.mode == "window":
@@ -34,13 +41,23 @@ def hidden_from(guidance: Guidance, modality: Modality, batch: TokenBatch, condi
     return known & (batch.modality == (Modality.TEXT if guidance.hide == "text" else Modality.IMAGE))
 
 
-def mix(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+def mix(
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: Tensor,
+    others: Sequence[Tensor] | Tensor = (),
+    further: Sequence[float] = (),
+) -> Tensor:
     """uncond + s (cond - uncond), written so that s = 1 returns cond bit by bit; -inf of cond stays.
 
     Args:
         conditional, unconditional: logits `[B, n, V]`.
         scale: `[B]`.
+        others, further: more unconditional logits and their scales: each adds (s_k - 1) (cond - other_k).
     """
     s = scale.to(conditional.dtype)[:, None, None]
     mixed = conditional + (s - 1) * (conditional - unconditional)
-    return torch.where((s == 1) | (conditional == -torch.inf), conditional, mixed)
+    mixed = torch.where(s == 1, conditional, mixed)
+    for other, extra in zip(others, further, strict=True):
+        mixed = mixed + (extra - 1) * (conditional - other)
+    return torch.where(conditional == -torch.inf, conditional, mixed)

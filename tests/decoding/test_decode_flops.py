@@ -1,0 +1,205 @@
+"""FLOPs by hand, and decodes that cost exactly what the formulas say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
+from unidiff.decoding.bounds import Schedule, Segment, expected_passes, reference_bound, speedup_bound
+from unidiff.decoding.flops import LayerFlops, PassWork, full_pass_flops, partial_pass_flops, total_flops
+from unidiff.decoding.policies import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
+from unidiff.models.partial import LayerWork
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import Span, TokenBatch, Vocabulary
+
+VOCABULARY = Vocabulary.unified(11, 7)
+POLICIES = {
+    "none": NoCache(),
+    "dual": DualCache(),
+    "dual, interval": DualCache(interval=3),
+    "prefix": PrefixCache(),
+    "vicinity": VicinityCache(warmup=2, look_back=3, look_ahead=2),
+    "max-logit": MaxLogitCache(ratio=0.7, warmup=0.1, interval=4),
+    "max-logit, upstream": MaxLogitCache(ratio=0.7, warmup=0.1, interval=4, compat="upstream"),
+    "adaptive": AdaptiveCache(prompt_interval=5, response_interval=3),
+    "adaptive, no comparison": AdaptiveCache(prompt_interval=4, response_interval=2, ratio=0.0, full_layers=()),
+    "adaptive, upstream": AdaptiveCache(prompt_interval=4, response_interval=7, compat="upstream"),
+}
+SCHEDULES = {
+    "text": Schedule(prompt=3, segments=(Segment(14, 11),), block=4, passes=3),
+    "text, then image": Schedule(prompt=2, segments=(Segment(8, 11), Segment(6, 7)), block=4, passes=4),
+    "short prompt": Schedule(prompt=1, segments=(Segment(13, 11),), block=8, passes=4),
+}
+
+
+def make_model(**kwargs) -> MaskedTransformer:
+    torch.manual_seed(2)
+    settings = dict(hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2) | kwargs
+    model = MaskedTransformer(VOCABULARY.size, **settings).eval()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.35)
+    return model
+
+
+def decode(model, policy, schedule: Schedule, guidance: float = 1.0, rows: int = 1):
+    """The decode that a schedule describes; the second segment is an image."""
+    spans = [Span.text([1, 2, 3][: schedule.prompt], True)] if schedule.prompt else []
+    spans.append(Span.masked_text(schedule.segments[0].tokens, VOCABULARY))
+    settings = [
+        ModalityDecoding(schedule.steps(s), "quota", "fixed", block_length=schedule.block) for s in schedule.segments
+    ]
+    if len(schedule.segments) > 1:
+        spans.append(Span.masked_image((2, schedule.segments[1].tokens // 2), VOCABULARY))
+    config = SamplerConfig(settings[0], settings[-1], Guidance(guidance), order="text_first", stop_at_eos=False)
+    batch = TokenBatch.from_spans([spans] * rows)
+    return Sampler(model, VOCABULARY, config, policy)(batch, torch.arange(rows))
+
+
+def test_a_token_costs_what_the_matrices_say():
+    """d = 4, 2 heads of which one is shared, f = 6: matrices of 4 x 4, 4 x 2 twice, 4 x 4 and three of 4 x 6."""
+    config = SimpleNamespace(
+        hidden_size=4, num_heads=2, num_kv_heads=1, num_layers=2, ffn_size=6, activation="swiglu", vocab_size=9
+    )
+    layer = LayerFlops.of(config)
+    assert (layer.query_key, layer.value, layer.output) == (2 * 4 * (4 + 2), 2 * 4 * 2, 2 * 4 * 4)
+    assert layer.feed_forward == 2 * 3 * 4 * 6 and layer.token == 48 + 16 + 32 + 144
+    assert layer.pair == 16  # 2 heads x (2 x 2 for the score + 2 x 2 for the mix)
+    assert full_pass_flops(config, 10) == 2 * (10 * 240 + 10 * 10 * 16)
+    assert partial_pass_flops(config, 3, 10, head=2, ids=9) == 2 * (3 * 240 + 3 * 10 * 16) + 2 * 2 * 4 * 9
+    config.activation = "gelu"
+    assert LayerFlops.of(config).feed_forward == 2 * 2 * 4 * 6
+    uneven = PassWork((LayerWork(qk=1, v=5, out=1), LayerWork(5, 5, 5)), keys=5)
+    assert uneven.flops(layer) == (48 + 5 * 16 + 32 + 144 + 5 * 16) + (5 * 240 + 5 * 5 * 16)
+
+
+def test_without_shared_heads_a_token_costs_8dd_plus_6df():
+    config = make_model(num_kv_heads=None, ffn_size=24).config
+    assert LayerFlops.of(config).token == 8 * 16 * 16 + 6 * 16 * 24
+    linear = sum(
+        p.numel() for n, p in make_model(num_kv_heads=None, ffn_size=24).blocks[0].named_parameters() if p.ndim > 1
+    )
+    assert LayerFlops.of(config).token == 2 * linear
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_decode_costs_exactly_what_its_formula_says(policy, schedule):
+    model = make_model()
+    stats = decode(model, policy, schedule).stats
+    passes = expected_passes(policy, schedule, model.config.num_layers)
+    assert stats.evaluations == len(passes)
+    assert stats.query_key_tokens == sum(w.qk for p in passes for w in p.layers)
+    assert stats.value_tokens == sum(w.v for p in passes for w in p.layers)
+    assert stats.output_tokens == stats.ffn_tokens == sum(w.out for p in passes for w in p.layers)
+    layer = LayerFlops.of(model.config)
+    assert stats.linear_flops == sum(layer.linear(w) for p in passes for w in p.layers)
+    assert stats.attention_flops == sum(layer.attention(w, schedule.length) for p in passes for w in p.layers)
+    assert stats.full_passes == sum(all(w.qk == schedule.length for w in p.layers) for p in passes)
+    assert stats.full_passes + stats.partial_passes == len(passes)
+    if getattr(policy, "compat", None) is None:
+        assert stats.head_tokens == sum(p.head for p in passes)
+        assert stats.head_flops == sum(layer.head(p.head, p.ids) for p in passes)
+        assert stats.flops == total_flops(model.config, passes)
+        assert stats.to_dict()["flops"] == stats.flops
+
+
+@pytest.mark.parametrize("name", ["none", "dual", "adaptive"])
+def test_rows_and_guidance_streams_multiply_the_cost(name):
+    """Two rows that do the same at the same time, in two streams."""
+    schedule, model = SCHEDULES["text"], make_model()
+    one = decode(model, POLICIES[name], schedule).stats
+    many = decode(model, POLICIES[name], schedule, guidance=2.0, rows=2).stats
+    assert many.evaluations == 2 * one.evaluations
+    for count in ("query_key_tokens", "value_tokens", "output_tokens", "ffn_tokens", "head_tokens", "flops"):
+        assert getattr(many, count) == 4 * getattr(one, count), count
+    assert many.store_bytes == 4 * one.store_bytes  # nothing is kept for a stream that is never used
+
+
+def test_the_store_is_weighed():
+    schedule, model = SCHEDULES["text"], make_model()
+    places = schedule.length + 1
+    keys_and_values = 3 * places * 2 * 8 * 4  # layers, places, K and V, 2 heads of 4, float32
+    assert decode(model, NoCache(), schedule).stats.store_bytes == 0
+    assert decode(model, DualCache(), schedule).stats.store_bytes == keys_and_values + places * 16 * 4
+    outputs = 2 * 3 * places * 16 * 4
+    assert decode(model, AdaptiveCache(), schedule).stats.store_bytes == keys_and_values + outputs + places * 16 * 4
+    # rows of different progress refresh apart, in features of their own
+    text = ModalityDecoding(rule="threshold", threshold=0.3, temperature=0.0, block_length=3)
+    batch = TokenBatch.from_spans([[Span.text([i, 2], True), Span.masked_text(12, VOCABULARY)] for i in range(3)])
+    out = Sampler(model, VOCABULARY, SamplerConfig(text), DualCache())(batch, torch.arange(3))
+    store = 3 * (3 * 15 * 16 * 4 + 15 * 16 * 4)
+    assert store < out.stats.store_bytes <= 2 * store
+    assert out.stats.forward_seconds > 0
+
+
+def test_other_denoisers_have_passes_but_no_flops():
+    class Uniform:
+        def hidden(self, ids, modality, positions, mask, time=None):
+            return torch.zeros(*ids.shape, 4)
+
+        def head(self, hidden, start=0, stop=None):
+            return torch.zeros(*hidden.shape[:-1], stop - start)
+
+    stats = decode(Uniform(), NoCache(), SCHEDULES["text"]).stats
+    assert stats.evaluations == 11 and stats.model_tokens == 11 * 17 and stats.flops == 0
+
+
+class Wide:
+    """The shape of the formulas' examples: 8 layers, d = 512."""
+
+    hidden_size, num_heads, num_kv_heads, num_layers, ffn_size, activation = 512, 8, None, 8, 1365, "swiglu"
+
+
+def test_reference_bounds_are_the_papers_numbers():
+    every = Schedule(0, (Segment(128, 1000), Segment(1024, 1000)), block=64, passes=16)
+    picture = Schedule(128, (Segment(1024, 1000),), block=64, passes=16)
+    assert len(every.blocks) == 18 and every.length == picture.length == 1152
+    assert reference_bound(DualCache(), every, Wide) == pytest.approx(16 / (1 + 15 * 64 / 1152))
+    assert reference_bound(DualCache(), every, Wide) == pytest.approx(8.73, abs=0.01)
+    assert reference_bound(PrefixCache(), every, Wide) == pytest.approx(1.79, abs=0.01)
+    adaptive = AdaptiveCache(50, 7, 0.25, full_layers=())
+    assert reference_bound(adaptive, picture, Wide) == pytest.approx(2.72, abs=0.01)
+    assert reference_bound(AdaptiveCache(50, 7, 0.25), picture, Wide) == pytest.approx(2.24, abs=0.01)
+    sixty_four = Schedule(0, (Segment(64, 10),), block=64, passes=64)
+    assert reference_bound(MaxLogitCache(), sixty_four, Wide) == pytest.approx(2.03, abs=0.005)
+    assert reference_bound(NoCache(), every, Wide) is None
+    assert reference_bound(DualCache(interval=4), every, Wide) is None
+
+
+def test_bounds_of_flops_meet_the_reference_where_only_tokens_count():
+    """Without a head, work is proportional to the tokens, attention included."""
+    schedule = Schedule(0, (Segment(128, 0), Segment(1024, 0)), block=64, passes=16)
+    for policy in (DualCache(), PrefixCache()):
+        bound = speedup_bound(policy, schedule, Wide)
+        assert bound == pytest.approx(reference_bound(policy, schedule, Wide), rel=1e-9)
+    assert speedup_bound(NoCache(), schedule, Wide) == 1
+    with_head = Schedule(0, (Segment(128, 30000), Segment(1024, 30000)), block=64, passes=16)
+    assert speedup_bound(DualCache(), with_head, Wide) < speedup_bound(DualCache(), schedule, Wide)
+
+
+def test_slower_small_products_lower_the_bound():
+    """64 rows at half the rate count double: 16 / (1 + 15 x 64 / 1152 x 2)."""
+    schedule = Schedule(0, (Segment(1152, 0),), block=64, passes=16)
+    rate = lambda rows: 1e9 if rows > 64 else 0.5e9  # noqa: E731
+    assert speedup_bound(DualCache(), schedule, Wide, rate) == pytest.approx(16 / (1 + 15 * 64 / 1152 * 2))
+    assert speedup_bound(DualCache(), schedule, Wide, lambda rows: 3e9) == pytest.approx(8.73, abs=0.01)
+
+
+def test_what_cannot_be_foretold_is_refused():
+    with pytest.raises(ValueError, match="drift"):
+        expected_passes(DualCache(drift=0.5), SCHEDULES["text"], 2)
+
+    class Own(NoCache):
+        pass
+
+    with pytest.raises(ValueError, match="Own cannot be foretold"):
+        expected_passes(Own(), SCHEDULES["text"], 2)
+
+
+def test_schedules_know_their_blocks():
+    schedule = Schedule(2, (Segment(7, 11), Segment(4, 7)), block=4, passes=2)
+    assert schedule.blocks == [(2, 4, 11), (6, 3, 11), (9, 4, 7)]
+    assert [schedule.steps(s) for s in schedule.segments] == [4, 2] and schedule.length == 13
