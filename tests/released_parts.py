@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.dream import dream_config
 from unidiff.released.families import FAMILIES
 from unidiff.released.llada import llada_config
 from unidiff.released.llamagen import CONFIG_KEYS, llamagen_config
@@ -97,6 +98,20 @@ TINY: dict[str, Tiny] = {
     ),
     "mdlm": Tiny({"model": DIT, "vocab_size": 24}, lambda c: MaskedTransformer(**mdlm_config(c))),
     "llada": Tiny({"model_type": "llada", **LLADA}, lambda c: MaskedTransformer(**llada_config(c))),
+    "dream": Tiny(
+        {
+            "model_type": "Dream",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "vocab_size": 40,
+            "mask_token_id": 30,
+            "eos_token_id": 29,
+        },
+        lambda c: MaskedTransformer(**dream_config(c)),
+    ),
     "mmada": Tiny(
         {**LLADA, "new_vocab_size": 40},
         lambda c: MaskedTransformer(**mmada_config(c)),

@@ -32,7 +32,7 @@ FOLDER_NAMES = tuple(
     )
     for index in ("", INDEX_ENDING)
 )
-WINDOW = 64 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
+WINDOW = 16 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
 _SAFE_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -1,0 +1,142 @@
+"""Loading takes the memory of the weights and little more, whatever the kind of file: peak resident memory is measured.
+
+    python tests/released/test_loading_memory.py FOLDER safetensors|shards|bin [GIGABYTES]
+
+writes a synthetic LLaDA checkpoint, loads it and prints what it took.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unidiff.released.checkpoint_file import WINDOW
+from unidiff.released.llada import llada_config, llada_keymap
+from unidiff.released.loading import load_released
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LIMIT = 1.15
+KINDS = ("safetensors", "shards", "bin")
+pytestmark = pytest.mark.skipif(not RESET.exists(), reason="needs Linux's /proc to measure")
+
+
+def resident(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of(call):
+    """(result, bytes that the resident memory rose above where it was, at its highest)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory kept for reuse would hide what the call takes
+    before = resident("VmRSS")
+    RESET.write_text("5")
+    result = call()
+    return result, resident("VmHWM") - before
+
+
+def synthetic_config(size: int) -> dict:
+    """LLaDA of about `size` bytes in bfloat16, with projections apart as released: most of it has to be joined."""
+    d = 2048 if size > 2**30 else 512
+    config = {"model_type": "llada", "d_model": d, "n_heads": d // 64, "n_layers": 1, "mlp_hidden_size": 11 * d // 4}
+    config |= {"vocab_size": 4 * d, "embedding_size": 4 * d, "mask_token_id": 2 * d, "eos_token_id": 1}
+    per_layer = 2 * (4 * d * d + 3 * d * config["mlp_hidden_size"])
+    return {**config, "n_layers": max(2, round((size - 16 * d * d) / per_layer))}
+
+
+def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
+    from unidiff.models.transformer import MaskedTransformer
+
+    kwargs = llada_config(config)
+    with torch.device("meta"):
+        ours = MaskedTransformer(**kwargs).state_dict()
+    return {f"model.{n}": tuple(v.shape) for n, v in llada_keymap(kwargs).to_theirs(ours).items()}
+
+
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bfloat16 zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_synthetic(folder: Path, kind: str, size: int) -> int:
+    """The checkpoint; returns the bytes of its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = synthetic_config(size)
+    shapes = shapes_of(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    if kind == "bin":
+        torch.save({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, folder / "pytorch_model.bin")
+    elif kind == "shards":
+        names = list(shapes)
+        parts = [names[i::4] for i in range(4)]  # layers spread over all files: the worst order
+        for n, part in enumerate(parts):
+            write_sparse(folder / f"model-{n}.safetensors", {name: shapes[name] for name in part})
+        where = {name: f"model-{n}.safetensors" for n, part in enumerate(parts) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    else:
+        write_sparse(folder / "model.safetensors", shapes)
+    return 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_checkpoint_in_this_process(tmp_path, kind):
+    """The window of a torch file, 16 MiB, is much of a small checkpoint, so it is counted apart here."""
+    weights = write_synthetic(tmp_path, kind, 100 * 10**6)
+    load_released(tmp_path)  # what is set up once
+    loaded, peak = peak_of(lambda: load_released(tmp_path))
+    assert sum(p.nbytes for p in loaded.model.parameters()) == weights
+    assert weights * 0.9 < peak < weights * LIMIT + (2 * WINDOW if kind == "bin" else 0)
+
+
+def test_a_cast_takes_the_memory_of_its_result(tmp_path):
+    weights = write_synthetic(tmp_path, "safetensors", 50 * 10**6)
+    load_released(tmp_path)
+    _, peak = peak_of(lambda: load_released(tmp_path, torch.float32))
+    assert 2 * weights * 0.9 < peak < 2 * weights * LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_gigabytes_in_a_process_of_its_own(tmp_path, kind):
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), kind, "2"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    weights, peak = (int(word) for word in done.stdout.split()[:2])
+    assert weights > 1.9e9 and weights * 0.9 < peak < weights * LIMIT, done.stdout
+
+
+def main() -> None:
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    size = float(sys.argv[3]) if len(sys.argv) > 3 else 2.0
+    write_synthetic(folder / "warm", "safetensors", 10**7)
+    load_released(folder / "warm")
+    weights = 0
+    child = os.fork()
+    if child == 0:  # so that the memory of writing does not count
+        write_synthetic(folder / "full", kind, int(size * 10**9))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    loaded, peak = peak_of(lambda: load_released(folder / "full"))
+    weights = sum(p.nbytes for p in loaded.model.parameters())
+    print(weights, peak, f"bytes of weights and peak above start: {peak / weights:.3f}x ({kind})")
+
+
+if __name__ == "__main__":
+    main()
