@@ -13,7 +13,7 @@ from unidiff.decoding.flops import LayerFlops, PassWork, full_pass_flops, partia
 from unidiff.decoding.policies import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.models.partial import LayerWork
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(11, 7)
 POLICIES = {
@@ -28,10 +28,18 @@ POLICIES = {
     "adaptive, no comparison": AdaptiveCache(prompt_interval=4, response_interval=2, ratio=0.0, full_layers=()),
     "adaptive, upstream": AdaptiveCache(prompt_interval=4, response_interval=7, compat="upstream"),
 }
+IMAGE = Modality.IMAGE
+
+
+def prompt(tokens: int) -> Segment:
+    return Segment(tokens, given=True)
+
+
 SCHEDULES = {
-    "text": Schedule(prompt=3, segments=(Segment(14, 11),), block=4, passes=3),
-    "text, then image": Schedule(prompt=2, segments=(Segment(8, 11), Segment(6, 7)), block=4, passes=4),
-    "short prompt": Schedule(prompt=1, segments=(Segment(13, 11),), block=8, passes=4),
+    "text": Schedule((prompt(3), Segment(14, 11)), block=4, passes=3),
+    "text, then image": Schedule((prompt(2), Segment(8, 11), Segment(6, 7, IMAGE)), block=4, passes=4),
+    "short prompt": Schedule((prompt(1), Segment(13, 11)), block=8, passes=4),
+    "holes": Schedule((prompt(1), Segment(4, 11), prompt(2), Segment(5, 11), prompt(1)), block=4, passes=3),
 }
 
 
@@ -45,15 +53,17 @@ def make_model(**kwargs) -> MaskedTransformer:
 
 
 def decode(model, policy, schedule: Schedule, guidance: float = 1.0, rows: int = 1):
-    """The decode that a schedule describes; the second segment is an image."""
-    spans = [Span.text([1, 2, 3][: schedule.prompt], True)] if schedule.prompt else []
-    spans.append(Span.masked_text(schedule.segments[0].tokens, VOCABULARY))
-    settings = [
-        ModalityDecoding(schedule.steps(s), "quota", "fixed", block_length=schedule.block) for s in schedule.segments
+    """The decode that a schedule describes."""
+    spans = [
+        Span.masked_image((2, s.tokens // 2), VOCABULARY)
+        if s.modality == IMAGE
+        else Span.text([i % 11 for i in range(s.tokens)], s.given)
+        for s in schedule.segments
     ]
-    if len(schedule.segments) > 1:
-        spans.append(Span.masked_image((2, schedule.segments[1].tokens // 2), VOCABULARY))
-    config = SamplerConfig(settings[0], settings[-1], Guidance(guidance), order="text_first", stop_at_eos=False)
+    text, image = (
+        ModalityDecoding(max(schedule.steps(m), 1), "quota", "fixed", block_length=schedule.block) for m in Modality
+    )
+    config = SamplerConfig(text, image, Guidance(guidance), order="text_first", stop_at_eos=False)
     batch = TokenBatch.from_spans([spans] * rows)
     return Sampler(model, VOCABULARY, config, policy)(batch, torch.arange(rows))
 
@@ -154,8 +164,8 @@ class Wide:
 
 
 def test_reference_bounds_are_the_papers_numbers():
-    every = Schedule(0, (Segment(128, 1000), Segment(1024, 1000)), block=64, passes=16)
-    picture = Schedule(128, (Segment(1024, 1000),), block=64, passes=16)
+    every = Schedule((Segment(128, 1000), Segment(1024, 1000, IMAGE)), block=64, passes=16)
+    picture = Schedule((prompt(128), Segment(1024, 1000, IMAGE)), block=64, passes=16)
     assert len(every.blocks) == 18 and every.length == picture.length == 1152
     assert reference_bound(DualCache(), every, Wide) == pytest.approx(16 / (1 + 15 * 64 / 1152))
     assert reference_bound(DualCache(), every, Wide) == pytest.approx(8.73, abs=0.01)
@@ -163,7 +173,7 @@ def test_reference_bounds_are_the_papers_numbers():
     adaptive = AdaptiveCache(50, 7, 0.25, full_layers=())
     assert reference_bound(adaptive, picture, Wide) == pytest.approx(2.72, abs=0.01)
     assert reference_bound(AdaptiveCache(50, 7, 0.25), picture, Wide) == pytest.approx(2.24, abs=0.01)
-    sixty_four = Schedule(0, (Segment(64, 10),), block=64, passes=64)
+    sixty_four = Schedule((Segment(64, 10),), block=64, passes=64)
     assert reference_bound(MaxLogitCache(), sixty_four, Wide) == pytest.approx(2.03, abs=0.005)
     assert reference_bound(NoCache(), every, Wide) is None
     assert reference_bound(DualCache(interval=4), every, Wide) is None
@@ -171,18 +181,18 @@ def test_reference_bounds_are_the_papers_numbers():
 
 def test_bounds_of_flops_meet_the_reference_where_only_tokens_count():
     """Without a head, work is proportional to the tokens, attention included."""
-    schedule = Schedule(0, (Segment(128, 0), Segment(1024, 0)), block=64, passes=16)
+    schedule = Schedule((Segment(128), Segment(1024, 0, IMAGE)), block=64, passes=16)
     for policy in (DualCache(), PrefixCache()):
         bound = speedup_bound(policy, schedule, Wide)
         assert bound == pytest.approx(reference_bound(policy, schedule, Wide), rel=1e-9)
     assert speedup_bound(NoCache(), schedule, Wide) == 1
-    with_head = Schedule(0, (Segment(128, 30000), Segment(1024, 30000)), block=64, passes=16)
+    with_head = Schedule((Segment(128, 30000), Segment(1024, 30000, IMAGE)), block=64, passes=16)
     assert speedup_bound(DualCache(), with_head, Wide) < speedup_bound(DualCache(), schedule, Wide)
 
 
 def test_slower_small_products_lower_the_bound():
     """64 rows at half the rate count double: 16 / (1 + 15 x 64 / 1152 x 2)."""
-    schedule = Schedule(0, (Segment(1152, 0),), block=64, passes=16)
+    schedule = Schedule((Segment(1152),), block=64, passes=16)
     rate = lambda rows: 1e9 if rows > 64 else 0.5e9  # noqa: E731
     assert speedup_bound(DualCache(), schedule, Wide, rate) == pytest.approx(16 / (1 + 15 * 64 / 1152 * 2))
     assert speedup_bound(DualCache(), schedule, Wide, lambda rows: 3e9) == pytest.approx(8.73, abs=0.01)
@@ -200,6 +210,10 @@ def test_what_cannot_be_foretold_is_refused():
 
 
 def test_schedules_know_their_blocks():
-    schedule = Schedule(2, (Segment(7, 11), Segment(4, 7)), block=4, passes=2)
-    assert schedule.blocks == [(2, 4, 11), (6, 3, 11), (9, 4, 7)]
-    assert [schedule.steps(s) for s in schedule.segments] == [4, 2] and schedule.length == 13
+    schedule = Schedule((prompt(2), Segment(4, 7, IMAGE), Segment(7, 11)), block=4, passes=2)
+    assert schedule.blocks == [(6, 4, 11), (10, 3, 11), (2, 4, 7)]  # text first
+    assert [schedule.steps(m) for m in Modality] == [4, 2] and (schedule.length, schedule.prompt) == (13, 2)
+    with pytest.raises(ValueError, match="a segment of 3 tokens is no whole number of blocks of 4"):
+        Schedule((Segment(3), prompt(1), Segment(4)), block=4, passes=2)
+    with pytest.raises(ValueError, match="not given"):
+        Schedule((prompt(3),), block=4, passes=2)

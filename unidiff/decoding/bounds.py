@@ -26,6 +26,7 @@ from unidiff.decoding.policies import (
 )
 from unidiff.decoding.policies.refresh import BlockRefresh
 from unidiff.models.partial import LayerWork
+from unidiff.tokens import Modality
 
 Rate = Callable[[int], float]
 """FLOP/s of the model's matrix products at a number of rows."""
@@ -33,50 +34,75 @@ Rate = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Segment:
-    """Targets of one modality in a row: `tokens` of them, each one of `ids` ids."""
+    """A run of tokens of one modality: given, or to be decoded, each as one of `ids` ids."""
 
     tokens: int
-    ids: int
+    ids: int = 0
+    modality: Modality = Modality.TEXT
+    given: bool = False
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A decode of one row: segments one after the other, block after block, with a fixed quota.
+    """A decode of one row: text first, block after block, with a fixed quota.
 
     Args:
-        prompt: given tokens, before the segments.
-        segments: the targets in order. A block lies in one segment.
-        block: tokens per block; the last of a segment may be shorter.
+        segments: the row from left to right.
+        block: targets per block.
         passes: passes per block. A block of fewer tokens takes one pass per token.
+
+    Raises:
+        ValueError: nothing to decode, or a block that would reach from one segment into another.
     """
 
-    prompt: int
     segments: tuple[Segment, ...]
     block: int
     passes: int
 
-    @property
-    def targets(self) -> int:
-        return sum(s.tokens for s in self.segments)
+    def __post_init__(self) -> None:
+        for modality in Modality:
+            inner = self.hidden(modality)[:-1]
+            if broken := [s for s in inner if s.tokens % self.block]:
+                raise ValueError(
+                    f"a segment of {broken[0].tokens} tokens is no whole number of blocks of {self.block}; only the last "
+                    "of a modality may be"
+                )
+        if not self.targets:
+            raise ValueError("a schedule needs a segment that is not given")
+
+    def hidden(self, modality: Modality) -> list[Segment]:
+        """Segments of a modality that are not given."""
+        return [s for s in self.segments if s.modality == modality and not s.given]
 
     @property
     def length(self) -> int:
         """Tokens of the row."""
-        return self.prompt + self.targets
+        return sum(s.tokens for s in self.segments)
+
+    @property
+    def targets(self) -> int:
+        return sum(s.tokens for s in self.segments if not s.given)
+
+    @property
+    def prompt(self) -> int:
+        """Given tokens."""
+        return self.length - self.targets
 
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """(first place in the row, tokens, ids) of each block."""
-        found, start = [], self.prompt
-        for segment in self.segments:
-            for offset in range(0, segment.tokens, self.block):
-                found.append((start + offset, min(self.block, segment.tokens - offset), segment.ids))
-            start += segment.tokens
-        return found
+        """(first place in the row, tokens, ids) of each block, in the order of decoding."""
+        found: list[tuple[Modality, int, int, int]] = []
+        start = 0
+        for s in self.segments:
+            if not s.given:
+                for offset in range(0, s.tokens, self.block):
+                    found.append((s.modality, start + offset, min(self.block, s.tokens - offset), s.ids))
+            start += s.tokens
+        return [block[1:] for block in sorted(found, key=lambda block: block[0])]
 
-    def steps(self, segment: Segment) -> int:
-        """Passes of a whole segment: what `ModalityDecoding.steps` has to be."""
-        return self.passes * -(-segment.tokens // self.block)
+    def steps(self, modality: Modality) -> int:
+        """Passes of a whole modality: what `ModalityDecoding.steps` has to be."""
+        return self.passes * sum(-(-s.tokens // self.block) for s in self.hidden(modality))
 
 
 class Moment(NamedTuple):
@@ -194,7 +220,7 @@ def _block_refresh(policy: BlockRefresh, schedule: Schedule, now: Moment, layers
 
 
 def _max_logit(policy: MaxLogitCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
-    begin = int(max(schedule.steps(s) for s in schedule.segments) * policy.warmup)
+    begin = int(max(schedule.steps(modality) for modality in Modality) * policy.warmup)
     extra = schedule.length if policy.compat else 0  # logits everywhere
     if now.number <= begin or (now.number - begin) % policy.interval == 0:
         return _even(schedule, now, layers, schedule.length, extra)
