@@ -1,9 +1,17 @@
-"""Finding golden sets: `UNIDIFF_GOLDEN` names the folder that holds them (default: `../shared/golden`)."""
+"""Finding golden sets: `UNIDIFF_GOLDEN` names the folder that holds them (default: `../shared/golden`).
+
+What tests read from them is noted, so that `test_golden_coverage` can tell what nobody looked at.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import safetensors.torch
 
 _DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -19,3 +27,62 @@ def golden_folders(name: str) -> list[Path]:
         return []
     folders = [root, *sorted(p for p in root.rglob("*") if p.is_dir())]
     return [f for f in folders if any(p.suffix in {".json", ".safetensors"} for p in f.iterdir())]
+
+
+# ------------------------------------------------------------------------------------------------- what tests have read
+
+_READS: dict[Path, dict[str, set[str]]] = {}  # file -> test -> names of the tensors that it took
+
+
+class Watched(dict):
+    """Tensors of a golden file; notes which of them a test takes."""
+
+    def __init__(self, tensors: Mapping[str, Any], seen: set[str]) -> None:
+        super().__init__(tensors)
+        self._seen = seen
+
+    def __getitem__(self, name: str) -> Any:
+        self._seen.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._seen.add(name)
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._seen.add(name)
+        return super().pop(name, *default)
+
+    def items(self) -> Any:
+        self._seen.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        self._seen.update(self)
+        return super().values()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Saved as an ordered dictionary, which reads back without this class."""
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+def watch_reads() -> None:
+    """From now on `safetensors.torch.load_file` notes what is read below the golden root, and by which test.
+
+    Has to be called before modules import `load_file` by name.
+    """
+    load = safetensors.torch.load_file
+
+    def load_file(filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        tensors, path = load(filename, *args, **kwargs), Path(filename).resolve()
+        if not path.is_relative_to(golden_root().resolve()):
+            return tensors
+        test = os.environ.get("PYTEST_CURRENT_TEST", "collection").partition(" ")[0]
+        return Watched(tensors, _READS.setdefault(path, {}).setdefault(test, set()))
+
+    safetensors.torch.load_file = load_file
+
+
+def reads_of(path: Path) -> dict[str, set[str]]:
+    """Names of the tensors of a file that tests of this session took so far, by test."""
+    return _READS.get(path.resolve(), {})

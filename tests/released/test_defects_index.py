@@ -1,0 +1,192 @@
+"""Every upstream defect that the default modes here mend, with the test that shows it.
+
+The list follows the notes on the reference systems. A defect whose test goes away, or is renamed, fails here. Defects
+that are a matter of cost, not of results, name the test that counts the cost.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+UNIDISC, LLADA = "released/test_defects_unidisc.py", "released/test_defects_llada.py"
+MUDDIT, MMADA = "released/test_defects_muddit.py", "released/test_defects_mmada_lumina.py"
+OWN_MUDDIT, OWN_MMADA = "released/test_muddit.py", "released/test_mmada.py"
+POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
+
+# system: what upstream does wrong: (module, test)
+DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
+    "UniDisc": {
+        "unconditional sampling returns None": (
+            UNIDISC,
+            "test_sampling_without_any_condition_gives_text_and_image",
+        ),
+        "nucleus sampling fails in batches": (UNIDISC, "test_nucleus_sampling_works_row_by_row_in_a_batch"),
+        "Winoground scoring raises": (UNIDISC, "test_pairs_are_scored_both_ways"),
+        "no backward pass in eager float32": (UNIDISC, "test_the_loss_has_gradients_in_float32"),
+        "a mismatching checkpoint loads silently": (UNIDISC, "test_a_checkpoint_that_does_not_fit_is_refused"),
+        "images in other places than the last give NaN": (UNIDISC, "test_images_may_stand_anywhere"),
+        "demo text drops digits and punctuation": (UNIDISC, "test_text_keeps_digits_and_punctuation"),
+        "breakpoints, CUDA assumed, open server": (
+            UNIDISC,
+            "test_the_library_has_no_breakpoints_no_open_servers_and_no_fixed_device",
+        ),
+        "dropped text means captioning, not the unconditional stream": (
+            UNIDISC,
+            "test_the_unconditional_stream_of_a_drawing_hides_its_words",
+        ),
+        "fully known rows": (UNIDISC, "test_known_rows_cost_nothing_and_stay"),
+        "packed samples of the interleaved layout leak": (
+            "released/test_unidisc_golden.py",
+            "test_interleaved_samples_keep_to_themselves",
+        ),
+    },
+    "MDLM": {
+        "NaN at t = 1/T": ("diffusion/test_golden_mdlm.py", "test_the_first_step_takes_the_limit"),
+        "the cached step helps only when no row changed": (
+            SAMPLER,
+            "test_ancestral_makes_no_pass_where_nothing_is_unmasked",
+        ),
+    },
+    "LLaDA": {
+        "one prompt length per batch; guidance with an attention mask": (
+            LLADA,
+            "test_prompts_of_any_length_share_a_batch_and_padding_is_not_seen",
+        ),
+        "guidance without an attention mask raises": (LLADA, "test_guidance_needs_no_attention_mask"),
+        "suppressed ids alias": (
+            LLADA,
+            "test_suppressing_an_id_changes_no_tensor_of_the_model_and_no_other_id",
+        ),
+        "masks of the prompt eat the quota of the blocks": (
+            LLADA,
+            "test_masks_inside_the_prompt_are_filled_and_take_no_ones_quota",
+        ),
+        "passes that write nothing run": (LLADA, "test_no_pass_is_made_when_nothing_is_left_to_write"),
+        "ids are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
+    },
+    "Fast-dLLM": {
+        "attention masks are ignored": (
+            LLADA,
+            "test_prompts_of_any_length_share_a_batch_and_padding_is_not_seen",
+        ),
+        "the dual cache leaves masks behind": (LLADA, "test_no_mask_is_left_however_few_the_steps"),
+        "thresholds hang where the best token is [MASK]": (
+            POLICIES,
+            "test_decodes_end_whatever_the_logits",
+        ),
+        "the head runs at all positions": (LLADA, "test_the_head_sees_candidates_of_the_block_only"),
+        "the suffix is recomputed although only the block matters": (
+            POLICIES,
+            "test_costs_are_those_of_the_formulas",
+        ),
+        "no guidance, no stop at end-of-text": (
+            LLADA,
+            "test_guidance_and_a_stop_at_end_of_text_go_with_every_cache",
+        ),
+        "the factor rule is off by one": ("released/test_llada.py", "test_the_factor_quirk_is_an_option"),
+    },
+    "dLLM-Cache": {
+        "padded batches are wrong": (ADAPTIVE, "test_rows_of_a_padded_batch_are_single_rows"),
+        "the quota counts decoded tokens": (ADAPTIVE, "test_the_quota_counts_valid_undecoded_positions_of_each_row"),
+        "one cache per process": (ADAPTIVE, "test_requests_share_no_state"),
+        "the head runs at all positions": (LLADA, "test_the_head_sees_candidates_of_the_block_only"),
+        "grouped heads break": (LLADA, "test_grouped_heads_go_with_every_cache"),
+    },
+    "dInfer": {
+        "nothing is accepted where every best token is [MASK]": (
+            POLICIES,
+            "test_decodes_end_whatever_the_logits",
+        )
+    },
+    "Muddit and Meissonic": {
+        "a fully known row loses a token": (
+            OWN_MUDDIT,
+            "test_known_tokens_stay_and_a_fully_known_row_keeps_all",
+        ),
+        "float16 noise masks given tokens again": (OWN_MUDDIT, "test_given_tokens_survive_in_half_precision"),
+        "known codes in any precision": (MUDDIT, "test_no_known_code_is_lost_in_any_precision"),
+        "starting ratios are averaged over the batch": (OWN_MUDDIT, "test_starting_ratios_are_per_row"),
+        "several images per prompt": (MUDDIT, "test_several_images_of_one_prompt"),
+        "prompt features only": (MUDDIT, "test_prompt_features_alone_are_enough"),
+        "other sizes": (MUDDIT, "test_any_size_that_the_downsampling_divides"),
+        "questions too long": (OWN_MUDDIT, "test_text_that_does_not_fit_is_refused"),
+        "a missing mask embedding only prints": (
+            "released/test_muddit_folder.py",
+            "test_meissonic_draws_but_does_not_write",
+        ),
+        "answers are the argmax of the last logits": (MUDDIT, "test_answers_are_the_sampled_tokens"),
+        "no joint generation, no inpainting": (
+            MUDDIT,
+            "test_joint_generation_and_inpainting_of_text_and_image",
+        ),
+        "an unknown config key is dropped": (OWN_MUDDIT, "test_other_configurations_are_refused"),
+    },
+    "MMaDA": {
+        "the temperature falls cumulatively": (OWN_MMADA, "test_temperature_falls_once_and_not_again_and_again"),
+        "inpainting counts known positions": (
+            OWN_MMADA,
+            "test_inpainting_spreads_the_unknown_positions_over_all_steps",
+        ),
+        "a fully known row loses a code": (OWN_MMADA, "test_known_rows_and_known_codes_stay"),
+        "guidance ignores the attention mask (text)": (OWN_MMADA, "test_text_guidance_sees_no_padding"),
+        "guidance ignores the attention mask (images)": (MMADA, "test_mmada_guidance_and_padding_go_together"),
+        "answers may hold image ids": (OWN_MMADA, "test_answers_hold_text_ids_only"),
+        "the training mask is a bias": (
+            OWN_MMADA,
+            "test_training_mask_hides_padding_unless_the_bias_is_asked_for",
+        ),
+        "the image loss counts the marks": (OWN_MMADA, "test_image_loss_leaves_the_marks_out"),
+        "long prompts are cut silently": (OWN_MMADA, "test_questions_and_texts_too_long_are_refused_not_cut"),
+    },
+    "Lumina-DiMOO": {
+        "a just-revealed token is not recomputed": (
+            "decoding/test_max_logit.py",
+            "test_low_candidates_and_changed_tokens_are_recomputed",
+        ),
+        "cache without guidance crashes": (MMADA, "test_the_cache_works_without_guidance"),
+        "one row per call": (MMADA, "test_several_prompts_of_any_length_in_a_batch"),
+        "early stop raises NameError": (MMADA, "test_stopping_early_fills_what_is_left"),
+        "codes of a given image are dropped": (MMADA, "test_every_code_of_a_given_image_is_seen"),
+        "arguments are changed in place": (MMADA, "test_inputs_are_not_changed"),
+    },
+    "image tokenizers": {
+        "LlamaGen VQ overflows in float16": (
+            "released/test_llamagen.py",
+            "test_float16_weights_whose_activations_exceed_its_range_stay_finite",
+        ),
+        "MAGVIT-v2 overflows in float16": (
+            "released/test_magvit.py",
+            "test_float16_weights_whose_activations_exceed_its_range_stay_finite",
+        ),
+    },
+    "diffusers loading": {
+        "missing weights load silently as random": ("models/test_checked_loading.py", "test_missing_weight"),
+        "unknown config keys only warn": ("models/test_checked_loading.py", "test_unknown_config_key"),
+    },
+}
+EVERY = [(system, defect, *where) for system, defects in DEFECTS.items() for defect, where in defects.items()]
+
+
+@lru_cache
+def functions_of(module: str) -> frozenset[str]:
+    tree = ast.parse((TESTS / module).read_text(encoding="utf-8"))
+    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize(("system", "defect", "module", "test"), EVERY, ids=[f"{e[0]}: {e[1]}" for e in EVERY])
+def test_every_defect_has_its_test(system: str, defect: str, module: str, test: str):
+    assert test.startswith("test_") and test in functions_of(module), f"{system}: {defect}: {module} has no {test}"
+
+
+def test_every_test_of_a_defect_is_listed():
+    listed = {(module, test) for _, _, module, test in EVERY}
+    own = [path.relative_to(TESTS).as_posix() for path in sorted(Path(__file__).parent.glob("test_defects_*.py"))]
+    for module in own:
+        if not module.endswith("test_defects_index.py"):
+            names = {name for name in functions_of(module) if name.startswith("test_")}
+            assert {name for name in names if (module, name) not in listed} == set()

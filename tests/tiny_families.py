@@ -1,0 +1,219 @@
+"""One tiny model per released family, loaded from a state dict under released names, with requests that fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
+from torch import Tensor
+
+from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.llada import llada_batch, llada_config, llada_state_dict, load_llada
+from unidiff.released.lumina import lumina_batch, lumina_pair
+from unidiff.released.mdlm import load_mdlm, mdlm_batch, mdlm_config, mdlm_state_dict
+from unidiff.released.mmada import SPECIALS, load_mmada, mmada_config, mmada_state_dict, mmada_vocabulary
+from unidiff.released.mmada_prompts import MMaDAPrompts, mmada_batch
+from unidiff.released.muddit_denoiser import MudditDenoiser
+from unidiff.released.muddit_tasks import MudditSettings
+from unidiff.released.unidisc import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict
+from unidiff.tokens import Span, TokenBatch, Vocabulary
+
+STEPS = 6
+UNIDISC = {
+    "model": {
+        "hidden_size": 24,
+        "n_blocks": 2,
+        "n_heads": 2,
+        "norm_type": "rms",
+        "qk_norm": True,
+        "modality_embed": True,
+        "sandwich_normalization": True,
+        "rope_2d": True,
+        "dropout": 0.0,
+        "text_vocab_size": 21,
+        "image_vocab_size": 12,
+    }
+}
+MDLM = {"hidden_dim": 24, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "vocab_size": 20, "dropout": 0.0}
+LLADA = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "mlp_hidden_size": 40,
+    "vocab_size": 44,
+    "rope_theta": 5e5,
+    "rms_norm_eps": 1e-5,
+    "mask_token_id": 36,
+    "eos_token_id": 30,
+    "pad_token_id": 30,
+    "eot_token_id": 37,
+    "block_group_size": 2,
+}
+MMADA = {"d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2, "mlp_hidden_size": 48, "new_vocab_size": 60}
+LUMINA_IDS = {"newline": 24, "boi": 25, "eoi": 26, "answer": 27, "end_answer": 28}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A loaded model and requests.
+
+    Attributes:
+        batch: three rows, of different lengths where the family knows padding.
+        config: a sampler configuration with guidance.
+        unconditional: rows of the unconditional stream where they are not the batch with tokens hidden.
+    """
+
+    name: str
+    model: Any
+    vocabulary: Vocabulary
+    batch: TokenBatch
+    config: SamplerConfig
+    unconditional: TokenBatch | None = None
+
+
+def lively(kwargs: dict[str, Any], seed: int = 0) -> MaskedTransformer:
+    """A network whose every weight is random, norms and biases too, in float64."""
+    model = MaskedTransformer(**kwargs).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(noise * 0.35 if parameter.ndim > 1 else 1 + 0.25 * noise)
+    return model
+
+
+def _ids(rows: int, length: int, low: int, high: int, seed: int = 1) -> Tensor:
+    return torch.randint(low, high, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _decoding(guidance: float = 2.0, **text: Any) -> SamplerConfig:
+    return SamplerConfig(
+        ModalityDecoding(**{"steps": STEPS, "block_length": 4, "schedule": "fixed", **text}),
+        ModalityDecoding(steps=STEPS, choice_temperature=1.0),
+        Guidance(guidance),
+        stop_at_eos=False,
+    )
+
+
+def unidisc() -> TinyFamily:
+    """Eight text tokens, then a 3 x 3 image; the first row draws, the second writes, the third fills holes in both."""
+    model, vocabulary = load_unidisc(unidisc_state_dict(lively(unidisc_config(UNIDISC))), UNIDISC)
+    text, image = _ids(3, 8, 0, vocabulary.text[1]), _ids(3, 9, *vocabulary.image, 2)
+    modality = torch.cat((torch.zeros_like(text), torch.ones_like(image)), 1)
+    attended = torch.ones_like(modality)
+    attended[0, 6:8] = 0  # padding of the static layout is seen and never a target
+    given = torch.zeros_like(modality, dtype=torch.bool)
+    given[0, :8], given[1, 8:], given[2, ::3] = True, True, True
+    batch = unidisc_batch(torch.cat((text, image), 1), modality, attended)
+    batch = batch.replace(given=batch.given | given).hide_targets(vocabulary)
+    return TinyFamily("unidisc", model, vocabulary, batch, _decoding())
+
+
+def mdlm() -> TinyFamily:
+    model, vocabulary = load_mdlm(mdlm_state_dict(lively(mdlm_config(MDLM))), MDLM)
+    batch = mdlm_batch(_ids(3, 14, 0, vocabulary.text[1]))
+    given = torch.arange(14) < torch.tensor([[3], [0], [6]])
+    return TinyFamily("mdlm", model, vocabulary, batch.replace(given=given).hide_targets(vocabulary), _decoding())
+
+
+def llada(seed: int = 0) -> TinyFamily:
+    """Prompts of 3, 5 and 6 tokens before answers of 12, padding on the left, as in batches for generation."""
+    model, vocabulary = load_llada(llada_state_dict(lively(llada_config(LLADA), seed), 2, fused=True), LLADA)
+    return TinyFamily("llada", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
+
+
+def llada_rows(prompts: list[int], vocabulary: Vocabulary, answer: int = 12, seed: int = 5) -> TokenBatch:
+    """Rows of prompts of the given lengths and a masked answer, aligned on the right."""
+    length = max(prompts) + answer
+    ids, start = _ids(len(prompts), length, 0, 29, seed), length - answer
+    attended = torch.arange(length) >= start - torch.tensor(prompts)[:, None]
+    given = (torch.arange(length) < start).expand_as(ids)
+    return llada_batch(ids, given, attended).hide_targets(vocabulary)
+
+
+def mmada() -> TinyFamily:
+    """Images of 2 x 2 codes, with MMaDA's own unconditional rows; the second row is partly known."""
+    vocabulary = mmada_vocabulary(60, 41, 16, 40, {name: 20 + i for i, name in enumerate(SPECIALS)})
+    state = mmada_state_dict(lively(mmada_config(MMADA)))
+    model, _ = load_mmada(state, MMADA, vocabulary=vocabulary)
+    codes = torch.tensor([[-1, -1, -1, -1], [-1, 2, -1, -1], [-1, -1, -1, -1]])
+    ids = torch.where(codes < 0, vocabulary.image_mask, codes + vocabulary.image[0])
+    prompts = MMaDAPrompts(vocabulary, text_length=6)
+    batch, other = (
+        mmada_batch(rows.ids, vocabulary, rows.visible)
+        for rows in (
+            prompts.text_to_image(((1, 2), (3, 4, 5), (6,)), ids),
+            prompts.text_to_image([[]] * 3, ids),
+        )
+    )
+    return TinyFamily("mmada", model, vocabulary, batch, _decoding(), other)
+
+
+def lumina_vocabulary() -> Vocabulary:
+    return Vocabulary(60, (0, 36), (36, 60), 35, specials={"eos": 34, **LUMINA_IDS})
+
+
+def lumina() -> TinyFamily:
+    """A 3 x 2 image between newlines behind prompts of one length, and the unconditional prompt of another."""
+    vocabulary = lumina_vocabulary()
+    config = {**LLADA, "vocab_size": 60, "mask_token_id": 35, "n_kv_heads": 4}
+    model, _ = load_llada(llada_state_dict(lively(llada_config(config))), config, vocabulary=vocabulary)
+    ids = lumina_ids(_ids(3, 5, 0, 24), (3, 2))
+    batch, other = lumina_pair(ids, _ids(3, 2, 0, 24, 7), 7, vocabulary)
+    return TinyFamily("lumina", model, vocabulary, batch, _decoding(), other)
+
+
+def lumina_ids(prompt: Tensor, grid: tuple[int, int], codes: Tensor | None = None) -> Tensor:
+    """`[B, P]` prompts, answer and image marks, rows of codes (hidden if None) and newlines, closing marks."""
+    batch, (height, width) = len(prompt), grid
+    codes = torch.full((batch, height, width), 35) if codes is None else codes
+    newline = torch.full((batch, height, 1), LUMINA_IDS["newline"])
+    lines = torch.cat((codes, newline), -1).flatten(1)
+    marks = [torch.full((batch, 1), LUMINA_IDS[name]) for name in ("answer", "boi", "eoi", "end_answer")]
+    return torch.cat((prompt, *marks[:2], lines, *marks[2:]), 1)
+
+
+def muddit_vocabulary() -> Vocabulary:
+    text, codes, rows = CLIP["vocab_size"], MODEL["codebook_size"], MODEL["vocab_size"]
+    return Vocabulary(
+        text + 1 + rows, (0, text), (text + 1, text + 1 + codes), text, text + rows, {"bos": text - 2, "eos": text - 1}
+    )
+
+
+def muddit() -> TinyFamily:
+    """The MM-DiT: ten words, half of them known, and 4 x 6 codes, a line of them known; rows of one layout."""
+    vocabulary = muddit_vocabulary()
+    empty = torch.tensor([46, 47, *[0] * 8])
+    model = MudditDenoiser(tiny_model(), tiny_clip(), vocabulary, MudditSettings(steps=STEPS), empty_prompt=empty)
+    known = torch.zeros(4, 6, dtype=torch.bool)
+    known[0] = True
+    words, codes = _ids(3, 10, 0, 48), _ids(3, 24, *vocabulary.image, 3).view(3, 4, 6)
+    rows = [[Span.text(w, torch.arange(10) < 5), Span.image(c, known)] for w, c in zip(words, codes, strict=True)]
+    batch = TokenBatch.from_spans(rows).hide_targets(vocabulary)
+    return TinyFamily("muddit", model, vocabulary, batch, _decoding(block_length=None))
+
+
+FAMILIES: dict[str, Callable[[], TinyFamily]] = {
+    make.__name__: make for make in (unidisc, mdlm, llada, mmada, lumina, muddit)
+}
+_MADE: dict[str, TinyFamily] = {}
+
+
+def family(name: str) -> TinyFamily:
+    """A family, made once per process; nothing changes it."""
+    if name not in _MADE:
+        _MADE[name] = FAMILIES[name]()
+    return _MADE[name]
+
+
+def lumina_rows(prompts: list[Tensor], vocabulary: Vocabulary, grid: tuple[int, int]) -> TokenBatch:
+    """Prompts of any lengths before images of one size, aligned on the right with padding on the left."""
+    rows = [lumina_ids(prompt[None], grid)[0] for prompt in prompts]
+    length = max(len(row) for row in rows)
+    valid = torch.stack([torch.arange(length) >= length - len(row) for row in rows])
+    padded = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+    return lumina_batch(padded, vocabulary, valid)
