@@ -116,12 +116,12 @@ def test_unidisc_rotary_factor_and_norms_are_honoured():
     release = BY_NAME["unidisc-1.4b"]
     model = dict(release.config["model"])
     for change, ours in (
-        ({"linear_factor": 2}, ["rope_linear_factor"]),  # the 512-pixel models
+        ({"linear_factor": 3}, ["rope_linear_factor"]),
         ({"norm_type": "layernorm"}, ["norm", "norm_eps"]),
         ({"sandwich_normalization": False}, ["sandwich_norm"]),
         ({"qk_norm": False}, ["qk_norm"]),
     ):
-        changed = replace(release, config={"model": {**model, **change}})
+        changed = replace(release, config={**release.config, "model": {**model, **change}})
         assert [d.name for d in differences(release, dict(build_empty(changed).config))] == ours
 
 
@@ -133,6 +133,7 @@ def epsilons(model: torch.nn.Module) -> set[float]:
     ("name", "eps"),
     [
         ("unidisc-1.4b", 1e-6),
+        ("unidisc-1.4b-interleaved", 1e-6),
         ("unidisc-small", 1e-6),
         ("llada-8b-base", 1e-5),
         ("mmada-8b", 1e-5),

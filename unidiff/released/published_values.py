@@ -63,7 +63,6 @@ _UNIDISC_SETTINGS = {
     "sandwich_norm": True,
     "modality_embedding": True,
     "rope_theta": 1e4,
-    "rope_linear_factor": 1.0,
     "head_bias": True,
     "ffn_bias": True,
     "tie_head": False,
@@ -74,15 +73,25 @@ _UNIDISC_SAMPLING = {"predictor": "maskgit", "steps": 50, "cfg": 3.0, "r_temp": 
 
 
 def _unidisc(
-    name: str, size: int, blocks: int, heads: int, codes: int, rope_2d: bool, parameters: int, digit: int
+    name: str,
+    size: int,
+    blocks: int,
+    heads: int,
+    codes: int,
+    rope_2d: bool,
+    parameters: int,
+    layout: str = "256",
 ) -> Release:
+    """`layout`: the static one of 256 or 512 pixels, or "interleaved", which has the rotary tables of all sizes."""
     shape = {"hidden_size": size, "n_blocks": blocks, "n_heads": heads}
     model = {**_UNIDISC, **shape, "rope_2d": rope_2d, "image_vocab_size": codes}
-    rows = 32001 + codes
+    packed, rows = layout == "interleaved", 32001 + codes
+    if layout != "256":
+        model["linear_factor"] = 2
     return Release(
         name,
         "unidisc",
-        {"model": model},
+        {"model": model, "data": {"require_sample_ids": packed}},
         {
             **_UNIDISC_SETTINGS,
             "vocab_size": rows,
@@ -90,6 +99,8 @@ def _unidisc(
             "num_layers": blocks,
             "num_heads": heads,
             "rope": "2d" if rope_2d else "1d",
+            "rope_linear_factor": 2.0 if layout == "512" else 1.0,
+            "rope_grid": 16 if packed else None,
         },
         {
             "size": rows,
@@ -99,7 +110,7 @@ def _unidisc(
             "specials": {"bos": 1, "eos": 2, "image": 811},
         },
         parameters,
-        digit / parameters,
+        1_000_000 / parameters,
         sampling=_UNIDISC_SAMPLING,
     )
 
@@ -277,11 +288,13 @@ _MAGVIT_SETTINGS = {
 }
 
 RELEASES: tuple[Release, ...] = (
-    _unidisc("unidisc-1.4b", 2048, 24, 16, 16384, True, 1_407_000_000, 1_000_000),
-    _unidisc("unidisc-medium", 1024, 24, 16, 8192, False, 384_000_000, 1_000_000),
-    _unidisc("unidisc-medium-vq16", 1024, 24, 16, 16384, False, 401_000_000, 1_000_000),
-    _unidisc("unidisc-small", 768, 12, 12, 8192, False, 147_000_000, 1_000_000),
-    _unidisc("unidisc-small-vq16", 768, 12, 12, 16384, False, 159_000_000, 1_000_000),
+    _unidisc("unidisc-1.4b", 2048, 24, 16, 16384, True, 1_407_000_000),
+    _unidisc("unidisc-1.4b-512", 2048, 24, 16, 16384, True, 1_407_000_000, "512"),
+    _unidisc("unidisc-1.4b-interleaved", 2048, 24, 16, 16384, True, 1_407_000_000, "interleaved"),
+    _unidisc("unidisc-medium", 1024, 24, 16, 8192, False, 384_000_000),
+    _unidisc("unidisc-medium-vq16", 1024, 24, 16, 16384, False, 401_000_000),
+    _unidisc("unidisc-small", 768, 12, 12, 8192, False, 147_000_000),
+    _unidisc("unidisc-small-vq16", 768, 12, 12, 16384, False, 159_000_000),
     Release(
         "mdlm",
         "mdlm",
