@@ -49,15 +49,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("unidiff.diffusion.streamed_nll.TILE_MULTIPLE", 8)
 
 
-@given(st.integers(1, 40), st.booleans(), st.integers(0, 200))
-@settings(max_examples=30, deadline=None)
-def test_values_and_gradients_equal_the_plain_formula(count, bias, seed):
+@given(st.integers(1, 40), st.booleans(), st.sampled_from(["none", "right", "wrong"]), st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_values_and_gradients_equal_the_plain_formula(count, bias, hint, seed):
     batch, masked = make_batch(seed)
     matrix = Matrix(6, bias, torch.float64, seed)
     hidden = torch.randn(*batch.shape, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     hidden.requires_grad_()
     weights = torch.rand(batch.shape, generator=torch.Generator().manual_seed(seed + 1)).double()
-    results = [masked_nll(hidden, h, masked, batch, VOCABULARY, count) for h in (matrix, matrix.head)]
+    announced = {"none": None, "right": 3 * weights, "wrong": weights.flip(0)}[hint]
+    results = [masked_nll(hidden, h, masked, batch, VOCABULARY, count, announced) for h in (matrix, matrix.head)]
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
     assert not results[0][~masked].any()
     if masked.any():
@@ -81,12 +82,17 @@ def test_gradcheck():
     matrix = Matrix(3, True, torch.float64)
     parts = parts_of(batch, masked, 4)
     real = torch.cat([p.real.reshape(-1) for p in parts])
+    ones = torch.ones(batch.shape[1], dtype=torch.float64)
 
     def scored(hidden, weight, bias):
         return streamed_nll.streamed_nll(hidden, weight, bias, parts)[real]
 
+    def summed(hidden, weight, bias):
+        return streamed_nll.streamed_nll(hidden, weight, bias, parts, ones)[real].sum()
+
     hidden = torch.randn(batch.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(scored, (hidden.requires_grad_(), matrix.weight, matrix.bias))
+    assert torch.autograd.gradcheck(summed, (hidden, matrix.weight, matrix.bias), nondet_tol=1e-10)
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
@@ -105,14 +111,34 @@ def test_a_transformer_gets_the_gradients_of_its_own_head(tie_head):
         torch.testing.assert_close(value, grads[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_autocast_stays_close_to_float32_and_keeps_float32_gradients():
+def test_announced_weights_save_the_second_set_of_logits(monkeypatch):
+    batch, masked = make_batch(4)
+    matrix = Matrix(4, True, torch.float64)
+    hidden = torch.randn(*batch.shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden.requires_grad_()
+    weights = torch.rand(batch.shape, generator=torch.Generator().manual_seed(1)).double()
+    made = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(streamed_nll.F, "linear", lambda h, w, b=None: made.append(len(h) * len(w)) or linear(h, w, b))
+    counts = []
+    for announced in (weights, None):
+        made.clear()
+        nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, 4, announced)
+        (nll * weights / 7).sum().backward()
+        counts.append(sum(made))
+    assert counts[1] == 2 * counts[0] > 0
+
+
+@pytest.mark.parametrize("hinted", [True, False])
+def test_bf16_autocast_stays_close_to_float32_and_keeps_float32_gradients(hinted):
     batch, masked = make_batch(5)
     matrix = Matrix(16, True, torch.float32)
     hidden = torch.randn(*batch.shape, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     out = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, 8)
+            hint = torch.ones(batch.shape) if hinted else None
+            nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, 8, hint)
         out.append((nll, *torch.autograd.grad(nll.sum(), [hidden, matrix.weight])))
     for exact, rounded in zip(*out, strict=True):
         assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)

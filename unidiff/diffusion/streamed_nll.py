@@ -2,8 +2,13 @@
 
     nll_i = logsumexp_v(h_i . w_v) - h_i . w_target      dh_i = sum_v (p_iv - y_iv) w_v      dw_v = sum_i (p_iv - y_iv) h_i
 
-The vocabulary is the outer loop, the gathered positions the inner one, so that a tile of the weight gradient is finished
-while it is in cache. At any time one `[count, tile]` block of logits exists; the log-sum-exp of every position is kept.
+Two ways to the gradients, both without `[n, V]` for all n positions:
+
+- The caller says in advance what each position weighs in the loss. Then the forward pass makes the logits of one chunk of
+  positions, takes the gradients from them, and drops them: three matrix products, the number of the plain formula. The
+  backward pass scales what is there; should the weights turn out other than announced, it falls back to the second way.
+- Otherwise logits are made again in the backward pass. The vocabulary is the outer loop, the positions the inner one, so
+  that a tile of the weight gradient is finished while it is in cache.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 1 << 22  # logits of one tile: 16 MiB in float32
+TILE_ELEMENTS = 1 << 20  # logits of one tile: 4 MiB in float32
 TILE_MULTIPLE = 64
 
 
@@ -50,13 +55,17 @@ class HeadPart:
     forbidden: tuple[int, ...]
 
 
-def streamed_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[HeadPart, ...]) -> Tensor:
+def streamed_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[HeadPart, ...], scale: Tensor | None = None
+) -> Tensor:
     """-log softmax at the targets of every part, one after the other, flat `[sum of chunks * count]`.
 
     Args:
         hidden: `[N, D]`.
         weight, bias: of the whole head, `[V, D]` and `[V]` or None.
         parts: what to score; none gives an empty result whose gradients are zeros.
+        scale: `[N]`, up to one common factor what each row's result will be multiplied with in the loss. It makes training
+            faster and changes no result.
 
     Returns:
         float32 (float64 if `hidden` is); matmuls run in the autocast type where autocast is on, else in `hidden`'s.
@@ -65,6 +74,8 @@ def streamed_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: tup
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    if scale is not None and torch.is_grad_enabled() and parts:
+        return _WeightedNLL.apply(hidden, weight, bias, parts, dtype, scale.to(device=hidden.device))
     return _StreamedNLL.apply(hidden, weight, bias, parts, dtype)
 
 
@@ -98,51 +109,159 @@ class _StreamedNLL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *rest = ctx.saved_tensors
         bias, totals = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
-        exact = grad.dtype
-        grad_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        taken = 0
-        for part, total in zip(ctx.parts, totals, strict=True):
-            scale = grad[taken : taken + total.numel()].view_as(total).where(part.real, 0)  # [chunks, count]
-            taken += total.numel()
-            rows = hidden[part.index].to(ctx.dtype)
-            grad_rows = torch.zeros(rows.shape, dtype=exact, device=hidden.device)
-            for low, high, tile, offset in _tiles(weight, bias, part, ctx.dtype):
-                for chunk, states in enumerate(rows):
-                    slope = _logits(states, tile, offset, part, low, exact)
-                    slope.sub_(total[chunk, :, None]).exp_()  # probabilities [count, tile]
-                    target, inside = _local(part.target[chunk], low - part.start, high - low)
-                    slope.scatter_add_(1, target, -inside[:, None].to(exact))
-                    slope.mul_(scale[chunk, :, None])
-                    if grad_bias is not None:
-                        grad_bias[low:high] += slope.sum(0).to(grad_bias.dtype)
-                    slope = slope.to(ctx.dtype)
-                    grad_rows[chunk] += slope @ tile
-                    if grad_weight is not None:
-                        grad_weight[low:high] += slope.T @ states
-            grad_hidden.index_add_(0, part.index.reshape(-1), grad_rows.flatten(0, 1))
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
+        return *_recomputed(ctx, hidden, weight, bias, totals, grad), None, None
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: tuple[HeadPart, ...],
+        dtype: torch.dtype,
+        scale: Tensor,
+    ) -> Tensor:
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad, exact)
+        totals, values, scales = [], [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in parts:
+                factor = scale[part.index].to(exact).where(part.real, 0)  # [chunks, count]
+                total = torch.empty(part.index.shape, dtype=exact, device=hidden.device)
+                nll = torch.empty_like(total)
+                for chunk, index in enumerate(part.index):
+                    states = hidden[index].to(dtype)  # [count, D]
+                    logits = states.new_empty(len(index), part.stop - part.start)  # [count, n]; the only ones
+                    for low, high, tile, offset in _tiles(weight, bias, part, dtype):
+                        logits[:, low - part.start : high - part.start] = F.linear(states, tile, offset)
+                    total[chunk], nll[chunk] = _score(logits, part, chunk, exact)
+                    grad_rows = torch.zeros(states.shape, dtype=exact, device=hidden.device)
+                    for low, high, tile, _ in _tiles(weight, bias, part, dtype):
+                        piece = logits[:, low - part.start : high - part.start].to(exact, copy=True)
+                        _ban(piece, part, low)
+                        sums.add(piece, states, tile, part, chunk, low, total[chunk], factor[chunk], grad_rows)
+                    sums.hidden.index_add_(0, index, grad_rows)
+                    del logits
+                totals.append(total)
+                values.append(nll.reshape(-1))
+                scales.append(factor.reshape(-1))
+        ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)), *totals)
+        ctx.parts, ctx.dtype, ctx.has_bias = parts, dtype, bias is not None
+        ctx.scale, ctx.sums = torch.cat(scales), sums
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, *rest = ctx.saved_tensors
+        bias, totals = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
+        sums, ctx.sums = ctx.sums, None
+        real = torch.cat([part.real.reshape(-1) for part in ctx.parts])
+        grad = grad.where(real, 0)
+        factor = (grad * ctx.scale).sum() / (ctx.scale * ctx.scale).sum()
+        if sums is None or not torch.allclose(grad, factor * ctx.scale, rtol=1e-5, atol=0):  # NaN falls through too
+            return *_recomputed(ctx, hidden, weight, bias, totals, grad), None, None, None
+        return *sums.scaled(factor, hidden.dtype), None, None, None
+
+
+class _Gradients:
+    """Sums of dh `[N, D]`, dw `[V, D]` and db `[V]`, each only where it is needed."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...], exact: torch.dtype
+    ) -> None:
+        self.hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device)
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(
+        self,
+        logits: Tensor,
+        states: Tensor,
+        tile: Tensor,
+        part: HeadPart,
+        chunk: int,
+        low: int,
+        total: Tensor,
+        scale: Tensor,
+        grad_rows: Tensor,
+    ) -> None:
+        """One tile of logits `[count, n]` of one chunk, which it overwrites; dh of the chunk goes to `grad_rows`."""
+        slope = logits.sub_(total[:, None]).exp_()  # probabilities
+        target, inside = _local(part.target[chunk], low - part.start, len(tile))
+        slope.scatter_add_(1, target, -inside[:, None].to(slope.dtype))
+        slope.mul_(scale[:, None])
+        if self.bias is not None:
+            self.bias[low : low + len(tile)] += slope.sum(0).to(self.bias.dtype)
+        slope = slope.to(tile.dtype)
+        grad_rows += slope @ tile
+        if self.weight is not None:
+            self.weight[low : low + len(tile)] += slope.T @ states
+
+    def scaled(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Everything times a number; `hidden` in `dtype`."""
+        for value in (self.hidden, self.weight, self.bias):
+            if value is not None:
+                value.mul_(factor)
+        return self.hidden.to(dtype), self.weight, self.bias
+
+
+def _recomputed(
+    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, totals: list[Tensor], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients for any upstream gradient, flat as the result, from logits made again."""
+    sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad, grad.dtype)
+    taken = 0
+    for part, total in zip(ctx.parts, totals, strict=True):
+        scale = grad[taken : taken + total.numel()].view_as(total).where(part.real, 0)  # [chunks, count]
+        taken += total.numel()
+        rows = hidden[part.index].to(ctx.dtype)
+        grad_rows = torch.zeros(rows.shape, dtype=grad.dtype, device=hidden.device)
+        for low, _, tile, offset in _tiles(weight, bias, part, ctx.dtype):
+            for chunk, states in enumerate(rows):
+                logits = _logits(states, tile, offset, part, low, grad.dtype)
+                sums.add(logits, states, tile, part, chunk, low, total[chunk], scale[chunk], grad_rows[chunk])
+        sums.hidden.index_add_(0, part.index.reshape(-1), grad_rows.flatten(0, 1))
+    return sums.hidden.to(hidden.dtype), sums.weight, sums.bias
 
 
 def _tiles(
     weight: Tensor, bias: Tensor | None, part: HeadPart, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """(first id, last id + 1, weight `[n, D]`, bias `[n]`) of nearly equal runs of the slice, in the matmul type."""
+    for low, high in _bounds(part):
+        yield low, high, weight[low:high].to(dtype), None if bias is None else bias[low:high].to(dtype)
+
+
+def _bounds(part: HeadPart) -> Iterator[tuple[int, int]]:
     size = part.stop - part.start
     count = -(-size * part.index.shape[1] // TILE_ELEMENTS)
     step = -(-size // count // TILE_MULTIPLE) * TILE_MULTIPLE
     for low in range(part.start, part.stop, step):
-        high = min(low + step, part.stop)
-        yield low, high, weight[low:high].to(dtype), None if bias is None else bias[low:high].to(dtype)
+        yield low, min(low + step, part.stop)
+
+
+def _score(logits: Tensor, part: HeadPart, chunk: int, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and NLL of one chunk, `[count]` each, without a float32 copy of all its logits."""
+    total = torch.full((len(logits),), -torch.inf, dtype=exact, device=logits.device)
+    for low, high in _bounds(part):
+        piece = logits[:, low - part.start : high - part.start].to(exact, copy=True)
+        total = torch.logaddexp(total, _logsumexp(_ban(piece, part, low)))
+    own = logits.gather(1, part.target[chunk][:, None])[:, 0].to(exact)
+    return total, total - own
 
 
 def _logits(
     states: Tensor, tile: Tensor, offset: Tensor | None, part: HeadPart, low: int, exact: torch.dtype
 ) -> Tensor:
-    logits = F.linear(states, tile, offset).to(exact)
-    banned = [f + part.start - low for f in part.forbidden if low <= f + part.start < low + len(tile)]
-    if banned:
+    return _ban(F.linear(states, tile, offset).to(exact), part, low)
+
+
+def _ban(logits: Tensor, part: HeadPart, low: int) -> Tensor:
+    """-inf for the forbidden ids of a tile that begins at `low`, in place."""
+    if banned := [f + part.start - low for f in part.forbidden if low <= f + part.start < low + logits.shape[1]]:
         logits[:, banned] = -torch.inf
     return logits
 
