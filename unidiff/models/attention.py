@@ -27,13 +27,14 @@ class Attention(nn.Module):
         qk_norm_type: str = "rms",
         qk_norm_eps: float = 1e-6,
         bias: bool = False,
+        qkv_bias: bool | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = size // num_heads
         self.qk_norm = qk_norm
         kv_size = num_kv_heads * self.head_dim
-        self.qkv = nn.Linear(size, size + 2 * kv_size, bias=bias)
+        self.qkv = nn.Linear(size, size + 2 * kv_size, bias=bias if qkv_bias is None else qkv_bias)
         self.out = nn.Linear(size, size, bias=bias)
         if qk_norm != "none":
             widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)

@@ -96,7 +96,10 @@ class MaskedTransformer(CheckedModel):
         attention_gate: whether adaLN gates the attention branch (UniDisc with sandwich norms does not).
         sandwich_norm: norms on the branch outputs as well.
         tie_head: the head is the embedding matrix.
-        head_bias, linear_bias: biases of the head, of the linear layers; `ffn_bias` overrides it for the feed-forward.
+        head_bias, linear_bias: biases of the head, of the linear layers; `ffn_bias` and `qkv_bias` override it for the
+            feed-forward and for queries, keys and values.
+        shift: the weights predict the *next* token, as those that were adapted from an autoregressive model do (Dream):
+            features move one token on within their sample, so that the logits at a token are its own for every caller.
         attention: "full" or "block_causal" with blocks of `block_length` positions, counted in each sample.
         dropout: on the branch outputs, in training mode.
     """
@@ -133,6 +136,8 @@ class MaskedTransformer(CheckedModel):
         head_bias: bool = False,
         linear_bias: bool = False,
         ffn_bias: bool | None = None,
+        qkv_bias: bool | None = None,
+        shift: bool = False,
         attention: str = "full",
         block_length: int | None = None,
         dropout: float = 0.0,
@@ -180,7 +185,7 @@ class MaskedTransformer(CheckedModel):
         for block in self.blocks:
             x = block(x, rotary, attention_mask, condition)
         # 4. final norm
-        return self.finish(x, condition)
+        return self.shifted(self.finish(x, condition), positions)
 
     def partial(
         self,
@@ -197,7 +202,7 @@ class MaskedTransformer(CheckedModel):
 
         Args:
             ids: int64 `[B, L]`, current tokens.
-            plan: see `CachePlan`. A full plan, or one without `query`, equals `hidden`.
+            plan: see `CachePlan`. A full plan, or one without `query`, equals `hidden` (before `shifted`).
             store: `FeatureStore(model, batch, options)` of the same rows; changed in place.
             time: as in `hidden`.
             select: with `plan.verify`: called in every layer that does not recompute everything as
@@ -238,6 +243,13 @@ class MaskedTransformer(CheckedModel):
         """The final norm."""
         x = self.final_norm(x)
         return x if self.final_ada_ln is None else modulate(x, self.final_ada_ln(condition)[0])
+
+    def shifted(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """With `shift`, `[B, L, D]` where every token has the features of the one before it; a sample's first its own."""
+        if not self.config.shift:
+            return hidden
+        before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+        return torch.where((positions[..., 0] == 0)[..., None], hidden, before)
 
     def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]` (float64 for a float64 model)."""
@@ -282,6 +294,7 @@ class MaskedTransformer(CheckedModel):
                 c.qk_norm_type,
                 qk_eps,
                 c.linear_bias,
+                c.qkv_bias,
             ),
             FeedForward(c.hidden_size, ffn_size, c.activation, ffn_bias),
             (norms[0], norms[1]),

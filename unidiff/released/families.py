@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unidiff.released.dream import dream_state_dict, dream_vocabulary, load_dream
 from unidiff.released.llada import llada_state_dict, llada_vocabulary, load_llada
 from unidiff.released.llamagen import CONFIG_KEYS, llamagen_state_dict, load_llamagen
 from unidiff.released.magvit import load_magvit, magvit_state_dict
@@ -54,8 +55,15 @@ class Family:
 
     def has_keys(self, names: Iterable[str]) -> bool:
         """Whether weights of these names are this family's."""
+        return all(self._found(names))
+
+    def has_some_keys(self, names: Iterable[str]) -> bool:
+        """Whether weights of these names may be a part of this family's."""
+        return any(self._found(names))
+
+    def _found(self, names: Iterable[str]) -> list[bool]:
         names = list(names)
-        return all(any(re.search(mark, name) for name in names) for mark in self.keys)
+        return [any(re.search(mark, name) for name in names) for mark in self.keys]
 
 
 LLADA_KEYS = (r"transformer\.wte\.weight$", r"transformer\.(blocks\.0|block_groups\.0\.0)\.ff_proj\.weight$")
@@ -189,6 +197,14 @@ FAMILIES: dict[str, Family] = {
             **_LLADA,
         ),
         Family(name="llada", fits=_is_llada, load=load_llada, vocabulary=llada_vocabulary, **_LLADA),
+        Family(
+            "dream",
+            (r"^model\.layers\.0\.self_attn\.q_proj\.bias$", r"^model\.layers\.0\.mlp\.gate_proj\.weight$"),
+            lambda config: _is(config, "DreamModel", model_type="Dream"),
+            _denoiser(load_dream),
+            lambda model, layout: dream_state_dict(model),
+            dream_vocabulary,
+        ),
         Family(name="muddit", keys=(*MMDIT_KEYS, r"^text_decoder\.1\.weight$"), fits=_is_muddit, **_MUDDIT),
         Family(name="meissonic", keys=MMDIT_KEYS, fits=_is_meissonic, **_MUDDIT),
         Family(
@@ -237,6 +253,8 @@ def recognise(config: Config, names: Iterable[str]) -> Family:
     by_config = [family for family in FAMILIES.values() if config and family.fits(config)]
     if both := [family for family in by_keys if family in by_config]:
         return both[0]
+    if not by_keys and (part := [family for family in by_config if family.has_some_keys(names)]):
+        return part[0]  # loading will say what is missing
     keys, listed = _list(by_keys), ", ".join(names[:3])
     if by_config and names:
         raise ValueError(
