@@ -10,11 +10,13 @@ import pytest
 import torch
 from diffusers import VQModel
 from golden import golden_folders
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unidiff.models.mmdit import MMDiT
+from unidiff.released.muddit import muddit_state_dict
+from unidiff.released.muddit_folder import MASK_EMBEDDING, WEIGHTS
 from unidiff.released.muddit_text import ClipText
 from unidiff.tokens.image_vq import VQImageTokenizer
 
@@ -107,3 +109,27 @@ def released_config(model: MMDiT) -> dict:
         downsample=c.downsample,
         upsample=c.downsample,
     )
+
+
+def write_folder(folder: Path) -> None:
+    """Tiny random parts in the released layout, the mask embedding beside it; the alphabet of its words is a to w."""
+    model = tiny_model()
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(released_config(model)))
+    save_file(muddit_state_dict(model), folder / "transformer" / WEIGHTS)
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)).save_pretrained(folder / "text_encoder")
+    letters = [chr(ord("a") + i) for i in range(23)]
+    words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], pad_token="a").save_pretrained(
+        folder / "tokenizer"
+    )
+    VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        lookup_from_codebook=True,
+        **VQ,
+    ).save_pretrained(folder / "vqvae")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"masking_schedule": "linear"}))
+    torch.save(torch.randn(CLIP["hidden_size"]), folder.parent / MASK_EMBEDDING)

@@ -9,10 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import VQModel
-from muddit_parts import CLIP, VQ, released_config, tiny_model
+from muddit_parts import released_config, tiny_model, write_folder
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unidiff.released.muddit import muddit_state_dict
 from unidiff.released.muddit_folder import MASK_EMBEDDING, WEIGHTS, Muddit
@@ -23,28 +21,8 @@ SEEDS = torch.tensor([1, 2])
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Tiny random parts under released names; the alphabet is a to w."""
     folder = tmp_path_factory.mktemp("muddit") / "512"
-    model = tiny_model()
-    (folder / "transformer").mkdir(parents=True)
-    (folder / "transformer" / "config.json").write_text(json.dumps(released_config(model)))
-    save_file(muddit_state_dict(model), folder / "transformer" / WEIGHTS)
-    torch.manual_seed(0)
-    CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)).save_pretrained(folder / "text_encoder")
-    letters = [chr(ord("a") + i) for i in range(23)]
-    words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], pad_token="a").save_pretrained(
-        folder / "tokenizer"
-    )
-    VQModel(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        lookup_from_codebook=True,
-        **VQ,
-    ).save_pretrained(folder / "vqvae")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"masking_schedule": "linear"}))
-    torch.save(torch.randn(CLIP["hidden_size"]), folder.parent / MASK_EMBEDDING)
+    write_folder(folder)
     return folder
 
 
