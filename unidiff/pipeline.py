@@ -11,8 +11,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig
+from unidiff.decoding.cache import CacheConfig
 from unidiff.hub import locate
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.auto_cache import choose_cache
 from unidiff.pipelines.checks import check_fit, read_dtype
 from unidiff.pipelines.decode import (
     OUTPUT_TYPES,
@@ -27,7 +29,8 @@ from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
-from unidiff.pipelines.settings import PipelineSettings, with_overrides
+from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
+from unidiff.pipelines.tasks import choose_task
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
@@ -124,6 +127,26 @@ class UniDiffPipeline(DiffusionPipeline):
             forget_origins(folder)
 
         write_folder(save_directory, write)
+
+    def __call__(
+        self, prompt: str | Sequence[str] | None = None, task: str | None = None, **inputs: Any
+    ) -> UniDiffOutput:
+        """The task that the inputs mean: `pipe("a dog")`, `pipe(image=picture)`, `pipe(image=picture, question="what?")`.
+
+        A prompt alone: `text_to_image`. A picture: `caption`; with a question `answer`; with a mask or text `inpaint`.
+        Text with holes, or nothing: `generate` (a picture and its caption).
+
+        Args:
+            prompt: one or several captions to draw.
+            task: the name of a method, where it is not the one that the inputs mean.
+            inputs: the arguments of that method.
+
+        Raises:
+            ValueError: inputs that no task takes together, and as for that task.
+        """
+        given = {name: inputs.pop(name, None) for name in ("image", "question", "mask_image", "text")}
+        given = {name: value for name, value in {"prompt": prompt, **given}.items() if value is not None}
+        return getattr(self, choose_task(given, task))(**given, **inputs)
 
     def text_to_image(
         self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, **options: Unpack[DecodeOptions]
@@ -263,7 +286,10 @@ class UniDiffPipeline(DiffusionPipeline):
         guidance_hides: str | None = None,
         temperature: float | None = None,
         sampler: SamplerConfig | None = None,
+        cache: str | CacheConfig | None = None,
         policy: RefreshPolicy | None = None,
+        block_length: int | Mapping[str, int] | None = None,
+        threshold: float | Mapping[str, float] | None = None,
         generator: RowGenerator = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -275,18 +301,20 @@ class UniDiffPipeline(DiffusionPipeline):
         settings = self.settings
         # 1. settings of the decode
         never = self.text_slots.never(closed=all(slot.closed for slot in slots))
-        config = with_overrides(
-            sampler or settings.sampler(task), steps, guidance_scale, guidance_hides, temperature, never
-        )
+        blocks = by_modality("block_length", block_length, ("text", "image"))
+        least = by_modality("threshold", threshold, ("image",) if task == "text_to_image" else ("text",))
+        config = sampler or settings.sampler(task)
+        config = with_overrides(config, steps, guidance_scale, guidance_hides, temperature, never, blocks, least)
         # 2. rows: text span, image span, what is known
         batch = build_batch(slots, codes, hidden, settings).to(self._execution_device)  # [B, L]
         condition = guidance_condition(batch, config.guidance.hide)
         seeds = row_seeds(generator, len(slots), per_entry)
+        choice = choose_cache(cache, policy, batch, config, self.transformer)
         # 3. decode
         self._interrupt, targets = False, int(batch.targets.sum())
         with self.progress_bar(total=targets) as bar:
             watcher = StepWatcher(self, bar, targets, callback_on_step_end)
-            run = Sampler(self.transformer, settings.vocabulary, config, policy)
+            run = Sampler(self.transformer, settings.vocabulary, config, choice.policy)
             out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory)
             watcher.finish()
         # 4. back to words and pixels
@@ -307,6 +335,9 @@ class UniDiffPipeline(DiffusionPipeline):
             seconds=out.seconds,
             seeds=seeds,
             trajectory=trajectory,
+            stats=out.stats,
+            cache=choice.config,
+            cache_note=choice.note,
         )
 
     def _encode(self, image: Any, resize: bool) -> Tensor:

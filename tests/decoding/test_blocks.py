@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.blocks import block_ids, block_steps, current_block
+from unidiff.decoding.blocks import block_ids, block_steps, current_block, halton_ranks
+from unidiff.decoding.config import BLOCK_ORDERS
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(5, 4)
@@ -18,7 +19,7 @@ def image_batch(height: int, width: int) -> TokenBatch:
     return TokenBatch.from_spans([[Span.text([1, 2], True), Span.masked_image((height, width), VOCABULARY)]])
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.sampled_from(["sequence", "checkerboard", "coarse"]))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.sampled_from(BLOCK_ORDERS))
 def test_every_block_is_full_but_the_last(height: int, width: int, length: int, order: str) -> None:
     batch = image_batch(height, width)
     blocks = block_ids(batch, batch.targets, length, order)[batch.targets]
@@ -37,6 +38,33 @@ def test_orders_of_a_grid() -> None:
     assert (places["checkerboard"][even] < 2).all() and (places["checkerboard"][~even] >= 2).all()
     assert places["coarse"][::2, ::2].tolist() == [[0, 0], [0, 0]]  # the grid of every second cell comes first
     assert (block_ids(batch, batch.targets, 1, "coarse")[0, 2:].view(4, 4)[0, 0]) == 0
+
+
+def test_halton_order_covers_the_grid_evenly() -> None:
+    """Points (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), ... on 4 x 3 cells; every quadrant has its share of any first part."""
+    assert halton_ranks(4, 3) == (0, 4, 8, 6, 10, 2, 9, 1, 5, 3, 7, 11)
+    for height, width in ((8, 8), (16, 16), (5, 9), (1, 7)):
+        ranks = torch.tensor(halton_ranks(height, width)).view(height, width)
+        assert ranks.flatten().sort().values.tolist() == list(range(height * width))
+        if height == width:
+            for part in (height * width // 4, height * width // 2):
+                early = (ranks < part).float().unfold(0, height // 2, height // 2).unfold(1, width // 2, width // 2)
+                assert ((early.sum((2, 3)) - part / 4).abs() <= part / 16).all()
+
+
+def test_halton_order_is_that_of_each_picture() -> None:
+    """Other pictures in the row, and other rows of the batch, do not change it."""
+    hidden = [Span.masked_image(size, VOCABULARY) for size in ((2, 3), (4, 4))]
+    rows = [[Span.text([1], True), *hidden], [hidden[1]]]
+    together = TokenBatch.from_spans(rows)
+    ranks = block_ids(together, together.targets, 1, "halton")
+    alone = [TokenBatch.from_spans([[span]]) for span in hidden]
+    small, large = (block_ids(a, a.targets, 1, "halton")[0] for a in alone)
+    assert small.tolist() == list(halton_ranks(2, 3)) and large.tolist() == list(halton_ranks(4, 4))
+    assert ranks[1, :16].tolist() == large.tolist()
+    first, second = ranks[0, 1:7], ranks[0, 7:23]  # merged by rank, each in its own order
+    assert first.argsort().tolist() == small.argsort().tolist()
+    assert second.argsort().tolist() == large.argsort().tolist()
 
 
 def test_known_tokens_and_padding_use_up_nothing() -> None:
@@ -60,7 +88,7 @@ def test_current_block_is_the_lowest_open_one() -> None:
     assert current_block(blocks, open_).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("order", ["sequence", "checkerboard", "coarse"])
+@pytest.mark.parametrize("order", BLOCK_ORDERS)
 def test_image_blocks_are_finished_one_after_another(order: str) -> None:
     class Flat:
         def hidden(self, ids, modality, positions, attention_mask, time=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ from hypothesis import strategies as st
 
 from unidiff.decoding.commit import (
     above_threshold,
+    decide,
     factor_count,
+    hierarchical,
     masked_share,
     progress,
     quota,
     take_best,
     unmask_chance,
 )
-from unidiff.decoding.config import SCHEDULES
+from unidiff.decoding.config import SCHEDULES, ModalityDecoding
+from unidiff.decoding.draw import choose
+from unidiff.decoding.forward import gather_positions
 from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.diffusion.schedules import get_schedule
 
@@ -126,3 +131,38 @@ def test_unsure_tokens_are_the_least_sure_and_within_budget() -> None:
         [True, True, True, False, False],
         [False] * 5,
     ]
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_hierarchical_takes_the_best_of_every_run(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.rand(3, 12, generator=generator) < 0.6
+    index, live = gather_positions(place, 9)
+    confidence = (torch.rand(3, 9, generator=generator, dtype=torch.float64) * 8).round() / 8  # ties occur
+    picked = hierarchical(confidence, live, index, 0.9, 0.4)
+    for row in range(3):
+        sure = {int(i): float(c) for i, c, on in zip(index[row], confidence[row], live[row], strict=True) if on}
+        expected = {i for i, c in sure.items() if c >= 0.9}
+        if sure:
+            expected.add(min(sure, key=lambda i: (-sure[i], i)))
+        for start in (i for i in sure if i - 1 not in sure):
+            run = [start]
+            while run[-1] + 1 in sure:
+                run.append(run[-1] + 1)
+            best = min(run, key=lambda i: (-sure[i], i))
+            if sure[best] >= 0.4:
+                expected.add(best)
+        assert {int(i) for i, on in zip(index[row], picked[row], strict=True) if on} == expected
+
+
+def test_margin_decides_by_the_gap_to_the_second_best() -> None:
+    """0.5 against 0.45 is less sure by margin than 0.45 against 0.1, although its probability is higher."""
+    p = torch.tensor([[[0.5, 0.45, 0.05], [0.45, 0.1, 0.45 - 0.35]]], dtype=torch.float64)
+    rule = ModalityDecoding(rule="threshold", threshold=0.3, confidence="margin", temperature=0.0)
+    live, zeros = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 0.5, dtype=torch.float64)
+    for measure, expected in (("margin", [False, True]), ("probability", [True, True])):
+        own = replace(rule, confidence=measure)
+        choice = choose(p.log(), live, own, zeros, zeros)
+        index, count = torch.tensor([[3, 7]]), torch.tensor([1])
+        assert decide(own, choice.confidence, choice.confidence, live, count, index)[0].tolist() == expected

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unidiff.decoding import DecodeState, Guidance, ModalityDecoding, Sampler, SamplerConfig
+from unidiff.decoding.config import BLOCK_ORDERS, ORDERS, RULES
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -53,13 +54,15 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
             remask = "remdm" if remask != "none" else "none"
         elif remask == "remdm":
             remask = "confidence"
-        if rule in ("threshold", "factor") and confidence == "random":
+        if rule in ("threshold", "factor", "hierarchical", "credit") and confidence == "random":
             confidence = "margin"
+        if rest["block_length"] is None or rule in ("first_hitting", "ancestral") or confidence == "random":
+            rest["blocks_in_flight"] = 1
         return ModalityDecoding(rule=rule, remask=remask, schedule=schedule, confidence=confidence, **rest)
 
     return st.builds(
         build,
-        rule=st.sampled_from(["quota", "threshold", "factor", "first_hitting", "ancestral"]),
+        rule=st.sampled_from(RULES),
         remask=st.sampled_from(["none", "confidence", "remdm"]),
         schedule=st.sampled_from(["fixed", "linear", "cosine", "square"]),
         confidence=st.sampled_from(["probability", "margin", "entropy", "random"]),
@@ -71,7 +74,11 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
         threshold=st.sampled_from([0.2, 0.9]),
         factor=st.sampled_from([0.5, 1.0]),
         block_length=st.sampled_from([None, 2, 3]),
-        block_order=st.sampled_from(["sequence", "checkerboard", "coarse"] if modality == "image" else ["sequence"]),
+        block_order=st.sampled_from(BLOCK_ORDERS if modality == "image" else ["sequence"]),
+        blocks_in_flight=st.integers(1, 3),
+        flight_share=st.sampled_from([0.0, 0.6]),
+        flight_threshold=st.sampled_from([0.1, 0.5]),
+        low_threshold=st.just(0.2),
         remask_threshold=st.just(0.5),
         remask_budget=st.integers(0, 4),
         remask_cap=st.sampled_from([0.0, 0.4, 1.0]),
@@ -91,7 +98,7 @@ configs = st.builds(
         hide=st.sampled_from(["given", "other", "text", "image"]),
         image_scale=st.sampled_from([None, 1.5]),
     ),
-    order=st.sampled_from(["together", "text_first", "image_first"]),
+    order=st.sampled_from(ORDERS),
 )
 
 

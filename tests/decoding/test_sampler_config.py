@@ -70,6 +70,13 @@ def test_bad_data_is_refused(data: dict, message: str) -> None:
         (dict(rule="ancestral", remask="confidence"), "use remask='remdm'"),
         (dict(rule="ancestral", schedule="fixed"), "needs a schedule of times"),
         (dict(rule="threshold", confidence="random"), "confidence is 'random'"),
+        (dict(rule="credit", confidence="random"), "confidence is 'random'"),
+        (dict(credit_decay=1.5), "credit_decay is 1.5"),
+        (dict(flight_share=-0.1), "flight_share is -0.1"),
+        (dict(blocks_in_flight=0), "blocks_in_flight is 0"),
+        (dict(blocks_in_flight=2), "there is one block; set block_length"),
+        (dict(blocks_in_flight=2, block_length=4, rule="first_hitting"), "does not look at the model"),
+        (dict(blocks_in_flight=2, block_length=4, confidence="random"), "does not look at the model"),
     ],
 )
 def test_bad_modality_settings_are_refused(values: dict, message: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from unidiff.tokens import TokenBatch
+from unidiff.tokens import Modality, TokenBatch
 
 
 def block_ids(batch: TokenBatch, wanted: Tensor, length: int | None, order: str = "sequence") -> Tensor:
@@ -17,7 +19,8 @@ def block_ids(batch: TokenBatch, wanted: Tensor, length: int | None, order: str 
         batch: for the places of image codes.
         wanted: bool `[B, L]`, the targets of one modality.
         length: positions per block; None puts all in block 0.
-        order: `sequence`; `checkerboard`: cells with even row + column first; `coarse`: a coarse grid first, then finer ones.
+        order: `sequence`; `checkerboard`: cells with even row + column first; `coarse`: a coarse grid first, then finer
+            ones; `halton`: cells in the order in which the Halton sequence of bases 2 and 3 visits them.
     """
     if length is None:
         return torch.zeros_like(batch.ids)
@@ -33,6 +36,8 @@ def _priority(batch: TokenBatch, order: str) -> Tensor:
         return torch.zeros_like(row)
     if order == "checkerboard":
         return (row + column) % 2
+    if order == "halton":
+        return _halton_priority(batch)
     step, level = torch.ones_like(row), torch.zeros_like(row)
     for _ in range(int(batch.positions.max()).bit_length()):  # level = how often 2 divides both row and column
         step = step * 2
@@ -40,9 +45,69 @@ def _priority(batch: TokenBatch, order: str) -> Tensor:
     return level.max() - level
 
 
+def _halton_priority(batch: TokenBatch) -> Tensor:
+    """int64 `[B, L]`: rank of each image cell in the order of its own picture, 0 for text."""
+    image = batch.modality == Modality.IMAGE
+    place = batch.positions[..., 1:]  # [B, L, 2], row and column
+    picture = (image & (place == 0).all(-1)).long().cumsum(1)  # a picture begins at its cell (0, 0)
+    count = int(picture.max()) + 1
+    size = place.new_zeros(len(place), count, 2)
+    size = size.scatter_reduce(1, picture[..., None].expand_as(place), place * image[..., None], "amax") + 1
+    grid = size.gather(1, picture[..., None].expand_as(place))  # [B, L, 2], height and width of the cell's picture
+    priority = torch.zeros_like(picture)
+    for height, width in torch.unique(grid[image], dim=0).tolist():
+        own = image & (grid[..., 0] == height) & (grid[..., 1] == width)
+        ranks = torch.tensor(halton_ranks(height, width), device=place.device)
+        priority[own] = ranks[place[own][:, 0] * width + place[own][:, 1]]
+    return priority
+
+
+@lru_cache(maxsize=64)
+def halton_ranks(height: int, width: int) -> tuple[int, ...]:
+    """When the Halton points (bases 2 down, 3 across) first enter each cell of a grid, cells in raster order.
+
+    Any first part of the order covers the grid evenly, at distances that shrink as it goes on; neighbours, whose codes
+    depend on each other most, are far apart in it (Besnier et al. 2025, arXiv 2503.17076).
+    """
+    order: dict[int, int] = {}
+    point = 0
+    while len(order) < height * width:
+        cell = _stretched(point, 2, height) * width + _stretched(point, 3, width)
+        order.setdefault(cell, len(order))
+        point += 1
+    return tuple(order[cell] for cell in range(height * width))
+
+
+def _stretched(number: int, base: int, size: int) -> int:
+    """floor(size 0.d0 d1 d2 ...), where d0 d1 d2 are the digits of a number from the lowest on; in whole numbers."""
+    mirrored, scale = 0, 1
+    while number:
+        number, digit = divmod(number, base)
+        mirrored, scale = mirrored * base + digit, scale * base
+    return mirrored * size // scale
+
+
 def current_block(blocks: Tensor, open_: Tensor) -> Tensor:
     """int64 `[B]`: the lowest block with an open position; a large number where none is open."""
     return torch.where(open_, blocks, torch.iinfo(torch.long).max).amin(1)
+
+
+def joined_blocks(blocks: Tensor, wanted: Tensor, open_: Tensor, block: Tensor, most: int, share: float) -> Tensor:
+    """int64 `[B]`: how many blocks behind the current one are decoded besides it, at most `most`.
+
+    A block joins when the one before it has joined and at least `share` of its positions are decoded.
+
+    Args:
+        blocks: int64 `[B, L]`. wanted, open_: bool `[B, L]`, positions of the modality, and those still masked.
+        block: int64 `[B]`, the current one.
+    """
+    joined = torch.zeros_like(block)
+    for ahead in range(most):
+        before = wanted & (blocks == (block + ahead)[:, None])
+        size, left = before.sum(1), (before & open_).sum(1)
+        follows = (joined == ahead) & ((size - left).double() >= share * size)
+        joined = joined + follows.long()
+    return joined
 
 
 def block_steps(steps: int, count: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:

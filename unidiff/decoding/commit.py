@@ -79,6 +79,35 @@ def factor_count(confidence: Tensor, live: Tensor, factor: float) -> Tensor:
     return torch.minimum(fits.long().cumprod(1).sum(1), live.sum(1))
 
 
+def best_of_runs(confidence: Tensor, live: Tensor, index: Tensor) -> Tensor:
+    """bool `[B, n]`: the surest position of every run of live positions that are neighbours in the row; ties to the left.
+
+    Args:
+        confidence: `[B, n]`. live: bool `[B, n]`.
+        index: int64 `[B, n]`, their positions, ascending over the live ones.
+    """
+    follows = live[:, 1:] & live[:, :-1] & (index[:, 1:] == index[:, :-1] + 1)
+    begins = live & ~torch.nn.functional.pad(follows, (1, 0))
+    run = begins.long().cumsum(1)  # [B, n], from 1; 0 before the first live entry
+    score = torch.where(live, confidence.clamp_min(torch.finfo(confidence.dtype).min), -math.inf)
+    top = torch.full_like(score, -math.inf).scatter_reduce(1, (run - 1).clamp_min(0), score, "amax")
+    best = live & (score == top.gather(1, (run - 1).clamp_min(0)))
+    place = torch.arange(score.shape[1], device=score.device).expand_as(run)
+    first = torch.where(best, place, score.shape[1])
+    left = torch.full_like(place, score.shape[1]).scatter_reduce(1, (run - 1).clamp_min(0), first, "amin")
+    return best & (place == left.gather(1, (run - 1).clamp_min(0)))
+
+
+def hierarchical(confidence: Tensor, live: Tensor, index: Tensor, threshold: float, low_threshold: float) -> Tensor:
+    """bool `[B, n]`: what `above_threshold` takes, and the best of every run where it reaches `low_threshold` (dInfer).
+
+    Runs are filled from their surest position outwards, like the halves of a divide and conquer: tokens that are
+    committed together have masked ones, or known ones, between them.
+    """
+    best = best_of_runs(confidence, live, index) & (confidence >= low_threshold)
+    return above_threshold(confidence, live, threshold) | best
+
+
 def unmask_chance(schedule: str, step: Tensor, steps: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
     """Chance that a masked position is revealed between t = 1 - step/steps and s = t - 1/steps, float64 `[B]`.
 
@@ -109,7 +138,9 @@ def decide_early(settings: ModalityDecoding, active: Tensor, count: Tensor, nois
     return None
 
 
-def decide(settings: ModalityDecoding, confidence: Tensor, score: Tensor, live: Tensor, count: Tensor) -> Tensor:
+def decide(
+    settings: ModalityDecoding, confidence: Tensor, score: Tensor, live: Tensor, count: Tensor, index: Tensor
+) -> Tensor:
     """bool `[B, n]` of the candidates to fill, by their confidences.
 
     Args:
@@ -117,8 +148,11 @@ def decide(settings: ModalityDecoding, confidence: Tensor, score: Tensor, live: 
         score: confidence with choice noise; the quota ranks by it.
         live: bool `[B, n]`, real candidates.
         count: int64 `[B]`, the quota.
+        index: int64 `[B, n]`, their positions, ascending over the live ones.
     """
-    if settings.rule == "threshold":
+    if settings.rule == "hierarchical":
+        return hierarchical(confidence, live, index, settings.threshold, settings.low_threshold)
+    if settings.rule in ("threshold", "credit"):
         return above_threshold(confidence, live, settings.threshold)
     if settings.rule == "factor":
         return take_best(confidence, live, factor_count(confidence, live, settings.factor))

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-RULES = ("quota", "threshold", "factor", "first_hitting", "ancestral")
+RULES = ("quota", "threshold", "factor", "hierarchical", "credit", "first_hitting", "ancestral")
+_LOOKING = ("threshold", "factor", "hierarchical", "credit")  # rules that compare confidences and end by themselves
 SCHEDULES = ("fixed", "linear", "cosine", "square", "root", "arccos")
 CONFIDENCES = ("probability", "margin", "entropy", "random")
-BLOCK_ORDERS = ("sequence", "checkerboard", "coarse")
+BLOCK_ORDERS = ("sequence", "checkerboard", "coarse", "halton")
 REMASKING = ("none", "confidence", "remdm")
 GUIDANCE_MODES = ("constant", "ramp", "window")
 HIDES = ("given", "other", "text", "image")
-ORDERS = ("together", "text_first", "image_first")
+ORDERS = ("together", "text_first", "image_first", "level")
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class ModalityDecoding:
         rule: how many tokens a pass commits.
             `quota`: what `schedule` says, at least one. `threshold`: every position whose confidence reaches `threshold`,
             at least the best one (Fast-dLLM). `factor`: the longest prefix of the sorted confidences with
-            c_r >= 1 - factor / (r + 1), at least one (Fast-dLLM). `first_hitting`: one uniformly random position, the
-            exact law of the model. `ancestral`: each position by its own coin, the reverse process on a grid of times.
+            c_r >= 1 - factor / (r + 1), at least one (Fast-dLLM). `hierarchical`: besides what `threshold` takes, the best
+            position of every run of neighbouring masked ones where it reaches `low_threshold` (dInfer). `credit`:
+            `threshold` after adding to the logits what a token has earned by being the best in earlier passes (dInfer),
+            see `Credit`. `first_hitting`: one uniformly random position, the exact law of the model. `ancestral`: each
+            position by its own coin, the reverse process on a grid of times.
         schedule: share still masked after a share u of the steps: `linear` 1-u, `cosine` cos(pi u/2), `square` 1-u^2,
             `root` 1-sqrt(u), `arccos` acos(u) 2/pi; `fixed` commits n // steps, plus one in the first n % steps passes.
         confidence: what ranks positions: `probability` of the chosen token, `margin` between the best two, `entropy`
@@ -35,9 +39,14 @@ class ModalityDecoding:
         temperature: of the token draw; 0 takes the best token.
         choice_temperature: scale of the Gumbel noise on the ranking, multiplied by the remaining time.
         top_k, top_p: keep only the k best tokens, and the smallest set that reaches probability p.
-        threshold, factor: of the rules of the same names.
+        threshold, factor: of the rules of the same names; `hierarchical` and `credit` have the threshold too.
+        low_threshold: of `hierarchical`.
+        credit_decay, credit_power, credit_weight: of `credit`.
         block_length: tokens per block, decoded block after block; None for the whole span at once.
-        block_order: which tokens form a block: `sequence`, or for images `checkerboard` and `coarse` (coarse to fine).
+        block_order: which tokens form a block: `sequence`, or for images `checkerboard`, `coarse` (coarse to fine) and
+            `halton` (each block spread evenly over the picture, Besnier et al. 2025).
+        blocks_in_flight: blocks that may be decoded at once. A block joins when `flight_share` of the one before it
+            is decoded; until its turn comes, only tokens whose confidence reaches `flight_threshold` are committed in it.
         remask: `confidence`: tokens committed in earlier passes with a probability below `remask_threshold` are masked
             again, the least sure first, at most `remask_budget` times per row. `remdm`: ReMDM's law-preserving form
             for the `ancestral` rule, sigma_t = min(`remask_cap`, (1 - alpha_s) / alpha_t).
@@ -57,8 +66,15 @@ class ModalityDecoding:
     top_p: float | None = None
     threshold: float = 0.9
     factor: float = 1.0
+    low_threshold: float = 0.5
+    credit_decay: float = 0.8
+    credit_power: float = 0.2
+    credit_weight: float = 0.7
     block_length: int | None = None
     block_order: str = "sequence"
+    blocks_in_flight: int = 1
+    flight_share: float = 0.5
+    flight_threshold: float = 0.9
     remask: str = "none"
     remask_threshold: float = 0.0
     remask_budget: int = 0
@@ -73,6 +89,7 @@ class ModalityDecoding:
         _one_of("remask", self.remask, REMASKING)
         _whole("steps", self.steps, 1)
         _whole("remask_budget", self.remask_budget, 0)
+        _whole("blocks_in_flight", self.blocks_in_flight, 1)
         if self.top_k is not None:
             _whole("top_k", self.top_k, 1)
         if self.block_length is not None:
@@ -83,7 +100,15 @@ class ModalityDecoding:
             _number("top_p", self.top_p, 0.0, 1.0)
             if self.top_p == 0:
                 raise ValueError("top_p is 0; expected a number in (0, 1], or None to keep every token")
-        _number("threshold", self.threshold, -math.inf, math.inf)
+        for name in ("threshold", "low_threshold", "flight_threshold"):
+            _number(name, getattr(self, name), -math.inf, math.inf)
+        for name, high in (
+            ("credit_decay", 1.0),
+            ("credit_power", math.inf),
+            ("credit_weight", math.inf),
+            ("flight_share", 1.0),
+        ):
+            _number(name, getattr(self, name), 0.0, high)
         _number("factor", self.factor, 0.0, math.inf)
         _number("remask_threshold", self.remask_threshold, 0.0, 1.0)
         _number("remask_cap", self.remask_cap, 0.0, 1.0)
@@ -101,8 +126,17 @@ class ModalityDecoding:
             raise ValueError(
                 "rule='ancestral' needs a schedule of times, but schedule is 'fixed'; use 'linear' or 'cosine'"
             )
-        if self.rule in ("threshold", "factor") and self.confidence == "random":
+        if self.rule in _LOOKING and self.confidence == "random":
             raise ValueError(f"rule={self.rule!r} compares confidences, but confidence is 'random'; use 'probability'")
+        if self.blocks_in_flight == 1:
+            return
+        if self.block_length is None:
+            raise ValueError(f"blocks_in_flight is {self.blocks_in_flight}, but there is one block; set block_length")
+        if self.rule in ("first_hitting", "ancestral") or self.confidence == "random":
+            raise ValueError(
+                f"blocks_in_flight is {self.blocks_in_flight}, but rule={self.rule!r} with confidence={self.confidence!r} "
+                "does not look at the model; use 1, or a rule that compares confidences"
+            )
 
 
 @dataclass(frozen=True)
@@ -117,6 +151,8 @@ class Guidance:
         hide: what the unconditional pass does not see: all `given` tokens, every token of the `other` modality (given
             or generated; for joint generation), or the given `text` or `image`. A `condition` passed to the sampler wins.
         text_scale, image_scale: s for one modality where it differs.
+        further: s of the second, third, ... unconditional rows, where the sampler is given several: every one adds
+            (s - 1) (cond - uncond). Constant over time.
     """
 
     scale: float = 1.0
@@ -125,6 +161,7 @@ class Guidance:
     hide: str = "given"
     text_scale: float | None = None
     image_scale: float | None = None
+    further: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("guidance mode", self.mode, GUIDANCE_MODES)
@@ -132,6 +169,9 @@ class Guidance:
         for name in ("scale", "text_scale", "image_scale"):
             if (value := getattr(self, name)) is not None:
                 _number(f"guidance {name}", value, 0.0, math.inf)
+        for value in self.further:
+            _number("guidance further scale", value, 0.0, math.inf)
+        object.__setattr__(self, "further", tuple(float(s) for s in self.further))
         object.__setattr__(self, "window", tuple(float(w) for w in self.window))
         if len(self.window) != 2 or not 0.0 <= self.window[0] <= self.window[1] <= 1.0:
             raise ValueError(f"guidance window is {self.window}; expected (start, stop) with 0 <= start <= stop <= 1")
@@ -144,9 +184,12 @@ class SamplerConfig:
     Args:
         text, image: per modality.
         guidance: classifier-free guidance.
-        order: `together`, or one modality first (`text_first`, `image_first`), row by row.
+        order: row by row, `together`: both modalities in every pass, each at its own pace; `text_first`, `image_first`:
+            one after the other; `level`: by progress, the modality with the greater decoded share waits for the other.
         stop_at_eos: a text row ends when every position before its first generated end-of-text is known;
             what follows is filled with end-of-text.
+        ends: further ids that end a text, besides the vocabulary's `eos` (an end of turn, for instance).
+        fill: what follows an end, where it is not end-of-text (UniDisc: padding).
     """
 
     text: ModalityDecoding = field(default_factory=lambda: ModalityDecoding(rule="threshold", temperature=0.0))
@@ -154,9 +197,12 @@ class SamplerConfig:
     guidance: Guidance = field(default_factory=Guidance)
     order: str = "together"
     stop_at_eos: bool = True
+    ends: tuple[int, ...] = ()
+    fill: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("order", self.order, ORDERS)
+        object.__setattr__(self, "ends", tuple(int(i) for i in self.ends))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back."""

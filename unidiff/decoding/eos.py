@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,12 @@ class EndOfText:
 
     Args:
         batch: the request; a text ends inside its own packed sample only.
-        eos_id: end-of-text in the shared vocabulary.
+        ends: ids that end a text. fill: the id that follows.
     """
 
-    def __init__(self, batch: TokenBatch, eos_id: int) -> None:
-        self.eos_id = eos_id
+    def __init__(self, batch: TokenBatch, ends: Sequence[int], fill: int) -> None:
+        self.fill = fill
+        self._ends = torch.tensor(tuple(ends), device=batch.ids.device)
         self._text = batch.targets & (batch.modality == Modality.TEXT)
         self._sample = batch.sample_ids.clamp_min(0)  # padding has no targets, so its sample does not matter
         self._samples = int(self._sample.max()) + 1
@@ -27,7 +30,7 @@ class EndOfText:
         """bool `[B, L]`: open text behind a generated end-of-text before which the sample's text has no open position."""
         waiting = open_ & self._text
         first_open = self._first(waiting)
-        finished = self._text & ~open_ & (ids == self.eos_id) & (self._place < first_open)
+        finished = self._text & ~open_ & torch.isin(ids, self._ends) & (self._place < first_open)
         return waiting & (self._place > self._first(finished))
 
     def _first(self, where: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.eos import EndOfText
 from unidiff.decoding.forward import Denoiser, Forward
-from unidiff.decoding.guidance import hidden_from
+from unidiff.decoding.guidance import full_scale, hidden_from
 from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.state import Clock, DecodeState
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
@@ -31,7 +31,8 @@ class Request:
     """State, streams, noise and bookkeeping of one decode.
 
     Attributes:
-        stream_of: unconditional stream of each modality with targets.
+        stream_of: unconditional stream of each modality with targets. further: those that are mixed in besides.
+        targets: most positions of a block.
         sound: bool scalar, False once a model returned logits that cannot be used.
         stalled: passes in a row that wanted logits and wrote nothing. busy: the coming pass wants logits.
     """
@@ -44,6 +45,7 @@ class Request:
     order: str
     targets: dict[Modality, int]
     sound: Tensor
+    further: tuple[int, ...] = ()
     stalled: int = 0
     busy: bool = False
 
@@ -57,14 +59,14 @@ class Request:
         seeds: Tensor,
         condition: Tensor | None,
         policy: RefreshPolicy | None = None,
-        unconditional: TokenBatch | None = None,
+        unconditional: TokenBatch | Sequence[TokenBatch] | None = None,
     ) -> Request:
         if condition is not None and (condition.shape != batch.ids.shape or condition.dtype != torch.bool):
             raise ValueError(
                 f"condition has shape {tuple(condition.shape)} and dtype {condition.dtype}; expected bool {batch.shape}"
             )
-        if unconditional is not None:
-            _check_unconditional(unconditional, batch, condition)
+        others = (unconditional,) if isinstance(unconditional, TokenBatch) else tuple(unconditional or ())
+        _check_unconditional(others, batch, condition, config.guidance.further)
         noise = RowNoise(seeds, batch.valid)
         clocks, targets, hides, stream_of = {}, {}, [], {}
         for modality, settings in ((Modality.TEXT, config.text), (Modality.IMAGE, config.image)):
@@ -75,32 +77,46 @@ class Request:
             start, stop = vocabulary.range_of(modality)
             if start == stop:
                 raise ValueError(f"the batch has {modality.name.lower()} targets, but the vocabulary has no such ids")
-            clocks[modality], targets[modality] = clock, most
+            clocks[modality], targets[modality] = clock, min(most, settings.block_length or most)
             hides.append(hidden_from(config.guidance, modality, batch, condition))
             stream_of[modality] = len(hides)
-        if len(hides) == 2 and (unconditional is not None or bool((hides[0] == hides[1]).all())):  # one serves both
+        if len(hides) == 2 and (others or bool((hides[0] == hides[1]).all())):  # one serves both
             hides.pop()
             stream_of = dict.fromkeys(stream_of, 1)
-        eos = vocabulary.specials.get("eos") if config.stop_at_eos and Modality.TEXT in clocks else None
+        unguided = all(full_scale(config.guidance, modality) == 1 for modality in clocks)
+        if unguided and not config.guidance.further:  # no memory for unused streams
+            hides, others = [], ()
+        ends = [i for i in (vocabulary.specials.get("eos"), *config.ends) if i is not None]
+        stops = config.stop_at_eos and Modality.TEXT in clocks and bool(ends)
         state = DecodeState.start(batch.hide_targets(vocabulary), clocks)
         return cls(
             state,
-            Forward(model, vocabulary, batch, hides, policy, state.peaks, unconditional),
+            Forward(model, vocabulary, batch, hides, policy, state.peaks, others),
             noise,
             stream_of,
-            None if eos is None else EndOfText(batch, eos),
+            EndOfText(batch, ends, ends[0] if config.fill is None else config.fill) if stops else None,
             config.order,
             targets,
             torch.ones((), dtype=torch.bool, device=batch.ids.device),
+            tuple(range(2, 1 + len(others))),
         )
 
     def waiting(self, modality: Modality) -> Tensor:
-        """bool `[B]`: rows whose other modality goes first and is not complete."""
+        """bool `[B]`: rows whose other modality goes first, or is behind, and is not complete."""
+        if self.order == "level" and len(self.state.clocks) == 2 and not self.state.finishing:
+            own, other = (self._share(c) for _, c in sorted(self.state.clocks.items(), key=lambda m: m[0] != modality))
+            return own > other
         first = {"text_first": Modality.TEXT, "image_first": Modality.IMAGE}.get(self.order)
         if first is None or first == modality or first not in self.state.clocks or self.state.finishing:
             return torch.zeros_like(self.state.open[:, 0])
         leader = self.state.clocks[first]
         return (self.state.open & leader.wanted).any(1) | leader.pending
+
+    def _share(self, clock: Clock) -> Tensor:
+        """float64 `[B]`: decoded share of the targets of a modality; 1 where there are none."""
+        size = clock.wanted.sum(1)
+        left = (self.state.open & clock.wanted).sum(1)
+        return 1 - left.double() / size.clamp_min(1)
 
     def synchronise(self, work: Sequence[Work]) -> bool:
         """Read the flags of a pass from the device in one go; False when nothing is left to do.
@@ -126,7 +142,7 @@ class Request:
         for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
             unit = math.ceil(self.targets[w.clock.modality] / _WIDTHS)
             w.width = min(unit * math.ceil(most / unit), state.open.shape[1])
-            w.guided = bool(guided)
+            w.guided = bool(guided) or bool(self.further)
         self.busy = any(w.width for w in work)
         if unfinished and self.stalled > _PATIENCE:
             raise RuntimeError(
@@ -136,15 +152,16 @@ class Request:
 
     def streams(self, work: Sequence[Work]) -> list[int]:
         """The conditional stream and the unconditional ones that this pass mixes in."""
-        return sorted({0, *(self.stream_of[w.clock.modality] for w in work if w.guided)})
+        guided = [w for w in work if w.guided]
+        return sorted({0, *(self.stream_of[w.clock.modality] for w in guided), *(self.further if guided else ())})
 
     def users(self, work: Sequence[Work]) -> dict[int, Tensor]:
         """bool `[B]` per stream: rows that have a use for it in this pass."""
         rows = [w.candidates.any(1) for w in work]  # [B] each
         users = {0: torch.stack(rows).any(0)}
         for w, own in zip(work, rows, strict=True):
-            if w.guided:
-                stream, guided = self.stream_of[w.clock.modality], own & (w.scale != 1)
+            guided = own if self.further else own & (w.scale != 1)
+            for stream in (self.stream_of[w.clock.modality], *self.further) if w.guided else ():
                 users[stream] = users[stream] | guided if stream in users else guided
         return users
 
@@ -155,17 +172,26 @@ class Request:
     def end_pass(self) -> None:
         state = self.state
         if self.end_of_text is not None:
-            state.settle(self.end_of_text.closed(state.ids, state.open), self.end_of_text.eos_id)
+            state.settle(self.end_of_text.closed(state.ids, state.open), self.end_of_text.fill)
         for clock in state.clocks.values():
             clock.end_pass()
         state.step += 1
 
 
-def _check_unconditional(rows: TokenBatch, batch: TokenBatch, condition: Tensor | None) -> None:
-    """Raise `ValueError` unless `rows` may stand in for `batch` in the unconditional stream."""
-    if condition is not None:
+def _check_unconditional(
+    others: Sequence[TokenBatch], batch: TokenBatch, condition: Tensor | None, further: Sequence[float]
+) -> None:
+    """Raise `ValueError` unless `others` may stand in for `batch` in the unconditional streams."""
+    if others and condition is not None:
         raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
-    if rows.shape != batch.shape:
-        raise ValueError(f"unconditional has shape {rows.shape}; expected {batch.shape}, that of the batch")
-    if not torch.equal(rows.targets, batch.targets):
-        raise ValueError("unconditional has other targets than the batch; align the rows, for instance by left padding")
+    if max(1, len(others)) != 1 + len(further):
+        raise ValueError(
+            f"guidance has {1 + len(further)} scales for {len(others)} unconditional batches; give one batch per scale"
+        )
+    for rows in others:
+        if rows.shape != batch.shape:
+            raise ValueError(f"unconditional has shape {rows.shape}; expected {batch.shape}, that of the batch")
+        if not torch.equal(rows.targets, batch.targets):
+            raise ValueError(
+                "unconditional has other targets than the batch; align the rows, for instance by left padding"
+            )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time as wall
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from torch import Tensor
 from unidiff.decoding import draw
 from unidiff.decoding.commit import decide, decide_early, quota, unmask_chance
 from unidiff.decoding.config import SamplerConfig
-from unidiff.decoding.forward import Denoiser
+from unidiff.decoding.forward import Denoiser, PositionLogits
 from unidiff.decoding.guidance import mix, scale_at
 from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.request import Request
+from unidiff.decoding.rules import CommitRule, check_rules, guarded
 from unidiff.decoding.state import Clock, DecodeState
 from unidiff.decoding.stats import DecodeStats
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
@@ -69,6 +71,12 @@ class Work:
     width: int = 0
     guided: bool = False
 
+    def shown(self, logits: Tensor) -> Tensor:
+        """Candidates whose logits the cache policy shows, bool `[B, L]`; the clock of rows without any stands still."""
+        shown = self.candidates & logits
+        self.clock.hold(self.candidates.any(1) & ~shown.any(1))
+        return shown
+
 
 class Sampler:
     """Fills the targets of a batch by masked diffusion.
@@ -78,16 +86,23 @@ class Sampler:
         vocabulary: id layout; `specials["eos"]`, where present, ends text rows.
         config: see `SamplerConfig`.
         policy: what each pass recomputes; no cache when left out.
+        rules: commit rules of one's own, by modality, in place of the settings' `rule`.
 
     Raises:
         ValueError: `forbid` names an id outside the vocabulary or leaves a modality without tokens.
     """
 
     def __init__(
-        self, model: Denoiser, vocabulary: Vocabulary, config: SamplerConfig, policy: RefreshPolicy | None = None
+        self,
+        model: Denoiser,
+        vocabulary: Vocabulary,
+        config: SamplerConfig,
+        policy: RefreshPolicy | None = None,
+        rules: Mapping[Modality, CommitRule] | None = None,
     ) -> None:
         self.model, self.vocabulary, self.config = model, vocabulary, config
         self.policy: RefreshPolicy = NoCache() if policy is None else policy
+        self.rules = check_rules(rules)
         settings = {Modality.TEXT: config.text, Modality.IMAGE: config.image}
         self._banned = {m: _banned_offsets(vocabulary, m, s.forbid) for m, s in settings.items()}
 
@@ -99,7 +114,7 @@ class Sampler:
         condition: Tensor | None = None,
         callback: Callback | None = None,
         record: bool = False,
-        unconditional: TokenBatch | None = None,
+        unconditional: TokenBatch | Sequence[TokenBatch] | None = None,
     ) -> SamplerOutput:
         """Decode every target (`valid & ~given`). Known tokens never change and [MASK] is never emitted.
 
@@ -112,6 +127,7 @@ class Sampler:
             record: keep the ids after each pass.
             unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden: another
                 prompt, other padding and positions, but the same shape and targets. Overrides `guidance.hide`.
+                Several for guidance in several directions: `guidance.scale` is for the first, `further` for the others.
 
         Raises:
             ValueError: seeds, condition or unconditional of another shape, or a model that returns NaN or infinite logits.
@@ -138,7 +154,7 @@ class Sampler:
                 state.nfe = forward.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:
-                    self._fill(request, w, w.candidates if plan.logits is None else w.candidates & plan.logits)
+                    self._fill(request, w, w.candidates if plan.logits is None else w.shown(plan.logits))
             # 6. remask: committed tokens become fresh work
             for w in work:
                 self._remask(request, w)
@@ -168,26 +184,30 @@ class Sampler:
         decided = None
         if state.finishing:
             decided = state.open & clock.wanted
+        elif clock.modality in self.rules:
+            pass  # a rule of one's own always looks
         elif settings.rule == "ancestral":
             chance = unmask_chance(settings.schedule, step, steps, sigma)
             decided = clock.active & (request.noise(state.step, draw.UNMASK) < chance[:, None])
         else:
             decided = decide_early(settings, clock.active, count, request.noise(state.step, draw.ORDER))
-        candidates = clock.active if decided is None else decided
+        candidates = clock.active | clock.ahead if decided is None else decided
         scale = scale_at(self.config.guidance, clock.modality, time)
         return Work(clock, candidates, decided is not None, count, sigma, time, scale)
 
     def _fill(self, request: Request, work: Work, wanted: Tensor) -> None:
         """Draw tokens at the wanted positions `[B, L]` of one modality and commit those that its rule picks."""
         state, settings, modality = request.state, work.clock.settings, work.clock.modality
-        streams = [0, request.stream_of[modality]] if work.guided else [0]
+        streams = [0, request.stream_of[modality], *request.further] if work.guided else [0]
         logits = request.forward.logits(modality, wanted, work.width, streams)
         values = logits.values[0]  # [B, n, V]
         if work.guided:
-            values = mix(values, logits.values[1], work.scale)
+            values = mix(values, logits.values[1], work.scale, logits.values[2:], self.config.guidance.further)
         if len(self._banned[modality]):
             banned = self._banned[modality] = self._banned[modality].to(values.device)
             values = values.index_fill(-1, banned, -torch.inf)
+        if work.clock.credit is not None:
+            values = work.clock.credit.add(values, logits.index, logits.live)
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]
@@ -199,9 +219,20 @@ class Sampler:
             if settings.choice_temperature:
                 base = score.log() if settings.confidence == "probability" else score
                 score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(choice_noise)
-            pick = decide(settings, choice.confidence, score, logits.live, work.quota)
+            pick = self._pick(work, logits, choice.confidence, score)
         start, _ = self.vocabulary.range_of(modality)
         state.written |= state.write(logits.index, pick, choice.token + start, choice.probability)
+
+    def _pick(self, work: Work, logits: PositionLogits, confidence: Tensor, score: Tensor) -> Tensor:
+        """Candidates `[B, n]` to fill: by the rule in the current block, by a threshold of their own in blocks ahead."""
+        settings, live = work.clock.settings, logits.live
+        own = self.rules.get(work.clock.modality)
+        rule: Callable[..., Tensor] = partial(decide, settings) if own is None else guarded(own)
+        if settings.blocks_in_flight == 1:
+            return rule(confidence, score, live, work.quota, logits.index)
+        ahead = live & work.clock.ahead.gather(1, logits.index)
+        pick = rule(confidence, score, live & ~ahead, work.quota, logits.index)
+        return pick | (ahead & (confidence >= settings.flight_threshold))
 
     def _remask(self, request: Request, work: Work) -> None:
         """Mask committed tokens of one modality again, where its settings ask for it."""
@@ -216,6 +247,8 @@ class Sampler:
             budget = settings.remask_budget - clock.remasked
             again = unsure_tokens(state.confidence, candidates, settings.remask_threshold, budget)
         clock.remasked = clock.remasked + again.sum(1)
+        if clock.credit is not None:
+            clock.credit.forget(again)
         state.mask_again(again, self.vocabulary.mask_of(clock.modality))
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unidiff.decoding.blocks import block_ids, block_steps, current_block
+from unidiff.decoding.blocks import block_ids, block_steps, current_block, joined_blocks
 from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.credit import Credit
 from unidiff.tokens import Modality, TokenBatch
 
 
@@ -21,8 +22,11 @@ class Clock:
         blocks: int64 `[B, L]`, see `block_ids`. count: int64 `[B]`, blocks of the row.
         block: int64 `[B]`, the one being decoded, -1 before the first. step: passes made in it. start: positions that
             were masked when it began.
-        active: bool `[B, L]`, positions that may be filled in this pass. running: bool `[B]`, rows that take part in it.
+        active: bool `[B, L]`, positions of that block that may be filled in this pass. running: bool `[B]`, rows that
+            take part in it.
         remasked: int64 `[B]`, how many tokens of the row were masked again.
+        joined: int64 `[B]`, blocks in flight behind the current one. ahead: bool `[B, L]`, their open positions.
+        credit: what tokens have earned, for the rule of that name.
     """
 
     modality: Modality
@@ -36,6 +40,9 @@ class Clock:
     active: Tensor
     running: Tensor
     remasked: Tensor
+    joined: Tensor
+    ahead: Tensor
+    credit: Credit | None = None
 
     @classmethod
     def open(cls, modality: Modality, settings: ModalityDecoding, batch: TokenBatch) -> Clock:
@@ -44,7 +51,10 @@ class Clock:
         count = torch.where(wanted, blocks + 1, 0).amax(1)
         zero = torch.zeros_like(count)
         nowhere, never = torch.zeros_like(wanted), torch.zeros_like(zero, dtype=torch.bool)
-        return cls(modality, settings, wanted, blocks, count, zero - 1, zero, zero, nowhere, never, zero)
+        credit = Credit(wanted, settings) if settings.rule == "credit" else None
+        return cls(
+            modality, settings, wanted, blocks, count, zero - 1, zero, zero, nowhere, never, zero, zero, nowhere, credit
+        )
 
     def begin_pass(self, open_: Tensor, waiting: Tensor) -> None:
         """Find the block each row works on: the lowest with an open position. Rows in `waiting` `[B]` pause."""
@@ -58,6 +68,14 @@ class Clock:
         self.block = torch.where(moved, block, self.block)
         self.step = torch.where(moved, 0, self.step)
         self.start = torch.where(moved, self.remaining, self.start)
+        if self.settings.blocks_in_flight > 1:
+            most, share = self.settings.blocks_in_flight - 1, self.settings.flight_share
+            self.joined = joined_blocks(self.blocks, self.wanted, own, block, most, share)
+            self.ahead = own & ~self.active & (self.blocks <= (block + self.joined)[:, None])
+
+    def hold(self, rows: Tensor) -> None:
+        """Rows `[B]` in which the cache policy shows no logits in this pass: it does not count."""
+        self.running = self.running & ~rows
 
     def end_pass(self) -> None:
         self.step = self.step + self.running.long()
@@ -76,8 +94,9 @@ class Clock:
 
     @property
     def in_block(self) -> Tensor:
-        """bool `[B, L]`: targets of the block that running rows work on."""
-        return self.wanted & (self.blocks == self.block[:, None]) & self.running[:, None]
+        """bool `[B, L]`: targets of the blocks that running rows work on."""
+        block, last = self.block[:, None], (self.block + self.joined)[:, None]
+        return self.wanted & (self.blocks >= block) & (self.blocks <= last) & self.running[:, None]
 
     @property
     def steps(self) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding import DecodeState, RefreshPolicy, SamplerConfig
+from unidiff.decoding.cache import CacheConfig
 from unidiff.pipelines.output import Trajectory, to_frames
 from unidiff.pipelines.rows import TextSlot, TextSlots
 from unidiff.pipelines.seeds import RowGenerator
@@ -28,7 +29,14 @@ class DecodeOptions(TypedDict, total=False):
         `image`.
     temperature: of token draws, 0 takes the best token.
     sampler: a whole `SamplerConfig` in place of the task's default; the arguments above still apply on top.
-    policy: a cache policy.
+    cache: what is kept between passes: "auto", "none" (the default), "prefix", "dual", "vicinity", "interval", "adaptive",
+        "max-logit", "modality", "block-causal", or a `CacheConfig`, which says what each costs and gains. "auto" takes
+        what suits the task and none where rows are too short to gain (`choose_cache`); results say what was used.
+        Every cache but "block-causal" trades some quality for speed.
+    policy: a cache policy object of your own, in place of `cache`.
+    block_length: tokens per block, for both modalities or as `{"text": 16, "image": 64}`.
+    threshold: commit every token of at least this confidence, at least one per pass: of text, in text-to-image of the
+        image, or as `{"text": 0.9, "image": 0.5}`.
     generator: None, an int, a torch.Generator, or a list with one of either per row.
     output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`) or "codes" (int64 `[B, h, w]`).
     callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass, with t the share
@@ -41,7 +49,10 @@ class DecodeOptions(TypedDict, total=False):
     guidance_hides: str | None
     temperature: float | None
     sampler: SamplerConfig | None
+    cache: str | CacheConfig | None
     policy: RefreshPolicy | None
+    block_length: int | Mapping[str, int] | None
+    threshold: float | Mapping[str, float] | None
     generator: RowGenerator
     output_type: str
     callback_on_step_end: StepCallback | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from unidiff.decoding import DecodeStats
+from unidiff.decoding.cache import CacheConfig
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
 
 
@@ -45,6 +47,9 @@ class UniDiffOutput:
         seconds: wall-clock time of the decode.
         seeds: int64 `[B]`; `generator=[seed]` repeats a row alone.
         trajectory: when asked for.
+        stats: what the decode cost.
+        cache: the cache that was used; None where the caller brought a policy object.
+        cache_note: why that one, where `cache="auto"` chose it.
     """
 
     images: Any
@@ -57,6 +62,9 @@ class UniDiffOutput:
     seconds: float
     seeds: Tensor
     trajectory: Trajectory | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    cache: CacheConfig | None = None
+    cache_note: str = ""
 
     def save_gif(self, path: str | Path, milliseconds: int = 180) -> None:
         """Animate the trajectory, rows side by side; the end stays for two seconds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -103,6 +103,8 @@ def with_overrides(
     guidance_hides: str | None = None,
     temperature: float | None = None,
     forbid_text: tuple[int, ...] = (),
+    block_length: Mapping[str, int] | None = None,
+    threshold: Mapping[str, float] | None = None,
 ) -> SamplerConfig:
     """A sampler config with the everyday knobs changed.
 
@@ -112,13 +114,15 @@ def with_overrides(
         guidance_hides: see `Guidance.hide`.
         temperature: of token draws in both modalities.
         forbid_text: vocabulary ids no text position may become.
+        block_length: tokens per block by modality (`text`, `image`); those left out keep theirs.
+        threshold: confidence from which a token is committed, by modality; a rule without a threshold becomes one.
 
     Raises:
         ValueError: a value outside its range.
     """
     text, image, guidance = sampler.text, sampler.image, sampler.guidance
     if steps is not None:
-        rule = "quota" if text.rule in ("threshold", "factor", "first_hitting") else text.rule
+        rule = text.rule if text.rule in ("quota", "ancestral") else "quota"
         schedule = "linear" if rule != text.rule else text.schedule
         text, image = replace(text, steps=steps, rule=rule, schedule=schedule), replace(image, steps=steps)
     if temperature is not None:
@@ -128,4 +132,26 @@ def with_overrides(
     if guidance_hides is not None:
         guidance = replace(guidance, hide=guidance_hides)
     text = replace(text, forbid=tuple(sorted({*text.forbid, *forbid_text})))
-    return replace(sampler, text=text, image=image, guidance=guidance)
+    changed = {"text": text, "image": image}
+    for name, length in (block_length or {}).items():
+        changed[name] = replace(changed[name], block_length=length)
+    for name, least in (threshold or {}).items():
+        rule = changed[name].rule
+        rule = rule if rule in ("threshold", "hierarchical", "credit") else "threshold"
+        changed[name] = replace(changed[name], rule=rule, threshold=least)
+    return replace(sampler, **changed, guidance=guidance)
+
+
+def by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:
+    """A setting per modality from one number, which goes to the modalities in `default`, or from a mapping.
+
+    Raises:
+        ValueError: a mapping that names anything but `text` and `image`.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(default, value)
+    if unknown := sorted(set(value) - {"text", "image"}):
+        raise ValueError(f"{name} names {unknown}; expected some of ['image', 'text']")
+    return dict(value)

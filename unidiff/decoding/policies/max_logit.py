@@ -43,6 +43,7 @@ class MaxLogitCache(Policy):
     compat: str | None = None
     store = StoreOptions()
     _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
+    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # [B, L], candidates so far
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, 1)
@@ -67,12 +68,14 @@ class MaxLogitCache(Policy):
         busy, valid = state.users[stream], state.batch.valid
         past = self._past.get(stream) or Past.start(state)
         self._past[stream] = past.after(state, busy)
+        # A row may have peaks of a stream because other rows use it: its own passes count, not those.
+        known = self._seen.get(stream, torch.zeros_like(valid))
+        self._seen[stream] = known | (candidates & busy[:, None])
         peaks = state.peaks.get(stream)  # [B, L], NaN where never seen
         if peaks is None:
             return CachePlan(logits=candidates)
-        known = ~peaks.isnan()
         if self.compat:
-            low = low_peaks(peaks, known, 1 - self.ratio)
+            low = low_peaks(peaks, ~peaks.isnan(), 1 - self.ratio)
         else:
             low = low_peaks(peaks, candidates & known, 1 - self.ratio)
             low = low | (candidates & ~known) | (state.ids != past.seen)

@@ -1,0 +1,176 @@
+"""Caches, blocks and thresholds by name on every task, and the call that finds the task."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipeline import SIZE, tiny_pipeline
+
+from unidiff.decoding import ModalityDecoding, NoCache, SamplerConfig
+from unidiff.decoding.cache import CacheConfig
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
+from unidiff.pipelines.settings import TASKS, by_modality, with_overrides
+from unidiff.pipelines.tasks import choose_task
+from unidiff.tokens import Span, TokenBatch, Vocabulary
+
+HEIGHT, WIDTH = SIZE
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def picture():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def inputs(picture):
+    hole = Image.new("L", (WIDTH, HEIGHT))
+    hole.paste(255, (0, 0, WIDTH // 2, HEIGHT))
+    return {
+        "text_to_image": {"prompt": "a dog"},
+        "caption": {"image": picture},
+        "answer": {"image": picture, "question": "what?"},
+        "inpaint": {"image": picture, "mask_image": hole, "text": "a <mask> on a <mask:2>"},
+        "generate": {},
+    }
+
+
+CACHES = [
+    "prefix",
+    "dual",
+    CacheConfig("vicinity", {"warmup": 1, "look_back": 1, "look_ahead": 1}),
+    "interval",
+    CacheConfig("adaptive", {"full_layers": ()}),  # the model has one layer
+    "max-logit",
+    CacheConfig("dual", {"drift": 0.3}),
+    AUTO["both"],
+]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_takes_every_cache(pipe, inputs, task):
+    options = dict(generator=[3], steps=4, output_type="codes")
+    plain = getattr(pipe, task)(**inputs[task], **options)
+    assert plain.cache == CacheConfig("none") and plain.cache_note == ""
+    assert plain.stats.full_passes > 0 == plain.stats.partial_passes
+    for cache in (*CACHES, *(["modality"] if task != "text_to_image" else [])):
+        result = getattr(pipe, task)(**inputs[task], **options, cache=cache)
+        assert result.cache == CacheConfig.of(cache)
+        assert result.stats.partial_passes > 0
+        per_pass = [r.stats.model_tokens / r.stats.evaluations for r in (result, plain)]
+        assert per_pass[0] < per_pass[1]  # alternating modalities makes more passes
+        known = (result.confidences == 1) & (plain.confidences == 1)
+        assert known.any() and torch.equal(result.ids[known], plain.ids[known])
+    exact = getattr(pipe, task)(**inputs[task], **options, cache=CacheConfig("dual", {"interval": 1}))
+    assert torch.equal(exact.ids, plain.ids)
+    own = getattr(pipe, task)(**inputs[task], **options, policy=NoCache())
+    assert own.cache is None and torch.equal(own.ids, plain.ids)
+
+
+def test_auto_says_what_it_took(pipe, inputs):
+    """Rows of 16 tokens gain nothing; longer ones do, each task by what it decodes."""
+    for task in TASKS:
+        short = getattr(pipe, task)(**inputs[task], generator=[3], output_type="codes", cache="auto")
+        plain = getattr(pipe, task)(**inputs[task], generator=[3], output_type="codes")
+        assert short.cache == CacheConfig("none") and torch.equal(short.ids, plain.ids)
+        assert short.cache_note.startswith("none: rows of") and "times as fast" in short.cache_note
+    large = tiny_pipeline(grid=(16, 16))
+    options = dict(cache="auto", generator=[3], output_type="codes", temperature=1.0)
+    drawn = large.text_to_image("a dog", **options)
+    assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("max-logit: expected to be")
+    assert drawn.stats.partial_passes > 0
+    both = large.generate(**options)
+    assert both.cache == AUTO["both"] and both.cache_note.startswith("segments: expected")
+    assert both.stats.partial_passes > 0
+
+
+VOCABULARY = Vocabulary.unified(11, 7)
+
+
+def choose(batch: TokenBatch, config: SamplerConfig, **model):
+    net = MaskedTransformer(VOCABULARY.size, hidden_size=16, num_layers=1, num_heads=2, **model)
+    return choose_cache("auto", None, batch, config, net)
+
+
+def test_auto_follows_length_rows_and_passes():
+    picture = Span.image(torch.full((16, 16), 13), True)
+    batch = TokenBatch.from_spans([[picture, Span.masked_text(12, VOCABULARY)]])
+    quota = SamplerConfig(text=ModalityDecoding(steps=12))
+    assert choose(batch, quota).config == AUTO["text"]
+    expected = 12 * (268 + OVERHEAD_TOKENS) / (2 * (268 + OVERHEAD_TOKENS) + 10 * (12 + OVERHEAD_TOKENS))
+    assert f"{expected:.2f} times" in choose(batch, quota).note
+    once = SamplerConfig(text=ModalityDecoding(steps=1))
+    assert choose(batch, once).config == CacheConfig("none") and f"less than {LEAST_GAIN}" in choose(batch, once).note
+    short = TokenBatch.from_spans([[Span.text([1] * 12, True), Span.masked_text(12, VOCABULARY)]])
+    assert choose(short, quota).config == CacheConfig("none")
+    assert choose(TokenBatch.cat([short] * 16), quota).config == AUTO["text"]  # more rows hide the overhead
+
+
+def test_auto_knows_what_models_can_do():
+    batch = TokenBatch.from_spans([[Span.text([1] * 300, True), Span.masked_text(12, VOCABULARY)]])
+    config = SamplerConfig()
+    causal = dict(attention="block_causal", block_length=4)
+    assert choose(batch, config, **causal).config == CacheConfig("block-causal")
+    timed = choose(batch, config, **causal, time_conditioning=True)
+    assert timed.config == CacheConfig("none") and "change with the time" in timed.note
+    other = choose_cache("auto", None, batch, config, object())
+    assert other.config == CacheConfig("none") and "object computes whole rows only" in other.note
+
+
+def test_block_length_and_threshold_reach_the_sampler(pipe, inputs):
+    """4 codes in blocks of 2 with 1 pass each; a threshold of 0 takes everything at once."""
+    for task, passes in (("text_to_image", 3), ("caption", 5)):
+        options = dict(generator=[3], guidance_scale=1.0, output_type="codes", max_text_tokens=9)
+        options = {k: v for k, v in options.items() if task == "caption" or k != "max_text_tokens"}
+        blocks = getattr(pipe, task)(**inputs[task], **options, block_length=2, threshold=-1.0)
+        once = getattr(pipe, task)(**inputs[task], **options, threshold=-1.0)
+        assert 1 < blocks.nfe <= passes and once.nfe == 1
+    mixed = pipe.generate(generator=[3], steps=6, threshold={"text": -1.0, "image": 2.0}, guidance_scale=1.0)
+    assert mixed.nfe == 1 + 6  # a caption at once, then one code per pass
+
+
+def test_overrides_keep_the_rest():
+    base = SamplerConfig(text=ModalityDecoding(rule="hierarchical", block_length=8), image=ModalityDecoding(steps=5))
+    changed = with_overrides(base, block_length={"image": 4}, threshold={"text": 0.7, "image": 0.3})
+    assert (changed.text.rule, changed.text.threshold, changed.text.block_length) == ("hierarchical", 0.7, 8)
+    assert (changed.image.rule, changed.image.threshold, changed.image.block_length) == ("threshold", 0.3, 4)
+    steps = with_overrides(base, steps=3, threshold={"text": 0.7})
+    assert (steps.text.rule, steps.image.rule, steps.image.steps) == ("threshold", "quota", 3)
+    assert by_modality("threshold", 0.5, ("text",)) == {"text": 0.5} and by_modality("threshold", None, ("text",)) == {}
+
+
+def test_a_call_finds_its_task(pipe, inputs, picture):
+    for task in TASKS:
+        called = pipe(**inputs[task], generator=[5], steps=2, output_type="codes")
+        asked = pipe(**inputs[task], task=task, generator=[5], steps=2, output_type="codes")
+        direct = getattr(pipe, task)(**inputs[task], generator=[5], steps=2, output_type="codes")
+        assert torch.equal(called.ids, direct.ids) and torch.equal(asked.ids, direct.ids)
+    assert choose_task({"image": picture, "text": "a <mask>"}) == "inpaint"
+    assert choose_task({"image": picture}, "generate") == "generate"
+    assert choose_task({"text": "a <mask>"}) == "generate"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe("a dog", question="what?"), "no task takes prompt and question together"),
+        (lambda pipe: pipe("a dog", task="caption"), "task 'caption' was given \\['prompt'\\]; it needs \\['image'\\]"),
+        (lambda pipe: pipe("a dog", task="draw"), "unknown task 'draw'"),
+        (lambda pipe: pipe("a dog", cache="duel"), "cache policy is 'duel'"),
+        (lambda pipe: pipe("a dog", cache="dual", policy=NoCache()), "cache and policy both"),
+        (lambda pipe: pipe("a dog", cache=NoCache()), "cache is a NoCache"),
+        (lambda pipe: pipe("a dog", block_length=0), "block_length is 0"),
+        (lambda pipe: pipe("a dog", threshold={"sound": 0.5}), "threshold names \\['sound'\\]"),
+    ],
+)
+def test_mistakes_are_named(pipe, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe)

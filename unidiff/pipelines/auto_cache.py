@@ -1,0 +1,118 @@
+"""The cache of a call: the one asked for, or with "auto" one that suits what is decoded, where it can pay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from unidiff.decoding import ModalityDecoding, RefreshPolicy, SamplerConfig
+from unidiff.decoding.bounds import Schedule, Segment, expected_passes
+from unidiff.decoding.cache import CacheConfig
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import Modality, TokenBatch
+
+OVERHEAD_TOKENS = 50
+"""A pass costs about as much as this many tokens, however few it computes: 55 in a model of width 256 and 29 in one of
+width 512, from passes over 22 and 88 tokens on one CPU core."""
+LEAST_GAIN = 1.25
+"""Decodes that a cache would make faster by less than this are not worth its approximation."""
+_TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 at a threshold of 0.9
+
+AUTO = {
+    "text": CacheConfig("dual", {"interval": 8}),
+    "image": CacheConfig("max-logit"),
+    "both": CacheConfig(
+        segments={
+            "prompt": CacheConfig("interval", {"interval": 8}),
+            "text": CacheConfig("dual", {"interval": 8}),
+            "image": CacheConfig("max-logit"),
+        }
+    ),
+}
+"""What "auto" takes by what there is to decode. Text (captions, answers): only the block, the picture every 8 passes.
+Pictures: open positions whose logits are low, everything in 3 passes of 10 at the beginning and in every fifth later.
+Both (inpainting, joint generation): the same for each, and what is given every 8 passes."""
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """The policy of a call, the config that made it (None for a policy of the caller's own), and why."""
+
+    policy: RefreshPolicy | None
+    config: CacheConfig | None
+    note: str = ""
+
+
+def choose_cache(
+    cache: str | CacheConfig | None,
+    policy: RefreshPolicy | None,
+    batch: TokenBatch,
+    config: SamplerConfig,
+    model: Any,
+) -> CacheChoice:
+    """The cache of a call.
+
+    "auto" takes `block-causal` for block-causal weights, which is exact, and otherwise what `AUTO` says, as long as
+    `expected_gain` reaches `LEAST_GAIN`; the note tells which and by how much.
+
+    Args:
+        cache: see `DecodeOptions`. policy: the caller's own.
+        batch: the request. config: how it is decoded.
+
+    Raises:
+        ValueError: both are given, or an unknown cache.
+    """
+    if policy is not None:
+        if cache is not None:
+            raise ValueError("cache and policy both say what is kept between passes; give one of them")
+        return CacheChoice(policy, None)
+    if cache != "auto":
+        named = CacheConfig.of("none" if cache is None else cache)
+        return CacheChoice(named.build(), named)
+    none = CacheConfig("none")
+    if not isinstance(model, MaskedTransformer):
+        return CacheChoice(none.build(), none, f"none: {type(model).__name__} computes whole rows only")
+    if model.config.attention == "block_causal":
+        if model.config.time_conditioning and model.config.constant_time is None:
+            return CacheChoice(none.build(), none, "none: features of this model change with the time")
+        exact = CacheConfig("block-causal")
+        return CacheChoice(exact.build(), exact, "block-causal: exact for these weights")
+    hidden = {m: int((batch.targets & (batch.modality == m)).sum(1).max()) for m in Modality}
+    kind = "both" if all(hidden.values()) else "text" if hidden[Modality.TEXT] else "image"
+    gain = expected_gain(kind, hidden, batch, config)
+    if gain < LEAST_GAIN:
+        short = f"none: rows of {int(batch.valid.sum(1).max())} tokens would be decoded {gain:.2f} times as fast"
+        return CacheChoice(none.build(), none, f"{short}, less than {LEAST_GAIN}")
+    chosen = AUTO[kind]
+    name = "segments" if chosen.segments else chosen.policy
+    return CacheChoice(
+        chosen.build(), chosen, f"{name}: expected to be {gain:.2f} times as fast, at some approximation"
+    )
+
+
+def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, config: SamplerConfig) -> float:
+    """Time of a decode without a cache over that with `AUTO[kind]`, from the tokens of each pass and `OVERHEAD_TOKENS`.
+
+    Where both modalities are decoded, that of the image alone.
+
+    Args:
+        hidden: most targets of a row, by modality.
+    """
+    modality = Modality.TEXT if kind == "text" else Modality.IMAGE
+    settings = config.text if kind == "text" else config.image
+    length, size = int(batch.valid.sum(1).max()), hidden[modality]
+    block = min(settings.block_length or size, size)
+    known = (Segment(length - size, given=True),) if length > size else ()
+    schedule = Schedule((*known, Segment(size, 1, modality)), block, _passes_of_a_block(settings, size, block))
+    policy = AUTO["text" if kind == "text" else "image"].build()
+    scales = {config.guidance.scale, config.guidance.text_scale, config.guidance.image_scale}
+    rows = batch.shape[0] * (2 if scales - {None, 1.0} else 1)
+    work = [rows * w.layers[0].out + OVERHEAD_TOKENS for w in expected_passes(policy, schedule, 1)]
+    return len(work) * (rows * length + OVERHEAD_TOKENS) / sum(work)
+
+
+def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int:
+    if settings.rule in ("quota", "ancestral"):
+        return math.ceil(settings.steps / math.ceil(size / block))
+    return block if settings.rule == "first_hitting" else math.ceil(block / _TOKENS_PER_PASS)

@@ -1,0 +1,54 @@
+"""Which task a call of the pipeline means, from what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unidiff.pipelines.settings import TASKS
+
+_INPUTS = {  # what a task needs, and what it takes besides
+    "text_to_image": ({"prompt"}, set()),
+    "caption": ({"image"}, set()),
+    "answer": ({"image", "question"}, set()),
+    "inpaint": ({"image"}, {"mask_image", "text"}),
+    "generate": (set(), {"text", "image"}),
+}
+
+
+def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
+    """The task of a call, one of `TASKS`.
+
+    A prompt: text_to_image. A picture and a question: answer. A picture with a mask or with text: inpaint. A picture
+    alone: caption. Text alone, or nothing at all: generate.
+
+    Args:
+        given: inputs of the call that are not None, by name.
+        task: asked for by name; then only checked.
+
+    Raises:
+        ValueError: an unknown task, or inputs that no task, or not this one, takes together.
+    """
+    names = set(given)
+    if task is None:
+        order = ("text_to_image", "answer", "caption", "inpaint", "generate")
+        fits = [name for name in order if _takes(name, names)]
+        if not fits:
+            raise ValueError(
+                f"no task takes {' and '.join(sorted(names))} together; expected a prompt, an image (with a question, or "
+                "with a mask_image and text), text, or nothing"
+            )
+        return fits[0]
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; expected one of {list(TASKS)}")
+    if not _takes(task, names):
+        needs, more = _INPUTS[task]
+        raise ValueError(
+            f"task {task!r} was given {sorted(names)}; it needs {sorted(needs) or 'nothing'} and takes {sorted(more)} besides"
+        )
+    return task
+
+
+def _takes(task: str, names: set[str]) -> bool:
+    needs, more = _INPUTS[task]
+    return needs <= names <= needs | more
