@@ -1,0 +1,162 @@
+"""The benchmark of caches: bounds, pairing, files; the smoke suite through the real recipe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tiny_pipeline import tiny_pipeline
+
+from unidiff.data.emoji_language import vocabulary_words
+from unidiff.data.emoji_scenes import get_profile
+from unidiff.decoding.bounds import expected_passes
+from unidiff.decoding.cache import CacheConfig
+from unidiff.evaluation import decode_benchmark, decode_benchmark_suites
+from unidiff.evaluation.decode_benchmark import Benchmark, Options, Row, request, run_suite
+from unidiff.evaluation.decode_benchmark_emoji import Setting, run_emoji
+from unidiff.evaluation.decode_benchmark_rates import MatmulRates, row_counts
+from unidiff.evaluation.decode_benchmark_report import tables, write
+from unidiff.evaluation.decode_benchmark_suites import POLICIES, SUITES, Workload, spread
+from unidiff.tokens import Modality, Vocabulary
+
+RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"
+VOCABULARY = Vocabulary.unified(11, 7)
+
+
+def recipe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RECIPE), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_smoke_suite_runs_as_a_person_runs_it(tmp_path):
+    path = tmp_path / "made" / "smoke.json"
+    done = recipe("--suite", "smoke", "--json", path, "--blocks", 2, "--runs", 1, "--only", "dual", "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "corrected" in done.stdout and "only 2 blocks of each row" in done.stdout
+    assert sorted(p.name for p in path.parent.iterdir()) == ["smoke.csv", "smoke.json", "smoke.png"]
+    data = json.loads(path.read_text())
+    assert data["suite"] == "smoke" and data["about"]["blocks"] == 2 and data["about"]["threads"] == 1
+    assert [row["policy"] for row in data["rows"]] == ["none", "dual"] * 2
+    for row in data["rows"]:
+        assert row["fraction_of_bound"] == pytest.approx(row["speedup"] / row["bound_corrected"])
+        assert row["seconds"] > 0 and row["nfe"] > 0 and row["quality"] is None
+    with path.with_suffix(".csv").open() as file:
+        assert [line["policy"] for line in csv.DictReader(file)] == ["none", "dual"] * 2
+    with Image.open(path.with_suffix(".png")) as image:
+        assert image.format == "PNG" and image.width > 100
+
+
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="unknown policy 'dua'; expected some of none, prefix"):
+        run_suite("smoke", Options(only=("dua",)))
+    with pytest.raises(ValueError, match="blocks is 0"):
+        run_suite("smoke", Options(blocks=0, runs=1))
+    with pytest.raises(ValueError, match="threads is 0"):
+        run_suite("smoke", Options(threads=0))
+    with pytest.raises(ValueError, match=r"must end in \.json"):
+        write(Benchmark("smoke"), tmp_path / "x.txt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda', which is not there"):
+        run_suite("gpu-8b", Options())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatch):
+    calls = []
+    original = decode_benchmark._decode
+
+    def watched(model, vocabulary, policy, schedule, workload, seed):
+        out = original(model, vocabulary, policy, schedule, workload, seed)
+        calls.append((type(policy).__name__, schedule, seed, out))
+        return out
+
+    monkeypatch.setattr(decode_benchmark, "_decode", watched)
+    result = run_suite("smoke", Options(only=("dual", "adaptive"), runs=2))
+    names = [name for name, *_ in calls[:9]]
+    assert names == ["NoCache", "DualCache", "AdaptiveCache"] * 3  # warm-up, then two paired runs
+    assert calls[3][2] == calls[4][2] != calls[6][2]  # the same rows inside a pair
+    dual = result.rows[1]
+    passes = expected_passes(POLICIES["dual"].build(), calls[4][1], 2)
+    assert dual.stats["query_key_tokens"] == sum(w.qk for p in passes for w in p.layers)
+    assert dual.bound == pytest.approx(result.rows[0].stats["flops"] / dual.stats["flops"], rel=0.02)
+    assert result.rows[0].bound == result.rows[0].speedup == 1 and 0 < result.rows[0].outside_share < 1
+    assert len(dual.seconds_all) == 2 and dual.bound_reference is not None
+
+
+def test_blocks_are_spread_over_the_row():
+    assert spread(18, None) == frozenset(range(18)) == spread(18, 30)
+    assert spread(18, 2) == {4, 13} and spread(4, 1) == {2} and spread(3, 3) == {0, 1, 2}
+    workload = Workload(8, (2, 6), 4, 3, "float32")
+    schedule = workload.schedule(VOCABULARY, 2)
+    assert [(s.tokens, s.given) for s in schedule.segments] == [(4, True), (4, False), (4, True), (4, False), (4, True)]
+    batch = request(schedule, workload.grid, VOCABULARY, 2, 0)
+    assert batch.shape == (2, 20) and batch.targets[0].nonzero().flatten().tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert (batch.modality[0] == Modality.IMAGE).tolist() == [False] * 8 + [True] * 12
+    assert [start for start, *_ in schedule.blocks] == [4, 12]
+    whole = workload.schedule(VOCABULARY)
+    assert [s.tokens for s in whole.segments] == [8, 12] and len(whole.blocks) == workload.total_blocks == 5
+
+
+def test_random_models_tell_positions_apart():
+    """Ties would make every position as sure as the others, and max-logit would recompute them all."""
+    suite = SUITES["smoke"]
+    model = decode_benchmark.random_model(suite, torch.device("cpu"), 0)
+    schedule = suite.workloads[0].schedule(suite.vocabulary, 4)
+    batch = request(schedule, (4, 4), suite.vocabulary, 1, 0).hide_targets(suite.vocabulary)
+    best = model(batch).amax(-1)[batch.targets]
+    assert len(best.unique()) == len(best)
+
+
+def test_rates_are_interpolated():
+    rates = MatmulRates(((1, 10.0), (16, 50.0), (64, 70.0)))
+    assert [rates(n) for n in (1, 4, 16, 64, 1000)] == [10, pytest.approx(30), 50, 70, 70]
+    assert MatmulRates(((4, 5.0),))(1) == 5
+    assert row_counts(1152, 64) == [1, 4, 16, 64, 256, 1024, 1152] and row_counts(20, 3) == [1, 3, 4, 16, 20]
+
+
+def test_all_suites_are_sound():
+    for name, suite in SUITES.items():
+        assert set(suite.policies) <= set(POLICIES) and suite.policies[0] == "none", name
+        for workload in suite.workloads:
+            schedule = workload.schedule(suite.vocabulary)
+            assert schedule.targets == schedule.length == workload.text + workload.image
+            for policy in suite.policies:
+                assert expected_passes(POLICIES[policy].build(), workload.schedule(suite.vocabulary, 1), 1)
+    twenty_five = [w for w in SUITES["cpu-25m"].workloads if w.grid]
+    assert {(w.passes, w.dtype) for w in twenty_five} == {(n, d) for n in (8, 16, 64) for d in ("float32", "bfloat16")}
+    assert {(w.text + w.image, w.block, w.total_blocks) for w in twenty_five} == {(1152, 64, 18)}
+
+
+def test_emoji_suite_judges_and_times_every_setting(tmp_path):
+    pipe = tiny_pipeline(text_length=40, grid=(8, 8), corpus=vocabulary_words(get_profile("cpu")) * 2)
+    settings = [Setting(), Setting("quota", 4, 16)]
+    tasks = ("caption", "answer")
+    said: list[str] = []
+    result = run_emoji(pipe, Options(only=("dual",), cases=1), said.append, settings, batches=(4,), tasks=tasks)
+    assert [(row.workload["task"], row.workload["rule"], row.policy) for row in result.rows] == [
+        (task, rule, policy) for task in tasks for rule in ("model", "quota") for policy in ("none", "dual")
+    ]
+    for plain, dual in zip(result.rows[::2], result.rows[1::2], strict=True):
+        assert plain.speedup == plain.bound == plain.bound_corrected == 1
+        assert dual.bound == pytest.approx(plain.stats["flops"] / dual.stats["flops"])
+        assert 0 <= dual.quality_low <= dual.quality <= dual.quality_high <= 1
+        assert dual.stats["sampler"]["text"]["rule"] == ("threshold" if dual.workload["rule"] == "model" else "quota")
+    assert result.rows[3].bound > 1 and "caption, quota, dual, 4 rows" in said
+    assert [p.suffix for p in write(result, tmp_path / "e.json")] == [".json", ".csv", ".png"]
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(tables(result))
+    assert "answer float32, quota block 16 x 4, 4 rows" in console.export_text()
+
+
+def test_unknown_numbers_stay_empty():
+    workload = {"text": 4, "image": 0, "block": None, "passes": None, "rule": "quota", "dtype": "float32", "batch": 1}
+    row = Row("none", workload, 1, 1.0, [1.0], 1.0)
+    assert row.fraction_of_bound is None and row.to_dict()["text"] == 4 and "workload" not in row.to_dict()
+    assert decode_benchmark_suites.POLICIES["adaptive-upstream"] == CacheConfig("adaptive", {"compat": "upstream"})
