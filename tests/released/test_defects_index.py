@@ -164,6 +164,16 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
             "test_float16_weights_whose_activations_exceed_its_range_stay_finite",
         ),
     },
+    "diffusers' VQModel": {
+        "it overflows in float16": (
+            "tokens/test_vq_model_precision.py",
+            "test_activations_beyond_float16_stay_finite",
+        ),
+        "encoding leaves the codebook in another dtype": (
+            "tokens/test_vq_model_precision.py",
+            "test_images_and_codes_round_the_clock",
+        ),
+    },
     "diffusers loading": {
         "missing weights load silently as random": ("models/test_checked_loading.py", "test_missing_weight"),
         "unknown config keys only warn": ("models/test_checked_loading.py", "test_unknown_config_key"),

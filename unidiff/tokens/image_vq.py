@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,7 @@ class VQImageTokenizer:
             ValueError: wrong shape, dtype, range, or a side that `factor` does not divide.
         """
         check_images(images, self.factor)
+        self._leave_float16()
         images = images.to(self.device)
         if isinstance(self.model, ConvTokenizerModel):  # chooses its own precision
             return self.model.quantize(self.model.latents(images)).codes
@@ -77,7 +79,7 @@ class VQImageTokenizer:
         if isinstance(self.model, CellVQModel):
             return self.model.quantize(self.model.latents(images)).codes
         latents = self.model.encode(images).latents.float()
-        codes = self.model.quantize.float()(latents)[2][2]
+        codes = deepcopy(self.model.quantize).float()(latents)[2][2]  # distances in float32; the model keeps its dtype
         return codes.reshape(latents.shape[0], *latents.shape[-2:])
 
     @torch.no_grad()
@@ -88,6 +90,7 @@ class VQImageTokenizer:
             ValueError: a wrong shape or a code outside the codebook.
         """
         check_codes(codes, self.codebook_size)
+        self._leave_float16()
         codes = codes.to(self.device)
         if isinstance(self.model, ConvTokenizerModel):
             images = self.model.decode_vectors(self.model.lookup(codes))
@@ -101,6 +104,11 @@ class VQImageTokenizer:
                 given = self.model.quantize.get_codebook_entry(codes.reshape(-1), shape).to(self.dtype)
             images = self.model.decode(given, force_not_quantize=True, shape=shape).sample
         return images.float().clamp(0, 1)
+
+    def _leave_float16(self) -> None:
+        """Activations of diffusers' `VQModel` exceed float16 (released configs say `force_upcast`): it goes to float32."""
+        if self.dtype == torch.float16 and not isinstance(self.model, ConvTokenizerModel | CellVQModel):
+            self.model.float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights (safetensors)."""

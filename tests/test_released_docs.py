@@ -1,0 +1,108 @@
+"""`docs/released.md` says the truth: its snippets run on tiny checkpoints, its table is complete and its numbers right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from doc_code import DOCS, blocks, run
+from muddit_parts import write_folder
+from released_parts import tiny_weights, write_tiny
+from safetensors.torch import save_file
+from tiny_families import LLADA, LUMINA_IDS, MMADA, lively
+
+from unidiff.released.llada import llada_config, llada_state_dict
+from unidiff.released.mmada import SPECIALS, mmada_config, mmada_vocabulary
+from unidiff.released.published import RELEASES, build_empty
+from unidiff.tokens import Vocabulary
+
+NAME = "released.md"
+TEXT = (DOCS / NAME).read_text(encoding="utf-8")
+FAMILIES = ["UniDisc", "MDLM", "LLaDA", "MMaDA", "Lumina-DiMOO", "Muddit and Meissonic", "Image tokenizers"]
+
+
+def write_network(folder: Path, config: dict, network: dict) -> None:
+    """A LLaDA-like checkpoint with lively weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = llada_state_dict(lively(network).float())
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """A folder with `checkpoints/`, in which the snippets are run."""
+    root = tmp_path_factory.mktemp("shelf")
+    for family in ("unidisc", "mdlm", "llada", "magvit"):
+        write_tiny(root / "checkpoints" / family, family)
+    write_tiny(root / "checkpoints" / "vqvae", "vq_model", "diffusion_pytorch_model.safetensors")
+    write_tiny(root / "checkpoints" / "llamagen", "llamagen")
+    (root / "checkpoints" / "llamagen" / "model.safetensors").unlink()
+    torch.save({"model": tiny_weights("llamagen")}, root / "checkpoints" / "llamagen" / "vq_ds16_c2i.pt")
+    write_network(root / "checkpoints" / "mmada", MMADA, mmada_config(MMADA))
+    lumina = {**LLADA, "vocab_size": 60, "mask_token_id": 35, "architectures": ["LLaDAForMultiModalGeneration"]}
+    write_network(root / "checkpoints" / "lumina", lumina, llada_config(lumina))
+    write_folder(root / "checkpoints" / "muddit" / "512")
+    return root
+
+
+def layouts(family: str) -> dict:
+    """What a snippet finds defined: the id layout of the tiny checkpoint, where the released one is the default."""
+    if family == "MMaDA":
+        return {"vocabulary": mmada_vocabulary(60, 41, 16, 40, {name: 20 + i for i, name in enumerate(SPECIALS)})}
+    if family == "Lumina-DiMOO":
+        specials = {"eos": 34, "uncondition": 29, **LUMINA_IDS}
+        return {"vocabulary": Vocabulary(60, (0, 36), (36, 52), 35, specials=specials)}
+    return {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_snippet_of_a_family_runs(family: str, shelf: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(shelf)
+    own = [block for block in blocks(NAME) if block.heading == family]
+    assert own, f"{family} has no example"
+    space: dict = {"__name__": "snippet", **layouts(family)}
+    for block in own:
+        run(block, NAME, space)
+    made = [value for name, value in space.items() if name.startswith(("picture", "pixels"))]
+    for pixels in made:
+        assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1
+    assert made or family in ("MDLM", "LLaDA")
+
+
+def test_every_snippet_belongs_to_a_family():
+    assert {block.heading for block in blocks(NAME)} == set(FAMILIES)
+
+
+def rows() -> list[list[str]]:
+    """Cells of the table of families."""
+    table = re.search(r"^\| family \|.*\n\|[-|]+\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[1].splitlines()]
+
+
+def test_the_table_lists_every_release_with_the_memory_of_its_weights():
+    listed = {row[1].strip("`"): row[4] for row in rows()}
+    variants = {"unidisc-1.4b-512", "unidisc-1.4b-interleaved", "unidisc-medium-vq16", "unidisc-small-vq16"}
+    assert set(listed) == {release.name for release in RELEASES} - variants  # the same networks with other tables
+    for release in RELEASES:
+        if release.name in listed:
+            gigabytes = 2e-9 * sum(p.numel() for p in build_empty(release).parameters())
+            assert listed[release.name] == f"{gigabytes:.2f} GB", release.name
+
+
+def test_names_in_the_text_exist():
+    """Modules and compat switches that the page tells of."""
+    from unidiff.diffusion.variants import unidisc_capped_total, unidisc_dropout
+    from unidiff.released.llada_reference import LladaCompat
+    from unidiff.released.mmada_sampling import MMaDACompat
+    from unidiff.released.mmada_training import training_mask
+    from unidiff.released.muddit_tasks import MudditSettings
+
+    for thing in (unidisc_capped_total, unidisc_dropout, LladaCompat, MMaDACompat, training_mask, MudditSettings):
+        assert thing.__name__ in TEXT
+    for path in re.findall(r"`((?:tests|unidiff)/[\w/]+\.py)`", TEXT):
+        assert (DOCS.parent / path).is_file(), path
