@@ -3,6 +3,11 @@
     python training/pretrain.py configs/emoji.yaml [key=value ...]
 
 Run the same command again to continue from the newest checkpoint. The averaged weights land in OUTPUT/model.
+Several processes share a run, each with a slice of the batch, under torchrun:
+
+    torchrun --nproc-per-node 8 training/pretrain.py configs/emoji.yaml parallel.mode=fsdp [key=value ...]
+
+Any number of processes can continue the run of any other number.
 """
 
 from __future__ import annotations
@@ -31,17 +36,26 @@ def main(arguments: list[str]) -> int:
 
 
 def train(config: TrainConfig) -> int:
+    from unidiff.train.build import pick_device
     from unidiff.train.datasets import open_sources
+    from unidiff.train.distributed import Launch, Parallel
     from unidiff.train.samples import sheet_sampler
     from unidiff.train.trainer import Trainer, TrainingAborted
 
-    source, validation = open_sources(config)
-    trainer = Trainer(config, source, validation, sheet_sampler(config, source))
+    names, launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), None
+    if all(name in os.environ for name in names):  # set by torchrun
+        rank, size, local, address, port = (os.environ[name] for name in names)
+        launch = Launch(int(rank), int(size), int(local), address, int(port))
+    parallel = Parallel(pick_device(config.device), config.parallel, launch)
     try:
-        trainer.train()
+        with parallel.main_first():  # raw shards are encoded once
+            source, validation = open_sources(config)
+        Trainer(config, source, validation, sheet_sampler(config, source), parallel).train()
     except TrainingAborted as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        parallel.close()
     return 0
 
 

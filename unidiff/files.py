@@ -42,8 +42,9 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         if target.exists():
             os.replace(target, aside)
         os.replace(temporary, target)
-        for stray in target.parent.glob(f".{target.name}.*.tmp"):
-            shutil.rmtree(stray, ignore_errors=True)
+        for end in ("tmp", "old"):
+            for stray in target.parent.glob(f".{target.name}.*.{end}"):
+                shutil.rmtree(stray, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)

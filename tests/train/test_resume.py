@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_runs import RECIPE, forked
 from safetensors.torch import load_file
 from train_fixtures import MIXED, TINY, tiny_table
-
-RECIPE = Path(__file__).parents[2] / "training" / "pretrain.py"
 
 
 def start(folder: Path, table: Path, *overrides: str) -> subprocess.Popen:
@@ -40,48 +39,55 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-def weights(folder: Path, step: int) -> dict[str, bytes]:
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-    return {p.name: p.read_bytes() for p in sorted(checkpoint.glob("*.safetensors"))}
-
-
-@pytest.mark.training
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+def check_killed_run(tmp_path: Path, ends: list[str], steps: int, ranks: int, *overrides: str) -> list[dict]:
+    """An uninterrupted run and one with these ends; both must hold the same bytes and the same log."""
     table = tmp_path / "table.safetensors"
     tiny_table(72).save(table)
-    steps = 60
-    common = [
-        f"steps={steps}",
-        "checkpoint.every=5",
-        "logging.every=1",
-        "data.crop_fill=0.3",
-    ]
-    common += ["model.dropout=0.1", "schedule.name=wsd", "logging.validate_every=25"]
-    whole = start(tmp_path / "whole", table, *common)
-    _, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
+    common = [*TINY, *MIXED, f"data.train={table}", "accumulate=2", f"steps={steps}", "checkpoint.every=3"]
+    common += ["logging.every=1", "data.crop_fill=0.3", "model.dropout=0.1", "schedule.name=wsd"]
+    common += ["logging.validate_every=25", *overrides]
+    whole = {"arguments": [*common, f"output={tmp_path / 'whole'}"], "ranks": ranks}
+    cut = {"arguments": [*common, f"output={tmp_path / 'cut'}"], "ranks": ranks}
+    results = forked(tmp_path / "driver", [whole, *({**cut, "end": end} for end in ends), cut])[1:-1]
+    assert all(set(r["codes"]) == {-signal.SIGKILL} for r in results), results
 
-    killed = start(tmp_path / "killed", table, *common)
-    wait_for_step(tmp_path / "killed", 12, killed)  # between two checkpoints
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert (tmp_path / "killed" / "model" / "config.json").is_file()  # exported with every checkpoint
-    assert killed.returncode == -signal.SIGKILL
-    resumed = start(tmp_path / "killed", table, *common)
-    _, errors = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, errors
-
-    expected, found = weights(tmp_path / "whole", steps), weights(tmp_path / "killed", steps)
-    assert set(expected) == {"model.safetensors", "ema.safetensors", "optimiser.safetensors"}
-    assert expected == found
+    for part in (f"checkpoints/step-{steps:08d}", "model"):
+        expected, found = (
+            {p.relative_to(tmp_path / run): p.read_bytes() for p in (tmp_path / run / part).rglob("*.safetensors")}
+            for run in ("whole", "cut")
+        )
+        assert expected and expected == found
     logs = [
         [
             {k: v for k, v in json.loads(line).items() if k not in ("time", "seconds_per_step")}
             for line in text.splitlines()
         ]
-        for text in ((tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "killed"))
+        for text in ((tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut"))
     ]
     assert logs[0] == logs[1]  # no step twice, none lost
+    strays = [p.name for p in (tmp_path / "cut").rglob(".*")]
+    assert not strays  # what killed processes left half-written is gone
+    return results
+
+
+@pytest.mark.training
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    check_killed_run(tmp_path, ["kill", "kill saving", "kill", "kill saving"], 40, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.training
+def test_thirty_kills_equal_the_uninterrupted_run_bit_for_bit(tmp_path):
+    results = check_killed_run(tmp_path, ["kill", "kill saving"] * 15, 240, 1)
+    assert sum(r["saving"] for r in results) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.training
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_killed_ranks_equal_the_uninterrupted_run_bit_for_bit(tmp_path, mode):
+    results = check_killed_run(tmp_path, ["kill", "kill saving"] * 3, 60, 2, f"parallel.mode={mode}")
+    assert any(r["saving"] for r in results)
 
 
 @pytest.mark.training

@@ -1,19 +1,23 @@
-"""The model and the device of a run."""
+"""The model and the device of a run, and how its blocks run."""
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import TrainConfig
+from unidiff.train.lora import add_adapters
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
-    """The model of `config.model`, drawn from `config.seed`, or warm-started from `checkpoint.init_from`.
+    """The model of `config.model`, drawn from `config.seed`, or warm-started from `checkpoint.init_from`; with adapters
+    where `config.lora` asks for them.
 
     Raises:
         ValueError: an unknown or ill-typed model setting, or weights that do not fit.
@@ -49,7 +53,30 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
             raise ValueError(
                 f"the weights in {str(folder)!r} do not fit the model of this config ({reason})"
             ) from error
-    return model.float().train()
+    model = model.float().train()
+    add_adapters(model, config.lora)
+    return model
+
+
+_KEPT = ("mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+_KEPT += ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def set_up_blocks(model: MaskedTransformer, recompute: str, compiled: bool) -> None:
+    """Make the blocks compute less memory-hungry or faster; names and values of parameters do not change. In place.
+
+    Args:
+        recompute: see `TrainConfig.activation_checkpointing`.
+        compiled: compile each block; equal blocks share the compiled code.
+    """
+    context = partial(create_selective_checkpoint_contexts, [getattr(torch.ops.aten, name).default for name in _KEPT])
+    options = {"context_fn": context} if recompute == "selective" else {}
+    for block in model.blocks:
+        # The instance's own `forward`, not a wrapping module: a wrapper would rename the parameters.
+        if recompute != "none":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+        if compiled:
+            block.forward = torch.compile(block.forward)
 
 
 def pick_device(name: str) -> torch.device:

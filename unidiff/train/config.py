@@ -10,7 +10,7 @@ from unidiff.config import load_config
 
 TASKS = ("joint", "t2i", "caption", "vqa", "text")
 RATES = ("uniform", "cosine", "high", "beta")
-WEIGHTS = ("elbo", "inverse_rate", "ce")
+WEIGHTS = ("elbo", "inverse_rate", "softmin", "ce")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class DataConfig:
         curriculum: `[[fraction of the run, highest level], ...]`; needs `levels` in the table. Empty: all rows always.
         crop_fill: probability that a row's EOS fill is cut to a random length (the cut part becomes batch padding).
         image_size, text_length: of raw shards: side of the square picture in pixels, and tokens of the text span.
+        vocabulary: name of the layout that the data must have (`Vocabulary.named`); empty takes whatever the data has.
+        grid: side of the code grid that the data must have; 0 takes whatever the data has. With both, and `text_length`,
+            training/plan.py and training/benchmark.py work before there is data.
+        pack: samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row.
     """
 
     train: str = ""
@@ -34,6 +38,9 @@ class DataConfig:
     crop_fill: float = 0.0
     image_size: int = 256
     text_length: int = 64
+    vocabulary: str = ""
+    grid: int = 0
+    pack: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class TaskConfig:
             r = cos(pi u / 2), `high` r = 1 - 0.5 u^2 (between one half and all), `beta` r ~ Beta(beta, 1) = u^(1/beta).
         beta: the exponent of `beta`.
         loss: weight of a masked token: `elbo` 1 / (r p(r)), unbiased for the NELBO whatever `rate` is;
-            `inverse_rate` 1 / r (Muddit); `ce` 1.
+            `inverse_rate` 1 / r (Muddit); `softmin` 1 / (r + (1 - r) / 5) (UniDisc's softmin_snr = 5); `ce` 1.
         scale: factor of this task's loss.
         dropout: probability that the condition is hidden entirely (guidance training); no meaning for `joint`.
     """
@@ -140,19 +147,75 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`every` in steps and `minutes` of wall time (0 turns either off); `keep` newest; `init_from` a weights folder."""
+    """What is kept of a run.
+
+    Args:
+        every, minutes: a checkpoint every so many steps, and minutes of wall time; 0 turns either off.
+        keep: newest checkpoints kept.
+        best: a number of the validation report, for instance `joint_nelbo`: a validation that lowers it is followed by a
+            checkpoint, which is kept, is named in `checkpoints/best` and exported to OUTPUT/model-best. Empty: off.
+        background: several processes write while training goes on.
+        init_from: a weights folder to start from.
+        export_dtype: of the exported average.
+    """
 
     every: int = 500
     minutes: float = 0.0
     keep: int = 3
+    best: str = ""
+    background: bool = True
     resume: bool = True
     init_from: str = ""
     export_dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes (`torchrun`) share a run; one process ignores it.
+
+    Args:
+        mode: `ddp`, a whole model per process, or `fsdp`, weights, gradients and optimiser state sharded over them.
+        replicas: with `fsdp`, groups that each shard one copy of the model (hybrid sharding, one group per machine).
+        reshard: with `fsdp`, free a block's gathered weights after its forward pass and gather them again for backward.
+        param_dtype, reduce_dtype: with `fsdp`, in what precision weights are gathered and gradients summed.
+    """
+
+    mode: str = "ddp"
+    replicas: int = 1
+    reshard: bool = True
+    param_dtype: str = "float32"
+    reduce_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft) on the linear layers of the blocks; everything else stays frozen.
+
+    Args:
+        rank: inner width; 0 trains the whole model.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapters' input.
+        dora: learn the columns' magnitudes apart (DoRA).
+        targets: names of the layers inside a block; empty takes all four.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    dora: bool = False
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """One file, one run. `model` holds `MaskedTransformer` arguments; `vocab_size` comes from the data."""
+    """One file, one run. `model` holds `MaskedTransformer` arguments; `vocab_size` comes from the data.
+
+    Args:
+        batch_size: rows of one forward pass, over all processes; `accumulate` such passes make a step.
+        compile: `torch.compile` every block.
+        activation_checkpointing: what the backward pass computes again: `none`, `selective` (all but matrix products and
+            attention) or `full` (whole blocks).
+    """
 
     output: str = "out/run"
     seed: int = 0
@@ -163,17 +226,20 @@ class TrainConfig:
     device: str = "auto"
     threads: int = 0
     compile: bool = False
+    activation_checkpointing: str = "none"
     max_bad_steps: int = 20
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: dict[str, Any] = field(default_factory=dict)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def rows_per_step(self) -> int:
@@ -202,6 +268,7 @@ def check_config(config: TrainConfig) -> None:
     }
     positive |= {"optimiser.lr": config.optimiser.lr, "optimiser.clip": config.optimiser.clip}
     positive |= {"checkpoint.keep": config.checkpoint.keep, "max_bad_steps": config.max_bad_steps}
+    positive |= {"parallel.replicas": config.parallel.replicas}
     positive |= {"logging.validation_draws": config.logging.validation_draws, "objective.chunk": config.objective.chunk}
     for name, value in positive.items():
         if not value > 0:
@@ -210,8 +277,22 @@ def check_config(config: TrainConfig) -> None:
     _choice("optimiser.name", config.optimiser.name, ("adamw", "muon"))
     _choice("schedule.name", config.schedule.name, ("cosine", "wsd", "constant"))
     _choice("checkpoint.export_dtype", config.checkpoint.export_dtype, ("bfloat16", "float16", "float32"))
+    _choice("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))
+    _choice("parallel.mode", config.parallel.mode, ("ddp", "fsdp"))
+    for name in ("param_dtype", "reduce_dtype"):
+        _choice(f"parallel.{name}", getattr(config.parallel, name), ("float32", "bfloat16"))
+    if config.parallel.replicas > 1 and config.parallel.mode != "fsdp":
+        raise ValueError(f"parallel.replicas = {config.parallel.replicas} needs parallel.mode=fsdp")
     shares = {"data.crop_fill": config.data.crop_fill, "schedule.decay": config.schedule.decay}
     shares |= {"schedule.floor": config.schedule.floor, "ema.decay": config.ema.decay}
+    shares |= {"lora.dropout": config.lora.dropout}
+    for name, value in {
+        "data.pack": config.data.pack,
+        "data.grid": config.data.grid,
+        "lora.rank": config.lora.rank,
+    }.items():
+        if value < 0:
+            raise ValueError(f"{name} = {value} must not be negative; 0 turns it off")
     for task in fields(config.tasks):
         settings: TaskConfig = getattr(config.tasks, task.name)
         _choice(f"tasks.{task.name}.rate", settings.rate, RATES)

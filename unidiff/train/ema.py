@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from unidiff.train.distributed import local
+
 
 class EMA:
-    """float32 averages of a model's parameters (and float buffers as they are).
+    """float32 averages of a model's parameters, sharded where they are.
 
     After update n (counted from 0) the decay is min(decay, (1 + n) / (warmup + n)), so early averages follow the model.
     """
@@ -24,8 +26,8 @@ class EMA:
     def update(self) -> float:
         """Fold the current weights in; returns the decay used."""
         decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
-        current = [p.detach().float() for p in self._source.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        current = [local(p.detach()).float() for p in self._source.values()]
+        torch._foreach_lerp_([local(a) for a in self.average.values()], current, 1 - decay)
         self.updates += 1
         return decay
 
@@ -41,13 +43,13 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model holds the averages; afterwards the exact training weights again."""
-        kept = {n: p.detach().clone() for n, p in self._source.items()}
+        kept = {n: local(p.detach()).clone() for n, p in self._source.items()}
         try:
             with torch.no_grad():
                 for name, parameter in self._source.items():
-                    parameter.copy_(self.average[name])
+                    local(parameter).copy_(local(self.average[name]))
             yield
         finally:
             with torch.no_grad():
                 for name, parameter in self._source.items():
-                    parameter.copy_(kept[name])
+                    local(parameter).copy_(kept[name])

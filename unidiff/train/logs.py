@@ -62,16 +62,20 @@ class RunLog:
         folder: the run's folder.
         tensorboard: also write event files; needs the `train` extra.
         start_step: lines of later steps, left by a killed run, are dropped.
+        silent: write nothing (all processes of a run but one).
 
     Raises:
         ValueError: TensorBoard is wanted but not installed.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, start_step: int) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, start_step: int, silent: bool = False) -> None:
         self.path = folder / "metrics.jsonl"
-        _truncate(self.path, start_step)
-        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file: TextIO | None = None
         self._writer = None
+        if silent:
+            return
+        _truncate(self.path, start_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +88,8 @@ class RunLog:
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """One line `{"step", "kind", "time", **values}`; numbers that are not finite become null."""
+        if self._file is None:
+            return
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         line = {"step": step, "kind": kind, "time": round(time.time(), 2), **plain}
         self._file.write(json.dumps(line) + "\n")
@@ -99,7 +105,8 @@ class RunLog:
             self._writer.add_image(name, picture, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
+from unidiff.train.distributed import whole
 
 _INSIDE_BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+\.")
 
@@ -66,8 +67,8 @@ class Optimisers:
         return self._peaks["adamw"] * factor
 
     def clip(self) -> torch.Tensor:
-        """Clip the gradients' global norm to `config.clip`; returns the norm before (0-d tensor)."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        """Clip the gradients' global norm, over all shards, to `config.clip`; returns the norm before (0-d tensor)."""
+        return whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
 
     def step(self) -> None:
         for optimiser in self.optimisers.values():
@@ -85,6 +86,13 @@ class Optimisers:
                 for key, value in entry.items():
                     flat[f"{name}.{number}.{key}"] = torch.as_tensor(value)
         return flat
+
+    def owner(self, key: str) -> nn.Parameter | None:
+        """The parameter that the state tensor `key` (a name of `state`) belongs to; None for a name of another run."""
+        name, number, _ = key.split(".", 2)
+        groups = self.optimisers[name].param_groups if name in self.optimisers else []
+        owned = [p for group in groups for p in group["params"]]
+        return owned[int(number)] if int(number) < len(owned) else None
 
     def load_state(self, flat: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`. Raises ValueError when it belongs to another optimiser or model."""

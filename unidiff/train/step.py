@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from unidiff.diffusion.objective import joint_elbo, masked_nll
-from unidiff.diffusion.process import mask_tokens
+from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
-from unidiff.train.config import TASKS
+from unidiff.train.config import TASKS, ParallelConfig
+from unidiff.train.distributed import Parallel
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers
 from unidiff.train.tasks import TaskBatch
@@ -25,6 +26,7 @@ class TrainState:
     Attributes:
         model: its parameters are what `optimisers` and `ema` hold.
         hidden: `model.hidden`, possibly compiled.
+        parallel: the processes of the run; alone by default.
         step: optimiser steps taken, skipped ones included.
         bad_steps: consecutive steps skipped for a loss or gradient that was not finite.
         skipped: all such steps of the run.
@@ -40,11 +42,24 @@ class TrainState:
     step: int = 0
     bad_steps: int = 0
     skipped: int = 0
+    parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
+
+    def __post_init__(self) -> None:
+        self.token_nll = self.parallel.forward(self.model, self._token_nll)
+
+    def _token_nll(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
+        x_t = noisy.batch
+        # 2. transformer: hidden states of x_t
+        hidden = self.hidden(
+            x_t.ids, x_t.modality, x_t.positions, attention_mask=x_t.attention_mask(), time=clean.rate.float()
+        )  # [B, L, D]
+        # 3. NLL at hidden positions only, each through its modality's slice of the head
+        return masked_nll(hidden, self.model, noisy.masked, clean.batch, self.vocabulary, self.chunk, clean.weight)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Numbers of one step, on the CPU.
+    """Numbers of one step over all processes, on the CPU.
 
     Attributes:
         loss: the training loss.
@@ -68,36 +83,34 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
 
     Args:
         state: changed in place.
-        batches: equal-shaped mixed-task batches `[B, L]` on the model's device.
+        batches: equal-shaped mixed-task batches `[B, L]` on the model's device: this process's rows.
         rate_factor: factor on the peak learning rate.
 
-    The loss is sum of weight * NLL over hidden targets, divided by all valid targets of the step, hidden or not.
+    The loss is sum of weight * NLL over hidden targets, divided by all valid targets of the step, hidden or not, those of
+    all processes: gradients are averaged over processes, so each divides by the global number over how many they are.
     """
-    device = batches[0].batch.ids.device
-    normalizer = sum(b.batch.targets.sum() for b in batches)
+    device, parallel = batches[0].batch.ids.device, state.parallel
+    normalizer: Tensor = sum(b.batch.targets.sum() for b in batches)  # type: ignore[assignment]
+    if parallel.size > 1:
+        normalizer = parallel.sum(normalizer) / parallel.size
     loss = torch.zeros((), device=device)
     sums = torch.zeros(3, len(TASKS), 2, device=device)  # nll, hidden, rows per (task, modality)
     state.optimisers.zero_grad()
     for micro in batches:
-        # 1. hide: x_t, with exactly ceil(rate * targets) hidden per row
-        noisy = mask_tokens(micro.batch, micro.rate, state.vocabulary, micro.noise)
-        x_t = noisy.batch
-        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
-            # 2. transformer: hidden states of x_t
-            hidden = state.hidden(
-                x_t.ids, x_t.modality, x_t.positions, attention_mask=x_t.attention_mask(), time=micro.rate.float()
-            )  # [B, L, D]
-            # 3. NLL at hidden positions only, each through its modality's slice of the head
-            nll = masked_nll(
-                hidden, state.model, noisy.masked, micro.batch, state.vocabulary, state.chunk
-            )  # [B, L]
-        # 4. loss: weighted, normalised by the valid targets of the whole step
-        terms = joint_elbo(nll, micro.weight, micro.batch, normalizer=normalizer)
-        # 5. backward
-        terms.total.backward()
+        with parallel.accumulating(last=micro is batches[-1]):
+            # 1. hide: x_t, with exactly ceil(rate * targets) hidden per row
+            noisy = mask_tokens(micro.batch, micro.rate, state.vocabulary, micro.noise)
+            with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+                nll = state.token_nll(noisy, micro)  # steps 2 and 3
+            # 4. loss: weighted, normalised by the valid targets of the whole step
+            terms = joint_elbo(nll, micro.weight, micro.batch, normalizer=normalizer)
+            # 5. backward
+            terms.total.backward()
         loss += terms.total.detach()
         _add_sums(sums, nll.detach(), noisy.masked, micro)
     # 6. clip, and refuse to step on numbers that are not finite
+    numbers = parallel.sum(torch.cat([loss[None], sums.flatten()]))
+    loss, sums = numbers[0] / parallel.size, numbers[1:].view_as(sums)
     norm = state.optimisers.clip()
     state.optimisers.set_rate(rate_factor)
     state.step += 1

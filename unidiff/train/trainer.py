@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,15 @@ import torch
 from unidiff.config import dump_config
 from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.train.build import build_model, pick_device
-from unidiff.train.checkpoint import (
-    Checkpoint,
-    latest_name,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomic,
-)
+from unidiff.train.build import build_model, pick_device, set_up_blocks
+from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save_checkpoint, score_of, write_atomic
 from unidiff.train.config import TrainConfig, check_config
+from unidiff.train.distributed import Parallel, whole
 from unidiff.train.ema import EMA
 from unidiff.train.logs import Progress, RunLog, TaskMeter
+from unidiff.train.lora import add_adapters, merge_adapters
 from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.shards import ShardSaver, load_placed
 from unidiff.train.signals import StopOnSignals
 from unidiff.train.source import TokenSource
 from unidiff.train.step import StepReport, TrainState, train_step
@@ -45,10 +43,11 @@ class Trainer:
         config: checked settings.
         source: training tokens.
         validation: held-out tokens, or None to train without validation.
-        sampler: called as `sampler(model, step) -> uint8 [3, H, W]` every `logging.sample_every` steps.
+        sampler: called as `sampler(model, step) -> uint8 [3, H, W]` every `logging.sample_every` steps (by rank 0).
+        parallel: the processes that share the run, all of which make a `Trainer`; None for this one alone.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the checkpoint.
+        ValueError: settings that do not fit each other, the data, the number of processes or the checkpoint.
     """
 
     def __init__(
@@ -57,27 +56,40 @@ class Trainer:
         source: TokenSource,
         validation: TokenSource | None = None,
         sampler: Callable[[MaskedTransformer, int], torch.Tensor] | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         check_config(config)
         self.config, self.source, self.validation, self.sampler = config, source, validation, sampler
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = pick_device(config.device)
+        self.parallel = parallel or Parallel(pick_device(config.device), config.parallel)
+        self.parallel.check(config)
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         crop = config.data.crop_fill
         self.mixer = TaskMixer(source, config.tasks, config.objective, config.seed, crop)
         model = build_model(config, source.vocabulary.size)
-        model.to(self.device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
-        hidden = torch.compile(model.hidden) if config.compile else model.hidden
-        optimisers = Optimisers(model, config.optimiser)
-        ema = EMA(model, config.ema.decay, config.ema.warmup)
-        bf16 = config.precision == "bf16"
+        set_up_blocks(model, config.activation_checkpointing, config.compile)
+        self.parallel.prepare(model)
         self.state = TrainState(
-            model, hidden, source.vocabulary, optimisers, ema, bf16=bf16, chunk=config.objective.chunk
+            model,
+            model.hidden,
+            source.vocabulary,
+            Optimisers(model, config.optimiser),
+            EMA(model, config.ema.decay, config.ema.warmup),
+            bf16=config.precision == "bf16",
+            chunk=config.objective.chunk,
+            parallel=self.parallel,
         )
         self.samples = 0
         self.resumed = self._resume()
+        settings = config.checkpoint
+        self._saver: ShardSaver | None = None
+        if self.parallel.grouped:
+            self._saver = ShardSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
+        self._best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"))
+        self._score: tuple[int, float] | None = None  # of the last validation, and its step
+        self._saved_at = time.monotonic()
         self._stop = False
 
     @property
@@ -90,68 +102,95 @@ class Trainer:
         Raises:
             TrainingAborted: `max_bad_steps` consecutive steps had no finite loss; the last good checkpoint stays.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "config.yaml", dump_config(self.config))
-        settings, state = self.config, self.state
-        length = self.source.text_length + self.source.grid[0] * self.source.grid[1]
-        log = RunLog(self.folder, settings.logging.tensorboard, state.step)
-        progress = Progress(
-            settings.steps,
-            state.step,
-            settings.rows_per_step * length,
-            settings.logging.every,
-            settings.logging.progress,
-        )
-        meter, saved_at, report = TaskMeter(), time.monotonic(), {}
-        if self.resumed:
-            progress.say(f"resumed at step {state.step} from {self.checkpoints}")
-        try:
-            with StopOnSignals(self._request_stop):
-                while state.step < settings.steps and not self._stop:
-                    factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
-                    step = self._step(factor)
-                    self._guard(step)
-                    meter.add(step)
-                    progress.step(state.step, step.loss, factor)
-                    last = state.step == settings.steps
-                    if _due(settings.logging.every, state.step) or last:
-                        extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
-                        extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
-                        log.write(state.step, "train", meter.take() | extra)
-                    if self.validation is not None and (_due(settings.logging.validate_every, state.step) or last):
-                        report = self._validate()
-                        log.write(state.step, "validation", report)
-                        progress.say(_validation_line(state.step, report))
-                    if self.sampler is not None and _due(settings.logging.sample_every, state.step):
-                        self._sample_sheet(log)
-                    minutes = settings.checkpoint.minutes
-                    overdue = minutes > 0 and time.monotonic() - saved_at > 60 * minutes
-                    if _due(settings.checkpoint.every, state.step) or overdue or last:
-                        self.save()
-                        self.export(self.folder / "model")
-                        saved_at = time.monotonic()
-                    if last or _due(settings.logging.validate_every, state.step) or overdue:
-                        progress.restart_clock()
-            if self._stop:
-                self.save()
-                self.export(self.folder / "model")
+        settings, state, report = self.config, self.state, {}
+        meter, overdue, stopped = TaskMeter(), False, False
+        with ExitStack() as stack:
+            log, progress = self._open_logs(stack)
+            stack.enter_context(StopOnSignals(self._request_stop))
+            while state.step < settings.steps and not stopped:
+                # 1. a step
+                factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
+                step = self._step(factor)
+                self._guard(step)
+                meter.add(step)
+                progress.step(state.step, step.loss, factor)
+                # 2. what is due now, on all ranks alike
+                last = state.step == settings.steps
+                stopped, overdue = self.parallel.agree(self._stop, self._overdue())
+                validating = self.validation is not None and (_due(settings.logging.validate_every, state.step) or last)
+                if _due(settings.logging.every, state.step) or last:
+                    extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
+                    extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
+                    log.write(state.step, "train", meter.take() | extra)
+                better = False
+                if validating:
+                    report = self._validate()
+                    better = self._judge(report)
+                    log.write(state.step, "validation", report)
+                    progress.say(_validation_line(state.step, report))
+                if self.sampler is not None and _due(settings.logging.sample_every, state.step):
+                    self._sample_sheet(log)
+                # 3. save
+                if _due(settings.checkpoint.every, state.step) or overdue or last or better or stopped:
+                    self.save()
+                    self.export(self.folder / "model")
+                    if better:
+                        self.export(self.folder / "model-best")
+                    self._saved_at = time.monotonic()
+                elif self._saver is not None:
+                    self._saver.poll()
+                if last or validating or overdue:
+                    progress.restart_clock()
+            if self._saver is not None:
+                self._saver.wait()
+            if stopped:
                 progress.say(f"stopped at step {state.step}; run the same command to go on")
-            elif not (self.folder / "model").exists():  # a finished run whose export was deleted
+            if self.parallel.agree(not (self.folder / "model").exists())[0]:  # a finished run whose export was deleted
                 self.export(self.folder / "model")
-        finally:
-            progress.close()
-            log.close()
         return report
 
+    def _open_logs(self, stack: ExitStack) -> tuple[RunLog, Progress]:
+        config, main = self.config, self.parallel.main
+        length = self.source.text_length + self.source.grid[0] * self.source.grid[1]
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / "config.yaml", dump_config(config))
+        log = RunLog(self.folder, config.logging.tensorboard, self.state.step, silent=not main)
+        stack.callback(log.close)
+        tokens, shown = config.rows_per_step * length, config.logging.progress and main
+        progress = Progress(config.steps, self.state.step, tokens, config.logging.every, shown)
+        stack.callback(progress.close)
+        if self.resumed:
+            progress.say(f"resumed at step {self.state.step} from {self.checkpoints}")
+        return log, progress
+
     def _step(self, factor: float) -> StepReport:
-        config, first = self.config, self.samples
-        torch.manual_seed((config.seed * 1_000_003 + self.state.step) & 0x7FFFFFFFFFFFFFFF)  # dropout inside the model
-        batches = [
-            self.mixer.batch(first + number * config.batch_size, config.batch_size).to(self.device)
+        config, state, parallel = self.config, self.state, self.parallel
+        # dropout inside the model; ranks must not repeat each other's
+        torch.manual_seed((config.seed * 1_000_003 + state.step + (parallel.rank << 40)) & 0x7FFFFFFFFFFFFFFF)
+        slices = [
+            parallel.rows(self.samples + number * config.batch_size, config.batch_size)
             for number in range(config.accumulate)
         ]
+        batches = [self.mixer.batch(first, count).to(parallel.device) for first, count in slices]
         self.samples += config.rows_per_step
-        return train_step(self.state, batches, factor)
+        return train_step(state, batches, factor)
+
+    def _overdue(self) -> bool:
+        minutes = self.config.checkpoint.minutes
+        return minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+
+    def _judge(self, report: dict[str, float]) -> bool:
+        """Whether a validation is the best so far, by the number that `checkpoint.best` names."""
+        name = self.config.checkpoint.best
+        if not name:
+            return False
+        if name not in report:
+            raise ValueError(f"checkpoint.best = {name!r} is not in the validation report; it has {sorted(report)}")
+        self._score = self.state.step, report[name]
+        better = report[name] < self._best
+        self._best = min(self._best, report[name])
+        return better
 
     def _guard(self, step: StepReport) -> None:
         if not step.finite and self.state.bad_steps >= self.config.max_bad_steps:
@@ -165,25 +204,25 @@ class Trainer:
         config, state = self.config, self.state
         rows = min(config.data.validation_rows, self.validation.rows or config.data.validation_rows)
         with state.ema.applied():
-            return validate(
+            report = validate(
                 state.model, state.hidden, self.validation, rows, config.logging.validation_draws,
-                min(config.batch_size, rows * config.logging.validation_draws), state.bf16, state.chunk,
+                min(config.batch_size, rows * config.logging.validation_draws), state.bf16, state.chunk, self.parallel,
             )  # fmt: skip
+            self.parallel.rest()
+        return report
 
     def _sample_sheet(self, log: RunLog) -> None:
         assert self.sampler is not None
-        was_training = self.model.training
-        self.model.eval()
-        with self.state.ema.applied(), torch.no_grad():
-            sheet = self.sampler(self.model, self.state.step)
-        self.model.train(was_training)
-        log.image(self.state.step, "samples", sheet)
+        model = self.averaged()
+        if model is not None:
+            with torch.no_grad():
+                log.image(self.state.step, "samples", self.sampler(model, self.state.step))
 
     def _request_stop(self) -> None:
         self._stop = True
 
-    def save(self) -> Path:
-        """Write a checkpoint of this very state."""
+    def save(self) -> None:
+        """Write a checkpoint of this very state; several processes may still be writing when this returns."""
         state = self.state
         plain: dict[str, Any] = {
             "step": state.step,
@@ -193,8 +232,14 @@ class Trainer:
             "skipped": state.skipped,
             "config": asdict(self.config),
         }
+        if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
+            plain["score"] = self._score[1]
+        self.parallel.rest()
         content = Checkpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
-        return save_checkpoint(self.checkpoints, content, self.config.checkpoint.keep)
+        if self._saver is not None:
+            self._saver.save(content)
+        else:
+            save_checkpoint(self.checkpoints, content, self.config.checkpoint.keep)
 
     def _resume(self) -> bool:
         if not self.config.checkpoint.resume:
@@ -203,10 +248,10 @@ class Trainer:
                     f"{self.checkpoints} already holds a run; choose another output=, or checkpoint.resume=true to continue it"
                 )
             return False
-        found = load_checkpoint(self.checkpoints)
+        state = self.state
+        found = load_placed(self.checkpoints, self._template, self.parallel)
         if found is None:
             return False
-        state = self.state
         try:
             state.model.load_state_dict(found.model)
             state.ema.load(found.ema, found.state["ema_updates"])
@@ -220,12 +265,35 @@ class Trainer:
         state.bad_steps, state.skipped = found.state["bad_steps"], found.state["skipped"]
         return True
 
+    def _template(self, part: str, name: str) -> torch.Tensor | None:
+        if part == "optimiser":
+            return self.state.optimisers.owner(name)
+        return self.state.ema.average.get(name)
+
+    def averaged(self, dtype: torch.dtype = torch.float32) -> MaskedTransformer | None:
+        """The averaged weights as a whole model in evaluation mode, on rank 0; None on the others, which must call it too."""
+        main, average, adapted = self.parallel.main, {}, self.config.lora.rank > 0
+        for name, value in self.state.ema.average.items():
+            full = whole(value)
+            if main:
+                average[name] = full if adapted else full.to(dtype)
+        if not main:
+            return None
+        with torch.device("meta"):  # neither memory nor random draws
+            model = MaskedTransformer.from_config(dict(self.model.config))
+            add_adapters(model, self.config.lora)
+        model.load_state_dict(average, assign=True)
+        merge_adapters(model)
+        return (model.to(dtype) if adapted else model).eval()  # type: ignore[attr-defined]
+
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, with `vocabulary.json`."""
-        model = copy.deepcopy(self.model).eval()
-        dtype = getattr(torch, self.config.checkpoint.export_dtype)
-        for name, parameter in model.named_parameters():
-            parameter.data = self.state.ema.average[name].to(dtype)
+        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, with `vocabulary.json`.
+
+        Rank 0 writes; all ranks must call it.
+        """
+        model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype))
+        if model is None:
+            return
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary)
             write_atomic(temporary / "vocabulary.json", json.dumps(self.source.vocabulary.to_dict(), indent=1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,19 +17,11 @@ from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.distributed import Parallel
 from unidiff.train.source import TokenSource
 from unidiff.train.tasks import TaskMixer, keep_fill
 
 VALIDATION_SEED = 20_240_601
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Per row and mask draw, float64 nats `[rows * draws]`: text part, image part, and the text part up to the first EOS."""
-
-    text: Tensor
-    image: Tensor
-    words: Tensor
 
 
 @torch.no_grad()
@@ -43,6 +34,7 @@ def validate(
     batch_size: int,
     bf16: bool,
     chunk: int = 1024,
+    parallel: Parallel | None = None,
 ) -> dict[str, float]:
     """NELBOs in nats per row (`joint_nelbo`, its `_text` and `_image` parts, `t2i_nelbo`, `caption_nelbo`, `vqa_nelbo`).
 
@@ -56,7 +48,10 @@ def validate(
         batch_size: rows per forward; the last batch wraps round, so that only one shape occurs.
         bf16: under autocast.
         chunk: masked positions per call of the head.
+        parallel: processes that share the rows; all must call this, and all get the report.
     """
+    rank, size = (parallel.rank, parallel.size) if parallel else (0, 1)
+    share = -(-batch_size // size)  # rows per forward of one process
     even = TaskConfig(weight=1.0, loss="elbo")
     asked = even if source.has_questions else TaskConfig()
     mixer = TaskMixer(source, TasksConfig(even, even, even, asked, even), ObjectiveConfig(), VALIDATION_SEED)
@@ -65,13 +60,12 @@ def validate(
     report: dict[str, float] = {}
     for task in ("joint", "t2i", "caption", *(("vqa",) if source.has_questions else ())):
         parts = []
-        for first in range(0, rows * draws, batch_size):
-            index = torch.arange(first, first + batch_size) % (rows * draws)
+        for first in range(0, rows * draws, share * size):
+            index = torch.arange(first + rank * share, first + (rank + 1) * share) % (rows * draws)
             with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
-                parts.append(_score(model, hidden, mixer, index, TASKS.index(task), chunk))
-        text, image, words = (
-            torch.cat([getattr(p, n) for p in parts])[: rows * draws] for n in ("text", "image", "words")
-        )
+                scores = _score(model, hidden, mixer, index, TASKS.index(task), chunk)
+            parts.append(parallel.gather(scores) if parallel else scores)
+        text, image, words = torch.cat(parts)[: rows * draws].T.contiguous().cpu()  # [rows * draws] each
         total = text + image
         report[f"{task}_nelbo"] = float(total.mean())
         report[f"{task}_nelbo_error"] = float(total.std() / math.sqrt(total.numel())) if total.numel() > 1 else math.inf
@@ -86,7 +80,8 @@ def validate(
 
 def _score(
     model: MaskedTransformer, hidden: Callable[..., Tensor], mixer: TaskMixer, index: Tensor, task: int, chunk: int
-) -> Scores:
+) -> Tensor:
+    """float64 nats `[rows, 3]`: text part, image part, and the text part up to the first EOS."""
     source, device = mixer.source, next(model.parameters()).device
     micro = mixer.of(index, task).to(device)
     noisy = mask_tokens(micro.batch, micro.rate, source.vocabulary, micro.noise)
@@ -102,7 +97,7 @@ def _score(
         every, shortest = torch.ones(len(text), dtype=torch.bool), torch.zeros(len(text))
         keep = keep_fill(text, eos, every, shortest).to(device)
         words = (nll * micro.weight)[:, : source.text_length].masked_fill(~keep, 0).sum(1)
-    return Scores(*(part.double().cpu() for part in (terms.row_text, terms.row_image, words)))
+    return torch.stack([part.double() for part in (terms.row_text, terms.row_image, words)], dim=1)
 
 
 def _target_count(mixer: TaskMixer) -> int:

@@ -1,0 +1,230 @@
+"""Many processes, one run: process groups, replicated or sharded models, and what the ranks must agree on.
+
+Every rank takes its slice of the global batch by global sample index, and times and masks are keyed by that index, so the
+number of ranks changes nothing but rounding. Gradients are averaged over ranks; the loss is therefore divided by the
+global number of valid targets over the number of ranks. Torch does the work: DDP, or FSDP2 (`fully_shard`, per block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.config import ParallelConfig, TrainConfig
+
+_PATIENCE = timedelta(days=2)  # ranks wait this long while rank 0 encodes raw shards, or for a slow disk
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where a process stands among those of a run, as `torchrun` tells it (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+class Parallel:
+    """The processes of a run. Without a `Launch` there is one, no process group, and every method is the identity.
+
+    Args:
+        device: of the run; CUDA runs take device `local_rank` of their machine and talk over nccl, CPU runs over gloo.
+        settings: how the model is spread.
+        launch: this process among the others, or None.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        device: of this process.
+        saving: a gloo group for nothing but checkpoints, which are written while the other groups are in use; or None.
+    """
+
+    def __init__(self, device: torch.device, settings: ParallelConfig, launch: Launch | None = None) -> None:
+        self.device, self.settings = device, settings
+        self.rank, self.size = (launch.rank, launch.world_size) if launch else (0, 1)
+        self.saving: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
+        self._replica: DistributedDataParallel | None = None
+        self._sharded: MaskedTransformer | None = None
+        if launch:
+            self._start(launch)
+
+    def _start(self, launch: Launch) -> None:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            self.device = torch.device("cuda", launch.local_rank)
+            torch.cuda.set_device(self.device)
+        host = f"[{launch.address}]" if ":" in launch.address else launch.address
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            init_method=f"tcp://{host}:{launch.port}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+        )
+        self._control, self.saving = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        if self.grouped:
+            dist.destroy_process_group()
+            self._control = self.saving = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is a process group (also of one process)."""
+        return self._control is not None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes logs and exports."""
+        return self.rank == 0
+
+    # what a rank computes
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise ValueError where settings do not fit the number of ranks."""
+        if config.batch_size % self.size:
+            raise ValueError(
+                f"batch_size = {config.batch_size} must be a multiple of the {self.size} processes; "
+                "it counts the rows of all of them"
+            )
+        replicas = self.settings.replicas
+        if self.settings.mode == "fsdp" and self.size % replicas:
+            raise ValueError(f"parallel.replicas = {replicas} must divide the number of processes, {self.size}")
+
+    def rows(self, first: int, count: int) -> tuple[int, int]:
+        """This rank's slice (first, count) of `count` global samples from `first` on."""
+        share = count // self.size
+        return first + self.rank * share, share
+
+    def prepare(self, model: MaskedTransformer) -> None:
+        """Move the model to the device, sharded in fsdp mode; its parameters are then DTensors. In place.
+
+        Blocks are sharded one by one, so a device never holds more than its shards and one whole block.
+        """
+        if not (self.grouped and self.settings.mode == "fsdp"):
+            model.to(self.device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
+            return
+        replicas, kind = self.settings.replicas, self.device.type
+        if replicas > 1:
+            mesh = init_device_mesh(
+                kind, (replicas, self.size // replicas), mesh_dim_names=("replicate", "shard")
+            )  # hybrid: sharded within a group, replicated across groups
+        else:
+            mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.settings.reshard, mp_policy=self._precision())
+        # the root holds embeddings and head: unsharded from `hidden` to the end of the backward pass, so `head` needs no hook
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=self._precision())
+        register_fsdp_forward_method(model, "hidden")
+        self._sharded = model
+
+    def _precision(self) -> MixedPrecisionPolicy:
+        types = (self.settings.param_dtype, self.settings.reduce_dtype)
+        param, reduce = (None if t == "float32" else getattr(torch, t) for t in types)
+        # Inputs keep their type: the residual stream stays float32, autocast casts for the matrix products.
+        return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce or torch.float32, cast_forward_inputs=False)
+
+    def forward(self, model: nn.Module, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`compute`, which calls `model`, such that gradients of its result are averaged over ranks."""
+        if not self.grouped or self._sharded is not None:
+            return compute
+        self._replica = DistributedDataParallel(_Compute(model, compute), gradient_as_bucket_view=True)
+        return self._replica
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients travel with the last one only."""
+        if self._sharded is not None:
+            assert isinstance(self._sharded, FSDPModule)
+            self._sharded.set_requires_gradient_sync(last)
+        with self._replica.no_sync() if self._replica is not None and not last else nullcontext():
+            yield
+
+    def rest(self) -> None:
+        """Free the gathered weights that a forward pass without a backward one left; the shards may then be changed."""
+        if self._sharded is not None:
+            assert isinstance(self._sharded, FSDPModule)
+            self._sharded.reshard()
+
+    # what ranks tell each other
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks; changes `value` where there are several."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """`[n, ...]` of every rank, joined in the order of ranks: `[ranks * n, ...]`."""
+        if self.size == 1:
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true if it is true on any rank."""
+        if self.size == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, self._control)
+        return tuple(bool(v) for v in votes)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.agree(False)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block while the others wait, then they do: for caches that one process must fill."""
+        if not self.main:
+            self.barrier()
+        yield
+        if self.main:
+            self.barrier()
+
+
+class _Compute(nn.Module):
+    """What DDP wants: a module that owns the parameters and whose call makes the graph."""
+
+    def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.compute(*args)
+
+
+def whole(value: Tensor) -> Tensor:
+    """The full tensor of a sharded one (all ranks must call it), any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: Tensor) -> Tensor:
+    """This rank's shard (the same memory) of a sharded tensor, any other as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def placed_like(value: Tensor, template: Tensor | None) -> Tensor:
+    """`value`, a full tensor that every rank holds, cut up as `template` is where that is sharded and of its shape."""
+    if not isinstance(template, DTensor) or template.shape != value.shape:
+        return value
+    value = value.to(template.device)
+    with torch.no_grad():
+        shard = torch.zeros_like(template, dtype=value.dtype)
+        everywhere = DTensor.from_local(value, template.device_mesh, run_check=False)
+        return shard.copy_(everywhere)
