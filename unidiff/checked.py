@@ -96,7 +96,7 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
 
 def _finite(value: torch.Tensor) -> bool:
     """In parts: `isfinite` of a whole embedding would need as much memory again."""
-    if not value.is_floating_point():
+    if value.is_meta or not value.is_floating_point():
         return True
     return all(bool(torch.isfinite(part).all()) for part in value.detach().reshape(-1).split(_PART))
 

@@ -1,4 +1,4 @@
-"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack`."""
+"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack | profile-cache | convert | verify`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from unidiff.cli_cache import profile_cache
 from unidiff.cli_common import (
     Device,
     Dtype,
@@ -28,7 +29,8 @@ from unidiff.cli_common import (
     report,
     write_images,
 )
-from unidiff.cli_tools import demo, eval_app, info, pack
+from unidiff.cli_released import convert, info, verify
+from unidiff.cli_tools import demo, eval_app, pack
 
 app = typer.Typer(
     name="unidiff",
@@ -180,7 +182,7 @@ def inpaint(
     report(result, write_images(result, out), gif, filmstrip)
 
 
-for command in (demo, info, pack):
+for command in (demo, info, pack, convert, verify, profile_cache):
     app.command()(command)
 app.add_typer(eval_app)
 

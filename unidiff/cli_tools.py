@@ -1,4 +1,4 @@
-"""The commands around a model: demo, evaluation, information, packing."""
+"""The commands around a model: demo, evaluation, packing."""
 
 from __future__ import annotations
 
@@ -53,38 +53,6 @@ def demo(
         typer.echo(path)
 
 
-def info(model: Model = "emoji") -> None:
-    """Say what a model is and what this machine offers."""
-    pipe = load_pipeline(model, "cpu")
-    import diffusers
-    import torch
-    import transformers
-
-    import unidiff
-
-    config, settings = pipe.transformer.config, pipe.settings
-    count = sum(p.numel() for p in pipe.transformer.parameters()) / 1e6
-    decoder = sum(p.numel() for p in pipe.image_tokenizer.parameters()) / 1e6
-    height, width = pipe.image_size
-    lines = {
-        "unidiff": f"{unidiff.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
-        f"transformers {transformers.__version__}",
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
-        "model": model,
-        "transformer": f"{count:.2f} M parameters, {config.num_layers} layers, width {config.hidden_size}, "
-        f"{config.attention} attention",
-        "image tokenizer": f"{decoder:.2f} M parameters, {pipe.images.codebook_size} codes, factor {pipe.images.factor}",
-        "text tokenizer": f"{pipe.texts.size} ids",
-        "picture": f"{width} x {height} pixels, {settings.grid[0] * settings.grid[1]} codes",
-        "text": f"at most {pipe.text_slots.room} tokens",
-        "tasks": ", ".join(settings.samplers),
-    }
-    for name, value in lines.items():
-        typer.echo(f"{name + ':':17}{value}")
-
-
 def pack(
     transformer: Annotated[Path, typer.Argument(help="Folder of the trained MaskedTransformer.")],
     image_tokenizer: Annotated[Path, typer.Argument(help="Folder of its image tokenizer.")],
@@ -93,7 +61,7 @@ def pack(
     text_length: Annotated[int, typer.Option(help="Tokens of the text span, as trained.")] = 24,
     image_size: Annotated[str, typer.Option(help="Side in pixels, or WIDTHxHEIGHT.")] = "64",
     dtype: Annotated[str, typer.Option(help="How the transformer is stored.")] = "bfloat16",
-    image_dtype: Annotated[str, typer.Option(help="How the image tokenizer is stored.")] = "float16",
+    image_dtype: Annotated[str, typer.Option(help="How the image tokenizer is stored; half precision moves codes.")] = "float32",
 ) -> None:
     """Put a transformer and its tokenizers together into one model folder."""
     sides = image_size.lower().split("x")

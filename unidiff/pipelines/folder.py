@@ -42,7 +42,8 @@ def load_parts(folder: Path, dtype: torch.dtype) -> LoadedParts:
     index = read_index(folder)
     settings = PipelineSettings.from_dict(index.get("settings") or {})
     transformer = load_transformer(folder / "transformer", dtype)
-    image_tokenizer = VQImageTokenizer.from_pretrained(folder / "image_tokenizer", dtype)
+    # Never in half precision: rounded weights move codes, and the transformer knows only those it was trained on.
+    image_tokenizer = VQImageTokenizer.from_pretrained(folder / "image_tokenizer")
     text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
     return LoadedParts(transformer, image_tokenizer, text_tokenizer, settings)
 
@@ -52,6 +53,12 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no config.json; name a folder with a saved MaskedTransformer")
     return MaskedTransformer.from_pretrained(str(folder), torch_dtype=dtype).eval()
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a unidiff pipeline, by the class that its index names."""
+    path = folder / INDEX
+    return path.is_file() and f'"{PIPELINE_CLASS}"' in path.read_text(encoding="utf-8", errors="replace")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -244,8 +244,8 @@ def _open_shards(index: Path) -> dict[str, Any]:
         raise ValueError(f"{index} names {outside[0]!r}; expected plain file names beside it")
     if absent := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(
-            f"{absent[0]} does not exist ({len(absent)} of {len(paths)} shards are missing); "
-            "download the whole checkpoint"
+            f"{absent[0]} does not exist; download the whole checkpoint "
+            f"({len(absent)} of {len(paths)} shards are missing)"
         )
     content: dict[str, Any] = {}
     for path in paths:

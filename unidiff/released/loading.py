@@ -201,7 +201,8 @@ def read_config(file: Path) -> dict[str, Any]:
                 text = path.read_text(encoding="utf-8")
                 config = json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text))
             except Exception as error:  # omegaconf and yaml have errors of their own
-                raise ValueError(f"{path} cannot be read ({_first_line(error)}); download it again") from error
+                kind = "JSON" if path.suffix == ".json" else "YAML"
+                raise ValueError(f"{path} is not valid {kind} ({_first_line(error)}); download it again") from error
             if not isinstance(config, dict):
                 raise ValueError(f"{path} holds a {type(config).__name__}; expected named settings")
             return config

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from unidiff.checked import load_checked
 from unidiff.models.mmdit import MMDiT
-from unidiff.released.muddit import CLASSES, load_muddit
+from unidiff.released.loading import load_released
 from unidiff.released.muddit_scheduler import Draws, RowDraws
 from unidiff.released.muddit_tasks import MudditSettings, generate_image, hide_codes, write_text
 from unidiff.released.muddit_text import ClipText, TextFeatures, question_rows, upstream_wording
@@ -68,8 +66,10 @@ class Muddit:
         folder = Path(folder)
         if absent := [n for n in ("transformer", "text_encoder", "tokenizer", "vqvae") if not (folder / n).is_dir()]:
             raise FileNotFoundError(f"{folder} has no {', '.join(absent)}; name a Muddit or Meissonic folder")
-        config = _read_json(folder / "transformer" / "config.json")
-        model, vocabulary = load_muddit(_read_weights(folder / "transformer"), config, dtype)
+        released = load_released(folder / "transformer", dtype)
+        model, vocabulary = released.model, released.vocabulary
+        if not isinstance(model, MMDiT) or vocabulary is None:
+            raise ValueError(f"{folder} holds {released.family.name}; name a Muddit or Meissonic folder")
         encoder, _ = load_checked(
             CLIPTextModelWithProjection.from_pretrained,
             "CLIPTextModelWithProjection",
@@ -78,7 +78,6 @@ class Muddit:
         )
         found = [mask_embedding] if mask_embedding else [folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING]
         row = next((_read_row(Path(p)) for p in found if mask_embedding or Path(p).is_file()), None)
-        family = CLASSES[config["_class_name"]] if "_class_name" in config else "muddit"
         schedule = folder / "scheduler" / "scheduler_config.json"
         masking = _read_json(schedule).get("masking_schedule", "cosine") if schedule.is_file() else "cosine"
         return cls(
@@ -87,7 +86,7 @@ class Muddit:
             ClipText(encoder, row),
             VQImageTokenizer.from_pretrained(folder / "vqvae"),
             CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            MudditSettings(masking=masking, time=TIME_OF[family]),
+            MudditSettings(masking=masking, time=TIME_OF[released.family.name]),
         )
 
     def text_to_image(
@@ -217,22 +216,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; name a Muddit or Meissonic folder") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """One safetensors file, or all that an index names."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; download the whole checkpoint")
-        try:
-            weights |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); download it again") from error
-    return weights
 
 
 def _read_row(path: Path) -> Tensor:
