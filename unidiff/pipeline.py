@@ -12,10 +12,11 @@ from torch import Tensor
 
 from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig
 from unidiff.decoding.cache import CacheConfig
-from unidiff.hub import locate
+from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.auto_cache import choose_cache
-from unidiff.pipelines.checks import check_fit, read_dtype
+from unidiff.pipelines.candidates import candidate_seeds, check_candidates, keep_best
+from unidiff.pipelines.checks import check_fit, check_negative, read_dtype
 from unidiff.pipelines.decode import (
     OUTPUT_TYPES,
     DecodeOptions,
@@ -24,13 +25,15 @@ from unidiff.pipelines.decode import (
     guidance_condition,
     trajectory_of,
 )
-from unidiff.pipelines.folder import forget_origins, load_parts, write_folder
+from unidiff.pipelines.folder import forget_origins, is_pipeline, load_parts, write_folder
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
 from unidiff.pipelines.output import UniDiffOutput
+from unidiff.pipelines.released import is_released, load_released_pipeline
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
 from unidiff.pipelines.tasks import choose_task
+from unidiff.tokens import TokenBatch
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
@@ -98,21 +101,34 @@ class UniDiffPipeline(DiffusionPipeline):
         name: str | Path,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        subfolder: str | None = None,
+        image_tokenizer: str | Path | None = None,
+        text_tokenizer: str | Path | None = None,
         **hub_options: Any,
     ) -> Self:
         """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), strictly.
 
+        The folder of a released family gives a `ReleasedPipeline` (UniDisc) or a `MudditPipeline` instead, which has
+        the task methods of this class that its model can do.
+
         Args:
             name: where.
-            dtype: of the weights in memory, float32 when left out; `torch_dtype` is the same.
+            dtype: of the weights in memory; `torch_dtype` is the same. Left out: float32, or the checkpoint's own for a
+                released family.
+            subfolder: below `name`, for instance Muddit's `512`.
+            image_tokenizer, text_tokenizer: where they are, for a released family that comes without.
             hub_options: revision, cache_dir, token, local_files_only, force_download.
 
         Raises:
             FileNotFoundError: nothing there, or a part is missing.
             ValueError: another family, unknown settings, or weights that are missing, unexpected, misshaped or NaN.
         """
-        wanted = read_dtype(dtype if torch_dtype is None else torch_dtype)
-        parts = load_parts(locate(name, **hub_options), wanted)
+        chosen = dtype if torch_dtype is None else torch_dtype
+        folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
+        if not is_pipeline(folder) and is_released(folder):
+            own = None if chosen is None else read_dtype(chosen)
+            return load_released_pipeline(folder, own, image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer)
+        parts = load_parts(folder, read_dtype(chosen))
         return cls(parts.transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -149,20 +165,29 @@ class UniDiffPipeline(DiffusionPipeline):
         return getattr(self, choose_task(given, task))(**given, **inputs)
 
     def text_to_image(
-        self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, **options: Unpack[DecodeOptions]
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | Sequence[str] | None = None,
+        **options: Unpack[DecodeOptions],
     ) -> UniDiffOutput:
         """Draw pictures from words.
 
         Args:
             prompt: one or several captions.
             num_images_per_prompt: rows per prompt, next to each other in the results.
+            negative_prompt: what guidance leads away from, one for all prompts or one each; hidden words when left out.
 
         Raises:
             ValueError: an empty prompt, one longer than the model holds, or an option out of range.
         """
-        slots = [self.text_slots.prompt(p) for p in as_list(prompt, "prompt")]
+        slots, away = [self.text_slots.prompt(p) for p in as_list(prompt, "prompt")], None
+        if negative_prompt is not None:
+            unwanted = [self.text_slots.prompt(p) for p in as_list(negative_prompt, "negative_prompt")]
+            slots, unwanted = broadcast(prompt=slots, negative_prompt=unwanted)
+            away, _ = _repeat(unwanted, num_images_per_prompt)
         slots, count = _repeat(slots, num_images_per_prompt)
-        return self._decode("text_to_image", slots, None, None, per_entry=count, **options)
+        return self._decode("text_to_image", slots, None, None, per_entry=count, negative=away, **options)
 
     def caption(
         self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Unpack[DecodeOptions]
@@ -281,6 +306,7 @@ class UniDiffPipeline(DiffusionPipeline):
         pictures: bool = True,
         paste: tuple[Tensor, Tensor] | None = None,
         per_entry: int = 1,
+        negative: Sequence[TextSlot] | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_hides: str | None = None,
@@ -290,6 +316,7 @@ class UniDiffPipeline(DiffusionPipeline):
         policy: RefreshPolicy | None = None,
         block_length: int | Mapping[str, int] | None = None,
         threshold: float | Mapping[str, float] | None = None,
+        num_candidates: int = 1,
         generator: RowGenerator = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -298,6 +325,7 @@ class UniDiffPipeline(DiffusionPipeline):
         """The one path of all tasks: rows, sampler, and back to words and pixels."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+        check_candidates(num_candidates)
         settings = self.settings
         # 1. settings of the decode
         never = self.text_slots.never(closed=all(slot.closed for slot in slots))
@@ -306,17 +334,25 @@ class UniDiffPipeline(DiffusionPipeline):
         config = sampler or settings.sampler(task)
         config = with_overrides(config, steps, guidance_scale, guidance_hides, temperature, never, blocks, least)
         # 2. rows: text span, image span, what is known
-        batch = build_batch(slots, codes, hidden, settings).to(self._execution_device)  # [B, L]
-        condition = guidance_condition(batch, config.guidance.hide)
-        seeds = row_seeds(generator, len(slots), per_entry)
+        tries = torch.arange(len(slots)).repeat_interleave(num_candidates)
+        batch = self._rows(slots, codes, hidden).rows(tries)  # [B * candidates, L]
+        away = None
+        if negative is not None:
+            check_negative(config.guidance)
+            away = self._rows(negative, codes, hidden).rows(tries)
+        condition = guidance_condition(batch, config.guidance.hide) if away is None else None
+        seeds = candidate_seeds(row_seeds(generator, len(slots), per_entry), num_candidates)
         choice = choose_cache(cache, policy, batch, config, self.transformer)
         # 3. decode
         self._interrupt, targets = False, int(batch.targets.sum())
         with self.progress_bar(total=targets) as bar:
             watcher = StepWatcher(self, bar, targets, callback_on_step_end)
             run = Sampler(self.transformer, settings.vocabulary, config, choice.policy)
-            out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory)
+            out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory, away)
             watcher.finish()
+        if num_candidates > 1:
+            out, best = keep_best(out, self.transformer, settings.vocabulary, num_candidates)
+            seeds = seeds[best.cpu()]
         # 4. back to words and pixels
         ids = out.batch.ids.cpu()
         text_ids = [self.text_slots.words(row, slot) for row, slot in zip(ids, slots, strict=True)]
@@ -339,6 +375,9 @@ class UniDiffPipeline(DiffusionPipeline):
             cache=choice.config,
             cache_note=choice.note,
         )
+
+    def _rows(self, slots: Sequence[TextSlot], codes: Tensor | None, hidden: Tensor | None) -> TokenBatch:
+        return build_batch(slots, codes, hidden, self.settings).to(self._execution_device)
 
     def _encode(self, image: Any, resize: bool) -> Tensor:
         """Pictures to codes int64 `[B, h, w]`."""

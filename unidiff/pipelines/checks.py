@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from unidiff.decoding import Guidance
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens.image_vq import VQImageTokenizer
@@ -35,6 +36,13 @@ def check_fit(
     known = texts.specials()
     if missing := [name for name in settings.task_tokens.values() if name not in known]:
         raise ValueError(f"the text tokenizer has no special token {missing[0]!r}; it has {sorted(known)}")
+
+
+def check_negative(guidance: Guidance) -> None:
+    """Raises ValueError where guidance is off, so that a negative prompt would change nothing."""
+    scale = guidance.scale if guidance.image_scale is None else guidance.image_scale
+    if scale == 1.0:
+        raise ValueError("negative_prompt changes nothing at guidance_scale 1; choose a larger one")
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -1,0 +1,74 @@
+"""Best of several decodes, and negative prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_pipeline import tiny_pipeline
+
+from unidiff.pipelines.candidates import agreement, candidate_seeds
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def test_the_first_candidate_is_the_decode_without_candidates() -> None:
+    seeds = torch.tensor([5, 1 << 40])
+    assert candidate_seeds(seeds, 1).tolist() == seeds.tolist()
+    three = candidate_seeds(seeds, 3).unflatten(0, (2, 3))
+    assert three[:, 0].tolist() == seeds.tolist() and len(set(three.flatten().tolist())) == 6
+    assert torch.equal(three[:, :2], candidate_seeds(seeds, 2).unflatten(0, (2, 2)))
+
+
+def test_the_kept_row_is_the_candidate_that_agrees_best(pipe) -> None:
+    prompts, count = ["a dog", "two cats"], 4
+    kept = pipe.text_to_image(prompts, generator=[3, 4], num_candidates=count, record_trajectory=True)
+    assert len(kept.images) == len(kept.seeds) == len(kept.trajectory.texts[0]) == 2
+    for row, prompt in enumerate(prompts):
+        seeds = candidate_seeds(torch.tensor([3 + row]), count).tolist()
+        all_of_it = pipe.text_to_image([prompt] * count, generator=seeds)
+        batch = pipe._rows([pipe.text_slots.prompt(prompt)] * count, None, None).replace(ids=all_of_it.ids)
+        scores = agreement(pipe.transformer, pipe.settings.vocabulary, batch)
+        best = int(scores.argmax())
+        assert scores.unique().numel() > 1
+        assert int(kept.seeds[row]) == seeds[best]
+        assert torch.equal(kept.ids[row], all_of_it.ids[best])
+        assert torch.equal(kept.trajectory.ids[-1][row], kept.ids[row])
+        assert torch.equal(pipe.text_to_image(prompt, generator=[int(kept.seeds[row])]).ids[0], kept.ids[row])
+
+
+def test_candidates_of_a_row_do_not_depend_on_the_batch(pipe) -> None:
+    together = pipe.generate(num_images_per_prompt=3, generator=[1, 2, 3], num_candidates=2)
+    alone = pipe.generate(generator=[2], num_candidates=2)
+    assert torch.equal(together.ids[1], alone.ids[0])
+
+
+def test_a_negative_prompt_leads_away(pipe) -> None:
+    plain = pipe.text_to_image("a dog", generator=[3], guidance_scale=4.0)
+    away = pipe.text_to_image("a dog", negative_prompt="two cats", generator=[3], guidance_scale=4.0)
+    assert not torch.equal(plain.codes, away.codes)
+    # away from itself: conditional and unconditional streams agree, so the strength of guidance does not matter
+    itself = [
+        pipe.text_to_image("a dog", negative_prompt="a dog", generator=[3], guidance_scale=scale)
+        for scale in (2.0, 6.0)
+    ]
+    assert torch.equal(itself[0].codes, itself[1].codes)
+    several = pipe.text_to_image(["a dog", "an owl"], 2, "two cats", generator=[3, 3, 4, 4], guidance_scale=4.0)
+    assert torch.equal(several.ids[0], away.ids[0])
+
+
+@pytest.mark.parametrize("count", [0, 1.5, True, "2"])
+def test_bad_candidate_counts(pipe, count) -> None:
+    with pytest.raises(ValueError, match="num_candidates is"):
+        pipe.text_to_image("a dog", num_candidates=count)
+
+
+def test_bad_negative_prompts(pipe) -> None:
+    with pytest.raises(ValueError, match="changes nothing at guidance_scale 1"):
+        pipe.text_to_image("a dog", negative_prompt="a cat", guidance_scale=1.0)
+    with pytest.raises(ValueError, match="do not go with"):
+        pipe.text_to_image(["a dog", "an owl", "a fox"], negative_prompt=["a dog", "a cat"])
+    with pytest.raises(ValueError):
+        pipe.text_to_image("a dog", negative_prompt="")

@@ -1,0 +1,68 @@
+"""Several decodes of each row, of which the one whose words and picture agree best is kept.
+
+A joint model is its own judge: pictures and texts that it drew are scored by how much likelier the picture makes the
+words, with the same weights (best-of-n by likelihood, as UniDisc does for its joint samples).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding import SamplerOutput
+from unidiff.decoding.forward import Denoiser
+from unidiff.decoding.score import fit_score
+from unidiff.diffusion.likelihood import model_scorer
+from unidiff.diffusion.noise import keyed_bits
+from unidiff.diffusion.process import mask_ids
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
+
+_CANDIDATE_STREAM, _LARGEST = 7, (1 << 62) - 1
+
+
+def check_candidates(count: int) -> None:
+    """Raises ValueError unless `count` is a whole number of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"num_candidates is {count!r}; expected a whole number of at least 1")
+
+
+def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
+    """int64 `[B * count]`: each row's own seed, then `count - 1` hashes of it."""
+    numbers = torch.arange(1, count, device=seeds.device)
+    more = keyed_bits(0, seeds[:, None] + numbers * 0x9E3779B97F4A7C1, _CANDIDATE_STREAM, 1)[..., 0] & _LARGEST
+    return torch.cat([seeds[:, None], more], 1).flatten()
+
+
+def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Tensor:
+    """How much likelier the picture makes the words of complete rows, nats, float32 `[B]`.
+
+    `fit_score` of the words beside the picture minus, where words were decoded, that beside a hidden picture: without
+    that, short captions would win. The task token and end-of-text do not count; a row without words scores -inf.
+    """
+    words = batch.valid & (batch.modality == Modality.TEXT) & (batch.positions[..., 0] > 0)  # [B, L]
+    if "eos" in vocabulary.specials:
+        words = words & (batch.ids != vocabulary.specials["eos"])
+    score, width = model_scorer(model, vocabulary), max(2, int(words.sum(1).max()) // 4)
+    total = fit_score(score, vocabulary, batch, words, min(width, 4))
+    if bool((batch.targets & (batch.modality == Modality.TEXT)).any()):
+        unseen = batch.modality == Modality.IMAGE
+        blind = batch.replace(ids=torch.where(unseen, mask_ids(batch, vocabulary), batch.ids))
+        total = total - fit_score(score, vocabulary, blind, words, min(width, 4))
+    return torch.where(words.any(1), total, -torch.inf)
+
+
+def keep_best(out: SamplerOutput, model: Denoiser, vocabulary: Vocabulary, count: int) -> tuple[SamplerOutput, Tensor]:
+    """The best of every `count` neighbouring rows, and which rows these were (int64 `[B]`); the first wins ties."""
+    scores = agreement(model, vocabulary, out.batch).unflatten(0, (-1, count))  # [B, count]
+    best = scores.argmax(1) + torch.arange(len(scores), device=scores.device) * count
+    trajectory: Sequence[Tensor] | None = out.trajectory
+    kept = replace(
+        out,
+        batch=out.batch.rows(best),
+        confidence=out.confidence[best],
+        trajectory=None if trajectory is None else [ids[best] for ids in trajectory],
+    )
+    return kept, best
