@@ -1,0 +1,59 @@
+"""Low-rank adapters from peft on the linear layers of a transformer's blocks: put in, trained, folded back into the weights.
+
+The adapted model keeps its class: peft replaces the layers in place, so training, averages and checkpoints know nothing of
+it. Only `hidden` runs through adapters; fold them in before a partial forward (`merge_adapters`), as exports do.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from unidiff.train.config import LoraConfig
+
+LAYERS = {"qkv": "attention.qkv", "out": "attention.out", "up": "feed_forward.up", "down": "feed_forward.down"}
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters of `config.rank` into every block and freeze all else. In place; rank 0 leaves the model as it is.
+
+    Fresh adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator.
+
+    Raises:
+        ValueError: peft is not installed, or a target that no block has.
+    """
+    if config.rank == 0:
+        return
+    names = list(config.targets or LAYERS)
+    if unknown := [name for name in names if name not in LAYERS]:
+        raise ValueError(f"lora.targets has {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
+    peft = _peft()
+    layers = "|".join(re.escape(LAYERS[name]) for name in names)
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_dora=config.dora,
+        target_modules=rf"blocks\.\d+\.({layers})",
+    )  # fmt: skip
+    peft.inject_adapter_in_model(settings, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Fold adapters into the weights and remove them. In place; a model without adapters stays as it is."""
+    adapted = [(name, m) for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    for name, layer in adapted:
+        layer.merge()
+        owner, _, child = name.rpartition(".")
+        setattr(model.get_submodule(owner), child, layer.get_base_layer())
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("lora.rank is set but peft is not installed; run pip install 'unidiff[finetune]'") from error
+    return peft
