@@ -1,0 +1,158 @@
+"""`UniDiffPipeline.from_pretrained` on released folders: UniDisc with its tokenizers, Muddit with its own tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from muddit_parts import write_folder
+from PIL import Image
+from released_parts import TINY, write_tiny
+from safetensors.torch import save_file
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.muddit import MudditPipeline
+from unidiff.pipelines.released import ReleasedPipeline, is_released
+from unidiff.released.convert import convert
+from unidiff.released.unidisc import unidisc_config, unidisc_state_dict
+from unidiff.tokens.text import TextTokenizer
+
+CONFIG = {
+    "model": {
+        "hidden_size": 16,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "norm_type": "rms",
+        "qk_norm": True,
+        "modality_embed": True,
+        "rope_2d": True,
+        "txt_length": 10,
+        "img_length": 9,
+        "text_vocab_size": 301,
+        "image_vocab_size": 12,
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def unidisc(tmp_path_factory):
+    """UniDisc beside LlamaGen's tokenizer (factor 2, 12 codes) and a text tokenizer: 3 x 3 codes, 6 x 6 pixels."""
+    folder = tmp_path_factory.mktemp("unidisc")
+    torch.manual_seed(0)
+    model = MaskedTransformer(**unidisc_config(CONFIG))
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    torch.save({"model": {f"_orig_mod.{n}": v for n, v in unidisc_state_dict(model).items()}}, folder / "unidisc.pt")
+    write_tiny(folder / "image_tokenizer", "llamagen")
+    TextTokenizer.train(["a red fox on a hill", "two owls"], 300).save_pretrained(folder / "text_tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(unidisc):
+    return UniDiffPipeline.from_pretrained(unidisc)
+
+
+def test_unidisc_does_its_tasks_with_the_same_calls(pipe):
+    assert isinstance(pipe, ReleasedPipeline) and pipe.image_size == (6, 6)
+    drawn = pipe.text_to_image(["a fox", "owls"], 2, generator=5, steps=3, guidance_scale=2.0)
+    assert [i.size for i in drawn.images] == [(6, 6)] * 4 and drawn.texts == ["a fox", "a fox", "owls", "owls"]
+    assert drawn.codes.shape == (4, 3, 3) and drawn.codes.max() < 12 and 3 < drawn.nfe <= 6
+    alone = pipe.text_to_image(
+        "owls", generator=[int(drawn.seeds[3])], steps=3, guidance_scale=2.0, output_type="codes"
+    )
+    assert torch.equal(alone.images[0], drawn.codes[3])
+    told = pipe.caption(drawn.images, 5, generator=1, steps=3)
+    assert len(told.texts) == 4 and max(map(len, told.text_ids)) <= 5 and told.images is None
+    both = pipe.generate(2, 4, generator=1, steps=3)
+    assert len(both.images) == len(both.texts) == 2
+
+
+def test_unidisc_fills_holes_in_both_and_keeps_the_rest(pipe):
+    picture = Image.new("RGB", (6, 6), (200, 30, 40))
+    mask = Image.new("L", (6, 6), 0)
+    mask.paste(255, (0, 0, 2, 6))
+    filled = pipe.inpaint(picture, mask, "a <mask:2> fox", generator=3, steps=3)
+    codes = pipe.images.encode(pipe.image_inputs.images(picture))[0]
+    assert torch.equal(filled.codes[0][:, 1:], codes[:, 1:])
+    words = pipe.texts.encode("a"), pipe.texts.encode("fox")
+    assert filled.text_ids[0][: len(words[0])] == words[0] and filled.text_ids[0][-len(words[1]) :] == words[1]
+    assert len(filled.text_ids[0]) == len(words[0]) + 2 + len(words[1])
+    assert filled.text_ids == pipe.inpaint(picture, mask, "a <m2> fox", generator=3, steps=3).text_ids
+    with pytest.raises(ValueError, match="known in full"):
+        pipe.inpaint(picture, None, "a fox")
+    with pytest.raises(TypeError, match="stpes"):
+        pipe.text_to_image("a fox", stpes=3)
+
+
+def test_a_converted_unidisc_folder_runs_the_same(unidisc, pipe, tmp_path):
+    convert(unidisc, tmp_path / "ours")
+    other = UniDiffPipeline.from_pretrained(
+        tmp_path / "ours",
+        "float32",
+        image_tokenizer=unidisc / "image_tokenizer",
+        text_tokenizer=unidisc / "text_tokenizer",
+    )
+    options = {"generator": 5, "steps": 3, "output_type": "codes"}
+    assert torch.equal(other.text_to_image("a fox", **options).codes, pipe.text_to_image("a fox", **options).codes)
+    half = UniDiffPipeline.from_pretrained(unidisc, dtype="bfloat16")
+    assert half.transformer.dtype == torch.bfloat16 and half.images.dtype == torch.float32
+
+
+def test_parts_that_are_missing_or_of_another_model(unidisc, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(unidisc, copy)
+    shutil.rmtree(copy / "text_tokenizer")
+    with pytest.raises(FileNotFoundError, match="has no text tokenizer"):
+        UniDiffPipeline.from_pretrained(copy)
+    shutil.rmtree(copy / "image_tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"has no image tokenizer; put LlamaGen's"):
+        UniDiffPipeline.from_pretrained(copy)
+    write_tiny(copy / "vqvae", "vq_model")
+    with pytest.raises(ValueError, match="the image tokenizer has 16 codes, but the model 12"):
+        UniDiffPipeline.from_pretrained(copy, text_tokenizer=unidisc / "text_tokenizer")
+    write_tiny(tmp_path / "llada", "llada")
+    assert is_released(tmp_path / "llada")
+    with pytest.raises(ValueError, match=r"holds llada, which has no pipeline .*load_released"):
+        UniDiffPipeline.from_pretrained(tmp_path / "llada")
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert not is_released(tmp_path)
+    assert set(TINY)  # every family's tiny checkpoint is recognised in test_loading
+
+
+@pytest.fixture(scope="module")
+def muddit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("muddit") / "512"
+    write_folder(folder)
+    return folder
+
+
+def test_muddit_does_its_tasks_and_its_converted_folder_the_same(muddit, tmp_path):
+    convert(muddit, tmp_path / "ours")
+    shutil.copy(muddit.parent / "mask_token_embedding.pth", tmp_path)
+    pipes = [UniDiffPipeline.from_pretrained(f) for f in (muddit, tmp_path / "ours")]
+    results = []
+    for pipe in pipes:
+        assert isinstance(pipe, MudditPipeline)
+        pipe = MudditPipeline(pipe.parts, (8, 8))
+        drawn = pipe.text_to_image(["a", "b"], generator=3, steps=2, guidance_scale=2.0, output_type="pt")
+        assert drawn.images.shape == (2, 3, 8, 8) and drawn.texts == ["a", "b"]
+        told = pipe.caption(drawn.images, generator=1, steps=2)
+        answered = pipe.answer(drawn.images[:1], ["a", "b"], generator=1, steps=2)
+        assert len(told.texts) == len(answered.texts) == 2 and told.images is None
+        mask = torch.zeros(8, 8, dtype=torch.bool)
+        mask[:4] = True
+        painted = pipe.inpaint(drawn.images[:1], mask.numpy(), "c", generator=1, steps=2, output_type="pt")
+        assert painted.images.shape == (1, 3, 8, 8)
+        results.append((drawn.images, told.texts, painted.images))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert torch.equal(results[0][2], results[1][2])
+    back = convert(tmp_path / "ours", tmp_path / "back")
+    assert back.endswith("muddit in the released layout")
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in muddit.iterdir()}
+    with pytest.raises(ValueError, match=r"unknown settings \['stpes'\]"):
+        pipe.text_to_image("a", stpes=3)
