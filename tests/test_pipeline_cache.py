@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
-from unidiff.decoding import ModalityDecoding, NoCache, SamplerConfig
-from unidiff.decoding.cache import CacheConfig
+from unidiff.decoding import CacheConfig, ModalityDecoding, NoCache, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
 from unidiff.pipelines.settings import TASKS, by_modality, with_overrides

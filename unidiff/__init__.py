@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
+    from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, Sampler, SamplerConfig
     from unidiff.models.transformer import MaskedTransformer
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 # Names are imported on first use, so that `import unidiff` and `unidiff --help` do not wait for torch.
 _HOMES = {
+    "CacheConfig": "unidiff.decoding",
     "Guidance": "unidiff.decoding",
     "MaskedTransformer": "unidiff.models.transformer",
     "Modality": "unidiff.tokens",
@@ -32,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CacheConfig",
     "Guidance",
     "MaskedTransformer",
     "Modality",

@@ -10,8 +10,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig
-from unidiff.decoding.cache import CacheConfig
+from unidiff.decoding import CacheConfig, RefreshPolicy, Sampler, SamplerConfig
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.auto_cache import choose_cache

@@ -1,5 +1,6 @@
 """Decoding: one sampler for text and image tokens, made of small objects."""
 
+from unidiff.decoding.cache import CacheConfig
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.sampler import Sampler, SamplerOutput
@@ -7,6 +8,7 @@ from unidiff.decoding.state import DecodeState
 from unidiff.decoding.stats import DecodeStats
 
 __all__ = [
+    "CacheConfig",
     "DecodeState",
     "DecodeStats",
     "Guidance",

@@ -103,13 +103,14 @@ class Request:
 
     def waiting(self, modality: Modality) -> Tensor:
         """bool `[B]`: rows whose other modality goes first, or is behind, and is not complete."""
-        if self.order == "level" and len(self.state.clocks) == 2 and not self.state.finishing:
-            own, other = (self._share(c) for _, c in sorted(self.state.clocks.items(), key=lambda m: m[0] != modality))
-            return own > other
+        clocks = self.state.clocks
+        if self.order == "level" and len(clocks) == 2 and not self.state.finishing:
+            other = next(clock for name, clock in clocks.items() if name != modality)
+            return self._share(clocks[modality]) > self._share(other)
         first = {"text_first": Modality.TEXT, "image_first": Modality.IMAGE}.get(self.order)
-        if first is None or first == modality or first not in self.state.clocks or self.state.finishing:
+        if first is None or first == modality or first not in clocks or self.state.finishing:
             return torch.zeros_like(self.state.open[:, 0])
-        leader = self.state.clocks[first]
+        leader = clocks[first]
         return (self.state.open & leader.wanted).any(1) | leader.pending
 
     def _share(self, clock: Clock) -> Tensor:

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from unidiff.decoding import ModalityDecoding, RefreshPolicy, SamplerConfig
+from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
 from unidiff.decoding.bounds import Schedule, Segment, expected_passes
-from unidiff.decoding.cache import CacheConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch
 

@@ -8,8 +8,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from unidiff.decoding import DecodeState, RefreshPolicy, SamplerConfig
-from unidiff.decoding.cache import CacheConfig
+from unidiff.decoding import CacheConfig, DecodeState, RefreshPolicy, SamplerConfig
 from unidiff.pipelines.output import Trajectory, to_frames
 from unidiff.pipelines.rows import TextSlot, TextSlots
 from unidiff.pipelines.seeds import RowGenerator

@@ -11,8 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unidiff.decoding import DecodeStats
-from unidiff.decoding.cache import CacheConfig
+from unidiff.decoding import CacheConfig, DecodeStats
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
 
 
