@@ -89,6 +89,13 @@ def test_generate_options(run, model, tmp_path):
     assert lines == [f"{tmp_path / n}: {t}" for n, t in zip(names, ["a dog"] * 2 + ["an owl"] * 2, strict=True)]
 
 
+def test_generate_takes_candidates_a_cache_and_a_negative_prompt(run, model, tmp_path):
+    out = tmp_path / "a.png"
+    options = ("--candidates", 2, "--negative", "two cats", "--cache", "dual", "--guidance", 3)
+    status, text, _ = run("generate", "a dog", "-o", out, "--model", model, *options)
+    assert status == 0 and text == f"{out}: a dog\n" and out.is_file()
+
+
 def test_generate_makes_words_up_too(run, model, tmp_path):
     assert run("generate", "--model", model, "-o", tmp_path / "a.png")[0] == 0
     status, text, _ = run("generate", "two <mask> on", "--model", model, "-o", tmp_path / "b.png")
@@ -140,18 +147,18 @@ def test_info_and_pack(run, tmp_path):
 def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
     from unidiff.evaluation.report import Estimate, Report
 
-    def evaluate(pipe, seed, n, progress):
+    def evaluate(pipe, seed, n, progress, **options):
         progress("captions")
-        report = Report(about={"seed": seed, "n": n})
+        report = Report(about={"seed": seed, "n": n, **options})
         report.add("categories.single_object", Estimate.share([True] * 3 + [False]))
         return report
 
     monkeypatch.setattr("unidiff.evaluation.emoji_eval.run_emoji_eval", evaluate)
-    options = ("--seed", 5, "--n", 7, "--json", tmp_path / "made" / "r.json", "--model", model)
+    options = ("--seed", 5, "--n", 7, "--candidates", 4, "--json", tmp_path / "made" / "r.json", "--model", model)
     status, out, _ = run("eval", "emoji", *options)
     data = json.loads((tmp_path / "made" / "r.json").read_text())
     assert status == 0 and "0.750" in out
-    assert data["about"] == {"seed": 5, "n": 7} and data["categories"]["single_object"] == 0.75
+    assert data["about"] == {"seed": 5, "n": 7, "num_candidates": 4} and data["categories"]["single_object"] == 0.75
 
 
 MISTAKES = {
@@ -160,6 +167,8 @@ MISTAKES = {
     "steps 0": (["generate", "a", "--steps", 0, "-o", "OUT"], "steps is 0"),
     "negative guidance": (["generate", "a", "--guidance", -1, "-o", "OUT"], "guidance scale is -1"),
     "texts with and without holes": (["generate", "a", "a <mask>", "-o", "OUT"], "run them apart"),
+    "negative without a prompt": (["generate", "a <mask>", "--negative", "b", "-o", "OUT"], "--negative goes with"),
+    "unknown cache": (["generate", "a", "--cache", "huge", "-o", "OUT"], "huge"),
     "missing model": (["generate", "a", "--model", "NEW", "-o", "OUT"], "new' does not exist"),
     "device": (["generate", "a", "--device", "abacus", "-o", "OUT"], "device 'abacus' cannot be used"),
     "dtype": (["generate", "a", "--dtype", "int4", "-o", "OUT"], "dtype is 'int4'"),

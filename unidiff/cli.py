@@ -1,4 +1,4 @@
-"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack | profile-cache | convert | verify`."""
+"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack | convert | ...`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ import typer
 
 from unidiff.cli_cache import profile_cache
 from unidiff.cli_common import (
-    Device,
-    Dtype,
+    DecodeFlags,
     Filmstrip,
     Gif,
-    GuidanceScale,
     Longest,
-    Model,
     Out,
     Resize,
-    Seed,
-    Steps,
-    Temperature,
     check_outputs,
-    load_pipeline,
     open_image,
     report,
+    with_decode_flags,
     write_images,
 )
 from unidiff.cli_released import convert, info, verify
@@ -43,22 +37,19 @@ app = typer.Typer(
 
 
 @app.command()
+@with_decode_flags
 def generate(
     text: Annotated[
         list[str] | None,
         typer.Argument(help="What to draw. With holes ('a <mask> on <mask:2>') or left out, words are made up too."),
     ] = None,
     out: Out = Path("unidiff.png"),
+    negative: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures per text.")] = 1,
-    seed: Seed = 0,
-    steps: Steps = None,
-    guidance: GuidanceScale = None,
-    temperature: Temperature = None,
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
     gif: Gif = None,
     filmstrip: Filmstrip = None,
+    *,
+    flags: DecodeFlags,
 ) -> None:
     """Draw pictures from words, or picture and words together."""
     check_outputs([out, filmstrip], gif)
@@ -66,80 +57,69 @@ def generate(
     holes = [("<mask" in t) for t in texts]
     if len(set(holes)) > 1:
         raise ValueError("some texts have <mask> holes and some do not; run them apart")
-    pipe = load_pipeline(model, device, dtype)
-    draw = partial(pipe.text_to_image, texts) if texts and not any(holes) else partial(pipe.generate, texts or None)
+    known = bool(texts) and not any(holes)
+    if negative is not None and not known:
+        raise ValueError("--negative goes with texts that are known in full; leave it out where words are made up")
+    pipe = flags.load()
+    draw = partial(pipe.text_to_image, texts) if known else partial(pipe.generate, texts or None)
+    if negative is not None:
+        draw = partial(draw, negative_prompt=negative)
     result = draw(
         num_images_per_prompt=count,
-        generator=seed,
-        steps=steps,
-        guidance_scale=guidance,
-        temperature=temperature,
+        **flags.options,
         record_trajectory=gif is not None or filmstrip is not None,
     )
     report(result, write_images(result, out), gif, filmstrip)
 
 
 @app.command()
+@with_decode_flags
 def caption(
     images: Annotated[list[Path], typer.Argument(help="Pictures to describe.")],
     max_text_tokens: Longest = None,
     resize: Resize = False,
-    seed: Seed = 0,
-    steps: Steps = None,
-    guidance: GuidanceScale = None,
-    temperature: Temperature = None,
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    *,
+    flags: DecodeFlags,
 ) -> None:
     """Describe pictures."""
     pictures = [open_image(path) for path in images]
-    pipe = load_pipeline(model, device, dtype)
+    pipe = flags.load()
     result = pipe.caption(
         pictures,
         max_text_tokens,
         resize,
-        generator=seed,
-        steps=steps,
-        guidance_scale=guidance,
-        temperature=temperature,
+        **flags.options,
     )
     for path, words in zip(images, result.texts, strict=True):
         typer.echo(words if len(images) == 1 else f"{path}: {words}")
 
 
 @app.command()
+@with_decode_flags
 def answer(
     image: Annotated[Path, typer.Argument(help="The picture.")],
     questions: Annotated[list[str], typer.Argument(help="Questions about it.")],
     max_text_tokens: Longest = None,
     resize: Resize = False,
-    seed: Seed = 0,
-    steps: Steps = None,
-    guidance: GuidanceScale = None,
-    temperature: Temperature = None,
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    *,
+    flags: DecodeFlags,
 ) -> None:
     """Answer questions about a picture."""
     picture = open_image(image)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = flags.load()
     result = pipe.answer(
         picture,
         questions,
         max_text_tokens,
         resize,
-        generator=seed,
-        steps=steps,
-        guidance_scale=guidance,
-        temperature=temperature,
+        **flags.options,
     )
     for question, words in zip(questions, result.texts, strict=True):
         typer.echo(words if len(questions) == 1 else f"{question} {words}")
 
 
 @app.command()
+@with_decode_flags
 def inpaint(
     image: Annotated[Path, typer.Argument(help="The picture.")],
     mask: Annotated[Path | None, typer.Option(help="Picture of the same size, white where to repaint.")] = None,
@@ -151,21 +131,16 @@ def inpaint(
     paste_back: Annotated[bool, typer.Option("--paste-back", help="Keep the pixels outside the mask.")] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Results to make.")] = 1,
     resize: Resize = False,
-    seed: Seed = 0,
-    steps: Steps = None,
-    guidance: GuidanceScale = None,
-    temperature: Temperature = None,
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
     gif: Gif = None,
     filmstrip: Filmstrip = None,
+    *,
+    flags: DecodeFlags,
 ) -> None:
     """Fill holes in a picture and in its caption together."""
     check_outputs([out, filmstrip], gif)
     picture = open_image(image)
     hole = None if mask is None else open_image(mask)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = flags.load()
     result = pipe.inpaint(
         picture,
         hole,
@@ -173,10 +148,7 @@ def inpaint(
         paste_back=paste_back,
         resize=resize,
         num_images_per_prompt=count,
-        generator=seed,
-        steps=steps,
-        guidance_scale=guidance,
-        temperature=temperature,
+        **flags.options,
         record_trajectory=gif is not None or filmstrip is not None,
     )
     report(result, write_images(result, out), gif, filmstrip)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -17,17 +19,74 @@ Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: how the model computes.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-Steps = Annotated[int | None, typer.Option(help="Passes of the model; default: the model's own.")]
-GuidanceScale = Annotated[
-    float | None,
-    typer.Option("--guidance", help="How strictly to follow the input; 1 is off. Default: the model's own."),
-]
-Temperature = Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg or webp); several get numbers.")]
 Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an animated GIF.")]
 Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a strip of pictures (PNG).")]
 Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
 Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
+
+
+Steps = Annotated[int | None, typer.Option(help="Passes of the model; default: the model's own.")]
+
+
+@dataclass(frozen=True)
+class DecodeFlags:
+    """Options that every decoding command has; see `with_decode_flags`."""
+
+    seed: Seed = 0
+    steps: Steps = None
+    guidance: Annotated[
+        float | None, typer.Option(help="How strictly to follow the input; 1 is off. Default: the model's own.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")] = None
+    cache: Annotated[
+        str | None, typer.Option(help="Cache between passes: auto, none, prefix, dual, vicinity, adaptive, max-logit.")
+    ] = None
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Decodes of each result; the one whose words and picture agree best is kept.")
+    ] = 1
+    model: Model = "emoji"
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+
+    def load(self) -> UniDiffPipeline:
+        """See `load_pipeline`."""
+        return load_pipeline(self.model, self.device, self.dtype)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for a task of the pipeline: what was asked for, nothing else."""
+        asked = {
+            "steps": self.steps,
+            "guidance_scale": self.guidance,
+            "temperature": self.temperature,
+            "cache": self.cache,
+            "num_candidates": self.candidates if self.candidates > 1 else None,
+        }
+        return {"generator": self.seed} | {name: value for name, value in asked.items() if value is not None}
+
+
+def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `DecodeFlags`; it receives them as its argument `flags`."""
+    hints, flag_hints = (get_type_hints(of, include_extras=True) for of in (command, DecodeFlags))
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=p.default, annotation=hints[name])
+        for name, p in inspect.signature(command).parameters.items()
+        if name != "flags"
+    ]
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=flag_hints[f.name])
+        for f in fields(DecodeFlags)
+    ]
+
+    def run(**values: Any) -> None:
+        flags = DecodeFlags(**{p.name: values.pop(p.name) for p in shared})
+        command(**values, flags=flags)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]  # typer reads it
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    return run
 
 
 def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> UniDiffPipeline:

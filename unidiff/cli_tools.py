@@ -16,6 +16,7 @@ eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=Tru
 def eval_emoji(
     seed: Seed = 0,
     n: Annotated[int, typer.Option("--n", min=1, help="Cases per category.")] = 300,
+    candidates: Annotated[int, typer.Option(min=1, help="Decodes of each case, of which the model keeps one.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     model: Model = "emoji",
     device: Device = "auto",
@@ -28,9 +29,10 @@ def eval_emoji(
 
     from unidiff.evaluation.emoji_eval import run_emoji_eval
 
-    console = Console(stderr=True)
+    console, options = Console(stderr=True), {} if candidates == 1 else {"num_candidates": candidates}
     with console.status("EmojiEval") as status:
-        result = run_emoji_eval(pipe, seed, n, progress=lambda what: status.update(f"EmojiEval: {what}"))
+        say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
+        result = run_emoji_eval(pipe, seed, n, progress=say, **options)
     if json_path is not None:
         result.save(json_path)
     Console().print(result.table())
@@ -61,7 +63,9 @@ def pack(
     text_length: Annotated[int, typer.Option(help="Tokens of the text span, as trained.")] = 24,
     image_size: Annotated[str, typer.Option(help="Side in pixels, or WIDTHxHEIGHT.")] = "64",
     dtype: Annotated[str, typer.Option(help="How the transformer is stored.")] = "bfloat16",
-    image_dtype: Annotated[str, typer.Option(help="How the image tokenizer is stored; half precision moves codes.")] = "float32",
+    image_dtype: Annotated[
+        str, typer.Option(help="How the image tokenizer is stored; half precision moves codes.")
+    ] = "float32",
 ) -> None:
     """Put a transformer and its tokenizers together into one model folder."""
     sides = image_size.lower().split("x")

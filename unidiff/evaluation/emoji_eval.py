@@ -73,6 +73,7 @@ def run_emoji_eval(
             evaluate_likelihood(pipe, profile, report, seed, n, batch_size=batch_size)
     finally:
         pipe.set_progress_bar_config(**hidden_bar)
+    report.about |= {name: value for name, value in options.items() if isinstance(value, int | float | str)}
     report.about["parameters"] = sum(p.numel() for p in pipe.transformer.parameters())
     report.add("seconds", perf_counter() - start)
     return report

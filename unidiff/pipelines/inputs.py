@@ -86,7 +86,7 @@ class ImageInputs:
         if not resize:
             raise ValueError(
                 f"image is {values.shape[-1]}x{values.shape[-2]} pixels but this model takes "
-                f"{self.size[1]}x{self.size[0]}; crop it, or pass resize=True"
+                f"{self.size[1]}x{self.size[0]}; crop it, or let it be resized (resize=True, --resize)"
             )
         pictures = self.processor.numpy_to_pil(self.processor.pt_to_numpy(values))
         resized = [self.processor.resize(p, *self.size, resize_mode="crop") for p in pictures]
