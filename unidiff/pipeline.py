@@ -25,7 +25,7 @@ from unidiff.pipelines.decode import (
     trajectory_of,
 )
 from unidiff.pipelines.folder import forget_origins, is_pipeline, load_parts, write_folder
-from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
+from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released import is_released, load_released_pipeline
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
@@ -184,8 +184,8 @@ class UniDiffPipeline(DiffusionPipeline):
         if negative_prompt is not None:
             unwanted = [self.text_slots.prompt(p) for p in as_list(negative_prompt, "negative_prompt")]
             slots, unwanted = broadcast(prompt=slots, negative_prompt=unwanted)
-            away, _ = _repeat(unwanted, num_images_per_prompt)
-        slots, count = _repeat(slots, num_images_per_prompt)
+            away, _ = repeated(unwanted, num_images_per_prompt)
+        slots, count = repeated(slots, num_images_per_prompt)
         return self._decode("text_to_image", slots, None, None, per_entry=count, negative=away, **options)
 
     def caption(
@@ -259,7 +259,7 @@ class UniDiffPipeline(DiffusionPipeline):
         if paste_back:
             pixels = pixels.expand(len(given), -1, -1, -1)
         codes, mask = torch.stack(given), torch.stack(masks)
-        slots, count = _repeat(slots, num_images_per_prompt)
+        slots, count = repeated(slots, num_images_per_prompt)
         codes, mask = (x.repeat_interleave(count, 0) for x in (codes, mask))
         paste = (pixels.repeat_interleave(count, 0), mask) if paste_back else None
         return self._decode(
@@ -290,7 +290,7 @@ class UniDiffPipeline(DiffusionPipeline):
         if image is not None:
             given, captions = broadcast(image=list(self._encode(image, resize)), text=captions)
             codes = torch.stack(given)
-        slots, count = _repeat(captions, num_images_per_prompt)
+        slots, count = repeated(captions, num_images_per_prompt)
         codes = None if codes is None else codes.repeat_interleave(count, 0)
         return self._decode("generate", slots, codes, None, per_entry=count, **options)
 
@@ -395,10 +395,3 @@ class UniDiffPipeline(DiffusionPipeline):
             original, mask = paste
             images = torch.where(mask[:, None], images, original)
         return self.image_inputs.output(images, output_type)
-
-
-def _repeat(slots: Sequence[TextSlot], count: int) -> tuple[list[TextSlot], int]:
-    """Each slot `count` times in a row."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"num_images_per_prompt is {count!r}; expected a whole number of at least 1")
-    return [slot for slot in slots for _ in range(count)], count

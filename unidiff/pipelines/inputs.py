@@ -123,6 +123,17 @@ def broadcast(**columns: Sequence[Any]) -> list[list[Any]]:
     return [list(column) * (longest if len(column) == 1 else 1) for column in columns.values()]
 
 
+def repeated(items: Sequence[Any], count: int) -> tuple[list[Any], int]:
+    """Each item `count` (`num_images_per_prompt`) times in a row, and the count.
+
+    Raises:
+        ValueError: a count that is no whole number of at least 1.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"num_images_per_prompt is {count!r}; expected a whole number of at least 1")
+    return [item for item in items for _ in range(count)], count
+
+
 def _to_floats(image: Any) -> Tensor:
     """float32 `[1, 3, h, w]` in [0, 1]."""
     if isinstance(image, Image.Image):
