@@ -15,6 +15,8 @@ from forked_runs import RECIPE, forked
 from safetensors.torch import load_file
 from train_fixtures import MIXED, TINY, tiny_table
 
+CLOCKS = ("time", "seconds_per_step", "tokens_per_second", "tflops", "data_wait")
+
 
 def start(folder: Path, table: Path, *overrides: str) -> subprocess.Popen:
     config = folder.parent / "config.yaml"
@@ -58,10 +60,7 @@ def check_killed_run(tmp_path: Path, ends: list[str], steps: int, ranks: int, *o
         )
         assert expected and expected == found
     logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in ("time", "seconds_per_step")}
-            for line in text.splitlines()
-        ]
+        [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in text.splitlines()]
         for text in ((tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut"))
     ]
     assert logs[0] == logs[1]  # no step twice, none lost

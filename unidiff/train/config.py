@@ -63,6 +63,8 @@ class TaskConfig:
         loss: weight of a masked token: `elbo` 1 / (r p(r)), unbiased for the NELBO whatever `rate` is;
             `inverse_rate` 1 / r (Muddit); `softmin` 1 / (r + (1 - r) / 5) (UniDisc's softmin_snr = 5); `ce` 1.
         scale: factor of this task's loss.
+        per_sample: weigh a row by the text length over its number of targets, so that short and long answers count the same
+            (LLaDA's instruction tuning); otherwise every target token does.
         dropout: probability that the condition is hidden entirely (guidance training); no meaning for `joint`.
     """
 
@@ -71,6 +73,7 @@ class TaskConfig:
     beta: float = 2.0
     loss: str = "ce"
     scale: float = 1.0
+    per_sample: bool = False
     dropout: float = 0.0
 
 
@@ -132,7 +135,12 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Intervals are in steps; 0 turns a thing off."""
+    """Intervals are in steps; 0 turns a thing off.
+
+    Args:
+        peak_tflops: matrix products of one device, in 10^12 operations per second, measured by training/benchmark.py;
+            with it the log has `mfu`, the share of that peak in useful work.
+    """
 
     every: int = 20
     validate_every: int = 500
@@ -143,6 +151,7 @@ class LoggingConfig:
     prompts: list[str] = field(default_factory=list)
     tensorboard: bool = True
     progress: bool = True
+    peak_tflops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,9 @@ class TrainConfig:
         compile: `torch.compile` every block.
         activation_checkpointing: what the backward pass computes again: `none`, `selective` (all but matrix products and
             attention) or `full` (whole blocks).
+        max_bad_steps: a run ends after so many skipped steps in a row.
+        spike_factor: a step is skipped when its loss exceeds so many times the moving average of the losses before, as
+            it is when loss or gradient are not finite; 0 turns it off.
     """
 
     output: str = "out/run"
@@ -228,6 +240,7 @@ class TrainConfig:
     compile: bool = False
     activation_checkpointing: str = "none"
     max_bad_steps: int = 20
+    spike_factor: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: dict[str, Any] = field(default_factory=dict)
@@ -308,6 +321,10 @@ def check_config(config: TrainConfig) -> None:
     for entry in config.data.curriculum:
         if not (isinstance(entry, list) and len(entry) == 2):
             raise ValueError(f"data.curriculum entry {entry!r} is not of the form [fraction, highest level]")
+    if config.spike_factor != 0 and config.spike_factor <= 1:
+        raise ValueError(f"spike_factor = {config.spike_factor} must be above 1, or 0 to turn it off")
+    if config.logging.peak_tflops < 0:
+        raise ValueError(f"logging.peak_tflops = {config.logging.peak_tflops} must not be negative")
     if sum(getattr(config.tasks, t).weight for t in TASKS) <= 0:
         raise ValueError("no task has a weight above 0; set tasks.joint.weight or another")
 

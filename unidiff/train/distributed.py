@@ -127,16 +127,17 @@ class Parallel:
             mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
         for block in model.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.settings.reshard, mp_policy=self._precision())
-        # the root holds embeddings and head: unsharded from `hidden` to the end of the backward pass, so `head` needs no hook
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=self._precision())
+        # The root holds embeddings and head: whole from `hidden` to the end of the backward pass, so `head` needs no hook,
+        # and in float32, in which the head's gradient is summed over chunks.
+        reduce = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=reduce)
         register_fsdp_forward_method(model, "hidden")
         self._sharded = model
 
     def _precision(self) -> MixedPrecisionPolicy:
-        types = (self.settings.param_dtype, self.settings.reduce_dtype)
-        param, reduce = (None if t == "float32" else getattr(torch, t) for t in types)
+        param, reduce = getattr(torch, self.settings.param_dtype), getattr(torch, self.settings.reduce_dtype)
         # Inputs keep their type: the residual stream stays float32, autocast casts for the matrix products.
-        return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce or torch.float32, cast_forward_inputs=False)
+        return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, cast_forward_inputs=False)
 
     def forward(self, model: nn.Module, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`compute`, which calls `model`, such that gradients of its result are averaged over ranks."""

@@ -18,6 +18,9 @@ from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers
 from unidiff.train.tasks import TaskBatch
 
+TIME_BUCKETS = 5  # of (0, 1], the time of a row being its mask rate
+_MEMORY = 0.98  # of the moving average of losses that spikes are measured against
+
 
 @dataclass
 class TrainState:
@@ -28,7 +31,9 @@ class TrainState:
         hidden: `model.hidden`, possibly compiled.
         parallel: the processes of the run; alone by default.
         step: optimiser steps taken, skipped ones included.
-        bad_steps: consecutive steps skipped for a loss or gradient that was not finite.
+        spike_factor: a loss above this many times `level` is a spike; 0 allows all.
+        level: moving average of the losses of steps taken; 0 before the first.
+        bad_steps: consecutive steps skipped for a spike, or a loss or gradient that was not finite.
         skipped: all such steps of the run.
     """
 
@@ -42,6 +47,8 @@ class TrainState:
     step: int = 0
     bad_steps: int = 0
     skipped: int = 0
+    spike_factor: float = 0.0
+    level: float = 0.0
     parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
 
     def __post_init__(self) -> None:
@@ -64,18 +71,27 @@ class StepReport:
     Attributes:
         loss: the training loss.
         grad_norm: before clipping.
-        finite: False when the step was skipped.
+        finite: False when loss or gradient was not, and the step therefore skipped.
+        spike: True when the step was skipped for a loss far above the ones before.
         nll: float32 `[tasks, 2]`, summed nats at hidden positions per task and modality.
         hidden: float32 `[tasks, 2]`, how many there were.
         rows: float32 `[tasks]`.
+        by_time: float32 `[TIME_BUCKETS, 2]`, summed nats at hidden positions and their number, by mask rate.
     """
 
     loss: float
     grad_norm: float
     finite: bool
+    spike: bool
     nll: Tensor
     hidden: Tensor
     rows: Tensor
+    by_time: Tensor
+
+    @property
+    def taken(self) -> bool:
+        """Whether the weights were changed."""
+        return self.finite and not self.spike
 
 
 def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: float) -> StepReport:
@@ -95,6 +111,7 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
         normalizer = parallel.sum(normalizer) / parallel.size
     loss = torch.zeros((), device=device)
     sums = torch.zeros(3, len(TASKS), 2, device=device)  # nll, hidden, rows per (task, modality)
+    by_time = torch.zeros(TIME_BUCKETS, 2, device=device)
     state.optimisers.zero_grad()
     for micro in batches:
         with parallel.accumulating(last=micro is batches[-1]):
@@ -107,29 +124,39 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
             # 5. backward
             terms.total.backward()
         loss += terms.total.detach()
-        _add_sums(sums, nll.detach(), noisy.masked, micro)
-    # 6. clip, and refuse to step on numbers that are not finite
-    numbers = parallel.sum(torch.cat([loss[None], sums.flatten()]))
-    loss, sums = numbers[0] / parallel.size, numbers[1:].view_as(sums)
+        _add_sums(sums, by_time, nll.detach(), noisy.masked, micro)
+    # 6. clip, and refuse to step on numbers that are not finite, or on a spike
+    numbers = parallel.sum(torch.cat([loss[None], sums.flatten(), by_time.flatten()]))
+    loss, by_time = numbers[0] / parallel.size, numbers[1 + sums.numel() :].view_as(by_time).cpu()
+    sums = numbers[1 : 1 + sums.numel()].view_as(sums).cpu()
     norm = state.optimisers.clip()
     state.optimisers.set_rate(rate_factor)
     state.step += 1
     finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    if finite:
-        # 7. optimiser, 8. moving average
+    value, limit = float(loss), state.spike_factor * state.level
+    spike = finite and 0 < limit < value
+    if finite and not spike:
+        # 7. optimiser, 8. moving averages
         state.optimisers.step()
         state.ema.update()
+        state.level = _MEMORY * state.level + (1 - _MEMORY) * value if state.level else value
         state.bad_steps = 0
     else:
         state.bad_steps += 1
         state.skipped += 1
-    sums = sums.cpu()
-    return StepReport(float(loss), float(norm), finite, sums[0], sums[1], sums[2, :, 0])
+    return StepReport(value, float(norm), finite, spike, sums[0], sums[1], sums[2, :, 0], by_time)
 
 
-def _add_sums(sums: Tensor, nll: Tensor, masked: Tensor, micro: TaskBatch) -> None:
+def _add_sums(sums: Tensor, by_time: Tensor, nll: Tensor, masked: Tensor, micro: TaskBatch) -> None:
+    task, rate = (
+        x if x.ndim == 2 else x[:, None].expand_as(nll) for x in (micro.task, micro.rate)
+    )  # packed: per token
+    bucket = (rate * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1).flatten()  # [B * L]
     for modality in Modality:
-        where = masked & (micro.batch.modality == modality)
-        sums[0, :, modality].index_add_(0, micro.task, torch.where(where, nll, 0).sum(1).float())
-        sums[1, :, modality].index_add_(0, micro.task, where.sum(1).float())
-    sums[2, :, 0].index_add_(0, micro.task, torch.ones(len(micro.task), device=sums.device))
+        where = (masked & (micro.batch.modality == modality)).flatten()
+        nats, count = nll.flatten().float().where(where, 0), where.float()
+        sums[0, :, modality].index_add_(0, task.flatten(), nats)
+        sums[1, :, modality].index_add_(0, task.flatten(), count)
+        by_time.index_add_(0, bucket, torch.stack([nats, count], 1))
+    starts = micro.batch.valid & (micro.batch.positions[..., 0] == 0)  # first tokens of samples
+    sums[2, :, 0].index_add_(0, task.flatten(), starts.flatten().float())

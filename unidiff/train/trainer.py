@@ -21,14 +21,15 @@ from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.distributed import Parallel, whole
 from unidiff.train.ema import EMA
-from unidiff.train.logs import Progress, RunLog, TaskMeter
+from unidiff.train.logs import Progress, RunLog, SpeedMeter, TaskMeter
 from unidiff.train.lora import add_adapters, merge_adapters
 from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.packing import pack_tasks
 from unidiff.train.shards import ShardSaver, load_placed
 from unidiff.train.signals import StopOnSignals
 from unidiff.train.source import TokenSource
 from unidiff.train.step import StepReport, TrainState, train_step
-from unidiff.train.tasks import TaskMixer
+from unidiff.train.tasks import TaskBatch, TaskMixer
 from unidiff.train.validation import validate
 
 
@@ -79,9 +80,11 @@ class Trainer:
             EMA(model, config.ema.decay, config.ema.warmup),
             bf16=config.precision == "bf16",
             chunk=config.objective.chunk,
+            spike_factor=config.spike_factor,
             parallel=self.parallel,
         )
         self.samples = 0
+        self.speed = SpeedMeter(config, source, self.parallel.size)
         self.resumed = self._resume()
         settings = config.checkpoint
         self._saver: ShardSaver | None = None
@@ -111,7 +114,7 @@ class Trainer:
                 # 1. a step
                 factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
                 step = self._step(factor)
-                self._guard(step)
+                self._guard(step, log)
                 meter.add(step)
                 progress.step(state.step, step.loss, factor)
                 # 2. what is due now, on all ranks alike
@@ -121,7 +124,7 @@ class Trainer:
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
                     extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
-                    log.write(state.step, "train", meter.take() | extra)
+                    log.write(state.step, "train", meter.take() | self.speed.take() | extra)
                 better = False
                 if validating:
                     report = self._validate()
@@ -165,16 +168,23 @@ class Trainer:
         return log, progress
 
     def _step(self, factor: float) -> StepReport:
-        config, state, parallel = self.config, self.state, self.parallel
+        config, state, parallel, began = self.config, self.state, self.parallel, time.perf_counter()
         # dropout inside the model; ranks must not repeat each other's
         torch.manual_seed((config.seed * 1_000_003 + state.step + (parallel.rank << 40)) & 0x7FFFFFFFFFFFFFFF)
         slices = [
             parallel.rows(self.samples + number * config.batch_size, config.batch_size)
             for number in range(config.accumulate)
         ]
-        batches = [self.mixer.batch(first, count).to(parallel.device) for first, count in slices]
+        batches = [self._batch(first, count) for first, count in slices]
         self.samples += config.rows_per_step
-        return train_step(state, batches, factor)
+        waited = time.perf_counter() - began
+        report = train_step(state, batches, factor)
+        self.speed.add(report, time.perf_counter() - began, waited)
+        return report
+
+    def _batch(self, first: int, count: int) -> TaskBatch:
+        micro, capacity = self.mixer.batch(first, count), self.config.data.pack
+        return (pack_tasks(micro, capacity) if capacity else micro).to(self.parallel.device)
 
     def _overdue(self) -> bool:
         minutes = self.config.checkpoint.minutes
@@ -192,11 +202,17 @@ class Trainer:
         self._best = min(self._best, report[name])
         return better
 
-    def _guard(self, step: StepReport) -> None:
-        if not step.finite and self.state.bad_steps >= self.config.max_bad_steps:
+    def _guard(self, step: StepReport, log: RunLog) -> None:
+        if step.taken:
+            return
+        # the samples' numbers are their keys: the source gives the same rows for them again
+        rows, numbers = self.config.rows_per_step, {"loss": step.loss, "grad_norm": step.grad_norm}
+        keys = {"first_sample": float(self.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
+        log.write(self.state.step, "skipped", keys | numbers)
+        if self.state.bad_steps >= self.config.max_bad_steps:
             raise TrainingAborted(
-                f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite (step {self.state.step}); "
-                "lower optimiser.lr and run again: it continues from the last checkpoint"
+                f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
+                f"(step {self.state.step}); lower optimiser.lr and run again: it continues from the last checkpoint"
             )
 
     def _validate(self) -> dict[str, float]:
@@ -230,6 +246,7 @@ class Trainer:
             "ema_updates": state.ema.updates,
             "bad_steps": state.bad_steps,
             "skipped": state.skipped,
+            "level": state.level,
             "config": asdict(self.config),
         }
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
@@ -263,6 +280,7 @@ class Trainer:
             ) from error
         state.step, self.samples = found.state["step"], found.state["samples"]
         state.bad_steps, state.skipped = found.state["bad_steps"], found.state["skipped"]
+        state.level = found.state.get("level", 0.0)  # older checkpoints have none
         return True
 
     def _template(self, part: str, name: str) -> torch.Tensor | None:
@@ -270,13 +288,22 @@ class Trainer:
             return self.state.optimisers.owner(name)
         return self.state.ema.average.get(name)
 
-    def averaged(self, dtype: torch.dtype = torch.float32) -> MaskedTransformer | None:
-        """The averaged weights as a whole model in evaluation mode, on rank 0; None on the others, which must call it too."""
+    def averaged(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> MaskedTransformer | None:
+        """The averaged weights as a whole model in evaluation mode, on rank 0; None on the others, which must call it too.
+
+        Args:
+            dtype, device: of the model; None for the run's device.
+        """
         main, average, adapted = self.parallel.main, {}, self.config.lora.rank > 0
         for name, value in self.state.ema.average.items():
             full = whole(value)
             if main:
-                average[name] = full if adapted else full.to(dtype)
+                # a copy where adapters will be folded in, which changes weights in place
+                average[name] = (
+                    full.to(device or full.device, torch.float32, copy=True) if adapted else full.to(device, dtype)
+                )
         if not main:
             return None
         with torch.device("meta"):  # neither memory nor random draws
@@ -284,14 +311,16 @@ class Trainer:
             add_adapters(model, self.config.lora)
         model.load_state_dict(average, assign=True)
         merge_adapters(model)
-        return (model.to(dtype) if adapted else model).eval()  # type: ignore[attr-defined]
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model.eval()
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, with `vocabulary.json`.
 
         Rank 0 writes; all ranks must call it.
         """
-        model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype))
+        model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype), torch.device("cpu"))
         if model is None:
             return
         with replacing_folder(folder) as temporary:
