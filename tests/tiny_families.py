@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.dream import dream_config, dream_state_dict, load_dream
 from unidiff.released.llada import llada_batch, llada_config, llada_state_dict, load_llada
 from unidiff.released.lumina import lumina_batch, lumina_pair
 from unidiff.released.mdlm import load_mdlm, mdlm_batch, mdlm_config, mdlm_state_dict
@@ -53,6 +54,19 @@ LLADA = {
     "pad_token_id": 30,
     "eot_token_id": 37,
     "block_group_size": 2,
+}
+DREAM = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "vocab_size": 44,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "mask_token_id": 36,
+    "pad_token_id": 30,
+    "eos_token_id": 30,
 }
 MMADA = {"d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2, "mlp_hidden_size": 48, "new_vocab_size": 60}
 LUMINA_IDS = {"newline": 24, "boi": 25, "eoi": 26, "answer": 27, "end_answer": 28}
@@ -124,6 +138,12 @@ def llada(seed: int = 0) -> TinyFamily:
     """Prompts of 3, 5 and 6 tokens before answers of 12, padding on the left, as in batches for generation."""
     model, vocabulary = load_llada(llada_state_dict(lively(llada_config(LLADA), seed), 2, fused=True), LLADA)
     return TinyFamily("llada", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
+
+
+def dream() -> TinyFamily:
+    """As LLaDA, but the logits at a token predict the next one."""
+    model, vocabulary = load_dream(dream_state_dict(lively(dream_config(DREAM))), DREAM)
+    return TinyFamily("dream", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
 
 
 def llada_rows(prompts: list[int], vocabulary: Vocabulary, answer: int = 12, seed: int = 5) -> TokenBatch:
@@ -198,7 +218,7 @@ def muddit() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
-    make.__name__: make for make in (unidisc, mdlm, llada, mmada, lumina, muddit)
+    make.__name__: make for make in (unidisc, mdlm, llada, dream, mmada, lumina, muddit)
 }
 _MADE: dict[str, TinyFamily] = {}
 

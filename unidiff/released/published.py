@@ -12,6 +12,7 @@ from torch import nn
 
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.dream import dream_config
 from unidiff.released.families import family_named
 from unidiff.released.llada import llada_config
 from unidiff.released.llamagen import llamagen_config
@@ -54,6 +55,7 @@ _CONFIG_MAPS: dict[str, tuple[type[nn.Module], _Map]] = {
     "unidisc": (MaskedTransformer, unidisc_config),
     "mdlm": (MaskedTransformer, mdlm_config),
     "llada": (MaskedTransformer, llada_config),
+    "dream": (MaskedTransformer, dream_config),
     "mmada": (MaskedTransformer, mmada_config),
     "lumina": (MaskedTransformer, llada_config),
     "muddit": (MMDiT, muddit_config),

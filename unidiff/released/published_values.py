@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from unidiff.released.dream import RELEASED as DREAM
 from unidiff.released.llamagen import RELEASED as LLAMAGEN
 from unidiff.released.magvit import RELEASED as MAGVIT
 from unidiff.released.mmada import RELEASED as MMADA
@@ -167,6 +168,20 @@ _LLADA_SAMPLING = {
     "cfg_scale": 0.0,
     "remasking": "low_confidence",
 }
+_DREAM_SETTINGS = {
+    **_LLADA_SETTINGS,
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "num_layers": 28,
+    "num_heads": 28,
+    "num_kv_heads": 4,
+    "ffn_size": 18944,
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "qkv_bias": True,
+    "shift": True,
+}
+_DREAM_VOCABULARY = {"size": 152064, "mask_id": 151666, "specials": {"eos": 151643, "pad": 151643}}
 _LUMINA_ROWS = Vocabulary.named("lumina").size
 
 
@@ -305,6 +320,7 @@ RELEASES: tuple[Release, ...] = (
     _llada("llada-8b-base"),
     _llada("llada-8b-instruct"),
     _llada("llada-1.5"),
+    Release("dream-7b", "dream", DREAM, _DREAM_SETTINGS, _DREAM_VOCABULARY, 7_000_000_000, 0.1),
     Release(
         "mmada-8b",
         "mmada",
