@@ -22,7 +22,7 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     Fresh adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator.
 
     Raises:
-        ValueError: peft is not installed, or a target that no block has.
+        ValueError: peft is not installed, a target that no block has, or DoRA on weights with a row of zeros.
     """
     if config.rank == 0:
         return
@@ -30,6 +30,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     if unknown := [name for name in names if name not in LAYERS]:
         raise ValueError(f"lora.targets has {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
     peft = _peft()
+    if config.dora:
+        _check_columns(model, names)
     layers = "|".join(re.escape(LAYERS[name]) for name in names)
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_dora=config.dora,
@@ -49,6 +51,16 @@ def merge_adapters(model: nn.Module) -> None:
         setattr(model.get_submodule(owner), child, layer.get_base_layer())
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def _check_columns(model: nn.Module, names: list[str]) -> None:
+    """DoRA divides by the length of every output's weights."""
+    for name, layer in model.named_modules():
+        chosen = any(name.endswith("." + LAYERS[n]) for n in names)
+        if chosen and not layer.weight.is_meta and bool((layer.weight == 0).all(1).any()):
+            raise ValueError(
+                f"lora.dora needs trained weights, {name} has outputs that are all zero; set checkpoint.init_from"
+            )
 
 
 def _peft() -> Any:

@@ -1,0 +1,130 @@
+"""The fine-tuning recipe as a command: from a pipeline folder to a pipeline folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipeline import tiny_parts
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.train.source import TokenTable
+
+pytestmark = pytest.mark.training
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["device=cpu", "precision=fp32", "batch_size=4", "schedule.warmup=0", "optimiser.lr=1e-2", "ema.decay=0.5"]
+QUICK += ["data.validation_rows=4", "logging.tensorboard=false", "logging.progress=false", "logging.validate_every=0"]
+QUICK += ["checkpoint.export_dtype=float32"]
+needs_peft = pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None, reason="peft (the `finetune` extra) is not installed"
+)
+
+
+def finetune(*arguments: object) -> int:
+    spec = importlib.util.spec_from_file_location("finetune_recipe", ROOT / "training" / "finetune.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A pipeline folder, and a token table for it whose captions name the picture."""
+    folder = tmp_path_factory.mktemp("base")
+    transformer, image, text, settings = tiny_parts()
+    UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings).save_pretrained(folder / "pipeline")
+    vocabulary, length = settings.vocabulary, settings.text_length
+    kind = torch.arange(32) % 2
+    captions = torch.full((32, length), vocabulary.specials["eos"])
+    captions[:, 0], captions[:, 1] = vocabulary.specials["caption"], 20 + kind
+    questions = captions.clone()
+    questions[:, 0], questions[:, 2] = vocabulary.specials["question"], vocabulary.specials["answer"]
+    questions[:, 1], questions[:, 3] = 30, 20 + kind
+    codes = (kind * 7)[:, None, None].expand(32, *settings.grid)
+    tensors = {"codes": codes, "captions": captions, "questions": questions[:, None]}
+    tensors["answer_start"] = torch.full((32, 1), 3)
+    TokenTable(tensors, vocabulary).save(folder / "tokens.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("extra", [[], pytest.param(["lora.rank=4", "lora.alpha=32"], marks=needs_peft)])
+def test_from_pipeline_to_pipeline(base, tmp_path, extra):
+    out = tmp_path / "out"
+    command = [
+        base / "pipeline",
+        f"data.train={base / 'tokens.safetensors'}",
+        f"output={out}",
+        "steps=6",
+        *QUICK,
+        *extra,
+    ]
+    assert finetune(*command) == 0
+    before, after = (UniDiffPipeline.from_pretrained(f) for f in (base / "pipeline", out / "pipeline"))
+    trained = MaskedTransformer.from_pretrained(out / "model")
+    old = dict(before.transformer.named_parameters())
+    changed = set()
+    for name, value in after.transformer.named_parameters():
+        assert torch.equal(value, trained.get_parameter(name))
+        if not torch.equal(value, old[name]):
+            changed.add(name)
+    layers = {
+        n
+        for n in old
+        if n.startswith("blocks.") and n.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+    }
+    assert changed == layers if extra else layers < changed
+    assert after.settings == before.settings and after.text_to_image("a dog", steps=2).images
+    assert finetune(*command[:3], "steps=6", *QUICK, *extra) == 0  # a finished run: nothing more to do
+
+
+def test_instruction_tuning_trains_the_answer_and_nothing_else(base, tmp_path):
+    """With answers as the only targets, the wrong question or picture costs nothing: only the answer is learnt."""
+    from unidiff.train.config import read_config
+    from unidiff.train.tasks import TaskMixer
+
+    table = TokenTable.load(base / "tokens.safetensors")
+    config = read_config(ROOT / "configs" / "instruction.yaml", [f"output={tmp_path}", *QUICK])
+    batch = TaskMixer(table, config.tasks, config.objective, 0).batch(0, 16)
+    places = torch.arange(batch.batch.shape[1])
+    expected = (places >= 3) & (places < table.text_length)
+    assert torch.equal(batch.batch.targets, expected.expand(16, -1))
+    command = [base / "pipeline", ROOT / "configs" / "instruction.yaml", f"data.train={base / 'tokens.safetensors'}"]
+    command += [f"output={tmp_path}", "steps=40", "lora.rank=0", *QUICK]
+    assert finetune(*command) == 0
+    answers = []
+    for folder in (base / "pipeline", tmp_path / "pipeline"):
+        pipe = UniDiffPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        ids, total = table.fetch(torch.arange(16)), 0.0
+        with torch.no_grad():
+            noisy = batch.batch.hide_targets(table.vocabulary)
+            logits = pipe.transformer(noisy)[:, 3, : table.vocabulary.text_size]
+            total = torch.nn.functional.cross_entropy(logits, ids.questions[:, 3]).item()
+        answers.append(total)
+    assert answers[1] < 0.5 * answers[0]
+
+
+def test_a_full_sequence_model_becomes_block_causal(base, tmp_path):
+    command = [base / "pipeline", f"data.train={base / 'tokens.safetensors'}", f"output={tmp_path}", "steps=2", *QUICK]
+    assert finetune(*command, "model.attention=block_causal", "model.block_length=4") == 0
+    config = UniDiffPipeline.from_pretrained(tmp_path / "pipeline").transformer.config
+    assert (config.attention, config.block_length) == ("block_causal", 4)
+
+
+def test_refusals(base, tmp_path, capsys):
+    data = f"data.train={base / 'tokens.safetensors'}"
+    assert finetune(tmp_path / "nothing", data) == 2 and "does not exist" in capsys.readouterr().err
+    assert finetune(base, data) == 2 and "neither a pipeline nor a transformer" in capsys.readouterr().err
+    assert finetune(base / "pipeline", data, "model.hidden_size=32") == 2
+    assert "model.hidden_size = 32" in capsys.readouterr().err
+    other = Vocabulary.unified(300, 16, {"eos": 0})
+    tensors = {"codes": torch.zeros(8, 2, 3, dtype=torch.long), "captions": torch.zeros(8, 10, dtype=torch.long)}
+    TokenTable(tensors, other).save(tmp_path / "other.safetensors")
+    arguments = [f"data.train={tmp_path / 'other.safetensors'}", f"output={tmp_path / 'o'}", *QUICK]
+    assert finetune(base / "pipeline", *arguments) == 2
+    assert "encode it with the model's tokenizers" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Train a finished model on, whole or through low-rank adapters, and save it as a pipeline again.
+
+    python training/finetune.py MODEL [CONFIG.yaml] data.train=TOKENS output=FOLDER [lora.rank=16] [key=value ...]
+
+MODEL is a pipeline folder, `emoji`, a hub name, or a folder with a transformer alone. Its architecture and tokenizers are
+taken over; settings are those of training/pretrain.py. Run the same command again to continue from the newest checkpoint.
+The averaged weights, adapters folded in, land in OUTPUT/model, and with the model's tokenizers in OUTPUT/pipeline.
+Works under torchrun like training/pretrain.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+from unidiff.train.config import TrainConfig, read_config
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    path = rest.pop(0) if rest and "=" not in rest[0] else None
+    try:
+        return finetune(name, read_config(path, rest))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def finetune(name: str, config: TrainConfig) -> int:
+    from unidiff.hub import locate
+    from unidiff.pipelines.folder import read_index
+    from unidiff.pipelines.settings import PipelineSettings
+    from unidiff.train.build import pick_device
+    from unidiff.train.datasets import open_sources
+    from unidiff.train.distributed import Launch, Parallel
+    from unidiff.train.finetune import check_vocabulary, finetune_config, open_base
+    from unidiff.train.samples import sheet_sampler
+    from unidiff.train.trainer import Trainer, TrainingAborted
+
+    base = open_base(locate(name))
+    config = finetune_config(base, config)
+    settings = PipelineSettings.from_dict(read_index(base.folder).get("settings") or {}) if base.pipeline else None
+    names, launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), None
+    if all(name in os.environ for name in names):  # set by torchrun
+        rank, size, local, address, port = (os.environ[name] for name in names)
+        launch = Launch(int(rank), int(size), int(local), address, int(port))
+    parallel = Parallel(pick_device(config.device), config.parallel, launch)
+    try:
+        with parallel.main_first():  # raw shards are encoded once
+            source, validation = open_sources(config)
+        check_vocabulary(base, source, settings.vocabulary if settings else None)
+        Trainer(config, source, validation, sheet_sampler(config, source), parallel).train()
+        if settings and parallel.main:
+            save_pipeline(base.folder, Path(config.output), config.checkpoint.export_dtype)
+    except TrainingAborted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        parallel.close()
+    return 0
+
+
+def save_pipeline(base: Path, output: Path, dtype: str) -> None:
+    """OUTPUT/pipeline: the tokenizers and settings of `base` with the weights of OUTPUT/model."""
+    import torch
+
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.pipelines.folder import load_parts, load_transformer
+
+    parts = load_parts(base, torch.float32)
+    transformer = load_transformer(output / "model", getattr(torch, dtype))
+    pipeline = UniDiffPipeline(transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
+    pipeline.save_pretrained(output / "pipeline")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
