@@ -64,6 +64,7 @@ def test_dream_template():
         encode,
     )
     assert rows.ids("what is a fox") == [20, 3, 0, 8, 9, 4, 10, 11, 21, 0, 20, 1, 0, 6, 7, 4, 5, 21, 0, 20, 2, 0]
+    assert replace(rows, template=replace(rows.template, system=None))._settings().text.confidence == "entropy"
     asked = [{"role": "system", "content": "helpful"}, {"role": "user", "content": "fox"}]
     assert rows.ids(asked)[:5] == [20, 3, 0, 10, 21]
 

@@ -91,7 +91,8 @@ class Forward:
         self._model, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
-        self._hides = [torch.zeros_like(batch.given), *hides]
+        nothing = torch.zeros_like(batch.given)
+        self._hides = [nothing, *([nothing] * len(unconditional) if unconditional else hides)]
         self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._hides)
         self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]

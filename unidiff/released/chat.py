@@ -9,7 +9,7 @@ An answer ends before its first end-of-text or end of turn. Words never become m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
@@ -23,6 +23,34 @@ Message = Mapping[str, str]
 Turn = Prompt | Sequence[Message]
 
 
+def llada_sampler(
+    vocabulary: Vocabulary,
+    steps: int = 128,
+    block_length: int = 32,
+    temperature: float = 0.0,
+    guidance: float = 0.0,
+    threshold: float | None = None,
+) -> SamplerConfig:
+    """LLaDA's semi-autoregressive decoding, or Fast-dLLM's in parallel.
+
+    Args:
+        steps: passes for the whole answer. block_length: tokens per block.
+        guidance: upstream `cfg_scale`.
+        threshold: commit every token whose confidence reaches it instead of a fixed number per pass.
+    """
+    config = answer_config(vocabulary, steps, block_length, temperature, guidance)
+    if threshold is None:
+        return config
+    text = ModalityDecoding(
+        rule="threshold",
+        threshold=threshold,
+        temperature=temperature,
+        block_length=block_length,
+        forbid=config.text.forbid,
+    )
+    return replace(config, text=text)
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """How turns are written; a part is the name of a mark in angle brackets, or words with `{role}` and `{content}`.
@@ -32,6 +60,7 @@ class ChatTemplate:
         opening: parts before the first turn. turn: parts of a turn. answer: parts that open the answer.
         system: what the system says where a conversation does not begin with it; None for nothing.
         end: the mark that ends a turn.
+        sampler: vocabulary to the family's sampler settings.
     """
 
     marks: Mapping[str, int] = field(default_factory=dict)
@@ -40,6 +69,7 @@ class ChatTemplate:
     answer: tuple[str, ...] = ()
     system: str | None = None
     end: str = "eot"
+    sampler: Callable[[Vocabulary], SamplerConfig] = llada_sampler
 
 
 LLADA_CHAT = ChatTemplate(
@@ -54,6 +84,7 @@ DREAM_CHAT = ChatTemplate(
     answer=("<im_start>", "assistant\n"),
     system="You are a helpful assistant.",
     end="im_end",
+    sampler=lambda vocabulary: dream_sampler(),
 )
 
 
@@ -65,7 +96,7 @@ class ChatRows:
         vocabulary: of the model.
         template: `LLADA_CHAT` or `DREAM_CHAT`.
         encode: text to ids without special ones (`TextTokenizer(...).encode`).
-        config: sampler settings; None for `llada_sampler` or (with Dream's template) `dream_sampler`.
+        config: sampler settings; None for the template's.
         left: pad on the left, as the reference programs do, or on the right; the answers are the same.
     """
 
@@ -146,7 +177,7 @@ class ChatRows:
     def _settings(self) -> SamplerConfig:
         if self.config is not None:
             return replace(self.config, ends=(*self.config.ends, *self._ends))
-        plain = dream_sampler() if self.template is DREAM_CHAT else llada_sampler(self.vocabulary)
+        plain = self.template.sampler(self.vocabulary)
         never = {i for name, i in self.template.marks.items() if name != self.template.end}
         never -= {self.vocabulary.specials.get("eos")}
         text = replace(plain.text, forbid=tuple(sorted({*plain.text.forbid, *never})))
@@ -162,31 +193,3 @@ class ChatRows:
             rows.append([text_piece(prompt), hidden_text(answer_length, self.vocabulary)])
         batch = pieces_batch(rows, self.left)
         return TaskRequest(batch, self._settings(), text_targets(batch))
-
-
-def llada_sampler(
-    vocabulary: Vocabulary,
-    steps: int = 128,
-    block_length: int = 32,
-    temperature: float = 0.0,
-    guidance: float = 0.0,
-    threshold: float | None = None,
-) -> SamplerConfig:
-    """LLaDA's semi-autoregressive decoding, or Fast-dLLM's in parallel.
-
-    Args:
-        steps: passes for the whole answer. block_length: tokens per block.
-        guidance: upstream `cfg_scale`.
-        threshold: commit every token whose confidence reaches it instead of a fixed number per pass.
-    """
-    config = answer_config(vocabulary, steps, block_length, temperature, guidance)
-    if threshold is None:
-        return config
-    text = ModalityDecoding(
-        rule="threshold",
-        threshold=threshold,
-        temperature=temperature,
-        block_length=block_length,
-        forbid=config.text.forbid,
-    )
-    return replace(config, text=text)
