@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,41 +15,74 @@ from doc_code import DOCS, blocks, run
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
 from safetensors.torch import save_file
-from tiny_families import LLADA, LUMINA_IDS, MMADA, lively
+from tiny_families import DREAM, LLADA, LUMINA_IDS, MMADA, UNIDISC, lively
 
+from unidiff.released import chat
+from unidiff.released.dream import dream_config, dream_state_dict
 from unidiff.released.llada import llada_config, llada_state_dict
 from unidiff.released.mmada import SPECIALS, mmada_config, mmada_vocabulary
 from unidiff.released.published import RELEASES, build_empty
+from unidiff.released.unidisc import unidisc_config, unidisc_state_dict
 from unidiff.tokens import Vocabulary
+from unidiff.tokens.text import TextTokenizer
 
 NAME = "released.md"
 TEXT = (DOCS / NAME).read_text(encoding="utf-8")
-FAMILIES = ["UniDisc", "MDLM", "LLaDA", "MMaDA", "Lumina-DiMOO", "Muddit and Meissonic", "Image tokenizers"]
+FAMILIES = [
+    "The pipeline",
+    "UniDisc",
+    "MDLM",
+    "LLaDA",
+    "Dream",
+    "MMaDA",
+    "Lumina-DiMOO",
+    "Muddit and Meissonic",
+    "Image tokenizers",
+]
 
 
-def write_network(folder: Path, config: dict, network: dict) -> None:
-    """A LLaDA-like checkpoint with lively weights."""
+def write_network(folder: Path, config: dict, network: dict, export: Callable = llada_state_dict) -> None:
+    """A checkpoint of a `MaskedTransformer` with lively weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    state = llada_state_dict(lively(network).float())
+    state = export(lively(network).float())
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+
+
+def write_unidisc(folder: Path) -> None:
+    """A network for 4 x 4 codes behind ten text tokens, with both tokenizers."""
+    texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
+    image = {"image_vocab_size": 12, "img_length": 16, "txt_length": 10}
+    config = {"model": {**UNIDISC["model"], **image, "text_vocab_size": texts.size + 1}}
+    write_network(folder, config, unidisc_config(config), unidisc_state_dict)
+    write_tiny(folder / "image_tokenizer", "llamagen")
+    texts.save_pretrained(folder / "text_tokenizer")
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory) -> Path:
     """A folder with `checkpoints/`, in which the snippets are run."""
     root = tmp_path_factory.mktemp("shelf")
-    for family in ("unidisc", "mdlm", "llada", "magvit"):
+    for family in ("mdlm", "llada", "magvit"):
         write_tiny(root / "checkpoints" / family, family)
+    write_unidisc(root / "checkpoints" / "unidisc")
     write_tiny(root / "checkpoints" / "vqvae", "vq_model", "diffusion_pytorch_model.safetensors")
     write_tiny(root / "checkpoints" / "llamagen", "llamagen")
     (root / "checkpoints" / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, root / "checkpoints" / "llamagen" / "vq_ds16_c2i.pt")
     write_network(root / "checkpoints" / "mmada", MMADA, mmada_config(MMADA))
+    write_network(
+        root / "checkpoints" / "dream", {"model_type": "Dream", **DREAM}, dream_config(DREAM), dream_state_dict
+    )
     lumina = {**LLADA, "vocab_size": 60, "mask_token_id": 35, "architectures": ["LLaDAForMultiModalGeneration"]}
     write_network(root / "checkpoints" / "lumina", lumina, llada_config(lumina))
     write_folder(root / "checkpoints" / "muddit" / "512")
     return root
+
+
+def encode(words: str) -> list[int]:
+    """Ids from 3 to 12, the same for the same word."""
+    return [3 + zlib.crc32(word.encode()) % 10 for word in words.split()]
 
 
 def layouts(family: str) -> dict:
@@ -54,23 +90,35 @@ def layouts(family: str) -> dict:
     if family == "MMaDA":
         return {"vocabulary": mmada_vocabulary(60, 41, 16, 40, {name: 20 + i for i, name in enumerate(SPECIALS)})}
     if family == "Lumina-DiMOO":
-        specials = {"eos": 34, "uncondition": 29, **LUMINA_IDS}
+        specials = {"eos": 34, "uncondition": 29, "answer_pad": 30, **LUMINA_IDS}
         return {"vocabulary": Vocabulary(60, (0, 36), (36, 52), 35, specials=specials)}
     return {}
 
 
+@pytest.fixture
+def tiny_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chat templates with marks that the tiny vocabularies have."""
+    for name, marks in (
+        ("LLADA_CHAT", ("bos", "start_header", "end_header", "eot")),
+        ("DREAM_CHAT", ("im_start", "im_end")),
+    ):
+        template = getattr(chat, name)
+        monkeypatch.setattr(chat, name, replace(template, marks={mark: 20 + i for i, mark in enumerate(marks)}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("tiny_marks")
 def test_the_snippet_of_a_family_runs(family: str, shelf: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(shelf)
     own = [block for block in blocks(NAME) if block.heading == family]
     assert own, f"{family} has no example"
-    space: dict = {"__name__": "snippet", **layouts(family)}
+    space: dict = {"__name__": "snippet", "encode": encode, **layouts(family)}
     for block in own:
         run(block, NAME, space)
     made = [value for name, value in space.items() if name.startswith(("picture", "pixels"))]
     for pixels in made:
         assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1
-    assert made or family in ("MDLM", "LLaDA")
+    assert made or family in ("The pipeline", "MDLM", "LLaDA", "Dream")
 
 
 def test_every_snippet_belongs_to_a_family():
