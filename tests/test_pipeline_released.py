@@ -31,7 +31,6 @@ CONFIG = {
         "rope_2d": True,
         "txt_length": 10,
         "img_length": 9,
-        "text_vocab_size": 301,
         "image_vocab_size": 12,
     }
 }
@@ -41,14 +40,16 @@ CONFIG = {
 def unidisc(tmp_path_factory):
     """UniDisc beside LlamaGen's tokenizer (factor 2, 12 codes) and a text tokenizer: 3 x 3 codes, 6 x 6 pixels."""
     folder = tmp_path_factory.mktemp("unidisc")
+    texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
+    texts.save_pretrained(folder / "text_tokenizer")
+    config = {"model": {**CONFIG["model"], "text_vocab_size": texts.size + 1}}
     torch.manual_seed(0)
-    model = MaskedTransformer(**unidisc_config(CONFIG))
+    model = MaskedTransformer(**unidisc_config(config))
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.3)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     torch.save({"model": {f"_orig_mod.{n}": v for n, v in unidisc_state_dict(model).items()}}, folder / "unidisc.pt")
     write_tiny(folder / "image_tokenizer", "llamagen")
-    TextTokenizer.train(["a red fox on a hill", "two owls"], 300).save_pretrained(folder / "text_tokenizer")
     return folder
 
 
@@ -115,6 +116,10 @@ def test_parts_that_are_missing_or_of_another_model(unidisc, tmp_path):
     write_tiny(copy / "vqvae", "vq_model")
     with pytest.raises(ValueError, match="the image tokenizer has 16 codes, but the model 12"):
         UniDiffPipeline.from_pretrained(copy, text_tokenizer=unidisc / "text_tokenizer")
+    shutil.rmtree(copy / "vqvae")
+    TextTokenizer.train(["a"], 260).save_pretrained(copy / "text_tokenizer")
+    with pytest.raises(ValueError, match=r"the text tokenizer has 260 ids, but the model"):
+        UniDiffPipeline.from_pretrained(copy, image_tokenizer=unidisc / "image_tokenizer")
     write_tiny(tmp_path / "llada", "llada")
     assert is_released(tmp_path / "llada")
     with pytest.raises(ValueError, match=r"holds llada, which has no pipeline .*load_released"):

@@ -72,7 +72,7 @@ class ReleasedPipeline:
                 f"the image tokenizer has {images.codebook_size} codes, but the model {size}; give the one it was "
                 "trained with"
             )
-        if texts.size > released.vocabulary.text_size:
+        if texts.size - released.vocabulary.text_size not in (0, 1):  # with or without [MASK]
             raise ValueError(
                 f"the text tokenizer has {texts.size} ids, but the model {released.vocabulary.text_size}; give the one it "
                 "was trained with"
@@ -114,7 +114,8 @@ class ReleasedPipeline:
         Raises:
             ValueError: a picture of another size, mode, dtype or range, or an option out of range.
         """
-        return self._run(self.rows.caption(self._encode(image, resize), max_text_tokens), options, pictures=False)
+        request = self.rows.caption(self._encode(image, resize), max_text_tokens)
+        return self._run(request, options, pictures=False, longest=max_text_tokens)
 
     def inpaint(
         self,
@@ -146,10 +147,16 @@ class ReleasedPipeline:
         Raises:
             ValueError: an option out of range.
         """
-        return self._run(self.rows.generate(num_images_per_prompt, max_text_tokens), options, num_images_per_prompt)
+        request = self.rows.generate(num_images_per_prompt, max_text_tokens)
+        return self._run(request, options, num_images_per_prompt, longest=max_text_tokens)
 
     def _run(
-        self, request: TaskRequest, options: Mapping[str, Any], per_entry: int = 1, pictures: bool = True
+        self,
+        request: TaskRequest,
+        options: Mapping[str, Any],
+        per_entry: int = 1,
+        pictures: bool = True,
+        longest: int | None = None,
     ) -> UniDiffOutput:
         chosen = ReleasedOptions(**options)
         config = chosen.sampler or request.config
@@ -158,12 +165,13 @@ class ReleasedPipeline:
         vocabulary = self.released.vocabulary
         assert vocabulary is not None  # checked when it was made
         done = run_task(self.transformer, vocabulary, replace(request, config=config), seeds, chosen.policy)
+        words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
         codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
         return UniDiffOutput(
             images=self._pictures(codes, chosen.output_type) if pictures else None,
-            texts=[self.texts.decode(ids).strip() for ids in done.texts],
+            texts=[self.texts.decode(ids).strip() for ids in words],
             codes=codes,
-            text_ids=done.texts,
+            text_ids=words,
             ids=done.output.batch.ids.cpu(),
             confidences=done.output.confidence.cpu(),
             nfe=done.output.nfe,
