@@ -11,6 +11,9 @@ from golden import golden_folders
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unidiff.decoding import ModalityDecoding, SamplerConfig, draw
+from unidiff.decoding import sampler as sampler_module
+from unidiff.decoding.forward import gather_positions
 from unidiff.models import subs_log_probs
 from unidiff.models.image_spans import image_spans
 from unidiff.models.transformer import MaskedTransformer
@@ -22,6 +25,7 @@ from unidiff.released.unidisc import (
     unidisc_state_dict,
     unidisc_vocabulary,
 )
+from unidiff.released.unidisc_tasks import unidisc_sampler
 from unidiff.tokens import Vocabulary
 
 TOLERANCE = dict(atol=5e-5, rtol=1e-5)
@@ -140,6 +144,53 @@ def test_every_image_size_has_its_own_rotary_table(folder):
             torch.testing.assert_close(value[rows], stored[f"{name}.{part}"], **TOLERANCE)
         compared |= {f"{name}.{part}" for part in ("rows", "cos", "sin")}
     assert compared == set(stored)
+
+
+class Replayed:
+    """`draw.choose` with the stored codes, ranked by log p + 4.5 t Gumbel."""
+
+    def __init__(self, stored: dict[str, Tensor], targets: Tensor, vocabulary: Vocabulary, steps: int) -> None:
+        self.stored, self.open, self.vocabulary, self.steps = stored, targets, vocabulary, steps
+        self.step = 0
+
+    def __call__(self, logits, live, settings, u, noise) -> draw.Choice:
+        index, _ = gather_positions(self.open, logits.shape[1])
+        codes, gumbel = (self.stored[f"traj_maskgit.{n}.{self.step}"].gather(1, index) for n in ("pred_code", "gumbel"))
+        token = torch.where(live, codes - self.vocabulary.image[0], 0)
+        p = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+        t = torch.linspace(1, 1e-5, self.steps + 1)[self.step]
+        self.step += 1
+        return draw.Choice(token, p, p.log() + 4.5 * t * gumbel, torch.ones((), dtype=torch.bool))
+
+    def look(self, step, state) -> None:
+        self.open = state.open
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "folder", [p for p in sets() if p.values[0] and (p.values[0] / "sampling.safetensors").is_file()]
+)
+def test_the_sampler_makes_the_references_maskgit_run(folder, monkeypatch):
+    """The one sampler, guided by a ramp, with the reference's quotas, codes and noise: the same state after each pass."""
+    stored = load_file(folder / "sampling.safetensors")
+    model, vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), read_config(folder))
+    steps = int(stored["traj_maskgit.num_steps"])
+    given = stored["unmask_t2i"].bool()
+    batch = unidisc_batch(stored["x0"], stored["modality"]).replace(given=given)
+    replayed = Replayed(stored, batch.targets, vocabulary, steps)
+    monkeypatch.setattr(draw, "choose", replayed)
+    schedule = stored["traj_maskgit.schedule"].long()
+    monkeypatch.setattr(
+        sampler_module, "quota", lambda *about: schedule.gather(1, about[3][:, None].clamp_max(steps - 1))[:, 0]
+    )
+    image = ModalityDecoding(steps=steps)
+    config = SamplerConfig(image=image, guidance=unidisc_sampler(guidance=3.0).guidance)
+    sampler = sampler_module.Sampler(model, vocabulary, config)
+    out = sampler(batch, torch.zeros(len(given), dtype=torch.long), callback=replayed.look, record=True)
+    assert replayed.step == steps
+    for i in range(steps):
+        assert torch.equal(out.trajectory[i + 1], stored[f"traj_maskgit.x.{i}"]), f"pass {i}"
+    assert torch.equal(out.batch.ids, stored["traj_maskgit.final"])
 
 
 def test_interleaved_samples_keep_to_themselves():
