@@ -106,5 +106,5 @@ def test_a_run_trains_adapters_alone_resumes_and_exports_plain_weights(tmp_path,
         whole.model.eval()
         torch.testing.assert_close(states(exported), states(whole.model), rtol=1e-4, atol=1e-5)
     assert not torch.equal(
-        states(exported), states(Trainer(config("fresh", 1), tiny_table()).averaged(torch.device("cpu")))
+        states(exported), states(Trainer(config("fresh", 1), tiny_table()).averaged())
     )

@@ -40,6 +40,11 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
         model = MaskedTransformer(vocab_size=vocab_size, **config.model)
     except TypeError as error:
         raise ValueError(f"model settings {config.model} have a wrong type: {error}") from error
+    blockwise = model.config.attention == "block_causal"
+    if (config.data.pack or blockwise) and model.embed_time is not None and model.config.constant_time is None:
+        raise ValueError("data.pack and block_causal need a model without time_conditioning: a row has several times")
+    if config.data.pack and blockwise:
+        raise ValueError("data.pack and block_causal attention do not go together; set data.pack=0")
     if config.checkpoint.init_from:
         folder = Path(config.checkpoint.init_from)
         files = sorted(folder.glob("*.safetensors"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from unidiff.data.encode import EncodeSettings
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
 from unidiff.train.shard_source import ShardTokens, is_tokenised, open_shards
-from unidiff.train.source import TokenTable
+from unidiff.train.source import TokenSource, TokenTable
 
 
 def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTable | ShardTokens | None]:
@@ -23,6 +24,7 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
     if not data.train:
         raise ValueError("data.train is empty; name a token table (.safetensors) or shards")
     table = _open(data.train, config, "train")
+    check_declared(config, table)
     held_out: TokenTable | ShardTokens | None = None
     if data.validation:
         held_out = _open(data.validation, config, "validation")
@@ -35,6 +37,25 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
             )
         table, held_out = table.split(data.validation_rows)
     return table.seeded(config.seed, phases(config)), held_out
+
+
+def check_declared(config: TrainConfig, source: TokenSource) -> None:
+    """Raise ValueError where `data.vocabulary` and `data.grid` declare something else than the data has."""
+    name, side = config.data.vocabulary, config.data.grid
+    if name:
+        wanted, found = Vocabulary.named(name), source.vocabulary
+        if (wanted.size, wanted.text, wanted.image, wanted.mask_id) != (
+            found.size,
+            found.text,
+            found.image,
+            found.mask_id,
+        ):
+            raise ValueError(
+                f"data.vocabulary is {name!r} (text {wanted.text}, image {wanted.image}), {config.data.train!r} has text "
+                f"{found.text}, image {found.image}; encode the data with the tokenizers of {name!r} or change the setting"
+            )
+    if side and source.grid != (side, side):
+        raise ValueError(f"data.grid is {side}, {config.data.train!r} has {source.grid[0]} x {source.grid[1]} codes")
 
 
 def phases(config: TrainConfig) -> tuple[tuple[int, int], ...] | None:

@@ -57,8 +57,9 @@ class TrainState:
     def _token_nll(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
         x_t = noisy.batch
         # 2. transformer: hidden states of x_t
+        visible = x_t.attention_mask() if clean.visible is None else clean.visible
         hidden = self.hidden(
-            x_t.ids, x_t.modality, x_t.positions, attention_mask=x_t.attention_mask(), time=clean.rate.float()
+            x_t.ids, x_t.modality, x_t.positions, attention_mask=visible, time=clean.rate.float()
         )  # [B, L, D]
         # 3. NLL at hidden positions only, each through its modality's slice of the head
         return masked_nll(hidden, self.model, noisy.masked, clean.batch, self.vocabulary, self.chunk, clean.weight)
@@ -159,4 +160,5 @@ def _add_sums(sums: Tensor, by_time: Tensor, nll: Tensor, masked: Tensor, micro:
         sums[1, :, modality].index_add_(0, task.flatten(), count)
         by_time.index_add_(0, bucket, torch.stack([nats, count], 1))
     starts = micro.batch.valid & (micro.batch.positions[..., 0] == 0)  # first tokens of samples
-    sums[2, :, 0].index_add_(0, task.flatten(), starts.flatten().float())
+    copies = 1 if micro.visible is None else 2  # block diffusion has every sample twice in a row
+    sums[2, :, 0].index_add_(0, task.flatten(), starts.flatten().float() / copies)

@@ -18,7 +18,8 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.source import TokenRows, TokenSource
 
-_TASK_STREAM, _MASK_STREAM, _TIME_STREAM = 101, 102, 103
+_TASK_STREAM, _MASK_STREAM, _TIME_STREAM, _BLOCK_STREAM = 101, 102, 103, 104
+SOFTMIN_GAMMA = 5.0  # UniDisc's softmin_snr
 _STEP = -7046029254386353131  # 2^64 / golden ratio: the additive step of a low-discrepancy sequence
 
 
@@ -28,10 +29,11 @@ class TaskBatch:
 
     Attributes:
         batch: clean ids with `given` set per task; a dropped condition is given as [MASK].
-        task: int64 `[B]`, index into `config.TASKS`.
-        rate: float64 `[B]`, share of the targets to hide.
+        task: int64 `[B]`, index into `config.TASKS`; `[B, L]` where samples share rows.
+        rate: float64 `[B]`, share of the targets to hide; `[B, L]` where samples share rows.
         noise: float64 `[B, L]`; a target is hidden where `noise < rate`, which hides exactly ceil(rate * targets).
         weight: float32 `[B, L]`, loss weight of a position if it is hidden.
+        visible: bool `[B, 1, L, L]`, which keys a query may see, where that is not the batch's own `attention_mask`.
     """
 
     batch: TokenBatch
@@ -39,12 +41,14 @@ class TaskBatch:
     rate: Tensor
     noise: Tensor
     weight: Tensor
+    visible: Tensor | None = None
 
     def to(self, device: torch.device) -> TaskBatch:
         if device.type == "cpu":
             return self
         moved = (x.to(device, non_blocking=True) for x in (self.task, self.rate, self.noise, self.weight))
-        return TaskBatch(self.batch.to(device), *moved)
+        visible = None if self.visible is None else self.visible.to(device)
+        return TaskBatch(self.batch.to(device), *moved, visible)
 
 
 class TaskMixer:
@@ -56,6 +60,7 @@ class TaskMixer:
         objective: modality weights.
         seed: of every draw.
         crop_fill: probability that the EOS fill is cut to a random length.
+        block_length: every block of so many positions of a sample has a rate of its own (block diffusion); 0: one per row.
 
     Raises:
         ValueError: the VQA task has a weight but the source has no questions, or `elbo` weights where the rate's
@@ -63,9 +68,21 @@ class TaskMixer:
     """
 
     def __init__(
-        self, source: TokenSource, tasks: TasksConfig, objective: ObjectiveConfig, seed: int, crop_fill: float = 0.0
+        self,
+        source: TokenSource,
+        tasks: TasksConfig,
+        objective: ObjectiveConfig,
+        seed: int,
+        crop_fill: float = 0.0,
+        block_length: int = 0,
     ) -> None:
         self.source, self.objective, self.seed, self.crop_fill = source, objective, seed, crop_fill
+        self.block_length = block_length
+        if block_length and tasks.caption.weight + tasks.vqa.weight > 0:
+            raise ValueError(
+                "a block-causal model sees no later block, so a caption or answer cannot see the picture behind it; "
+                "set tasks.caption.weight and tasks.vqa.weight to 0"
+            )
         self.settings: tuple[TaskConfig, ...] = tuple(getattr(tasks, name) for name in TASKS)
         if tasks.vqa.weight > 0 and not source.has_questions:
             raise ValueError("tasks.vqa.weight is above 0 but the data has no questions; set it to 0 or add questions")
@@ -88,12 +105,31 @@ class TaskMixer:
         batch, hide = self._lay_out(self.source.fetch(index), chosen, draw)
         batch = drop_condition(batch, hide, self.source.vocabulary)
         noise = keyed_uniform(self.seed, index, _MASK_STREAM, batch.shape[1])  # [B, L]
-        noise, total = rank_noise(noise, batch.targets)
-        rate, row_weight = self._rates(self._times(index), chosen, total)  # [B], [B]
-        weight = row_weight[:, None] * torch.where(
+        modality_weight = torch.where(
             batch.modality == Modality.IMAGE, self.objective.image_weight, self.objective.text_weight
         )  # [B, L]
-        return TaskBatch(batch, chosen, rate, noise, weight.float())
+        if self.block_length:
+            noise, rate, weight = self._block_rates(index, chosen, batch, noise)  # [B, L] each
+            weight = (weight * modality_weight).float()
+            return TaskBatch(batch, chosen[:, None].expand_as(rate), rate, noise, weight)
+        noise, total = rank_noise(noise, batch.targets)
+        rate, row_weight = self._rates(self._times(index), chosen, total)  # [B], [B]
+        return TaskBatch(batch, chosen, rate, noise, (row_weight[:, None] * modality_weight).float())
+
+    def _block_rates(
+        self, index: Tensor, task: Tensor, batch: TokenBatch, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise ranked within each block, the block's rate, and its weight, at every position."""
+        block = torch.div(batch.positions[..., 0], self.block_length, rounding_mode="floor")  # [B, L]
+        count = int(block.max()) + 1
+        members = torch.nn.functional.one_hot(block, count).bool() & batch.targets[..., None]  # [B, L, K]
+        ranked, total = rank_noise(
+            noise[:, None].expand(-1, count, -1).flatten(0, 1), members.transpose(1, 2).flatten(0, 1)
+        )
+        noise = ranked.view(-1, count, block.shape[1]).gather(1, block[:, None])[:, 0]
+        times = keyed_uniform(self.seed, index, _BLOCK_STREAM, count)  # [B, K]
+        rate, weight = self._rates(times, task[:, None], total.view(-1, count).clamp_min(1))
+        return noise, rate.gather(1, block), weight.gather(1, block)
 
     def _times(self, index: Tensor) -> Tensor:
         # A low-discrepancy sequence over the sample index: any run of samples covers (0, 1) evenly.
@@ -109,8 +145,13 @@ class TaskMixer:
             if settings.loss == "elbo":
                 chance = rate_cdf(settings, n / total) - rate_cdf(settings, (n - 1) / total)
                 w = 1 / (n * chance)
+            elif settings.loss == "softmin":
+                share = n / total
+                w = 1 / (share + (1 - share) / SOFTMIN_GAMMA)
             else:
                 w = total / n if settings.loss == "inverse_rate" else torch.ones_like(n)
+            if settings.per_sample:
+                w = w * self.source.text_length / total.clamp_min(1)
             rate = torch.where(task == number, r, rate)
             weight = torch.where(task == number, settings.scale * w, weight)
         return rate, weight

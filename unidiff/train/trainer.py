@@ -16,6 +16,7 @@ import torch
 from unidiff.config import dump_config
 from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.block_diffusion import double_rows
 from unidiff.train.build import build_model, pick_device, set_up_blocks
 from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save_checkpoint, score_of, write_atomic
 from unidiff.train.config import TrainConfig, check_config
@@ -68,7 +69,8 @@ class Trainer:
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         crop = config.data.crop_fill
-        self.mixer = TaskMixer(source, config.tasks, config.objective, config.seed, crop)
+        self.block_length = int(config.model.get("block_length") or 0)
+        self.mixer = TaskMixer(source, config.tasks, config.objective, config.seed, crop, self.block_length)
         model = build_model(config, source.vocabulary.size)
         set_up_blocks(model, config.activation_checkpointing, config.compile)
         self.parallel.prepare(model)
@@ -184,6 +186,8 @@ class Trainer:
 
     def _batch(self, first: int, count: int) -> TaskBatch:
         micro, capacity = self.mixer.batch(first, count), self.config.data.pack
+        if self.block_length:
+            micro = double_rows(micro, self.block_length)
         return (pack_tasks(micro, capacity) if capacity else micro).to(self.parallel.device)
 
     def _overdue(self) -> bool:

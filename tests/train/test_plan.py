@@ -1,0 +1,115 @@
+"""The planner against hand counts, and its memory count against what autograd really keeps."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.config import LoraConfig, TaskConfig, read_config
+from unidiff.train.plan import GIB, adapter_parameters, block_activation_bytes, make_plan, mean_rate, row_shape
+from unidiff.train.tasks import sample_rate
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["model={hidden_size: 64, num_layers: 3, num_heads: 2, ffn_size: 128, activation: gelu}", "batch_size=16"]
+SMALL += ["data.vocabulary=unidisc-magvit", "data.text_length=32", "data.grid=8", "steps=1000"]
+
+
+def test_a_plan_by_hand():
+    plan = make_plan(read_config(None, [*SMALL, "accumulate=2"]), gpus=4)
+    d, length, rows = 64, 32 + 64, 32
+    linear = 3 * (d * 3 * d + d * d + 2 * d * 128)
+    total = linear + 3 * 2 * d + (40193 + 2) * d + 40193 * d + d  # blocks, norms, embeddings, head, final norm
+    assert plan.size.total == total and plan.state_bytes == 20 * total
+    assert (plan.rows_per_step, plan.rows_per_gpu) == (rows, 4)
+    head = 3 * 2 * d * 0.5 * (32 * 32000 + 64 * 8192)
+    expected = rows * (3 * 2 * length * linear + 3 * 4 * d * length**2 * 3 + head)
+    assert plan.step_flops == pytest.approx(expected)
+    assert plan.days(4, 1e12) == pytest.approx(1000 * expected / 4e12 / 86400)
+
+
+def test_spreading_saves_what_it_should_and_the_first_that_fits_is_named():
+    config = read_config(None, [*SMALL, "batch_size=64"])
+    plan = make_plan(config, gpus=16)
+    names = [layout.settings for layout in plan.layouts]
+    assert names[0] == "parallel.mode=ddp" and "parallel.mode=fsdp parallel.replicas=2" in names
+    by_name = dict(zip(names, plan.layouts, strict=True))
+    whole, sharded = by_name["parallel.mode=ddp"], by_name["parallel.mode=fsdp"]
+    hybrid = by_name["parallel.mode=fsdp parallel.replicas=2"]
+    assert hybrid.weights - sharded.weights == plan.state_bytes // 8 - plan.state_bytes // 16
+    assert sharded.activations == whole.activations
+    frugal = by_name["parallel.mode=ddp activation_checkpointing=full"]
+    per_token = block_activation_bytes(config.model)
+    assert frugal.activations == 4 * 96 * (4 * 64 * 3 + per_token) < whole.activations == 4 * 96 * 3 * per_token
+    assert plan.fitting(whole.total) == whole and plan.fitting(0) is None
+    between = plan.fitting(whole.total - 1)
+    assert between is not None and between.total < whole.total
+
+
+SANDWICH = dict(activation="gelu_tanh", qk_norm="width", qk_norm_type="layer_bias", sandwich_norm=True, ffn_bias=True)
+GROUPED = dict(activation="swiglu", qk_norm="head", qk_norm_type="layer", num_kv_heads=2)
+
+
+# On a CPU autocast leaves norms of bf16 values in bf16; a GPU makes float32 copies, which the plan counts.
+@pytest.mark.parametrize(("model", "bf16"), [({"activation": "gelu"}, True), (GROUPED, False), (SANDWICH, False)])
+def test_activations_are_what_autograd_keeps(model, bf16):
+    # torch's RMS norm is composed of several operations on a CPU and fused on a GPU; its layer norm is fused on both
+    settings = dict(hidden_size=64, num_heads=4, ffn_size=256, norm="layer") | model
+    rows, length, kept = 2, 24, []
+    ids, modality = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length, dtype=torch.long)
+    positions = torch.zeros(rows, length, 3, dtype=torch.long)
+    for layers in (1, 3):
+        network = MaskedTransformer(vocab_size=8, num_layers=layers, **settings)
+        weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        stored = {}
+
+        def keep(x, stored=stored, weights=weights):
+            if x.untyped_storage().data_ptr() not in weights and x.is_floating_point():
+                stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=bf16):
+            mask = torch.ones(rows, 1, length, length, dtype=torch.bool)  # the fused attention, as on a GPU
+            network.hidden(ids, modality, positions, mask)
+        kept.append(sum(stored.values()))
+    copies = 2 if bf16 else 0  # autocast's bf16 weights
+    linear = sum(m.weight.numel() for m in network.blocks[0].modules() if isinstance(m, torch.nn.Linear))
+    measured = ((kept[1] - kept[0]) / 2 - copies * linear) / (rows * length)
+    assert block_activation_bytes(settings, bf16) == pytest.approx(measured, rel=0.1)
+
+
+def test_mean_rates_and_the_hidden_share_of_a_mixture():
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    for rate in ("uniform", "cosine", "high", "beta"):
+        task = TaskConfig(weight=1, rate=rate, beta=3.0)
+        assert mean_rate(task) == pytest.approx(float(sample_rate(task, u).mean()), abs=1e-4)
+    config = read_config(None, [*SMALL, "tasks.joint.weight=0", "tasks.t2i={weight: 1, rate: high}"])
+    from unidiff.tokens import Vocabulary
+
+    row = row_shape(config, Vocabulary.named("unidisc-magvit"))
+    image, text = 64 * 8192, 32 * 32000
+    assert row.hidden_share == pytest.approx(5 / 6 * image / (image + text))
+
+
+def test_adapters_by_hand():
+    config = read_config(None, [*SMALL, "lora.rank=4"])
+    assert config.lora == LoraConfig(rank=4)
+    d, inner = 64, 128
+    assert adapter_parameters(config) == 3 * 4 * ((d + 3 * d) + 2 * d + (d + inner) + (inner + d))
+
+
+def test_the_command_prints_what_fits_and_refuses_nonsense(capsys):
+    spec = importlib.util.spec_from_file_location("plan_recipe", ROOT / "training" / "plan.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    config = str(ROOT / "configs" / "unidisc-small.yaml")
+    assert recipe.main([config, "--gpus", "8", "--memory", "40", "--tflops", "200"]) == 0
+    out = capsys.readouterr().out
+    assert "159.4 M" in out and "fits         40 GiB with parallel.mode=ddp" in out and "days" in out
+    assert recipe.main([config, "--memory", "0.1"]) == 0 and "nothing in 0.1 GiB" in capsys.readouterr().out
+    assert recipe.main([config, "--gpus", "7"]) == 2 and "multiple of the 7 GPUs" in capsys.readouterr().err
+    assert recipe.main([str(ROOT / "configs" / "own.yaml")]) == 2 and "declares no" in capsys.readouterr().err
+    assert make_plan(read_config(config), 1).state_bytes / GIB == pytest.approx(2.97, abs=0.01)

@@ -1,0 +1,205 @@
+"""Reward tuning of masked diffusion by policy gradient: UniGRPO (Yang et al. 2025, MMaDA, arXiv 2505.15809, section 3.3).
+
+A group of completions is decoded for every prompt; a completion's advantage is its reward's distance from the group's mean
+in standard deviations. The likelihood of a masked model is not a product over one order, so a completion is scored by its
+tokens at masked positions, under a few random masks with rates from [0.1, 0.9], and with the same mask for all models:
+
+    rho_i = pi(x_i | x_t) / pi_old(x_i | x_t)        k3_i = r_i - 1 - log r_i,  r_i = pi_ref(x_i | x_t) / pi(x_i | x_t)
+    loss  = mean over completions of mean over masked i of  -min(rho_i A, clip(rho_i, 1 - eps, 1 + eps) A) + beta k3_i
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding import Sampler, SamplerConfig
+from unidiff.diffusion.noise import keyed_uniform
+from unidiff.diffusion.objective import masked_nll
+from unidiff.diffusion.process import NoisyBatch, mask_tokens
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import TokenBatch, Vocabulary
+from unidiff.train.config import OptimiserConfig
+from unidiff.train.lora import merge_adapters
+from unidiff.train.optim import Optimisers
+from unidiff.train.tasks import rank_noise
+
+Reward = Callable[[TokenBatch], Tensor]
+"""Finished rows `[B, L]` to one number each, float `[B]`."""
+
+_SEED_STREAM, _RATE_STREAM, _MASK_STREAM = 201, 10_000, 20_000  # the last two plus the mask's number
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Settings of UniGRPO.
+
+    Args:
+        group: completions per prompt, at least 2.
+        masks: random masks per completion, each followed by an optimiser step.
+        low, high: range of the mask rate.
+        clip: epsilon of the ratio's range.
+        beta: weight of the divergence from the starting model.
+        chunk: masked positions per piece of the head.
+        seed: of decodes and masks.
+    """
+
+    group: int = 8
+    masks: int = 2
+    low: float = 0.1
+    high: float = 0.9
+    clip: float = 0.2
+    beta: float = 0.01
+    chunk: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group < 2 or self.masks < 1:
+            raise ValueError(f"group = {self.group} must be at least 2 and masks = {self.masks} at least 1")
+        if not 0 < self.low <= self.high <= 1 or self.clip <= 0 or self.beta < 0:
+            raise ValueError(f"expected 0 < low <= high <= 1, clip above 0 and beta not negative, got {self}")
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """Loss to minimise and what it is made of, scalars: mean k3 divergence, and the share of tokens that were clipped."""
+
+    total: Tensor
+    divergence: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """Of one step: mean and spread of the rewards, and of the last mask loss, divergence, clipped share, gradient norm."""
+
+    reward: float
+    spread: float
+    loss: float
+    divergence: float
+    clipped: float
+    grad_norm: float
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """(r - mean) / standard deviation within each group, `[P, G]`; 0 where all rewards of a group are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    spread = rewards.std(1, correction=0, keepdim=True)
+    return torch.where(spread > 1e-8, centred / spread.clamp_min(1e-8), 0.0)
+
+
+def policy_terms(
+    new: Tensor, old: Tensor, reference: Tensor, advantage: Tensor, masked: Tensor, clip: float, beta: float
+) -> PolicyTerms:
+    """The loss above.
+
+    Args:
+        new, old, reference: `[B, L]`, log-probabilities of the completions' tokens under the three models.
+        advantage: `[B]`.
+        masked: bool `[B, L]`, the positions that count.
+    """
+    ratio, scale = (new - old).exp(), advantage[:, None]  # [B, L]
+    surrogate = torch.minimum(ratio * scale, ratio.clamp(1 - clip, 1 + clip) * scale)
+    log_r = reference - new
+    divergence = log_r.exp() - 1 - log_r
+    count = masked.sum(1).clamp_min(1)
+
+    def mean(value: Tensor) -> Tensor:
+        return (value.where(masked, 0).sum(1) / count).mean()
+
+    clipped = mean(((ratio - 1).abs() > clip).to(new.dtype)).detach()
+    return PolicyTerms(mean(-surrogate + beta * divergence), mean(divergence).detach(), clipped)
+
+
+class RewardTuner:
+    """Trains `model` towards a reward. Its starting weights are kept as the reference.
+
+    Args:
+        model: with or without adapters; those of its parameters that need gradients are trained.
+        vocabulary: its id layout.
+        sampler: how completions are decoded.
+        reward: see `Reward`.
+        config, optimiser: settings.
+    """
+
+    def __init__(
+        self,
+        model: MaskedTransformer,
+        vocabulary: Vocabulary,
+        sampler: SamplerConfig,
+        reward: Reward,
+        config: RewardConfig,
+        optimiser: OptimiserConfig,
+    ) -> None:
+        self.model, self.vocabulary, self.sampler = model, vocabulary, sampler
+        self.reward, self.config = reward, config
+        self.optimisers = Optimisers(model, optimiser)
+        self.reference = copy.deepcopy(model).eval()
+        merge_adapters(self.reference)
+        self.reference.requires_grad_(False)
+        self.steps = 0
+
+    def step(self, prompts: TokenBatch, condition: Tensor | None = None) -> RewardReport:
+        """One round: decode, reward, and an optimiser step for every mask.
+
+        Args:
+            prompts: `[P, L]`; what is given is the prompt, the targets are completed.
+            condition: bool `[P, L]`, what the guidance hides, see `Sampler`; None for all that is given.
+
+        Raises:
+            ValueError: the reward returns another shape, or a number that is not finite.
+        """
+        config = self.config
+        # 1. completions
+        index = torch.arange(prompts.shape[0]).repeat_interleave(config.group)
+        rows = prompts.rows(index)
+        keys = self.steps * len(index) + torch.arange(len(index))
+        finished = self._decode(rows, keys, None if condition is None else condition[index])
+        # 2. rewards and advantages
+        rewards = self.reward(finished).to(torch.float32)
+        if rewards.shape != (len(index),) or not bool(rewards.isfinite().all()):
+            raise ValueError(f"the reward gave shape {tuple(rewards.shape)}; expected ({len(index)},) finite numbers")
+        grouped = rewards.view(-1, config.group)
+        advantage = advantages(grouped).flatten().to(finished.ids.device)  # [B]
+        # 3. the same masks for all models; the old model is the one that decoded
+        noisy = [self._mask(finished, keys, number) for number in range(config.masks)]
+        with torch.no_grad():
+            old = [self._log_probs(self.model, finished, x) for x in noisy]
+            reference = [self._log_probs(self.reference, finished, x) for x in noisy]
+        # 4. an update for every mask
+        for x, old_logs, reference_logs in zip(noisy, old, reference, strict=True):
+            self.optimisers.zero_grad()
+            new = self._log_probs(self.model, finished, x)
+            terms = policy_terms(new, old_logs, reference_logs, advantage, x.masked, config.clip, config.beta)
+            terms.total.backward()
+            norm = self.optimisers.clip()
+            self.optimisers.step()
+        self.steps += 1
+        return RewardReport(
+            float(rewards.mean()), float(grouped.std(1, correction=0).mean()), float(terms.total.detach()),
+            float(terms.divergence), float(terms.clipped), float(norm),
+        )  # fmt: skip
+
+    def _decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> TokenBatch:
+        model = copy.deepcopy(self.model)  # decoding may run parts of layers, which adapters do not cover
+        merge_adapters(model)
+        seeds = (keyed_uniform(self.config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
+        return Sampler(model.eval(), self.vocabulary, self.sampler)(rows, seeds, condition).batch
+
+    def _mask(self, finished: TokenBatch, keys: Tensor, number: int) -> NoisyBatch:
+        config = self.config
+        u = keyed_uniform(config.seed, keys, _RATE_STREAM + number, 1)[:, 0]
+        noise = keyed_uniform(config.seed, keys, _MASK_STREAM + number, finished.shape[1]).to(finished.ids.device)
+        noise, _ = rank_noise(noise, finished.targets)
+        rate = (config.low + (config.high - config.low) * u).to(finished.ids.device)
+        return mask_tokens(finished, rate, self.vocabulary, noise)
+
+    def _log_probs(self, model: MaskedTransformer, finished: TokenBatch, noisy: NoisyBatch) -> Tensor:
+        x = noisy.batch
+        time = noisy.masked.sum(1) / finished.targets.sum(1).clamp_min(1)
+        hidden = model.hidden(x.ids, x.modality, x.positions, x.attention_mask(), time.float())
+        return -masked_nll(hidden, model, noisy.masked, finished, self.vocabulary, self.config.chunk)  # [B, L]
