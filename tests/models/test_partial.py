@@ -239,7 +239,8 @@ def test_rows_that_refresh_go_apart(model, options):
     assert out.fresh == 1 and out.work[0].out <= 11
     valid = batch.valid & (query | fresh[:, None])
     torch.testing.assert_close(stores[0].hidden[:, :-1][valid], stores[1].hidden[:, :-1][valid])
-    torch.testing.assert_close(stores[0].key[:, :, :-1][:, valid], stores[1].key[:, :, :-1][:, valid])
+    kept, other = (store.key[..., :-1, :].transpose(2, 3) for store in stores)  # [layers, B, L, KV, d]
+    torch.testing.assert_close(kept[:, valid], other[:, valid])
     torch.testing.assert_close(stores[0].age[valid], stores[1].age[valid])
 
 
@@ -284,3 +285,31 @@ def test_a_store_says_how_large_it_is():
     model, batch = make_model(num_kv_heads=2), make_batch()  # 3 rows of 11 positions and a spare one, float64
     assert FeatureStore(model, batch).nbytes == 3 * 12 * 8 * (3 * 2 * 8 + 16)
     assert FeatureStore(model, batch, StoreOptions(outputs=True)).nbytes == 3 * 12 * 8 * (3 * (2 * 8 + 2 * 16) + 16)
+
+
+@torch.no_grad()
+def test_few_queries_attend_as_many_do():
+    """The composed form of bf16 attention against float32, with and without shared heads, and keys inside a store."""
+    torch.manual_seed(3)
+    for heads, kv in ((4, 4), (4, 2), (4, 1)):
+        q, k, v = (torch.randn(2, n, size, 8).bfloat16() for n, size in ((heads, 5), (kv, 12), (kv, 12)))
+        k, v = k[:, :, :-1], v[:, :, :-1]
+        expected = attend(q.float(), k.float(), v.float(), None)
+        found = attend(q, k, v, None)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.02)
+        strided = q.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(attend(strided, k, v, None), found)
+
+
+@torch.no_grad()
+def test_queries_and_keys_rotate_together_as_they_do_apart():
+    torch.manual_seed(3)
+    batch = make_batch()
+    model = make_model(num_kv_heads=2, rope="1d")
+    store, attention = FeatureStore(model, batch), model.blocks[0].attention
+    x = torch.randn(*batch.shape, 16, dtype=torch.float64)
+    with torch.enable_grad():
+        apart = attention.project(x, store.rotary)
+    for a, b in zip(attention.project(x, store.rotary), apart, strict=True):
+        assert torch.equal(a, b)

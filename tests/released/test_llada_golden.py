@@ -151,7 +151,7 @@ def caches(folder: Path, model: MaskedTransformer, stored: Stored) -> None:
             store = FeatureStore(model, llada_batch(ids), StoreOptions(rotated=rotated))
             stored.close("cache.fill_logits", model.head(model.partial(ids, CachePlan(), store).hidden), **LOGITS)
             for layer in range(len(model.blocks)):
-                value = store.values(layer).transpose(1, 2)
+                value = store.values(layer)
                 stored.close(f"cache.layers.{layer}.value", value, **HIDDEN)
                 if not rotated:
                     stored.close(f"cache.layers.{layer}.key", keys(store, layer), **HIDDEN)
@@ -167,7 +167,7 @@ def caches(folder: Path, model: MaskedTransformer, stored: Stored) -> None:
 
 
 def keys(store: FeatureStore, layer: int) -> Tensor:
-    return store.key[layer, :, :-1].unflatten(-1, (-1, store.head_dim)).transpose(1, 2)
+    return store.key[layer, :, :, :-1]
 
 
 def settings_of(case: dict, config: dict) -> LladaSettings:

@@ -166,10 +166,13 @@ def _narrow(
     for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
         h = _enter(x, block.attention_norm, first)  # [B, n, D]
-        q, k, v = block.attention.heads(h)
-        keep = rotate(k, rotary).to(v.dtype) if store.rotated else k
-        store.write(layer, index, whole, key=keep, value=v)
-        h = _attend(block, rotate(q, rotary).to(v.dtype), layer, store, mask)
+        if store.rotated:
+            q, k, v = block.attention.project(h, rotary)
+        else:
+            q, k, v = block.attention.heads(h)
+            q = rotate(q, rotary).to(v.dtype)
+        store.write(layer, index, whole, key=k, value=v)
+        h = _attend(block, q, layer, store, mask)
         x = x + _gated(store.output(layer, "attention", index, whole, h), first if block.attention_gate else None)
         h = _leave(block.feed_forward(_enter(x, block.ffn_norm, second)), block.ffn_out_norm)
         x = x + _gated(store.output(layer, "feed_forward", index, whole, h), second)
@@ -210,7 +213,7 @@ def _layered(
             _write_values(block, h, layer, everywhere, store)
         if index.shape[1]:
             rotary = store.rotary if refreshed else store.rotary_at(index)
-            q, k = block.attention.query_key(h if refreshed else gather_rows(h, index))
+            q, k = block.attention.query_key(h if refreshed else store.gather(h, index))
             keep = rotate(k, rotary).to(h.dtype) if store.rotated else k
             store.write(layer, index, refreshed, key=keep)
             mask = store.visible(None if refreshed else index)
@@ -237,8 +240,8 @@ def _verify(
 ) -> tuple[Tensor, Tensor]:
     """New values at `verify` and `query`; which positions to recompute, bool `[B, L]`, and the index of the values."""
     values = query_index(verify | query)
-    fresh = block.attention.value(gather_rows(h, values))  # [B, n, KV, d]
-    similarity = cosine(fresh.flatten(2), gather_rows(store.raw_values(layer), values))
+    fresh = block.attention.value(store.gather(h, values))  # [B, n, KV, d]
+    similarity = cosine(fresh.flatten(2), store.values_at(layer, values))
     store.write(layer, values, False, value=fresh)
     spread = similarity.new_full((h.shape[0], h.shape[1] + 1), torch.nan).scatter(1, values, similarity)[:, :-1]
     chosen = select(layer, torch.where(verify & ~query, spread, torch.nan))
@@ -254,13 +257,12 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def _write_values(block: Block, h: Tensor, layer: int, index: Tensor, store: FeatureStore) -> None:
     if index.shape[1]:
         whole = index is store.everywhere()
-        store.write(layer, index, whole, value=block.attention.value(h if whole else gather_rows(h, index)))
+        store.write(layer, index, whole, value=block.attention.value(h if whole else store.gather(h, index)))
 
 
 def _attend(block: Block, q: Tensor, layer: int, store: FeatureStore, mask: Tensor | None) -> Tensor:
     """Attention branch output `[B, n, D]` of rotated queries `[B, n, H, d]` against the whole store."""
-    k, v = store.keys(layer), store.values(layer)  # [B, L, KV, d]
-    mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, n, d]
+    mixed = attend(q.transpose(1, 2), store.keys(layer), store.values(layer), mask)  # [B, H, n, d]
     return _leave(block.attention.out(mixed.transpose(1, 2).flatten(2)), block.attention_out_norm)
 
 

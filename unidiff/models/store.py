@@ -33,10 +33,10 @@ class StoreOptions:
 class FeatureStore:
     """Features of B rows of one layout; every tensor has a spare position L that takes the padding of an index.
 
-    Rows are independent: a guidance stream is more rows. `narrow` gives views of some rows that share the memory.
+    Keys and values lie head by head, as attention reads them: batched products need no copy of what is kept. Rows are independent: a guidance stream is more rows. `narrow` gives views of some rows that share the memory.
 
     Attributes:
-        key, value: `[layers, B, L + 1, KV d]`. attention, feed_forward: `[layers, B, L + 1, D]` or empty.
+        key, value: `[layers, B, KV, L + 1, d]`. attention, feed_forward: `[layers, B, L + 1, D]` or empty.
         hidden: `[B, L + 1, D]`, final hidden states at their last computation.
         computed: int64 `[B, L + 1]`, the pass that computed a position, from 1; 0 for never.
         passes: int64 `[B]`. complete: bool `[B]` on the CPU, rows without a position that was never computed.
@@ -49,15 +49,16 @@ class FeatureStore:
         self.rotated, self.outputs = options.rotated, options.outputs
         rows, length = batch.shape
         self.head_dim = c.hidden_size // c.num_heads
-        kv = (c.num_kv_heads or c.num_heads) * self.head_dim
         device, self.modality = batch.ids.device, batch.modality
 
-        def zeros(width: int, layers: int) -> Tensor:
-            return torch.zeros(layers, rows, length + 1, width, dtype=like.dtype, device=device)
+        def zeros(layers: int, *shape: int) -> Tensor:
+            return torch.zeros(layers, rows, *shape, dtype=like.dtype, device=device)
 
-        self.key, self.value = zeros(kv, c.num_layers), zeros(kv, c.num_layers)
-        self.attention, self.feed_forward = (zeros(c.hidden_size, c.num_layers * self.outputs) for _ in range(2))
-        self.hidden = zeros(c.hidden_size, 1)[0]
+        kept = (c.num_kv_heads or c.num_heads, length + 1, self.head_dim)
+        self.key, self.value = zeros(c.num_layers, *kept), zeros(c.num_layers, *kept)
+        branches = c.num_layers if self.outputs else 0
+        self.attention, self.feed_forward = (zeros(branches, length + 1, c.hidden_size) for _ in range(2))
+        self.hidden = zeros(1, length + 1, c.hidden_size)[0]
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = torch.zeros(rows, dtype=torch.bool)
@@ -67,6 +68,7 @@ class FeatureStore:
             allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
         self.allowed = allowed  # [B, 1, L, L] or None
         self._everywhere = torch.arange(length, device=device).expand(rows, length)
+        self._flat: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # of this pass: (id of an index, use) -> both
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +110,7 @@ class FeatureStore:
         part.rotary = RotaryTables(*(table[rows] for table in self.rotary))
         part.images = None if self.images is None else self.images[rows]
         part.allowed = None if self.allowed is None else self.allowed[rows]
+        part._flat = {}
         return part
 
     @property
@@ -125,9 +128,15 @@ class FeatureStore:
         """int64 `[B, L]`: the index of all positions; always the same object."""
         return self._everywhere
 
+    def gather(self, x: Tensor, index: Tensor) -> Tensor:
+        """`gather_rows` for `x` `[B, L, D]`; what an index means in memory is worked out once per pass."""
+        if not index.numel() or not x.is_contiguous():
+            return gather_rows(x, index)
+        return x.view(-1, x.shape[-1]).index_select(0, self._place(index, "read")).view(*index.shape, -1)
+
     def rotary_at(self, index: Tensor) -> RotaryTables:
         """Tables of the positions of an index `[B, n]`."""
-        return RotaryTables(*(gather_rows(table.flatten(2), index)[:, :, None] for table in self.rotary))
+        return RotaryTables(*(self.gather(table.flatten(2), index)[:, :, None] for table in self.rotary))
 
     def visible(self, index: Tensor | None) -> Tensor | None:
         """bool `[B, 1, n, L]`: what the queries at `index` (None: all positions) may see; None where that is all.
@@ -145,6 +154,7 @@ class FeatureStore:
     def begin(self, index: Tensor, whole: bool) -> None:
         """Count a pass that computes the positions of an index."""
         self.passes += 1
+        self._flat.clear()
         if whole:
             self.computed[:, :-1] = self.passes[:, None]
             self.complete.fill_(True)
@@ -155,18 +165,23 @@ class FeatureStore:
         self, layer: int, index: Tensor, whole: bool, key: Tensor | None = None, value: Tensor | None = None
     ) -> None:
         """Replace keys or values `[B, n, KV, d]` of one layer."""
-        if key is not None:
-            _put(self.key[layer], index, whole, key.flatten(2))
-        if value is not None:
-            _put(self.value[layer], index, whole, value.flatten(2))
+        for kept, fresh in ((self.key, key), (self.value, value)):
+            if fresh is None:
+                continue
+            fresh = fresh.transpose(1, 2)  # [B, KV, n, d]
+            if whole:
+                kept[layer, :, :, :-1] = fresh
+            else:
+                flat = kept[layer].view(-1, self.head_dim)
+                flat.index_copy_(0, self._place(index, "heads"), fresh.reshape(-1, self.head_dim))
 
     def write_hidden(self, index: Tensor, whole: bool, hidden: Tensor) -> None:
-        _put(self.hidden, index, whole, hidden)
+        self._put(self.hidden, index, whole, hidden)
 
     def output(self, layer: int, branch: str, index: Tensor, whole: bool, fresh: Tensor) -> Tensor:
         """Keep a branch output `[B, n, D]` where the store has room for it; returns it."""
         if self.outputs:
-            _put(self._branch(branch)[layer], index, whole, fresh)
+            self._put(self._branch(branch)[layer], index, whole, fresh)
         return fresh
 
     def all_outputs(self, layer: int, branch: str) -> Tensor:
@@ -174,39 +189,60 @@ class FeatureStore:
         return self._branch(branch)[layer, :, :-1]
 
     def keys(self, layer: int) -> Tensor:
-        """`[B, L, KV, d]`, rotated."""
-        k = self.key[layer, :, :-1].unflatten(-1, (-1, self.head_dim))
-        return k if self.rotated else rotate(k, self.rotary).to(k.dtype)
+        """`[B, KV, L, d]`, rotated."""
+        k = self.key[layer, :, :, :-1]
+        if self.rotated:
+            return k
+        tables = RotaryTables(*(table.transpose(1, 2) for table in self.rotary))  # [B, 1, L, d]
+        return rotate(k, tables).to(k.dtype)
 
     def values(self, layer: int) -> Tensor:
-        """`[B, L, KV, d]`."""
-        return self.value[layer, :, :-1].unflatten(-1, (-1, self.head_dim))
+        """`[B, KV, L, d]`."""
+        return self.value[layer, :, :, :-1]
 
-    def raw_values(self, layer: int) -> Tensor:
-        """`[B, L + 1, KV d]`, with the spare position."""
-        return self.value[layer]
+    def values_at(self, layer: int, index: Tensor) -> Tensor:
+        """`[B, n, KV d]` at the positions of an index; anything on its padding."""
+        rows, heads = self.value.shape[1:3]
+        flat = self.value[layer].view(-1, self.head_dim).index_select(0, self._place(index, "heads"))
+        return flat.view(rows, heads, -1, self.head_dim).transpose(1, 2).flatten(2)
 
     def _branch(self, branch: str) -> Tensor:
         return self.attention if branch == "attention" else self.feed_forward
+
+    def _put(self, kept: Tensor, index: Tensor, whole: bool, fresh: Tensor) -> None:
+        """Write `[B, n, D]` into `[B, L + 1, D]`."""
+        if whole:
+            kept[:, :-1] = fresh
+        else:
+            width = kept.shape[-1]
+            kept.view(-1, width).index_copy_(0, self._place(index, "write"), fresh.reshape(-1, width))
+
+    def _place(self, index: Tensor, use: str) -> Tensor:
+        """The flat form of an index `[B, n]`: to `read` from B x L, to `write` to B x (L + 1), or over all `heads`.
+
+        A handful of indices serve all layers and tensors of a pass, so what is worked out is kept until the next one.
+        """
+        known = self._flat.get((id(index), use))
+        if known is None:
+            rows, length = self.shape
+            at, places = index[:, None], length + 1  # [B, 1, n]
+            count = 1
+            if use == "read":
+                at, places = at.clamp_max(length - 1), length
+            elif use == "heads":
+                count = self.key.shape[2]
+            start = torch.arange(rows * count, device=index.device).view(rows, count, 1) * places
+            known = self._flat[id(index), use] = index, (at + start).flatten()  # the index stays alive with its id
+        return known[1]
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """`[B, L, D]` and int64 `[B, n]` to `[B, n, D]`; padding of the index (L or more) takes the last position."""
     rows, length, width = x.shape
-    if rows * index.shape[1] == 0:
+    if not index.numel():
         return x.new_zeros(rows, index.shape[1], width)
     if not x.is_contiguous():
         return x.gather(1, index.clamp_max(length - 1)[..., None].expand(-1, -1, width))
     start = torch.arange(rows, device=x.device)[:, None] * length
     flat = (index.clamp_max(length - 1) + start).flatten()
     return x.view(rows * length, width).index_select(0, flat).view(rows, -1, width)
-
-
-def _put(kept: Tensor, index: Tensor, whole: bool, fresh: Tensor) -> None:
-    """Write `[B, n, D]` into `[B, L + 1, D]`."""
-    if whole:
-        kept[:, :-1] = fresh
-        return
-    rows, places, width = kept.shape
-    start = torch.arange(rows, device=kept.device)[:, None] * places
-    kept.view(rows * places, width).index_copy_(0, (index + start).flatten(), fresh.reshape(-1, width))
