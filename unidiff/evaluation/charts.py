@@ -111,3 +111,12 @@ def _range(values: Sequence[float]) -> Point:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     room = 0.06 * (high - low) or 0.5
     return low - room, high + room
+
+
+def stack(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures in lines of `columns`, each in a cell as large as the largest."""
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    canvas = Image.new("RGB", (width * min(columns, len(pictures)), height * -(-len(pictures) // columns)), PAPER)
+    for number, picture in enumerate(pictures):
+        canvas.paste(picture, (number % columns * width, number // columns * height))
+    return canvas
