@@ -11,7 +11,7 @@ from unidiff.decoding import Guidance, ModalityDecoding
 from unidiff.decoding.policies import DualCache, MaxLogitCache, NoCache
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.llada import llada_config
-from unidiff.released.lumina import lumina_pair
+from unidiff.released.lumina import lumina_grid, lumina_pair
 from unidiff.released.lumina_tasks import MARKS, LuminaRows, lumina_image_sampler
 from unidiff.released.tasks import run_task
 from unidiff.tokens import Vocabulary
@@ -67,6 +67,23 @@ def test_rows_are_the_references(model):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert torch.equal(ours.ids[ours.valid], theirs.ids[theirs.valid])
         assert torch.equal(ours.positions[..., 0], theirs.positions[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("picture", "pixels", "grid"),
+    [
+        ((512, 512), 512, (32, 32)),
+        ((3000, 3000), 1024, (64, 64)),
+        ((768, 1024), 512, (28, 36)),
+        ((10, 900), 512, (16, 64)),
+    ],
+)
+def test_the_crop_keeps_the_shape_of_a_picture(picture, pixels, grid):
+    rows, columns = lumina_grid(*picture, pixels)
+    assert (rows, columns) == grid and lumina_grid(*picture[::-1], pixels) == grid[::-1]
+    assert rows % 2 == columns % 2 == 0 and rows * columns * 256 <= pixels**2
+    with pytest.raises(ValueError, match="multiple of 32"):
+        lumina_grid(*picture, pixels + 1)
 
 
 @pytest.mark.parametrize("size", [(2, 3), (4, 1)])
