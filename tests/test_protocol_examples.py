@@ -8,6 +8,9 @@ import pytest
 import torch
 from doc_code import Block, blocks, run
 
+from unidiff.diffusion import masked_nll
+from unidiff.diffusion.likelihood import model_scorer
+
 NAME = "extending.md"
 BLOCKS = blocks(NAME)
 
@@ -55,6 +58,23 @@ def test_rules_are_per_modality_and_always_progress(namespace: dict):
     plain = sampler_of(namespace["transformer"], namespace["vocabulary"], namespace["config"])(batch, seeds)
     assert plain.steps == 4  # the text's three, the image's four
     assert torch.equal(plain.batch.ids[1], out.batch.ids[1])  # the second row writes text only
+
+
+def test_the_backbone_can_be_trained_and_scored(namespace: dict):
+    """With the same two methods, as the page says."""
+    backbone, vocabulary, batch = namespace["backbone"], namespace["vocabulary"], namespace["batch"].rows([1])
+    x0 = batch.replace(ids=torch.where(batch.ids == vocabulary.mask_id, 5, batch.ids))
+    x_t = x0.hide_targets(vocabulary)
+    hidden = backbone.hidden(x_t.ids, x_t.modality, x_t.positions, x_t.attention_mask())
+    nll = masked_nll(hidden, backbone.head, x0.targets, x0, vocabulary, count=4)
+    nll.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in backbone.parameters() if p.grad is not None)
+    assert backbone.out.weight.grad.any()
+    backbone.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        scored = model_scorer(backbone, vocabulary)(x_t, x0, x0.targets)
+    torch.testing.assert_close(scored, nll.detach())
+    assert (scored > 0).sum() == 3
 
 
 def test_a_rule_sees_what_the_page_says(namespace: dict):

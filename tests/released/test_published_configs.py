@@ -18,7 +18,10 @@ from unidiff.models import mmdit_blocks
 from unidiff.models.layers import Norm
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.chat import llada_sampler
 from unidiff.released.llada_reference import LladaSettings
+from unidiff.released.lumina_tasks import lumina_image_sampler
+from unidiff.released.mmada_tasks import MMaDARows
 from unidiff.released.muddit_folder import TIME_OF
 from unidiff.released.muddit_tasks import MudditSettings, network_time
 from unidiff.released.published import (
@@ -30,7 +33,8 @@ from unidiff.released.published import (
     releases_of,
     vocabulary_of,
 )
-from unidiff.tokens import Vocabulary
+from unidiff.released.unidisc_tasks import UniDiscRows, unidisc_sampler
+from unidiff.tokens import Vocabulary, conv_autoencoder
 from unidiff.tokens.image_vq import VQImageTokenizer
 
 BY_NAME = {release.name: release for release in RELEASES}
@@ -213,6 +217,34 @@ def test_sampler_defaults_are_the_published_ones():
     )
 
 
+def test_defaults_of_the_tasks_are_the_published_ones():
+    unidisc, ours = BY_NAME["unidisc-1.4b"].sampling, unidisc_sampler()
+    assert unidisc["predictor"] == "maskgit" and ours.image.rule == ours.text.rule == "quota"
+    assert ours.image.steps == ours.text.steps == unidisc["steps"]
+    assert ours.guidance.scale == 1 + unidisc["cfg"] and ours.guidance.mode == "ramp"
+    assert ours.image.choice_temperature == unidisc["r_temp"]
+    rows = UniDiscRows(vocabulary_of(BY_NAME["unidisc-1.4b"]))
+    assert (rows.text_length, rows.side**2) == (128, 256)
+    lumina, picture = BY_NAME["lumina-dimoo"].sampling, lumina_image_sampler()
+    assert picture.image.steps == lumina["timesteps"] and picture.guidance.scale == 1 + lumina["cfg_scale"]
+    words, chat = BY_NAME["llada-8b-instruct"].sampling, llada_sampler(vocabulary_of(BY_NAME["llada-8b-instruct"]))
+    assert chat.text.steps == words["steps"] and chat.text.temperature == words["temperature"]
+    assert chat.guidance.scale == 1 + words["cfg_scale"]
+
+
+def test_group_norms_of_the_image_tokenizers_have_32_groups_and_epsilon_1e_6():
+    """LlamaGen and MAGVIT-v2 share them. On an input of variance 1e-6 the epsilon halves the variance that is left."""
+    norm = conv_autoencoder.ImageNorm(64)
+    x = 1e-3 * torch.randn(1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
+    out = norm(x)
+    assert conv_autoencoder.NORM_GROUPS == 32
+    grouped = x.view(1, 32, -1)
+    expected = (grouped - grouped.mean(-1, keepdim=True)) / (
+        grouped.var(-1, unbiased=False, keepdim=True) + 1e-6
+    ).sqrt()
+    torch.testing.assert_close(out, expected.view_as(x), atol=1e-4, rtol=1e-4)
+
+
 def test_time_conventions_of_the_mm_dits():
     """Muddit tells (N - 1 - k) / N, Meissonic N - 1 - k, and the training script 1000 times the masked share."""
     hidden = torch.tensor([[True, True, False, False]])
@@ -242,5 +274,6 @@ def test_ids_of_mmada_are_those_that_the_set_records(folder):
     codes = (stored["image_token_offset"], stored["image_token_offset"] + stored["codebook_size"])
     assert vocabulary["size"] == stored["new_vocab_size"] and vocabulary["image"] == codes
     assert vocabulary["mask_id"] == stored["mask"] and vocabulary["text"] == (0, stored["text_tokenizer_len"])
+    assert MMaDARows(vocabulary_of(BY_NAME["mmada-8b"])).side ** 2 == stored["num_vq_tokens"]
     ids = {v for k, v in stored.items() if isinstance(v, int) and 126080 <= v < 126349 and k != "mask"}
     assert ids == set(vocabulary["specials"].values())
