@@ -73,7 +73,7 @@ def test_similarities_are_those_of_the_stored_features(kwargs):
             assert torch.equal(profile.moved[s, step], moved)
             for layer in range(2):
                 v, a = (1 - cosines[f][layer, :, place].flatten() for f in (1, 2))
-                expected = np.corrcoef(v, a)[0, 1]
+                expected = float(torch.corrcoef(torch.stack((v, a)))[0, 1])
                 assert float(profile.correlation[0, s, step, layer]) == pytest.approx(expected, abs=2e-3, nan_ok=True)
     assert profile.similarity[:, SEGMENTS.index("image_prompt")].isnan().all()
     assert profile.tokens == {"text": 4, "image": 6, "text_prompt": 2, "image_prompt": 0}
