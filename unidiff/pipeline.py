@@ -107,8 +107,8 @@ class UniDiffPipeline(DiffusionPipeline):
     ) -> Self:
         """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), strictly.
 
-        The folder of a released family gives a `ReleasedPipeline` (UniDisc) or a `MudditPipeline` instead, which has
-        the task methods of this class that its model can do.
+        The folder of a released family gives a `ReleasedPipeline` (UniDisc, MMaDA, Lumina-DiMOO) or a `MudditPipeline`
+        instead, which has the task methods of this class that its model can do.
 
         Args:
             name: where.

@@ -8,6 +8,7 @@ prints what a synthetic bfloat16 LLaDA takes at rest and at most in a pass over 
 from __future__ import annotations
 
 import copy
+import ctypes
 import sys
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def main() -> None:
         return offload(made, "cpu", folder / "parked") if kind == "disk" else made
 
     made, loading = peak_of(load)
+    ctypes.CDLL(None).malloc_trim(0)
     rest = resident("VmRSS") - start
     _, _pass = peak_of(lambda: answer(made, vocabulary))
     print(f"{kind}: weights {weights}, at rest {rest}, peak of loading {loading}, peak of a pass above rest {_pass}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +14,19 @@ from unidiff.decoding import RefreshPolicy, SamplerConfig
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.output import UniDiffOutput
+from unidiff.pipelines.released_tasks import FamilyTasks, check_family, tasks_of
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import with_overrides
 from unidiff.released.families import FAMILIES
 from unidiff.released.loading import PIPELINE_PARTS, Released, load_released, read_config
 from unidiff.released.native import RECORD
 from unidiff.released.tasks import TaskRequest, run_task
-from unidiff.released.unidisc import unidisc_interleaved
-from unidiff.released.unidisc_tasks import UniDiscRows
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
+from unidiff.tokens.vocabulary import Vocabulary
 
-IMAGE_PLACES = ("image_tokenizer", "vqvae", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt")
+IMAGE_PLACES = ("image_tokenizer", "vqvae", "magvitv2", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt")
 TEXT_PLACES = ("text_tokenizer", "tokenizer", ".")
-PIPELINE_FAMILIES = ("unidisc", "muddit", "meissonic")
-_HOLE = re.compile(r"<mask(?::(\d+))?>")
 
 
 @dataclass(frozen=True)
@@ -54,32 +51,44 @@ class ReleasedOptions:
 
 
 class ReleasedPipeline:
-    """UniDisc with its tokenizers.
+    """UniDisc, MMaDA or Lumina-DiMOO with its tokenizers.
 
-    Words in texts are hidden with `<mask>` or `<mask:3>` (UniDisc's `<m>` and `<m3>` work too). Every method takes the
-    fields of `ReleasedOptions` as keyword arguments and returns a `UniDiffOutput`.
+    Words in texts are hidden with `<mask>` or `<mask:3>`. Every method takes the fields of `ReleasedOptions` as keyword
+    arguments and returns a `UniDiffOutput`; `tasks.names` lists what the model can do.
 
     Args:
         released: the network.
-        rows: builds the family's rows.
+        tasks: the family's tasks.
         images, texts: the tokenizers that it was trained with.
+        grid: rows and columns of codes, for models that draw any size; None for the usual.
     """
 
-    def __init__(self, released: Released, rows: UniDiscRows, images: VQImageTokenizer, texts: TextTokenizer) -> None:
-        if released.vocabulary is None or released.vocabulary.image_size != images.codebook_size:
-            size = None if released.vocabulary is None else released.vocabulary.image_size
+    def __init__(
+        self,
+        released: Released,
+        tasks: FamilyTasks,
+        images: VQImageTokenizer,
+        texts: TextTokenizer,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        vocabulary = released.vocabulary
+        if vocabulary is None or vocabulary.image_size != images.codebook_size:
+            size = None if vocabulary is None else vocabulary.image_size
             raise ValueError(
                 f"the image tokenizer has {images.codebook_size} codes, but the model {size}; give the one it was "
                 "trained with"
             )
-        if texts.size - released.vocabulary.text_size not in (0, 1):  # with or without [MASK]
+        fewest = vocabulary.text_size if released.family.name == "unidisc" else 0
+        if not fewest <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
             raise ValueError(
-                f"the text tokenizer has {texts.size} ids, but the model {released.vocabulary.text_size}; give the one it "
-                "was trained with"
+                f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
+                "trained with"
             )
-        self.released, self.rows, self.images, self.texts = released, rows, images, texts
-        side = rows.side * images.factor
-        self.image_inputs = ImageInputs((side, side), images.factor)
+        if grid is not None and not tasks.sizes:
+            raise ValueError(f"{released.family.name} draws pictures of one size; leave grid out")
+        self.released, self.tasks, self.images, self.texts = released, tasks, images, texts
+        self.vocabulary, self.grid = vocabulary, grid or tasks.grid
+        self.image_inputs = ImageInputs((self.grid[0] * images.factor, self.grid[1] * images.factor), images.factor)
 
     @property
     def transformer(self) -> Any:
@@ -97,6 +106,18 @@ class ReleasedPipeline:
         self.images.to(*args, **kwargs)
         return self
 
+    def sized(self, height: int, width: int) -> ReleasedPipeline:
+        """The same for pictures of another size in pixels, where the model draws any.
+
+        Raises:
+            ValueError: a model of one size, or a side that the image tokenizer's factor does not divide.
+        """
+        factor = self.images.factor
+        if height % factor or width % factor:
+            raise ValueError(f"image size {height}x{width} must be a multiple of {factor}")
+        grid = (height // factor, width // factor)
+        return ReleasedPipeline(self.released, self.tasks, self.images, self.texts, grid)
+
     def text_to_image(
         self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, **options: Any
     ) -> UniDiffOutput:
@@ -106,7 +127,7 @@ class ReleasedPipeline:
             ValueError: an empty prompt, one longer than the model holds, or an option out of range.
         """
         prompts = [p for p in as_list(prompt, "prompt") for _ in range(num_images_per_prompt)]
-        return self._run(self.rows.text_to_image(prompts), options, num_images_per_prompt)
+        return self._run(self.tasks.text_to_image(prompts, self.grid), options, num_images_per_prompt)
 
     def caption(self, image: Any, max_text_tokens: int = 64, resize: bool = False, **options: Any) -> UniDiffOutput:
         """Describe pictures.
@@ -114,7 +135,24 @@ class ReleasedPipeline:
         Raises:
             ValueError: a picture of another size, mode, dtype or range, or an option out of range.
         """
-        request = self.rows.caption(self._encode(image, resize), max_text_tokens)
+        request = self.tasks.caption(self._encode(image, resize), max_text_tokens)
+        return self._run(request, options, pictures=False, longest=max_text_tokens)
+
+    def answer(
+        self,
+        image: Any,
+        question: str | Sequence[str],
+        max_text_tokens: int = 64,
+        resize: bool = False,
+        **options: Any,
+    ) -> UniDiffOutput:
+        """Answer questions about pictures; one picture with several questions, or the other way round, is fine too.
+
+        Raises:
+            ValueError: a model that was not trained for it, an empty question, or as for `caption`.
+        """
+        codes, questions = broadcast(image=list(self._encode(image, resize)), question=as_list(question, "question"))
+        request = self.tasks.answer(torch.stack(codes), questions, max_text_tokens)
         return self._run(request, options, pictures=False, longest=max_text_tokens)
 
     def inpaint(
@@ -135,10 +173,9 @@ class ReleasedPipeline:
         holes = torch.zeros(1, *codes.shape[1:], dtype=torch.bool)
         if mask_image is not None:
             holes = self.image_inputs.cells(self.image_inputs.masks(mask_image, image, resize))
-        texts = [_HOLE.sub(lambda m: f"<m{m[1] or ''}>", t) for t in as_list(text, "text")]
-        columns = broadcast(image=list(codes), mask_image=list(holes), text=texts)
+        columns = broadcast(image=list(codes), mask_image=list(holes), text=as_list(text, "text"))
         given, hidden, prompts = ([x for x in column for _ in range(num_images_per_prompt)] for column in columns)
-        request = self.rows.inpaint(prompts, torch.stack(given), torch.stack(hidden))
+        request = self.tasks.inpaint(prompts, torch.stack(given), torch.stack(hidden))
         return self._run(request, options, num_images_per_prompt)
 
     def generate(self, num_images_per_prompt: int = 1, max_text_tokens: int = 64, **options: Any) -> UniDiffOutput:
@@ -147,7 +184,7 @@ class ReleasedPipeline:
         Raises:
             ValueError: an option out of range.
         """
-        request = self.rows.generate(num_images_per_prompt, max_text_tokens)
+        request = self.tasks.generate(num_images_per_prompt, max_text_tokens)
         return self._run(request, options, num_images_per_prompt, longest=max_text_tokens)
 
     def _run(
@@ -162,14 +199,12 @@ class ReleasedPipeline:
         config = chosen.sampler or request.config
         config = with_overrides(config, chosen.steps, chosen.guidance_scale, temperature=chosen.temperature)
         seeds = row_seeds(chosen.generator, len(request.batch.ids), per_entry)
-        vocabulary = self.released.vocabulary
-        assert vocabulary is not None  # checked when it was made
-        done = run_task(self.transformer, vocabulary, replace(request, config=config), seeds, chosen.policy)
+        done = run_task(self.transformer, self.vocabulary, replace(request, config=config), seeds, chosen.policy)
         words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
         codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
         return UniDiffOutput(
             images=self._pictures(codes, chosen.output_type) if pictures else None,
-            texts=[self.texts.decode(ids).strip() for ids in words],
+            texts=[self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words],
             codes=codes,
             text_ids=words,
             ids=done.output.batch.ids.cpu(),
@@ -205,13 +240,15 @@ def load_released_pipeline(
     *,
     image_tokenizer: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Any:
-    """A released folder as an object with task methods: `ReleasedPipeline` for UniDisc, `MudditPipeline` for MM-DiTs.
+    """A released folder as an object with task methods: `MudditPipeline` for MM-DiTs, else `ReleasedPipeline`.
 
     Args:
-        folder: the checkpoint. UniDisc's tokenizers are looked for beside the weights: `IMAGE_PLACES`, `TEXT_PLACES`.
+        folder: the checkpoint. Tokenizers are looked for beside the weights: `IMAGE_PLACES`, `TEXT_PLACES`.
         dtype: of the network; None keeps the checkpoint's.
-        image_tokenizer: file or folder of LlamaGen's or MAGVIT-v2's weights; text_tokenizer: folder or hub name.
+        vocabulary: as in `load_released`.
+        image_tokenizer: file or folder of LlamaGen's, MAGVIT-v2's or a VQModel's weights; text_tokenizer: folder or hub name.
 
     Raises:
         FileNotFoundError: a part is missing.
@@ -219,36 +256,14 @@ def load_released_pipeline(
     """
     if (folder / "transformer").is_dir() and (folder / "text_encoder").is_dir():
         return MudditPipeline.from_folder(folder, dtype)
-    released = load_released(folder, dtype)
-    if released.family.name != "unidisc":
-        raise ValueError(
-            f"{folder} holds {released.family.name}, which has no pipeline (those are {', '.join(PIPELINE_FAMILIES)}); "
-            "load it with unidiff.released.load_released and decode with its module"
-        )
+    released = load_released(folder, dtype, vocabulary=vocabulary)
+    check_family(released)
     images = load_images(folder, image_tokenizer)
     place = text_tokenizer or next((folder / p for p in TEXT_PLACES if _has_text(folder / p)), None)
     if place is None:
-        raise FileNotFoundError(f"{folder} has no text tokenizer (LLaMA-2's); put it into {folder / 'text_tokenizer'}")
+        raise FileNotFoundError(f"{folder} has no text tokenizer; put it into {folder / 'text_tokenizer'}")
     texts = TextTokenizer.from_pretrained(place)
-    return ReleasedPipeline(released, unidisc_rows(released, texts), images, texts)
-
-
-def unidisc_rows(released: Released, texts: TextTokenizer) -> UniDiscRows:
-    """Row layout of a UniDisc checkpoint: lengths from its config, the released models' where it names none.
-
-    Raises:
-        ValueError: an image that is no square.
-    """
-    vocabulary = released.vocabulary
-    assert vocabulary is not None
-    model = released.config.get("config", released.config)["model"]
-    packed = unidisc_interleaved(released.config)
-    count = 1024 if packed else model.get("img_length", 256)
-    side = int(count**0.5)
-    if side * side != count:
-        raise ValueError(f"img_length = {count}; UniDisc images are square grids of codes")
-    length = 128 if packed else model.get("txt_length", 128)
-    return UniDiscRows(vocabulary, texts.encode, side, length, packed)
+    return ReleasedPipeline(released, tasks_of(released, texts), images, texts)
 
 
 def load_images(folder: Path, place: str | Path | None = None) -> VQImageTokenizer:
@@ -260,11 +275,12 @@ def load_images(folder: Path, place: str | Path | None = None) -> VQImageTokeniz
     found = place or next((folder / p for p in IMAGE_PLACES if (folder / p).exists()), None)
     if found is None:
         raise FileNotFoundError(
-            f"{folder} has no image tokenizer; put LlamaGen's vq_ds16_c2i.pt there or give image_tokenizer="
+            f"{folder} has no image tokenizer; put it into {folder / 'image_tokenizer'} (LlamaGen's also as "
+            "vq_ds16_c2i.pt beside the weights) or give image_tokenizer="
         )
     images = load_released(found, torch.float32).images
     if images is None:
-        raise ValueError(f"{found} is no image tokenizer; give LlamaGen's or MAGVIT-v2's weights")
+        raise ValueError(f"{found} is no image tokenizer; give LlamaGen's, MAGVIT-v2's or a VQModel's weights")
     return images
 
 
