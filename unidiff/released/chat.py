@@ -139,8 +139,8 @@ class ChatRows:
         """A conversation in the template, up to where the answer begins."""
         if not isinstance(turn, str) and all(isinstance(part, int) for part in turn):
             return prompt_ids(turn, None)  # type: ignore[arg-type]
-        messages = [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
-        messages = [self._checked(message) for message in messages]
+        said: list[object] = [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
+        messages = [self._checked(message) for message in said]
         if self.template.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.template.system}, *messages]
         ids = self._parts(self.template.opening, {})

@@ -50,7 +50,8 @@ class MMaDARows:
             raise ValueError("codes and holes belong together; give both to paint a part of known pictures")
         words = [self._words(prompt) for prompt in prompts]
         image = self._canvas(len(words), codes, holes)
-        batch, empty = (self._rows(texts, image) for texts in (words, [[]] * len(words)))
+        nothing: list[list[int]] = [[]] * len(words)
+        batch, empty = self._rows(words, image), self._rows(nothing, image)
         settings = self.image or ImageSettings()
         others = (empty,) if settings.guidance > 0 else ()
         return TaskRequest(batch, image_config(settings), torch.zeros_like(batch.given), others)
