@@ -151,7 +151,9 @@ def test_shards_and_what_can_be_wrong_with_them(folder, kind):
         load_released(folder)
     index.write_text(json.dumps(listed))
     (folder / shards[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{shards[1]} does not exist; .* \(1 of {len(shards)} shards are missing"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{shards[1]} does not exist; .* \(1 of {len(shards)} shards are missing"
+    ):
         load_released(folder)
 
 

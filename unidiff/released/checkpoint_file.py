@@ -180,7 +180,9 @@ class _TorchFile:
     """One torch file, memory-mapped where its format allows; the mapping is renewed after every `WINDOW` bytes."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._content, self._left = path, None, WINDOW
+        self.path = path
+        self._content: dict[str, Any] | None = None
+        self._left = WINDOW
         with path.open("rb") as file:
             self.mapped = file.read(4) == TORCH_MAGIC[0]
 

@@ -76,7 +76,7 @@ def _denoiser(load: Loader) -> Loader:
 
     def call(state: Config, config: Config, *, vocabulary: Vocabulary | None = None, **kwargs: Any) -> Any:
         model, implied = load(state, config, **kwargs)
-        if vocabulary is not None and vocabulary.to_dict() != implied.to_dict():
+        if vocabulary is not None and vocabulary != implied:
             raise ValueError("the config of this family fixes the vocabulary; leave the argument out")
         return model, implied
 

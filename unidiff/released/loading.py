@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -203,9 +203,9 @@ def read_config(file: Path) -> dict[str, Any]:
             except Exception as error:  # omegaconf and yaml have errors of their own
                 kind = "JSON" if path.suffix == ".json" else "YAML"
                 raise ValueError(f"{path} is not valid {kind} ({_first_line(error)}); download it again") from error
-            if not isinstance(config, dict):
+            if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
                 raise ValueError(f"{path} holds a {type(config).__name__}; expected named settings")
-            return config
+            return cast(dict[str, Any], config)
     return {}
 
 
