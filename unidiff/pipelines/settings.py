@@ -139,7 +139,7 @@ def with_overrides(
         rule = changed[name].rule
         rule = rule if rule in ("threshold", "hierarchical", "credit") else "threshold"
         changed[name] = replace(changed[name], rule=rule, threshold=least)
-    return replace(sampler, **changed, guidance=guidance)
+    return replace(sampler, text=changed["text"], image=changed["image"], guidance=guidance)
 
 
 def by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:
