@@ -87,6 +87,10 @@ def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatc
     assert dual.stats["query_key_tokens"] == sum(w.qk for p in passes for w in p.layers)
     assert dual.bound == pytest.approx(result.rows[0].stats["flops"] / dual.stats["flops"], rel=0.02)
     assert result.rows[0].bound == result.rows[0].speedup == 1 and 0 < result.rows[0].outside_share < 1
+    for measured in result.about["matmul"]:
+        for step in measured["steps"].values():
+            assert step["share"] == pytest.approx(step["roofline"] / step["seconds"]) and step["seconds"] > 0
+        assert measured["steps"]["full"]["roofline"] >= measured["steps"]["cached"]["roofline"] > 0
     assert len(dual.seconds_all) == 2 and dual.bound_reference is not None
 
 

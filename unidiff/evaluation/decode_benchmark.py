@@ -22,6 +22,7 @@ from unidiff.evaluation.decode_benchmark_rates import (
     row_counts,
     synchronise,
 )
+from unidiff.evaluation.decode_benchmark_steps import copy_bandwidth, measure_steps
 from unidiff.evaluation.decode_benchmark_suites import POLICIES, SUITES, Suite, Workload
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -183,8 +184,16 @@ def _run_workload(
     short = workload.schedule(vocabulary, 1, min(workload.passes, 3))
     peak = matmul_peak(suite.peak_size, model.dtype, device)
     rates = measure_rates(model, row_counts(schedule.length * workload.batch, schedule.block * workload.batch))
+    bandwidth = copy_bandwidth(suite.copy_bytes, device)
+    batch = request(schedule, workload.grid, vocabulary, workload.batch, options.seed).to(device)
     about["matmul"].append(
-        {"workload": describe(workload), "peak": peak, "rates": {str(n): rate for n, rate in rates.points}}
+        {
+            "workload": describe(workload),
+            "peak": peak,
+            "bandwidth": bandwidth,
+            "rates": {str(n): rate for n, rate in rates.points},
+            "steps": measure_steps(model, batch.hide_targets(vocabulary), schedule, peak, bandwidth),
+        }
     )
     names = options.policies(suite.policies)
     policies = {name: POLICIES[name].build() for name in names}

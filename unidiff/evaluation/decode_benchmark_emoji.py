@@ -13,6 +13,7 @@ from unidiff.evaluation.decode_benchmark_suites import MAIN, POLICIES
 from unidiff.evaluation.emoji_eval import profile_of
 from unidiff.evaluation.emoji_judge import EmojiEval
 from unidiff.evaluation.emoji_model import PipelineModel
+from unidiff.evaluation.report import Report
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.output import UniDiffOutput
 
@@ -149,7 +150,7 @@ class Trial:
     def __post_init__(self) -> None:
         self.seconds: list[float] = []  # per row of the decodes
         self.outputs: list[UniDiffOutput] = []
-        self.report = None
+        self.report: Report | None = None
 
     def run(self) -> None:
         """All cases once."""
@@ -161,7 +162,7 @@ class Trial:
         """One case, not kept."""
         self._evaluate(1)
 
-    def _evaluate(self, cases: int) -> Any:
+    def _evaluate(self, cases: int) -> tuple[Report, list[UniDiffOutput]]:
         watched = Watched(self.pipe)
         options = {"policy": POLICIES[self.name].build(), "sampler": self.config}
         model = PipelineModel(cast(UniDiffPipeline, watched), self.batch, **options)

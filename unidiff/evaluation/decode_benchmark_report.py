@@ -40,7 +40,14 @@ def tables(benchmark: Benchmark) -> Group:
             _number(row.peak_share, ".0%"),
             _number(row.quality, ".3f"),
         )
-    return Group(title + ("" if blocks == "all" else f" (only {blocks} blocks of each row)"), *parts.values())
+    steps = [
+        f"{m['workload']}: a full pass {m['steps']['full']['seconds'] * 1e3:.3g} ms, "
+        f"{m['steps']['full']['share']:.0%} of the roofline, a cached one {m['steps']['cached']['seconds'] * 1e3:.3g} ms, "
+        f"{m['steps']['cached']['share']:.0%}"
+        for m in benchmark.about.get("matmul", [])
+    ]
+    title += "" if blocks == "all" else f" (only {blocks} blocks of each row)"
+    return Group(title, *parts.values(), *steps)
 
 
 def label(row: Row) -> str:

@@ -79,6 +79,7 @@ class Suite:
         device: "cpu" or "cuda".
         runs: paired runs of each.
         peak_size: n of the n x n products that give the matmul peak.
+        copy_bytes: what is copied to measure the bandwidth of the memory.
         about: one line for people.
     """
 
@@ -90,6 +91,7 @@ class Suite:
     device: str = "cpu"
     runs: int = 3
     peak_size: int = 2048
+    copy_bytes: int = 2**28
     about: str = ""
 
     @property
@@ -125,6 +127,7 @@ SUITES: dict[str, Suite] = {
         ("none", "prefix", "dual", "vicinity", "adaptive", "max-logit"),
         runs=2,
         peak_size=64,
+        copy_bytes=2**20,
         about="seconds; shows that everything runs",
     ),
     "cpu-25m": Suite(
