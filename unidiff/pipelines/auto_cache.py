@@ -81,17 +81,19 @@ def choose_cache(
     kind = "both" if all(hidden.values()) else "text" if hidden[Modality.TEXT] else "image"
     gain = expected_gain(kind, hidden, batch, config)
     if gain < LEAST_GAIN:
-        short = f"none: rows of {int(batch.valid.sum(1).max())} tokens would be decoded {gain:.2f} times as fast"
+        short = f"none: at {int(batch.valid.sum(1).max())} tokens per row a cache makes passes {gain:.2f} times as fast"
         return CacheChoice(none.build(), none, f"{short}, less than {LEAST_GAIN}")
     chosen = AUTO[kind]
     name = "segments" if chosen.segments else chosen.policy
     return CacheChoice(
-        chosen.build(), chosen, f"{name}: expected to be {gain:.2f} times as fast, at some approximation"
+        chosen.build(), chosen, f"{name}: makes passes about {gain:.2f} times as fast, at some approximation"
     )
 
 
 def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, config: SamplerConfig) -> float:
-    """Time of a decode without a cache over that with `AUTO[kind]`, from the tokens of each pass and `OVERHEAD_TOKENS`.
+    """Time of all passes without a cache over that with `AUTO[kind]`, from the tokens of each and `OVERHEAD_TOKENS`.
+
+    What a decode does besides its passes (draws, commit rules, plans) is not in it.
 
     Where both modalities are decoded, that of the image alone.
 
