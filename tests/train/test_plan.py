@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.train.block_diffusion import block_visibility
 from unidiff.train.config import LoraConfig, TaskConfig, read_config
+from unidiff.train.flops import block_causal_pairs
 from unidiff.train.plan import GIB, adapter_parameters, block_activation_bytes, make_plan, mean_rate, row_shape
 from unidiff.train.tasks import sample_rate
 
@@ -87,11 +90,19 @@ def test_mean_rates_and_the_hidden_share_of_a_mixture():
         task = TaskConfig(weight=1, rate=rate, beta=3.0)
         assert mean_rate(task) == pytest.approx(float(sample_rate(task, u).mean()), abs=1e-4)
     config = read_config(None, [*SMALL, "tasks.joint.weight=0", "tasks.t2i={weight: 1, rate: high}"])
-    from unidiff.tokens import Vocabulary
-
     row = row_shape(config, Vocabulary.named("unidisc-magvit"))
     image, text = 64 * 8192, 32 * 32000
     assert row.hidden_share == pytest.approx(5 / 6 * image / (image + text))
+
+
+def test_block_diffusion_sends_every_token_through_the_blocks_twice():
+    plain = make_plan(read_config(None, SMALL), 1)
+    causal = make_plan(read_config(None, [*SMALL, "model.attention=block_causal", "model.block_length=8"]), 1)
+    assert causal.flops.blocks == 2 * plain.flops.blocks and causal.flops.head == plain.flops.head
+    assert causal.flops.attention == plain.flops.attention / 96**2 * 2 * block_causal_pairs(96, 8)
+    assert causal.layouts[0].activations == 2 * plain.layouts[0].activations
+    doubled = block_visibility(TokenBatch.from_spans([[Span.text(torch.zeros(96))]]), 8)
+    assert int(doubled.sum()) == 2 * block_causal_pairs(96, 8)
 
 
 def test_adapters_by_hand():

@@ -72,6 +72,7 @@ class RowShape:
         text_slice, image_slice: sizes of the two slices of the head.
         hidden_share: mean share of positions that are masked; 1/2 for uniform times.
         pairs: visible query-key pairs per layer; None for every pair of the row.
+        copies: how often each token passes through the blocks: 2 in block diffusion, clean and noisy.
     """
 
     text: int
@@ -80,6 +81,7 @@ class RowShape:
     image_slice: int
     hidden_share: float = 0.5
     pairs: int | None = None
+    copies: int = 1
 
     @property
     def length(self) -> int:
@@ -104,7 +106,7 @@ def row_flops(size: ModelSize, row: RowShape) -> RowFlops:
     pairs = row.length**2 if row.pairs is None else row.pairs
     scored = row.hidden_share * (row.text * row.text_slice + row.image * row.image_slice)
     return RowFlops(
-        blocks=3 * 2 * row.length * size.block_linear,
+        blocks=3 * 2 * row.length * row.copies * size.block_linear,
         attention=3 * 4 * size.hidden_size * pairs * size.num_layers,
         head=3 * 2 * size.hidden_size * scored,
     )

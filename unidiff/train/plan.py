@@ -138,10 +138,10 @@ def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:
     # one share of all positions, weighted by what each modality's slice costs
     costs = {"text": text * vocabulary.text_size, "image": image * vocabulary.image_size}
     hidden = sum(share[m] * costs[m] for m in costs) / sum(costs.values())
-    pairs = None
-    if config.model.get("attention") == "block_causal":
-        pairs = block_causal_pairs(row.length, config.model["block_length"])
-    return replace(row, hidden_share=hidden, pairs=pairs)
+    if config.model.get("attention") == "block_causal":  # clean and noisy tokens each see about the same pairs
+        pairs = 2 * block_causal_pairs(row.length, config.model["block_length"])
+        row = replace(row, pairs=pairs, copies=2)
+    return replace(row, hidden_share=hidden)
 
 
 def mean_rate(task: TaskConfig) -> float:
@@ -217,7 +217,7 @@ def _layout(
         shards = gpus // replicas
         gathered = 2 * 4 * one_block + 2 * 4 * (size.total - size.blocks)  # two blocks; embeddings, head, gradients
         weights = state_bytes(config, size) // shards + gathered + low * one_block
-    tokens = rows * row.length
+    tokens = rows * row.length * row.copies
     if checkpointing:
         activations = tokens * (4 * size.hidden_size * size.num_layers + kept)
     else:
