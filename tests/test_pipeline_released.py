@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
-from unidiff.pipelines.released import ReleasedPipeline, is_released, load_released_pipeline
+from unidiff.pipelines.released import ReleasedPipeline
+from unidiff.pipelines.released_folder import is_released, load_released_pipeline
 from unidiff.released.convert import convert
 from unidiff.released.families import FAMILIES
 from unidiff.released.mmada import SPECIALS as MMADA
@@ -125,10 +126,10 @@ def test_parts_that_are_missing_or_of_another_model(unidisc, tmp_path):
     TextTokenizer.train(["a"], 260).save_pretrained(copy / "text_tokenizer")
     with pytest.raises(ValueError, match=r"the text tokenizer has 260 ids, but the model"):
         UniDiffPipeline.from_pretrained(copy, image_tokenizer=unidisc / "image_tokenizer")
-    write_tiny(tmp_path / "llada", "llada")
-    assert is_released(tmp_path / "llada")
-    with pytest.raises(ValueError, match=r"llada has no pipeline .*load_released"):
-        UniDiffPipeline.from_pretrained(tmp_path / "llada")
+    write_tiny(tmp_path / "mdlm", "mdlm")
+    assert is_released(tmp_path / "mdlm")
+    with pytest.raises(ValueError, match=r"mdlm has no pipeline .*load_released"):
+        UniDiffPipeline.from_pretrained(tmp_path / "mdlm")
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     assert not is_released(tmp_path)
     assert set(TINY)  # every family's tiny checkpoint is recognised in test_loading

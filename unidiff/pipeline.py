@@ -27,7 +27,7 @@ from unidiff.pipelines.decode import (
 from unidiff.pipelines.folder import forget_origins, is_pipeline, load_parts, write_folder
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated
 from unidiff.pipelines.output import UniDiffOutput
-from unidiff.pipelines.released import is_released, load_released_pipeline
+from unidiff.pipelines.released_folder import is_released, load_released_pipeline
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
@@ -107,8 +107,8 @@ class UniDiffPipeline(DiffusionPipeline):
     ) -> Self:
         """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), strictly.
 
-        The folder of a released family gives a `ReleasedPipeline` (UniDisc, MMaDA, Lumina-DiMOO) or a `MudditPipeline`
-        instead, which has the task methods of this class that its model can do.
+        The folder of a released family gives a `ReleasedPipeline` (UniDisc, MMaDA, Lumina-DiMOO, LLaDA, Dream) or a
+        `MudditPipeline` instead, which has the task methods of this class that its model can do.
 
         Args:
             name: where.

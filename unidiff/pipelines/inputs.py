@@ -57,7 +57,7 @@ class ImageInputs:
         out = []
         for number, mask in enumerate(masks):
             grey = _grey(mask)  # [h, w]
-            wanted = _size_of(originals[min(number, len(originals) - 1)])
+            wanted = size_of(originals[min(number, len(originals) - 1)])
             if grey.shape != wanted:
                 raise ValueError(
                     f"mask_image is {grey.shape[1]}x{grey.shape[0]} pixels but the image is {wanted[1]}x{wanted[0]}; "
@@ -205,7 +205,16 @@ def _grey(mask: Any) -> np.ndarray:
     return (array * 255).astype(np.uint8)
 
 
-def _size_of(image: Any) -> tuple[int, int]:
+def size_of(image: Any) -> tuple[int, int]:
+    """(height, width) in pixels of a PIL image, an array `[H, W, ...]` or a tensor `[..., H, W]`.
+
+    Raises:
+        ValueError: another kind of object.
+    """
+    if not isinstance(image, Image.Image | np.ndarray | Tensor) or (
+        not isinstance(image, Image.Image) and image.ndim < 2
+    ):
+        raise ValueError(f"image is a {type(image).__name__}; expected {_KINDS}")
     if isinstance(image, Image.Image):
         return image.height, image.width
     height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]

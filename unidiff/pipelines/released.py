@@ -3,92 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding import RefreshPolicy, SamplerConfig
-from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
-from unidiff.pipelines.muddit import MudditPipeline
+from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated, size_of
 from unidiff.pipelines.output import UniDiffOutput
-from unidiff.pipelines.released_tasks import FamilyTasks, check_family, tasks_of
-from unidiff.pipelines.seeds import RowGenerator, row_seeds
-from unidiff.pipelines.settings import with_overrides
-from unidiff.released.families import FAMILIES
-from unidiff.released.loading import PIPELINE_PARTS, Released, load_released, read_config
-from unidiff.released.native import RECORD
-from unidiff.released.tasks import TaskRequest, run_task
+from unidiff.pipelines.released_run import ReleasedOptions, decode_request
+from unidiff.pipelines.released_tasks import FamilyTasks, Grid
+from unidiff.released.chat import Turn
+from unidiff.released.loading import Released
+from unidiff.released.tasks import TaskRequest
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
-
-IMAGE_PLACES = ("image_tokenizer", "vqvae", "magvitv2", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt")
-TEXT_PLACES = ("text_tokenizer", "tokenizer", ".")
-
-
-@dataclass(frozen=True)
-class ReleasedOptions:
-    """Everyday knobs of one call; None keeps the family's default.
-
-    Args:
-        generator: seeds, as for `UniDiffPipeline`.
-        steps, guidance_scale, temperature: as for `UniDiffPipeline`.
-        sampler: replaces the family's settings.
-        policy: a cache policy.
-        output_type: "pil", "pt", "np" or "codes".
-    """
-
-    generator: RowGenerator = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    sampler: SamplerConfig | None = None
-    policy: RefreshPolicy | None = None
-    output_type: str = "pil"
 
 
 class ReleasedPipeline:
-    """UniDisc, MMaDA or Lumina-DiMOO with its tokenizers.
+    """UniDisc, MMaDA, Lumina-DiMOO, LLaDA or Dream with its tokenizers.
 
     Words in texts are hidden with `<mask>` or `<mask:3>`. Every method takes the fields of `ReleasedOptions` as keyword
-    arguments and returns a `UniDiffOutput`; `tasks.names` lists what the model can do.
+    arguments and returns a `UniDiffOutput`. `tasks.names` lists what the model can do; every other task raises
+    `ValueError`. A row's result depends on its own seed and inputs, not on the other rows.
 
     Args:
         released: the network.
         tasks: the family's tasks.
-        images, texts: the tokenizers that it was trained with.
-        grid: rows and columns of codes, for models that draw any size; None for the usual.
+        images, texts: the tokenizers that it was trained with; no image tokenizer for a model of text alone.
+        grid: rows and columns of codes, for models that draw any size; None for the usual, or those of a given picture.
     """
 
     def __init__(
         self,
         released: Released,
         tasks: FamilyTasks,
-        images: VQImageTokenizer,
+        images: VQImageTokenizer | None,
         texts: TextTokenizer,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
     ) -> None:
-        vocabulary = released.vocabulary
-        if vocabulary is None or vocabulary.image_size != images.codebook_size:
-            size = None if vocabulary is None else vocabulary.image_size
-            raise ValueError(
-                f"the image tokenizer has {images.codebook_size} codes, but the model {size}; give the one it was "
-                "trained with"
-            )
-        fewest = vocabulary.text_size if released.family.name == "unidisc" else 0
-        if not fewest <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
-            raise ValueError(
-                f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
-                "trained with"
-            )
-        if grid is not None and not tasks.sizes:
-            raise ValueError(f"{released.family.name} draws pictures of one size; leave grid out")
         self.released, self.tasks, self.images, self.texts = released, tasks, images, texts
-        self.vocabulary, self.grid = vocabulary, grid or tasks.grid
-        self.image_inputs = ImageInputs((self.grid[0] * images.factor, self.grid[1] * images.factor), images.factor)
+        self.fixed_size = grid is not None or not tasks.sizes
+        if grid is not None and not tasks.sizes:
+            raise ValueError(f"{tasks.family} draws pictures of one size; leave grid out")
+        self.grid = tasks.grid if grid is None else grid
+        _check_fit(released, images, texts)
+        self._inputs: ImageInputs | None = None
+        if images is not None:
+            self._inputs = ImageInputs((self.grid[0] * images.factor, self.grid[1] * images.factor), images.factor)
 
     @property
     def transformer(self) -> Any:
@@ -96,14 +57,26 @@ class ReleasedPipeline:
         return self.released.model
 
     @property
+    def image_inputs(self) -> ImageInputs:
+        """What turns pictures into tensors and back.
+
+        Raises:
+            ValueError: a model of text alone.
+        """
+        if self._inputs is None:
+            raise ValueError(f"{self.tasks.family} knows no pictures; it does {', '.join(self.tasks.names)}")
+        return self._inputs
+
+    @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """(height, width) in pixels; `ValueError` for a model of text alone."""
         return self.image_inputs.size
 
     def to(self, *args: Any, **kwargs: Any) -> ReleasedPipeline:
         """Move network and image tokenizer, as `nn.Module.to`."""
         self.released.model.to(*args, **kwargs)
-        self.images.to(*args, **kwargs)
+        if self.images is not None:
+            self.images.to(*args, **kwargs)
         return self
 
     def sized(self, height: int, width: int) -> ReleasedPipeline:
@@ -112,31 +85,47 @@ class ReleasedPipeline:
         Raises:
             ValueError: a model of one size, or a side that the image tokenizer's factor does not divide.
         """
-        factor = self.images.factor
-        if height % factor or width % factor:
-            raise ValueError(f"image size {height}x{width} must be a multiple of {factor}")
+        factor = self.image_inputs.factor
+        if min(height, width) < factor or height % factor or width % factor:
+            raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
         grid = (height // factor, width // factor)
         return ReleasedPipeline(self.released, self.tasks, self.images, self.texts, grid)
 
     def text_to_image(
-        self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
     ) -> UniDiffOutput:
         """Draw pictures from words.
 
+        Args:
+            height, width: in pixels, where the model draws any size; `image_size` where left out.
+
         Raises:
-            ValueError: an empty prompt, one longer than the model holds, or an option out of range.
+            ValueError: an empty prompt, one longer than the model holds, a size it cannot draw, or an option out of range.
         """
-        prompts = [p for p in as_list(prompt, "prompt") for _ in range(num_images_per_prompt)]
-        return self._run(self.tasks.text_to_image(prompts, self.grid), options, num_images_per_prompt)
+        self.tasks.need("text_to_image")
+        pipe = self if height is None and width is None else self._sized_or_usual(height, width)
+        prompts, count = repeated(as_list(prompt, "prompt"), num_images_per_prompt)
+        return pipe._run(self.tasks.text_to_image(prompts, pipe.grid), options, count)
 
     def caption(self, image: Any, max_text_tokens: int = 64, resize: bool = False, **options: Any) -> UniDiffOutput:
         """Describe pictures.
 
+        Args:
+            image: one or several, all of one size. A model that draws any size takes them as they are.
+            resize: bring other sizes to the model's (or, of a model for any size, to the nearest that it was trained on).
+
         Raises:
             ValueError: a picture of another size, mode, dtype or range, or an option out of range.
         """
-        request = self.tasks.caption(self._encode(image, resize), max_text_tokens)
-        return self._run(request, options, pictures=False, longest=max_text_tokens)
+        self.tasks.need("caption")
+        pipe = self._fitting(image, resize)
+        request = self.tasks.caption(pipe._encode(image, resize), max_text_tokens)
+        return pipe._run(request, options, pictures=False, longest=max_text_tokens)
 
     def answer(
         self,
@@ -151,9 +140,11 @@ class ReleasedPipeline:
         Raises:
             ValueError: a model that was not trained for it, an empty question, or as for `caption`.
         """
-        codes, questions = broadcast(image=list(self._encode(image, resize)), question=as_list(question, "question"))
+        self.tasks.need("answer")
+        pipe = self._fitting(image, resize)
+        codes, questions = broadcast(image=list(pipe._encode(image, resize)), question=as_list(question, "question"))
         request = self.tasks.answer(torch.stack(codes), questions, max_text_tokens)
-        return self._run(request, options, pictures=False, longest=max_text_tokens)
+        return pipe._run(request, options, pictures=False, longest=max_text_tokens)
 
     def inpaint(
         self,
@@ -169,23 +160,102 @@ class ReleasedPipeline:
         Raises:
             ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
         """
-        codes = self._encode(image, resize)  # [B, h, w]
-        holes = torch.zeros(1, *codes.shape[1:], dtype=torch.bool)
+        self.tasks.need("inpaint")
+        pipe = self._fitting(image, resize)
+        codes = pipe._encode(image, resize)  # [B, h, w]
+        columns = broadcast(
+            image=list(codes),
+            mask_image=list(pipe._holes(mask_image, image, resize)),
+            text=as_list(text, "text"),
+        )
+        given, hidden, texts = (repeated(column, num_images_per_prompt)[0] for column in columns)
+        request = self.tasks.inpaint(texts, torch.stack(given), torch.stack(hidden))
+        return pipe._run(request, options, num_images_per_prompt)
+
+    def edit(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        reference: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        resize: bool = False,
+        num_images_per_prompt: int = 1,
+        **options: Any,
+    ) -> UniDiffOutput:
+        """Change pictures as told.
+
+        Args:
+            image: one or several, of one size.
+            prompt: what to change.
+            reference: one further picture for each (a style, a subject).
+            mask_image: white where the picture may change; everywhere when left out.
+            height, width: of the result, in pixels; as the picture when left out.
+
+        Raises:
+            ValueError: a model that does not edit, an empty prompt, a size together with a mask, or as for `caption`.
+        """
+        self.tasks.need("edit")
+        pipe = self._fitting(image, resize)
+        columns: dict[str, list[Any]] = {
+            "image": list(pipe._encode(image, resize)),
+            "prompt": as_list(prompt, "prompt"),
+        }
+        if reference is not None:
+            columns["reference"] = list(self._fitting(reference, resize)._encode(reference, resize))
         if mask_image is not None:
-            holes = self.image_inputs.cells(self.image_inputs.masks(mask_image, image, resize))
-        columns = broadcast(image=list(codes), mask_image=list(holes), text=as_list(text, "text"))
-        given, hidden, prompts = ([x for x in column for _ in range(num_images_per_prompt)] for column in columns)
-        request = self.tasks.inpaint(prompts, torch.stack(given), torch.stack(hidden))
-        return self._run(request, options, num_images_per_prompt)
+            columns["mask_image"] = list(pipe._holes(mask_image, image, resize))
+        names, rows = list(columns), broadcast(**columns)
+        full = {name: repeated(row, num_images_per_prompt)[0] for name, row in zip(names, rows, strict=True)}
+        further, holes = (torch.stack(full[n]) if n in full else None for n in ("reference", "mask_image"))
+        grid = None if height is None and width is None else pipe._sized_or_usual(height, width).grid
+        request = self.tasks.edit(torch.stack(full["image"]), full["prompt"], grid, further, holes)
+        return pipe._run(request, options, num_images_per_prompt)
 
     def generate(self, num_images_per_prompt: int = 1, max_text_tokens: int = 64, **options: Any) -> UniDiffOutput:
         """Make pictures and their captions together, from nothing.
 
         Raises:
-            ValueError: an option out of range.
+            ValueError: a model that cannot, or an option out of range.
         """
-        request = self.tasks.generate(num_images_per_prompt, max_text_tokens)
-        return self._run(request, options, num_images_per_prompt, longest=max_text_tokens)
+        self.tasks.need("generate")
+        _, count = repeated([None], num_images_per_prompt)
+        return self._run(self.tasks.generate(count, max_text_tokens), options, count, longest=max_text_tokens)
+
+    def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
+        """Answer in words.
+
+        Args:
+            messages: a question, a conversation (messages `{"role": ..., "content": ...}`), or several of either.
+            max_text_tokens: of an answer, its end included.
+
+        Raises:
+            ValueError: a model that does not chat, an empty question, or an option out of range.
+        """
+        self.tasks.need("chat")
+        several = as_list(messages, "message")
+        turns = [several] if all(isinstance(message, Mapping) for message in several) else several
+        return self._run(self.tasks.chat(turns, max_text_tokens), options, pictures=False)
+
+    def complete(self, prompt: str | Sequence[str], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
+        """Go on with texts as they are (base models).
+
+        Raises:
+            ValueError: a model that cannot, an empty prompt, or an option out of range.
+        """
+        self.tasks.need("complete")
+        request = self.tasks.complete(as_list(prompt, "prompt"), max_text_tokens)
+        return self._run(request, options, pictures=False)
+
+    def infill(self, text: str | Sequence[str], **options: Any) -> UniDiffOutput:
+        """Fill `<mask>` holes in texts.
+
+        Raises:
+            ValueError: a model that cannot, a text without holes, or an option out of range.
+        """
+        self.tasks.need("infill")
+        return self._run(self.tasks.infill(as_list(text, "text")), options, pictures=False)
 
     def _run(
         self,
@@ -196,12 +266,13 @@ class ReleasedPipeline:
         longest: int | None = None,
     ) -> UniDiffOutput:
         chosen = ReleasedOptions(**options)
-        config = chosen.sampler or request.config
-        config = with_overrides(config, chosen.steps, chosen.guidance_scale, temperature=chosen.temperature)
-        seeds = row_seeds(chosen.generator, len(request.batch.ids), per_entry)
-        done = run_task(self.transformer, self.vocabulary, replace(request, config=config), seeds, chosen.policy)
+        run = decode_request(self, self.released, request, chosen, per_entry)
+        done = run.result
         words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
-        codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
+        if all(done.codes):
+            codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
+        else:
+            codes = torch.zeros(len(words), 0, 0, dtype=torch.long)
         return UniDiffOutput(
             images=self._pictures(codes, chosen.output_type) if pictures else None,
             texts=[self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words],
@@ -211,78 +282,56 @@ class ReleasedPipeline:
             confidences=done.output.confidence.cpu(),
             nfe=done.output.nfe,
             seconds=done.output.seconds,
-            seeds=seeds,
+            seeds=run.seeds,
+            stats=done.output.stats,
+            cache=run.choice.config,
+            cache_note=run.choice.note,
         )
+
+    def _sized_or_usual(self, height: int | None, width: int | None) -> ReleasedPipeline:
+        usual = self.image_size
+        return self.sized(usual[0] if height is None else height, usual[1] if width is None else width)
+
+    def _fitting(self, image: Any, resize: bool) -> ReleasedPipeline:
+        """This pipeline for the size of the pictures, where the model takes any and none was asked for."""
+        if self.fixed_size:
+            return self
+        sizes = sorted({size_of(part) for part in as_list(image, "image")})
+        if len(sizes) > 1:
+            raise ValueError(f"the pictures have the sizes {sizes} (height, width); give those of one size at a time")
+        height, width = sizes[0]
+        if resize:
+            factor = self.image_inputs.factor
+            height, width = (side * factor for side in self.tasks.fit(height, width))
+        return self.sized(height, width)
 
     def _encode(self, image: Any, resize: bool) -> Tensor:
+        assert self.images is not None  # `need` has refused otherwise
         return self.images.encode(self.image_inputs.images(image, resize)).cpu()
 
+    def _holes(self, mask_image: Any, image: Any, resize: bool) -> Tensor:
+        """bool `[B, h, w]`: codes to decode again; none without a mask."""
+        if mask_image is None:
+            return torch.zeros(1, *self.grid, dtype=torch.bool)
+        return self.image_inputs.cells(self.image_inputs.masks(mask_image, image, resize))
+
     def _pictures(self, codes: Tensor, output_type: str) -> Any:
-        if output_type == "codes":
-            return codes
-        return self.image_inputs.output(self.images.decode(codes), output_type)
+        assert self.images is not None
+        return codes if output_type == "codes" else self.image_inputs.output(self.images.decode(codes), output_type)
 
 
-def is_released(folder: Path) -> bool:
-    """Whether a folder, or a part of it, holds a released denoiser or one that was converted."""
-    for part in (folder, *(folder / name for name in PIPELINE_PARTS[:1])):
-        if (part / RECORD).is_file():
-            return True
-        config = read_config(part / "weights")
-        if config and any(family.fits(config) for family in FAMILIES.values() if family.vocabulary is not None):
-            return True
-    return False
-
-
-def load_released_pipeline(
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    *,
-    image_tokenizer: str | Path | None = None,
-    text_tokenizer: str | Path | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> Any:
-    """A released folder as an object with task methods: `MudditPipeline` for MM-DiTs, else `ReleasedPipeline`.
-
-    Args:
-        folder: the checkpoint. Tokenizers are looked for beside the weights: `IMAGE_PLACES`, `TEXT_PLACES`.
-        dtype: of the network; None keeps the checkpoint's.
-        vocabulary: as in `load_released`.
-        image_tokenizer: file or folder of LlamaGen's, MAGVIT-v2's or a VQModel's weights; text_tokenizer: folder or hub name.
-
-    Raises:
-        FileNotFoundError: a part is missing.
-        ValueError: a family without a pipeline, or parts that do not fit together.
-    """
-    if (folder / "transformer").is_dir() and (folder / "text_encoder").is_dir():
-        return MudditPipeline.from_folder(folder, dtype)
-    released = load_released(folder, dtype, vocabulary=vocabulary)
-    check_family(released)
-    images = load_images(folder, image_tokenizer)
-    place = text_tokenizer or next((folder / p for p in TEXT_PLACES if _has_text(folder / p)), None)
-    if place is None:
-        raise FileNotFoundError(f"{folder} has no text tokenizer; put it into {folder / 'text_tokenizer'}")
-    texts = TextTokenizer.from_pretrained(place)
-    return ReleasedPipeline(released, tasks_of(released, texts), images, texts)
-
-
-def load_images(folder: Path, place: str | Path | None = None) -> VQImageTokenizer:
-    """The image tokenizer at `place`, or at one of `IMAGE_PLACES` beside the weights, in float32.
-
-    Raises:
-        FileNotFoundError: none there. ValueError: not an image tokenizer.
-    """
-    found = place or next((folder / p for p in IMAGE_PLACES if (folder / p).exists()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"{folder} has no image tokenizer; put it into {folder / 'image_tokenizer'} (LlamaGen's also as "
-            "vq_ds16_c2i.pt beside the weights) or give image_tokenizer="
+def _check_fit(released: Released, images: VQImageTokenizer | None, texts: TextTokenizer) -> None:
+    """Raise `ValueError` unless the tokenizers have the ids of the model."""
+    vocabulary = released.vocabulary
+    size = 0 if vocabulary is None else vocabulary.image_size
+    if vocabulary is None or size != (0 if images is None else images.codebook_size):
+        codes = "none" if images is None else images.codebook_size
+        raise ValueError(
+            f"the image tokenizer has {codes} codes, but the model {size}; give the one it was trained with"
         )
-    images = load_released(found, torch.float32).images
-    if images is None:
-        raise ValueError(f"{found} is no image tokenizer; give LlamaGen's, MAGVIT-v2's or a VQModel's weights")
-    return images
-
-
-def _has_text(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    fewest = vocabulary.text_size if released.family.name == "unidisc" else 0
+    if not fewest <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
+        raise ValueError(
+            f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
+            "trained with"
+        )

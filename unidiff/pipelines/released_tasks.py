@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
+from unidiff.released.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, Turn
 from unidiff.released.loading import Released
+from unidiff.released.lumina import lumina_grid
 from unidiff.released.lumina_tasks import MARKS, LuminaRows
 from unidiff.released.mmada_tasks import MMaDARows
 from unidiff.released.tasks import TaskRequest
@@ -19,45 +21,87 @@ from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
 Grid = tuple[int, int]
-PIPELINE_FAMILIES = ("unidisc", "mmada", "lumina")
+PIPELINE_FAMILIES = ("unidisc", "mmada", "lumina", "llada", "dream")
+# how the released tokenizers spell the marks of the chat templates
+LLADA_MARKS = {
+    "bos": "<|startoftext|>",
+    "start_header": "<|start_header_id|>",
+    "end_header": "<|end_header_id|>",
+    "eot": "<|eot_id|>",
+}
+DREAM_MARKS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 DESCRIBE = "Please describe this image in detail."
 _HOLE = re.compile(r" ?<mask(?::(\d+))?>")
 
 
-class FamilyTasks(Protocol):
-    """What a pipeline asks of a family. A task that is not among `names` raises `ValueError`.
+@dataclass(frozen=True)
+class FamilyTasks:
+    """What a pipeline asks of a family: a request per task. A task that is not among `names` raises `ValueError`.
 
     Attributes:
-        names: the tasks that the model can do.
+        family: its name. names: the tasks that the model can do.
         sizes: whether pictures may have any size.
     """
 
+    family: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
-    sizes: ClassVar[bool]
+    sizes: ClassVar[bool] = False
 
     @property
     def grid(self) -> Grid:
-        """Rows and columns of codes of its pictures, or the usual ones."""
-        ...
+        """Rows and columns of codes of its pictures, or the usual ones; (0, 0) for a model of text alone."""
+        return 0, 0
 
-    def text_to_image(self, prompts: Sequence[str], grid: Grid) -> TaskRequest: ...
+    def need(self, task: str) -> None:
+        """Raise `ValueError` unless the model does the task."""
+        if task not in self.names:
+            raise self.refused(task)
 
-    def caption(self, codes: Tensor, longest: int) -> TaskRequest: ...
+    def refused(self, task: str) -> ValueError:
+        return ValueError(f"{self.family} cannot do {task!r}; it does {', '.join(self.names)}")
 
-    def answer(self, codes: Tensor, questions: Sequence[str], longest: int) -> TaskRequest: ...
+    def fit(self, height: int, width: int) -> Grid:
+        """Rows and columns of codes that a picture of any size in pixels is best brought to."""
+        return self.grid
 
-    def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest: ...
+    def text_to_image(self, prompts: Sequence[str], grid: Grid) -> TaskRequest:
+        raise self.refused("text_to_image")
 
-    def generate(self, count: int, longest: int) -> TaskRequest: ...
+    def caption(self, codes: Tensor, longest: int) -> TaskRequest:
+        """As the answer to a question for one, where the family was trained so."""
+        return self.answer(codes, [DESCRIBE] * len(codes), longest)
+
+    def answer(self, codes: Tensor, questions: Sequence[str], longest: int) -> TaskRequest:
+        raise self.refused("answer")
+
+    def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
+        raise self.refused("inpaint")
+
+    def edit(
+        self, codes: Tensor, prompts: Sequence[str], grid: Grid | None, references: Tensor | None, holes: Tensor | None
+    ) -> TaskRequest:
+        raise self.refused("edit")
+
+    def generate(self, count: int, longest: int) -> TaskRequest:
+        raise self.refused("generate")
+
+    def chat(self, turns: Sequence[Turn], longest: int) -> TaskRequest:
+        raise self.refused("chat")
+
+    def complete(self, prompts: Sequence[str], longest: int) -> TaskRequest:
+        raise self.refused("complete")
+
+    def infill(self, texts: Sequence[str]) -> TaskRequest:
+        raise self.refused("infill")
 
 
 @dataclass(frozen=True)
-class UniDiscTasks:
+class UniDiscTasks(FamilyTasks):
     """UniDisc: captions with `<mask>` holes and pictures, in any combination."""
 
     rows: UniDiscRows
+    family: ClassVar[str] = "unidisc"
     names: ClassVar[tuple[str, ...]] = ("text_to_image", "caption", "inpaint", "generate")
-    sizes: ClassVar[bool] = False
 
     @property
     def grid(self) -> Grid:
@@ -69,9 +113,6 @@ class UniDiscTasks:
     def caption(self, codes: Tensor, longest: int) -> TaskRequest:
         return self.rows.caption(codes, longest)
 
-    def answer(self, codes: Tensor, questions: Sequence[str], longest: int) -> TaskRequest:
-        raise _refused("unidisc", "answer", self.names)
-
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
         return self.rows.inpaint([_HOLE.sub(lambda m: f" <m{m[1] or ''}>", t) for t in texts], codes, holes)
 
@@ -80,12 +121,12 @@ class UniDiscTasks:
 
 
 @dataclass(frozen=True)
-class MMaDATasks:
-    """MMaDA: pictures from words, and questions about pictures; a caption is an answer."""
+class MMaDATasks(FamilyTasks):
+    """MMaDA: pictures from words, questions about pictures, and text alone; a caption is an answer."""
 
     rows: MMaDARows
-    names: ClassVar[tuple[str, ...]] = ("text_to_image", "caption", "answer", "inpaint")
-    sizes: ClassVar[bool] = False
+    family: ClassVar[str] = "mmada"
+    names: ClassVar[tuple[str, ...]] = ("text_to_image", "caption", "answer", "inpaint", "chat")
 
     @property
     def grid(self) -> Grid:
@@ -94,53 +135,102 @@ class MMaDATasks:
     def text_to_image(self, prompts: Sequence[str], grid: Grid) -> TaskRequest:
         return self.rows.text_to_image(prompts)
 
-    def caption(self, codes: Tensor, longest: int) -> TaskRequest:
-        return self.answer(codes, [DESCRIBE] * len(codes), longest)
-
     def answer(self, codes: Tensor, questions: Sequence[str], longest: int) -> TaskRequest:
         return self.rows.understand(codes, questions, longest)
 
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
-        if any(_HOLE.search(text) for text in texts):
+        if _have_holes(texts):
             return self.rows.inpaint([_masked(t, self.rows) for t in texts], codes, holes)
         return self.rows.text_to_image(texts, codes, holes)
 
-    def generate(self, count: int, longest: int) -> TaskRequest:
-        raise _refused("mmada", "generate", self.names)
+    def chat(self, turns: Sequence[Turn], longest: int) -> TaskRequest:
+        questions = [turn for turn in turns if isinstance(turn, str) and turn.strip()]
+        if len(questions) < len(turns):
+            raise ValueError("mmada answers one question at a time; give strings of at least one word")
+        return self.rows.chat(questions, longest)
 
 
 @dataclass(frozen=True)
-class LuminaTasks:
-    """Lumina-DiMOO: pictures of any size from words, and questions about pictures; a caption is an answer."""
+class LuminaTasks(FamilyTasks):
+    """Lumina-DiMOO: pictures of any size from words, edits, and questions about pictures; a caption is an answer.
+
+    Args:
+        pixels: side of the largest square that pictures of other shapes are brought to.
+    """
 
     rows: LuminaRows
-    grid: Grid = (64, 64)
-    names: ClassVar[tuple[str, ...]] = ("text_to_image", "caption", "answer", "inpaint")
+    pixels: int = 1024
+    family: ClassVar[str] = "lumina"
+    names: ClassVar[tuple[str, ...]] = ("text_to_image", "caption", "answer", "inpaint", "edit")
     sizes: ClassVar[bool] = True
+
+    @property
+    def grid(self) -> Grid:
+        return self.fit(self.pixels, self.pixels)
+
+    def fit(self, height: int, width: int) -> Grid:
+        return lumina_grid(height, width, self.pixels)
 
     def text_to_image(self, prompts: Sequence[str], grid: Grid) -> TaskRequest:
         return self.rows.text_to_image(prompts, grid)
 
-    def caption(self, codes: Tensor, longest: int) -> TaskRequest:
-        return self.answer(codes, [DESCRIBE] * len(codes), longest)
-
     def answer(self, codes: Tensor, questions: Sequence[str], longest: int) -> TaskRequest:
         return self.rows.understand(codes, questions, longest)
 
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
-        if any(_HOLE.search(text) for text in texts):
+        if _have_holes(texts):
             return self.rows.inpaint([_masked(t, self.rows) for t in texts], codes, holes)
         return self.rows.text_to_image(texts, codes=codes, holes=holes)
 
-    def generate(self, count: int, longest: int) -> TaskRequest:
-        raise _refused("lumina", "generate", self.names)
+    def edit(
+        self, codes: Tensor, prompts: Sequence[str], grid: Grid | None, references: Tensor | None, holes: Tensor | None
+    ) -> TaskRequest:
+        return self.rows.edit(codes, prompts, grid, references, holes)
+
+
+@dataclass(frozen=True)
+class ChatTasks(FamilyTasks):
+    """LLaDA and Dream: conversations, texts that go on, and texts with `<mask>` holes; one pass per token."""
+
+    rows: ChatRows
+    names: ClassVar[tuple[str, ...]] = ("chat", "complete", "infill")
+
+    def chat(self, turns: Sequence[Turn], longest: int) -> TaskRequest:
+        if not self.rows.template.marks:
+            raise ValueError(
+                f"the text tokenizer of this {self.family} has no marks for turns; give the one it was trained with "
+                "(text_tokenizer=), or use complete, which needs none"
+            )
+        return _one_pass_each(self.rows.ask(turns, longest), longest)
+
+    def complete(self, prompts: Sequence[str], longest: int) -> TaskRequest:
+        return _one_pass_each(self.rows.complete(prompts, longest), longest)
+
+    def infill(self, texts: Sequence[str]) -> TaskRequest:
+        ids = [_masked(text, self.rows) for text in texts]
+        holes = max(row.count(self.rows.vocabulary.mask_id) for row in ids)
+        request = _one_pass_each(self.rows.infill(ids), max(1, holes))
+        text = replace(request.config.text, block_length=None)  # holes are no blocks
+        return replace(request, config=replace(request.config, text=text))
+
+
+class LLaDATasks(ChatTasks):
+    """LLaDA's chat."""
+
+    family: ClassVar[str] = "llada"
+
+
+class DreamTasks(ChatTasks):
+    """Dream's chat."""
+
+    family: ClassVar[str] = "dream"
 
 
 def tasks_of(released: Released, texts: TextTokenizer) -> FamilyTasks:
     """The tasks of a loaded model, with sizes from its config, or the released models' where it names none.
 
     Raises:
-        ValueError: a family without pictures, or pictures that are no squares.
+        ValueError: a family without a pipeline, or pictures that are no squares.
     """
     check_family(released)
     name, vocabulary, config = released.family.name, released.vocabulary, released.config
@@ -153,8 +243,18 @@ def tasks_of(released: Released, texts: TextTokenizer) -> FamilyTasks:
     if name == "mmada":
         return MMaDATasks(MMaDARows(vocabulary, texts.encode, side=_side(config.get("num_vq_tokens", 1024))))
     known = texts.tokenizer.get_vocab()
-    marks = {m: [known[m]] for m in MARKS} if all(m in known for m in MARKS) else None
-    return LuminaTasks(LuminaRows(vocabulary, texts.encode, marks))
+    if name == "lumina":
+        marks = {m: [known[m]] for m in MARKS} if all(m in known for m in MARKS) else None
+        return LuminaTasks(LuminaRows(vocabulary, texts.encode, marks))
+    template, spelled, kind = (
+        (LLADA_CHAT, LLADA_MARKS, LLaDATasks) if name == "llada" else (DREAM_CHAT, DREAM_MARKS, DreamTasks)
+    )
+    ids = template.marks  # the released models'
+    if set(spelled.values()) <= set(known):
+        ids = {mark: known[word] for mark, word in spelled.items()}
+    elif max(ids.values()) >= vocabulary.text_size:
+        ids = {}
+    return kind(ChatRows(vocabulary, replace(template, marks=ids), texts.encode))
 
 
 def check_family(released: Released) -> None:
@@ -166,8 +266,21 @@ def check_family(released: Released) -> None:
         )
 
 
-def _refused(family: str, task: str, names: Sequence[str]) -> ValueError:
-    return ValueError(f"{family} cannot do {task!r}; it does {', '.join(names)}")
+def _one_pass_each(request: TaskRequest, steps: int) -> TaskRequest:
+    """One pass per token, as upstream recommends."""
+    return replace(request, config=replace(request.config, text=replace(request.config.text, steps=steps)))
+
+
+def _have_holes(texts: Sequence[str]) -> bool:
+    """Whether texts have `<mask>` holes: all or none, since only those without are guided.
+
+    Raises:
+        ValueError: some do.
+    """
+    holes = [_HOLE.search(text) is not None for text in texts]
+    if any(holes) and not all(holes):
+        raise ValueError("some texts have <mask> holes and some have none, which are decoded apart; call for each kind")
+    return any(holes)
 
 
 def _side(count: int) -> int:
@@ -177,7 +290,7 @@ def _side(count: int) -> int:
     return side
 
 
-def _masked(text: str, rows: MMaDARows | LuminaRows) -> list[int]:
+def _masked(text: str, rows: MMaDARows | LuminaRows | ChatRows) -> list[int]:
     """Ids of a text with [MASK] for each hidden token."""
     encode, vocabulary, ids, place = rows.encode, rows.vocabulary, list[int](), 0
     assert encode is not None and isinstance(vocabulary, Vocabulary)  # a pipeline has a tokenizer

@@ -1,0 +1,116 @@
+"""One decode of a released family: the caller's options over the family's settings, seeds, cache, callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from unidiff.decoding import CacheConfig, DecodeState, RefreshPolicy, SamplerConfig
+from unidiff.pipelines.auto_cache import CacheChoice, choose_cache
+from unidiff.pipelines.decode import OUTPUT_TYPES, StepCallback
+from unidiff.pipelines.seeds import RowGenerator, row_seeds
+from unidiff.pipelines.settings import by_modality, with_overrides
+from unidiff.released.loading import Released
+from unidiff.released.tasks import TaskRequest, TaskResult, run_task
+from unidiff.tokens import Modality
+
+
+@dataclass(frozen=True)
+class ReleasedOptions:
+    """Everyday knobs of one call; None keeps the family's default. They mean what they mean in `DecodeOptions`.
+
+    Args:
+        generator: None, an int, a torch generator, or a list with one of either per row.
+        steps, guidance_scale, temperature: of the task's sampler settings.
+        image_guidance_scale: strength of the second direction of an edit, away from what comes without the pictures.
+        sampler: replaces the family's settings; the others still apply on top.
+        cache: the name of a cache, a `CacheConfig`, or "auto". policy: a policy object of your own instead.
+        block_length, threshold: one number, or one per modality as `{"text": ..., "image": ...}`.
+        output_type: "pil", "pt", "np" or "codes".
+        callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass; returning False
+            fills the rest in one last pass.
+
+    Raises:
+        ValueError: an unknown `output_type`.
+    """
+
+    generator: RowGenerator = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
+    temperature: float | None = None
+    sampler: SamplerConfig | None = None
+    cache: str | CacheConfig | None = None
+    policy: RefreshPolicy | None = None
+    block_length: int | Mapping[str, int] | None = None
+    threshold: float | Mapping[str, float] | None = None
+    output_type: str = "pil"
+    callback_on_step_end: StepCallback | None = None
+
+    def __post_init__(self) -> None:
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {self.output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+
+    def config(self, request: TaskRequest) -> SamplerConfig:
+        """The sampler settings of a request with these options on top.
+
+        Raises:
+            ValueError: a value outside its range, or a second direction of guidance where the task has none.
+        """
+        config = request.config if self.sampler is None else self.sampler
+        drawn = not bool((request.batch.targets & (request.batch.modality == Modality.TEXT)).any())
+        config = with_overrides(
+            config,
+            self.steps,
+            self.guidance_scale,
+            temperature=self.temperature,
+            block_length=by_modality("block_length", self.block_length, ("text", "image")),
+            threshold=by_modality("threshold", self.threshold, ("image",) if drawn else ("text",)),
+        )
+        if self.image_guidance_scale is None:
+            return config
+        if not config.guidance.further:
+            raise ValueError(
+                f"image_guidance_scale is {self.image_guidance_scale}, but only edit is guided in a second direction; "
+                "leave it out"
+            )
+        return replace(config, guidance=replace(config.guidance, further=(self.image_guidance_scale,)))
+
+
+@dataclass(frozen=True)
+class ReleasedRun:
+    """A finished decode, the seeds of its rows int64 `[B]`, and the cache it used."""
+
+    result: TaskResult
+    seeds: Tensor
+    choice: CacheChoice
+
+
+def decode_request(
+    pipe: Any, released: Released, request: TaskRequest, options: ReleasedOptions, per_entry: int = 1
+) -> ReleasedRun:
+    """Decode the rows of a request.
+
+    Args:
+        pipe: what the callback is given.
+        per_entry: rows per entry of the caller's list of seeds.
+
+    Raises:
+        ValueError: nothing to decode, seeds that do not go with the rows, or an option out of range.
+    """
+    assert released.vocabulary is not None  # all families with a pipeline are denoisers
+    request = replace(request, config=options.config(request))
+    seeds = row_seeds(options.generator, len(request.batch.ids), per_entry)
+    choice = choose_cache(options.cache, options.policy, request.batch, request.config, released.model)
+    told, targets = options.callback_on_step_end, max(1, int(request.batch.targets.sum()))
+
+    def watch(step: int, state: DecodeState) -> bool:
+        tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}
+        return told is None or told(pipe, step, int(state.open.sum()) / targets, tensors) is not False
+
+    callback = None if told is None else watch
+    model: Any = released.model
+    return ReleasedRun(run_task(model, released.vocabulary, request, seeds, choice.policy, callback), seeds, choice)
