@@ -105,6 +105,4 @@ def test_a_run_trains_adapters_alone_resumes_and_exports_plain_weights(tmp_path,
     with whole.state.ema.applied():
         whole.model.eval()
         torch.testing.assert_close(states(exported), states(whole.model), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(
-        states(exported), states(Trainer(config("fresh", 1), tiny_table()).averaged())
-    )
+    assert not torch.equal(states(exported), states(Trainer(config("fresh", 1), tiny_table()).averaged()))

@@ -10,7 +10,7 @@ from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
 from unidiff.train.shard_source import ShardTokens, is_tokenised, open_shards
-from unidiff.train.source import TokenSource, TokenTable
+from unidiff.train.source import TokenTable
 
 
 def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTable | ShardTokens | None]:
@@ -39,7 +39,7 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
     return table.seeded(config.seed, phases(config)), held_out
 
 
-def check_declared(config: TrainConfig, source: TokenSource) -> None:
+def check_declared(config: TrainConfig, source: TokenTable | ShardTokens) -> None:
     """Raise ValueError where `data.vocabulary` and `data.grid` declare something else than the data has."""
     name, side = config.data.vocabulary, config.data.grid
     if name:

@@ -46,9 +46,11 @@ class TaskBatch:
     def to(self, device: torch.device) -> TaskBatch:
         if device.type == "cpu":
             return self
-        moved = (x.to(device, non_blocking=True) for x in (self.task, self.rate, self.noise, self.weight))
+        task, rate, noise, weight = (
+            x.to(device, non_blocking=True) for x in (self.task, self.rate, self.noise, self.weight)
+        )
         visible = None if self.visible is None else self.visible.to(device)
-        return TaskBatch(self.batch.to(device), *moved, visible)
+        return TaskBatch(self.batch.to(device), task, rate, noise, weight, visible)
 
 
 class TaskMixer:
