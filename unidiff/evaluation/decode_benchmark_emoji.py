@@ -164,7 +164,7 @@ class Trial:
 
     def _evaluate(self, cases: int) -> tuple[Report, list[UniDiffOutput]]:
         watched = Watched(self.pipe)
-        options = {"policy": POLICIES[self.name].build(), "sampler": self.config}
+        options: dict[str, Any] = {"policy": POLICIES[self.name].build(), "sampler": self.config}
         model = PipelineModel(cast(UniDiffPipeline, watched), self.batch, **options)
         return EmojiEval(model, profile_of(self.pipe), self.options.seed, cases).run([self.task]), watched.outputs
 

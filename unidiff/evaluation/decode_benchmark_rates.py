@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from unidiff.models.transformer import MaskedTransformer
@@ -50,20 +53,17 @@ def measure_rates(model: MaskedTransformer, rows: Sequence[int], repeats: int = 
         rows: numbers of rows, ascending.
         repeats: the median of so many timings, after one that does not count.
     """
-    weights = []
-    for block in model.blocks:
-        weights += [block.attention.qkv.weight, block.attention.out.weight]  # type: ignore[union-attr]
-        weights += [block.feed_forward.up.weight, block.feed_forward.down.weight]  # type: ignore[union-attr]
-    size = sum(w.numel() for w in weights)  # type: ignore[operator, misc]
+    blocks: list[Any] = list(model.blocks)
+    weights: list[Tensor] = []
+    for block in blocks:
+        weights += [block.attention.qkv.weight, block.attention.out.weight]
+        weights += [block.feed_forward.up.weight, block.feed_forward.down.weight]
+    size = sum(w.numel() for w in weights)
     points = []
     for n in rows:
-        inputs = {w.shape[1]: torch.randn(n, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}  # type: ignore
-
-        def products(inputs: dict[int, torch.Tensor] = inputs) -> None:
-            for w in weights:
-                F.linear(inputs[w.shape[1]], w)  # type: ignore[index, arg-type]
-
-        points.append((n, 2 * n * size / seconds_of(products, model.device, repeats)))
+        inputs = {w.shape[1]: torch.randn(n, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+        work = partial(_products, weights, inputs)
+        points.append((n, 2 * n * size / seconds_of(work, model.device, repeats)))
     return MatmulRates(tuple(points))
 
 
@@ -83,6 +83,11 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -
         synchronise(device)
         times.append(time.perf_counter() - begun)
     return median(times[1:])
+
+
+def _products(weights: Sequence[Tensor], inputs: Mapping[int, Tensor]) -> None:
+    for w in weights:
+        F.linear(inputs[w.shape[1]], w)
 
 
 def synchronise(device: torch.device) -> None:

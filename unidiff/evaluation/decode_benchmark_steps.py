@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def measure_steps(
         ("full", CachePlan(), schedule.length),
         ("cached", CachePlan(query, query, full=False, width=size), size),
     ):
-        seconds = seconds_of(lambda plan=plan: model.partial(batch.ids, plan, store, time), model.device, repeats)
+        seconds = seconds_of(partial(model.partial, batch.ids, plan, store, time), model.device, repeats)
         flops = rows * PassWork.even(layers, queries, schedule.length).flops(layer)
         roofline = max(flops / peak, (weights + held) / bandwidth)
         found[name] = asdict(StepTime(seconds, roofline, roofline / seconds))

@@ -10,7 +10,6 @@ from unidiff.models.layers import Norm
 from unidiff.models.rotary import RotaryTables, rotate
 
 SHORT_ROW = 256  # tokens up to which the composed attention may hold all its scores
-FEW_QUERIES = 256  # queries up to which products over whole heads beat the fused kernel in bf16 on a CPU
 
 
 class Attention(nn.Module):
@@ -91,18 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # On CPU the fused kernel's bf16 backward takes three times as long as these two batched products do.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, L, L]
         return scores.softmax(-1).to(v.dtype) @ v
-    few = q.shape[2] <= FEW_QUERIES and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if few and mask is None and not q.requires_grad:
-        return _over_whole_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-
-
-def _over_whole_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `attend` without a mask, in two batched products with all queries of a key head together."""
-    rows, heads, n, width = q.shape
-    kv = k.shape[1]
-    scores = (q * width**-0.5).reshape(rows, kv, -1, width) @ k.transpose(-1, -2)  # [B, KV, H / KV n, L]
-    return (scores.float().softmax(-1).to(v.dtype) @ v).view(rows, heads, n, width)
 
 
 def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) -> Tensor:
