@@ -22,7 +22,11 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., size] -> [..., size]
         if self.kind == "rms":
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # fused if dtypes agree
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # a weight gathered in bf16 beside a float32 residual stream: the kernel wants the wider type, never the narrower
+        weight, bias = (
+            None if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias)
+        )
+        return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)
 
 
 class FeedForward(nn.Module):

@@ -63,8 +63,14 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
     return model
 
 
-_KEPT = ("mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
-_KEPT += ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+_KEPT = (
+    "mm",
+    "addmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 
 
 def set_up_blocks(model: MaskedTransformer, recompute: str, compiled: bool) -> None:

@@ -74,7 +74,8 @@ class Parallel:
             rank=launch.rank,
             world_size=launch.world_size,
         )
-        self._control, self.saving = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
+        groups = [dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2)]
+        self._control, self.saving = (group for group in groups if isinstance(group, dist.ProcessGroup))
 
     def close(self) -> None:
         """Leave the process groups."""

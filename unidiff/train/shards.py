@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from unidiff.train.checkpoint import (
@@ -124,6 +125,7 @@ def _read_shards(folder: Path, template: Template, parallel: Parallel) -> dict[s
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
     for key, meta in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(meta, TensorStorageMetadata)  # the safetensors format holds nothing else
         part, name = key.split(".", 1)
         like, dtype = template(part, name), meta.properties.dtype
         if isinstance(like, DTensor) and like.shape == meta.size:

@@ -214,6 +214,8 @@ class Trainer:
         keys = {"first_sample": float(self.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
         log.write(self.state.step, "skipped", keys | numbers)
         if self.state.bad_steps >= self.config.max_bad_steps:
+            if self._saver is not None:
+                self._saver.wait()
             raise TrainingAborted(
                 f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
                 f"(step {self.state.step}); lower optimiser.lr and run again: it continues from the last checkpoint"
