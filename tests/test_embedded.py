@@ -31,6 +31,13 @@ def test_assets_are_small_and_attributed() -> None:
     assert "Noto Color Emoji" in text and "Unicode" in text
 
 
+def test_the_image_tokenizer_is_in_full_precision(pipe: UniDiffPipeline) -> None:
+    # Half precision moves one code in eleven, and the transformer cannot read codes it was not trained on.
+    assert pipe.images.dtype == torch.float32
+    half = UniDiffPipeline.from_pretrained("emoji", dtype="bfloat16")
+    assert half.images.dtype == torch.float32 and half.transformer.dtype == torch.bfloat16
+
+
 def test_it_draws_what_is_asked(pipe: UniDiffPipeline) -> None:
     prompts = [f"a picture of {'an' if n[0] in 'aeo' else 'a'} {n} on a {b} background" for n, b in CASES]
     drawn = pipe.text_to_image(prompts, generator=0, output_type="pt").images
