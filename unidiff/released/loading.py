@@ -152,7 +152,7 @@ def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any
         path = path / subfolder
         if not path.is_dir():
             raise FileNotFoundError(f"{path} does not exist; name a subfolder of {str(name)!r}")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not any((path / config).is_file() for config in CONFIG_NAMES):
         for part in PIPELINE_PARTS:
             if (path / part / "config.json").is_file():
                 return path / part

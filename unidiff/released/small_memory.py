@@ -17,6 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 def quantise(model: M, kind: str = "int8", group_size: int = 32) -> M:
     """Store the linear layers of all blocks in few bits, one after the other, and compute in the model's own dtype.
 
+    The memory falls when it is done: the whole model has to be there first, and torchao's working copies come on top.
     Embeddings, norms and heads keep their dtype. "int4" stores packed queries, keys and values in int8, because caches
     read rows of them, which int4's layout does not allow.
 
