@@ -16,15 +16,10 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import ReleasedPipeline
-from unidiff.pipelines.released_folder import is_released, load_released_pipeline
+from unidiff.pipelines.released_folder import is_released
 from unidiff.released.convert import convert
-from unidiff.released.families import FAMILIES
-from unidiff.released.mmada import SPECIALS as MMADA
 from unidiff.released.unidisc import unidisc_config, unidisc_state_dict
 from unidiff.tokens.text import TextTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
-
-LUMINA = ("eos", "newline", "answer_pad", "boi", "eoi", "uncondition", "answer", "end_answer")
 
 CONFIG = {
     "model": {
@@ -167,48 +162,6 @@ def test_muddit_does_its_tasks_and_its_converted_folder_the_same(muddit, tmp_pat
     assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in muddit.iterdir()}
     with pytest.raises(ValueError, match=r"unknown settings \['stpes'\]"):
         pipe.text_to_image("a", stpes=3)
-
-
-@pytest.mark.parametrize(("family", "tokenizer"), [("mmada", "magvit"), ("lumina", "vq_model")])
-def test_families_that_answer_questions(family, tokenizer, tmp_path):
-    texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
-    texts.save_pretrained(tmp_path / "tokenizer")
-    write_tiny(tmp_path / "image_tokenizer", tokenizer)
-    first, names = texts.size, MMADA if family == "mmada" else LUMINA
-    specials = {name: first + i for i, name in enumerate(names)}
-    start = first + len(names) + 1
-    vocabulary = Vocabulary(start + 16, (0, start), (start, start + 16), start - 1, specials={"eos": first, **specials})
-    config = {**TINY[family].config, "vocab_size": start + 16, "embedding_size": start + 16, "mask_token_id": start - 1}
-    config |= {"new_vocab_size": start + 16, "num_vq_tokens": 9} if family == "mmada" else {}
-    torch.manual_seed(0)
-    model = TINY[family].make(config)
-    for value in model.parameters():
-        torch.nn.init.normal_(value, std=0.3)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(FAMILIES[family].export(model, {}), tmp_path / "model.safetensors")
-    pipe = load_released_pipeline(tmp_path, vocabulary=vocabulary)
-    if pipe.tasks.sizes:
-        pipe = pipe.sized(6, 6)
-    else:
-        with pytest.raises(ValueError, match="draws pictures of one size"):
-            pipe.sized(8, 8)
-    drawn = pipe.text_to_image(["a fox", "two owls"], generator=5, steps=2)
-    assert drawn.codes.shape == (2, 3, 3) and [i.size for i in drawn.images] == [(6, 6)] * 2
-    alone = pipe.text_to_image("two owls", generator=[int(drawn.seeds[1])], steps=2, output_type="codes")
-    assert torch.equal(alone.codes[0], drawn.codes[1])
-    for told in (
-        pipe.caption(drawn.images, 4, generator=1),
-        pipe.answer(drawn.images[0], ["what is it?", "who?"], 4, generator=1),
-    ):
-        assert len(told.texts) == 2 and max(map(len, told.text_ids)) <= 4
-    mask = Image.new("L", (6, 6), 0)
-    mask.paste(255, (0, 0, 2, 6))
-    codes = pipe.images.encode(pipe.image_inputs.images(drawn.images[0]))[0]
-    for words in ("a fox", "a <mask> fox"):
-        painted = pipe.inpaint(drawn.images[0], mask, words, generator=3, steps=2)
-        assert torch.equal(painted.codes[0][:, 1:], codes[:, 1:])
-    with pytest.raises(ValueError, match=f"{family} cannot do 'generate'; it does text_to_image"):
-        pipe.generate()
 
 
 def test_unidisc_answers_no_questions(pipe):

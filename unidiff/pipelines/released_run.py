@@ -28,7 +28,8 @@ class ReleasedOptions:
         image_guidance_scale: strength of the second direction of an edit, away from what comes without the pictures.
         sampler: replaces the family's settings; the others still apply on top.
         cache: the name of a cache, a `CacheConfig`, or "auto". policy: a policy object of your own instead.
-        block_length, threshold: one number, or one per modality as `{"text": ..., "image": ...}`.
+        block_length, threshold: one number, or one per modality as `{"text": ..., "image": ...}`. Thresholds are
+            probabilities, also of Dream, which ranks by entropies without one.
         output_type: "pil", "pt", "np" or "codes".
         callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass; returning False
             fills the rest in one last pass.
@@ -62,13 +63,16 @@ class ReleasedOptions:
         """
         config = request.config if self.sampler is None else self.sampler
         drawn = not bool((request.batch.targets & (request.batch.modality == Modality.TEXT)).any())
+        least = by_modality("threshold", self.threshold, ("image",) if drawn else ("text",))
+        if "text" in least and config.text.confidence == "entropy":
+            config = replace(config, text=replace(config.text, confidence="probability"))
         config = with_overrides(
             config,
             self.steps,
             self.guidance_scale,
             temperature=self.temperature,
             block_length=by_modality("block_length", self.block_length, ("text", "image")),
-            threshold=by_modality("threshold", self.threshold, ("image",) if drawn else ("text",)),
+            threshold=least,
         )
         if self.image_guidance_scale is None:
             return config

@@ -144,9 +144,9 @@ class MMaDATasks(FamilyTasks):
         return self.rows.text_to_image(texts, codes, holes)
 
     def chat(self, turns: Sequence[Turn], longest: int) -> TaskRequest:
-        questions = [turn for turn in turns if isinstance(turn, str) and turn.strip()]
+        questions = [turn for turn in turns if isinstance(turn, str)]
         if len(questions) < len(turns):
-            raise ValueError("mmada answers one question at a time; give strings of at least one word")
+            raise ValueError("mmada answers one question at a time; give strings, not conversations")
         return self.rows.chat(questions, longest)
 
 

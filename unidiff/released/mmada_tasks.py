@@ -89,6 +89,8 @@ class MMaDARows:
         """A question in the chat template, with bos; ids are taken as they are."""
         if not isinstance(question, str):
             return prompt_ids(question, None)
+        if not question.strip():
+            raise ValueError("the question is empty; write at least one word")
         s = self.vocabulary.specials
         ids = [s["bos"]]
         for role, words in (

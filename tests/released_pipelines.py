@@ -1,0 +1,59 @@
+"""Tiny released folders with everything a pipeline needs: random weights, an image tokenizer, a text tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from released_parts import TINY, write_tiny
+from safetensors.torch import save_file
+
+from unidiff.released.families import FAMILIES
+from unidiff.released.mmada import SPECIALS as MMADA
+from unidiff.tokens.text import TextTokenizer
+from unidiff.tokens.vocabulary import Vocabulary
+
+CORPUS = ["a red fox on a hill", "two owls"]
+LUMINA = ("eos", "newline", "answer_pad", "boi", "eoi", "uncondition", "answer", "end_answer")
+TURNS = {
+    "llada": ("eos", "startoftext", "start_header_id", "end_header_id", "eot_id"),
+    "dream": ("eos", "im_start", "im_end"),
+}
+
+
+def write_model(folder: Path, family: str, **changes: int) -> None:
+    """`config.json` and random weights of the tiny model with changes of its config."""
+    config = {**TINY[family].config, **changes}
+    torch.manual_seed(0)
+    model = TINY[family].make(config)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {n: v.contiguous() for n, v in FAMILIES[family].export(model, {}).items()}
+    save_file(weights, folder / "model.safetensors")
+
+
+def write_pictures(folder: Path, family: str) -> Vocabulary:
+    """MMaDA (3 x 3 codes) or Lumina-DiMOO with 16 codes of 2 x 2 pixels; returns the id layout, which no config holds."""
+    texts = TextTokenizer.train(CORPUS, 300)
+    texts.save_pretrained(folder / "tokenizer")
+    first, names = texts.size, MMADA if family == "mmada" else LUMINA
+    specials = {"eos": first, **{name: first + i for i, name in enumerate(names)}}
+    start = first + len(names) + 1
+    size = start + 16
+    more = {"new_vocab_size": size, "num_vq_tokens": 9} if family == "mmada" else {}
+    write_model(folder, family, vocab_size=size, embedding_size=size, mask_token_id=start - 1, **more)
+    write_tiny(folder / "image_tokenizer", FAMILIES[family].image_tokenizer or "")
+    return Vocabulary(size, (0, start), (start, size), start - 1, specials=specials)
+
+
+def write_chat(folder: Path, family: str, marks: bool = True) -> TextTokenizer:
+    """LLaDA or Dream beside a text tokenizer with the marks of its turns, or without; returns that."""
+    texts = TextTokenizer.train(CORPUS, 300, TURNS[family] if marks else ("eos",))
+    texts.save_pretrained(folder)
+    size = texts.size + 1
+    more = {"embedding_size": size} if family == "llada" else {"pad_token_id": 0}
+    write_model(folder, family, vocab_size=size, mask_token_id=size - 1, eos_token_id=0, **more)
+    return texts

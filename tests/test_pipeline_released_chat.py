@@ -1,0 +1,138 @@
+"""`UniDiffPipeline.from_pretrained` on LLaDA and Dream: chat, texts that go on, texts with holes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from released_pipelines import TURNS, write_chat
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer
+
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.released import ReleasedPipeline
+from unidiff.pipelines.released_folder import load_texts
+
+TALK = [
+    {"role": "user", "content": "owls?"},
+    {"role": "assistant", "content": "two owls"},
+    {"role": "user", "content": "on a hill?"},
+]
+
+
+@pytest.fixture(scope="module", params=sorted(TURNS))
+def pipe(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_chat(folder, request.param)
+    return UniDiffPipeline.from_pretrained(folder)
+
+
+def test_a_row_of_a_batch_is_the_row_alone(pipe):
+    assert isinstance(pipe, ReleasedPipeline) and pipe.images is None
+    told = pipe.chat(["a fox?", TALK, "two red owls on a hill?"], 6, generator=3)
+    assert len(told.texts) == 3 and max(map(len, told.text_ids)) <= 6 and told.images is None
+    assert told.nfe == 6 and told.codes.shape == (3, 0, 0)  # a pass per token unless steps say otherwise
+    assert len({str(ids) for ids in told.text_ids}) == 3
+    for row, turns in enumerate(("a fox?", TALK, ["two red owls on a hill?"])):
+        alone = pipe.chat(turns, 6, generator=[int(told.seeds[row])])
+        assert alone.text_ids == [told.text_ids[row]]
+    more = pipe.complete(["a red", "two owls on a"], 6, generator=3)
+    assert more.text_ids[1] == pipe.complete("two owls on a", 6, generator=[int(more.seeds[1])]).text_ids[0]
+    assert more.text_ids[0] != told.text_ids[0]
+
+
+def test_the_marks_of_the_turns_come_from_the_tokenizer(pipe):
+    words = pipe.texts
+    asked = pipe.chat("a fox?", 4, generator=0)
+    prompt = asked.ids[0, :-4].tolist()
+    own = {"llada": "<|startoftext|><|start_header_id|>user", "dream": "<|im_start|>system\nYou are a helpful"}
+    assert words.decode(prompt, keep_specials=True).startswith(own[pipe.tasks.family])
+    assert "a fox?" in words.decode(prompt)
+    never = {words.special(name) for name in TURNS[pipe.tasks.family][1:3]} - {words.special("eos")}
+    assert not never & set(asked.ids[0, -4:].tolist()) or pipe.tasks.family == "dream"
+
+
+def test_holes_are_filled_and_the_rest_stays(pipe):
+    encode = pipe.texts.encode
+    filled = pipe.infill(["a <mask:2> fox", "two<mask> on a<mask:3>"], generator=1)
+    first, second = filled.text_ids
+    assert first[: len(encode("a"))] == encode("a") and first[len(encode("a")) + 2 :] == encode(" fox")
+    assert len(second) == len(encode("two")) + 1 + len(encode(" on a")) + 3
+    assert pipe.released.vocabulary.mask_id not in first + second
+    alone = pipe.infill("a <mask:2> fox", generator=[int(filled.seeds[0])])
+    assert alone.text_ids == [first]
+    with pytest.raises(ValueError, match="known in full"):
+        pipe.infill("a fox")
+
+
+def test_knobs_caches_and_callbacks(pipe):
+    asked = {"max_text_tokens": 8, "generator": 2}
+    plain = pipe.chat("a red fox?", **asked)
+    fresh = pipe.chat("a red fox?", cache="interval", **asked)
+    assert fresh.cache.policy == "interval" and fresh.nfe == plain.nfe
+    chosen = pipe.chat("a red fox?", cache="auto", **asked)
+    assert chosen.cache is not None and chosen.cache_note and not plain.cache_note
+    assert pipe.chat("a red fox?", steps=2, **asked).nfe == 2
+    quick = pipe.chat("a red fox?", threshold=0.0, block_length=8, **asked)
+    assert quick.nfe == 1  # every token is sure enough
+    seen = []
+
+    def watch(owner, step, t, tensors):
+        seen.append((owner, t, tensors["open"].sum().item()))
+        return len(seen) < 3
+
+    pipe.chat("a red fox?", callback_on_step_end=watch, **asked)
+    assert seen[0][0] is pipe and [n for _, _, n in seen[:3]] == [7, 6, 5] and len(seen) == 4
+    assert [t for _, t, _ in seen] == [7 / 8, 6 / 8, 5 / 8, 0]
+    with pytest.raises(ValueError, match="cache and policy both"):
+        pipe.chat("a", cache="dual", policy=object(), **asked)
+    with pytest.raises(ValueError, match="output_type is 'jpg'"):
+        pipe.chat("a", output_type="jpg", **asked)
+    with pytest.raises(ValueError, match="only edit is guided"):
+        pipe.chat("a", image_guidance_scale=2.0, **asked)
+
+
+def test_what_a_text_model_cannot_do(pipe):
+    family = pipe.tasks.family
+    for task, inputs in (
+        ("text_to_image", ("a fox",)),
+        ("caption", (None,)),
+        ("answer", (None, "what?")),
+        ("inpaint", (None,)),
+        ("edit", (None, "blue")),
+        ("generate", ()),
+    ):
+        with pytest.raises(ValueError, match=f"^{family} cannot do '{task}'; it does chat, complete, infill$"):
+            getattr(pipe, task)(*inputs)
+    with pytest.raises(ValueError, match=f"{family} knows no pictures"):
+        _ = pipe.image_size
+    with pytest.raises(ValueError, match="prompt is empty"):
+        pipe.complete(" ")
+
+
+def test_a_base_model_without_marks_goes_on_with_texts(tmp_path):
+    write_chat(tmp_path, "llada", marks=False)
+    pipe = UniDiffPipeline.from_pretrained(tmp_path)
+    assert len(pipe.complete("a red", 4, generator=0).texts) == 1
+    with pytest.raises(ValueError, match=r"no marks for turns; .*or use complete"):
+        pipe.chat("a fox?")
+    with pytest.raises(ValueError, match="llada knows no pictures; leave image_tokenizer out"):
+        UniDiffPipeline.from_pretrained(tmp_path, image_tokenizer=tmp_path)
+
+
+def test_dreams_tokenizer_runs_without_its_code(tmp_path):
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    (tmp_path / "vocab.json").write_text(json.dumps(letters))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    added = {str(256 + i): {"content": w, "special": True} for i, w in enumerate(("<|endoftext|>", "<|im_start|>"))}
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": added,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenization_dream.py").write_text("raise RuntimeError('this code must not run')")
+    texts = load_texts(tmp_path)
+    assert isinstance(texts.tokenizer, Qwen2Tokenizer)
+    assert texts.decode(texts.encode("a fox")) == "a fox" and texts.size == 258
+    assert texts.tokenizer.get_vocab()["<|im_start|>"] == 257 and max(texts.encode("<|im_start|>")) < 256
