@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,8 @@ def eval_emoji(
 
     from unidiff.evaluation.emoji_eval import run_emoji_eval
 
-    console, options = Console(stderr=True), {} if candidates == 1 else {"num_candidates": candidates}
+    console = Console(stderr=True)
+    options: dict[str, Any] = {} if candidates == 1 else {"num_candidates": candidates}
     with console.status("EmojiEval") as status:
         say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
         result = run_emoji_eval(pipe, seed, n, progress=say, **options)
