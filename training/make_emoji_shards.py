@@ -71,7 +71,8 @@ def table(
     captions: int = 4,
     questions: int = 2,
     kinds: Annotated[
-        tuple[float, float, float, float], typer.Option(help="relative frequency of single, count, pair and group scenes")
+        tuple[float, float, float, float],
+        typer.Option(help="relative frequency of single, count, pair and group scenes"),
     ] = (0.45, 0.2, 0.2, 0.15),
 ) -> None:
     """Write a token table for `training/pretrain.py`."""

@@ -13,7 +13,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
-
 _PART = 2**22  # elements looked at together
 
 
