@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,12 @@ import torch
 from doc_code import DOCS, blocks, run
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
+from released_pipelines import write_chat, write_pictures
 from safetensors.torch import save_file
 from tiny_families import DREAM, LLADA, LUMINA_IDS, MMADA, UNIDISC, lively
 
 from unidiff.released import chat
+from unidiff.released.convert import convert
 from unidiff.released.dream import dream_config, dream_state_dict
 from unidiff.released.llada import llada_config, llada_state_dict
 from unidiff.released.mmada import SPECIALS, mmada_config, mmada_vocabulary
@@ -77,6 +80,11 @@ def shelf(tmp_path_factory) -> Path:
     lumina = {**LLADA, "vocab_size": 60, "mask_token_id": 35, "architectures": ["LLaDAForMultiModalGeneration"]}
     write_network(root / "checkpoints" / "lumina", lumina, llada_config(lumina))
     write_folder(root / "checkpoints" / "muddit" / "512")
+    write_chat(root / "checkpoints" / "llada-8b-instruct", "llada")
+    vocabulary = write_pictures(root / "lumina", "lumina")
+    convert(root / "lumina", root / "checkpoints" / "lumina-dimoo", vocabulary=vocabulary)
+    for part in ("image_tokenizer", "tokenizer"):
+        shutil.copytree(root / "lumina" / part, root / "checkpoints" / "lumina-dimoo" / part)
     return root
 
 
