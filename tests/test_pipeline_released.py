@@ -160,6 +160,8 @@ def test_muddit_does_its_tasks_and_its_converted_folder_the_same(muddit, tmp_pat
     back = convert(tmp_path / "ours", tmp_path / "back")
     assert back.endswith("muddit in the released layout")
     assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in muddit.iterdir()}
+    with pytest.raises(ValueError, match="muddit cannot do 'generate'; it does text_to_image"):
+        pipe.generate(2)
     with pytest.raises(ValueError, match=r"unknown settings \['stpes'\]"):
         pipe.text_to_image("a", stpes=3)
 

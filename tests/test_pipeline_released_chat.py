@@ -36,6 +36,7 @@ def test_a_row_of_a_batch_is_the_row_alone(pipe):
     for row, turns in enumerate(("a fox?", TALK, ["two red owls on a hill?"])):
         alone = pipe.chat(turns, 6, generator=[int(told.seeds[row])])
         assert alone.text_ids == [told.text_ids[row]]
+    assert pipe("a fox?", max_text_tokens=6, generator=[int(told.seeds[0])]).text_ids == [told.text_ids[0]]
     more = pipe.complete(["a red", "two owls on a"], 6, generator=3)
     assert more.text_ids[1] == pipe.complete("two owls on a", 6, generator=[int(more.seeds[1])]).text_ids[0]
     assert more.text_ids[0] != told.text_ids[0]

@@ -76,8 +76,10 @@ def test_captions_and_answers(pipes, family):
     asked = pipe.answer(images[0], ["what is it?", "is it on a hill, or not?"], 4, generator=1)
     alone = pipe.answer(images[0], "what is it?", 4, generator=[int(asked.seeds[0])])
     assert len(asked.texts) == 2 and alone.text_ids[0] == asked.text_ids[0]
+    called = pipe(image=images[0], question="what is it?", max_text_tokens=4, generator=[int(asked.seeds[0])])
+    assert called.text_ids == alone.text_ids
     assert torch.equal(asked.codes[0], pipe.images.encode(pipe.image_inputs.images(images[0]))[0])
-    with pytest.raises(ValueError, match="(prompt|question) is empty"):
+    with pytest.raises(ValueError, match=r"(prompt|question) is empty"):
         pipe.answer(images[0], " ")
 
 

@@ -31,7 +31,7 @@ from unidiff.pipelines.released_folder import is_released, load_released_pipelin
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
-from unidiff.pipelines.tasks import choose_task
+from unidiff.pipelines.tasks import call_task
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
@@ -159,9 +159,7 @@ class UniDiffPipeline(DiffusionPipeline):
         Raises:
             ValueError: inputs that no task takes together, and as for that task.
         """
-        given = {name: inputs.pop(name, None) for name in ("image", "question", "mask_image", "text")}
-        given = {name: value for name, value in {"prompt": prompt, **given}.items() if value is not None}
-        return getattr(self, choose_task(given, task))(**given, **inputs)
+        return call_task(self, prompt, task, inputs)
 
     def text_to_image(
         self,

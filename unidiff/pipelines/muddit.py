@@ -140,6 +140,13 @@ class MudditPipeline:
         )
         return MudditOutput(self.image_inputs.output(images, output_type), list(prompts), seeds)
 
+    def generate(self, *_: Any, **__: Any) -> MudditOutput:
+        """Raises ValueError: text and picture together are beyond this model's training."""
+        raise ValueError(
+            "muddit cannot do 'generate'; it does text_to_image, caption, answer, inpaint (a picture and its words "
+            "together go through unidiff.released.muddit_denoiser)"
+        )
+
     def _settings(self, changes: dict[str, Any]) -> MudditSettings:
         known = set(MudditSettings.__dataclass_fields__)
         if unknown := sorted(set(changes) - known):

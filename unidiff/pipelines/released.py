@@ -12,6 +12,7 @@ from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated, 
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_run import ReleasedOptions, decode_request
 from unidiff.pipelines.released_tasks import FamilyTasks, Grid
+from unidiff.pipelines.tasks import call_task
 from unidiff.released.chat import Turn
 from unidiff.released.loading import Released
 from unidiff.released.tasks import TaskRequest
@@ -90,6 +91,18 @@ class ReleasedPipeline:
             raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
         grid = (height // factor, width // factor)
         return ReleasedPipeline(self.released, self.tasks, self.images, self.texts, grid)
+
+    def __call__(
+        self, prompt: str | Sequence[str] | None = None, task: str | None = None, **inputs: Any
+    ) -> UniDiffOutput:
+        """The task that the inputs mean, as `UniDiffPipeline` chooses it; words alone are a question to a model of text.
+
+        Raises:
+            ValueError: inputs that no task takes together, and as for that task.
+        """
+        if prompt is not None and task is None and self.images is None:
+            return self.chat(prompt, **inputs)
+        return call_task(self, prompt, task, inputs)
 
     def text_to_image(
         self,

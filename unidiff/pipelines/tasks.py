@@ -49,6 +49,14 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
     return task
 
 
+def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
+    """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`."""
+    given = {"prompt": prompt, **{name: inputs.get(name) for name in ("image", "question", "mask_image", "text")}}
+    known = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in inputs.items() if name not in given}
+    return getattr(pipe, choose_task(known, task))(**known, **options)
+
+
 def _takes(task: str, names: set[str]) -> bool:
     needs, more = _INPUTS[task]
     return needs <= names <= needs | more
