@@ -11,7 +11,9 @@ from muddit_parts import write_folder
 from PIL import Image
 from released_parts import TINY, write_tiny
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from unidiff.cli import app
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
@@ -70,8 +72,10 @@ def test_unidisc_does_its_tasks_with_the_same_calls(pipe):
     assert torch.equal(alone.images[0], drawn.codes[3])
     told = pipe.caption(drawn.images, 5, generator=1, steps=3)
     assert len(told.texts) == 4 and max(map(len, told.text_ids)) <= 5 and told.images is None
-    both = pipe.generate(2, 4, generator=1, steps=3)
+    both = pipe.generate(num_images_per_prompt=2, max_text_tokens=4, generator=1, steps=3)
     assert len(both.images) == len(both.texts) == 2
+    begun = pipe.generate("a <mask> fox", num_images_per_prompt=2, generator=1, steps=3)
+    assert len(begun.images) == 2 and all(ids[-1:] == pipe.texts.encode("fox")[-1:] for ids in begun.text_ids)
 
 
 def test_unidisc_fills_holes_in_both_and_keeps_the_rest(pipe):
@@ -128,6 +132,15 @@ def test_parts_that_are_missing_or_of_another_model(unidisc, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     assert not is_released(tmp_path)
     assert set(TINY)  # every family's tiny checkpoint is recognised in test_loading
+
+
+def test_the_command_line_draws_and_describes_with_a_released_model(unidisc, tmp_path):
+    common = ["--model", str(unidisc), "--device", "cpu", "--steps", "2"]
+    drawn = CliRunner().invoke(app, ["generate", "a fox", "--out", str(tmp_path / "fox.png"), *common])
+    assert drawn.exit_code == 0, drawn.output
+    assert Image.open(tmp_path / "fox.png").size == (6, 6)
+    told = CliRunner().invoke(app, ["caption", str(tmp_path / "fox.png"), "--max-text-tokens", "4", *common])
+    assert told.exit_code == 0, told.output
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,10 @@ def test_knobs_caches_and_callbacks(pipe):
     pipe.chat("a red fox?", callback_on_step_end=watch, **asked)
     assert seen[0][0] is pipe and [n for _, _, n in seen[:3]] == [7, 6, 5] and len(seen) == 4
     assert [t for _, t, _ in seen] == [7 / 8, 6 / 8, 5 / 8, 0]
+    with pytest.raises(ValueError, match="record_trajectory is for unidiff's own models"):
+        pipe.chat("a", record_trajectory=True)
+    with pytest.raises(TypeError, match=r"unknown options \['stpes'\]; expected some of"):
+        pipe.chat("a", stpes=3)
     with pytest.raises(ValueError, match="cache and policy both"):
         pipe.chat("a", cache="dual", policy=object(), **asked)
     with pytest.raises(ValueError, match="output_type is 'jpg'"):

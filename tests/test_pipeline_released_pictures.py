@@ -52,6 +52,7 @@ def test_pictures_from_words(pipes, family):
     drawn = pipe.text_to_image(["a fox", "two owls on a hill"], 2, **QUICK)
     assert drawn.codes.shape == (4, 3, 3) and [i.size for i in drawn.images] == [(6, 6)] * 4
     assert len({str(codes.tolist()) for codes in drawn.codes}) == 4 and drawn.nfe == 4  # two passes, two streams
+    assert drawn.texts == ["a fox"] * 2 + ["two owls on a hill"] * 2 and drawn.text_ids[0] == pipe.texts.encode("a fox")
     alone = pipe.text_to_image("two owls on a hill", steps=2, generator=[int(drawn.seeds[2])], output_type="codes")
     assert torch.equal(alone.images[0], drawn.codes[2])
     assert pipe.text_to_image("a fox", guidance_scale=1.0, **QUICK).nfe == 2
@@ -98,6 +99,11 @@ def test_holes_are_filled_and_the_rest_stays(pipes, family):
     assert painted.text_ids[0][: len(first)] == first and painted.text_ids[0][len(first) + 1 :] == last
     told = pipe.inpaint(picture, None, "a <mask:2> fox", **QUICK)  # words alone
     assert torch.equal(told.codes[0], codes)
+    pasted = pipe.inpaint(picture, _left(), "a fox", paste_back=True, output_type="pt", **QUICK)
+    assert torch.equal(pasted.images[0, :, :, 2:], pipe.image_inputs.images(picture)[0, :, :, 2:])
+    assert not torch.equal(pasted.images[0, :, :, :2], pipe.image_inputs.images(picture)[0, :, :, :2])
+    with pytest.raises(ValueError, match=f"{family} needs the caption of the picture"):
+        pipe.inpaint(picture, _left())
     with pytest.raises(ValueError, match=r"some texts have <mask> holes and some have none"):
         pipe.inpaint(picture, _left(), ["a fox", "a <mask> fox"], **QUICK)
     with pytest.raises(ValueError, match="known in full"):

@@ -7,6 +7,7 @@ import torch
 from unidiff.decoding import Guidance
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.settings import PipelineSettings
+from unidiff.released.loading import Released
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
@@ -36,6 +37,23 @@ def check_fit(
     known = texts.specials()
     if missing := [name for name in settings.task_tokens.values() if name not in known]:
         raise ValueError(f"the text tokenizer has no special token {missing[0]!r}; it has {sorted(known)}")
+
+
+def check_released(released: Released, images: VQImageTokenizer | None, texts: TextTokenizer) -> None:
+    """Raise `ValueError` unless the tokenizers have the ids of a released model."""
+    vocabulary = released.vocabulary
+    size = 0 if vocabulary is None else vocabulary.image_size
+    if vocabulary is None or size != (0 if images is None else images.codebook_size):
+        codes = "none" if images is None else images.codebook_size
+        raise ValueError(
+            f"the image tokenizer has {codes} codes, but the model {size}; give the one it was trained with"
+        )
+    fewest = vocabulary.text_size if released.family.name == "unidisc" else 0
+    if not fewest <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
+        raise ValueError(
+            f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
+            "trained with"
+        )
 
 
 def check_negative(guidance: Guidance) -> None:

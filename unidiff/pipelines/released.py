@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from unidiff.pipelines.checks import check_released
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated, size_of
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_run import ReleasedOptions, decode_request
@@ -18,6 +20,9 @@ from unidiff.released.loading import Released
 from unidiff.released.tasks import TaskRequest
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
+
+LONGEST = 64
+"""Tokens of a caption or an answer where nothing else is asked for."""
 
 
 class ReleasedPipeline:
@@ -34,6 +39,11 @@ class ReleasedPipeline:
         grid: rows and columns of codes, for models that draw any size; None for the usual, or those of a given picture.
     """
 
+    progress_bar: Any = DiffusionPipeline.progress_bar
+    set_progress_bar_config: Any = DiffusionPipeline.set_progress_bar_config
+    interrupt = False
+    """Set by a callback to fill the rest of a running decode in one last pass."""
+
     def __init__(
         self,
         released: Released,
@@ -47,7 +57,7 @@ class ReleasedPipeline:
         if grid is not None and not tasks.sizes:
             raise ValueError(f"{tasks.family} draws pictures of one size; leave grid out")
         self.grid = tasks.grid if grid is None else grid
-        _check_fit(released, images, texts)
+        check_released(released, images, texts)
         self._inputs: ImageInputs | None = None
         if images is not None:
             self._inputs = ImageInputs((self.grid[0] * images.factor, self.grid[1] * images.factor), images.factor)
@@ -123,13 +133,16 @@ class ReleasedPipeline:
         self.tasks.need("text_to_image")
         pipe = self if height is None and width is None else self._sized_or_usual(height, width)
         prompts, count = repeated(as_list(prompt, "prompt"), num_images_per_prompt)
-        return pipe._run(self.tasks.text_to_image(prompts, pipe.grid), options, count)
+        return pipe._run(self.tasks.text_to_image(prompts, pipe.grid), options, count, said=prompts)
 
-    def caption(self, image: Any, max_text_tokens: int = 64, resize: bool = False, **options: Any) -> UniDiffOutput:
+    def caption(
+        self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Any
+    ) -> UniDiffOutput:
         """Describe pictures.
 
         Args:
             image: one or several, all of one size. A model that draws any size takes them as they are.
+            max_text_tokens: `LONGEST` where left out.
             resize: bring other sizes to the model's (or, of a model for any size, to the nearest that it was trained on).
 
         Raises:
@@ -137,14 +150,15 @@ class ReleasedPipeline:
         """
         self.tasks.need("caption")
         pipe = self._fitting(image, resize)
-        request = self.tasks.caption(pipe._encode(image, resize), max_text_tokens)
-        return pipe._run(request, options, pictures=False, longest=max_text_tokens)
+        longest = max_text_tokens or LONGEST
+        request = self.tasks.caption(pipe._encode(image, resize), longest)
+        return pipe._run(request, options, pictures=False, longest=longest)
 
     def answer(
         self,
         image: Any,
         question: str | Sequence[str],
-        max_text_tokens: int = 64,
+        max_text_tokens: int | None = None,
         resize: bool = False,
         **options: Any,
     ) -> UniDiffOutput:
@@ -156,34 +170,42 @@ class ReleasedPipeline:
         self.tasks.need("answer")
         pipe = self._fitting(image, resize)
         codes, questions = broadcast(image=list(pipe._encode(image, resize)), question=as_list(question, "question"))
-        request = self.tasks.answer(torch.stack(codes), questions, max_text_tokens)
-        return pipe._run(request, options, pictures=False, longest=max_text_tokens)
+        longest = max_text_tokens or LONGEST
+        request = self.tasks.answer(torch.stack(codes), questions, longest)
+        return pipe._run(request, options, pictures=False, longest=longest)
 
     def inpaint(
         self,
         image: Any,
         mask_image: Any = None,
-        text: str | Sequence[str] = "",
+        text: str | Sequence[str] | None = None,
+        paste_back: bool = False,
         resize: bool = False,
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> UniDiffOutput:
         """Fill holes in pictures (white in the mask) and in their captions (`<mask>`) together.
 
+        Args:
+            text: the caption; one for all pictures or one each.
+            paste_back: put the picture's own pixels back outside the mask.
+
         Raises:
-            ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
+            ValueError: no text, nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
         """
         self.tasks.need("inpaint")
+        if text is None:
+            raise ValueError(f"{self.tasks.family} needs the caption of the picture; give text=, with <mask> for holes")
         pipe = self._fitting(image, resize)
-        codes = pipe._encode(image, resize)  # [B, h, w]
+        pixels, mask = pipe.image_inputs.images(image, resize), pipe._mask(mask_image, image, resize)
         columns = broadcast(
-            image=list(codes),
-            mask_image=list(pipe._holes(mask_image, image, resize)),
-            text=as_list(text, "text"),
+            image=list(pixels), codes=list(pipe._encode(image, resize)), mask=list(mask), text=as_list(text, "text")
         )
-        given, hidden, texts = (repeated(column, num_images_per_prompt)[0] for column in columns)
-        request = self.tasks.inpaint(texts, torch.stack(given), torch.stack(hidden))
-        return pipe._run(request, options, num_images_per_prompt)
+        shown, codes, hidden, texts = (repeated(column, num_images_per_prompt)[0] for column in columns)
+        holes = torch.stack(hidden)  # [B, H, W]
+        request = self.tasks.inpaint(texts, torch.stack(codes), pipe.image_inputs.cells(holes))
+        paste = (torch.stack(shown), holes) if paste_back else None
+        return pipe._run(request, options, num_images_per_prompt, said=texts, paste=paste)
 
     def edit(
         self,
@@ -218,23 +240,31 @@ class ReleasedPipeline:
         if reference is not None:
             columns["reference"] = list(self._fitting(reference, resize)._encode(reference, resize))
         if mask_image is not None:
-            columns["mask_image"] = list(pipe._holes(mask_image, image, resize))
+            columns["mask_image"] = list(pipe.image_inputs.cells(pipe._mask(mask_image, image, resize)))
         names, rows = list(columns), broadcast(**columns)
         full = {name: repeated(row, num_images_per_prompt)[0] for name, row in zip(names, rows, strict=True)}
         further, holes = (torch.stack(full[n]) if n in full else None for n in ("reference", "mask_image"))
         grid = None if height is None and width is None else pipe._sized_or_usual(height, width).grid
         request = self.tasks.edit(torch.stack(full["image"]), full["prompt"], grid, further, holes)
-        return pipe._run(request, options, num_images_per_prompt)
+        return pipe._run(request, options, num_images_per_prompt, said=full["prompt"])
 
-    def generate(self, num_images_per_prompt: int = 1, max_text_tokens: int = 64, **options: Any) -> UniDiffOutput:
-        """Make pictures and their captions together, from nothing.
+    def generate(
+        self,
+        text: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        max_text_tokens: int | None = None,
+        **options: Any,
+    ) -> UniDiffOutput:
+        """Make pictures and their captions together, from nothing or from captions with `<mask>` holes.
 
         Raises:
-            ValueError: a model that cannot, or an option out of range.
+            ValueError: a model that cannot, a caption that does not fit, or an option out of range.
         """
         self.tasks.need("generate")
-        _, count = repeated([None], num_images_per_prompt)
-        return self._run(self.tasks.generate(count, max_text_tokens), options, count, longest=max_text_tokens)
+        texts, count = repeated([None] if text is None else as_list(text, "text"), num_images_per_prompt)
+        longest = max_text_tokens or LONGEST
+        request = self.tasks.generate(None if text is None else texts, count, longest)
+        return self._run(request, options, count, longest=longest if text is None else None)
 
     def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
         """Answer in words.
@@ -277,18 +307,29 @@ class ReleasedPipeline:
         per_entry: int = 1,
         pictures: bool = True,
         longest: int | None = None,
+        said: Sequence[str] | None = None,
+        paste: tuple[Tensor, Tensor] | None = None,
     ) -> UniDiffOutput:
-        chosen = ReleasedOptions(**options)
+        """Decode, and back to words and pixels.
+
+        Args:
+            said: the texts of rows whose request leaves none to read.
+            paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
+        """
+        chosen = ReleasedOptions.of(options)
         run = decode_request(self, self.released, request, chosen, per_entry)
         done = run.result
         words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
+        texts = [self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words]
+        if said is not None and not request.words.any():
+            words, texts = [self.texts.encode(text) for text in said], list(said)
         if all(done.codes):
             codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
         else:
             codes = torch.zeros(len(words), 0, 0, dtype=torch.long)
         return UniDiffOutput(
-            images=self._pictures(codes, chosen.output_type) if pictures else None,
-            texts=[self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words],
+            images=self._pictures(codes, chosen.output_type, paste) if pictures else None,
+            texts=texts,
             codes=codes,
             text_ids=words,
             ids=done.output.batch.ids.cpu(),
@@ -322,29 +363,17 @@ class ReleasedPipeline:
         assert self.images is not None  # `need` has refused otherwise
         return self.images.encode(self.image_inputs.images(image, resize)).cpu()
 
-    def _holes(self, mask_image: Any, image: Any, resize: bool) -> Tensor:
-        """bool `[B, h, w]`: codes to decode again; none without a mask."""
+    def _mask(self, mask_image: Any, image: Any, resize: bool) -> Tensor:
+        """bool `[B, H, W]`: pixels to paint again; none without a mask."""
         if mask_image is None:
-            return torch.zeros(1, *self.grid, dtype=torch.bool)
-        return self.image_inputs.cells(self.image_inputs.masks(mask_image, image, resize))
+            return torch.zeros(1, *self.image_size, dtype=torch.bool)
+        return self.image_inputs.masks(mask_image, image, resize)
 
-    def _pictures(self, codes: Tensor, output_type: str) -> Any:
+    def _pictures(self, codes: Tensor, output_type: str, paste: tuple[Tensor, Tensor] | None) -> Any:
+        if output_type == "codes":
+            return codes
         assert self.images is not None
-        return codes if output_type == "codes" else self.image_inputs.output(self.images.decode(codes), output_type)
-
-
-def _check_fit(released: Released, images: VQImageTokenizer | None, texts: TextTokenizer) -> None:
-    """Raise `ValueError` unless the tokenizers have the ids of the model."""
-    vocabulary = released.vocabulary
-    size = 0 if vocabulary is None else vocabulary.image_size
-    if vocabulary is None or size != (0 if images is None else images.codebook_size):
-        codes = "none" if images is None else images.codebook_size
-        raise ValueError(
-            f"the image tokenizer has {codes} codes, but the model {size}; give the one it was trained with"
-        )
-    fewest = vocabulary.text_size if released.family.name == "unidisc" else 0
-    if not fewest <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
-        raise ValueError(
-            f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
-            "trained with"
-        )
+        images = self.images.decode(codes).cpu()  # [B, 3, H, W]
+        if paste is not None:
+            images = torch.where(paste[1][:, None], images, paste[0])
+        return self.image_inputs.output(images, output_type)

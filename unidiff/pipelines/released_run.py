@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 from torch import Tensor
 
-from unidiff.decoding import CacheConfig, DecodeState, RefreshPolicy, SamplerConfig
+from unidiff.decoding import CacheConfig, RefreshPolicy, SamplerConfig
 from unidiff.pipelines.auto_cache import CacheChoice, choose_cache
-from unidiff.pipelines.decode import OUTPUT_TYPES, StepCallback
+from unidiff.pipelines.decode import OUTPUT_TYPES, StepCallback, StepWatcher
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import by_modality, with_overrides
 from unidiff.released.loading import Released
@@ -33,6 +33,7 @@ class ReleasedOptions:
         output_type: "pil", "pt", "np" or "codes".
         callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass; returning False
             fills the rest in one last pass.
+        record_trajectory: only False; the way of a decode is recorded for unidiff's own models.
 
     Raises:
         ValueError: an unknown `output_type`.
@@ -50,10 +51,21 @@ class ReleasedOptions:
     threshold: float | Mapping[str, float] | None = None
     output_type: str = "pil"
     callback_on_step_end: StepCallback | None = None
+    record_trajectory: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ReleasedOptions:
+        """Options by name; `TypeError` for an unknown one."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise TypeError(f"unknown options {unknown}; expected some of {known}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {self.output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+        if self.record_trajectory:
+            raise ValueError("record_trajectory is for unidiff's own models; use callback_on_step_end to look on")
 
     def config(self, request: TaskRequest) -> SamplerConfig:
         """The sampler settings of a request with these options on top.
@@ -99,7 +111,7 @@ def decode_request(
     """Decode the rows of a request.
 
     Args:
-        pipe: what the callback is given.
+        pipe: shows the progress and is given to the callback.
         per_entry: rows per entry of the caller's list of seeds.
 
     Raises:
@@ -109,12 +121,10 @@ def decode_request(
     request = replace(request, config=options.config(request))
     seeds = row_seeds(options.generator, len(request.batch.ids), per_entry)
     choice = choose_cache(options.cache, options.policy, request.batch, request.config, released.model)
-    told, targets = options.callback_on_step_end, max(1, int(request.batch.targets.sum()))
-
-    def watch(step: int, state: DecodeState) -> bool:
-        tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}
-        return told is None or told(pipe, step, int(state.open.sum()) / targets, tensors) is not False
-
-    callback = None if told is None else watch
-    model: Any = released.model
-    return ReleasedRun(run_task(model, released.vocabulary, request, seeds, choice.policy, callback), seeds, choice)
+    targets, model = int(request.batch.targets.sum()), released.model
+    pipe.interrupt = False
+    with pipe.progress_bar(total=targets) as bar:
+        watcher = StepWatcher(pipe, bar, targets, options.callback_on_step_end)
+        done = run_task(cast(Any, model), released.vocabulary, request, seeds, choice.policy, watcher)
+        watcher.finish()
+    return ReleasedRun(done, seeds, choice)

@@ -82,7 +82,8 @@ class FamilyTasks:
     ) -> TaskRequest:
         raise self.refused("edit")
 
-    def generate(self, count: int, longest: int) -> TaskRequest:
+    def generate(self, texts: Sequence[str] | None, count: int, longest: int) -> TaskRequest:
+        """`count` pairs of unknown words, or one for each of `texts`."""
         raise self.refused("generate")
 
     def chat(self, turns: Sequence[Turn], longest: int) -> TaskRequest:
@@ -114,10 +115,10 @@ class UniDiscTasks(FamilyTasks):
         return self.rows.caption(codes, longest)
 
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
-        return self.rows.inpaint([_HOLE.sub(lambda m: f" <m{m[1] or ''}>", t) for t in texts], codes, holes)
+        return self.rows.inpaint(_renamed(texts), codes, holes)
 
-    def generate(self, count: int, longest: int) -> TaskRequest:
-        return self.rows.generate(count, longest)
+    def generate(self, texts: Sequence[str] | None, count: int, longest: int) -> TaskRequest:
+        return self.rows.generate(count, longest) if texts is None else self.rows.inpaint(_renamed(texts))
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,11 @@ def check_family(released: Released) -> None:
 def _one_pass_each(request: TaskRequest, steps: int) -> TaskRequest:
     """One pass per token, as upstream recommends."""
     return replace(request, config=replace(request.config, text=replace(request.config.text, steps=steps)))
+
+
+def _renamed(texts: Sequence[str]) -> list[str]:
+    """Texts with UniDisc's names of holes."""
+    return [_HOLE.sub(lambda m: f" <m{m[1] or ''}>", text) for text in texts]
 
 
 def _have_holes(texts: Sequence[str]) -> bool:
