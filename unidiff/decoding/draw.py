@@ -6,13 +6,16 @@ temperature silently; "unmask this position?" is decided elsewhere, with a unifo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.guidance import mix
 from unidiff.diffusion.noise import keyed_uniform
+from unidiff.kernels.fused_draw import fused_draw, usable
 
 TOKEN, UNMASK, CHOICE, ORDER, REMASK = range(5)  # independent uses of noise within a step
 _USES = 8
@@ -137,7 +140,11 @@ def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, 
         live: bool `[B, n]`; the others are padding of the index.
         settings: temperature, filters and confidence measure.
         u, noise: float64 `[B, n]`, for the token and for `random` confidence.
+
+    On CUDA one kernel does it where it is the same draw, see `unidiff.kernels.fused_draw`.
     """
+    if _fuses(logits, settings):
+        return _fused(logits[None], live, settings, u, noise)
     rows, _, width = logits.shape
     size = max(1, _CHUNK // max(1, rows * width))
     plain = settings.temperature == 1 and settings.top_k is None and settings.top_p is None
@@ -153,3 +160,53 @@ def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, 
     token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
     sound = (logits.amax(-1).isfinite() | ~live).all()
     return Choice(token, probability, confidence, sound)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How the logits of the guidance streams become those that tokens are drawn from.
+
+    Attributes:
+        scale: `[B]`, of the first unconditional stream. further: scales of the others, see `guidance.mix`.
+        banned: int64, indices of tokens that may not be drawn; None for none.
+    """
+
+    scale: Tensor
+    further: Sequence[float] = ()
+    banned: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Streams' logits `[S, B, n, V]`, conditional first, to guided ones `[B, n, V]` with -inf at banned tokens."""
+        mixed = values[0]
+        if len(values) > 1:
+            mixed = mix(mixed, values[1], self.scale, values[2:], self.further)
+        return mixed if self.banned is None else mixed.index_fill(-1, self.banned, -torch.inf)
+
+
+def choose_blended(
+    values: Tensor, blend: Blend, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor
+) -> Choice:
+    """`choose` from the logits of all streams `[S, B, n, V]`; on CUDA the blend is part of the one kernel."""
+    if not _fuses(values, settings):
+        return choose(blend(values), live, settings, u, noise)
+    return _fused(values, live, settings, u, noise, blend)
+
+
+def _fuses(values: Tensor, settings: ModalityDecoding) -> bool:
+    return usable(values, settings.temperature, settings.top_k, settings.top_p)
+
+
+def _fused(
+    values: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor, blend: Blend | None = None
+) -> Choice:
+    weights = banned = None
+    if blend is not None and len(values) > 1:
+        scale = blend.scale.to(values.dtype)
+        weights = torch.stack([scale - 1, *(torch.full_like(scale, extra - 1) for extra in blend.further)])
+    if blend is not None and blend.banned is not None:
+        nothing = torch.zeros(values.shape[-1], dtype=torch.bool, device=values.device)
+        banned = nothing.index_fill(0, blend.banned, True)
+    measure = settings.confidence
+    out = fused_draw(values, u, settings.temperature, settings.top_k, measure, weights, banned)
+    confidence = noise if measure == "random" else out.confidence
+    return Choice(out.token, out.probability, confidence, (out.sound | ~live).all())

@@ -14,7 +14,7 @@ from unidiff.decoding import draw
 from unidiff.decoding.commit import decide, decide_early, quota, unmask_chance
 from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.forward import Denoiser, PositionLogits
-from unidiff.decoding.guidance import mix, scale_at
+from unidiff.decoding.guidance import scale_at
 from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.request import Request
@@ -200,18 +200,16 @@ class Sampler:
         state, settings, modality = request.state, work.clock.settings, work.clock.modality
         streams = [0, request.stream_of[modality], *request.further] if work.guided else [0]
         logits = request.forward.logits(modality, wanted, work.width, streams)
-        values = logits.values[0]  # [B, n, V]
-        if work.guided:
-            values = mix(values, logits.values[1], work.scale, logits.values[2:], self.config.guidance.further)
-        if len(self._banned[modality]):
-            banned = self._banned[modality] = self._banned[modality].to(values.device)
-            values = values.index_fill(-1, banned, -torch.inf)
-        if work.clock.credit is not None:
-            values = work.clock.credit.add(values, logits.index, logits.live)
+        banned = self._banned[modality] = self._banned[modality].to(logits.values.device)
+        blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]
-        choice = draw.choose(values, logits.live, settings, token_noise, order_noise)
+        if work.clock.credit is None:
+            choice = draw.choose_blended(logits.values, blend, logits.live, settings, token_noise, order_noise)
+        else:
+            values = work.clock.credit.add(blend(logits.values), logits.index, logits.live)  # [B, n, V]
+            choice = draw.choose(values, logits.live, settings, token_noise, order_noise)
         request.sound &= choice.sound
         pick = logits.live
         if not work.decided:
