@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unidiff.decoding import draw
 from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.draw import Blend
 from unidiff.kernels.fused_draw import FusedDraw, fused_draw
@@ -93,21 +95,24 @@ def cases() -> dict[str, Case]:
 
 
 def run_kernel(case: Case) -> FusedDraw:
-    """The kernel by itself, with what `draw.choose_blended` would hand it."""
-    weights = banned = None
-    if len(case.values) > 1:
-        scales = [case.blend.scale, *(torch.full_like(case.blend.scale, s) for s in case.blend.further)]
-        weights = torch.stack(scales).to(case.values.dtype) - 1
-    if case.blend.banned is not None:
-        banned = torch.zeros(case.values.shape[-1], dtype=torch.bool, device=case.values.device)
-        banned[case.blend.banned] = True
-    s = case.settings
-    return fused_draw(case.values, case.u, s.temperature, s.top_k, s.confidence, weights, banned, block=BLOCK)
+    """`choose_blended` as it runs on CUDA, with small blocks; needs Triton's interpreter."""
+    seen = []
+
+    def in_small_blocks(*arguments) -> FusedDraw:
+        seen.append(fused_draw(*arguments, block=BLOCK))
+        return seen[-1]
+
+    live = torch.ones_like(case.u, dtype=torch.bool)
+    with patch.object(draw, "usable", return_value=True), patch.object(draw, "fused_draw", in_small_blocks):
+        choice = draw.choose_blended(case.values, case.blend, live, case.settings, case.u, case.u)
+    (kernel,) = seen
+    assert choice.sound.item() == kernel.sound.all().item()
+    return FusedDraw(choice.token, choice.probability, choice.confidence, kernel.sound)
 
 
 if __name__ == "__main__":
     found = {}
     for name, case in cases().items():
         out = run_kernel(case)
-        found |= {f"{name}/{key}": value for key, value in vars(out).items()}
+        found |= {f"{name}/{key}": value.contiguous() for key, value in vars(out).items()}
     save_file(found, sys.argv[1])

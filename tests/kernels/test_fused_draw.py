@@ -37,8 +37,7 @@ def check(case: Case, found: FusedDraw) -> None:
     assert torch.equal(found.token[sound], expected.token[sound])
     assert (found.token >= 0).all() and (found.token < case.values.shape[-1]).all()
     torch.testing.assert_close(found.probability[sound], expected.probability[sound], rtol=1e-12, atol=0)
-    if case.settings.confidence != "random":
-        torch.testing.assert_close(found.confidence[sound], expected.confidence[sound], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.confidence[sound], expected.confidence[sound], rtol=1e-12, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
