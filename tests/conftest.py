@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import golden
 
 golden.watch_reads()
+settings.register_profile("unidiff", deadline=None)  # a loaded machine is slow, not wrong
+settings.load_profile("unidiff")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

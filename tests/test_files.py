@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,17 @@ def test_a_file_is_replaced_as_a_whole_or_left_alone(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_goes_and_what_a_running_one_writes_stays(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stray, other = tmp_path / f".a.txt.{ended.pid}.tmp", tmp_path / f".a.txt.{os.getppid()}.tmp"
+    for path in (stray, other):
+        path.write_text("half")
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("one")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.txt", other.name])
 
 
 def test_a_folder_is_replaced_as_a_whole_or_left_alone(tmp_path: Path) -> None:

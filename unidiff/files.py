@@ -13,7 +13,8 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` when the block ends well, else removed.
 
-    Missing parent folders are made. The data reaches the disk before the name does.
+    Missing parent folders are made. The data reaches the disk before the name does. What a killed process left behind
+    is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,6 +23,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         flush_to_disk(temporary)
         os.replace(temporary, path)
+        for stray in path.parent.glob(f".{path.name}.*.tmp"):
+            if stray != temporary and not _is_running(stray):
+                stray.unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,6 +52,20 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_running(temporary: Path) -> bool:
+    """Whether the process that a temporary name mentions may still write to it."""
+    number = temporary.suffixes[-2].removeprefix(".") if len(temporary.suffixes) > 1 else ""
+    if os.name != "posix" or not number.isdecimal():
+        return True
+    try:
+        os.kill(int(number), 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def flush_to_disk(path: Path) -> None:
