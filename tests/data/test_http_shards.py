@@ -2,6 +2,7 @@
 
 import http.server
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
+    timeout = 20
+
     def log_message(self, *args):
         pass
 
@@ -25,6 +28,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: int(len(data) * 0.6)])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)
+            self.rfile.read(1)  # until the client hangs up: an early close may throw away what is still on its way
             self.close_connection = True
         else:
             super().do_GET()
