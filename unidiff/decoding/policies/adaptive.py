@@ -88,7 +88,10 @@ class AdaptiveCache(Policy):
         return own.with_streams(others) if others else own
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
-        """The floor(ratio n) least similar of the n compared positions of each row; at least one by default.
+        """The floor(ratio n) least similar of the n compared positions of each row.
+
+        By default at least one, and similarities count to five decimals with earlier positions first among equals: values
+        that did not change differ by rounding alone, and a row alone must choose as in a batch.
 
         Args:
             similarity: cosine `[B, L]`, NaN where nothing was compared.
@@ -98,6 +101,7 @@ class AdaptiveCache(Policy):
         quota = (n.double() * self.ratio).floor().long()
         if self.compat is None:
             quota = torch.maximum(quota, (n > 0).long())
+            similarity = (similarity.double() * 1e5).round()
         return take_best(-similarity.nan_to_num(), compared, quota)
 
     def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
