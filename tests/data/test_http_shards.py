@@ -4,13 +4,16 @@ import http.server
 import shutil
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from shard_samples import write_samples
 
 from unidiff.data import report
+from unidiff.data.report import Skip
 from unidiff.data.shards import ShardSource
+from unidiff.data.tar import read_shard
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs through curl")
 
@@ -60,6 +63,15 @@ def test_vanished_and_cut_downloads_are_counted(server):
     assert 1 <= len(keys) - 10 < 10
     assert source.report.counts == {report.MISSING_SHARD: 1, report.TRUNCATED_SHARD: 1}
     assert source.report.shards(report.MISSING_SHARD) == [f"{server}/nothing.tar"]
+
+
+def test_what_arrived_is_read_although_the_download_has_failed_already(server):
+    stream = read_shard(f"{server}/cut.tar")
+    first = next(stream)
+    time.sleep(0.5)  # curl has put the rest into the pipe and ended with an error
+    items = [first, *stream]
+    assert [item["__key__"] for item in items[:-1]] == [f"{n:06d}" for n in range(len(items) - 1)]
+    assert len(items) > 2 and isinstance(items[-1], Skip) and items[-1].reason == report.TRUNCATED_SHARD
 
 
 def test_leaving_a_download_early_is_clean(server):

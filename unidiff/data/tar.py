@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import braceexpand
-from webdataset.gopen import gopen
+from webdataset.gopen import Pipe, gopen
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
@@ -91,7 +91,7 @@ def read_shard(url: str, require: Sequence[Sequence[str]] = ()) -> Iterator[dict
         yield Skip(report.MISSING_SHARD, url, "", str(error))
         return
     try:
-        yield from _samples(url, stream, require)
+        yield from _samples(url, _Download(stream) if isinstance(stream, Pipe) else stream, require)
     finally:
         with suppress(OSError, ValueError):  # a download abandoned early, or one that failed and was reported above
             stream.close()
@@ -110,6 +110,23 @@ def _samples(url: str, stream: Any, require: Sequence[Sequence[str]]) -> Iterato
         yield files.finish(last, require)
     if files.failure:
         yield files.failure
+
+
+class _Download:
+    """Reads all that arrived before it raises for a download that failed.
+
+    webdataset's own `Pipe.read` raises as soon as the process has ended badly, and what it had just read is lost: of a
+    short shard, everything.
+    """
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._pipe.stream.read(size)
+        if not data:
+            self._pipe.wait_for_child()
+        return data
 
 
 class _Files:
