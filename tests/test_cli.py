@@ -12,8 +12,6 @@ import pytest
 from PIL import Image
 from tiny_pipeline import tiny_parts, tiny_pipeline
 
-from unidiff import cli
-
 NO_TORCH = "import sys; sys.modules['torch'] = None; from unidiff.cli import main; sys.argv[0] = 'unidiff'; main()"
 
 
@@ -29,21 +27,6 @@ def picture(tmp_path) -> str:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "in.png")
     return str(tmp_path / "in.png")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["unidiff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-            sys.exit(0)
-        out = capsys.readouterr()
-        return int(left.value.code or 0), out.out, out.err
-
-    return call
 
 
 def process(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
