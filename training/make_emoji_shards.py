@@ -70,6 +70,7 @@ def table(
     text_length: int = 24,
     captions: int = 4,
     questions: int = 2,
+    yes_no: Annotated[int, typer.Option(help="so many of a scene's questions are answered by yes or no")] = 0,
     kinds: Annotated[
         tuple[float, float, float, float],
         typer.Option(help="relative frequency of single, count, pair and group scenes"),
@@ -85,7 +86,7 @@ def table(
     image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
     scenes, step = SceneGenerator(get_profile(profile, kinds=kinds), seed, split), 2048
     parts = [
-        token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, questions)
+        token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, questions, yes_no)
         for start in track(range(0, count, step), "scenes")
     ]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

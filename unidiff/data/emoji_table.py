@@ -29,12 +29,20 @@ class SceneTexts:
     questions: list[tuple[str, str]]
 
 
-def scene_texts(scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: int) -> SceneTexts:
-    """Texts of scene `index`, drawn independently of each other; the same for the same generator and index."""
+def scene_texts(
+    scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: int, yes_no: int = 0
+) -> SceneTexts:
+    """Texts of scene `index`, drawn independently of each other; the same for the same generator and index.
+
+    The first `yes_no` questions are drawn until yes or no is the answer: one bit each is a weak signal to learn from.
+    """
     rng = scenes.rng(index, "texts")
     options = caption_distribution(scene)
     drawn = rng.choices(list(options), list(options.values()), k=captions)
     asked = [draw_question(scene, scenes.profile, rng) for _ in range(questions)]
+    for number in range(yes_no):
+        while asked[number][1] not in ("yes", "no"):
+            asked[number] = draw_question(scene, scenes.profile, rng)
     return SceneTexts(drawn, asked)
 
 
@@ -78,17 +86,20 @@ def token_rows(
     text_length: int,
     captions: int = 4,
     questions: int = 2,
+    yes_no: int = 0,
 ) -> dict[str, Tensor]:
     """Tensors of a token table for scenes `start .. start + count`: codes, captions, questions, answer_start, levels.
 
     Raises:
-        ValueError: a caption or question that does not fit `text_length`.
+        ValueError: a caption or question that does not fit `text_length`, or `yes_no` not in 0 .. `questions`.
     """
+    if not 0 <= yes_no <= questions:
+        raise ValueError(f"yes_no is {yes_no}; expected 0 .. {questions}, the number of questions per scene")
     drawn = [scenes.scene(start + i) for i in range(count)]
     codes = torch.cat([image.encode(render_batch(drawn[i : i + 256], scenes.profile)) for i in range(0, count, 256)])
     caption_ids, question_ids, starts = [], [], []
     for offset, scene in enumerate(drawn):
-        texts = scene_texts(scenes, start + offset, scene, captions, questions)
+        texts = scene_texts(scenes, start + offset, scene, captions, questions, yes_no)
         rows = [caption_row(text, caption, text_length) for caption in texts.captions]
         asked = [question_row(text, q, a, text_length) for q, a in texts.questions]
         if any(row.cut for row in rows) or any(row is None for row in asked):

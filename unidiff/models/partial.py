@@ -150,14 +150,14 @@ def _narrow(
 ) -> PartialHidden:
     """The same positions in every layer: the residual stream holds them alone."""
     whole = plan.full or plan.query is None
-    modality, images = store.modality, store.images
+    modality, spots = store.modality, store.spots
     rotary, condition = store.rotary, model.condition(store.modality, time)
     if not whole:
         place = index.clamp_max(ids.shape[1] - 1)
         ids, modality = ids.gather(1, place), modality.gather(1, place)
-        images = None if images is None else images.gather(1, place)
+        spots = None if spots is None else gather_rows(spots, place)
         rotary, condition = store.rotary_at(index), _condition_at(condition, index)
-    x = model.embed(ids, modality, images)  # [B, n, D]
+    x = model.embed(ids, modality, spots)  # [B, n, D]
     store.begin(index, whole)
     n = index.shape[1]
     if not n:
@@ -190,7 +190,7 @@ def _layered(
     select: Select | None,
 ) -> PartialHidden:
     """Other positions in every layer: the residual stream holds all, with stored branch outputs where not recomputed."""
-    x = model.embed(ids, store.modality, store.images)  # [B, L, D]
+    x = model.embed(ids, store.modality, store.spots)  # [B, L, D]
     condition = model.condition(store.modality, time)
     everywhere = store.everywhere()
     query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query

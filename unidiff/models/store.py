@@ -62,7 +62,7 @@ class FeatureStore:
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = torch.zeros(rows, dtype=torch.bool)
-        self.rotary, self.images = model.place(batch.positions, batch.modality)
+        self.rotary, self.spots = model.place(batch.positions, batch.modality)
         allowed = batch.attention_mask()
         if c.attention == "block_causal":
             allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
@@ -108,7 +108,7 @@ class FeatureStore:
         part.rotated, part.outputs, part.head_dim = self.rotated, self.outputs, self.head_dim
         part.modality, part._everywhere = self.modality[rows], self._everywhere[rows]
         part.rotary = RotaryTables(*(table[rows] for table in self.rotary))
-        part.images = None if self.images is None else self.images[rows]
+        part.spots = None if self.spots is None else self.spots[rows]
         part.allowed = None if self.allowed is None else self.allowed[rows]
         part._flat = {}
         return part

@@ -88,6 +88,9 @@ class MaskedTransformer(CheckedModel):
             its side over `rope_grid`, and `rope_linear_factor` stays 1 (UniDisc, interleaved).
         modality_embedding: add a learned vector per modality to the input.
         image_embeddings: add a learned vector per image of a sample, at its tokens; how many images have one, 0 for none.
+        grid_embeddings: add learned vectors per row and per column of an image, at its tokens; how many rows and columns
+            have one, 0 for none. Rotary only says how far apart two tokens are; what is on the left or at the top has
+            to be learned from that, slowly. They start as zeros, so that weights without them can be warm-started from.
         time_conditioning: adaLN on the time given to `hidden`; `cond_dim` the condition's size.
         time_scale: the time is multiplied by it before the sinusoidal embedding.
         constant_time: the network always sees this time, whatever it is given (MDLM without time conditioning).
@@ -125,6 +128,7 @@ class MaskedTransformer(CheckedModel):
         rope_grid: int | None = None,
         modality_embedding: bool = True,
         image_embeddings: int = 0,
+        grid_embeddings: int = 0,
         time_conditioning: bool = False,
         cond_dim: int = 128,
         time_scale: float = 1.0,
@@ -148,6 +152,9 @@ class MaskedTransformer(CheckedModel):
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.embed_modality = nn.Embedding(len(Modality), hidden_size) if modality_embedding else None
         self.embed_image = nn.Embedding(image_embeddings, hidden_size) if image_embeddings else None
+        self.embed_row, self.embed_column = (
+            nn.Embedding(grid_embeddings, hidden_size) if grid_embeddings else None for _ in range(2)
+        )
         self.embed_time = TimeEmbedding(cond_dim) if time_conditioning else None
         self.blocks = nn.ModuleList(self._make_block() for _ in range(num_layers))
         self.final_norm = Norm(hidden_size, norm, norm_eps)
@@ -175,8 +182,8 @@ class MaskedTransformer(CheckedModel):
         """
         c = self.config
         # 1. embed
-        rotary, images = self.place(positions, modality)
-        x = self.embed(ids, modality, images)  # [B, L, D]
+        rotary, spots = self.place(positions, modality)
+        x = self.embed(ids, modality, spots)  # [B, L, D]
         # 2. what all layers share besides the rotary tables: visibility, condition
         if c.attention == "block_causal":
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
@@ -216,27 +223,42 @@ class MaskedTransformer(CheckedModel):
         return partial_hidden(self, ids, plan, store, time, select)
 
     def place(self, positions: Tensor, modality: Tensor) -> tuple[RotaryTables, Tensor | None]:
-        """What positions `[B, L, 3]` mean to the network: rotary tables, and with `image_embeddings` the number of each
-        token's image in its sample, int64 `[B, L]`."""
+        """What positions `[B, L, 3]` mean to the network: rotary tables, and where the input has learned vectors for it,
+        each token's image in its sample, row and column, int64 `[B, L, 3]`.
+
+        Raises:
+            ValueError: an image with more rows or columns than `grid_embeddings` (checked on the CPU).
+        """
         c = self.config
         dtype = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
         factor: float | Tensor = c.rope_linear_factor
-        spans = None
+        number = torch.zeros_like(modality)
         if c.rope_grid is not None or self.embed_image is not None:
             spans = image_spans(positions, modality)
-        if c.rope_grid is not None and spans is not None:
-            factor = spans.side[..., None].to(dtype) / c.rope_grid
+            number = spans.number
+            if c.rope_grid is not None:
+                factor = spans.side[..., None].to(dtype) / c.rope_grid
         head_dim = c.hidden_size // c.num_heads
         rotary = rotary_tables(positions, modality, head_dim, c.rope, c.rope_theta, factor, dtype)
-        return rotary, spans.number if self.embed_image is not None and spans is not None else None
+        if self.embed_image is None and self.embed_row is None:
+            return rotary, None
+        spots = torch.where((modality == Modality.IMAGE)[..., None], positions[..., 1:], 0)  # [B, L, 2]
+        if self.embed_row is not None and spots.device.type == "cpu" and int(spots.max()) >= c.grid_embeddings:
+            raise ValueError(
+                f"an image has {int(spots.max()) + 1} rows or columns of tokens, the model knows {c.grid_embeddings} "
+                "(grid_embeddings); give smaller images"
+            )
+        return rotary, torch.cat([number[..., None], spots], -1)
 
-    def embed(self, ids: Tensor, modality: Tensor, images: Tensor | None = None) -> Tensor:
-        """Input of the first layer `[B, L, D]`; `images` as `place` returns it."""
+    def embed(self, ids: Tensor, modality: Tensor, spots: Tensor | None = None) -> Tensor:
+        """Input of the first layer `[B, L, D]`; `spots` as `place` returns it."""
         x = F.embedding(ids, self.embed_tokens.weight)
         if self.embed_modality is not None:
             x = x + F.embedding(modality, self.embed_modality.weight)
-        if self.embed_image is not None and images is not None:
-            x = x + F.embedding(images, self.embed_image.weight) * (modality == Modality.IMAGE)[..., None]
+        if spots is not None:
+            tables = (self.embed_image, self.embed_row, self.embed_column)
+            parts = [F.embedding(spots[..., i], t.weight) for i, t in enumerate(tables) if t is not None]
+            x = x + sum(parts) * (modality == Modality.IMAGE)[..., None]
         return x
 
     def finish(self, x: Tensor, condition: Condition | None) -> Tensor:
@@ -330,6 +352,9 @@ class MaskedTransformer(CheckedModel):
                 nn.init.zeros_(module.out.weight if isinstance(module, Attention) else module.down.weight)
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=0.02)
+        for table in (self.embed_row, self.embed_column):
+            if table is not None:
+                nn.init.zeros_(table.weight)
 
 
 def _check_config(c: Any) -> None:

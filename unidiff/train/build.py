@@ -14,6 +14,9 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import TrainConfig
 from unidiff.train.lora import add_adapters
 
+_SILENT = ("embed_row.weight", "embed_column.weight")
+"""Parts that change nothing until they are trained: weights without them can be warm-started from."""
+
 
 def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
     """The model of `config.model`, drawn from `config.seed`, or warm-started from `checkpoint.init_from`; with adapters
@@ -52,7 +55,8 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
             raise FileNotFoundError(f"checkpoint.init_from = {str(folder)!r} holds no .safetensors file")
         weights = {name: value for file in files for name, value in load_file(file).items()}
         try:
-            model.load_state_dict(weights)
+            silent = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
+            model.load_state_dict(silent | weights)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
