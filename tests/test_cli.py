@@ -142,6 +142,18 @@ def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
     data = json.loads((tmp_path / "made" / "r.json").read_text())
     assert status == 0 and "0.750" in out
     assert data["about"] == {"seed": 5, "n": 7, "num_candidates": 4} and data["categories"]["single_object"] == 0.75
+    assert "outcomes" not in data
+
+    first, second, changes = (tmp_path / f"{name}.json" for name in ("first", "second", "changes"))
+    assert run("eval", "emoji", "--outcomes", "--json", first, "--model", model)[0] == 0
+    monkeypatch.setattr(Estimate, "share", classmethod(lambda cls, x, f=Estimate.share: f(not v for v in x)))
+    status, out, _ = run("eval", "emoji", "--outcomes", "--json", second, "--against", first, "--model", model)
+    assert status == 0 and "-0.500" in out
+    status, out, _ = run("eval", "compare", first, second, "--json", changes)
+    assert status == 0 and "-0.500" in out
+    assert json.loads(changes.read_text())["differences"]["categories.single_object"]["n"] == 4
+    status, _, error = run("eval", "emoji", "--against", tmp_path / "made" / "r.json", "--model", model)
+    assert status == 1 and "differ in seed (5 and 0)" in error
 
 
 MISTAKES = {
@@ -166,6 +178,8 @@ MISTAKES = {
     "all known": (["inpaint", "IN", "--text", "a dog", "-o", "OUT"], "nothing is left to decode"),
     "missing mask": (["inpaint", "IN", "--mask", "none.png", "-o", "OUT"], "'none.png' does not exist"),
     "json ending": (["eval", "emoji", "--json", "x.txt"], "must end in .json"),
+    "outcomes without a file": (["eval", "emoji", "--outcomes"], "--outcomes goes with --json"),
+    "comparison with nothing": (["eval", "compare", "TEXT", "TEXT"], "cannot be read as an evaluation"),
     "demo into a file": (["demo", "-o", "IN"], "is a file"),
     "demo of other pictures": (["demo", "-o", "NEW"], "needs square pictures"),
     "pack without parts": (["pack", "none", "none", "none", "NEW"], "does not exist"),

@@ -16,7 +16,7 @@ import typer
 from rich.progress import track
 
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile
-from unidiff.data.emoji_table import corpus, emoji_vocabulary, raw_samples, token_rows
+from unidiff.data.emoji_table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 ProfileName = Annotated[str, typer.Option(help="cpu (64 px, 64 objects) or gpu (128 px, the whole atlas)")]
@@ -69,8 +69,9 @@ def table(
     split: Split = "train",
     text_length: int = 24,
     captions: int = 4,
-    questions: int = 2,
-    yes_no: Annotated[int, typer.Option(help="so many of a scene's questions are answered by yes or no")] = 0,
+    questions: Annotated[int, typer.Option(help="per scene, as EmojiEval asks")] = 2,
+    yes_no: Annotated[int, typer.Option(help="more questions per scene, all answered by yes or no")] = 0,
+    lookup: Annotated[int, typer.Option(help="more questions per scene: where is it, how many are there")] = 0,
     kinds: Annotated[
         tuple[float, float, float, float],
         typer.Option(help="relative frequency of single, count, pair and group scenes"),
@@ -84,9 +85,10 @@ def table(
     from unidiff.train.source import TokenTable
 
     image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
-    scenes, step = SceneGenerator(get_profile(profile, kinds=kinds), seed, split), 2048
+    mix, step = QuestionMix(questions, yes_no, lookup), 2048
+    scenes = SceneGenerator(get_profile(profile, kinds=kinds), seed, split)
     parts = [
-        token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, questions, yes_no)
+        token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, mix)
         for start in track(range(0, count, step), "scenes")
     ]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -122,7 +122,7 @@ def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Iter
 
     from unidiff.data.emoji_parse import facts_correct, parse_caption
     from unidiff.data.emoji_scenes import SceneGenerator
-    from unidiff.data.emoji_table import scene_texts
+    from unidiff.data.emoji_table import QuestionMix, scene_texts
     from unidiff.evaluation.emoji_eval import profile_of
     from unidiff.evaluation.oracle import Oracle
 
@@ -136,7 +136,7 @@ def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Iter
 
     scenes = SceneGenerator(profile, _ORACLE_SEED + seed)
     numbered = ((n, scenes.scene(n)) for n in itertools.count())
-    return reward, (scene_texts(scenes, n, scene, 1, 1).captions[0] for n, scene in numbered)
+    return reward, (scene_texts(scenes, n, scene, 1, QuestionMix(1)).captions[0] for n, scene in numbered)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,24 @@ def eval_emoji(
     n: Annotated[int, typer.Option("--n", min=1, help="Cases per category.")] = 300,
     candidates: Annotated[int, typer.Option(min=1, help="Decodes of each case, of which the model keeps one.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    outcomes: Annotated[
+        bool, typer.Option("--outcomes", help="Keep what came out of every case in the JSON, for comparisons.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="JSON of another evaluation of the same cases, with outcomes: print the changes."),
+    ] = None,
     model: Model = "emoji",
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Draw, describe and answer on emoji scenes, read by an exact oracle."""
     check_outputs(json_file=json_path)
+    if outcomes and json_path is None:
+        raise ValueError("--outcomes goes with --json, which names the file to keep them in")
+    from unidiff.evaluation.report import Report
+
+    before = None if against is None else Report.load(against)
     pipe = load_pipeline(model, device, dtype)
     from rich.console import Console
 
@@ -35,8 +47,31 @@ def eval_emoji(
         say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
         result = run_emoji_eval(pipe, seed, n, progress=say, **options)
     if json_path is not None:
-        result.save(json_path)
+        result.save(json_path, outcomes)
     Console().print(result.table())
+    if before is not None:
+        from unidiff.evaluation.paired import compare_reports
+
+        Console().print(compare_reports(before, result).table(f"compared with {against}"))
+
+
+@eval_app.command("compare")
+def compare(
+    before: Annotated[Path, typer.Argument(help="JSON of an evaluation, saved with --outcomes.")],
+    after: Annotated[Path, typer.Argument(help="JSON of another one of the same cases.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the differences to this file.")] = None,
+) -> None:
+    """Difference of two evaluations of the same cases, with paired bootstrap intervals."""
+    check_outputs(json_file=json_path)
+    from rich.console import Console
+
+    from unidiff.evaluation.paired import compare_reports
+    from unidiff.evaluation.report import Report
+
+    found = compare_reports(Report.load(before), Report.load(after))
+    if json_path is not None:
+        found.save(json_path)
+    Console().print(found.table(f"{after} - {before}"))
 
 
 def demo(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,25 @@ from rich.table import Table
 from unidiff.files import replacing
 
 Z95 = 1.959963984540054
+ENTRIES = ("intervals", "outcomes", "about")
+"""Keys of a report's JSON that are no numbers."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval and the number of cases behind it."""
+    """A number with its 95 % interval and the number of cases behind it.
+
+    Attributes:
+        value: the mean over `cases` of the mean of each, where these are known.
+        cases: what came out of every case, one array for each part that counts alike: bool `[n]` for a share, float64
+            `[n]` for a mean. Empty where that is not known.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    cases: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def share(cls, right: Iterable[bool]) -> Estimate:
@@ -41,7 +50,7 @@ class Estimate:
             (0.0 if p == 0 else centre - half),
             (1.0 if p == 1 else centre + half),
         )  # exactly, not up to rounding
-        return cls(p, low, high, n)
+        return cls(p, low, high, n, (np.array(values),))
 
     @classmethod
     def mean(cls, values: Sequence[float] | np.ndarray) -> Estimate:
@@ -50,7 +59,7 @@ class Estimate:
         if x.size == 0:
             raise ValueError("a mean needs at least one value")
         half = Z95 * float(x.std(ddof=1)) / math.sqrt(x.size) if x.size > 1 else math.inf
-        return cls(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, int(x.size))
+        return cls(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, int(x.size), (x.ravel(),))
 
     @classmethod
     def average(cls, parts: Sequence[Estimate]) -> Estimate:
@@ -58,7 +67,9 @@ class Estimate:
         value = sum(p.value for p in parts) / len(parts)
         low = math.sqrt(sum((p.value - p.low) ** 2 for p in parts)) / len(parts)
         high = math.sqrt(sum((p.high - p.value) ** 2 for p in parts)) / len(parts)
-        return cls(value, value - low, value + high, sum(p.n for p in parts))
+        known = all(len(p.cases) == 1 for p in parts)  # an average of averages would need weights
+        cases = tuple(p.cases[0] for p in parts) if known else ()
+        return cls(value, value - low, value + high, sum(p.n for p in parts), cases)
 
 
 @dataclass
@@ -81,8 +92,12 @@ class Report:
             self.intervals[key], value = value, value.value
         self.values[key] = float(value)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nested JSON-able data; numbers that are not finite become None."""
+    def to_dict(self, outcomes: bool = False) -> dict[str, Any]:
+        """Nested JSON-able data; numbers that are not finite become None.
+
+        Args:
+            outcomes: also what came out of every case, as strings of 0 and 1 or lists of numbers; see `compare_reports`.
+        """
         data: dict[str, Any] = {}
         for key, value in self.values.items():
             *path, last = key.split(".")
@@ -93,12 +108,45 @@ class Report:
         data["intervals"] = {
             key: {"low": _finite(e.low), "high": _finite(e.high), "n": e.n} for key, e in self.intervals.items()
         }
+        if outcomes:
+            known = {key: e.cases for key, e in self.intervals.items() if e.cases}
+            data["outcomes"] = {key: [_written(part) for part in parts] for key, parts in known.items()}
         return {**data, "about": self.about}
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON; the file appears complete or not at all."""
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Inverse of `to_dict`; None becomes NaN.
+
+        Raises:
+            ValueError: data that is no report.
+        """
+        try:
+            numbers = {key: part for key, part in data.items() if key not in ENTRIES}
+            cases = {key: tuple(map(_read, parts)) for key, parts in data.get("outcomes", {}).items()}
+            report = cls(dict(_flat(numbers)), about=dict(data["about"]))
+            for key, e in data["intervals"].items():
+                low, high = (math.nan if e[end] is None else float(e[end]) for end in ("low", "high"))
+                report.intervals[key] = Estimate(report.values[key], low, high, e["n"], cases.get(key, ()))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"this is no report of an evaluation ({type(error).__name__}: {error})") from error
+        return report
+
+    def save(self, path: str | Path, outcomes: bool = False) -> None:
+        """Write JSON (see `to_dict`); the file appears complete or not at all."""
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(outcomes), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: a file that is no report.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:  # of JSON, of the text encoding, or of the content
+            raise ValueError(f"{str(path)!r} cannot be read as an evaluation: {error}") from error
 
     def table(self, title: str = "EmojiEval", labels: Mapping[str, str] | None = None) -> Table:
         """A rich table: one line per number."""
@@ -124,3 +172,25 @@ def sources_hash(paths: Sequence[Path]) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _flat(node: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of nested data by dotted keys."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, math.nan if value is None else float(value)
+
+
+def _written(cases: np.ndarray) -> str | list[float]:
+    """Shares as a string of 0 and 1, means as numbers of float32 precision."""
+    if cases.dtype == bool:
+        return "".join("01"[c] for c in cases.tolist())
+    return [float(f"{x:.7g}") for x in cases.tolist()]
+
+
+def _read(cases: str | list[float]) -> np.ndarray:
+    if isinstance(cases, str):
+        return np.array([("0", "1").index(c) for c in cases], bool)
+    return np.array(cases, np.float64)

@@ -178,6 +178,17 @@ class Parallel:
         dist.all_gather(parts, value.contiguous())
         return torch.cat(parts)
 
+    def collect(self, text: str) -> list[str]:
+        """The text of every rank, in the order of ranks."""
+        if self.size == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        sizes = [torch.empty(1, dtype=torch.long) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), self._control)
+        parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, torch.cat([data, parts[0][len(data) :]]), self._control)
+        return [part[: int(size)].numpy().tobytes().decode() for part, size in zip(parts, sizes, strict=True)]
+
     def agree(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, true if it is true on any rank."""
         if self.size == 1:

@@ -24,6 +24,7 @@ from unidiff.train.source import TokenRows, TokenTable
 
 _LOG = logging.getLogger(__name__)
 _PICK_STREAM = 0x5EED_0002
+_ALL = 10**9  # every lost row is named: several processes tell each other, and none may count twice
 
 
 class ShardTokens:
@@ -38,13 +39,17 @@ class ShardTokens:
         sets: (shard pattern, weight) of each set, see `parse_sources`.
         seed: of the order, and of the question picked.
 
+    Attributes:
+        report: rows and shards that could not be read so far.
+        encoding: what the encoding of raw shards left out, by folder of token shards.
+
     Raises:
         FileNotFoundError: shards without `tokens.json`.
         ValueError: refused sources, sets of different layout, or a set without rows.
     """
 
     def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
-        self.report = SkipReport()
+        self.report = SkipReport(listed=_ALL)
         self._sets: list[TokenSet] = []
         weights: list[float] = []
         for pattern, weight in sets:
@@ -56,6 +61,9 @@ class ShardTokens:
                 raise ValueError(
                     f"the sets {[p for p, _ in sets]} differ in vocabulary, grid or text length; encode them alike"
                 )
+        folders = {folder_of(url) for part in self._sets for url in part.urls}
+        skipped = {folder: TokenManifest.load(folder).skipped for folder in sorted(folders)}
+        self.encoding = {folder: SkipReport.from_state_dict(state) for folder, state in skipped.items() if state}
         self.vocabulary = Vocabulary.from_dict(first.vocabulary)
         self.text_prefix = first.text_prefix
         self.seed = seed

@@ -16,6 +16,7 @@ import torch
 from unidiff.config import dump_config
 from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.account import DataAccount
 from unidiff.train.block_diffusion import double_rows
 from unidiff.train.build import build_model, pick_device, set_up_blocks
 from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save_checkpoint, score_of, write_atomic
@@ -87,6 +88,7 @@ class Trainer:
         )
         self.samples = 0
         self.speed = SpeedMeter(config, source, self.parallel.size)
+        self.account = DataAccount(self.folder, [source, validation])
         self.resumed = self._resume()
         settings = config.checkpoint
         self._saver: ShardSaver | None = None
@@ -126,6 +128,7 @@ class Trainer:
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
                     extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
+                    extra["data_skipped"] = float(sum(self.account.counts().values()))
                     log.write(state.step, "train", meter.take() | self.speed.take() | extra)
                 better = False
                 if validating:
@@ -148,6 +151,8 @@ class Trainer:
                     progress.restart_clock()
             if self._saver is not None:
                 self._saver.wait()
+            if lost := self.account.line():
+                progress.say(lost)
             if stopped:
                 progress.say(f"stopped at step {state.step}; run the same command to go on")
             if self.parallel.agree(not (self.folder / "model").exists())[0]:  # a finished run whose export was deleted
@@ -257,6 +262,7 @@ class Trainer:
         }
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
             plain["score"] = self._score[1]
+        self.account.save(self.parallel)
         self.parallel.rest()
         content = Checkpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
         if self._saver is not None:
