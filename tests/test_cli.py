@@ -154,6 +154,9 @@ def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
     assert json.loads(changes.read_text())["differences"]["categories.single_object"]["n"] == 4
     status, _, error = run("eval", "emoji", "--against", tmp_path / "made" / "r.json", "--model", model)
     assert status == 1 and "differ in seed (5 and 0)" in error
+    (tmp_path / "text.json").write_text("{")
+    status, _, error = run("eval", "compare", first, tmp_path / "text.json")
+    assert status == 1 and "text.json' cannot be read as an evaluation" in error
 
 
 MISTAKES = {
@@ -179,7 +182,6 @@ MISTAKES = {
     "missing mask": (["inpaint", "IN", "--mask", "none.png", "-o", "OUT"], "'none.png' does not exist"),
     "json ending": (["eval", "emoji", "--json", "x.txt"], "must end in .json"),
     "outcomes without a file": (["eval", "emoji", "--outcomes"], "--outcomes goes with --json"),
-    "comparison with nothing": (["eval", "compare", "TEXT", "TEXT"], "cannot be read as an evaluation"),
     "demo into a file": (["demo", "-o", "IN"], "is a file"),
     "demo of other pictures": (["demo", "-o", "NEW"], "needs square pictures"),
     "pack without parts": (["pack", "none", "none", "none", "NEW"], "does not exist"),
