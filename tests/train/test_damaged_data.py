@@ -144,7 +144,7 @@ def test_what_several_processes_meet_counts_once(tmp_path, token_shards):
     for account, rows in zip(accounts, (torch.arange(40), torch.arange(40, 80), torch.arange(80)), strict=True):
         account._shards[0].fetch(rows)
     parts = [sum(account.counts().values()) for account in accounts]
-    assert parts[2] == 3 and 3 < parts[0] + parts[1] or parts[0] + parts[1] == 3
+    assert parts[2] == 3 <= parts[0] + parts[1]
     texts = []
     parallel = Parallel(torch.device("cpu"), ParallelConfig())
     parallel.collect = lambda text: [*texts, text]
