@@ -5,12 +5,13 @@ from __future__ import annotations
 import time as wall
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.flops import LayerFlops
+from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.stats import DecodeStats
@@ -76,6 +77,7 @@ class Forward:
         policy: of this request; no cache when left out.
         unconditional: the rows of streams 1, 2, ... where hiding does not make them, see `Sampler`.
         peaks: filled with the largest logits where the policy wants them, see `DecodeState.peaks`.
+        graphs: record and replay passes of a `MaskedTransformer`; None runs all of them as they are.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Forward:
         policy: RefreshPolicy | None = None,
         peaks: dict[int, Tensor] | None = None,
         unconditional: Sequence[TokenBatch] = (),
+        graphs: PassGraphs | None = None,
     ) -> None:
+        self._graphs = graphs if isinstance(model, MaskedTransformer) else None
         self._model, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
@@ -169,7 +173,11 @@ class Forward:
             joined = TokenBatch.cat([self._layouts[s] for s in streams])
             self._joined[key] = joined, joined.attention_mask()
         layout, mask = self._joined[key]
-        fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, time.float().repeat(n))
+        times = time.float().repeat(n)
+        if self._graphs is None:
+            fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, times)
+        else:
+            fresh = self._graphs.hidden(cast(MaskedTransformer, self._model), rows, layout, mask, times, key)
         size, length = self._layout.shape
         self._count(n, size, size * length, self._whole_work)
         wanted = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
@@ -183,15 +191,20 @@ class Forward:
         assert self.store is not None and isinstance(self._model, MaskedTransformer)
         n, size = len(streams), len(self._layout.ids)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
-        out = self._model.partial(rows, plan, store, time.float().repeat(n), self._policy.select)
-        self._count(n, size, size * sum(w.out for w in out.work) // len(out.work), out.work)
-        if out.fresh:  # rows computed apart, in features of their own
+        times, select = time.float().repeat(n), self._policy.select
+        if self._graphs is not None and recordable(plan):
+            work, apart = self._graphs.partial(self._model, rows, plan, store, times, select, tuple(streams)), 0
+        else:
+            out = self._model.partial(rows, plan, store, times, select)
+            work, apart = out.work, out.fresh
+        self._count(n, size, size * sum(w.out for w in work) // len(work), work)
+        if apart:  # rows computed in features of their own
             length = self._layout.shape[1]
-            self.stats.model_tokens += out.fresh * length
+            self.stats.model_tokens += apart * length
             assert self._layer is not None
-            self.stats.count_layers(self._layer, self._whole_work, out.fresh, length)
+            self.stats.count_layers(self._layer, self._whole_work, apart, length)
             held = self.store.nbytes
-            self.stats.store_bytes = max(self.stats.store_bytes, held + held * out.fresh // self.store.shape[0])
+            self.stats.store_bytes = max(self.stats.store_bytes, held + held * apart // self.store.shape[0])
         for i, stream in enumerate(streams):
             held_rows = store.hidden[i * size : (i + 1) * size, :-1]
             self._features[stream] = self._model.shifted(held_rows, self._layouts[stream].positions)

@@ -14,6 +14,7 @@ from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.eos import EndOfText
 from unidiff.decoding.forward import Denoiser, Forward
+from unidiff.decoding.graphs import PassGraphs
 from unidiff.decoding.guidance import full_scale, hidden_from
 from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.state import Clock, DecodeState
@@ -60,6 +61,7 @@ class Request:
         condition: Tensor | None,
         policy: RefreshPolicy | None = None,
         unconditional: TokenBatch | Sequence[TokenBatch] | None = None,
+        graphs: PassGraphs | None = None,
     ) -> Request:
         if condition is not None and (condition.shape != batch.ids.shape or condition.dtype != torch.bool):
             raise ValueError(
@@ -91,7 +93,7 @@ class Request:
         state = DecodeState.start(batch.hide_targets(vocabulary), clocks)
         return cls(
             state,
-            Forward(model, vocabulary, batch, hides, policy, state.peaks, others),
+            Forward(model, vocabulary, batch, hides, policy, state.peaks, others, graphs),
             noise,
             stream_of,
             EndOfText(batch, ends, ends[0] if config.fill is None else config.fill) if stops else None,

@@ -14,6 +14,7 @@ from unidiff.decoding import draw
 from unidiff.decoding.commit import decide, decide_early, quota, unmask_chance
 from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.forward import Denoiser, PositionLogits
+from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
 from unidiff.decoding.guidance import scale_at
 from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.remask import remdm_sigma, unsure_tokens
@@ -87,6 +88,10 @@ class Sampler:
         config: see `SamplerConfig`.
         policy: what each pass recomputes; no cache when left out.
         rules: commit rules of one's own, by modality, in place of the settings' `rule`.
+        graphs: record the passes of a `MaskedTransformer` as CUDA graphs and replay them, see `unidiff.decoding.graphs`;
+            the tokens are the same. Worth it where starting kernels takes longer than running them: deep models,
+            few rows, many passes. Every request records its own. Without CUDA nothing is recorded. A `Record`
+            in place of True records by other means, on any device.
 
     Raises:
         ValueError: `forbid` names an id outside the vocabulary or leaves a modality without tokens.
@@ -99,10 +104,11 @@ class Sampler:
         config: SamplerConfig,
         policy: RefreshPolicy | None = None,
         rules: Mapping[Modality, CommitRule] | None = None,
+        graphs: bool | Record = False,
     ) -> None:
         self.model, self.vocabulary, self.config = model, vocabulary, config
         self.policy: RefreshPolicy = NoCache() if policy is None else policy
-        self.rules = check_rules(rules)
+        self.rules, self.graphs = check_rules(rules), graphs
         settings = {Modality.TEXT: config.text, Modality.IMAGE: config.image}
         self._banned = {m: _banned_offsets(vocabulary, m, s.forbid) for m, s in settings.items()}
 
@@ -135,7 +141,8 @@ class Sampler:
         begun = wall.perf_counter()
         # 1. hide the targets; open the clocks, the guidance streams and the noise
         policy = self.policy.start(batch, self.model)
-        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, condition, policy, unconditional)
+        own = condition, policy, unconditional, self._graphs(batch)
+        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, *own)
         state, forward = request.state, request.forward
         trajectory = [state.ids.clone()] if record else None
         while True:
@@ -168,6 +175,12 @@ class Sampler:
                 state.finishing = True
         seconds = wall.perf_counter() - begun
         return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, forward.stats)
+
+    def _graphs(self, batch: TokenBatch) -> PassGraphs | None:
+        """What records the passes of a request, if anything does."""
+        if self.graphs is True:
+            return PassGraphs(CudaRecorder(batch.ids.device)) if batch.ids.is_cuda else None
+        return PassGraphs(self.graphs) if self.graphs else None
 
     def _begin(self, request: Request, clock: Clock) -> Work:
         """Candidates of one modality, with everything its rules need to know about the clock."""

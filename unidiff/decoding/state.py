@@ -165,6 +165,12 @@ class DecodeState:
         """bool `[B, L]`: decoded targets, which remasking may revise."""
         return self.batch.targets & ~self.open & ~self.settled
 
+    def alike(self) -> list[bool]:
+        """Per stream of the coming pass, whether the same rows need it as the conditional one; read from the device."""
+        if self.streams == (0,):
+            return [True]
+        return torch.stack([(self.users[s] == self.users[0]).all() for s in self.streams]).tolist()
+
     def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> Tensor:
         """Put tokens at the picked entries of an index `[B, n]`; returns the filled positions bool `[B, L]`."""
         ids = torch.where(pick, token, self.ids.gather(1, index))

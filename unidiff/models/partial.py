@@ -39,7 +39,10 @@ class CachePlan:
         verify: bool `[B, L]`, positions whose values every layer recomputes, replaces and compares with the stored ones;
             the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
         full_layers: layers that recompute every position. Needs a store with `outputs`.
-        width: most `query` positions in a row where the caller knows it; saves reading it from the device.
+        width: most `query` positions in a row where the caller knows it; saves reading it from the device. More than
+            there are is padding, which changes nothing.
+        compared, chosen: the same for what a layer compares (`query` and `verify` together) and for what it recomputes
+            after `select`.
         fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
             apart from rows that do little, so that none of these pays for the padding.
         others: what guidance streams do that do not follow this plan; see `with_streams`.
@@ -51,6 +54,8 @@ class CachePlan:
     verify: Tensor | None = None
     full_layers: tuple[int, ...] = ()
     width: int | None = None
+    compared: int | None = None
+    chosen: int | None = None
     fresh: Tensor | None = None
     others: Mapping[int, CachePlan | None] = field(default_factory=dict)
 
@@ -194,7 +199,9 @@ def _layered(
     condition = model.condition(store.modality, time)
     everywhere = store.everywhere()
     query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query
-    store.begin(everywhere if plan.query is None else query_index(plan.query, plan.width), plan.query is None)
+    known = everywhere if plan.query is None else query_index(plan.query, plan.width)
+    compared = known if plan.verify is None else query_index(plan.verify | query, plan.compared)
+    store.begin(known, plan.query is None)
     work = []
     for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
@@ -202,11 +209,11 @@ def _layered(
         refreshed = layer in plan.full_layers or plan.query is None
         index, values = everywhere, everywhere
         if not refreshed:
-            chosen = query
-            values = index = query_index(query, plan.width)
+            values = index = known
             if plan.verify is not None and select is not None:
-                chosen, values = _verify(block, h, layer, plan.verify, query, store, select)
-                index = query_index(chosen)
+                values = compared
+                chosen = _verify(block, h, layer, values, plan.verify, query, store, select)
+                index = query_index(chosen, plan.chosen)
             else:
                 _write_values(block, h, layer, values, store)
         else:
@@ -236,16 +243,22 @@ def _blocks(model: MaskedTransformer) -> list[Block]:
 
 
 def _verify(
-    block: Block, h: Tensor, layer: int, verify: Tensor, query: Tensor, store: FeatureStore, select: Select
-) -> tuple[Tensor, Tensor]:
-    """New values at `verify` and `query`; which positions to recompute, bool `[B, L]`, and the index of the values."""
-    values = query_index(verify | query)
+    block: Block,
+    h: Tensor,
+    layer: int,
+    values: Tensor,
+    verify: Tensor,
+    query: Tensor,
+    store: FeatureStore,
+    select: Select,
+) -> Tensor:
+    """New values at `verify` and `query`, whose index is `values`; which positions to recompute, bool `[B, L]`."""
     fresh = block.attention.value(store.gather(h, values))  # [B, n, KV, d]
     similarity = cosine(fresh.flatten(2), store.values_at(layer, values))
     store.write(layer, values, False, value=fresh)
     spread = similarity.new_full((h.shape[0], h.shape[1] + 1), torch.nan).scatter(1, values, similarity)[:, :-1]
     chosen = select(layer, torch.where(verify & ~query, spread, torch.nan))
-    return query if chosen is None else query | (chosen & verify), values
+    return query if chosen is None else query | (chosen & verify)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

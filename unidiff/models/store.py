@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,13 +34,15 @@ class StoreOptions:
 class FeatureStore:
     """Features of B rows of one layout; every tensor has a spare position L that takes the padding of an index.
 
-    Keys and values lie head by head, as attention reads them: batched products need no copy of what is kept. Rows are independent: a guidance stream is more rows. `narrow` gives views of some rows that share the memory.
+    Keys and values lie head by head, as attention reads them: batched products need no copy of what is kept. Rows are
+    independent: a guidance stream is more rows. `narrow` gives views of some rows that share the memory.
 
     Attributes:
         key, value: `[layers, B, KV, L + 1, d]`. attention, feed_forward: `[layers, B, L + 1, D]` or empty.
         hidden: `[B, L + 1, D]`, final hidden states at their last computation.
         computed: int64 `[B, L + 1]`, the pass that computed a position, from 1; 0 for never.
-        passes: int64 `[B]`. complete: bool `[B]` on the CPU, rows without a position that was never computed.
+        passes: int64 `[B]`. complete: bool `[B]`, rows without a position that was never computed; known without asking
+            the device.
     """
 
     def __init__(self, model: MaskedTransformer, batch: TokenBatch, options: StoreOptions | None = None) -> None:
@@ -61,7 +64,7 @@ class FeatureStore:
         self.hidden = zeros(1, length + 1, c.hidden_size)[0]
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
-        self.complete = torch.zeros(rows, dtype=torch.bool)
+        self.complete = np.zeros(rows, dtype=np.bool_)
         self.rotary, self.spots = model.place(batch.positions, batch.modality)
         allowed = batch.attention_mask()
         if c.attention == "block_causal":
@@ -92,7 +95,7 @@ class FeatureStore:
             setattr(part, name, held.new_zeros(len(held), len(rows), *held.shape[2:]))
         part.hidden = self.hidden.new_zeros(len(rows), *self.hidden.shape[1:])
         part.computed, part.passes = self.computed[rows], self.passes[rows]
-        part.complete = torch.zeros(len(rows), dtype=torch.bool)
+        part.complete = np.zeros(len(rows), dtype=np.bool_)
         return part
 
     def put(self, rows: Tensor, part: FeatureStore) -> None:
@@ -101,7 +104,7 @@ class FeatureStore:
             getattr(self, name).index_copy_(1, rows, getattr(part, name))
         for name in ("hidden", "computed"):
             getattr(self, name).index_copy_(0, rows, getattr(part, name))
-        self.complete[rows.cpu()] = part.complete
+        self.complete[rows.cpu().numpy()] = part.complete
 
     def _layout_of(self, rows: slice | Tensor) -> FeatureStore:
         part = object.__new__(FeatureStore)
@@ -146,7 +149,7 @@ class FeatureStore:
         mask = self.allowed
         if mask is not None and index is not None:
             mask = gather_rows(mask[:, 0], index)[:, None]
-        if not bool(self.complete.all()):
+        if not self.complete.all():
             known = (self.computed[:, :-1] > 0)[:, None, None]  # [B, 1, 1, L]
             mask = known if mask is None else mask & known
         return mask
@@ -157,7 +160,7 @@ class FeatureStore:
         self._flat.clear()
         if whole:
             self.computed[:, :-1] = self.passes[:, None]
-            self.complete.fill_(True)
+            self.complete[:] = True
         else:
             self.computed.scatter_(1, index, self.passes[:, None].expand_as(index))
 

@@ -97,12 +97,14 @@ class AdaptiveCache(Policy):
             similarity: cosine `[B, L]`, NaN where nothing was compared.
         """
         compared = ~similarity.isnan()
-        n = compared.sum(1)
-        quota = (n.double() * self.ratio).floor().long()
         if self.compat is None:
-            quota = torch.maximum(quota, (n > 0).long())
             similarity = (similarity.double() * 1e5).round()
-        return take_best(-similarity.nan_to_num(), compared, quota)
+        return take_best(-similarity.nan_to_num(), compared, self.quota(compared.sum(1)))
+
+    def quota(self, n: Tensor) -> Tensor:
+        """How many of n compared positions a layer recomputes, int64."""
+        share = (n.double() * self.ratio).floor().long()
+        return share if self.compat else torch.maximum(share, (n > 0).long())
 
     def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
         """What the rows of one stream recompute in their next pass, by their own counters."""
@@ -120,4 +122,4 @@ class AdaptiveCache(Policy):
         verify = None
         if self.ratio > 0:
             verify = (response if self.compat else state.open) & ~whole_response & busy[:, None]
-        return plan_rows(state, query, candidates, verify, self.full_layers)
+        return plan_rows(state, query, candidates, verify, self.full_layers, self.quota)

@@ -73,7 +73,7 @@ class BlockRefresh(Policy, ABC):
         for clock in state.clocks.values():
             region = region | self.region(state, clock.in_block)
         region = region & state.batch.valid
-        alike = torch.stack([(state.users[s] == state.users[0]).all() for s in state.streams]).tolist()
+        alike = state.alike()
         plans: dict[int, CachePlan] = {}
         made: dict[int, tuple[CachePlan, Past]] = {}
         for stream, same in zip(state.streams, alike, strict=True):

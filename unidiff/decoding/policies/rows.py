@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,17 +36,29 @@ def plan_rows(
     candidates: Tensor,
     verify: Tensor | None = None,
     full_layers: tuple[int, ...] = (),
+    quota: Callable[[Tensor], Tensor] | None = None,
 ) -> CachePlan:
     """A plan with this query and verification `[B, L]`; a full one where every row that is not complete is all queried.
 
-    Reads three numbers from the device, in one go.
+    Reads all the numbers that it needs from the device in one go.
+
+    Args:
+        quota: how many of n compared positions a layer picks, int64 `[B]` to `[B]`, where that is known beforehand.
     """
     alive = state.open.any(1)
     for clock in state.clocks.values():
         alive = alive | clock.pending
     whole = ((query == state.batch.valid).all(1) | ~alive).all()
-    compared = torch.zeros_like(whole) if verify is None else verify.any()
-    full, verified, width = torch.stack([whole.long(), compared.long(), query.sum(1).max()]).tolist()
+    count = query.sum(1)
+    numbers = [whole.long(), count.max()]
+    if verify is not None:
+        compared = (verify & ~query).sum(1)
+        numbers += [compared.max(), (count + compared).max()]
+        if quota is not None:
+            numbers.append((count + quota(compared)).max())
+    full, width, *rest = torch.stack(numbers).tolist()
     if full:
         return CachePlan(logits=candidates)
-    return CachePlan(query, candidates, False, verify if verified else None, full_layers, width)
+    if not any(rest[:1]):  # nothing to compare
+        return CachePlan(query, candidates, full=False, full_layers=full_layers, width=width)
+    return CachePlan(query, candidates, False, verify, full_layers, width, rest[1], rest[2] if quota else None)

@@ -110,7 +110,7 @@ class SegmentCache(Policy):
         for segment, plan in zip(self._segments, plans, strict=True):
             own = candidates & segment.where
             shown = shown | (own if plan.logits is None else own & plan.logits)
-        alike = torch.stack([(state.users[s] == state.users[0]).all() for s in state.streams]).tolist()
+        alike = state.alike()
         merged: dict[tuple[int, ...], CachePlan] = {}
         of_stream: dict[int, CachePlan] = {}
         for stream, same in zip(state.streams, alike, strict=True):
