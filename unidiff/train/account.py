@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from unidiff.data.report import Skip, SkipReport
 from unidiff.files import replacing
@@ -31,7 +32,7 @@ class DataAccount:
 
     def __init__(self, folder: Path, sources: Sequence[TokenSource | None]) -> None:
         self.path = folder / FILE
-        self._shards = [source for source in sources if isinstance(source, ShardTokens)]
+        self._shards: list[ShardTokens] = [found for found in sources if isinstance(found, ShardTokens)]
         self._met: set[Skip] = set()  # by any process, before a restart or since
         if self.path.is_file():
             self._met = {Skip(*entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))["reading"]}
@@ -54,8 +55,8 @@ class DataAccount:
         own = json.dumps([astuple(skip) for skip in self._own()])
         self._met |= {Skip(*entry) for text in parallel.collect(own) for entry in json.loads(text)}
         if parallel.main:
-            content = {"counts": dict(sorted(self.counts().items())), "encoding": self._encoding.state_dict()}
-            content["reading"] = sorted(astuple(skip) for skip in self._met)
+            content: dict[str, Any] = {"counts": dict(sorted(self.counts().items()))}
+            content |= {"encoding": self._encoding.state_dict(), "reading": sorted(astuple(s) for s in self._met)}
             with replacing(self.path) as temporary:
                 temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
