@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unidiff.data.report import Skip, SkipReport
 from unidiff.files import replacing
@@ -32,7 +32,7 @@ class DataAccount:
 
     def __init__(self, folder: Path, sources: Sequence[TokenSource | None]) -> None:
         self.path = folder / FILE
-        self._shards: list[ShardTokens] = [found for found in sources if isinstance(found, ShardTokens)]
+        self._shards: list[ShardTokens] = [cast(ShardTokens, s) for s in sources if isinstance(s, ShardTokens)]
         self._met: set[Skip] = set()  # by any process, before a restart or since
         if self.path.is_file():
             self._met = {Skip(*entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))["reading"]}
