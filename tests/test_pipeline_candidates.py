@@ -39,6 +39,23 @@ def test_the_kept_row_is_the_candidate_that_agrees_best(pipe) -> None:
         assert torch.equal(pipe.text_to_image(prompt, generator=[int(kept.seeds[row])]).ids[0], kept.ids[row])
 
 
+def test_a_picture_that_does_not_fit_itself_scores_less(pipe) -> None:
+    """With the words given, changing one drawn code to the model's least likely one lowers the score of that row alone."""
+    drawn = pipe.text_to_image(["a dog"] * 2, generator=[3, 3])
+    batch = pipe._rows([pipe.text_slots.prompt("a dog")] * 2, None, None).replace(ids=drawn.ids)
+    vocabulary, last = pipe.settings.vocabulary, drawn.ids.shape[1] - 1
+    before = agreement(pipe.transformer, vocabulary, batch)
+    assert before[0] == before[1]
+    scores = []
+    for code in range(*vocabulary.image):
+        ids = drawn.ids.clone()
+        ids[1, last] = code
+        after = agreement(pipe.transformer, vocabulary, batch.replace(ids=ids))
+        assert after[0] == before[0]
+        scores.append(float(after[1]))
+    assert min(scores) < float(before[1]) - 0.1
+
+
 def test_candidates_of_a_row_do_not_depend_on_the_batch(pipe) -> None:
     together = pipe.generate(num_images_per_prompt=3, generator=[1, 2, 3], num_candidates=2)
     alone = pipe.generate(generator=[2], num_candidates=2)

@@ -36,11 +36,14 @@ def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
     return torch.cat([seeds[:, None], more], 1).flatten()
 
 
+@torch.no_grad()
 def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Tensor:
     """How much likelier the picture makes the words of complete rows, nats, float32 `[B]`.
 
     `fit_score` of the words beside the picture minus, where words were decoded, that beside a hidden picture: without
-    that, short captions would win. The task token and end-of-text do not count; a row without words scores -inf.
+    that, short captions would win. Where all words were given, the drawn part of the picture must fit itself as well: plus
+    its pseudo-log-likelihood in four interleaved parts (every other row and column), each beside the words and the other
+    three. The task token and end-of-text do not count; a row without words scores -inf.
     """
     words = batch.valid & (batch.modality == Modality.TEXT) & (batch.positions[..., 0] > 0)  # [B, L]
     if "eos" in vocabulary.specials:
@@ -51,6 +54,13 @@ def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Ten
         unseen = batch.modality == Modality.IMAGE
         blind = batch.replace(ids=torch.where(unseen, mask_ids(batch, vocabulary), batch.ids))
         total = total - fit_score(score, vocabulary, blind, words, min(width, 4))
+    else:
+        drawn = batch.targets & (batch.modality == Modality.IMAGE)
+        part = batch.positions[..., 1] % 2 * 2 + batch.positions[..., 2] % 2  # [B, L]
+        for number in range(4):
+            hidden = drawn & (part == number)
+            x_t = batch.replace(ids=torch.where(hidden, mask_ids(batch, vocabulary), batch.ids))
+            total = total - torch.where(hidden, score(x_t, batch, hidden), 0).float().sum(1)
     return torch.where(words.any(1), total, -torch.inf)
 
 
