@@ -9,35 +9,81 @@ from pathlib import Path
 from rich.console import Console
 
 from unidiff.evaluation.decode_benchmark import Options, run_suite
-from unidiff.evaluation.decode_benchmark_emoji import run_emoji
-from unidiff.evaluation.decode_benchmark_report import tables, write
+from unidiff.evaluation.decode_benchmark_compare import contrast_tables
+from unidiff.evaluation.decode_benchmark_emoji import PARTS, EmojiOptions, run_emoji
+from unidiff.evaluation.decode_benchmark_report import check_path, tables, write
+from unidiff.evaluation.decode_benchmark_settings import QUALITY
 from unidiff.evaluation.decode_benchmark_suites import EMBEDDED, NAMES
 from unidiff.pipeline import UniDiffPipeline
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """All options; those of another suite than the one that is run are left alone."""
     parser = argparse.ArgumentParser(description="Time caches against no cache, paired, with their bounds.")
+    several = {"action": "append", "default": []}
     parser.add_argument("--suite", required=True, choices=NAMES)
     parser.add_argument("--json", type=Path, required=True, help="also writes .csv and .png beside it")
-    parser.add_argument("--only", action="append", default=[], metavar="POLICY", help="compare this one; repeatable")
+    parser.add_argument("--only", **several, metavar="POLICY", help="compare this one; repeatable")
     parser.add_argument("--blocks", type=int, help="decode so many blocks of each row only, for a quick look")
     parser.add_argument("--runs", type=int, help="paired runs")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", help="in place of the suite's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=50, help="emoji: cases per category")
-    parser.add_argument("--model", default="emoji", help="emoji: folder of the pipeline")
-    given = vars(parser.parse_args())
-    suite, path, model = given.pop("suite"), given.pop("json"), given.pop("model")
-    options = Options(**given | {"only": tuple(given["only"])})
-    say = Console(stderr=True).print
-    if suite == EMBEDDED:
-        result = run_emoji(UniDiffPipeline.from_pretrained(model), options, say)
+    emoji = parser.add_argument_group("emoji", "the suite with a trained model; goes on where it was interrupted")
+    emoji.add_argument("--model", default="emoji", help="folder of the pipeline")
+    emoji.add_argument("--dtype", default="float32", help="how the model computes")
+    emoji.add_argument("--cells", type=Path, help="folder of finished measurements; default: beside the JSON")
+    emoji.add_argument("--task", **several, choices=list(QUALITY), help="repeatable")
+    emoji.add_argument(
+        "--setting", **several, help="model, passes-16, threshold-0.9, factor-1, passes-16/8; repeatable"
+    )
+    emoji.add_argument("--batch", **several, type=int, help="rows at once for the timing; repeatable")
+    emoji.add_argument("--cases", type=int, default=2000, help="least number of cases of a task")
+    emoji.add_argument("--large", type=int, default=64, help="rows at once for the quality")
+    emoji.add_argument("--rows", type=int, default=8, help="rows in a timed run")
+    emoji.add_argument("--part", **several, choices=PARTS, help="measure this part only")
+    return parser
+
+
+def emoji_options(given: argparse.Namespace) -> EmojiOptions:
+    """What was asked for; the rest keeps its default."""
+    asked = {
+        "caches": tuple(given.only),
+        "tasks": tuple(given.task),
+        "settings": tuple(given.setting),
+        "batches": tuple(given.batch),
+        "parts": tuple(given.part),
+        "runs": given.runs,
+        "device": given.device,
+    }
+    return EmojiOptions(
+        given.cells or given.json.with_suffix(".cells"),
+        cases=given.cases,
+        quality_batch=given.large,
+        rows=given.rows,
+        threads=given.threads,
+        seed=given.seed,
+        **{name: value for name, value in asked.items() if value not in (None, ())},
+    )
+
+
+def main() -> None:
+    given, say = arguments().parse_args(), Console(stderr=True).print
+    check_path(given.json)
+    if given.suite == EMBEDDED:
+        options = emoji_options(given)
+        result = run_emoji(UniDiffPipeline.from_pretrained(given.model, dtype=given.dtype), options, say)
+        if not result.rows:
+            say(f"kept in {options.cells}; run again without --part for the table")
+            return
     else:
-        result = run_suite(suite, options, say)
-    for file in write(result, path):
+        names = ("blocks", "runs", "threads", "device", "seed")
+        options = Options(tuple(given.only), **{name: getattr(given, name) for name in names})
+        result = run_suite(given.suite, options, say)
+    for file in write(result, given.json):
         say(file)
-    Console(width=110).print(tables(result))
+    emoji = given.suite == EMBEDDED
+    Console(width=180 if emoji else 110).print((contrast_tables if emoji else tables)(result))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def test_commands_exist():
     suites = re.findall(r"--suite ([\w.-]+)", TEXT)
     assert set(suites) <= set(NAMES) and {"cpu-25m", "gpu-1.4b", "gpu-8b", "emoji"} <= set(suites)
     assert set(re.findall(r"--only ([\w-]+)", TEXT)) <= set(POLICIES)
-    source = (DOCS.parent / "inference" / "benchmark.py").read_text(encoding="utf-8")
+    files = ("inference/benchmark.py", "unidiff/cli_tools.py")
+    source = "".join((DOCS.parent / file).read_text(encoding="utf-8") for file in files)
     for option in set(re.findall(r"(--(?!out|keep)[a-z]+)", TEXT)):
         assert f'"{option}"' in source, option

@@ -11,18 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
-from tiny_pipeline import tiny_pipeline
 
-from unidiff.data.emoji_language import vocabulary_words
-from unidiff.data.emoji_scenes import get_profile
 from unidiff.decoding.bounds import expected_passes
 from unidiff.decoding.cache import CacheConfig
 from unidiff.evaluation import decode_benchmark, decode_benchmark_suites
 from unidiff.evaluation.decode_benchmark import Benchmark, Options, Row, request, run_suite
-from unidiff.evaluation.decode_benchmark_emoji import Setting, run_emoji
 from unidiff.evaluation.decode_benchmark_rates import MatmulRates, row_counts
-from unidiff.evaluation.decode_benchmark_report import tables, write
+from unidiff.evaluation.decode_benchmark_report import write
 from unidiff.evaluation.decode_benchmark_suites import POLICIES, SUITES, Workload, spread
 from unidiff.tokens import Modality, Vocabulary
 
@@ -136,27 +131,6 @@ def test_all_suites_are_sound():
     twenty_five = [w for w in SUITES["cpu-25m"].workloads if w.grid]
     assert {(w.passes, w.dtype) for w in twenty_five} == {(n, d) for n in (8, 16, 64) for d in ("float32", "bfloat16")}
     assert {(w.text + w.image, w.block, w.total_blocks) for w in twenty_five} == {(1152, 64, 18)}
-
-
-def test_emoji_suite_judges_and_times_every_setting(tmp_path):
-    pipe = tiny_pipeline(text_length=40, grid=(8, 8), corpus=vocabulary_words(get_profile("cpu")) * 2)
-    settings = [Setting(), Setting("quota", 4, 16)]
-    tasks = ("caption", "answer")
-    said: list[str] = []
-    result = run_emoji(pipe, Options(only=("dual",), cases=1), said.append, settings, batches=(4,), tasks=tasks)
-    assert [(row.workload["task"], row.workload["rule"], row.policy) for row in result.rows] == [
-        (task, rule, policy) for task in tasks for rule in ("model", "quota") for policy in ("none", "dual")
-    ]
-    for plain, dual in zip(result.rows[::2], result.rows[1::2], strict=True):
-        assert plain.speedup == plain.bound == plain.bound_corrected == 1
-        assert dual.bound == pytest.approx(plain.stats["flops"] / dual.stats["flops"])
-        assert 0 <= dual.quality_low <= dual.quality <= dual.quality_high <= 1
-        assert dual.stats["sampler"]["text"]["rule"] == ("threshold" if dual.workload["rule"] == "model" else "quota")
-    assert result.rows[3].bound > 1 and "caption, quota, dual, 4 rows" in said
-    assert [p.suffix for p in write(result, tmp_path / "e.json")] == [".json", ".csv", ".png"]
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tables(result))
-    assert "answer float32, quota block 16 x 4, 4 rows" in console.export_text()
 
 
 def test_unknown_numbers_stay_empty():

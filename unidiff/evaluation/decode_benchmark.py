@@ -100,7 +100,6 @@ class Options:
         threads: of the CPU; None leaves it as it is.
         device: another device than the suite's.
         seed: of weights, tokens and decodes.
-        cases: for models with a quality, cases per category.
     """
 
     only: tuple[str, ...] = ()
@@ -109,7 +108,6 @@ class Options:
     threads: int | None = None
     device: str | None = None
     seed: int = 0
-    cases: int = 50
 
     def policies(self, default: tuple[str, ...]) -> list[str]:
         """Names to run, without a cache first.

@@ -1,203 +1,287 @@
-"""Caches on a trained pipeline: EmojiEval's quality beside the seconds of the decodes."""
+"""Caches on a trained pipeline: EmojiEval's quality on many cases, and the seconds of a few rows, measured apart.
+
+Quality does not depend on how many rows are decoded together, so it is measured once for each way to decode, in large
+batches. Seconds do, and are measured for every batch, all ways in turn on the same rows. What is finished is kept, so
+that a run that was interrupted goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
 
-from unidiff.decoding import SamplerConfig
-from unidiff.evaluation.decode_benchmark import Benchmark, Options, Progress, Row, machine, thread_count, usable_device
+from unidiff.decoding import CacheConfig
+from unidiff.evaluation.decode_benchmark import Benchmark, Progress, Row, machine, thread_count, usable_device
+from unidiff.evaluation.decode_benchmark_cells import (
+    Cells,
+    chosen_cache,
+    kept_report,
+    measure_quality,
+    measure_seconds,
+    model_hash,
+)
+from unidiff.evaluation.decode_benchmark_compare import Measured, contrasts
 from unidiff.evaluation.decode_benchmark_rates import MatmulRates, measure_rates, row_counts
-from unidiff.evaluation.decode_benchmark_suites import MAIN, POLICIES
-from unidiff.evaluation.emoji_eval import profile_of
-from unidiff.evaluation.emoji_judge import EmojiEval
-from unidiff.evaluation.emoji_model import PipelineModel
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.decode_benchmark_settings import QUALITY, Decode, cases_per_part, decodes
+from unidiff.evaluation.decode_benchmark_suites import POLICIES
+from unidiff.evaluation.emoji_judge import yardstick
+from unidiff.evaluation.report import Estimate
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.output import UniDiffOutput
 
-QUALITY = {
-    "text_to_image": "text_to_image",
-    "caption": "caption_exact",
-    "answer": "answer_accuracy",
-    "inpaint": "inpainting",
-}
-"""Tasks, and which number of the report is their quality."""
+PARTS = ("quality", "timing")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How the targets of a task are decoded.
+class EmojiOptions:
+    """How much to measure.
 
     Args:
-        rule: commit rule; `model`: the pipeline's own settings for the task, whatever else is said here.
-        passes: of a whole modality, for quotas.
-        block: tokens per block; None for all at once.
+        cells: folder of finished measurements.
+        caches: compared with `none`: "auto", or names in `POLICIES`.
+        tasks: some of `QUALITY`.
+        settings: see `Setting.parse`; `SWEEP` of each task when empty.
+        batches: rows per decode, for the timing.
+        cases: least number of cases behind the quality of a task.
+        quality_batch: rows per decode, for the quality.
+        rows: timed in each run; at least the batch.
+        runs: of the timing.
+        parts: some of `PARTS`.
+        threads: of the CPU; None leaves it as it is.
+        device: where. seed: of cases and decodes.
+
+    Raises:
+        ValueError: an unknown name, or a number below 1.
     """
 
-    rule: str = "model"
-    passes: int | None = None
-    block: int | None = None
+    cells: Path
+    caches: tuple[str, ...] = (AUTO,)
+    tasks: tuple[str, ...] = tuple(QUALITY)
+    settings: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 16)
+    cases: int = 2000
+    quality_batch: int = 64
+    rows: int = 8
+    runs: int = 5
+    parts: tuple[str, ...] = PARTS
+    threads: int | None = None
+    device: str = "cpu"
+    seed: int = 0
 
-    def config(self, config: SamplerConfig) -> SamplerConfig:
-        """A task's sampler with this setting for both modalities."""
-        if self.rule == "model":
-            return config
-        steps = {} if self.passes is None else {"steps": self.passes}
-        changes: dict[str, Any] = {"rule": self.rule, "block_length": self.block, **steps}
-        return replace(config, text=replace(config.text, **changes), image=replace(config.image, **changes))
+    def __post_init__(self) -> None:
+        known = {"caches": (*POLICIES, AUTO), "tasks": tuple(QUALITY), "parts": PARTS}
+        words = {"caches": "policy", "tasks": "task", "parts": "part"}
+        for name, allowed in known.items():
+            if unknown := [value for value in getattr(self, name) if value not in allowed]:
+                raise ValueError(f"unknown {words[name]} {unknown[0]!r}; expected some of {', '.join(allowed)}")
+        for name in ("cases", "quality_batch", "rows", "runs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"batches are {list(self.batches)}; expected numbers of rows of at least 1")
 
-
-SETTINGS = (
-    Setting(),
-    *(Setting("quota", passes) for passes in (4, 8, 16, 32, 64)),
-    *(Setting("quota", passes, 16) for passes in (8, 16, 64)),
-    Setting("threshold", None, 16),
-    Setting("factor", None, 16),
-)
-
-
-class Watched:
-    """A pipeline whose decodes are counted: hands every call on and keeps the outputs."""
-
-    def __init__(self, pipe: UniDiffPipeline) -> None:
-        self._pipe = pipe
-        self.outputs: list[UniDiffOutput] = []
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._pipe, name)
-        if name not in QUALITY:
-            return found
-
-        def call(*args: Any, **options: Any) -> UniDiffOutput:
-            out = found(*args, **options)
-            self.outputs.append(out)
-            return out
-
-        return call
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names, without a cache first."""
+        return tuple(dict.fromkeys(("none", *self.caches)))
 
 
-def run_emoji(
-    pipe: UniDiffPipeline,
-    options: Options,
-    progress: Progress = lambda what: None,
-    settings: Sequence[Setting] = SETTINGS,
-    batches: Sequence[int] = (1, 16),
-    tasks: Sequence[str] = tuple(QUALITY),
-) -> Benchmark:
-    """Every policy with every setting, on the same cases and seeds. The baseline of a speed-up is the same setting.
+@dataclass(frozen=True)
+class Trial:
+    """One way to decode with one cache, in batches of one size.
+
+    Attributes:
+        policy: as it is asked for. taken: what that is for such a batch. note: why.
+    """
+
+    decode: Decode
+    policy: str
+    batch: int
+    taken: CacheConfig
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Within a task and batch."""
+        return f"{self.policy}, {self.decode.name}"
+
+    @property
+    def cache_name(self) -> str:
+        """What is taken, in a word."""
+        return "segments" if self.taken.segments else self.taken.policy
+
+    @property
+    def asked(self) -> str | CacheConfig:
+        """What the timed calls are given."""
+        return AUTO if self.policy == AUTO else self.taken
+
+
+def run_emoji(pipe: UniDiffPipeline, options: EmojiOptions, progress: Progress = lambda what: None) -> Benchmark:
+    """Every task in every way, without a cache and with those asked for: what is not kept in `options.cells` is measured.
 
     Args:
         pipe: trained on emoji scenes.
-        options: `cases` per category; `blocks` does not apply, `runs` repeats the timing.
-        settings, batches, tasks: the matrix.
+        progress: told what comes next.
+
+    Returns:
+        Rows, and the contrasts in `about`, where both parts are asked for; else no rows.
 
     Raises:
-        ValueError: an unknown policy or device, or pictures of another size.
+        ValueError: an unknown device, a setting that cannot be read, or pictures of another size.
     """
-    device = usable_device(options.device or "cpu")
+    device = usable_device(options.device)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    names = options.policies(MAIN)
-    config = pipe.transformer.config
+    cells = Cells(options.cells)
+    groups: dict[tuple[str, int], list[Trial]] = {}
     with thread_count(options.threads):
-        about = {"model": dict(config), "what": "EmojiEval", "cases": options.cases, **machine(device)}
-        result = Benchmark("emoji", about={**about, "blocks": "all", "runs": options.runs or 1})
-        length = pipe.settings.text_length + pipe.settings.grid[0] * pipe.settings.grid[1]
-        for batch in batches:
-            rates = measure_rates(pipe.transformer, row_counts(length * batch, batch))
-            for task in tasks:
-                run_task(pipe, task, names, settings, batch, options, rates, result, progress)
+        dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+        what = {"model": model_hash(pipe), "dtype": dtype, "seed": options.seed}
+        here = machine(device)
+        for task in options.tasks:
+            for batch in options.batches:
+                groups[task, batch] = trials_of(pipe, task, batch, options)
+        estimates: dict[tuple[Decode, str], Estimate] = {}
+        codes: set[str] = set()
+        if "quality" in options.parts:
+            every = [trial for group in groups.values() for trial in group]
+            estimates = qualities(pipe, every, options, cells, what, codes, progress)
+        measured: list[Measured] = []
+        if "timing" in options.parts:
+            for group in groups.values():
+                runs = timings(pipe, group, options, cells, {**what, "machine": here}, codes, progress)
+                if estimates:
+                    measured += [_measured(trial, runs, estimates[quality_key(trial)]) for trial in group]
+        result = Benchmark("emoji", about={"model": dict(pipe.transformer.config), "what": "EmojiEval", **here})
+        rates = {b: _rates(pipe, b, cells, {**what, "machine": here}) for b in options.batches} if measured else {}
+    result.rows = [_row(m, measured, rates[m.batch], dtype) for m in measured]
+    asked = {name: value for name, value in asdict(options).items() if name not in ("cells", "device", "threads")}
+    result.about |= {**asked, "dtype": dtype, "yardstick": yardstick(), "blocks": "all"}
+    result.about["contrasts"] = [c.to_dict() for c in contrasts(measured)]
+    if len(codes) > 1:
+        result.about["mixed_code"] = len(codes)
+        progress(f"measurements in {str(options.cells)!r} come from {len(codes)} versions of the sampler's code")
     return result
 
 
-def run_task(
+def trials_of(pipe: UniDiffPipeline, task: str, batch: int, options: EmojiOptions) -> list[Trial]:
+    """The matrix of one task and batch."""
+    found = []
+    for decode in decodes(task, pipe.settings.sampler(task), options.settings):
+        for policy in options.policies:
+            if policy == AUTO:
+                found.append(Trial(decode, policy, batch, *chosen_cache(pipe, decode, batch, options.seed)))
+            else:
+                found.append(Trial(decode, policy, batch, POLICIES[policy]))
+    return found
+
+
+def quality_key(trial: Trial) -> tuple[Decode, str]:
+    """The same for trials that decode the same: the batch does not count, nor how the cache was asked for."""
+    return trial.decode, json.dumps(trial.taken.to_dict(), sort_keys=True)
+
+
+def qualities(
     pipe: UniDiffPipeline,
-    task: str,
-    names: Sequence[str],
-    settings: Sequence[Setting],
-    batch: int,
-    options: Options,
-    rates: MatmulRates,
-    result: Benchmark,
+    trials: Sequence[Trial],
+    options: EmojiOptions,
+    cells: Cells,
+    what: Mapping[str, Any],
+    codes: set[str],
     progress: Progress,
-) -> None:
-    """All settings and policies of one task, in turn; adds to the rows of `result`."""
-    for setting in settings:
-        config = setting.config(pipe.settings.sampler(task))
-        trials = {name: Trial(pipe, task, name, config, batch, options) for name in names}
-        for trial in trials.values():  # warm-up
-            trial.warm_up()
-        for _ in range(options.runs or 1):
-            for name, trial in trials.items():
-                progress(f"{task}, {setting.rule}, {name}, {batch} rows")
-                trial.run()
-        result.rows += [trial.row(trials["none"], setting, rates) for trial in trials.values()]
-
-
-@dataclass
-class Trial:
-    """One policy with one setting: runs the cases, as often as asked."""
-
-    pipe: UniDiffPipeline
-    task: str
-    name: str
-    config: SamplerConfig
-    batch: int
-    options: Options
-
-    def __post_init__(self) -> None:
-        self.seconds: list[float] = []  # per row of the decodes
-        self.outputs: list[UniDiffOutput] = []
-        self.report: Report | None = None
-
-    def run(self) -> None:
-        """All cases once."""
-        self.report, outputs = self._evaluate(self.options.cases)
-        self.outputs = outputs
-        self.seconds.append(sum(out.seconds for out in outputs) / sum(len(out.texts) for out in outputs))
-
-    def warm_up(self) -> None:
-        """One case, not kept."""
-        self._evaluate(1)
-
-    def _evaluate(self, cases: int) -> tuple[Report, list[UniDiffOutput]]:
-        watched = Watched(self.pipe)
-        options: dict[str, Any] = {"policy": POLICIES[self.name].build(), "sampler": self.config}
-        model = PipelineModel(cast(UniDiffPipeline, watched), self.batch, **options)
-        return EmojiEval(model, profile_of(self.pipe), self.options.seed, cases).run([self.task]), watched.outputs
-
-    def total(self, count: Callable[[UniDiffOutput], float]) -> float:
-        """A sum over the decodes of the last run."""
-        return sum(count(out) for out in self.outputs)
-
-    def row(self, plain: Trial, setting: Setting, rates: MatmulRates) -> Row:
-        """The numbers, compared with the same cases without a cache."""
-        assert self.report is not None
-        key = QUALITY[self.task]
-        interval = self.report.intervals[key]
-        flops, before = (t.total(lambda out: out.stats.flops) for t in (self, plain))
-        ratios = sorted(a / b for a, b in zip(plain.seconds, self.seconds, strict=True))
-        decodes = self.total(lambda out: len(out.texts))
-        return Row(
-            self.name,
-            {"task": self.task, "block": setting.block, "passes": setting.passes, "rule": setting.rule}
-            | {"dtype": str(self.pipe.transformer.dtype).removeprefix("torch."), "batch": self.batch},
-            round(self.total(lambda out: out.nfe * len(out.texts)) / decodes),
-            sorted(self.seconds)[len(self.seconds) // 2],
-            self.seconds,
-            ratios[len(ratios) // 2],
-            before / flops,
-            before / flops * rates(self._rows()) / rates(plain._rows()),
-            quality=self.report.values[key],
-            quality_low=interval.low,
-            quality_high=interval.high,
-            stats={"decodes": decodes, "flops": flops, "sampler": asdict(self.config)},
+) -> dict[tuple[Decode, str], Estimate]:
+    """Quality with outcomes by `quality_key`; notes the code that measured it in `codes`."""
+    found: dict[tuple[Decode, str], Estimate] = {}
+    distinct = {quality_key(trial): trial for trial in trials}
+    for number, (which, trial) in enumerate(distinct.items(), 1):
+        decode, n = trial.decode, cases_per_part(trial.decode.task, options.cases)
+        name = f"quality-{decode.task}-{decode.settings[0].name.replace('/', '_')}-{trial.cache_name}"
+        key = {**what, "yardstick": yardstick(), "n": n, "task": decode.task}
+        key |= {"sampler": decode.config.to_dict(), "cache": trial.taken.to_dict()}
+        progress(f"{name} ({number} of {len(distinct)})")
+        data = cells.measured(
+            name,
+            key,
+            lambda d=decode, c=trial.taken, n=n: measure_quality(pipe, d, c, options.seed, n, options.quality_batch),
         )
+        found[which] = kept_report(data).intervals[QUALITY[decode.task]]
+        codes.add(data["code"])
+    return found
 
-    def _rows(self) -> int:
-        """Mean number of rows in a matrix product: what the correction of a bound is for."""
-        layers = self.pipe.transformer.config.num_layers
-        calls = self.total(lambda out: out.stats.full_passes + out.stats.partial_passes)
-        return max(1, round(self.total(lambda out: out.stats.ffn_tokens) / layers / max(calls, 1)))
+
+def timings(
+    pipe: UniDiffPipeline,
+    trials: Sequence[Trial],
+    options: EmojiOptions,
+    cells: Cells,
+    what: Mapping[str, Any],
+    codes: set[str],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """What `measure_seconds` found in every run of the trials of one task and batch; each run begins with another trial."""
+    task, batch = trials[0].decode.task, trials[0].batch
+    rows = -(-max(options.rows, batch) // batch) * batch  # whole batches
+    plain = {t.name: [t.decode.config.to_dict(), t.policy, t.taken.to_dict()] for t in trials}
+    key = {**what, "task": task, "batch": batch, "rows": rows, "trials": plain}
+    warm, found = False, []
+    for run in range(options.runs):
+        name, own = f"timing-{task}-{batch}-{run}", {**key, "run": run}
+        data = cells.load(name, own)
+        if data is None:
+            progress(f"timing of {task}, {batch} rows at once, run {run + 1} of {options.runs}")
+            first = run * len(trials) // options.runs
+            turn = {t.name: (t.decode, t.asked) for t in (*trials[first:], *trials[:first])}
+            if not warm:
+                measure_seconds(pipe, turn, batch, batch, options.seed)
+            warm, data = True, measure_seconds(pipe, turn, rows, batch, options.seed)
+            cells.save(name, own, data)
+        found.append(data["trials"])
+        codes.add(data["code"])
+    return found
+
+
+def _measured(trial: Trial, runs: Sequence[Mapping[str, Any]], quality: Estimate) -> Measured:
+    own = [run[trial.name] for run in runs]
+    decode = trial.decode
+    seconds = tuple(run["seconds"] for run in own)
+    return Measured(decode, trial.policy, trial.batch, trial.taken, trial.note, seconds, quality, own[-1])
+
+
+def _rates(pipe: UniDiffPipeline, batch: int, cells: Cells, what: Mapping[str, Any]) -> MatmulRates:
+    """How fast the model's matrix products are at the rows of such batches, for the corrected bound."""
+    length = pipe.settings.text_length + pipe.settings.grid[0] * pipe.settings.grid[1]
+    counts = row_counts(length * batch, batch)
+    measure = lambda: {"points": [list(p) for p in measure_rates(pipe.transformer, counts).points]}  # noqa: E731
+    points = cells.measured(f"rates-{batch}", {**what, "rows": counts}, measure)["points"]
+    return MatmulRates(tuple((int(n), float(rate)) for n, rate in points))
+
+
+def _row(own: Measured, measured: Sequence[Measured], rates: MatmulRates, dtype: str) -> Row:
+    """A line of the table, compared with the same decode without a cache."""
+    plain = next(m for m in measured if m.group == own.group and m.policy == "none" and m.decode == own.decode)
+    bound = plain.work["flops"] / own.work["flops"]
+    setting = own.decode.settings[0]
+    return Row(
+        own.policy,
+        {"task": own.decode.task, "setting": own.decode.name, "rule": setting.rule, "value": setting.value}
+        | {"block": setting.block, "dtype": dtype, "batch": own.batch, "cache": own.cache_name},
+        round(own.work["nfe"]),
+        median(own.seconds),
+        list(own.seconds),
+        own.speedup_over(plain)[0],
+        bound,
+        bound * rates(_rows(own)) / rates(_rows(plain)),
+        quality=own.quality.value,
+        quality_low=own.quality.low,
+        quality_high=own.quality.high,
+        stats={**own.work, "sampler": own.decode.config.to_dict(), "cache": own.taken.to_dict(), "note": own.note},
+    )
+
+
+def _rows(own: Measured) -> int:
+    """Mean number of rows in a matrix product: what the correction of a bound is for."""
+    return max(1, round(own.work["tokens_per_pass"]))

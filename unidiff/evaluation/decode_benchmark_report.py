@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Group
 from rich.table import Table
 
-from unidiff.evaluation.charts import Point, scatter
+from unidiff.evaluation.charts import Point, scatter, stack
 from unidiff.evaluation.decode_benchmark import Benchmark, Row
 from unidiff.files import replacing
 from unidiff.pipelines.sheet import save_image
@@ -53,11 +53,10 @@ def tables(benchmark: Benchmark) -> Group:
 def label(row: Row) -> str:
     """A decode in a few words."""
     w = row.workload
-    what = w["task"] if "task" in w else f"{w['text']}+{w['image']}"
     block = "" if w["block"] is None else f" block {w['block']}"
     passes = "" if w["passes"] is None else f" x {w['passes']}"
     rows = "" if w["batch"] == 1 else f", {w['batch']} rows"
-    return f"{what} {w['dtype']}, {w['rule']}{block}{passes}{rows}"
+    return f"{w['text']}+{w['image']} {w['dtype']}, {w['rule']}{block}{passes}{rows}"
 
 
 def write(benchmark: Benchmark, path: Path) -> list[Path]:
@@ -66,8 +65,7 @@ def write(benchmark: Benchmark, path: Path) -> list[Path]:
     Raises:
         ValueError: a path that does not end in .json.
     """
-    if path.suffix != ".json":
-        raise ValueError(f"output {str(path)!r} must end in .json")
+    check_path(path)
     data = benchmark.to_dict()
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -80,17 +78,28 @@ def write(benchmark: Benchmark, path: Path) -> list[Path]:
     return [path, path.with_suffix(".csv"), path.with_suffix(".png")]
 
 
+def check_path(path: Path) -> None:
+    """Raises:
+    ValueError: a path that does not end in .json.
+    """
+    if path.suffix != ".json":
+        raise ValueError(f"output {str(path)!r} must end in .json")
+
+
 def plot(benchmark: Benchmark) -> Image.Image:
-    """Quality over seconds where there is a quality, else speed-up over the corrected bound."""
+    """Speed-up over the corrected bound; where there is a quality, that over seconds, a panel for every task and batch."""
+    panels: dict[str, dict[str, list[Point]]] = {}
     series: dict[str, list[Point]] = {}
-    judged = any(row.quality is not None for row in benchmark.rows)
     for row in benchmark.rows:
-        if judged and row.quality is not None:
-            series.setdefault(f"{row.workload['task']}, {row.policy}", []).append((row.seconds, row.quality))
-        elif not judged and row.policy != "none" and row.bound_corrected:
+        if row.quality is not None:
+            batch = row.workload["batch"]
+            panel = panels.setdefault(f"{row.workload['task']}, {batch} row{'s' * (batch > 1)}", {})
+            panel.setdefault(row.policy, []).append((row.seconds, row.quality))
+        elif row.policy != "none" and row.bound_corrected:
             series.setdefault(row.policy, []).append((row.bound_corrected, row.speedup))
-    if judged:
-        return scatter(series, f"{benchmark.suite}: quality and time", "seconds per row", "share of right answers")
+    if panels:
+        charts = [scatter(own, name, "seconds per row", "share of right answers") for name, own in panels.items()]
+        return stack(charts, min(2, len(charts)))
     return scatter(series, f"{benchmark.suite}: speed-up and its bound", "corrected bound", "measured speed-up")
 
 
