@@ -23,7 +23,9 @@ def eval_emoji(
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="JSON of another evaluation of the same cases, with outcomes: print the changes."),
+        typer.Option(
+            "--against", help="JSON of another evaluation of the same cases, with outcomes: print the changes."
+        ),
     ] = None,
     model: Model = "emoji",
     device: Device = "auto",

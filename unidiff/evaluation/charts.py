@@ -38,7 +38,7 @@ def scatter(
     canvas = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     left, top, right, bottom = 70, 50, size[0] - 190, size[1] - 60
-    draw.text((left, 16), title, INK, ImageFont.load_default(16))
+    draw.text((left, 6), title, INK, ImageFont.load_default(16))
     low, high = _range([math.log10(x) for x, _ in every])
     floor, ceiling = _range([y for _, y in every])
 

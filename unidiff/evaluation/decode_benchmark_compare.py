@@ -105,7 +105,7 @@ class Contrast:
 
 def contrasts(measured: Sequence[Measured]) -> list[Contrast]:
     """All comparisons of every task and batch, in the order of `KINDS`."""
-    found = []
+    found: list[Contrast] = []
     for group in dict.fromkeys(m.group for m in measured):
         found += _contrasts([m for m in measured if m.group == group])
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -203,11 +204,8 @@ def qualities(
         key = {**what, "yardstick": yardstick(), "n": n, "task": decode.task}
         key |= {"sampler": decode.config.to_dict(), "cache": trial.taken.to_dict()}
         progress(f"{name} ({number} of {len(distinct)})")
-        data = cells.measured(
-            name,
-            key,
-            lambda d=decode, c=trial.taken, n=n: measure_quality(pipe, d, c, options.seed, n, options.quality_batch),
-        )
+        measure = partial(measure_quality, pipe, decode, trial.taken, options.seed, n, options.quality_batch)
+        data = cells.measured(name, key, measure)
         found[which] = kept_report(data).intervals[QUALITY[decode.task]]
         codes.add(data["code"])
     return found
