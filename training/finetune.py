@@ -69,15 +69,25 @@ def finetune(name: str, config: TrainConfig) -> int:
 
 
 def save_pipeline(base: Path, output: Path, dtype: str) -> None:
-    """OUTPUT/pipeline: the tokenizers and settings of `base` with the weights of OUTPUT/model."""
+    """OUTPUT/pipeline: the tokenizers and settings of `base` with the weights of OUTPUT/model.
+
+    `unidiff eval emoji --model OUTPUT/pipeline` scores it where it draws emoji scenes.
+    """
+    from dataclasses import replace
+
     import torch
 
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.folder import load_parts, load_transformer
+    from unidiff.pipelines.settings import with_overrides
 
     parts = load_parts(base, torch.float32)
-    transformer = load_transformer(output / "model", getattr(torch, dtype))
-    pipeline = UniDiffPipeline(transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
+    transformer, settings = load_transformer(output / "model", getattr(torch, dtype)), parts.settings
+    if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
+        blocks = dict.fromkeys(("text", "image"), transformer.config.block_length)
+        samplers = {task: with_overrides(s, block_length=blocks) for task, s in settings.samplers.items()}
+        settings = replace(settings, samplers=samplers)
+    pipeline = UniDiffPipeline(transformer, parts.image_tokenizer, parts.text_tokenizer, settings)
     pipeline.save_pretrained(output / "pipeline")
 
 

@@ -5,18 +5,18 @@
 
 FUNCTION(prompts, pictures) gets a list of texts and float pictures [B, 3, H, W] in [0, 1], and returns a number for each
 (`--reward my_rewards:brightness`). `oracle` is EmojiEval's exact reader: 1 where it finds in the picture what the text says;
-its prompts are then scenes of the generator, seeded apart from EmojiEval's. OUTPUT gets `metrics.jsonl` and `pipeline`.
+its prompts are then scenes of the generator, seeded apart from EmojiEval's. OUTPUT gets `metrics.jsonl`, `checkpoints` and
+`pipeline`, which `unidiff eval emoji --model OUTPUT/pipeline` scores. Run the same command again to continue from the newest
+checkpoint; a killed and continued run ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unidiff.pipeline import UniDiffPipeline
+    from unidiff.train.reward import RewardTuner
 
 PictureReward = Callable[[list[str], "Tensor"], "Tensor"]
+Prompts = Callable[[int], str]  # by number, so that a position needs no state
 _ORACLE_SEED = 7_310_000  # scenes of their own: EmojiEval's are seeded from 0
 
 
@@ -46,6 +48,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the divergence from the starting model")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint-every", type=int, default=10, help="steps between checkpoints")
     options = parser.parse_args(arguments)
     try:
         tune(options)
@@ -56,13 +59,15 @@ def main(arguments: list[str]) -> int:
 
 
 def tune(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
+    import torch
 
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.config import LoraConfig, OptimiserConfig
     from unidiff.train.lora import add_adapters, merge_adapters
     from unidiff.train.reward import RewardConfig, RewardTuner
 
+    if min(options.steps, options.prompts_per_step, options.checkpoint_every) < 1:
+        raise ValueError("--steps, --prompts-per-step and --checkpoint-every must be at least 1")
     pipe = UniDiffPipeline.from_pretrained(options.model)
     reward, prompts = find_reward(options, pipe)
     texts: list[str] = []
@@ -73,21 +78,50 @@ def tune(options: argparse.Namespace) -> None:
         repeated = [text for text in texts for _ in range(options.group)]
         return reward(repeated, pipe.images.decode(codes).cpu())
 
+    torch.manual_seed(options.seed)  # adapters are drawn
     add_adapters(model, LoraConfig(rank=options.lora, alpha=2.0 * options.lora))
     config = RewardConfig(group=options.group, beta=options.beta, seed=options.seed)
     optimiser = OptimiserConfig(lr=options.lr, weight_decay=0.0)
     tuner = RewardTuner(model, settings.vocabulary, settings.sampler("text_to_image"), score, config, optimiser)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with open(options.output / "metrics.jsonl", "a", encoding="utf-8") as log:
-        for step in range(options.steps):
-            texts[:] = [next(prompts) for _ in range(options.prompts_per_step)]
-            batch, condition = prompt_rows(pipe, texts)
-            report = tuner.step(batch, condition)
-            log.write(json.dumps({"step": step + 1, **asdict(report)}) + "\n")
-            log.flush()
-            print(f"step {step + 1}  reward {report.reward:.3f}  divergence {report.divergence:.4f}")
+    run(tuner, pipe, prompts, texts, options)
     merge_adapters(model)
     pipe.save_pretrained(options.output / "pipeline")
+
+
+def run(
+    tuner: RewardTuner, pipe: UniDiffPipeline, prompts: Prompts, texts: list[str], options: argparse.Namespace
+) -> None:
+    """To the last step or the next signal, from the newest checkpoint; `texts` always holds the prompts of the step."""
+    from dataclasses import asdict
+
+    from unidiff.train.checkpoint import load_checkpoint, save_checkpoint
+    from unidiff.train.logs import RunLog
+    from unidiff.train.signals import StopOnSignals
+
+    folder, count = options.output / "checkpoints", options.prompts_per_step
+    free = ("output", "steps", "checkpoint_every")  # what may change between two parts of a run
+    about = {name: str(value) for name, value in vars(options).items() if name not in free}
+    found = load_checkpoint(folder)
+    if found is not None:
+        tuner.restore(found, about)
+        print(f"resumed at step {tuner.steps} from {folder}")
+    stopped: list[bool] = []
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = RunLog(options.output, False, tuner.steps)
+    try:
+        with StopOnSignals(lambda: stopped.append(True)):
+            while tuner.steps < options.steps and not stopped:
+                first = tuner.steps * count
+                texts[:] = [prompts(first + number) for number in range(count)]
+                report = tuner.step(*prompt_rows(pipe, texts))
+                log.write(tuner.steps, "reward", asdict(report))
+                print(f"step {tuner.steps}  reward {report.reward:.3f}  divergence {report.divergence:.4f}", flush=True)
+                if tuner.steps % options.checkpoint_every == 0 or tuner.steps == options.steps or stopped:
+                    save_checkpoint(folder, tuner.checkpoint(about), keep=2)
+    finally:
+        log.close()
+    if stopped:
+        print(f"stopped at step {tuner.steps}; run the same command to go on")
 
 
 def prompt_rows(pipe: UniDiffPipeline, texts: list[str]):
@@ -100,8 +134,8 @@ def prompt_rows(pipe: UniDiffPipeline, texts: list[str]):
     return batch, guidance_condition(batch, pipe.settings.sampler("text_to_image").guidance.hide)
 
 
-def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[PictureReward, Iterator[str]]:
-    """The reward that `--reward` names, and an endless stream of prompts for it."""
+def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[PictureReward, Prompts]:
+    """The reward that `--reward` names, and prompts for it."""
     if options.reward == "oracle":
         return oracle_reward(pipe, options.seed)
     if options.prompts is None:
@@ -113,10 +147,10 @@ def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[Pic
     if not name:
         raise ValueError(f"--reward is {options.reward!r}; expected 'oracle' or MODULE:FUNCTION")
     sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), name), itertools.cycle(lines)
+    return getattr(importlib.import_module(module), name), lambda number: lines[number % len(lines)]
 
 
-def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Iterator[str]]:
+def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Prompts]:
     """1 where EmojiEval's oracle reads the whole picture and finds in it what the prompt says."""
     import torch
 
@@ -135,8 +169,11 @@ def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Iter
         return torch.tensor([float(facts_correct(parse_caption(text), r.scene)) for text, r in pairs])
 
     scenes = SceneGenerator(profile, _ORACLE_SEED + seed)
-    numbered = ((n, scenes.scene(n)) for n in itertools.count())
-    return reward, (scene_texts(scenes, n, scene, 1, QuestionMix(1)).captions[0] for n, scene in numbered)
+
+    def prompt(number: int) -> str:
+        return scene_texts(scenes, number, scenes.scene(number), 1, QuestionMix(1)).captions[0]
+
+    return reward, prompt
 
 
 if __name__ == "__main__":

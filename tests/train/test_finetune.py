@@ -112,8 +112,11 @@ def test_instruction_tuning_trains_the_answer_and_nothing_else(base, tmp_path):
 def test_a_full_sequence_model_becomes_block_causal(base, tmp_path):
     command = [base / "pipeline", f"data.train={base / 'tokens.safetensors'}", f"output={tmp_path}", "steps=2", *QUICK]
     assert finetune(*command, "model.attention=block_causal", "model.block_length=4") == 0
-    config = UniDiffPipeline.from_pretrained(tmp_path / "pipeline").transformer.config
-    assert (config.attention, config.block_length) == ("block_causal", 4)
+    pipe = UniDiffPipeline.from_pretrained(tmp_path / "pipeline")
+    assert (pipe.transformer.config.attention, pipe.transformer.config.block_length) == ("block_causal", 4)
+    samplers = pipe.settings.samplers.values()  # decoded in the blocks it was trained in
+    assert {length for s in samplers for length in (s.text.block_length, s.image.block_length)} == {4}
+    assert pipe.text_to_image("a dog", steps=2).images
 
 
 def test_refusals(base, tmp_path, capsys):

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_pipeline import GRID, TEXT_LENGTH, tiny_pipeline
 
+from unidiff.data.emoji_language import vocabulary_words
+from unidiff.data.emoji_scenes import get_profile
+from unidiff.evaluation.emoji_eval import run_emoji_eval
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 QUICK = ["--steps", "2", "--prompts-per-step", "2", "--group", "3", "--lr", "1e-3"]
 
 
@@ -52,6 +61,59 @@ def test_a_pipeline_is_tuned_with_a_function_from_a_module(tmp_path, monkeypatch
         n for n, p in after.transformer.named_parameters() if not torch.equal(p, before.transformer.get_parameter(n))
     ]
     assert moved and after.settings == before.settings
+
+
+KILLER = """
+import os, signal
+from pathlib import Path
+def bright(prompts, pictures):
+    with open("calls.txt", "a") as calls:
+        calls.write("x")
+    if Path("kill").exists() and len(Path("calls.txt").read_text()) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pictures.flatten(1).mean(1)
+"""
+
+
+@pytest.mark.parametrize("lora", [0, pytest.param(2, marks=needs_peft)])
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, capsys, lora):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("a dog\ntwo cats\nan owl\n")
+    (tmp_path / "killer_reward.py").write_text(KILLER)
+    command = ["--prompts", "prompts.txt", "--reward", "killer_reward:bright", "--checkpoint-every", "2", *QUICK]
+    command += ["--steps", "7", "--lora", lora]
+    assert run("base", "whole", *command) == 0
+    (tmp_path / "calls.txt").unlink()
+    (tmp_path / "kill").touch()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    words = [sys.executable, str(ROOT / "training" / "reward_tuning.py"), "base", "cut", *map(str, command)]
+    assert subprocess.run(words, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints").state["step"] == 4  # step 5 was lost, step 6 had no end
+    assert not (tmp_path / "cut" / "pipeline").exists()
+    capsys.readouterr()
+    assert run("base", "cut", *command) == 0 and "resumed at step 4" in capsys.readouterr().out
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    lines = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in log] for log in logs]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [*range(1, 8)]
+    whole, cut = (
+        UniDiffPipeline.from_pretrained(tmp_path / name / "pipeline").transformer for name in ("whole", "cut")
+    )
+    first = UniDiffPipeline.from_pretrained(tmp_path / "base").transformer
+    assert all(torch.equal(p, cut.get_parameter(n)) for n, p in whole.named_parameters())
+    assert any(not torch.equal(p, first.get_parameter(n)) for n, p in cut.named_parameters())
+    assert run("base", "cut", *command, "--lr", "1e-4") == 2
+    assert "has lr = 0.001, this one 0.0001" in capsys.readouterr().err
+
+
+def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = vocabulary_words(get_profile("cpu")) * 2
+    tiny_pipeline(text_length=40, grid=(8, 8), corpus=words).save_pretrained(tmp_path / "base")
+    assert run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1") == 0
+    pipe = UniDiffPipeline.from_pretrained(tmp_path / "tuned" / "pipeline")
+    report = run_emoji_eval(pipe, n=1, tasks=("text_to_image",), steps=2)
+    assert any(name.startswith("text_to_image") for name in report.values)
 
 
 def test_prompt_rows_are_the_pipelines_own():

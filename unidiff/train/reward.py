@@ -11,7 +11,7 @@ tokens at masked positions, under a few random masks with rates from [0.1, 0.9],
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from unidiff.diffusion.objective import masked_nll
 from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch, Vocabulary
+from unidiff.train.checkpoint import Checkpoint
 from unidiff.train.config import OptimiserConfig
 from unidiff.train.lora import merge_adapters
 from unidiff.train.optim import Optimisers
@@ -183,6 +184,36 @@ class RewardTuner:
             float(rewards.mean()), float(grouped.std(1, correction=0).mean()), float(terms.total.detach()),
             float(terms.divergence), float(terms.clipped), float(norm),
         )  # fmt: skip
+
+    def checkpoint(self, about: Mapping[str, str]) -> Checkpoint:
+        """All that a run continues from; the reference is the starting model, which is built again.
+
+        Args:
+            about: settings of the run, which `restore` compares.
+        """
+        state = {"step": self.steps, "about": dict(about)}
+        return Checkpoint(dict(self.model.state_dict()), {}, self.optimisers.state(), state)
+
+    def restore(self, found: Checkpoint, about: Mapping[str, str]) -> None:
+        """Continue from a checkpoint, with a model that is as it was when the run began.
+
+        Raises:
+            ValueError: it is of a run with other settings, or of another model.
+        """
+        old = found.state.get("about", {})
+        for name in sorted({*old, *about}):
+            if old.get(name) != about.get(name):
+                raise ValueError(
+                    f"the checkpoint's run has {name} = {old.get(name)}, this one {about.get(name)}; choose another "
+                    "output folder, or the same settings to continue it"
+                )
+        try:
+            self.model.load_state_dict(found.model)
+            self.optimisers.load_state(found.optimiser)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the checkpoint is of another model; choose another output folder ({reason})") from error
+        self.steps = found.state["step"]
 
     def _decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> TokenBatch:
         model = copy.deepcopy(self.model)  # decoding may run parts of layers, which adapters do not cover
