@@ -69,9 +69,9 @@ def table(
     split: Split = "train",
     text_length: int = 24,
     captions: int = 4,
-    questions: Annotated[int, typer.Option(help="per scene, as EmojiEval asks")] = 2,
-    yes_no: Annotated[int, typer.Option(help="more questions per scene, all answered by yes or no")] = 0,
-    lookup: Annotated[int, typer.Option(help="more questions per scene: where is it, how many are there")] = 0,
+    questions: Annotated[int, typer.Option(min=0, help="per scene, as EmojiEval asks")] = 2,
+    yes_no: Annotated[int, typer.Option(min=0, help="more questions per scene, all answered by yes or no")] = 0,
+    lookup: Annotated[int, typer.Option(min=0, help="more questions per scene: where is it, how many are there")] = 0,
     kinds: Annotated[
         tuple[float, float, float, float],
         typer.Option(help="relative frequency of single, count, pair and group scenes"),

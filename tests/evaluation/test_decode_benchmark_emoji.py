@@ -171,7 +171,8 @@ def measured(policy, name, seconds, right, task="caption"):
     setting = Setting.parse(name)
     decode = Decode(task, (setting,), setting.config(default_samplers()[task], task))
     outcomes = np.arange(1000) < right
-    return Measured(decode, policy, 1, CacheConfig("none"), "", tuple(seconds), Estimate.share(outcomes), {})
+    quality = Estimate.share(outcomes)
+    return Measured(decode, policy, 1, CacheConfig("none"), seconds=tuple(seconds), quality=quality, work={})
 
 
 def test_contrasts_keep_caches_and_passes_apart():

@@ -54,11 +54,12 @@ class Cells:
             return None
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["key"] == json.loads(json.dumps(key)):
-                return data["found"]
+            kept, found = data["key"], data["found"]
         except (ValueError, KeyError, TypeError):
-            pass
-        raise ValueError(f"{str(path)!r} is not the measurement that its name says; remove it")
+            kept, found = None, {}
+        if kept != json.loads(json.dumps(key)):
+            raise ValueError(f"{str(path)!r} is not the measurement that its name says; remove it")
+        return found
 
     def save(self, name: str, key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Keep a measurement; the file appears complete or not at all."""

@@ -16,6 +16,7 @@ from unidiff.evaluation.decode_benchmark_settings import Decode
 from unidiff.evaluation.paired import paired_interval
 from unidiff.evaluation.report import Estimate
 
+AUTO = "auto"
 LOSS = 0.01
 """Loss of quality, against the best of a task, that a faster decode may have."""
 KINDS = {
@@ -30,20 +31,44 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One way to decode a task in batches of one size.
+class Trial:
+    """One way to decode a task with one cache, in batches of one size.
 
     Attributes:
-        policy: the cache that was asked for. taken: what it was. note: why.
-        seconds: per row, of each run; the runs of a task and batch are paired.
-        quality: with the outcome of each case. work: of one run, see `measure_seconds`.
+        policy: the cache as it is asked for. taken: what that is for such a batch. note: why.
     """
 
     decode: Decode
     policy: str
     batch: int
     taken: CacheConfig
-    note: str
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Within a task and batch."""
+        return f"{self.policy}, {self.decode.name}"
+
+    @property
+    def cache_name(self) -> str:
+        """What is taken, in a word."""
+        return "segments" if self.taken.segments else self.taken.policy
+
+    @property
+    def asked(self) -> str | CacheConfig:
+        """What the timed calls are given."""
+        return AUTO if self.policy == AUTO else self.taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Trial):
+    """A trial and what came out.
+
+    Attributes:
+        seconds: per row, of each run; the runs of a task and batch are paired.
+        quality: with the outcome of each case. work: of one run, see `measure_seconds`.
+    """
+
     seconds: tuple[float, ...]
     quality: Estimate
     work: Mapping[str, Any]
@@ -51,15 +76,6 @@ class Measured:
     @property
     def group(self) -> tuple[str, int]:
         return self.decode.task, self.batch
-
-    @property
-    def name(self) -> str:
-        return f"{self.policy}, {self.decode.name}"
-
-    @property
-    def cache_name(self) -> str:
-        """What was taken, in a word."""
-        return "segments" if self.taken.segments else self.taken.policy
 
     def speedup_over(self, other: Measured) -> tuple[float, float, float]:
         """Seconds of the other over one's own: median, least and greatest of the runs."""

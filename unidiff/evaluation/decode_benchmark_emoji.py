@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from unidiff.decoding import CacheConfig
 from unidiff.evaluation.decode_benchmark import Benchmark, Progress, Row, machine, thread_count, usable_device
 from unidiff.evaluation.decode_benchmark_cells import (
     Cells,
@@ -25,7 +24,7 @@ from unidiff.evaluation.decode_benchmark_cells import (
     measure_seconds,
     model_hash,
 )
-from unidiff.evaluation.decode_benchmark_compare import Measured, contrasts
+from unidiff.evaluation.decode_benchmark_compare import AUTO, Measured, Trial, contrasts
 from unidiff.evaluation.decode_benchmark_rates import MatmulRates, measure_rates, row_counts
 from unidiff.evaluation.decode_benchmark_settings import QUALITY, Decode, cases_per_part, decodes
 from unidiff.evaluation.decode_benchmark_suites import POLICIES
@@ -34,7 +33,6 @@ from unidiff.evaluation.report import Estimate
 from unidiff.pipeline import UniDiffPipeline
 
 PARTS = ("quality", "timing")
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,33 +90,19 @@ class EmojiOptions:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One way to decode with one cache, in batches of one size.
+class Run:
+    """What every measurement of a run needs.
 
     Attributes:
-        policy: as it is asked for. taken: what that is for such a batch. note: why.
+        what: identifies the weights, their type and the seed. codes: the versions of the sampler's code that measured.
     """
 
-    decode: Decode
-    policy: str
-    batch: int
-    taken: CacheConfig
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        """Within a task and batch."""
-        return f"{self.policy}, {self.decode.name}"
-
-    @property
-    def cache_name(self) -> str:
-        """What is taken, in a word."""
-        return "segments" if self.taken.segments else self.taken.policy
-
-    @property
-    def asked(self) -> str | CacheConfig:
-        """What the timed calls are given."""
-        return AUTO if self.policy == AUTO else self.taken
+    pipe: UniDiffPipeline
+    options: EmojiOptions
+    cells: Cells
+    what: Mapping[str, Any]
+    progress: Progress
+    codes: set[str] = field(default_factory=set)
 
 
 def run_emoji(pipe: UniDiffPipeline, options: EmojiOptions, progress: Progress = lambda what: None) -> Benchmark:
@@ -141,31 +125,31 @@ def run_emoji(pipe: UniDiffPipeline, options: EmojiOptions, progress: Progress =
     groups: dict[tuple[str, int], list[Trial]] = {}
     with thread_count(options.threads):
         dtype = str(pipe.transformer.dtype).removeprefix("torch.")
-        what = {"model": model_hash(pipe), "dtype": dtype, "seed": options.seed}
+        run = Run(pipe, options, cells, {"model": model_hash(pipe), "dtype": dtype, "seed": options.seed}, progress)
         here = machine(device)
+        timed = replace(run, what={**run.what, "machine": here})
         for task in options.tasks:
             for batch in options.batches:
                 groups[task, batch] = trials_of(pipe, task, batch, options)
         estimates: dict[tuple[Decode, str], Estimate] = {}
-        codes: set[str] = set()
         if "quality" in options.parts:
             every = [trial for group in groups.values() for trial in group]
-            estimates = qualities(pipe, every, options, cells, what, codes, progress)
+            estimates = qualities(run, every)
         measured: list[Measured] = []
         if "timing" in options.parts:
             for group in groups.values():
-                runs = timings(pipe, group, options, cells, {**what, "machine": here}, codes, progress)
+                runs = timings(timed, group)
                 if estimates:
                     measured += [_measured(trial, runs, estimates[quality_key(trial)]) for trial in group]
         result = Benchmark("emoji", about={"model": dict(pipe.transformer.config), "what": "EmojiEval", **here})
-        rates = {b: _rates(pipe, b, cells, {**what, "machine": here}) for b in options.batches} if measured else {}
+        rates = {b: _rates(timed, b) for b in options.batches} if measured else {}
     result.rows = [_row(m, measured, rates[m.batch], dtype) for m in measured]
     asked = {name: value for name, value in asdict(options).items() if name not in ("cells", "device", "threads")}
     result.about |= {**asked, "dtype": dtype, "yardstick": yardstick(), "blocks": "all"}
     result.about["contrasts"] = [c.to_dict() for c in contrasts(measured)]
-    if len(codes) > 1:
-        result.about["mixed_code"] = len(codes)
-        progress(f"measurements in {str(options.cells)!r} come from {len(codes)} versions of the sampler's code")
+    if len(run.codes) > 1:
+        result.about["mixed_code"] = len(run.codes)
+        progress(f"measurements in {str(options.cells)!r} come from {len(run.codes)} versions of the sampler's code")
     return result
 
 
@@ -186,75 +170,61 @@ def quality_key(trial: Trial) -> tuple[Decode, str]:
     return trial.decode, json.dumps(trial.taken.to_dict(), sort_keys=True)
 
 
-def qualities(
-    pipe: UniDiffPipeline,
-    trials: Sequence[Trial],
-    options: EmojiOptions,
-    cells: Cells,
-    what: Mapping[str, Any],
-    codes: set[str],
-    progress: Progress,
-) -> dict[tuple[Decode, str], Estimate]:
-    """Quality with outcomes by `quality_key`; notes the code that measured it in `codes`."""
+def qualities(run: Run, trials: Sequence[Trial]) -> dict[tuple[Decode, str], Estimate]:
+    """Quality with outcomes by `quality_key`."""
+    options = run.options
     found: dict[tuple[Decode, str], Estimate] = {}
     distinct = {quality_key(trial): trial for trial in trials}
     for number, (which, trial) in enumerate(distinct.items(), 1):
         decode, n = trial.decode, cases_per_part(trial.decode.task, options.cases)
         name = f"quality-{decode.task}-{decode.settings[0].name.replace('/', '_')}-{trial.cache_name}"
-        key = {**what, "yardstick": yardstick(), "n": n, "task": decode.task}
+        key = {**run.what, "yardstick": yardstick(), "n": n, "task": decode.task}
         key |= {"sampler": decode.config.to_dict(), "cache": trial.taken.to_dict()}
-        progress(f"{name} ({number} of {len(distinct)})")
-        measure = partial(measure_quality, pipe, decode, trial.taken, options.seed, n, options.quality_batch)
-        data = cells.measured(name, key, measure)
+        run.progress(f"{name} ({number} of {len(distinct)})")
+        measure = partial(measure_quality, run.pipe, decode, trial.taken, options.seed, n, options.quality_batch)
+        data = run.cells.measured(name, key, measure)
         found[which] = kept_report(data).intervals[QUALITY[decode.task]]
-        codes.add(data["code"])
+        run.codes.add(data["code"])
     return found
 
 
-def timings(
-    pipe: UniDiffPipeline,
-    trials: Sequence[Trial],
-    options: EmojiOptions,
-    cells: Cells,
-    what: Mapping[str, Any],
-    codes: set[str],
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """What `measure_seconds` found in every run of the trials of one task and batch; each run begins with another trial."""
+def timings(run: Run, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What `measure_seconds` found in every turn of the trials of one task and batch; each begins with another trial."""
+    options = run.options
     task, batch = trials[0].decode.task, trials[0].batch
     rows = -(-max(options.rows, batch) // batch) * batch  # whole batches
     plain = {t.name: [t.decode.config.to_dict(), t.policy, t.taken.to_dict()] for t in trials}
-    key = {**what, "task": task, "batch": batch, "rows": rows, "trials": plain}
+    key = {**run.what, "task": task, "batch": batch, "rows": rows, "trials": plain}
     warm, found = False, []
-    for run in range(options.runs):
-        name, own = f"timing-{task}-{batch}-{run}", {**key, "run": run}
-        data = cells.load(name, own)
+    for number in range(options.runs):
+        name, own = f"timing-{task}-{batch}-{number}", {**key, "run": number}
+        data = run.cells.load(name, own)
         if data is None:
-            progress(f"timing of {task}, {batch} rows at once, run {run + 1} of {options.runs}")
-            first = run * len(trials) // options.runs
+            run.progress(f"timing of {task}, {batch} rows at once, run {number + 1} of {options.runs}")
+            first = number * len(trials) // options.runs
             turn = {t.name: (t.decode, t.asked) for t in (*trials[first:], *trials[:first])}
             if not warm:
-                measure_seconds(pipe, turn, batch, batch, options.seed)
-            warm, data = True, measure_seconds(pipe, turn, rows, batch, options.seed)
-            cells.save(name, own, data)
+                measure_seconds(run.pipe, turn, batch, batch, options.seed)
+            warm, data = True, measure_seconds(run.pipe, turn, rows, batch, options.seed)
+            run.cells.save(name, own, data)
         found.append(data["trials"])
-        codes.add(data["code"])
+        run.codes.add(data["code"])
     return found
 
 
 def _measured(trial: Trial, runs: Sequence[Mapping[str, Any]], quality: Estimate) -> Measured:
     own = [run[trial.name] for run in runs]
-    decode = trial.decode
-    seconds = tuple(run["seconds"] for run in own)
-    return Measured(decode, trial.policy, trial.batch, trial.taken, trial.note, seconds, quality, own[-1])
+    asked = {f.name: getattr(trial, f.name) for f in fields(trial)}
+    return Measured(**asked, seconds=tuple(run["seconds"] for run in own), quality=quality, work=own[-1])
 
 
-def _rates(pipe: UniDiffPipeline, batch: int, cells: Cells, what: Mapping[str, Any]) -> MatmulRates:
+def _rates(run: Run, batch: int) -> MatmulRates:
     """How fast the model's matrix products are at the rows of such batches, for the corrected bound."""
+    pipe = run.pipe
     length = pipe.settings.text_length + pipe.settings.grid[0] * pipe.settings.grid[1]
     counts = row_counts(length * batch, batch)
     measure = lambda: {"points": [list(p) for p in measure_rates(pipe.transformer, counts).points]}  # noqa: E731
-    points = cells.measured(f"rates-{batch}", {**what, "rows": counts}, measure)["points"]
+    points = run.cells.measured(f"rates-{batch}", {**run.what, "rows": counts}, measure)["points"]
     return MatmulRates(tuple((int(n), float(rate)) for n, rate in points))
 
 
