@@ -55,6 +55,24 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
 
 
+class PictureContext(nn.Module):
+    """Adds a projection of the picture's mean over all cells to each cell; starts silent.
+
+    A code that says nothing of the background (see `train/vq.py`) leaves its colour to the decoder, which finds it in
+    the cells that show nothing else, however far away they are.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1)
+        self.conv2 = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(x.mean((2, 3), keepdim=True))))
+
+
 class CellVQModel(CheckedModel):
     """VQ autoencoder for images `[B, 3, H, W]` in [0, 1].
 
@@ -65,6 +83,7 @@ class CellVQModel(CheckedModel):
         encoder_width, encoder_depth: channels and residual blocks over single cells.
         decoder_widths: channels at 1/factor, then at each doubling of the resolution; the rest is a pixel shuffle.
         decoder_depths: residual 3 x 3 blocks at each of these resolutions.
+        decoder_context: whether the decoder also looks at the mean over the whole picture, after its first block.
     """
 
     @register_to_config
@@ -77,6 +96,7 @@ class CellVQModel(CheckedModel):
         encoder_depth: int = 2,
         decoder_widths: tuple[int, ...] = (256, 96),
         decoder_depths: tuple[int, ...] = (3, 1),
+        decoder_context: bool = False,
     ) -> None:
         super().__init__()
         if factor < 2 or factor & (factor - 1):
@@ -98,6 +118,8 @@ class CellVQModel(CheckedModel):
             if level:
                 layers += [nn.Conv2d(decoder_widths[level - 1], 4 * width, 1), nn.PixelShuffle(2)]
             layers += [ResidualBlock(width, 3) for _ in range(depth)]
+        if decoder_context:
+            layers.insert(2, PictureContext(decoder_widths[0]))
         step = factor // 2 ** (len(decoder_widths) - 1)
         layers += [ChannelNorm(decoder_widths[-1]), nn.Conv2d(decoder_widths[-1], 3 * step * step, 1)]
         if step > 1:

@@ -30,6 +30,7 @@ class VQModelConfig:
     encoder_depth: int = 2
     decoder_widths: list[int] = field(default_factory=lambda: [192, 64])
     decoder_depths: list[int] = field(default_factory=lambda: [3, 2])
+    decoder_context: bool = False  # cell only
     norm_num_groups: int = 8  # vqmodel only
 
     def build(self) -> Any:
@@ -37,7 +38,7 @@ class VQModelConfig:
         if self.kind == "cell":
             return CellVQModel(
                 self.factor, self.codebook_size, self.code_dim, self.encoder_width, self.encoder_depth,
-                tuple(self.decoder_widths), tuple(self.decoder_depths),
+                tuple(self.decoder_widths), tuple(self.decoder_depths), self.decoder_context,
             )  # fmt: skip
         if self.kind != "vqmodel":
             raise ValueError(f"tokenizer kind {self.kind!r} is unknown; expected 'cell' or 'vqmodel'")

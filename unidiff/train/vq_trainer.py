@@ -19,6 +19,7 @@ from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
 from unidiff.files import replacing, replacing_folder
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.train.cell_codes import CellCodes, emoji_cells, train_cell_codes
 from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
 
 
@@ -41,12 +42,14 @@ class ImageTokenizerConfig:
     """One tokenizer run; see `configs/emoji_tokenizer.yaml`. `steps` counts optimiser steps of `batch_size` images.
 
     `decoder_only` (with `init_from`) sharpens the decoder of a `CellVQModel` and leaves its codes as they are, so that
-    a transformer trained on these codes stays valid.
+    a transformer trained on these codes stays valid. With `cells.steps` the encoder learns first, alone, to give the
+    objects' cells the same codes on every background (`train_cell_codes`), and then the decoder with these codes.
     """
 
     out: str = "runs/image_tokenizer"
     init_from: str | None = None
     decoder_only: bool = False
+    cells: CellCodes = field(default_factory=CellCodes)
     data: ImageData = field(default_factory=ImageData)
     model: VQModelConfig = field(default_factory=VQModelConfig)
     loss: VQLossWeights = field(default_factory=VQLossWeights)
@@ -73,6 +76,9 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     model, average = _build(config)
+    found = {}
+    if config.cells.steps:
+        found = _learn_codes(model, config, generator, out / "log.jsonl")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     batches, validation = _batches(config)
@@ -105,7 +111,7 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
             _say({"validation": report, "step": step + 1}, out / "log.jsonl")
             if report["psnr"] > best:
                 best = report["psnr"]
-                report |= {"step": step + 1, "skipped_steps": guard.skipped, "seconds": seconds}
+                report |= found | {"step": step + 1, "skipped_steps": guard.skipped, "seconds": seconds}
                 _save(model, out, report, validation)
             model.train()
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -142,10 +148,22 @@ def _build(config: ImageTokenizerConfig) -> tuple[Any, CodebookAverage | None]:
         if not (cell and config.init_from):
             raise ValueError("decoder_only needs init_from with a CellVQModel; set init_from or turn decoder_only off")
         model.encoder.requires_grad_(False)
-    average = CodebookAverage(model) if cell and not config.decoder_only else None
+    if config.cells.steps and not (cell and config.data.emoji_profile and not config.decoder_only):
+        raise ValueError("cells.steps needs model.kind cell, data.emoji_profile and decoder_only off; or set it to 0")
+    frozen = config.decoder_only or config.cells.steps > 0
+    average = CodebookAverage(model) if cell and not frozen else None
     if average is not None and config.init_from:
         average.started = True
     return model, average
+
+
+def _learn_codes(model: CellVQModel, config: ImageTokenizerConfig, generator: torch.Generator, log: Path) -> dict:
+    """Encoder and codebook, which then stay as they are."""
+    assert config.data.emoji_profile is not None
+    cells, flat = emoji_cells(config.data.emoji_profile)
+    report = train_cell_codes(model, cells, flat, config.cells, config.bf16, generator, lambda line: _say(line, log))
+    model.encoder.requires_grad_(False)
+    return report
 
 
 def _say(line: dict, log: Path) -> None:

@@ -1,0 +1,89 @@
+"""Give a trained pipeline other tokens, and train on from there (`checkpoint.init_from=OUT/transformer`):
+
+python training/change_tokens.py image MODEL NEW_TOKENIZER OUT --images FOLDER    # another image tokenizer
+python training/change_tokens.py text MODEL OUT --add " axolotl" --add " capybara"  # more text tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Model = Annotated[Path, typer.Argument(help="folder of the pipeline")]
+Out = Annotated[Path, typer.Argument(help="folder of the new pipeline")]
+BATCH = 64
+
+
+@app.command()
+def image(
+    model: Model,
+    tokenizer: Annotated[Path, typer.Argument(help="folder of the new image tokenizer")],
+    out: Out,
+    shards: Annotated[list[str] | None, typer.Option(help="tars with pictures that both tokenizers encode")] = None,
+    emoji: Annotated[bool, typer.Option("--emoji", help="emoji scenes in place of shards")] = False,
+    count: Annotated[int, typer.Option(min=1, help="pictures to compare the codes on")] = 20_000,
+    seed: int = 0,
+) -> None:
+    """Replace the image tokenizer; codes start as what the old tokenizer says of the same cells."""
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.tokens.image_vq import VQImageTokenizer
+    from unidiff.train.new_tokens import with_image_tokenizer
+
+    with _errors():
+        pipe = UniDiffPipeline.from_pretrained(model)
+        if emoji == bool(shards):
+            raise ValueError("name the pictures by --shards (at least one tar) or by --emoji, one of them")
+        if emoji:
+            pictures = _emoji_pictures(seed)
+        else:
+            from unidiff.data.shards import image_batches
+
+            pictures = image_batches(shards or [], pipe.image_size[0], BATCH, seed=seed)
+        batches = islice(pictures, -(-count // BATCH))
+        with_image_tokenizer(pipe, VQImageTokenizer.from_pretrained(tokenizer), batches).save_pretrained(out)
+    typer.echo(f"new image tokenizer -> {out}; train on from {out / 'transformer'}")
+
+
+@app.command()
+def text(
+    model: Model,
+    out: Out,
+    add: Annotated[list[str], typer.Option(help="a string that becomes one token, with its leading space if any")],
+) -> None:
+    """Add text tokens; each starts as the mean of its pieces."""
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.train.new_tokens import with_text_tokens
+
+    with _errors():
+        with_text_tokens(UniDiffPipeline.from_pretrained(model), add).save_pretrained(out)
+    typer.echo(f"{len(add)} more text tokens -> {out}; train on from {out / 'transformer'}")
+
+
+def _emoji_pictures(seed: int) -> Iterator[Tensor]:
+    from unidiff.train.vq_data import ImageData, image_views
+
+    data = ImageData(emoji_profile="cpu", emoji_kinds=(0.25, 0.25, 0.25, 0.25), validation_images=1)
+    return (views.images for views in image_views(data, BATCH, seed)[0])
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One sentence for what a person can mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()
