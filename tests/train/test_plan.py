@@ -52,6 +52,14 @@ def test_spreading_saves_what_it_should_and_the_first_that_fits_is_named():
     assert between is not None and between.total < whole.total
 
 
+def test_eight_bits_of_state_are_counted_and_kept_whole():
+    plan = make_plan(read_config(None, [*SMALL, "batch_size=64", "optimiser.state_bits=8"]), gpus=16)
+    assert plan.state_bytes == 14 * plan.size.total + round(plan.size.total / 32)
+    assert all("fsdp" not in layout.settings for layout in plan.layouts)
+    muon = make_plan(read_config(None, [*SMALL, "optimiser.state_bits=8", "optimiser.name=muon"]), gpus=1)
+    assert muon.state_bytes - plan.state_bytes == round(plan.size.block_linear * (2 - 1 / 32))
+
+
 SANDWICH = dict(activation="gelu_tanh", qk_norm="width", qk_norm_type="layer_bias", sandwich_norm=True, ffn_bias=True)
 GROUPED = dict(activation="swiglu", qk_norm="head", qk_norm_type="layer", num_kv_heads=2)
 

@@ -104,7 +104,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """`adamw`, or `muon`: Muon on the matrices inside the blocks and AdamW on embeddings, head, norms and biases."""
+    """`adamw`, or `muon`: Muon on the matrices inside the blocks and AdamW on embeddings, head, norms and biases.
+
+    `state_bits` is how AdamW's two moments are kept: 32, or 8 (torchao), about a quarter of the bytes.
+    """
 
     name: str = "adamw"
     lr: float = 1e-3
@@ -115,6 +118,7 @@ class OptimiserConfig:
     weight_decay: float = 0.01
     momentum: float = 0.95
     clip: float = 1.0
+    state_bits: int = 32
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,8 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(f"{name} = {value} must be greater than 0")
     _choice("precision", config.precision, ("bf16", "fp32"))
     _choice("optimiser.name", config.optimiser.name, ("adamw", "muon"))
+    if config.optimiser.state_bits not in (8, 32):
+        raise ValueError(f"optimiser.state_bits = {config.optimiser.state_bits} is unknown; expected 8 or 32")
     _choice("schedule.name", config.schedule.name, ("cosine", "wsd", "constant"))
     _choice("checkpoint.export_dtype", config.checkpoint.export_dtype, ("bfloat16", "float16", "float32"))
     _choice("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
 from unidiff.train.distributed import whole
+from unidiff.train.low_bit import adamw_8bit, packed, uncompiled, unpacked
 
 _INSIDE_BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+\.")
 
@@ -34,7 +36,11 @@ class Optimisers:
     """One or two torch optimisers that step together. Every parameter belongs to exactly one.
 
     Muon takes the matrices inside blocks (names with `blocks.N.` or `layers.N.`); AdamW takes the rest, with weight decay
-    on matrices only, never on norms, biases and embeddings' one-dimensional companions.
+    on matrices only, never on norms, biases and embeddings' one-dimensional companions. With `state_bits` 8, AdamW's moments
+    are torchao's (see `unidiff.train.low_bit`) and Muon's stay in 32 bits.
+
+    Raises:
+        ValueError: torchao is missing, or does not go with how the model is spread.
     """
 
     def __init__(self, model: nn.Module, config: OptimiserConfig) -> None:
@@ -48,22 +54,26 @@ class Optimisers:
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        adam = AdamW(
-            [g for g in groups if g["params"]], config.lr, (config.beta1, config.beta2), config.eps, fused=True
-        )
-        self.optimisers: dict[str, Optimizer] = {"adamw": adam}
+        groups = [g for g in groups if g["params"]]
+        self.low_bit = config.state_bits == 8
+        self.optimisers: dict[str, Optimizer] = {
+            "adamw": adamw_8bit(groups, config)
+            if self.low_bit
+            else AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=True)
+        }
+        self._peaks = {"adamw": config.lr, "muon": config.muon_lr or config.lr}
         if muon:
-            rate = config.muon_lr or config.lr
             self.optimisers["muon"] = Muon(
-                inner, rate, config.weight_decay, config.momentum, adjust_lr_fn="match_rms_adamw"
+                inner, self._peaks["muon"], config.weight_decay, config.momentum, adjust_lr_fn="match_rms_adamw"
             )
-        self._peaks = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
 
     def set_rate(self, factor: float) -> float:
         """Scale every group's peak rate; returns AdamW's rate."""
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = self._peaks[name] * factor
+                rate = self._peaks[name] * factor
+                # a tensor's value changes in place: compiled updates hold on to it
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
         return self._peaks["adamw"] * factor
 
     def clip(self) -> torch.Tensor:
@@ -71,19 +81,20 @@ class Optimisers:
         return whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
 
     def step(self) -> None:
-        for optimiser in self.optimisers.values():
-            optimiser.step()
+        with uncompiled(self.parameters) if self.low_bit else nullcontext():
+            for optimiser in self.optimisers.values():
+                optimiser.step()
 
     def zero_grad(self) -> None:
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every state tensor, named `optimiser.parameter number.field`; scalars as 0-d tensors."""
+        """Every state tensor, named `optimiser.parameter number.field`; scalars as 0-d tensors, 8-bit fields in two parts."""
         flat = {}
         for name, optimiser in self.optimisers.items():
             for number, entry in optimiser.state_dict()["state"].items():
-                for key, value in entry.items():
+                for key, value in (unpacked(entry) if self.low_bit else entry).items():
                     flat[f"{name}.{number}.{key}"] = torch.as_tensor(value)
         return flat
 
@@ -100,13 +111,19 @@ class Optimisers:
             raise ValueError(
                 f"the checkpoint holds the state of {sorted(stray)}, this run uses {sorted(self.optimisers)}"
             )
+        if not self.low_bit and any(key.endswith(".codes") for key in flat):
+            raise ValueError("the checkpoint's AdamW state has 8 bits, this run's 32; set optimiser.state_bits=8")
         for name, optimiser in self.optimisers.items():
             state: dict[int, dict[str, torch.Tensor]] = {}
             for key, value in flat.items():
                 owner, number, entry = key.split(".", 2)
                 if owner == name:
                     state.setdefault(int(number), {})[entry] = value.clone()
-            count = sum(len(g["params"]) for g in optimiser.param_groups)
-            if state and len(state) != count:
-                raise ValueError(f"the checkpoint's {name} state has {len(state)} parameters, the model has {count}")
+            owned = [p for group in optimiser.param_groups for p in group["params"]]
+            if state and len(state) != len(owned):
+                raise ValueError(
+                    f"the checkpoint's {name} state has {len(state)} parameters, the model has {len(owned)}"
+                )
+            if self.low_bit and name == "adamw":
+                state = {number: packed(entry, owned[number]) for number, entry in state.items()}
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

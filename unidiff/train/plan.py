@@ -106,7 +106,7 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     rows = config.batch_size // gpus
     kept = block_activation_bytes(config.model, bf16=config.precision == "bf16")
     layouts = []
-    for mode, replicas in _modes(gpus):
+    for mode, replicas in _modes(config, gpus):
         for checkpointing in (False, True):
             layouts.append(_layout(config, size, row, rows, gpus, mode, replicas, checkpointing, kept))
     return Plan(
@@ -153,13 +153,15 @@ def mean_rate(task: TaskConfig) -> float:
 def state_bytes(config: TrainConfig, size: ModelSize) -> int:
     """float32 weights, gradients and average (12 bytes a parameter) and optimiser state (8, of Muon's matrices 4).
 
+    AdamW's state in 8 bits takes 2 bytes and the scales of its blocks, two float32 per 256 values.
     With adapters only they have gradients and state; their number is 2 rank (inputs + outputs) per layer.
     """
+    moments = 8 if config.optimiser.state_bits == 32 else 2 + 8 / 256
     if config.lora.rank:
         trained = adapter_parameters(config)
-        return 8 * size.total + 20 * trained  # frozen weights are averaged too
+        return 8 * size.total + round((12 + moments) * trained)  # frozen weights are averaged too
     matrices = size.block_linear if config.optimiser.name == "muon" else 0
-    return 20 * size.total - 4 * matrices
+    return 12 * size.total + round(moments * (size.total - matrices)) + 4 * matrices
 
 
 def adapter_parameters(config: TrainConfig) -> int:
@@ -198,8 +200,10 @@ def block_activation_bytes(model: Mapping[str, Any], bf16: bool = True) -> int:
     return norms + matmuls + attention + feed_forward + sandwich + dropout
 
 
-def _modes(gpus: int) -> list[tuple[str, int]]:
+def _modes(config: TrainConfig, gpus: int) -> list[tuple[str, int]]:
     modes = [("ddp", 1)]
+    if config.optimiser.state_bits == 8:
+        return modes  # whole tensors only
     if gpus > GPUS_PER_MACHINE and gpus % GPUS_PER_MACHINE == 0:
         modes.append(("fsdp", gpus // GPUS_PER_MACHINE))
     return [*modes, ("fsdp", 1)] if gpus > 1 else modes
