@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
+from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.candidates import agreement, candidate_seeds
 
 
@@ -60,6 +63,27 @@ def test_candidates_of_a_row_do_not_depend_on_the_batch(pipe) -> None:
     together = pipe.generate(num_images_per_prompt=3, generator=[1, 2, 3], num_candidates=2)
     alone = pipe.generate(generator=[2], num_candidates=2)
     assert torch.equal(together.ids[1], alone.ids[0])
+
+
+def test_a_model_brings_its_own_number(pipe, tmp_path) -> None:
+    settings = replace(pipe.settings, num_candidates={"text_to_image": 3})
+    own = UniDiffPipeline(pipe.transformer, pipe.images, pipe.texts, settings)
+    own.save_pretrained(tmp_path / "model")
+    own = UniDiffPipeline.from_pretrained(tmp_path / "model")
+    own.set_progress_bar_config(disable=True)
+    prompts, seeds = ["a dog", "two cats"], [3, 4]
+    best = pipe.text_to_image(prompts, generator=seeds, num_candidates=3)
+    assert torch.equal(own.text_to_image(prompts, generator=seeds).ids, best.ids)
+    once = pipe.text_to_image(prompts, generator=seeds)
+    assert torch.equal(own.text_to_image(prompts, generator=seeds, num_candidates=1).ids, once.ids)
+    assert not torch.equal(once.ids, best.ids)
+    assert torch.equal(own.generate(generator=[1]).ids, pipe.generate(generator=[1]).ids)
+
+
+@pytest.mark.parametrize("numbers", [{"paint": 2}, {"caption": 0}, {"caption": "2"}])
+def test_bad_numbers_of_a_model(pipe, numbers) -> None:
+    with pytest.raises(ValueError, match=r"num_candidates (name unknown tasks|is )"):
+        replace(pipe.settings, num_candidates=numbers)
 
 
 def test_a_negative_prompt_leads_away(pipe) -> None:

@@ -6,6 +6,7 @@ python training/change_tokens.py text MODEL OUT --add " axolotl" --add " capybar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -69,10 +70,9 @@ def text(
 
 
 def _emoji_pictures(seed: int) -> Iterator[Tensor]:
-    from unidiff.train.vq_data import ImageData, image_views
+    from unidiff.train.vq_trainer import emoji_images
 
-    data = ImageData(emoji_profile="cpu", emoji_kinds=(0.25, 0.25, 0.25, 0.25), validation_images=1)
-    return (views.images for views in image_views(data, BATCH, seed)[0])
+    return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in itertools.count(0, BATCH))
 
 
 @contextmanager

@@ -43,8 +43,12 @@ class DecodeFlags:
         str | None, typer.Option(help="Cache between passes: auto, none, prefix, dual, vicinity, adaptive, max-logit.")
     ] = None
     candidates: Annotated[
-        int, typer.Option(min=1, help="Decodes of each result; the one whose words and picture agree best is kept.")
-    ] = 1
+        int | None,
+        typer.Option(
+            min=1,
+            help="Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
+        ),
+    ] = None
     model: Model = "emoji"
     device: Device = "auto"
     dtype: Dtype = "float32"
@@ -61,7 +65,7 @@ class DecodeFlags:
             "guidance_scale": self.guidance,
             "temperature": self.temperature,
             "cache": self.cache,
-            "num_candidates": self.candidates if self.candidates > 1 else None,
+            "num_candidates": self.candidates,
         }
         return {"generator": self.seed} | {name: value for name, value in asked.items() if value is not None}
 

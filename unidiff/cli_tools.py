@@ -16,7 +16,9 @@ eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=Tru
 def eval_emoji(
     seed: Seed = 0,
     n: Annotated[int, typer.Option("--n", min=1, help="Cases per category.")] = 300,
-    candidates: Annotated[int, typer.Option(min=1, help="Decodes of each case, of which the model keeps one.")] = 1,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Decodes of each case, of which one is kept. Default: the model's own.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     outcomes: Annotated[
         bool, typer.Option("--outcomes", help="Keep what came out of every case in the JSON, for comparisons.")
@@ -44,7 +46,7 @@ def eval_emoji(
     from unidiff.evaluation.emoji_eval import run_emoji_eval
 
     console = Console(stderr=True)
-    options: dict[str, Any] = {} if candidates == 1 else {"num_candidates": candidates}
+    options: dict[str, Any] = {} if candidates is None else {"num_candidates": candidates}
     with console.status("EmojiEval") as status:
         say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
         result = run_emoji_eval(pipe, seed, n, progress=say, **options)

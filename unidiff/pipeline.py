@@ -14,7 +14,7 @@ from unidiff.decoding import CacheConfig, RefreshPolicy, Sampler, SamplerConfig
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.auto_cache import choose_cache
-from unidiff.pipelines.candidates import candidate_seeds, check_candidates, keep_best
+from unidiff.pipelines.candidates import candidate_seeds, keep_best
 from unidiff.pipelines.checks import check_fit, check_negative, read_dtype
 from unidiff.pipelines.decode import (
     OUTPUT_TYPES,
@@ -30,7 +30,7 @@ from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_folder import is_released, load_released_pipeline
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
-from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
+from unidiff.pipelines.settings import PipelineSettings, by_modality, check_candidates, with_overrides
 from unidiff.pipelines.tasks import call_task
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.image_vq import VQImageTokenizer
@@ -313,7 +313,7 @@ class UniDiffPipeline(DiffusionPipeline):
         policy: RefreshPolicy | None = None,
         block_length: int | Mapping[str, int] | None = None,
         threshold: float | Mapping[str, float] | None = None,
-        num_candidates: int = 1,
+        num_candidates: int | None = None,
         generator: RowGenerator = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -322,8 +322,10 @@ class UniDiffPipeline(DiffusionPipeline):
         """The one path of all tasks: rows, sampler, and back to words and pixels."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
-        check_candidates(num_candidates)
         settings = self.settings
+        if num_candidates is None:
+            num_candidates = settings.num_candidates.get(task, 1)
+        check_candidates(num_candidates)
         # 1. settings of the decode
         never = self.text_slots.never(closed=all(slot.closed for slot in slots))
         blocks = by_modality("block_length", block_length, ("text", "image"))

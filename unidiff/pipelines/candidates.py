@@ -23,12 +23,6 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 _CANDIDATE_STREAM, _LARGEST = 7, (1 << 62) - 1
 
 
-def check_candidates(count: int) -> None:
-    """Raises ValueError unless `count` is a whole number of at least 1."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"num_candidates is {count!r}; expected a whole number of at least 1")
-
-
 def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
     """int64 `[B * count]`: each row's own seed, then `count - 1` hashes of it."""
     numbers = torch.arange(1, count, device=seeds.device)

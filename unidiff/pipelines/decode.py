@@ -37,7 +37,7 @@ class DecodeOptions(TypedDict, total=False):
     threshold: commit every token of at least this confidence, at least one per pass: of text, in text-to-image of the
         image, or as `{"text": 0.9, "image": 0.5}`.
     num_candidates: decodes of each row, of which the one whose words and picture agree best by the model's own
-        likelihoods is kept; costs that many times the time and memory.
+        likelihoods is kept; costs that many times the time and memory. Left out, the model's own number for the task.
     generator: None, an int, a torch.Generator, or a list with one of either per row.
     output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`) or "codes" (int64 `[B, h, w]`).
     callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass, with t the share
@@ -54,7 +54,7 @@ class DecodeOptions(TypedDict, total=False):
     policy: RefreshPolicy | None
     block_length: int | Mapping[str, int] | None
     threshold: float | Mapping[str, float] | None
-    num_candidates: int
+    num_candidates: int | None
     generator: RowGenerator
     output_type: str
     callback_on_step_end: StepCallback | None

@@ -12,6 +12,12 @@ from unidiff.tokens import Vocabulary
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "generate")
 
 
+def check_candidates(count: int) -> None:
+    """Raises ValueError unless `count` is a whole number of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"num_candidates is {count!r}; expected a whole number of at least 1")
+
+
 def default_samplers() -> dict[str, SamplerConfig]:
     """Settings per task where a model brings none of its own: text by threshold, images by a cosine quota."""
     text = ModalityDecoding(steps=16, rule="threshold", temperature=0.0)
@@ -36,6 +42,7 @@ class PipelineSettings:
         grid: image codes per column and per row, `(height, width)`.
         task_tokens: names of the special text tokens that open a caption, open a question, and separate the answer.
         samplers: sampler settings per task (`TASKS`); tasks left out get `default_samplers`.
+        num_candidates: decodes of each row per task, of which the best is kept; tasks left out decode once.
 
     Raises:
         ValueError: a value outside its range; the message names it.
@@ -48,6 +55,7 @@ class PipelineSettings:
         default_factory=lambda: {name: name for name in ("caption", "question", "answer")}
     )
     samplers: Mapping[str, SamplerConfig] = field(default_factory=dict)
+    num_candidates: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text_length, int) or self.text_length < 3:
@@ -57,11 +65,15 @@ class PipelineSettings:
             raise ValueError(f"grid is {self.grid!r}; expected (height, width) in image codes")
         if missing := {"caption", "question", "answer"} - set(self.task_tokens):
             raise ValueError(f"task_tokens lack {sorted(missing)}; name the special token of each")
-        if unknown := set(self.samplers) - set(TASKS):
-            raise ValueError(f"samplers name unknown tasks {sorted(unknown)}; expected some of {list(TASKS)}")
+        for name, per_task in (("samplers", self.samplers), ("num_candidates", self.num_candidates)):
+            if unknown := set(per_task) - set(TASKS):
+                raise ValueError(f"{name} name unknown tasks {sorted(unknown)}; expected some of {list(TASKS)}")
+        for count in self.num_candidates.values():
+            check_candidates(count)
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "task_tokens", dict(self.task_tokens))
         object.__setattr__(self, "samplers", {**default_samplers(), **self.samplers})
+        object.__setattr__(self, "num_candidates", dict(self.num_candidates))
 
     def sampler(self, task: str) -> SamplerConfig:
         """The default sampler settings of a task."""
@@ -77,6 +89,7 @@ class PipelineSettings:
             "grid": list(self.grid),
             "task_tokens": dict(self.task_tokens),
             "samplers": {task: sampler.to_dict() for task, sampler in self.samplers.items()},
+            "num_candidates": dict(self.num_candidates),
         }
 
     @classmethod
