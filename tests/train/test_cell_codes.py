@@ -23,7 +23,7 @@ def model(codes: int = 2048, **changes) -> CellVQModel:
 
 
 def test_cells_are_those_of_rendered_sprites() -> None:
-    cells, flat = emoji_cells("cpu")
+    cells, flat = emoji_cells("cpu", 8)
     assert cells.shape[1:] == (8, 3, 8, 8) and flat.shape == (8, 3, 8, 8)
     assert 64 * 15 < len(cells) <= 64 * (16 + 9 + 4)
     profile = get_profile("cpu")
@@ -33,6 +33,10 @@ def test_cells_are_those_of_rendered_sprites() -> None:
     assert (cells[:, number] - middle).abs().flatten(1).amax(1).min() == 0
     torch.testing.assert_close(flat[number], picture[-8:, -8:].permute(2, 0, 1).float() / 255)
     assert (cells - flat).abs().flatten(2).amax((1, 2)).min() > 24 / 255  # no cell shows background only
+    quarters, small = emoji_cells("cpu", 4)
+    assert quarters.shape[2:] == small.shape[1:] == (3, 4, 4) and len(cells) < len(quarters) < 4 * len(cells)
+    with pytest.raises(ValueError, match="placed by 8 pixels, which factor 16 must divide"):
+        emoji_cells("cpu", 16)
 
 
 def test_contrast_loss_is_the_mean_cross_entropy() -> None:
@@ -64,7 +68,7 @@ def test_too_many_cells_for_the_codebook() -> None:
 
 @pytest.mark.training
 def test_encoder_learns_to_ignore_the_background() -> None:
-    cells, flat = emoji_cells("cpu")
+    cells, flat = emoji_cells("cpu", 8)
     some = cells[:: len(cells) // 60]
     untrained = place_codes(model(), some, flat)["cells_shared"]
     trained = train_cell_codes(

@@ -44,20 +44,26 @@ class CellCodes:
     temperature: float = 0.05
 
 
-def emoji_cells(profile_name: str) -> tuple[Tensor, Tensor]:
-    """Every cell of every sprite in every size on all backgrounds, float `[cells, backgrounds, 3, unit, unit]` in [0, 1],
-    and the cells of the backgrounds alone, `[backgrounds, 3, unit, unit]`."""
+def emoji_cells(profile_name: str, factor: int) -> tuple[Tensor, Tensor]:
+    """Every cell of every sprite in every size on all backgrounds, float `[cells, backgrounds, 3, factor, factor]` in
+    [0, 1], and the cells of the backgrounds alone, `[backgrounds, 3, factor, factor]`.
+
+    Raises:
+        ValueError: `factor` does not divide the unit that sprites are placed by, so that cells differ from place to place.
+    """
     profile = get_profile(profile_name)
     unit, grounds = profile.unit, torch.tensor(list(BACKGROUNDS.values())) / 255  # [backgrounds, 3]
-    flat = grounds[:, :, None, None].expand(-1, -1, unit, unit).contiguous()
+    if unit % factor:
+        raise ValueError(f"sprites of {profile_name!r} are placed by {unit} pixels, which factor {factor} must divide")
+    flat = grounds[:, :, None, None].expand(-1, -1, factor, factor).contiguous()
     cells = []
     for name in profile.names:
         for size in (LARGE, MEDIUM, SMALL):
             scenes = [Scene((SceneObject(name, 0, 0, size),), ground) for ground in BACKGROUNDS]
             pixels = torch.from_numpy(np.stack([render(scene, profile) for scene in scenes]))  # [backgrounds, H, W, 3]
             sprite = pixels[:, : size * unit, : size * unit].permute(0, 3, 1, 2).float() / 255
-            grid = sprite.unfold(2, unit, unit).unfold(3, unit, unit)  # [backgrounds, 3, size, size, unit, unit]
-            own = grid.permute(2, 3, 0, 1, 4, 5).flatten(0, 1)  # [size^2, backgrounds, 3, unit, unit]
+            grid = sprite.unfold(2, factor, factor).unfold(3, factor, factor)  # [backgrounds, 3, n, n, f, f]
+            own = grid.permute(2, 3, 0, 1, 4, 5).flatten(0, 1)  # [n^2, backgrounds, 3, f, f]
             shown = (own - flat).abs().flatten(1).amax(1) > NOTICEABLE / 255
             cells.append(own[shown])
     return torch.cat(cells), flat

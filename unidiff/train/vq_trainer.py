@@ -160,7 +160,7 @@ def _build(config: ImageTokenizerConfig) -> tuple[Any, CodebookAverage | None]:
 def _learn_codes(model: CellVQModel, config: ImageTokenizerConfig, generator: torch.Generator, log: Path) -> dict:
     """Encoder and codebook, which then stay as they are."""
     assert config.data.emoji_profile is not None
-    cells, flat = emoji_cells(config.data.emoji_profile)
+    cells, flat = emoji_cells(config.data.emoji_profile, int(model.config.factor))
     report = train_cell_codes(model, cells, flat, config.cells, config.bf16, generator, lambda line: _say(line, log))
     model.encoder.requires_grad_(False)
     return report
