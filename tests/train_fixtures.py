@@ -20,7 +20,7 @@ TINY = [
     "objective.chunk=64",
     "data.validation_rows=8",
     "schedule.warmup=2",
-    "logging.tensorboard=false",
+    "logging.trackers=[]",
     "logging.progress=false",
     "logging.validate_every=0",
 ]

@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+from unidiff.train.config import TRACKERS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,6 +50,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the divergence from the starting model")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--track", action="append", default=[], choices=TRACKERS, help="send numbers there too; repeatable"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=10, help="steps between checkpoints")
     options = parser.parse_args(arguments)
     try:
@@ -99,7 +104,7 @@ def run(
     from unidiff.train.signals import StopOnSignals
 
     folder, count = options.output / "checkpoints", options.prompts_per_step
-    free = ("output", "steps", "checkpoint_every")  # what may change between two parts of a run
+    free = ("output", "steps", "checkpoint_every", "track")  # what may change between two parts of a run
     about = {name: str(value) for name, value in vars(options).items() if name not in free}
     found = load_checkpoint(folder)
     if found is not None:
@@ -107,7 +112,7 @@ def run(
         print(f"resumed at step {tuner.steps} from {folder}")
     stopped: list[bool] = []
     options.output.mkdir(parents=True, exist_ok=True)
-    log = RunLog(options.output, False, tuner.steps)
+    log = RunLog(options.output, tuner.steps, options.track, about=about)
     try:
         with StopOnSignals(lambda: stopped.append(True)):
             while tuner.steps < options.steps and not stopped:

@@ -18,7 +18,7 @@ from unidiff.train.source import TokenTable
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["device=cpu", "precision=fp32", "batch_size=4", "schedule.warmup=0", "optimiser.lr=1e-2", "ema.decay=0.5"]
-QUICK += ["data.validation_rows=4", "logging.tensorboard=false", "logging.progress=false", "logging.validate_every=0"]
+QUICK += ["data.validation_rows=4", "logging.trackers=[]", "logging.progress=false", "logging.validate_every=0"]
 QUICK += ["checkpoint.export_dtype=float32"]
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="peft (the `finetune` extra) is not installed"

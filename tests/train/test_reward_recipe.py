@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,10 @@ def test_a_pipeline_is_tuned_with_a_function_from_a_module(tmp_path, monkeypatch
         "    return pictures.flatten(1).mean(1)\n"
     )
     reward = ["--prompts", "prompts.txt", "--reward", "brightness_reward:bright"]
-    assert run("base", "tuned", *reward, *QUICK) == 0
+    sent: dict = {}
+    tracked = SimpleNamespace(name="tuned", log=lambda values, step: sent.update({step: values}), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **options: tracked))
+    assert run("base", "tuned", *reward, *QUICK, "--track", "trackio") == 0
     import brightness_reward
 
     prompts, shape = brightness_reward.seen[0]
@@ -56,6 +60,7 @@ def test_a_pipeline_is_tuned_with_a_function_from_a_module(tmp_path, monkeypatch
     assert brightness_reward.seen[1][0][0] == "an owl"
     lines = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(0 < line["reward"] < 1 for line in lines)
+    assert [values["reward/reward"] for values in sent.values()] == [line["reward"] for line in lines]
     before, after = (UniDiffPipeline.from_pretrained(tmp_path / name) for name in ("base", "tuned/pipeline"))
     moved = [
         n for n, p in after.transformer.named_parameters() if not torch.equal(p, before.transformer.get_parameter(n))

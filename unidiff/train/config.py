@@ -10,6 +10,7 @@ from unidiff.config import load_config
 
 TASKS = ("joint", "t2i", "caption", "vqa", "text")
 RATES = ("uniform", "cosine", "high", "beta")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 WEIGHTS = ("elbo", "inverse_rate", "softmin", "ce")
 
 
@@ -142,6 +143,8 @@ class LoggingConfig:
     """Intervals are in steps; 0 turns a thing off.
 
     Args:
+        trackers: where numbers and sample sheets go besides `metrics.jsonl`, any of `TRACKERS`.
+        project: of the run in W&B and trackio; the run itself is named after `output`.
         peak_tflops: matrix products of one device, in 10^12 operations per second, measured by training/benchmark.py;
             with it the log has `mfu`, the share of that peak in useful work.
     """
@@ -153,7 +156,8 @@ class LoggingConfig:
     sample_steps: int = 16
     sample_guidance: float = 1.0
     prompts: list[str] = field(default_factory=list)
-    tensorboard: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "unidiff"
     progress: bool = True
     peak_tflops: float = 0.0
 
@@ -294,6 +298,8 @@ def check_config(config: TrainConfig) -> None:
     _choice("optimiser.name", config.optimiser.name, ("adamw", "muon"))
     if config.optimiser.state_bits not in (8, 32):
         raise ValueError(f"optimiser.state_bits = {config.optimiser.state_bits} is unknown; expected 8 or 32")
+    for name in config.logging.trackers:
+        _choice("logging.trackers", name, TRACKERS)
     _choice("schedule.name", config.schedule.name, ("cosine", "wsd", "constant"))
     _choice("checkpoint.export_dtype", config.checkpoint.export_dtype, ("bfloat16", "float16", "float32"))
     _choice("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))

@@ -1,13 +1,13 @@
-"""What a run says while it goes: JSON lines, TensorBoard, and one progress line."""
+"""What a run says while it goes: JSON lines, trackers, and one progress line."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -16,6 +16,7 @@ from unidiff.train.config import TASKS, TrainConfig
 from unidiff.train.flops import RowShape, block_causal_pairs, model_size, row_flops
 from unidiff.train.source import TokenSource
 from unidiff.train.step import TIME_BUCKETS, StepReport
+from unidiff.train.trackers import Tracker, open_trackers
 
 
 class TaskMeter:
@@ -108,73 +109,80 @@ class SpeedMeter:
 
 
 class RunLog:
-    """`metrics.jsonl` (one object per line with `step`) and TensorBoard event files in `folder/tensorboard`.
+    """`metrics.jsonl` in the run's folder, one object per line with `step`, and the trackers.
 
     Args:
         folder: the run's folder.
-        tensorboard: also write event files; needs the `train` extra.
         start_step: lines of later steps, left by a killed run, are dropped.
+        trackers: where else numbers and pictures go, names of `unidiff.train.config.TRACKERS`.
+        project: of the trackers that have projects.
+        about: the run's settings, for the trackers that show them.
         silent: write nothing (all processes of a run but one).
 
     Raises:
-        ValueError: TensorBoard is wanted but not installed.
+        ValueError: a tracker is not installed or does not start.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, start_step: int, silent: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        trackers: Sequence[str] = (),
+        project: str = "unidiff",
+        about: Mapping[str, Any] | None = None,
+        silent: bool = False,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
-        self._writer = None
+        self._trackers: list[Tracker] = []
         if silent:
             return
-        _truncate(self.path, start_step)
+        last = _truncate(self.path, start_step)
+        self._trackers = open_trackers(trackers, folder, start_step, last, project, about or {})
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                message = (
-                    "TensorBoard is not installed; run `pip install unidiff[train]` or set logging.tensorboard=false"
-                )
-                raise ValueError(message) from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """One line `{"step", "kind", "time", **values}`; numbers that are not finite become null."""
+        """One line `{"step", "kind", "time", **values}`; numbers that are not finite become null.
+
+        Trackers get the finite ones, named `kind/key`.
+        """
         if self._file is None:
             return
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         line = {"step": step, "kind": kind, "time": round(time.time(), 2), **plain}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for key, value in plain.items():
-                if value is not None:
-                    self._writer.add_scalar(f"{kind}/{key}", value, step)
+        for tracker in self._trackers:
+            tracker.write(step, {f"{kind}/{key}": value for key, value in plain.items() if value is not None})
 
     def image(self, step: int, name: str, picture: torch.Tensor) -> None:
-        """A uint8 `[3, H, W]` picture for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_image(name, picture, step)
+        """A uint8 `[3, H, W]` picture for the trackers."""
+        for tracker in self._trackers:
+            tracker.image(step, name, picture)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
-def _truncate(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int) -> int:
+    """Drop what comes after `step`; returns the last step that was there."""
     if not path.is_file():
-        return
-    kept = []
+        return 0
+    kept, last = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            number = json.loads(line)["step"]
         except (json.JSONDecodeError, KeyError):
             continue  # a line cut by a kill
+        last = max(last, number)
+        if number <= step:
+            kept.append(line)
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return last
 
 
 class Progress:

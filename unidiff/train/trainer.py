@@ -165,7 +165,8 @@ class Trainer:
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "config.yaml", dump_config(config))
-        log = RunLog(self.folder, config.logging.tensorboard, self.state.step, silent=not main)
+        names, project = config.logging.trackers, config.logging.project
+        log = RunLog(self.folder, self.state.step, names, project, asdict(config), silent=not main)
         stack.callback(log.close)
         tokens, shown = config.rows_per_step * length, config.logging.progress and main
         progress = Progress(config.steps, self.state.step, tokens, config.logging.every, shown)
