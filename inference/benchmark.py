@@ -29,10 +29,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", help="in place of the suite's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cells",
+        type=Path,
+        help="folder of finished measurements, for going on after an interruption; default: beside the JSON",
+    )
     emoji = parser.add_argument_group("emoji", "the suite with a trained model; goes on where it was interrupted")
     emoji.add_argument("--model", default="emoji", help="folder of the pipeline")
     emoji.add_argument("--dtype", default="float32", help="how the model computes")
-    emoji.add_argument("--cells", type=Path, help="folder of finished measurements; default: beside the JSON")
     emoji.add_argument("--task", **several, choices=list(QUALITY), help="repeatable")
     emoji.add_argument(
         "--setting", **several, help="model, passes-16, threshold-0.9, factor-1, passes-16/8; repeatable"
@@ -78,7 +82,8 @@ def main() -> None:
             return
     else:
         names = ("blocks", "runs", "threads", "device", "seed")
-        options = Options(tuple(given.only), **{name: getattr(given, name) for name in names})
+        cells = given.cells or given.json.with_suffix(".cells")
+        options = Options(tuple(given.only), **{name: getattr(given, name) for name in names}, cells=cells)
         result = run_suite(given.suite, options, say)
     for file in write(result, given.json):
         say(file)

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_smoke_suite_runs_as_a_person_runs_it(tmp_path):
     done = recipe("--suite", "smoke", "--json", path, "--blocks", 2, "--runs", 1, "--only", "dual", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "corrected" in done.stdout and "only 2 blocks of each row" in done.stdout
-    assert sorted(p.name for p in path.parent.iterdir()) == ["smoke.csv", "smoke.json", "smoke.png"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["smoke.cells", "smoke.csv", "smoke.json", "smoke.png"]
     data = json.loads(path.read_text())
     assert data["suite"] == "smoke" and data["about"]["blocks"] == 2 and data["about"]["threads"] == 1
     assert [row["policy"] for row in data["rows"]] == ["none", "dual"] * 2
@@ -46,6 +47,28 @@ def test_the_smoke_suite_runs_as_a_person_runs_it(tmp_path):
         assert [line["policy"] for line in csv.DictReader(file)] == ["none", "dual"] * 2
     with Image.open(path.with_suffix(".png")) as image:
         assert image.format == "PNG" and image.width > 100
+
+
+def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
+    original, seen = decode_benchmark._run_workload, []
+
+    def measure(suite, workload, *rest):
+        seen.append(workload)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(suite, workload, *rest)
+
+    monkeypatch.setattr(decode_benchmark, "_run_workload", measure)
+    options = Options(only=("dual",), blocks=1, runs=1, cells=tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        run_suite("smoke", options)
+    resumed, workloads = run_suite("smoke", options), SUITES["smoke"].workloads
+    assert seen == [workloads[0], workloads[1], workloads[1]]
+    again = run_suite("smoke", options)
+    assert again.to_dict() == resumed.to_dict() and len(seen) == 3
+    assert [m["workload"] for m in again.about["matmul"]] == [decode_benchmark.describe(w) for w in workloads]
+    run_suite("smoke", replace(options, seed=1))
+    assert len(seen) == 5  # other settings are measured anew
 
 
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from unidiff.decoding import ModalityDecoding, RefreshPolicy, Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.bounds import Schedule, reference_bound, speedup_bound
+from unidiff.evaluation.decode_benchmark_cells import Cells, code_hash
 from unidiff.evaluation.decode_benchmark_rates import (
     MatmulRates,
     matmul_peak,
@@ -100,6 +102,7 @@ class Options:
         threads: of the CPU; None leaves it as it is.
         device: another device than the suite's.
         seed: of weights, tokens and decodes.
+        cells: folder in which finished workloads are kept, so that a run that was interrupted goes on; None for none.
     """
 
     only: tuple[str, ...] = ()
@@ -108,6 +111,7 @@ class Options:
     threads: int | None = None
     device: str | None = None
     seed: int = 0
+    cells: Path | None = None
 
     def policies(self, default: tuple[str, ...]) -> list[str]:
         """Names to run, without a cache first.
@@ -134,11 +138,25 @@ def run_suite(name: str, options: Options, progress: Progress = lambda what: Non
         result.about["runs"] = options.runs or suite.runs
         result.about["matmul"] = []
         model = random_model(suite, device, options.seed)
+        asked = {**asdict(options), "cells": None, "threads": torch.get_num_threads(), "runs": result.about["runs"]}
         for workload in suite.workloads:
             progress(describe(workload))
             nn.Module.to(model, getattr(torch, workload.dtype))  # without diffusers' advice on loading
-            result.rows += _run_workload(suite, workload, model, options, result.about)
+            key = {"model": dict(suite.model), "workload": asdict(workload), "options": asked, "code": code_hash()}
+            found = _kept(options.cells, workload, key, lambda: _run_workload(suite, workload, model, options))  # noqa: B023
+            result.rows += [Row(**row) for row in found["rows"]]
+            result.about["matmul"].append(found["matmul"])
     return result
+
+
+def _kept(
+    folder: Path | None, workload: Workload, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What was measured before, else now."""
+    if folder is None:
+        return measure()
+    name = f"{workload.text}+{workload.image}-{workload.dtype}-{workload.block}x{workload.passes}-{workload.batch}"
+    return Cells(folder).measured(name, key, measure)
 
 
 def random_model(suite: Suite, device: torch.device, seed: int) -> MaskedTransformer:
@@ -173,10 +191,8 @@ def request(
     return TokenBatch.from_spans([spans] * rows)
 
 
-def _run_workload(
-    suite: Suite, workload: Workload, model: MaskedTransformer, options: Options, about: dict[str, Any]
-) -> list[Row]:
-    """All policies of one decode, run after run in turn."""
+def _run_workload(suite: Suite, workload: Workload, model: MaskedTransformer, options: Options) -> dict[str, Any]:
+    """All policies of one decode, run after run in turn: `rows` (fields of `Row`) and `matmul`, the rates beside them."""
     vocabulary, device = suite.vocabulary, model.device
     schedule = workload.schedule(vocabulary, options.blocks)
     short = workload.schedule(vocabulary, 1, min(workload.passes, 3))
@@ -184,15 +200,13 @@ def _run_workload(
     rates = measure_rates(model, row_counts(schedule.length * workload.batch, schedule.block * workload.batch))
     bandwidth = copy_bandwidth(suite.copy_bytes, device)
     batch = request(schedule, workload.grid, vocabulary, workload.batch, options.seed).to(device)
-    about["matmul"].append(
-        {
-            "workload": describe(workload),
-            "peak": peak,
-            "bandwidth": bandwidth,
-            "rates": {str(n): rate for n, rate in rates.points},
-            "steps": measure_steps(model, batch.hide_targets(vocabulary), schedule, peak, bandwidth),
-        }
-    )
+    about = {
+        "workload": describe(workload),
+        "peak": peak,
+        "bandwidth": bandwidth,
+        "rates": {str(n): rate for n, rate in rates.points},
+        "steps": measure_steps(model, batch.hide_targets(vocabulary), schedule, peak, bandwidth),
+    }
     names = options.policies(suite.policies)
     policies = {name: POLICIES[name].build() for name in names}
     for policy in policies.values():  # warm-up
@@ -206,9 +220,10 @@ def _run_workload(
             outputs[name] = _decode(model, vocabulary, policy, schedule, workload, options.seed + run)
             synchronise(device)
             seconds[name].append(time.perf_counter() - begun)
-    return [
+    rows = [
         _row(name, policies[name], outputs[name], seconds, workload, schedule, model, rates, peak) for name in names
     ]
+    return {"rows": [asdict(row) for row in rows], "matmul": about}
 
 
 def _decode(

@@ -108,8 +108,8 @@ class Watched:
         return call
 
     def model(self, batch: int, decode: Decode, **options: Any) -> PipelineModel:
-        """What EmojiEval asks, decoded in this way."""
-        return PipelineModel(cast(UniDiffPipeline, self), batch, sampler=decode.config, **options)
+        """What EmojiEval asks, decoded in this way, once for each case."""
+        return PipelineModel(cast(UniDiffPipeline, self), batch, sampler=decode.config, num_candidates=1, **options)
 
 
 def measure_quality(
@@ -187,7 +187,8 @@ def model_hash(pipe: UniDiffPipeline) -> str:
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    layout = {name: value for name, value in pipe.settings.to_dict().items() if name != "samplers"}
+    how = ("samplers", "num_candidates")
+    layout = {name: value for name, value in pipe.settings.to_dict().items() if name not in how}
     digest.update(json.dumps([layout, dict(pipe.transformer.config)], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
