@@ -15,12 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-
 from unidiff.train.config import read_config
+from unidiff.train.startup import exit_status, set_up_threads
 
+set_up_threads(os.environ)
 _HERE = Path(__file__).resolve().parent.parent / "configs"
 _SMOKE = ["model={hidden_size: 64, num_layers: 2, num_heads: 2}", "batch_size=4", "data.text_length=16", "data.grid=4"]
 _SMOKE += ["data.vocabulary=unidisc-magvit", "objective.chunk=32"]
@@ -34,14 +32,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="settings as in pretrain.py, for instance batch_size=8")
     options = parser.parse_intermixed_args(arguments)
-    try:
+
+    def measure() -> None:
         report = run(options.what, options.overrides, options.steps, options.head_only)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    return exit_status(measure)
 
 
 def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[str, Any]:

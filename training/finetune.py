@@ -14,58 +14,36 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-
 from unidiff.train.config import TrainConfig, read_config
+from unidiff.train.startup import asks_for_help, exit_status, set_up_threads, train
+
+set_up_threads(os.environ)
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print((__doc__ or "").strip())
+    if asks_for_help(arguments, __doc__):
         return 0 if arguments else 2
     name, *rest = arguments
     path = rest.pop(0) if rest and "=" not in rest[0] else None
-    try:
-        return finetune(name, read_config(path, rest))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: finetune(name, read_config(path, rest)))
 
 
 def finetune(name: str, config: TrainConfig) -> int:
     from unidiff.hub import locate
     from unidiff.pipelines.folder import read_index
     from unidiff.pipelines.settings import PipelineSettings
-    from unidiff.train.build import pick_device
-    from unidiff.train.datasets import open_sources
-    from unidiff.train.distributed import Launch, Parallel
     from unidiff.train.finetune import check_vocabulary, finetune_config, open_base
-    from unidiff.train.samples import sheet_sampler
-    from unidiff.train.trainer import Trainer, TrainingAborted
 
     base = open_base(locate(name))
     config = finetune_config(base, config)
     settings = PipelineSettings.from_dict(read_index(base.folder).get("settings") or {}) if base.pipeline else None
-    names, launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), None
-    if all(name in os.environ for name in names):  # set by torchrun
-        rank, size, local, address, port = (os.environ[name] for name in names)
-        launch = Launch(int(rank), int(size), int(local), address, int(port))
-    parallel = Parallel(pick_device(config.device), config.parallel, launch)
-    try:
-        with parallel.main_first():  # raw shards are encoded once
-            source, validation = open_sources(config)
-        check_vocabulary(base, source, settings.vocabulary if settings else None)
-        Trainer(config, source, validation, sheet_sampler(config, source), parallel).train()
-        if settings and parallel.main:
+
+    def finish() -> None:
+        if settings:
             save_pipeline(base.folder, Path(config.output), config.checkpoint.export_dtype)
-    except TrainingAborted as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        parallel.close()
-    return 0
+
+    vocabulary = settings.vocabulary if settings else None
+    return train(config, os.environ, lambda source: check_vocabulary(base, source, vocabulary), finish)
 
 
 def save_pipeline(base: Path, output: Path, dtype: str) -> None:

@@ -20,11 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-
 from unidiff.train.config import TRACKERS
+from unidiff.train.startup import exit_status, set_up_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.reward import RewardTuner
 
+set_up_threads(os.environ)
 PictureReward = Callable[[list[str], "Tensor"], "Tensor"]
 Prompts = Callable[[int], str]  # by number, so that a position needs no state
 _ORACLE_SEED = 7_310_000  # scenes of their own: EmojiEval's are seeded from 0
@@ -55,12 +53,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--checkpoint-every", type=int, default=10, help="steps between checkpoints")
     options = parser.parse_args(arguments)
-    try:
-        tune(options)
-    except (ValueError, FileNotFoundError, ImportError, AttributeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: tune(options), ImportError, AttributeError)
 
 
 def tune(options: argparse.Namespace) -> None:
