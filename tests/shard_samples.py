@@ -2,6 +2,8 @@
 
 import io
 import tarfile
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unidiff.data.members import encode_member
+from unidiff.data import report
+from unidiff.data.members import IMAGE_TYPES, encode_member
 from unidiff.data.tar import ShardWriter
 
 
@@ -53,6 +56,73 @@ def truncate(path: Path, size: int) -> None:
     """Keep the first `size` bytes."""
     data = path.read_bytes()
     path.write_bytes(data[:size])
+
+
+@dataclass(frozen=True)
+class DamagedSet:
+    """Damaged shards: their pattern, the good samples in order, the bad ones by reason, and how often each is reported."""
+
+    pattern: str
+    good: list[int]
+    named: dict[str, set[int]]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a set of shards: samples by number, a vanished shard, and the sample whose shard ends within it.
+
+    `truncated`: half of the picture's bytes; `bad_caption` and `bad_json`: not UTF-8; `no_caption` and `no_image`: member
+    missing; `empty_shard`: one more shard, of no bytes.
+    """
+
+    truncated: Collection[int]
+    bad_caption: Collection[int]
+    no_caption: Collection[int]
+    no_image: Collection[int]
+    vanished: int
+    cut: int
+    bad_json: Collection[int] = ()
+    empty_shard: bool = False
+
+    def write(self, folder: Path, count: int, per_shard: int) -> DamagedSet:
+        """`count` samples in shards of `per_shard`, damaged."""
+        write_samples(folder, count, per_shard, self._change)
+        shards = -(-count // per_shard)
+        (folder / f"{self.vanished:05d}.tar").unlink()
+        cut = folder / f"{self.cut // per_shard:05d}.tar"
+        truncate(cut, cut.read_bytes().index(f"{self.cut:06d}.txt".encode()) // 512 * 512 + 512 + 4)
+        if self.empty_shard:
+            (folder / f"{shards:05d}.tar").write_bytes(b"")
+        after_cut = range(self.cut, min((self.cut // per_shard + 1) * per_shard, count))
+        gone = {*range(self.vanished * per_shard, (self.vanished + 1) * per_shard), *after_cut}
+        named = {
+            report.CORRUPT_IMAGE: {*self.truncated} - {*self.no_image} - gone,
+            report.BAD_CAPTION: {*self.bad_caption} - gone,
+            report.BAD_JSON: {*self.bad_json} - gone,
+            report.MISSING_MEMBER: {*self.no_caption, *self.no_image} - gone,
+            report.TRUNCATED_SHARD: {self.cut},
+        }
+        counts = {reason: len(numbers) for reason, numbers in named.items() if numbers} | {report.MISSING_SHARD: 1}
+        if self.empty_shard:
+            counts[report.UNREADABLE_SHARD] = 1
+        lost = gone.union(*named.values())
+        pattern = str(folder / f"{{00000..{shards - 1 + self.empty_shard:05d}}}.tar")
+        return DamagedSet(pattern, [number for number in range(count) if number not in lost], named, counts)
+
+    def _change(self, number: int, members: dict) -> dict:
+        kind = next(name for name in IMAGE_TYPES if name in members)
+        if number in self.truncated:
+            members[kind] = members[kind][: len(members[kind]) // 2]
+        if number in self.bad_caption:
+            members["txt"] = b"caf\xe9 \xff"
+        if number in self.bad_json:
+            members["json"] = b'{"qa": [["which?", "\xff"]]}'
+        if number in self.no_caption:
+            del members["txt"]
+        if number in self.no_image:
+            del members[kind]
+        return members
 
 
 class MeanColourTokenizer:

@@ -4,60 +4,34 @@ from itertools import pairwise
 
 import pytest
 import torch
-from shard_samples import picture, truncate, write_samples
+from shard_samples import Damage, picture, write_samples
 
 from unidiff.data import report
 from unidiff.data.shards import ShardSource, image_batches
 
-
-def damaged_set(folder, count=100, per_shard=10):
-    """5 % truncated images, two captions that are no UTF-8, three samples without a part, a cut tar, a vanished shard.
-
-    Returns (shard pattern, expected keys in order, expected counts, keys by reason).
-    """
-    broken = {5, 25, 45, 65, 85}
-    no_text, no_caption, no_image = {11, 71}, {12, 52}, {33}
-
-    def change(number, members):
-        kind = next(name for name in members if name in ("png", "jpg", "webp"))
-        if number in broken:
-            members[kind] = members[kind][: len(members[kind]) // 2]
-        if number in no_text:
-            members["txt"] = b"caf\xe9"
-        if number in no_caption:
-            del members["txt"]
-        if number in no_image:
-            del members[kind]
-        return members
-
-    keys = write_samples(folder, count, per_shard, change)
-    (folder / "00006.tar").unlink()  # samples 60-69, and damaged sample 65 with them
-    cut = folder / "00009.tar"  # samples 90-99
-    truncate(cut, cut.read_bytes().index(b"000094.txt") // 512 * 512 + 512 + 4)
-    gone = {*broken, *no_text, *no_caption, *no_image, *range(60, 70), *range(94, 100)}
-    expected = [key for number, key in enumerate(keys) if number not in gone]
-    named = {
-        report.CORRUPT_IMAGE: [f"{n:06d}" for n in sorted(broken - {65})],
-        report.BAD_CAPTION: [f"{n:06d}" for n in sorted(no_text)],
-        report.MISSING_MEMBER: [f"{n:06d}" for n in sorted(no_caption | no_image)],
-        report.TRUNCATED_SHARD: ["000094"],
-        report.MISSING_SHARD: [],
-    }
-    counts = {reason: max(1, len(found)) for reason, found in named.items()}
-    return str(folder / "{00000..00009}.tar"), expected, counts, named
+# 5 % truncated pictures, two captions that are no UTF-8, three samples without a part; samples 60-69 (and truncated 65
+# with them) and 94-99 are in the vanished and the cut shard
+DAMAGE = Damage(
+    truncated={5, 25, 45, 65, 85}, bad_caption={11, 71}, no_caption={12, 52}, no_image={33}, vanished=6, cut=94
+)
 
 
 @pytest.mark.parametrize(("shuffle", "workers"), [(0, 0), (0, 3), (16, 0), (1000, 2)])
 def test_damage_is_skipped_counted_and_named(tmp_path, caplog, shuffle, workers):
-    pattern, expected, counts, named = damaged_set(tmp_path)
-    source = ShardSource(pattern, optional=("json",), shuffle=shuffle, workers=workers)
+    damaged = DAMAGE.write(tmp_path, 100, 10)
+    expected, counts = [f"{number:06d}" for number in damaged.good], damaged.counts
+    assert counts == {
+        "corrupt_image": 4, "bad_caption": 2, "missing_member": 3, "truncated_shard": 1, "missing_shard": 1,
+    }  # fmt: skip
+    source = ShardSource(damaged.pattern, optional=("json",), shuffle=shuffle, workers=workers)
     with caplog.at_level(logging.WARNING):
         samples = list(source)
     keys = [s["__key__"] for s in samples]
     assert (keys if not shuffle else sorted(keys)) == expected
     assert source.report.counts == counts
-    for reason, found in named.items():
-        assert sorted(source.report.keys(reason)) == found
+    for reason, found in damaged.named.items():
+        assert {int(key) for key in source.report.keys(reason)} == found
+    assert source.report.keys(report.MISSING_SHARD) == []
     assert source.report.shards(report.MISSING_SHARD) == [str(tmp_path / "00006.tar")]
     assert source.report.total == sum(counts.values())
     assert "corrupt_image" in caplog.text  # never silent
@@ -93,14 +67,14 @@ def test_order_depends_on_seed_and_epoch_alone(tmp_path):
 
 @pytest.mark.parametrize("shuffle", [0, 1, 7, 25, 500])
 def test_resuming_anywhere_gives_the_same_rest(tmp_path, shuffle):
-    pattern, expected, counts, _ = damaged_set(tmp_path, 100)
+    damaged = DAMAGE.write(tmp_path, 100, 10)
 
     def source(workers=0):
-        return ShardSource(pattern, optional=("json",), shuffle=shuffle, seed=3, workers=workers)
+        return ShardSource(damaged.pattern, optional=("json",), shuffle=shuffle, seed=3, workers=workers)
 
     whole = source()
     keys = [s["__key__"] for s in whole]
-    assert sorted(keys) == expected
+    assert sorted(int(key) for key in keys) == damaged.good
     running = source()
     stream = iter(running)
     for position in range(len(keys) + 1):
@@ -109,7 +83,7 @@ def test_resuming_anywhere_gives_the_same_rest(tmp_path, shuffle):
             resumed = source(workers=position % 3)
             resumed.load_state_dict(state)
             assert [s["__key__"] for s in resumed] == keys[position:]
-            assert resumed.report.counts == counts
+            assert resumed.report.counts == damaged.counts
             assert resumed.report.state_dict() == whole.report.state_dict()
         if position < len(keys):
             assert next(stream)["__key__"] == keys[position]

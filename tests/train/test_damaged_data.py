@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from forked_runs import RECIPE, forked
-from shard_samples import MeanColourTokenizer, truncate, write_samples
+from shard_samples import Damage, MeanColourTokenizer, truncate, write_samples
 from tiny_pipeline import tiny_parts
 from train_fixtures import TINY, tiny_config
 
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
-from unidiff.data.members import IMAGE_TYPES
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.account import DataAccount
@@ -26,35 +24,17 @@ from unidiff.train.shard_source import open_shards
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training
-PER_SHARD, SHARDS = 20, 10
-BROKEN = set(range(3, 200, 20))  # 5 % of the pictures are truncated
-NO_TEXT, NO_JSON = {21, 58, 99, 140}, {30, 133}  # captions and questions that are not UTF-8
-NO_CAPTION, NO_IMAGE = {5, 77, 120}, {41, 155}
-VANISHED, CUT = 4, 8  # shards: samples 80-99; samples 160-179, cut through 170
-GONE = {*range(80, 100), *range(170, 180)}
-
-
-def damaged_shards(folder: Path) -> str:
-    def change(number: int, members: dict) -> dict:
-        kind = next(name for name in IMAGE_TYPES if name in members)
-        if number in BROKEN:
-            members[kind] = members[kind][: len(members[kind]) // 2]
-        if number in NO_TEXT:
-            members["txt"] = b"caption \xff\xfe 1"
-        if number in NO_JSON:
-            members["json"] = b'{"qa": [["which?", "\xff"]]}'
-        if number in NO_CAPTION:
-            del members["txt"]
-        if number in NO_IMAGE:
-            del members[kind]
-        return members
-
-    write_samples(folder, PER_SHARD * SHARDS, PER_SHARD, change)
-    (folder / f"{VANISHED:05d}.tar").unlink()
-    cut = folder / f"{CUT:05d}.tar"
-    truncate(cut, cut.read_bytes().index(b"000170.txt") // 512 * 512 + 512 + 4)
-    (folder / f"{SHARDS:05d}.tar").write_bytes(b"")
-    return str(folder / f"{{00000..{SHARDS:05d}}}.tar")
+COUNT = 200  # samples, 20 in each of ten shards; 80-99 and 170-179 are in the vanished and the cut one
+DAMAGE = Damage(
+    truncated=set(range(3, 200, 20)),  # 5 %
+    bad_caption={21, 58, 99, 140},
+    bad_json={30, 133},
+    no_caption={5, 77, 120},
+    no_image={41, 155},
+    vanished=4,
+    cut=170,
+    empty_shard=True,
+)
 
 
 def pretrain(*arguments: object) -> int:
@@ -65,36 +45,32 @@ def pretrain(*arguments: object) -> int:
 
 
 def test_raw_shards_with_every_damage_train_to_the_end(tmp_path):
-    pattern = damaged_shards(tmp_path / "raw")
+    damaged = DAMAGE.write(tmp_path / "raw", COUNT, 20)
     _, image, text, _ = tiny_parts()
     VQImageTokenizer(image).save_pretrained(tmp_path / "codes")
     text.save_pretrained(tmp_path / "words")
     (tmp_path / "empty.yaml").write_text("seed: 3\n")
-    command = [tmp_path / "empty.yaml", *TINY, f"data.train={pattern}", f"output={tmp_path / 'run'}", "steps=30"]
+    command = [
+        tmp_path / "empty.yaml",
+        *TINY,
+        f"data.train={damaged.pattern}",
+        f"output={tmp_path / 'run'}",
+        "steps=30",
+    ]
     command += ["data.image_size=16", "data.text_length=10", "logging.every=10"]
     assert pretrain(*command, f"tokenizer.image={tmp_path / 'codes'}", f"tokenizer.text={tmp_path / 'words'}") == 0
-    named = {
-        report.CORRUPT_IMAGE: BROKEN - GONE - NO_IMAGE,
-        report.BAD_CAPTION: NO_TEXT - GONE,
-        report.BAD_JSON: NO_JSON - GONE,
-        report.MISSING_MEMBER: (NO_CAPTION | NO_IMAGE) - GONE,
-        report.TRUNCATED_SHARD: {170},
-    }
-    counts = {reason: len(numbers) for reason, numbers in named.items()}
-    counts |= {report.MISSING_SHARD: 1, report.UNREADABLE_SHARD: 1}
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
-    assert skipped["counts"] == counts == {
+    assert skipped["counts"] == damaged.counts == {
         "corrupt_image": 9, "bad_caption": 3, "bad_json": 2, "missing_member": 5, "truncated_shard": 1, "missing_shard": 1,
         "unreadable_shard": 1,
     }  # fmt: skip
-    for reason, numbers in named.items():
+    for reason, numbers in damaged.named.items():
         assert {int(key) for _, key, _ in skipped["encoding"]["examples"][reason]} == numbers, reason
     assert skipped["reading"] == []
     manifest = json.loads((tmp_path / "run" / "tokens" / "train" / "set0" / "tokens.json").read_text())
-    damaged = set().union(*(named[reason] for reason in named), GONE)
-    assert sum(manifest["shards"].values()) == PER_SHARD * SHARDS - len(damaged)
+    assert sum(manifest["shards"].values()) == len(damaged.good)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["data_skipped"] for line in lines if line["kind"] == "train"] == [sum(counts.values())] * 3
+    assert [line["data_skipped"] for line in lines if line["kind"] == "train"] == [sum(damaged.counts.values())] * 3
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
