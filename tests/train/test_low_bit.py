@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from train_fixtures import MIXED, tiny_config, tiny_table
 
-from unidiff.train.config import ParallelConfig
+from unidiff.train import optim
+from unidiff.train.config import OptimiserConfig, ParallelConfig
 from unidiff.train.distributed import Launch, Parallel
-from unidiff.train.optim import learning_rate_factor
+from unidiff.train.optim import Optimisers, learning_rate_factor
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training
@@ -141,6 +144,33 @@ def test_a_missing_torchao_is_named(tmp_path, monkeypatch):
 def test_other_bits_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match=r"state_bits = 4 is unknown; expected 8 or 32"):
         tiny_config(tmp_path, "optimiser.state_bits=4")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_updates_are_the_same_and_follow_the_rate(monkeypatch):
+    def updated() -> Optimisers:
+        layer = torch.nn.Linear(128, 64)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        optimisers = Optimisers(layer, OptimiserConfig(state_bits=8))
+        for number, factor in enumerate((1.0, 0.5, 0.1)):
+            generator = torch.Generator().manual_seed(number)
+            for p in layer.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimisers.set_rate(factor)
+            optimisers.step()
+        return optimisers
+
+    plain = updated()
+    monkeypatch.setattr(optim, "uncompiled", lambda parameters: nullcontext())
+    compiled = updated()
+    for p, q in zip(plain.parameters, compiled.parameters, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    first, second = plain.state(), compiled.state()
+    assert torch.equal(first["adamw.0.exp_avg.codes"], second["adamw.0.exp_avg.codes"])
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 from shard_samples import MeanColourTokenizer, truncate, write_samples
+from train_fixtures import tiny_config
 
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
@@ -11,6 +12,7 @@ from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import read_config
 from unidiff.train.datasets import open_sources
 from unidiff.train.shard_source import is_tokenised, open_shards
+from unidiff.train.trainer import Trainer
 
 SETTINGS = EncodeSettings(image_size=16, text_length=20, samples_per_shard=7)
 
@@ -182,3 +184,12 @@ def test_training_settings_open_shards(folder, text):
     assert train.vocabulary.specials["caption"] == text.special("caption")
     with pytest.raises(ValueError, match="which token shards do not have"):
         open_sources(read_config(None, [f"data.train={folder}", "data.validation_rows=0", "data.curriculum=[[0,1]]"]))
+
+
+@pytest.mark.training
+def test_shards_of_their_own_validate_a_run(folder, tmp_path):
+    data = [f"data.train={folder}", f"data.validation={folder}", "data.validation_rows=200"]
+    config = tiny_config(tmp_path, *data, "steps=1", "batch_size=2", "logging.validation_draws=1")
+    train, held_out = open_sources(config)
+    assert held_out.rows == 90  # fewer than asked for
+    assert Trainer(config, train, held_out).train()["joint_nelbo"] > 0

@@ -74,6 +74,11 @@ class ShardTokens:
         return sum(s.total for s in self._sets)
 
     @property
+    def rows(self) -> int:
+        """Distinct samples."""
+        return len(self)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Image tokens (height, width)."""
         return self._sets[0].layout.grid

@@ -42,9 +42,10 @@ def exit_status(run: Callable[[], int | None], *expected: type[Exception]) -> in
     Args:
         expected: errors that are such, besides ValueError and FileNotFoundError.
     """
+    mendable: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, *expected)
     try:
         return run() or 0
-    except (ValueError, FileNotFoundError, *expected) as error:
+    except mendable as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
