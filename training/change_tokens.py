@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 app = typer.Typer(add_completion=False, help=__doc__)
-Model = Annotated[Path, typer.Argument(help="folder of the pipeline")]
+Model = Annotated[str, typer.Argument(help="pipeline: a folder, a hub name, or emoji")]
 Out = Annotated[Path, typer.Argument(help="folder of the new pipeline")]
 BATCH = 64
 
