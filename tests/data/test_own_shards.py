@@ -106,7 +106,7 @@ def test_own_photographs_from_shards_to_samples(tmp_path):
             "vqa": {"weight": 0.1},
         },
         "schedule": {"warmup": 2},
-        "logging": {"validate_every": 6, "validation_draws": 1, "every": 2, "tensorboard": False, "progress": False},
+        "logging": {"validate_every": 6, "validation_draws": 1, "every": 2, "trackers": [], "progress": False},
     }  # fmt: skip
     said = recipe("training/pretrain.py", write_yaml(tmp_path / "run.yaml", run))
     assert "bad_caption" in said  # the raw set reports its damaged sample too
