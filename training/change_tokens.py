@@ -1,19 +1,19 @@
 """Give a trained pipeline other tokens, and train on from there (`checkpoint.init_from=OUT/transformer`):
 
-python training/change_tokens.py image MODEL NEW_TOKENIZER OUT --images FOLDER    # another image tokenizer
+python training/change_tokens.py image MODEL NEW_TOKENIZER OUT --shards 'raw/{00..09}.tar'  # another image tokenizer
 python training/change_tokens.py text MODEL OUT --add " axolotl" --add " capybara"  # more text tokens
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from unidiff.train.startup import exit_status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def image(
     out: Out,
     shards: Annotated[list[str] | None, typer.Option(help="tars with pictures that both tokenizers encode")] = None,
     emoji: Annotated[bool, typer.Option("--emoji", help="emoji scenes in place of shards")] = False,
-    count: Annotated[int, typer.Option(min=1, help="pictures to compare the codes on")] = 20_000,
+    pictures: Annotated[int, typer.Option("--count", min=1, help="pictures to compare the codes on")] = 20_000,
     seed: int = 0,
 ) -> None:
     """Replace the image tokenizer; codes start as what the old tokenizer says of the same cells."""
@@ -39,19 +39,15 @@ def image(
     from unidiff.tokens.image_vq import VQImageTokenizer
     from unidiff.train.new_tokens import with_image_tokenizer
 
-    with _errors():
-        pipe = UniDiffPipeline.from_pretrained(model)
+    def change() -> None:
         if emoji == bool(shards):
             raise ValueError("name the pictures by --shards (at least one tar) or by --emoji, one of them")
-        if emoji:
-            pictures = _emoji_pictures(seed)
-        else:
-            from unidiff.data.shards import image_batches
-
-            pictures = image_batches(shards or [], pipe.image_size[0], BATCH, seed=seed)
-        batches = islice(pictures, -(-count // BATCH))
+        pipe = UniDiffPipeline.from_pretrained(model)
+        batches = islice(_batches(shards, pipe.image_size[0], seed), -(-pictures // BATCH))
         with_image_tokenizer(pipe, VQImageTokenizer.from_pretrained(tokenizer), batches).save_pretrained(out)
-    typer.echo(f"new image tokenizer -> {out}; train on from {out / 'transformer'}")
+        typer.echo(f"new image tokenizer -> {out}; train on from {out / 'transformer'}")
+
+    raise typer.Exit(exit_status(change))
 
 
 @app.command()
@@ -64,25 +60,22 @@ def text(
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.new_tokens import with_text_tokens
 
-    with _errors():
+    def change() -> None:
         with_text_tokens(UniDiffPipeline.from_pretrained(model), add).save_pretrained(out)
-    typer.echo(f"{len(add)} more text tokens -> {out}; train on from {out / 'transformer'}")
+        typer.echo(f"{len(add)} more text tokens -> {out}; train on from {out / 'transformer'}")
+
+    raise typer.Exit(exit_status(change))
 
 
-def _emoji_pictures(seed: int) -> Iterator[Tensor]:
+def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless pictures of the shards, or emoji scenes of all kinds."""
+    if shards:
+        from unidiff.data.shards import image_batches
+
+        return image_batches(shards, size, BATCH, seed=seed)
     from unidiff.train.vq_trainer import emoji_images
 
-    return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in itertools.count(0, BATCH))
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """One sentence for what a person can mend."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in count(0, BATCH))
 
 
 if __name__ == "__main__":

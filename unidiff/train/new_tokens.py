@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from tokenizers import AddedToken
-from torch import Tensor
+from torch import Tensor, nn
 
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
@@ -45,10 +45,10 @@ def with_image_tokenizer(
     if stop != vocabulary.size:
         raise ValueError(f"image codes have the ids {start} to {stop - 1} of {vocabulary.size}; expected the last ones")
     overlap = code_overlap(pipe.images, tokenizer, images)
-    mix = torch.zeros(start + tokenizer.codebook_size, vocabulary.size)
-    mix[:start, :start] = torch.eye(start)
-    mix[start:, start:] = overlap
-    new = replace(vocabulary, size=len(mix), image=(start, len(mix)))
+    size = start + tokenizer.codebook_size
+    code, old = overlap.nonzero(as_tuple=True)
+    mix = _mix((size, vocabulary.size), _same(0, 0, start), (code + start, old + start, overlap[code, old]))
+    new = replace(vocabulary, size=size, image=(start, size))
     settings = replace(pipe.settings, vocabulary=new)
     return UniDiffPipeline(mix_rows(pipe.transformer, mix), tokenizer, pipe.texts, settings)
 
@@ -94,25 +94,48 @@ def with_text_tokens(pipe: UniDiffPipeline, tokens: Sequence[str]) -> UniDiffPip
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     more = TextTokenizer(tokenizer)
     new = Vocabulary.unified(more.size, images, specials)
-    mix = torch.zeros(new.size, vocabulary.size)
-    mix[: texts.size, : texts.size] = torch.eye(texts.size)
+    entries = [_same(0, 0, texts.size), _same(new.mask_id, vocabulary.mask_id, 1 + images)]
     for token in tokens:
-        (number,), pieces = more.encode(token), texts.encode(token)
-        mix[number] = torch.bincount(torch.tensor(pieces), minlength=vocabulary.size) / len(pieces)
-    mix[new.mask_id :, vocabulary.mask_id :] = torch.eye(1 + images)
+        pieces = torch.tensor(texts.encode(token))
+        entries.append(
+            (torch.full_like(pieces, *more.encode(token)), pieces, torch.full((len(pieces),), 1 / len(pieces)))
+        )
+    mix = _mix((new.size, vocabulary.size), *entries)
     settings = replace(pipe.settings, vocabulary=new)
     return UniDiffPipeline(mix_rows(pipe.transformer, mix), pipe.images, more, settings)
 
 
+Entries = tuple[Tensor, Tensor, Tensor]
+"""New ids, old ids and weights, `[N]` each."""
+
+
+def _same(new: int, old: int, count: int) -> Entries:
+    """`count` rows from `new` on that are the old rows from `old` on."""
+    numbers = torch.arange(count)
+    return numbers + new, numbers + old, torch.ones(count)
+
+
+def _mix(size: tuple[int, int], *entries: Entries) -> Tensor:
+    """A sparse matrix of this size, (new ids, old ids); entries of the same place add up."""
+    new, old, weights = (torch.cat(part) for part in zip(*entries, strict=True))
+    return torch.sparse_coo_tensor(torch.stack([new, old]), weights, size, check_invariants=True).coalesce()
+
+
 @torch.no_grad()
 def mix_rows(transformer: MaskedTransformer, mix: Tensor) -> MaskedTransformer:
-    """A copy for another vocabulary, whose row `i` of embedding and head is `mix[i]` `[old size]` times the old rows."""
+    """A copy for another vocabulary, whose row `i` of embedding and head is `mix[i]` times the old rows.
+
+    Args:
+        mix: sparse float32 `[new size, old size]`.
+    """
     weights = transformer.state_dict()
     for name in ("embed_tokens.weight", "output_weight", "output_bias"):
         if name in weights:
             old = weights[name]
-            weights[name] = (mix.to(old.device) @ old.float()).to(old.dtype)
+            rows = torch.sparse.mm(mix.to(old.device), old.float().reshape(len(old), -1))  # [new size, D or 1]
+            weights[name] = rows.reshape(-1, *old.shape[1:]).to(old.dtype)
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    new = MaskedTransformer(**{**config, "vocab_size": len(mix)}).to(transformer.dtype).to(transformer.device)
+    new = MaskedTransformer(**{**config, "vocab_size": len(mix)})
+    nn.Module.to(new, transformer.device, transformer.dtype)  # without diffusers' advice on loading
     new.load_state_dict(weights)
     return new
