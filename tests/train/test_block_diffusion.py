@@ -58,7 +58,7 @@ def test_one_doubled_pass_equals_every_block_after_its_clean_past(tmp_path):
     assert not noisy.masked[:, :length].any() and torch.equal(noisy.batch.ids[:, :length], micro.batch.ids)
     with torch.no_grad():
         x = noisy.batch
-        hidden = model.hidden(x.ids, x.modality, x.positions, double.visible)
+        hidden = model.hidden(x.ids, x.modality, x.positions, double.visible.dense())
         got = masked_nll(hidden, model, noisy.masked, double.batch, VOCABULARY, 16)[:, length:]
         masked, block = noisy.masked[:, length:], micro.batch.positions[..., 0] // BLOCK
         single = mask_tokens(micro.batch, micro.rate, VOCABULARY, micro.noise).batch

@@ -157,3 +157,9 @@ def test_a_packed_run_takes_the_steps_of_an_unpacked_one(tmp_path):
     with pytest.raises(ValueError, match="without time_conditioning"):
         timed = "model={hidden_size: 32, num_layers: 1, num_heads: 2, time_conditioning: true}"
         Trainer(tiny_config(tmp_path / "c", "data.pack=48", timed), tiny_table())
+
+
+def test_flex_attention_is_refused_where_it_has_no_backward(tmp_path):
+    config = tiny_config(tmp_path, *MIXED, "data.pack=60", "attention_kernel=flex", "device=cpu")
+    with pytest.raises(ValueError, match="attention_kernel = 'flex' on cpu"):
+        Trainer(config, tiny_table())

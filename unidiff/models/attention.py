@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unidiff.models.layers import Norm
 from unidiff.models.rotary import RotaryTables, rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+AttentionMask: TypeAlias = "Tensor | BlockMask | None"
+"""bool `[B, 1, L, L]`, True where a query may see a key; the same for FlexAttention; or None, all see all."""
 
 SHORT_ROW = 256  # tokens up to which the composed attention may hold all its scores
 
@@ -40,8 +49,8 @@ class Attention(nn.Module):
             widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
-        """`x` `[B, L, D]`, `mask` bool `[B, 1, L, L]` (True = may be seen) or None for all; returns `[B, L, D]`."""
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: AttentionMask) -> Tensor:
+        """`x` `[B, L, D]` to the same."""
         q, k, v = self.project(x, rotary)
         mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, L, d]
         return self.out(mixed.transpose(1, 2).flatten(2))
@@ -83,14 +92,24 @@ class Attention(nn.Module):
         return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" else (q, k)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: `[B, H, L, d]` and `[B, KV, L, d]` to `[B, H, L, d]`. Fully masked queries give 0."""
     grouped = q.shape[1] != k.shape[1]
+    if mask is not None and not isinstance(mask, Tensor):
+        return _flex_attention(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
     if mask is None and not grouped and q.requires_grad and q.device.type == "cpu" and k.shape[2] <= SHORT_ROW:
         # On CPU the fused kernel's bf16 backward takes three times as long as these two batched products do.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, L, L]
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+@cache
+def _flex_attention(device: str) -> Any:
+    """FlexAttention, compiled where that gives the fused kernel; on a CPU as it is, without a backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
 def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) -> Tensor:

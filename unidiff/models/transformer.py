@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unidiff.checked import CheckedModel
-from unidiff.models.attention import Attention, block_causal_mask
+from unidiff.models.attention import Attention, AttentionMask, block_causal_mask
 from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
 from unidiff.models.image_spans import image_spans
 from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.ada_ln = None if cond_dim is None else AdaLN(cond_dim, norms[0].weight.numel(), branches=2)
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, mask: Tensor | None, condition: Condition | None = None
+        self, x: Tensor, rotary: RotaryTables, mask: AttentionMask, condition: Condition | None = None
     ) -> Tensor:
         """`x` `[B, L, D]` to the same; `mask` as in `Attention`; `condition` where the block was made with `cond_dim`."""
         if self.ada_ln is None:
@@ -168,7 +168,7 @@ class MaskedTransformer(CheckedModel):
         ids: Tensor,
         modality: Tensor,
         positions: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionMask = None,
         time: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states `[B, L, D]`, ready for `head`.
@@ -177,7 +177,8 @@ class MaskedTransformer(CheckedModel):
             ids, modality: int64 `[B, L]`.
             positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
             attention_mask: bool `[B, 1, L, L]`, True where a query may see a key; None when every row is one sample
-                without padding (the fast path). A query that may see nothing gets a zero attention output.
+                without padding (the fast path). A query that may see nothing gets a zero attention output. Or the
+                `BlockMask` of a `Visibility`, which has the order of blocks in it.
             time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
         """
         c = self.config
@@ -185,7 +186,7 @@ class MaskedTransformer(CheckedModel):
         rotary, spots = self.place(positions, modality)
         x = self.embed(ids, modality, spots)  # [B, L, D]
         # 2. what all layers share besides the rotary tables: visibility, condition
-        if c.attention == "block_causal":
+        if c.attention == "block_causal" and (attention_mask is None or isinstance(attention_mask, Tensor)):
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
         condition = self.condition(modality, time)
         # 3. layers

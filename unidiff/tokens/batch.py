@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from unidiff.tokens.visibility import Visibility
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
 
@@ -112,10 +113,14 @@ class TokenBatch:
 
     def attention_mask(self) -> Tensor | None:
         """bool `[B, 1, L, L]`, True where a query may see a key (same sample, both valid); None when all may."""
+        visible = self.visibility()
+        return None if visible is None else visible.dense()
+
+    def visibility(self) -> Visibility | None:
+        """Which keys a query may see (same sample, both valid); None when every row is one sample without padding."""
         if bool(self.valid.all()) and bool((self.sample_ids == self.sample_ids[:, :1]).all()):
             return None
-        same = self.sample_ids[:, :, None] == self.sample_ids[:, None, :]
-        return (same & self.valid[:, :, None] & self.valid[:, None, :])[:, None]
+        return Visibility(self.sample_ids.masked_fill(~self.valid, -1))
 
     def replace(self, **changes: Tensor) -> TokenBatch:
         return replace(self, **changes)

@@ -1,12 +1,7 @@
 """Training rows of block diffusion (BD3-LM, Arriola et al. 2025, arXiv 2503.09573, section 3.1 and algorithm 1).
 
 When a block is decoded, the blocks before it are finished. So every noisy block must learn from *clean* earlier blocks, all
-in one pass: a row holds each sample twice, clean and noisy, and
-
-    a clean token of block b sees   clean tokens of blocks <= b
-    a noisy token of block b sees   clean tokens of blocks < b, noisy tokens of block b
-
-Each block has a time of its own. The loss is the sum of the blocks' NELBOs given the blocks before them, which bounds
+in one pass: a row holds each sample twice, clean and noisy, and `Visibility` says what each copy sees. Each block has a time of its own. The loss is the sum of the blocks' NELBOs given the blocks before them, which bounds
 -log p of the row more tightly than the joint NELBO with one time for all.
 """
 
@@ -15,9 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from unidiff.tokens import TokenBatch
+from unidiff.tokens import TokenBatch, Visibility
 from unidiff.train.tasks import TaskBatch
 
 
@@ -42,12 +36,9 @@ def double_rows(micro: TaskBatch, block_length: int) -> TaskBatch:
     )
 
 
-def block_visibility(batch: TokenBatch, block_length: int) -> Tensor:
-    """bool `[B, 1, 2 L, 2 L]`, True where a query (row) may see a key, in the layout of `double_rows`."""
+def block_visibility(batch: TokenBatch, block_length: int) -> Visibility:
+    """What the `[B, 2 L]` tokens of `double_rows` may see."""
     block = torch.div(batch.positions[..., 0], block_length, rounding_mode="floor")  # [B, L]
-    query, key = block[:, :, None], block[:, None, :]
-    same = batch.sample_ids[:, :, None] == batch.sample_ids[:, None, :]
-    same &= batch.valid[:, :, None] & batch.valid[:, None, :]  # [B, L, L]
-    top = torch.cat([same & (key <= query), torch.zeros_like(same)], 2)  # clean queries
-    bottom = torch.cat([same & (key < query), same & (key == query)], 2)  # noisy queries
-    return torch.cat([top, bottom], 1)[:, None]
+    sample = batch.sample_ids.masked_fill(~batch.valid, -1)
+    clean = torch.zeros_like(batch.valid)
+    return Visibility(sample.repeat(1, 2), block.repeat(1, 2), torch.cat([clean, ~clean], 1))

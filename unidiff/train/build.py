@@ -105,3 +105,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r} but no CUDA device is there; use device=cpu")
     return device
+
+
+def uses_flex(kernel: str, device: torch.device) -> bool:
+    """Whether masks are FlexAttention's. Raises ValueError where a run could not train with it."""
+    if kernel == "flex" and device.type != "cuda":
+        raise ValueError(
+            f"attention_kernel = 'flex' on {device.type}: torch has no backward pass of FlexAttention there; use attention_kernel=sdpa"
+        )
+    return kernel == "flex"

@@ -230,6 +230,8 @@ class TrainConfig:
     Args:
         batch_size: rows of one forward pass, over all processes; `accumulate` such passes make a step.
         compile: `torch.compile` every block.
+        attention_kernel: of packed, padded or doubled rows: `sdpa` with a mask of every pair of tokens, or `flex`
+            (FlexAttention), which skips what no query may see; CUDA only, since torch has no backward of it for CPUs.
         activation_checkpointing: what the backward pass computes again: `none`, `selective` (all but matrix products and
             attention) or `full` (whole blocks).
         max_bad_steps: a run ends after so many skipped steps in a row.
@@ -246,6 +248,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int = 0
     compile: bool = False
+    attention_kernel: str = "sdpa"
     activation_checkpointing: str = "none"
     max_bad_steps: int = 20
     spike_factor: float = 0.0
@@ -303,6 +306,7 @@ def check_config(config: TrainConfig) -> None:
     _choice("schedule.name", config.schedule.name, ("cosine", "wsd", "constant"))
     _choice("checkpoint.export_dtype", config.checkpoint.export_dtype, ("bfloat16", "float16", "float32"))
     _choice("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))
+    _choice("attention_kernel", config.attention_kernel, ("sdpa", "flex"))
     _choice("parallel.mode", config.parallel.mode, ("ddp", "fsdp"))
     for name in ("param_dtype", "reduce_dtype"):
         _choice(f"parallel.{name}", getattr(config.parallel, name), ("float32", "bfloat16"))

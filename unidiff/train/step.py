@@ -29,6 +29,7 @@ class TrainState:
     Attributes:
         model: its parameters are what `optimisers` and `ema` hold.
         hidden: `model.hidden`, possibly compiled.
+        flex: masks of packed, padded or doubled rows are FlexAttention's.
         parallel: the processes of the run; alone by default.
         step: optimiser steps taken, skipped ones included.
         spike_factor: a loss above this many times `level` is a spike; 0 allows all.
@@ -44,6 +45,7 @@ class TrainState:
     ema: EMA
     bf16: bool
     chunk: int
+    flex: bool = False
     step: int = 0
     bad_steps: int = 0
     skipped: int = 0
@@ -57,9 +59,10 @@ class TrainState:
     def _token_nll(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
         x_t = noisy.batch
         # 2. transformer: hidden states of x_t
-        visible = x_t.attention_mask() if clean.visible is None else clean.visible
+        visible = clean.visible or x_t.visibility()
+        mask = None if visible is None else visible.flex() if self.flex else visible.dense()
         hidden = self.hidden(
-            x_t.ids, x_t.modality, x_t.positions, attention_mask=visible, time=clean.rate.float()
+            x_t.ids, x_t.modality, x_t.positions, attention_mask=mask, time=clean.rate.float()
         )  # [B, L, D]
         # 3. NLL at hidden positions only, each through its modality's slice of the head
         return masked_nll(hidden, self.model, noisy.masked, clean.batch, self.vocabulary, self.chunk, clean.weight)

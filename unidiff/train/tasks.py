@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits, keyed_uniform
-from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary
 from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.source import TokenRows, TokenSource
 
@@ -33,7 +33,7 @@ class TaskBatch:
         rate: float64 `[B]`, share of the targets to hide; `[B, L]` where samples share rows.
         noise: float64 `[B, L]`; a target is hidden where `noise < rate`, which hides exactly ceil(rate * targets).
         weight: float32 `[B, L]`, loss weight of a position if it is hidden.
-        visible: bool `[B, 1, L, L]`, which keys a query may see, where that is not the batch's own `attention_mask`.
+        visible: which keys a query may see, where that is not the batch's own `visibility()`.
     """
 
     batch: TokenBatch
@@ -41,7 +41,7 @@ class TaskBatch:
     rate: Tensor
     noise: Tensor
     weight: Tensor
-    visible: Tensor | None = None
+    visible: Visibility | None = None
 
     def to(self, device: torch.device) -> TaskBatch:
         if device.type == "cpu":

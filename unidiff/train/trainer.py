@@ -18,7 +18,7 @@ from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.account import DataAccount
 from unidiff.train.block_diffusion import double_rows
-from unidiff.train.build import build_model, pick_device, set_up_blocks
+from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_flex
 from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save_checkpoint, score_of, write_atomic
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.distributed import Parallel, whole
@@ -83,6 +83,7 @@ class Trainer:
             EMA(model, config.ema.decay, config.ema.warmup),
             bf16=config.precision == "bf16",
             chunk=config.objective.chunk,
+            flex=uses_flex(config.attention_kernel, self.parallel.device),
             spike_factor=config.spike_factor,
             parallel=self.parallel,
         )
