@@ -16,6 +16,21 @@ eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=Tru
 def eval_emoji(
     seed: Seed = 0,
     n: Annotated[int, typer.Option("--n", min=1, help="Cases per category.")] = 300,
+    per_task: Annotated[
+        int | None,
+        typer.Option(
+            "--per-task",
+            min=1,
+            help="In place of --n: cases of every task, spread over its categories; 2000 is the full set.",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this: reader, text_to_image, caption, answer, inpaint, joint, second_reader (with "
+            "text_to_image), likelihood. Repeatable."
+        ),
+    ] = None,
     candidates: Annotated[
         int | None, typer.Option(min=1, help="Decodes of each case, of which one is kept. Default: the model's own.")
     ] = None,
@@ -47,6 +62,8 @@ def eval_emoji(
 
     console = Console(stderr=True)
     options: dict[str, Any] = {} if candidates is None else {"num_candidates": candidates}
+    options |= {"tasks": tuple(task)} if task else {}
+    options |= {} if per_task is None else {"per_task": per_task}
     with console.status("EmojiEval") as status:
         say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
         result = run_emoji_eval(pipe, seed, n, progress=say, **options)

@@ -13,6 +13,7 @@ from unidiff.data.emoji_table import corpus, emoji_vocabulary, render_batch
 from unidiff.evaluation.emoji_cases import inpaint_cases, prompt_cases
 from unidiff.evaluation.emoji_eval import profile_of, run_emoji_eval
 from unidiff.evaluation.emoji_model import Hole, PipelineModel
+from unidiff.evaluation.paired import compare_reports
 from unidiff.evaluation.report import Report
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
@@ -131,10 +132,27 @@ def test_progress_is_told_and_the_bar_is_given_back(pipe: UniDiffPipeline, tmp_p
     assert json.loads((tmp_path / "out.json").read_text())["joint_agreement"] == 0.0
 
 
+def test_cases_per_task_are_spread_over_the_categories(pipe: UniDiffPipeline) -> None:
+    tasks = ("text_to_image", "caption", "answer")
+    report = run_emoji_eval(pipe, per_task=9, tasks=tasks, steps=1)
+    counts = {key: e.n for key, e in report.intervals.items()}
+    assert counts["categories.counting"] == counts["held_out_composition"] == 2  # 7 categories
+    assert counts["captions.pair"] == 3 and counts["caption_exact"] == 12
+    assert counts["answer_accuracy"] == 9
+    assert report.about["per_task"] == 9 and report.about["n"] is None
+    whole = run_emoji_eval(pipe, n=2, tasks=tasks[:1], steps=1)
+    with pytest.raises(ValueError, match="differ in n "):
+        compare_reports(report, whole)
+
+
 def test_bad_input_is_named(pipe: UniDiffPipeline) -> None:
     with pytest.raises(ValueError, match="unknown task 'dancing'"):
         run_emoji_eval(pipe, tasks=("dancing",))
     with pytest.raises(ValueError, match="n is 0"):
         run_emoji_eval(pipe, n=0)
+    with pytest.raises(ValueError, match="ask for both"):
+        run_emoji_eval(pipe, tasks=("second_reader",))
+    with pytest.raises(ValueError, match="per_task is 0"):
+        run_emoji_eval(pipe, per_task=0)
     with pytest.raises(ValueError, match="64x64 or 128x128 pictures, this one makes 32x32"):
         profile_of(tiny_pipeline(32))

@@ -19,7 +19,7 @@ from unidiff.evaluation.report import Estimate, Report
 from unidiff.files import replacing
 
 RESAMPLES = 10_000
-SAME = ("yardstick", "profile", "seed", "n")
+SAME = ("yardstick", "profile", "seed", "n", "per_task")
 """What two evaluations must have in common: then their cases are the same."""
 _CHUNK = 1 << 21  # draws held at once
 _FEW = 8  # different values up to which counts are drawn in place of cases: the same law, faster
