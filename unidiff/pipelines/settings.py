@@ -19,9 +19,13 @@ def check_candidates(count: int) -> None:
 
 
 def default_samplers() -> dict[str, SamplerConfig]:
-    """Settings per task where a model brings none of its own: text by threshold, images by a cosine quota."""
+    """Settings per task where a model brings none of its own: text by threshold, images by a cosine quota.
+
+    Captions that are drawn (`generate`) are filled one token per pass at random positions, which draws from the model's own
+    law. Committing the surest drawn tokens first favours captions that are sure everywhere, that is, plain ones.
+    """
     text = ModalityDecoding(steps=16, rule="threshold", temperature=0.0)
-    drawn_text = replace(text, temperature=1.0, top_p=0.9)
+    drawn_text = replace(text, rule="first_hitting", temperature=1.0, top_p=0.9)
     image = ModalityDecoding(steps=16, rule="quota", schedule="cosine", temperature=0.7, choice_temperature=1.0)
     return {
         "text_to_image": SamplerConfig(text, image, Guidance(2.0)),
