@@ -29,6 +29,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", help="in place of the suite's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs; not of the emoji suite")
     parser.add_argument(
         "--cells",
         type=Path,
@@ -81,7 +82,7 @@ def main() -> None:
             say(f"kept in {options.cells}; run again without --part for the table")
             return
     else:
-        names = ("blocks", "runs", "threads", "device", "seed")
+        names = ("blocks", "runs", "threads", "device", "seed", "graphs")
         cells = given.cells or given.json.with_suffix(".cells")
         options = Options(tuple(given.only), **{name: getattr(given, name) for name in names}, cells=cells)
         result = run_suite(given.suite, options, say)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pass_tape import TapeRecorder
 from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
@@ -52,6 +53,15 @@ CACHES = [
     CacheConfig("dual", {"drift": 0.3}),
     AUTO["both"],
 ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_recorded_passes_give_the_same_tokens(pipe, inputs, task):
+    options = dict(generator=[3], steps=6, threshold=2.0, output_type="codes")  # one token of a text per pass
+    tape = TapeRecorder()
+    plain, taped, on_cpu = (getattr(pipe, task)(**inputs[task], **options, graphs=g) for g in (False, tape, True))
+    assert torch.equal(plain.ids, taped.ids) and torch.equal(plain.ids, on_cpu.ids)
+    assert tape.repeated > 0
 
 
 @pytest.mark.parametrize("task", TASKS)

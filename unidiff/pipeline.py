@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, RefreshPolicy, Sampler, SamplerConfig
+from unidiff.decoding.graphs import Record
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.auto_cache import choose_cache
@@ -314,6 +315,7 @@ class UniDiffPipeline(DiffusionPipeline):
         block_length: int | Mapping[str, int] | None = None,
         threshold: float | Mapping[str, float] | None = None,
         num_candidates: int | None = None,
+        graphs: bool | Record = False,
         generator: RowGenerator = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -346,7 +348,7 @@ class UniDiffPipeline(DiffusionPipeline):
         self._interrupt, targets = False, int(batch.targets.sum())
         with self.progress_bar(total=targets) as bar:
             watcher = StepWatcher(self, bar, targets, callback_on_step_end)
-            run = Sampler(self.transformer, settings.vocabulary, config, choice.policy)
+            run = Sampler(self.transformer, settings.vocabulary, config, choice.policy, graphs=graphs)
             out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory, away)
             watcher.finish()
         if num_candidates > 1:

@@ -90,8 +90,8 @@ def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatc
     calls = []
     original = decode_benchmark._decode
 
-    def watched(model, vocabulary, policy, schedule, workload, seed):
-        out = original(model, vocabulary, policy, schedule, workload, seed)
+    def watched(model, vocabulary, policy, schedule, workload, seed, graphs):
+        out = original(model, vocabulary, policy, schedule, workload, seed, graphs)
         calls.append((type(policy).__name__, schedule, seed, out))
         return out
 

@@ -102,6 +102,7 @@ class Options:
         threads: of the CPU; None leaves it as it is.
         device: another device than the suite's.
         seed: of weights, tokens and decodes.
+        graphs: record passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; nothing on a CPU.
         cells: folder in which finished workloads are kept, so that a run that was interrupted goes on; None for none.
     """
 
@@ -111,6 +112,7 @@ class Options:
     threads: int | None = None
     device: str | None = None
     seed: int = 0
+    graphs: bool = False
     cells: Path | None = None
 
     def policies(self, default: tuple[str, ...]) -> list[str]:
@@ -136,6 +138,7 @@ def run_suite(name: str, options: Options, progress: Progress = lambda what: Non
         result = Benchmark(name, about={"model": dict(suite.model), "what": suite.about, **machine(device)})
         result.about["blocks"] = "all" if options.blocks is None else options.blocks
         result.about["runs"] = options.runs or suite.runs
+        result.about["graphs"] = options.graphs
         result.about["matmul"] = []
         model = random_model(suite, device, options.seed)
         asked = {**asdict(options), "cells": None, "threads": torch.get_num_threads(), "runs": result.about["runs"]}
@@ -210,14 +213,14 @@ def _run_workload(suite: Suite, workload: Workload, model: MaskedTransformer, op
     names = options.policies(suite.policies)
     policies = {name: POLICIES[name].build() for name in names}
     for policy in policies.values():  # warm-up
-        _decode(model, vocabulary, policy, short, workload, options.seed)
+        _decode(model, vocabulary, policy, short, workload, options.seed, options.graphs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     outputs: dict[str, SamplerOutput] = {}
     for run in range(options.runs or suite.runs):
         for name, policy in policies.items():
             synchronise(device)
             begun = time.perf_counter()
-            outputs[name] = _decode(model, vocabulary, policy, schedule, workload, options.seed + run)
+            outputs[name] = _decode(model, vocabulary, policy, schedule, workload, options.seed + run, options.graphs)
             synchronise(device)
             seconds[name].append(time.perf_counter() - begun)
     rows = [
@@ -233,6 +236,7 @@ def _decode(
     schedule: Schedule,
     workload: Workload,
     seed: int,
+    graphs: bool,
 ) -> SamplerOutput:
     text, image = (
         ModalityDecoding(max(schedule.steps(m), 1), "quota", "fixed", temperature=0.0, block_length=schedule.block)
@@ -241,7 +245,7 @@ def _decode(
     config = SamplerConfig(text, image, order="text_first", stop_at_eos=False)
     batch = request(schedule, workload.grid, vocabulary, workload.batch, seed).to(model.device)
     seeds = torch.arange(workload.batch) + seed
-    return Sampler(model, vocabulary, config, policy)(batch, seeds)
+    return Sampler(model, vocabulary, config, policy, graphs=graphs)(batch, seeds)
 
 
 def _row(

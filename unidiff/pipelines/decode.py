@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, DecodeState, RefreshPolicy, SamplerConfig
+from unidiff.decoding.graphs import Record
 from unidiff.pipelines.output import Trajectory, to_frames
 from unidiff.pipelines.rows import TextSlot, TextSlots
 from unidiff.pipelines.seeds import RowGenerator
@@ -38,6 +39,8 @@ class DecodeOptions(TypedDict, total=False):
         image, or as `{"text": 0.9, "image": 0.5}`.
     num_candidates: decodes of each row, of which the one whose words and picture agree best by the model's own
         likelihoods is kept; costs that many times the time and memory. Left out, the model's own number for the task.
+    graphs: record the passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; without CUDA nothing changes.
+        A `Record` in place of True records by other means.
     generator: None, an int, a torch.Generator, or a list with one of either per row.
     output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`) or "codes" (int64 `[B, h, w]`).
     callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass, with t the share
@@ -55,6 +58,7 @@ class DecodeOptions(TypedDict, total=False):
     block_length: int | Mapping[str, int] | None
     threshold: float | Mapping[str, float] | None
     num_candidates: int | None
+    graphs: bool | Record
     generator: RowGenerator
     output_type: str
     callback_on_step_end: StepCallback | None
