@@ -94,7 +94,7 @@ def test_auto_says_what_it_took(pipe, inputs):
     large = tiny_pipeline(grid=(16, 16))
     options = dict(cache="auto", generator=[3], output_type="codes", temperature=1.0)
     drawn = large.text_to_image("a dog", **options)
-    assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("max-logit: makes passes")
+    assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("interval: makes passes")
     assert drawn.stats.partial_passes > 0
     both = large.generate(**options)
     assert both.cache == AUTO["both"] and both.cache_note.startswith("segments: makes passes")

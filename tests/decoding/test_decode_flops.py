@@ -10,7 +10,7 @@ import torch
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.bounds import Schedule, Segment, expected_passes, reference_bound, speedup_bound
 from unidiff.decoding.flops import LayerFlops, PassWork, full_pass_flops, partial_pass_flops, total_flops
-from unidiff.decoding.policies import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
+from unidiff.decoding.policies import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.models.partial import LayerWork
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -22,6 +22,7 @@ POLICIES = {
     "dual, interval": DualCache(interval=3),
     "prefix": PrefixCache(),
     "vicinity": VicinityCache(warmup=2, look_back=3, look_ahead=2),
+    "interval": IntervalCache(interval=3),
     "max-logit": MaxLogitCache(ratio=0.7, warmup=0.1, interval=4),
     "max-logit, upstream": MaxLogitCache(ratio=0.7, warmup=0.1, interval=4, compat="upstream"),
     "adaptive": AdaptiveCache(prompt_interval=5, response_interval=3),

@@ -18,6 +18,7 @@ from unidiff.decoding.flops import LayerFlops, PassWork
 from unidiff.decoding.policies import (
     AdaptiveCache,
     DualCache,
+    IntervalCache,
     MaxLogitCache,
     NoCache,
     PrefixCache,
@@ -249,6 +250,11 @@ def _adaptive(policy: AdaptiveCache, schedule: Schedule, now: Moment, layers: in
     return PassWork(work, schedule.length, now.masked, now.ids)
 
 
+def _interval(policy: IntervalCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
+    full = now.number % policy.interval == 0
+    return _even(schedule, now, layers, schedule.length if full else now.masked + now.changed)
+
+
 def _even(schedule: Schedule, now: Moment, layers: int, queries: int, extra: int = 0) -> PassWork:
     return PassWork.even(layers, queries, schedule.length, now.masked + extra, now.ids)
 
@@ -260,4 +266,5 @@ _WORK: dict[type, Callable[..., PassWork]] = {
     VicinityCache: _block_refresh,
     MaxLogitCache: _max_logit,
     AdaptiveCache: _adaptive,
+    IntervalCache: _interval,
 }

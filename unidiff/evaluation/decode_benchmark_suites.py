@@ -15,6 +15,7 @@ POLICIES: dict[str, CacheConfig] = {
     "prefix": CacheConfig("prefix"),
     "dual": CacheConfig("dual"),
     "vicinity": CacheConfig("vicinity"),
+    "interval": CacheConfig("interval"),
     "adaptive": CacheConfig("adaptive"),
     "max-logit": CacheConfig("max-logit"),
     "adaptive-upstream": CacheConfig("adaptive", {"compat": "upstream"}),

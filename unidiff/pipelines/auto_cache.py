@@ -20,17 +20,18 @@ _TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 a
 
 AUTO = {
     "text": CacheConfig("dual", {"interval": 8}),
-    "image": CacheConfig("max-logit"),
+    "image": CacheConfig("interval", {"interval": 4}),
     "both": CacheConfig(
         segments={
             "prompt": CacheConfig("interval", {"interval": 8}),
             "text": CacheConfig("dual", {"interval": 8}),
-            "image": CacheConfig("max-logit"),
+            "image": CacheConfig("interval", {"interval": 4}),
         }
     ),
 }
 """What "auto" takes by what there is to decode. Text (captions, answers): only the block, the picture every 8 passes.
-Pictures: open positions whose logits are low, everything in 3 passes of 10 at the beginning and in every fifth later.
+Pictures: open positions and those just written, everything every 4 passes: with the embedded model 1.46 times as fast, 109 of
+120 prompts right against 110 without a cache. `max-logit` loses too much there: it skips open positions whose logits are low.
 Both (inpainting, joint generation): the same for each, and what is given every 8 passes."""
 
 
