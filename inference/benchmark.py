@@ -15,6 +15,7 @@ from unidiff.evaluation.decode_benchmark_report import check_path, tables, write
 from unidiff.evaluation.decode_benchmark_settings import QUALITY
 from unidiff.evaluation.decode_benchmark_suites import EMBEDDED, NAMES
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.process import keep_freed_memory
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -74,6 +75,7 @@ def emoji_options(given: argparse.Namespace) -> EmojiOptions:
 
 def main() -> None:
     given, say = arguments().parse_args(), Console(stderr=True).print
+    keep_freed_memory()
     check_path(given.json)
     if given.suite == EMBEDDED:
         options = emoji_options(given)

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from unidiff.config import load_config
+from unidiff.process import keep_freed_memory
 from unidiff.train.vq_trainer import ImageTokenizerConfig, train_image_tokenizer
 
 
@@ -21,6 +22,7 @@ def main(
     config: Annotated[Path, typer.Argument(help="YAML file, see configs/emoji_tokenizer.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for instance steps=100")] = None,
 ) -> None:
+    keep_freed_memory()
     try:
         train_image_tokenizer(load_config(ImageTokenizerConfig, config, overrides or []))
     except (ValueError, FileNotFoundError) as error:

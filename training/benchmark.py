@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.train.config import read_config
-from unidiff.train.startup import exit_status, set_up_threads
+from unidiff.train.startup import exit_status, set_up_process
 
-set_up_threads(os.environ)
+set_up_process(os.environ)
 _HERE = Path(__file__).resolve().parent.parent / "configs"
 _SMOKE = ["model={hidden_size: 64, num_layers: 2, num_heads: 2}", "batch_size=4", "data.text_length=16", "data.grid=4"]
 _SMOKE += ["data.vocabulary=unidisc-magvit", "objective.chunk=32"]

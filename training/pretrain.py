@@ -16,9 +16,9 @@ import os
 import sys
 
 from unidiff.train.config import read_config
-from unidiff.train.startup import asks_for_help, exit_status, set_up_threads, train
+from unidiff.train.startup import asks_for_help, exit_status, set_up_process, train
 
-set_up_threads(os.environ)
+set_up_process(os.environ)
 
 
 def main(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unidiff.train.config import TRACKERS
-from unidiff.train.startup import exit_status, set_up_threads
+from unidiff.train.startup import exit_status, set_up_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.reward import RewardTuner
 
-set_up_threads(os.environ)
+set_up_process(os.environ)
 PictureReward = Callable[[list[str], "Tensor"], "Tensor"]
 Prompts = Callable[[int], str]  # by number, so that a position needs no state
 _ORACLE_SEED = 7_310_000  # scenes of their own: EmojiEval's are seeded from 0

@@ -25,6 +25,7 @@ from unidiff.cli_common import (
 )
 from unidiff.cli_released import convert, info, verify
 from unidiff.cli_tools import demo, eval_app, pack
+from unidiff.process import keep_freed_memory
 
 app = typer.Typer(
     name="unidiff",
@@ -161,6 +162,7 @@ app.add_typer(eval_app)
 
 def main() -> None:
     """Run the command line; what a person did wrong becomes one sentence and exit status 1."""
+    keep_freed_memory()
     try:
         app()
     except (ValueError, OSError, KeyError) as error:

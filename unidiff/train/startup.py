@@ -1,4 +1,4 @@
-"""How a training recipe starts and ends: threads, the processes of `torchrun`, errors as one line. Free of torch until needed.
+"""How a training recipe starts and ends: threads and memory, the processes of `torchrun`, errors as one line. Free of torch until needed.
 
 Recipes hand over `os.environ`; nothing in here looks at it by itself.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING
+
+from unidiff.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from unidiff.train.config import TrainConfig
@@ -22,8 +24,9 @@ _READ_ONCE = {
 }
 
 
-def set_up_threads(environment: MutableMapping[str, str]) -> None:
-    """Fill in what torch reads when it loads, where the person has not; to be called before that."""
+def set_up_process(environment: MutableMapping[str, str]) -> None:
+    """Fill in what torch reads when it loads, where the person has not, and keep freed memory; to be called before that."""
+    keep_freed_memory()
     for name, value in _READ_ONCE.items():
         environment.setdefault(name, value)
 

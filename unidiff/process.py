@@ -1,0 +1,24 @@
+"""What a process that computes on a CPU sets up once. Commands and recipes call it; importing unidiff does not."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt(3)
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep memory that it frees, up to 2 GiB, for its next tensors (glibc; elsewhere nothing changes).
+
+    As it comes, glibc hands large freed blocks back to the system and gets them again page by page, which for small
+    models is a fifth of the time of a decode and a tenth of that of a training step.
+
+    Returns:
+        Whether it took effect.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another libc, or no libc to look in
+        return False
+    wanted = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26, _MMAP_THRESHOLD: 2**25}  # 32 MiB is the most it takes
+    return all([set_option(name, value) == 1 for name, value in wanted.items()])
