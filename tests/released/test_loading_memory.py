@@ -93,21 +93,25 @@ def write_synthetic(folder: Path, kind: str, size: int) -> int:
     return 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[str, list[int]]:
+    """(bytes of weights, peak) of each kind and of a cast, in a fresh process: other tests change how memory is kept."""
+    folder = tmp_path_factory.mktemp("small")
+    done = subprocess.run([sys.executable, __file__, str(folder), "all"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_small_checkpoint_in_this_process(tmp_path, kind):
+def test_a_small_checkpoint(small, kind):
     """The window of a torch file, 16 MiB, is much of a small checkpoint, so it is counted apart here."""
-    weights = write_synthetic(tmp_path, kind, 100 * 10**6)
-    load_released(tmp_path)  # what is set up once
-    loaded, peak = peak_of(lambda: load_released(tmp_path))
-    assert sum(p.nbytes for p in loaded.model.parameters()) == weights
-    assert weights * 0.9 < peak < weights * LIMIT + (2 * WINDOW if kind == "bin" else 0)
+    weights, peak = small[kind]
+    assert weights > 0.9e8 and weights * 0.9 < peak < weights * LIMIT + (2 * WINDOW if kind == "bin" else 0)
 
 
-def test_a_cast_takes_the_memory_of_its_result(tmp_path):
-    weights = write_synthetic(tmp_path, "safetensors", 50 * 10**6)
-    load_released(tmp_path)
-    _, peak = peak_of(lambda: load_released(tmp_path, torch.float32))
-    assert 2 * weights * 0.9 < peak < 2 * weights * LIMIT
+def test_a_cast_takes_the_memory_of_its_result(small):
+    weights, peak = small["cast"]
+    assert weights > 0.9e8 and weights * 0.9 < peak < weights * LIMIT
 
 
 @pytest.mark.slow
@@ -121,11 +125,23 @@ def test_two_gigabytes_in_a_process_of_its_own(tmp_path, kind):
     assert weights > 1.9e9 and weights * 0.9 < peak < weights * LIMIT, done.stdout
 
 
+def small_peak(folder: Path, kind: str) -> tuple[int, int]:
+    """(bytes of weights, peak) of a checkpoint of 100 MB once loaded; `cast` is half as much on the disk, in float32."""
+    dtype = torch.float32 if kind == "cast" else None
+    write_synthetic(folder, "safetensors" if dtype else kind, (50 if dtype else 100) * 10**6)
+    load_released(folder, dtype)  # what is set up once
+    loaded, peak = peak_of(lambda: load_released(folder, dtype))
+    return sum(p.nbytes for p in loaded.model.parameters()), peak
+
+
 def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     size = float(sys.argv[3]) if len(sys.argv) > 3 else 2.0
     if "--write" in sys.argv:
         write_synthetic(folder, kind, int(size * 10**9))
+        return
+    if kind == "all":
+        print(json.dumps({kind: small_peak(folder / kind, kind) for kind in (*KINDS, "cast")}))
         return
     write_synthetic(folder / "warm", "safetensors", 10**7)
     load_released(folder / "warm")
