@@ -9,7 +9,7 @@ from pass_tape import TapeRecorder
 from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
-from unidiff.decoding import CacheConfig, ModalityDecoding, NoCache, SamplerConfig
+from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
 from unidiff.pipelines.settings import TASKS, by_modality, with_overrides
@@ -86,9 +86,10 @@ def test_every_task_takes_every_cache(pipe, inputs, task):
 
 def test_auto_says_what_it_took(pipe, inputs):
     """Rows of 16 tokens gain nothing; longer ones do, each task by what it decodes."""
+    options = dict(generator=[3], output_type="codes", guidance_scale=1.0)
     for task in TASKS:
-        short = getattr(pipe, task)(**inputs[task], generator=[3], output_type="codes", cache="auto")
-        plain = getattr(pipe, task)(**inputs[task], generator=[3], output_type="codes")
+        short = getattr(pipe, task)(**inputs[task], **options, cache="auto")
+        plain = getattr(pipe, task)(**inputs[task], **options)
         assert short.cache == CacheConfig("none") and torch.equal(short.ids, plain.ids)
         assert short.cache_note.startswith("none: at ") and "times as fast" in short.cache_note
     large = tiny_pipeline(grid=(16, 16))
@@ -121,6 +122,18 @@ def test_auto_follows_length_rows_and_passes():
     short = TokenBatch.from_spans([[Span.text([1] * 12, True), Span.masked_text(12, VOCABULARY)]])
     assert choose(short, quota).config == CacheConfig("none")
     assert choose(TokenBatch.cat([short] * 16), quota).config == AUTO["text"]  # more rows hide the overhead
+
+
+def test_auto_counts_the_passes_that_evaluate_guidance():
+    """A guided row is two; between evaluations only one of them is computed."""
+    picture = [Span.text([1] * 4, True), Span.masked_image((4, 4), VOCABULARY)]
+    batch = TokenBatch.from_spans([picture])
+    plain, guided = (SamplerConfig(image=ModalityDecoding(steps=16), guidance=Guidance(s)) for s in (1.0, 2.0))
+    assert choose(batch, plain).config == CacheConfig("none")
+    full = 4 * (40 + OVERHEAD_TOKENS)  # passes 0, 4, 8, 12, of which 4 and 8 leave the unconditional row out
+    work = full - 2 * 20 + sum((17 - n) * (2 if n == 1 or n % 3 == 0 else 1) + OVERHEAD_TOKENS for n in range(16) if n % 4)
+    gain = 16 * (40 + OVERHEAD_TOKENS) / work
+    assert choose(batch, guided).config == AUTO["image"] and f"{gain:.2f} times" in choose(batch, guided).note
 
 
 def test_auto_knows_what_models_can_do():

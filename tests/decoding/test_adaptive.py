@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.policies.adaptive import AdaptiveCache
+from unidiff.decoding.policies import AdaptiveCache, IntervalCache
 from unidiff.models.partial import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -182,14 +183,15 @@ def test_changed_tokens_are_recomputed(model) -> None:
     assert hidden_again > 0
 
 
-def test_the_guidance_difference_is_kept_between_evaluations(model) -> None:
+@pytest.mark.parametrize("cache", [partial(AdaptiveCache, 1, 1), partial(IntervalCache, 1)], ids=["adaptive", "interval"])
+def test_the_guidance_difference_is_kept_between_evaluations(model, cache) -> None:
     """Passes of the unconditional stream: all of the warm-up, then every `guidance_interval`-th."""
     rows = [[Span.text([1, 2], True), Span.masked_text(12, VOCABULARY)]] * 2
     text = ModalityDecoding(steps=12, schedule="fixed", temperature=0.0)
     settings = SamplerConfig(text=text, guidance=GUIDED, stop_at_eos=False)
     batch, seeds = TokenBatch.from_spans(rows), torch.arange(2)
     for interval, warmup in ((1, 5), (3, 5), (4, 0)):
-        policy = AdaptiveCache(1, 1, guidance_interval=interval, guidance_warmup=warmup)
+        policy = cache(guidance_interval=interval, guidance_warmup=warmup)
         out = Sampler(model, VOCABULARY, settings, policy)(batch, seeds)
         unconditional = sum(i % interval == 0 or i < warmup for i in range(12))
         assert out.steps == 12 and out.nfe == 12 + unconditional

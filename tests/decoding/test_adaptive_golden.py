@@ -97,7 +97,7 @@ def policy_of(scenario: dict) -> AdaptiveCache | NoCache:
         scenario["prompt_interval_steps"],
         scenario["gen_interval_steps"],
         scenario["transfer_ratio"],
-        scenario["cfg_interval_steps"],
+        guidance_interval=scenario["cfg_interval_steps"],
         full_layers=(0,) if scenario["hook"] == "llada" else (),
         compat="upstream",
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
 from unidiff.decoding.bounds import Schedule, Segment, expected_passes
+from unidiff.decoding.policies import HeldGuidance
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch
 
@@ -20,7 +21,7 @@ _TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 a
 
 AUTO = {
     "text": CacheConfig("dual", {"interval": 8}),
-    "image": CacheConfig("interval", {"interval": 4}),
+    "image": CacheConfig("interval", {"interval": 4, "guidance_interval": 3, "guidance_warmup": 2}),
     "both": CacheConfig(
         segments={
             "prompt": CacheConfig("interval", {"interval": 8}),
@@ -107,11 +108,14 @@ def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, con
     block = min(settings.block_length or size, size)
     known = (Segment(length - size, given=True),) if length > size else ()
     schedule = Schedule((*known, Segment(size, 1, modality)), block, _passes_of_a_block(settings, size, block))
-    policy = AUTO["text" if kind == "text" else "image"].build()
+    policy = AUTO[kind].segments.get("image", AUTO[kind]).build()
     scales = {config.guidance.scale, config.guidance.text_scale, config.guidance.image_scale}
-    rows = batch.shape[0] * (2 if scales - {None, 1.0} else 1)
-    work = [rows * w.layers[0].out + OVERHEAD_TOKENS for w in expected_passes(policy, schedule, 1)]
-    return len(work) * (rows * length + OVERHEAD_TOKENS) / sum(work)
+    guided, rows = bool(scales - {None, 1.0}), batch.shape[0]
+    work = 0
+    for number, w in enumerate(passes := expected_passes(policy, schedule, 1)):
+        held = isinstance(policy, HeldGuidance) and not policy.renews_guidance(number)
+        work += rows * (2 if guided and not held else 1) * w.layers[0].out + OVERHEAD_TOKENS
+    return len(passes) * (rows * (2 if guided else 1) * length + OVERHEAD_TOKENS) / work
 
 
 def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int:

@@ -4,6 +4,7 @@ from unidiff.decoding.policies.adaptive import AdaptiveCache
 from unidiff.decoding.policies.base import Policy, RefreshPolicy
 from unidiff.decoding.policies.block_causal import BlockCausalCache
 from unidiff.decoding.policies.dual import DualCache
+from unidiff.decoding.policies.held import HeldGuidance
 from unidiff.decoding.policies.interval import IntervalCache
 from unidiff.decoding.policies.max_logit import MaxLogitCache
 from unidiff.decoding.policies.modality import ModalityCache
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveCache",
     "BlockCausalCache",
     "DualCache",
+    "HeldGuidance",
     "IntervalCache",
     "MaxLogitCache",
     "ModalityCache",

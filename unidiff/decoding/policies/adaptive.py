@@ -7,13 +7,14 @@ renews the values V of the response and compares them with the stored ones (V-ve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.commit import take_best
-from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
+from unidiff.decoding.policies.base import COMPAT, check_whole
+from unidiff.decoding.policies.held import HeldGuidance
 from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -21,7 +22,7 @@ from unidiff.models.store import StoreOptions
 
 
 @dataclass
-class AdaptiveCache(Policy):
+class AdaptiveCache(HeldGuidance):
     """dLLM-Cache as a refresh policy. Each row of each guidance stream has a counter and features of its own.
 
     Cost of a pass with P prompt and G response tokens, on average: P / prompt_interval + G / response_interval
@@ -32,9 +33,7 @@ class AdaptiveCache(Policy):
         prompt_interval: passes between two refreshes of the given tokens; 1 recomputes them in every pass.
         response_interval: the same for the targets. With both at 1 this is no cache.
         ratio: share of the compared positions that every layer recomputes between refreshes; 0 compares nothing.
-        guidance_interval: passes between two evaluations of the unconditional streams; in between, the difference of
-            the logits (conditional - unconditional) is kept. 1 evaluates them in every pass. Counted for the batch.
-        guidance_warmup: first passes, all of which evaluate the unconditional streams.
+        guidance_interval, guidance_warmup: see `HeldGuidance`.
         full_layers: layers that recompute every position in every pass. The values of layer 0 depend on the token
             alone, so comparing them says nothing; MMaDA's hook passes ().
         compat: None, or "upstream" for the reference implementation: the share is taken of the whole response, decoded
@@ -48,44 +47,19 @@ class AdaptiveCache(Policy):
     prompt_interval: int = 50
     response_interval: int = 7
     ratio: float = 0.25
-    guidance_interval: int = 1
-    guidance_warmup: int = 5
     full_layers: tuple[int, ...] = (0,)
     compat: str | None = None
     store = StoreOptions(outputs=True)
-    _passes: int = field(default=0, init=False, repr=False)
-    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
-        for name in ("prompt_interval", "response_interval", "guidance_interval"):
+        super().__post_init__()
+        for name in ("prompt_interval", "response_interval"):
             check_whole(name, getattr(self, name), 1)
-        check_whole("guidance_warmup", self.guidance_warmup, 0)
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is {self.ratio!r}; expected a number between 0 and 1")
         if self.compat not in COMPAT:
             raise ValueError(f"compat is {self.compat!r}; expected one of {COMPAT}")
         self.full_layers = tuple(self.full_layers)
-
-    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
-        renew = self._passes % self.guidance_interval == 0 or self._passes < self.guidance_warmup
-        self._passes += 1
-        begin = self._past.get(0)
-        own = self._stream_plan(0, state, candidates)
-        others: dict[int, CachePlan | None] = {}
-        for stream in state.streams:
-            past = self._past.get(stream)
-            if stream == 0:
-                continue
-            if past is not None and not renew:
-                others[stream] = None
-            elif past is begin and torch.equal(state.users[stream], state.users[0]):
-                self._past[stream] = self._past[0]  # in step with the conditional stream: they run together
-                if self.guidance_interval > 1:
-                    others[stream] = own
-            else:
-                others[stream] = self._stream_plan(stream, state, candidates)
-        return own.with_streams(others) if others else own
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row.

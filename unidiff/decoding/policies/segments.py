@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.adaptive import AdaptiveCache
 from unidiff.decoding.policies.base import Policy, RefreshPolicy
+from unidiff.decoding.policies.held import HeldGuidance
 from unidiff.decoding.policies.modality import ModalityCache
 from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.policies.rows import plan_rows
@@ -66,10 +66,10 @@ class SegmentCache(Policy):
         for name, policy in self._policies().items():
             if policy.appends or isinstance(policy, (ModalityCache, SegmentCache)):
                 raise ValueError(f"{type(policy).__name__} decides for whole rows and cannot be the policy of {name!r}")
-            if isinstance(policy, AdaptiveCache) and policy.guidance_interval > 1:
+            if isinstance(policy, HeldGuidance) and policy.guidance_interval > 1:
                 raise ValueError(
                     f"the policy of {name!r} has guidance_interval={policy.guidance_interval}, which belongs to whole "
-                    "rows; use 1, or AdaptiveCache for all segments"
+                    "rows; use 1, or one policy for all segments"
                 )
 
     @property
