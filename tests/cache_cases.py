@@ -10,6 +10,7 @@ from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig, SamplerOutpu
 from unidiff.decoding.policies import (
     AdaptiveCache,
     DualCache,
+    HeldGuidance,
     IntervalCache,
     MaxLogitCache,
     ModalityCache,
@@ -27,7 +28,7 @@ POLICIES: dict[str, Callable[[], RefreshPolicy]] = {
     "dual": lambda: DualCache(interval=5),
     "vicinity": lambda: VicinityCache(look_back=1, look_ahead=2, warmup=1),
     "interval": lambda: IntervalCache(4),
-    "interval-guided": lambda: IntervalCache(4, guidance_interval=3, guidance_warmup=2),
+    "held guidance": lambda: HeldGuidance(IntervalCache(4), 3, 2),
     "adaptive": lambda: AdaptiveCache(prompt_interval=4, response_interval=3),
     "max-logit": lambda: MaxLogitCache(ratio=0.5, warmup=0.2, interval=4),
     "modality": lambda: ModalityCache(interval=3),

@@ -131,7 +131,9 @@ def test_auto_counts_the_passes_that_evaluate_guidance():
     plain, guided = (SamplerConfig(image=ModalityDecoding(steps=16), guidance=Guidance(s)) for s in (1.0, 2.0))
     assert choose(batch, plain).config == CacheConfig("none")
     full = 4 * (40 + OVERHEAD_TOKENS)  # passes 0, 4, 8, 12, of which 4 and 8 leave the unconditional row out
-    work = full - 2 * 20 + sum((17 - n) * (2 if n == 1 or n % 3 == 0 else 1) + OVERHEAD_TOKENS for n in range(16) if n % 4)
+    work = (
+        full - 2 * 20 + sum((17 - n) * (2 if n == 1 or n % 3 == 0 else 1) + OVERHEAD_TOKENS for n in range(16) if n % 4)
+    )
     gain = 16 * (40 + OVERHEAD_TOKENS) / work
     assert choose(batch, guided).config == AUTO["image"] and f"{gain:.2f} times" in choose(batch, guided).note
 

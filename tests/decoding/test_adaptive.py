@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.policies import AdaptiveCache, IntervalCache
+from unidiff.decoding.policies import AdaptiveCache, DualCache, HeldGuidance, IntervalCache, NoCache
 from unidiff.models.partial import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -82,7 +81,7 @@ def test_recomputing_everything_is_no_cache(model, policy, guidance) -> None:
 @pytest.mark.parametrize("compat", [None, "upstream"])
 @pytest.mark.parametrize("block", [None, 2])
 def test_rows_of_a_padded_batch_are_single_rows(model, guidance, compat, block) -> None:
-    policy = AdaptiveCache(4, 3, 0.4, guidance_interval=2, guidance_warmup=1, compat=compat)
+    policy = HeldGuidance(AdaptiveCache(4, 3, 0.4, compat=compat), 2, 1)
     together = decode(model, policy, guidance, block=block)
     assert together.stats.partial_passes > 0
     for i, spans in enumerate(ROWS):
@@ -100,7 +99,7 @@ def test_it_changes_what_it_should_and_costs_less(model) -> None:
 
 
 def test_requests_share_no_state(model) -> None:
-    sampler = Sampler(model, VOCABULARY, config(GUIDED), AdaptiveCache(3, 2, 0.25, guidance_interval=3))
+    sampler = Sampler(model, VOCABULARY, config(GUIDED), HeldGuidance(AdaptiveCache(3, 2, 0.25), 3))
     batch, seeds = TokenBatch.from_spans(ROWS), torch.arange(3)
     first = sampler(batch, seeds)
 
@@ -183,15 +182,15 @@ def test_changed_tokens_are_recomputed(model) -> None:
     assert hidden_again > 0
 
 
-@pytest.mark.parametrize("cache", [partial(AdaptiveCache, 1, 1), partial(IntervalCache, 1)], ids=["adaptive", "interval"])
+@pytest.mark.parametrize("cache", [AdaptiveCache(1, 1), IntervalCache(1), NoCache(), DualCache(interval=1)], ids=str)
 def test_the_guidance_difference_is_kept_between_evaluations(model, cache) -> None:
-    """Passes of the unconditional stream: all of the warm-up, then every `guidance_interval`-th."""
+    """Passes of the unconditional stream: all of the warm-up, then every `interval`-th."""
     rows = [[Span.text([1, 2], True), Span.masked_text(12, VOCABULARY)]] * 2
     text = ModalityDecoding(steps=12, schedule="fixed", temperature=0.0)
     settings = SamplerConfig(text=text, guidance=GUIDED, stop_at_eos=False)
     batch, seeds = TokenBatch.from_spans(rows), torch.arange(2)
     for interval, warmup in ((1, 5), (3, 5), (4, 0)):
-        policy = cache(guidance_interval=interval, guidance_warmup=warmup)
+        policy = HeldGuidance(cache, interval, warmup)
         out = Sampler(model, VOCABULARY, settings, policy)(batch, seeds)
         unconditional = sum(i % interval == 0 or i < warmup for i in range(12))
         assert out.steps == 12 and out.nfe == 12 + unconditional
@@ -204,8 +203,6 @@ def test_interval_and_ratio_are_checked() -> None:
         dict(prompt_interval=0),
         dict(response_interval=1.5),
         dict(ratio=1.2),
-        dict(guidance_interval=0),
-        dict(guidance_warmup=-1),
         dict(compat="other"),
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
@@ -227,7 +224,7 @@ def test_ties_end_and_nan_is_refused(model, policy) -> None:
 
 @pytest.mark.gpu
 def test_cuda_equals_cpu_in_float64(model) -> None:
-    policy = AdaptiveCache(4, 3, 0.4, guidance_interval=2, guidance_warmup=1)
+    policy = HeldGuidance(AdaptiveCache(4, 3, 0.4), 2, 1)
     batch, seeds, on_gpu = TokenBatch.from_spans(ROWS), torch.arange(3), copy.deepcopy(model).cuda()
     cpu = Sampler(model, VOCABULARY, config(GUIDED), policy)(batch, seeds)
     gpu = Sampler(on_gpu, VOCABULARY, config(GUIDED), policy)(batch.to("cuda"), seeds.cuda())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.policies.adaptive import AdaptiveCache
+from unidiff.decoding.policies import AdaptiveCache, HeldGuidance
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.llada import load_llada
 from unidiff.tokens import Modality, Span, TokenBatch
@@ -93,14 +93,14 @@ def spied(monkeypatch: pytest.MonkeyPatch):
 def policy_of(scenario: dict) -> AdaptiveCache | NoCache:
     if scenario["hook"] == "none":
         return NoCache()
-    return AdaptiveCache(
+    cache = AdaptiveCache(
         scenario["prompt_interval_steps"],
         scenario["gen_interval_steps"],
         scenario["transfer_ratio"],
-        guidance_interval=scenario["cfg_interval_steps"],
         full_layers=(0,) if scenario["hook"] == "llada" else (),
         compat="upstream",
     )
+    return HeldGuidance(cache, scenario["cfg_interval_steps"])
 
 
 @pytest.mark.parametrize("folder, name", CASES)

@@ -26,7 +26,7 @@ def test_every_policy_has_a_name_and_survives_json(name):
 
 def test_no_policy_is_left_without_a_name():
     named = {type(CacheConfig(name).build()) for name in CACHES} | {SegmentCache}
-    public = {getattr(policies, name) for name in policies.__all__} 
+    public = {getattr(policies, name) for name in policies.__all__}
     assert named == public - {policies.Policy, policies.RefreshPolicy, policies.HeldGuidance}
 
 

@@ -12,7 +12,7 @@ from pass_tape import TapeRecorder
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import CacheConfig
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, bucket, recordable, widened
-from unidiff.decoding.policies import AdaptiveCache, BlockCausalCache, RefreshPolicy
+from unidiff.decoding.policies import AdaptiveCache, BlockCausalCache, HeldGuidance, RefreshPolicy
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.models.transformer import MaskedTransformer
@@ -39,7 +39,7 @@ CACHES: dict[str, Callable[[], RefreshPolicy]] = {
     "vicinity": CacheConfig("vicinity", {"look_back": 3, "look_ahead": 5}).build,
     "interval": CacheConfig("interval", {"interval": 5}).build,
     "adaptive": lambda: AdaptiveCache(prompt_interval=6, response_interval=4),
-    "adaptive-guided": lambda: AdaptiveCache(6, 4, guidance_interval=3, guidance_warmup=2, full_layers=()),
+    "adaptive-guided": lambda: HeldGuidance(AdaptiveCache(6, 4, full_layers=()), 3, 2),
     "adaptive-upstream": lambda: AdaptiveCache(6, 4, ratio=0.4, compat="upstream"),
     "max-logit": CacheConfig("max-logit", {"ratio": 0.5, "warmup": 0.1}).build,
     "modality": CacheConfig("modality").build,

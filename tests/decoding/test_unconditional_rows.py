@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.policies.adaptive import AdaptiveCache
+from unidiff.decoding.policies import AdaptiveCache, HeldGuidance
 from unidiff.decoding.policies.max_logit import MaxLogitCache
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.lumina import lumina_pair
@@ -16,7 +16,7 @@ VOCABULARY = Vocabulary.unified(11, 7)
 CONFIG = SamplerConfig(
     text=ModalityDecoding(steps=3), image=ModalityDecoding(steps=5, temperature=0.9), guidance=Guidance(2.5)
 )
-POLICIES = [NoCache(), AdaptiveCache(3, 2, 0.3, guidance_interval=2, guidance_warmup=1), MaxLogitCache(0.6, 0.2, 3)]
+POLICIES = [NoCache(), HeldGuidance(AdaptiveCache(3, 2, 0.3), 2, 1), MaxLogitCache(0.6, 0.2, 3)]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from unidiff.decoding.flops import LayerFlops, PassWork
 from unidiff.decoding.policies import (
     AdaptiveCache,
     DualCache,
+    HeldGuidance,
     IntervalCache,
     MaxLogitCache,
     NoCache,
@@ -135,11 +136,13 @@ def moments(schedule: Schedule) -> Iterator[Moment]:
 
 
 def expected_passes(policy: RefreshPolicy, schedule: Schedule, layers: int) -> list[PassWork]:
-    """What each pass has to compute. (Index padding, where several rows run together, is not in it.)
+    """What each pass has to compute in a row without guidance. (Index padding, where rows run together, is not in it.)
 
     Raises:
         ValueError: a policy whose work depends on the model's answers, or is not known here.
     """
+    if isinstance(policy, HeldGuidance):
+        policy = policy.policy
     for kind, work in _WORK.items():
         if type(policy) is kind:
             return [work(policy, schedule, moment, layers) for moment in moments(schedule)]

@@ -49,6 +49,8 @@ class CacheConfig:
         options: settings of the policy by name, refresh rules included; the rest keep their defaults.
         segments: a cache per segment of the rows (`SegmentCache`): `text` and `image` for the tokens to decode,
             `text_prompt` and `image_prompt` for the given ones, or `prompt` for both of these.
+        guidance_interval: passes between two evaluations of the unconditional streams, see `HeldGuidance`; 1 evaluates
+            them in every pass. guidance_warmup: first passes, all of which evaluate them.
 
     Raises:
         ValueError: an unknown policy, segment or setting, or a setting outside its range.
@@ -57,6 +59,8 @@ class CacheConfig:
     policy: str = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
     segments: Mapping[str, CacheConfig] = field(default_factory=dict)
+    guidance_interval: int = 1
+    guidance_warmup: int = 5
 
     def __post_init__(self) -> None:
         if self.policy not in _POLICIES:
@@ -90,6 +94,10 @@ class CacheConfig:
 
     def build(self) -> RefreshPolicy:
         """The policy, ready for `Sampler`."""
+        held = policies.HeldGuidance(self._build_rows(), self.guidance_interval, self.guidance_warmup)
+        return held.policy if self.guidance_interval == 1 else held
+
+    def _build_rows(self) -> RefreshPolicy:
         own = self._build_own()
         if not self.segments:
             return own

@@ -7,14 +7,13 @@ renews the values V of the response and compares them with the stored ones (V-ve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.commit import take_best
-from unidiff.decoding.policies.base import COMPAT, check_whole
-from unidiff.decoding.policies.held import HeldGuidance
+from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
 from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -22,7 +21,7 @@ from unidiff.models.store import StoreOptions
 
 
 @dataclass
-class AdaptiveCache(HeldGuidance):
+class AdaptiveCache(Policy):
     """dLLM-Cache as a refresh policy. Each row of each guidance stream has a counter and features of its own.
 
     Cost of a pass with P prompt and G response tokens, on average: P / prompt_interval + G / response_interval
@@ -33,7 +32,6 @@ class AdaptiveCache(HeldGuidance):
         prompt_interval: passes between two refreshes of the given tokens; 1 recomputes them in every pass.
         response_interval: the same for the targets. With both at 1 this is no cache.
         ratio: share of the compared positions that every layer recomputes between refreshes; 0 compares nothing.
-        guidance_interval, guidance_warmup: see `HeldGuidance`.
         full_layers: layers that recompute every position in every pass. The values of layer 0 depend on the token
             alone, so comparing them says nothing; MMaDA's hook passes ().
         compat: None, or "upstream" for the reference implementation: the share is taken of the whole response, decoded
@@ -50,9 +48,9 @@ class AdaptiveCache(HeldGuidance):
     full_layers: tuple[int, ...] = (0,)
     compat: str | None = None
     store = StoreOptions(outputs=True)
+    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("prompt_interval", "response_interval"):
             check_whole(name, getattr(self, name), 1)
         if not 0 <= self.ratio <= 1:
@@ -60,6 +58,20 @@ class AdaptiveCache(HeldGuidance):
         if self.compat not in COMPAT:
             raise ValueError(f"compat is {self.compat!r}; expected one of {COMPAT}")
         self.full_layers = tuple(self.full_layers)
+
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
+        """See `RefreshPolicy.plan`."""
+        begin = self._past.get(0)
+        own = self._stream_plan(0, state, candidates)
+        others: dict[int, CachePlan] = {}
+        for stream in state.streams:
+            if stream == 0:
+                continue
+            if self._past.get(stream) is begin and torch.equal(state.users[stream], state.users[0]):
+                self._past[stream] = self._past[0]  # in step with the conditional stream: they run together
+            else:
+                others[stream] = self._stream_plan(stream, state, candidates)
+        return own.with_streams(others) if others else own
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row.

@@ -1,69 +1,85 @@
-"""Guidance intervals: unconditional streams that are not evaluated in every pass."""
+"""Guidance intervals: unconditional streams that are not evaluated in every pass, whatever the cache."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, check_whole
-from unidiff.decoding.policies.rows import Past
+from unidiff.decoding.policies.base import Policy, RefreshPolicy, check_whole
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
+from unidiff.models.store import StoreOptions
+from unidiff.tokens import TokenBatch
 
 
-@dataclass(kw_only=True)
-class HeldGuidance(Policy, ABC):
-    """A policy whose streams plan by counters of their own, the unconditional ones in some passes only.
+@dataclass
+class HeldGuidance(Policy):
+    """Evaluates the unconditional streams in some passes only; in between, logits (conditional - unconditional) are kept.
 
-    In between, the difference of the logits (conditional - unconditional) is kept (dLLM-Cache, Liu et al. 2025,
-    arXiv 2506.06295). A stream that left passes out makes up for what was written meanwhile when its turn comes.
+    After dLLM-Cache (Liu et al. 2025, arXiv 2506.06295), for any policy. A stream makes up for what was written meanwhile
+    when its turn comes, by the policy's rules. With guidance, a pass that leaves one unconditional stream out costs
+    half of one that does not.
 
     Args:
-        guidance_interval: passes between two evaluations of the unconditional streams; 1 evaluates them in every pass.
-            Counted for the batch.
-        guidance_warmup: first passes, all of which evaluate the unconditional streams.
+        policy: decides what a pass recomputes in the streams that it evaluates.
+        interval: passes between two evaluations of the unconditional streams; 1 evaluates them in every pass. Counted
+            for the batch.
+        warmup: first passes, all of which evaluate them.
 
     Raises:
-        ValueError: not a whole number, or too small.
+        ValueError: not a whole number, or too small; a policy that does this already.
     """
 
-    guidance_interval: int = 1
-    guidance_warmup: int = 5
+    policy: RefreshPolicy
+    interval: int = 2
+    warmup: int = 5
     _passes: int = field(default=0, init=False, repr=False)
-    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
+    _known: set[int] = field(default_factory=set, init=False, repr=False)  # streams evaluated so far
 
     def __post_init__(self) -> None:
-        check_whole("guidance_interval", self.guidance_interval, 1)
-        check_whole("guidance_warmup", self.guidance_warmup, 0)
+        check_whole("guidance_interval", self.interval, 1)
+        check_whole("guidance_warmup", self.warmup, 0)
+        if isinstance(self.policy, HeldGuidance):
+            raise ValueError(
+                "the policy inside of HeldGuidance is a HeldGuidance itself; give the policy that it holds"
+            )
 
-    def renews_guidance(self, number: int) -> bool:
+    @property
+    def store(self) -> StoreOptions | None:  # type: ignore[override]
+        return self.policy.store
+
+    @property
+    def peaks(self) -> str | None:  # type: ignore[override]
+        return self.policy.peaks
+
+    @property
+    def appends(self) -> bool:  # type: ignore[override]
+        return self.policy.appends
+
+    def renews(self, number: int) -> bool:
         """Whether the pass of this number, from 0, evaluates the unconditional streams."""
-        return number % self.guidance_interval == 0 or number < self.guidance_warmup
+        return number % self.interval == 0 or number < self.warmup
+
+    def start(self, batch: TokenBatch, model: Any) -> HeldGuidance:
+        """See `RefreshPolicy.start`."""
+        return HeldGuidance(self.policy.start(batch, model), self.interval, self.warmup)
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        renew = self.renews_guidance(self._passes)
+        renew = self.renews(self._passes)
         self._passes += 1
-        begin = self._past.get(0)
-        own = self._stream_plan(0, state, candidates)
-        others: dict[int, CachePlan | None] = {}
-        for stream in state.streams:
-            past = self._past.get(stream)
-            if stream == 0:
-                continue
-            if past is not None and not renew:
-                others[stream] = None
-            elif past is begin and torch.equal(state.users[stream], state.users[0]):
-                self._past[stream] = self._past[0]  # in step with the conditional stream: they run together
-                if self.guidance_interval > 1:
-                    others[stream] = own
-            else:
-                others[stream] = self._stream_plan(stream, state, candidates)
-        return own.with_streams(others) if others else own
+        now = tuple(s for s in state.streams if s == 0 or renew or s not in self._known)
+        self._known |= set(now)
+        own = self.policy.plan(replace(state, streams=now), candidates)
+        others = {s: own.of(s) if s in now else None for s in state.streams if s != 0}
+        return own.with_streams(others) if others and self.interval > 1 else own
 
-    @abstractmethod
-    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """What the rows of one stream recompute in their next pass, by their own counters in `_past`."""
+    def select(self, layer: int, similarity: Tensor) -> Tensor | None:
+        """See `RefreshPolicy.select`."""
+        return self.policy.select(layer, similarity)
+
+    def observe(self, state: DecodeState, plan: CachePlan) -> None:
+        """See `RefreshPolicy.observe`."""
+        self.policy.observe(state, plan)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from unidiff.decoding.policies.base import check_whole
-from unidiff.decoding.policies.held import HeldGuidance
+from unidiff.decoding.policies.base import Policy, check_whole
 from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -15,7 +14,7 @@ from unidiff.models.store import StoreOptions
 
 
 @dataclass
-class IntervalCache(HeldGuidance):
+class IntervalCache(Policy):
     """Known tokens keep keys and values for `interval` passes of their row (dKV-Cache, Ma et al. 2025, arXiv 2505.15781).
 
     A token is recomputed once more in the pass after it changed, and may be kept from then on: its features before
@@ -23,28 +22,33 @@ class IntervalCache(HeldGuidance):
     this the policy of a long prompt.
 
     Cost of a pass with M candidates and W tokens written in the pass before, in a row of S: S / interval
-    + (1 - 1 / interval) (M + W) tokens on average; of an unconditional stream, a share 1 / guidance_interval of that.
+    + (1 - 1 / interval) (M + W) tokens on average.
 
     Args:
         interval: passes between two refreshes of a row; 1 is no cache.
         rotated: keep keys after rotary (the same result, less work per pass).
-        guidance_interval, guidance_warmup: see `HeldGuidance`.
 
     Raises:
-        ValueError: a setting is not a whole number in its range.
+        ValueError: `interval` is not a whole number of at least 1.
     """
 
     interval: int = 20
     rotated: bool = True
+    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_whole("interval", self.interval, 1)
 
     @property
     def store(self) -> StoreOptions:  # type: ignore[override]
         """Keys and values."""
         return StoreOptions(rotated=self.rotated)
+
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
+        """See `RefreshPolicy.plan`."""
+        plans = {stream: self._stream_plan(stream, state, candidates) for stream in state.streams}
+        own = plans.pop(0)
+        return own.with_streams(plans) if plans else own
 
     def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
         busy, valid = state.users[stream][:, None], state.batch.valid

@@ -64,13 +64,8 @@ class SegmentCache(Policy):
 
     def __post_init__(self) -> None:
         for name, policy in self._policies().items():
-            if policy.appends or isinstance(policy, (ModalityCache, SegmentCache)):
+            if policy.appends or isinstance(policy, (HeldGuidance, ModalityCache, SegmentCache)):
                 raise ValueError(f"{type(policy).__name__} decides for whole rows and cannot be the policy of {name!r}")
-            if isinstance(policy, HeldGuidance) and policy.guidance_interval > 1:
-                raise ValueError(
-                    f"the policy of {name!r} has guidance_interval={policy.guidance_interval}, which belongs to whole "
-                    "rows; use 1, or one policy for all segments"
-                )
 
     @property
     def store(self) -> StoreOptions | None:  # type: ignore[override]
@@ -151,7 +146,7 @@ class SegmentCache(Policy):
         query, verify = torch.zeros_like(shown), None
         layers: set[int] = set()
         for segment, plan in zip(self._segments, plans, strict=True):
-            assert plan is not None  # only guidance intervals leave a stream out
+            assert plan is not None  # only HeldGuidance, which is outside of this, leaves a stream out
             own = segment.where
             if plan.query is not None:
                 asked = plan.query if plan.fresh is None else plan.query | plan.fresh[:, None]
