@@ -117,7 +117,7 @@ def measure_quality(
 ) -> dict[str, Any]:
     """EmojiEval's report of one task, with outcomes. In float32 it does not depend on the batch."""
     model = Watched(pipe).model(batch, decode, cache=cache)
-    report = EmojiEval(model, profile_of(pipe), seed, n).run([decode.task])
+    report = EmojiEval(model, profile_of(pipe), seed, n).run(["joint" if decode.task == "generate" else decode.task])
     return {"report": report.to_dict(outcomes=True), "code": code_hash()}
 
 
@@ -174,6 +174,8 @@ def requests(pipe: UniDiffPipeline, task: str, rows: int, seed: int) -> Callable
         asked = question_cases(rows, seed, profile)
         pictures = render_batch([c.scene for c in asked], profile)
         return lambda model: model.answer(pictures, [c.question for c in asked], seeds)
+    if task == "generate":
+        return lambda model: model.generate(seeds)
     torn = inpaint_cases(rows, seed, profile)
     pictures = render_batch([c.scene for c in torn], profile)
     masks = torch.stack([torch.from_numpy(c.mask(profile)) for c in torn])

@@ -26,7 +26,7 @@ from unidiff.evaluation.decode_benchmark_cells import (
 )
 from unidiff.evaluation.decode_benchmark_compare import AUTO, Measured, Trial, contrasts
 from unidiff.evaluation.decode_benchmark_rates import MatmulRates, measure_rates, row_counts
-from unidiff.evaluation.decode_benchmark_settings import QUALITY, Decode, cases_per_part, decodes
+from unidiff.evaluation.decode_benchmark_settings import QUALITY, USUAL, Decode, cases_per_part, decodes
 from unidiff.evaluation.decode_benchmark_suites import POLICIES
 from unidiff.evaluation.emoji_judge import yardstick
 from unidiff.evaluation.report import Estimate
@@ -59,7 +59,7 @@ class EmojiOptions:
 
     cells: Path
     caches: tuple[str, ...] = (AUTO,)
-    tasks: tuple[str, ...] = tuple(QUALITY)
+    tasks: tuple[str, ...] = USUAL
     settings: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 16)
     cases: int = 2000

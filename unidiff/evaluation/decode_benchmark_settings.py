@@ -16,9 +16,18 @@ QUALITY = {
     "caption": "caption_exact",
     "answer": "answer_accuracy",
     "inpaint": "inpainting",
+    "generate": "joint_agreement",
 }
 """Tasks, and which number of the report is their quality."""
-TARGETS = {"text_to_image": ("image",), "caption": ("text",), "answer": ("text",), "inpaint": ("text", "image")}
+USUAL = ("text_to_image", "caption", "answer", "inpaint")
+"""Measured where no task is asked for."""
+TARGETS = {
+    "text_to_image": ("image",),
+    "caption": ("text",),
+    "answer": ("text",),
+    "inpaint": ("text", "image"),
+    "generate": ("text", "image"),
+}
 """Modalities that a task decodes."""
 RULES = ("model", "passes", "threshold", "factor")
 REFERENCE = "passes-64"
@@ -28,7 +37,8 @@ SWEEP = {
     "text_to_image": ("model", "passes-12", "passes-16", REFERENCE),
     "caption": _TEXT,
     "answer": _TEXT,
-    "inpaint": _TEXT,
+    "inpaint": ("model", "passes-8", "passes-12", REFERENCE),
+    "generate": ("model", "passes-12", "passes-16", REFERENCE),
 }
 """Settings of each task where none are asked for. Texts and holes are shorter than 32 tokens, so that 32 passes are 64."""
 
