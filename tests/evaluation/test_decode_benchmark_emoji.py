@@ -133,26 +133,30 @@ def test_suite_is_measured_kept_and_taken_up_again(pipe, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_emoji(pipe, EmojiOptions(**options), interrupted)
     # the cache that "auto" takes is not the plain dual one, and the same for both batches; a warm-up and a run
-    assert counts == {"quality": 9, "seconds": 2}
+    assert counts == {"quality": 7, "seconds": 2}
     said: list[str] = []
     result = run_emoji(pipe, EmojiOptions(**options), said.append)
-    assert counts == {"quality": 9, "seconds": 2 + 2 + 3}
+    assert counts == {"quality": 7, "seconds": 2 + 2 + 3}
     assert [r.to_dict() for r in run_emoji(pipe, EmojiOptions(**options)).rows] == [r.to_dict() for r in result.rows]
     assert counts["seconds"] == 7 and "timing of caption, 3 rows at once, run 1 of 2" in said
     assert not [p for p in (tmp_path / "cells").iterdir() if p.suffix != ".json"]
 
     assert [(r.workload["batch"], r.workload["setting"], r.policy) for r in result.rows] == [
-        (batch, name, policy) for batch in (1, 3) for name in SETTINGS for policy in ("none", "auto", "dual")
+        (batch, name, policy)
+        for batch in (1, 3)
+        for name in SETTINGS
+        for policy in (("none",) if name == "passes-64" else ("none", "auto", "dual"))
     ]
-    for plain, auto, dual in zip(result.rows[::3], result.rows[1::3], result.rows[2::3], strict=True):
+    cached = [row for row in result.rows if row.workload["setting"] != "passes-64"]
+    for plain, auto, dual in zip(cached[::3], cached[1::3], cached[2::3], strict=True):
         assert plain.speedup == plain.bound == plain.bound_corrected == 1 and plain.stats["partial_passes"] == 0
         assert dual.bound == pytest.approx(plain.stats["flops"] / dual.stats["flops"]) and len(dual.seconds_all) == 2
         assert auto.stats["cache"] == AUTO["text"].to_dict() and "times as fast" in auto.stats["note"]
         assert 0 <= dual.quality_low <= dual.quality <= dual.quality_high <= 1
     assert {r.nfe for r in result.rows if r.workload["setting"] == "passes-2"} == {2}
     found = result.about["contrasts"]
-    assert {c["kind"] for c in found} == set(KINDS) and len([c for c in found if c["kind"] == "cache"]) == 12
-    assert len([c for c in found if c["kind"] == "passes"]) == 12 and result.about["cases"] == 4
+    assert {c["kind"] for c in found} == set(KINDS) and len([c for c in found if c["kind"] == "cache"]) == 8
+    assert len([c for c in found if c["kind"] == "passes"]) == 8 and result.about["cases"] == 4
 
     files = write(result, tmp_path / "e.json")
     assert [p.suffix for p in files] == [".json", ".csv", ".png"]

@@ -158,6 +158,8 @@ def trials_of(pipe: UniDiffPipeline, task: str, batch: int, options: EmojiOption
     found = []
     for decode in decodes(task, pipe.settings.sampler(task), options.settings):
         for policy in options.policies:
+            if decode.is_reference and len(decode.settings) == 1 and policy != "none":
+                continue  # it is there to be compared with, and takes as long as all others together
             if policy == AUTO:
                 found.append(Trial(decode, policy, batch, *chosen_cache(pipe, decode, batch, options.seed)))
             else:

@@ -34,11 +34,11 @@ REFERENCE = "passes-64"
 """As good as one token per pass: a rule commits at least one, and no row has more than 64 tokens to decode."""
 _TEXT = ("model", "threshold-0.5", "threshold-0.7", "passes-8", REFERENCE)
 SWEEP = {
-    "text_to_image": ("model", "passes-12", "passes-16", REFERENCE),
+    "text_to_image": ("model", "passes-16", REFERENCE),
     "caption": _TEXT,
     "answer": _TEXT,
-    "inpaint": ("model", "passes-8", "passes-12", REFERENCE),
-    "generate": ("model", "passes-12", "passes-16", REFERENCE),
+    "inpaint": ("model", "passes-8", REFERENCE),
+    "generate": ("model", "passes-16", REFERENCE),
 }
 """Settings of each task where none are asked for. Texts and holes are shorter than 32 tokens, so that 32 passes are 64."""
 
