@@ -4,6 +4,10 @@
 
 Question / answer pairs come from `key.json`: {"qa": [["what is it?", "a cat"], ...]}. The same command continues a run
 that was stopped. OUT can then be named as `data.train` in a training config.
+
+With --documents, samples are interleaved documents of up to --text-length tokens: `key.json` is
+{"texts": ["...", null, "..."], "images": [null, "0.jpg", null]}, and the pictures are `key.0.jpg` and so on; text alone
+is fine. OUT is then named as `data.documents`.
 """
 
 from __future__ import annotations
@@ -20,10 +24,13 @@ def main(
     image_tokenizer: Annotated[str, typer.Option(help="folder of the image tokenizer")],
     text_tokenizer: Annotated[str, typer.Option(help="folder or hub name of the text tokenizer")],
     image_size: Annotated[int, typer.Option(help="side of the square pictures")] = 256,
-    text_length: Annotated[int, typer.Option(help="tokens of the text span, task token and EOS included")] = 64,
+    text_length: Annotated[
+        int, typer.Option(help="tokens of the text span, task token and EOS included; of whole documents")
+    ] = 64,
     batch_size: Annotated[int, typer.Option(help="images per encoder call")] = 32,
     samples_per_shard: Annotated[int, typer.Option(help="samples per written tar")] = 1000,
     workers: Annotated[int, typer.Option(help="decoding threads")] = 2,
+    documents: Annotated[bool, typer.Option("--documents", help="interleaved documents in place of pairs")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Encode shards into codes.npy and text.npy members, skipping and listing what is damaged."""
@@ -36,7 +43,7 @@ def main(
         from unidiff.tokens.image_vq import VQImageTokenizer
         from unidiff.tokens.text import TextTokenizer
 
-        settings = EncodeSettings(image_size, text_length, batch_size, samples_per_shard, workers)
+        settings = EncodeSettings(image_size, text_length, batch_size, samples_per_shard, workers, documents)
         manifest = encode_shards(
             shards,
             VQImageTokenizer.from_pretrained(image_tokenizer).to(device),
@@ -49,9 +56,12 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     report = SkipReport.from_state_dict(manifest.skipped)
-    typer.echo(f"{manifest.samples} samples, {manifest.questions} questions in {len(manifest.shards)} shards: {out}")
+    what = "documents" if documents else f"samples, {manifest.questions} questions"
+    typer.echo(f"{manifest.samples} {what} in {len(manifest.shards)} shards: {out}")
     typer.echo(report.summary())
-    if manifest.cut_captions or manifest.long_questions:
+    if documents and manifest.cut_captions:
+        typer.echo(f"{manifest.cut_captions} documents were cut: longer than {text_length} tokens")
+    elif manifest.cut_captions or manifest.long_questions:
         typer.echo(
             f"{manifest.cut_captions} captions were cut and {manifest.long_questions} questions left out: "
             f"longer than {text_length} tokens"

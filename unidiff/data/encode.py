@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unidiff.data.collate import TASK_TOKENS, TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
+from unidiff.data.documents import document_parts, lay_out
 from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest, write_json
 from unidiff.data.report import SkipReport
@@ -32,10 +34,11 @@ class EncodeSettings:
 
     Args:
         image_size: side of the square picture; a multiple of the image tokenizer's factor.
-        text_length: tokens of the text span, task token and EOS fill included.
+        text_length: tokens of the text span, task token and EOS fill included; of documents, of everything.
         batch_size: images per encoder call.
         samples_per_shard: samples per written tar.
         workers: decoding threads.
+        documents: samples are interleaved documents (`document_parts`) in place of pairs.
     """
 
     image_size: int = 256
@@ -43,6 +46,7 @@ class EncodeSettings:
     batch_size: int = 32
     samples_per_shard: int = 1000
     workers: int = 2
+    documents: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"text_length": 3, "batch_size": 1, "samples_per_shard": 1, "workers": 0}.items():
@@ -76,7 +80,7 @@ def encode_shards(
     a complete folder of the same run is left as it is.
 
     Args:
-        shards: raw shards, see `expand_shards`; samples need an image and a caption.
+        shards: raw shards, see `expand_shards`; samples need an image and a caption, documents a `json`.
         image_tokenizer: pixels to codes.
         text_tokenizer: needs the specials eos, caption, question and answer.
         out: folder for the token shards and `tokens.json`.
@@ -90,7 +94,12 @@ def encode_shards(
     out = Path(out)
     check_task_tokens(text_tokenizer)
     prepare = ImagePreprocess(settings.image_size, image_tokenizer.factor)
-    source = ShardSource(shards, ("image", "txt"), ("json",), workers=settings.workers)
+    codes = (settings.image_size // image_tokenizer.factor) ** 2
+    if settings.documents and settings.text_length <= codes:
+        raise ValueError(
+            f"text_length = {settings.text_length} leaves no room beside a picture of {codes} tokens; raise it"
+        )
+    source = _open(shards, settings)
     fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
     if (done := _finished(out, fingerprint)) is not None:
         return done
@@ -115,7 +124,7 @@ def encode_shards(
     specials = {name: text_tokenizer.special(name) for name in TASK_TOKENS}
     manifest = TokenManifest(
         vocabulary=Vocabulary.unified(text_tokenizer.size, image_tokenizer.codebook_size, specials).to_dict(),
-        text_prefix=TEXT_PREFIX,
+        text_prefix=0 if settings.documents else TEXT_PREFIX,
         text_length=settings.text_length,
         grid=(side, side),
         shards=progress.shards,
@@ -124,6 +133,7 @@ def encode_shards(
         long_questions=progress.long_questions,
         fingerprint=fingerprint,
         skipped=source.report.state_dict(),
+        kind="documents" if settings.documents else "pairs",
     )
     manifest.save(out)
     (out / PROGRESS).unlink(missing_ok=True)
@@ -151,9 +161,32 @@ class _Encoder:
             batch = list(islice(samples, min(self.settings.batch_size, room)))
             if not batch:
                 break
-            images = torch.stack([self.prepare(sample["image"]) for sample in batch])  # [B, 3, H, W]
-            codes = self.image_tokenizer.encode(images).cpu().numpy().astype(self.code_type)  # [B, h, w]
+            if self.settings.documents:
+                rows += self._documents(batch)
+                continue
+            codes = self._codes([sample["image"] for sample in batch])
             rows += [self._row(sample, grid) for sample, grid in zip(batch, codes, strict=True)]
+        return rows
+
+    def _codes(self, images: list[Tensor]) -> np.ndarray:
+        """Codes `[B, h, w]` of pictures of any size, `batch_size` at once."""
+        parts = []
+        for start in range(0, len(images), self.settings.batch_size):
+            pictures = images[start : start + self.settings.batch_size]
+            batch = torch.stack([self.prepare(picture) for picture in pictures])  # [B, 3, H, W]
+            parts.append(self.image_tokenizer.encode(batch).cpu().numpy().astype(self.code_type))
+        return np.concatenate(parts)
+
+    def _documents(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        pictures = [part for sample in batch for part in sample["parts"] if not isinstance(part, str)]
+        codes = iter(self._codes(pictures) if pictures else ())
+        rows = []
+        for sample in batch:
+            parts = [part if isinstance(part, str) else next(codes) for part in sample["parts"]]
+            document = lay_out(parts, self.text_tokenizer, self.settings.text_length)
+            self.progress.cut_captions += document.cut
+            origin = {"key": sample["__key__"], "shard": sample["__url__"]}
+            rows.append({"tokens.npy": document.tokens, "images.npy": document.images, "json": origin})
         return rows
 
     def _row(self, sample: dict[str, Any], codes: np.ndarray) -> dict[str, Any]:
@@ -175,11 +208,24 @@ class _Encoder:
         return row
 
 
+def _open(shards: str | Sequence[str], settings: EncodeSettings) -> ShardSource:
+    if not settings.documents:
+        return ShardSource(shards, ("image", "txt"), ("json",), workers=settings.workers)
+
+    def read(sample: dict[str, Any]) -> dict[str, Any]:
+        return sample | {"parts": document_parts(sample["json"], sample["images"])}
+
+    return ShardSource(shards, ("json",), ("images",), workers=settings.workers, prepare=read)
+
+
 def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncoder, text: TextTokenizer) -> str:
     # A probe picture stands for the image tokenizer's weights, whatever its class.
     side = settings.image_size
     probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    kept = {name: value for name, value in asdict(settings).items() if name != "workers"}
+    unchanged = (
+        {"workers", "documents"} if not settings.documents else {"workers"}
+    )  # folders from before there were any
+    kept = {name: value for name, value in asdict(settings).items() if name not in unchanged}
     parts = [shards, kept, image.encode(probe).tolist(), sorted(text.tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

@@ -19,8 +19,10 @@ MANIFEST = "tokens.json"
 
 @dataclass(frozen=True)
 class TokenManifest:
-    """Members of every sample: `codes.npy` [h, w], `text.npy` [T], and optionally `questions.npy` [Q, T] with
-    `answer_start.npy` [Q]; each modality counted from 0.
+    """What the samples of a folder are; each modality is counted from 0.
+
+    `pairs`: members `codes.npy` [h, w], `text.npy` [T], and optionally `questions.npy` [Q, T] with `answer_start.npy` [Q].
+    `documents`: `tokens.npy` [n], n at most T, and `images.npy` [k], where in it images of h * w codes begin.
 
     Attributes:
         vocabulary: `Vocabulary.to_dict()`.
@@ -33,6 +35,7 @@ class TokenManifest:
         long_questions: pairs left out because they did not fit.
         fingerprint: of sources, settings and tokenizers.
         skipped: `SkipReport.state_dict()` of the encoding run.
+        kind: `pairs` or `documents`.
     """
 
     vocabulary: dict[str, Any]
@@ -45,6 +48,7 @@ class TokenManifest:
     long_questions: int = 0
     fingerprint: str = ""
     skipped: dict[str, Any] = field(default_factory=dict)
+    kind: str = "pairs"
 
     @property
     def samples(self) -> int:
@@ -78,6 +82,8 @@ class TokenManifest:
         try:
             content = json.loads(data)
             known = {f.name for f in fields(cls)}
+            if isinstance(content, dict):
+                content.setdefault("kind", "pairs")  # folders from before there were documents
             if not isinstance(content, Mapping) or content.get("format") != 1 or set(content) != known | {"format"}:
                 raise ValueError("another format")
             Vocabulary.from_dict(content["vocabulary"])

@@ -41,14 +41,14 @@ def member_type(name: str) -> str:
 
 
 def check_member(name: str) -> None:
-    """Refuse a member name that is not on the allow-list (`image` stands for any image type).
+    """Refuse a member name that is not on the allow-list (`image` is any image type, `images` all members of such a type).
 
     Raises:
         ValueError: the type may not be decoded.
     """
-    if name != "image" and member_type(name) not in ALLOWED_TYPES:
+    if name not in ("image", "images") and member_type(name) not in ALLOWED_TYPES:
         raise ValueError(
-            f"member {name!r} has type {member_type(name)!r}, which is never decoded; expected 'image' or one of {ALLOWED_TYPES}"
+            f"member {name!r} has type {member_type(name)!r}, which is never decoded; expected 'image', 'images' or one of {ALLOWED_TYPES}"
         )
 
 

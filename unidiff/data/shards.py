@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unidiff.data.images import ImagePreprocess
-from unidiff.data.members import IMAGE_TYPES, MemberError, check_member, decode_member, find_member
+from unidiff.data.members import IMAGE_TYPES, MemberError, check_member, decode_member, find_member, member_type
 from unidiff.data.report import Skip, SkipReport
 from unidiff.data.tar import expand_shards, read_shard
 
@@ -33,11 +33,13 @@ class ShardSource:
     Args:
         shards: see `expand_shards`.
         require: members a sample must have; `image` stands for jpg, jpeg, png or webp. Without one it is skipped.
-        optional: members decoded when present; a damaged one makes the sample skipped too.
+        optional: members decoded when present; a damaged one makes the sample skipped too. `images` is a dict of all
+            image members by name (`0.jpg`, `1.png`, ...).
         shuffle: samples per shuffling window, held in memory undecoded; 0 keeps the order of the tars.
         seed: of all permutations.
         repeat: start again after the last shard, with the next epoch's order.
         workers: decoding threads; 0 decodes in the caller's.
+        prepare: changes a decoded sample, in those threads; a `MemberError` that it raises makes the sample skipped.
 
     Attributes:
         report: what has been skipped so far (`SkipReport`).
@@ -55,7 +57,9 @@ class ShardSource:
         seed: int = 0,
         repeat: bool = False,
         workers: int = 0,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
+        self.prepare = prepare
         self.shards = expand_shards(shards)
         for name in (*require, *optional):
             check_member(name)
@@ -174,15 +178,18 @@ class ShardSource:
 
     def _decode(self, raw: dict[str, Any]) -> dict[str, Any] | Skip:
         sample = {"__key__": raw["__key__"], "__url__": raw["__url__"]}
-        for name in (*self.require, *self.optional):
-            found = find_member(raw, name)
-            if found is None:
-                continue  # an optional member; `read_shard` has checked the others
-            try:
-                sample[name] = decode_member(found, raw[found])
-            except MemberError as error:
-                return Skip(error.reason, raw["__url__"], raw["__key__"], str(error))
-        return sample
+        try:
+            for name in (*self.require, *self.optional):
+                if name == "images":
+                    kinds = [found for found in raw if member_type(found) in IMAGE_TYPES]
+                    sample[name] = {found: decode_member(found, raw[found]) for found in kinds}
+                elif (
+                    found := find_member(raw, name)
+                ) is not None:  # else optional: `read_shard` has checked the others
+                    sample[name] = decode_member(found, raw[found])
+            return sample if self.prepare is None else self.prepare(sample)
+        except MemberError as error:
+            return Skip(error.reason, raw["__url__"], raw["__key__"], str(error))
 
     def _permutation(self, count: int, epoch: int, stream: int) -> list[int]:
         if not self.shuffle:

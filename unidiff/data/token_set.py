@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -27,15 +28,6 @@ Pairs = tuple[np.ndarray, np.ndarray] | None
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Readable rows of one shard: codes int32 [n, h, w], captions int32 [n, T], questions per row (maybe none)."""
-
-    codes: Tensor
-    captions: Tensor
-    questions: list[Pairs]
-
-
-@dataclass(frozen=True)
 class TokenRow:
     """codes int32 `[h, w]`, caption int32 `[T]`, and (questions int32 `[Q, T]`, answer starts int32 `[Q]`) or None."""
 
@@ -44,7 +36,30 @@ class TokenRow:
     pairs: Pairs
 
 
-class TokenSet:
+@dataclass(frozen=True)
+class DocumentRow:
+    """tokens int32 `[n]`, and int64 `[k]`, where images of a whole grid of codes begin in it, ascending."""
+
+    tokens: Tensor
+    images: Tensor
+
+
+Row = TypeVar("Row", TokenRow, DocumentRow)
+
+
+@dataclass(frozen=True)
+class RowKind(Generic[Row]):
+    """Rows of a `TokenManifest.kind`: the members that a sample must have, and how they are read.
+
+    `decode(raw, layout)` raises `MemberError` for members that do not fit the layout.
+    """
+
+    name: str
+    members: tuple[tuple[str, ...], ...]
+    decode: Callable[[dict[str, Any], TokenManifest], Row]
+
+
+class TokenSet(Generic[Row]):
     """Rows of one list of token shards, addressed by draw number; shards are decoded when needed and kept for a while.
 
     Args:
@@ -53,20 +68,28 @@ class TokenSet:
         layout: their common manifest.
         seed: of the order.
         account: gets an entry for every row that can no longer be read.
+        kind: what the rows are.
     """
 
     def __init__(
-        self, urls: list[str], counts: list[int], layout: TokenManifest, seed: int, account: SkipReport
+        self,
+        urls: list[str],
+        counts: list[int],
+        layout: TokenManifest,
+        seed: int,
+        account: SkipReport,
+        kind: RowKind[Row],
     ) -> None:
+        self.kind: RowKind[Row] = kind
         self.urls, self.counts, self.layout, self.seed, self.account = urls, counts, layout, seed, account
         self.total = sum(counts)  # rows in use: `hold_out` takes some away at the end
         self._starts = np.cumsum([0, *counts])
-        self._shards: OrderedDict[int, _Rows] = OrderedDict()
+        self._shards: OrderedDict[int, list[Row]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._reported: set[int] = set()
 
-    def draw(self, number: int) -> TokenRow:
+    def draw(self, number: int) -> Row:
         """Row of draw `number`: every epoch permutes shards, and rows among `_TOGETHER` of them."""
         epoch, place = divmod(number, self.total)
         order, starts = self._epoch(epoch)
@@ -78,7 +101,7 @@ class TokenSet:
         position = int(np.searchsorted(starts, place, side="right")) - 1
         return self.row(int(order[position]), place - int(starts[position]))
 
-    def row(self, shard: int, row: int) -> TokenRow:
+    def row(self, shard: int, row: int) -> Row:
         """A row; a lost one is replaced by another of the shard, or of the next shard that has any.
 
         Raises:
@@ -87,13 +110,12 @@ class TokenSet:
         for step in range(len(self.urls)):
             candidate = (shard + step) % len(self.urls)
             rows = self._load(candidate)
-            usable = min(len(rows.codes), self._in_use(candidate))  # a held-out row never stands in for another
+            usable = min(len(rows), self._in_use(candidate))  # a held-out row never stands in for another
             if usable:
-                place = row % usable
-                return TokenRow(rows.codes[place], rows.captions[place], rows.questions[place])
+                return rows[row % usable]
         raise ValueError(f"none of {len(self.urls)} token shards can be read; {self.account.brief()}")
 
-    def hold_out(self, count: int) -> tuple[TokenSet, list[TokenRow]]:
+    def hold_out(self, count: int) -> tuple[TokenSet[Row], list[Row]]:
         """The set without its last `count` rows, and those rows.
 
         Raises:
@@ -108,9 +130,9 @@ class TokenSet:
         rest.total -= count
         return rest, rows
 
-    def seeded(self, seed: int) -> TokenSet:
+    def seeded(self, seed: int) -> TokenSet[Row]:
         """The same rows in another order."""
-        other = TokenSet(self.urls, self.counts, self.layout, seed, self.account)
+        other = TokenSet(self.urls, self.counts, self.layout, seed, self.account, self.kind)
         other.total, other._reported = self.total, self._reported
         return other
 
@@ -120,7 +142,7 @@ class TokenSet:
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
-            order = _generator(self.seed, epoch, 0).permutation(len(self.urls))
+            order: np.ndarray = _generator(self.seed, epoch, 0).permutation(len(self.urls))
             starts = np.cumsum([0, *(self._in_use(int(shard)) for shard in order)])
             _remember(self._epochs, epoch, (order, starts), 2)
         return self._epochs[epoch]
@@ -130,13 +152,13 @@ class TokenSet:
             _remember(self._groups, (epoch, group), _generator(self.seed, epoch, group + 1).permutation(count), 4)
         return self._groups[epoch, group]
 
-    def _load(self, shard: int) -> _Rows:
+    def _load(self, shard: int) -> list[Row]:
         if shard not in self._shards:
-            found: list[tuple[np.ndarray, np.ndarray, Pairs]] = []
+            found: list[Row] = []
             skips: list[Skip] = []
-            for item in read_shard(self.urls[shard], (("codes.npy",), ("text.npy",))):
+            for item in read_shard(self.urls[shard], self.kind.members):
                 try:
-                    skips.append(item) if isinstance(item, Skip) else found.append(self._decode(item))
+                    skips.append(item) if isinstance(item, Skip) else found.append(self.kind.decode(item, self.layout))
                 except MemberError as error:
                     skips.append(Skip(error.reason, item["__url__"], item["__key__"], str(error)))  # type: ignore[index]
             if shard not in self._reported:
@@ -144,33 +166,57 @@ class TokenSet:
                 for skip in skips:
                     self.account.add(skip)
                     _LOG.warning("token shards: %s; other rows take its place", skip)
-            height, width = self.layout.grid
-            codes = np.stack([f[0] for f in found]) if found else np.zeros((0, height, width), np.int32)
-            captions = np.stack([f[1] for f in found]) if found else np.zeros((0, self.layout.text_length), np.int32)
-            rows = _Rows(torch.from_numpy(codes), torch.from_numpy(captions), [f[2] for f in found])
-            _remember(self._shards, shard, rows, _KEPT)
+            _remember(self._shards, shard, found, _KEPT)
         self._shards.move_to_end(shard)
         return self._shards[shard]
 
-    def _decode(self, raw: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, Pairs]:
-        vocabulary, length = Vocabulary.from_dict(self.layout.vocabulary), self.layout.text_length
-        codes = _array(raw, "codes.npy", tuple(self.layout.grid), vocabulary.image_size)
-        text = _array(raw, "text.npy", (length,), vocabulary.text_size)
-        if "questions.npy" not in raw or "answer_start.npy" not in raw:
-            return codes, text, None
-        questions = _array(raw, "questions.npy", (-1, length), vocabulary.text_size)
-        starts = _array(raw, "answer_start.npy", (len(questions),), length)
-        return codes, text, (questions, starts) if len(questions) else None
+
+def _pair(raw: dict[str, Any], layout: TokenManifest) -> TokenRow:
+    vocabulary, length = Vocabulary.from_dict(layout.vocabulary), layout.text_length
+    codes = torch.from_numpy(_array(raw, "codes.npy", tuple(layout.grid), vocabulary.image_size))
+    text = torch.from_numpy(_array(raw, "text.npy", (length,), vocabulary.text_size))
+    if "questions.npy" not in raw or "answer_start.npy" not in raw:
+        return TokenRow(codes, text, None)
+    questions = _array(raw, "questions.npy", (-1, length), vocabulary.text_size)
+    starts = _array(raw, "answer_start.npy", (len(questions),), length)
+    return TokenRow(codes, text, (questions, starts) if len(questions) else None)
 
 
-def open_token_set(pattern: str, seed: int, account: SkipReport) -> TokenSet:
+def _document(raw: dict[str, Any], layout: TokenManifest) -> DocumentRow:
+    vocabulary, size = Vocabulary.from_dict(layout.vocabulary), layout.grid[0] * layout.grid[1]
+    tokens = _array(raw, "tokens.npy", (-1,), max(vocabulary.text_size, vocabulary.image_size))
+    images = _array(raw, "images.npy", (-1,), layout.text_length).astype(np.int64)
+    ends = np.append(images, len(tokens))
+    if not 0 < len(tokens) <= layout.text_length or (np.diff(ends) < size).any():
+        raise MemberError(
+            report.BAD_ARRAY,
+            f"{len(tokens)} tokens with images at {images.tolist()} are no document of up to {layout.text_length} tokens "
+            f"with images of {size}",
+        )
+    inside = np.zeros(len(tokens), dtype=bool)
+    for start in images:
+        inside[start : start + size] = True
+    for name, part, limit in (
+        ("text", tokens[~inside], vocabulary.text_size),
+        ("image", tokens[inside], vocabulary.image_size),
+    ):
+        if part.size and int(part.max()) >= limit:
+            raise MemberError(report.BAD_ARRAY, f"tokens.npy has {name} id {part.max()}, outside 0..{limit - 1}")
+    return DocumentRow(torch.from_numpy(tokens), torch.from_numpy(images))
+
+
+PAIRS = RowKind("pairs", (("codes.npy",), ("text.npy",)), _pair)
+DOCUMENTS = RowKind("documents", (("tokens.npy",), ("images.npy",)), _document)
+
+
+def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[Row]) -> TokenSet[Row]:
     """Open the shards that one pattern names.
 
     A folder (or a URL that ends in `/`) stands for every shard in its manifest, whether or not the file still exists.
 
     Raises:
         FileNotFoundError: shards without `tokens.json`.
-        ValueError: a refused source, shards of different layout, or no rows.
+        ValueError: a refused source, shards of different layout or of another kind, or no rows.
     """
     urls, counts, layout = [], [], None
     manifests: dict[str, TokenManifest] = {}
@@ -179,6 +225,9 @@ def open_token_set(pattern: str, seed: int, account: SkipReport) -> TokenSet:
         if folder not in manifests:
             manifests[folder] = TokenManifest.load(folder)
         manifest = manifests[folder]
+        if manifest.kind != kind.name:
+            where = {"pairs": "data.train", "documents": "data.documents"}[manifest.kind]
+            raise ValueError(f"{url!r} holds {manifest.kind}, not {kind.name}; name it in {where}")
         if layout is not None and manifest.layout() != layout.layout():
             raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
         if name not in manifest.shards:
@@ -188,7 +237,7 @@ def open_token_set(pattern: str, seed: int, account: SkipReport) -> TokenSet:
         counts.append(manifest.shards[name])
     if layout is None or not sum(counts):
         raise ValueError(f"{pattern!r} holds no rows")
-    return TokenSet(urls, counts, layout, seed, account)
+    return TokenSet(urls, counts, layout, seed, account, kind)
 
 
 def token_shards(pattern: str) -> list[str]:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from unidiff.data.report import Skip, SkipReport
 from unidiff.files import replacing
 from unidiff.train.distributed import Parallel
+from unidiff.train.documents import DocumentTokens
 from unidiff.train.shard_source import ShardTokens
 from unidiff.train.source import TokenSource
 
@@ -30,9 +31,9 @@ class DataAccount:
         sources: of the run; token tables cannot lose rows and are left out.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[TokenSource | None]) -> None:
+    def __init__(self, folder: Path, sources: Sequence[TokenSource | DocumentTokens | None]) -> None:
         self.path = folder / FILE
-        self._shards: list[ShardTokens] = [cast(ShardTokens, s) for s in sources if isinstance(s, ShardTokens)]
+        self._shards = [s for s in sources if isinstance(s, ShardTokens | DocumentTokens)]
         self._met: set[Skip] = set()  # by any process, before a restart or since
         if self.path.is_file():
             self._met = {Skip(*entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))["reading"]}

@@ -29,6 +29,8 @@ class DataConfig:
         vocabulary: name of the layout that the data must have (`Vocabulary.named`); empty takes whatever the data has.
         grid: side of the code grid that the data must have; 0 takes whatever the data has. With both, and `text_length`,
             training/plan.py and training/benchmark.py work before there is data.
+        documents: token shards of interleaved documents (tokenizers/encode_shards.py --documents), which take
+            `document_share` of the samples and are trained on as the joint task; weighted sets as in `train`.
         pack: samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row.
     """
 
@@ -41,6 +43,8 @@ class DataConfig:
     text_length: int = 64
     vocabulary: str = ""
     grid: int = 0
+    documents: str = ""
+    document_share: float = 0.5
     pack: int = 0
 
 
@@ -337,6 +341,8 @@ def check_config(config: TrainConfig) -> None:
     for entry in config.data.curriculum:
         if not (isinstance(entry, list) and len(entry) == 2):
             raise ValueError(f"data.curriculum entry {entry!r} is not of the form [fraction, highest level]")
+    if config.data.documents and not 0 < config.data.document_share < 1:
+        raise ValueError(f"data.document_share = {config.data.document_share} must lie between 0 and 1, without them")
     if config.spike_factor != 0 and config.spike_factor <= 1:
         raise ValueError(f"spike_factor = {config.spike_factor} must be above 1, or 0 to turn it off")
     if config.logging.peak_tflops < 0:

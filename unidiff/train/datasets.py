@@ -9,6 +9,7 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
+from unidiff.train.documents import DocumentTokens
 from unidiff.train.shard_source import ShardTokens, is_tokenised, open_shards
 from unidiff.train.source import TokenTable
 
@@ -37,6 +38,17 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
             )
         table, held_out = table.split(data.validation_rows)
     return table.seeded(config.seed, phases(config)), held_out
+
+
+def open_documents(config: TrainConfig) -> DocumentTokens | None:
+    """The documents of `data.documents`, None where there are none.
+
+    Raises:
+        FileNotFoundError: shards that are not tokenised.
+        ValueError: shards that cannot be used.
+    """
+    spec = config.data.documents
+    return DocumentTokens(spec, config.seed) if spec else None
 
 
 def check_declared(config: TrainConfig, source: TokenTable | ShardTokens) -> None:

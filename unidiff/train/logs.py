@@ -87,9 +87,16 @@ class SpeedMeter:
 
     def _reset(self) -> None:
         self._steps, self._seconds, self._waited, self._scored = 0, 0.0, 0.0, torch.zeros(2, dtype=torch.float64)
+        self._done = 0  # tokens
 
-    def add(self, report: StepReport, seconds: float, waited: float) -> None:
-        """A step that took `seconds`, `waited` of them for its data."""
+    def add(self, report: StepReport, seconds: float, waited: float, tokens: int | None = None) -> None:
+        """A step that took `seconds`, `waited` of them for its data.
+
+        Args:
+            tokens: of the step, over all processes, where rows have other lengths than pairs; attention is then counted as in
+                as many tokens of pairs.
+        """
+        self._done += self._tokens if tokens is None else tokens
         self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + seconds, self._waited + waited
         self._scored += report.hidden.double().sum(0)
 
@@ -99,8 +106,8 @@ class SpeedMeter:
         if not self._steps:
             return {}
         scored = sum(n * f for n, f in zip(self._scored.tolist(), self._token_flops, strict=True))
-        flops = (self._steps * self._rows * self._row_flops + scored) / self._seconds
-        out = {"tokens_per_second": self._steps * self._tokens / self._seconds, "tflops": flops / 1e12}
+        flops = (self._done / self._tokens * self._rows * self._row_flops + scored) / self._seconds
+        out = {"tokens_per_second": self._done / self._seconds, "tflops": flops / 1e12}
         out["data_wait"] = self._waited / self._seconds
         if self._peak:
             out["mfu"] = flops / self._peak

@@ -15,7 +15,7 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.manifest import TokenManifest
 from unidiff.data.mixture import MixtureSchedule, parse_sources
 from unidiff.data.report import SkipReport
-from unidiff.data.token_set import TokenRow, TokenSet, folder_of, open_token_set, token_shards
+from unidiff.data.token_set import PAIRS, TokenRow, TokenSet, folder_of, open_token_set, token_shards
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image import ImageEncoder
@@ -50,10 +50,10 @@ class ShardTokens:
 
     def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
         self.report = SkipReport(listed=_ALL)
-        self._sets: list[TokenSet] = []
+        self._sets: list[TokenSet[TokenRow]] = []
         weights: list[float] = []
         for pattern, weight in sets:
-            self._sets.append(open_token_set(pattern, seed, self.report))
+            self._sets.append(open_token_set(pattern, seed, self.report, PAIRS))
             weights.append(weight)
         first = self._sets[0].layout
         for other in self._sets[1:]:
@@ -97,7 +97,7 @@ class ShardTokens:
             raise ValueError("data.curriculum needs `levels`, which token shards do not have; use a token table")
         return self._with([part.seeded(seed) for part in self._sets], seed)
 
-    def _with(self, sets: list[TokenSet], seed: int) -> ShardTokens:
+    def _with(self, sets: list[TokenSet[TokenRow]], seed: int) -> ShardTokens:
         other = copy.copy(self)
         other._sets, other.seed, other._schedule = sets, seed, MixtureSchedule(self._schedule.weights, seed)
         return other

@@ -83,7 +83,7 @@ def train(
         ValueError, FileNotFoundError: settings, data or a checkpoint that do not fit.
     """
     from unidiff.train.build import pick_device
-    from unidiff.train.datasets import open_sources
+    from unidiff.train.datasets import open_documents, open_sources
     from unidiff.train.distributed import Parallel
     from unidiff.train.samples import sheet_sampler
     from unidiff.train.trainer import Trainer, TrainingAborted
@@ -94,7 +94,8 @@ def train(
             source, validation = open_sources(config)
         if check is not None:
             check(source)
-        Trainer(config, source, validation, sheet_sampler(config, source), parallel).train()
+        documents = open_documents(config)
+        Trainer(config, source, validation, sheet_sampler(config, source), parallel, documents).train()
         if finish is not None and parallel.main:
             finish()
     except TrainingAborted as error:

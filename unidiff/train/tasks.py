@@ -8,6 +8,7 @@ independent coin flips with weight 1 / r.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,20 @@ class TaskBatch:
         )
         visible = None if self.visible is None else self.visible.to(device)
         return TaskBatch(self.batch.to(device), task, rate, noise, weight, visible)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TaskBatch]) -> TaskBatch:
+        """Stack batches of any lengths along rows, with padding behind the shorter ones; all of one sample per row."""
+        if len(parts) == 1:
+            return parts[0]
+        batch = TokenBatch.cat([part.batch for part in parts])
+
+        def stacked(name: str, fill: float) -> Tensor:
+            values = [getattr(part, name) for part in parts]
+            return torch.cat([torch.nn.functional.pad(v, (0, batch.shape[1] - v.shape[1]), value=fill) for v in values])
+
+        task, rate = (torch.cat([getattr(part, name) for part in parts]) for name in ("task", "rate"))
+        return cls(batch, task, rate, stacked("noise", 1.0), stacked("weight", 0.0))
 
 
 class TaskMixer:
@@ -105,7 +120,14 @@ class TaskMixer:
         if task is not None:
             chosen = torch.full_like(chosen, task)
         batch, hide = self._lay_out(self.source.fetch(index), chosen, draw)
-        batch = drop_condition(batch, hide, self.source.vocabulary)
+        return self.masked(index, chosen, drop_condition(batch, hide, self.source.vocabulary))
+
+    def masked(self, index: Tensor, chosen: Tensor, batch: TokenBatch) -> TaskBatch:
+        """Clean rows with what is hidden of them: rates, noise and weights of the tasks `chosen` (int64 `[B]`).
+
+        Args:
+            index: int64 `[B]`, what the draws are keyed by.
+        """
         noise = keyed_uniform(self.seed, index, _MASK_STREAM, batch.shape[1])  # [B, L]
         modality_weight = torch.where(
             batch.modality == Modality.IMAGE, self.objective.image_weight, self.objective.text_weight

@@ -22,6 +22,7 @@ from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_fl
 from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save_checkpoint, score_of, write_atomic
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.distributed import Parallel, whole
+from unidiff.train.documents import DocumentMixer, DocumentTokens
 from unidiff.train.ema import EMA
 from unidiff.train.logs import Progress, RunLog, SpeedMeter, TaskMeter
 from unidiff.train.lora import add_adapters, merge_adapters
@@ -48,6 +49,7 @@ class Trainer:
         validation: held-out tokens, or None to train without validation.
         sampler: called as `sampler(model, step) -> uint8 [3, H, W]` every `logging.sample_every` steps (by rank 0).
         parallel: the processes that share the run, all of which make a `Trainer`; None for this one alone.
+        documents: take `data.document_share` of the samples.
 
     Raises:
         ValueError: settings that do not fit each other, the data, the number of processes or the checkpoint.
@@ -60,6 +62,7 @@ class Trainer:
         validation: TokenSource | None = None,
         sampler: Callable[[MaskedTransformer, int], torch.Tensor] | None = None,
         parallel: Parallel | None = None,
+        documents: DocumentTokens | None = None,
     ) -> None:
         check_config(config)
         self.config, self.source, self.validation, self.sampler = config, source, validation, sampler
@@ -71,7 +74,9 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
         crop = config.data.crop_fill
         self.block_length = int(config.model.get("block_length") or 0)
-        self.mixer = TaskMixer(source, config.tasks, config.objective, config.seed, crop, self.block_length)
+        pairs = TaskMixer(source, config.tasks, config.objective, config.seed, crop, self.block_length)
+        share = config.data.document_share
+        self.mixer = pairs if documents is None else DocumentMixer(pairs, documents, share)
         model = build_model(config, source.vocabulary.size)
         set_up_blocks(model, config.activation_checkpointing, config.compile)
         self.parallel.prepare(model)
@@ -88,8 +93,9 @@ class Trainer:
             parallel=self.parallel,
         )
         self.samples = 0
+        self._documents = documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
-        self.account = DataAccount(self.folder, [source, validation])
+        self.account = DataAccount(self.folder, [source, validation, documents])
         self.resumed = self._resume()
         settings = config.checkpoint
         self._saver: ShardSaver | None = None
@@ -188,7 +194,8 @@ class Trainer:
         self.samples += config.rows_per_step
         waited = time.perf_counter() - began
         report = train_step(state, batches, factor)
-        self.speed.add(report, time.perf_counter() - began, waited)
+        tokens = parallel.size * sum(int(b.batch.valid.sum()) for b in batches) if self._documents else None
+        self.speed.add(report, time.perf_counter() - began, waited, tokens)
         return report
 
     def _batch(self, first: int, count: int) -> TaskBatch:
