@@ -161,6 +161,8 @@ def test_what_does_not_fit(tmp_path, documents):
         mixer(other)
     with pytest.raises(ValueError, match="differs from .* in vocabulary or grid"):
         DocumentTokens(f"{tmp_path / 'documents'}@1::{tmp_path / 'other'}@1")
+    with pytest.raises(FileNotFoundError, match="'nowhere' does not exist; expected a folder of token shards"):
+        DocumentTokens("nowhere")
     with pytest.raises(ValueError, match=r"data.document_share = 1.0 must lie between 0 and 1"):
         tiny_config(tmp_path, "data.documents=x", "data.document_share=1")
     causal = "model={hidden_size: 32, num_layers: 2, num_heads: 2, attention: block_causal, block_length: 3}"

@@ -241,7 +241,11 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
 
 
 def token_shards(pattern: str) -> list[str]:
-    """As `expand_shards`, with folders expanded by their manifests."""
+    """As `expand_shards`, with folders expanded by their manifests.
+
+    Raises:
+        FileNotFoundError: neither a folder nor the name of a shard; as `TokenManifest.load`.
+    """
     urls = []
     for part in pattern.split("::"):
         check_scheme(part.strip())
@@ -249,7 +253,11 @@ def token_shards(pattern: str) -> list[str]:
         if os.path.isdir(folder) or part.strip().endswith("/"):
             urls += [f"{folder}/{name}" for name in TokenManifest.load(folder).shards]
         else:
-            urls += expand_shards(part)
+            found = expand_shards(part)
+            for url in found:  # a shard may have vanished, but a name that is no shard's is a mistake
+                if "://" not in url and ".tar" not in url and not os.path.exists(url):
+                    raise FileNotFoundError(f"{url!r} does not exist; expected a folder of token shards, or .tar files")
+            urls += found
     return urls
 
 
