@@ -229,13 +229,19 @@ class Forward:
     def logits(self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int]) -> PositionLogits:
         """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row)."""
         index, live = gather_positions(wanted, count)
-        values = self._head(modality, [self._features[s] for s in streams], index)  # [S, B, n, V]
-        if held := [i for i, s in enumerate(streams) if s in self._held]:
+        affine = isinstance(self._model, MaskedTransformer)  # then logits of a sum are the sum of logits, at a third of the work
+        features = [self._moved(s) if affine and s in self._held else self._features[s] for s in streams]
+        values = self._head(modality, features, index)  # [S, B, n, V]
+        if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:
             beside = self._head(modality, [self._beside[streams[i]] for i in held], index)
             values[held] += values[0] - beside  # cond - (cond then - uncond then)
         if self._policy.peaks is not None:
             self._note_peaks(modality, index, live, values, streams)
         return PositionLogits(index, live, values)
+
+    def _moved(self, stream: int) -> Tensor:
+        """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then)."""
+        return self._features[stream] + (self._features[0] - self._beside[stream])
 
     def _head(self, modality: Modality, features: Sequence[Tensor], index: Tensor) -> Tensor:
         begun, tokens = wall.perf_counter(), len(features) * index.numel()

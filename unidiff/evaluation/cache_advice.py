@@ -58,9 +58,9 @@ def advise(profile: TaskProfile, config: Any) -> Advice:
         f"correlate by {related:.2f}; a row has {given + made:.0f} tokens"
     )
     if bound < LEAST_GAIN:
-        return Advice(CacheConfig("none"), 1.0, f"{why}: at most {bound:.2f} times faster, which does not pay")
+        return Advice(CacheConfig("none"), 1.0, f"{why}: adaptive at most {bound:.2f} times faster, which does not pay")
     options = {"prompt_interval": prompt, "response_interval": answer, "ratio": ratio}
-    return Advice(CacheConfig("adaptive", options), bound, f"{why}: at most {bound:.2f} times faster")
+    return Advice(CacheConfig("adaptive", options), bound, f"{why}: adaptive at most {bound:.2f} times faster")
 
 
 def _interval(profile: TaskProfile, names: tuple[str, str]) -> int:
