@@ -25,6 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", required=True, choices=NAMES)
     parser.add_argument("--json", type=Path, required=True, help="also writes .csv and .png beside it")
     parser.add_argument("--only", **several, metavar="POLICY", help="compare this one; repeatable")
+    parser.add_argument("--shape", **several, help="rows of this many text and image tokens, as 128+1024; repeatable")
     parser.add_argument("--blocks", type=int, help="decode so many blocks of each row only, for a quick look")
     parser.add_argument("--runs", type=int, help="paired runs")
     parser.add_argument("--threads", type=int, help="of the CPU")
@@ -86,7 +87,9 @@ def main() -> None:
     else:
         names = ("blocks", "runs", "threads", "device", "seed", "graphs")
         cells = given.cells or given.json.with_suffix(".cells")
-        options = Options(tuple(given.only), **{name: getattr(given, name) for name in names}, cells=cells)
+        options = Options(
+            tuple(given.only), **{name: getattr(given, name) for name in names}, shapes=tuple(given.shape), cells=cells
+        )
         result = run_suite(given.suite, options, say)
     for file in write(result, given.json):
         say(file)

@@ -72,6 +72,8 @@ def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=r"unknown shape '8\+1'; expected some of 8\+16, 8\+0"):
+        run_suite("smoke", Options(shapes=("8+1",)))
     with pytest.raises(ValueError, match="unknown policy 'dua'; expected some of none, prefix"):
         run_suite("smoke", Options(only=("dua",)))
     with pytest.raises(ValueError, match="blocks is 0"):
@@ -96,6 +98,8 @@ def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatc
         return out
 
     monkeypatch.setattr(decode_benchmark, "_decode", watched)
+    some = run_suite("smoke", Options(only=("dual",), blocks=1, runs=1, shapes=("8+0",)))
+    assert [(r.policy, r.workload["image"]) for r in some.rows] == [("none", 0), ("dual", 0)]
     result = run_suite("smoke", Options(only=("dual", "adaptive"), runs=2))
     names = [name for name, *_ in calls[:9]]
     assert names == ["NoCache", "DualCache", "AdaptiveCache"] * 3  # warm-up, then two paired runs

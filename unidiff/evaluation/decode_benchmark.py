@@ -103,6 +103,7 @@ class Options:
         device: another device than the suite's.
         seed: of weights, tokens and decodes.
         graphs: record passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; nothing on a CPU.
+        shapes: tokens of the rows to decode, as `128+1024` for text and image; all of the suite's when empty.
         cells: folder in which finished workloads are kept, so that a run that was interrupted goes on; None for none.
     """
 
@@ -113,6 +114,7 @@ class Options:
     device: str | None = None
     seed: int = 0
     graphs: bool = False
+    shapes: tuple[str, ...] = ()
     cells: Path | None = None
 
     def policies(self, default: tuple[str, ...]) -> list[str]:
@@ -125,14 +127,26 @@ class Options:
             raise ValueError(f"unknown policy {unknown[0]!r}; expected some of {', '.join(POLICIES)}")
         return list(dict.fromkeys(("none", *(self.only or default))))
 
+    def workloads(self, suite: Suite) -> list[Workload]:
+        """Those to run.
+
+        Raises:
+            ValueError: a shape that the suite does not have.
+        """
+        shapes = dict.fromkeys(workload.shape for workload in suite.workloads)
+        if unknown := [name for name in self.shapes if name not in shapes]:
+            raise ValueError(f"unknown shape {unknown[0]!r}; expected some of {', '.join(shapes)}")
+        return [workload for workload in suite.workloads if not self.shapes or workload.shape in self.shapes]
+
 
 def run_suite(name: str, options: Options, progress: Progress = lambda what: None) -> Benchmark:
     """Run a suite of random-weight models.
 
     Raises:
-        ValueError: an unknown policy, or a device that is not there.
+        ValueError: an unknown policy or shape, or a device that is not there.
     """
     suite = SUITES[name]
+    workloads = options.workloads(suite)
     device = usable_device(options.device or suite.device)
     with thread_count(options.threads):
         result = Benchmark(name, about={"model": dict(suite.model), "what": suite.about, **machine(device)})
@@ -141,8 +155,9 @@ def run_suite(name: str, options: Options, progress: Progress = lambda what: Non
         result.about["graphs"] = options.graphs
         result.about["matmul"] = []
         model = random_model(suite, device, options.seed)
-        asked = {**asdict(options), "cells": None, "threads": torch.get_num_threads(), "runs": result.about["runs"]}
-        for workload in suite.workloads:
+        kept = {name: value for name, value in asdict(options).items() if name != "shapes"}
+        asked = {**kept, "cells": None, "threads": torch.get_num_threads(), "runs": result.about["runs"]}
+        for workload in workloads:
             progress(describe(workload))
             nn.Module.to(model, getattr(torch, workload.dtype))  # without diffusers' advice on loading
             key = {"model": dict(suite.model), "workload": asdict(workload), "options": asked, "code": code_hash()}
@@ -158,7 +173,7 @@ def _kept(
     """What was measured before, else now."""
     if folder is None:
         return measure()
-    name = f"{workload.text}+{workload.image}-{workload.dtype}-{workload.block}x{workload.passes}-{workload.batch}"
+    name = f"{workload.shape}-{workload.dtype}-{workload.block}x{workload.passes}-{workload.batch}"
     return Cells(folder).measured(name, key, measure)
 
 

@@ -49,6 +49,11 @@ class Workload:
         return 0 if self.grid is None else self.grid[0] * self.grid[1]
 
     @property
+    def shape(self) -> str:
+        """Text and image tokens, as `128+1024`."""
+        return f"{self.text}+{self.image}"
+
+    @property
     def total_blocks(self) -> int:
         return -(-self.text // self.block) - (-self.image // self.block)
 
