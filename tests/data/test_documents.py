@@ -152,7 +152,7 @@ def test_bad_shards_of_documents(tmp_path, text):
         small = EncodeSettings(16, 16, documents=True)
         encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "no", small)
     encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "out", SETTINGS)
-    with pytest.raises(ValueError, match="holds documents, not pairs; name it in data.documents"):
+    with pytest.raises(ValueError, match=r"holds documents, not pairs; name it in data.documents"):
         open_token_set(str(tmp_path / "out"), 0, SkipReport(), PAIRS)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     damaged = {

@@ -33,7 +33,9 @@ def write_documents(folder: Path, count: int = 12, grid: tuple[int, int] = (3, 3
                 starts.append(len(tokens))
                 tokens += [*generator.integers(0, 16, SIZE), 20]
             tokens += [0]
-            writer.write(f"{number:03d}", {"tokens.npy": np.asarray(tokens), "images.npy": np.asarray(starts, np.int64)})
+            writer.write(
+                f"{number:03d}", {"tokens.npy": np.asarray(tokens), "images.npy": np.asarray(starts, np.int64)}
+            )
     manifest = TokenManifest(VOCABULARY.to_dict(), 0, LENGTH, grid, dict(writer.written), kind="documents")
     manifest.save(folder)
     return folder
@@ -159,7 +161,7 @@ def test_what_does_not_fit(tmp_path, documents):
     other = DocumentTokens(str(write_documents(tmp_path / "other", grid=(1, 9))))
     with pytest.raises(ValueError, match="another vocabulary or grid"):
         mixer(other)
-    with pytest.raises(ValueError, match="differs from .* in vocabulary or grid"):
+    with pytest.raises(ValueError, match=r"differs from .* in vocabulary or grid"):
         DocumentTokens(f"{tmp_path / 'documents'}@1::{tmp_path / 'other'}@1")
     with pytest.raises(FileNotFoundError, match="'nowhere' does not exist; expected a folder of token shards"):
         DocumentTokens("nowhere")

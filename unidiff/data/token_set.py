@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -238,6 +238,18 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
     if layout is None or not sum(counts):
         raise ValueError(f"{pattern!r} holds no rows")
     return TokenSet(urls, counts, layout, seed, account, kind)
+
+
+def full_report() -> SkipReport:
+    """For what is lost while training: all by name, since several processes tell each other, and none may count twice."""
+    return SkipReport(listed=10**9)
+
+
+def encoding_reports(sets: Iterable[TokenSet[Any]]) -> dict[str, SkipReport]:
+    """What the encoding of these sets left out, by folder of token shards; folders from which nothing is missing are left out."""
+    folders = {folder_of(url) for part in sets for url in part.urls}
+    skipped = {folder: TokenManifest.load(folder).skipped for folder in sorted(folders)}
+    return {folder: SkipReport.from_state_dict(state) for folder, state in skipped.items() if state}
 
 
 def token_shards(pattern: str) -> list[str]:

@@ -229,7 +229,9 @@ class Forward:
     def logits(self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int]) -> PositionLogits:
         """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row)."""
         index, live = gather_positions(wanted, count)
-        affine = isinstance(self._model, MaskedTransformer)  # then logits of a sum are the sum of logits, at a third of the work
+        affine = isinstance(
+            self._model, MaskedTransformer
+        )  # then logits of a sum are the sum of logits, at a third of the work
         features = [self._moved(s) if affine and s in self._held else self._features[s] for s in streams]
         values = self._head(modality, features, index)  # [S, B, n, V]
         if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:

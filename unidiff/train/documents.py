@@ -7,15 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unidiff.data.manifest import TokenManifest
 from unidiff.data.mixture import MixtureSchedule, parse_sources
-from unidiff.data.report import SkipReport
-from unidiff.data.token_set import DOCUMENTS, DocumentRow, TokenSet, folder_of, open_token_set
+from unidiff.data.token_set import DOCUMENTS, DocumentRow, TokenSet, encoding_reports, full_report, open_token_set
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 from unidiff.train.config import TASKS
 from unidiff.train.tasks import TaskBatch, TaskMixer
-
-_ALL = 10**9  # every lost document is named, see `ShardTokens`
 
 
 class DocumentTokens:
@@ -37,7 +33,7 @@ class DocumentTokens:
     """
 
     def __init__(self, spec: str | Sequence[str], seed: int = 0) -> None:
-        self.report = SkipReport(listed=_ALL)
+        self.report = full_report()
         parts = parse_sources(spec)
         self._sets: list[TokenSet[DocumentRow]] = [open_token_set(p, seed, self.report, DOCUMENTS) for p, _ in parts]
         self._schedule = MixtureSchedule(tuple(weight for _, weight in parts), seed)
@@ -50,9 +46,7 @@ class DocumentTokens:
         self.vocabulary = Vocabulary.from_dict(first.vocabulary)
         self.grid: tuple[int, int] = first.grid
         self.length = max(part.layout.text_length for part in self._sets)
-        folders = {folder_of(url) for part in self._sets for url in part.urls}
-        skipped = {folder: TokenManifest.load(folder).skipped for folder in sorted(folders)}
-        self.encoding = {folder: SkipReport.from_state_dict(state) for folder, state in skipped.items() if state}
+        self.encoding = encoding_reports(self._sets)
 
     def __len__(self) -> int:
         """Documents of all sets."""

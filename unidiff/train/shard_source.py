@@ -15,7 +15,16 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.manifest import TokenManifest
 from unidiff.data.mixture import MixtureSchedule, parse_sources
 from unidiff.data.report import SkipReport
-from unidiff.data.token_set import PAIRS, TokenRow, TokenSet, folder_of, open_token_set, token_shards
+from unidiff.data.token_set import (
+    PAIRS,
+    TokenRow,
+    TokenSet,
+    encoding_reports,
+    folder_of,
+    full_report,
+    open_token_set,
+    token_shards,
+)
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image import ImageEncoder
@@ -24,7 +33,6 @@ from unidiff.train.source import TokenRows, TokenTable
 
 _LOG = logging.getLogger(__name__)
 _PICK_STREAM = 0x5EED_0002
-_ALL = 10**9  # every lost row is named: several processes tell each other, and none may count twice
 
 
 class ShardTokens:
@@ -49,7 +57,7 @@ class ShardTokens:
     """
 
     def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
-        self.report = SkipReport(listed=_ALL)
+        self.report = full_report()
         self._sets: list[TokenSet[TokenRow]] = []
         weights: list[float] = []
         for pattern, weight in sets:
@@ -61,9 +69,7 @@ class ShardTokens:
                 raise ValueError(
                     f"the sets {[p for p, _ in sets]} differ in vocabulary, grid or text length; encode them alike"
                 )
-        folders = {folder_of(url) for part in self._sets for url in part.urls}
-        skipped = {folder: TokenManifest.load(folder).skipped for folder in sorted(folders)}
-        self.encoding = {folder: SkipReport.from_state_dict(state) for folder, state in skipped.items() if state}
+        self.encoding = encoding_reports(self._sets)
         self.vocabulary = Vocabulary.from_dict(first.vocabulary)
         self.text_prefix = first.text_prefix
         self.seed = seed
