@@ -23,7 +23,6 @@ from unidiff.evaluation.decode_benchmark_emoji import EmojiOptions, run_emoji
 from unidiff.evaluation.decode_benchmark_report import write
 from unidiff.evaluation.decode_benchmark_settings import QUALITY, SWEEP, Decode, Setting, cases_per_part, decodes
 from unidiff.evaluation.report import Estimate
-from unidiff.pipelines.auto_cache import AUTO
 from unidiff.pipelines.settings import default_samplers
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"
@@ -123,7 +122,7 @@ def test_suite_is_measured_kept_and_taken_up_again(pipe, tmp_path, monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(decode_benchmark_emoji, f"measure_{name}", counted)
-    options = dict(cells=tmp_path / "cells", caches=("auto", "dual"), tasks=("caption",), settings=SETTINGS)
+    options = dict(cells=tmp_path / "cells", caches=("interval", "dual"), tasks=("caption",), settings=SETTINGS)
     options |= dict(batches=(1, 3), cases=4, rows=1, runs=2, quality_batch=4)
 
     def interrupted(what):
@@ -132,7 +131,7 @@ def test_suite_is_measured_kept_and_taken_up_again(pipe, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         run_emoji(pipe, EmojiOptions(**options), interrupted)
-    # the cache that "auto" takes is not the plain dual one, and the same for both batches; a warm-up and a run
+    # three caches of two settings and one of the reference, the same for both batches; a warm-up and a run
     assert counts == {"quality": 7, "seconds": 2}
     said: list[str] = []
     result = run_emoji(pipe, EmojiOptions(**options), said.append)
@@ -145,13 +144,13 @@ def test_suite_is_measured_kept_and_taken_up_again(pipe, tmp_path, monkeypatch):
         (batch, name, policy)
         for batch in (1, 3)
         for name in SETTINGS
-        for policy in (("none",) if name == "passes-64" else ("none", "auto", "dual"))
+        for policy in (("none",) if name == "passes-64" else ("none", "interval", "dual"))
     ]
     cached = [row for row in result.rows if row.workload["setting"] != "passes-64"]
     for plain, auto, dual in zip(cached[::3], cached[1::3], cached[2::3], strict=True):
         assert plain.speedup == plain.bound == plain.bound_corrected == 1 and plain.stats["partial_passes"] == 0
         assert dual.bound == pytest.approx(plain.stats["flops"] / dual.stats["flops"]) and len(dual.seconds_all) == 2
-        assert auto.stats["cache"] == AUTO["text"].to_dict() and "times as fast" in auto.stats["note"]
+        assert auto.stats["cache"] == CacheConfig("interval").to_dict() and auto.stats["note"] == ""
         assert 0 <= dual.quality_low <= dual.quality <= dual.quality_high <= 1
     assert {r.nfe for r in result.rows if r.workload["setting"] == "passes-2"} == {2}
     found = result.about["contrasts"]

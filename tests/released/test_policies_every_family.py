@@ -28,7 +28,7 @@ REFRESHED: dict[str, dict[str, Any]] = {  # settings under which every pass reco
     "AdaptiveCache": {"prompt_interval": 1, "response_interval": 1},
 }
 OTHERS = {"Policy", "RefreshPolicy", "NoCache", "BlockCausalCache"}  # no cache, or for weights of another kind
-POLICIES = [name for name in (*LAZY, "SegmentCache") if name in policies.__all__]
+POLICIES = [name for name in (*LAZY, "SegmentCache", "HeldGuidance") if name in policies.__all__]
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -37,6 +37,8 @@ def made(name: str, table: dict[str, dict[str, Any]]) -> RefreshPolicy:
         parts = {"text": "DualCache", "image": "MaxLogitCache"}
         parts |= dict.fromkeys(("text_prompt", "image_prompt"), "IntervalCache")
         return policies.SegmentCache(**{part: made(kind, table) for part, kind in parts.items()})
+    if name == "HeldGuidance":  # around a cache, with the guidance evaluated as often as the cache is refreshed
+        return policies.HeldGuidance(made("IntervalCache", table), table["IntervalCache"]["interval"], warmup=1)
     return getattr(policies, name)(**table[name])
 
 
