@@ -1,7 +1,7 @@
 """Tune a text-to-image pipeline towards a reward (UniGRPO).
 
     python training/reward_tuning.py MODEL OUTPUT --prompts FILE --reward MODULE:FUNCTION [--steps N] [--lora RANK]
-    python training/reward_tuning.py emoji runs/tuned --reward oracle --steps 200
+    python training/reward_tuning.py emoji runs/tuned --reward oracle --steps 200 --passes 12
 
 FUNCTION(prompts, pictures) gets a list of texts and float pictures [B, 3, H, W] in [0, 1], and returns a number for each
 (`--reward my_rewards:brightness`). `oracle` is EmojiEval's exact reader: 1 where it finds in the picture what the text says;
@@ -16,7 +16,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--prompts-per-step", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="pictures per prompt")
+    parser.add_argument(
+        "--passes", type=int, help="of each decode; fewer are faster, and leave more to be rewarded for"
+    )
+    parser.add_argument(
+        "--kinds",
+        type=float,
+        nargs=4,
+        metavar="SHARE",
+        help="with --reward oracle: of scenes of one object, several of a kind, pairs and groups",
+    )
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the divergence from the starting model")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
@@ -57,6 +67,8 @@ def main(arguments: list[str]) -> int:
 
 
 def tune(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     import torch
 
     from unidiff.pipeline import UniDiffPipeline
@@ -64,8 +76,9 @@ def tune(options: argparse.Namespace) -> None:
     from unidiff.train.lora import add_adapters, merge_adapters
     from unidiff.train.reward import RewardConfig, RewardTuner
 
-    if min(options.steps, options.prompts_per_step, options.checkpoint_every) < 1:
-        raise ValueError("--steps, --prompts-per-step and --checkpoint-every must be at least 1")
+    counts = (options.steps, options.prompts_per_step, options.checkpoint_every)
+    if min(counts) < 1 or (options.passes is not None and options.passes < 1):
+        raise ValueError("--steps, --prompts-per-step, --passes and --checkpoint-every must be at least 1")
     pipe = UniDiffPipeline.from_pretrained(options.model)
     reward, prompts = find_reward(options, pipe)
     texts: list[str] = []
@@ -80,7 +93,10 @@ def tune(options: argparse.Namespace) -> None:
     add_adapters(model, LoraConfig(rank=options.lora, alpha=2.0 * options.lora))
     config = RewardConfig(group=options.group, beta=options.beta, seed=options.seed)
     optimiser = OptimiserConfig(lr=options.lr, weight_decay=0.0)
-    tuner = RewardTuner(model, settings.vocabulary, settings.sampler("text_to_image"), score, config, optimiser)
+    sampler = settings.sampler("text_to_image")
+    if options.passes is not None:
+        sampler = replace(sampler, image=replace(sampler.image, steps=options.passes))
+    tuner = RewardTuner(model, settings.vocabulary, sampler, score, config, optimiser)
     run(tuner, pipe, prompts, texts, options)
     merge_adapters(model)
     pipe.save_pretrained(options.output / "pipeline")
@@ -135,7 +151,9 @@ def prompt_rows(pipe: UniDiffPipeline, texts: list[str]):
 def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[PictureReward, Prompts]:
     """The reward that `--reward` names, and prompts for it."""
     if options.reward == "oracle":
-        return oracle_reward(pipe, options.seed)
+        return oracle_reward(pipe, options.seed, options.kinds)
+    if options.kinds is not None:
+        raise ValueError(f"--kinds {options.kinds} goes with --reward oracle only; leave it out")
     if options.prompts is None:
         raise ValueError("--prompts is missing; name a text file with one prompt a line")
     lines = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -148,8 +166,16 @@ def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[Pic
     return getattr(importlib.import_module(module), name), lambda number: lines[number % len(lines)]
 
 
-def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Prompts]:
-    """1 where EmojiEval's oracle reads the whole picture and finds in it what the prompt says."""
+def oracle_reward(
+    pipe: UniDiffPipeline, seed: int, kinds: Sequence[float] | None = None
+) -> tuple[PictureReward, Prompts]:
+    """1 where EmojiEval's oracle reads the whole picture and finds in it what the prompt says.
+
+    Args:
+        kinds: shares of the kinds of scenes that prompts are of; None for the profile's own.
+    """
+    from dataclasses import replace
+
     import torch
 
     from unidiff.data.emoji_parse import facts_correct, parse_caption
@@ -166,7 +192,8 @@ def oracle_reward(pipe: UniDiffPipeline, seed: int) -> tuple[PictureReward, Prom
         pairs = zip(texts, readings, strict=True)
         return torch.tensor([float(facts_correct(parse_caption(text), r.scene)) for text, r in pairs])
 
-    scenes = SceneGenerator(profile, _ORACLE_SEED + seed)
+    drawn = profile if kinds is None else replace(profile, kinds=tuple(kinds))
+    scenes = SceneGenerator(drawn, _ORACLE_SEED + seed)
 
     def prompt(number: int) -> str:
         return scene_texts(scenes, number, scenes.scene(number), 1, QuestionMix(1)).captions[0]

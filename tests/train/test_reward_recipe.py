@@ -115,7 +115,7 @@ def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = vocabulary_words(get_profile("cpu")) * 2
     tiny_pipeline(text_length=40, grid=(8, 8), corpus=words).save_pretrained(tmp_path / "base")
-    assert run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1") == 0
+    assert run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1", "--kinds", "0", "0", "1", "0") == 0
     pipe = UniDiffPipeline.from_pretrained(tmp_path / "tuned" / "pipeline")
     report = run_emoji_eval(pipe, n=1, tasks=("text_to_image",), steps=2)
     assert any(name.startswith("text_to_image") for name in report.values)
@@ -137,3 +137,8 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     assert run("base", "out", "--reward", "m:f") == 2 and "--prompts is missing" in capsys.readouterr().err
     assert run("base", "out", "--prompts", "prompts.txt", "--reward", "f") == 2
     assert "MODULE:FUNCTION" in capsys.readouterr().err
+    kinds = ("--kinds", "1", "0", "0", "0")
+    assert run("base", "out", "--prompts", "prompts.txt", "--reward", "m:f", *kinds) == 2
+    assert "--kinds [1.0, 0.0, 0.0, 0.0] goes with --reward oracle" in capsys.readouterr().err
+    assert run("base", "out", "--reward", "oracle", "--passes", "0") == 2
+    assert "--passes and --checkpoint-every must be at least 1" in capsys.readouterr().err
