@@ -97,7 +97,7 @@ def test_auto_says_what_it_took(pipe, inputs):
     drawn = large.text_to_image("a dog", **options)
     assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("interval: makes passes")
     assert drawn.stats.partial_passes > 0
-    both = large.generate(**options)
+    both = large.generate(**options, guidance_scale=2.0)
     assert both.cache == AUTO["both"] and both.cache_note.startswith("segments: makes passes")
     assert both.stats.partial_passes > 0
 
@@ -111,34 +111,37 @@ def choose(batch: TokenBatch, config: SamplerConfig, **model):
 
 
 def test_auto_follows_length_rows_and_passes():
-    picture = Span.image(torch.full((16, 16), 13), True)
-    batch = TokenBatch.from_spans([[picture, Span.masked_text(12, VOCABULARY)]])
+    prompt = Span.text([1] * 256, True)
+    batch = TokenBatch.from_spans([[prompt, Span.masked_text(12, VOCABULARY)]])
     quota = SamplerConfig(text=ModalityDecoding(steps=12))
-    assert choose(batch, quota).config == CacheConfig("none") and choose(batch, quota).note.startswith(
-        "none: texts lose"
-    )
-    picture = Span.text([1] * 12, True), Span.masked_image((16, 16), VOCABULARY)
-    drawn = SamplerConfig(image=ModalityDecoding(steps=12))
-    assert choose(TokenBatch.from_spans([picture]), drawn).config == AUTO["image"]
-    once = SamplerConfig(image=ModalityDecoding(steps=1))
-    found = choose(TokenBatch.from_spans([picture]), once)
-    assert found.config == CacheConfig("none") and f"less than {LEAST_GAIN}" in found.note
-    short = TokenBatch.from_spans([[Span.text([1] * 4, True), Span.masked_image((4, 4), VOCABULARY)]])
-    assert choose(short, drawn).config == CacheConfig("none")
-    assert choose(TokenBatch.cat([short] * 16), drawn).config == AUTO["image"]  # more rows hide the overhead
+    assert choose(batch, quota).config == AUTO["text"]
+    expected = 12 * (268 + OVERHEAD_TOKENS) / (2 * (268 + OVERHEAD_TOKENS) + 10 * (12 + OVERHEAD_TOKENS))
+    assert f"{expected:.2f} times" in choose(batch, quota).note
+    once = SamplerConfig(text=ModalityDecoding(steps=1))
+    assert choose(batch, once).config == CacheConfig("none") and f"less than {LEAST_GAIN}" in choose(batch, once).note
+    short = TokenBatch.from_spans([[Span.text([1] * 24, True), Span.masked_text(12, VOCABULARY)]])
+    assert choose(short, quota).config == CacheConfig("none")
+    assert choose(TokenBatch.cat([short] * 16), quota).config == AUTO["text"]  # more rows hide the overhead
+
+
+def test_auto_keeps_no_picture_while_it_is_described():
+    picture = Span.image(torch.full((16, 16), 13), True)
+    seen = TokenBatch.from_spans([[picture, Span.masked_text(12, VOCABULARY)]])
+    found = choose(seen, SamplerConfig(text=ModalityDecoding(steps=12)))
+    assert found.config == CacheConfig("none") and found.note.startswith("none: texts lose too much")
 
 
 def test_auto_counts_the_passes_that_evaluate_guidance():
     """A guided row is two; between evaluations only one of them is computed."""
-    picture = [Span.text([1] * 4, True), Span.masked_image((4, 4), VOCABULARY)]
+    picture = [Span.text([1] * 8, True), Span.masked_image((8, 8), VOCABULARY)]
     batch = TokenBatch.from_spans([picture])
-    plain, guided = (SamplerConfig(image=ModalityDecoding(steps=16), guidance=Guidance(s)) for s in (1.0, 2.0))
+    plain, guided = (SamplerConfig(image=ModalityDecoding(steps=64), guidance=Guidance(s)) for s in (1.0, 2.0))
     assert choose(batch, plain).config == CacheConfig("none")
-    full = 4 * (40 + OVERHEAD_TOKENS)  # passes 0, 4, 8, 12, of which 4 and 8 leave the unconditional row out
-    work = (
-        full - 2 * 20 + sum((17 - n) * (2 if n == 1 or n % 3 == 0 else 1) + OVERHEAD_TOKENS for n in range(16) if n % 4)
-    )
-    gain = 16 * (40 + OVERHEAD_TOKENS) / work
+    work = 0
+    for n in range(64):  # the whole row every 4 passes, and all that is open in between
+        streams = 2 if n % 2 == 0 or n < 2 else 1
+        work += streams * (72 if n % 4 == 0 else 65 - n) + OVERHEAD_TOKENS
+    gain = 64 * (2 * 72 + OVERHEAD_TOKENS) / work
     assert choose(batch, guided).config == AUTO["image"] and f"{gain:.2f} times" in choose(batch, guided).note
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from rich.progress import track
 
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile
 from unidiff.data.emoji_table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
+from unidiff.train.startup import exit_status
 
 app = typer.Typer(add_completion=False, help=__doc__)
 ProfileName = Annotated[str, typer.Option(help="cpu (64 px, 64 objects) or gpu (128 px, the whole atlas)")]
@@ -97,4 +99,4 @@ def table(
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(exit_status(app))

@@ -124,8 +124,11 @@ def test_rows_and_guidance_streams_multiply_the_cost(name):
     one = decode(model, POLICIES[name], schedule).stats
     many = decode(model, POLICIES[name], schedule, guidance=2.0, rows=2).stats
     assert many.evaluations == 2 * one.evaluations
-    for count in ("query_key_tokens", "value_tokens", "output_tokens", "ffn_tokens", "head_tokens", "flops"):
+    counts = ("query_key_tokens", "value_tokens", "output_tokens", "ffn_tokens", "linear_flops", "attention_flops")
+    for count in counts:
         assert getattr(many, count) == 4 * getattr(one, count), count
+    for count in ("head_tokens", "head_flops"):  # the streams' features are blended before the head
+        assert getattr(many, count) == 2 * getattr(one, count), count
     assert many.store_bytes == 4 * one.store_bytes  # nothing is kept for a stream that is never used
 
 

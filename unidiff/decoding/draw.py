@@ -17,8 +17,9 @@ from unidiff.decoding.guidance import mix
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.kernels.fused_draw import fused_draw, usable
 
-TOKEN, UNMASK, CHOICE, ORDER, REMASK = range(5)  # independent uses of noise within a step
+TOKEN, UNMASK, CHOICE, ORDER, REMASK = range(_USED := 5)  # independent uses of noise within a step
 _USES = 8
+_AHEAD = 1 << 14  # uniforms that are drawn at once: those of several steps of a small batch
 _DOMAIN = 0x5A17  # keeps the sampler's noise apart from training's
 _CHUNK = 1 << 24  # float64 numbers held at once per intermediate
 
@@ -38,11 +39,22 @@ class RowNoise:
             )
         self.seeds = seeds.to(valid.device, torch.long)
         self.place = (valid.long().cumsum(1) - 1).clamp_min(0)  # [B, L]
+        self._steps = max(1, _AHEAD // (_USED * max(1, valid.numel())))
+        self._block, self._drawn = -1, torch.empty(0)  # [steps, uses, B, L]
 
     def __call__(self, step: int, use: int) -> Tensor:
         """float64 `[B, L]` in (0, 1)."""
-        u = keyed_uniform(_DOMAIN, self.seeds, step * _USES + use, self.place.shape[1])
-        return u.gather(1, self.place).clamp_max(1 - 2**-53)  # 53 random bits plus a half may round up to 1
+        block, within = divmod(step, self._steps)
+        if block != self._block:
+            self._block, self._drawn = block, self._draw(block * self._steps)
+        return self._drawn[within, use]
+
+    def _draw(self, first: int) -> Tensor:
+        """All uses of the steps that begin with `first`: many small calls cost more than one."""
+        steps = torch.arange(first, first + self._steps, device=self.seeds.device)
+        streams = (steps[:, None] * _USES + torch.arange(_USED, device=steps.device))[..., None]  # [steps, uses, 1]
+        u = keyed_uniform(_DOMAIN, self.seeds.expand(*streams.shape[:2], -1), streams, self.place.shape[1])
+        return u.gather(-1, self.place.expand(u.shape)).clamp_max(1 - 2**-53)  # 53 bits plus a half may round up to 1
 
 
 def gumbel(u: Tensor) -> Tensor:
@@ -174,6 +186,11 @@ class Blend:
     scale: Tensor
     further: Sequence[float] = ()
     banned: Tensor | None = None
+
+    def weights(self, streams: int) -> Tensor:
+        """`[S, B]`: the guided logits are this sum of those of `streams` streams."""
+        extra = [self.scale - 1, *(torch.full_like(self.scale, s - 1) for s in self.further)][: streams - 1]
+        return torch.stack([1 + sum(extra, torch.zeros_like(self.scale)), *(-e for e in extra)])
 
     def __call__(self, values: Tensor) -> Tensor:
         """Streams' logits `[S, B, n, V]`, conditional first, to guided ones `[B, n, V]` with -inf at banned tokens."""

@@ -226,13 +226,21 @@ class Forward:
         """`[B, L, D]`, final hidden states at their last computation."""
         return self._features[stream]
 
-    def logits(self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int]) -> PositionLogits:
-        """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row)."""
+    def logits(
+        self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int], weights: Tensor | None = None
+    ) -> PositionLogits:
+        """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row).
+
+        Args:
+            weights: `[S, B]`, of the streams in the sum that the caller draws from. Where logits are affine in the features
+                that sum comes back as the only stream, from one call of the head.
+        """
         index, live = gather_positions(wanted, count)
-        affine = isinstance(
-            self._model, MaskedTransformer
-        )  # then logits of a sum are the sum of logits, at a third of the work
+        affine = isinstance(self._model, MaskedTransformer)
         features = [self._moved(s) if affine and s in self._held else self._features[s] for s in streams]
+        if affine and weights is not None and self._policy.peaks is None:
+            values = self._head(modality, features, index, weights)  # [1, B, n, V]
+            return PositionLogits(index, live, values)
         values = self._head(modality, features, index)  # [S, B, n, V]
         if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:
             beside = self._head(modality, [self._beside[streams[i]] for i in held], index)
@@ -245,10 +253,17 @@ class Forward:
         """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then)."""
         return self._features[stream] + (self._features[0] - self._beside[stream])
 
-    def _head(self, modality: Modality, features: Sequence[Tensor], index: Tensor) -> Tensor:
-        begun, tokens = wall.perf_counter(), len(features) * index.numel()
+    def _head(
+        self, modality: Modality, features: Sequence[Tensor], index: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Logits `[S, B, n, V]` of the features' streams, or `[1, B, n, V]` of their weighted sum."""
+        begun = wall.perf_counter()
         start, stop = self._vocabulary.range_of(modality)
         picked = torch.stack([f.gather(1, index[..., None].expand(-1, -1, f.shape[-1])) for f in features])
+        if weights is not None and len(features) > 1:
+            wide = torch.promote_types(picked.dtype, torch.float32)
+            picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)
+        tokens = len(picked) * index.numel()
         logits = self._model.head(picked, start, stop)
         self.stats.head_tokens += tokens
         if self._layer is not None:

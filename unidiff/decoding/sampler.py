@@ -212,9 +212,9 @@ class Sampler:
         """Draw tokens at the wanted positions `[B, L]` of one modality and commit those that its rule picks."""
         state, settings, modality = request.state, work.clock.settings, work.clock.modality
         streams = [0, request.stream_of[modality], *request.further] if work.guided else [0]
-        logits = request.forward.logits(modality, wanted, work.width, streams)
-        banned = self._banned[modality] = self._banned[modality].to(logits.values.device)
+        banned = self._banned[modality] = self._banned[modality].to(wanted.device)
         blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
+        logits = request.forward.logits(modality, wanted, work.width, streams, blend.weights(len(streams)))
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]

@@ -191,7 +191,10 @@ def model_hash(pipe: UniDiffPipeline) -> str:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     how = ("samplers", "num_candidates")
     layout = {name: value for name, value in pipe.settings.to_dict().items() if name not in how}
-    digest.update(json.dumps([layout, dict(pipe.transformer.config)], sort_keys=True, default=str).encode())
+    config = {
+        name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")
+    }  # not its folder
+    digest.update(json.dumps([layout, config], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
