@@ -13,8 +13,10 @@ from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.train.block_diffusion import double_rows
+from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.tasks import TaskMixer
 from unidiff.train.trainer import Trainer
+from unidiff.train.validation import VALIDATION_SEED, validate
 
 pytestmark = pytest.mark.training
 BLOCK = 4
@@ -92,6 +94,33 @@ def test_a_converted_model_learns_and_decodes_with_an_exact_cache(tmp_path):
     )
     assert torch.equal(plain.batch.ids, cached.batch.ids)
     torch.testing.assert_close(plain.confidence, cached.confidence, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_validation_scores_blocks_given_clean_ones(tmp_path):
+    """By hand: the sum over blocks of N / n times the nats of n hidden tokens, each block with its past as it is."""
+    torch.manual_seed(0)
+    model = MaskedTransformer(VOCABULARY.size, 32, 2, 2, attention="block_causal", block_length=BLOCK).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    source, rows = tiny_table(), 8
+    report = validate(model, model.hidden, source, rows, 1, 3, bf16=False)
+    assert not [name for name in report if name.startswith(("caption", "vqa"))]
+    even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
+    mix = TaskMixer(
+        source, TasksConfig(even, even, off, off, even), ObjectiveConfig(), VALIDATION_SEED, block_length=BLOCK
+    )
+    for number, name in enumerate(("joint", "t2i")):
+        micro = mix.of(torch.arange(rows), number)
+        noisy, total = mask_tokens(micro.batch, micro.rate, VOCABULARY, micro.noise), 0.0
+        block = micro.batch.positions[..., 0] // BLOCK
+        for place in range(int(block.max()) + 1):
+            ids = torch.where(block < place, micro.batch.ids, noisy.batch.ids)
+            hidden = model.hidden(ids, micro.batch.modality, micro.batch.positions, micro.batch.attention_mask())
+            here = noisy.masked & (block == place)
+            nats = masked_nll(hidden, model, here, micro.batch, VOCABULARY, 16)
+            total += float((nats * micro.weight).sum())
+        assert report[f"{name}_nelbo"] == pytest.approx(total / rows, rel=1e-6)
 
 
 def test_what_block_diffusion_cannot_do_is_refused(tmp_path):

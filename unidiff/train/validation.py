@@ -2,7 +2,8 @@
 
 The mixture is reused with every task at a uniform rate and ELBO weights, which is the mask-count estimator: n hidden
 targets, n uniform on 1..N, weight N / n. Rates follow a low-discrepancy sequence and masks are keyed, so two calls on the
-same weights agree exactly and two checkpoints are compared under the same noise.
+same weights agree exactly and two checkpoints are compared under the same noise. A block-causal model is scored as it is trained:
+every block by its own rate, given clean blocks before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.block_diffusion import double_rows
 from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.distributed import Parallel
 from unidiff.train.source import TokenSource
@@ -39,7 +41,7 @@ def validate(
     """NELBOs in nats per row (`joint_nelbo`, its `_text` and `_image` parts, `t2i_nelbo`, `caption_nelbo`, `vqa_nelbo`).
 
     `joint` uses one shared rate over text and image and bounds -log p(text, image); the others are conditional, over
-    their targets only. `*_words` leaves the EOS fill beyond the first EOS out. `*_error` is the standard error over rows.
+    their targets only, and there are none of captions and answers of a block-causal model. `*_words` leaves the EOS fill beyond the first EOS out. `*_error` is the standard error over rows.
 
     Args:
         model: its weights are scored as they are, in evaluation mode.
@@ -52,13 +54,18 @@ def validate(
     """
     rank, size = (parallel.rank, parallel.size) if parallel else (0, 1)
     share = -(-batch_size // size)  # rows per forward of one process
-    even = TaskConfig(weight=1.0, loss="elbo")
-    asked = even if source.has_questions else TaskConfig()
-    mixer = TaskMixer(source, TasksConfig(even, even, even, asked, even), ObjectiveConfig(), VALIDATION_SEED)
+    even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
+    block = model.config.block_length if model.config.attention == "block_causal" else 0
+    seeing = (
+        () if block else ("caption", *(("vqa",) if source.has_questions else ()))
+    )  # the picture comes after its words
+    described, asked = (even if name in seeing else off for name in ("caption", "vqa"))
+    tasks = TasksConfig(joint=even, t2i=even, caption=described, vqa=asked, text=even)
+    mixer = TaskMixer(source, tasks, ObjectiveConfig(), VALIDATION_SEED, block_length=block)
     was_training = model.training
     model.eval()
     report: dict[str, float] = {}
-    for task in ("joint", "t2i", "caption", *(("vqa",) if source.has_questions else ())):
+    for task in ("joint", "t2i", *seeing):
         parts = []
         for first in range(0, rows * draws, share * size):
             index = torch.arange(first + rank * share, first + (rank + 1) * share) % (rows * draws)
@@ -84,12 +91,13 @@ def _score(
     """float64 nats `[rows, 3]`: text part, image part, and the text part up to the first EOS."""
     source, device = mixer.source, next(model.parameters()).device
     micro = mixer.of(index, task).to(device)
-    noisy = mask_tokens(micro.batch, micro.rate, source.vocabulary, micro.noise)
+    scored = double_rows(micro, mixer.block_length) if mixer.block_length else micro  # [B, L] or [B, 2 L]
+    noisy = mask_tokens(scored.batch, scored.rate, source.vocabulary, scored.noise)
     x_t = noisy.batch
-    states = hidden(
-        x_t.ids, x_t.modality, x_t.positions, attention_mask=x_t.attention_mask(), time=micro.rate.float()
-    )  # [B, L, D]
-    nll = masked_nll(states, model.head, noisy.masked, micro.batch, source.vocabulary, chunk)  # [B, L]
+    mask = x_t.attention_mask() if scored.visible is None else scored.visible.dense()
+    states = hidden(x_t.ids, x_t.modality, x_t.positions, attention_mask=mask, time=scored.rate.float())
+    nll = masked_nll(states, model.head, noisy.masked, scored.batch, source.vocabulary, chunk)
+    nll = nll[:, -micro.batch.shape[1] :]  # [B, L]
     terms = joint_elbo(nll, micro.weight, micro.batch)
     words, eos = terms.row_text, source.vocabulary.specials.get("eos")
     if eos is not None:
