@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the divergence from the starting model")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
+    parser.add_argument("--bf16", action="store_true", help="decode in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--track", action="append", default=[], choices=TRACKERS, help="send numbers there too; repeatable"
@@ -91,7 +92,7 @@ def tune(options: argparse.Namespace) -> None:
 
     torch.manual_seed(options.seed)  # adapters are drawn
     add_adapters(model, LoraConfig(rank=options.lora, alpha=2.0 * options.lora))
-    config = RewardConfig(group=options.group, beta=options.beta, seed=options.seed)
+    config = RewardConfig(group=options.group, beta=options.beta, seed=options.seed, bf16=options.bf16)
     optimiser = OptimiserConfig(lr=options.lr, weight_decay=0.0)
     sampler = settings.sampler("text_to_image")
     if options.passes is not None:

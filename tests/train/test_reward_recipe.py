@@ -115,7 +115,9 @@ def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = vocabulary_words(get_profile("cpu")) * 2
     tiny_pipeline(text_length=40, grid=(8, 8), corpus=words).save_pretrained(tmp_path / "base")
-    assert run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1", "--kinds", "0", "0", "1", "0") == 0
+    assert (
+        run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1", "--kinds", "0", "0", "1", "0", "--bf16") == 0
+    )
     pipe = UniDiffPipeline.from_pretrained(tmp_path / "tuned" / "pipeline")
     report = run_emoji_eval(pipe, n=1, tasks=("text_to_image",), steps=2)
     assert any(name.startswith("text_to_image") for name in report.values)

@@ -47,6 +47,7 @@ class RewardConfig:
         beta: weight of the divergence from the starting model.
         chunk: masked positions per piece of the head.
         seed: of decodes and masks.
+        bf16: completions are decoded in bfloat16, which is faster; what is learnt from them is computed as before.
     """
 
     group: int = 8
@@ -57,6 +58,7 @@ class RewardConfig:
     beta: float = 0.01
     chunk: int = 512
     seed: int = 0
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 2 or self.masks < 1:
@@ -218,6 +220,8 @@ class RewardTuner:
     def _decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> TokenBatch:
         model = copy.deepcopy(self.model)  # decoding may run parts of layers, which adapters do not cover
         merge_adapters(model)
+        if self.config.bf16:
+            model = model.to(torch.bfloat16)
         seeds = (keyed_uniform(self.config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
         return Sampler(model.eval(), self.vocabulary, self.sampler)(rows, seeds, condition).batch
 
