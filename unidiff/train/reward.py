@@ -221,7 +221,7 @@ class RewardTuner:
         model = copy.deepcopy(self.model)  # decoding may run parts of layers, which adapters do not cover
         merge_adapters(model)
         if self.config.bf16:
-            model = model.to(torch.bfloat16)
+            model = model.bfloat16()
         seeds = (keyed_uniform(self.config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
         return Sampler(model.eval(), self.vocabulary, self.sampler)(rows, seeds, condition).batch
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from unidiff.decoding.policies.base import Policy, check_whole
-from unidiff.decoding.policies.rows import Past, plan_rows
+from unidiff.decoding.policies.rows import plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -34,7 +35,15 @@ class IntervalCache(Policy):
 
     interval: int = 20
     rotated: bool = True
-    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
+    _passes: Tensor | None = field(
+        default=None, init=False, repr=False
+    )  # int64 [B], of the rows, whatever streams make them
+    _refreshed: dict[int, Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )  # stream -> [B], in which of them
+    _seen: dict[int, Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )  # stream -> [B, L], ids in its last one
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, 1)
@@ -45,15 +54,20 @@ class IntervalCache(Policy):
         return StoreOptions(rotated=self.rotated)
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
-        plans = {stream: self._stream_plan(stream, state, candidates) for stream in state.streams}
+        """See `RefreshPolicy.plan`. Guidance streams of a pass do the same, so that they run as rows of one call."""
+        valid, busy = state.batch.valid, {s: state.users[s] for s in state.streams}
+        now = torch.zeros_like(state.ids[:, 0]) if self._passes is None else self._passes
+        fresh, changed = torch.zeros_like(valid[:, 0]), torch.zeros_like(valid)
+        for stream, rows in busy.items():
+            last = self._refreshed.setdefault(stream, now - self.interval)
+            fresh |= rows & (now - last >= self.interval)
+            changed |= rows[:, None] & (state.ids != self._seen.setdefault(stream, state.ids))
+        query = valid & (fresh[:, None] | candidates | changed)
+        plans = {}
+        for stream, rows in busy.items():
+            plans[stream] = plan_rows(state, query & rows[:, None], candidates)
+            self._refreshed[stream] = torch.where(rows & fresh, now, self._refreshed[stream])
+            self._seen[stream] = torch.where(rows[:, None], state.ids, self._seen[stream])
+        self._passes = now + torch.stack(list(busy.values())).any(0).long()
         own = plans.pop(0)
         return own.with_streams(plans) if plans else own
-
-    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
-        busy, valid = state.users[stream][:, None], state.batch.valid
-        past = self._past.get(stream) or Past.start(state)
-        self._past[stream] = past.after(state, state.users[stream])
-        fresh = (past.passes % self.interval == 0)[:, None]  # [B, 1]
-        query = (valid & fresh) | ((candidates | (state.ids != past.seen)) & valid)
-        return plan_rows(state, query & busy, candidates)
