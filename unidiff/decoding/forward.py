@@ -16,7 +16,7 @@ from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.partial import CachePlan, LayerWork
-from unidiff.models.store import FeatureStore
+from unidiff.models.store import FeatureStore, gather_rows
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -259,7 +259,7 @@ class Forward:
         """Logits `[S, B, n, V]` of the features' streams, or `[1, B, n, V]` of their weighted sum."""
         begun = wall.perf_counter()
         start, stop = self._vocabulary.range_of(modality)
-        picked = torch.stack([f.gather(1, index[..., None].expand(-1, -1, f.shape[-1])) for f in features])
+        picked = torch.stack([gather_rows(f, index) for f in features])
         if weights is not None and len(features) > 1:
             wide = torch.promote_types(picked.dtype, torch.float32)
             picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)

@@ -244,8 +244,11 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     rows, length, width = x.shape
     if not index.numel():
         return x.new_zeros(rows, index.shape[1], width)
-    if not x.is_contiguous():
-        return x.gather(1, index.clamp_max(length - 1)[..., None].expand(-1, -1, width))
-    start = torch.arange(rows, device=x.device)[:, None] * length
-    flat = (index.clamp_max(length - 1) + start).flatten()
-    return x.view(rows * length, width).index_select(0, flat).view(rows, -1, width)
+    index = index.clamp_max(length - 1)
+    apart = x.stride(0) // width if x.stride()[1:] == (width, 1) and x.stride(0) % width == 0 else 0
+    if not apart or x.requires_grad:
+        return x.gather(1, index[..., None].expand(-1, -1, width))
+    # whole rows of memory, also where every row of the batch has a spare position behind it
+    start = torch.arange(rows, device=x.device)[:, None] * apart
+    flat = x.as_strided(((rows - 1) * apart + length, width), (width, 1))
+    return flat.index_select(0, (index + start).flatten()).view(rows, -1, width)
