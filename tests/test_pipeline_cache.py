@@ -11,7 +11,7 @@ from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
+from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, ROW_TOKENS, choose_cache
 from unidiff.pipelines.settings import TASKS, by_modality, with_overrides
 from unidiff.pipelines.tasks import choose_task
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -95,10 +95,10 @@ def test_auto_says_what_it_took(pipe, inputs):
     large = tiny_pipeline(grid=(16, 16))
     options = dict(cache="auto", generator=[3], output_type="codes", temperature=1.0)
     drawn = large.text_to_image("a dog", **options)
-    assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("interval: makes passes")
+    assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("interval: makes decodes")
     assert drawn.stats.partial_passes > 0
     both = large.generate(**options, guidance_scale=2.0)
-    assert both.cache == AUTO["both"] and both.cache_note.startswith("segments: makes passes")
+    assert both.cache == AUTO["both"] and both.cache_note.startswith("segments: makes decodes")
     assert both.stats.partial_passes > 0
 
 
@@ -115,11 +115,12 @@ def test_auto_follows_length_rows_and_passes():
     batch = TokenBatch.from_spans([[prompt, Span.masked_text(12, VOCABULARY)]])
     quota = SamplerConfig(text=ModalityDecoding(steps=12))
     assert choose(batch, quota).config == AUTO["text"]
-    expected = 12 * (268 + OVERHEAD_TOKENS) / (2 * (268 + OVERHEAD_TOKENS) + 10 * (12 + OVERHEAD_TOKENS))
+    fixed = OVERHEAD_TOKENS + ROW_TOKENS
+    expected = 12 * (268 + fixed) / (2 * (268 + fixed) + 10 * (12 + fixed))
     assert f"{expected:.2f} times" in choose(batch, quota).note
     once = SamplerConfig(text=ModalityDecoding(steps=1))
     assert choose(batch, once).config == CacheConfig("none") and f"less than {LEAST_GAIN}" in choose(batch, once).note
-    short = TokenBatch.from_spans([[Span.text([1] * 24, True), Span.masked_text(12, VOCABULARY)]])
+    short = TokenBatch.from_spans([[Span.text([1] * 64, True), Span.masked_text(12, VOCABULARY)]])
     assert choose(short, quota).config == CacheConfig("none")
     assert choose(TokenBatch.cat([short] * 16), quota).config == AUTO["text"]  # more rows hide the overhead
 
@@ -133,15 +134,15 @@ def test_auto_keeps_no_picture_while_it_is_described():
 
 def test_auto_counts_the_passes_that_evaluate_guidance():
     """A guided row is two; between evaluations only one of them is computed."""
-    picture = [Span.text([1] * 8, True), Span.masked_image((8, 8), VOCABULARY)]
+    picture = [Span.text([1] * 16, True), Span.masked_image((16, 16), VOCABULARY)]
     batch = TokenBatch.from_spans([picture])
-    plain, guided = (SamplerConfig(image=ModalityDecoding(steps=64), guidance=Guidance(s)) for s in (1.0, 2.0))
+    plain, guided = (SamplerConfig(image=ModalityDecoding(steps=256), guidance=Guidance(s)) for s in (1.0, 2.0))
     assert choose(batch, plain).config == CacheConfig("none")
-    work = 0
-    for n in range(64):  # the whole row every 4 passes, and all that is open in between
+    work, fixed = 0, OVERHEAD_TOKENS + ROW_TOKENS
+    for n in range(256):  # the whole row every 4 passes, and all that is open in between
         streams = 2 if n % 2 == 0 or n < 2 else 1
-        work += streams * (72 if n % 4 == 0 else 65 - n) + OVERHEAD_TOKENS
-    gain = 64 * (2 * 72 + OVERHEAD_TOKENS) / work
+        work += streams * (272 if n % AUTO["image"].options["interval"] == 0 else 257 - n) + fixed
+    gain = 256 * (2 * 272 + fixed) / work
     assert choose(batch, guided).config == AUTO["image"] and f"{gain:.2f} times" in choose(batch, guided).note
 
 

@@ -12,9 +12,11 @@ from unidiff.decoding.policies import HeldGuidance
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch
 
-OVERHEAD_TOKENS = 50
-"""A pass costs about as much as this many tokens, however few it computes: 55 in a model of width 256 and 29 in one of
-width 512, from passes over 22 and 88 tokens on one CPU core."""
+OVERHEAD_TOKENS = 80
+"""A pass costs about as much as this many tokens, however few it computes."""
+ROW_TOKENS = 45
+"""And so much for every row that takes part: head and draws. Both from the embedded model, which drew 1 and 16 rows at once with
+and without a cache on one CPU core."""
 LEAST_GAIN = 1.5
 """Decodes that a cache would make faster by less than this are not worth its approximation."""
 _TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 at a threshold of 0.9
@@ -92,19 +94,20 @@ def choose_cache(
         return CacheChoice(none.build(), none, "none: texts lose too much where the picture that they describe is kept")
     gain = expected_gain(kind, hidden, batch, config)
     if gain < LEAST_GAIN:
-        short = f"none: at {int(batch.valid.sum(1).max())} tokens per row a cache makes passes {gain:.2f} times as fast"
+        short = (
+            f"none: at {int(batch.valid.sum(1).max())} tokens per row a cache makes decodes {gain:.2f} times as fast"
+        )
         return CacheChoice(none.build(), none, f"{short}, less than {LEAST_GAIN}")
     chosen = AUTO[kind]
     name = "segments" if chosen.segments else chosen.policy
     return CacheChoice(
-        chosen.build(), chosen, f"{name}: makes passes about {gain:.2f} times as fast, at some approximation"
+        chosen.build(), chosen, f"{name}: makes decodes about {gain:.2f} times as fast, at some approximation"
     )
 
 
 def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, config: SamplerConfig) -> float:
-    """Time of all passes without a cache over that with `AUTO[kind]`, from the tokens of each and `OVERHEAD_TOKENS`.
-
-    What a decode does besides its passes (draws, commit rules, plans) is not in it.
+    """Time of a decode without a cache over that with `AUTO[kind]`, from the tokens of each pass, `ROW_TOKENS` and
+    `OVERHEAD_TOKENS`.
 
     Where both modalities are decoded, that of the image alone.
 
@@ -120,11 +123,11 @@ def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, con
     policy = AUTO["text" if kind == "text" else "image"].build()
     scales = {config.guidance.scale, config.guidance.text_scale, config.guidance.image_scale}
     guided, rows = bool(scales - {None, 1.0}), batch.shape[0]
-    work = 0
+    work, fixed = 0, rows * ROW_TOKENS + OVERHEAD_TOKENS
     for number, w in enumerate(passes := expected_passes(policy, schedule, 1)):
         held = isinstance(policy, HeldGuidance) and not policy.renews(number)
-        work += rows * (2 if guided and not held else 1) * w.layers[0].out + OVERHEAD_TOKENS
-    return len(passes) * (rows * (2 if guided else 1) * length + OVERHEAD_TOKENS) / work
+        work += rows * (2 if guided and not held else 1) * w.layers[0].out + fixed
+    return len(passes) * (rows * (2 if guided else 1) * length + fixed) / work
 
 
 def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int:
