@@ -139,7 +139,7 @@ def test_auto_counts_the_passes_that_evaluate_guidance():
     plain, guided = (SamplerConfig(image=ModalityDecoding(steps=256), guidance=Guidance(s)) for s in (1.0, 2.0))
     assert choose(batch, plain).config == CacheConfig("none")
     work, fixed = 0, OVERHEAD_TOKENS + ROW_TOKENS
-    for n in range(256):  # the whole row every 4 passes, and all that is open in between
+    for n in range(256):  # the whole row every few passes, and all that is open in between
         streams = 2 if n % 2 == 0 or n < 2 else 1
         work += streams * (272 if n % AUTO["image"].options["interval"] == 0 else 257 - n) + fixed
     gain = 256 * (2 * 272 + fixed) / work

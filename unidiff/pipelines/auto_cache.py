@@ -24,12 +24,12 @@ _TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 a
 AUTO = {
     "text": CacheConfig("dual", {"interval": 8}),
     "text beside a picture": CacheConfig("none"),
-    "image": CacheConfig("interval", {"interval": 4}, guidance_interval=2, guidance_warmup=2),
+    "image": CacheConfig("interval", {"interval": 8}, guidance_interval=2, guidance_warmup=2),
     "both": CacheConfig(
         segments={
             "prompt": CacheConfig("interval", {"interval": 8}),
             "text": CacheConfig("dual", {"interval": 8}),
-            "image": CacheConfig("interval", {"interval": 4}),
+            "image": CacheConfig("interval", {"interval": 8}),
         },
         guidance_interval=2,
         guidance_warmup=2,
@@ -38,7 +38,7 @@ AUTO = {
 """What "auto" takes by what there is to decode. Text: only the block, everything every 8 passes. (Fast-dLLM,
 which refreshes once per block of 32, reports 1.3 and 3.5 points of GSM8K lost with LLaDA; not measured here.) Beside a picture (captions, answers) nothing is kept: a picture that is kept while its
 caption is written costs the embedded model 14 of 100 captions at a refresh every 8 passes, and 5 at every second.
-Pictures: open positions and those just written, everything every 4 passes, and guidance evaluated in every second.
+Pictures: open positions and those just written, everything every 8 passes, and guidance evaluated in every second.
 `max-logit` loses too much there: it skips open positions whose logits are low.
 Both (inpainting, joint generation): the same for each, and what is given every 8 passes."""
 
