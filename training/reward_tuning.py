@@ -80,6 +80,8 @@ def tune(options: argparse.Namespace) -> None:
     counts = (options.steps, options.prompts_per_step, options.checkpoint_every)
     if min(counts) < 1 or (options.passes is not None and options.passes < 1):
         raise ValueError("--steps, --prompts-per-step, --passes and --checkpoint-every must be at least 1")
+    if options.kinds is not None and (min(options.kinds) < 0 or sum(options.kinds) <= 0):
+        raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
     pipe = UniDiffPipeline.from_pretrained(options.model)
     reward, prompts = find_reward(options, pipe)
     texts: list[str] = []

@@ -144,3 +144,5 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     assert "--kinds [1.0, 0.0, 0.0, 0.0] goes with --reward oracle" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--passes", "0") == 2
     assert "--passes and --checkpoint-every must be at least 1" in capsys.readouterr().err
+    assert run("base", "out", "--reward", "oracle", "--kinds", "0", "0", "0", "0") == 2
+    assert "--kinds is [0.0, 0.0, 0.0, 0.0]; expected four shares" in capsys.readouterr().err

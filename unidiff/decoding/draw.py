@@ -218,8 +218,7 @@ def _fused(
 ) -> Choice:
     weights = banned = None
     if blend is not None and len(values) > 1:
-        scale = blend.scale.to(values.dtype)
-        weights = torch.stack([scale - 1, *(torch.full_like(scale, extra - 1) for extra in blend.further)])
+        weights = -blend.weights(len(values))[1:].to(values.dtype)
     if blend is not None and blend.banned is not None:
         nothing = torch.zeros(values.shape[-1], dtype=torch.bool, device=values.device)
         banned = nothing.index_fill(0, blend.banned, True)

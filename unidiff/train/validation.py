@@ -41,7 +41,8 @@ def validate(
     """NELBOs in nats per row (`joint_nelbo`, its `_text` and `_image` parts, `t2i_nelbo`, `caption_nelbo`, `vqa_nelbo`).
 
     `joint` uses one shared rate over text and image and bounds -log p(text, image); the others are conditional, over
-    their targets only, and there are none of captions and answers of a block-causal model. `*_words` leaves the EOS fill beyond the first EOS out. `*_error` is the standard error over rows.
+    their targets only, and there are none of captions and answers of a block-causal model. `*_words` leaves the EOS fill
+    beyond the first EOS out. `*_error` is the standard error over rows.
 
     Args:
         model: its weights are scored as they are, in evaluation mode.
@@ -56,9 +57,8 @@ def validate(
     share = -(-batch_size // size)  # rows per forward of one process
     even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
     block = model.config.block_length if model.config.attention == "block_causal" else 0
-    seeing = (
-        () if block else ("caption", *(("vqa",) if source.has_questions else ()))
-    )  # the picture comes after its words
+    # where the picture comes after its words, nothing can be said of it
+    seeing = () if block else ("caption", *(("vqa",) if source.has_questions else ()))
     described, asked = (even if name in seeing else off for name in ("caption", "vqa"))
     tasks = TasksConfig(joint=even, t2i=even, caption=described, vqa=asked, text=even)
     mixer = TaskMixer(source, tasks, ObjectiveConfig(), VALIDATION_SEED, block_length=block)

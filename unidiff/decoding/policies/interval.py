@@ -35,15 +35,10 @@ class IntervalCache(Policy):
 
     interval: int = 20
     rotated: bool = True
-    _passes: Tensor | None = field(
-        default=None, init=False, repr=False
-    )  # int64 [B], of the rows, whatever streams make them
-    _refreshed: dict[int, Tensor] = field(
-        default_factory=dict, init=False, repr=False
-    )  # stream -> [B], in which of them
-    _seen: dict[int, Tensor] = field(
-        default_factory=dict, init=False, repr=False
-    )  # stream -> [B, L], ids in its last one
+    # of a request: passes of its rows, int64 [B]; by stream the pass of its last refresh [B], and its ids in the last one [B, L]
+    _passes: Tensor | None = field(default=None, init=False, repr=False)
+    _refreshed: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, 1)
