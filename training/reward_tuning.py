@@ -54,10 +54,19 @@ def main(arguments: list[str]) -> int:
         metavar="SHARE",
         help="with --reward oracle: of scenes of one object, several of a kind, pairs and groups",
     )
+    parser.add_argument(
+        "--states",
+        choices=("random", "decoded"),
+        default="random",
+        help="pictures are scored under random masks, or from what their own decode saw before a pass",
+    )
+    parser.add_argument("--masks", type=int, default=2, help="masks or states per picture, each with an update")
+    parser.add_argument("--rows", type=int, default=192, help="pictures per forward pass; more are split")
+    parser.add_argument("--cache", default="none", help="of the decodes: none, auto, or the name of a policy")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the divergence from the starting model")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
-    parser.add_argument("--bf16", action="store_true", help="decode in bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="decode in bfloat16 and learn under autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--track", action="append", default=[], choices=TRACKERS, help="send numbers there too; repeatable"
@@ -73,13 +82,14 @@ def tune(options: argparse.Namespace) -> None:
     import torch
 
     from unidiff.pipeline import UniDiffPipeline
+    from unidiff.pipelines.auto_cache import choose_cache
     from unidiff.train.config import LoraConfig, OptimiserConfig
     from unidiff.train.lora import add_adapters, merge_adapters
     from unidiff.train.reward import RewardConfig, RewardTuner
 
-    counts = (options.steps, options.prompts_per_step, options.checkpoint_every)
+    counts = (options.steps, options.prompts_per_step, options.checkpoint_every, options.rows)
     if min(counts) < 1 or (options.passes is not None and options.passes < 1):
-        raise ValueError("--steps, --prompts-per-step, --passes and --checkpoint-every must be at least 1")
+        raise ValueError("--steps, --prompts-per-step, --passes, --rows and --checkpoint-every must be at least 1")
     if options.kinds is not None and (min(options.kinds) < 0 or sum(options.kinds) <= 0):
         raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
     pipe = UniDiffPipeline.from_pretrained(options.model)
@@ -94,11 +104,17 @@ def tune(options: argparse.Namespace) -> None:
 
     torch.manual_seed(options.seed)  # adapters are drawn
     add_adapters(model, LoraConfig(rank=options.lora, alpha=2.0 * options.lora))
-    config = RewardConfig(group=options.group, beta=options.beta, seed=options.seed, bf16=options.bf16)
     optimiser = OptimiserConfig(lr=options.lr, weight_decay=0.0)
     sampler = settings.sampler("text_to_image")
     if options.passes is not None:
         sampler = replace(sampler, image=replace(sampler.image, steps=options.passes))
+    batch, _ = prompt_rows(pipe, [prompts(0)] * max(1, min(options.rows, options.prompts_per_step * options.group)))
+    cache = choose_cache(options.cache, None, batch, sampler, model).config
+    assert cache is not None
+    config = RewardConfig(
+        group=options.group, masks=options.masks, states=options.states, beta=options.beta, rows=options.rows,
+        cache=cache, seed=options.seed, bf16=options.bf16,
+    )  # fmt: skip
     tuner = RewardTuner(model, settings.vocabulary, sampler, score, config, optimiser)
     run(tuner, pipe, prompts, texts, options)
     merge_adapters(model)

@@ -118,6 +118,8 @@ def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
     assert (
         run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1", "--kinds", "0", "0", "1", "0", "--bf16") == 0
     )
+    ways = ["--states", "decoded", "--masks", "1", "--rows", "4", "--cache", "auto", "--passes", "24"]
+    assert run("base", "again", "--reward", "oracle", *QUICK, "--steps", "1", *ways) == 0
     pipe = UniDiffPipeline.from_pretrained(tmp_path / "tuned" / "pipeline")
     report = run_emoji_eval(pipe, n=1, tasks=("text_to_image",), steps=2)
     assert any(name.startswith("text_to_image") for name in report.values)
@@ -142,7 +144,13 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     kinds = ("--kinds", "1", "0", "0", "0")
     assert run("base", "out", "--prompts", "prompts.txt", "--reward", "m:f", *kinds) == 2
     assert "--kinds [1.0, 0.0, 0.0, 0.0] goes with --reward oracle" in capsys.readouterr().err
+    (tmp_path / "flat_reward.py").write_text("def flat(prompts, pictures):\n    return pictures.flatten(1).mean(1)\n")
+    own = ("--prompts", "prompts.txt", "--reward", "flat_reward:flat")
+    assert run("base", "out", *own, "--cache", "some") == 2
+    assert "cache policy is 'some'; expected one of" in capsys.readouterr().err
+    assert run("base", "out", *own, "--rows", "0") == 2
+    assert "--rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--passes", "0") == 2
-    assert "--passes and --checkpoint-every must be at least 1" in capsys.readouterr().err
+    assert "--passes, --rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--kinds", "0", "0", "0", "0") == 2
     assert "--kinds is [0.0, 0.0, 0.0, 0.0]; expected four shares" in capsys.readouterr().err

@@ -6,21 +6,25 @@ tokens at masked positions, under a few random masks with rates from [0.1, 0.9],
 
     rho_i = pi(x_i | x_t) / pi_old(x_i | x_t)        k3_i = r_i - 1 - log r_i,  r_i = pi_ref(x_i | x_t) / pi(x_i | x_t)
     loss  = mean over completions of mean over masked i of  -min(rho_i A, clip(rho_i, 1 - eps, 1 + eps) A) + beta k3_i
+
+In place of random masks, x_t can be what the decode itself saw before one of its passes (after TraceRL, Wang et al. 2025,
+arXiv 2509.06949): those are the states in which the model has to decide. The sum over i is then divided by the number of
+targets, so that the last passes, which leave little to decide, count for little.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding import Sampler, SamplerConfig
+from unidiff.decoding import CacheConfig, Sampler, SamplerConfig, SamplerOutput
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import masked_nll
-from unidiff.diffusion.process import NoisyBatch, mask_tokens
+from unidiff.diffusion.process import NoisyBatch, hide, mask_ids, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch, Vocabulary
 from unidiff.train.checkpoint import Checkpoint
@@ -32,6 +36,7 @@ from unidiff.train.tasks import rank_noise
 Reward = Callable[[TokenBatch], Tensor]
 """Finished rows `[B, L]` to one number each, float `[B]`."""
 
+STATES = ("random", "decoded")
 _SEED_STREAM, _RATE_STREAM, _MASK_STREAM = 201, 10_000, 20_000  # the last two plus the mask's number
 
 
@@ -41,28 +46,38 @@ class RewardConfig:
 
     Args:
         group: completions per prompt, at least 2.
-        masks: random masks per completion, each followed by an optimiser step.
-        low, high: range of the mask rate.
+        masks: masks per completion, each followed by an optimiser step.
+        states: what is masked: "random" positions, or those that were still hidden in a pass of the decode ("decoded").
+        low, high: range of the mask rate of random masks.
         clip: epsilon of the ratio's range.
         beta: weight of the divergence from the starting model.
         chunk: masked positions per piece of the head.
+        rows: completions per decode, and per forward and backward pass. More are split; results change by rounding only.
+        cache: of the decodes. One that approximates makes them faster, and is tuned for.
         seed: of decodes and masks.
-        bf16: completions are decoded in bfloat16, which is faster; what is learnt from them is computed as before.
+        bf16: completions are decoded in bfloat16 and learnt from under autocast, which is faster.
     """
 
     group: int = 8
     masks: int = 2
+    states: str = "random"
     low: float = 0.1
     high: float = 0.9
     clip: float = 0.2
     beta: float = 0.01
     chunk: int = 512
+    rows: int = 192
+    cache: CacheConfig = field(default_factory=CacheConfig)
     seed: int = 0
     bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 2 or self.masks < 1:
             raise ValueError(f"group = {self.group} must be at least 2 and masks = {self.masks} at least 1")
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; expected at least 1")
+        if self.states not in STATES:
+            raise ValueError(f"states is {self.states!r}; expected one of {', '.join(STATES)}")
         if not 0 < self.low <= self.high <= 1 or self.clip <= 0 or self.beta < 0:
             raise ValueError(f"expected 0 < low <= high <= 1, clip above 0 and beta not negative, got {self}")
 
@@ -96,7 +111,14 @@ def advantages(rewards: Tensor) -> Tensor:
 
 
 def policy_terms(
-    new: Tensor, old: Tensor, reference: Tensor, advantage: Tensor, masked: Tensor, clip: float, beta: float
+    new: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    advantage: Tensor,
+    masked: Tensor,
+    clip: float,
+    beta: float,
+    count: Tensor | None = None,
 ) -> PolicyTerms:
     """The loss above.
 
@@ -104,18 +126,20 @@ def policy_terms(
         new, old, reference: `[B, L]`, log-probabilities of the completions' tokens under the three models.
         advantage: `[B]`.
         masked: bool `[B, L]`, the positions that count.
+        count: `[B]`, what the sum of a row is divided by; None for its masked positions.
     """
     ratio, scale = (new - old).exp(), advantage[:, None]  # [B, L]
     surrogate = torch.minimum(ratio * scale, ratio.clamp(1 - clip, 1 + clip) * scale)
     log_r = reference - new
     divergence = log_r.exp() - 1 - log_r
-    count = masked.sum(1).clamp_min(1)
+    own = masked.sum(1).clamp_min(1)
 
-    def mean(value: Tensor) -> Tensor:
+    def mean(value: Tensor, count: Tensor) -> Tensor:
         return (value.where(masked, 0).sum(1) / count).mean()
 
-    clipped = mean(((ratio - 1).abs() > clip).to(new.dtype)).detach()
-    return PolicyTerms(mean(-surrogate + beta * divergence), mean(divergence).detach(), clipped)
+    clipped = mean(((ratio - 1).abs() > clip).to(new.dtype), own).detach()
+    total = mean(-surrogate + beta * divergence, own if count is None else count)
+    return PolicyTerms(total, mean(divergence, own).detach(), clipped)
 
 
 class RewardTuner:
@@ -161,7 +185,7 @@ class RewardTuner:
         index = torch.arange(prompts.shape[0]).repeat_interleave(config.group)
         rows = prompts.rows(index)
         keys = self.steps * len(index) + torch.arange(len(index))
-        finished = self._decode(rows, keys, None if condition is None else condition[index])
+        finished, seen = self._decode(rows, keys, None if condition is None else condition[index])
         # 2. rewards and advantages
         rewards = self.reward(finished).to(torch.float32)
         if rewards.shape != (len(index),) or not bool(rewards.isfinite().all()):
@@ -169,23 +193,39 @@ class RewardTuner:
         grouped = rewards.view(-1, config.group)
         advantage = advantages(grouped).flatten().to(finished.ids.device)  # [B]
         # 3. the same masks for all models; the old model is the one that decoded
-        noisy = [self._mask(finished, keys, number) for number in range(config.masks)]
+        noisy = [self._state(finished, seen, keys, number) for number in range(config.masks)]
         with torch.no_grad():
             old = [self._log_probs(self.model, finished, x) for x in noisy]
             reference = [self._log_probs(self.reference, finished, x) for x in noisy]
         # 4. an update for every mask
         for x, old_logs, reference_logs in zip(noisy, old, reference, strict=True):
-            self.optimisers.zero_grad()
-            new = self._log_probs(self.model, finished, x)
-            terms = policy_terms(new, old_logs, reference_logs, advantage, x.masked, config.clip, config.beta)
-            terms.total.backward()
-            norm = self.optimisers.clip()
-            self.optimisers.step()
+            terms, norm = self._update(finished, x, old_logs, reference_logs, advantage)
         self.steps += 1
         return RewardReport(
-            float(rewards.mean()), float(grouped.std(1, correction=0).mean()), float(terms.total.detach()),
+            float(rewards.mean()), float(grouped.std(1, correction=0).mean()), float(terms.total),
             float(terms.divergence), float(terms.clipped), float(norm),
         )  # fmt: skip
+
+    def _update(
+        self, finished: TokenBatch, noisy: NoisyBatch, old: Tensor, reference: Tensor, advantage: Tensor
+    ) -> tuple[PolicyTerms, Tensor]:
+        """One optimiser step; the loss and what it is made of, and the norm of the gradient."""
+        config = self.config
+        self.optimisers.zero_grad()
+        parts = []
+        for rows in self._pieces(len(advantage)):
+            y, x = finished.rows(rows), NoisyBatch(noisy.batch.rows(rows), noisy.masked[rows])
+            new = self._log_probs(self.model, y, x)
+            count = y.targets.sum(1).clamp_min(1) if config.states == "decoded" else None
+            terms = policy_terms(
+                new, old[rows], reference[rows], advantage[rows], x.masked, config.clip, config.beta, count
+            )
+            share = len(advantage[rows]) / len(advantage)
+            (terms.total * share).backward()
+            parts.append([share * value.detach() for value in (terms.total, terms.divergence, terms.clipped)])
+        norm = self.optimisers.clip()
+        self.optimisers.step()
+        return PolicyTerms(*(torch.stack(column).sum() for column in zip(*parts, strict=True))), norm
 
     def checkpoint(self, about: Mapping[str, str]) -> Checkpoint:
         """All that a run continues from; the reference is the starting model, which is built again.
@@ -217,24 +257,50 @@ class RewardTuner:
             raise ValueError(f"the checkpoint is of another model; choose another output folder ({reason})") from error
         self.steps = found.state["step"]
 
-    def _decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> TokenBatch:
+    def _pieces(self, count: int) -> list[slice]:
+        return [slice(first, first + self.config.rows) for first in range(0, count, self.config.rows)]
+
+    def _decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> tuple[TokenBatch, Tensor | None]:
+        """Finished rows, and the ids before each pass `[passes, B, L]` where states come from there."""
+        config = self.config
         model = copy.deepcopy(self.model)  # decoding may run parts of layers, which adapters do not cover
         merge_adapters(model)
-        if self.config.bf16:
+        if config.bf16:
             model = model.bfloat16()
-        seeds = (keyed_uniform(self.config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
-        return Sampler(model.eval(), self.vocabulary, self.sampler)(rows, seeds, condition).batch
+        seeds = (keyed_uniform(config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
+        record, outs = config.states == "decoded", []
+        for part in self._pieces(len(seeds)):
+            sampler = Sampler(model.eval(), self.vocabulary, self.sampler, config.cache.build())
+            hidden = None if condition is None else condition[part]
+            outs.append(sampler(rows.rows(part), seeds[part], hidden, record=record))
+        return TokenBatch.cat([out.batch for out in outs]), _states(outs) if record else None
 
-    def _mask(self, finished: TokenBatch, keys: Tensor, number: int) -> NoisyBatch:
-        config = self.config
+    def _state(self, finished: TokenBatch, seen: Tensor | None, keys: Tensor, number: int) -> NoisyBatch:
+        """What completions are scored from: some of their targets hidden again."""
+        config, device = self.config, finished.ids.device
         u = keyed_uniform(config.seed, keys, _RATE_STREAM + number, 1)[:, 0]
-        noise = keyed_uniform(config.seed, keys, _MASK_STREAM + number, finished.shape[1]).to(finished.ids.device)
+        if seen is not None:
+            state = seen[(u * len(seen)).long().to(device), torch.arange(len(u), device=device)]  # [B, L]
+            return hide(finished, finished.targets & (state == mask_ids(finished, self.vocabulary)), self.vocabulary)
+        noise = keyed_uniform(config.seed, keys, _MASK_STREAM + number, finished.shape[1]).to(device)
         noise, _ = rank_noise(noise, finished.targets)
-        rate = (config.low + (config.high - config.low) * u).to(finished.ids.device)
+        rate = (config.low + (config.high - config.low) * u).to(device)
         return mask_tokens(finished, rate, self.vocabulary, noise)
 
     def _log_probs(self, model: MaskedTransformer, finished: TokenBatch, noisy: NoisyBatch) -> Tensor:
-        x = noisy.batch
-        time = noisy.masked.sum(1) / finished.targets.sum(1).clamp_min(1)
-        hidden = model.hidden(x.ids, x.modality, x.positions, x.attention_mask(), time.float())
-        return -masked_nll(hidden, model, noisy.masked, finished, self.vocabulary, self.config.chunk)  # [B, L]
+        """`[B, L]`, of the completions' tokens where they are masked."""
+        parts = []
+        for rows in self._pieces(len(noisy.masked)):
+            x, y, masked = noisy.batch.rows(rows), finished.rows(rows), noisy.masked[rows]
+            time = masked.sum(1) / y.targets.sum(1).clamp_min(1)
+            with torch.autocast(x.ids.device.type, torch.bfloat16, enabled=self.config.bf16):
+                hidden = model.hidden(x.ids, x.modality, x.positions, x.attention_mask(), time.float())
+                parts.append(-masked_nll(hidden, model, masked, y, self.vocabulary, self.config.chunk))
+        return torch.cat(parts)
+
+
+def _states(outs: list[SamplerOutput]) -> Tensor:
+    """Ids before each pass, `[passes, B, L]`; rows that took fewer passes repeat their last ones."""
+    kept = [torch.stack(out.trajectory[:-1]) for out in outs if out.trajectory is not None]
+    most = max(len(ids) for ids in kept)
+    return torch.cat([torch.cat([ids, ids[-1:].expand(most - len(ids), -1, -1)]) for ids in kept], 1)
