@@ -211,7 +211,7 @@ def oracle_reward(
         pairs = zip(texts, readings, strict=True)
         return torch.tensor([float(facts_correct(parse_caption(text), r.scene)) for text, r in pairs])
 
-    drawn = profile if kinds is None else replace(profile, kinds=tuple(kinds))
+    drawn = profile if kinds is None else replace(profile, kinds=(kinds[0], kinds[1], kinds[2], kinds[3]))
     scenes = SceneGenerator(drawn, _ORACLE_SEED + seed)
 
     def prompt(number: int) -> str:
