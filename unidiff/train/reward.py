@@ -280,7 +280,8 @@ class RewardTuner:
         config, device = self.config, finished.ids.device
         u = keyed_uniform(config.seed, keys, _RATE_STREAM + number, 1)[:, 0]
         if seen is not None:
-            state = seen[(u * len(seen)).long().to(device), torch.arange(len(u), device=device)]  # [B, L]
+            passes = (u * len(seen)).long().clamp_max(len(seen) - 1).to(device)  # u may round up to 1
+            state = seen[passes, torch.arange(len(u), device=device)]  # [B, L]
             return hide(finished, finished.targets & (state == mask_ids(finished, self.vocabulary)), self.vocabulary)
         noise = keyed_uniform(config.seed, keys, _MASK_STREAM + number, finished.shape[1]).to(device)
         noise, _ = rank_noise(noise, finished.targets)
