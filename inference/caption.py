@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
+from pathlib import Path
 
 from PIL import Image
 
+from unidiff.cli_common import open_image
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
 from unidiff.pipeline import UniDiffPipeline
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="*", type=Path)
+    paths = parser.parse_args().paths
     if paths:
-        pictures = [Image.open(path) for path in paths]
+        try:
+            pictures = [open_image(path) for path in paths]
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
     else:  # scenes of the generator, of compositions that training never saw
         profile = get_profile("cpu")
         scenes = SceneGenerator(profile, seed=1, split="held_out")
@@ -26,4 +34,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

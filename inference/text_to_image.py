@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from unidiff.pipeline import UniDiffPipeline
 
+EXAMPLES = ["a fox on a green background", "three red apples on a white background"]
 
-def main(prompts: list[str], out: Path = Path("out/text_to_image")) -> None:
+
+def main(out: Path = Path("out/text_to_image")) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prompts", nargs="*", default=EXAMPLES)
+    prompts = parser.parse_args().prompts
     pipe = UniDiffPipeline.from_pretrained("emoji")
     result = pipe.text_to_image(prompts, num_images_per_prompt=2, generator=0, record_trajectory=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -20,4 +25,4 @@ def main(prompts: list[str], out: Path = Path("out/text_to_image")) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["a fox on a green background", "three red apples on a white background"])
+    main()

@@ -42,3 +42,20 @@ def test_recipe_runs(embedded, monkeypatch, capsys, name, files):
     runpy.run_path(str(path), run_name="__main__")
     assert {p.name for p in Path("out").rglob("*") if p.is_file()} == files
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status", "said"),
+    [
+        ("text_to_image", ["--help"], 0, "usage:"),
+        ("text_to_image", ["--model", "nowhere"], 2, "unrecognized arguments"),
+        ("caption", ["nothing.png"], 2, "error: image file 'nothing.png' does not exist"),
+        ("caption", ["cut.png"], 2, "error: 'cut.png' cannot be read as a picture"),
+    ],
+)
+def test_what_a_recipe_cannot_use_is_said_in_one_sentence(embedded, monkeypatch, capsys, name, arguments, status, said):
+    Path("cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == status and said in "".join(capsys.readouterr()) and not Path("out").exists()

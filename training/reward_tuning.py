@@ -56,9 +56,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--states",
-        choices=("random", "decoded"),
         default="random",
-        help="pictures are scored under random masks, or from what their own decode saw before a pass",
+        help="pictures are scored under `random` masks, or from what their own decode saw before a pass (`decoded`)",
     )
     parser.add_argument("--masks", type=int, default=2, help="masks or states per picture, each with an update")
     parser.add_argument("--rows", type=int, default=192, help="pictures per forward pass; more are split")

@@ -148,6 +148,8 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     own = ("--prompts", "prompts.txt", "--reward", "flat_reward:flat")
     assert run("base", "out", *own, "--cache", "some") == 2
     assert "cache policy is 'some'; expected one of" in capsys.readouterr().err
+    assert run("base", "out", *own, "--states", "all") == 2
+    assert "states is 'all'; expected one of random, decoded" in capsys.readouterr().err
     assert run("base", "out", *own, "--rows", "0") == 2
     assert "--rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--passes", "0") == 2

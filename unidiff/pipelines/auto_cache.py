@@ -37,7 +37,8 @@ AUTO = {
 }
 """What "auto" takes by what there is to decode. Text: only the block, everything every 8 passes. (Fast-dLLM,
 which refreshes once per block of 32, reports 1.3 and 3.5 points of GSM8K lost with LLaDA; not measured here.)
-Beside a picture (captions, answers) nothing is kept: a picture that is kept while its caption is written costs the embedded model 14 of 100 captions at a refresh every 8 passes, and 5 at every second.
+Beside a picture (captions, answers) nothing is kept: a picture that is kept while its caption is written costs the
+embedded model 14 of 100 captions at a refresh every 8 passes, and 5 at every second.
 Pictures: open positions and those just written, everything every 8 passes, and guidance evaluated in every second.
 `max-logit` loses too much there: it skips open positions whose logits are low.
 Both (inpainting, joint generation): the same for each, and what is given every 8 passes."""
