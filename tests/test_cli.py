@@ -138,10 +138,11 @@ def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr("unidiff.evaluation.emoji_eval.run_emoji_eval", evaluate)
     options = ("--seed", 5, "--n", 7, "--candidates", 4, "--json", tmp_path / "made" / "r.json", "--model", model)
-    status, out, _ = run("eval", "emoji", *options)
+    status, out, _ = run("eval", "emoji", *options, "--guidance", 1, "--steps", 3)
     data = json.loads((tmp_path / "made" / "r.json").read_text())
     assert status == 0 and "0.750" in out
-    assert data["about"] == {"seed": 5, "n": 7, "num_candidates": 4} and data["categories"]["single_object"] == 0.75
+    asked = {"num_candidates": 4, "guidance_scale": 1.0, "steps": 3}
+    assert data["about"] == {"seed": 5, "n": 7, **asked} and data["categories"]["single_object"] == 0.75
     assert "outcomes" not in data
 
     first, second, changes = (tmp_path / f"{name}.json" for name in ("first", "second", "changes"))

@@ -25,8 +25,10 @@ Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a
 Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
 Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
 
-
 Steps = Annotated[int | None, typer.Option(help="Passes of the model; default: the model's own.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="How strictly to follow the input; 1 is off. Default: the model's own.")
+]
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,7 @@ class DecodeFlags:
 
     seed: Seed = 0
     steps: Steps = None
-    guidance: Annotated[
-        float | None, typer.Option(help="How strictly to follow the input; 1 is off. Default: the model's own.")
-    ] = None
+    guidance: Guidance = None
     temperature: Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")] = None
     cache: Annotated[
         str | None, typer.Option(help="Cache between passes: auto, none, prefix, dual, vicinity, adaptive, max-logit.")

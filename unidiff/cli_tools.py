@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unidiff.cli_common import Device, Dtype, Model, Seed, check_outputs, load_pipeline
+from unidiff.cli_common import Device, Dtype, Guidance, Model, Seed, Steps, check_outputs, load_pipeline
 
 eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=True)
 
@@ -31,6 +31,8 @@ def eval_emoji(
             "text_to_image), likelihood. Repeatable."
         ),
     ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     candidates: Annotated[
         int | None, typer.Option(min=1, help="Decodes of each case, of which one is kept. Default: the model's own.")
     ] = None,
@@ -61,7 +63,8 @@ def eval_emoji(
     from unidiff.evaluation.emoji_eval import run_emoji_eval
 
     console = Console(stderr=True)
-    options: dict[str, Any] = {} if candidates is None else {"num_candidates": candidates}
+    asked = {"steps": steps, "guidance_scale": guidance, "num_candidates": candidates}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     options |= {"tasks": tuple(task)} if task else {}
     options |= {} if per_task is None else {"per_task": per_task}
     with console.status("EmojiEval") as status:

@@ -119,7 +119,12 @@ def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
         run("base", "tuned", "--reward", "oracle", *QUICK, "--steps", "1", "--kinds", "0", "0", "1", "0", "--bf16") == 0
     )
     ways = ["--states", "decoded", "--masks", "1", "--rows", "4", "--cache", "auto", "--passes", "24"]
+    ways += ["--guidance-scale", "1"]
     assert run("base", "again", "--reward", "oracle", *QUICK, "--steps", "1", *ways) == 0
+    again = UniDiffPipeline.from_pretrained(tmp_path / "again" / "pipeline")  # draws as it was tuned
+    drawing = again.settings.sampler("text_to_image")
+    assert drawing.image.steps == 24 and drawing.guidance.scale == 1
+    assert again.text_to_image("a dog", output_type="codes", generator=0).stats.evaluations == 24
     pipe = UniDiffPipeline.from_pretrained(tmp_path / "tuned" / "pipeline")
     report = run_emoji_eval(pipe, n=1, tasks=("text_to_image",), steps=2)
     assert any(name.startswith("text_to_image") for name in report.values)
