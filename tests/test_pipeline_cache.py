@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,11 @@ def test_overrides_keep_the_rest():
     assert (changed.image.rule, changed.image.threshold, changed.image.block_length) == ("threshold", 0.3, 4)
     steps = with_overrides(base, steps=3, threshold={"text": 0.7})
     assert (steps.text.rule, steps.image.rule, steps.image.steps) == ("threshold", "quota", 3)
+    ahead = ModalityDecoding(rule="threshold", block_length=2, blocks_in_flight=9, flight_threshold=0.9)
+    surer = with_overrides(replace(base, text=ahead), threshold={"text": 0.7}).text
+    assert (surer.blocks_in_flight, surer.threshold, surer.flight_threshold) == (9, 0.7, 0.7)
+    counted = with_overrides(replace(base, text=ahead), steps=3).text
+    assert (counted.rule, counted.steps, counted.block_length, counted.blocks_in_flight) == ("quota", 3, None, 1)
     assert by_modality("threshold", 0.5, ("text",)) == {"text": 0.5} and by_modality("threshold", None, ("text",)) == {}
 
 

@@ -181,6 +181,25 @@ def test_float32_rows_agree_with_the_batch_up_to_near_ties() -> None:
         torch.testing.assert_close(alone.confidence[0], together.confidence[b, :n], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_finished_rows_take_part_in_no_pass(model: MaskedTransformer, scale: float) -> None:
+    """Rows of 1 to 4 tokens, one per pass, and their guidance streams: the work of the batch is that of the rows alone."""
+    spans = [
+        [Span.text([5], True), Span.text([6] * (4 - n), True), Span.masked_text(n, VOCABULARY)] for n in (3, 1, 4, 2)
+    ]
+    config = SamplerConfig(
+        text=ModalityDecoding(steps=9, schedule="linear"), guidance=Guidance(scale), stop_at_eos=False
+    )
+    sampler = Sampler(model, VOCABULARY, config)
+    together = sampler(TokenBatch.from_spans(spans), torch.arange(4))
+    alone = [sampler(TokenBatch.from_spans([row]), torch.tensor([b])) for b, row in enumerate(spans)]
+    assert torch.equal(together.batch.ids, torch.cat([out.batch.ids for out in alone]))
+    torch.testing.assert_close(together.confidence, torch.cat([out.confidence for out in alone]))
+    streams = 1 if scale == 1 else 2
+    assert together.stats.model_tokens == sum(out.stats.model_tokens for out in alone) == streams * 5 * (3 + 1 + 4 + 2)
+    assert together.nfe == streams * 4
+
+
 @pytest.mark.parametrize("rule", ["quota", "threshold", "factor", "first_hitting", "ancestral"])
 def test_ends_when_the_model_only_wants_the_mask(rule: str) -> None:
     """LLaDA keeps [MASK] inside the text slice; an adversarial model puts all its weight on it, or ties everything."""

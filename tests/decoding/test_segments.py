@@ -78,7 +78,7 @@ def test_a_joint_decode_fills_every_target_from_features_that_age(model, config,
     cached = decode(model, config, POLICIES[name](), batch, [0, 1, 2])
     assert (cached.batch.ids != VOCABULARY.mask_id)[batch.valid].all()
     assert torch.equal(cached.batch.ids[batch.given], batch.ids[batch.given])
-    assert cached.stats.model_tokens / cached.nfe < plain.stats.model_tokens / plain.nfe
+    assert cached.stats.model_tokens / cached.nfe < batch.ids.numel()  # whole rows
     first = cached.trajectory[1] != cached.trajectory[0]
     if name != "modality":  # which holds the image back
         assert torch.equal(plain.trajectory[1], cached.trajectory[1])

@@ -109,13 +109,17 @@ class Forward:
         self._layer = LayerFlops.of(model.config) if isinstance(model, MaskedTransformer) else None
         self.stats = DecodeStats(store_bytes=0 if self.store is None else self.store.nbytes)
 
-    def run(self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor) -> None:
+    def run(
+        self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor, unfinished: Tensor | None = None
+    ) -> None:
         """Compute the features of the plan in the given streams; elsewhere those of earlier passes stay.
 
         Args:
             ids: int64 `[B, L]`, current tokens.
             streams: 0 is the conditional one, k the k-th of `hides`.
             time: `[B]`, diffusion time.
+            unfinished: int64 `[n]`, the rows that still need features, None for all. Passes over whole rows leave the
+                others out, unless they are recorded.
         """
         self._held = {s for s in streams if plan.of(s) is None and s in self._features}
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
@@ -124,9 +128,12 @@ class Forward:
             return
         begun = wall.perf_counter()
         for group in self._groups(plans):
-            rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S * B, L]
-            run = self._run_whole if self.store is None else self._run_partial
-            run(rows, _stacked([plans[s] for s in group]), group, time)
+            rows, together = torch.cat([self._ids_of(s, ids) for s in group]), _stacked([plans[s] for s in group])
+            if self.store is None:
+                first = any(s not in self._features for s in group)
+                self._run_whole(rows, together, group, time, None if first else unfinished)
+            else:
+                self._run_partial(rows, together, group, time)
         full = all(p.full for p in plans.values())
         self.stats.full_passes += full
         self.stats.partial_passes += not full
@@ -167,18 +174,25 @@ class Forward:
             groups.append([stream])
         return groups
 
-    def _run_whole(self, rows: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
+    def _run_whole(
+        self, ids: Tensor, plan: CachePlan, streams: list[int], time: Tensor, unfinished: Tensor | None
+    ) -> None:
         n, key = len(streams), tuple(streams)
         if key not in self._joined:
             joined = TokenBatch.cat([self._layouts[s] for s in streams])
             self._joined[key] = joined, joined.attention_mask()
         layout, mask = self._joined[key]
-        times = time.float().repeat(n)
-        if self._graphs is None:
-            fresh = self._model.hidden(rows, layout.modality, layout.positions, mask, times)
+        times, (size, length) = time.float().repeat(n), self._layout.shape
+        if self._graphs is not None:
+            fresh = self._graphs.hidden(cast(MaskedTransformer, self._model), ids, layout, mask, times, key)
+        elif unfinished is None:
+            fresh = self._model.hidden(ids, layout.modality, layout.positions, mask, times)
         else:
-            fresh = self._graphs.hidden(cast(MaskedTransformer, self._model), rows, layout, mask, times, key)
-        size, length = self._layout.shape
+            rows = torch.cat([unfinished + i * size for i in range(n)])
+            seen = None if mask is None else mask[rows]
+            fresh = self._model.hidden(ids[rows], layout.modality[rows], layout.positions[rows], seen, times[rows])
+            fresh = torch.cat([self._features[s] for s in streams]).index_copy(0, rows, fresh)
+            size = len(unfinished)
         self._count(n, size, size * length, self._whole_work)
         wanted = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
         queries = [None] * n if wanted is None else wanted.chunk(n)
@@ -187,15 +201,15 @@ class Forward:
                 features = torch.where(query[..., None], features, self._features[stream])
             self._features[stream] = features
 
-    def _run_partial(self, rows: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
+    def _run_partial(self, ids: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
         assert self.store is not None and isinstance(self._model, MaskedTransformer)
         n, size = len(streams), len(self._layout.ids)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
         times, select = time.float().repeat(n), self._policy.select
         if self._graphs is not None and recordable(plan):
-            work, apart = self._graphs.partial(self._model, rows, plan, store, times, select, tuple(streams)), 0
+            work, apart = self._graphs.partial(self._model, ids, plan, store, times, select, tuple(streams)), 0
         else:
-            out = self._model.partial(rows, plan, store, times, select)
+            out = self._model.partial(ids, plan, store, times, select)
             work, apart = out.work, out.fresh
         self._count(n, size, size * sum(w.out for w in work) // len(work), work)
         if apart:  # rows computed in features of their own

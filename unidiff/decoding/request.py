@@ -36,6 +36,7 @@ class Request:
         targets: most positions of a block.
         sound: bool scalar, False once a model returned logits that cannot be used.
         stalled: passes in a row that wanted logits and wrote nothing. busy: the coming pass wants logits.
+        unfinished: int64, rows that are not finished, and some that are so that their number takes few values; None for all.
     """
 
     state: DecodeState
@@ -49,6 +50,7 @@ class Request:
     further: tuple[int, ...] = ()
     stalled: int = 0
     busy: bool = False
+    unfinished: Tensor | None = None
 
     @classmethod
     def open(
@@ -129,14 +131,14 @@ class Request:
             RuntimeError: a policy withholds every logit, pass after pass.
         """
         state = self.state
-        left = state.open.any()
+        alive = state.open.any(1)  # [B]
         if not state.finishing:
             for w in work:
-                left = left | w.clock.pending.any()
-        flags = [left, self.sound, state.written.any()]
+                alive = alive | w.clock.pending
+        flags = [alive.sum(), self.sound, state.written.any()]
         for w in work:
             flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]
-        unfinished, sound, wrote, *rest = torch.stack([f.long() for f in flags]).tolist()
+        left, sound, wrote, *rest = torch.stack([f.long() for f in flags]).tolist()
         if not sound:
             raise ValueError(
                 "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
@@ -147,11 +149,14 @@ class Request:
             w.width = min(unit * math.ceil(most / unit), state.open.shape[1])
             w.guided = bool(guided) or bool(self.further)
         self.busy = any(w.width for w in work)
-        if unfinished and self.stalled > _PATIENCE:
+        if left and self.stalled > _PATIENCE:
             raise RuntimeError(
                 f"nothing was decoded in {self.stalled} passes; the cache policy never asks for logits at the open positions"
             )
-        return bool(unfinished)
+        rows, unit = len(alive), math.ceil(len(alive) / _WIDTHS)
+        kept = unit * math.ceil(left / unit)
+        self.unfinished = (~alive).long().argsort(stable=True)[:kept] if kept < rows else None
+        return bool(left)
 
     def streams(self, work: Sequence[Work]) -> list[int]:
         """The conditional stream and the unconditional ones that this pass mixes in."""

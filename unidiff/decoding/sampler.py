@@ -157,7 +157,7 @@ class Sampler:
                 state.streams, state.users = tuple(request.streams(busy)), request.users(busy)
                 plan = policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
-                forward.run(state.ids, plan, state.streams, request.time(work))
+                forward.run(state.ids, plan, state.streams, request.time(work), request.unfinished)
                 state.nfe = forward.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:

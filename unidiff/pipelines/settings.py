@@ -126,13 +126,15 @@ def with_overrides(
     """A sampler config with the everyday knobs changed.
 
     Args:
-        steps: passes per modality; a text rule that ends by itself (threshold, factor) becomes a quota of that many.
+        steps: passes per modality; a text rule that ends by itself (threshold, factor) becomes a quota of that many, and
+            text blocks that are in flight together become one.
         guidance_scale: at full strength, for both modalities.
         guidance_hides: see `Guidance.hide`.
         temperature: of token draws in both modalities.
         forbid_text: vocabulary ids no text position may become.
         block_length: tokens per block by modality (`text`, `image`); those left out keep theirs.
-        threshold: confidence from which a token is committed, by modality; a rule without a threshold becomes one.
+        threshold: confidence from which a token is committed, by modality, in blocks ahead as well; a rule without a
+            threshold becomes one.
 
     Raises:
         ValueError: a value outside its range.
@@ -140,8 +142,11 @@ def with_overrides(
     text, image, guidance = sampler.text, sampler.image, sampler.guidance
     if steps is not None:
         rule = text.rule if text.rule in ("quota", "ancestral") else "quota"
-        schedule = "linear" if rule != text.rule else text.schedule
-        text, image = replace(text, steps=steps, rule=rule, schedule=schedule), replace(image, steps=steps)
+        if rule != text.rule:
+            whole = text.blocks_in_flight > 1  # blocks that wait for confidence have no number of passes
+            length = None if whole else text.block_length
+            text = replace(text, rule=rule, schedule="linear", block_length=length, blocks_in_flight=1)
+        text, image = replace(text, steps=steps), replace(image, steps=steps)
     if temperature is not None:
         text, image = replace(text, temperature=temperature), replace(image, temperature=temperature)
     if guidance_scale is not None:
@@ -155,7 +160,7 @@ def with_overrides(
     for name, least in (threshold or {}).items():
         rule = changed[name].rule
         rule = rule if rule in ("threshold", "hierarchical", "credit") else "threshold"
-        changed[name] = replace(changed[name], rule=rule, threshold=least)
+        changed[name] = replace(changed[name], rule=rule, threshold=least, flight_threshold=least)
     return replace(sampler, text=changed["text"], image=changed["image"], guidance=guidance)
 
 
