@@ -197,6 +197,7 @@ def test_finished_rows_take_part_in_no_pass(model: MaskedTransformer, scale: flo
     torch.testing.assert_close(together.confidence, torch.cat([out.confidence for out in alone]))
     streams = 1 if scale == 1 else 2
     assert together.stats.model_tokens == sum(out.stats.model_tokens for out in alone) == streams * 5 * (3 + 1 + 4 + 2)
+    assert together.stats.head_tokens == 4 * 4 + 3 * 3 + 2 * 2 + 1 * 1  # rows by the most that one of them has open
     assert together.nfe == streams * 4
 
 

@@ -143,6 +143,14 @@ class Choice:
     confidence: Tensor
     sound: Tensor
 
+    def spread(self, rows: Tensor | None, size: int) -> Choice:
+        """Of `rows`, int64 `[R]` or None for all, to that of all rows; zeros in the others."""
+        if rows is None:
+            return self
+        columns = self.token, self.probability, self.confidence
+        token, probability, confidence = (c.new_zeros(size, *c.shape[1:]).index_copy(0, rows, c) for c in columns)
+        return Choice(token, probability, confidence, self.sound)
+
 
 def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor) -> Choice:
     """Draw a token at every position and say how sure the model is of it.

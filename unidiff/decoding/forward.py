@@ -49,12 +49,18 @@ class PositionLogits:
 
     Attributes:
         index: int64 `[B, n]`, positions in the row. live: bool `[B, n]`, False on padding of the index.
-        values: float32 or float64 `[streams, B, n, V]` over the modality's slice, conditional stream first.
+        values: float32 or float64 `[streams, R, n, V]` over the modality's slice, conditional stream first.
+        rows: int64 `[R]`, whose values these are; None for all.
     """
 
     index: Tensor
     live: Tensor
     values: Tensor
+    rows: Tensor | None = None
+
+    def own(self, of_all: Tensor) -> Tensor:
+        """`[B, ...]` to `[R, ...]`."""
+        return of_all if self.rows is None else of_all[self.rows]
 
 
 def gather_positions(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -241,39 +247,55 @@ class Forward:
         return self._features[stream]
 
     def logits(
-        self, modality: Modality, wanted: Tensor, count: int, streams: Sequence[int], weights: Tensor | None = None
+        self,
+        modality: Modality,
+        wanted: Tensor,
+        count: int,
+        streams: Sequence[int],
+        weights: Tensor | None = None,
+        unfinished: Tensor | None = None,
     ) -> PositionLogits:
         """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row).
 
         Args:
             weights: `[S, B]`, of the streams in the sum that the caller draws from. Where logits are affine in the features
                 that sum comes back as the only stream, from one call of the head.
+            unfinished: int64 `[R]`, the only rows with wanted positions; None for all. A policy that looks at the largest
+                logits gets all.
         """
         index, live = gather_positions(wanted, count)
+        rows = None if self._policy.peaks is not None else unfinished
+        taken = index if rows is None else index[rows]
         affine = isinstance(self._model, MaskedTransformer)
         features = [self._moved(s) if affine and s in self._held else self._features[s] for s in streams]
         if affine and weights is not None and self._policy.peaks is None:
-            values = self._head(modality, features, index, weights)  # [1, B, n, V]
-            return PositionLogits(index, live, values)
-        values = self._head(modality, features, index)  # [S, B, n, V]
+            weights = weights if rows is None else weights[:, rows]
+            values = self._head(modality, features, taken, weights, rows)  # [1, R, n, V]
+            return PositionLogits(index, live, values, rows)
+        values = self._head(modality, features, taken, rows=rows)  # [S, R, n, V]
         if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:
-            beside = self._head(modality, [self._beside[streams[i]] for i in held], index)
+            beside = self._head(modality, [self._beside[streams[i]] for i in held], taken, rows=rows)
             values[held] += values[0] - beside  # cond - (cond then - uncond then)
         if self._policy.peaks is not None:
             self._note_peaks(modality, index, live, values, streams)
-        return PositionLogits(index, live, values)
+        return PositionLogits(index, live, values, rows)
 
     def _moved(self, stream: int) -> Tensor:
         """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then)."""
         return self._features[stream] + (self._features[0] - self._beside[stream])
 
     def _head(
-        self, modality: Modality, features: Sequence[Tensor], index: Tensor, weights: Tensor | None = None
+        self,
+        modality: Modality,
+        features: Sequence[Tensor],
+        index: Tensor,
+        weights: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Logits `[S, B, n, V]` of the features' streams, or `[1, B, n, V]` of their weighted sum."""
+        """Logits `[S, R, n, V]` of the features' streams in `rows`, or `[1, R, n, V]` of their weighted sum."""
         begun = wall.perf_counter()
         start, stop = self._vocabulary.range_of(modality)
-        picked = torch.stack([gather_rows(f, index) for f in features])
+        picked = torch.stack([gather_rows(f if rows is None else f[rows], index) for f in features])
         if weights is not None and len(features) > 1:
             wide = torch.promote_types(picked.dtype, torch.float32)
             picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)

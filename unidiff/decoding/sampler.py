@@ -213,16 +213,20 @@ class Sampler:
         state, settings, modality = request.state, work.clock.settings, work.clock.modality
         streams = [0, request.stream_of[modality], *request.further] if work.guided else [0]
         banned = self._banned[modality] = self._banned[modality].to(wanted.device)
-        blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
-        logits = request.forward.logits(modality, wanted, work.width, streams, blend.weights(len(streams)))
+        rows = None if work.clock.credit is not None else request.unfinished
+        weights = draw.Blend(work.scale, self.config.guidance.further).weights(len(streams))
+        logits = request.forward.logits(modality, wanted, work.width, streams, weights, rows)
+        blend = draw.Blend(logits.own(work.scale), self.config.guidance.further, banned if len(banned) else None)
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]
+        live, noises = logits.own(logits.live), (logits.own(token_noise), logits.own(order_noise))
         if work.clock.credit is None:
-            choice = draw.choose_blended(logits.values, blend, logits.live, settings, token_noise, order_noise)
+            choice = draw.choose_blended(logits.values, blend, live, settings, *noises)
         else:
-            values = work.clock.credit.add(blend(logits.values), logits.index, logits.live)  # [B, n, V]
-            choice = draw.choose(values, logits.live, settings, token_noise, order_noise)
+            values = work.clock.credit.add(blend(logits.values), logits.index, live)  # [B, n, V]
+            choice = draw.choose(values, live, settings, *noises)
+        choice = choice.spread(logits.rows, len(state.open))
         request.sound &= choice.sound
         pick = logits.live
         if not work.decided:
