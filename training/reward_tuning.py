@@ -71,6 +71,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the divergence from the starting model")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=1.0,
+        help="share of the change that is saved: weights between the first and the last",
+    )
     parser.add_argument("--bf16", action="store_true", help="decode in bfloat16 and learn under autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -88,11 +94,13 @@ def tune(options: argparse.Namespace) -> None:
     from unidiff.pipelines.auto_cache import choose_cache
     from unidiff.train.config import LoraConfig, OptimiserConfig
     from unidiff.train.lora import add_adapters, merge_adapters
-    from unidiff.train.reward import RewardConfig, RewardTuner
+    from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 
     counts = (options.steps, options.prompts_per_step, options.checkpoint_every, options.rows)
     if min(counts) < 1 or (options.passes is not None and options.passes < 1):
         raise ValueError("--steps, --prompts-per-step, --passes, --rows and --checkpoint-every must be at least 1")
+    if not 0 < options.keep <= 1:
+        raise ValueError(f"--keep is {options.keep}; expected a share above 0 and at most 1")
     if options.kinds is not None and (min(options.kinds) < 0 or sum(options.kinds) <= 0):
         raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
     pipe = as_decoded(UniDiffPipeline.from_pretrained(options.model), options)
@@ -119,6 +127,7 @@ def tune(options: argparse.Namespace) -> None:
     tuner = RewardTuner(model, settings.vocabulary, sampler, score, config, optimiser)
     run(tuner, pipe, prompts, texts, options)
     merge_adapters(model)
+    keep_share(model, tuner.reference, options.keep)
     pipe.save_pretrained(options.output / "pipeline")
 
 
@@ -133,7 +142,7 @@ def run(
     from unidiff.train.signals import StopOnSignals
 
     folder, count = options.output / "checkpoints", options.prompts_per_step
-    free = ("output", "steps", "checkpoint_every", "track")  # what may change between two parts of a run
+    free = ("output", "steps", "checkpoint_every", "track", "keep")  # what may change between two parts of a run
     about = {name: str(value) for name, value in vars(options).items() if name not in free}
     found = load_checkpoint(folder)
     if found is not None:

@@ -67,6 +67,12 @@ def test_a_pipeline_is_tuned_with_a_function_from_a_module(tmp_path, monkeypatch
     ]
     assert moved and after.settings == before.settings
 
+    assert run("base", "tuned", *reward, *QUICK, "--keep", "0.25") == 0  # nothing is left to do but to save again
+    kept = UniDiffPipeline.from_pretrained(tmp_path / "tuned" / "pipeline").transformer
+    for name, weight in kept.named_parameters():
+        old, new = (pipe.transformer.get_parameter(name) for pipe in (before, after))
+        torch.testing.assert_close(weight, 0.75 * old + 0.25 * new)
+
 
 KILLER = """
 import os, signal
@@ -155,6 +161,10 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     assert "cache policy is 'some'; expected one of" in capsys.readouterr().err
     assert run("base", "out", *own, "--states", "all") == 2
     assert "states is 'all'; expected one of random, decoded" in capsys.readouterr().err
+    assert run("base", "out", *own, "--keep", "0") == 2
+    assert "--keep is 0.0; expected a share above 0" in capsys.readouterr().err
+    assert run("base", "out", *own, "--guidance-scale", "-1") == 2
+    assert "guidance scale is -1.0" in capsys.readouterr().err
     assert run("base", "out", *own, "--rows", "0") == 2
     assert "--rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--passes", "0") == 2

@@ -142,6 +142,27 @@ def policy_terms(
     return PolicyTerms(total, mean(divergence, own).detach(), clipped)
 
 
+@torch.no_grad()
+def keep_share(model: MaskedTransformer, start: MaskedTransformer, share: float) -> None:
+    """Weights between a starting model's and the tuned ones, start + share (tuned - start), in place.
+
+    After WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): what tuning costs elsewhere grows with the square of the way,
+    what it gains is reached earlier.
+
+    Args:
+        model: tuned, without adapters. start: of the same shape.
+        share: 1 changes nothing.
+
+    Raises:
+        ValueError: a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; expected a number above 0 and at most 1")
+    if share < 1:
+        for weight, old in zip(model.parameters(), start.parameters(), strict=True):
+            weight.copy_(old.lerp(weight, share))
+
+
 class RewardTuner:
     """Trains `model` towards a reward. Its starting weights are kept as the reference.
 
