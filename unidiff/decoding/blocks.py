@@ -101,13 +101,14 @@ def joined_blocks(blocks: Tensor, wanted: Tensor, open_: Tensor, block: Tensor, 
         blocks: int64 `[B, L]`. wanted, open_: bool `[B, L]`, positions of the modality, and those still masked.
         block: int64 `[B]`, the current one.
     """
-    joined = torch.zeros_like(block)
-    for ahead in range(most):
-        before = wanted & (blocks == (block + ahead)[:, None])
-        size, left = before.sum(1), (before & open_).sum(1)
-        follows = (joined == ahead) & ((size - left).double() >= share * size)
-        joined = joined + follows.long()
-    return joined
+    if share == 0:
+        return torch.full_like(block, most)
+    ahead = blocks - block[:, None]  # [B, L]
+    near, place = wanted & (ahead >= 0) & (ahead < most), ahead.clamp(0, most - 1)
+    none = blocks.new_zeros(len(block), most)
+    size, left = (none.scatter_add(1, place, which.long()) for which in (near, near & open_))
+    follows = (size - left).double() >= share * size  # [B, most]
+    return follows.long().cumprod(1).sum(1)
 
 
 def block_steps(steps: int, count: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
