@@ -136,8 +136,8 @@ class Forward:
         for group in self._groups(plans):
             rows, together = torch.cat([self._ids_of(s, ids) for s in group]), _stacked([plans[s] for s in group])
             if self.store is None:
-                first = any(s not in self._features for s in group)
-                self._run_whole(rows, together, group, time, None if first else unfinished)
+                every = plan.every_row or any(s not in self._features for s in group)
+                self._run_whole(rows, together, group, time, None if every else unfinished)
             else:
                 self._run_partial(rows, together, group, time)
         full = all(p.full for p in plans.values())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -91,6 +91,10 @@ class Watcher(NoCache):
         """A request begins: nothing in it is compared with another one."""
         self._now, self._before = {}, {}
         return self
+
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
+        """See `RefreshPolicy.plan`."""
+        return replace(super().plan(state, candidates), every_row=True)
 
     def note(self, layer: int, name: str, feature: Tensor) -> None:
         """A feature `[streams x B, L, D]` of the running pass."""

@@ -37,7 +37,7 @@ SWEEP = {
     "text_to_image": ("model", "passes-16", REFERENCE),
     "caption": _TEXT,
     "answer": _TEXT,
-    "inpaint": ("model", "passes-8", REFERENCE),
+    "inpaint": ("model", "passes-2", "passes-3", "passes-8", REFERENCE),
     "generate": ("model", "passes-16", REFERENCE),
 }
 """Settings of each task where none are asked for. Texts and holes are shorter than 32 tokens, so that 32 passes are 64."""

@@ -46,6 +46,7 @@ class CachePlan:
         fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
             apart from rows that do little, so that none of these pays for the padding.
         others: what guidance streams do that do not follow this plan; see `with_streams`.
+        every_row: finished rows are computed as well, for those who look at features.
     """
 
     query: Tensor | None = None
@@ -58,6 +59,7 @@ class CachePlan:
     chosen: int | None = None
     fresh: Tensor | None = None
     others: Mapping[int, CachePlan | None] = field(default_factory=dict)
+    every_row: bool = False
 
     def __post_init__(self) -> None:
         for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
