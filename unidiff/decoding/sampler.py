@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time as wall
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -213,10 +213,10 @@ class Sampler:
         state, settings, modality = request.state, work.clock.settings, work.clock.modality
         streams = [0, request.stream_of[modality], *request.further] if work.guided else [0]
         banned = self._banned[modality] = self._banned[modality].to(wanted.device)
-        rows = None if work.clock.credit is not None else request.unfinished
-        weights = draw.Blend(work.scale, self.config.guidance.further).weights(len(streams))
-        logits = request.forward.logits(modality, wanted, work.width, streams, weights, rows)
-        blend = draw.Blend(logits.own(work.scale), self.config.guidance.further, banned if len(banned) else None)
+        blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
+        rows = None if work.clock.credit is not None else request.unfinished  # credit is kept for all rows
+        logits = request.forward.logits(modality, wanted, work.width, streams, blend.weights(len(streams)), rows)
+        blend = replace(blend, scale=logits.own(blend.scale))
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]
