@@ -1,12 +1,25 @@
-"""Files and folders that appear complete or not at all: write under a temporary name, then rename."""
+"""Files and folders that appear complete or not at all, that one process at a time writes, and that are known again later."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from unidiff.errors import writing
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+_HASHED = 2**20  # bytes at either end of a file that its stamp looks at
 
 
 @contextmanager
@@ -14,58 +27,155 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` when the block ends well, else removed.
 
     Missing parent folders are made. The data reaches the disk before the name does. What a killed process left behind
-    is removed.
+    is removed. A link is written through: the file that it points to is replaced.
+
+    Raises:
+        OSError: a full or read-only disk and the like, with the name of `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-        for stray in path.parent.glob(f".{path.name}.*.tmp"):
-            if stray != temporary and not _is_running(stray):
-                stray.unlink(missing_ok=True)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = resolve_link(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(path, "tmp")
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+            remove_leftovers(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(target: str | Path) -> Iterator[Path]:
     """An empty folder beside `target` to fill; it takes the place of `target` when the block ends well, else it goes.
 
-    Between the two renames the old folder is kept aside. What a killed process left behind is removed.
+    Everything that was in `target` is gone then: callers make sure that it may go. Between the two renames the old folder
+    is kept aside, and comes back when the second one fails. What a killed process left behind is removed. A link is
+    written through: the folder that it points to is replaced, on its own disk.
+
+    Raises:
+        OSError: a full or read-only disk and the like, with the name of `target`.
     """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(temporary, target)
-        for end in ("tmp", "old"):
-            for stray in target.parent.glob(f".{target.name}.*.{end}"):
-                shutil.rmtree(stray, ignore_errors=True)
-    finally:
+    target = resolve_link(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, aside = _beside(target, "tmp"), _beside(target, "old")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if target.exists():
+                os.replace(target, aside)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if aside.exists() and not target.exists():
+                    os.replace(aside, target)
+                raise
+            remove_leftovers(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_running(temporary: Path) -> bool:
-    """Whether the process that a temporary name mentions may still write to it."""
-    number = temporary.suffixes[-2].removeprefix(".") if len(temporary.suffixes) > 1 else ""
-    if os.name != "posix" or not number.isdecimal():
-        return True
+def resolve_link(path: str | Path) -> Path:
+    """Where writing to `path` really writes: the end of a chain of links, or `path` itself.
+
+    Raises:
+        OSError: links that go round in circles.
+    """
+    path = Path(path)
+    if not path.is_symlink():
+        return path
+    with writing(path):
+        resolved = path.resolve()
+        if resolved.is_symlink():  # resolve() gives up silently on a circle
+            resolved.stat()
+        return resolved
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing exactly `path`; a temporary of a live process stays.
+
+    An old folder that was set aside comes back when its replacement never arrived.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:(?P<host>[^.]*)-)?(?P<pid>\d+)\.(?P<end>tmp|old)")
+    for stray in path.parent.iterdir():
+        found = pattern.fullmatch(stray.name)
+        if found is None or _may_be_alive(found["host"], int(found["pid"])):
+            continue
+        if found["end"] == "old" and not path.exists():
+            os.replace(stray, path)
+        elif stray.is_dir() and not stray.is_symlink():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | Path, what: str = "run") -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; the lock goes with the process, however it ends.
+
+    Args:
+        folder: made when missing. what: who works there, for the message ("training", "encoding").
+
+    Raises:
+        ValueError: another process holds it; the message names its number and machine.
+        OSError: a folder that cannot be written.
+    """
+    path = Path(folder) / LOCK
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _take(path, what)
     try:
-        os.kill(int(number), 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _take(path: Path, what: str) -> int:
+    """An open, locked lock file that is still the one of that name."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(handle, 500).decode("utf-8", "replace").strip() or "another process"
+            os.close(handle)
+            raise ValueError(
+                f"{str(path.parent)!r} is in use by {holder}; wait for it, or name another output folder for this {what}"
+            ) from error
+        except BaseException:
+            os.close(handle)
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.truncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({what})\n".encode())
+                return handle
+        os.close(handle)  # its holder has just removed it
+
+
+def file_stamp(path: str | Path) -> dict[str, int | str]:
+    """What a file is known by later: size in bytes, time of change in nanoseconds, and a hash of its two ends.
+
+    Two stamps differ when the file was replaced, completed or cut. A hash of a whole large shard would take minutes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        digest = hashlib.sha256(file.read(_HASHED))
+        if status.st_size > _HASHED:
+            file.seek(max(_HASHED, status.st_size - _HASHED))
+            digest.update(file.read(_HASHED))
+    return {"size": status.st_size, "time": status.st_mtime_ns, "hash": digest.hexdigest()[:32]}
 
 
 def flush_to_disk(path: Path) -> None:
@@ -75,3 +185,23 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _beside(path: Path, end: str) -> Path:
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.{end}")
+
+
+def _may_be_alive(host: str | None, pid: int) -> bool:
+    """Whether the process that a temporary name mentions may still write to it; on another machine nobody can tell."""
+    if host is not None and host != re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()):
+        return True
+    if os.name != "posix" or pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,197 @@
+"""One sentence for what a person can mend; a traceback, and the wish to hear of it, for what is our own mistake.
+
+Three tools, for all of the package and its recipes: `reading` and `writing` around calls of a library that touch a file,
+and `exit_status` around a whole command.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FAILED = 1
+"""Exit status after a sentence."""
+OUR_FAULT = 70
+"""Exit status after a traceback of ours (EX_SOFTWARE)."""
+_REPORT = "This is a fault of unidiff. Please report it with the lines above."
+
+_SYSTEM = {
+    errno.ENOSPC: "the disk is full; free some space, or name another place",
+    errno.EDQUOT: "the disk quota is used up; free some space, or name another place",
+    errno.EFBIG: "the file would be larger than the system allows; name another place or raise the limit",
+    errno.EACCES: "permission denied; change the permissions, or name another place",
+    errno.EPERM: "the system does not permit it; name another place",
+    errno.EROFS: "the disk is read-only; name another place",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "the links go round in circles",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
+    errno.EIO: "the disk reports an error",
+}
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "invalid buffer size", "bad allocation")
+
+
+class DamagedFile(ValueError):
+    """A file that cannot be read as what it should be; the message is a whole sentence."""
+
+
+@contextmanager
+def reading(path: str | Path, what: str, fix: str = "the file is damaged or of another kind") -> Iterator[None]:
+    """Around a library's reading of `path`: whatever it raises becomes one sentence that names the file.
+
+    Keep the block to the library's call. Sentences of this package and missing files pass unchanged, but for the file's
+    name, which is added where the system left it out.
+
+    Args:
+        path: file, folder or address; for the message. what: what it should be, for instance "a config".
+        fix: what may be wrong, or what to do.
+
+    Raises:
+        DamagedFile: anything that a library raises. OSError: of the system, with the file's name.
+    """
+    try:
+        yield
+    except (DamagedFile, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except OSError as error:
+        if error.errno is None:  # Pillow and others use OSError for damage
+            raise DamagedFile(f"{str(path)!r} cannot be read as {what} ({first_line(error)}); {fix}") from error
+        raise _with_name(error, path) from error
+    except RecursionError as error:
+        raise DamagedFile(f"{str(path)!r} cannot be read as {what} (it is nested too deeply); {fix}") from error
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if is_out_of_memory(error):
+            raise
+        raise DamagedFile(f"{str(path)!r} cannot be read as {what} ({first_line(error)}); {fix}") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around writing `path`: the system's errors name it, whatever library was at work.
+
+    Raises:
+        OSError: a full or read-only disk and the like, with the file's name.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _with_name(error, path) from error
+    except Exception as error:  # safetensors and torch wrap the system's words in errors of their own
+        text = str(error)
+        for number in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO):
+            if os.strerror(number) in text or f"os error {number}" in text:
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, ...] = dict) -> Any:
+    """The content of a JSON file (UTF-8, with or without a byte order mark).
+
+    Args:
+        what: what the file should be, for the message. expect: type of the outermost value.
+
+    Raises:
+        FileNotFoundError: no such file. DamagedFile: not JSON, or another outermost value.
+    """
+    with reading(path, what):
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    if not isinstance(value, expect):
+        names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in _tuple(expect))
+        raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is no {what}")
+    return value
+
+
+JSON_NAMES = {
+    dict: "a mapping",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+def json_name(value: object) -> str:
+    """What a person calls a plain value's type."""
+    return "null" if value is None else JSON_NAMES.get(type(value), type(value).__name__)
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for an error that a person can mend, or None for a mistake of ours.
+
+    `ValueError` is what this package raises for bad input, so its text is the sentence. Errors of the system are put into
+    words with the name of the file.
+    """
+    if is_out_of_memory(error):
+        return f"there is not enough memory ({first_line(error)}); use a smaller batch, picture, model or dtype"
+    if isinstance(error, OSError) and error.errno is not None:
+        said = _SYSTEM.get(error.errno, (error.strerror or os.strerror(error.errno)).lower())
+        named = [
+            repr(os.fsdecode(name))
+            for name in (error.filename, error.filename2)
+            if isinstance(name, str | bytes | os.PathLike)
+        ]
+        return f"{' -> '.join(named)}: {said}" if named else said
+    if isinstance(error, ValueError | OSError):
+        return str(error).strip() or type(error).__name__
+    return None
+
+
+def exit_status(
+    run: Callable[[], int | None], *expected: type[Exception], program: str = "error", failed: int = FAILED
+) -> int:
+    """What `run` returns (None counts as 0), `failed` after one line about what a person can mend, `OUR_FAULT` after the
+    traceback of what is no fault of theirs.
+
+    Args:
+        expected: further errors whose text is a sentence for a person.
+        program: opens the line on stderr.
+    """
+    try:
+        return run() or 0
+    except BrokenPipeError:  # the reader of a pipe has left: nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        sentence = str(error) if isinstance(error, expected) else explain(error)
+        if sentence is None:
+            traceback.print_exc()
+            print(_REPORT, file=sys.stderr)
+            return OUR_FAULT
+        print(f"{program}: {sentence}", file=sys.stderr)
+        return failed
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:300] if lines else type(error).__name__
+
+
+def _with_name(error: OSError, path: str | Path) -> OSError:
+    if error.errno is None or error.filename is not None:
+        return error
+    return type(error)(error.errno, error.strerror or os.strerror(error.errno), str(path))
+
+
+def _tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kinds if isinstance(kinds, tuple) else (kinds,)

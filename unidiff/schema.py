@@ -1,0 +1,131 @@
+"""Plain data against the annotations of a dataclass: every value has its declared type before anything uses it."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
+from typing import Any, TypeVar, get_args, get_origin
+
+from unidiff.errors import json_name
+
+T = TypeVar("T")
+LARGEST = 2**63 - 1
+"""Largest whole number that tensors, files and other programs hold."""
+
+
+def check_fields(settings: Any, what: str) -> None:
+    """Raise `ValueError` unless every field of a dataclass instance holds a value of its annotated type.
+
+    Numbers have to be finite and within 64 bits; `True` is no number; a whole number is a fine `float`. For `__post_init__`.
+
+    Args:
+        what: the owner in the message, for instance "sampler text".
+    """
+    for name, annotation in _annotations(type(settings)).items():
+        check_value(getattr(settings, name), annotation, f"{what} {name}" if what else name)
+
+
+def check_value(value: Any, annotation: Any, name: str) -> None:
+    """Raise `ValueError` unless `value` is of the annotated type; see `check_fields`."""
+    if not _fits(value, annotation):
+        raise ValueError(f"{name} is {_short(value)}; expected {describe(annotation)}")
+
+
+def from_data(schema: type[T], data: Any, what: str) -> T:
+    """A dataclass from plain data (JSON or YAML): nested dataclasses are built, lists become tuples where asked for.
+
+    Raises:
+        ValueError: no mapping, unknown or missing keys, a value of another type; the message names it.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what} is {_short(data)}; expected a mapping of settings")
+    hints = _annotations(schema)
+    if unknown := [str(key) for key in data if key not in hints]:
+        raise ValueError(f"{what} has unknown settings {sorted(unknown)}; expected some of {sorted(hints)}")
+    needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
+    if missing := sorted(needed - set(data)):
+        raise ValueError(f"{what} lacks {missing}")
+    values = {name: _build(value, hints[name], f"{what} {name}") for name, value in data.items()}
+    for name, value in values.items():
+        check_value(value, hints[name], f"{what} {name}")
+    return schema(**values)
+
+
+def describe(annotation: Any) -> str:
+    """A type in plain words, for messages."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation is None or annotation is types.NoneType:
+        return "nothing (null)"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(part) for part in parts)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(part) for part in parts)
+    if origin is tuple and parts[-1:] != (Ellipsis,):
+        return f"{len(parts)} values, each {describe(parts[0])}" if len(set(parts)) == 1 else f"{len(parts)} values"
+    if origin in (tuple, list, Sequence):
+        return f"a list, each {describe(parts[0])}"
+    if origin in (dict, Mapping):
+        return f"a mapping, each value {describe(parts[1])}"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return words.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation is Any or isinstance(annotation, TypeVar):
+        return True
+    if annotation is None or annotation is types.NoneType:
+        return value is None
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if annotation is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (math.isfinite(value) if isinstance(value, float) else abs(value) <= LARGEST)
+    if origin is tuple and parts[-1:] != (Ellipsis,):
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin in (tuple, list, Sequence):
+        kind = Sequence if origin is Sequence else origin
+        return isinstance(value, kind) and not isinstance(value, str) and all(_fits(v, parts[0]) for v in value)
+    if origin in (dict, Mapping):
+        pairs = isinstance(value, Mapping) and value.items()
+        return pairs is not False and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in pairs)
+    kind = origin or annotation
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _build(value: Any, annotation: Any, what: str) -> Any:
+    """Nested dataclasses and tuples from plain data; anything else as it is."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and types.NoneType in parts:
+            return None
+        rest = [part for part in parts if part is not types.NoneType]
+        return _build(value, rest[0], what) if len(rest) == 1 else value
+    if is_dataclass(annotation) and isinstance(annotation, type):
+        return value if isinstance(value, annotation) else from_data(annotation, value, what)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = [parts[0]] * len(value) if parts[-1:] == (Ellipsis,) else parts
+        return tuple(_build(v, part, what) for v, part in zip(value, inner)) if len(inner) == len(value) else value
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {key: _build(v, parts[1], f"{what} {key}") for key, v in value.items()}
+    return value
+
+
+@lru_cache(maxsize=128)
+def _annotations(schema: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {f.name: hints[f.name] for f in fields(schema)}
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else None
+    shown = repr(value) if text is None or len(text) < 80 else repr(text[:77] + "...")
+    return shown if len(shown) <= 120 else f"{shown[:100]}... ({json_name(value)})"
