@@ -102,12 +102,27 @@ def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, .
     Raises:
         FileNotFoundError: no such file. DamagedFile: not JSON, or another outermost value.
     """
+    check_regular(path)
     with reading(path, what):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, expect):
         names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in _tuple(expect))
         raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is no {what}")
     return value
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise unless `path` is a plain file (or a link to one): reading a pipe or a device could wait for ever.
+
+    Raises:
+        FileNotFoundError: nothing there. DamagedFile: a folder, a pipe, a socket or a device.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise DamagedFile(f"{str(path)!r} is {kind} where a file is expected; put the file in its place")
 
 
 JSON_NAMES = {

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from unidiff.errors import json_name
 
 T = TypeVar("T")
 LARGEST = 2**63 - 1
 """Largest whole number that tensors, files and other programs hold."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both allowed; inside `Annotated[int, Between(1, 8)]`."""
+
+    low: float
+    high: float = LARGEST
+
+
+# sizes of networks: far above every model there is, and small enough that products of them are numbers that torch holds
+Depth = Annotated[int, Between(1, 1024)]
+Width = Annotated[int, Between(1, 2**20)]
+Rows = Annotated[int, Between(1, 2**26)]
+Index = Annotated[int, Between(0, 2**26)]
+Positive = Annotated[float, Between(1e-30, 1e30)]
 
 
 def check_fields(settings: Any, what: str) -> None:
@@ -55,11 +72,30 @@ def from_data(schema: type[T], data: Any, what: str) -> T:
     return schema(**values)
 
 
+def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], what: str, **types: Any) -> None:
+    """Raise `ValueError` unless the values for a function's arguments have the types that it declares.
+
+    Args:
+        values: by name; others than the function's arguments are passed over. A list is a fine tuple.
+        types: what an argument has to be, where the function does not say it (well enough). An argument without either
+            has to be of its default's type.
+    """
+    hints = {**typing.get_type_hints(function, include_extras=True), **types}
+    for name, parameter in inspect.signature(function).parameters.items():
+        annotation = hints.get(name, Any if parameter.default is parameter.empty else type(parameter.default))
+        if name in values:
+            value = values[name]
+            check_value(_build(value, annotation, name), annotation, f"{what} {name}")
+
+
 def describe(annotation: Any) -> str:
     """A type in plain words, for messages."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is None or annotation is types.NoneType:
         return "nothing (null)"
+    if origin is Annotated:
+        bounds = "".join(f" from {b.low:g} to {b.high:g}" for b in parts[1:] if isinstance(b, Between))
+        return describe(parts[0]) + bounds
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(part) for part in parts)
     if origin is typing.Literal:
@@ -80,6 +116,9 @@ def _fits(value: Any, annotation: Any) -> bool:
         return True
     if annotation is None or annotation is types.NoneType:
         return value is None
+    if origin is Annotated:
+        bounds = [bound for bound in parts[1:] if isinstance(bound, Between)]
+        return _fits(value, parts[0]) and all(bound.low <= value <= bound.high for bound in bounds)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is typing.Literal:
@@ -121,7 +160,7 @@ def _build(value: Any, annotation: Any, what: str) -> Any:
 
 @lru_cache(maxsize=128)
 def _annotations(schema: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     return {f.name: hints[f.name] for f in fields(schema)}
 
 
