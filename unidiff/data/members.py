@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from unidiff.data import report
+from unidiff.pictures import open_picture
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 ALLOWED_TYPES = (*IMAGE_TYPES, "txt", "json", "npy", "safetensors")
-MAX_PIXELS = 64 * 1024 * 1024  # a few kB can claim to be gigapixels
 
 _REASONS = {
     **dict.fromkeys(IMAGE_TYPES, report.CORRUPT_IMAGE),
@@ -94,7 +94,7 @@ def encode_member(name: str, value: Any) -> bytes:
     if kind in IMAGE_TYPES:
         image = to_pil(value) if isinstance(value, Tensor) else value
         options = {"lossless": True} if kind == "webp" else {"quality": 95} if kind in ("jpg", "jpeg") else {}
-        image.save(buffer, {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[kind], **options)
+        image.save(buffer, "JPEG" if kind == "jpg" else kind.upper(), **options)
     elif kind == "txt":
         return value.encode("utf-8")
     elif kind == "json":
@@ -114,30 +114,12 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def rgb_tensor(image: Image.Image) -> Tensor:
-    """Any PIL image as uint8 RGB `[3, H, W]`: upright by its EXIF tag, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
-        # convert("RGB") would clip 16-bit grey to white
-        grey = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((grey / 257.0).clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    array = np.array(image.convert("RGB"))  # [H, W, 3]
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    """An RGB image as a uint8 tensor `[3, H, W]`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _decode_image(data: bytes) -> Tensor:
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except UnidentifiedImageError as error:  # its message holds a memory address, and reports must repeat exactly
-        raise ValueError("not a JPEG, PNG or WebP picture") from error
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        image.load()
-        return rgb_tensor(image)
+    return rgb_tensor(open_picture(data))
 
 
 def _decode_json(data: bytes) -> Any:
