@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.blocks import block_ids, block_steps, current_block, halton_ranks
+from unidiff.decoding.blocks import Shares, block_ids, current_block, halton_ranks
 from unidiff.decoding.config import BLOCK_ORDERS
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -73,13 +73,29 @@ def test_known_tokens_and_padding_use_up_nothing() -> None:
     assert block_ids(batch, batch.targets, 2)[batch.targets].tolist() == [0, 0, 1, 1, 2]
 
 
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_passes_are_split_evenly(steps: int, blocks: int) -> None:
-    count, block = torch.full((blocks,), blocks), torch.arange(blocks)
-    own, before = block_steps(steps, count, block)
-    assert (own >= 1).all() and own.max() - own.min() <= 1
-    if steps >= blocks:
-        assert own.sum() == steps and before.tolist() == [0, *own.cumsum(0).tolist()[:-1]]
+@given(st.integers(1, 300), st.integers(1, 80), st.one_of(st.none(), st.integers(1, 90)), st.booleans())
+def test_passes_are_shared_in_proportion_to_the_blocks(steps: int, size: int, length: int | None, capped: bool) -> None:
+    """In whole numbers, by hand: the total is `steps`, or one per block, or (capped) one per token."""
+    full = min(length or size, size)
+    sizes = [min(full, size - start) for start in range(0, size, full)]
+    total = max(steps, len(sizes))
+    total = min(total, size) if capped else total
+    shares = Shares.of(steps, torch.tensor([size]), length, capped)
+    own = [int(shares.own(torch.tensor([k]))) for k in range(len(sizes))]
+    assert shares.total.tolist() == [total] == [sum(own)]
+    assert [int(shares.before(torch.tensor([k]))) for k in range(len(sizes) + 1)] == [
+        sum(own[:k]) for k in range(len(own) + 1)
+    ]
+    for passes, tokens in zip(own, sizes, strict=True):
+        assert 1 <= passes and abs(passes - total * tokens / size) < 1
+        assert not capped or passes <= tokens
+
+
+def test_rows_share_by_their_own_sizes() -> None:
+    """Six passes for 4 + 4 + 1 tokens: before the second block are due 6 x 4 / 9 = 2.7, before the third 5.3."""
+    shares = Shares.of(6, torch.tensor([9, 4, 0, 1]), 4, capped=True)
+    own = [shares.own(torch.tensor([block, 0, 0, 0])).tolist() for block in range(3)]
+    assert shares.total.tolist() == [6, 4, 1, 1] and own == [[2, 4, 1, 1], [3, 4, 1, 1], [1, 4, 1, 1]]
 
 
 def test_current_block_is_the_lowest_open_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -111,12 +112,39 @@ def joined_blocks(blocks: Tensor, wanted: Tensor, open_: Tensor, block: Tensor, 
     return follows.long().cumprod(1).sum(1)
 
 
-def block_steps(steps: int, count: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Passes for `block` and passes planned before it, int64 `[B]`: `steps` split evenly over `count` blocks.
+@dataclass(frozen=True)
+class Shares:
+    """How the passes of a modality are shared out over its blocks: in proportion to their sizes, row by row.
 
-    The first steps % count blocks get one more; every block gets at least one.
+    Passes before a block are the share of `total` that is due to the tokens before it, rounded down. So every block gets at
+    least one pass and no more than its share rounded up, and all of them together get `total`.
+
+    Attributes:
+        size: int64 `[B]`, targets of the row. length: int64 `[B]`, tokens of a full block. total: int64 `[B]`, passes.
     """
-    count = count.clamp_min(1)
-    share, extra = steps // count, steps % count
-    own = (share + (block < extra)).clamp_min(1)
-    return own, block * share + torch.minimum(block, extra)
+
+    size: Tensor
+    length: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, steps: int, size: Tensor, length: int | None, capped: bool) -> Shares:
+        """Shares of `steps` passes.
+
+        Args:
+            steps: passes asked for. Rows with more blocks than that make one pass per block.
+            size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
+            capped: never more passes than tokens.
+        """
+        size = size.clamp_min(1)
+        full = size if length is None else size.clamp_max(length)
+        total = (size - 1).div(full, rounding_mode="floor").add(1).clamp_min(steps)
+        return cls(size, full, torch.minimum(total, size) if capped else total)
+
+    def before(self, block: Tensor) -> Tensor:
+        """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
+        return self.total * torch.minimum(block * self.length, self.size) // self.size
+
+    def own(self, block: Tensor) -> Tensor:
+        """int64 `[B]`: passes of a block."""
+        return self.before(block + 1) - self.before(block)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 
+from unidiff.decoding.blocks import Shares
 from unidiff.decoding.flops import LayerFlops, PassWork
 from unidiff.decoding.policies import (
     AdaptiveCache,
@@ -51,17 +54,22 @@ class Schedule:
     Args:
         segments: the row from left to right.
         block: targets per block.
-        passes: passes per block. A block of fewer tokens takes one pass per token.
+        passes: passes per full block, a whole number or a fraction (steps x block / targets, for a decode of so many steps).
+            Shorter blocks take their share, and none takes more passes than it has tokens, see `Shares`.
 
     Raises:
-        ValueError: nothing to decode, or a block that would reach from one segment into another.
+        ValueError: nothing to decode, a block that would reach from one segment into another, or no passes.
     """
 
     segments: tuple[Segment, ...]
     block: int
-    passes: int
+    passes: int | Fraction
 
     def __post_init__(self) -> None:
+        if self.block < 1 or self.passes <= 0:
+            raise ValueError(
+                f"blocks of {self.block} tokens in {self.passes} passes; expected at least one token and pass"
+            )
         for modality in Modality:
             inner = self.hidden(modality)[:-1]
             if broken := [s for s in inner if s.tokens % self.block]:
@@ -104,7 +112,13 @@ class Schedule:
 
     def steps(self, modality: Modality) -> int:
         """Passes of a whole modality: what `ModalityDecoding.steps` has to be."""
-        return self.passes * sum(-(-s.tokens // self.block) for s in self.hidden(modality))
+        return ceil(self.passes * sum(s.tokens for s in self.hidden(modality)) / Fraction(self.block))
+
+    def passes_of(self, modality: Modality) -> list[int]:
+        """Passes of each block of a modality, in the order of decoding."""
+        size = sum(s.tokens for s in self.hidden(modality))
+        shares = Shares.of(self.steps(modality), torch.tensor([size]), self.block, capped=True)
+        return [int(shares.own(torch.tensor([k]))) for k in range(-(-size // self.block))]
 
 
 class Moment(NamedTuple):
@@ -125,13 +139,14 @@ class Moment(NamedTuple):
 
 
 def moments(schedule: Schedule) -> Iterator[Moment]:
-    """The passes of a decode with a fixed quota: n // steps tokens each, one more in the first n % steps passes."""
+    """The passes of a decode with a fixed quota: a block of n in s passes takes n // s each, one more in the first n % s."""
     number, left, changed = 0, schedule.targets, 0
-    for start, size, ids in schedule.blocks:
+    passes = [n for modality in Modality for n in schedule.passes_of(modality)]
+    for (start, size, ids), own in zip(schedule.blocks, passes, strict=True):
         masked = size
-        for inside in range(min(schedule.passes, size)):
+        for inside in range(own):
             yield Moment(number, inside, start, size, ids, masked, left, changed)
-            changed = size // schedule.passes + (inside < size % schedule.passes)
+            changed = size // own + (inside < size % own)
             number, masked, left = number + 1, masked - changed, left - changed
 
 
@@ -186,7 +201,7 @@ def reference_bound(policy: RefreshPolicy, schedule: Schedule, config: Any) -> f
     dLLM-Cache S / (P / Kp + G / Kr + G (1 - 1 / Kr) (rho + (1 - rho) v)) with v = 2 d d_kv / c, in all layers but those
     that are always full; ML-Cache n / (full + (n - full) (1 - ratio)).
     """
-    n, blocks, length = schedule.passes, schedule.blocks, schedule.length
+    n, blocks, length = float(schedule.passes), schedule.blocks, schedule.length
     if type(policy) is DualCache and policy.interval is None:
         return n * len(blocks) / sum(1 + (n - 1) * size / length for _, size, _ in blocks)
     if type(policy) is PrefixCache and policy.interval is None:
@@ -198,7 +213,7 @@ def reference_bound(policy: RefreshPolicy, schedule: Schedule, config: Any) -> f
         full = len(policy.full_layers) / config.num_layers
         return 1 / (full + (1 - full) * share)
     if type(policy) is MaxLogitCache:
-        total = n * len(blocks)
+        total = sum(schedule.steps(modality) for modality in Modality)
         begin = int(total * policy.warmup)
         full = sum(i <= begin or (i - begin) % policy.interval == 0 for i in range(total))
         return total / (full + (total - full) * (1 - policy.ratio))

@@ -37,6 +37,8 @@ def masked_share(schedule: str, done: Tensor) -> Tensor:
 def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: Tensor) -> Tensor:
     """How many positions a row commits in this pass, int64 `[B]`; at least one while any remain, all in the last pass.
 
+    Where there are enough, one is left for each pass to come, so that a block of no fewer tokens than passes makes all of them.
+
     Args:
         schedule: see `masked_share`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
         start: positions that were masked when the block began.
@@ -49,6 +51,7 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
         keep = start - taken
     else:
         keep = (start * masked_share(schedule, progress(step + 1, steps)) + 1e-9).floor().long()
+    keep = torch.maximum(keep, steps - step - 1)  # `root` would be done early
     count = torch.where(last, remaining, remaining - keep)
     return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
 

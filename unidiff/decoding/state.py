@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unidiff.decoding.blocks import block_ids, block_steps, current_block, joined_blocks
+from unidiff.decoding.blocks import Shares, block_ids, current_block, joined_blocks
 from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.credit import Credit
 from unidiff.tokens import Modality, TokenBatch
@@ -19,41 +19,60 @@ class Clock:
 
     Attributes:
         wanted: bool `[B, L]`, the modality's targets.
-        blocks: int64 `[B, L]`, see `block_ids`. count: int64 `[B]`, blocks of the row.
-        block: int64 `[B]`, the one being decoded, -1 before the first. step: passes made in it. start: positions that
-            were masked when it began.
+        blocks: int64 `[B, L]`, see `block_ids`. shares: their passes.
+        block: int64 `[B]`, the one being decoded, -1 before the first. reached: the furthest that was begun; `block` is
+            an earlier one while tokens that were masked again are filled.
+        made: int64 `[B]`, passes made in the furthest block. start: positions that were masked when it began.
         active: bool `[B, L]`, positions of that block that may be filled in this pass. running: bool `[B]`, rows that
             take part in it.
         remasked: int64 `[B]`, how many tokens of the row were masked again.
         joined: int64 `[B]`, blocks in flight behind the current one. ahead: bool `[B, L]`, their open positions.
-        credit: what tokens have earned, for the rule of that name.
+        in_flight: most blocks at once. credit: what tokens have earned, for the rule of that name.
     """
 
     modality: Modality
     settings: ModalityDecoding
     wanted: Tensor
     blocks: Tensor
-    count: Tensor
+    shares: Shares
     block: Tensor
-    step: Tensor
+    reached: Tensor
+    made: Tensor
     start: Tensor
     active: Tensor
     running: Tensor
     remasked: Tensor
     joined: Tensor
     ahead: Tensor
+    in_flight: int = 1
     credit: Credit | None = None
 
     @classmethod
     def open(cls, modality: Modality, settings: ModalityDecoding, batch: TokenBatch) -> Clock:
         wanted = batch.targets & (batch.modality == modality)
         blocks = block_ids(batch, wanted, settings.block_length, settings.block_order)
-        count = torch.where(wanted, blocks + 1, 0).amax(1)
-        zero = torch.zeros_like(count)
+        size = wanted.sum(1)
+        shares = Shares.of(settings.steps, size, settings.block_length, settings.rule == "quota")
+        zero = torch.zeros_like(size)
         nowhere, never = torch.zeros_like(wanted), torch.zeros_like(zero, dtype=torch.bool)
         credit = Credit(wanted, settings) if settings.rule == "credit" else None
         return cls(
-            modality, settings, wanted, blocks, count, zero - 1, zero, zero, nowhere, never, zero, zero, nowhere, credit
+            modality,
+            settings,
+            wanted,
+            blocks,
+            shares,
+            zero - 1,
+            zero - 1,
+            zero,
+            zero,
+            nowhere,
+            never,
+            zero,
+            zero,
+            nowhere,
+            min(settings.blocks_in_flight, batch.shape[1]),
+            credit,
         )
 
     def begin_pass(self, open_: Tensor, waiting: Tensor) -> None:
@@ -64,12 +83,13 @@ class Clock:
         block = torch.where(pending, self.block, block)
         self.active = own & (self.blocks == block[:, None])
         self.running = self.active.any(1) | pending
-        moved = self.running & (block != self.block)
-        self.block = torch.where(moved, block, self.block)
-        self.step = torch.where(moved, 0, self.step)
-        self.start = torch.where(moved, self.remaining, self.start)
-        if self.settings.blocks_in_flight > 1:
-            most, share = self.settings.blocks_in_flight - 1, self.settings.flight_share
+        self.block = torch.where(self.running, block, self.block)
+        begun = self.running & (block > self.reached)
+        self.reached = torch.where(begun, block, self.reached)
+        self.made = torch.where(begun, 0, self.made)
+        self.start = torch.where(begun, self.remaining, self.start)
+        if self.in_flight > 1:
+            most, share = self.in_flight - 1, self.settings.flight_share
             self.joined = joined_blocks(self.blocks, self.wanted, own, block, most, share)
             self.ahead = own & ~self.active & (self.blocks <= (block + self.joined)[:, None])
 
@@ -78,7 +98,12 @@ class Clock:
         self.running = self.running & ~rows
 
     def end_pass(self) -> None:
-        self.step = self.step + self.running.long()
+        self.made = self.made + (self.running & (self.block == self.reached)).long()
+
+    @property
+    def step(self) -> Tensor:
+        """int64 `[B]`: passes made in the current block; all of them where it was complete before."""
+        return torch.where(self.block < self.reached, self.steps, self.made)
 
     @property
     def pending(self) -> Tensor:
@@ -101,7 +126,7 @@ class Clock:
     @property
     def steps(self) -> Tensor:
         """int64 `[B]`: passes planned for the current block."""
-        return block_steps(self.settings.steps, self.count, self.block.clamp_min(0))[0]
+        return self.shares.own(self.block.clamp_min(0))
 
     def time(self, open_: Tensor) -> Tensor:
         """float64 `[B]` in [0, 1], diffusion time at this pass: 1 = all masked.
@@ -109,9 +134,9 @@ class Clock:
         The share of the planned passes still to come, or of the positions still open where the rule plans none.
         """
         if self.settings.rule in ("quota", "ancestral"):
-            own, before = block_steps(self.settings.steps, self.count, self.block.clamp_min(0))
-            total = torch.maximum(self.count, torch.full_like(self.count, self.settings.steps))
-            return (1 - (before + torch.minimum(self.step, own)).double() / total).clamp(0, 1)
+            block = self.reached.clamp_min(0)
+            done = self.shares.before(block) + torch.minimum(self.made, self.shares.own(block))
+            return 1 - done.double() / self.shares.total
         return (open_ & self.wanted).sum(1).double() / self.wanted.sum(1).clamp_min(1)
 
 

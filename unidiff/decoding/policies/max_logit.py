@@ -56,7 +56,7 @@ class MaxLogitCache(Policy):
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        planned = [torch.where(c.count > 0, c.settings.steps, 0) for c in state.clocks.values()]  # [B] each
+        planned = [torch.where(c.wanted.any(1), c.settings.steps, 0) for c in state.clocks.values()]  # [B] each
         begin = (torch.stack(planned).amax(0).double() * self.warmup).floor().long()
         step = (self._past.get(0) or Past.start(state)).passes
         full = (step <= begin) | ((step - begin) % self.interval == 0)  # [B]
