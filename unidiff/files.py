@@ -19,6 +19,7 @@ except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+_PART = "part"
 _HASHED = 2**20  # bytes at either end of a file that its stamp looks at
 
 
@@ -60,11 +61,15 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     target = resolve_link(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
         temporary, aside = _beside(target, "tmp"), _beside(target, "old")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    flush_to_disk(file)
             if target.exists():
                 os.replace(target, aside)
             try:
@@ -78,6 +83,32 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             if target.exists():
                 shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def filling_folder(target: str | Path) -> Iterator[Path]:
+    """An empty folder to write files to; they move into `target` when the block ends well, else they go.
+
+    Files of the same names are replaced, everything else in `target` stays. Links are written through.
+
+    Raises:
+        OSError: a full or read-only disk and the like, with the name of `target`.
+    """
+    target = resolve_link(target)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target / _PART)
+        temporary = _beside(target / _PART, "tmp")  # inside: a folder may be a disk of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in sorted(temporary.iterdir()):
+                flush_to_disk(file)
+                place = resolve_link(target / file.name)
+                shutil.move(file, place) if place.parent != target else os.replace(file, place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def resolve_link(path: str | Path) -> Path:

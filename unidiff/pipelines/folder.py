@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from unidiff.errors import DamagedFile, first_line, read_json, reading
 from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.owned import INDEX, PIPELINE_CLASS, check_replaceable, others_in_pipeline
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
-INDEX = "model_index.json"
-PIPELINE_CLASS = "UniDiffPipeline"
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
@@ -58,19 +58,28 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
 def is_pipeline(folder: Path) -> bool:
     """Whether a folder holds a unidiff pipeline, by the class that its index names."""
     path = folder / INDEX
-    return path.is_file() and f'"{PIPELINE_CLASS}"' in path.read_text(encoding="utf-8", errors="replace")
+    if not path.is_file():
+        return False
+    with reading(path, "an index"):
+        return f'"{PIPELINE_CLASS}"' in path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a unidiff pipeline."""
+    """`model_index.json` of a unidiff pipeline.
+
+    Raises:
+        FileNotFoundError: none there. ValueError: a damaged one, or one of another class.
+    """
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {INDEX}; name a folder written by save_pretrained")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); the file is damaged") from error
-    family = index.get("_class_name") if isinstance(index, dict) else None
+        index = read_json(path, "an index of a pipeline")
+    except DamagedFile as error:
+        if isinstance(error.__cause__, ValueError):
+            raise DamagedFile(f"{path} is not JSON ({first_line(error.__cause__)}); the file is damaged") from error
+        raise
+    family = index.get("_class_name")
     if family != PIPELINE_CLASS:
         raise ValueError(f"{path} describes a {family}, not a {PIPELINE_CLASS}; load it with its own library")
     return index
@@ -78,23 +87,26 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def forget_origins(folder: Path) -> None:
     """Drop the paths that diffusers and transformers note in configs: a model must not name its maker's machine."""
-    for path in sorted(folder.rglob("*config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted([*folder.rglob("*config.json"), folder / INDEX]):
+        config = read_json(path, "a config")
         kept = {key: value for key, value in config.items() if key not in _ORIGINS}
         if kept != config:
             path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_target(target: str | Path) -> None:
+    """Raise `ValueError` where saving a pipeline to `target` would lose what `save_pretrained` did not write."""
+    check_replaceable(target, others_in_pipeline, "pipeline")
 
 
 def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` on an empty folder beside `target`, then put it in place; `target` is never half-written.
 
     Raises:
-        ValueError: `target` is a file, or a folder that holds something else than a pipeline.
+        ValueError: `target` is a file, or a folder that holds anything that is no part of a pipeline of ours.
+        OSError: a full or read-only disk; the message names `target`.
     """
-    target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{str(target)!r} is a file; name a folder to save the pipeline in")
-    if target.is_dir() and any(target.iterdir()) and not (target / INDEX).is_file():
-        raise ValueError(f"{str(target)!r} is not empty and holds no pipeline; save to a new folder")
+    check_target(target)
     with replacing_folder(target) as temporary:
         write(temporary)
+        check_target(target)  # a large model takes minutes to write

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Tokenizer
 
+from unidiff.errors import read_json
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.pipelines.released_tasks import check_family, tasks_of
@@ -80,11 +81,9 @@ def load_texts(folder: Path, place: str | Path | None = None) -> TextTokenizer:
     if found is None:
         raise FileNotFoundError(f"{folder} has no text tokenizer; put it into {folder / 'text_tokenizer'}")
     settings = Path(found) / "tokenizer_config.json"
-    if (
-        settings.is_file()
-        and json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") == "DreamTokenizer"
-    ):
-        return TextTokenizer(Qwen2Tokenizer.from_pretrained(found, local_files_only=True))
+    if settings.is_file() and read_json(settings, "tokenizer settings").get("tokenizer_class") == "DreamTokenizer":
+        load = partial(Qwen2Tokenizer.from_pretrained, str(found), local_files_only=True, trust_remote_code=False)
+        return TextTokenizer.read(found, load)
     return TextTokenizer.from_pretrained(found)
 
 

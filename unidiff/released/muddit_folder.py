@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unidiff.checked import load_checked
+from unidiff.errors import read_json, reading
 from unidiff.models.mmdit import MMDiT
 from unidiff.released.loading import load_released
 from unidiff.released.muddit_scheduler import Draws, RowDraws
 from unidiff.released.muddit_tasks import MudditSettings, generate_image, hide_codes, write_text
 from unidiff.released.muddit_text import ClipText, TextFeatures, question_rows, upstream_wording
 from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -75,17 +76,23 @@ class Muddit:
             "CLIPTextModelWithProjection",
             str(folder / "text_encoder"),
             dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",  # a config may name a kernel on the hub, which is code of others
         )
         found = [mask_embedding] if mask_embedding else [folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING]
         row = next((_read_row(Path(p)) for p in found if mask_embedding or Path(p).is_file()), None)
         schedule = folder / "scheduler" / "scheduler_config.json"
-        masking = _read_json(schedule).get("masking_schedule", "cosine") if schedule.is_file() else "cosine"
+        masking = "cosine"
+        if schedule.is_file():
+            masking = read_json(schedule, "a scheduler's config").get("masking_schedule", masking)
+        read_words = partial(CLIPTokenizer.from_pretrained, str(folder / "tokenizer"), local_files_only=True)
         return cls(
             model,
             vocabulary,
             ClipText(encoder, row),
             VQImageTokenizer.from_pretrained(folder / "vqvae"),
-            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            TextTokenizer.read(folder / "tokenizer", read_words).tokenizer,
             MudditSettings(masking=masking, time=TIME_OF[released.family.name]),
         )
 
@@ -209,22 +216,11 @@ class Muddit:
         return TextFeatures(*(part.to(self.model.device) for part in features))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileNotFoundError(f"{path} does not exist; name a Muddit or Meissonic folder") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
 def _read_row(path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name the file of the mask embedding")
-    try:
+    with reading(path, "a mask embedding", "it is damaged, or holds more than a tensor; download it again"):
         row = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than a tensor; download it again") from error
     if not isinstance(row, Tensor):
         raise ValueError(f"{path} holds a {type(row).__name__}; expected one tensor")
     return row

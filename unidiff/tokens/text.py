@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from unidiff.errors import DamagedFile, first_line, reading, writing
+from unidiff.files import replacing, resolve_link
+
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
 class TextTokenizer:
@@ -74,38 +80,66 @@ class TextTokenizer:
         return cls(fast)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: object) -> TextTokenizer:
+    def from_pretrained(cls, name: str | Path, **hub_options: Any) -> TextTokenizer:
         """Load a folder or a hub name through `AutoTokenizer`. A folder is never looked up on the network.
 
+        Code that lies in a folder or on the hub (`auto_map`) is never run, nor is anybody asked about it.
+
+        Args:
+            hub_options: revision, cache_dir, token, local_files_only, force_download, subfolder.
+
         Raises:
-            FileNotFoundError: the folder holds no tokenizer, or `name` is neither a folder nor a reachable hub name.
+            FileNotFoundError: the folder holds no tokenizer that can be read, or `name` is neither a folder nor a
+                reachable hub name.
+            ValueError: another option.
         """
+        if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
+            raise ValueError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(_HUB_OPTIONS)}")
         folder = Path(name)
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
             raise FileNotFoundError(f"text tokenizer folder {str(name)!r} does not exist")
         if folder.is_dir():
-            present = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-            if not any((folder / file).is_file() for file in present):
+            inside = folder / str(hub_options.get("subfolder") or "")
+            if not any((inside / file).is_file() for file in _FILES):
                 raise FileNotFoundError(
-                    f"{str(name)!r} holds no text tokenizer (no tokenizer.json); "
+                    f"{str(inside)!r} holds no text tokenizer (no tokenizer.json); "
                     "train one with tokenizers/train_text_tokenizer.py"
                 )
-            kwargs["local_files_only"] = True
+            hub_options["local_files_only"] = True
+        return cls.read(name, lambda: AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **hub_options))
+
+    @classmethod
+    def read(cls, name: str | Path, load: Callable[[], PreTrainedTokenizerBase]) -> TextTokenizer:
+        """What `load` reads from `name`, or one sentence about it; errors as of `from_pretrained`."""
         try:
-            return cls(AutoTokenizer.from_pretrained(str(name), **kwargs))
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = "cannot be read as a tokenizer" if folder.is_dir() else "is neither a folder nor a hub tokenizer"
+            with reading(name, "a text tokenizer"):
+                tokenizer = cls(load())
+                if not tokenizer._vocabulary:
+                    raise DamagedFile("it has no words")
+                return tokenizer
+        except (DamagedFile, OSError) as error:
+            reason = first_line(error.__cause__ or error)
+            if "trust_remote_code" in str(error.__cause__):
+                reason = "it needs code of its own (auto_map), which is never run here; save it as tokenizer.json"
+            what = "cannot be read as a tokenizer" if Path(name).is_dir() else "is neither a folder nor a hub tokenizer"
             raise FileNotFoundError(f"{str(name)!r} {what}: {reason}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json; each file appears complete or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
-            self.tokenizer.save_pretrained(temporary)
-            for file in sorted(Path(temporary).iterdir()):
-                os.replace(file, folder / file.name)
+        """Write tokenizer.json and tokenizer_config.json; each file appears complete or not at all.
+
+        Raises:
+            ValueError: `folder` is a file. OSError: a full or read-only disk; the message names the folder.
+        """
+        folder = resolve_link(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is a file; name a folder to save the tokenizer in")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
+                self.tokenizer.save_pretrained(temporary)
+                for file in sorted(Path(temporary).iterdir()):
+                    with replacing(folder / file.name) as written:
+                        shutil.copyfile(file, written)
 
     def encode(self, text: str) -> list[int]:
         """Text ids of a string, without any special token.
@@ -143,6 +177,19 @@ class TextTokenizer:
     def eos_id(self) -> int:
         """The end-of-text id, which also fills a text span."""
         return self.special("eos")
+
+    @property
+    def known_words(self) -> frozenset[str] | None:
+        """All words of the texts that a model with this tokenizer was trained on; None where it reads free text.
+
+        Kept in `tokenizer_config.json`, so it travels with the folder. Set it after training a tokenizer of a small language.
+        """
+        words = self.tokenizer.init_kwargs.get("known_words")
+        return frozenset(map(str, words)) if isinstance(words, list | tuple) and words else None
+
+    @known_words.setter
+    def known_words(self, words: Iterable[str]) -> None:
+        self.tokenizer.init_kwargs["known_words"] = sorted(set(words))
 
     def special(self, name: str) -> int:
         """The id of a special token by its short name (`eos`, `caption`, ...) or its full text.
