@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.schema import check_fields, check_value
 from unidiff.tokens import Vocabulary
 
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "generate")
+LONGEST_ROW = 2**20
+"""Tokens of one row, text and picture together: no model here is anywhere near."""
 
 
 def check_candidates(count: int) -> None:
@@ -47,9 +50,10 @@ class PipelineSettings:
         task_tokens: names of the special text tokens that open a caption, open a question, and separate the answer.
         samplers: sampler settings per task (`TASKS`); tasks left out get `default_samplers`.
         num_candidates: decodes of each row per task, of which the best is kept; tasks left out decode once.
+        tasks: those of `TASKS` that the model was trained for; None where nobody noted it, which counts as all.
 
     Raises:
-        ValueError: a value outside its range; the message names it.
+        ValueError: a value of another type or outside its range; the message names it.
     """
 
     vocabulary: Vocabulary
@@ -60,13 +64,24 @@ class PipelineSettings:
     )
     samplers: Mapping[str, SamplerConfig] = field(default_factory=dict)
     num_candidates: Mapping[str, int] = field(default_factory=dict)
+    tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text_length, int) or self.text_length < 3:
-            raise ValueError(f"text_length is {self.text_length!r}; expected a whole number of at least 3")
-        grid = tuple(int(side) for side in self.grid)
-        if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"grid is {self.grid!r}; expected (height, width) in image codes")
+        for name in ("grid", "tasks"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self, "")
+        if self.text_length < 3:
+            raise ValueError(f"text_length is {self.text_length}; expected a whole number of at least 3")
+        if min(self.grid) < 1:
+            raise ValueError(f"grid is {self.grid}; expected (height, width) in image codes")
+        if (tokens := self.text_length + self.grid[0] * self.grid[1]) > LONGEST_ROW:
+            raise ValueError(
+                f"text_length {self.text_length} and grid {self.grid} make rows of {tokens} tokens; "
+                f"expected at most {LONGEST_ROW}"
+            )
+        if self.tasks is not None and (unknown := set(self.tasks) - set(TASKS)):
+            raise ValueError(f"tasks name unknown {sorted(unknown)}; expected some of {list(TASKS)}")
         if missing := {"caption", "question", "answer"} - set(self.task_tokens):
             raise ValueError(f"task_tokens lack {sorted(missing)}; name the special token of each")
         for name, per_task in (("samplers", self.samplers), ("num_candidates", self.num_candidates)):
@@ -74,7 +89,6 @@ class PipelineSettings:
                 raise ValueError(f"{name} name unknown tasks {sorted(unknown)}; expected some of {list(TASKS)}")
         for count in self.num_candidates.values():
             check_candidates(count)
-        object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "task_tokens", dict(self.task_tokens))
         object.__setattr__(self, "samplers", {**default_samplers(), **self.samplers})
         object.__setattr__(self, "num_candidates", dict(self.num_candidates))
@@ -85,9 +99,15 @@ class PipelineSettings:
             raise ValueError(f"unknown task {task!r}; expected one of {list(TASKS)}")
         return self.samplers[task]
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The tasks that the model was trained for; all where nobody noted it."""
+        return TASKS if self.tasks is None else tuple(task for task in TASKS if task in self.tasks)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back."""
-        return {
+        noted = {} if self.tasks is None else {"tasks": list(self.trained)}
+        return noted | {
             "vocabulary": self.vocabulary.to_dict(),
             "text_length": self.text_length,
             "grid": list(self.grid),
@@ -108,7 +128,7 @@ class PipelineSettings:
             raise ValueError(f"pipeline settings lack {missing}")
         values = dict(data)
         values["vocabulary"] = Vocabulary.from_dict(values["vocabulary"])
-        values["grid"] = tuple(values["grid"])
+        check_value(values.get("samplers", {}), Mapping[str, Any], "samplers")
         values["samplers"] = {t: SamplerConfig.from_dict(s) for t, s in values.get("samplers", {}).items()}
         return cls(**values)
 
