@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from unidiff.decoding import Guidance
@@ -72,3 +74,17 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
     raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+
+
+class UntrainedTask(UserWarning):
+    """The model was never trained for what it is asked to do."""
+
+
+def untrained_note(task: str, settings: PipelineSettings) -> list[str]:
+    """Notes for a result of a task that the model was not trained for, also given as a warning, which shows once."""
+    if task in settings.trained:
+        return []
+    others = ", ".join(settings.trained) or "nothing"
+    note = f"the model was not trained for {task}, so the result is likely noise; it was trained for {others}"
+    warnings.warn(note, UntrainedTask, stacklevel=4)
+    return [note]
