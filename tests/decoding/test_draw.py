@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unidiff.decoding import ModalityDecoding
-from unidiff.decoding.draw import RowNoise, choose, confidence_of, draw_tokens, gumbel, inverse_cdf, kept_tokens
+from unidiff.decoding.draw import (
+    RowNoise,
+    choose,
+    confidence_of,
+    draw_tokens,
+    gumbel,
+    inverse_cdf,
+    kept_tokens,
+    tempered,
+)
 
 
 def test_inverse_cdf_switches_exactly_at_the_cumulative_sums() -> None:
@@ -54,6 +63,67 @@ def test_filters_keep_exactly_k_and_the_smallest_set_reaching_p() -> None:
     assert kept_tokens(p, None, 0.71).tolist() == [True, True, True, False]
     assert kept_tokens(p, None, 1e-9).tolist() == [True, False, False, False]
     assert kept_tokens(torch.full((4,), 0.25), 2, None).sum() == 2  # ties do not widen the set
+
+
+COLD = [5e-324, 1e-308, 2.3e-308, 1e-300, 1e-100, 1e-20]
+HOT = [1e20, 1e100, 1e300, 1e308, 1.7976931348623157e308]
+
+
+@pytest.mark.parametrize("top", [(None, None), (3, None), (None, 0.9), (2**62, 1.0), (3, 1e-308)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_temperature_gives_a_law(dtype: torch.dtype, top: tuple[int | None, float | None]) -> None:
+    """Near 0 the best token, evenly among exact ties; near infinity every token that is possible at all."""
+    logits = torch.tensor([-1.0, 3.0, -torch.inf, 2.5, 3.0, 0.0, -80.0, -2000.0], dtype=dtype)
+    n = 4000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    counts = {}
+    for temperature in COLD + HOT:
+        tokens = draw_tokens(logits.expand(n, -1), u, temperature, *top)
+        counts[temperature] = torch.bincount(tokens, minlength=8).tolist()
+    kept = {(3, None): [1, 3, 4], (None, 0.9): [0, 1, 3, 4, 5, 6, 7], (3, 1e-308): [1]}.get(top, [0, 1, 3, 4, 5, 6, 7])
+    for temperature in COLD:
+        alone = top == (3, 1e-308)
+        assert counts[temperature] == [0, n if alone else n // 2, 0, 0, 0 if alone else n // 2, 0, 0, 0], temperature
+    for temperature in HOT[1:]:
+        shares = [counts[temperature][token] / n for token in kept]
+        assert shares == pytest.approx([1 / len(kept)] * len(kept), abs=2 / n), temperature
+        assert sum(counts[temperature][token] for token in kept) == n
+
+
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=9),
+    st.floats(min_value=5e-324, max_value=1.7976931348623157e308),
+    st.sampled_from([None, 1, 2, 2**62]),
+    st.sampled_from([None, 5e-324, 1e-300, 0.5, 1 - 2**-53, 1.0]),
+    st.floats(1e-12, 1 - 1e-12),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_no_float_draws_an_impossible_token(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float | None, u: float
+) -> None:
+    row = torch.tensor([logits])
+    token = draw_tokens(row, torch.tensor([u], dtype=torch.float64), temperature, top_k, top_p).item()
+    law = tempered(row, temperature)[0]
+    assert law.isfinite().all() and law.sum() == pytest.approx(1) and law[token] > 0
+    if top_k is not None:
+        assert (row[0] > row[0, token]).sum() < top_k
+    if top_p is not None and top_p < 1e-200:
+        assert row[0, token] == row.max()
+
+
+def test_the_smallest_temperature_survives_a_processor_that_flushes_small_numbers() -> None:
+    logits, u = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([0.9], dtype=torch.float64)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps small numbers")
+    try:
+        assert draw_tokens(logits, u, 5e-324, None, None).item() == 1
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_the_whole_of_the_probability_keeps_every_token() -> None:
+    p = torch.full((10_000,), 1 / 10_000, dtype=torch.float64)
+    assert kept_tokens(p, None, 1.0).all() and kept_tokens(p, None, 1.0 - 2**-53).sum() >= 9_999
 
 
 def test_filtered_draw_has_the_renormalised_law() -> None:

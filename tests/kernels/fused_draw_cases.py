@@ -91,6 +91,12 @@ def cases() -> dict[str, Case]:
         "rare, float32": _edges(torch.float32),
         "tied margin": _tied(_case(15, confidence="margin"), step=2.0),
         "unsound": _unsound(),
+        "coldest": _tied(_case(16, temperature=5e-324)),
+        "coldest, top-k, guided": _case(17, streams=2, temperature=1e-308, top_k=4),
+        "coldest, banned": _banned(_case(18, streams=2, temperature=2e-308, confidence="entropy"), 0, *whole_block),
+        "hottest": _case(19, temperature=1.7e308),
+        "hottest, top-k": _case(20, temperature=1e308, top_k=5),
+        "cold float64": _case(21, dtype=torch.float64, temperature=1e-300, top_p=1.0),
     }
 
 

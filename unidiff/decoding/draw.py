@@ -15,7 +15,7 @@ from torch import Tensor
 from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.guidance import mix
 from unidiff.diffusion.noise import keyed_uniform
-from unidiff.kernels.fused_draw import fused_draw, usable
+from unidiff.kernels.fused_draw import COLDEST, fused_draw, usable
 
 TOKEN, UNMASK, CHOICE, ORDER, REMASK = range(_USED := 5)  # independent uses of noise within a step
 _USES = 8
@@ -82,7 +82,7 @@ def kept_tokens(sorted_probabilities: Tensor, top_k: int | None, top_p: float | 
     keep = torch.ones_like(sorted_probabilities, dtype=torch.bool)
     if top_k is not None:
         keep[..., top_k:] = False
-    if top_p is not None:
+    if top_p not in (None, 1):  # sums that reach 1 by rounding would cut the tail
         before = sorted_probabilities.cumsum(-1) - sorted_probabilities
         keep &= before < top_p
         keep[..., 0] = True
@@ -100,12 +100,23 @@ def draw_tokens(logits: Tensor, u: Tensor, temperature: float, top_k: int | None
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.double() / temperature).softmax(-1)
-    if top_k is None and top_p is None:
-        return inverse_cdf(p, u)
-    ranked = p.sort(dim=-1, descending=True, stable=True)
-    kept = ranked.values * kept_tokens(ranked.values, top_k, top_p)
+    if top_k is None and top_p in (None, 1):
+        return inverse_cdf(tempered(logits, temperature), u)
+    ranked = logits.sort(
+        dim=-1, descending=True, stable=True
+    )  # by logits: hot probabilities may all be the same number
+    p = tempered(ranked.values, temperature)
+    kept = p * kept_tokens(p, top_k, top_p)
     return ranked.indices.gather(-1, inverse_cdf(kept, u)[..., None])[..., 0]
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature), float64; a law for every positive number, the smallest and the largest included.
+
+    The largest logit is taken off first: divided by a temperature near 0 it would be infinite, and the law NaN.
+    """
+    logits = logits.double()
+    return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)).softmax(-1)
 
 
 def confidence_of(p: Tensor, probability: Tensor, measure: str, noise: Tensor) -> Tensor:
@@ -167,7 +178,7 @@ def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, 
         return _fused(logits[None], live, settings, u, noise)
     rows, _, width = logits.shape
     size = max(1, _CHUNK // max(1, rows * width))
-    plain = settings.temperature == 1 and settings.top_k is None and settings.top_p is None
+    plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
     parts = []
     for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
         p = part.double().softmax(-1)

@@ -102,7 +102,7 @@ def draw_kernel(
         best = tl.where(here, peak, best)
         mass = tl.where(here, tl.sum(e, 0), mass)
         if TEMPERED:
-            hot = tl.where(here, tl.sum(tl.exp(x / heat - ground / heat), 0), hot)
+            hot = tl.where(here, tl.sum(tl.exp((x - ground) / heat), 0), hot)
         if MEASURE == 1:
             lead = tl.min(tl.where(x == peak, columns, BLOCK * BLOCKS), 0)
             extra = tl.where(here, tl.max(tl.where(columns == lead, float("-inf"), x), 0), extra)
@@ -119,7 +119,7 @@ def draw_kernel(
         ordered = (ranked >> 32).to(tl.int32)
         kept = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True).to(tl.float64)
         real = (rank < top_k) & (kept > float("-inf"))
-        chosen, _ = _first_past(tl.where(real, tl.exp(kept / heat - ground / heat), 0.0), u, rank, TOP)
+        chosen, _ = _first_past(tl.where(real, tl.exp((kept - ground) / heat), 0.0), u, rank, TOP)
         token = tl.sum(tl.where(rank == chosen, 0x7FFFFFFF - (ranked & 0x7FFFFFFF), 0), 0).to(tl.int32)
         value = tl.sum(tl.where(rank == chosen, kept, 0.0), 0)
     else:
@@ -127,7 +127,7 @@ def draw_kernel(
             chosen = tl.min(tl.where(best == peak, slot, SLOTS - 1), 0)
             rest = u
         elif TEMPERED:
-            chosen, rest = _first_past(hot * tl.exp(best / heat - ground / heat), u, slot, SLOTS - 1)
+            chosen, rest = _first_past(hot * tl.exp((best - ground) / heat), u, slot, SLOTS - 1)
         else:
             chosen, rest = _first_past(mass * share, u, slot, SLOTS - 1)
         columns = chosen * BLOCK + tl.arange(0, BLOCK)
@@ -136,7 +136,7 @@ def draw_kernel(
             token = tl.min(tl.where(x == peak, columns, BLOCK * BLOCKS), 0)
         else:
             if TEMPERED:
-                e = tl.exp(x / heat - ground / heat)
+                e = tl.exp((x - ground) / heat)
             else:
                 e = tl.exp(x - ground)
             past = (tl.cumsum(e, 0) > rest) & (e > 0)

@@ -6,6 +6,7 @@ The plain torch twin is `unidiff.decoding.draw` itself (`blended`, then the torc
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+COLDEST = sys.float_info.min
+"""Temperatures below draw the same, but processors that flush subnormal numbers would divide by 0."""
 _MEASURES = {"probability": 0, "random": 0, "margin": 1, "entropy": 2}
 _BLOCK = 1024  # columns read at a time
 _LARGEST_K = 128  # the ranked list of a position lives in registers
@@ -52,7 +55,7 @@ def fusible(dtype: torch.dtype, temperature: float, top_k: int | None, top_p: fl
         return False
     if temperature == 0:
         return True
-    return top_p is None and (top_k is None or (top_k <= _LARGEST_K and dtype == torch.float32))
+    return top_p in (None, 1) and (top_k is None or (top_k <= _LARGEST_K and dtype == torch.float32))
 
 
 def usable(values: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> bool:
@@ -75,7 +78,7 @@ def fused_draw(
     Mixed logits are cond + sum_k w_k (cond - stream_k), rounded as `guidance.mix` rounds them. Each block of columns
     leaves its maximum and sums; these pick the block that holds the token, and only that block is read again. Sums run
     in another order than in the torch path: the token differs from its only where u lies within rounding (about 1e-15)
-    of the border between two tokens, and with top-k where unequal logits have equal float64 probabilities.
+    of the border between two tokens.
 
     Args:
         values: float32 or float64 `[S, B, n, V]` on CUDA (on the CPU under Triton's interpreter), conditional first.
@@ -115,7 +118,9 @@ def fused_draw(
             values if weights is None else weights.to(values.dtype).contiguous(),
             values if banned is None else banned.to(torch.uint8).contiguous(),
             u.double().contiguous(),
-            torch.full((1,), temperature, dtype=torch.float64, device=device),  # made on the device: no host copy
+            torch.full(
+                (1,), max(temperature, COLDEST), dtype=torch.float64, device=device
+            ),  # made on the device: no host copy
             token,
             probability,
             sureness,
