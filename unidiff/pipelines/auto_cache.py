@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
@@ -131,7 +132,8 @@ def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, con
     return len(passes) * (rows * (2 if guided else 1) * length + fixed) / work
 
 
-def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int:
+def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
+    """Passes per full block, so that all blocks together make `steps` where the rule keeps them."""
     if settings.rule in ("quota", "ancestral"):
-        return math.ceil(settings.steps / math.ceil(size / block))
+        return Fraction(settings.steps * block, size)
     return block if settings.rule == "first_hitting" else math.ceil(block / _TOKENS_PER_PASS)
