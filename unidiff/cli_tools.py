@@ -120,17 +120,20 @@ def pack(
     image_tokenizer: Annotated[Path, typer.Argument(help="Folder of its image tokenizer.")],
     text_tokenizer: Annotated[Path, typer.Argument(help="Folder of its text tokenizer.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
-    text_length: Annotated[int, typer.Option(help="Tokens of the text span, as trained.")] = 24,
-    image_size: Annotated[str, typer.Option(help="Side in pixels, or WIDTHxHEIGHT.")] = "64",
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the text span, where the transformer's folder does not say it.")
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Side in pixels, or WIDTHxHEIGHT, where the transformer's folder does not say it."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="How the transformer is stored.")] = "bfloat16",
     image_dtype: Annotated[
         str, typer.Option(help="How the image tokenizer is stored; half precision moves codes.")
     ] = "float32",
 ) -> None:
     """Put a transformer and its tokenizers together into one model folder."""
-    sides = image_size.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdecimal() for side in sides):
-        raise ValueError(f"--image-size is {image_size!r}; expected a number of pixels, or WIDTHxHEIGHT")
+    size = None if image_size is None else _height_and_width(image_size)
     from unidiff.pipelines.checks import read_dtype
     from unidiff.pipelines.pack import pack_pipeline
 
@@ -140,8 +143,15 @@ def pack(
         text_tokenizer,
         out,
         text_length=text_length,
-        image_size=(int(sides[-1]), int(sides[0])),
+        image_size=size,
         dtype=read_dtype(dtype),
         image_dtype=read_dtype(image_dtype),
     )
     typer.echo(out)
+
+
+def _height_and_width(image_size: str) -> tuple[int, int]:
+    sides = image_size.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
+        raise ValueError(f"--image-size is {image_size!r}; expected a number of pixels, or WIDTHxHEIGHT")
+    return int(sides[-1]), int(sides[0])

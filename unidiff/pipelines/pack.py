@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from unidiff.errors import read_json
+from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import load_transformer
-from unidiff.pipelines.settings import PipelineSettings
+from unidiff.pipelines.folder import check_target, load_transformer
+from unidiff.pipelines.settings import LONGEST_ROW, TASKS, PipelineSettings
+from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 TASK_TOKENS = ("eos", "caption", "question", "answer")
+_TAUGHT = {  # what a training task teaches; with "joint" everything but questions and answers
+    "joint": ("text_to_image", "caption", "inpaint", "generate"),
+    "t2i": ("text_to_image", "inpaint"),
+    "caption": ("caption",),
+    "vqa": ("answer",),
+    "text": (),
+}
 
 
 def pack_pipeline(
@@ -22,38 +34,129 @@ def pack_pipeline(
     text_tokenizer: str | Path,
     out: str | Path,
     *,
-    text_length: int = 24,
-    image_size: tuple[int, int] = (64, 64),
+    text_length: int | None = None,
+    image_size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     image_dtype: torch.dtype = torch.float32,
 ) -> UniDiffPipeline:
     """Load three folders strictly, check that they fit, and save one pipeline folder.
 
     Args:
-        transformer: folder of a `MaskedTransformer`.
+        transformer: folder of a `MaskedTransformer`. Training notes there what its rows were.
         image_tokenizer: folder of a `CellVQModel` or `VQModel`.
         text_tokenizer: folder of a text tokenizer with the specials eos, caption, question, answer.
         out: the pipeline folder to write.
-        text_length: tokens of the text span the transformer was trained with.
-        image_size: (height, width) in pixels.
+        text_length: tokens of the text span the transformer was trained with; needed where the transformer's folder does
+            not say it.
+        image_size: (height, width) in pixels; needed like `text_length`.
         dtype: how the transformer is stored.
         image_dtype: how the image tokenizer is stored. Half precision moves codes: of the embedded tokenizer, float16
             weights changed one code in eleven, and the transformer knows only the ones it was trained on.
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: parts that do not fit together.
+        ValueError: parts that do not fit together, a text length or size other than that of training, or an `out` that
+            holds anything else than a pipeline of ours.
+        OSError: a full or read-only disk.
     """
+    check_target(out)
+    check_value(text_length, int | None, "text_length")
+    check_value(image_size, tuple[int, int] | None, "image_size")
+    trained = read_trained_on(transformer)
     images = VQImageTokenizer.from_pretrained(image_tokenizer, image_dtype)
     texts = TextTokenizer.from_pretrained(text_tokenizer)
-    specials = {name: texts.special(name) for name in TASK_TOKENS}
-    if any(side % images.factor for side in image_size):
-        raise ValueError(f"image size {image_size[1]}x{image_size[0]} must be a multiple of the factor {images.factor}")
-    settings = PipelineSettings(
-        Vocabulary.unified(texts.size, images.codebook_size, specials),
-        text_length,
-        (image_size[0] // images.factor, image_size[1] // images.factor),
-    )
+    vocabulary = _vocabulary(texts, images, Path(transformer))
+    length, grid = _rows(trained, text_length, image_size, images.factor, transformer)
+    settings = PipelineSettings(vocabulary, length, grid)
+    if trained is not None:
+        settings = replace(settings, tasks=tasks_taught(trained.tasks))
     pipe = UniDiffPipeline(load_transformer(transformer, dtype), images, texts, settings)
     pipe.save_pretrained(out)
     return pipe
+
+
+def settings_after(settings: PipelineSettings, transformer: str | Path) -> PipelineSettings:
+    """Settings of a pipeline whose transformer was trained on: text length, grid and tasks of that training.
+
+    Args:
+        settings: of the pipeline that training started from; what it could do before counts as well.
+        transformer: folder of the trained transformer; without a note about its rows, `settings` stay.
+
+    Raises:
+        ValueError: a damaged note.
+    """
+    trained = read_trained_on(transformer)
+    if trained is None:
+        return settings
+    tasks = None if settings.tasks is None else (*settings.tasks, *tasks_taught(trained.tasks))
+    return replace(settings, text_length=trained.text_length, grid=trained.grid, tasks=tasks)
+
+
+def tasks_taught(training: Iterable[str]) -> tuple[str, ...]:
+    """Tasks of a pipeline that training tasks teach."""
+    training = set(training)
+    taught = {task for name in training for task in _TAUGHT[name]}
+    if {"text", "t2i"} <= training:  # words from nothing, then their picture
+        taught.add("generate")
+    return tuple(task for task in TASKS if task in taught)
+
+
+def _rows(
+    trained: TrainedOn | None,
+    text_length: int | None,
+    image_size: tuple[int, int] | None,
+    factor: int,
+    transformer: str | Path,
+) -> tuple[int, tuple[int, int]]:
+    """(text length, grid of codes): as trained, or as given where nobody noted it."""
+    if image_size is not None:
+        height, width = image_size
+        if min(image_size) < 1 or height % factor or width % factor:
+            raise ValueError(f"image size {width}x{height} must be a positive multiple of the factor {factor}")
+        if max(image_size) > LONGEST_ROW:
+            raise ValueError(f"image size {width}x{height} is too large; no side is above {LONGEST_ROW}")
+    if trained is None:
+        if absent := [name for name, v in (("text_length", text_length), ("image_size", image_size)) if v is None]:
+            raise ValueError(
+                f"{str(transformer)!r} does not say what it was trained on; give {' and '.join(absent)} as in training"
+            )
+        assert text_length is not None and image_size is not None
+        return text_length, (image_size[0] // factor, image_size[1] // factor)
+    if text_length not in (None, trained.text_length):
+        raise ValueError(
+            f"text_length is {text_length}, but {str(transformer)!r} was trained with {trained.text_length}; leave it out"
+        )
+    size = (trained.grid[0] * factor, trained.grid[1] * factor)
+    if image_size not in (None, size):
+        raise ValueError(
+            f"image size is {image_size[1]}x{image_size[0]}, but {str(transformer)!r} was trained on {size[1]}x{size[0]} "
+            f"pixels ({trained.grid[1]}x{trained.grid[0]} codes of {factor}); leave it out"
+        )
+    return trained.text_length, trained.grid
+
+
+def _vocabulary(texts: TextTokenizer, images: VQImageTokenizer, transformer: Path) -> Vocabulary:
+    """The ids of both tokenizers; refused where training noted others beside the transformer."""
+    known = texts.specials()
+    if absent := [name for name in TASK_TOKENS if name not in known]:
+        raise ValueError(f"the text tokenizer has no special token {absent[0]!r}; it has {sorted(known)}")
+    found = Vocabulary.unified(texts.size, images.codebook_size, {name: texts.special(name) for name in TASK_TOKENS})
+    note = transformer / "vocabulary.json"
+    if not note.is_file():
+        return found
+    try:
+        trained = Vocabulary.from_dict(read_json(note, "a vocabulary"))
+    except ValueError as error:
+        raise ValueError(f"{str(note)!r} is damaged ({error}); export the model again") from error
+    ids = {name: trained.text[0] + texts.special(name) for name in TASK_TOKENS}
+    for what, ours, theirs in (
+        ("text ids", texts.size, trained.text_size),
+        ("image codes", images.codebook_size, trained.image_size),
+        *((f"as id of {name!r}", ids[name], trained.specials.get(name, ids[name])) for name in TASK_TOKENS),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the tokenizers have {ours} {what}, but {str(transformer)!r} was trained with {theirs}; give the "
+                "tokenizers that encoded its data"
+            )
+    return replace(trained, specials={**trained.specials, **ids})
