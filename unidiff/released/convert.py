@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unidiff.files import replacing_folder
-from unidiff.released.loading import PIPELINE_PARTS, Released, load_released
+from unidiff.files import replacing_folder, resolve_link
+from unidiff.hub import ALL_FILES, locate
+from unidiff.released.loading import Released, find_part, load_released
 from unidiff.released.native import CONSTANTS, RECORD, Record
 from unidiff.tokens.vocabulary import Vocabulary
 
@@ -35,7 +38,7 @@ def convert(
 
     Args:
         source: a file, folder or hub name that `load_released` reads, or a folder that this function wrote.
-        target: a new or empty folder; it appears complete or not at all.
+        target: a new or empty folder outside of `source`; it appears complete or not at all.
         dtype: cast the floating-point weights; None keeps every byte.
         family, vocabulary, subfolder: as in `load_released`.
 
@@ -43,31 +46,73 @@ def convert(
         One sentence about what was written.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_released`; a target that is not empty.
+        FileNotFoundError, ValueError: as `load_released`; a target that is not empty, or links that lead nowhere.
+        OSError: a full or read-only disk; the message names the target.
     """
-    source, target = Path(source) if Path(source).exists() else source, Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    place = Path(target)
+    _check_empty(place)
+    root = Path(source) if Path(source).is_file() else locate(source, ALL_FILES)
+    _check_apart(root, place)
+    held = find_part(root, subfolder)
+    root = root / (subfolder or "")
+    part = None if held == root else held.name
+    released = load_released(held, dtype, family=family, vocabulary=vocabulary)
+    back = (held / RECORD).is_file()
+    with replacing_folder(place) as folder:
+        if part is not None:
+            _copy_others(root, folder, part)
+        _write(released, folder if part is None else folder / part, back)
+        _check_empty(place)  # a large model takes minutes to write
+    return _sentence(released, place, back)
+
+
+def _check_empty(target: Path) -> None:
+    place = resolve_link(target)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{target} is not an empty folder; name a new one")
-    root = Path(source) / subfolder if subfolder is not None else Path(source)
-    part = next((p for p in PIPELINE_PARTS if (root / p / "config.json").is_file()), None)
-    if not root.is_dir() or (root / "config.json").is_file() or part is None:
-        released = load_released(source, dtype, family=family, vocabulary=vocabulary, subfolder=subfolder)
-        back = root.is_dir() and (root / RECORD).is_file()
-        with replacing_folder(target) as folder:
-            _write(released, folder, back)
-        return _sentence(released, target, back)
-    back = (root / part / RECORD).is_file()
-    released = load_released(root / part, dtype, family=family, vocabulary=vocabulary)
-    with replacing_folder(target) as folder:
-        shutil.copytree(root, folder, dirs_exist_ok=True, ignore=lambda at, names: [part] if Path(at) == root else [])
-        (folder / part).mkdir()
-        _write(released, folder / part, back)
-    return _sentence(released, target, back)
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raise `ValueError` where `target` lies inside of `source`: it would be copied into itself."""
+    if source.is_dir() and _is_above(source.resolve(), target.resolve()):
+        raise ValueError(f"{target} lies inside of {source}, which is to be converted; name a folder elsewhere")
+
+
+def _is_above(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents
+
+
+def _copy_others(root: Path, folder: Path, part: str) -> None:
+    """Everything in `root` but `part`; links are followed.
+
+    Raises:
+        ValueError: links that lead nowhere or round in circles, and what is no file.
+    """
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link that leads nowhere; mend or remove it")
+        if path.is_symlink() and path.is_dir() and _is_above(path.resolve(), path.parent.resolve()):
+            raise ValueError(f"{path} is a link to a folder that holds it; remove it")
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a folder; remove it")
+    try:
+        shutil.copytree(root, folder, dirs_exist_ok=True, ignore=lambda at, _: [part] if Path(at) == root else [])
+    except shutil.Error as error:  # a list of (from, to, reason)
+        origin, copy, reason = error.args[0][0]
+        for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in str(reason):
+                raise OSError(number, os.strerror(number), copy) from error
+        raise ValueError(f"{origin} cannot be copied ({reason})") from error
 
 
 def save_native(released: Released, folder: str | Path) -> None:
-    """Write unidiff's folder: the model as `save_pretrained` does, and the record of its origin."""
+    """Write unidiff's folder: the model as `save_pretrained` does, and the record of its origin.
+
+    Raises:
+        ValueError: `folder` is not empty.
+    """
     folder = Path(folder)
+    _check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = released.model
     model.save_pretrained(folder)
@@ -84,8 +129,13 @@ def save_native(released: Released, folder: str | Path) -> None:
 
 
 def save_released(released: Released, folder: str | Path) -> None:
-    """Write the released layout: `config.json` and safetensors, sharded above 5 GB."""
+    """Write the released layout: `config.json` and safetensors, sharded above 5 GB.
+
+    Raises:
+        ValueError: `folder` is not empty.
+    """
     folder = Path(folder)
+    _check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if released.config:
         (folder / "config.json").write_text(json.dumps(released.config, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from unidiff.released.loading import Released, load_released
 from unidiff.tokens.vocabulary import Vocabulary
 
 DEFAULT_TOKENS = 1024
+LONGEST_TOKENS = 2**24
+"""Lengths above this one are a config's way of saying "no limit"."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,13 @@ def row_length(released: Released) -> int | None:
     """Tokens of the longest row that the config speaks of; `DEFAULT_TOKENS` where it does not."""
     if released.vocabulary is None:
         return None
-    inner = released.config.get("config", released.config)
-    sections = [inner, inner.get("model", {}) if isinstance(inner.get("model"), Mapping) else {}]
+    inner = released.config.get("config")
+    inner = inner if isinstance(inner, Mapping) else released.config
+    sections = [section for section in (inner, inner.get("model")) if isinstance(section, Mapping)]
     for key in ("max_sequence_length", "length", "max_position_embeddings"):
-        for section in sections:
-            if isinstance(section.get(key), int):
-                return section[key]
+        for value in (section.get(key) for section in sections):
+            if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LONGEST_TOKENS:
+                return value
     return DEFAULT_TOKENS
 
 

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
+from unidiff.checked import build_on_meta
+from unidiff.errors import read_json
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.checkpoint_file import open_checkpoint
 from unidiff.released.keymap import Entry, KeyMap, KeyMismatch, assemble
+from unidiff.schema import check_fields
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.conv_vq import ConvVQModel
 from unidiff.tokens.image_lfq import LFQModel
+from unidiff.tokens.image_vq import check_vq_config
 from unidiff.tokens.vocabulary import Vocabulary
 
 RECORD = "released.json"
@@ -60,17 +64,19 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / RECORD
     known = {f.name for f in fields(Record)}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        unknown, missing = sorted(set(values) - known), sorted({"family", "config"} - set(values))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+    values = read_json(path, "a record of a conversion")
+    unknown, missing = sorted(set(values) - known), sorted({"family", "config"} - set(values))
     if unknown or missing:
         raise ValueError(f"{path} has unknown keys {unknown} and lacks {missing}; expected {sorted(known)}")
     if values.get("constants") not in (None, CONSTANTS):
         raise ValueError(f"{path} names {values['constants']!r} as constants; expected {CONSTANTS!r} or null")
     ids = values.get("vocabulary")
-    return Record(**{**values, "vocabulary": None if ids is None else Vocabulary.from_dict(ids)})
+    try:
+        record = Record(**{**values, "vocabulary": None if ids is None else Vocabulary.from_dict(ids)})
+        check_fields(record, "")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+    return record
 
 
 def load_native(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
@@ -88,15 +94,16 @@ def load_native(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a folder with a saved model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        name = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); the folder is not whole") from error
-    if name not in _CLASSES:
+    config = read_json(path, "a model's config")
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(f"{path} describes a {name!r}; expected one of {sorted(_CLASSES)}")
-    with torch.device("meta"):
-        model = _CLASSES[name].from_config(config)
+    try:
+        if name == "VQModel":
+            check_vq_config(config)
+        model = build_on_meta(_CLASSES[name], config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     keymap = KeyMap([Entry(key, key) for key in model.state_dict()], 0)
     try:
         return assemble(model, keymap, open_checkpoint(folder), dtype, device)
