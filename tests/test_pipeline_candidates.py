@@ -111,5 +111,20 @@ def test_bad_negative_prompts(pipe) -> None:
         pipe.text_to_image("a dog", negative_prompt="a cat", guidance_scale=1.0)
     with pytest.raises(ValueError, match="do not go with"):
         pipe.text_to_image(["a dog", "an owl", "a fox"], negative_prompt=["a dog", "a cat"])
-    with pytest.raises(ValueError):
-        pipe.text_to_image("a dog", negative_prompt="")
+    for wrong in (3, ["a", None], [], [["a"]]):
+        with pytest.raises(ValueError, match="negative_prompt"):
+            pipe.text_to_image("a dog", negative_prompt=wrong)
+
+
+def test_an_empty_negative_prompt_leads_away_from_hidden_words(pipe) -> None:
+    asked = {"guidance_scale": 4.0, "generator": [3, 4]}
+    plain = pipe.text_to_image(["a dog", "an owl"], **asked)
+    for empty in ("", " ", ["", ""]):
+        assert torch.equal(pipe.text_to_image(["a dog", "an owl"], negative_prompt=empty, **asked).ids, plain.ids)
+    mixed = pipe.text_to_image(["a dog", "an owl"], negative_prompt=["", "two cats"], **asked)
+    alone = pipe.text_to_image("an owl", negative_prompt="two cats", guidance_scale=4.0, generator=[4])
+    assert torch.equal(mixed.ids[0], plain.ids[0]) and torch.equal(mixed.ids[1], alone.ids[0])
+    assert torch.equal(
+        pipe.text_to_image("a dog", negative_prompt="", guidance_scale=1.0, generator=[3]).ids,
+        pipe.text_to_image("a dog", guidance_scale=1.0, generator=[3]).ids,
+    )

@@ -79,16 +79,27 @@ def test_a_mask_is_resized_with_its_picture():
 
 BAD = {
     "size": (Image.new("RGB", (24, 17)), "24x17 pixels but this model takes 24x16"),
-    "mode I;16": (Image.new("I;16", (24, 16)), "mode 'I;16'"),
-    "mode F": (Image.new("F", (24, 16)), "mode 'F'"),
-    "int64": (RGB.astype(np.int64), "dtype torch.int64"),
+    "mode F": (Image.new("F", (24, 16), 3.0), "mode F and values in [3, 3]"),
+    "int64": (RGB.astype(np.int64), "dtype int64"),
+    "int64 tensor": (torch.from_numpy(RGB.astype(np.int64)).permute(2, 0, 1), "dtype torch.int64"),
+    "bool": (RGB > 99, "dtype bool"),
+    "complex": (RGB * 1j, "dtype complex128"),
+    "complex tensor": (torch.zeros(3, *SIZE, dtype=torch.complex64), "dtype torch.complex64"),
+    "objects": (RGB.astype(object), "dtype object"),
+    "texts": (np.full((*SIZE, 3), "white"), "dtype <U5"),
+    "meta": (torch.zeros(3, *SIZE, device="meta"), "meta device"),
+    "sparse": (torch.zeros(3, *SIZE).to_sparse(), "layout torch.sparse_coo"),
+    "mapping": ({"image": RGB}, "image is a dict"),
+    "nested": ([Image.new("RGB", (24, 16)), [Image.new("RGB", (24, 16))]], "image 2 of 2 is a list"),
+    "one of three": ([RGB, RGB, RGB[:8]], "image 3 of 3 is 24x8 pixels"),
+    "empty file": (b"", "it is empty"),
     "range": (RGB.astype(np.float32), "values span"),
     "nan": (np.full((*SIZE, 3), np.nan), "values span"),
     "channels": (np.zeros((*SIZE, 2)), "2 channels"),
     "5-D": (np.zeros((1, 1, *SIZE, 3)), "shape"),
     "2-D tensor": (torch.zeros(SIZE), "shape (16, 24)"),
     "no pixels": (np.zeros((0, 0, 3)), "at least one pixel"),
-    "none": (None, "image is a NoneType"),
+    "none": (None, "image is None"),
 }
 
 
@@ -102,11 +113,25 @@ def test_bad_pictures(name):
 
 BAD_MASKS = {
     "size": (np.zeros((4, 4), bool), "4x4 pixels but the image is 24x16"),
-    "int64": (np.zeros(SIZE, np.int64), "dtype int64"),
+    "texts": (np.full(SIZE, "white"), "dtype <U5"),
+    "complex": (np.zeros(SIZE, complex), "dtype complex128"),
+    "objects": (np.zeros(SIZE, object), "dtype object"),
+    "negative": (np.full(SIZE, -1), "values span [-1, -1]"),
+    "huge": (np.full(SIZE, 70000), "values span [70000, 70000]"),
+    "dim": (np.full(SIZE, 3, np.uint8), "dim everywhere"),
+    "labels": (np.arange(16 * 24).reshape(SIZE).astype(np.uint8) % 5, "dim everywhere"),
+    "dim floats": (np.full(SIZE, 0.25), "dim everywhere"),
+    "list": ([[0, 1], [1, 0]], "mask_image 1 of 2 is a list"),
+    "path": (3, "mask_image is an int"),
+    "batch of others": (np.zeros((2, *SIZE), bool), "shape (2, 16, 24) for 1 images"),
+    "one dimension": (np.zeros(16, bool), "shape (16,)"),
+    "empty": (np.zeros((0, 24), bool), "shape (0, 24)"),
+    "meta": (torch.zeros(SIZE, device="meta"), "meta device"),
+    "sparse": (torch.zeros(SIZE).to_sparse(), "layout torch.sparse_coo"),
     "range": (np.full(SIZE, 3.0), "outside [0, 1]"),
     "nan": (np.full(SIZE, np.nan), "outside [0, 1]"),
     "channels": (np.zeros((*SIZE, 3)), "expected [H, W]"),
-    "mode": (Image.new("F", (24, 16)), "mode 'F'"),
+    "mode": (Image.new("F", (24, 16), 7), "outside [0, 1]"),
 }
 
 

@@ -71,7 +71,8 @@ def test_unidisc_does_its_tasks_with_the_same_calls(pipe):
     )
     assert torch.equal(alone.images[0], drawn.codes[3])
     told = pipe.caption(drawn.images, 5, generator=1, steps=3)
-    assert len(told.texts) == 4 and max(map(len, told.text_ids)) <= 5 and told.images is None
+    assert len(told.texts) == 4 and max(map(len, told.text_ids)) <= 5
+    assert [i.tobytes() for i in told.images] == [i.tobytes() for i in drawn.images]
     both = pipe.generate(num_images_per_prompt=2, max_text_tokens=4, generator=1, steps=3)
     assert len(both.images) == len(both.texts) == 2
     begun = pipe.generate("a <mask> fox", num_images_per_prompt=2, generator=1, steps=3)
@@ -88,7 +89,6 @@ def test_unidisc_fills_holes_in_both_and_keeps_the_rest(pipe):
     words = pipe.texts.encode("a"), pipe.texts.encode("fox")
     assert filled.text_ids[0][: len(words[0])] == words[0] and filled.text_ids[0][-len(words[1]) :] == words[1]
     assert len(filled.text_ids[0]) == len(words[0]) + 2 + len(words[1])
-    assert filled.text_ids == pipe.inpaint(picture, mask, "a <m2> fox", generator=3, steps=3).text_ids
     with pytest.raises(ValueError, match="known in full"):
         pipe.inpaint(picture, None, "a fox")
     with pytest.raises(TypeError, match="stpes"):
@@ -162,7 +162,7 @@ def test_muddit_does_its_tasks_and_its_converted_folder_the_same(muddit, tmp_pat
         assert drawn.images.shape == (2, 3, 8, 8) and drawn.texts == ["a", "b"]
         told = pipe.caption(drawn.images, generator=1, steps=2)
         answered = pipe.answer(drawn.images[:1], ["a", "b"], generator=1, steps=2)
-        assert len(told.texts) == len(answered.texts) == 2 and told.images is None
+        assert len(told.texts) == len(answered.texts) == len(told.images) == 2
         mask = torch.zeros(8, 8, dtype=torch.bool)
         mask[:4] = True
         painted = pipe.inpaint(drawn.images[:1], mask.numpy(), "c", generator=1, steps=2, output_type="pt")
@@ -175,7 +175,7 @@ def test_muddit_does_its_tasks_and_its_converted_folder_the_same(muddit, tmp_pat
     assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in muddit.iterdir()}
     with pytest.raises(ValueError, match="muddit cannot do 'generate'; it does text_to_image"):
         pipe.generate(2)
-    with pytest.raises(ValueError, match=r"unknown settings \['stpes'\]"):
+    with pytest.raises(TypeError, match="has no argument 'stpes'; did you mean 'steps'"):
         pipe.text_to_image("a", stpes=3)
 
 

@@ -9,6 +9,7 @@ from released_pipelines import TURNS, write_chat
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
+from unidiff.decoding.policies import IntervalCache
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.pipelines.released_folder import load_texts
@@ -87,10 +88,10 @@ def test_knobs_caches_and_callbacks(pipe):
     assert [t for _, t, _ in seen] == [7 / 8, 6 / 8, 5 / 8, 0]
     with pytest.raises(ValueError, match="record_trajectory is for unidiff's own models"):
         pipe.chat("a", record_trajectory=True)
-    with pytest.raises(TypeError, match=r"unknown options \['stpes'\]; expected some of"):
+    with pytest.raises(TypeError, match=r"^ReleasedPipeline.chat\(\) has no argument 'stpes'; did you mean 'steps'\?$"):
         pipe.chat("a", stpes=3)
     with pytest.raises(ValueError, match="cache and policy both"):
-        pipe.chat("a", cache="dual", policy=object(), **asked)
+        pipe.chat("a", cache="dual", policy=IntervalCache(2), **asked)
     with pytest.raises(ValueError, match="output_type is 'jpg'"):
         pipe.chat("a", output_type="jpg", **asked)
     with pytest.raises(ValueError, match="only edit is guided"):

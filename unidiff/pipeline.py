@@ -10,35 +10,28 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from unidiff.decoding import CacheConfig, RefreshPolicy, Sampler, SamplerConfig
-from unidiff.decoding.graphs import Record
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.auto_cache import choose_cache
-from unidiff.pipelines.candidates import candidate_seeds, keep_best
-from unidiff.pipelines.checks import check_fit, check_negative, read_dtype
-from unidiff.pipelines.decode import (
-    OUTPUT_TYPES,
-    DecodeOptions,
-    StepCallback,
-    StepWatcher,
-    guidance_condition,
-    trajectory_of,
-)
+from unidiff.pipelines.arguments import repeated, task_method, texts_of
+from unidiff.pipelines.checks import check_fit, read_dtype
+from unidiff.pipelines.components import SharedParts
+from unidiff.pipelines.decode import DecodeOptions
 from unidiff.pipelines.folder import forget_origins, is_pipeline, load_parts, write_folder
-from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated
+from unidiff.pipelines.holes import between_holes
+from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
+from unidiff.pipelines.native_run import TaskRows, decode_rows
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_folder import is_released, load_released_pipeline
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
-from unidiff.pipelines.seeds import RowGenerator, row_seeds
-from unidiff.pipelines.settings import PipelineSettings, by_modality, check_candidates, with_overrides
+from unidiff.pipelines.settings import PipelineSettings
 from unidiff.pipelines.tasks import call_task
+from unidiff.saving import check_save_options
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 
-class UniDiffPipeline(DiffusionPipeline):
+class UniDiffPipeline(SharedParts, DiffusionPipeline):
     """One masked diffusion model over text and image tokens, with everything around it.
 
     All tasks are the same decode with other tokens known; they share the keyword arguments of `DecodeOptions`.
@@ -57,6 +50,7 @@ class UniDiffPipeline(DiffusionPipeline):
     image_tokenizer: Any
     text_tokenizer: Any
     model_cpu_offload_seq = "transformer->image_tokenizer"  # type: ignore[assignment]
+    _component_names = ("transformer", "image_tokenizer", "text_tokenizer", "settings")
 
     def __init__(
         self,
@@ -131,15 +125,26 @@ class UniDiffPipeline(DiffusionPipeline):
         parts = load_parts(folder, read_dtype(chosen))
         return cls(parts.transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, max_shard_size: int | str | None = None, **options: Any
+    ) -> None:
         """Write the whole folder (safetensors, in the dtype of the weights), or nothing.
 
+        A pipeline that was saved there before is replaced; a link is written through.
+
+        Args:
+            max_shard_size: bytes, or text such as "5GB"; larger weights become several files. None: 10 GB.
+            options: diffusers' others, of which only the defaults are taken.
+
         Raises:
-            ValueError: a folder that holds something else than a pipeline.
+            ValueError: a folder that holds anything that is no part of a pipeline of ours, an argument that
+                `from_pretrained` could not follow, or weights that hold NaN or have no values.
+            OSError: a full or read-only disk; the message names the folder.
         """
+        check_save_options(options, max_shard_size)
 
         def write(folder: Path) -> None:
-            DiffusionPipeline.save_pretrained(self, str(folder), **kwargs)
+            DiffusionPipeline.save_pretrained(self, str(folder), max_shard_size=max_shard_size)
             forget_origins(folder)
 
         write_folder(save_directory, write)
@@ -162,6 +167,7 @@ class UniDiffPipeline(DiffusionPipeline):
         """
         return call_task(self, prompt, task, inputs)
 
+    @task_method(DecodeOptions.__annotations__)
     def text_to_image(
         self,
         prompt: str | Sequence[str],
@@ -174,36 +180,48 @@ class UniDiffPipeline(DiffusionPipeline):
         Args:
             prompt: one or several captions.
             num_images_per_prompt: rows per prompt, next to each other in the results.
-            negative_prompt: what guidance leads away from, one for all prompts or one each; hidden words when left out.
+            negative_prompt: what guidance leads away from, one for all prompts or one each; hidden words when left out
+                or "".
 
         Raises:
-            ValueError: an empty prompt, one longer than the model holds, or an option out of range.
+            ValueError: an empty prompt, one with `<mask>` holes or longer than the model holds, or an option out of range.
         """
-        slots, away = [self.text_slots.prompt(p) for p in as_list(prompt, "prompt")], None
+        said, away = texts_of(prompt, "prompt"), None
+        slots = [self.text_slots.prompt(p) for p in said]
         if negative_prompt is not None:
-            unwanted = [self.text_slots.prompt(p) for p in as_list(negative_prompt, "negative_prompt")]
-            slots, unwanted = broadcast(prompt=slots, negative_prompt=unwanted)
-            away, _ = repeated(unwanted, num_images_per_prompt)
+            unwanted = texts_of(negative_prompt, "negative_prompt", empty=True)
+            columns = broadcast(
+                prompt=slots,
+                negative_prompt=[
+                    self.text_slots.prompt(p, "negative_prompt") if p.strip() else self.text_slots.unsaid()
+                    for p in unwanted
+                ],
+            )
+            slots, away = columns[0], repeated(columns[1], num_images_per_prompt)[0]
+            away = away if any(p.strip() for p in unwanted) else None
+            said = [*said, *unwanted]
         slots, count = repeated(slots, num_images_per_prompt)
-        return self._decode("text_to_image", slots, None, None, per_entry=count, negative=away, **options)
+        return decode_rows(self, TaskRows("text_to_image", slots, None, None, said, count, away), options)
 
+    @task_method(DecodeOptions.__annotations__)
     def caption(
         self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Unpack[DecodeOptions]
     ) -> UniDiffOutput:
         """Describe pictures.
 
         Args:
-            image: one or several pictures, see `ImageInputs.images`.
+            image: one or several pictures, paths or addresses, see `ImageInputs.images`.
             max_text_tokens: longest caption.
             resize: accept other sizes.
 
         Raises:
-            ValueError: a picture of another size, mode, dtype or range, or an option out of range.
+            ValueError: a picture of another size, dtype or range, or an option out of range.
         """
-        codes = self._encode(image, resize)
-        slots = [self.text_slots.hidden(max_text_tokens)] * len(codes)
-        return self._decode("caption", slots, codes, None, pictures=False, **options)
+        slot, pixels = self.text_slots.hidden(max_text_tokens), self.image_inputs.images(image, resize)
+        codes = self._encode(pixels)
+        return decode_rows(self, TaskRows("caption", [slot] * len(codes), codes, shown=pixels), options)
 
+    @task_method(DecodeOptions.__annotations__)
     def answer(
         self,
         image: Any,
@@ -217,10 +235,14 @@ class UniDiffPipeline(DiffusionPipeline):
         Raises:
             ValueError: as for `caption`; an empty or too long question; lists of different lengths.
         """
-        slots = [self.text_slots.question(q, max_text_tokens) for q in as_list(question, "question")]
-        images, slots = broadcast(image=list(self._encode(image, resize)), question=slots)
-        return self._decode("answer", slots, torch.stack(images), None, pictures=False, **options)
+        said = texts_of(question, "question")
+        slots = [self.text_slots.question(q, max_text_tokens) for q in said]
+        pixels = self.image_inputs.images(image, resize)  # [B, 3, H, W]
+        shown, codes, slots = broadcast(image=list(pixels), codes=list(self._encode(pixels)), question=slots)
+        rows = TaskRows("answer", slots, torch.stack(codes), None, said, shown=torch.stack(shown))
+        return decode_rows(self, rows, options)
 
+    @task_method(DecodeOptions.__annotations__)
     def inpaint(
         self,
         image: Any,
@@ -235,9 +257,9 @@ class UniDiffPipeline(DiffusionPipeline):
         """Fill holes in pictures and in their captions together. Every other token stays exactly as it was.
 
         Args:
-            image: one or several pictures.
-            mask_image: white where to repaint, as large as the picture; a code is decoded again when any of its pixels
-                is white. None repaints nothing.
+            image: one or several pictures, paths or addresses.
+            mask_image: white where to repaint, as large as the picture, see `white_pixels`; a code is decoded again when
+                any of its pixels is white. None repaints nothing.
             text: captions with holes: `<mask>` hides one token (a word and the space before it, for most words),
                 `<mask:3>` three; without holes the caption guides the picture. None: a caption of unknown words.
             max_text_tokens: longest caption, when `text` is None.
@@ -247,24 +269,21 @@ class UniDiffPipeline(DiffusionPipeline):
         Raises:
             ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
         """
+        captions, said = self._captions(text, max_text_tokens)
+        image = opened(image)
         pixels = self.image_inputs.images(image, resize)  # [B, 3, H, W]
-        if mask_image is None:
-            holes = torch.zeros(1, *self.image_size, dtype=torch.bool)
-        else:
+        holes = torch.zeros(1, *self.image_size, dtype=torch.bool)
+        if mask_image is not None:
             holes = self.image_inputs.masks(mask_image, image, resize)  # [B, H, W]
-        given, masks, slots = broadcast(
-            image=list(self.images.encode(pixels)), mask_image=list(holes), text=self._captions(text, max_text_tokens)
-        )
-        if paste_back:
-            pixels = pixels.expand(len(given), -1, -1, -1)
-        codes, mask = torch.stack(given), torch.stack(masks)
-        slots, count = repeated(slots, num_images_per_prompt)
-        codes, mask = (x.repeat_interleave(count, 0) for x in (codes, mask))
-        paste = (pixels.repeat_interleave(count, 0), mask) if paste_back else None
-        return self._decode(
-            "inpaint", slots, codes, self.image_inputs.cells(mask), paste=paste, per_entry=count, **options
-        )
+        columns = broadcast(image=list(pixels), mask_image=list(holes), text=captions, codes=list(self._encode(pixels)))
+        shown, masks, slots, codes = (repeated(column, num_images_per_prompt)[0] for column in columns)
+        mask = torch.stack(masks)
+        paste = (torch.stack(shown), mask) if paste_back else None
+        cells = self.image_inputs.cells(mask)
+        rows = TaskRows("inpaint", slots, torch.stack(codes), cells, said, num_images_per_prompt, paste=paste)
+        return decode_rows(self, rows, options)
 
+    @task_method(DecodeOptions.__annotations__)
     def generate(
         self,
         text: str | Sequence[str] | None = None,
@@ -284,116 +303,30 @@ class UniDiffPipeline(DiffusionPipeline):
         Raises:
             ValueError: text and image both known in full, or as for `inpaint`.
         """
-        captions = self._captions(text, max_text_tokens)
+        captions, said = self._captions(text, max_text_tokens)
         codes = None
         if image is not None:
-            given, captions = broadcast(image=list(self._encode(image, resize)), text=captions)
+            given = self._encode(self.image_inputs.images(image, resize))
+            columns = broadcast(image=list(given), text=captions)
+            given, captions = (repeated(column, num_images_per_prompt)[0] for column in columns)
             codes = torch.stack(given)
-        slots, count = repeated(captions, num_images_per_prompt)
-        codes = None if codes is None else codes.repeat_interleave(count, 0)
-        return self._decode("generate", slots, codes, None, per_entry=count, **options)
-
-    @torch.no_grad()
-    def _decode(
-        self,
-        task: str,
-        slots: Sequence[TextSlot],
-        codes: Tensor | None,
-        hidden: Tensor | None,
-        *,
-        pictures: bool = True,
-        paste: tuple[Tensor, Tensor] | None = None,
-        per_entry: int = 1,
-        negative: Sequence[TextSlot] | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_hides: str | None = None,
-        temperature: float | None = None,
-        sampler: SamplerConfig | None = None,
-        cache: str | CacheConfig | None = None,
-        policy: RefreshPolicy | None = None,
-        block_length: int | Mapping[str, int] | None = None,
-        threshold: float | Mapping[str, float] | None = None,
-        num_candidates: int | None = None,
-        graphs: bool | Record = False,
-        generator: RowGenerator = None,
-        output_type: str = "pil",
-        callback_on_step_end: StepCallback | None = None,
-        record_trajectory: bool = False,
-    ) -> UniDiffOutput:
-        """The one path of all tasks: rows, sampler, and back to words and pixels."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
-        settings = self.settings
-        if num_candidates is None:
-            num_candidates = settings.num_candidates.get(task, 1)
-        check_candidates(num_candidates)
-        # 1. settings of the decode
-        never = self.text_slots.never(closed=all(slot.closed for slot in slots))
-        blocks = by_modality("block_length", block_length, ("text", "image"))
-        least = by_modality("threshold", threshold, ("image",) if task == "text_to_image" else ("text",))
-        config = sampler or settings.sampler(task)
-        config = with_overrides(config, steps, guidance_scale, guidance_hides, temperature, never, blocks, least)
-        # 2. rows: text span, image span, what is known
-        tries = torch.arange(len(slots)).repeat_interleave(num_candidates)
-        batch = self._rows(slots, codes, hidden).rows(tries)  # [B * candidates, L]
-        away = None
-        if negative is not None:
-            check_negative(config.guidance)
-            away = self._rows(negative, codes, hidden).rows(tries)
-        condition = guidance_condition(batch, config.guidance.hide) if away is None else None
-        seeds = candidate_seeds(row_seeds(generator, len(slots), per_entry), num_candidates)
-        choice = choose_cache(cache, policy, batch, config, self.transformer)
-        # 3. decode
-        self._interrupt, targets = False, int(batch.targets.sum())
-        with self.progress_bar(total=targets) as bar:
-            watcher = StepWatcher(self, bar, targets, callback_on_step_end)
-            run = Sampler(self.transformer, settings.vocabulary, config, choice.policy, graphs=graphs)
-            out = run(batch, seeds.to(batch.ids.device), condition, watcher, record_trajectory, away)
-            watcher.finish()
-        if num_candidates > 1:
-            out, best = keep_best(out, self.transformer, settings.vocabulary, num_candidates)
-            seeds = seeds[best.cpu()]
-        # 4. back to words and pixels
-        ids = out.batch.ids.cpu()
-        text_ids = [self.text_slots.words(row, slot) for row, slot in zip(ids, slots, strict=True)]
-        codes = ids[:, settings.text_length :].unflatten(1, settings.grid) - settings.vocabulary.image[0]  # [B, h, w]
-        trajectory = None
-        if out.trajectory is not None:
-            trajectory = trajectory_of(out.trajectory, slots, self.text_slots, settings, self.images.decode)
-        return UniDiffOutput(
-            images=self._pictures(codes, output_type, paste) if pictures else None,
-            texts=[self.texts.decode(words).strip() for words in text_ids],
-            codes=codes,
-            text_ids=text_ids,
-            ids=ids,
-            confidences=out.confidence.cpu(),
-            nfe=out.nfe,
-            seconds=out.seconds,
-            seeds=seeds,
-            trajectory=trajectory,
-            stats=out.stats,
-            cache=choice.config,
-            cache_note=choice.note,
-        )
+        else:
+            captions, _ = repeated(captions, num_images_per_prompt)
+        rows = TaskRows("generate", captions, codes, None, said, num_images_per_prompt)
+        return decode_rows(self, rows, options)
 
     def _rows(self, slots: Sequence[TextSlot], codes: Tensor | None, hidden: Tensor | None) -> TokenBatch:
         return build_batch(slots, codes, hidden, self.settings).to(self._execution_device)
 
-    def _encode(self, image: Any, resize: bool) -> Tensor:
-        """Pictures to codes int64 `[B, h, w]`."""
-        return self.images.encode(self.image_inputs.images(image, resize)).cpu()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Pictures float `[B, 3, H, W]` to codes int64 `[B, h, w]`."""
+        return self.images.encode(pixels).cpu()
 
-    def _captions(self, text: str | Sequence[str] | None, max_text_tokens: int | None) -> list[TextSlot]:
+    def _captions(
+        self, text: str | Sequence[str] | None, max_text_tokens: int | None
+    ) -> tuple[list[TextSlot], list[str]]:
+        """Text slots of captions with holes, and the words that they give."""
         if text is None:
-            return [self.text_slots.hidden(max_text_tokens)]
-        return [self.text_slots.template(t) for t in as_list(text, "text")]
-
-    def _pictures(self, codes: Tensor, output_type: str, paste: tuple[Tensor, Tensor] | None) -> Any:
-        if output_type == "codes":
-            return codes
-        images = self.images.decode(codes).cpu()  # [B, 3, H, W]
-        if paste is not None:
-            original, mask = paste
-            images = torch.where(mask[:, None], images, original)
-        return self.image_inputs.output(images, output_type)
+            return [self.text_slots.hidden(max_text_tokens)], []
+        texts = texts_of(text, "text")
+        return [self.text_slots.template(t) for t in texts], between_holes(texts)

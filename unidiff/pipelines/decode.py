@@ -16,7 +16,6 @@ from unidiff.pipelines.seeds import RowGenerator
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Modality, TokenBatch
 
-OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 StepCallback = Callable[[Any, int, float, dict[str, Tensor]], Any]
 
 
@@ -89,6 +88,7 @@ class StepWatcher:
         answer = None
         if self.callback is not None:
             tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}
+            tensors = {name: value.clone() for name, value in tensors.items()}  # for whatever the caller does to them
             answer = self.callback(self.pipe, step, left / self.targets, tensors)
         return answer is not False and not self.pipe.interrupt
 

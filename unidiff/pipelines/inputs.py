@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1")
-_KINDS = "a PIL image, a numpy array or a torch tensor"
-_WHITE = 127  # mask pixels above this are repainted
+from unidiff.pictures import MAX_PIXELS, open_picture
+from unidiff.pipelines.arguments import kind_of, one_of
+from unidiff.pipelines.masks import fit_white, white_pixels
+
+_KINDS = "a PIL image, a path or address of one, a numpy array or a torch tensor"
+_PIXELS = ("pil", "pt", "np")
 
 
 class ImageInputs:
@@ -28,46 +32,50 @@ class ImageInputs:
     def __init__(self, size: tuple[int, int], factor: int) -> None:
         self.size, self.factor = size, factor
         self.processor = VaeImageProcessor(vae_scale_factor=factor, resample="bicubic", do_normalize=False)
-        self._smooth = VaeImageProcessor(vae_scale_factor=factor, resample="bilinear", do_normalize=False)
 
     def images(self, images: Any, resize: bool = False) -> Tensor:
         """float32 `[B, 3, H, W]` in [0, 1].
 
         Args:
-            images: PIL images (RGB, RGBA, L, LA, P, 1; transparency becomes white), numpy `[H, W]`, `[H, W, C]` or
-                `[B, H, W, C]`, torch `[C, H, W]` or `[B, C, H, W]`, each uint8 or floats in [0, 1]; one or a list.
+            images: PIL images of any mode, paths or addresses (http, https, file) of pictures (see `open_picture`;
+                transparency becomes white), numpy `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, torch `[C, H, W]` or
+                `[B, C, H, W]`, each uint8 or floats in [0, 1]; one or a list.
             resize: bring any size to the model's (resize and crop the centre); otherwise another size is an error.
 
         Raises:
-            ValueError: another size, mode, dtype, range or kind of object.
+            ValueError: another size, dtype, range or kind of object; the message says which picture of a list.
+            FileNotFoundError, DamagedFile: as `open_picture`.
         """
-        return torch.cat([self._one(image, resize) for image in as_list(images, "image")])
+        items = as_list(images, "image")
+        named = [(image, _number("image", i, len(items))) for i, image in enumerate(items)]
+        return torch.cat([self._one(image, name, resize) for image, name in named])
 
     def masks(self, masks: Any, originals: Any, resize: bool = False) -> Tensor:
-        """bool `[B, H, W]`, True where to repaint: white in the mask.
+        """bool `[B, H, W]`, True where to repaint: white in the mask, see `white_pixels`.
 
         Args:
-            masks: as `images`, or bool arrays; PIL masks are read as grey.
+            masks: one or a list, or a batch `[B, h, w]`.
             originals: the pictures before any resizing, whose size each mask must have.
+            resize: as the pictures; a pixel of the model is white where any of the mask's below it is.
 
         Raises:
-            ValueError: another size than the picture, or a wrong kind of object.
+            ValueError: another size than the picture, or as `white_pixels`.
         """
-        masks, originals = as_list(masks, "mask_image"), as_list(originals, "image")
+        originals = as_list(originals, "image")
+        masks = mask_list(masks, len(originals))
         out = []
         for number, mask in enumerate(masks):
-            grey = _grey(mask)  # [h, w]
-            wanted = size_of(originals[min(number, len(originals) - 1)])
-            if grey.shape != wanted:
-                raise ValueError(
-                    f"mask_image is {grey.shape[1]}x{grey.shape[0]} pixels but the image is {wanted[1]}x{wanted[0]}; "
-                    "give both the same size"
-                )
-            white = grey > _WHITE
+            name = _number("mask_image", number, len(masks))
+            white = white_pixels(mask, name)  # [h, w]
+            shown = originals if len(masks) == 1 else originals[min(number, len(originals) - 1) :][:1]
+            for wanted in {size_of(original) for original in shown}:
+                if white.shape != wanted:
+                    raise ValueError(
+                        f"{name} is {white.shape[1]}x{white.shape[0]} pixels but the image is {wanted[1]}x{wanted[0]}; "
+                        "give both the same size"
+                    )
             if resize and white.shape != self.size:
-                picture = Image.fromarray(white.astype(np.uint8) * 255)
-                picture = self._smooth.resize(picture, *self.size, resize_mode="crop")
-                white = np.asarray(picture.convert("L")) > 0  # a thin stroke must not get lost
+                white = fit_white(white, self.size, name)
             out.append(torch.from_numpy(np.array(white)))
         return torch.stack(out)
 
@@ -77,17 +85,22 @@ class ImageInputs:
 
     def output(self, images: Tensor, output_type: str) -> Any:
         """float `[B, 3, H, W]` in [0, 1] as a list of PIL images, a tensor, or a float array `[B, H, W, 3]`."""
+        one_of(output_type, "output_type", _PIXELS)
         return self.processor.postprocess(images.cpu(), output_type, [False] * len(images))
 
-    def _one(self, image: Any, resize: bool) -> Tensor:
-        values = _to_floats(image)  # [n, 3, h, w]
+    def _one(self, image: Any, name: str, resize: bool) -> Tensor:
+        values = _to_floats(image, name)  # [1, 3, h, w]
         if tuple(values.shape[-2:]) == self.size:
             return values
         if not resize:
             raise ValueError(
-                f"image is {values.shape[-1]}x{values.shape[-2]} pixels but this model takes "
+                f"{name} is {values.shape[-1]}x{values.shape[-2]} pixels but this model takes "
                 f"{self.size[1]}x{self.size[0]}; crop it, or let it be resized (resize=True, --resize)"
             )
+        height, width = values.shape[-2:]
+        scale = max(self.size[0] / height, self.size[1] / width)
+        if height * width * scale**2 > MAX_PIXELS:  # a line a pixel wide would grow to gigabytes before it is cropped
+            raise ValueError(f"{name} is {width}x{height} pixels, too long for its width to be resized; crop it")
         pictures = self.processor.numpy_to_pil(self.processor.pt_to_numpy(values))
         resized = [self.processor.resize(p, *self.size, resize_mode="crop") for p in pictures]
         return self.processor.numpy_to_pt(self.processor.pil_to_numpy(resized))
@@ -101,12 +114,56 @@ def as_list(value: Any, what: str) -> list[Any]:
     """
     items = list(value) if isinstance(value, list | tuple) else None
     if items is None and isinstance(value, np.ndarray | Tensor) and value.ndim == 4:
-        items = list(value)
+        items = list(plain_tensor(value, what) if isinstance(value, Tensor) else value)
     if items is None:
         return [value]
     if not items:
         raise ValueError(f"the list of {what}s is empty; give at least one")
     return items
+
+
+def opened(images: Any, what: str = "image") -> list[Any]:
+    """Pictures as a list in which paths, addresses and bytes are read (PIL, RGB, upright); arrays stay what they are.
+
+    Raises:
+        ValueError: an empty list, or something else than pictures; the message says which of a list.
+        FileNotFoundError, DamagedFile: as `open_picture`.
+    """
+    items = as_list(images, what)
+    return [_opened(item, _number(what, i, len(items))) for i, item in enumerate(items)]
+
+
+def mask_list(masks: Any, images: int) -> list[Any]:
+    """One mask or several as a list; a batch `[B, h, w]`, `[B, 1, h, w]` or `[B, h, w, 1]` holds one for each image.
+
+    Raises:
+        ValueError: an empty list, or a batch of another number than `images`: its first side may be colours as well.
+    """
+    if isinstance(masks, list | tuple) or not isinstance(masks, np.ndarray | Tensor):
+        return as_list(masks, "mask_image")
+    if masks.ndim == 2 or (masks.ndim == 3 and 1 in (masks.shape[0], masks.shape[-1])):
+        return [masks]
+    if masks.ndim not in (3, 4) or len(masks) != images:
+        raise ValueError(
+            f"mask_image has shape {tuple(masks.shape)} for {images} images; expected [H, W], or one for each as [B, H, W]"
+        )
+    return list(plain_tensor(masks, "mask_image") if isinstance(masks, Tensor) else masks)
+
+
+def plain_tensor(values: Tensor, what: str) -> Tensor:
+    """A tensor without gradient in the host's memory, its values one after another.
+
+    Raises:
+        ValueError: a sparse, quantised or complex tensor, or one on the meta device, which has no values.
+    """
+    if values.is_meta:
+        raise ValueError(f"{what} is a tensor on the meta device, which holds no values; give one on cpu or cuda")
+    if values.layout != torch.strided:
+        raise ValueError(f"{what} is a tensor of layout {values.layout}; make it dense with to_dense()")
+    if values.is_quantized or values.is_complex():
+        raise ValueError(f"{what} has dtype {values.dtype}; expected uint8, bool or floats in [0, 1]")
+    values = values.detach().cpu().resolve_neg()
+    return values.float() if values.is_floating_point() else values  # numpy has no bfloat16 or float8
 
 
 def broadcast(**columns: Sequence[Any]) -> list[list[Any]]:
@@ -123,86 +180,58 @@ def broadcast(**columns: Sequence[Any]) -> list[list[Any]]:
     return [list(column) * (longest if len(column) == 1 else 1) for column in columns.values()]
 
 
-def repeated(items: Sequence[Any], count: int) -> tuple[list[Any], int]:
-    """Each item `count` (`num_images_per_prompt`) times in a row, and the count.
-
-    Raises:
-        ValueError: a count that is no whole number of at least 1.
-    """
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"num_images_per_prompt is {count!r}; expected a whole number of at least 1")
-    return [item for item in items for _ in range(count)], count
+def _number(what: str, number: int, count: int) -> str:
+    """What a picture is called in messages."""
+    return what if count == 1 else f"{what} {number + 1} of {count}"
 
 
-def _to_floats(image: Any) -> Tensor:
+def _opened(image: Any, name: str) -> Any:
+    if isinstance(image, Image.Image | str | bytes | os.PathLike):
+        return open_picture(image, name)
+    if not isinstance(image, np.ndarray | Tensor):
+        raise ValueError(f"{name} is {kind_of(image)}; expected {_KINDS}")
+    return image
+
+
+def _to_floats(image: Any, name: str) -> Tensor:
     """float32 `[1, 3, h, w]` in [0, 1]."""
+    image = _opened(image, name)
     if isinstance(image, Image.Image):
-        array = np.asarray(_rgb(image), dtype=np.float32) / 255.0
+        array = np.asarray(image, dtype=np.float32) / 255.0
         return torch.from_numpy(array).permute(2, 0, 1)[None]
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
-            raise ValueError(f"image array has shape {image.shape}; expected [H, W], [H, W, 3] or a batch of those")
-        values = torch.from_numpy(np.array(image))
+            raise ValueError(
+                f"{name} is an array of shape {image.shape}; expected [H, W], [H, W, 3] or a batch of those"
+            )
+        if image.dtype != np.uint8 and image.dtype.kind != "f":
+            raise ValueError(f"{name} has dtype {image.dtype}; expected uint8 or floats in [0, 1]")
+        values = torch.from_numpy(np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32, order="C"))
         values = values[None] if image.ndim == 2 else values.permute(2, 0, 1)
-    elif isinstance(image, Tensor):
-        values = image.detach().cpu()
-        if values.ndim != 3:
-            raise ValueError(f"image tensor has shape {tuple(values.shape)}; expected [3, H, W] or [B, 3, H, W]")
     else:
-        raise ValueError(f"image is a {type(image).__name__}; expected {_KINDS}")
-    return _unit_rgb(values)[None]
+        if image.ndim != 3:
+            raise ValueError(f"{name} is a tensor of shape {tuple(image.shape)}; expected [3, H, W] or [B, 3, H, W]")
+        values = plain_tensor(image, name)
+    return _unit_rgb(values, name)[None]
 
 
-def _unit_rgb(values: Tensor) -> Tensor:
+def _unit_rgb(values: Tensor, name: str) -> Tensor:
     if values.shape[0] not in (1, 3, 4):
-        raise ValueError(f"image has {values.shape[0]} channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
+        raise ValueError(f"{name} has {values.shape[0]} channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
     if values.dtype == torch.uint8:
         values = values.float() / 255.0
     elif not values.is_floating_point():
-        raise ValueError(f"image has dtype {values.dtype}; expected uint8 or floats in [0, 1]")
+        raise ValueError(f"{name} has dtype {values.dtype}; expected uint8 or floats in [0, 1]")
     values = values.float()
     if values.numel() == 0:
-        raise ValueError(f"image has shape {tuple(values.shape)}; expected at least one pixel")
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; expected at least one pixel")
     low, high = values.min().item(), values.max().item()
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # false for NaN too
-        raise ValueError(f"image values span [{low:.3g}, {high:.3g}]; expected finite floats in [0, 1] or uint8")
+        raise ValueError(f"{name} values span [{low:.3g}, {high:.3g}]; expected finite floats in [0, 1] or uint8")
     values = values.clamp(0, 1)
     if values.shape[0] == 4:
         values = values[:3] * values[3:] + (1 - values[3:])
     return values.expand(3, -1, -1)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode not in _MODES:
-        raise ValueError(f"image has mode {image.mode!r}; expected one of {', '.join(_MODES)}, so convert it to RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey(mask: Any) -> np.ndarray:
-    """uint8 `[h, w]`."""
-    if isinstance(mask, Image.Image):
-        if mask.mode not in _MODES:
-            raise ValueError(f"mask_image has mode {mask.mode!r}; expected one of {', '.join(_MODES)}")
-        return np.asarray(mask.convert("L"))
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"mask_image is a {type(mask).__name__}; expected {_KINDS}")
-    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
-        array = array[0] if array.shape[0] == 1 else array[..., 0]
-    if array.ndim != 2:
-        raise ValueError(f"mask_image has shape {array.shape}; expected [H, W]")
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint8:
-        return array
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"mask_image has dtype {array.dtype}; expected bool, uint8 or floats in [0, 1]")
-    if not (array.size and array.min() >= 0 and array.max() <= 1):
-        raise ValueError("mask_image values lie outside [0, 1]; expected bool, uint8 or floats in [0, 1]")
-    return (array * 255).astype(np.uint8)
 
 
 def size_of(image: Any) -> tuple[int, int]:
@@ -211,11 +240,9 @@ def size_of(image: Any) -> tuple[int, int]:
     Raises:
         ValueError: another kind of object.
     """
-    if not isinstance(image, Image.Image | np.ndarray | Tensor) or (
-        not isinstance(image, Image.Image) and image.ndim < 2
-    ):
-        raise ValueError(f"image is a {type(image).__name__}; expected {_KINDS}")
     if isinstance(image, Image.Image):
         return image.height, image.width
+    if not isinstance(image, np.ndarray | Tensor) or image.ndim < 2:
+        raise ValueError(f"image is {kind_of(image)}; expected {_KINDS}")
     height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
     return int(height), int(width)

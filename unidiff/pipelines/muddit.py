@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast
+from unidiff.pipelines.arguments import check_rows, repeated, task_method, texts_of
+from unidiff.pipelines.holes import refuse_holes
+from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.released.muddit_folder import Muddit
 from unidiff.released.muddit_tasks import MudditSettings
+from unidiff.schema import check_value
+from unidiff.tokens.known_words import notes_on
+from unidiff.tokens.text import TextTokenizer
+
+_SETTINGS = tuple(MudditSettings.__dataclass_fields__)
+_FILL = "text is known or hidden as a whole to this model"
 
 
 @dataclass(frozen=True)
@@ -21,14 +29,16 @@ class MudditOutput:
     """Results of B rows.
 
     Attributes:
-        images: as `output_type` says; None for texts.
+        images: as `output_type` says; for captions and answers, the pictures that were given, at the model's size.
         texts: captions or answers; the prompts for pictures.
         seeds: int64 `[B]`; `generator=[seed]` repeats a row alone.
+        notes: sentences about what the model cannot know, words that it has no ids for.
     """
 
     images: Any
     texts: list[str]
     seeds: Tensor
+    notes: list[str] = field(default_factory=list)
 
 
 class MudditPipeline:
@@ -58,11 +68,12 @@ class MudditPipeline:
         self.parts.images.to(*args, **kwargs)
         return self
 
+    @task_method(_SETTINGS)
     def text_to_image(
         self,
         prompt: str | Sequence[str],
         num_images_per_prompt: int = 1,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         *,
         generator: RowGenerator = None,
         output_type: str = "pil",
@@ -70,25 +81,37 @@ class MudditPipeline:
     ) -> MudditOutput:
         """Draw pictures from words; `settings` are fields of `MudditSettings` (steps, guidance_scale, temperature, ...).
 
+        Args:
+            negative_prompt: what guidance leads away from; no words when left out or "".
+
         Raises:
             ValueError: a prompt longer than the text encoder reads, or a setting out of range.
         """
-        prompts = [p for p in as_list(prompt, "prompt") for _ in range(num_images_per_prompt)]
+        chosen, notes = self._settings(settings), self._notes(said := texts_of(prompt, "prompt"), "prompt")
+        prompts, _ = repeated(said, num_images_per_prompt)
         seeds = row_seeds(generator, len(prompts), num_images_per_prompt)
         height, width = self.image_size
-        images = self.parts.text_to_image(
-            prompts, seeds, height, width, negative_prompt, settings=self._settings(settings)
-        )
-        return MudditOutput(self.image_inputs.output(images, output_type), prompts, seeds)
+        images = self.parts.text_to_image(prompts, seeds, height, width, _one(negative_prompt), settings=chosen)
+        return MudditOutput(self._pictures(images, output_type), prompts, seeds, notes)
 
+    @task_method(_SETTINGS)
     def caption(
-        self, image: Any, resize: bool = False, *, generator: RowGenerator = None, **settings: Any
+        self,
+        image: Any,
+        resize: bool = False,
+        *,
+        generator: RowGenerator = None,
+        output_type: str = "pil",
+        **settings: Any,
     ) -> MudditOutput:
         """Describe pictures; errors as for `answer`."""
-        pixels = self.image_inputs.images(image, resize)
+        chosen, pixels = self._settings(settings), self.image_inputs.images(image, resize)
+        check_rows(len(pixels))
         seeds = row_seeds(generator, len(pixels), 1)
-        return MudditOutput(None, self.parts.answer(pixels, seeds, None, self._settings(settings)), seeds)
+        texts = self.parts.answer(pixels, seeds, None, chosen)
+        return MudditOutput(self._pictures(pixels, output_type), texts, seeds)
 
+    @task_method(_SETTINGS)
     def answer(
         self,
         image: Any,
@@ -96,6 +119,7 @@ class MudditPipeline:
         resize: bool = False,
         *,
         generator: RowGenerator = None,
+        output_type: str = "pil",
         **settings: Any,
     ) -> MudditOutput:
         """Answer questions about pictures; one picture with several questions, or the other way round, is fine too.
@@ -103,21 +127,21 @@ class MudditPipeline:
         Raises:
             ValueError: no mask embedding or text head, a picture of another size, or a question too long.
         """
-        pixels, questions = broadcast(
-            image=list(self.image_inputs.images(image, resize)), question=as_list(question, "question")
-        )
-        seeds = row_seeds(generator, len(pixels), 1)
-        return MudditOutput(
-            None, self.parts.answer(torch.stack(pixels), seeds, questions, self._settings(settings)), seeds
-        )
+        chosen, notes = self._settings(settings), self._notes(said := texts_of(question, "question"), "question")
+        shown, questions = broadcast(image=list(self.image_inputs.images(image, resize)), question=said)
+        check_rows(len(shown))
+        pixels, seeds = torch.stack(shown), row_seeds(generator, len(shown), 1)
+        texts = self.parts.answer(pixels, seeds, questions, chosen)
+        return MudditOutput(self._pictures(pixels, output_type), texts, seeds, notes)
 
+    @task_method(_SETTINGS)
     def inpaint(
         self,
         image: Any,
         mask_image: Any = None,
         text: str | Sequence[str] = "",
         strength: float = 1.0,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         resize: bool = False,
         *,
         generator: RowGenerator = None,
@@ -129,16 +153,20 @@ class MudditPipeline:
         Raises:
             ValueError: a mask of another size, a strength outside (0, 1], or as for `text_to_image`.
         """
+        check_value(strength, float, "strength")
+        chosen, notes = self._settings(settings), self._notes(said := texts_of(text, "text", empty=True), "text")
+        image = opened(image)
         pixels = self.image_inputs.images(image, resize)  # [B, 3, H, W]
         holes = torch.ones(1, *self.image_size, dtype=torch.bool)
         if mask_image is not None:
             holes = self.image_inputs.masks(mask_image, image, resize)
-        given, masks, prompts = broadcast(image=list(pixels), mask_image=list(holes), text=as_list(text, "text"))
+        given, masks, prompts = broadcast(image=list(pixels), mask_image=list(holes), text=said)
+        check_rows(len(given))
         seeds = row_seeds(generator, len(given), 1)
         images = self.parts.redraw(
-            torch.stack(given), prompts, seeds, strength, torch.stack(masks), negative_prompt, self._settings(settings)
+            torch.stack(given), prompts, seeds, strength, torch.stack(masks), _one(negative_prompt), chosen
         )
-        return MudditOutput(self.image_inputs.output(images, output_type), list(prompts), seeds)
+        return MudditOutput(self._pictures(images, output_type), list(prompts), seeds, notes)
 
     def generate(self, *_: Any, **__: Any) -> MudditOutput:
         """Raises ValueError: text and picture together are beyond this model's training."""
@@ -148,7 +176,18 @@ class MudditPipeline:
         )
 
     def _settings(self, changes: dict[str, Any]) -> MudditSettings:
-        known = set(MudditSettings.__dataclass_fields__)
-        if unknown := sorted(set(changes) - known):
-            raise ValueError(f"unknown settings {unknown}; expected some of {sorted(known)}")
         return replace(self.parts.settings, **changes)
+
+    def _notes(self, said: Sequence[str], what: str) -> list[str]:
+        refuse_holes(said, what, _FILL)
+        return notes_on(said, TextTokenizer(self.parts.tokenizer))
+
+    def _pictures(self, images: Tensor, output_type: str) -> Any:
+        if output_type == "codes":
+            return self.parts.images.encode(images).cpu()
+        return self.image_inputs.output(images, output_type)
+
+
+def _one(negative_prompt: Any) -> str:
+    """A negative prompt for all rows; none is "" for this model."""
+    return "" if negative_prompt is None else texts_of((negative_prompt,), "negative_prompt", empty=True)[0]

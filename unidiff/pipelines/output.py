@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, DecodeStats
+from unidiff.pipelines.arguments import whole
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
 
 
@@ -36,7 +37,8 @@ class UniDiffOutput:
 
     Attributes:
         images: PIL images, a float tensor `[B, 3, H, W]`, a float array `[B, H, W, 3]` or int64 codes `[B, h, w]`, as
-            `output_type` says. For captions and answers, the pictures the model looked at through its codes.
+            `output_type` says. For captions and answers, the pictures that were given, at the model's size. None where
+            there are no pictures (chat and other text alone).
         texts: the caption, answer or prompt of each row, up to its first end-of-text.
         codes: int64 `[B, h, w]`, image codes.
         text_ids: the text ids behind `texts`.
@@ -49,6 +51,7 @@ class UniDiffOutput:
         stats: what the decode cost.
         cache: the cache that was used; None where the caller brought a policy object.
         cache_note: why that one, where `cache="auto"` chose it.
+        notes: sentences about what the model cannot know, words that it was never taught for instance.
     """
 
     images: Any
@@ -64,6 +67,7 @@ class UniDiffOutput:
     stats: DecodeStats = field(default_factory=DecodeStats)
     cache: CacheConfig | None = None
     cache_note: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def save_gif(self, path: str | Path, milliseconds: int = 180) -> None:
         """Animate the trajectory, rows side by side; the end stays for two seconds.
@@ -71,6 +75,7 @@ class UniDiffOutput:
         Raises:
             ValueError: no trajectory was recorded.
         """
+        whole(milliseconds, "milliseconds", 1, 600_000)
         steps = self._trajectory()
         frames = [self._sheet([[(s, b)] for b in range(len(self.texts))], columns=4) for s in range(len(steps.ids))]
         size = (max(f.width for f in frames), max(f.height for f in frames))  # texts wrap to more or fewer lines
@@ -84,8 +89,7 @@ class UniDiffOutput:
         Raises:
             ValueError: no trajectory was recorded, or `count` is below 2.
         """
-        if count < 2:
-            raise ValueError(f"count is {count}; a filmstrip needs at least 2 pictures")
+        whole(count, "count", 2, 1000, " pictures in a line")
         steps = self._trajectory()
         last = len(steps.ids) - 1
         moments = sorted({round(last * i / (count - 1)) for i in range(count)})

@@ -9,23 +9,31 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from unidiff.pipelines.arguments import longest_of, repeated, task_method, texts_of, whole
 from unidiff.pipelines.checks import check_released
-from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, repeated, size_of
+from unidiff.pipelines.components import SharedParts
+from unidiff.pipelines.holes import between_holes, letters_note, refuse_holes
+from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, opened, size_of
+from unidiff.pipelines.native_run import pictures
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_run import ReleasedOptions, decode_request
 from unidiff.pipelines.released_tasks import FamilyTasks, Grid
 from unidiff.pipelines.tasks import call_task
-from unidiff.released.chat import Turn
+from unidiff.released.chat import Turn, check_turns
 from unidiff.released.loading import Released
 from unidiff.released.tasks import TaskRequest
 from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.known_words import notes_on
 from unidiff.tokens.text import TextTokenizer
 
 LONGEST = 64
 """Tokens of a caption or an answer where nothing else is asked for."""
+_OPTIONS = tuple(ReleasedOptions.__dataclass_fields__)
+_LONGEST_SIDE = 16_384
+_FILL = "generate, inpaint or infill fill <mask> holes, where the model can"
 
 
-class ReleasedPipeline:
+class ReleasedPipeline(SharedParts):
     """UniDisc, MMaDA, Lumina-DiMOO, LLaDA or Dream with its tokenizers.
 
     Words in texts are hidden with `<mask>` or `<mask:3>`. Every method takes the fields of `ReleasedOptions` as keyword
@@ -43,6 +51,7 @@ class ReleasedPipeline:
     set_progress_bar_config: Any = DiffusionPipeline.set_progress_bar_config
     interrupt = False
     """Set by a callback to fill the rest of a running decode in one last pass."""
+    _component_names = ("released", "tasks", "images", "texts")
 
     def __init__(
         self,
@@ -61,6 +70,11 @@ class ReleasedPipeline:
         self._inputs: ImageInputs | None = None
         if images is not None:
             self._inputs = ImageInputs((self.grid[0] * images.factor, self.grid[1] * images.factor), images.factor)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The arguments of the constructor; see `SharedParts`."""
+        return super().components | {"grid": self.grid if self.fixed_size and self.tasks.sizes else None}
 
     @property
     def transformer(self) -> Any:
@@ -97,7 +111,9 @@ class ReleasedPipeline:
             ValueError: a model of one size, or a side that the image tokenizer's factor does not divide.
         """
         factor = self.image_inputs.factor
-        if min(height, width) < factor or height % factor or width % factor:
+        for name, side in (("height", height), ("width", width)):
+            whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
+        if height % factor or width % factor:
             raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
         grid = (height // factor, width // factor)
         return ReleasedPipeline(self.released, self.tasks, self.images, self.texts, grid)
@@ -110,10 +126,16 @@ class ReleasedPipeline:
         Raises:
             ValueError: inputs that no task takes together, and as for that task.
         """
+        if task in ("chat", "complete", "infill", "edit"):
+            first = () if prompt is None else (prompt,)
+            if task == "edit" and "image" in inputs:
+                first = (inputs.pop("image"), *first)
+            return getattr(self, task)(*first, **inputs)
         if prompt is not None and task is None and self.images is None:
             return self.chat(prompt, **inputs)
         return call_task(self, prompt, task, inputs)
 
+    @task_method(_OPTIONS)
     def text_to_image(
         self,
         prompt: str | Sequence[str],
@@ -132,9 +154,12 @@ class ReleasedPipeline:
         """
         self.tasks.need("text_to_image")
         pipe = self if height is None and width is None else self._sized_or_usual(height, width)
-        prompts, count = repeated(as_list(prompt, "prompt"), num_images_per_prompt)
-        return pipe._run(self.tasks.text_to_image(prompts, pipe.grid), options, count, said=prompts)
+        said = texts_of(prompt, "prompt")
+        refuse_holes(said, "prompt", _FILL)
+        prompts, count = repeated(said, num_images_per_prompt)
+        return pipe._run(self.tasks.text_to_image(prompts, pipe.grid), options, count, said=prompts, noted=said)
 
+    @task_method(_OPTIONS)
     def caption(
         self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Any
     ) -> UniDiffOutput:
@@ -149,11 +174,14 @@ class ReleasedPipeline:
             ValueError: a picture of another size, mode, dtype or range, or an option out of range.
         """
         self.tasks.need("caption")
+        longest = longest_of(max_text_tokens, LONGEST)
+        image = opened(image)
         pipe = self._fitting(image, resize)
-        longest = max_text_tokens or LONGEST
-        request = self.tasks.caption(pipe._encode(image, resize), longest)
-        return pipe._run(request, options, pictures=False, longest=longest)
+        pixels = pipe.image_inputs.images(image, resize)
+        request = self.tasks.caption(pipe._encode(pixels), longest)
+        return pipe._run(request, options, longest=longest, shown=pixels)
 
+    @task_method(_OPTIONS)
     def answer(
         self,
         image: Any,
@@ -168,12 +196,16 @@ class ReleasedPipeline:
             ValueError: a model that was not trained for it, an empty question, or as for `caption`.
         """
         self.tasks.need("answer")
+        said, longest = texts_of(question, "question"), longest_of(max_text_tokens, LONGEST)
+        refuse_holes(said, "question", _FILL)
+        image = opened(image)
         pipe = self._fitting(image, resize)
-        codes, questions = broadcast(image=list(pipe._encode(image, resize)), question=as_list(question, "question"))
-        longest = max_text_tokens or LONGEST
+        pixels = pipe.image_inputs.images(image, resize)
+        shown, codes, questions = broadcast(image=list(pixels), codes=list(pipe._encode(pixels)), question=said)
         request = self.tasks.answer(torch.stack(codes), questions, longest)
-        return pipe._run(request, options, pictures=False, longest=longest)
+        return pipe._run(request, options, longest=longest, noted=said, shown=torch.stack(shown))
 
+    @task_method(_OPTIONS)
     def inpaint(
         self,
         image: Any,
@@ -196,17 +228,17 @@ class ReleasedPipeline:
         self.tasks.need("inpaint")
         if text is None:
             raise ValueError(f"{self.tasks.family} needs the caption of the picture; give text=, with <mask> for holes")
+        said, image = texts_of(text, "text"), opened(image)
         pipe = self._fitting(image, resize)
         pixels, mask = pipe.image_inputs.images(image, resize), pipe._mask(mask_image, image, resize)
-        columns = broadcast(
-            image=list(pixels), codes=list(pipe._encode(image, resize)), mask=list(mask), text=as_list(text, "text")
-        )
-        shown, codes, hidden, texts = (repeated(column, num_images_per_prompt)[0] for column in columns)
+        columns = broadcast(image=list(pixels), mask_image=list(mask), text=said, codes=list(pipe._encode(pixels)))
+        shown, hidden, texts, codes = (repeated(column, num_images_per_prompt)[0] for column in columns)
         holes = torch.stack(hidden)  # [B, H, W]
         request = self.tasks.inpaint(texts, torch.stack(codes), pipe.image_inputs.cells(holes))
         paste = (torch.stack(shown), holes) if paste_back else None
-        return pipe._run(request, options, num_images_per_prompt, said=texts, paste=paste)
+        return pipe._run(request, options, num_images_per_prompt, said=texts, noted=between_holes(said), paste=paste)
 
+    @task_method(_OPTIONS)
     def edit(
         self,
         image: Any,
@@ -232,13 +264,17 @@ class ReleasedPipeline:
             ValueError: a model that does not edit, an empty prompt, a size together with a mask, or as for `caption`.
         """
         self.tasks.need("edit")
+        said, image = texts_of(prompt, "prompt"), opened(image)
+        refuse_holes(said, "prompt", _FILL)
         pipe = self._fitting(image, resize)
         columns: dict[str, list[Any]] = {
-            "image": list(pipe._encode(image, resize)),
-            "prompt": as_list(prompt, "prompt"),
+            "image": list(pipe._encode(pipe.image_inputs.images(image, resize))),
+            "prompt": said,
         }
         if reference is not None:
-            columns["reference"] = list(self._fitting(reference, resize)._encode(reference, resize))
+            reference = opened(reference, "reference")
+            other = self._fitting(reference, resize)
+            columns["reference"] = list(other._encode(other.image_inputs.images(reference, resize)))
         if mask_image is not None:
             columns["mask_image"] = list(pipe.image_inputs.cells(pipe._mask(mask_image, image, resize)))
         names, rows = list(columns), broadcast(**columns)
@@ -246,8 +282,9 @@ class ReleasedPipeline:
         further, holes = (torch.stack(full[n]) if n in full else None for n in ("reference", "mask_image"))
         grid = None if height is None and width is None else pipe._sized_or_usual(height, width).grid
         request = self.tasks.edit(torch.stack(full["image"]), full["prompt"], grid, further, holes)
-        return pipe._run(request, options, num_images_per_prompt, said=full["prompt"])
+        return pipe._run(request, options, num_images_per_prompt, said=full["prompt"], noted=said)
 
+    @task_method(_OPTIONS)
     def generate(
         self,
         text: str | Sequence[str] | None = None,
@@ -261,11 +298,16 @@ class ReleasedPipeline:
             ValueError: a model that cannot, a caption that does not fit, or an option out of range.
         """
         self.tasks.need("generate")
-        texts, count = repeated([None] if text is None else as_list(text, "text"), num_images_per_prompt)
-        longest = max_text_tokens or LONGEST
-        request = self.tasks.generate(None if text is None else texts, count, longest)
-        return self._run(request, options, count, longest=longest if text is None else None)
+        longest = longest_of(max_text_tokens, LONGEST)
+        if text is None:
+            _, count = repeated([None], num_images_per_prompt)
+            return self._run(self.tasks.generate(None, count, longest), options, count, longest=longest)
+        said = texts_of(text, "text")
+        texts, count = repeated(said, num_images_per_prompt)
+        request = self.tasks.generate(texts, count, longest)
+        return self._run(request, options, count, said=texts, noted=between_holes(said))
 
+    @task_method(_OPTIONS)
     def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
         """Answer in words.
 
@@ -279,8 +321,11 @@ class ReleasedPipeline:
         self.tasks.need("chat")
         several = as_list(messages, "message")
         turns = [several] if all(isinstance(message, Mapping) for message in several) else several
-        return self._run(self.tasks.chat(turns, max_text_tokens), options, pictures=False)
+        longest = longest_of(max_text_tokens, 128)
+        asked = [turn for turn in check_turns(turns) if isinstance(turn, str)]
+        return self._run(self.tasks.chat(turns, longest), options, noted=asked)
 
+    @task_method(_OPTIONS)
     def complete(self, prompt: str | Sequence[str], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
         """Go on with texts as they are (base models).
 
@@ -288,9 +333,10 @@ class ReleasedPipeline:
             ValueError: a model that cannot, an empty prompt, or an option out of range.
         """
         self.tasks.need("complete")
-        request = self.tasks.complete(as_list(prompt, "prompt"), max_text_tokens)
-        return self._run(request, options, pictures=False)
+        said = texts_of(prompt, "prompt")
+        return self._run(self.tasks.complete(said, longest_of(max_text_tokens, 128)), options, noted=said)
 
+    @task_method(_OPTIONS)
     def infill(self, text: str | Sequence[str], **options: Any) -> UniDiffOutput:
         """Fill `<mask>` holes in texts.
 
@@ -298,37 +344,42 @@ class ReleasedPipeline:
             ValueError: a model that cannot, a text without holes, or an option out of range.
         """
         self.tasks.need("infill")
-        return self._run(self.tasks.infill(as_list(text, "text")), options, pictures=False)
+        said = texts_of(text, "text")
+        return self._run(self.tasks.infill(said), options, noted=between_holes(said))
 
     def _run(
         self,
         request: TaskRequest,
         options: Mapping[str, Any],
         per_entry: int = 1,
-        pictures: bool = True,
         longest: int | None = None,
-        said: Sequence[str] | None = None,
+        said: Sequence[str] = (),
+        noted: Sequence[str] = (),
+        shown: Tensor | None = None,
         paste: tuple[Tensor, Tensor] | None = None,
     ) -> UniDiffOutput:
         """Decode, and back to words and pixels.
 
         Args:
-            said: the texts of rows whose request leaves none to read.
+            said: the caller's texts, one for each row whose request leaves none to read.
+            noted: the caller's words, which the model should know.
+            shown: float `[B, 3, H, W]`, pictures to give back as they are.
             paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
         """
-        chosen = ReleasedOptions.of(options)
+        chosen = ReleasedOptions(**options)
+        notes = [*notes_on(noted, self.texts), *letters_note(noted)]
         run = decode_request(self, self.released, request, chosen, per_entry)
         done = run.result
         words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
         texts = [self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words]
-        if said is not None and not request.words.any():
+        if said and not request.words.any():
             words, texts = [self.texts.encode(text) for text in said], list(said)
+        codes, images = torch.zeros(len(words), 0, 0, dtype=torch.long), None
         if all(done.codes):
             codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
-        else:
-            codes = torch.zeros(len(words), 0, 0, dtype=torch.long)
+            images = pictures(self, codes, chosen.output_type, shown, paste)
         return UniDiffOutput(
-            images=self._pictures(codes, chosen.output_type, paste) if pictures else None,
+            images=images,
             texts=texts,
             codes=codes,
             text_ids=words,
@@ -340,6 +391,7 @@ class ReleasedPipeline:
             stats=done.output.stats,
             cache=run.choice.config,
             cache_note=run.choice.note,
+            notes=notes,
         )
 
     def _sized_or_usual(self, height: int | None, width: int | None) -> ReleasedPipeline:
@@ -359,21 +411,12 @@ class ReleasedPipeline:
             height, width = (side * factor for side in self.tasks.fit(height, width))
         return self.sized(height, width)
 
-    def _encode(self, image: Any, resize: bool) -> Tensor:
+    def _encode(self, pixels: Tensor) -> Tensor:
         assert self.images is not None  # `need` has refused otherwise
-        return self.images.encode(self.image_inputs.images(image, resize)).cpu()
+        return self.images.encode(pixels).cpu()
 
     def _mask(self, mask_image: Any, image: Any, resize: bool) -> Tensor:
         """bool `[B, H, W]`: pixels to paint again; none without a mask."""
         if mask_image is None:
             return torch.zeros(1, *self.image_size, dtype=torch.bool)
         return self.image_inputs.masks(mask_image, image, resize)
-
-    def _pictures(self, codes: Tensor, output_type: str, paste: tuple[Tensor, Tensor] | None) -> Any:
-        if output_type == "codes":
-            return codes
-        assert self.images is not None
-        images = self.images.decode(codes).cpu()  # [B, 3, H, W]
-        if paste is not None:
-            images = torch.where(paste[1][:, None], images, paste[0])
-        return self.image_inputs.output(images, output_type)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, RefreshPolicy, SamplerConfig
+from unidiff.pipelines.arguments import check_rows
 from unidiff.pipelines.auto_cache import CacheChoice, choose_cache
-from unidiff.pipelines.decode import OUTPUT_TYPES, StepCallback, StepWatcher
+from unidiff.pipelines.decode import StepCallback, StepWatcher
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import by_modality, with_overrides
 from unidiff.released.loading import Released
 from unidiff.released.tasks import TaskRequest, TaskResult, run_task
+from unidiff.schema import check_value
 from unidiff.tokens import Modality
 
 
@@ -36,7 +38,7 @@ class ReleasedOptions:
         record_trajectory: only False; the way of a decode is recorded for unidiff's own models.
 
     Raises:
-        ValueError: an unknown `output_type`.
+        ValueError: `record_trajectory`.
     """
 
     generator: RowGenerator = None
@@ -53,17 +55,7 @@ class ReleasedOptions:
     callback_on_step_end: StepCallback | None = None
     record_trajectory: bool = False
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> ReleasedOptions:
-        """Options by name; `TypeError` for an unknown one."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"unknown options {unknown}; expected some of {known}")
-        return cls(**options)
-
     def __post_init__(self) -> None:
-        if self.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {self.output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
         if self.record_trajectory:
             raise ValueError("record_trajectory is for unidiff's own models; use callback_on_step_end to look on")
 
@@ -88,6 +80,7 @@ class ReleasedOptions:
         )
         if self.image_guidance_scale is None:
             return config
+        check_value(self.image_guidance_scale, float, "image_guidance_scale")
         if not config.guidance.further:
             raise ValueError(
                 f"image_guidance_scale is {self.image_guidance_scale}, but only edit is guided in a second direction; "
@@ -119,6 +112,7 @@ def decode_request(
     """
     assert released.vocabulary is not None  # all families with a pipeline are denoisers
     request = replace(request, config=options.config(request))
+    check_rows(len(request.batch.ids))
     seeds = row_seeds(options.generator, len(request.batch.ids), per_entry)
     choice = choose_cache(options.cache, options.policy, request.batch, request.config, released.model)
     targets, model = int(request.batch.targets.sum()), released.model

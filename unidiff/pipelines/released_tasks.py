@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
+from unidiff.pipelines.holes import all_have_holes, has_holes, short, split_holes
 from unidiff.released.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, Turn
 from unidiff.released.loading import Released
 from unidiff.released.lumina import lumina_grid
@@ -31,7 +31,6 @@ LLADA_MARKS = {
 }
 DREAM_MARKS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 DESCRIBE = "Please describe this image in detail."
-_HOLE = re.compile(r" ?<mask(?::(\d+))?>")
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,14 @@ class UniDiscTasks(FamilyTasks):
         return self.rows.caption(codes, longest)
 
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
-        return self.rows.inpaint(_renamed(texts), codes, holes)
+        return self.rows.inpaint(self._ids(texts), codes, holes)
 
     def generate(self, texts: Sequence[str] | None, count: int, longest: int) -> TaskRequest:
-        return self.rows.generate(count, longest) if texts is None else self.rows.inpaint(_renamed(texts))
+        return self.rows.generate(count, longest) if texts is None else self.rows.inpaint(self._ids(texts))
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids with [MASK] for holes; each piece by itself, as its tokenizer puts a space before every one."""
+        return [_masked(text, self.rows, strip=True) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class MMaDATasks(FamilyTasks):
         return self.rows.understand(codes, questions, longest)
 
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
-        if _have_holes(texts):
+        if all_have_holes(texts):
             return self.rows.inpaint([_masked(t, self.rows) for t in texts], codes, holes)
         return self.rows.text_to_image(texts, codes, holes)
 
@@ -179,7 +182,7 @@ class LuminaTasks(FamilyTasks):
         return self.rows.understand(codes, questions, longest)
 
     def inpaint(self, texts: Sequence[str], codes: Tensor, holes: Tensor) -> TaskRequest:
-        if _have_holes(texts):
+        if all_have_holes(texts):
             return self.rows.inpaint([_masked(t, self.rows) for t in texts], codes, holes)
         return self.rows.text_to_image(texts, codes=codes, holes=holes)
 
@@ -208,6 +211,9 @@ class ChatTasks(FamilyTasks):
         return _one_pass_each(self.rows.complete(prompts, longest), longest)
 
     def infill(self, texts: Sequence[str]) -> TaskRequest:
+        for text in texts:
+            if not has_holes(text):
+                raise ValueError(f"text {short(text)} is known in full; hide words with <mask> or <mask:n>")
         ids = [_masked(text, self.rows) for text in texts]
         holes = max(row.count(self.rows.vocabulary.mask_id) for row in ids)
         request = _one_pass_each(self.rows.infill(ids), max(1, holes))
@@ -272,23 +278,6 @@ def _one_pass_each(request: TaskRequest, steps: int) -> TaskRequest:
     return replace(request, config=replace(request.config, text=replace(request.config.text, steps=steps)))
 
 
-def _renamed(texts: Sequence[str]) -> list[str]:
-    """Texts with UniDisc's names of holes."""
-    return [_HOLE.sub(lambda m: f" <m{m[1] or ''}>", text) for text in texts]
-
-
-def _have_holes(texts: Sequence[str]) -> bool:
-    """Whether texts have `<mask>` holes: all or none, since only those without are guided.
-
-    Raises:
-        ValueError: some do.
-    """
-    holes = [_HOLE.search(text) is not None for text in texts]
-    if any(holes) and not all(holes):
-        raise ValueError("some texts have <mask> holes and some have none, which are decoded apart; call for each kind")
-    return any(holes)
-
-
 def _side(count: int) -> int:
     side = int(count**0.5)
     if side * side != count:
@@ -296,13 +285,13 @@ def _side(count: int) -> int:
     return side
 
 
-def _masked(text: str, rows: MMaDARows | LuminaRows | ChatRows) -> list[int]:
+def _masked(text: str, rows: UniDiscRows | MMaDARows | LuminaRows | ChatRows, strip: bool = False) -> list[int]:
     """Ids of a text with [MASK] for each hidden token."""
-    encode, vocabulary, ids, place = rows.encode, rows.vocabulary, list[int](), 0
+    encode, vocabulary, ids = rows.encode, rows.vocabulary, list[int]()
     assert encode is not None and isinstance(vocabulary, Vocabulary)  # a pipeline has a tokenizer
-    for hole in [*_HOLE.finditer(text), None]:
-        ids += encode(text[place : None if hole is None else hole.start()])
-        if hole is not None:
-            ids += [vocabulary.mask_id] * int(hole[1] or 1)
-            place = hole.end()
+    for part in split_holes(text):
+        if isinstance(part, int):
+            ids += [vocabulary.mask_id] * part
+        elif part.strip() or not strip:
+            ids += encode(part.strip() if strip else part)
     return ids

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unidiff.pipelines.arguments import texts_of, whole
+from unidiff.pipelines.holes import refuse_holes, short, split_holes
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Span, TokenBatch
+from unidiff.tokens.known_words import note_on, unknown_words
 from unidiff.tokens.text import TextTokenizer
-
-_HOLE = re.compile(r" ?<mask(?::([^>]*))?>")
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,20 @@ class TextSlots:
         ids = [i for i in self._task.values() if i != self._eos]
         return tuple(i + self._offset for i in (*ids, *([self._eos] if closed else [])))
 
-    def prompt(self, text: str) -> TextSlot:
+    def prompt(self, text: str, what: str = "prompt") -> TextSlot:
         """A caption that is known in full: task token, words, end-of-text fill."""
-        words = self._words(text, "prompt")
-        self._fits(len(words), text, "prompt")
+        words = self._words(text, what)
+        self._fits(len(words), text, what)
         return self._slot([self._task["caption"], *words], [True] * (1 + len(words)))
 
     def hidden(self, max_text_tokens: int | None = None) -> TextSlot:
         """A caption of unknown words and length, at most `max_text_tokens` of them."""
         length = 1 + self._limit(max_text_tokens)
         return self._slot([self._task["caption"]] + [None] * (length - 1), [True] + [False] * (length - 1), length)
+
+    def unsaid(self) -> TextSlot:
+        """A caption of hidden words that nobody asks for, as guidance leads away from."""
+        return self._slot([self._task["caption"]] + [None] * self.room, [True] * self.settings.text_length)
 
     def question(self, text: str, max_text_tokens: int | None = None) -> TextSlot:
         """A known question and a hidden answer of at most `max_text_tokens`."""
@@ -77,8 +81,8 @@ class TextSlots:
         free = self.settings.text_length - len(head)
         if free < 1:
             raise ValueError(
-                f"question {_short(text)} has {len(words)} tokens, but this model holds questions of at most "
-                f"{self.settings.text_length - 3} tokens; shorten it"
+                f"question {short(text)} has {len(words)} tokens, but this model holds questions of at most "
+                f"{self.settings.text_length - 3} tokens; shorten it{self._hint(text)}"
             )
         length = len(head) + min(self._limit(max_text_tokens), free)
         hidden = length - len(head)
@@ -86,17 +90,10 @@ class TextSlots:
 
     def template(self, text: str) -> TextSlot:
         """Words with holes: `<mask>` hides one token (with the space in front of it), `<mask:3>` three."""
-        if not isinstance(text, str) or not text.strip():
-            self._words(text, "text")  # raises
+        texts_of(text, "text")
         ids: list[int | None] = [self._task["caption"]]
-        text, place = text.strip(), 0
-        for hole in _HOLE.finditer(text):
-            ids += self.tokenizer.encode(text[place : hole.start()])
-            ids += [None] * self._hole_length(hole)
-            place = hole.end()
-        ids += self.tokenizer.encode(text[place:])
-        if "<mask" in _HOLE.sub("", text):
-            raise ValueError(f"text {_short(text)} holds an unfinished <mask>; write <mask> or <mask:n>")
+        for part in split_holes(text.strip(), self.room):
+            ids += [None] * part if isinstance(part, int) else self.tokenizer.encode(part)
         self._fits(len(ids) - 1, text, "text")
         return self._slot(ids, [i is not None for i in ids], closed=True)
 
@@ -120,32 +117,26 @@ class TextSlots:
         return TextSlot(tuple(laid), (*given, *[True] * fill), total if length is None else length, start, closed)
 
     def _words(self, text: str, what: str) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"the {what} is a {type(text).__name__}; expected a string")
-        if not text.strip():
-            raise ValueError(f"the {what} is empty; write at least one word")
+        texts_of(text, what)
+        refuse_holes([text], what, "pipe.generate(text=...) and pipe.inpaint(...) fill <mask> holes")
         return self.tokenizer.encode(text.strip())
 
     def _fits(self, count: int, text: str, what: str) -> None:
         if count > self.room:
             raise ValueError(
-                f"{what} {_short(text)} has {count} tokens, but this model holds at most {self.room}; shorten it"
+                f"{what} {short(text)} has {count} tokens, but this model holds at most {self.room}; shorten it"
+                f"{self._hint(text)}"
             )
+
+    def _hint(self, text: str) -> str:
+        """Words that were never taught are spelt letter by letter, which makes many tokens of a few."""
+        words = unknown_words([text], self.tokenizer)
+        return f" ({note_on(words, self.tokenizer.known_words)})" if words else ""
 
     def _limit(self, max_text_tokens: int | None) -> int:
         if max_text_tokens is None:
             return self.room
-        if not isinstance(max_text_tokens, int) or not 1 <= max_text_tokens <= self.room:
-            raise ValueError(f"max_text_tokens is {max_text_tokens!r}; expected a whole number from 1 to {self.room}")
-        return max_text_tokens
-
-    def _hole_length(self, hole: re.Match[str]) -> int:
-        count = "1" if hole[1] is None else hole[1]
-        if not count.isdecimal() or not 1 <= int(count) <= self.room:
-            raise ValueError(
-                f"{hole[0].strip()!r} is no hole; write <mask> or <mask:n> with n from 1 to {self.room} tokens"
-            )
-        return int(count)
+        return whole(max_text_tokens, "max_text_tokens", 1, self.room)
 
 
 def build_batch(
@@ -184,7 +175,3 @@ def build_batch(
             "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
         )
     return batch
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")

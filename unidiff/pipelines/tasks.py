@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unidiff.pipelines.arguments import one_of, texts_of
 from unidiff.pipelines.settings import TASKS
 
 _INPUTS = {  # what a task needs, and what it takes besides
@@ -19,7 +20,7 @@ _INPUTS = {  # what a task needs, and what it takes besides
 def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
     """The task of a call, one of `TASKS`.
 
-    A prompt: text_to_image. A picture and a question: answer. A picture with a mask or with text: inpaint. A picture
+    A prompt: text_to_image, or with `<mask>` holes generate. A picture and a question: answer. A picture with a mask or with text: inpaint. A picture
     alone: caption. Text alone, or nothing at all: generate.
 
     Args:
@@ -39,8 +40,7 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
                 "with a mask_image and text), text, or nothing"
             )
         return fits[0]
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; expected one of {list(TASKS)}")
+    one_of(task, "task", TASKS)
     if not _takes(task, names):
         needs, more = _INPUTS[task]
         raise ValueError(
@@ -51,6 +51,10 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
 
 def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
     """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`."""
+    if prompt is not None and task is None and any("<mask" in text for text in texts_of(prompt, "prompt")):
+        if inputs.get("text") is not None:
+            raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
+        prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters
     given = {"prompt": prompt, **{name: inputs.get(name) for name in ("image", "question", "mask_image", "text")}}
     known = {name: value for name, value in given.items() if value is not None}
     options = {name: value for name, value in inputs.items() if name not in given}

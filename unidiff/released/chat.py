@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.released.dream import dream_sampler
@@ -19,6 +20,7 @@ from unidiff.released.task_rows import Piece, hidden_text, pieces_batch, text_pi
 from unidiff.released.tasks import Encode, Prompt, TaskRequest, prompt_ids, text_targets
 from unidiff.tokens.vocabulary import Vocabulary
 
+ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]
 Turn = Prompt | Sequence[Message]
 
@@ -137,10 +139,11 @@ class ChatRows:
 
     def ids(self, turn: Turn) -> list[int]:
         """A conversation in the template, up to where the answer begins."""
+        check_turns([turn])
         if not isinstance(turn, str) and all(isinstance(part, int) for part in turn):
             return prompt_ids(turn, None)  # type: ignore[arg-type]
         said: list[object] = [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
-        messages = [self._checked(message) for message in said]
+        messages = [{"role": m["role"], "content": m["content"].strip()} for m in cast("list[Message]", said)]
         if self.template.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.template.system}, *messages]
         ids = self._parts(self.template.opening, {})
@@ -167,13 +170,6 @@ class ChatRows:
             raise ValueError("words need a tokenizer; pass encode=tokenizer.encode, or conversations as ids")
         return list(self.encode(words))
 
-    def _checked(self, message: object) -> Message:
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise ValueError(f"message {message!r} must have exactly a role and a content; write both")
-        if not message["content"].strip():
-            raise ValueError(f"the {message['role']} message is empty; write at least one word")
-        return {"role": message["role"], "content": message["content"].strip()}
-
     def _settings(self) -> SamplerConfig:
         if self.config is not None:
             return replace(self.config, ends=(*self.config.ends, *self._ends))
@@ -193,3 +189,36 @@ class ChatRows:
             rows.append([text_piece(prompt), hidden_text(answer_length, self.vocabulary)])
         batch = pieces_batch(rows, self.left)
         return TaskRequest(batch, self._settings(), text_targets(batch))
+
+
+def check_turns(turns: Sequence[object]) -> list[Turn]:
+    """Questions, conversations or ids as they are.
+
+    Raises:
+        ValueError: anything else, or nothing said; the message names it.
+    """
+    for number, turn in enumerate(turns):
+        name = "the question" if len(turns) == 1 else f"question {number + 1} of {len(turns)}"
+        if isinstance(turn, str):
+            _check_said(turn, name)
+            continue
+        if not isinstance(turn, list | tuple) or not turn:
+            raise ValueError(f"{name} is {turn!r:.60}; expected a string, or a list of messages with role and content")
+        if all(isinstance(part, int) and not isinstance(part, bool) for part in turn):
+            if bad := [part for part in turn if not 0 <= part < 2**31]:
+                raise ValueError(f"{name} holds the id {bad[0]}, which no vocabulary has")
+            continue
+        for message in turn:
+            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+                raise ValueError(f"message {message!r:.60} must have exactly a role and a content; write both")
+            if message["role"] not in ROLES:
+                raise ValueError(f"message role is {message['role']!r:.60}; expected one of {', '.join(ROLES)}")
+            _check_said(message["content"], f"the {message['role']} message")
+    return list(turns)  # type: ignore[arg-type]
+
+
+def _check_said(words: object, name: str) -> None:
+    if not isinstance(words, str):
+        raise ValueError(f"{name} is {words!r:.60}; expected a string")
+    if not words.strip():
+        raise ValueError(f"{name} is empty; write at least one word")

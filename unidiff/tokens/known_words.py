@@ -1,0 +1,58 @@
+"""Words that a model was never taught: found before the decode, said in the result, as a warning and on the command line.
+
+A model whose text tokenizer carries a list of known words (`TextTokenizer.known_words`) was trained on these and no others;
+models of free text have no list, and only words that their tokenizer has no ids for are reported.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+
+from unidiff.tokens.text import TextTokenizer
+
+_WORD = re.compile(
+    r"[^\W_]+(?:[-'\u2019][^\W_]+)*|[^\w\s\x00-\x7f\u2010-\u2027]"
+)  # words, and pictures among the signs
+_MOST = 8  # words that a message lists
+
+
+class UnknownWords(UserWarning):
+    """The model draws or answers something else than these words say."""
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, without punctuation."""
+    return _WORD.findall(text)
+
+
+def unknown_words(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
+    """Words that the model does not know, each once, in the order of the texts."""
+    known = tokenizer.known_words
+    found = {word: None for text in texts for word in words_of(text)}
+    if known is not None:
+        return [word for word in found if word not in known]
+    unknown = tokenizer.tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    return [word for word in found if unknown in tokenizer.encode(word)]
+
+
+def note_on(words: Sequence[str], known: Collection[str] | None) -> str:
+    """One sentence about words that a model does not know."""
+    listed = ", ".join(map(repr, words[:_MOST])) + (f" and {len(words) - _MOST} more" if len(words) > _MOST else "")
+    note = f"the model does not know {'the word' if len(words) == 1 else 'the words'} {listed}"
+    if known is not None and all(word not in known and word.lower() in known for word in words):
+        return f"{note}; it knows {'it' if len(words) == 1 else 'them'} in small letters"
+    return f"{note}, so the result may show something else" + ("; `unidiff info` lists what it knows" if known else "")
+
+
+def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
+    """Notes for a result, also given as a warning of Python's, which shows the same one once."""
+    words = unknown_words(texts, tokenizer)
+    if not words:
+        return []
+    note = note_on(words, tokenizer.known_words)
+    warnings.warn(note, UnknownWords, stacklevel=4)
+    return [note]
