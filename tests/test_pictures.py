@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidiff import pictures
+from unidiff import addresses, pictures
 from unidiff.errors import DamagedFile
 from unidiff.pictures import as_rgb, decode_picture, open_picture
 
@@ -276,9 +276,10 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def address():
+def address(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(addresses, "PAUSES", (0.0,))
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

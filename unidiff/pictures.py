@@ -5,15 +5,10 @@ from __future__ import annotations
 import io
 import os
 import stat
-import time
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO
-from urllib.error import URLError
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import (
@@ -27,6 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from unidiff.addresses import Unreachable, fetch, local_path, scheme
 from unidiff.errors import DamagedFile, reading
 
 PictureSource = str | os.PathLike[str] | bytes | bytearray | BinaryIO | Image.Image
@@ -36,7 +32,6 @@ MAX_PIXELS = 64 * 1024 * 1024
 """Largest picture that is decoded: a few kB can claim to be gigapixels."""
 MAX_BYTES = 256 * 1024 * 1024
 """Largest file that is read or downloaded."""
-DOWNLOAD_SECONDS = 60.0
 FORMATS = ("PNG", "JPEG", "WebP", "GIF", "BMP")
 """What is opened, told by its first bytes and never by its name. Pillow would start other programs for some formats."""
 
@@ -148,7 +143,7 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
         _scale_key(image, depth=data[24])
         return image
     if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(b"".join(_plain_segments(data))))
     if data.startswith((b"GIF87a", b"GIF89a")):
         return GifImagePlugin.GifImageFile(io.BytesIO(data))
     if data.startswith(b"BM"):
@@ -189,6 +184,25 @@ def _plain_chunks(data: bytes) -> Iterator[bytes]:
             return
 
 
+def _plain_segments(data: bytes) -> Iterator[bytes]:
+    """A JPEG without its metadata but for orientation and what says how its colours are coded."""
+    place = 2
+    yield data[:place]
+    while data[place : place + 1] == b"\xff" and len(data) > place + 4:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0xDA or not 0xC0 <= marker <= 0xFE:  # pixels follow, or filling
+            break
+        body = data[place + 4 : place + 2 + length]
+        coded = (marker == 0xE0 and body.startswith(b"JFIF") and len(body) >= 14) or (
+            marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12
+        )
+        oriented = marker == 0xE1 and body.startswith(b"Exif\0\0")
+        if coded or oriented or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            yield data[place : place + 2 + length]
+        place += 2 + length
+    yield data[place:]
+
+
 def _scale_key(image: Image.Image, depth: int) -> None:
     """The transparent colour in the units of Pillow's pixels; it keeps the file's."""
     key = image.info.get("transparency")
@@ -224,12 +238,15 @@ def _read(source: str | os.PathLike[str] | bytes | bytearray | BinaryIO, what: s
         where = os.fspath(source)
         shown = where if len(where) <= 200 else where[:197] + "..."
         name = f"{what}: {shown}" if what else shown
-        scheme = urlsplit(where).scheme if "://" in where[:20] or where.startswith(("file:", "data:")) else ""
-        if scheme in ("http", "https"):
-            return _download(where, name), name
-        if scheme not in ("", "file"):
+        kind = scheme(where)
+        if kind in ("http", "https"):
+            try:
+                return fetch(where, MAX_BYTES), name
+            except Unreachable as error:
+                raise DamagedFile(f"{what}: {error}" if what else str(error)) from error
+        if kind not in ("", "file"):
             raise DamagedFile(f"{name!r} is no address that unidiff reads; give a path, or http, https or file")
-        return _read_path(where if not scheme else _local(where, name), name), name
+        return _read_path(local_path(where), name), name
     if hasattr(source, "read"):
         name = what or str(getattr(source, "name", "the picture"))
         with reading(name, _WORDS, _FIX):
@@ -252,46 +269,6 @@ def _read_path(path: str, name: str) -> bytes:
             raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no ordinary file")
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-    return _bounded(data, name)
-
-
-def _local(url: str, name: str) -> str:
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise DamagedFile(f"{name!r} names another machine; write file:///folder/picture.png")
-    return str(Path(unquote(parts.path)))
-
-
-def _download(url: str, name: str) -> bytes:
-    """At most `MAX_BYTES` within `DOWNLOAD_SECONDS`; redirections stay with http and https."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    end = time.monotonic() + DOWNLOAD_SECONDS
-    parts: list[bytes] = []
-    try:
-        with opener.open(urllib.request.Request(url, headers={"User-Agent": "unidiff"}), timeout=20) as answer:
-            while part := answer.read1(2**20):
-                parts.append(part)
-                if time.monotonic() > end:
-                    raise TimeoutError(f"longer than {DOWNLOAD_SECONDS:.0f} seconds")
-                if sum(map(len, parts)) > MAX_BYTES:
-                    break
-            expected = answer.headers.get("Content-Length", "")
-    except Exception as error:  # of the address, the network or the server
-        cause = error.reason if type(error) is URLError else error
-        raise DamagedFile(f"{name!r} cannot be downloaded ({cause or type(error).__name__})") from error
-    data = b"".join(parts)
-    if expected.isdigit() and len(data) < min(int(expected), MAX_BYTES):
-        raise DamagedFile(f"{name!r} cannot be downloaded whole (the server sent {len(data)} of {expected} bytes)")
     return _bounded(data, name)
 
 
