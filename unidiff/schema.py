@@ -25,12 +25,19 @@ class Between:
     low: float
     high: float = LARGEST
 
+    @property
+    def words(self) -> str:
+        """The bounds as the end of a sentence; what is too large for any use is not named."""
+        return f" of at least {self.low:g}" if self.high >= LARGEST else f" from {self.low:g} to {self.high:g}"
+
 
 # sizes of networks: far above every model there is, and small enough that products of them are numbers that torch holds
 Depth = Annotated[int, Between(1, 1024)]
+Layers = Annotated[int, Between(0, 1024)]
 Width = Annotated[int, Between(1, 2**20)]
 Rows = Annotated[int, Between(1, 2**26)]
 Index = Annotated[int, Between(0, 2**26)]
+Epsilon = Annotated[float, Between(0, 1)]
 Positive = Annotated[float, Between(1e-30, 1e30)]
 
 
@@ -94,8 +101,7 @@ def describe(annotation: Any) -> str:
     if annotation is None or annotation is types.NoneType:
         return "nothing (null)"
     if origin is Annotated:
-        bounds = "".join(f" from {b.low:g} to {b.high:g}" for b in parts[1:] if isinstance(b, Between))
-        return describe(parts[0]) + bounds
+        return describe(parts[0]) + "".join(b.words for b in parts[1:] if isinstance(b, Between))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(part) for part in parts)
     if origin is typing.Literal:
@@ -106,7 +112,7 @@ def describe(annotation: Any) -> str:
         return f"a list, each {describe(parts[0])}"
     if origin in (dict, Mapping):
         return f"a mapping, each value {describe(parts[1])}"
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Any: "anything"}
     return words.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
 
 

@@ -27,7 +27,7 @@ def test_every_policy_has_a_name_and_survives_json(name):
 def test_no_policy_is_left_without_a_name():
     named = {type(CacheConfig(name).build()) for name in CACHES} | {SegmentCache}
     public = {getattr(policies, name) for name in policies.__all__}
-    assert named == public - {policies.Policy, policies.RefreshPolicy, policies.HeldGuidance}
+    assert named == public - {policies.Policy, policies.RefreshPolicy, policies.HeldGuidance, policies.CacheByRow}
 
 
 def test_options_reach_the_policy():
@@ -60,8 +60,8 @@ def test_segments_by_name():
         (lambda: CacheConfig("dual", segments={"sound": "dual"}), "unknown cache segments \\['sound'\\]"),
         (lambda: CacheConfig(segments={"text": "modality"}), "ModalityCache decides for whole rows"),
         (lambda: CacheConfig(segments={"text": CacheConfig(segments={"image": "dual"})}), "segments of their own"),
-        (lambda: CacheConfig("dual", 5), "cache options are 5"),
-        (lambda: CacheConfig.from_dict({"name": "dual"}), "unknown cache settings \\['name'\\]"),
+        (lambda: CacheConfig("dual", 5), "cache options is 5; expected a mapping"),
+        (lambda: CacheConfig.from_dict({"name": "dual"}), "cache has unknown settings \\['name'\\]"),
         (lambda: CacheConfig.of(DualCache()), "cache is a DualCache.*there is policy="),
     ],
 )

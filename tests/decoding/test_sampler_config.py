@@ -36,9 +36,9 @@ def test_works_as_part_of_a_yaml_schema() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"stepz": 3}, "unknown sampler settings.*stepz"),
-        ({"text": {"temp": 1}}, "unknown text settings.*temp"),
-        ({"guidance": {"weight": 1}}, "unknown guidance settings.*weight"),
+        ({"stepz": 3}, "sampler has unknown settings.*stepz"),
+        ({"text": {"temp": 1}}, "sampler text has unknown settings.*temp"),
+        ({"guidance": {"weight": 1}}, "sampler guidance has unknown settings.*weight"),
         ({"image": 5}, "sampler image is 5"),
         ({"order": "both"}, "order is 'both'; expected one of together"),
     ],
@@ -56,7 +56,7 @@ def test_bad_data_is_refused(data: dict, message: str) -> None:
         (dict(confidence="max"), "confidence is 'max'"),
         (dict(block_order="spiral"), "block_order is 'spiral'"),
         (dict(remask="all"), "remask is 'all'"),
-        (dict(steps=0), "steps is 0; expected a whole number of at least 1"),
+        (dict(steps=0), "steps is 0; expected a whole number from 1"),
         (dict(steps=2.5), "steps is 2.5"),
         (dict(top_k=0), "top_k is 0"),
         (dict(top_p=0.0), "top_p is 0"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 from unidiff.decoding import policies
 from unidiff.decoding.policies import RefreshPolicy, SegmentCache
 from unidiff.decoding.policies.segments import SEGMENTS
+from unidiff.schema import Between, check_arguments, check_fields, check_value, from_data
 
 _POLICIES: dict[str, Callable[..., RefreshPolicy]] = {
     "none": policies.NoCache,
@@ -59,23 +60,25 @@ class CacheConfig:
     policy: str = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
     segments: Mapping[str, CacheConfig] = field(default_factory=dict)
-    guidance_interval: int = 1
-    guidance_warmup: int = 5
+    guidance_interval: Annotated[int, Between(1)] = 1
+    guidance_warmup: Annotated[int, Between(0)] = 5
 
     def __post_init__(self) -> None:
-        if self.policy not in _POLICIES:
-            raise ValueError(f"cache policy is {self.policy!r}; expected one of {', '.join(CACHES)}")
+        if not isinstance(self.policy, str) or self.policy not in _POLICIES:
+            raise ValueError(
+                f"cache policy is {self.policy!r}; expected one of {', '.join(CACHES)}; pipelines take auto as well"
+            )
         for name in ("options", "segments"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"cache {name} are {getattr(self, name)!r}; expected a mapping of names to values")
+            check_value(getattr(self, name), Mapping[str, Any], f"cache {name}")
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
         object.__setattr__(self, "options", options)
-        segments = {name: CacheConfig.of(value) for name, value in self.segments.items()}
-        if unknown := sorted(set(segments) - {*SEGMENTS, *_PARTS}):
+        if unknown := sorted(set(self.segments) - {*SEGMENTS, *_PARTS}):
             raise ValueError(f"unknown cache segments {unknown}; expected some of {[*SEGMENTS, *_PARTS]}")
+        segments = {name: CacheConfig.of(value) for name, value in self.segments.items()}
         if nested := sorted(name for name, own in segments.items() if own.segments):
             raise ValueError(f"cache segments {nested} have segments of their own; name a policy for each instead")
         object.__setattr__(self, "segments", segments)
+        check_fields(self, "cache")
         self.build()  # refuse bad settings now, not in the middle of a call
 
     @classmethod
@@ -116,14 +119,14 @@ class CacheConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CacheConfig:
         """Inverse of `to_dict`. Keys left out keep their defaults; an unknown key is an error."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(data) - set(known)):
-            raise ValueError(f"unknown cache settings {unknown}; expected some of {known}")
-        return cls(**data)
+        if isinstance(data, Mapping) and isinstance(segments := data.get("segments"), Mapping):
+            data = {**data, "segments": {name: cls.of(value) for name, value in segments.items()}}
+        return from_data(cls, data, "cache")
 
     def _build_own(self) -> RefreshPolicy:
         make = _POLICIES[self.policy]
         known = [] if self.policy == "none" else [f.name for f in fields(make) if f.init]  # type: ignore[arg-type]
         if unknown := sorted(set(self.options) - set(known)):
             raise ValueError(f"cache policy {self.policy!r} has no settings {unknown}; expected some of {known}")
+        check_arguments(make, self.options, f"cache {self.policy}")
         return make(**self.options)

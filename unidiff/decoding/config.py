@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from unidiff.schema import Between, Index, check_fields, from_data
 
 RULES = ("quota", "threshold", "factor", "hierarchical", "credit", "first_hitting", "ancestral")
 _LOOKING = ("threshold", "factor", "hierarchical", "credit")  # rules that compare confidences and end by themselves
@@ -16,6 +17,12 @@ REMASKING = ("none", "confidence", "remdm")
 GUIDANCE_MODES = ("constant", "ramp", "window")
 HIDES = ("given", "other", "text", "image")
 ORDERS = ("together", "text_first", "image_first", "level")
+# Bounds that no decode has a use to pass: work that never ends, or numbers that overflow float32
+_Passes = Annotated[int, Between(1, 100_000)]
+_Count = Annotated[int, Between(1)]
+_Share = Annotated[float, Between(0, 1)]
+_Strength = Annotated[float, Between(0, 1e6)]
+_Size = Annotated[float, Between(0, 1e30)]
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,10 @@ class ModalityDecoding:
     """How one modality is decoded. Nothing here is shared between text and image.
 
     Args:
-        steps: passes to spread over all blocks of the modality (`quota` and `ancestral`; the other rules end by themselves).
+        steps: passes for the whole modality (`quota` and `ancestral`; the other rules end by themselves). Blocks share them in
+            proportion to their sizes. Every block takes at least one, so a row of more blocks than `steps` makes one per
+            block; `quota` takes no more than one per token. Tokens that are masked again may add one each. What is done
+            sooner (end of text, blocks in flight) leaves passes out.
         rule: how many tokens a pass commits.
             `quota`: what `schedule` says, at least one. `threshold`: every position whose confidence reaches `threshold`,
             at least the best one (Fast-dLLM). `factor`: the longest prefix of the sorted confidences with
@@ -56,63 +66,41 @@ class ModalityDecoding:
         ValueError: a value outside its range; the message names it.
     """
 
-    steps: int = 16
+    steps: _Passes = 16
     rule: str = "quota"
     schedule: str = "cosine"
     confidence: str = "probability"
-    temperature: float = 1.0
-    choice_temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Annotated[float, Between(0, float("inf"))] = 1.0
+    choice_temperature: _Size = 0.0
+    top_k: _Count | None = None
+    top_p: _Share | None = None
     threshold: float = 0.9
-    factor: float = 1.0
+    factor: Annotated[float, Between(0, float("inf"))] = 1.0
     low_threshold: float = 0.5
-    credit_decay: float = 0.8
-    credit_power: float = 0.2
-    credit_weight: float = 0.7
-    block_length: int | None = None
+    credit_decay: _Share = 0.8
+    credit_power: _Size = 0.2
+    credit_weight: _Strength = 0.7
+    block_length: _Count | None = None
     block_order: str = "sequence"
-    blocks_in_flight: int = 1
-    flight_share: float = 0.5
+    blocks_in_flight: _Count = 1
+    flight_share: _Share = 0.5
     flight_threshold: float = 0.9
     remask: str = "none"
-    remask_threshold: float = 0.0
-    remask_budget: int = 0
-    remask_cap: float = 0.0
-    forbid: tuple[int, ...] = ()
+    remask_threshold: _Share = 0.0
+    remask_budget: Annotated[int, Between(0, 100_000)] = 0
+    remask_cap: _Share = 0.0
+    forbid: tuple[Index, ...] = ()
 
     def __post_init__(self) -> None:
+        _tuples(self, "forbid")
+        check_fields(self, "")
         _one_of("rule", self.rule, RULES)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("confidence", self.confidence, CONFIDENCES)
         _one_of("block_order", self.block_order, BLOCK_ORDERS)
         _one_of("remask", self.remask, REMASKING)
-        _whole("steps", self.steps, 1)
-        _whole("remask_budget", self.remask_budget, 0)
-        _whole("blocks_in_flight", self.blocks_in_flight, 1)
-        if self.top_k is not None:
-            _whole("top_k", self.top_k, 1)
-        if self.block_length is not None:
-            _whole("block_length", self.block_length, 1)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("choice_temperature", self.choice_temperature, 0.0, math.inf)
-        if self.top_p is not None:
-            _number("top_p", self.top_p, 0.0, 1.0)
-            if self.top_p == 0:
-                raise ValueError("top_p is 0; expected a number in (0, 1], or None to keep every token")
-        for name in ("threshold", "low_threshold", "flight_threshold"):
-            _number(name, getattr(self, name), -math.inf, math.inf)
-        for name, high in (
-            ("credit_decay", 1.0),
-            ("credit_power", math.inf),
-            ("credit_weight", math.inf),
-            ("flight_share", 1.0),
-        ):
-            _number(name, getattr(self, name), 0.0, high)
-        _number("factor", self.factor, 0.0, math.inf)
-        _number("remask_threshold", self.remask_threshold, 0.0, 1.0)
-        _number("remask_cap", self.remask_cap, 0.0, 1.0)
-        object.__setattr__(self, "forbid", tuple(int(i) for i in self.forbid))
+        if self.top_p == 0:
+            raise ValueError("top_p is 0; expected a number in (0, 1], or None to keep every token")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -155,25 +143,22 @@ class Guidance:
             (s - 1) (cond - uncond). Constant over time.
     """
 
-    scale: float = 1.0
+    scale: _Strength = 1.0
     mode: str = "constant"
-    window: tuple[float, float] = (0.0, 1.0)
+    window: tuple[_Share, _Share] = (0.0, 1.0)
     hide: str = "given"
-    text_scale: float | None = None
-    image_scale: float | None = None
-    further: tuple[float, ...] = ()
+    text_scale: _Strength | None = None
+    image_scale: _Strength | None = None
+    further: tuple[_Strength, ...] = ()
 
     def __post_init__(self) -> None:
+        _tuples(self, "window", "further")
+        check_fields(self, "guidance")
         _one_of("guidance mode", self.mode, GUIDANCE_MODES)
         _one_of("guidance hide", self.hide, HIDES)
-        for name in ("scale", "text_scale", "image_scale"):
-            if (value := getattr(self, name)) is not None:
-                _number(f"guidance {name}", value, 0.0, math.inf)
-        for value in self.further:
-            _number("guidance further scale", value, 0.0, math.inf)
         object.__setattr__(self, "further", tuple(float(s) for s in self.further))
         object.__setattr__(self, "window", tuple(float(w) for w in self.window))
-        if len(self.window) != 2 or not 0.0 <= self.window[0] <= self.window[1] <= 1.0:
+        if self.window[0] > self.window[1]:
             raise ValueError(f"guidance window is {self.window}; expected (start, stop) with 0 <= start <= stop <= 1")
 
 
@@ -197,12 +182,13 @@ class SamplerConfig:
     guidance: Guidance = field(default_factory=Guidance)
     order: str = "together"
     stop_at_eos: bool = True
-    ends: tuple[int, ...] = ()
-    fill: int | None = None
+    ends: tuple[Index, ...] = ()
+    fill: Index | None = None
 
     def __post_init__(self) -> None:
+        _tuples(self, "ends")
+        check_fields(self, "sampler")
         _one_of("order", self.order, ORDERS)
-        object.__setattr__(self, "ends", tuple(int(i) for i in self.ends))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back."""
@@ -211,20 +197,14 @@ class SamplerConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SamplerConfig:
         """Inverse of `to_dict`. Keys left out keep their defaults; an unknown key is an error."""
-        values = dict(_known("sampler", cls, data))
-        for name, schema in (("text", ModalityDecoding), ("image", ModalityDecoding), ("guidance", Guidance)):
-            if name in values:
-                if not isinstance(values[name], Mapping):
-                    raise ValueError(f"sampler {name} is {values[name]!r}; expected a mapping of settings")
-                values[name] = schema(**_known(name, schema, values[name]))
-        return cls(**values)
+        return from_data(cls, data, "sampler")
 
 
-def _known(what: str, schema: type, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    names = {f.name for f in fields(schema)}
-    if unknown := sorted(set(data) - names):
-        raise ValueError(f"unknown {what} settings {unknown}; expected some of {sorted(names)}")
-    return data
+def _tuples(settings: object, *names: str) -> None:
+    """Lists become tuples, as plain data has them."""
+    for name in names:
+        if isinstance(value := getattr(settings, name), list):
+            object.__setattr__(settings, name, tuple(value))
 
 
 def _jsonable(value: Any) -> Any:
@@ -236,13 +216,3 @@ def _jsonable(value: Any) -> Any:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {low}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; expected a number between {low:g} and {high:g}")

@@ -146,8 +146,8 @@ def with_overrides(
     """A sampler config with the everyday knobs changed.
 
     Args:
-        steps: passes per modality; a text rule that ends by itself (threshold, factor) becomes a quota of that many, and
-            text blocks that are in flight together become one.
+        steps: passes per modality; a rule that ends by itself (threshold, factor) becomes a quota of that many, and its
+            blocks that are in flight together become one.
         guidance_scale: at full strength, for both modalities.
         guidance_hides: see `Guidance.hide`.
         temperature: of token draws in both modalities.
@@ -159,14 +159,10 @@ def with_overrides(
     Raises:
         ValueError: a value outside its range.
     """
+    check_value(sampler, SamplerConfig, "sampler")
     text, image, guidance = sampler.text, sampler.image, sampler.guidance
     if steps is not None:
-        rule = text.rule if text.rule in ("quota", "ancestral") else "quota"
-        if rule != text.rule:
-            whole = text.blocks_in_flight > 1  # blocks that wait for confidence have no number of passes
-            length = None if whole else text.block_length
-            text = replace(text, rule=rule, schedule="linear", block_length=length, blocks_in_flight=1)
-        text, image = replace(text, steps=steps), replace(image, steps=steps)
+        text, image = _in_steps(text, steps, "linear"), _in_steps(image, steps, image.schedule)
     if temperature is not None:
         text, image = replace(text, temperature=temperature), replace(image, temperature=temperature)
     if guidance_scale is not None:
@@ -184,6 +180,15 @@ def with_overrides(
     return replace(sampler, text=changed["text"], image=changed["image"], guidance=guidance)
 
 
+def _in_steps(settings: ModalityDecoding, steps: int, schedule: str) -> ModalityDecoding:
+    """The same decoding in so many passes; a rule without a number of passes becomes a quota by `schedule`."""
+    if settings.rule in ("quota", "ancestral"):
+        return replace(settings, steps=steps)
+    whole = settings.blocks_in_flight > 1  # blocks that wait for confidence have no number of passes
+    length = None if whole else settings.block_length
+    return replace(settings, steps=steps, rule="quota", schedule=schedule, block_length=length, blocks_in_flight=1)
+
+
 def by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:
     """A setting per modality from one number, which goes to the modalities in `default`, or from a mapping.
 
@@ -194,6 +199,6 @@ def by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]
         return {}
     if not isinstance(value, Mapping):
         return dict.fromkeys(default, value)
-    if unknown := sorted(set(value) - {"text", "image"}):
+    if unknown := sorted(str(key) for key in set(value) - {"text", "image"}):
         raise ValueError(f"{name} names {unknown}; expected some of ['image', 'text']")
     return dict(value)
