@@ -2,33 +2,35 @@
 
     python tokenizers/train_image_tokenizer.py configs/emoji_tokenizer.yaml [key=value ...]
 
-Writes a folder that `VQImageTokenizer.from_pretrained` loads, `report.json` (PSNR, SSIM, code usage) and
-`reconstructions.png` (pictures above, their reconstructions below).
+Writes into `out`: `model`, which `VQImageTokenizer.from_pretrained` loads, `report.json` (PSNR, SSIM, code usage on pictures
+that were not trained on), `reconstructions.png` (pictures above, their reconstructions below), `metrics.jsonl` and
+`checkpoints`. The same command continues a run that was stopped or killed, bit for bit. The model with the best PSNR is kept.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unidiff.config import load_config
-from unidiff.process import keep_freed_memory
-from unidiff.train.vq_trainer import ImageTokenizerConfig, train_image_tokenizer
+from unidiff.errors import exit_status
+from unidiff.train.startup import set_up_process
+
+set_up_process(os.environ)
 
 
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file, see configs/emoji_tokenizer.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for instance steps=100")] = None,
 ) -> None:
-    keep_freed_memory()
-    try:
-        train_image_tokenizer(load_config(ImageTokenizerConfig, config, overrides or []))
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    from unidiff.train.vq_trainer import ImageTokenizerConfig, train_image_tokenizer
+
+    train_image_tokenizer(load_config(ImageTokenizerConfig, config, overrides or []))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(exit_status(lambda: typer.run(main), failed=2))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidiff.data.emoji_scenes import BACKGROUNDS, LARGE, MEDIUM, SMALL, Scene, SceneObject, get_profile, render
+from unidiff.schema import check_fields
 from unidiff.tokens.cell_vq import CellVQModel
 
 NOTICEABLE = 24
@@ -42,6 +43,15 @@ class CellCodes:
     batch: int = 900
     learning_rate: float = 2e-3
     temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self, "cells")
+        if not 0 <= self.steps <= 2**40 or not 1 <= self.batch <= 2**20:
+            raise ValueError(f"cells.steps is {self.steps} and cells.batch {self.batch}; expected at least 0 and 1")
+        if not (0 < self.learning_rate <= 1e3 and 1e-6 <= self.temperature <= 1e6):
+            raise ValueError(
+                f"cells.learning_rate is {self.learning_rate} and cells.temperature {self.temperature}; expected numbers above 0"
+            )
 
 
 def emoji_cells(profile_name: str, factor: int) -> tuple[Tensor, Tensor]:
@@ -91,24 +101,46 @@ def train_cell_codes(
     Raises:
         ValueError: more different cells than codes.
     """
-    optimiser = torch.optim.AdamW(model.encoder.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    trainer = CellTrainer(model, cells, flat, config, bf16, generator)
     for step in range(config.steps):
-        rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate
-        chosen = torch.randperm(len(cells), generator=generator)[: config.batch]
-        with torch.autocast(cells.device.type, torch.bfloat16, enabled=bf16):
-            views = _latents(model, cells[chosen].flatten(0, 1)).unflatten(0, (len(chosen), -1))  # [n, views, d]
-            ground = _latents(model, flat)  # [M, d]
-        loss = contrast_loss(views, ground, config.temperature)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
+        loss = trainer.step(step)
         if step % 50 == 0 or step == config.steps - 1:
-            say({"cells": step, "loss": round(loss.item(), 4)})
-    report = place_codes(model, cells, flat)
+            say({"cells": step, "loss": round(float(loss), 4)})
+    report = place_codes(model, trainer.cells, trainer.flat)
     say(report)
     return report
+
+
+class CellTrainer:
+    """The encoder's training, step by step; see `train_cell_codes` for the arguments."""
+
+    def __init__(
+        self, model: CellVQModel, cells: Tensor, flat: Tensor, config: CellCodes, bf16: bool, generator: torch.Generator
+    ) -> None:
+        device = model.codebook.device
+        self.model, self.config, self.bf16, self.generator = model, config, bf16, generator
+        self.cells, self.flat = cells.to(device), flat.to(device)
+        self.optimiser = torch.optim.AdamW(
+            model.encoder.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def step(self, step: int) -> Tensor:
+        """Update the weights once; the loss, a scalar."""
+        config = self.config
+        rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.learning_rate * rate
+        chosen = torch.randperm(len(self.cells), generator=self.generator)[: config.batch].to(self.cells.device)
+        with torch.autocast(self.cells.device.type, torch.bfloat16, enabled=self.bf16):
+            views = _latents(self.model, self.cells[chosen].flatten(0, 1)).unflatten(
+                0, (len(chosen), -1)
+            )  # [n, views, d]
+            ground = _latents(self.model, self.flat)  # [M, d]
+        loss = contrast_loss(views, ground, config.temperature)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
 
 
 def contrast_loss(views: Tensor, ground: Tensor, temperature: float) -> Tensor:

@@ -7,6 +7,7 @@ diffusers' `VQModel` (codebook by gradient, its own quantiser). No pre-trained n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from torch import Tensor
 
+from unidiff.schema import check_fields
 from unidiff.tokens.cell_vq import CellVQModel
 
 
@@ -33,6 +35,29 @@ class VQModelConfig:
     decoder_context: bool = False  # cell only
     norm_num_groups: int = 8  # vqmodel only
 
+    def __post_init__(self) -> None:
+        check_fields(self, "model")
+        if self.kind not in ("cell", "vqmodel"):
+            raise ValueError(f"tokenizer kind {self.kind!r} is unknown; expected 'cell' or 'vqmodel'")
+        if self.factor not in (1, 2, 4, 8, 16, 32, 64, 128):
+            raise ValueError(f"model.factor is {self.factor}; expected a power of two from 1 to 128")
+        sizes = {
+            "codebook_size": (self.codebook_size,),
+            "code_dim": (self.code_dim,),
+            "encoder_width": (self.encoder_width,),
+        }
+        sizes |= {"decoder_widths": tuple(self.decoder_widths), "norm_num_groups": (self.norm_num_groups,)}
+        for name, values in sizes.items():
+            if not values or min(values) < 1 or max(values) > 2**22:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; expected numbers from 1 to {2**22}")
+        for name, depths in {"encoder_depth": [self.encoder_depth], "decoder_depths": self.decoder_depths}.items():
+            if not depths or min(depths) < 0 or max(depths) > 1024:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; expected numbers from 0 to 1024")
+        if self.kind == "vqmodel" and (odd := [w for w in self.decoder_widths if w % self.norm_num_groups]):
+            raise ValueError(
+                f"model.decoder_widths holds {odd[0]}, which norm_num_groups={self.norm_num_groups} must divide"
+            )
+
     def build(self) -> Any:
         """A freshly initialised model (torch's global generator)."""
         if self.kind == "cell":
@@ -40,8 +65,6 @@ class VQModelConfig:
                 self.factor, self.codebook_size, self.code_dim, self.encoder_width, self.encoder_depth,
                 tuple(self.decoder_widths), tuple(self.decoder_depths), self.decoder_context,
             )  # fmt: skip
-        if self.kind != "vqmodel":
-            raise ValueError(f"tokenizer kind {self.kind!r} is unknown; expected 'cell' or 'vqmodel'")
         levels = int(math.log2(self.factor)) + 1
         if len(self.decoder_widths) != levels:
             raise ValueError(
@@ -71,6 +94,12 @@ class VQLossWeights:
     commitment: float = 0.25
     edge_focus: float = 4.0
     cycle: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "loss")
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1e9:
+                raise ValueError(f"loss.{name} is {value}; expected a weight from 0 to 1e9")
 
 
 @dataclass(frozen=True)
@@ -118,9 +147,21 @@ class CodebookAverage:
 
     def __init__(self, model: CellVQModel, decay: float = 0.98, revive_below: float = 0.05) -> None:
         self.model, self.decay, self.revive_below = model, decay, revive_below
-        self.counts = torch.ones(len(model.codebook))
+        self.counts = torch.ones(len(model.codebook), device=model.codebook.device)
         self.sums = model.codebook.clone().float()
         self.started = False
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load` goes on from."""
+        return {"counts": self.counts, "sums": self.sums, "started": torch.tensor(self.started)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`. Raises ValueError where it is of another codebook."""
+        for name in ("counts", "sums"):
+            if name not in state or state[name].shape != getattr(self, name).shape:
+                raise ValueError(f"the codebook's {name} are missing, or of another codebook")
+            getattr(self, name).copy_(state[name])
+        self.started = bool(state.get("started", True))
 
     @torch.no_grad()
     def update(self, codes: Tensor, latents: Tensor, generator: torch.Generator, revive: bool) -> int:
@@ -133,7 +174,7 @@ class CodebookAverage:
             self._place(torch.ones_like(self.counts, dtype=torch.bool), flat, torch.zeros_like(fit), generator)
             self._write()
             return len(self.counts)
-        ones = torch.ones(len(chosen))
+        ones = torch.ones(len(chosen), device=chosen.device)
         counts = torch.zeros_like(self.counts).index_add_(0, chosen, ones)
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, flat)
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
@@ -147,8 +188,8 @@ class CodebookAverage:
 
     def _place(self, where: Tensor, flat: Tensor, fit: Tensor, generator: torch.Generator) -> None:
         """Move the marked codes onto latents drawn by their misfit, with a share of use that lets them prove themselves."""
-        misfit = (1 - fit).clamp(min=1e-5)
-        pick = torch.multinomial(misfit, int(where.sum()), replacement=True, generator=generator)
+        misfit = (1 - fit).clamp(min=1e-5).cpu()  # where the generator is
+        pick = torch.multinomial(misfit, int(where.sum()), replacement=True, generator=generator).to(flat.device)
         share = len(flat) / len(self.counts) * 0.3
         self.sums[where] = flat[pick] * share
         self.counts[where] = share
