@@ -36,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = resolve_link(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _beside(path, "tmp")
+        temporary = beside(path, "tmp")
         try:
             yield temporary
             flush_to_disk(temporary)
@@ -62,7 +62,7 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
-        temporary, aside = _beside(target, "tmp"), _beside(target, "old")
+        temporary, aside = beside(target, "tmp"), beside(target, "old")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -98,7 +98,7 @@ def filling_folder(target: str | Path) -> Iterator[Path]:
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target / _PART)
-        temporary = _beside(target / _PART, "tmp")  # inside: a folder may be a disk of its own
+        temporary = beside(target / _PART, "tmp")  # inside: a folder may be a disk of its own
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -115,9 +115,13 @@ def resolve_link(path: str | Path) -> Path:
     """Where writing to `path` really writes: the end of a chain of links, or `path` itself.
 
     Raises:
-        OSError: links that go round in circles.
+        OSError: links that go round in circles. ValueError: the root of a disk.
     """
     path = Path(path)
+    if path.name in ("", ".."):  # such as "."
+        path = path.resolve()
+        if not path.name:
+            raise ValueError(f"{str(path)!r} is the root of a disk; name something in it")
     if not path.is_symlink():
         return path
     with writing(path):
@@ -218,7 +222,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _beside(path: Path, end: str) -> Path:
+def beside(path: Path, end: str) -> Path:
+    """A temporary name of this process beside `path`, which `remove_leftovers(path)` knows."""
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
     return path.with_name(f".{path.name}.{host}-{os.getpid()}.{end}")
 
