@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -31,10 +32,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     is removed. A link is written through: the file that it points to is replaced.
 
     Raises:
+        ValueError: `path` is a folder, a device or a pipe.
         OSError: a full or read-only disk and the like, with the name of `path`.
     """
     path = resolve_link(path)
     with writing(path):
+        _check_kind(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = beside(path, "tmp")
         try:
@@ -109,6 +112,30 @@ def filling_folder(target: str | Path) -> Iterator[Path]:
                 shutil.move(file, place) if place.parent != target else os.replace(file, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: str | Path | None) -> None:
+    """Before any work: raise where a file cannot be written later; None is a file that nobody asked for.
+
+    Raises:
+        ValueError: a folder, a device, a pipe, or a path below a file. OSError: no permission.
+    """
+    if path is None:
+        return
+    path = resolve_link(path)
+    with writing(path):
+        _check_kind(path)
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise ValueError(f"output {str(path)!r} lies under {str(parent)!r}, which is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+def _check_kind(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of a device
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise ValueError(f"output {str(path)!r} is {kind}; name a file")
 
 
 def resolve_link(path: str | Path) -> Path:

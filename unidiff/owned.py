@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from unidiff.errors import read_json, reading
 from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
+from unidiff.models.trained_on import read_trained_on
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.released.native import load_native
 from unidiff.saving import CONFIG, WEIGHTS
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
 
+VOCABULARY = "vocabulary.json"
 INDEX = "model_index.json"
 PIPELINE_CLASS = "UniDiffPipeline"
 MODELS, WORDS = ("transformer", "image_tokenizer"), "text_tokenizer"
 PARTS = (*MODELS, WORDS)
 _INDEX_KEYS = {"_class_name", "_diffusers_version", "_name_or_path", "settings", *PARTS}
-_WORD_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-_WORD_FILES |= {"chat_template.jinja"}
-_EXPORTED = {"vocabulary.json", TRAINED_ON}  # what a run puts beside its model
 _SHOWN = 6  # names in a message
 
 
@@ -55,19 +56,23 @@ def others_in_pipeline(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink() and path.name in PARTS:
-            inside = _others_in_words(path) if path.name == WORDS else others_in_model(path)
+            inside = _others_in_words(path) if path.name == WORDS else others_in_model(path, exported=False)
             found += [f"{path.name}/{name}" for name in inside]
         elif path.name != INDEX or path.is_symlink():
             found.append(_shown(path))
     return found
 
 
-def others_in_model(folder: Path) -> list[str]:
-    """Entries of a folder that no `save_pretrained` of a model and no training run wrote; all where it holds no model."""
+def others_in_model(folder: Path, exported: bool = True) -> list[str]:
+    """Entries of a folder that no `save_pretrained` of a model wrote; all where it holds no model.
+
+    Args:
+        exported: what a training run puts beside its model is no stranger.
+    """
     try:
         with reading(folder, "a model"):
             load_native(folder, device="meta")  # names and shapes of the weights are those that the config asks for
-        known = {CONFIG, *_EXPORTED}
+        known = {CONFIG, *(_notes_of_a_run(folder) if exported else ())}
         single, index = f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.safetensors.index.json"
         if (folder / single).is_file():
             known.add(single)
@@ -83,12 +88,28 @@ def entries(folder: Path) -> list[str]:
     return [_shown(path) for path in sorted(folder.iterdir())]
 
 
+def _notes_of_a_run(folder: Path) -> set[str]:
+    readers = {
+        VOCABULARY: lambda: Vocabulary.from_dict(read_json(folder / VOCABULARY)),
+        TRAINED_ON: lambda: read_trained_on(folder),
+    }
+    found = set()
+    for name, read in readers.items():
+        with suppress(ValueError, OSError):
+            read()
+            found.add(name)
+    return found
+
+
 def _others_in_words(folder: Path) -> list[str]:
     try:
         words = TextTokenizer.from_pretrained(folder).tokenizer
     except (ValueError, OSError):
         return entries(folder)
-    return _unknown(folder, _WORD_FILES | set(words.vocab_files_names.values()))
+    known = {"tokenizer.json", "tokenizer_config.json"} | ({"chat_template.jinja"} if words.chat_template else set())
+    if not words.is_fast:
+        known |= {"added_tokens.json", *words.vocab_files_names.values()}
+    return _unknown(folder, known)
 
 
 def _is_index(path: Path) -> bool:
