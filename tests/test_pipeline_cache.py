@@ -11,9 +11,10 @@ from pass_tape import TapeRecorder
 from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
-from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, SamplerConfig
+from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
+from unidiff.decoding.policies import CacheByRow
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, ROW_TOKENS, choose_cache
+from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
 from unidiff.pipelines.settings import TASKS, by_modality, with_overrides
 from unidiff.pipelines.tasks import choose_task
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -117,14 +118,36 @@ def test_auto_follows_length_rows_and_passes():
     batch = TokenBatch.from_spans([[prompt, Span.masked_text(12, VOCABULARY)]])
     quota = SamplerConfig(text=ModalityDecoding(steps=12))
     assert choose(batch, quota).config == AUTO["text"]
-    fixed = OVERHEAD_TOKENS + ROW_TOKENS
+    fixed = OVERHEAD_TOKENS
     expected = 12 * (268 + fixed) / (2 * (268 + fixed) + 10 * (12 + fixed))
     assert f"{expected:.2f} times" in choose(batch, quota).note
     once = SamplerConfig(text=ModalityDecoding(steps=1))
     assert choose(batch, once).config == CacheConfig("none") and f"less than {LEAST_GAIN}" in choose(batch, once).note
     short = TokenBatch.from_spans([[Span.text([1] * 64, True), Span.masked_text(12, VOCABULARY)]])
     assert choose(short, quota).config == CacheConfig("none")
-    assert choose(TokenBatch.cat([short] * 16), quota).config == AUTO["text"]  # more rows hide the overhead
+    found = choose(TokenBatch.cat([short] * 16), quota)  # whatever the number of rows
+    assert (found.config, found.note) == (choose(short, quota).config, choose(short, quota).note)
+
+
+def test_auto_chooses_row_by_row():
+    """A long row gets the cache that it gets alone, a short one none, in one decode."""
+    long = TokenBatch.from_spans([[Span.text([1] * 256, True), Span.masked_text(12, VOCABULARY)]])
+    short = TokenBatch.from_spans([[Span.text([1] * 20, True), Span.masked_text(12, VOCABULARY)]])
+    drawn = TokenBatch.from_spans([[Span.text([1] * 16, True), Span.masked_image((16, 16), VOCABULARY)]])
+    config = SamplerConfig(text=ModalityDecoding(steps=12), image=ModalityDecoding(steps=64), guidance=Guidance(2.0))
+    net = MaskedTransformer(VOCABULARY.size, hidden_size=16, num_layers=1, num_heads=2).double()
+    torch.nn.init.normal_(net.blocks[0].attention.out.weight)
+    parts, seeds = [short, long, drawn, long], torch.tensor([3, 4, 5, 6])
+    batch = TokenBatch.cat(parts)
+    mixed = choose_cache("auto", None, batch, config, net)
+    assert isinstance(mixed.policy, CacheByRow) and mixed.config == AUTO["text"]
+    assert [n in mixed.note for n in ("1 of 4 rows none", "2 of 4 rows dual", "1 of 4 rows interval")] == [True] * 3
+    together = Sampler(net, VOCABULARY, config, mixed.policy)(batch, seeds)
+    for number, part in enumerate(parts):
+        own = choose_cache("auto", None, part, config, net)
+        assert own.config == [CacheConfig("none"), AUTO["text"], AUTO["image"], AUTO["text"]][number]
+        alone = Sampler(net, VOCABULARY, config, own.policy)(part, seeds[number : number + 1])
+        assert torch.equal(together.batch.ids[number, : part.shape[1]], alone.batch.ids[0])
 
 
 def test_auto_keeps_no_picture_while_it_is_described():
@@ -140,7 +163,7 @@ def test_auto_counts_the_passes_that_evaluate_guidance():
     batch = TokenBatch.from_spans([picture])
     plain, guided = (SamplerConfig(image=ModalityDecoding(steps=256), guidance=Guidance(s)) for s in (1.0, 2.0))
     assert choose(batch, plain).config == CacheConfig("none")
-    work, fixed = 0, OVERHEAD_TOKENS + ROW_TOKENS
+    work, fixed = 0, OVERHEAD_TOKENS
     for n in range(256):  # the whole row every few passes, and all that is open in between
         streams = 2 if n % 2 == 0 or n < 2 else 1
         work += streams * (272 if n % AUTO["image"].options["interval"] == 0 else 257 - n) + fixed

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
+from unidiff.decoding import ModalityDecoding, SamplerConfig
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.candidates import agreement, candidate_seeds
+from unidiff.tokens import Modality, TokenBatch
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,59 @@ def test_candidates_of_a_row_do_not_depend_on_the_batch(pipe) -> None:
     together = pipe.generate(num_images_per_prompt=3, generator=[1, 2, 3], num_candidates=2)
     alone = pipe.generate(generator=[2], num_candidates=2)
     assert torch.equal(together.ids[1], alone.ids[0])
+
+
+TEXTS = ["a <mask:2> dog", "two <mask>", "a dog", "<mask:3>", "two cats", "an owl <mask> a fox", "a <mask> on a <mask>"]
+
+
+def test_candidates_of_mixed_rows_do_not_depend_on_the_batch(pipe) -> None:
+    """Rows with and without hidden words, of any length, in one call: each keeps the candidate that it keeps alone."""
+    random = Random(0)
+    for _ in range(12):
+        texts = random.sample(TEXTS, random.randint(2, 4))
+        seeds = [random.randrange(1 << 40) for _ in texts]
+        options = dict(num_candidates=3, output_type="codes", steps=2)
+        together = pipe.generate(texts, generator=seeds, **options)
+        for row, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
+            alone = pipe.generate(text, generator=[seed], **options)
+            assert torch.equal(together.ids[row], alone.ids[0]) and int(together.seeds[row]) == int(alone.seeds[0])
+
+
+def test_agreement_of_a_row_is_its_own(pipe) -> None:
+    """Rows whose words were given or decoded, a row without words, and padding: the score of each is that alone."""
+    slots = [pipe.text_slots.template(t) for t in TEXTS]
+    batch = pipe._rows(slots, None, None)
+    ids = torch.where(batch.targets, batch.ids * 0 + torch.arange(batch.shape[1]) % 8, batch.ids)
+    image = batch.modality == Modality.IMAGE
+    batch = batch.replace(ids=torch.where(image, pipe.settings.vocabulary.image[0] + ids % 8, ids))
+    batch = TokenBatch.cat([batch, batch.rows([0]).replace(valid=image[:1], given=~image[:1])])
+    scores = agreement(pipe.transformer, pipe.settings.vocabulary, batch.pad_to(batch.shape[1] + 3))
+    assert float(scores[-1]) == -torch.inf and scores[:-1].isfinite().all()
+    for row in range(len(batch.ids)):
+        own = agreement(pipe.transformer, pipe.settings.vocabulary, batch.rows([row]))
+        torch.testing.assert_close(own[0], scores[row])
+
+
+def test_a_time_conditioned_model_judges_its_candidates(pipe) -> None:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, time_conditioning=True, cond_dim=8)
+    timed = MaskedTransformer(pipe.settings.vocabulary.size, **sizes)
+    for parameter in timed.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    own = UniDiffPipeline(timed, pipe.images, pipe.texts, pipe.settings)
+    own.set_progress_bar_config(disable=True)
+    options = dict(num_candidates=2, output_type="codes", steps=3)
+    together = own.generate(TEXTS, generator=list(range(len(TEXTS))), **options)
+    for row, text in enumerate(TEXTS):
+        assert torch.equal(together.ids[row], own.generate(text, generator=[row], **options).ids[0])
+
+
+def test_the_first_of_equal_candidates_is_kept(pipe) -> None:
+    """All candidates are the same tokens: rounding must not choose among their seeds."""
+    greedy = SamplerConfig(image=ModalityDecoding(steps=3, temperature=0.0))
+    options = dict(num_candidates=4, sampler=greedy, output_type="codes", generator=[5, 6])
+    kept = pipe.text_to_image(["a dog", "two cats"], **options)
+    assert kept.seeds.tolist() == [5, 6]
 
 
 def test_a_model_brings_its_own_number(pipe, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,18 +57,52 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
     return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
 
 
-def take_best(score: Tensor, live: Tensor, count: Tensor) -> Tensor:
-    """bool `[B, n]`: the `count[b]` live positions of highest score; ties go to the earlier one."""
+ROUNDING = 1e-5
+"""How far logits may lie apart that are equal but for rounding: the order in which float32 adds them up is not the same
+in every batch."""
+Slack = Callable[[Tensor], Tensor]
+"""From a score to how far another may lie from it and still count as equal."""
+
+
+def slack_of(measure: str) -> Slack | None:
+    """What `ROUNDING` of the logits means for a confidence measure; None for noise, which has no rounding."""
+    known: dict[str, Slack] = {
+        "probability": lambda p: ROUNDING * torch.minimum(p, 1 - p),
+        "margin": lambda m: ROUNDING * (1 - m),
+        "entropy": lambda h: ROUNDING * h.abs(),
+    }
+    return known.get(measure)
+
+
+def ranking_slack(settings: ModalityDecoding) -> Slack | None:
+    """Of the scores that a quota ranks by: with choice noise they have no ties."""
+    return None if settings.choice_temperature else slack_of(settings.confidence)
+
+
+def take_best(score: Tensor, live: Tensor, count: Tensor, slack: Slack | None = None) -> Tensor:
+    """bool `[B, n]`: the `count[b]` live positions of highest score; ties go to the earlier one.
+
+    Args:
+        slack: scores so close to the last one taken are ties as well. So positions that a model cannot tell apart (a row
+            with nothing given) are taken from the left, and not by rounding, which depends on batch and padding.
+    """
     score = score.clamp_min(torch.finfo(score.dtype).min)  # a live -inf must still come before the others
-    rank = torch.where(live, score, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    ranked = torch.where(live, score, -math.inf)
+    if slack is not None and ranked.shape[1]:
+        last = (count - 1).clamp(0, ranked.shape[1] - 1)[:, None]
+        least = ranked.sort(dim=1, descending=True).values.gather(1, last)  # [B, 1]
+        ranked = torch.where((ranked - least).abs() <= slack(least), least, ranked)
+    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(1)
     return live & (rank < count[:, None])
 
 
-def above_threshold(confidence: Tensor, live: Tensor, threshold: float) -> Tensor:
-    """bool `[B, n]`: every live position with confidence >= threshold, and always the best one (Fast-dLLM, threshold)."""
-    return (live & (confidence >= threshold)) | take_best(
-        confidence, live, torch.ones_like(live[:, 0], dtype=torch.long)
-    )
+def above_threshold(confidence: Tensor, live: Tensor, threshold: float, slack: Slack | None = None) -> Tensor:
+    """bool `[B, n]`: every live position with confidence >= threshold, and always the best one (Fast-dLLM, threshold).
+
+    The best one is looked for where none reaches the threshold.
+    """
+    sure = live & (confidence >= threshold)
+    return sure | take_best(confidence, live, (~sure.any(1)).long(), slack)
 
 
 def factor_count(confidence: Tensor, live: Tensor, factor: float) -> Tensor:
@@ -82,33 +117,37 @@ def factor_count(confidence: Tensor, live: Tensor, factor: float) -> Tensor:
     return torch.minimum(fits.long().cumprod(1).sum(1), live.sum(1))
 
 
-def best_of_runs(confidence: Tensor, live: Tensor, index: Tensor) -> Tensor:
+def best_of_runs(confidence: Tensor, live: Tensor, index: Tensor, slack: Slack | None = None) -> Tensor:
     """bool `[B, n]`: the surest position of every run of live positions that are neighbours in the row; ties to the left.
 
     Args:
         confidence: `[B, n]`. live: bool `[B, n]`.
         index: int64 `[B, n]`, their positions, ascending over the live ones.
+        slack: see `take_best`.
     """
     follows = live[:, 1:] & live[:, :-1] & (index[:, 1:] == index[:, :-1] + 1)
     begins = live & ~torch.nn.functional.pad(follows, (1, 0))
     run = begins.long().cumsum(1)  # [B, n], from 1; 0 before the first live entry
     score = torch.where(live, confidence.clamp_min(torch.finfo(confidence.dtype).min), -math.inf)
     top = torch.full_like(score, -math.inf).scatter_reduce(1, (run - 1).clamp_min(0), score, "amax")
-    best = live & (score == top.gather(1, (run - 1).clamp_min(0)))
+    top = top.gather(1, (run - 1).clamp_min(0))
+    best = live & (score >= (top if slack is None else top - slack(top)))
     place = torch.arange(score.shape[1], device=score.device).expand_as(run)
     first = torch.where(best, place, score.shape[1])
     left = torch.full_like(place, score.shape[1]).scatter_reduce(1, (run - 1).clamp_min(0), first, "amin")
     return best & (place == left.gather(1, (run - 1).clamp_min(0)))
 
 
-def hierarchical(confidence: Tensor, live: Tensor, index: Tensor, threshold: float, low_threshold: float) -> Tensor:
+def hierarchical(
+    confidence: Tensor, live: Tensor, index: Tensor, threshold: float, low_threshold: float, slack: Slack | None = None
+) -> Tensor:
     """bool `[B, n]`: what `above_threshold` takes, and the best of every run where it reaches `low_threshold` (dInfer).
 
     Runs are filled from their surest position outwards, like the halves of a divide and conquer: tokens that are
     committed together have masked ones, or known ones, between them.
     """
-    best = best_of_runs(confidence, live, index) & (confidence >= low_threshold)
-    return above_threshold(confidence, live, threshold) | best
+    best = best_of_runs(confidence, live, index, slack) & (confidence >= low_threshold)
+    return above_threshold(confidence, live, threshold, slack) | best
 
 
 def unmask_chance(schedule: str, step: Tensor, steps: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
@@ -153,10 +192,11 @@ def decide(
         count: int64 `[B]`, the quota.
         index: int64 `[B, n]`, their positions, ascending over the live ones.
     """
+    slack = slack_of(settings.confidence)
     if settings.rule == "hierarchical":
-        return hierarchical(confidence, live, index, settings.threshold, settings.low_threshold)
+        return hierarchical(confidence, live, index, settings.threshold, settings.low_threshold, slack)
     if settings.rule in ("threshold", "credit"):
-        return above_threshold(confidence, live, settings.threshold)
+        return above_threshold(confidence, live, settings.threshold, slack)
     if settings.rule == "factor":
-        return take_best(confidence, live, factor_count(confidence, live, settings.factor))
-    return take_best(score, live, count)
+        return take_best(confidence, live, factor_count(confidence, live, settings.factor), slack)
+    return take_best(score, live, count, ranking_slack(settings))

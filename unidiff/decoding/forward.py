@@ -106,8 +106,9 @@ class Forward:
         self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._hides)
         self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
-        self._held: set[int] = set()  # streams whose difference from the conditional one is kept in this pass
-        self._beside: dict[int, Tensor] = {}  # stream -> conditional features when it was last evaluated
+        # streams in which rows keep their difference from the conditional one in this pass -> rows that do not, bool [B]
+        self._held: dict[int, Tensor | None] = {}
+        self._beside: dict[int, Tensor] = {}  # stream -> conditional features when its rows were last evaluated
         self._peaks = {} if peaks is None else peaks
         self.store: FeatureStore | None = None
         if self._policy.store is not None and isinstance(model, MaskedTransformer):
@@ -127,11 +128,34 @@ class Forward:
             unfinished: int64 `[n]`, the rows that still need features, None for all. Passes over whole rows leave the
                 others out, unless they are recorded.
         """
-        self._held = {s for s in streams if plan.of(s) is None and s in self._features}
+        self._held = {}
+        for s in streams:
+            own = plan.of(s)
+            if s in self._features and (own is None or own.rows is not None):
+                self._held[s] = None if own is None else own.rows
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
-        if not plans:
+        if plans:
+            self._compute(ids, plan, plans, time, unfinished)
+        else:
             self.stats.reused_passes += 1
-            return
+        for s in (
+            s for s in streams if s and plan.others
+        ):  # rows that were evaluated differ from now on by what they do now
+            own = plan.of(s)
+            rows = None if own is None else own.rows
+            if rows is not None and s in self._beside:
+                self._beside[s] = torch.where(rows[:, None, None], self._features[0], self._beside[s])
+            elif s in plans or rows is not None:
+                self._beside[s] = self._features[0].clone()
+
+    def _compute(
+        self,
+        ids: Tensor,
+        plan: CachePlan,
+        plans: Mapping[int, CachePlan],
+        time: Tensor,
+        unfinished: Tensor | None,
+    ) -> None:
         begun = wall.perf_counter()
         for group in self._groups(plans):
             rows, together = torch.cat([self._ids_of(s, ids) for s in group]), _stacked([plans[s] for s in group])
@@ -143,8 +167,6 @@ class Forward:
         full = all(p.full for p in plans.values())
         self.stats.full_passes += full
         self.stats.partial_passes += not full
-        if plan.others:
-            self._beside |= {s: self._features[0].clone() for s in plans if s}
         self.stats.forward_seconds += wall.perf_counter() - begun
 
     def _ids_of(self, stream: int, ids: Tensor) -> Tensor:
@@ -163,7 +185,7 @@ class Forward:
             return own
         by_layer = own.verify is not None or bool(own.full_layers)
         if by_layer and self.store is None:
-            return CachePlan()
+            return _by_rows(own)
         idle = not by_layer and own.query is not None and own.width is None and not bool(own.query.any())
         nothing = own.width == 0 and own.fresh is None and not by_layer
         return None if idle or nothing else own
@@ -275,13 +297,21 @@ class Forward:
         values = self._head(modality, features, taken, rows=rows)  # [S, R, n, V]
         if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:
             beside = self._head(modality, [self._beside[streams[i]] for i in held], taken, rows=rows)
-            values[held] += values[0] - beside  # cond - (cond then - uncond then)
+            for i, then in zip(held, beside, strict=True):
+                kept = values[i] + (values[0] - then)  # cond - (cond then - uncond then)
+                now = self._held[streams[i]]
+                if now is not None:  # rows that were evaluated in this pass
+                    kept = torch.where((now if rows is None else now[rows])[:, None, None], values[i], kept)
+                values[i] = kept
         if self._policy.peaks is not None:
-            self._note_peaks(modality, index, live, values, streams)
+            self._note_peaks(modality, index, live, values, streams, weights)
         return PositionLogits(index, live, values, rows)
 
     def _moved(self, stream: int) -> Tensor:
-        """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then)."""
+        """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then).
+
+        Rows that were evaluated in this pass do not move, to the last bit.
+        """
         return self._features[stream] + (self._features[0] - self._beside[stream])
 
     def _head(
@@ -308,19 +338,27 @@ class Forward:
         return logits
 
     def _note_peaks(
-        self, modality: Modality, index: Tensor, live: Tensor, values: Tensor, streams: Sequence[int]
+        self,
+        modality: Modality,
+        index: Tensor,
+        live: Tensor,
+        values: Tensor,
+        streams: Sequence[int],
+        weights: Tensor | None,
     ) -> None:
-        """Largest logits at the candidates, or at all positions over this modality's slice."""
+        """Largest logits at the candidates, or at all positions over this modality's slice, of rows that mix a stream in."""
         best = values.amax(-1)  # [S, B, n]
         everywhere = self._policy.peaks == "everywhere"
         if everywhere:
             index = torch.arange(self._layout.shape[1], device=index.device).expand(self._layout.shape)
             best = self._head(modality, [self._features[s] for s in streams], index).amax(-1)
-        for stream, peak in zip(streams, best, strict=True):
+        for i, (stream, peak) in enumerate(zip(streams, best, strict=True)):
             known = self._peaks.get(stream)
             if known is None:
                 known = torch.full(self._layout.shape, torch.nan, dtype=peak.dtype, device=peak.device)
             fresh = self._layouts[stream].valid & live.any(1, keepdim=True) if everywhere else live
+            if stream and weights is not None:
+                fresh = fresh & (weights[i] != 0)[:, None]
             self._peaks[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
 
 
@@ -331,7 +369,7 @@ def _stack(a: CachePlan, b: CachePlan) -> bool:
     """
     if a.full or b.full:
         return a.full and b.full
-    if a.query is b.query and a.verify is b.verify:
+    if a.query is b.query and a.verify is b.verify and a.full_rows is b.full_rows:
         return (a.full_layers, a.width) == (b.full_layers, b.width)
     plain = all(p.verify is None and not p.full_layers and p.query is not None for p in (a, b))
     return plain and a.width == b.width
@@ -348,4 +386,17 @@ def _stacked(plans: Sequence[CachePlan]) -> CachePlan:
     if query is not None and any(p.fresh is not None for p in plans):
         none = torch.zeros_like(query[: len(query) // len(plans), 0])
         fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
-    return replace(first, query=query, verify=verify, fresh=fresh, others={})
+    full_rows = None if first.full_rows is None else first.full_rows.repeat(1, len(plans))
+    return replace(first, query=query, verify=verify, fresh=fresh, full_rows=full_rows, others={})
+
+
+def _by_rows(plan: CachePlan) -> CachePlan:
+    """A plan for models that cannot go layer by layer: rows that would do so recompute everything, others their query."""
+    if plan.query is None or (plan.full_layers and plan.full_rows is None):
+        return CachePlan()
+    deep = torch.zeros_like(plan.query[:, 0])
+    if plan.verify is not None:
+        deep = deep | (plan.verify & ~plan.query).any(1)
+    if plan.full_rows is not None:
+        deep = deep | plan.full_rows.any(0)
+    return CachePlan(plan.query | deep[:, None], plan.logits, full=False, rows=plan.rows)

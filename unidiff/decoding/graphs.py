@@ -147,7 +147,7 @@ def recordable(plan: CachePlan) -> bool:
         return True
     sized = plan.query is None or plan.width is not None
     compares = plan.verify is None or (plan.compared is not None and plan.chosen is not None)
-    return sized and compares and plan.fresh is None
+    return sized and compares and plan.fresh is None and plan.full_rows is None
 
 
 def widened(plan: CachePlan, length: int) -> CachePlan:

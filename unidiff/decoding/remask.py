@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit import masked_share, progress, take_best
+from unidiff.decoding.commit import ROUNDING, masked_share, progress, take_best
 
 
 def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budget: Tensor) -> Tensor:
@@ -17,7 +17,12 @@ def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budg
             token more than they knew must be there before a second look can pay.
         budget: int64 `[B]`, remaskings the row has left; bounds the number of passes.
     """
-    return take_best(-confidence, candidates & (confidence < threshold), budget)
+    return take_best(-confidence, candidates & (confidence < threshold), budget, _equally_unsure)
+
+
+def _equally_unsure(score: Tensor) -> Tensor:
+    """Slack of a negative probability in float32."""
+    return ROUNDING * torch.minimum(-score, 1 + score) + torch.finfo(score.dtype).eps
 
 
 def remdm_sigma(schedule: str, step: Tensor, steps: Tensor, cap: float) -> Tensor:

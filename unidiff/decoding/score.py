@@ -11,7 +11,9 @@ from unidiff.tokens import TokenBatch, Vocabulary
 
 
 @torch.no_grad()
-def fit_score(score: Scorer, vocabulary: Vocabulary, batch: TokenBatch, wanted: Tensor, parts: int = 2) -> Tensor:
+def fit_score(
+    score: Scorer, vocabulary: Vocabulary, batch: TokenBatch, wanted: Tensor, parts: int | Tensor = 2
+) -> Tensor:
     """Conditional pseudo-log-likelihood of the wanted tokens given all others, nats, float32 `[B]`.
 
     The mean over two kinds of hiding: all wanted tokens at once, and each of `parts` interleaved parts with the others
@@ -23,15 +25,18 @@ def fit_score(score: Scorer, vocabulary: Vocabulary, batch: TokenBatch, wanted: 
         score: for instance `unidiff.diffusion.likelihood.model_scorer(model, vocabulary)`.
         batch: complete rows `[B, L]`.
         wanted: bool `[B, L]`; a row without any scores 0.
+        parts: of all rows, or int64 `[B]`.
 
     Raises:
         ValueError: fewer than 2 parts.
     """
-    if parts < 2:
-        raise ValueError(f"parts is {parts}; expected at least 2")
-    part = (wanted.long().cumsum(1) - 1) % parts  # [B, L]
+    number_of = torch.as_tensor(parts, device=batch.ids.device).expand(len(batch.ids))
+    least, most = number_of.aminmax()
+    if least < 2:
+        raise ValueError(f"parts is {int(least)}; expected at least 2")
+    part = (wanted.long().cumsum(1) - 1) % number_of[:, None]  # [B, L]
     masks, total = mask_ids(batch, vocabulary), torch.zeros(len(batch.ids), device=batch.ids.device)
-    for hidden in (wanted, *(wanted & (part == number) for number in range(parts))):
+    for hidden in (wanted, *(wanted & (part == number) for number in range(int(most)))):
         x_t = batch.replace(ids=torch.where(hidden, masks, batch.ids))
         total -= 0.5 * torch.where(hidden, score(x_t, batch, hidden), 0).float().sum(1)
     return total

@@ -39,6 +39,7 @@ class CachePlan:
         verify: bool `[B, L]`, positions whose values every layer recomputes, replaces and compares with the stored ones;
             the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
         full_layers: layers that recompute every position. Needs a store with `outputs`.
+        full_rows: bool `[len(full_layers), B]`, the rows in which each of them does so; None for all.
         width: most `query` positions in a row where the caller knows it; saves reading it from the device. More than
             there are is padding, which changes nothing.
         compared, chosen: the same for what a layer compares (`query` and `verify` together) and for what it recomputes
@@ -47,6 +48,8 @@ class CachePlan:
             apart from rows that do little, so that none of these pays for the padding.
         others: what guidance streams do that do not follow this plan; see `with_streams`.
         every_row: finished rows are computed as well, for those who look at features.
+        rows: bool `[B]`, of a guidance stream: rows that are evaluated in this pass. The others keep their difference
+            from the conditional logits, see `with_streams`. None for all.
     """
 
     query: Tensor | None = None
@@ -60,6 +63,8 @@ class CachePlan:
     fresh: Tensor | None = None
     others: Mapping[int, CachePlan | None] = field(default_factory=dict)
     every_row: bool = False
+    full_rows: Tensor | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
@@ -83,6 +88,12 @@ class CachePlan:
     def of(self, stream: int) -> CachePlan | None:
         """What a stream does; the conditional one is 0."""
         return self.others.get(stream, self)
+
+    def refreshed_in(self, layer: int) -> Tensor | bool:
+        """Whether a layer recomputes every position: in all rows, in none, or in those of a bool `[B]`."""
+        if layer not in self.full_layers or self.full_rows is None:
+            return self.query is None or layer in self.full_layers
+        return self.full_rows[self.full_layers.index(layer)]
 
 
 @dataclass(frozen=True)
@@ -199,7 +210,7 @@ def _layered(
     """Other positions in every layer: the residual stream holds all, with stored branch outputs where not recomputed."""
     x = model.embed(ids, store.modality, store.spots)  # [B, L, D]
     condition = model.condition(store.modality, time)
-    everywhere = store.everywhere()
+    everywhere, length = store.everywhere(), ids.shape[1]
     query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query
     known = everywhere if plan.query is None else query_index(plan.query, plan.width)
     compared = known if plan.verify is None else query_index(plan.verify | query, plan.compared)
@@ -208,18 +219,23 @@ def _layered(
     for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
         h = _enter(x, block.attention_norm, first)  # [B, L, D]
-        refreshed = layer in plan.full_layers or plan.query is None
+        rows = plan.refreshed_in(layer)
+        refreshed = rows is True
         index, values = everywhere, everywhere
-        if not refreshed:
-            values = index = known
+        if refreshed:
+            _write_values(block, h, layer, everywhere, store)
+        else:
+            wanted, values, chosen_width = query, known, plan.chosen
+            if isinstance(rows, Tensor):  # these rows in full, the others as in any layer
+                wanted, chosen_width = query | rows[:, None], length
+                values = query_index(wanted, length)
+            index = values
             if plan.verify is not None and select is not None:
-                values = compared
-                chosen = _verify(block, h, layer, values, plan.verify, query, store, select)
-                index = query_index(chosen, plan.chosen)
+                values = compared if wanted is query else query_index(plan.verify | wanted, length)
+                chosen = _verify(block, h, layer, values, plan.verify, wanted, store, select)
+                index = query_index(chosen, chosen_width)
             else:
                 _write_values(block, h, layer, values, store)
-        else:
-            _write_values(block, h, layer, everywhere, store)
         if index.shape[1]:
             rotary = store.rotary if refreshed else store.rotary_at(index)
             q, k = block.attention.query_key(h if refreshed else store.gather(h, index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,12 @@ class StoreOptions:
 
     rotated: bool = True
     outputs: bool = False
+
+    @classmethod
+    def all_of(cls, options: Iterable[StoreOptions | None]) -> StoreOptions | None:
+        """What a store for all of them keeps; None where nobody needs one."""
+        stores = [s for s in options if s is not None]
+        return cls(all(s.rotated for s in stores), any(s.outputs for s in stores)) if stores else None
 
 
 class FeatureStore:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
 
 from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
 from unidiff.decoding.bounds import Schedule, Segment, expected_passes
-from unidiff.decoding.policies import HeldGuidance
+from unidiff.decoding.policies import CacheByRow, HeldGuidance
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch
 
-OVERHEAD_TOKENS = 80
-"""A pass costs about as much as this many tokens, however few it computes."""
-ROW_TOKENS = 45
-"""And so much for every row that takes part: head and draws. Both from the embedded model, which drew 1 and 16 rows at once with
-and without a cache on one CPU core."""
+OVERHEAD_TOKENS = 125
+"""A pass of one row costs about as much as this many tokens, however few it computes: 80 of the pass, and 45 of head and
+draws. From the embedded model, which drew 1 and 16 rows at once with and without a cache on one CPU core."""
 LEAST_GAIN = 1.5
 """Decodes that a cache would make faster by less than this are not worth its approximation."""
 _TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 at a threshold of 0.9
@@ -47,7 +48,10 @@ Both (inpainting, joint generation): the same for each, and what is given every 
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """The policy of a call, the config that made it (None for a policy of the caller's own), and why."""
+    """The policy of a call, the config that made it (None for a policy of the caller's own), and why.
+
+    Where "auto" takes several, the config is that of most rows; the note names all.
+    """
 
     policy: RefreshPolicy | None
     config: CacheConfig | None
@@ -63,8 +67,9 @@ def choose_cache(
 ) -> CacheChoice:
     """The cache of a call.
 
-    "auto" takes `block-causal` for block-causal weights, which is exact, and otherwise what `AUTO` says, as long as
-    `expected_gain` reaches `LEAST_GAIN`; the note tells which and by how much.
+    "auto" takes `block-causal` for block-causal weights, which is exact, and otherwise what `AUTO` says for each row, as
+    long as `expected_gain` reaches `LEAST_GAIN` for the row alone: what a row gets does not depend on the others. The note
+    tells which and by how much. Rows of one batch that differ are decoded together, each by its own policy.
 
     Args:
         cache: see `DecodeOptions`. policy: the caller's own.
@@ -88,48 +93,72 @@ def choose_cache(
             return CacheChoice(none.build(), none, "none: features of this model change with the time")
         exact = CacheConfig("block-causal")
         return CacheChoice(exact.build(), exact, "block-causal: exact for these weights")
-    hidden = {m: int((batch.targets & (batch.modality == m)).sum(1).max()) for m in Modality}
-    kind = "both" if all(hidden.values()) else "text" if hidden[Modality.TEXT] else "image"
-    if kind == "text" and bool((batch.valid & (batch.modality == Modality.IMAGE)).any()):
-        kind = "text beside a picture"
-    if AUTO[kind] == none:
-        return CacheChoice(none.build(), none, "none: texts lose too much where the picture that they describe is kept")
-    gain = expected_gain(kind, hidden, batch, config)
+    rows = [_choose(row, config) for row in _shapes(batch)]
+    found = list(dict.fromkeys(choice for choice, _ in rows))  # in the order of the rows
+    notes = {choice: note for choice, note in reversed(rows)}
+    builds = [AUTO.get(kind, none) for kind in found]
+    if len(found) == 1:
+        return CacheChoice(builds[0].build(), builds[0], notes[found[0]])
+    order = [found.index(choice) for choice, _ in rows]
+    counts = [order.count(i) for i in range(len(found))]
+    note = "; ".join(f"{n} of {len(rows)} rows {notes[kind]}" for n, kind in zip(counts, found, strict=True))
+    return CacheChoice(CacheByRow([own.build() for own in builds], order), builds[counts.index(max(counts))], note)
+
+
+class RowShape(NamedTuple):
+    """What "auto" knows of a row: its tokens, how many of them are hidden by modality, and whether it has a picture."""
+
+    length: int
+    text: int
+    image: int
+    pictured: bool
+
+    @property
+    def kind(self) -> str:
+        """Key of `AUTO`."""
+        if self.text and self.image:
+            return "both"
+        return "image" if self.image else "text beside a picture" if self.pictured else "text"
+
+
+def _shapes(batch: TokenBatch) -> list[RowShape]:
+    picture = batch.valid & (batch.modality == Modality.IMAGE)
+    hidden = [(batch.targets & (batch.modality == m)).sum(1) for m in (Modality.TEXT, Modality.IMAGE)]
+    columns = torch.stack([batch.valid.sum(1), *hidden, picture.any(1).long()], 1)
+    return [RowShape(*numbers[:3], bool(numbers[3])) for numbers in columns.tolist()]
+
+
+@lru_cache(maxsize=256)
+def _choose(row: RowShape, config: SamplerConfig) -> tuple[str, str]:
+    """What suits a row: a key of `AUTO` or "none", and why."""
+    if not (row.text or row.image):
+        return "none", "none: nothing is left to decode"
+    if AUTO[row.kind] == CacheConfig("none"):
+        return "none", "none: texts lose too much where the picture that they describe is kept"
+    gain = expected_gain(row, config)
     if gain < LEAST_GAIN:
-        short = (
-            f"none: at {int(batch.valid.sum(1).max())} tokens per row a cache makes decodes {gain:.2f} times as fast"
-        )
-        return CacheChoice(none.build(), none, f"{short}, less than {LEAST_GAIN}")
-    chosen = AUTO[kind]
+        short = f"none: at {row.length} tokens per row a cache makes decodes {gain:.2f} times as fast"
+        return "none", f"{short}, less than {LEAST_GAIN}"
+    chosen = AUTO[row.kind]
     name = "segments" if chosen.segments else chosen.policy
-    return CacheChoice(
-        chosen.build(), chosen, f"{name}: makes decodes about {gain:.2f} times as fast, at some approximation"
-    )
+    return row.kind, f"{name}: makes decodes about {gain:.2f} times as fast, at some approximation"
 
 
-def expected_gain(kind: str, hidden: dict[Modality, int], batch: TokenBatch, config: SamplerConfig) -> float:
-    """Time of a decode without a cache over that with `AUTO[kind]`, from the tokens of each pass, `ROW_TOKENS` and
-    `OVERHEAD_TOKENS`.
-
-    Where both modalities are decoded, that of the image alone.
-
-    Args:
-        hidden: most targets of a row, by modality.
-    """
-    modality = Modality.TEXT if kind == "text" else Modality.IMAGE
-    settings = config.text if kind == "text" else config.image
-    length, size = int(batch.valid.sum(1).max()), hidden[modality]
+def expected_gain(row: RowShape, config: SamplerConfig) -> float:
+    """Time of a decode without a cache over that with the cache of the row's kind, for the row alone, from the tokens of each
+    pass and `OVERHEAD_TOKENS`. Where both modalities are decoded, that of the image alone."""
+    modality = Modality.IMAGE if row.image else Modality.TEXT
+    settings, size = (config.image, row.image) if row.image else (config.text, row.text)
     block = min(settings.block_length or size, size)
-    known = (Segment(length - size, given=True),) if length > size else ()
+    known = (Segment(row.length - size, given=True),) if row.length > size else ()
     schedule = Schedule((*known, Segment(size, 1, modality)), block, _passes_of_a_block(settings, size, block))
-    policy = AUTO["text" if kind == "text" else "image"].build()
+    policy = AUTO["image" if row.image else "text"].build()
     scales = {config.guidance.scale, config.guidance.text_scale, config.guidance.image_scale}
-    guided, rows = bool(scales - {None, 1.0}), batch.shape[0]
-    work, fixed = 0, rows * ROW_TOKENS + OVERHEAD_TOKENS
+    guided, work = bool(scales - {None, 1.0}), 0
     for number, w in enumerate(passes := expected_passes(policy, schedule, 1)):
         held = isinstance(policy, HeldGuidance) and not policy.renews(number)
-        work += rows * (2 if guided and not held else 1) * w.layers[0].out + fixed
-    return len(passes) * (rows * (2 if guided else 1) * length + fixed) / work
+        work += (2 if guided and not held else 1) * w.layers[0].out + OVERHEAD_TOKENS
+    return len(passes) * ((2 if guided else 1) * row.length + OVERHEAD_TOKENS) / work
 
 
 def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int | Fraction:

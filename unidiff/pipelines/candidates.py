@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import SamplerOutput
+from unidiff.decoding.commit import ROUNDING
 from unidiff.decoding.forward import Denoiser
 from unidiff.decoding.score import fit_score
 from unidiff.diffusion.likelihood import model_scorer
@@ -42,14 +43,17 @@ def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Ten
     words = batch.valid & (batch.modality == Modality.TEXT) & (batch.positions[..., 0] > 0)  # [B, L]
     if "eos" in vocabulary.specials:
         words = words & (batch.ids != vocabulary.specials["eos"])
-    score, width = model_scorer(model, vocabulary), max(2, int(words.sum(1).max()) // 4)
-    total = fit_score(score, vocabulary, batch, words, min(width, 4))
-    if bool((batch.targets & (batch.modality == Modality.TEXT)).any()):
+    # the share that is hidden is the time, for models that look at it
+    score = model_scorer(model, vocabulary, time=lambda share: share)
+    parts = words.sum(1).div(4, rounding_mode="floor").clamp(2, 4)  # [B]
+    total = fit_score(score, vocabulary, batch, words, parts)
+    written = (batch.targets & (batch.modality == Modality.TEXT)).any(1)  # [B], rows whose words were decoded
+    if bool(written.any()):
         unseen = batch.modality == Modality.IMAGE
         blind = batch.replace(ids=torch.where(unseen, mask_ids(batch, vocabulary), batch.ids))
-        total = total - fit_score(score, vocabulary, blind, words, min(width, 4))
-    else:
-        drawn = batch.targets & (batch.modality == Modality.IMAGE)
+        total = total - torch.where(written, fit_score(score, vocabulary, blind, words, parts), 0)
+    if not bool(written.all()):
+        drawn = batch.targets & (batch.modality == Modality.IMAGE) & ~written[:, None]
         part = batch.positions[..., 1] % 2 * 2 + batch.positions[..., 2] % 2  # [B, L]
         for number in range(4):
             hidden = drawn & (part == number)
@@ -59,9 +63,14 @@ def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Ten
 
 
 def keep_best(out: SamplerOutput, model: Denoiser, vocabulary: Vocabulary, count: int) -> tuple[SamplerOutput, Tensor]:
-    """The best of every `count` neighbouring rows, and which rows these were (int64 `[B]`); the first wins ties."""
+    """The best of every `count` neighbouring rows, and which rows these were (int64 `[B]`).
+
+    The first wins ties, also those that rounding hides: the same tokens score the same but for that.
+    """
     scores = agreement(model, vocabulary, out.batch).unflatten(0, (-1, count))  # [B, count]
-    best = scores.argmax(1) + torch.arange(len(scores), device=scores.device) * count
+    top = scores.amax(1, keepdim=True)
+    equal = scores >= top - ROUNDING * top.abs().clamp_min(1)
+    best = equal.long().argmax(1) + torch.arange(len(scores), device=scores.device) * count
     trajectory: Sequence[Tensor] | None = out.trajectory
     kept = replace(
         out,

@@ -3,6 +3,7 @@
 from unidiff.decoding.policies.adaptive import AdaptiveCache
 from unidiff.decoding.policies.base import Policy, RefreshPolicy
 from unidiff.decoding.policies.block_causal import BlockCausalCache
+from unidiff.decoding.policies.by_row import CacheByRow
 from unidiff.decoding.policies.dual import DualCache
 from unidiff.decoding.policies.held import HeldGuidance
 from unidiff.decoding.policies.interval import IntervalCache
@@ -16,6 +17,7 @@ from unidiff.decoding.policies.vicinity import VicinityCache
 __all__ = [
     "AdaptiveCache",
     "BlockCausalCache",
+    "CacheByRow",
     "DualCache",
     "HeldGuidance",
     "IntervalCache",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unidiff.decoding.policies.base import Policy, RefreshPolicy, check_whole
+from unidiff.decoding.policies.rows import alive_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -24,9 +26,8 @@ class HeldGuidance(Policy):
 
     Args:
         policy: decides what a pass recomputes in the streams that it evaluates.
-        interval: passes between two evaluations of the unconditional streams; 1 evaluates them in every pass. Counted
-            for the batch.
-        warmup: first passes, all of which evaluate them.
+        interval: passes of a row between two evaluations of its unconditional streams; 1 evaluates them in every pass.
+        warmup: first passes of a row, all of which evaluate them.
 
     Raises:
         ValueError: not a whole number, or too small; a policy that does this already.
@@ -35,8 +36,10 @@ class HeldGuidance(Policy):
     policy: RefreshPolicy
     interval: int = 2
     warmup: int = 5
-    _passes: int = field(default=0, init=False, repr=False)
-    _known: set[int] = field(default_factory=set, init=False, repr=False)  # streams evaluated so far
+    _passes: Tensor | None = field(default=None, init=False, repr=False)  # int64 [B], passes of the rows
+    _known: dict[int, Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )  # by stream, bool [B]: evaluated before
 
     def __post_init__(self) -> None:
         check_whole("guidance_interval", self.interval, 1)
@@ -59,7 +62,7 @@ class HeldGuidance(Policy):
         return self.policy.appends
 
     def renews(self, number: int) -> bool:
-        """Whether the pass of this number, from 0, evaluates the unconditional streams."""
+        """Whether a row's pass of this number, from 0, evaluates the unconditional streams."""
         return number % self.interval == 0 or number < self.warmup
 
     def start(self, batch: TokenBatch, model: Any) -> HeldGuidance:
@@ -68,13 +71,31 @@ class HeldGuidance(Policy):
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        renew = self.renews(self._passes)
-        self._passes += 1
-        now = tuple(s for s in state.streams if s == 0 or renew or s not in self._known)
-        self._known |= set(now)
-        own = self.policy.plan(replace(state, streams=now), candidates)
-        others = {s: own.of(s) if s in now else None for s in state.streams if s != 0}
-        return own.with_streams(others) if others and self.interval > 1 else own
+        if self.interval == 1 or state.streams == (0,):
+            self._passes = self._after(state)
+            return self.policy.plan(state, candidates)
+        passes = torch.zeros_like(state.ids[:, 0]) if self._passes is None else self._passes
+        due = (passes % self.interval == 0) | (passes < self.warmup)
+        self._passes = self._after(state)
+        alive, none = alive_rows(state), torch.zeros_like(due)
+        renewed = {s: state.users[s] & (due | ~self._known.get(s, none)) for s in state.streams if s}  # bool [B] each
+        flags = torch.stack([f for r in renewed.values() for f in (r.any(), (r | ~alive).all())]).tolist()
+        some, every = (dict(zip(renewed, values, strict=True)) for values in (flags[::2], flags[1::2]))
+        self._known |= {s: self._known.get(s, none) | rows for s, rows in renewed.items()}
+        now = (0, *(s for s in renewed if some[s]))
+        users = {0: state.users[0], **{s: renewed[s] for s in now if s}}
+        own = self.policy.plan(replace(state, streams=now, users=users), candidates)
+        others: dict[int, CachePlan | None] = dict.fromkeys(renewed)
+        for s in now[1:]:
+            plan = own.of(s)
+            if plan is not None and plan.full and not every[s]:  # nothing of the other rows may change
+                plan = CachePlan(torch.zeros_like(candidates), plan.logits, full=False, width=0, fresh=renewed[s])
+            others[s] = None if plan is None else replace(plan, rows=renewed[s], others={})
+        return own.with_streams(others)
+
+    def _after(self, state: DecodeState) -> Tensor:
+        """Passes of the rows once this one is made."""
+        return state.users[0].long() + (0 if self._passes is None else self._passes)
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """See `RefreshPolicy.select`."""

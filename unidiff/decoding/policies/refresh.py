@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.policies.base import Policy, check_whole
+from unidiff.decoding.policies.rows import alive_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -91,10 +92,7 @@ class BlockRefresh(Policy, ABC):
 
     def _plan(self, state: DecodeState, query: Tensor, fresh: Tensor, candidates: Tensor) -> CachePlan:
         """A full plan where every row that is not complete refreshes."""
-        alive = state.open.any(1)
-        for clock in state.clocks.values():
-            alive = alive | clock.pending
-        flags = [(fresh | ~alive).all().long(), fresh.any().long(), query.sum(1).max()]
+        flags = [(fresh | ~alive_rows(state)).all().long(), fresh.any().long(), query.sum(1).max()]
         full, some, width = torch.stack(flags).tolist()
         if full:
             return CachePlan(logits=candidates)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,51 @@ class Past(NamedTuple):
         return Past(self.passes + busy.long(), torch.where(busy[:, None], state.ids, self.seen))
 
 
+class Part(NamedTuple):
+    """What some positions of a batch do.
+
+    where: bool `[B, L]`. plan: of one stream, see `CachePlan`. rows: bool `[B]` with any such position; None where all have.
+    """
+
+    where: Tensor
+    plan: CachePlan
+    rows: Tensor | None
+
+
+def alive_rows(state: DecodeState) -> Tensor:
+    """bool `[B]`: rows that are not complete."""
+    alive = state.open.any(1)
+    for clock in state.clocks.values():
+        alive = alive | clock.pending
+    return alive
+
+
+def merged(state: DecodeState, shown: Tensor, busy: Tensor, parts: Sequence[Part]) -> CachePlan:
+    """One plan of what all parts recompute in the rows `busy` `[B]`; no position does what a part asks that it is not in."""
+    query, verify = torch.zeros_like(shown), None
+    layers: dict[int, Tensor | None] = {}  # bool [B], rows that a layer recomputes in full; None for all
+    for where, plan, rows in parts:
+        asked = where
+        if plan.query is not None:
+            asked = where & (plan.query if plan.fresh is None else plan.query | plan.fresh[:, None])
+        query = query | asked
+        if plan.verify is not None:
+            compared = plan.verify & where
+            verify = compared if verify is None else verify | compared
+        for number, layer in enumerate(plan.full_layers):
+            own = rows if plan.full_rows is None else plan.full_rows[number]
+            if rows is not None and own is not rows:
+                own = rows & own
+            before = layers.get(layer, torch.zeros_like(busy))
+            layers[layer] = None if own is None or before is None else before | own
+    full_rows = None
+    if any(rows is not None for rows in layers.values()):
+        full_rows = torch.stack([torch.ones_like(busy) if r is None else r for _, r in sorted(layers.items())])
+    verify = None if verify is None else verify & busy[:, None]
+    plan = plan_rows(state, query & busy[:, None], shown, verify, tuple(sorted(layers)))
+    return plan if plan.full else replace(plan, full_rows=full_rows)
+
+
 def plan_rows(
     state: DecodeState,
     query: Tensor,
@@ -45,10 +91,7 @@ def plan_rows(
     Args:
         quota: how many of n compared positions a layer picks, int64 `[B]` to `[B]`, where that is known beforehand.
     """
-    alive = state.open.any(1)
-    for clock in state.clocks.values():
-        alive = alive | clock.pending
-    whole = ((query == state.batch.valid).all(1) | ~alive).all()
+    whole = ((query == state.batch.valid).all(1) | ~alive_rows(state)).all()
     count = query.sum(1)
     numbers = [whole.long(), count.max()]
     if verify is not None:

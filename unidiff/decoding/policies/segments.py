@@ -13,7 +13,7 @@ from unidiff.decoding.policies.base import Policy, RefreshPolicy
 from unidiff.decoding.policies.held import HeldGuidance
 from unidiff.decoding.policies.modality import ModalityCache
 from unidiff.decoding.policies.none import NoCache
-from unidiff.decoding.policies.rows import plan_rows
+from unidiff.decoding.policies.rows import Part, merged
 from unidiff.decoding.state import Clock, DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -23,11 +23,15 @@ SEGMENTS = ("text", "image", "text_prompt", "image_prompt")
 
 
 class Segment(NamedTuple):
-    """Positions bool `[B, L]` of a row that follow one policy, and the modality whose blocks it goes by (None: all)."""
+    """Positions bool `[B, L]` of a row that follow one policy, and the modality whose blocks it goes by (None: all).
+
+    rows: bool `[B]`, rows that have any; None for all.
+    """
 
     where: Tensor
     modality: Modality | None
     policy: RefreshPolicy
+    rows: Tensor | None = None
 
     def view(self, state: DecodeState) -> DecodeState:
         """The decode as this segment's policy sees it: the targets and the clock of its own modality."""
@@ -46,7 +50,7 @@ class SegmentCache(Policy):
     are low: `SegmentCache(text=DualCache(), image=MaxLogitCache(), text_prompt=IntervalCache(20), ...)`. Each policy
     sees the blocks, steps and candidates of its own modality only, so text and image do not compete in one ranking.
     Passes are counted by rows, whatever modality makes them. When one segment compares features layer by layer
-    (`AdaptiveCache`), its `full_layers` are computed for all.
+    (`AdaptiveCache`), its `full_layers` are computed for all segments of the rows that have this one.
 
     Args:
         text, image: policies of the targets of either modality.
@@ -70,10 +74,7 @@ class SegmentCache(Policy):
     @property
     def store(self) -> StoreOptions | None:  # type: ignore[override]
         """What any of the policies needs."""
-        stores = [s for policy in self._policies().values() if (s := policy.store) is not None]
-        if not stores:
-            return None
-        return StoreOptions(rotated=all(s.rotated for s in stores), outputs=any(s.outputs for s in stores))
+        return StoreOptions.all_of(policy.store for policy in self._policies().values())
 
     @property
     def peaks(self) -> str | None:  # type: ignore[override]
@@ -94,7 +95,9 @@ class SegmentCache(Policy):
             "image_prompt": (known & image, None),
         }
         request._segments = tuple(
-            Segment(where, modality, started[name]) for name, (where, modality) in parts.items() if bool(where.any())
+            Segment(where, modality, started[name], None if bool(rows.all()) else rows)
+            for name, (where, modality) in parts.items()
+            if bool((rows := where.any(1)).any())
         )
         return request
 
@@ -106,14 +109,14 @@ class SegmentCache(Policy):
             own = candidates & segment.where
             shown = shown | (own if plan.logits is None else own & plan.logits)
         alike = state.alike()
-        merged: dict[tuple[int, ...], CachePlan] = {}
+        made: dict[tuple[int, ...], CachePlan] = {}
         of_stream: dict[int, CachePlan] = {}
         for stream, same in zip(state.streams, alike, strict=True):
             own_plans = [plan.of(stream) for plan in plans]
             key = (0 if same else stream, *map(id, own_plans))  # streams that do the same share a plan and a call
-            if key not in merged:
-                merged[key] = self._merge(state, shown, stream, own_plans)
-            of_stream[stream] = merged[key]
+            if key not in made:
+                made[key] = self._merge(state, shown, stream, own_plans)
+            of_stream[stream] = made[key]
         first = of_stream.pop(0)
         others: Mapping[int, CachePlan] = {s: plan for s, plan in of_stream.items() if plan is not first}
         return first.with_streams(others) if others else first
@@ -143,19 +146,8 @@ class SegmentCache(Policy):
 
     def _merge(self, state: DecodeState, shown: Tensor, stream: int, plans: list[CachePlan | None]) -> CachePlan:
         """One plan of what all segments recompute in the rows that have a use for the stream."""
-        query, verify = torch.zeros_like(shown), None
-        layers: set[int] = set()
+        parts = []
         for segment, plan in zip(self._segments, plans, strict=True):
             assert plan is not None  # only HeldGuidance, which is outside of this, leaves a stream out
-            own = segment.where
-            if plan.query is not None:
-                asked = plan.query if plan.fresh is None else plan.query | plan.fresh[:, None]
-                own = own & asked
-            query = query | own
-            if plan.verify is not None:
-                own = plan.verify & segment.where
-                verify = own if verify is None else verify | own
-            layers |= set(plan.full_layers)
-        busy = state.users[stream][:, None]
-        verify = None if verify is None else verify & busy
-        return plan_rows(state, query & busy, shown, verify, tuple(sorted(layers)))
+            parts.append(Part(segment.where, plan, segment.rows))
+        return merged(state, shown, state.users[stream], parts)
