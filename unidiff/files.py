@@ -152,9 +152,9 @@ def resolve_link(path: str | Path) -> Path:
     if not path.is_symlink():
         return path
     with writing(path):
-        resolved = path.resolve()
-        if resolved.is_symlink():  # resolve() gives up silently on a circle
-            resolved.stat()
+        resolved = Path(os.path.realpath(path))
+        if resolved.is_symlink():  # gives up silently on a circle
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         return resolved
 
 
