@@ -3,6 +3,7 @@
     python training/benchmark.py [smoke | unidisc-small | CONFIG.yaml] [--head-only] [--steps N] [--json FILE] [key=value ...]
 
 Tokens are random; nothing is downloaded or written unless --json names a file. A CONFIG needs data.vocabulary and data.grid.
+Where its batch does not fit into the free memory, fewer rows are measured, and the output says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unidiff.files import check_writable, replacing
 from unidiff.train.config import read_config
 from unidiff.train.startup import exit_status, set_up_process
 
@@ -34,23 +36,32 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def measure() -> None:
+        check_writable(options.json)
         report = run(options.what, options.overrides, options.steps, options.head_only)
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            with replacing(options.json) as temporary:
+                temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     return exit_status(measure)
 
 
 def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[str, Any]:
-    if steps < 1:
-        raise ValueError(f"--steps is {steps}; expected at least 1")
+    if not 1 <= steps <= 10_000:
+        raise ValueError(f"--steps is {steps}; expected a number from 1 to 10,000")
     named = _HERE / f"{what}.yaml"
     path = None if what == "smoke" else named if named.is_file() else what
     config = read_config(path, [*(_SMOKE if path is None else []), *overrides])
 
     import torch
 
-    from unidiff.train.benchmark import head_flops_ratio, measure_head, measure_step, workload_of
+    from unidiff.train.benchmark import (
+        fit_to_memory,
+        free_bytes,
+        head_flops_ratio,
+        measure_head,
+        measure_step,
+        workload_of,
+    )
     from unidiff.train.build import pick_device
     from unidiff.train.plan import declared_vocabulary
 
@@ -59,7 +70,10 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
     work = workload_of(config, declared_vocabulary(config), config.data.grid, pick_device(config.device).type)
     print(f"{what}: {work.batch_size} rows of {work.length} tokens, {work.vocabulary.size} ids, {work.device}, "
           f"{'bf16' if work.bf16 else 'fp32'}, torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
-    head = measure_head(work)
+    fit = fit_to_memory(work, config, free_bytes(work.device))
+    for note in fit.notes:
+        print(f"cut             {note}")
+    head = measure_head(fit.head)
     print(f"head and loss   streamed at masked positions   {head.seconds:8.3f} s   {head.memory_mib:8.0f} MiB")
     print(
         f"                log-softmax over all ids       {head.dense_seconds:8.3f} s   {head.dense_memory_mib:8.0f} MiB"
@@ -67,9 +81,11 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
     print(f"                {head.speedup:.1f} x faster, {head.memory_ratio:.1f} x less memory "
           f"({head_flops_ratio(work):.1f} x fewer operations)")  # fmt: skip
     report: dict[str, Any] = {"work": asdict(work), "head": asdict(head)}
+    if fit.notes:
+        report["cut"] = {"head_rows": fit.head.batch_size, "step_rows": fit.step.batch_size, "notes": list(fit.notes)}
     if head_only:
         return report
-    step = measure_step(work, config, steps)
+    step = measure_step(fit.step, config, steps)
     print(
         f"step            {step.seconds:.3f} s, {step.tokens_per_second:.0f} tokens/s, {step.parameters / 1e6:.1f} M parameters"
     )

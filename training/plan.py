@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from unidiff.train.config import read_config
+from unidiff.train.startup import exit_status
 
 
 def main(arguments: list[str]) -> int:
@@ -22,15 +23,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tflops", type=float, help="rate that one GPU keeps up in training, in TFLOP/s")
     parser.add_argument("overrides", nargs="*", help="settings as in pretrain.py")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        show(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: show(options))
 
 
 def show(options: argparse.Namespace) -> None:
+    for name in ("memory", "tflops"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1e12:
+            raise ValueError(f"--{name} is {value}; expected a number above 0")
     config = read_config(options.config, options.overrides)
 
     from unidiff.train.plan import GIB, make_plan
@@ -58,8 +58,6 @@ def show(options: argparse.Namespace) -> None:
                 f"fits         nothing in {options.memory:g} GiB; lower batch_size and raise accumulate, or use more GPUs"
             )
     if options.tflops is not None:
-        if options.tflops <= 0:
-            raise ValueError(f"--tflops is {options.tflops}; expected a rate above 0")
         print(
             f"time         {plan.days(options.gpus, options.tflops * 1e12):.2f} days for {plan.steps} steps on {options.gpus} GPUs"
         )

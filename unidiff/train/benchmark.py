@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from unidiff.diffusion.objective import masked_nll
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.process import free_memory
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.ema import EMA
 from unidiff.train.flops import RowShape, dense_head_flops, model_size, row_flops
 from unidiff.train.optim import Optimisers
+from unidiff.train.plan import GIB, make_plan
 from unidiff.train.source import TokenTable
 from unidiff.train.step import TrainState, train_step
 from unidiff.train.tasks import TaskMixer
 
+_USED = 0.8  # of the free memory; allocators waste some
+_DENSE = 20  # bytes for each logit of the log-softmax over all ids: bf16 and float32, forward and backward
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -117,7 +121,8 @@ def measure_head(work: Workload, repeats: int = 3) -> HeadReport:
     Half the positions of each modality are masked, what uniform times give on average.
     """
     torch.manual_seed(0)
-    model = _HeadOnly(work.vocabulary.size, int(work.model["hidden_size"])).to(work.device)
+    size = model_size(work.model, work.vocabulary.size)
+    model = _HeadOnly(work.vocabulary.size, size.hidden_size).to(work.device)
     batch, masked = _random_batch(work)
     hidden = torch.randn(*batch.shape, model.weight.shape[1], device=work.device, requires_grad=True)
     vocabulary, ones = work.vocabulary, torch.ones(batch.shape, device=work.device)
@@ -150,8 +155,8 @@ class StepReport:
 
     Attributes:
         seconds: median of a step, data included.
-        parts: median seconds of `data`, `forward`, `head_and_loss` (forward and backward), `backward` (of the blocks)
-            and `optimiser` (clipping, update, moving average).
+        parts: seconds of `data`, `forward`, `head_and_loss` (forward and backward), `backward` (of the blocks) and
+            `optimiser` (clipping, update, moving average) in the step of that median, so that they add up to it.
         tokens_per_second: text and image tokens.
         flops_per_step: useful operations, see `unidiff.train.flops`.
         peak_flops: the matmul rate measured beside it.
@@ -203,13 +208,67 @@ def measure_step(work: Workload, config: TrainConfig, steps: int = 5, warmup: in
     seconds = _median(totals)
     return StepReport(
         seconds=seconds,
-        parts={name: _median([s[name] for s in splits]) for name in splits[0]},
+        parts=splits[totals.index(seconds)],
         tokens_per_second=work.batch_size * work.length / seconds,
         flops_per_step=work.batch_size * row_flops(model_size(work.model, work.vocabulary.size), work.row).total,
         peak_flops=_median(peaks),
         memory_mib=_peak(work.device) / 2**20,
         parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What of a workload fits into memory: `head` for `measure_head`, `step` for `measure_step`, and `notes` on what was cut."""
+
+    head: Workload
+    step: Workload
+    notes: tuple[str, ...]
+
+
+def fit_to_memory(work: Workload, config: TrainConfig, free: int | None) -> Fit:
+    """Fewer rows where the estimated memory of a measurement is more than is free.
+
+    Args:
+        config: what `work` was made of. free: bytes; None where that is not known, and nothing is cut.
+
+    Raises:
+        ValueError: not even one row fits.
+    """
+    if free is None:
+        return Fit(work, work, ())
+    usable, size = free * _USED, model_size(work.model, work.vocabulary.size)
+    head = _Need(16 * work.vocabulary.size * size.hidden_size, _DENSE * work.length * work.vocabulary.size)
+    layout = make_plan(replace(config, batch_size=1), 1).layouts[0]
+    step = _Need(layout.weights + layout.head, layout.activations)
+    works, notes = [], []
+    for name, need in (("head and loss", head), ("step", step)):
+        rows = int((usable - need.fixed) // max(need.per_row, 1))
+        if rows < 1:
+            raise ValueError(
+                f"one row of the measurement of {name} needs {(need.fixed + need.per_row) / GIB:.1f} GiB of memory, and "
+                f"{free / GIB:.1f} are free; use a smaller model, fewer tokens, or another machine"
+            )
+        works.append(replace(work, batch_size=min(work.batch_size, rows)))
+        if rows < work.batch_size:
+            asked = (need.fixed + work.batch_size * need.per_row) / GIB
+            notes.append(
+                f"{name}: {rows} of {work.batch_size} rows, which would need {asked:.1f} GiB; {free / GIB:.1f} GiB are free"
+            )
+    return Fit(works[0], works[1], tuple(notes))
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that is free where a workload runs; None where the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_memory()
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Bytes whatever the rows, and bytes of each row."""
+
+    fixed: int
+    per_row: int
 
 
 def head_flops_ratio(work: Workload) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unidiff.errors import first_line
 from unidiff.models.transformer import MaskedTransformer
 
 
@@ -44,9 +45,16 @@ class ModelSize:
 
 
 def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
-    """Count a `MaskedTransformer` of these arguments without making its weights."""
-    with torch.device("meta"):
-        model = MaskedTransformer(vocab_size=vocab_size, **settings)
+    """Count a `MaskedTransformer` of these arguments without making its weights.
+
+    Raises:
+        ValueError: arguments that it does not take.
+    """
+    try:
+        with torch.device("meta"):
+            model = MaskedTransformer(vocab_size=vocab_size, **settings)
+    except TypeError as error:  # an unknown name
+        raise ValueError(f"model settings: {first_line(error).partition('() ')[2] or error}") from error
     linear = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
     if model.embed_time is not None:  # adaLN runs once per row, not once per token
         linear -= sum(m.weight.numel() for n, m in model.blocks.named_modules() if n.endswith("ada_ln.linear"))

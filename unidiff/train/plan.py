@@ -96,8 +96,8 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     Raises:
         ValueError: no declared vocabulary and grid, or a batch that the GPUs cannot share.
     """
-    if gpus < 1:
-        raise ValueError(f"--gpus is {gpus}; expected at least 1")
+    if not 1 <= gpus <= 2**20:
+        raise ValueError(f"--gpus is {gpus}; expected a number from 1 to {2**20}")
     if config.batch_size % gpus:
         raise ValueError(f"batch_size = {config.batch_size} must be a multiple of the {gpus} GPUs; it counts all rows")
     vocabulary = declared_vocabulary(config)
