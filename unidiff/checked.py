@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,7 +15,18 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
+from unidiff.errors import first_line, read_json
+from unidiff.saving import check_save_options, save_model
+from unidiff.schema import check_arguments, check_value
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What weights can be: eight bits need scales, which are a format of their own."""
 _PART = 2**22  # elements looked at together
+
+# diffusers warns about modules to be "kept in float32" at every `to(dtype)`, also where there are none
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "kept in float32: []" not in str(record.msg)
+)
 
 
 class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -35,6 +48,23 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         loaded = load_checked(super().from_pretrained, cls.__name__, pretrained_model_name_or_path, **kwargs)
         return loaded if wants_info else loaded[0]  # type: ignore[return-value]
 
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, max_shard_size: int | str = "10GB", **options: Any
+    ) -> None:
+        """Write config and weights (safetensors), complete or not at all; other files in the folder stay.
+
+        Args:
+            max_shard_size: bytes, or text such as "5GB"; larger models become several files.
+            options: diffusers' others, of which only the defaults are taken.
+
+        Raises:
+            ValueError: an argument that the loaders cannot follow, a file or a folder with another model, or weights
+                that hold NaN or have no values. OSError: a full or read-only disk.
+        """
+        check_save_options(options, max_shard_size)
+        save = super().save_pretrained
+        save_model(self, Path(save_directory), lambda folder: save(folder, max_shard_size=max_shard_size))
+
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
         """Split a config into constructor arguments; an unknown key or another class raises `ValueError`."""
@@ -42,30 +72,51 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if unknown := sorted(k for k in config_dict if not k.startswith("_") and k not in known):
             raise ValueError(f"{cls.__name__} config has unknown keys {unknown}; expected some of {sorted(known)}")
         family = config_dict.get("_class_name", cls.__name__)
-        if family not in {c.__name__ for c in cls.__mro__}:
-            raise ValueError(f"the config describes a {family}, not a {cls.__name__}; load it with its own class")
+        if family not in [c.__name__ for c in cls.__mro__]:
+            raise ValueError(f"the config describes a {family!r}, not a {cls.__name__}; load it with its own class")
         return super().extract_init_dict(config_dict, **kwargs)
+
+    def check_arguments(self) -> None:
+        """Raise `ValueError` unless the config holds what the constructor declares; for the top of constructors."""
+        check_arguments(type(self).__init__, self.config, type(self).__name__)
+
+    def weight_copies(self) -> dict[str, str]:
+        """Names under which a file may hold an equal copy of another weight, with the name of that weight."""
+        return {}
 
 
 def load_checked(
-    loader: Callable[..., Any], class_name: str, source: str | os.PathLike | None, **kwargs: Any
+    loader: Callable[..., Any],
+    class_name: str,
+    source: str | os.PathLike | None,
+    *,
+    types: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Call a diffusers `from_pretrained` and refuse what it would only warn about.
+    """Call a `from_pretrained` of diffusers or transformers and refuse what it would only warn about.
+
+    A local folder is looked through before: config, names, shapes and dtypes. So a wrong one costs no memory, and the
+    library has nothing to print about it.
 
     Args:
         loader: the bound `from_pretrained` of a model class.
         class_name: for messages.
         source: folder or hub name.
+        types: what keys of the config have to be, besides what the model class declares.
         kwargs: handed on to `loader`.
 
     Returns:
-        (model, diffusers' loading info).
+        (model, loading info of the library).
 
     Raises:
         FileNotFoundError: no config or no safetensors weights there.
-        ValueError: weights that are missing, unexpected, misshaped, unreadable, NaN or infinite.
+        ValueError: a config of another class or with values that are none, or weights that are missing, unexpected,
+            misshaped, no floating-point numbers, unreadable, NaN or infinite.
     """
     where = f"{class_name} at {str(source)!r}"
+    folder = Path(source or "") / (kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        _look_through(getattr(loader, "__self__", None), folder, where, types or {}, kwargs.get("variant"))
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
@@ -73,17 +124,98 @@ def load_checked(
     except (OSError, SafetensorError) as error:
         if _chain_holds(error, SafetensorError):
             raise ValueError(f"{where}: the weight file is damaged, or no safetensors file") from error
-        raise FileNotFoundError(f"{where}: no config.json with safetensors weights ({_first_line(error)})") from error
+        raise FileNotFoundError(f"{where}: no config.json with safetensors weights ({first_line(error)})") from error
+    copies = model.weight_copies() if isinstance(model, CheckedModel) else {}
     problems = {
         "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
+        "unexpected": sorted(set(info["unexpected_keys"]) - set(copies)),
         "misshaped": sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"]),
-        "failed": [_first_line(message) for message in info["error_msgs"]],
+        "failed": [str(message).partition("\n")[0] for message in info["error_msgs"]],
     }
-    if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
-        raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
+    _refuse(where, problems)
     check_finite(model, where)
     return model, info
+
+
+def build_on_meta(cls: Any, config: Mapping[str, Any], where: str = "") -> Any:
+    """A model without memory for its weights, from constructor arguments or (of a config file) a whole config.
+
+    Raises:
+        ValueError: no such model can be made; the message starts with `where`.
+    """
+    try:
+        with torch.device("meta"):
+            return cls.from_config(dict(config)) if "_class_name" in config else cls(**config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+    except (TypeError, RuntimeError, ZeroDivisionError, KeyError, AttributeError, NotImplementedError) as error:
+        # a class of diffusers checks little of its config; our own check theirs before
+        said = f"{cls.__name__} cannot be made from its config ({first_line(error)}); check the sizes in it"
+        raise ValueError(f"{where}: {said}" if where else said) from error
+
+
+def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
+    """Raise `ValueError` for a stored tensor of a dtype that its place cannot take over without losing something.
+
+    Args:
+        name, value: of the tensor, in memory or in a file; its `dtype` is looked at.
+        is_float: whether the place is for floating-point numbers; otherwise for whole ones.
+    """
+    if is_float and value.dtype not in FLOATS:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
+        raise ValueError(
+            f"weight {name!r} is stored as {str(value.dtype).removeprefix('torch.')}; expected one of {kinds} "
+            "(quantised weights are made after loading, with unidiff.released.small_memory)"
+        )
+    if not is_float and (value.dtype.is_floating_point or value.dtype.is_complex):
+        raise ValueError(f"weight {name!r} is stored as {value.dtype}; expected whole numbers")
+
+
+def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], variant: str | None) -> None:
+    """Compare config and weight file of a local folder, reading headers only."""
+    from unidiff.released.checkpoint_file import open_checkpoint, weight_file  # that package imports this module
+
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{where}: no config.json with safetensors weights ({path} does not exist)")
+    config = read_json(path, "a model's config")
+    for name, annotation in types.items():
+        if name in config:
+            check_value(config[name], annotation, f"{path}: {name}")
+    file = weight_file(folder, variant=variant, safe_only=True)
+    stored = open_checkpoint(file)
+    if not (isinstance(cls, type) and issubclass(cls, ConfigMixin)):  # transformers has names of its own making
+        for name, value in stored.items():
+            check_dtype(f"{name} of {file}", value, is_float=not name.endswith("position_ids"))
+        return
+    named = config.get("_class_name", cls.__name__)
+    if not isinstance(named, str):
+        raise ValueError(f"{path}: _class_name is {named!r}; expected {cls.__name__!r}")
+    model = build_on_meta(cls, {**config, "_class_name": named}, str(path))
+    wanted = model.state_dict()
+    copies = {c: o for c, o in getattr(model, "weight_copies", dict)().items() if c in stored}
+    shapes = {name: tuple(value.shape) for name, value in wanted.items()}
+    shapes |= {copy: shapes[original] for copy, original in copies.items()}
+    problems = {
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - shapes.keys()),
+        "misshaped": [
+            f"{name} of shape {tuple(stored[name].shape)} instead of {shape}"
+            for name, shape in sorted(shapes.items())
+            if name in stored and tuple(stored[name].shape) != shape
+        ],
+    }
+    _refuse(where, problems)
+    for name, value in stored.items():
+        check_dtype(f"{name} of {file}", value, wanted[copies.get(name, name)].is_floating_point())
+    for copy, original in copies.items():
+        if not torch.equal(stored[copy].read(), stored[original].read()):
+            raise ValueError(f"{file}: {copy!r} differs from {original!r}, though the config ties them")
+
+
+def _refuse(where: str, problems: Mapping[str, list[str]]) -> None:
+    if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
+        raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:
@@ -108,7 +240,3 @@ def _chain_holds(error: BaseException | None, kind: type[BaseException]) -> bool
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

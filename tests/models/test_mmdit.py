@@ -113,7 +113,7 @@ def test_saves_and_loads(tmp_path):
         (dict(rope_axes=(4, 4, 6)), "sum to head_dim = 12"),
         (dict(rope_axes=(5, 3, 4)), "three even numbers"),
         (dict(codebook_size=20), "below vocab_size = 20"),
-        (dict(num_heads=0), "num_heads = 0"),
+        (dict(num_heads=0), "num_heads is 0"),
     ],
 )
 def test_bad_configurations_are_refused(change, message):

@@ -271,7 +271,7 @@ def test_dropout_acts_in_training_only():
         (dict(num_kv_heads=3), "num_kv_heads = 3 must divide"),
         (dict(attention="block_causal"), "block_length = None"),
         (dict(block_length=4), "give both, or neither"),
-        (dict(num_layers=0), "num_layers = 0"),
+        (dict(num_layers=0), "num_layers is 0"),
         (dict(dropout=1.0), "dropout = 1.0"),
         (dict(qk_norm="all"), "qk_norm = 'all'"),
     ],

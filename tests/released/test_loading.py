@@ -190,9 +190,7 @@ def test_truncated_files(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for size in (0, 4, 100, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(
-            ValueError, match=r"model\.safetensors is damaged or no safetensors file .*download it again"
-        ):
+        with pytest.raises(ValueError, match=r"cannot be read as safetensors .*download it again"):
             load_released(folder)
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
@@ -223,7 +221,7 @@ def test_a_wrong_family(tmp_path):
         load_released(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLADA))
     with pytest.raises(
-        ValueError, match=r"as mdlm: .* missing .*; the weights may be those of mmada or lumina or llada"
+        ValueError, match=r"as mdlm: .*; the weights may be those of mmada or lumina or llada"
     ):
         load_released(tmp_path, family="mdlm")
 

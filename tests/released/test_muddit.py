@@ -59,8 +59,8 @@ def test_published_values():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(windows=3), r"unknown keys \['windows'\]"),
-        (dict(guidance_embeds=True), "guidance_embeds and patch_size"),
+        (dict(windows=3), r"config keys \['windows'\]"),
+        (dict(guidance_embeds=True), "guidance_embeds = True; only False"),
         (dict(upsample=False), "downsample and upsample differ"),
         (dict(_class_name="FluxTransformer2DModel"), "describes a FluxTransformer2DModel"),
     ],

@@ -19,6 +19,7 @@ from unidiff.checked import CheckedModel
 from unidiff.models.conditioning import AdaLN, Condition
 from unidiff.models.layers import Norm
 from unidiff.models.mmdit_blocks import NORM_EPS, DoubleBlock, SingleBlock, axis_tables, plain_norm
+from unidiff.schema import Depth, Index, Layers, Positive, Rows, Width
 
 MICRO_CONDITIONS = 5  # original width, original height, crop top, crop left (pixels), aesthetic score
 SINUSOID = 256
@@ -80,21 +81,22 @@ class MMDiT(CheckedModel):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 8256,
-        codebook_size: int = 8192,
-        text_vocab_size: int | None = 49408,
-        num_layers: int = 14,
-        num_single_layers: int = 28,
-        num_heads: int = 8,
-        head_dim: int = 128,
-        text_dim: int = 1024,
-        pooled_dim: int = 1024,
-        rope_axes: Sequence[int] = (16, 56, 56),
-        rope_theta: float = 1e4,
-        adapter_dim: int | None = None,
+        vocab_size: Rows = 8256,
+        codebook_size: Rows = 8192,
+        text_vocab_size: Rows | None = 49408,
+        num_layers: Layers = 14,
+        num_single_layers: Layers = 28,
+        num_heads: Depth = 8,
+        head_dim: Width = 128,
+        text_dim: Width = 1024,
+        pooled_dim: Width = 1024,
+        rope_axes: Sequence[Index] = (16, 56, 56),
+        rope_theta: Positive = 1e4,
+        adapter_dim: Width | None = None,
         downsample: bool = True,
     ) -> None:
         super().__init__()
+        self.check_arguments()
         _check_config(self.config)
         size = num_heads * head_dim
         self.embed_codes = nn.Embedding(vocab_size, size)
@@ -254,6 +256,3 @@ def _check_config(c: Any) -> None:
         raise ValueError(
             f"codebook_size = {c.codebook_size} must be at least 1 and below vocab_size = {c.vocab_size}, whose last row is [MASK]"
         )
-    for name in ("num_heads", "head_dim", "text_dim", "pooled_dim"):
-        if c[name] < 1:
-            raise ValueError(f"{name} = {c[name]}; expected at least 1")

@@ -17,6 +17,7 @@ from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default
 from unidiff.models.partial import CachePlan, PartialHidden, Select, partial_hidden
 from unidiff.models.rotary import RotaryTables, rotary_tables
 from unidiff.models.store import FeatureStore
+from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality
 
@@ -110,27 +111,27 @@ class MaskedTransformer(CheckedModel):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int = 256,
-        num_layers: int = 6,
-        num_heads: int = 4,
-        num_kv_heads: int | None = None,
-        ffn_size: int | None = None,
+        vocab_size: Rows,
+        hidden_size: Width = 256,
+        num_layers: Depth = 6,
+        num_heads: Depth = 4,
+        num_kv_heads: Depth | None = None,
+        ffn_size: Width | None = None,
         norm: str = "rms",
-        norm_eps: float = 1e-6,
+        norm_eps: Epsilon = 1e-6,
         qk_norm: str = "none",
         qk_norm_type: str = "rms",
-        qk_norm_eps: float | None = None,
+        qk_norm_eps: Epsilon | None = None,
         activation: str = "swiglu",
         rope: str = "2d",
-        rope_theta: float = 1e4,
-        rope_linear_factor: float = 1.0,
-        rope_grid: int | None = None,
+        rope_theta: Positive = 1e4,
+        rope_linear_factor: Positive = 1.0,
+        rope_grid: Width | None = None,
         modality_embedding: bool = True,
-        image_embeddings: int = 0,
-        grid_embeddings: int = 0,
+        image_embeddings: Index = 0,
+        grid_embeddings: Index = 0,
         time_conditioning: bool = False,
-        cond_dim: int = 128,
+        cond_dim: Width = 128,
         time_scale: float = 1.0,
         constant_time: float | None = None,
         time_tokens: str = "all",
@@ -143,11 +144,12 @@ class MaskedTransformer(CheckedModel):
         qkv_bias: bool | None = None,
         shift: bool = False,
         attention: str = "full",
-        block_length: int | None = None,
+        block_length: Rows | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         c = self.config
+        self.check_arguments()
         _check_config(c)
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.embed_modality = nn.Embedding(len(Modality), hidden_size) if modality_embedding else None
@@ -327,6 +329,9 @@ class MaskedTransformer(CheckedModel):
             c.dropout,
         )
 
+    def weight_copies(self) -> dict[str, str]:
+        return {"output_weight": "embed_tokens.weight"} if self.config.tie_head else {}
+
     @torch.no_grad()
     def _init_weights(self) -> None:
         """Fan-in scaled normals; residual branches start small.
@@ -371,9 +376,6 @@ def _check_config(c: Any) -> None:
     for name, allowed in choices.items():
         if c[name] not in allowed:
             raise ValueError(f"{name} = {c[name]!r}; expected one of {list(allowed)}")
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
-        if c[name] < 1:
-            raise ValueError(f"{name} = {c[name]}; expected at least 1")
     unit = c.num_heads * (4 if c.rope == "2d" else 2)
     if c.hidden_size % unit:
         raise ValueError(

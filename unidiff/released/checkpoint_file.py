@@ -7,7 +7,6 @@ file's mapping until they are copied, so that a model can be filled with no seco
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from unidiff.errors import DamagedFile, check_regular, is_out_of_memory, read_json, reading
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFE_SUFFIX = ".safetensors"
@@ -32,6 +33,8 @@ FOLDER_NAMES = tuple(
     )
     for index in ("", INDEX_ENDING)
 )
+AGAIN = "the file is damaged or of another kind; download it again"
+LARGEST_COUNT = 10**6  # entries of a torch file: lists inside lists can name themselves many times over
 WINDOW = 16 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
 _SAFE_DTYPES = {
     "F64": torch.float64,
@@ -107,28 +110,36 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
     return _TorchFile(path).content()
 
 
-def weight_file(path: str | Path, any_name: bool = False) -> Path:
+def weight_file(path: str | Path, any_name: bool = False, variant: str | None = None, safe_only: bool = False) -> Path:
     """The weight file or index behind `path`: itself, or the one in a folder.
 
     Args:
         any_name: also take a folder's only weight file under another name than `FOLDER_NAMES`.
+        variant: inside the file names, as diffusers puts it there ("fp16"). safe_only: leave torch files out.
 
     Raises:
         FileNotFoundError: nothing there, or several files that could be meant.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
+        names = [_variant(name, variant) for name in FOLDER_NAMES if not safe_only or SAFE_SUFFIX in name]
+        found = [path / name for name in names if (path / name).is_file()]
         if not found and any_name:
             found = sorted(p for p in path.iterdir() if p.suffix in (SAFE_SUFFIX, *TORCH_SUFFIXES) and p.is_file())
             if len(found) > 1:
                 raise FileNotFoundError(f"{path} holds {len(found)} weight files ({found[0].name}, ...); name one")
         if not found:
-            raise FileNotFoundError(f"{path} holds none of {', '.join(FOLDER_NAMES)}; name the weight file itself")
+            raise FileNotFoundError(f"{path} holds none of {', '.join(names)}; name the weight file itself")
         path = found[0]
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; name a released weight file")
+    check_regular(path)
     return path
+
+
+def _variant(name: str, variant: str | None) -> str:
+    stem, dot, ending = name.partition(".")
+    return name if variant is None else f"{stem}.{variant}{dot}{ending}"
 
 
 def pick_entry(content: Mapping[str, Any], entry: str | None, order: Sequence[str]) -> Mapping[str, Any]:
@@ -161,18 +172,15 @@ class _SafeFile:
         self.path = path
 
     def content(self) -> dict[str, Any]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                found = {name: (torch.Size(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is damaged or no safetensors file ({error}); download it again") from error
+        with reading(self.path, "safetensors", AGAIN), safe_open(self.path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            found = {name: (torch.Size(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         if unknown := sorted({dtype for _, dtype in found.values()} - set(_SAFE_DTYPES)):
             raise ValueError(f"{self.path} holds tensors of type {unknown[0]}; expected some of {sorted(_SAFE_DTYPES)}")
         return {n: StoredTensor(shape, _SAFE_DTYPES[dtype], self, (n,)) for n, (shape, dtype) in found.items()}
 
     def read(self, key: tuple[Any, ...]) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
+        with reading(self.path, "safetensors", AGAIN), safe_open(self.path, framework="pt") as file:
             return file.get_tensor(key[0])
 
 
@@ -183,6 +191,7 @@ class _TorchFile:
         self.path = path
         self._content: dict[str, Any] | None = None
         self._left = WINDOW
+        self._found = 0
         with path.open("rb") as file:
             self.mapped = file.read(4) == TORCH_MAGIC[0]
 
@@ -190,11 +199,16 @@ class _TorchFile:
         content = _read_torch(self.path, self.mapped)
         if not self.mapped:  # the older format is read whole, once
             self._content = content
-        return self._stored(content, ())
+        with reading(self.path, "a torch file", AGAIN):  # entries may hold themselves
+            return self._stored(content, ())
 
     def _stored(self, value: Any, key: tuple[Any, ...]) -> Any:
         """The same nesting of mappings and lists with stored tensors."""
+        self._found += 1
+        if self._found > LARGEST_COUNT:
+            raise ValueError(f"it holds more than {LARGEST_COUNT} entries")
         if isinstance(value, Tensor):
+            check_tensor(self.path, ".".join(map(str, key)), value)
             return StoredTensor(value.shape, value.dtype, self, key)
         if isinstance(value, Mapping):
             return {k: self._stored(v, (*key, k)) for k, v in value.items()}
@@ -215,36 +229,74 @@ class _TorchFile:
 
 
 def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if not file.read(4).startswith(TORCH_MAGIC):
-            raise ValueError(f"{path} is no torch file (a web page or a pointer to it, perhaps); download it again")
-    try:
-        # training scripts save their command line next to the weights; the class only holds attributes
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain data, and reading that could run code; "
-            "convert it to safetensors where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged; download it again") from error
+    content = load_torch(path, mapped)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected named weights")
     return content
 
 
+def load_torch(path: Path, mapped: bool = False) -> Any:
+    """The content of a torch file on the CPU; no code in it is run.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no torch file, a damaged one, or one with other things than tensors and plain data.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        if not file.read(4).startswith(TORCH_MAGIC):
+            raise ValueError(f"{path} is no torch file (a web page or a pointer to it, perhaps); download it again")
+    with reading(path, "a torch file", AGAIN):
+        try:
+            # training scripts save their command line next to the weights; the class only holds attributes
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise DamagedFile(
+                f"{path} is damaged, or holds more than tensors and plain data, and reading that could run code; "
+                "convert it to safetensors where you trust it"
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:  # the file was opened just now; torch says much about its own archives
+            if is_out_of_memory(error):
+                raise
+            raise DamagedFile(f"{path} is damaged; download it again") from error
+
+
+def check_tensor(path: Path, name: str, value: Tensor) -> None:
+    """Raise `ValueError` for a tensor that is not simply numbers in a file: sparse, quantised, without data, or repeated."""
+    kind = None
+    if value.layout != torch.strided:
+        kind = "sparse"
+    elif value.is_quantized:
+        kind = "quantised"
+    elif value.is_meta:
+        kind = "empty (on the meta device)"
+    elif value.is_nested:
+        kind = "nested"
+    elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        kind = "larger than its data"
+    if kind is not None:
+        raise DamagedFile(
+            f"{path}: tensor {name!r} is {kind}; expected plain tensors, so save its dense values instead"
+        )
+
+
+def _is_shard(name: str) -> bool:
+    """A plain name of a weight file beside its index."""
+    plain = Path(name).name == name and "\\" not in name and "\0" not in name
+    return plain and Path(name).suffix in (SAFE_SUFFIX, *TORCH_SUFFIXES)
+
+
 def _open_shards(index: Path) -> dict[str, Any]:
     """All tensors of the files that an index names."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged or no index with a weight_map ({error}); download it again") from error
+    listed = read_json(index, "an index of weights").get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index} is damaged or no index with a weight_map of file names; download it again")
+    shards = sorted(set(listed.values()))
     paths = [index.parent / name for name in shards]
-    if outside := [name for name in shards if Path(name).name != name or name.endswith(INDEX_ENDING)]:
+    if outside := [name for name in shards if not _is_shard(name)]:
         raise ValueError(f"{index} names {outside[0]!r}; expected plain file names beside it")
-    if absent := [path for path in paths if not path.is_file()]:
+    if absent := [path for path in paths if not path.exists()]:
         raise FileNotFoundError(
             f"{absent[0]} does not exist; download the whole checkpoint "
             f"({len(absent)} of {len(paths)} shards are missing)"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unidiff.checked import build_on_meta
 from unidiff.released.checkpoint_file import open_checkpoint, pick_entry
 from unidiff.released.keymap import Entry, KeyMap, assemble
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
@@ -58,17 +59,10 @@ def build_tokenizer(
     Raises:
         ValueError: missing or left-over weights, a wrong shape, NaN, or a constant of another value.
     """
-    with torch.device("meta"):
-        model = model_class(**config)
+    model = build_on_meta(model_class, config)
     return VQImageTokenizer(assemble(model, tokenizer_keymap(model, rename, constants or {}), state, dtype, device))
 
 
 def tokenizer_keymap(model: ConvTokenizerModel, rename: Rename, constants: Mapping[str, Tensor]) -> KeyMap:
     """One entry per weight of the model."""
     return KeyMap([Entry(name, rename(name)) for name in model.state_dict()], 0, PREFIXES, constants)
-
-
-def known_fields(config: Mapping[str, Any], known: Sequence[str], family: str) -> None:
-    """Raise `ValueError` for a key that the family's configuration does not have."""
-    if unknown := sorted(set(config) - set(known)):
-        raise ValueError(f"unknown {family} config keys {unknown}; expected some of {sorted(known)}")

@@ -8,14 +8,16 @@ DiffuCoder and Dream-Coder have the same network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.config_keys import ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.released.keymap import Entry, KeyMap, build
+from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
 from unidiff.tokens.vocabulary import Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -35,8 +37,43 @@ RELEASED: Mapping[str, Any] = {
     "eos_token_id": 151643,
 }
 SPECIALS_7B: Mapping[str, int] = {"im_start": 151644, "im_end": 151645}  # of Qwen2.5's tokenizer; in no config
-# options of the upstream network that its released checkpoints do not use, with the only value that is built here
-FIXED = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}  # of a tied head
+KEYS = ConfigKeys(
+    "dream",
+    used={
+        "hidden_size": Width,
+        "num_hidden_layers": Depth,
+        "num_attention_heads": Depth,
+        "num_key_value_heads": Depth | None,
+        "head_dim": Width | None,
+        "intermediate_size": Width,
+        "vocab_size": Rows,
+        "rms_norm_eps": Annotated[float, Between(0, 1)],
+        "rope_theta": Positive | None,
+        "rope_scaling": Any,  # `plain_rope_theta` looks at these two
+        "rope_parameters": Any,
+        "tie_word_embeddings": bool | None,
+        "max_position_embeddings": Index | None,
+        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
+    },
+    needed=("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    fixed={  # first the value that is built
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False, None),
+        "use_mrope": (False, None),
+        "full_attn_mask": (None, False, True),
+        "attention_bias": (True, None),  # of queries, keys and values
+        "mlp_bias": (False, None),
+    },
+    harmless={
+        "sliding_window": "without use_sliding_window",
+        "max_window_layers": "without use_sliding_window",
+        "layer_types": "without use_sliding_window",
+        "attention_dropout": "dropout is off when a model is used",
+        "initializer_range": "only before training",
+        "use_cache": "how fast, not what",
+    },
+)
 
 
 def load_dream(
@@ -60,17 +97,18 @@ def load_dream(
     return build(kwargs, dream_keymap(kwargs), state_dict, dtype, device), vocabulary
 
 
-def dream_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
-    """The model's weights under released names."""
-    return dream_keymap(model.config).to_theirs(model.state_dict())
+def dream_state_dict(model: MaskedTransformer, copies: bool = False) -> dict[str, Tensor]:
+    """The model's weights under released names; with `copies` also a tied head, which is a copy of the embedding."""
+    return dream_keymap(model.config).to_theirs(model.state_dict(), copies)
 
 
 def dream_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     """Text ids only, with [MASK] inside the range."""
+    KEYS.check(config)
     size = config["vocab_size"]
     mask_id = config.get("mask_token_id")
     if mask_id is None:
-        raise ValueError("the config has no mask_token_id; expected the id of [MASK] (151666 in the 7B models)")
+        raise ConfigError("the config has no mask_token_id; expected the id of [MASK] (151666 in the 7B models)")
     specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "bos") if config.get(f"{n}_token_id") is not None}
     if size == RELEASED["vocab_size"]:
         specials |= SPECIALS_7B
@@ -83,13 +121,10 @@ def dream_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option that is not built, with its value.
     """
-    for name, value in FIXED.items():
-        if name in config and config[name] != value:
-            raise ValueError(f"config has {name} = {config[name]!r}; only {value!r} is supported")
+    KEYS.check(config)
     heads = config["num_attention_heads"]
     if config.get("head_dim") not in (None, config["hidden_size"] // heads):
-        raise ValueError(f"config has head_dim = {config['head_dim']}; only hidden_size / heads is supported")
-    rope = config.get("rope_parameters") or config  # the newer spelling of the same
+        raise ConfigError(f"config has head_dim = {config['head_dim']}; only hidden_size / heads is supported")
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -101,7 +136,7 @@ def dream_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "activation": "swiglu",
         "rope": "1d",
-        "rope_theta": float(rope.get("rope_theta", RELEASED["rope_theta"])),
+        "rope_theta": plain_rope_theta(config, RELEASED["rope_theta"]),
         "modality_embedding": False,
         "tie_head": bool(config.get("tie_word_embeddings", False)),
         "qkv_bias": True,
@@ -129,7 +164,7 @@ def dream_keymap(config: Mapping[str, Any]) -> KeyMap:
     ]
     if not config["tie_head"]:
         entries.append(Entry("output_weight", "lm_head.weight"))
-    return KeyMap(entries, config["num_layers"], PREFIXES)
+    return KeyMap(entries, config["num_layers"], PREFIXES, copies=COPIES if config["tie_head"] else {})
 
 
 def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unidiff.released.config_keys import section
 from unidiff.released.dream import dream_state_dict, dream_vocabulary, load_dream
 from unidiff.released.llada import llada_state_dict, llada_vocabulary, load_llada
 from unidiff.released.llamagen import CONFIG_KEYS, llamagen_state_dict, load_llamagen
@@ -97,25 +98,38 @@ def _load_lumina(state: Config, config: Config, *, vocabulary: Vocabulary | None
 def _llada_layout(names: Iterable[str], config: Config) -> Layout:
     names = list(names)
     grouped = any("transformer.block_groups." in name for name in names)
-    return {
+    layout = {
         "block_group_size": (config.get("block_group_size") or 1) if grouped else None,
         "fused": any(name.endswith(".att_proj.weight") for name in names),
     }
+    return {**layout, **_copies(names, bool(config.get("weight_tying")), "transformer.ff_out.weight")}
+
+
+def _copies(names: Iterable[str], tied: bool, head: str) -> Layout:
+    """A tied head that lies in the file all the same is written back as well."""
+    return {"copies": True} if tied and any(re.search(rf"(^|\.){re.escape(head)}$", name) for name in names) else {}
+
+
+def _dream_layout(names: Iterable[str], config: Config) -> Layout:
+    return _copies(names, bool(config.get("tie_word_embeddings")), "lm_head.weight")
 
 
 def _llada_export(model: Any, layout: Layout) -> dict[str, Tensor]:
-    return llada_state_dict(model, layout.get("block_group_size"), bool(layout.get("fused", False)))
+    fused, copies = bool(layout.get("fused")), bool(layout.get("copies"))
+    return llada_state_dict(model, layout.get("block_group_size"), fused, copies)
 
 
 def _is(config: Config, *architectures: str, model_type: str | None = None) -> bool:
-    named = {*config.get("architectures", []), config.get("_class_name")}
-    return bool(named & set(architectures)) or (model_type is not None and config.get("model_type") == model_type)
+    listed = config.get("architectures")
+    named = [*(listed if isinstance(listed, list | tuple) else ()), config.get("_class_name")]
+    return any(name in architectures for name in named) or (
+        model_type is not None and config.get("model_type") == model_type
+    )
 
 
 def _dit(config: Config) -> Config:
     """The `model` section of an upstream experiment configuration, empty without one."""
-    model = config.get("config", config).get("model", {})
-    return model if isinstance(model, Mapping) else {}
+    return section(config, "config", "model") or section(config, "model")
 
 
 def _has_images(config: Config) -> bool:
@@ -202,8 +216,9 @@ FAMILIES: dict[str, Family] = {
             (r"^model\.layers\.0\.self_attn\.q_proj\.bias$", r"^model\.layers\.0\.mlp\.gate_proj\.weight$"),
             lambda config: _is(config, "DreamModel", model_type="Dream"),
             _denoiser(load_dream),
-            lambda model, layout: dream_state_dict(model),
+            lambda model, layout: dream_state_dict(model, bool(layout.get("copies"))),
             dream_vocabulary,
+            layout=_dream_layout,
         ),
         Family(name="muddit", keys=(*MMDIT_KEYS, r"^text_decoder\.1\.weight$"), fits=_is_muddit, **_MUDDIT),
         Family(name="meissonic", keys=MMDIT_KEYS, fits=_is_meissonic, **_MUDDIT),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unidiff.checked import check_finite
+from unidiff.checked import build_on_meta, check_dtype, check_finite
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.checkpoint_file import AnyTensor, in_memory
 
@@ -76,12 +76,14 @@ class KeyMap:
         prefixes: name prefixes that a downloaded file may carry; stripped, repeatedly.
         constants: weights of theirs that the architecture fixes (saved buffers): checked on the way in, written on
             the way out.
+        copies: weights of theirs that may be there as equal copies of another one (a tied head): copy to original.
     """
 
     entries: Sequence[Entry]
     layers: int
     prefixes: tuple[str, ...] = ()
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def expanded(self) -> list[Entry]:
         """One entry per weight of ours, in upstream order."""
@@ -123,15 +125,27 @@ class KeyMap:
         """
         theirs = strip_prefixes(unwrap(state), self.prefixes)
         self.check(theirs, shapes)
+        for name, value in theirs.items():
+            check_dtype(name, value, is_float=name not in self.constants or self.constants[name].is_floating_point())
+        self._check_equal(theirs)
+        return {
+            entry.ours: _place([theirs[name] for name in entry.parts], shapes[entry.ours], dtype, device)
+            for entry in self.expanded()
+        }
+
+    def _check_equal(self, theirs: Mapping[str, Any]) -> None:
+        """Constants have their value, copies that of their original."""
         for name, constant in self.constants.items():
             if name in theirs and not torch.allclose(
                 in_memory(theirs[name]).float(), constant.float(), rtol=1e-3, atol=1e-6
             ):
                 raise ValueError(f"checkpoint weight {name!r} is not the constant that this architecture implies")
-        return {
-            entry.ours: _place([theirs[name] for name in entry.parts], shapes[entry.ours], dtype, device)
-            for entry in self.expanded()
-        }
+        for copy, original in self.copies.items():
+            if copy in theirs and not torch.equal(in_memory(theirs[copy]), in_memory(theirs[original])):
+                raise ValueError(
+                    f"checkpoint weight {copy!r} differs from {original!r}, though the config ties them; "
+                    "set the tying off in the config, or load a checkpoint of this config"
+                )
 
     def check(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise `KeyMismatch` unless `theirs`, without prefixes, holds exactly the weights of these shapes."""
@@ -144,13 +158,18 @@ class KeyMap:
                 wanted = expected if count is None else (count, *expected[1:])
                 if name in theirs and tuple(getattr(theirs[name], "shape", (None,))) != wanted:
                     misshaped[name] = (tuple(getattr(theirs[name], "shape", ())), wanted)
+        known = {**{name: tuple(value.shape) for name, value in self.constants.items()}}
+        known |= {copy: tuple(getattr(theirs.get(original), "shape", ())) for copy, original in self.copies.items()}
+        for name, wanted in known.items():
+            if name in theirs and tuple(getattr(theirs[name], "shape", (None,))) != wanted:
+                misshaped[name] = (tuple(getattr(theirs[name], "shape", ())), wanted)
         missing = [name for name in names if name not in theirs]
-        left_over = sorted(set(theirs) - set(names) - set(self.constants))
+        left_over = sorted(set(theirs) - set(names) - set(known))
         if missing or left_over or misshaped:
             raise KeyMismatch(missing, left_over, misshaped)
 
-    def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `to_ours`, without prefixes."""
+    def to_theirs(self, ours: Mapping[str, Tensor], copies: bool = False) -> dict[str, Tensor]:
+        """The inverse of `to_ours`, without prefixes; with `copies` also what is a copy of another weight."""
         rest = dict(ours)
         theirs = {name: value.clone() for name, value in self.constants.items()}
         for entry in self.expanded():
@@ -159,6 +178,9 @@ class KeyMap:
             theirs.update(zip(entry.parts, split, strict=True))
         if rest:
             raise ValueError(f"weights {sorted(rest)[:3]} have no name in this family; the model has other options on")
+        for copy, original in self.copies.items():
+            if copies:
+                theirs[copy] = theirs[original].clone()
         return theirs
 
 
@@ -170,9 +192,7 @@ def build(
     device: torch.device | str | None = None,
 ) -> MaskedTransformer:
     """A `MaskedTransformer` in evaluation mode that takes over the tensors of a checkpoint (cast to `dtype` if given)."""
-    with torch.device("meta"):
-        model = MaskedTransformer(**config)
-    return assemble(model, keymap, state, dtype, device)
+    return assemble(build_on_meta(MaskedTransformer, config), keymap, state, dtype, device)
 
 
 def assemble(

@@ -8,30 +8,78 @@ codes to the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.config_keys import ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.released.keymap import Entry, KeyMap, build, strip_prefixes, unwrap
+from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.")
 EOT_8B = 126348  # end of turn; in no released config
-# options of the upstream network that its released checkpoints do not use, with the only value that is built here
-FIXED = {
-    "block_type": "llama",
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "bias_for_layer_norm": False,
-    "rope": True,
-    "alibi": False,
-    "input_emb_norm": False,
-    "scale_logits": False,
-    "clip_qkv": None,
-}
+MLP_RATIO = 4  # upstream's default
+COPIES = {"transformer.ff_out.weight": "transformer.wte.weight"}  # of a tied head
+_DROPPED = "dropout is off when a model is used"
+_INIT = "only before training"
+_COST = "how fast, not what"
+KEYS = ConfigKeys(
+    "llada",
+    used={
+        "d_model": Width,
+        "n_heads": Depth,
+        "n_kv_heads": Depth | None,
+        "multi_query_attention": bool | None,
+        "n_layers": Depth,
+        "mlp_hidden_size": Width | None,
+        "mlp_ratio": Annotated[float, Between(1e-3, 1e3)],
+        "vocab_size": Rows,
+        "embedding_size": Index | None,
+        "rms_norm_eps": Annotated[float, Between(0, 1)],
+        "rope_theta": Positive,
+        "rope_scaling": Any,  # `plain_rope_theta` looks at these two
+        "rope_parameters": Any,
+        "attention_layer_norm": bool | None,
+        "weight_tying": bool | None,
+        "include_bias": bool | None,
+        "include_qkv_bias": bool | None,
+        "block_group_size": Depth | None,
+        "max_sequence_length": Index | None,
+        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "eot", "bos")},
+        # of MMaDA
+        "new_vocab_size": Rows,
+        "num_vq_tokens": Index | None,
+    },
+    needed=("d_model", "n_heads", "n_layers"),
+    fixed={  # first the value that is built
+        "activation_type": ("silu",),  # silu(ff_proj) * up_proj, nothing halved
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "attention_layer_norm_with_affine": (True, None),
+        "bias_for_layer_norm": (False, None),
+        "rope": (True,),
+        "alibi": (False, None),
+        "input_emb_norm": (False, None),
+        "scale_logits": (False, None),
+        "clip_qkv": (None,),
+    },
+    harmless={
+        "alibi_bias_max": "without alibi",
+        **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), _DROPPED),
+        **dict.fromkeys(("init_fn", "init_std", "init_cutoff_factor", "init_device"), _INIT),
+        **dict.fromkeys(("flash_attention", "use_cache"), _COST),
+        "precision": "of training",
+        "rope_full_precision": "positions are always turned in float32 here",
+        "tie_word_embeddings": "upstream ties by weight_tying alone",
+        "llm_vocab_size": "of the text part, which the id layout says",
+        "w_clip_vit": "a second input of training runs; the network is the same",
+    },
+)
 
 
 def load_llada(
@@ -66,22 +114,27 @@ def load_llada(
 
 
 def llada_state_dict(
-    model: MaskedTransformer, block_group_size: int | None = None, fused: bool = False
+    model: MaskedTransformer, block_group_size: int | None = None, fused: bool = False, copies: bool = False
 ) -> dict[str, Tensor]:
-    """The model's weights under released names (`model.transformer.*`), layers grouped and projections fused if asked."""
-    theirs = llada_keymap(model.config, block_group_size, fused).to_theirs(model.state_dict())
+    """The model's weights under released names (`model.transformer.*`), layers grouped and projections fused if asked.
+
+    Args:
+        copies: also write a tied head, which is a copy of the embedding.
+    """
+    theirs = llada_keymap(model.config, block_group_size, fused).to_theirs(model.state_dict(), copies)
     return {f"model.{name}": value for name, value in theirs.items()}
 
 
 def llada_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     """Text ids only, with [MASK] inside the range."""
+    KEYS.check(config)
     size = _rows(config)
     specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "eot") if config.get(f"{n}_token_id") is not None}
     if size == Vocabulary.named("llada").size:
         specials.setdefault("eot", EOT_8B)
     mask_id = config.get("mask_token_id")
     if mask_id is None:
-        raise ValueError("the config has no mask_token_id; expected the id of [MASK] (126336 in the 8B models)")
+        raise ConfigError("the config has no mask_token_id; expected the id of [MASK] (126336 in the 8B models)")
     return Vocabulary(size, (0, size), (size, size), mask_id, specials=specials)
 
 
@@ -91,14 +144,10 @@ def llada_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option that is not built, with its value.
     """
-    for name, value in FIXED.items():
-        if name in config and config[name] != value:
-            raise ValueError(f"config has {name} = {config[name]!r}; only {value!r} is supported")
-    if config.get("activation_type", "silu") != "silu":  # silu(ff_proj) * up_proj, nothing halved
-        raise ValueError(f"config has activation_type = {config['activation_type']!r}; only 'silu' is supported")
+    KEYS.check(config)
     bias = bool(config.get("include_bias", False))
     if bool(config.get("include_qkv_bias", False)) and not bias:
-        raise ValueError("config has include_qkv_bias without include_bias; only both or neither are supported")
+        raise ConfigError("config has include_qkv_bias without include_bias; only both or neither are supported")
     size, heads = config["d_model"], config["n_heads"]
     kv_heads = config.get("n_kv_heads")
     if kv_heads is None:
@@ -110,13 +159,13 @@ def llada_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": config["n_layers"],
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "ffn_size": config["mlp_ratio"] * size if ffn_size is None else ffn_size,
+        "ffn_size": int(config.get("mlp_ratio", MLP_RATIO) * size) if ffn_size is None else ffn_size,
         "norm": "rms",
         "norm_eps": config.get("rms_norm_eps", 1e-5),
         "qk_norm": "width" if config.get("attention_layer_norm") else "none",
         "activation": "swiglu",
         "rope": "1d",
-        "rope_theta": config.get("rope_theta", 1e4),
+        "rope_theta": plain_rope_theta(config, 1e4),
         "modality_embedding": False,
         "tie_head": bool(config.get("weight_tying", False)),
         "head_bias": bias and not config.get("weight_tying", False),
@@ -142,7 +191,7 @@ def llada_keymap(config: Mapping[str, Any], block_group_size: int | None = None,
         entries.append(Entry("output_weight", "transformer.ff_out.weight"))
     if config["head_bias"]:
         entries.append(Entry("output_bias", "transformer.ff_out.bias"))
-    return KeyMap(entries, config["num_layers"], PREFIXES)
+    return KeyMap(entries, config["num_layers"], PREFIXES, copies=COPIES if config["tie_head"] else {})
 
 
 def _layer_entries(config: Mapping[str, Any], ours: str, theirs: str, fused: bool) -> list[Entry]:
@@ -186,4 +235,7 @@ def llada_batch(ids: Tensor, given: Tensor | None = None, attended: Tensor | Non
 
 
 def _rows(config: Mapping[str, Any]) -> int:
-    return config.get("embedding_size") or config["vocab_size"]
+    rows = config.get("embedding_size") or config.get("vocab_size")
+    if rows is None:
+        raise ConfigError("its config has no 'vocab_size', which llada needs")
+    return rows

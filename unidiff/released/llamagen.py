@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from unidiff.released.config_keys import ConfigError, ConfigKeys
 from unidiff.released.conv_names import (
     PREFIXES,
     build_tokenizer,
-    known_fields,
     read_weights,
     rename_with,
     tokenizer_keymap,
 )
 from unidiff.released.keymap import strip_prefixes
+from unidiff.schema import Between, Depth, Rows, Width
 from unidiff.tokens.conv_vq import ConvVQModel
 from unidiff.tokens.image_vq import VQImageTokenizer
 
@@ -38,6 +39,22 @@ RELEASED: dict[str, dict[str, Any]] = {
 }
 _TRAINING = ("commit_loss_beta", "entropy_loss_ratio", "dropout_p", "codebook_show_usage")  # change no result
 CONFIG_KEYS = (*RELEASED["VQ-16"], *_TRAINING)
+_LEVELS = list[Depth] | tuple[Depth, ...]
+KEYS = ConfigKeys(
+    "LlamaGen tokenizer",
+    used={
+        "ch": Width,
+        "num_res_blocks": Annotated[int, Between(1, 128)],
+        "z_channels": Width,
+        "codebook_size": Rows,
+        "codebook_embed_dim": Width,
+        "codebook_l2_norm": bool,
+        "encoder_ch_mult": _LEVELS,
+        "decoder_ch_mult": _LEVELS,
+    },
+    harmless=dict.fromkeys(_TRAINING, "changes no result"),
+    closed=True,
+)
 _USAGE = "quantize.codebook_used"
 
 _rename = rename_with(
@@ -82,7 +99,7 @@ def load_llamagen(
         config = "VQ-16" if deep else "VQ-8"
     kwargs = llamagen_config(config)
     if (usage := weights.get(_USAGE)) is not None:
-        kwargs["usage_window"] = len(usage)
+        kwargs["usage_window"] = next(iter(getattr(usage, "shape", ())), 0)
     return build_tokenizer(ConvVQModel, kwargs, _rename, weights, dtype, device=device)
 
 
@@ -102,9 +119,9 @@ def llamagen_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(config, str):
         if config not in RELEASED:
-            raise ValueError(f"unknown LlamaGen tokenizer {config!r}; expected one of {sorted(RELEASED)}")
+            raise ConfigError(f"unknown LlamaGen tokenizer {config!r}; expected one of {sorted(RELEASED)}")
         config = RELEASED[config]
-    known_fields(config, CONFIG_KEYS, "LlamaGen tokenizer")
+    KEYS.check(config)
     c = {**RELEASED["VQ-16"], **config}
     encoder, decoder = tuple(c["encoder_ch_mult"]), tuple(c["decoder_ch_mult"])
     return {

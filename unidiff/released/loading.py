@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from unidiff.errors import check_regular, json_name, read_json, reading
 from unidiff.hub import ALL_FILES, locate
-from unidiff.released.checkpoint_file import in_memory, open_checkpoint, pick_entry, weight_file
+from unidiff.released.checkpoint_file import LARGEST_COUNT, in_memory, open_checkpoint, pick_entry, weight_file
+from unidiff.released.config_keys import ConfigError, check_names
 from unidiff.released.conv_names import ENTRIES
 from unidiff.released.families import Family, Layout, family_named, recognise
 from unidiff.released.keymap import KeyMismatch, strip_prefixes
@@ -32,7 +34,7 @@ class Checkpoint:
     """A released checkpoint that has been opened but not read.
 
     Attributes:
-        path: of the weight file or index.
+        path: of the weight file or index. config_path: of the configuration, where it lies beside.
         family: which it is.
         config: upstream's, empty where the family needs none.
         state: what the file holds, as the family's loader takes it.
@@ -44,6 +46,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     state: Mapping[str, Any]
     tensors: Mapping[str, Any]
+    config_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,18 @@ def load_released(
     """
     path = find_part(name, subfolder, **hub_options)
     if (path / RECORD).is_file():
+        _check_unused(path, {"config": config, "vocabulary": vocabulary, "entry": entry}, family)
         return load_converted(path, dtype, device)
     found = open_released(path, family, config, entry)
     try:
         model, ids = found.family.load(found.state, found.config, dtype=dtype, device=device, vocabulary=vocabulary)
     except KeyMismatch as error:
         raise ValueError(f"{found.path} as {found.family.name}: {error}; {_would_fit(found)}") from error
-    except KeyError as error:
-        raise ValueError(
-            f"{found.path}: its config has no {error.args[0]!r}, which {found.family.name} needs"
-        ) from error
+    except ConfigError as error:
+        hint = "" if found.family.has_keys(found.tensors) else f"; {_would_fit(found)}"
+        raise ValueError(f"{found.config_path or 'config='} as {found.family.name}: {error}{hint}") from error
+    except ValueError as error:
+        raise ValueError(f"{found.path} as {found.family.name}: {error}") from error
     images = model if isinstance(model, VQImageTokenizer) else None
     return Released(
         found.family,
@@ -143,18 +148,26 @@ def load_converted(
     return Released(family, model, record.vocabulary, record.config, record.layout, constants, images)
 
 
+def _check_unused(folder: Path, given: Mapping[str, Any], family: str | None) -> None:
+    """Raise `ValueError` for arguments that contradict a converted folder, which says everything itself."""
+    if unused := sorted(name for name, value in given.items() if value is not None):
+        raise ValueError(f"{folder} was converted and brings its own {' and '.join(unused)}; leave {unused[0]}= out")
+    if family is not None and family_named(family).name != (found := read_record(folder).family):
+        raise ValueError(f"{folder} was converted from {found}, not {family}; leave the family out")
+
+
 def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any) -> Path:
     """The file, or the folder with weights, behind a name; of a diffusers folder, its `transformer`."""
     path = Path(name)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         path = locate(name, ALL_FILES, **hub_options)
     if subfolder is not None:
         path = path / subfolder
         if not path.is_dir():
             raise FileNotFoundError(f"{path} does not exist; name a subfolder of {str(name)!r}")
-    if path.is_dir() and not any((path / config).is_file() for config in CONFIG_NAMES):
+    if path.is_dir() and not any((path / config).exists() for config in CONFIG_NAMES):
         for part in PIPELINE_PARTS:
-            if (path / part / "config.json").is_file():
+            if (path / part / "config.json").exists():
                 return path / part
         inside = sorted(p.parent.parent.name for p in path.glob("*/transformer/config.json"))
         if inside:
@@ -167,15 +180,22 @@ def open_released(
 ) -> Checkpoint:
     """Open and recognise a checkpoint without reading its weights; arguments and errors as in `load_released`."""
     file = weight_file(path, any_name=True)
+    config_path = find_config(file) if config is None else None
     config = read_config(file) if config is None else config
     content = open_checkpoint(file)
     state = pick_entry(content, entry, ENTRIES)
     tensors = {name: value for name, value in _flat(state).items() if hasattr(value, "shape")}
     if not tensors:
-        raise ValueError(f"{file} holds no named weights; name another file or entry (it has {sorted(content)[:5]})")
+        listed = sorted(map(str, content))[:5]
+        raise ValueError(f"{file} holds no named weights; name another file or entry (it has {listed})")
+    if strange := [name for name in tensors if not isinstance(name, str)]:
+        raise ValueError(f"{file} holds a weight under {strange[0]!r}; expected names")
     try:
+        check_names(config)
         tensors = strip_prefixes(tensors, PREFIXES)
         chosen = recognise(config, tensors) if family is None else family_named(family)
+    except ConfigError as error:
+        raise ValueError(f"{config_path or 'config='}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if chosen.needs_config and not config:
@@ -185,28 +205,44 @@ def open_released(
     lightning = isinstance(content.get("ema"), Mapping) and "shadow_params" in content["ema"] and entry is None
     # a Lightning file's averaged weights have no names; its family gives them theirs
     state = content if lightning else strip_prefixes(_flat(state), PREFIXES)
-    return Checkpoint(file, chosen, config, state, tensors)
+    return Checkpoint(file, chosen, config, state, tensors, config_path)
+
+
+def find_config(file: Path) -> Path | None:
+    """The configuration file beside a weight file, None without one."""
+    return next((file.parent / name for name in CONFIG_NAMES if (file.parent / name).exists()), None)
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The configuration beside a weight file; empty without one.
+    """The configuration beside a weight file; empty without one. Interpolations in YAML stay as they are written.
 
     Raises:
         ValueError: one that is damaged or holds no mapping.
     """
-    for name in CONFIG_NAMES:
-        path = file.parent / name
-        if path.is_file():
-            try:
-                text = path.read_text(encoding="utf-8")
-                config = json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text))
-            except Exception as error:  # omegaconf and yaml have errors of their own
-                kind = "JSON" if path.suffix == ".json" else "YAML"
-                raise ValueError(f"{path} is not valid {kind} ({_first_line(error)}); download it again") from error
-            if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-                raise ValueError(f"{path} holds a {type(config).__name__}; expected named settings")
-            return cast(dict[str, Any], config)
-    return {}
+    path = find_config(file)
+    if path is None:
+        return {}
+    if path.suffix == ".json":
+        return cast(dict[str, Any], read_json(path, "a JSON config"))
+    check_regular(path)
+    with reading(path, "a YAML config"):
+        text = path.read_text(encoding="utf-8-sig")
+        if _nodes(yaml.safe_load(text), {}) > LARGEST_COUNT:  # aliases of aliases
+            raise ValueError(f"it names more than {LARGEST_COUNT} values")
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise ValueError(f"{path} holds {json_name(config)}; expected named settings")
+    return cast(dict[str, Any], config)
+
+
+def _nodes(value: Any, seen: dict[int, int]) -> int:
+    """How many values a tree has when every alias is written out."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in seen:
+        inner = value.values() if isinstance(value, dict) else value
+        seen[id(value)] = 1 + sum(_nodes(one, seen) for one in inner)
+    return seen[id(value)]
 
 
 def stored_constants(found: Checkpoint) -> dict[str, Tensor]:
@@ -245,7 +281,3 @@ def _would_fit(found: Checkpoint) -> str:
         )
     ]
     return f"what would fit: a config for the weights' {', '.join(facts) or 'shapes'}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

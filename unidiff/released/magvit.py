@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from unidiff.released.conv_names import build_tokenizer, known_fields, read_weights, rename_with, tokenizer_keymap
+from unidiff.released.config_keys import ConfigError, ConfigKeys
+from unidiff.released.conv_names import build_tokenizer, read_weights, rename_with, tokenizer_keymap
+from unidiff.schema import Between, Depth, Width
 from unidiff.tokens.image_lfq import LFQModel, bit_values, lfq_vectors
 from unidiff.tokens.image_vq import VQImageTokenizer
 
@@ -22,11 +24,24 @@ RELEASED: dict[str, Any] = {
     "encoder": {"ch": 128, "ch_mult": (1, 2, 2, 4, 4), "num_res_blocks": (4, 3, 4, 3, 4), "z_channels": 13},
     "decoder": {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": (4, 4, 3, 4, 3), "z_channels": 13},
 }
-# of each side upstream; the second row does not change the network: attn_resolutions = [5] never matches, resolution
-# only places attention, dropout is off when a tokenizer is used
-_USED = ("ch", "ch_mult", "num_res_blocks", "z_channels", "in_ch", "out_ch", "double_z")
-_UNUSED = ("attn_resolutions", "resolution", "dropout")
-_FIXED = {"in_ch": 3, "out_ch": 3, "double_z": False}
+_LEVELS = list[Depth] | tuple[Depth, ...]
+SIDES: dict[str, Any] = dict(
+    used={"ch": Width, "ch_mult": _LEVELS, "num_res_blocks": _LEVELS, "z_channels": Width},
+    needed=("ch", "ch_mult", "num_res_blocks", "z_channels"),
+    fixed={"in_ch": (3,), "out_ch": (3,), "double_z": (False, None)},
+    harmless={
+        "attn_resolutions": "[5] never matches: there is attention in the middle only",
+        "resolution": "only places attention",
+        "dropout": "off when a tokenizer is used",
+    },
+    closed=True,
+)
+KEYS = ConfigKeys(
+    "MAGVIT-v2",
+    used={"codebook_dim": Annotated[int, Between(1, 20)], "encoder": Mapping[str, Any], "decoder": Mapping[str, Any]},
+    needed=("codebook_dim", "encoder", "decoder"),
+    closed=True,
+)
 
 
 def load_magvit(
@@ -69,18 +84,15 @@ def magvit_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown key, or an option that is another network.
     """
-    known_fields(config, ("codebook_dim", "encoder", "decoder"), "MAGVIT-v2")
+    KEYS.check(config)
     kwargs: dict[str, Any] = {"code_dim": config["codebook_dim"]}
     for name in ("encoder", "decoder"):
-        side = config[name]
-        known_fields(side, (*_USED, *_UNUSED), f"MAGVIT-v2 {name}")
-        if changed := {key: side[key] for key, value in _FIXED.items() if side.get(key, value) != value}:
-            raise ValueError(f"MAGVIT-v2 {name} has {changed}; only {_FIXED} is supported")
+        side = ConfigKeys(f"MAGVIT-v2 {name}", **SIDES).check(config[name])
         kwargs[f"{name}_channels"] = side["ch"]
         kwargs[f"{name}_multipliers"] = tuple(side["ch_mult"])
         kwargs[f"{name}_depths"] = tuple(side["num_res_blocks"])
     if config["encoder"]["z_channels"] != config["decoder"]["z_channels"]:
-        raise ValueError("MAGVIT-v2 encoder and decoder name different z_channels; they meet in the same latent")
+        raise ConfigError("MAGVIT-v2 encoder and decoder name different z_channels; they meet in the same latent")
     kwargs["z_channels"] = config["encoder"]["z_channels"]
     return kwargs
 

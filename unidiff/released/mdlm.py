@@ -6,14 +6,16 @@ The network's time is sigma = -log alpha(t); a model trained without time condit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.config_keys import ConfigKeys
 from unidiff.released.dit_names import TIME_ENTRIES, head_entries
 from unidiff.released.keymap import Entry, KeyMap, build, strip_prefixes, unwrap
+from unidiff.schema import Between, Depth, Index, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
@@ -27,6 +29,33 @@ FIELDS = {
     "dropout": ("dropout", "dropout", 0.1),
     "cond_dim": ("cond_dim", "cond_dim", 128),
 }
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "hidden_dim", "cond_dim"), Width),
+    **dict.fromkeys(("n_blocks", "n_heads"), Depth),
+    "dropout": Annotated[float, Between(0, 0.999)],
+    **dict.fromkeys(("length", "model_length"), Index | None),
+}
+_FIXED = {
+    "parameterization": ("subs",),
+    "backbone": ("dit",),
+    "diffusion": ("absorbing_state",),
+    "type": ("ddit", "dit", None),
+    "tie_word_embeddings": (False, None),
+}
+KEYS = ConfigKeys(
+    "mdlm",
+    used={
+        **_SIZES,
+        "model": Mapping[str, Any],
+        "vocab_size": Rows | None,
+        "mask_index": Index | None,
+        "time_conditioning": bool | None,
+        "bos_token_id": Index | None,
+        "eos_token_id": Index | None,
+    },
+    fixed=_FIXED,
+    harmless={"scale_by_sigma": "of another parameterisation"},
+)
 
 
 def load_mdlm(
@@ -51,10 +80,13 @@ def load_mdlm(
     kwargs = mdlm_config(config)
     weights = strip_prefixes(unwrap(state_dict), PREFIXES)
     if "sigma_map.mlp.0.weight" in weights:  # the width of the condition is not in every config
-        kwargs["cond_dim"] = weights["sigma_map.mlp.0.weight"].shape[0]
+        kwargs["cond_dim"] = next(iter(getattr(weights["sigma_map.mlp.0.weight"], "shape", ())), kwargs["cond_dim"])
     keymap = mdlm_keymap(kwargs)
     if ema := state_dict.get("ema"):
-        weights = {**weights, **ema_weights(ema["shadow_params"], keymap)}
+        shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+        if not isinstance(shadow, list) or not all(hasattr(value, "shape") for value in shadow):
+            raise ValueError("the checkpoint's ema holds no list shadow_params of weights; download it again")
+        weights = {**weights, **ema_weights(shadow, keymap)}
     return build(kwargs, keymap, weights, dtype, device), mdlm_vocabulary(config)
 
 
@@ -74,8 +106,10 @@ def ema_weights(shadow: list[Tensor], keymap: KeyMap) -> dict[str, Tensor]:
 
 def mdlm_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     """Text ids with [MASK] last, or inside the range where the tokenizer has a mask token of its own; no images."""
-    size = config.get("vocab_size", 50258)
-    mask_id = config.get("mask_index", size - 1)
+    KEYS.check(config)
+    size = config.get("vocab_size") or 50258
+    mask_id = config.get("mask_index")
+    mask_id = size - 1 if mask_id is None else mask_id
     specials = {
         name: config[f"{name}_token_id"] for name in ("bos", "eos") if config.get(f"{name}_token_id") is not None
     }
@@ -87,7 +121,11 @@ def mdlm_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
 
 def mdlm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
+    KEYS.check(config)
     model = config.get("model", config)
+    ConfigKeys("mdlm (model)", _SIZES, fixed=_FIXED, harmless=KEYS.harmless).check(
+        {key: value for key, value in model.items() if model is not config}
+    )
     values = {ours: model.get(hydra, model.get(hub, default)) for ours, (hydra, hub, default) in FIELDS.items()}
     return {
         **values,

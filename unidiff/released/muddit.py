@@ -13,29 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unidiff.checked import build_on_meta
 from unidiff.models.mmdit import MMDiT
+from unidiff.released.config_keys import ConfigError, ConfigKeys
 from unidiff.released.keymap import LAYER, Entry, KeyMap, assemble
+from unidiff.schema import Depth, Index, Layers, Rows, Width
 from unidiff.tokens.vocabulary import Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
 CLASSES = {"SymmetricTransformer2DModel": "muddit", "Transformer2DModel": "meissonic"}
 CLIP_SIZE = 49408  # ids of the CLIP tokenizer; <|startoftext|> and <|endoftext|> are the last two
-# our argument: upstream name, upstream default
-FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", 8256),
-    "codebook_size": ("codebook_size", 8192),
-    "text_vocab_size": ("tokenizer_vocab_size", None),
-    "num_layers": ("num_layers", 19),
-    "num_single_layers": ("num_single_layers", 38),
-    "num_heads": ("num_attention_heads", 24),
-    "head_dim": ("attention_head_dim", 128),
-    "text_dim": ("joint_attention_dim", 4096),
-    "pooled_dim": ("pooled_projection_dim", 768),
-    "rope_axes": ("axes_dims_rope", (16, 56, 56)),
-    "adapter_dim": ("t5_dim", None),
-    "downsample": ("downsample", False),
+# our argument: upstream name, upstream default, type
+FIELDS: dict[str, tuple[str, Any, Any]] = {
+    "vocab_size": ("vocab_size", 8256, Rows),
+    "codebook_size": ("codebook_size", 8192, Rows),
+    "text_vocab_size": ("tokenizer_vocab_size", None, Rows | None),
+    "num_layers": ("num_layers", 19, Layers),
+    "num_single_layers": ("num_single_layers", 38, Layers),
+    "num_heads": ("num_attention_heads", 24, Depth),
+    "head_dim": ("attention_head_dim", 128, Width),
+    "text_dim": ("joint_attention_dim", 4096, Width),
+    "pooled_dim": ("pooled_projection_dim", 768, Width),
+    "rope_axes": ("axes_dims_rope", (16, 56, 56), list[Index] | tuple[Index, ...]),
+    "adapter_dim": ("t5_dim", None, Width | None),
+    "downsample": ("downsample", False, bool),
 }
-IGNORED = {"in_channels", "upsample", "patch_size", "guidance_embeds"}
+KEYS = ConfigKeys(
+    "Muddit",
+    used={**{theirs: kind for theirs, _, kind in FIELDS.values()}, "upsample": bool},
+    fixed={"guidance_embeds": (False, None), "patch_size": (1, None)},
+    harmless={"in_channels": "of the network that this one was made from; codes have a table"},
+    closed=True,
+)
 # What the published `transformer/config.json` files hold, under upstream's names.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "muddit": {
@@ -75,8 +84,7 @@ def load_muddit(
         ValueError: an unknown config key or value, or weights left over, missing, misshaped or not finite.
     """
     kwargs = muddit_config(config)
-    with torch.device("meta"):
-        model = MMDiT(**kwargs)
+    model = build_on_meta(MMDiT, kwargs)
     return assemble(model, muddit_keymap(kwargs), state_dict, dtype, device), muddit_vocabulary(config)
 
 
@@ -91,17 +99,13 @@ def muddit_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown key, or an option that no released model uses.
     """
+    KEYS.check(config)
     name = config.get("_class_name")
     if name is not None and name not in CLASSES:
-        raise ValueError(f"the config describes a {name}; expected one of {sorted(CLASSES)}")
-    known = {theirs for theirs, _ in FIELDS.values()} | IGNORED
-    if unknown := sorted(k for k in config if not k.startswith("_") and k not in known):
-        raise ValueError(f"config has unknown keys {unknown}; expected some of {sorted(known)}")
-    if config.get("guidance_embeds") or config.get("patch_size", 1) != 1:
-        raise ValueError("guidance_embeds and patch_size > 1 belong to no released model; expected False and 1")
+        raise ConfigError(f"the config describes a {name}; expected one of {sorted(CLASSES)}")
     if config.get("downsample", False) != config.get("upsample", False):
-        raise ValueError("downsample and upsample differ, so logits would not fit the codes; set both or neither")
-    return {ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
+        raise ConfigError("downsample and upsample differ, so logits would not fit the codes; set both or neither")
+    return {ours: config.get(theirs, default) for ours, (theirs, default, _) in FIELDS.items()}
 
 
 def muddit_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
@@ -109,6 +113,7 @@ def muddit_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
 
     A checkpoint without a text head (Meissonic) reads CLIP ids all the same.
     """
+    KEYS.check(config)
     text = config.get("tokenizer_vocab_size") or CLIP_SIZE
     rows, codes = config.get("vocab_size", 8256), config.get("codebook_size", 8192)
     start = text + 1

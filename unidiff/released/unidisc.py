@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.released.config_keys import ConfigError, ConfigKeys, section
 from unidiff.released.dit_names import TIME_ENTRIES, head_entries
 from unidiff.released.keymap import Entry, KeyMap, build
+from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
@@ -30,7 +32,55 @@ RMS_NORM_EPS = 1e-6
 SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
 INTERLEAVED_SIDES = (16, 32, 48, 64)  # rows and columns of the images that upstream has rotary tables for
 INTERLEAVED_IMAGES = 16  # images of a sample that have a vector of their own
-UNSUPPORTED = ("use_pretrained_img_emb", "img_cond", "cond_label")  # other networks under the same class
+_OFF = (False, None)
+_HUGE = 2**26
+MODEL_KEYS = ConfigKeys(
+    "unidisc (model)",
+    used={
+        "hidden_size": Width,
+        "n_blocks": Depth,
+        "n_heads": Depth,
+        "cond_dim": Width,
+        "dropout": Annotated[float, Between(0, 0.999)],
+        "norm_type": Literal["layernorm", "rms"],
+        "qk_norm": bool | None,
+        "sandwich_normalization": bool | None,
+        "rope_2d": bool | None,
+        "linear_factor": Positive | None,
+        "modality_embed": bool | None,
+        "force_time_conditioning": bool | None,
+        "text_vocab_size": Rows | None,
+        "image_vocab_size": Rows | None,
+        "length": Annotated[int, Between(-1, _HUGE)] | None,
+    },
+    fixed={  # other networks under the same class
+        "use_pretrained_img_emb": _OFF,
+        "img_cond": _OFF,
+        "cond_label": _OFF,
+        "full_attention": (True, None),
+        "tie_word_embeddings": _OFF,
+        "type": ("ddit", "dit", None),
+    },
+    harmless={
+        "scale_by_sigma": "of another parameterisation",
+        "codebook_embed_dim": "of the image tokenizer",
+        "zero_linear_init": "only before training",
+        "downscale_ratio": "of the image tokenizer",
+    },
+)
+FULL_KEYS = ConfigKeys(
+    "unidisc",
+    used={
+        "model": Mapping[str, Any],
+        "data": Mapping[str, Any] | None,
+        "time_conditioning": bool | None,
+        "vocab_size": Rows | None,
+        "text_vocab_size": Rows | None,
+        "mask_index": Index | None,
+    },
+    needed=("model",),
+    fixed={"parameterization": ("subs",), "backbone": ("dit",), "diffusion": ("absorbing_state",)},
+)
 
 
 def load_unidisc(
@@ -62,31 +112,27 @@ def unidisc_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
 
 def unidisc_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     """Text ids, [MASK], then image codes; upstream's text vocabulary counts [MASK]."""
-    model = config.get("config", config)["model"]
-    text_size = config.get("text_vocab_size") or model.get("text_vocab_size", TEXT_VOCAB_SIZE)
+    full = _checked(config)
+    model = full["model"]
+    text_size = config.get("text_vocab_size") or model.get("text_vocab_size") or TEXT_VOCAB_SIZE
     if config.get("vocab_size") is None and model.get("image_vocab_size") is None:
-        raise ValueError("UniDisc config names neither vocab_size nor model.image_vocab_size; add one")
+        raise ConfigError("UniDisc config names neither vocab_size nor model.image_vocab_size; add one")
     size = config.get("vocab_size") or text_size + model["image_vocab_size"]
-    mask_id = config.get("mask_index", text_size - 1)
+    mask_id = config.get("mask_index")
+    mask_id = text_size - 1 if mask_id is None else mask_id
     if mask_id != text_size - 1:
-        raise ValueError(f"mask_index = {mask_id}; UniDisc keeps [MASK] last of its text ids, at {text_size - 1}")
+        raise ConfigError(f"mask_index = {mask_id}; UniDisc keeps [MASK] last of its text ids, at {text_size - 1}")
     specials = {name: i for name, i in SPECIALS.items() if i < mask_id}
     return Vocabulary(size, (0, mask_id), (text_size, size), mask_id, specials=specials)
 
 
 def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
-    full = config.get("config", config)
+    if section(config.get("config", config), "model").get("full_attention") is False:
+        raise ConfigError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
+    full = _checked(config)
     model = full["model"]
-    if used := [name for name in UNSUPPORTED if model.get(name)]:
-        raise ValueError(
-            f"UniDisc option {used[0]} = {model[used[0]]!r} is another network; only the plain DIT is supported"
-        )
-    if not model.get("full_attention", True):
-        raise ValueError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
     norm_type = model.get("norm_type", "layernorm")
-    if norm_type not in NORM_TYPES:
-        raise ValueError(f"UniDisc option norm_type = {norm_type!r}; expected one of {sorted(NORM_TYPES)}")
     norm = NORM_TYPES[norm_type]
     sandwich = bool(model.get("sandwich_normalization", False))
     packed = unidisc_interleaved(config)
@@ -120,7 +166,21 @@ def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def unidisc_interleaved(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is of the interleaved layout."""
-    return bool(config.get("config", config).get("data", {}).get("require_sample_ids", False))
+    packed = section(config.get("config", config), "data").get("require_sample_ids")
+    if not (packed is None or isinstance(packed, bool)):
+        raise ConfigError(f"config data.require_sample_ids is {packed!r}; expected true or false")
+    return bool(packed)
+
+
+def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The experiment configuration, every key of it looked at."""
+    full = config.get("config", config)
+    if full is not config:
+        outer = ConfigKeys("unidisc", {k: v for k, v in FULL_KEYS.used.items() if k not in ("model", "data")})
+        outer.check({key: value for key, value in config.items() if key in outer.used})
+    FULL_KEYS.check(full)
+    MODEL_KEYS.check(full["model"])
+    return full
 
 
 def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:

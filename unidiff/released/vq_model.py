@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from diffusers import VQModel
 from torch import Tensor
 
+from unidiff.checked import build_on_meta
 from unidiff.released.keymap import Entry, KeyMap, assemble
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image_vq import VQImageTokenizer, check_vq_config
 
 
 def load_vq_model(
@@ -32,11 +32,8 @@ def load_vq_model(
         ValueError: an unknown config key, or weights left over, missing, misshaped or not finite.
     """
     fields = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
-    known = set(inspect.signature(VQModel.__init__).parameters) - {"self"}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"VQModel config has unknown keys {unknown}; expected some of {sorted(known)}")
-    with torch.device("meta"):
-        model: Any = VQModel(**fields)
+    check_vq_config(fields)
+    model: Any = build_on_meta(VQModel, fields)
     names = KeyMap([Entry(name, name) for name in model.state_dict()], 0)
     return VQImageTokenizer(assemble(model, names, state_dict, dtype, device))
 

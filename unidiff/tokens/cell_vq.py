@@ -9,7 +9,9 @@ arXiv 2110.04627, section 3.2: low-dimensional, l2-normalised codes).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from unidiff.checked import CheckedModel
+from unidiff.schema import Between, Layers, Rows, Width
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,17 @@ class CellVQModel(CheckedModel):
     @register_to_config
     def __init__(
         self,
-        factor: int = 8,
-        codebook_size: int = 2048,
-        code_dim: int = 8,
-        encoder_width: int = 256,
-        encoder_depth: int = 2,
-        decoder_widths: tuple[int, ...] = (256, 96),
-        decoder_depths: tuple[int, ...] = (3, 1),
+        factor: Annotated[int, Between(2, 1024)] = 8,
+        codebook_size: Rows = 2048,
+        code_dim: Width = 8,
+        encoder_width: Width = 256,
+        encoder_depth: Layers = 2,
+        decoder_widths: Sequence[Width] = (256, 96),
+        decoder_depths: Sequence[Layers] = (3, 1),
         decoder_context: bool = False,
     ) -> None:
         super().__init__()
+        self.check_arguments()
         if factor < 2 or factor & (factor - 1):
             raise ValueError(f"factor {factor} must be a power of two, at least 2")
         if len(decoder_widths) != len(decoder_depths) or 2 ** (len(decoder_widths) - 1) > factor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from unidiff.schema import Depth, Index, Rows, Width
 from unidiff.tokens.cell_vq import Quantized
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
 
@@ -50,20 +51,21 @@ class ConvVQModel(ConvTokenizerModel):
     @register_to_config
     def __init__(
         self,
-        codebook_size: int = 16384,
-        code_dim: int = 8,
-        encoder_channels: int = 128,
-        encoder_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        encoder_depths: Sequence[int] = (2, 2, 2, 2, 2),
-        decoder_channels: int = 128,
-        decoder_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        decoder_depths: Sequence[int] = (3, 3, 3, 3, 3),
-        z_channels: int = 256,
+        codebook_size: Rows = 16384,
+        code_dim: Width = 8,
+        encoder_channels: Width = 128,
+        encoder_multipliers: Sequence[Depth] = (1, 1, 2, 2, 4),
+        encoder_depths: Sequence[Depth] = (2, 2, 2, 2, 2),
+        decoder_channels: Width = 128,
+        decoder_multipliers: Sequence[Depth] = (1, 1, 2, 2, 4),
+        decoder_depths: Sequence[Depth] = (3, 3, 3, 3, 3),
+        z_channels: Width = 256,
         level_attention: bool = True,
         l2_norm: bool = True,
-        usage_window: int = 0,
+        usage_window: Index = 0,
     ) -> None:
         super().__init__()
+        self.check_arguments()
         self._make_networks(self.config, code_dim)
         self.codebook = nn.Parameter(
             torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)

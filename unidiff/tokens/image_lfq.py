@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from unidiff.schema import Between, Depth, Width
 from unidiff.tokens.cell_vq import Quantized
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
 
@@ -81,17 +83,18 @@ class LFQModel(ConvTokenizerModel):
     @register_to_config
     def __init__(
         self,
-        code_dim: int = 13,
-        encoder_channels: int = 128,
-        encoder_multipliers: Sequence[int] = (1, 2, 2, 4, 4),
-        encoder_depths: Sequence[int] = (4, 3, 4, 3, 4),
-        decoder_channels: int = 128,
-        decoder_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        decoder_depths: Sequence[int] = (4, 4, 3, 4, 3),
-        z_channels: int | None = None,
+        code_dim: Annotated[int, Between(1, 20)] = 13,
+        encoder_channels: Width = 128,
+        encoder_multipliers: Sequence[Depth] = (1, 2, 2, 4, 4),
+        encoder_depths: Sequence[Depth] = (4, 3, 4, 3, 4),
+        decoder_channels: Width = 128,
+        decoder_multipliers: Sequence[Depth] = (1, 1, 2, 2, 4),
+        decoder_depths: Sequence[Depth] = (4, 4, 3, 4, 3),
+        z_channels: Width | None = None,
         level_attention: bool = False,
     ) -> None:
         super().__init__()
+        self.check_arguments()
         if z_channels is None:
             self.register_to_config(z_channels=code_dim)
         self._make_networks(self.config, code_dim)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from diffusers import VQModel
 from torch import Tensor
 
 from unidiff.checked import load_checked
+from unidiff.errors import read_json
+from unidiff.schema import Between, Rows, Width, check_arguments
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
 from unidiff.tokens.conv_vq import ConvVQModel
@@ -24,6 +27,28 @@ _CLASSES: dict[str, Any] = {
     "LFQModel": LFQModel,
     "VQModel": VQModel,
 }
+_LEVELS = 16  # of resolutions
+# what diffusers' `VQModel` takes for granted; a place in a list of blocks costs seconds to build, so lists are short
+_VQ_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), Width),
+    "block_out_channels": Sequence[Width],
+    "layers_per_block": Annotated[int, Between(1, 64)],
+    "num_vq_embeddings": Rows,
+    "vq_embed_dim": Width | None,
+    "norm_type": Literal["group", "spatial"],
+}
+
+
+def check_vq_config(config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the arguments of a diffusers `VQModel` are known and of their types."""
+    known = inspect.signature(VQModel.__init__).parameters.keys() - {"self"}
+    if unknown := sorted(key for key in config if not key.startswith("_") and key not in known):
+        raise ValueError(f"VQModel config has unknown keys {unknown}; expected some of {sorted(known)}")
+    check_arguments(VQModel.__init__, config, "VQModel", **_VQ_TYPES)
+    for name in ("down_block_types", "up_block_types"):
+        blocks = config.get(name, ("",))
+        if len(blocks) != len(config.get("block_out_channels", (64,))) or not 1 <= len(blocks) <= _LEVELS:
+            raise ValueError(f"VQModel {name} has {len(blocks)} entries; expected one per level, at most {_LEVELS}")
 
 
 class VQImageTokenizer:
@@ -123,10 +148,16 @@ class VQImageTokenizer:
             ValueError: an unknown kind of tokenizer, or weights that do not fit.
         """
         path = Path(folder) / "config.json"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; name a folder with an image tokenizer")
-        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-        if name not in _CLASSES:
+        config = read_json(path, "an image tokenizer's config")
+        name = config.get("_class_name")
+        if not isinstance(name, str) or name not in _CLASSES:
             raise ValueError(f"{path} holds a {name!r}; expected one of {sorted(_CLASSES)}")
+        if name == "VQModel":
+            try:
+                check_vq_config(config)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         model, _ = load_checked(_CLASSES[name].from_pretrained, name, str(folder), torch_dtype=dtype)
         return cls(model)

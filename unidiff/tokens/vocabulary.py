@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
 
+from unidiff.schema import check_fields, from_data
+
 
 class Modality(IntEnum):
     """What a position holds. The values are also the rows of the modality embedding."""
@@ -39,6 +41,10 @@ class Vocabulary:
     specials: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("text", "image"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        check_fields(self, "vocabulary")
         for name, (start, stop) in (("text", self.text), ("image", self.image)):
             if not 0 <= start <= stop <= self.size:
                 raise ValueError(f"{name} range ({start}, {stop}) must lie inside [0, {self.size}]")
@@ -48,8 +54,6 @@ class Vocabulary:
         for name, value in ids.items():
             if not 0 <= value < self.size:
                 raise ValueError(f"{name} = {value} must lie inside [0, {self.size})")
-        object.__setattr__(self, "text", tuple(self.text))
-        object.__setattr__(self, "image", tuple(self.image))
         object.__setattr__(self, "specials", MappingProxyType(dict(self.specials)))
 
     @classmethod
@@ -98,13 +102,12 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Vocabulary:
-        """Inverse of `to_dict`; an unknown key is an error."""
-        known = {"size", "text", "image", "mask_id", "image_mask_id", "specials"}
-        if unknown := set(data) - known:
-            raise ValueError(f"unknown vocabulary keys {sorted(unknown)}; expected some of {sorted(known)}")
-        values = dict(data)
-        values["text"], values["image"] = tuple(values["text"]), tuple(values["image"])
-        return cls(**values)
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: no mapping, unknown or missing keys, or values of another type or that do not fit together.
+        """
+        return from_data(cls, data, "vocabulary")
 
     @classmethod
     def named(cls, name: str) -> Vocabulary:
