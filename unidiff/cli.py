@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unidiff.cli_cache import profile_cache
+from unidiff.cli_caption import describe, refused_sizes, sort_pictures
 from unidiff.cli_common import (
+    MOST,
     DecodeFlags,
     Filmstrip,
     Gif,
     Longest,
     Out,
+    Picture,
     Resize,
-    check_outputs,
+    call,
+    file_of,
     open_image,
     report,
+    say_notes,
     with_decode_flags,
     write_images,
 )
+from unidiff.cli_outputs import check_outputs
 from unidiff.cli_released import convert, info, verify
 from unidiff.cli_tools import demo, eval_app, pack
+from unidiff.errors import exit_status, explain
+from unidiff.pipelines.holes import all_have_holes
 from unidiff.process import keep_freed_memory
 
 app = typer.Typer(
@@ -46,27 +54,24 @@ def generate(
     ] = None,
     out: Out = Path("unidiff.png"),
     negative: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures per text.")] = 1,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST, help="Pictures per text.")] = 1,
     gif: Gif = None,
     filmstrip: Filmstrip = None,
     *,
     flags: DecodeFlags,
 ) -> None:
     """Draw pictures from words, or picture and words together."""
-    check_outputs([out, filmstrip], gif)
     texts = text or []
-    holes = [("<mask" in t) for t in texts]
-    if len(set(holes)) > 1:
-        raise ValueError("some texts have <mask> holes and some do not; run them apart")
-    known = bool(texts) and not any(holes)
+    check_outputs(out, filmstrip, gif, count=max(1, len(texts)) * count)
+    known = bool(texts) and not all_have_holes(texts)
     if negative is not None and not known:
         raise ValueError("--negative goes with texts that are known in full; leave it out where words are made up")
     pipe = flags.load()
-    draw = partial(pipe.text_to_image, texts) if known else partial(pipe.generate, texts or None)
-    if negative is not None:
-        draw = partial(draw, negative_prompt=negative)
-    result = draw(
+    result = call(
+        pipe.text_to_image if known else pipe.generate,
+        *([texts] if texts else []),
         num_images_per_prompt=count,
+        negative_prompt=negative,
         **flags.options,
         record_trajectory=gif is not None or filmstrip is not None,
     )
@@ -76,29 +81,34 @@ def generate(
 @app.command()
 @with_decode_flags
 def caption(
-    images: Annotated[list[Path], typer.Argument(help="Pictures to describe.")],
+    images: Annotated[list[str], typer.Argument(help="Pictures to describe: files, or addresses (http, https).")],
     max_text_tokens: Longest = None,
     resize: Resize = False,
     *,
     flags: DecodeFlags,
 ) -> None:
-    """Describe pictures."""
-    pictures = [open_image(path) for path in images]
-    pipe = flags.load()
-    result = pipe.caption(
-        pictures,
-        max_text_tokens,
-        resize,
-        **flags.options,
+    """Describe pictures; one that cannot be read is named, and the others are described."""
+    pictures, refused = sort_pictures(images)
+    pipe = flags.load() if pictures else None
+    if pipe is not None:
+        refused |= refused_sizes(pipe, pictures, resize)
+    if len(images) == len(refused) == 1:
+        raise refused[0]
+    for error in refused.values():
+        typer.echo(f"unidiff: {explain(error)}", err=True)
+    words = describe(
+        pipe, {n: p for n, p in pictures.items() if n not in refused}, len(images), flags, max_text_tokens, resize
     )
-    for path, words in zip(images, result.texts, strict=True):
-        typer.echo(words if len(images) == 1 else f"{path}: {words}")
+    for number, said in words.items():
+        typer.echo(said if len(images) == 1 else f"{images[number]}: {said}")
+    if refused:
+        raise typer.Exit(1)
 
 
 @app.command()
 @with_decode_flags
 def answer(
-    image: Annotated[Path, typer.Argument(help="The picture.")],
+    image: Picture,
     questions: Annotated[list[str], typer.Argument(help="Questions about it.")],
     max_text_tokens: Longest = None,
     resize: Resize = False,
@@ -108,13 +118,9 @@ def answer(
     """Answer questions about a picture."""
     picture = open_image(image)
     pipe = flags.load()
-    result = pipe.answer(
-        picture,
-        questions,
-        max_text_tokens,
-        resize,
-        **flags.options,
-    )
+    asked = {"max_text_tokens": max_text_tokens, "resize": resize, **flags.options}
+    result = call(pipe.answer, picture, questions, **asked)
+    say_notes(result)
     for question, words in zip(questions, result.texts, strict=True):
         typer.echo(words if len(questions) == 1 else f"{question} {words}")
 
@@ -122,15 +128,15 @@ def answer(
 @app.command()
 @with_decode_flags
 def inpaint(
-    image: Annotated[Path, typer.Argument(help="The picture.")],
-    mask: Annotated[Path | None, typer.Option(help="Picture of the same size, white where to repaint.")] = None,
+    image: Picture,
+    mask: Annotated[str | None, typer.Option(help="Picture of the same size, white where to repaint.")] = None,
     text: Annotated[
         str | None,
         typer.Option(help="The caption; <mask> hides a word, <mask:3> three. Left out: the caption is made up."),
     ] = None,
     out: Out = Path("unidiff.png"),
     paste_back: Annotated[bool, typer.Option("--paste-back", help="Keep the pixels outside the mask.")] = False,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Results to make.")] = 1,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST, help="Results to make.")] = 1,
     resize: Resize = False,
     gif: Gif = None,
     filmstrip: Filmstrip = None,
@@ -138,17 +144,19 @@ def inpaint(
     flags: DecodeFlags,
 ) -> None:
     """Fill holes in a picture and in its caption together."""
-    check_outputs([out, filmstrip], gif)
+    check_outputs(out, filmstrip, gif, count=count, inputs=(file_of(image), file_of(mask)))
     picture = open_image(image)
-    hole = None if mask is None else open_image(mask)
+    if mask is not None:
+        open_image(mask)  # read again in its own mode; a mistake shows before the model is loaded
     pipe = flags.load()
-    result = pipe.inpaint(
+    result = call(
+        pipe.inpaint,
         picture,
-        hole,
-        text,
+        mask_image=mask,
+        text=text,
         paste_back=paste_back,
         resize=resize,
-        num_images_per_prompt=count,
+        num_images_per_prompt=count if count > 1 else None,
         **flags.options,
         record_trajectory=gif is not None or filmstrip is not None,
     )
@@ -163,12 +171,10 @@ app.add_typer(eval_app)
 def main() -> None:
     """Run the command line; what a person did wrong becomes one sentence and exit status 1."""
     keep_freed_memory()
-    try:
-        app()
-    except (ValueError, OSError, KeyError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        typer.echo(f"unidiff: {message}", err=True)
-        sys.exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
+    sys.exit(exit_status(app, program="unidiff"))
 
 
 if __name__ == "__main__":

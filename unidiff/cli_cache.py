@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from unidiff.cli_common import Device, Dtype, Seed, Steps, load_pipeline
+from unidiff.cli_common import Device, Dtype, Seed, Steps, load_pipeline, own_pipeline
+from unidiff.cli_outputs import check_folder
 
 
 def profile_cache(
@@ -28,9 +29,8 @@ def profile_cache(
     dtype: Dtype = "float32",
 ) -> None:
     """Measure how little a model's features change from pass to pass, and recommend a cache."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{str(out)!r} is a file; name a folder")
-    pipe = load_pipeline(model, device, dtype)
+    check_folder(out, ["profile.json"])
+    pipe = own_pipeline(load_pipeline(model, device, dtype), "profile-cache")
     pipe.set_progress_bar_config(disable=True)
     from rich.console import Console
 

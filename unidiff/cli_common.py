@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from unidiff.cli_outputs import numbered
 
 if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
@@ -24,6 +27,8 @@ Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an anim
 Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a strip of pictures (PNG).")]
 Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
 Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
+MOST = 10_000
+"""Rows of one command, and cases of one category of an evaluation: more than that is a slip of the hand."""
 
 Steps = Annotated[int | None, typer.Option(help="Passes of the model; default: the model's own.")]
 Guidance = Annotated[
@@ -40,12 +45,14 @@ class DecodeFlags:
     guidance: Guidance = None
     temperature: Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")] = None
     cache: Annotated[
-        str | None, typer.Option(help="Cache between passes: auto, none, prefix, dual, vicinity, adaptive, max-logit.")
+        str | None,
+        typer.Option(help="Cache between passes: auto, none, prefix, dual, vicinity, interval, adaptive, ..."),
     ] = None
     candidates: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             help="Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
         ),
     ] = None
@@ -107,11 +114,14 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     transformers_logging.set_verbosity_error()
 
     from unidiff.pipeline import UniDiffPipeline
+    from unidiff.tokens.known_words import UnknownWords
 
+    warnings.simplefilter("ignore", UnknownWords)  # `say_notes` says it
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
@@ -120,55 +130,76 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     return pipe
 
 
-def open_image(path: Path) -> Any:
-    """A PIL image, turned upright as its camera noted.
+Picture = Annotated[str, typer.Argument(help="The picture: a file, or an address (http, https).")]
+
+
+def file_of(picture: str | None) -> Path | None:
+    """The file that a picture is read from, if it is one."""
+    return None if picture is None or "://" in picture else Path(picture)
+
+
+def open_image(path: str) -> Any:
+    """A PIL image in RGB, turned upright as its camera noted.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not a picture.
     """
-    from PIL import Image, ImageOps
+    from unidiff.pictures import open_picture
 
-    if not path.is_file():
-        raise FileNotFoundError(f"image file {str(path)!r} does not exist")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a picture ({error})") from error
+    return open_picture(path)
 
 
-def check_outputs(pictures: Sequence[Path | None] = (), gif: Path | None = None, json_file: Path | None = None) -> None:
-    """Before any work: every file to write has a fitting ending and a parent that is a folder or can become one.
+def call(method: Any, *inputs: Any, **asked: Any) -> Any:
+    """A task of a pipeline with what was asked for on the command line; None and False ask for nothing.
 
     Raises:
-        ValueError: another ending, a path that is a folder, or one below a file.
+        ValueError: an option that the model's task does not have, and as the task does.
     """
-    wanted: list[tuple[Path | None, tuple[str, ...]]] = [
-        (path, (".png", ".jpg", ".jpeg", ".webp")) for path in pictures
-    ]
-    wanted += [(gif, (".gif",)), (json_file, (".json",))]
-    for path, endings in wanted:
-        if path is None:
-            continue
-        if path.suffix.lower() not in endings:
-            raise ValueError(f"output {str(path)!r} must end in {' or '.join(endings)}")
-        if path.is_dir():
-            raise ValueError(f"output {str(path)!r} is a folder; name a file")
-        if blocked := [p for p in path.parents if p.exists() and not p.is_dir()]:
-            raise ValueError(f"output {str(path)!r} lies under {str(blocked[0])!r}, which is a file")
+    asked = {name: value for name, value in asked.items() if value is not None and value is not False}
+    known = getattr(method, "arguments", tuple(asked))
+    if unknown := [name for name in asked if name not in known]:
+        flag = _FLAGS.get(unknown[0], f"--{unknown[0].replace('_', '-')}")
+        raise ValueError(f"{flag} does not go with {method.__name__} of this model; leave it out")
+    return method(*inputs, **asked)
+
+
+_FLAGS = {
+    "guidance_scale": "--guidance",
+    "num_candidates": "--candidates",
+    "negative_prompt": "--negative",
+    "mask_image": "--mask",
+    "record_trajectory": "--gif or --filmstrip",
+    "num_images_per_prompt": "--count",
+}
+
+
+def own_pipeline(pipe: Any, what: str) -> UniDiffPipeline:
+    """The pipeline, where it is one of unidiff's own models.
+
+    Raises:
+        ValueError: a released family.
+    """
+    from unidiff.pipeline import UniDiffPipeline
+
+    if not isinstance(pipe, UniDiffPipeline):
+        raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
+    return pipe
 
 
 def write_images(result: UniDiffOutput, out: Path) -> list[Path]:
     """Save every picture; several get `-1`, `-2`, ... before the ending."""
     from unidiff.pipelines.sheet import save_image
 
-    count = len(result.images)
-    width = len(str(count))
-    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1:0{width}d}") for i in range(count)]
+    paths = numbered(out, len(result.images))
     for image, path in zip(result.images, paths, strict=True):
         save_image(image, path)
     return paths
+
+
+def say_notes(result: Any) -> None:
+    """What the result notes, on stderr."""
+    for note in result.notes:
+        typer.echo(f"unidiff: note: {note}", err=True)
 
 
 def report(result: UniDiffOutput, paths: Sequence[Path], gif: Path | None, filmstrip: Path | None) -> None:
@@ -179,4 +210,6 @@ def report(result: UniDiffOutput, paths: Sequence[Path], gif: Path | None, films
         result.save_filmstrip(filmstrip)
     for path, text in zip(paths, result.texts, strict=True):
         typer.echo(f"{path}: {text}")
-    typer.echo(f"{result.nfe} forward passes in {result.seconds:.2f} s", err=True)
+    say_notes(result)
+    if hasattr(result, "nfe"):
+        typer.echo(f"{result.nfe} forward passes in {result.seconds:.2f} s", err=True)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from unidiff.cli_common import Device, Dtype, Guidance, Model, Seed, Steps, check_outputs, load_pipeline
+from unidiff.cli_common import MOST, Device, Dtype, Guidance, Model, Seed, Steps, load_pipeline, own_pipeline
+from unidiff.cli_outputs import check_folder, check_outputs
 
 eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=True)
 
@@ -15,12 +16,13 @@ eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=Tru
 @eval_app.command("emoji")
 def eval_emoji(
     seed: Seed = 0,
-    n: Annotated[int, typer.Option("--n", min=1, help="Cases per category.")] = 300,
+    n: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Cases per category.")] = 300,
     per_task: Annotated[
         int | None,
         typer.Option(
             "--per-task",
             min=1,
+            max=10 * MOST,
             help="In place of --n: cases of every task, spread over its categories; 2000 is the full set.",
         ),
     ] = None,
@@ -34,7 +36,8 @@ def eval_emoji(
     steps: Steps = None,
     guidance: Guidance = None,
     candidates: Annotated[
-        int | None, typer.Option(min=1, help="Decodes of each case, of which one is kept. Default: the model's own.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Decodes of each case, of which one is kept. Default: the model's own."),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     outcomes: Annotated[
@@ -51,13 +54,13 @@ def eval_emoji(
     dtype: Dtype = "float32",
 ) -> None:
     """Draw, describe and answer on emoji scenes, read by an exact oracle."""
-    check_outputs(json_file=json_path)
+    check_outputs(json_file=json_path, inputs=(against,))
     if outcomes and json_path is None:
         raise ValueError("--outcomes goes with --json, which names the file to keep them in")
     from unidiff.evaluation.report import Report
 
     before = None if against is None else Report.load(against)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = own_pipeline(load_pipeline(model, device, dtype), "eval emoji")
     from rich.console import Console
 
     from unidiff.evaluation.emoji_eval import run_emoji_eval
@@ -86,7 +89,7 @@ def compare(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the differences to this file.")] = None,
 ) -> None:
     """Difference of two evaluations of the same cases, with paired bootstrap intervals."""
-    check_outputs(json_file=json_path)
+    check_outputs(json_file=json_path, inputs=(before, after))
     from rich.console import Console
 
     from unidiff.evaluation.paired import compare_reports
@@ -106,9 +109,8 @@ def demo(
     dtype: Dtype = "float32",
 ) -> None:
     """Show everything the model does on one sheet: demo.png and demo.html."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{str(out)!r} is a file; name a folder")
-    pipe = load_pipeline(model, device, dtype)
+    check_folder(out, ["demo.png", "demo.html"])
+    pipe = own_pipeline(load_pipeline(model, device, dtype), "the demo")
     from unidiff.demo import run_demo
 
     for path in run_demo(pipe, out, seed):

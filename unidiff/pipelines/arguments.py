@@ -45,6 +45,7 @@ def task_method(
             check_types({**given, **kwargs})
             return method(self, *args, **kwargs)
 
+        call.arguments = (*_own(method), *options)  # type: ignore[attr-defined]  # for the command line
         return call
 
     return decorate
@@ -59,14 +60,17 @@ def check_keywords(method: Callable[..., Any], given: Iterable[str], options: It
     Raises:
         TypeError: as Python does, with the method's name and the nearest name that it has.
     """
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    own = [name for name, p in inspect.signature(method).parameters.items() if p.kind in kinds and name != "self"]
-    known = [*own, *options]
+    known = [*_own(method), *options]
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5) or [n for n in known if name.lower() in n.lower()]
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {hint}")
+
+
+def _own(method: Callable[..., Any]) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in inspect.signature(method).parameters.items() if p.kind in kinds and name != "self"]
 
 
 def texts_of(value: Any, what: str, empty: bool = False) -> list[str]:

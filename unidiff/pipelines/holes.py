@@ -29,7 +29,10 @@ def split_holes(text: str, most: int = MOST, what: str = "text") -> list[str | i
     for hole in _HOLE.finditer(text):
         count = "1" if hole[1] is None else hole[1].strip()
         if not (count.isascii() and count.isdecimal() and len(count) < 10 and 1 <= int(count) <= most):
-            raise ValueError(f"{hole[0].strip()!r} is no hole; write <mask> or <mask:n> with n from 1 to {most} tokens")
+            raise ValueError(
+                f"{hole[0].strip()!r} is no hole ({what} {short(text)}); write <mask> or <mask:n> with n from 1 to {most} "
+                "tokens"
+            )
         parts += [_words(text[place : hole.start()], what), int(count)]
         place = hole.end()
     return [part for part in [*parts, _words(text[place:], what)] if part != ""]

@@ -26,8 +26,6 @@ from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.known_words import notes_on
 from unidiff.tokens.text import TextTokenizer
 
-LONGEST = 64
-"""Tokens of a caption or an answer where nothing else is asked for."""
 _OPTIONS = tuple(ReleasedOptions.__dataclass_fields__)
 _LONGEST_SIDE = 16_384
 _FILL = "generate, inpaint or infill fill <mask> holes, where the model can"
@@ -157,7 +155,8 @@ class ReleasedPipeline(SharedParts):
         said = texts_of(prompt, "prompt")
         refuse_holes(said, "prompt", _FILL)
         prompts, count = repeated(said, num_images_per_prompt)
-        return pipe._run(self.tasks.text_to_image(prompts, pipe.grid), options, count, said=prompts, noted=said)
+        request = self.tasks.text_to_image(prompts, pipe.grid)
+        return pipe._run(request, options, count, said=prompts, noted=said, drawn=True)
 
     @task_method(_OPTIONS)
     def caption(
@@ -167,14 +166,14 @@ class ReleasedPipeline(SharedParts):
 
         Args:
             image: one or several, all of one size. A model that draws any size takes them as they are.
-            max_text_tokens: `LONGEST` where left out.
+            max_text_tokens: `tasks.longest` where left out.
             resize: bring other sizes to the model's (or, of a model for any size, to the nearest that it was trained on).
 
         Raises:
             ValueError: a picture of another size, mode, dtype or range, or an option out of range.
         """
         self.tasks.need("caption")
-        longest = longest_of(max_text_tokens, LONGEST)
+        longest = longest_of(max_text_tokens, self.tasks.longest)
         image = opened(image)
         pipe = self._fitting(image, resize)
         pixels = pipe.image_inputs.images(image, resize)
@@ -196,7 +195,7 @@ class ReleasedPipeline(SharedParts):
             ValueError: a model that was not trained for it, an empty question, or as for `caption`.
         """
         self.tasks.need("answer")
-        said, longest = texts_of(question, "question"), longest_of(max_text_tokens, LONGEST)
+        said, longest = texts_of(question, "question"), longest_of(max_text_tokens, self.tasks.longest)
         refuse_holes(said, "question", _FILL)
         image = opened(image)
         pipe = self._fitting(image, resize)
@@ -282,7 +281,7 @@ class ReleasedPipeline(SharedParts):
         further, holes = (torch.stack(full[n]) if n in full else None for n in ("reference", "mask_image"))
         grid = None if height is None and width is None else pipe._sized_or_usual(height, width).grid
         request = self.tasks.edit(torch.stack(full["image"]), full["prompt"], grid, further, holes)
-        return pipe._run(request, options, num_images_per_prompt, said=full["prompt"], noted=said)
+        return pipe._run(request, options, num_images_per_prompt, said=full["prompt"], noted=said, drawn=True)
 
     @task_method(_OPTIONS)
     def generate(
@@ -298,7 +297,7 @@ class ReleasedPipeline(SharedParts):
             ValueError: a model that cannot, a caption that does not fit, or an option out of range.
         """
         self.tasks.need("generate")
-        longest = longest_of(max_text_tokens, LONGEST)
+        longest = longest_of(max_text_tokens, self.tasks.longest)
         if text is None:
             _, count = repeated([None], num_images_per_prompt)
             return self._run(self.tasks.generate(None, count, longest), options, count, longest=longest)
@@ -357,6 +356,7 @@ class ReleasedPipeline(SharedParts):
         noted: Sequence[str] = (),
         shown: Tensor | None = None,
         paste: tuple[Tensor, Tensor] | None = None,
+        drawn: bool = False,
     ) -> UniDiffOutput:
         """Decode, and back to words and pixels.
 
@@ -365,10 +365,11 @@ class ReleasedPipeline(SharedParts):
             noted: the caller's words, which the model should know.
             shown: float `[B, 3, H, W]`, pictures to give back as they are.
             paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
+            drawn: the task decodes pictures alone.
         """
         chosen = ReleasedOptions(**options)
         notes = [*notes_on(noted, self.texts), *letters_note(noted)]
-        run = decode_request(self, self.released, request, chosen, per_entry)
+        run = decode_request(self, self.released, request, chosen, per_entry, drawn)
         done = run.result
         words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
         texts = [self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words]

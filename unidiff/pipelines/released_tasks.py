@@ -30,6 +30,7 @@ LLADA_MARKS = {
     "eot": "<|eot_id|>",
 }
 DREAM_MARKS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
+LONGEST = 64
 DESCRIBE = "Please describe this image in detail."
 
 
@@ -50,6 +51,11 @@ class FamilyTasks:
     def grid(self) -> Grid:
         """Rows and columns of codes of its pictures, or the usual ones; (0, 0) for a model of text alone."""
         return 0, 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a caption or an answer where nothing else is asked for."""
+        return LONGEST
 
     def need(self, task: str) -> None:
         """Raise `ValueError` unless the model does the task."""
@@ -107,8 +113,12 @@ class UniDiscTasks(FamilyTasks):
     def grid(self) -> Grid:
         return self.rows.side, self.rows.side
 
+    @property
+    def longest(self) -> int:
+        return min(LONGEST, self.rows.room)
+
     def text_to_image(self, prompts: Sequence[str], grid: Grid) -> TaskRequest:
-        return self.rows.text_to_image(prompts)
+        return self.rows.text_to_image(self._ids(prompts))
 
     def caption(self, codes: Tensor, longest: int) -> TaskRequest:
         return self.rows.caption(codes, longest)

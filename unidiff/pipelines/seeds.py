@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits
+from unidiff.pipelines.arguments import kind_of
 
 RowGenerator = int | torch.Generator | Sequence[int | torch.Generator] | None
 _LARGEST = (1 << 62) - 1
@@ -31,9 +32,9 @@ def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
     if isinstance(generator, torch.Generator):
         return torch.tensor([_draw(generator) for _ in range(rows)])
     if isinstance(generator, int) and not isinstance(generator, bool):
-        return derived_seeds(generator, rows)
+        return derived_seeds(_checked(generator), rows)
     if not isinstance(generator, list | tuple):
-        raise ValueError(f"generator is a {type(generator).__name__}; expected an int, a torch.Generator or a list")
+        raise ValueError(f"generator is {kind_of(generator)}; expected an int, a torch.Generator or a list")
     if len(generator) not in (rows, rows // per_entry):
         raise ValueError(f"generator lists {len(generator)} seeds for {rows} rows; give one per row")
     repeats = rows // len(generator)
@@ -42,12 +43,16 @@ def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
         if isinstance(entry, torch.Generator):
             seeds += [_draw(entry) for _ in range(repeats)]
         elif isinstance(entry, int) and not isinstance(entry, bool):
-            seeds += [entry] if repeats == 1 else derived_seeds(entry, repeats).tolist()
+            seeds += [_checked(entry)] if repeats == 1 else derived_seeds(_checked(entry), repeats).tolist()
         else:
-            raise ValueError(f"generator lists a {type(entry).__name__}; expected ints and torch.Generators")
-    if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 63]:
-        raise ValueError(f"seed {bad[0]} does not fit into 64 bits; choose a smaller one")
+            raise ValueError(f"generator lists {kind_of(entry)}; expected ints and torch.Generators")
     return torch.tensor(seeds)
+
+
+def _checked(seed: int) -> int:
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError("the seed (generator) does not fit into 64 bits; choose a smaller one")
+    return seed
 
 
 def derived_seeds(seed: int, rows: int) -> Tensor:

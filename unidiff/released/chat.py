@@ -222,3 +222,5 @@ def _check_said(words: object, name: str) -> None:
         raise ValueError(f"{name} is {words!r:.60}; expected a string")
     if not words.strip():
         raise ValueError(f"{name} is empty; write at least one word")
+    if any("\ud800" <= c <= "\udfff" for c in words):
+        raise ValueError(f"{name} holds a lone surrogate, which is no character; leave it out")

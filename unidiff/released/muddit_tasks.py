@@ -12,6 +12,7 @@ from unidiff.decoding.draw import UNMASK, RowNoise
 from unidiff.models.mmdit import MMDiT
 from unidiff.released.muddit_scheduler import Draws, MaskGitSchedule, starting_ratio
 from unidiff.released.muddit_text import ClipText, TextFeatures
+from unidiff.schema import check_fields
 
 TIME_CONVENTIONS = ("fraction", "index", "training")
 
@@ -41,6 +42,7 @@ class MudditSettings:
     compat: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
         if self.time not in TIME_CONVENTIONS:
             raise ValueError(f"time = {self.time!r}; expected one of {list(TIME_CONVENTIONS)}")
         if self.compat not in (None, "upstream"):

@@ -99,13 +99,14 @@ class UniDiscRows:
         return replace(request, config=replace(request.config, guidance=guidance))
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
+        """Most tokens that a caption can have."""
         return self.text_length - (0 if self.interleaved else 2)  # bos, eos
 
     def _unknown(self, count: int) -> list[int | None]:
         """A text of at most `count` words and, in the static layout, its end."""
-        if not 1 <= count <= self._room:
-            raise ValueError(f"max_text_tokens is {count}; expected a number from 1 to {self._room}")
+        if not 1 <= count <= self.room:
+            raise ValueError(f"max_text_tokens is {count}; expected a number from 1 to {self.room}")
         return [None] * (count if self.interleaved else count + 1)
 
     def _slot(self, prompt: Prompt) -> list[int | None]:
@@ -123,8 +124,8 @@ class UniDiscRows:
             words += [None if i == self.vocabulary.mask_id else i for i in prompt_ids(prompt, None)]
         if not words:
             raise ValueError("the prompt is empty; write at least one word, or <m> for a hole")
-        if len(words) > self._room:
-            raise ValueError(f"the prompt has {len(words)} tokens, but {self._room} fit; shorten it")
+        if len(words) > self.room:
+            raise ValueError(f"the prompt has {len(words)} tokens, but {self.room} fit; shorten it")
         return words
 
     def _request(
