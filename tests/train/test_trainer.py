@@ -130,10 +130,14 @@ def test_checkpoints_are_pruned_and_a_fresh_run_refuses_a_used_folder(tmp_path):
     assert names == ["latest", "step-00000008", "step-00000010"]
     with pytest.raises(ValueError, match="already holds a run"):
         run(tiny_config(tmp_path, "checkpoint.resume=false"))
-    with pytest.raises(ValueError, match="another model or optimiser"):
-        run(tiny_config(tmp_path, "model.hidden_size=64"))
-    with pytest.raises(ValueError, match="another model or optimiser"):
-        run(tiny_config(tmp_path, "optimiser.name=muon", "steps=20"))
+    for changed, said in (
+        ("model.hidden_size=64", "model.hidden_size = 32, here 64"),
+        ("optimiser.name=muon", 'optimiser.name = "adamw", here "muon"'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(tiny_config(tmp_path, changed, "steps=20"))
+        with pytest.raises(ValueError, match="another model or optimiser"):
+            run(tiny_config(tmp_path, changed, "steps=20", "checkpoint.changed=allow"))
 
 
 def test_ema_follows_its_recursion_with_a_warm_up():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from unidiff.checked import check_dtype
+from unidiff.errors import reading
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import TrainConfig
 from unidiff.train.lora import add_adapters
@@ -23,7 +26,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
     where `config.lora` asks for them.
 
     Raises:
-        ValueError: an unknown or ill-typed model setting, or weights that do not fit.
+        ValueError: an unknown or ill-typed model setting, or weights that do not fit or are not finite.
         FileNotFoundError: `init_from` holds no safetensors file.
     """
     known = inspect.signature(MaskedTransformer.__init__).parameters
@@ -49,22 +52,39 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
     if config.data.pack and blockwise:
         raise ValueError("data.pack and block_causal attention do not go together; set data.pack=0")
     if config.checkpoint.init_from:
-        folder = Path(config.checkpoint.init_from)
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"checkpoint.init_from = {str(folder)!r} holds no .safetensors file")
-        weights = {name: value for file in files for name, value in load_file(file).items()}
-        try:
-            silent = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
-            model.load_state_dict(silent | weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"the weights in {str(folder)!r} do not fit the model of this config ({reason})"
-            ) from error
+        _load_start(model, Path(config.checkpoint.init_from))
     model = model.float().train()
     add_adapters(model, config.lora)
     return model
+
+
+def _load_start(model: MaskedTransformer, folder: Path) -> None:
+    """Take over the weights in `folder`; see `build_model`."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"checkpoint.init_from = {str(folder)!r} holds no .safetensors file")
+    weights: dict[str, torch.Tensor] = {}
+    for path in files:
+        with reading(path, "weights"):
+            found = load_file(path)
+        for name, value in found.items():
+            if name in weights:
+                raise ValueError(
+                    f"checkpoint.init_from = {str(folder)!r} holds {name} in two files; leave one model there"
+                )
+            try:
+                check_dtype(name, value)
+            except ValueError as error:
+                raise ValueError(f"{str(path)!r}: {error}") from error
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{str(path)!r}: {name} holds NaN or infinity; start from other weights")
+        weights |= found
+    silent = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
+    try:
+        model.load_state_dict(silent | weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {str(folder)!r} do not fit the model of this config ({reason})") from error
 
 
 _KEPT = (
@@ -95,16 +115,24 @@ def set_up_blocks(model: MaskedTransformer, recompute: str, compiled: bool) -> N
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """The device of a run: `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:N`.
+
+    Raises:
+        ValueError: a device that is not there, or on which nothing here has been tried.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device = {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda" if count else "cpu")
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if found is None:
+        raise ValueError(f"device = {name!r} is unknown here; use auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device("cpu")
+    if count == 0:
         raise ValueError(f"device = {name!r} but no CUDA device is there; use device=cpu")
-    return device
+    if int(found[1] or 0) >= count:
+        raise ValueError(f"device = {name!r} but there are {count} CUDA devices, numbered from 0; use another one")
+    return torch.device(name)
 
 
 def uses_flex(kernel: str, device: torch.device) -> bool:

@@ -1,8 +1,8 @@
-"""Settings of a training run: frozen dataclasses filled from one YAML file, with the checks a type cannot express."""
+"""Settings of a training run: frozen dataclasses filled from one YAML file. `unidiff.train.limits` checks them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ TASKS = ("joint", "t2i", "caption", "vqa", "text")
 RATES = ("uniform", "cosine", "high", "beta")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 WEIGHTS = ("elbo", "inverse_rate", "softmin", "ce")
+LORA_TARGETS = ("qkv", "out", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class DataConfig:
         vocabulary: name of the layout that the data must have (`Vocabulary.named`); empty takes whatever the data has.
         grid: side of the code grid that the data must have; 0 takes whatever the data has. With both, and `text_length`,
             training/plan.py and training/benchmark.py work before there is data.
+        allow_missing: raw shards that do not exist are counted in OUTPUT/skipped.json in place of refused.
         documents: token shards of interleaved documents (tokenizers/encode_shards.py --documents), which take
             `document_share` of the samples and are trained on as the joint task; weighted sets as in `train`.
         pack: samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row.
@@ -43,6 +45,7 @@ class DataConfig:
     text_length: int = 64
     vocabulary: str = ""
     grid: int = 0
+    allow_missing: bool = False
     documents: str = ""
     document_share: float = 0.5
     pack: int = 0
@@ -176,6 +179,10 @@ class CheckpointConfig:
         best: a number of the validation report, for instance `joint_nelbo`: a validation that lowers it is followed by a
             checkpoint, which is kept, is named in `checkpoints/best` and exported to OUTPUT/model-best. Empty: off.
         background: several processes write while training goes on.
+        resume: go on from the newest checkpoint in OUTPUT; false refuses a folder that holds any.
+        changed: what to do when the checkpoint was made with other settings or data that decide what is learnt
+            (`unidiff.train.resume.FIXED`): `refuse`, or `allow` and go on with the new ones.
+        fallback: where the newest checkpoint is damaged, go on from the newest whole one before it.
         init_from: a weights folder to start from.
         export_dtype: of the exported average.
     """
@@ -186,6 +193,8 @@ class CheckpointConfig:
     best: str = ""
     background: bool = True
     resume: bool = True
+    changed: str = "refuse"
+    fallback: bool = False
     init_from: str = ""
     export_dtype: str = "bfloat16"
 
@@ -282,75 +291,8 @@ def read_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
         FileNotFoundError: no such file.
         ValueError: an unknown key, a wrong type, or a value outside its range; the message names it.
     """
+    from unidiff.train.limits import check_config  # it needs the classes above
+
     config = load_config(TrainConfig, path, overrides)
     check_config(config)
     return config
-
-
-def check_config(config: TrainConfig) -> None:
-    """Raise ValueError with one sentence for the first setting that makes no sense."""
-    positive: dict[str, float] = {
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "accumulate": config.accumulate,
-    }
-    positive |= {"optimiser.lr": config.optimiser.lr, "optimiser.clip": config.optimiser.clip}
-    positive |= {"checkpoint.keep": config.checkpoint.keep, "max_bad_steps": config.max_bad_steps}
-    positive |= {"parallel.replicas": config.parallel.replicas}
-    positive |= {"logging.validation_draws": config.logging.validation_draws, "objective.chunk": config.objective.chunk}
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} = {value} must be greater than 0")
-    _choice("precision", config.precision, ("bf16", "fp32"))
-    _choice("optimiser.name", config.optimiser.name, ("adamw", "muon"))
-    if config.optimiser.state_bits not in (8, 32):
-        raise ValueError(f"optimiser.state_bits = {config.optimiser.state_bits} is unknown; expected 8 or 32")
-    for name in config.logging.trackers:
-        _choice("logging.trackers", name, TRACKERS)
-    _choice("schedule.name", config.schedule.name, ("cosine", "wsd", "constant"))
-    _choice("checkpoint.export_dtype", config.checkpoint.export_dtype, ("bfloat16", "float16", "float32"))
-    _choice("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))
-    _choice("attention_kernel", config.attention_kernel, ("sdpa", "flex"))
-    _choice("parallel.mode", config.parallel.mode, ("ddp", "fsdp"))
-    for name in ("param_dtype", "reduce_dtype"):
-        _choice(f"parallel.{name}", getattr(config.parallel, name), ("float32", "bfloat16"))
-    if config.parallel.replicas > 1 and config.parallel.mode != "fsdp":
-        raise ValueError(f"parallel.replicas = {config.parallel.replicas} needs parallel.mode=fsdp")
-    shares = {"data.crop_fill": config.data.crop_fill, "schedule.decay": config.schedule.decay}
-    shares |= {"schedule.floor": config.schedule.floor, "ema.decay": config.ema.decay}
-    shares |= {"lora.dropout": config.lora.dropout}
-    for name, value in {
-        "data.pack": config.data.pack,
-        "data.grid": config.data.grid,
-        "lora.rank": config.lora.rank,
-    }.items():
-        if value < 0:
-            raise ValueError(f"{name} = {value} must not be negative; 0 turns it off")
-    for task in fields(config.tasks):
-        settings: TaskConfig = getattr(config.tasks, task.name)
-        _choice(f"tasks.{task.name}.rate", settings.rate, RATES)
-        _choice(f"tasks.{task.name}.loss", settings.loss, WEIGHTS)
-        shares[f"tasks.{task.name}.dropout"] = settings.dropout
-        if settings.weight < 0 or settings.beta <= 0:
-            raise ValueError(
-                f"tasks.{task.name}: weight must not be negative and beta must be positive, got {settings}"
-            )
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} = {value} must lie in [0, 1]")
-    for entry in config.data.curriculum:
-        if not (isinstance(entry, list) and len(entry) == 2):
-            raise ValueError(f"data.curriculum entry {entry!r} is not of the form [fraction, highest level]")
-    if config.data.documents and not 0 < config.data.document_share < 1:
-        raise ValueError(f"data.document_share = {config.data.document_share} must lie between 0 and 1, without them")
-    if config.spike_factor != 0 and config.spike_factor <= 1:
-        raise ValueError(f"spike_factor = {config.spike_factor} must be above 1, or 0 to turn it off")
-    if config.logging.peak_tflops < 0:
-        raise ValueError(f"logging.peak_tflops = {config.logging.peak_tflops} must not be negative")
-    if sum(getattr(config.tasks, t).weight for t in TASKS) <= 0:
-        raise ValueError("no task has a weight above 0; set tasks.joint.weight or another")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} = {value!r} is unknown; expected one of {', '.join(allowed)}")

@@ -88,4 +88,5 @@ def _open(pattern: str, config: TrainConfig, name: str) -> TokenTable | ShardTok
         image_tokenizer=VQImageTokenizer.from_pretrained(image) if image else None,
         text_tokenizer=TextTokenizer.from_pretrained(text) if text else None,
         settings=EncodeSettings(config.data.image_size, config.data.text_length),
+        allow_missing=config.data.allow_missing,
     )

@@ -8,9 +8,10 @@ global number of valid targets over the number of ranks. Torch does the work: DD
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from unidiff.errors import explain, first_line
+from unidiff.files import locked
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import ParallelConfig, TrainConfig
 
@@ -59,6 +62,7 @@ class Parallel:
         self._control: dist.ProcessGroup | None = None
         self._replica: DistributedDataParallel | None = None
         self._sharded: MaskedTransformer | None = None
+        self._held: set[Path] = set()
         if launch:
             self._start(launch)
 
@@ -68,12 +72,18 @@ class Parallel:
             self.device = torch.device("cuda", launch.local_rank)
             torch.cuda.set_device(self.device)
         host = f"[{launch.address}]" if ":" in launch.address else launch.address
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            init_method=f"tcp://{host}:{launch.port}",
-            rank=launch.rank,
-            world_size=launch.world_size,
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                init_method=f"tcp://{host}:{launch.port}",
+                rank=launch.rank,
+                world_size=launch.world_size,
+            )
+        except dist.DistError as error:
+            raise ValueError(
+                f"the {launch.world_size} processes did not meet at {launch.address}:{launch.port} "
+                f"({first_line(error)}); check what torchrun was given"
+            ) from error
         groups = [dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2)]
         self._control, self.saving = (group for group in groups if isinstance(group, dist.ProcessGroup))
 
@@ -182,7 +192,7 @@ class Parallel:
         """The text of every rank, in the order of ranks."""
         if self.size == 1:
             return [text]
-        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         sizes = [torch.empty(1, dtype=torch.long) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)]), self._control)
         parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in range(self.size)]
@@ -200,6 +210,36 @@ class Parallel:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.agree(False)
+
+    @contextmanager
+    def locked(self, folder: Path, what: str) -> Iterator[None]:
+        """As `unidiff.files.locked`, for all processes of the run together; nothing happens where they hold it already.
+
+        A folder that was made for the lock alone goes with it.
+
+        Raises:
+            ValueError: on all of them, when another run works there or the folder cannot be written.
+        """
+        folder = folder.absolute()
+        if folder in self._held:
+            yield
+            return
+        made = [path for path in (folder, *folder.parents) if self.main and not path.exists()]
+        with ExitStack() as stack:
+            refusal = ""
+            if self.main:
+                try:
+                    if folder.exists() and not folder.is_dir():
+                        raise ValueError(f"{str(folder)!r} is a file; name a folder for this {what}")
+                    stack.callback(_remove_empty, made)
+                    stack.enter_context(locked(folder, what))
+                except (ValueError, OSError) as error:
+                    refusal = explain(error) or str(error)
+            if refusal := self.collect(refusal)[0]:
+                raise ValueError(refusal)
+            self._held.add(folder)
+            stack.callback(self._held.discard, folder)
+            yield
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -220,6 +260,19 @@ class _Compute(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         return self.compute(*args)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended, which then has said why."""
+    text = str(error).lower()
+    words = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "socket closed", "remote process")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def whole(value: Tensor) -> Tensor:

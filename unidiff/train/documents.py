@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unidiff.data.mixture import MixtureSchedule, parse_sources
-from unidiff.data.token_set import DOCUMENTS, DocumentRow, TokenSet, encoding_reports, full_report, open_token_set
+from unidiff.data.token_set import (
+    DOCUMENTS,
+    DocumentRow,
+    TokenSet,
+    encoding_reports,
+    full_report,
+    open_token_set,
+    stamp_of,
+)
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 from unidiff.train.config import TASKS
 from unidiff.train.tasks import TaskBatch, TaskMixer
@@ -51,6 +60,10 @@ class DocumentTokens:
     def __len__(self) -> int:
         """Documents of all sets."""
         return sum(part.total for part in self._sets)
+
+    def stamp(self) -> list[Any]:
+        """What the documents are known by later, as plain data; see `stamp_of`."""
+        return [*map(stamp_of, self._sets), list(self._schedule.weights)]
 
     def fetch(self, index: Tensor) -> TokenBatch:
         """The documents `index` (int64 `[B]`, unbounded): all tokens are targets; `[B, length]`, batch padding behind them.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from unidiff.errors import read_json
+from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TokenizerConfig, TrainConfig
 from unidiff.train.source import TokenSource
@@ -40,20 +41,21 @@ def open_base(folder: Path) -> BaseModel:
 
     Raises:
         FileNotFoundError: no transformer in it.
-        ValueError: a model of another class.
+        ValueError: a damaged config, or a model of another class.
     """
     pipeline = (folder / "model_index.json").is_file()
     weights = folder / WEIGHTS if pipeline else folder
     path = weights / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds neither a pipeline nor a transformer; name a folder with one")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "the config of a transformer")
     if config.get("_class_name") != "MaskedTransformer":
         raise ValueError(
-            f"{path} describes a {config.get('_class_name')}; only MaskedTransformer models can be fine-tuned here"
+            f"{path} describes a {config.get('_class_name')!r}; only MaskedTransformer models can be fine-tuned here"
         )
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    size = settings.pop("vocab_size")
+    size = settings.pop("vocab_size", None)
+    check_value(size, int, f"{path}: vocab_size")
     return BaseModel(folder, weights, settings, size, pipeline)
 
 

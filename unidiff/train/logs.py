@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
+from unidiff.errors import reading, writing
 from unidiff.files import replacing
 from unidiff.train.config import TASKS, TrainConfig
 from unidiff.train.flops import RowShape, block_causal_pairs, model_size, row_flops
@@ -140,25 +143,29 @@ class RunLog:
         silent: bool = False,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._trackers: list[Tracker] = []
         if silent:
             return
         last = _truncate(self.path, start_step)
         self._trackers = open_trackers(trackers, folder, start_step, last, project, about or {})
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        with writing(self.path):
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """One line `{"step", "kind", "time", **values}`; numbers that are not finite become null.
 
         Trackers get the finite ones, named `kind/key`.
+
+        Raises:
+            OSError: the disk is full and the like; the file then ends with its last whole line.
         """
         if self._file is None:
             return
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         line = {"step": step, "kind": kind, "time": round(time.time(), 2), **plain}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            _append(self._file, (json.dumps(line) + "\n").encode())
         for tracker in self._trackers:
             tracker.write(step, {f"{kind}/{key}": value for key, value in plain.items() if value is not None})
 
@@ -167,6 +174,12 @@ class RunLog:
         for tracker in self._trackers:
             tracker.image(step, name, picture)
 
+    def flush(self) -> None:
+        """Wait until all lines are on the disk: a checkpoint is never newer than the log of its steps."""
+        if self._file is not None:
+            with writing(self.path):
+                os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -174,22 +187,50 @@ class RunLog:
             tracker.close()
 
 
+def _append(file: BinaryIO, line: bytes) -> None:
+    """The whole line or none of it."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with suppress(OSError):
+            os.truncate(file.fileno(), end)
+        raise
+
+
 def _truncate(path: Path, step: int) -> int:
-    """Drop what comes after `step`; returns the last step that was there."""
-    if not path.is_file():
+    """Drop the lines of steps after `step`, which come again, and a last line that was cut; returns the last step there was.
+
+    What is no line of a run is left as it is.
+    """
+    if not path.exists():
         return 0
+    with reading(path, "the log of a run"):
+        content = path.read_bytes()
     kept, last = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            number = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError):
-            continue  # a line cut by a kill
+    for line in content.splitlines(keepends=True):
+        number = _step_of(line)
+        if number is None:
+            if line.endswith(b"\n"):
+                kept.append(line)
+            continue
         last = max(last, number)
         if number <= step:
-            kept.append(line)
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
     with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
     return last
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    number = content.get("step") if isinstance(content, dict) else None
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 class Progress:

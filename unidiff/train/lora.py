@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from unidiff.train.config import LoraConfig
+from unidiff.train.config import LORA_TARGETS, LoraConfig
 
-LAYERS = {"qkv": "attention.qkv", "out": "attention.out", "up": "feed_forward.up", "down": "feed_forward.down"}
+_PLACES = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+LAYERS = dict(zip(LORA_TARGETS, _PLACES, strict=True))
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from unidiff.data.token_set import (
     folder_of,
     full_report,
     open_token_set,
+    stamp_of,
     token_shards,
 )
 from unidiff.diffusion.noise import keyed_bits
@@ -97,6 +99,10 @@ class ShardTokens:
     def has_questions(self) -> bool:
         return any(s.layout.questions for s in self._sets)
 
+    def stamp(self) -> list[Any]:
+        """What the rows are known by later, as plain data; see `stamp_of`."""
+        return [*map(stamp_of, self._sets), list(self._schedule.weights)]
+
     def seeded(self, seed: int, phases: tuple[tuple[int, int], ...] | None = None) -> ShardTokens:
         """The same rows in another order. Shards have no difficulty levels, so `phases` must be None."""
         if phases is not None:
@@ -166,11 +172,12 @@ def open_shards(
     image_tokenizer: ImageEncoder | None = None,
     text_tokenizer: TextTokenizer | None = None,
     settings: EncodeSettings | None = None,
+    allow_missing: bool = False,
 ) -> ShardTokens:
     """Open shards for training, raw or pre-tokenised.
 
     Raw ones are encoded once into `cache` (one folder per weighted set), which a later run with the same settings
-    reuses; both tokenizers and `cache` are then required.
+    reuses; both tokenizers and `cache` are then required. `allow_missing` counts raw shards that do not exist.
 
     Raises:
         ValueError: raw shards without tokenizers or cache; and as `ShardTokens` and `encode_shards`.
@@ -184,7 +191,9 @@ def open_shards(
                     "name tokenizer.image and tokenizer.text, or encode it with tokenizers/encode_shards.py"
                 )
             folder = Path(cache) / f"set{number}"
-            manifest = encode_shards(pattern, image_tokenizer, text_tokenizer, folder, settings)
+            manifest = encode_shards(
+                pattern, image_tokenizer, text_tokenizer, folder, settings, allow_missing=allow_missing
+            )
             if manifest.skipped.get("counts"):
                 _LOG.warning("%s: %s", pattern, SkipReport.from_state_dict(manifest.skipped).summary())
             pattern = str(folder)

@@ -6,35 +6,49 @@ the file's header, so that any number of processes can read them. Tensors are na
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from unidiff.errors import reading
+from unidiff.files import replacing_folder
 from unidiff.train.checkpoint import (
     PARTS,
+    SHARDS,
     Checkpoint,
+    Choice,
+    choose,
+    damage,
     latest_name,
-    load_checkpoint,
     publish,
+    read_checkpoint,
     read_state,
     step_name,
-    write_atomic,
+    write_state,
+    write_sums,
 )
 from unidiff.train.distributed import Parallel, placed_like
 
-_SHARDS = "shards"
 Template = Callable[[str, str], Tensor | None]  # (part, name) -> a tensor placed as the loaded one shall be
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Ends, on one process and when all have written, with the checksums of the whole checkpoint."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        write_sums(Path(self.path).parent)
 
 
 class ShardSaver:
@@ -51,29 +65,35 @@ class ShardSaver:
 
     def __init__(self, folder: Path, keep: int, background: bool, parallel: Parallel) -> None:
         self.folder, self.keep, self.background, self.parallel = folder, keep, background, parallel
-        self._pending: tuple[Future[Any], str] | None = None
+        self._pending: tuple[Future[Any], str, ExitStack] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Start writing; all processes must call this with their part of the same step."""
+        """Start writing; all processes must call this with their part of the same step.
+
+        Raises:
+            OSError, ValueError: a full or read-only disk and the like, for this checkpoint or the one before it.
+        """
         self.wait()
-        name = step_name(checkpoint.state["step"])
-        temporary = self.folder / f".{name}.shards.tmp"
-        done = False
-        if self.parallel.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            done = latest_name(self.folder) == name
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / _SHARDS).mkdir(parents=True)
-            write_atomic(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
-        if self.parallel.agree(done)[0]:
+        name, place = step_name(checkpoint.state["step"]), ExitStack()
+        temporary = self.parallel.collect(self._prepare(name, place, checkpoint.state))[0]
+        if not temporary:
             return
         tensors = {f"{part}.{k}": v.detach() for part in PARTS for k, v in getattr(checkpoint, part).items()}
-        writer = dcp.HuggingFaceStorageWriter(str(temporary / _SHARDS), save_distributed=True)
+        writer = _Writer(str(Path(temporary) / SHARDS), save_distributed=True)
         pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.parallel.saving)
         assert isinstance(pending, Future)
-        self._pending = pending, name
+        self._pending = pending, name, place
         if not self.background:
             self.wait()
+
+    def _prepare(self, name: str, place: ExitStack, state: dict[str, Any]) -> str:
+        """The main process's folder for a new checkpoint; empty when it is on the disk already."""
+        if not self.parallel.main or latest_name(self.folder) == name:
+            return ""
+        temporary = place.enter_context(replacing_folder(self.folder / name))
+        (temporary / SHARDS).mkdir()
+        write_state(temporary, state)
+        return str(temporary)
 
     def poll(self) -> None:
         """Publish what is complete; to be called now and then."""
@@ -84,36 +104,44 @@ class ShardSaver:
         """Until the checkpoint in the making, if any, is complete. Raises what its writing raised."""
         if self._pending is None:
             return
-        (pending, name), self._pending = self._pending, None
-        pending.result()  # on rank 0 this means that all ranks have written: the writing ends with a message to it
+        (pending, name, place), self._pending = self._pending, None
+        with place:
+            try:
+                pending.result()  # on rank 0 this means that all ranks have written: the writing ends with a message to it
+            except CheckpointException as error:  # of whichever process
+                raise next(iter(error.failures.values()))[0] from error
         if self.parallel.main:
-            final, temporary = self.folder / name, self.folder / f".{name}.shards.tmp"
-            shutil.rmtree(final, ignore_errors=True)  # complete, but of a run that was killed before it pointed there
-            os.replace(temporary, final)
             publish(self.folder, name, self.keep)
 
 
-def load_placed(folder: Path, template: Template, parallel: Parallel) -> Checkpoint | None:
-    """The checkpoint that `latest` names, of either kind, placed as this run needs it; None when there is none.
+def choose_together(folder: Path, fallback: bool, parallel: Parallel) -> Choice | None:
+    """As `choose`, each process looking at its share of the files; all must call this and get the same."""
+
+    def damaged(target: Path) -> str:
+        found = parallel.collect(damage(target, (parallel.rank, parallel.size)))
+        return next((text for text in found if text), "")
+
+    return choose(folder, fallback, damaged)
+
+
+def load_placed(target: Path, template: Template, parallel: Parallel) -> Checkpoint:
+    """A checkpoint of either kind, placed as this run needs it.
 
     Args:
-        folder: `<run>/checkpoints`.
+        target: `<run>/checkpoints/step-N`.
         template: gives a tensor of this run for every saved one; where that is sharded (and of the saved shape), the loaded
             tensor is sharded alike. Anything else is loaded whole.
 
     Raises:
-        ValueError: `latest` names a folder that is missing or incomplete.
+        DamagedFile: it cannot be read.
     """
-    name = latest_name(folder)
-    if name is None:
-        return None
-    if not (folder / name / _SHARDS).is_dir():
-        found = load_checkpoint(folder)
-        assert found is not None
+    if not (target / SHARDS).is_dir():
+        found = read_checkpoint(target)
         placed = {p: {k: placed_like(v, template(p, k)) for k, v in getattr(found, p).items()} for p in PARTS}
         return Checkpoint(**placed, state=found.state)
-    state = read_state(folder, name, [_SHARDS])
-    tensors = _read_shards(folder / name / _SHARDS, template, parallel)
+    state = read_state(target)
+    with reading(target / SHARDS, "a sharded checkpoint"):
+        tensors = _read_shards(target / SHARDS, template, parallel)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, own = key.split(".", 1)

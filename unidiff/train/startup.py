@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unidiff import errors
 from unidiff.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from unidiff.train.config import TrainConfig
     from unidiff.train.distributed import Launch
     from unidiff.train.source import TokenSource
+
+exit_status = partial(errors.exit_status, failed=2)
+"""`unidiff.errors.exit_status` with the recipes' own status after a sentence."""
 
 _READ_ONCE = {
     # threads that wait on a shared machine must sleep, not spin: three times the throughput when other work runs
@@ -39,29 +45,26 @@ def asks_for_help(arguments: list[str], text: str | None) -> bool:
     return True
 
 
-def exit_status(run: Callable[[], int | None], *expected: type[Exception]) -> int:
-    """What `run` returns (None counts as 0), or 2 after one line about what a person can mend.
-
-    Args:
-        expected: errors that are such, besides ValueError and FileNotFoundError.
-    """
-    mendable: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, *expected)
-    try:
-        return run() or 0
-    except mendable as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 def launch_of(environment: Mapping[str, str]) -> Launch | None:
-    """This process among those that `torchrun` started; None when it did not."""
+    """This process among those that `torchrun` started; None when it did not.
+
+    Raises:
+        ValueError: numbers that are none, or do not fit each other.
+    """
     from unidiff.train.distributed import Launch
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in environment for name in names):
         return None
-    rank, size, local, address, port = (environment[name] for name in names)
-    return Launch(int(rank), int(size), int(local), address, int(port))
+    for name in names:
+        if name != "MASTER_ADDR" and not (environment[name].isascii() and environment[name].isdigit()):
+            raise ValueError(f"{name} is {environment[name]!r}; torchrun sets it to a number")
+    rank, size, local, port = (int(environment[name]) for name in names if name != "MASTER_ADDR")
+    if not (rank < size and local < size and 0 < port < 2**16):
+        raise ValueError(
+            f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {size} and MASTER_PORT {port} do not fit together"
+        )
+    return Launch(rank, size, local, environment["MASTER_ADDR"], port)
 
 
 def train(
@@ -84,23 +87,32 @@ def train(
     """
     from unidiff.train.build import pick_device
     from unidiff.train.datasets import open_documents, open_sources
-    from unidiff.train.distributed import Parallel
+    from unidiff.train.distributed import Parallel, lost_peer
+    from unidiff.train.limits import check_config
+    from unidiff.train.run_folder import check_run_folder
     from unidiff.train.samples import sheet_sampler
     from unidiff.train.trainer import Trainer, TrainingAborted
 
+    check_config(config)
+    check_run_folder(config)
     parallel = Parallel(pick_device(config.device), config.parallel, launch_of(environment))
     try:
-        with parallel.main_first():  # raw shards are encoded once
-            source, validation = open_sources(config)
-        if check is not None:
-            check(source)
-        documents = open_documents(config)
-        Trainer(config, source, validation, sheet_sampler(config, source), parallel, documents).train()
-        if finish is not None and parallel.main:
-            finish()
+        with parallel.locked(Path(config.output), "training"):  # before anything is written or read there
+            with parallel.main_first():  # raw shards are encoded once
+                source, validation = open_sources(config)
+            if check is not None:
+                check(source)
+            documents = open_documents(config)
+            Trainer(config, source, validation, sheet_sampler(config, source), parallel, documents).train()
+            if finish is not None and parallel.main:
+                finish()
     except TrainingAborted as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if parallel.size > 1 and lost_peer(error):
+            raise ValueError("another process of this run has ended; it says why") from error
+        raise
     finally:
         parallel.close()
     return 0

@@ -13,7 +13,7 @@ from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 from unidiff.train.config import TASKS, ParallelConfig
-from unidiff.train.distributed import Parallel
+from unidiff.train.distributed import Parallel, local
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers
 from unidiff.train.tasks import TaskBatch
@@ -55,6 +55,11 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.token_nll = self.parallel.forward(self.model, self._token_nll)
+
+    def finite(self) -> bool:
+        """Whether weights and averages, of this process, hold neither NaN nor infinity."""
+        held = [*self.model.parameters(), *self.ema.average.values()]
+        return all(bool(torch.isfinite(local(value.detach())).all()) for value in held)
 
     def _token_nll(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
         x_t = noisy.batch

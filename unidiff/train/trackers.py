@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from unidiff.errors import read_json, writing
 from unidiff.files import replacing
 
 _PACKAGES = {"tensorboard": ("TensorBoard", "train"), "wandb": ("W&B", "trackers"), "trackio": ("trackio", "trackers")}
 _RUNS = "trackers.json"
+_NUMBERS = itertools.count()  # of event files of this process
 
 
 class Tracker(Protocol):
@@ -55,21 +61,44 @@ def open_trackers(
 
 
 class _TensorBoard:
-    """Event files in `folder/tensorboard`."""
+    """An event file in `folder/tensorboard`.
+
+    Written event by event: `SummaryWriter` writes in a thread, whose errors (a full disk) are a traceback and no sentence.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        writer = _imported("tensorboard", "torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._summary = _imported("tensorboard", "torch.utils.tensorboard").summary
+        self._events = _imported("tensorboard", "tensorboard.compat.proto.event_pb2")
+        records = _imported("tensorboard", "tensorboard.summary.writer.record_writer")
+        name = (
+            f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        )
+        self.path = folder / "tensorboard" / name
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "wb")  # noqa: SIM115 (closed by close)
+        self._writer = records.RecordWriter(self._file)
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._write(start_step + 1, file_version="brain.Event:2")
+        self._write(
+            start_step + 1, session_log=start
+        )  # events of steps from here on that a killed run left are dropped
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+            self._write(step, summary=self._summary.scalar(key, value))
 
     def image(self, step: int, name: str, picture: torch.Tensor) -> None:
-        self._writer.add_image(name, picture, step)
+        self._write(step, summary=self._summary.image(name, picture, dataformats="CHW"))
+
+    def _write(self, step: int, **content: Any) -> None:
+        with writing(self.path):
+            self._writer.write(self._events.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self.path):
+            self._file.close()
 
 
 class _Service:
@@ -78,10 +107,11 @@ class _Service:
     def __init__(self, name: str, folder: Path, last_step: int, project: str, about: Mapping[str, Any]) -> None:
         self._module, self._last = _imported(name, name), last_step
         title = "-".join(part for part in folder.parts if part != folder.anchor) or folder.resolve().name
-        path, known = folder / _RUNS, {}
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+        path = folder / _RUNS
+        known = read_json(path, "the names of a run in trackers") if path.is_file() else {}
         old = known.get(name)
+        if not isinstance(old, str | None):
+            raise ValueError(f"{str(path)!r} is damaged: {name} is {old!r}; delete it to begin a new run there")
         if name == "wandb":
             named: dict[str, Any] = {"name": title, "id": old, "dir": str(folder)}
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,26 +15,43 @@ from typing import Any
 import torch
 
 from unidiff.config import dump_config
-from unidiff.files import replacing_folder
+from unidiff.models.trained_on import TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.account import DataAccount
 from unidiff.train.block_diffusion import double_rows
 from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_flex
-from unidiff.train.checkpoint import Checkpoint, latest_name, pointed_name, save_checkpoint, score_of, write_atomic
-from unidiff.train.config import TrainConfig, check_config
+from unidiff.train.checkpoint import (
+    STATE,
+    Checkpoint,
+    Choice,
+    pointed_name,
+    read_state,
+    save_checkpoint,
+    score_of,
+    settle,
+    step_names,
+    write_atomic,
+)
+from unidiff.train.config import TASKS, TrainConfig
 from unidiff.train.distributed import Parallel, whole
 from unidiff.train.documents import DocumentMixer, DocumentTokens
 from unidiff.train.ema import EMA
+from unidiff.train.export import write_export
+from unidiff.train.limits import check_config
 from unidiff.train.logs import Progress, RunLog, SpeedMeter, TaskMeter
 from unidiff.train.lora import add_adapters, merge_adapters
 from unidiff.train.optim import Optimisers, learning_rate_factor
 from unidiff.train.packing import pack_tasks
-from unidiff.train.shards import ShardSaver, load_placed
+from unidiff.train.resume import Position, compare, facts_of, restore, scored_as
+from unidiff.train.run_folder import MARK, check_run_folder
+from unidiff.train.shards import ShardSaver, choose_together, load_placed
 from unidiff.train.signals import StopOnSignals
 from unidiff.train.source import TokenSource
 from unidiff.train.step import StepReport, TrainState, train_step
 from unidiff.train.tasks import TaskBatch, TaskMixer
 from unidiff.train.validation import validate
+
+_LOG = logging.getLogger(__name__)
 
 
 class TrainingAborted(RuntimeError):
@@ -65,6 +83,7 @@ class Trainer:
         documents: DocumentTokens | None = None,
     ) -> None:
         check_config(config)
+        check_run_folder(config)
         self.config, self.source, self.validation, self.sampler = config, source, validation, sampler
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -96,12 +115,17 @@ class Trainer:
         self._documents = documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
         self.account = DataAccount(self.folder, [source, validation, documents])
+        own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
+        self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
+        self._scored = scored_as(config, validation)
+        self._choice: Choice | None = None
+        self._notes: list[str] = []
         self.resumed = self._resume()
         settings = config.checkpoint
         self._saver: ShardSaver | None = None
         if self.parallel.grouped:
             self._saver = ShardSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
-        self._best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"))
+        self._best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"), self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
         self._saved_at = time.monotonic()
         self._stop = False
@@ -114,11 +138,15 @@ class Trainer:
         """Run to `config.steps`. Returns the last validation report (empty without one).
 
         Raises:
-            TrainingAborted: `max_bad_steps` consecutive steps had no finite loss; the last good checkpoint stays.
+            TrainingAborted: `max_bad_steps` consecutive steps had no finite loss, or the weights are no longer finite; the
+                last good checkpoint stays.
+            ValueError: another run works in the folder, or weights that cannot be exported.
+            OSError: a full or read-only disk and the like, with the name of the file; the last checkpoint stays.
         """
         settings, state, report = self.config, self.state, {}
         meter, overdue, stopped = TaskMeter(), False, False
         with ExitStack() as stack:
+            stack.enter_context(self.parallel.locked(self.folder, "training"))
             log, progress = self._open_logs(stack)
             stack.enter_context(StopOnSignals(self._request_stop))
             while state.step < settings.steps and not stopped:
@@ -131,7 +159,7 @@ class Trainer:
                 # 2. what is due now, on all ranks alike
                 last = state.step == settings.steps
                 stopped, overdue = self.parallel.agree(self._stop, self._overdue())
-                validating = self.validation is not None and (_due(settings.logging.validate_every, state.step) or last)
+                validating = self._validation_rows > 0 and (_due(settings.logging.validate_every, state.step) or last)
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
                     extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
@@ -147,6 +175,7 @@ class Trainer:
                     self._sample_sheet(log)
                 # 3. save
                 if _due(settings.checkpoint.every, state.step) or overdue or last or better or stopped:
+                    log.flush()
                     self.save()
                     self.export(self.folder / "model")
                     if better:
@@ -170,8 +199,11 @@ class Trainer:
         config, main = self.config, self.parallel.main
         length = self.source.text_length + self.source.grid[0] * self.source.grid[1]
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / "config.yaml", dump_config(config))
+            if self._choice is not None:
+                settle(self.checkpoints, self._choice)
+            for note in self._notes:
+                _LOG.warning("%s", note)
+            write_atomic(self.folder / "config.yaml", MARK + dump_config(config))
         names, project = config.logging.trackers, config.logging.project
         log = RunLog(self.folder, self.state.step, names, project, asdict(config), silent=not main)
         stack.callback(log.close)
@@ -232,13 +264,17 @@ class Trainer:
                 self._saver.wait()
             raise TrainingAborted(
                 f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
-                f"(step {self.state.step}); lower optimiser.lr and run again: it continues from the last checkpoint"
+                f"(step {self.state.step}); {_LOWER}"
             )
+
+    @property
+    def _validation_rows(self) -> int:
+        wanted = self.config.data.validation_rows
+        return 0 if self.validation is None else min(wanted, self.validation.rows or wanted)
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
-        config, state = self.config, self.state
-        rows = min(config.data.validation_rows, self.validation.rows or config.data.validation_rows)
+        config, state, rows = self.config, self.state, self._validation_rows
         with state.ema.applied():
             report = validate(
                 state.model, state.hidden, self.validation, rows, config.logging.validation_draws,
@@ -258,19 +294,18 @@ class Trainer:
         self._stop = True
 
     def save(self) -> None:
-        """Write a checkpoint of this very state; several processes may still be writing when this returns."""
+        """Write a checkpoint of this very state; several processes may still be writing when this returns.
+
+        Raises:
+            TrainingAborted: the weights are not finite. OSError: a full or read-only disk and the like.
+        """
         state = self.state
-        plain: dict[str, Any] = {
-            "step": state.step,
-            "samples": self.samples,
-            "ema_updates": state.ema.updates,
-            "bad_steps": state.bad_steps,
-            "skipped": state.skipped,
-            "level": state.level,
-            "config": asdict(self.config),
-        }
+        if self.parallel.agree(not state.finite())[0]:
+            raise TrainingAborted(f"the weights are no longer finite at step {state.step}; {_LOWER}")
+        plain: dict[str, Any] = asdict(Position.now(state, self.samples))
+        plain |= {"config": asdict(self.config), "facts": self.facts}
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
-            plain["score"] = self._score[1]
+            plain |= {"score": self._score[1], "scored": self._scored}
         self.account.save(self.parallel)
         self.parallel.rest()
         content = Checkpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
@@ -280,28 +315,24 @@ class Trainer:
             save_checkpoint(self.checkpoints, content, self.config.checkpoint.keep)
 
     def _resume(self) -> bool:
-        if not self.config.checkpoint.resume:
-            if latest_name(self.checkpoints) is not None:
+        settings, state = self.config.checkpoint, self.state
+        if not settings.resume:
+            if step_names(self.checkpoints) or (self.checkpoints / "latest").exists():
                 raise ValueError(
                     f"{self.checkpoints} already holds a run; choose another output=, or checkpoint.resume=true to continue it"
                 )
             return False
-        state = self.state
-        found = load_placed(self.checkpoints, self._template, self.parallel)
-        if found is None:
+        self._choice = choose_together(self.checkpoints, settings.fallback, self.parallel)
+        if self._choice is None:
             return False
-        try:
-            state.model.load_state_dict(found.model)
-            state.ema.load(found.ema, found.state["ema_updates"])
-            state.optimisers.load_state(found.optimiser)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{self.checkpoints} is of another model or optimiser; choose another output= ({reason})"
-            ) from error
-        state.step, self.samples = found.state["step"], found.state["samples"]
-        state.bad_steps, state.skipped = found.state["bad_steps"], found.state["skipped"]
-        state.level = found.state.get("level", 0.0)  # older checkpoints have none
+        target = self.checkpoints / self._choice.name
+        plain = read_state(target)
+        place = Position.of(plain, target / STATE)
+        self._notes = compare(plain, self.config, self.facts, target)
+        restore(state, load_placed(target, self._template, self.parallel), place, target)
+        if self.parallel.agree(not state.finite())[0]:
+            raise ValueError(f"{target} holds weights that are not finite; delete it to go on from the one before")
+        self.samples = place.samples
         return True
 
     def _template(self, part: str, name: str) -> torch.Tensor | None:
@@ -337,16 +368,20 @@ class Trainer:
         return model.eval()
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, with `vocabulary.json`.
+        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`; see `write_export`.
 
         Rank 0 writes; all ranks must call it.
         """
         model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype), torch.device("cpu"))
         if model is None:
             return
-        with replacing_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            write_atomic(temporary / "vocabulary.json", json.dumps(self.source.vocabulary.to_dict(), indent=1))
+        weights = {task: getattr(self.config.tasks, task).weight for task in TASKS}
+        tasks = tuple(task for task in TASKS if weights[task] > 0 or (task == "joint" and self._documents))
+        rows = TrainedOn(tuple(self.source.grid), self.source.text_length, tasks)
+        write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
+
+
+_LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
 
 def _due(every: int, step: int) -> bool:
