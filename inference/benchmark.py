@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from unidiff.errors import exit_status
 from unidiff.evaluation.decode_benchmark import Options, run_suite
 from unidiff.evaluation.decode_benchmark_compare import contrast_tables
 from unidiff.evaluation.decode_benchmark_emoji import PARTS, EmojiOptions, run_emoji
@@ -97,8 +98,5 @@ def main() -> None:
     Console(width=180 if emoji else 110).print((contrast_tables if emoji else tables)(result))
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"benchmark: {error}")
+if __name__ == "__main__" and (status := exit_status(main, program="benchmark")):
+    sys.exit(status)

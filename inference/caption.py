@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image
 
 from unidiff.cli_common import open_image
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
+from unidiff.errors import exit_status
 from unidiff.pipeline import UniDiffPipeline
 
 
@@ -17,10 +19,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", type=Path)
     paths = parser.parse_args().paths
     if paths:
-        try:
-            pictures = [open_image(path) for path in paths]
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
+        pictures = [open_image(path) for path in paths]
     else:  # scenes of the generator, of compositions that training never saw
         profile = get_profile("cpu")
         scenes = SceneGenerator(profile, seed=1, split="held_out")
@@ -33,5 +32,5 @@ def main() -> None:
         print(f"{paths[number] if paths else number}: {caption}\n    {question} {answer}")
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__" and (status := exit_status(main, failed=2)):
+    sys.exit(status)

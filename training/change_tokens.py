@@ -6,6 +6,7 @@ python training/change_tokens.py text MODEL OUT --add " axolotl" --add " capybar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unidiff.files import check_writable
 from unidiff.train.startup import exit_status
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ def image(
     out: Out,
     shards: Annotated[list[str] | None, typer.Option(help="tars with pictures that both tokenizers encode")] = None,
     emoji: Annotated[bool, typer.Option("--emoji", help="emoji scenes in place of shards")] = False,
-    pictures: Annotated[int, typer.Option("--count", min=1, help="pictures to compare the codes on")] = 20_000,
+    pictures: Annotated[
+        int, typer.Option("--count", min=1, max=10**9, help="pictures to compare the codes on")
+    ] = 20_000,
     seed: int = 0,
 ) -> None:
     """Replace the image tokenizer; codes start as what the old tokenizer says of the same cells."""
@@ -39,15 +43,13 @@ def image(
     from unidiff.tokens.image_vq import VQImageTokenizer
     from unidiff.train.new_tokens import with_image_tokenizer
 
-    def change() -> None:
-        if emoji == bool(shards):
-            raise ValueError("name the pictures by --shards (at least one tar) or by --emoji, one of them")
-        pipe = UniDiffPipeline.from_pretrained(model)
-        batches = islice(_batches(shards, pipe.image_size[0], seed), -(-pictures // BATCH))
-        with_image_tokenizer(pipe, VQImageTokenizer.from_pretrained(tokenizer), batches).save_pretrained(out)
-        typer.echo(f"new image tokenizer -> {out}; train on from {out / 'transformer'}")
-
-    raise typer.Exit(exit_status(change))
+    if emoji == bool(shards):
+        raise ValueError("name the pictures by --shards (at least one tar) or by --emoji, one of them")
+    check_writable(out / "model_index.json")
+    pipe = UniDiffPipeline.from_pretrained(model)
+    batches = islice(_batches(shards, pipe.image_size[0], seed), -(-pictures // BATCH))
+    with_image_tokenizer(pipe, VQImageTokenizer.from_pretrained(tokenizer), batches).save_pretrained(out)
+    typer.echo(f"new image tokenizer -> {out}; train on from {out / 'transformer'}")
 
 
 @app.command()
@@ -60,11 +62,9 @@ def text(
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.new_tokens import with_text_tokens
 
-    def change() -> None:
-        with_text_tokens(UniDiffPipeline.from_pretrained(model), add).save_pretrained(out)
-        typer.echo(f"{len(add)} more text tokens -> {out}; train on from {out / 'transformer'}")
-
-    raise typer.Exit(exit_status(change))
+    check_writable(out / "model_index.json")
+    with_text_tokens(UniDiffPipeline.from_pretrained(model), add).save_pretrained(out)
+    typer.echo(f"{len(add)} more text tokens -> {out}; train on from {out / 'transformer'}")
 
 
 def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]:
@@ -73,10 +73,10 @@ def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]
         from unidiff.data.shards import image_batches
 
         return image_batches(shards, size, BATCH, seed=seed)
-    from unidiff.train.vq_trainer import emoji_images
+    from unidiff.train.vq_data import emoji_images
 
     return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in count(0, BATCH))
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(exit_status(app))

@@ -8,13 +8,16 @@ Needs the font and the names only when the atlas is made anew (Debian: `fonts-no
 from __future__ import annotations
 
 import json
-import os
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
+
+from unidiff.errors import exit_status, reading
+from unidiff.files import check_writable, replacing
 
 # Everyday things. The first 64 are the `cpu` profile; the whole list is the `gpu` profile.
 EMOJI = (
@@ -35,17 +38,19 @@ NOTO_SIZE = 109  # the one size the bitmap font holds
 
 def short_names(path: Path) -> dict[str, str]:
     """CLDR text-to-speech names, for instance `{"🐶": "dog face"}`."""
-    root = ElementTree.parse(path).getroot()
+    with reading(path, "CLDR annotations (XML)"):
+        root = ElementTree.parse(path).getroot()
     return {a.get("cp", ""): a.text or "" for a in root.iter("annotation") if a.get("type") == "tts"}
 
 
 def draw(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     """One sprite: the glyph cropped to its ink and scaled into a square of SPRITE pixels, RGBA."""
     canvas = Image.new("RGBA", (192, 192), (0, 0, 0, 0))
-    ImageDraw.Draw(canvas).text((24, 24), character, font=font, embedded_color=True)
+    with reading(getattr(font, "path", "the font"), "a colour font"):
+        ImageDraw.Draw(canvas).text((24, 24), character, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        raise SystemExit(f"{FONT.name} has no glyph for {character!r}; remove it from EMOJI")
+        raise ValueError(f"the font has no glyph for {character!r}; name Noto Color Emoji")
     glyph = canvas.crop(box)
     scale = SPRITE / max(glyph.size)
     size = (max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale)))
@@ -62,15 +67,20 @@ def main(
 ) -> None:
     for path in (font, names):
         if not path.is_file():
-            raise SystemExit(f"{path} does not exist; install fonts-noto-color-emoji and unicode-cldr-core, or name it")
+            raise FileNotFoundError(
+                f"{str(path)!r} does not exist; install fonts-noto-color-emoji and unicode-cldr-core, or name it"
+            )
+    check_writable(out / "atlas.png")
     characters = list(dict.fromkeys(EMOJI))
     known = short_names(names)
-    face = ImageFont.truetype(str(font), NOTO_SIZE)
+    if missing := [c for c in characters if c not in known]:
+        raise ValueError(f"{str(names)!r} has no name for {missing[0]!r}; name the English CLDR annotations")
+    with reading(font, "a colour font"):
+        face = ImageFont.truetype(str(font), NOTO_SIZE)
     rows = -(-len(characters) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * SPRITE, rows * SPRITE), (0, 0, 0, 0))
     for i, character in enumerate(characters):
         atlas.paste(draw(character, face), (i % COLUMNS * SPRITE, i // COLUMNS * SPRITE))
-    out.mkdir(parents=True, exist_ok=True)
     index = {
         "sprite_size": SPRITE,
         "columns": COLUMNS,
@@ -78,12 +88,12 @@ def main(
         "names": "Unicode CLDR English short names, Copyright Unicode, Inc., Unicode License v3",
         "sprites": [{"name": known[c], "character": c} for c in characters],
     }
-    atlas.save(out / "atlas.png.tmp", format="PNG", optimize=True)
-    (out / "atlas.json.tmp").write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for name in ("atlas.png", "atlas.json"):
-        os.replace(out / f"{name}.tmp", out / name)
+    with replacing(out / "atlas.png") as temporary:
+        atlas.save(temporary, format="PNG", optimize=True)
+    with replacing(out / "atlas.json") as temporary:
+        temporary.write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     typer.echo(f"{len(characters)} sprites -> {out}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(exit_status(lambda: typer.run(main), failed=2))

@@ -18,26 +18,31 @@ from rich.progress import track
 
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile
 from unidiff.data.emoji_table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
+from unidiff.files import check_writable
 from unidiff.train.startup import exit_status
 
 app = typer.Typer(add_completion=False, help=__doc__)
 ProfileName = Annotated[str, typer.Option(help="cpu (64 px, 64 objects) or gpu (128 px, the whole atlas)")]
 Seed = Annotated[int, typer.Option(help="other seeds give other scenes")]
 Split = Annotated[str, typer.Option(help="train, held_out or all")]
+Count = Annotated[int, typer.Option(min=1, max=10**9)]
+Length = Annotated[int, typer.Option(min=2, max=2**20)]
 
 
 @app.command()
 def shards(
     out: Annotated[Path, typer.Argument(help="folder for the tars")],
-    count: int = 10_000,
+    count: Count = 10_000,
     profile: ProfileName = "cpu",
     seed: Seed = 0,
     split: Split = "train",
-    per_shard: int = 1000,
+    per_shard: Count = 1000,
 ) -> None:
     """Write raw webdataset shards."""
     from unidiff.data.tar import ShardWriter
 
+    if any(out.glob("*.tar")):
+        raise ValueError(f"{str(out)!r} holds shards already; name another folder")
     scenes = SceneGenerator(get_profile(profile), seed, split)
     with ShardWriter(out, per_shard) as writer:
         for key, members in track(raw_samples(scenes, count), "scenes", total=count):
@@ -48,14 +53,17 @@ def shards(
 def text(
     out: Annotated[Path, typer.Argument(help="folder for the tokenizer")],
     profile: ProfileName = "cpu",
-    vocab_size: int = 1024,
-    count: int = 20_000,
+    vocab_size: Count = 1024,
+    count: Count = 20_000,
     seed: Seed = 0,
 ) -> None:
     """Train the byte-level BPE on the generator's own captions, questions and answers."""
+    from unidiff.tokens.known_words import words_of
     from unidiff.tokens.text import TextTokenizer
 
-    tokenizer = TextTokenizer.train(corpus(SceneGenerator(get_profile(profile), seed), count), vocab_size)
+    texts = list(corpus(SceneGenerator(get_profile(profile), seed), count))
+    tokenizer = TextTokenizer.train(texts, vocab_size)
+    tokenizer.known_words = {word for line in texts for word in words_of(line)}
     tokenizer.save_pretrained(out)
     typer.echo(f"{tokenizer.size} ids -> {out}")
 
@@ -65,15 +73,19 @@ def table(
     out: Annotated[Path, typer.Argument(help="file to write, .safetensors")],
     image_tokenizer: Annotated[Path, typer.Option(help="folder of the image tokenizer")],
     text_tokenizer: Annotated[Path, typer.Option(help="folder of the text tokenizer")],
-    count: int = 200_000,
+    count: Count = 200_000,
     profile: ProfileName = "cpu",
     seed: Seed = 0,
     split: Split = "train",
-    text_length: int = 24,
-    captions: int = 4,
-    questions: Annotated[int, typer.Option(min=0, help="per scene, as EmojiEval asks")] = 2,
-    yes_no: Annotated[int, typer.Option(min=0, help="more questions per scene, all answered by yes or no")] = 0,
-    lookup: Annotated[int, typer.Option(min=0, help="more questions per scene: where is it, how many are there")] = 0,
+    text_length: Length = 24,
+    captions: Annotated[int, typer.Option(min=1, max=1000)] = 4,
+    questions: Annotated[int, typer.Option(min=0, max=1000, help="per scene, as EmojiEval asks")] = 2,
+    yes_no: Annotated[
+        int, typer.Option(min=0, max=1000, help="more questions per scene, all answered by yes or no")
+    ] = 0,
+    lookup: Annotated[
+        int, typer.Option(min=0, max=1000, help="more questions per scene: where is it, how many are there")
+    ] = 0,
     kinds: Annotated[
         tuple[float, float, float, float],
         typer.Option(help="relative frequency of single, count, pair and group scenes"),
@@ -86,6 +98,7 @@ def table(
     from unidiff.tokens.text import TextTokenizer
     from unidiff.train.source import TokenTable
 
+    check_writable(out)
     image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
     mix, step = QuestionMix(questions, yes_no, lookup), 2048
     scenes = SceneGenerator(get_profile(profile, kinds=kinds), seed, split)

@@ -17,10 +17,13 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unidiff.errors import check_regular, first_line, reading
+from unidiff.files import file_stamp, locked
 from unidiff.train.config import TRACKERS
 from unidiff.train.startup import exit_status, set_up_process
 
@@ -83,27 +86,57 @@ def main(arguments: list[str]) -> int:
         "--track", action="append", default=[], choices=TRACKERS, help="send numbers there too; repeatable"
     )
     parser.add_argument("--checkpoint-every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument(
+        "--fallback", action="store_true", help="go on from the checkpoint before a damaged one, if there is one"
+    )
     options = parser.parse_args(arguments)
-    return exit_status(lambda: tune(options), ImportError, AttributeError)
+
+    return exit_status(lambda: tune(options))
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise `ValueError` for the first option that cannot work, before anything is read or written."""
+    counts = (options.steps, options.prompts_per_step, options.checkpoint_every, options.rows)
+    if min(counts) < 1 or (options.passes is not None and options.passes < 1):
+        raise ValueError("--steps, --prompts-per-step, --passes, --rows and --checkpoint-every must be at least 1")
+    whole = {"steps": (1, 10**12), "prompts_per_step": (1, 2**20), "checkpoint_every": (1, 10**12), "rows": (1, 2**20)}
+    whole |= {"passes": (1, 2**20), "group": (2, 2**16), "masks": (1, 2**16), "lora": (0, 2**16), "seed": (0, 2**40)}
+    for name, (low, high) in (whole | {"lr": (1e-30, 1e3), "beta": (0, 1e9)}).items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a number from {low:g} to {high:g}")
+    if not 0 < options.keep <= 1:
+        raise ValueError(f"--keep is {options.keep}; expected a share above 0 and at most 1")
+    if options.kinds is not None and not (all(0 <= k < 1e9 for k in options.kinds) and sum(options.kinds) > 0):
+        raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
+    output, model = options.output.resolve(), Path(options.model).resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{str(options.output)!r} is a file or a device; name a folder to write to")
+    if model.is_dir() and (model == output or model.is_relative_to(output) or output.is_relative_to(model)):
+        raise ValueError(
+            f"OUTPUT {str(options.output)!r} and MODEL {options.model!r} lie inside each other; name another output folder"
+        )
+    if options.reward != "oracle" and options.prompts is None:
+        raise ValueError("--prompts is missing; name a text file with one prompt a line")
+    if options.reward != "oracle" and options.kinds is not None:
+        raise ValueError(f"--kinds {options.kinds} goes with --reward oracle only; leave it out")
+    if options.reward == "oracle" and options.prompts is not None:
+        raise ValueError("--prompts does not go with --reward oracle, which has its own; leave it out")
 
 
 def tune(options: argparse.Namespace) -> None:
     import torch
 
+    from unidiff.evaluation.decode_benchmark_cells import model_hash
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.auto_cache import choose_cache
     from unidiff.train.config import LoraConfig, OptimiserConfig
     from unidiff.train.lora import add_adapters, merge_adapters
     from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 
-    counts = (options.steps, options.prompts_per_step, options.checkpoint_every, options.rows)
-    if min(counts) < 1 or (options.passes is not None and options.passes < 1):
-        raise ValueError("--steps, --prompts-per-step, --passes, --rows and --checkpoint-every must be at least 1")
-    if not 0 < options.keep <= 1:
-        raise ValueError(f"--keep is {options.keep}; expected a share above 0 and at most 1")
-    if options.kinds is not None and (min(options.kinds) < 0 or sum(options.kinds) <= 0):
-        raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
+    check_options(options)
     pipe = as_decoded(UniDiffPipeline.from_pretrained(options.model), options)
+    content = model_hash(pipe)
     reward, prompts = find_reward(options, pipe)
     texts: list[str] = []
     model, settings = pipe.transformer, pipe.settings
@@ -125,16 +158,26 @@ def tune(options: argparse.Namespace) -> None:
         cache=cache, seed=options.seed, bf16=options.bf16,
     )  # fmt: skip
     tuner = RewardTuner(model, settings.vocabulary, sampler, score, config, optimiser)
-    run(tuner, pipe, prompts, texts, options)
-    merge_adapters(model)
-    keep_share(model, tuner.reference, options.keep)
-    pipe.save_pretrained(options.output / "pipeline")
+    with locked(options.output, "reward tuning"):
+        run(tuner, pipe, prompts, texts, options, content)
+        merge_adapters(model)
+        keep_share(model, tuner.reference, options.keep)
+        pipe.save_pretrained(options.output / "pipeline")
 
 
 def run(
-    tuner: RewardTuner, pipe: UniDiffPipeline, prompts: Prompts, texts: list[str], options: argparse.Namespace
+    tuner: RewardTuner,
+    pipe: UniDiffPipeline,
+    prompts: Prompts,
+    texts: list[str],
+    options: argparse.Namespace,
+    content: str,
 ) -> None:
-    """To the last step or the next signal, from the newest checkpoint; `texts` always holds the prompts of the step."""
+    """To the last step or the next signal, from the newest checkpoint; `texts` always holds the prompts of the step.
+
+    Args:
+        content: a hash of the pipeline that the run starts from.
+    """
     from dataclasses import asdict
 
     from unidiff.train.checkpoint import load_checkpoint, save_checkpoint
@@ -142,9 +185,11 @@ def run(
     from unidiff.train.signals import StopOnSignals
 
     folder, count = options.output / "checkpoints", options.prompts_per_step
-    free = ("output", "steps", "checkpoint_every", "track", "keep")  # what may change between two parts of a run
+    # what may change between two parts of a run: names of places, as their content is compared
+    free = ("model", "output", "steps", "checkpoint_every", "track", "keep", "fallback", "prompts")
     about = {name: str(value) for name, value in vars(options).items() if name not in free}
-    found = load_checkpoint(folder)
+    about |= {"the content of MODEL": content, "the content of --prompts": content_of(options.prompts)}
+    found = load_checkpoint(folder, options.fallback)
     if found is not None:
         tuner.restore(found, about)
         print(f"resumed at step {tuner.steps} from {folder}")
@@ -193,18 +238,40 @@ def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[Pic
     """The reward that `--reward` names, and prompts for it."""
     if options.reward == "oracle":
         return oracle_reward(pipe, options.seed, options.kinds)
-    if options.kinds is not None:
-        raise ValueError(f"--kinds {options.kinds} goes with --reward oracle only; leave it out")
-    if options.prompts is None:
-        raise ValueError("--prompts is missing; name a text file with one prompt a line")
-    lines = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    check_regular(options.prompts)
+    with reading(options.prompts, "prompts (a text in UTF-8, one prompt a line)"):
+        lines = [line.strip() for line in options.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{options.prompts} holds no prompts")
     module, _, name = options.reward.partition(":")
     if not name:
         raise ValueError(f"--reward is {options.reward!r}; expected 'oracle' or MODULE:FUNCTION")
     sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), name), lambda number: lines[number % len(lines)]
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever that module does
+        raise ValueError(f"--reward {options.reward!r} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(function):
+        raise ValueError(f"--reward {options.reward!r} is no function but {type(function).__name__}")
+
+    def checked(texts: list[str], pictures: Tensor) -> Tensor:
+        import torch
+
+        try:
+            return torch.as_tensor(function(texts, pictures))
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"the reward {options.reward!r} failed in {where.filename} line {where.lineno} "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+
+    return checked, lambda number: lines[number % len(lines)]
+
+
+def content_of(path: Path | None) -> str:
+    """What a file is known by later."""
+    return "" if path is None else str(file_stamp(path)["hash"])
 
 
 def oracle_reward(

@@ -171,3 +171,75 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     assert "--passes, --rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--kinds", "0", "0", "0", "0") == 2
     assert "--kinds is [0.0, 0.0, 0.0, 0.0]; expected four shares" in capsys.readouterr().err
+
+
+def test_what_would_be_lost_or_is_another_run_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("\ufeffa dog\n", encoding="utf-8")
+    (tmp_path / "odd_reward.py").write_text(
+        "def flat(prompts, pictures):\n    return pictures.flatten(1).mean(1)\n"
+        "def fails(prompts, pictures):\n    return {}['missing']\n"
+        "def words(prompts, pictures):\n    return prompts\n"
+        "def nan(prompts, pictures):\n    return pictures.flatten(1).mean(1) * float('nan')\n"
+        "number = 3\n"
+    )
+    (tmp_path / "broken_reward.py").write_text("1 / 0\n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "file").write_text("")
+    own = ("--prompts", "prompts.txt", "--reward", "odd_reward:flat")
+    for words, said in (
+        (("base", "base", *own), "lie inside each other"),
+        (("base", "base/tuned", *own), "lie inside each other"),
+        (("base", ".", *own), "lie inside each other"),
+        (("base", "file", *own), "is a file or a device"),
+        (("base", "/dev/full", *own), "is a file or a device"),
+        (("base", "out", "--prompts", "prompts.txt", "--reward", "odd_reward:fails"), "line 4 (KeyError: 'missing')"),
+        (
+            ("base", "out", "--prompts", "prompts.txt", "--reward", "odd_reward:words"),
+            "the reward 'odd_reward:words' failed",
+        ),
+        (("base", "out", "--prompts", "prompts.txt", "--reward", "odd_reward:nan"), "finite numbers"),
+        (("base", "out", "--prompts", "prompts.txt", "--reward", "odd_reward:number"), "is no function but int"),
+        (
+            ("base", "out", "--prompts", "prompts.txt", "--reward", "odd_reward:gone"),
+            "cannot be imported (AttributeError",
+        ),
+        (("base", "out", "--prompts", "prompts.txt", "--reward", "broken_reward:f"), "ZeroDivisionError"),
+        (("base", "out", "--prompts", "latin.txt", "--reward", "odd_reward:flat"), "latin.txt"),
+        (("base", "out", "--prompts", "empty.txt", "--reward", "odd_reward:flat"), "holds no prompts"),
+        (("base", "out", "--prompts", ".", "--reward", "odd_reward:flat"), "a folder"),
+        (("base", "out", *own, "--lr", "nan"), "--lr is nan"),
+        (("base", "out", *own, "--keep", "nan"), "--keep is nan"),
+        (("base", "out", *own, "--seed", str(2**70)), "--seed is"),
+        (("base", "out", "--reward", "oracle", "--kinds", "nan", "1", "1", "1"), "--kinds is [nan"),
+        (("base", "out", "--reward", "oracle", "--prompts", "prompts.txt"), "does not go with --reward oracle"),
+    ):
+        assert run(*words, *QUICK[:4], "--group", "2") == 2, words
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error, (words, error)
+        assert not (tmp_path / "out" / "pipeline").exists()
+    assert run("base", "out", *own, *QUICK, "--steps", "1") == 0
+    from unidiff.files import locked
+
+    with locked(tmp_path / "out", "test"):
+        assert run("base", "out", *own, *QUICK) == 2 and "is in use by process" in capsys.readouterr().err
+    other = tiny_pipeline()
+    with torch.no_grad():
+        other.transformer.embed_tokens.weight.mul_(2)
+    other.save_pretrained(tmp_path / "base")  # another model under the same name
+    assert run("base", "out", *own, *QUICK) == 2 and "has the content of MODEL" in capsys.readouterr().err
+    tiny_pipeline().save_pretrained(tmp_path / "moved")
+    (tmp_path / "more.txt").write_text("a cat\n")
+    assert run("moved", "out", "--prompts", "more.txt", *own[2:], *QUICK) == 2
+    assert "has the content of --prompts" in capsys.readouterr().err
+    assert run("moved", "out", *own, *QUICK, "--steps", "2") == 0  # a folder may be moved
+    broken = tiny_pipeline()
+    with torch.no_grad():
+        broken.transformer.embed_tokens.weight[0, 0] = float("nan")
+    folder = tmp_path / "moved" / "transformer"
+    from safetensors.torch import save_file
+
+    save_file(dict(broken.transformer.state_dict()), next(folder.glob("*.safetensors")), {"format": "pt"})
+    assert run("moved", "new", *own, *QUICK) == 2 and "NaN" in capsys.readouterr().err

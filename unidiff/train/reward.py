@@ -26,6 +26,7 @@ from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import masked_nll
 from unidiff.diffusion.process import NoisyBatch, hide, mask_ids, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
 from unidiff.train.checkpoint import Checkpoint
 from unidiff.train.config import OptimiserConfig
@@ -72,10 +73,11 @@ class RewardConfig:
     bf16: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "reward tuning:")
         if self.group < 2 or self.masks < 1:
             raise ValueError(f"group = {self.group} must be at least 2 and masks = {self.masks} at least 1")
-        if self.rows < 1:
-            raise ValueError(f"rows is {self.rows}; expected at least 1")
+        if self.rows < 1 or self.chunk < 1:
+            raise ValueError(f"rows is {self.rows} and chunk {self.chunk}; expected at least 1")
         if self.states not in STATES:
             raise ValueError(f"states is {self.states!r}; expected one of {', '.join(STATES)}")
         if not 0 < self.low <= self.high <= 1 or self.clip <= 0 or self.beta < 0:
