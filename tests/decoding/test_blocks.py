@@ -87,7 +87,7 @@ def test_passes_are_shared_in_proportion_to_the_blocks(steps: int, size: int, le
         sum(own[:k]) for k in range(len(own) + 1)
     ]
     for passes, tokens in zip(own, sizes, strict=True):
-        assert 1 <= passes and abs(passes - total * tokens / size) < 1
+        assert passes >= 1 and abs(passes - total * tokens / size) < 1
         assert not capped or passes <= tokens
 
 

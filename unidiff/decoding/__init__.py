@@ -6,11 +6,13 @@ from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.decoding.state import DecodeState
 from unidiff.decoding.stats import DecodeStats
+from unidiff.decoding.watch import DecodeView
 
 __all__ = [
     "CacheConfig",
     "DecodeState",
     "DecodeStats",
+    "DecodeView",
     "Guidance",
     "ModalityDecoding",
     "NoCache",

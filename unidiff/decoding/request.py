@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,8 +123,11 @@ class Request:
         left = (self.state.open & clock.wanted).sum(1)
         return 1 - left.double() / size.clamp_min(1)
 
-    def synchronise(self, work: Sequence[Work]) -> bool:
+    def synchronise(self, work: Sequence[Work], complaint: Callable[[DecodeState, Forward], str]) -> bool:
         """Read the flags of a pass from the device in one go; False when nothing is left to do.
+
+        Args:
+            complaint: says why logits could not be used.
 
         Raises:
             ValueError: the last pass met logits that cannot be used.
@@ -140,9 +143,7 @@ class Request:
             flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]
         left, sound, wrote, *rest = torch.stack([f.long() for f in flags]).tolist()
         if not sound:
-            raise ValueError(
-                "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
-            )
+            raise ValueError(complaint(state, self.forward))
         self.stalled = 0 if wrote or not self.busy else self.stalled + 1
         for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
             unit = math.ceil(self.targets[w.clock.modality] / _WIDTHS)
@@ -174,8 +175,12 @@ class Request:
         return users
 
     def time(self, work: Sequence[Work]) -> Tensor:
-        """Diffusion time `[B]` for time-conditioned models: that of the modality which is furthest behind."""
-        return torch.stack([w.time for w in work]).amax(0)
+        """Diffusion time `[B]` for time-conditioned models: that of the row's modality which is furthest behind.
+
+        A modality of which a row has nothing to fill, or nothing left, does not count.
+        """
+        busy = [(self.state.open & w.clock.wanted).any(1) | w.clock.pending for w in work]
+        return torch.stack([torch.where(row, w.time, 0.0) for row, w in zip(busy, work, strict=True)]).amax(0)
 
     def end_pass(self) -> None:
         state = self.state

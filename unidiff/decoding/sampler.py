@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import draw
+from unidiff.decoding.arguments import check_request, check_sampler
 from unidiff.decoding.commit import decide, decide_early, quota, unmask_chance
 from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.forward import Denoiser, PositionLogits
@@ -20,11 +21,11 @@ from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.request import Request
 from unidiff.decoding.rules import CommitRule, check_rules, guarded
-from unidiff.decoding.state import Clock, DecodeState
+from unidiff.decoding.state import Clock
 from unidiff.decoding.stats import DecodeStats
+from unidiff.decoding.unusable import complaint
+from unidiff.decoding.watch import Callback, DecodeView, declines, own_copy
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
-
-Callback = Callable[[int, DecodeState], bool | None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Sampler:
             in place of True records by other means, on any device.
 
     Raises:
-        ValueError: `forbid` names an id outside the vocabulary or leaves a modality without tokens.
+        ValueError: an argument of another kind, or `forbid` names an id outside the vocabulary or leaves a modality without
+            tokens.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Sampler:
         rules: Mapping[Modality, CommitRule] | None = None,
         graphs: bool | Record = False,
     ) -> None:
+        check_sampler(model, vocabulary, config, policy, graphs)
         self.model, self.vocabulary, self.config = model, vocabulary, config
         self.policy: RefreshPolicy = NoCache() if policy is None else policy
         self.rules, self.graphs = check_rules(rules), graphs
@@ -129,26 +132,31 @@ class Sampler:
             seeds: int64 `[B]`; a row's result depends on its own seed and tokens only.
             condition: bool `[B, L]`, given positions that the unconditional guidance stream does not see; overrides
                 `guidance.hide`.
-            callback: called after each pass as `callback(step, state)`; returning False fills the rest in one last pass.
+            callback: called after each pass as `callback(step, view)` with a `DecodeView`, whose tensors are copies; returning
+                False fills the rest in one last pass. What it raises ends the decode.
             record: keep the ids after each pass.
             unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden: another
                 prompt, other padding and positions, but the same shape and targets. Overrides `guidance.hide`.
                 Several for guidance in several directions: `guidance.scale` is for the first, `further` for the others.
 
         Raises:
-            ValueError: seeds, condition or unconditional of another shape, or a model that returns NaN or infinite logits.
+            ValueError: an argument of another kind or shape, ids outside the vocabulary, or logits that cannot be drawn from;
+                the message says whether the model or a setting makes them so.
         """
         begun = wall.perf_counter()
+        check_request(self.vocabulary, batch, seeds, condition, callback, record, unconditional)
+        batch, seeds = own_copy(batch), seeds.clone()  # nothing the caller does meanwhile reaches the decode
         # 1. hide the targets; open the clocks, the guidance streams and the noise
         policy = self.policy.start(batch, self.model)
         own = condition, policy, unconditional, self._graphs(batch)
         request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, *own)
         state, forward = request.state, request.forward
+        blame = partial(complaint, self.model, self.vocabulary, self.config, self._banned)
         trajectory = [state.ids.clone()] if record else None
         while True:
             # 2. which positions may be filled now: blocks, order, and rules that need no look at the model
             work = [self._begin(request, clock) for clock in state.clocks.values()]
-            if not request.synchronise(work):  # the only host synchronisation of a pass
+            if not request.synchronise(work, blame):  # the only host synchronisation of a pass
                 break
             busy = [w for w in work if w.width]
             state.written = torch.zeros_like(state.open)
@@ -171,7 +179,7 @@ class Sampler:
                 policy.observe(state, plan)
             if trajectory is not None:
                 trajectory.append(state.ids.clone())
-            if callback is not None and callback(state.step - 1, state) is False:
+            if callback is not None and declines(callback(state.step - 1, DecodeView(state))):
                 state.finishing = True
         seconds = wall.perf_counter() - begun
         return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, forward.stats)
@@ -216,6 +224,11 @@ class Sampler:
         blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
         rows = None if work.clock.credit is not None else request.unfinished  # credit is kept for all rows
         logits = request.forward.logits(modality, wanted, work.width, streams, blend.weights(len(streams)), rows)
+        start, stop = self.vocabulary.range_of(modality)
+        if logits.values.shape[-1] != stop - start:
+            raise ValueError(
+                f"the model's head gives {logits.values.shape[-1]} logits for the ids {start} to {stop - 1}"
+            )
         blend = replace(blend, scale=logits.own(blend.scale))
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
@@ -235,14 +248,13 @@ class Sampler:
                 base = score.log() if settings.confidence == "probability" else score
                 score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(choice_noise)
             pick = self._pick(work, logits, choice.confidence, score)
-        start, _ = self.vocabulary.range_of(modality)
         state.written |= state.write(logits.index, pick, choice.token + start, choice.probability)
 
     def _pick(self, work: Work, logits: PositionLogits, confidence: Tensor, score: Tensor) -> Tensor:
         """Candidates `[B, n]` to fill: by the rule in the current block, by a threshold of their own in blocks ahead."""
         settings, live = work.clock.settings, logits.live
         own = self.rules.get(work.clock.modality)
-        rule: Callable[..., Tensor] = partial(decide, settings) if own is None else guarded(own)
+        rule: Callable[..., Tensor] = partial(decide, settings) if own is None else guarded(own, settings)
         if settings.blocks_in_flight == 1:
             return rule(confidence, score, live, work.quota, logits.index)
         ahead = live & work.clock.ahead.gather(1, logits.index)

@@ -142,7 +142,7 @@ class Clock:
 
 @dataclass
 class DecodeState:
-    """The decode between two passes. Policies and callbacks read it; only the sampler writes.
+    """The decode between two passes. Policies read it, callbacks see a `DecodeView` of it; only the sampler writes.
 
     Attributes:
         batch: current tokens, [MASK] at open positions.

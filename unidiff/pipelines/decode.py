@@ -8,8 +8,9 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from unidiff.decoding import CacheConfig, DecodeState, RefreshPolicy, SamplerConfig
+from unidiff.decoding import CacheConfig, DecodeView, RefreshPolicy, SamplerConfig
 from unidiff.decoding.graphs import Record
+from unidiff.decoding.watch import declines
 from unidiff.pipelines.output import Trajectory, to_frames
 from unidiff.pipelines.rows import TextSlot, TextSlots
 from unidiff.pipelines.seeds import RowGenerator
@@ -79,7 +80,7 @@ class StepWatcher:
         self.pipe, self.bar, self.targets, self.callback = pipe, bar, targets, callback
         self._done = 0
 
-    def __call__(self, step: int, state: DecodeState) -> bool:
+    def __call__(self, step: int, state: DecodeView) -> bool:
         if self.callback is None and self.bar.disable:
             return not self.pipe.interrupt
         left = int(state.open.sum())
@@ -87,10 +88,9 @@ class StepWatcher:
         self._done = self.targets - left
         answer = None
         if self.callback is not None:
-            tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}
-            tensors = {name: value.clone() for name, value in tensors.items()}  # for whatever the caller does to them
+            tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}  # copies
             answer = self.callback(self.pipe, step, left / self.targets, tensors)
-        return answer is not False and not self.pipe.interrupt
+        return not declines(answer) and not self.pipe.interrupt
 
     def finish(self) -> None:
         """The bar is full, also where end-of-text fill ended rows early."""

@@ -122,7 +122,7 @@ class PipelineSettings:
         if not isinstance(data, Mapping):
             raise ValueError(f"pipeline settings are {type(data).__name__}; expected a mapping")
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
+        if unknown := sorted(str(key) for key in set(data) - known):
             raise ValueError(f"unknown pipeline settings {unknown}; expected some of {sorted(known)}")
         if missing := sorted({"vocabulary", "text_length", "grid"} - set(data)):
             raise ValueError(f"pipeline settings lack {missing}")

@@ -1,0 +1,107 @@
+"""What a sampler is made and called with, checked before anything is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import SamplerConfig
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import check_value
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
+
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_KINDS = (torch.int64, torch.int64, torch.bool, torch.bool, torch.int64, torch.int64)  # of a batch's fields
+
+
+def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs: Any) -> None:
+    """Raise `ValueError` unless a `Sampler` can be made of these."""
+    _check_methods("model", model, ("hidden", "head"), "see `Denoiser`")
+    check_value(vocabulary, Vocabulary, "vocabulary")
+    if not isinstance(config, SamplerConfig):
+        raise ValueError(
+            f"config is {_name(config)}; expected a SamplerConfig (SamplerConfig.from_dict reads plain data)"
+        )
+    if policy is not None:
+        _check_methods("policy", policy, ("start", "plan"), "see `RefreshPolicy`; CacheConfig(name).build() makes one")
+    if not isinstance(graphs, bool) and not callable(graphs):
+        raise ValueError(f"graphs is {_name(graphs)}; expected true or false, or a `Record`")
+    if isinstance(model, MaskedTransformer) and model.config.vocab_size < vocabulary.size:
+        raise ValueError(
+            f"the model has {model.config.vocab_size} ids, the vocabulary {vocabulary.size}; give the vocabulary that the "
+            "model was made for"
+        )
+
+
+def check_request(
+    vocabulary: Vocabulary, batch: Any, seeds: Any, condition: Any, callback: Any, record: Any, unconditional: Any
+) -> None:
+    """Raise `ValueError` unless a `Sampler` can be called with these. Reads one number from the device."""
+    _check_batch("batch", batch, vocabulary)
+    if not isinstance(seeds, Tensor) or seeds.dtype not in _INTEGERS or seeds.shape != batch.ids.shape[:1]:
+        raise ValueError(
+            f"seeds have shape {tuple(seeds.shape)} and dtype {seeds.dtype}; expected int64 [{len(batch.ids)}], one per row"
+            if isinstance(seeds, Tensor)
+            else f"seeds are {_name(seeds)}; expected an int64 tensor [{len(batch.ids)}], one per row"
+        )
+    _check_dense("seeds", seeds)
+    if condition is not None:
+        if not isinstance(condition, Tensor):
+            raise ValueError(f"condition is {_name(condition)}; expected a bool tensor {batch.shape}")
+        _check_dense("condition", condition)
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback is {_name(callback)}; expected a function of (step, state)")
+    check_value(record, bool, "record")
+    if unconditional is None:
+        return
+    several = isinstance(unconditional, Sequence) and not isinstance(unconditional, str)
+    for rows in unconditional if several else (unconditional,):
+        _check_batch("unconditional", rows, vocabulary)
+
+
+def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
+    if not isinstance(batch, TokenBatch):
+        raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")
+    for field, kind in zip(fields(TokenBatch), _KINDS, strict=True):
+        value, shape = getattr(batch, field.name), list(getattr(batch.ids, "shape", ())[:2])
+        shape += [3] if field.name == "positions" else []
+        check_value(value, Tensor, f"{name} {field.name}")
+        _check_dense(f"{name} {field.name}", value)
+        if value.dtype != kind or list(value.shape) != shape or value.device != batch.ids.device:
+            raise ValueError(
+                f"{name} {field.name} have shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}; expected "
+                f"{kind} {shape} on {batch.ids.device}"
+            )
+    if batch.ids.ndim != 2 or not batch.ids.numel():
+        raise ValueError(f"{name} has shape {tuple(batch.ids.shape)}; expected at least one row of at least one token")
+    ends = [
+        *torch.where(batch.valid & batch.given, batch.ids, 0).aminmax(),
+        *torch.where(batch.valid, batch.modality, 0).aminmax(),
+    ]
+    low, high, first, last = torch.stack([end.long() for end in ends]).tolist()
+    if not 0 <= low <= high < vocabulary.size:
+        raise ValueError(
+            f"{name} gives ids from {low} to {high}, but the vocabulary has ids 0 to {vocabulary.size - 1}"
+        )
+    if not 0 <= first <= last < len(Modality):
+        raise ValueError(f"{name} has modalities from {first} to {last}; expected 0 (text) and 1 (image)")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "on the meta device, without values" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{name} is a tensor {kind}; expected a plain one (`.to_dense()`, or real values)")
+
+
+def _check_methods(name: str, value: object, methods: Sequence[str], hint: str) -> None:
+    if missing := [m for m in methods if not hasattr(value, m)]:
+        raise ValueError(f"{name} is {_name(value)} without {' and '.join(missing)}; {hint}")
+
+
+def _name(value: object) -> str:
+    shown = repr(value) if isinstance(value, bool | int | float | str | type(None)) else f"a {type(value).__name__}"
+    return shown if len(shown) < 80 else f"{shown[:77]}..."
