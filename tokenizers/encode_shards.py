@@ -1,4 +1,4 @@
-"""Pre-tokenise webdataset shards (`key.jpg|png|webp`, `key.txt`, optional `key.json`) for training:
+"""Pre-tokenise webdataset shards (`key.jpg|png|webp|gif|bmp`, `key.txt`, optional `key.json`) for training:
 
     python tokenizers/encode_shards.py OUT --shards 'data/{00000..00127}.tar' --image-tokenizer DIR --text-tokenizer DIR
 
@@ -17,6 +17,8 @@ from typing import Annotated
 
 import typer
 
+from unidiff.errors import exit_status
+
 
 def main(
     out: Annotated[Path, typer.Argument(help="folder for the token shards")],
@@ -31,40 +33,53 @@ def main(
     samples_per_shard: Annotated[int, typer.Option(help="samples per written tar")] = 1000,
     workers: Annotated[int, typer.Option(help="decoding threads")] = 2,
     documents: Annotated[bool, typer.Option("--documents", help="interleaved documents in place of pairs")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="count raw shards that do not exist in place of refusing them")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "cpu",
 ) -> None:
     """Encode shards into codes.npy and text.npy members, skipping and listing what is damaged."""
-    try:
-        from unidiff.data.tar import expand_shards
 
-        expand_shards(shards)  # a mistyped or refused source fails before the slow imports
+    def run() -> None:
+        from unidiff.data.shard_names import check_exist, expand_shards
+
+        found = expand_shards(shards)  # a mistyped or refused source fails before the slow imports
+        if not allow_missing:
+            check_exist(found)
         from unidiff.data.encode import EncodeSettings, encode_shards
-        from unidiff.data.report import SkipReport
         from unidiff.tokens.image_vq import VQImageTokenizer
         from unidiff.tokens.text import TextTokenizer
+        from unidiff.train.build import pick_device
 
         settings = EncodeSettings(image_size, text_length, batch_size, samples_per_shard, workers, documents)
+        place = pick_device(device)
         manifest = encode_shards(
             shards,
-            VQImageTokenizer.from_pretrained(image_tokenizer).to(device),
+            VQImageTokenizer.from_pretrained(image_tokenizer).to(place),
             TextTokenizer.from_pretrained(text_tokenizer),
             out,
             settings,
             on_shard=lambda count, report: typer.echo(f"{count} samples, {report.total} skipped"),
+            allow_missing=allow_missing,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    report = SkipReport.from_state_dict(manifest.skipped)
+        _say(manifest, out)
+
+    raise typer.Exit(exit_status(run))
+
+
+def _say(manifest, out: Path) -> None:
+    from unidiff.data.report import SkipReport
+
+    documents, length = manifest.kind == "documents", manifest.text_length
     what = "documents" if documents else f"samples, {manifest.questions} questions"
     typer.echo(f"{manifest.samples} {what} in {len(manifest.shards)} shards: {out}")
-    typer.echo(report.summary())
+    typer.echo(SkipReport.from_state_dict(manifest.skipped).summary() if manifest.skipped else "nothing was skipped")
     if documents and manifest.cut_captions:
-        typer.echo(f"{manifest.cut_captions} documents were cut: longer than {text_length} tokens")
+        typer.echo(f"{manifest.cut_captions} documents were cut: longer than {length} tokens")
     elif manifest.cut_captions or manifest.long_questions:
         typer.echo(
             f"{manifest.cut_captions} captions were cut and {manifest.long_questions} questions left out: "
-            f"longer than {text_length} tokens"
+            f"longer than {length} tokens"
         )
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 
-from unidiff.errors import DamagedFile
+from unidiff.errors import DamagedFile, writing
 
 TIMEOUT = 20.0
 """Seconds without a byte after which a server counts as silent."""
@@ -122,7 +122,8 @@ def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None
     with _opener().open(request, timeout=TIMEOUT) as answer:
         size = 0
         while piece := answer.read1(_PIECE):
-            out.write(piece)
+            with writing("the temporary file of a download"):
+                out.write(piece)
             size += len(piece)
             if most is not None and size > most:
                 raise Unreachable(f"{url!r} is larger than {most / 2**20:.3g} MB; no such file is expected")

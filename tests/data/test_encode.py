@@ -10,7 +10,8 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest
 from unidiff.data.members import decode_member
-from unidiff.data.tar import expand_shards, read_shard
+from unidiff.data.shard_names import expand_shards
+from unidiff.data.tar import read_shard
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
 
@@ -69,9 +70,10 @@ def test_damage_goes_into_the_manifest(tmp_path, text):
         return members
 
     write_samples(tmp_path / "raw", 10, 10, change)
-    manifest = encode_shards(
-        str(tmp_path / "raw" / "{00000,00001}.tar"), MeanColourTokenizer(), text, tmp_path / "o", SETTINGS
-    )
+    pattern = str(tmp_path / "raw" / "{00000,00001}.tar")
+    with pytest.raises(FileNotFoundError, match=r"1 shard does not exist: .*00001\.tar"):
+        encode_shards(pattern, MeanColourTokenizer(), text, tmp_path / "o", SETTINGS)
+    manifest = encode_shards(pattern, MeanColourTokenizer(), text, tmp_path / "o", SETTINGS, allow_missing=True)
     assert manifest.samples == 9 and manifest.questions == 9
     assert manifest.cut_captions == 1 and manifest.long_questions == 1
     account = report.SkipReport.from_state_dict(manifest.skipped)

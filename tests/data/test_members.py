@@ -105,7 +105,7 @@ def test_truncated_images_are_corrupt(name, share):
 def test_other_image_formats_are_not_opened():
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2)).save(buffer, "TIFF")
-    with pytest.raises(MemberError, match="TIFF.*expected a whole PNG, JPEG, WebP, GIF or BMP"):
+    with pytest.raises(MemberError, match=r"TIFF.*expected a whole PNG, JPEG, WebP, GIF or BMP"):
         decode_member("png", buffer.getvalue())
 
 

@@ -80,7 +80,9 @@ def test_text_tokenizer_bad_input(tmp_path):
         (("--shards", f"pipe:touch {tmp_path}/ran"), "shell command", False),
         (("--config", tmp_path / "c.yaml"), "vocabulary", False),
         (("--config", tmp_path / "none.yaml"), "does not exist", False),
-        (("--shards", tmp_path / "gone.tar"), "holds no text", False),
+        (("--shards", tmp_path / "gone.tar"), "gone.tar'", False),
+        (("--shards", tmp_path / "gone.tar", "--allow-missing"), "holds no text", False),
+        (("--text", tmp_path / "latin.txt", "--limit", -1), "limit = -1 must be at least 0", False),
         (("--text", tmp_path / "latin.txt", "--vocab-size", 100), "need at least 260", False),
     ]
     for arguments, message, process in cases:
@@ -123,7 +125,14 @@ def test_encode_shards_bad_input(tmp_path, tokenizers):
     cases = [
         (("--shards", f"pipe:touch {tmp_path}/ran"), {"process": True}, "shell command"),
         (("--shards", f"pipe:touch {tmp_path}/ran/"), {}, "shell command"),
-        (("--shards", tmp_path / "gone-{0..2}.tar"), {}, "no usable sample in 3 shards"),
+        (("--shards", tmp_path / "gone-{0..2}.tar"), {}, "3 shards do not exist"),
+        (("--shards", tmp_path / "gone-{0..99999999999}.tar"), {}, "more than 1,000,000 shards"),
+        ((*raw, "--image-size", 0), {}, "image_size = 0 must be at least 1"),
+        ((*raw, "--batch-size", 10**9), {}, "batch_size = 1000000000 must be"),
+        ((*raw, "--workers", -1), {}, "workers = -1 must be at least 0"),
+        ((*raw, "--samples-per-shard", 2**63), {}, "samples_per_shard is 9223372036854775808"),
+        ((*raw, "--device", "cuda:99"), {}, "cuda:99"),
+        ((*raw, "--device", "quantum"), {}, "'quantum' is unknown"),
         (raw, {"image": "nothing"}, "does not exist"),
         (raw, {"image": "text"}, "does not exist"),
         ((*raw, "--image-size", 9), {}, "multiple of the tokenizer factor"),

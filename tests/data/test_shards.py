@@ -23,7 +23,7 @@ def test_damage_is_skipped_counted_and_named(tmp_path, caplog, shuffle, workers)
     assert counts == {
         "corrupt_image": 4, "bad_caption": 2, "missing_member": 3, "truncated_shard": 1, "missing_shard": 1,
     }  # fmt: skip
-    source = ShardSource(damaged.pattern, optional=("json",), shuffle=shuffle, workers=workers)
+    source = ShardSource(damaged.pattern, optional=("json",), shuffle=shuffle, workers=workers, allow_missing=True)
     with caplog.at_level(logging.WARNING):
         samples = list(source)
     keys = [s["__key__"] for s in samples]
@@ -70,7 +70,9 @@ def test_resuming_anywhere_gives_the_same_rest(tmp_path, shuffle):
     damaged = DAMAGE.write(tmp_path, 100, 10)
 
     def source(workers=0):
-        return ShardSource(damaged.pattern, optional=("json",), shuffle=shuffle, seed=3, workers=workers)
+        return ShardSource(
+            damaged.pattern, optional=("json",), shuffle=shuffle, seed=3, workers=workers, allow_missing=True
+        )
 
     whole = source()
     keys = [s["__key__"] for s in whole]
@@ -163,8 +165,10 @@ def test_repeating_nothing_is_an_error_not_a_hang(tmp_path):
     with pytest.raises(ValueError, match=r"no usable sample in 1 shards; skipped 3 \(3 missing_member\)"):
         next(iter(ShardSource(str(tmp_path), repeat=True)))
     assert list(ShardSource(str(tmp_path))) == []
-    with pytest.raises(ValueError, match="no usable sample in 2 shards"):
+    with pytest.raises(FileNotFoundError, match=r"2 shards do not exist: '.*gone0\.tar', '.*gone1\.tar'"):
         next(image_batches(str(tmp_path / "gone{0,1}.tar"), 8, 2))
+    with pytest.raises(ValueError, match="no usable sample in 2 shards"):
+        next(iter(ShardSource(str(tmp_path / "gone{0,1}.tar"), repeat=True, allow_missing=True)))
 
 
 def test_image_batches(tmp_path):

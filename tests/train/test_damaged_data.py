@@ -58,7 +58,9 @@ def test_raw_shards_with_every_damage_train_to_the_end(tmp_path):
         "steps=30",
     ]
     command += ["data.image_size=16", "data.text_length=10", "logging.every=10"]
-    assert pretrain(*command, f"tokenizer.image={tmp_path / 'codes'}", f"tokenizer.text={tmp_path / 'words'}") == 0
+    command += [f"tokenizer.image={tmp_path / 'codes'}", f"tokenizer.text={tmp_path / 'words'}"]
+    assert pretrain(*command) != 0  # a shard does not exist
+    assert pretrain(*command, "data.allow_missing=true") == 0
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert skipped["counts"] == damaged.counts == {
         "corrupt_image": 9, "bad_caption": 3, "bad_json": 2, "missing_member": 5, "truncated_shard": 1, "missing_shard": 1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -20,12 +22,25 @@ from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest, write_json
 from unidiff.data.report import SkipReport
 from unidiff.data.shards import ShardSource
+from unidiff.data.stamps import changes, damage, source_stamps, token_stamp
 from unidiff.data.tar import ShardWriter
+from unidiff.errors import read_json, reading, writing
+from unidiff.files import locked, remove_leftovers
+from unidiff.schema import check_fields, from_data
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 
 PROGRESS = "progress.json"
+_AGAIN = "remove that folder to encode again, or name another one"
+_BOUNDS = {
+    "image_size": (1, 2**14),
+    "text_length": (3, 2**20),
+    "batch_size": (1, 2**16),
+    "samples_per_shard": (1, 10**6),
+    "workers": (0, 256),
+}
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,16 +64,19 @@ class EncodeSettings:
     documents: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in {"text_length": 3, "batch_size": 1, "samples_per_shard": 1, "workers": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
+        check_fields(self, "")
+        for name, (least, most) in _BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least} and at most {most}")
 
 
 @dataclass
 class _Progress:
-    """Where an encoding run stands after its last complete shard."""
+    """Where an encoding run stands after its last complete shard. `sources`, `files`: as in `TokenManifest`."""
 
     fingerprint: str
+    sources: dict[str, Any]
+    files: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] | None = None
     shards: dict[str, int] = field(default_factory=dict)
     questions: int = 0
@@ -73,11 +91,14 @@ def encode_shards(
     out: str | Path,
     settings: EncodeSettings | None = None,
     on_shard: Callable[[int, SkipReport], None] | None = None,
+    allow_missing: bool = False,
+    again: bool = False,
 ) -> TokenManifest:
     """Encode every usable sample into `out`; damaged ones are skipped and listed in the manifest.
 
     A run that was stopped continues after its last complete shard and writes the same files as an uninterrupted one;
-    a complete folder of the same run is left as it is.
+    a complete folder of the same run is left as it is. Raw shards that have changed since, and token shards that are no
+    longer as they were written, are noticed. One process at a time works in `out`.
 
     Args:
         shards: raw shards, see `expand_shards`; samples need an image and a caption, documents a `json`.
@@ -86,9 +107,14 @@ def encode_shards(
         out: folder for the token shards and `tokens.json`.
         settings: see `EncodeSettings`.
         on_shard: called after every written shard with (samples so far, skip report).
+        allow_missing: raw shards that do not exist are counted in place of refused.
+        again: encode once more, with a note, what has changed or is damaged, in place of refusing.
 
     Raises:
-        ValueError: settings that do not fit the tokenizers, a folder that holds another run, or no usable sample.
+        FileNotFoundError: a raw shard that does not exist.
+        ValueError: settings that do not fit the tokenizers, a folder that holds another run or that another process works in,
+            data that have changed, or no usable sample.
+        OSError: a full or read-only disk, with the name of the file.
     """
     settings = settings or EncodeSettings()
     out = Path(out)
@@ -99,21 +125,40 @@ def encode_shards(
         raise ValueError(
             f"text_length = {settings.text_length} leaves no room beside a picture of {codes} tokens; raise it"
         )
-    source = _open(shards, settings)
+    source = _open(shards, settings, allow_missing)
     fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
-    if (done := _finished(out, fingerprint)) is not None:
+    fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing))
+    if (done := _finished(out, fresh, again)) is not None:
         return done
-    progress = _resume(out, fingerprint)
+    with locked(out, "encoding"):
+        return _finished(out, fresh, again) or _encode(
+            out, source, fresh, _Tools(image_tokenizer, text_tokenizer, prepare, settings), on_shard, again
+        )
+
+
+def _encode(
+    out: Path,
+    source: ShardSource,
+    fresh: _Progress,
+    tools: _Tools,
+    on_shard: Callable[[int, SkipReport], None] | None,
+    again: bool,
+) -> TokenManifest:
+    """Fill `out`, which nobody else writes to."""
+    settings, image_tokenizer, text_tokenizer = tools.settings, tools.image_tokenizer, tools.text_tokenizer
+    progress = _resume(out, fresh, again)
     if progress.source is not None:
-        source.load_state_dict(progress.source)
+        with reading(out / PROGRESS, "the progress of an encoding", _AGAIN):
+            source.load_state_dict(progress.source)
     samples = iter(source)
-    encoder = _Encoder(image_tokenizer, text_tokenizer, prepare, settings, progress)
+    encoder = _Encoder(tools, progress)
     while rows := encoder.next_shard(samples):
         start = sum(progress.shards.values())
         with ShardWriter(out, len(rows), start=len(progress.shards)) as writer:
             for number, row in enumerate(rows, start):
                 writer.write(f"{number:09d}", row)
         progress.shards |= writer.written
+        progress.files |= {name: token_stamp(out / name) for name in writer.written}
         progress.source = source.state_dict()
         write_json(out / PROGRESS, asdict(progress))
         if on_shard is not None:
@@ -131,7 +176,9 @@ def encode_shards(
         questions=progress.questions,
         cut_captions=progress.cut_captions,
         long_questions=progress.long_questions,
-        fingerprint=fingerprint,
+        fingerprint=progress.fingerprint,
+        sources=progress.sources,
+        files=progress.files,
         skipped=source.report.state_dict(),
         kind="documents" if settings.documents else "pairs",
     )
@@ -140,18 +187,19 @@ def encode_shards(
     return manifest
 
 
+@dataclass(frozen=True)
+class _Tools:
+    image_tokenizer: ImageEncoder
+    text_tokenizer: TextTokenizer
+    prepare: ImagePreprocess
+    settings: EncodeSettings
+
+
 class _Encoder:
-    def __init__(
-        self,
-        image_tokenizer: ImageEncoder,
-        text_tokenizer: TextTokenizer,
-        prepare: ImagePreprocess,
-        settings: EncodeSettings,
-        progress: _Progress,
-    ) -> None:
-        self.image_tokenizer, self.text_tokenizer = image_tokenizer, text_tokenizer
-        self.prepare, self.settings, self.progress = prepare, settings, progress
-        self.code_type = np.int16 if image_tokenizer.codebook_size <= 2**15 else np.int32
+    def __init__(self, tools: _Tools, progress: _Progress) -> None:
+        self.image_tokenizer, self.text_tokenizer = tools.image_tokenizer, tools.text_tokenizer
+        self.prepare, self.settings, self.progress = tools.prepare, tools.settings, progress
+        self.code_type = np.int16 if self.image_tokenizer.codebook_size <= 2**15 else np.int32
 
     def next_shard(self, samples: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """Members of the next `samples_per_shard` samples; fewer at the end."""
@@ -208,14 +256,23 @@ class _Encoder:
         return row
 
 
-def _open(shards: str | Sequence[str], settings: EncodeSettings) -> ShardSource:
-    if not settings.documents:
-        return ShardSource(shards, ("image", "txt"), ("json",), workers=settings.workers)
+def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: bool) -> ShardSource:
+    require, optional, prepare = ("image", "txt"), ("json",), None
+    if settings.documents:
+        require, optional, prepare = ("json",), ("images",), _read_document
+    return ShardSource(
+        shards,
+        require,
+        optional,
+        workers=settings.workers,
+        prepare=prepare,
+        allow_missing=allow_missing,
+        announce=False,
+    )
 
-    def read(sample: dict[str, Any]) -> dict[str, Any]:
-        return sample | {"parts": document_parts(sample["json"], sample["images"])}
 
-    return ShardSource(shards, ("json",), ("images",), workers=settings.workers, prepare=read)
+def _read_document(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample | {"parts": document_parts(sample["json"], sample["images"])}
 
 
 def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncoder, text: TextTokenizer) -> str:
@@ -230,24 +287,59 @@ def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncode
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _finished(out: Path, fingerprint: str) -> TokenManifest | None:
+def _finished(out: Path, fresh: _Progress, again: bool) -> TokenManifest | None:
+    """The manifest of a complete folder of the same run from the same data."""
     if not (out / MANIFEST).is_file():
         return None
     manifest = TokenManifest.load(str(out))
-    if manifest.fingerprint != fingerprint:
+    if manifest.fingerprint != fresh.fingerprint:
         raise ValueError(f"{str(out)!r} holds token shards of another run (shards, settings or tokenizers); remove it")
-    return manifest
+    if not manifest.sources:
+        _LOG.warning("%s is from before unidiff noted what it was made from; whether that changed is unknown", out)
+    problem = _problem(out, manifest.sources, manifest.files, fresh)
+    if problem and not again:
+        raise ValueError(
+            f"{str(out)!r} no longer fits: {problem}; {_AGAIN}; to train on it as it is, name it as data.train"
+        )
+    return None if problem else manifest
 
 
-def _resume(out: Path, fingerprint: str) -> _Progress:
+def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
+    """Where to go on in `out`, which is emptied of what no longer fits where that is asked for."""
+    for stray in out.iterdir():  # of runs that were killed: nobody else is here
+        if found := re.fullmatch(r"\.(\d{5,}\.tar|\d{5,}|tokens\.json|progress\.json)\..*", stray.name):
+            remove_leftovers(out / found[1])
     path = out / PROGRESS
-    for leftover in out.glob(".*.tmp"):  # of a run that was killed
-        leftover.unlink(missing_ok=True)
+    if (out / MANIFEST).is_file():  # complete, but `_finished` found a fault
+        manifest = TokenManifest.load(str(out))
+        _clear(out, list(manifest.shards), _problem(out, manifest.sources, manifest.files, fresh))
+        return fresh
     if not path.is_file():
-        if out.is_dir() and any(out.glob("*.tar")):
+        if any(out.glob("*.tar")):
             raise ValueError(f"{str(out)!r} already holds tar files; write token shards to an empty folder")
-        return _Progress(fingerprint)
-    progress = _Progress(**json.loads(path.read_text(encoding="utf-8")))
-    if progress.fingerprint != fingerprint:
+        return fresh
+    progress = from_data(_Progress, read_json(path, "the progress of an encoding"), f"{path}: the progress")
+    if progress.fingerprint != fresh.fingerprint:
         raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; remove it")
+    if problem := _problem(out, progress.sources, progress.files, fresh):
+        if not again:
+            raise ValueError(f"{str(out)!r} holds an unfinished run that no longer fits: {problem}; {_AGAIN}")
+        _clear(out, list(progress.shards), problem)
+        return fresh
     return progress
+
+
+def _problem(out: Path, sources: dict[str, Any], files: dict[str, Any], fresh: _Progress) -> str:
+    """Why tokens cannot be used any more, in words."""
+    if changed := changes(sources, fresh.sources):
+        return f"raw shards have changed since: {changed}"
+    damaged = damage(out, files)
+    return f"token shards are not as they were written: {damaged}" if damaged else ""
+
+
+def _clear(out: Path, shards: list[str], problem: str) -> None:
+    """Remove an encoding, the manifest first: without it nothing passes for complete."""
+    _LOG.warning("%s is encoded again: %s", out, problem)
+    for name in (MANIFEST, PROGRESS, *shards):
+        with writing(out / name):
+            (out / name).unlink(missing_ok=True)

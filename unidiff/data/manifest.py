@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from webdataset.gopen import gopen
-
-from unidiff.data.tar import check_scheme
+from unidiff.addresses import Unreachable, fetch, is_remote, local_path
+from unidiff.data.report import SkipReport
+from unidiff.data.shard_names import check_scheme, is_shard_name
+from unidiff.errors import DamagedFile, first_line, reading
 from unidiff.files import replacing
+from unidiff.schema import check_fields, from_data
 from unidiff.tokens import Vocabulary
 
 MANIFEST = "tokens.json"
+_MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class TokenManifest:
         fingerprint: of sources, settings and tokenizers.
         skipped: `SkipReport.state_dict()` of the encoding run.
         kind: `pairs` or `documents`.
+        sources: what the raw shards were known by when they were read (`source_stamps`), by name.
+        files: what the token shards were known by when they were written (`token_stamp`), by file name.
+
+    Raises:
+        ValueError: values that no encoding writes.
     """
 
     vocabulary: dict[str, Any]
@@ -48,7 +55,22 @@ class TokenManifest:
     long_questions: int = 0
     fingerprint: str = ""
     skipped: dict[str, Any] = field(default_factory=dict)
-    kind: str = "pairs"
+    kind: Literal["pairs", "documents"] = "pairs"
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        Vocabulary.from_dict(self.vocabulary)
+        if min(self.grid) < 1 or not 0 <= self.text_prefix <= self.text_length or self.text_length < 1:
+            raise ValueError(f"grid {self.grid}, text_prefix {self.text_prefix} or text_length {self.text_length}")
+        for name in (*self.shards, *self.files):
+            if "/" in name or not is_shard_name(name):
+                raise ValueError(f"{name!r} is no name of a token shard")
+        if min(self.shards.values(), default=0) < 0:
+            raise ValueError("a shard with a negative number of samples")
+        if self.skipped:
+            SkipReport.from_state_dict(self.skipped)
 
     @property
     def samples(self) -> int:
@@ -71,29 +93,30 @@ class TokenManifest:
         """
         where = f"{folder.rstrip('/')}/{MANIFEST}" if folder else MANIFEST
         check_scheme(where)
-        try:
-            stream = gopen(where, "rb")
+        absent = f"{where} does not exist; tokenizers/encode_shards.py writes it"
+        if is_remote(where):
             try:
-                data = stream.read()
-            finally:
-                stream.close()
-        except OSError as error:
-            raise FileNotFoundError(f"{where} does not exist; tokenizers/encode_shards.py writes it") from error
+                data = fetch(where, _MOST_BYTES)
+            except Unreachable as error:
+                if error.gone:
+                    raise FileNotFoundError(absent) from error
+                raise
+        else:
+            path = Path(local_path(where))
+            if not path.is_file():
+                raise FileNotFoundError(absent)
+            with reading(where, "a token manifest"):
+                data = path.read_bytes()
         try:
-            content = json.loads(data)
-            known = {f.name for f in fields(cls)}
-            if isinstance(content, dict):
-                content.setdefault("kind", "pairs")  # folders from before there were documents
-            if not isinstance(content, Mapping) or content.get("format") != 1 or set(content) != known | {"format"}:
+            content = json.loads(data.decode("utf-8-sig"))
+            if not isinstance(content, dict) or content.pop("format", None) != 1:
                 raise ValueError("another format")
-            Vocabulary.from_dict(content["vocabulary"])
-            values = {k: v for k, v in content.items() if k != "format"}
-            return cls(**values | {"grid": tuple(content["grid"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not a token manifest: {error}") from error
+            return from_data(cls, content, "it")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedFile(f"{where} is not a token manifest: {first_line(error)}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

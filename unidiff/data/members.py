@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,11 @@ def decode_member(name: str, data: bytes) -> Any:
     kind = member_type(name)
     try:
         return _DECODERS[kind](data)
-    except Exception as error:  # decoders raise almost anything on damaged bytes; every case is counted by the caller
+    except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # decoders raise almost anything on damaged bytes; every case is counted by the caller
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise MemberError(_REASONS[kind], f"{name}: {first_line or type(error).__name__}") from error
 
@@ -118,27 +123,37 @@ def rgb_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text holds nothing that can be seen."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
+
+
 def _decode_image(data: bytes) -> Tensor:
     return rgb_tensor(open_picture(data))
 
 
 def _decode_json(data: bytes) -> Any:
-    value = json.loads(data.decode("utf-8"))
+    value = json.loads(data.decode("utf-8-sig"))
     json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is no text: it fails here
     return value
 
 
 def _decode_array(data: bytes) -> np.ndarray:
-    buffer = io.BytesIO(data)
-    array = np.load(buffer, allow_pickle=False)
-    if not isinstance(array, np.ndarray):
+    if data.startswith(b"PK"):
         raise ValueError("not a single array")
+    buffer = io.BytesIO(data)
+    version = np.lib.format.read_magic(buffer)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(buffer)
+    if math.prod(shape) * dtype.itemsize > len(data) - buffer.tell():  # numpy would take the memory before it looks
+        raise ValueError(f"the array is cut: {dtype} {shape} in {len(data)} bytes")
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 
 _DECODERS = {
     **dict.fromkeys(IMAGE_TYPES, _decode_image),
-    "txt": lambda data: data.decode("utf-8"),
+    "txt": lambda data: data.decode("utf-8-sig"),  # without the mark that some programs put before a text
     "json": _decode_json,
     "npy": _decode_array,
     "safetensors": safetensors.torch.load,

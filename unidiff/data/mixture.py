@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+
+from unidiff.addresses import local_path
+from unidiff.data.shard_names import split_patterns
 
 BLOCK = 1000
 
@@ -44,7 +48,7 @@ class MixtureSchedule:
     def __post_init__(self) -> None:
         if not self.weights or not all(0 < w < float("inf") for w in self.weights):
             raise ValueError(f"mixture weights {self.weights} must be positive numbers, one per source")
-        if 0 in self.counts:
+        if not np.isfinite(sum(self.weights)) or 0 in self.counts:
             raise ValueError(
                 f"mixture weights {self.weights} give a source fewer than 1 in {BLOCK} draws; leave it out"
             )
@@ -82,18 +86,36 @@ def parse_sources(spec: str | Sequence[str]) -> list[tuple[str, float]]:
     """Shard patterns and weights of a setting: `"a-{0..9}.tar@3 :: b.tar@1"`.
 
     Without any `@weight` the whole setting is one source, its patterns one after the other; with one, each pattern is a
-    source and those without a weight have 1.
+    source and those without a weight have 1. The name of an existing file or folder that ends like a weight is a name.
 
     Raises:
-        ValueError: nothing given, or an empty pattern.
+        ValueError: nothing given, an empty pattern, or a weight that is no positive number.
     """
-    parts = [p.strip() for whole in ([spec] if isinstance(spec, str) else spec) for p in whole.split("::")]
+    parts = [p for whole in ([spec] if isinstance(spec, str) else spec) for p in split_patterns(whole)]
     if not parts or not all(parts):
         raise ValueError(f"empty shard pattern in {spec!r}; give a path, a brace pattern or an http(s) URL")
-    found = [re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", part) for part in parts]
-    if not any(found):
+    found = [_weighted(part) for part in parts]
+    if all(weight is None for _, weight in found):
         return [("::".join(parts), 1.0)]
-    return [(m[1], float(m[2])) if m else (part, 1.0) for m, part in zip(found, parts, strict=True)]
+    return [(pattern, 1.0 if weight is None else weight) for pattern, weight in found]
+
+
+def _weighted(part: str) -> tuple[str, float | None]:
+    """A pattern and the number behind its last @, None where that is a part of the name."""
+    pattern, at, text = part.rpartition("@")
+    if not at or os.path.exists(local_path(part)) or "/" in text or pattern.endswith("://"):
+        return part, None
+    try:
+        weight = float(text)
+    except ValueError as error:
+        if any(sign in text for sign in ".{*?["):
+            return part, None
+        raise ValueError(f"{part!r} has the weight {text!r} behind @; expected a number, for instance @2") from error
+    if not 0 < weight < math.inf:
+        raise ValueError(f"{part!r} has the weight {text!r} behind @; expected a finite number above 0")
+    if not pattern.strip():
+        raise ValueError(f"{part!r} is a weight without a shard pattern; write for instance folder@2")
+    return pattern.strip(), weight
 
 
 class MixedSource:

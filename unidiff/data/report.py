@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Shard-level reasons: the rest of the shard is lost, and how many samples it held is unknown.
+from unidiff.schema import check_value, from_data
+
+# Shard-level reasons: the rest of the shard is lost, and how many samples it held is unknown. A changed shard is used.
 MISSING_SHARD = "missing_shard"
 UNREADABLE_SHARD = "unreadable_shard"
 TRUNCATED_SHARD = "truncated_shard"
+EMPTY_SHARD = "empty_shard"
+CHANGED_SHARD = "changed_shard"
 # Sample-level reasons.
 MISSING_MEMBER = "missing_member"
 DUPLICATE_MEMBER = "duplicate_member"
 CORRUPT_IMAGE = "corrupt_image"
 BAD_CAPTION = "bad_caption"
+EMPTY_CAPTION = "empty_caption"
 BAD_JSON = "bad_json"
 BAD_ARRAY = "bad_array"
 
@@ -92,7 +97,7 @@ class SkipReport:
         if self.counts:
             lines.append(f"skipped {self.total}: " + ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items())))
         for reason in sorted(self.counts):
-            lines += [f"  {skip}" for skip in self.examples[reason][:shown]]
+            lines += [f"  {skip}" for skip in self.examples.get(reason, [])[:shown]]
             if self.counts[reason] > shown:
                 lines.append(f"  {reason}: and {self.counts[reason] - shown} more")
         if self.ignored:
@@ -105,7 +110,8 @@ class SkipReport:
         if not self.counts:
             return "nothing was skipped"
         counts = ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items()))
-        return f"skipped {self.total} ({counts}), for instance {self.examples[min(self.counts)][0]}"
+        first = next(iter(self.examples.get(min(self.counts), [])), "none that is named")
+        return f"skipped {self.total} ({counts}), for instance {first}"
 
     def state_dict(self) -> dict:
         """Plain data (JSON-able); `from_state_dict` reads it back."""
@@ -114,5 +120,27 @@ class SkipReport:
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> SkipReport:
-        examples = {r: [Skip(r, *entry) for entry in entries] for r, entries in state["examples"].items()}
-        return cls(state["listed"], dict(state["counts"]), examples, dict(state["ignored"]))
+        """Inverse of `state_dict`.
+
+        Raises:
+            ValueError: data of another form.
+        """
+        plain = from_data(_State, state, "a report of what was skipped")
+        for reason, entries in plain.examples.items():
+            for entry in entries:
+                check_value(tuple(entry), tuple[str, str, str], f"a report of what was skipped, {reason}")
+        examples = {r: [Skip(r, *entry) for entry in entries] for r, entries in plain.examples.items()}
+        return cls(plain.listed, dict(plain.counts), examples, dict(plain.ignored))
+
+
+@dataclass(frozen=True)
+class _State:
+    listed: int
+    counts: dict[str, int]
+    examples: dict[str, list[list[str]]]
+    ignored: dict[str, int]
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be printed and saved: bytes that are no UTF-8 become \\xe9 and the like."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -14,10 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unidiff.data import report
 from unidiff.data.images import ImagePreprocess
-from unidiff.data.members import IMAGE_TYPES, MemberError, check_member, decode_member, find_member, member_type
+from unidiff.data.members import (
+    IMAGE_TYPES,
+    MemberError,
+    check_member,
+    decode_member,
+    find_member,
+    is_blank,
+    member_type,
+)
 from unidiff.data.report import Skip, SkipReport
-from unidiff.data.tar import expand_shards, read_shard
+from unidiff.data.shard_names import check_exist, expand_shards
+from unidiff.data.tar import read_shard
 
 _LOG = logging.getLogger(__name__)
 _IN_ORDER = 64  # samples read at a time without shuffling, so that threads have some to decode
@@ -32,19 +42,24 @@ class ShardSource:
 
     Args:
         shards: see `expand_shards`.
-        require: members a sample must have; `image` stands for jpg, jpeg, png or webp. Without one it is skipped.
+        require: members a sample must have; `image` stands for any of `IMAGE_TYPES`. Without one, or with an empty
+            `txt`, it is skipped.
         optional: members decoded when present; a damaged one makes the sample skipped too. `images` is a dict of all
-            image members by name (`0.jpg`, `1.png`, ...).
+            image members by name (`0.jpg`, `1.png`, ...), which belong to the `json` of the same name.
         shuffle: samples per shuffling window, held in memory undecoded; 0 keeps the order of the tars.
         seed: of all permutations.
         repeat: start again after the last shard, with the next epoch's order.
         workers: decoding threads; 0 decodes in the caller's.
         prepare: changes a decoded sample, in those threads; a `MemberError` that it raises makes the sample skipped.
+        allow_missing: shards that do not exist are counted in place of refused. Addresses are only asked when they are read,
+            and counted either way.
+        announce: log what was skipped at the end of every epoch.
 
     Attributes:
         report: what has been skipped so far (`SkipReport`).
 
     Raises:
+        FileNotFoundError: a shard that does not exist.
         ValueError: a refused source or member type; or, while iterating with `repeat`, an epoch without any usable sample.
     """
 
@@ -58,9 +73,13 @@ class ShardSource:
         repeat: bool = False,
         workers: int = 0,
         prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        allow_missing: bool = False,
+        announce: bool = True,
     ) -> None:
-        self.prepare = prepare
+        self.prepare, self.announce = prepare, announce
         self.shards = expand_shards(shards)
+        if not allow_missing:
+            check_exist(self.shards)
         for name in (*require, *optional):
             check_member(name)
         if shuffle < 0 or workers < 0:
@@ -113,7 +132,7 @@ class ShardSource:
             yield from self._epoch()
             if self._where.used == 0 and self.repeat:
                 raise ValueError(f"no usable sample in {len(self.shards)} shards; {self.report.brief()}")
-            if self.report.counts:
+            if self.announce and self.report.counts:
                 _LOG.warning("epoch %d: %s", self._where.epoch, self.report.summary())
             self._where = _Position(epoch=self._where.epoch + 1, finished=not self.repeat)
             if not self.repeat:
@@ -157,9 +176,10 @@ class ShardSource:
         """(shard number in this epoch's order, entries of it read so far, entry), from a position on."""
         order = self._permutation(len(self.shards), epoch, 0)
         groups = [IMAGE_TYPES if name == "image" else (name,) for name in self.require]
+        endings, documents = [*self.require, *self.optional], "images" in (*self.require, *self.optional)
         for number in range(start, len(order)):
-            entries = enumerate(read_shard(self.shards[order[number]], groups), start=1)
-            for entry, item in islice(entries, skip, None):
+            items = read_shard(self.shards[order[number]], groups, skip, endings, documents)
+            for entry, item in enumerate(items, skip + 1):
                 yield number, entry, item
             skip = 0
 
@@ -187,6 +207,8 @@ class ShardSource:
                     found := find_member(raw, name)
                 ) is not None:  # else optional: `read_shard` has checked the others
                     sample[name] = decode_member(found, raw[found])
+            if "txt" in self.require and is_blank(sample["txt"]):
+                raise MemberError(report.EMPTY_CAPTION, "txt: no words")
             return sample if self.prepare is None else self.prepare(sample)
         except MemberError as error:
             return Skip(error.reason, raw["__url__"], raw["__key__"], str(error))

@@ -1,234 +1,217 @@
-"""Single tar shards in the img2dataset layout (`key.jpg`, `key.txt`, `key.json`): naming, reading and writing.
-
-webdataset opens URLs, iterates, groups and writes; this module adds what it lacks: which sample a cut tar lost, an
-allow-list of schemes, and files that appear complete or not at all.
-"""
+"""Single tar shards in the img2dataset layout (`key.jpg`, `key.txt`, `key.json`): reading and writing."""
 
 from __future__ import annotations
 
-import glob
+import bz2
 import gzip
+import lzma
 import os
-import tarfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-from urllib.parse import urlparse
+from typing import IO, Any
 
-import braceexpand
-from webdataset.gopen import Pipe, gopen
-from webdataset.handlers import reraise_exception
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
 
+from unidiff.addresses import Unreachable, download, is_remote, local_path
 from unidiff.data import report
-from unidiff.data.members import ALLOWED_TYPES, encode_member, member_type
-from unidiff.data.report import Skip
+from unidiff.data.members import encode_member
+from unidiff.data.report import Skip, printable
+from unidiff.data.shard_names import check_scheme
+from unidiff.data.tar_index import READ_ERRORS, File, Group, Index, group, read, scan
+from unidiff.errors import first_line, writing
+from unidiff.files import beside, flush_to_disk, remove_leftovers
 
-_BLOCK = tarfile.BLOCKSIZE
-_READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
-
-
-def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """All shards that patterns name, in order.
-
-    Args:
-        patterns: one pattern or several. A pattern is a path, a folder (its `*.tar`), a glob, an http(s) or file URL,
-            each with `{000..127}` braces; `::` separates patterns inside one string. Existence is not checked.
-
-    Raises:
-        ValueError: no pattern, a scheme other than file, http and https, or a folder or glob without shards.
-    """
-    patterns = [patterns] if isinstance(patterns, str | Path) else list(patterns)
-    urls: list[str] = []
-    for pattern in (part.strip() for whole in patterns for part in str(whole).split("::")):
-        if not pattern:
-            raise ValueError(f"empty shard pattern in {patterns}; give a path, a brace pattern or an http(s) URL")
-        check_scheme(pattern)
-        for url in braceexpand.braceexpand(pattern):
-            check_scheme(url)
-            found = [url]
-            if os.path.isdir(url):
-                found = sorted(glob.glob(os.path.join(glob.escape(url), "*.tar")))
-            elif "*" in url and "://" not in url:
-                found = sorted(glob.glob(url))
-            if not found:
-                raise ValueError(f"{url!r} holds no .tar shards")
-            urls += found
-    if not urls:
-        raise ValueError("no shards given; name a path, a brace pattern or an http(s) URL")
-    return urls
+_IN_MEMORY = 64 * 2**20  # a compressed or downloaded shard up to this size needs no temporary file
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_UNREADABLE = {
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it with `zstd -d`",
+    b"\x04\x22\x4d\x18": "is compressed with lz4; unpack it with `lz4 -d`",
+    b"PK\3\4": "is a zip, not a tar; unpack it and pack it again with `tar -cf`",
+    b"7z\xbc\xaf": "is a 7z, not a tar; unpack it and pack it again with `tar -cf`",
+    b"Rar!": "is a rar, not a tar; unpack it and pack it again with `tar -cf`",
+}
 
 
-def check_scheme(url: str) -> None:
-    """Raise ValueError unless `url` is a path, a file URL or an http(s) URL; call it before webdataset opens anything."""
-    scheme = urlparse(url).scheme
-    if scheme == "pipe":
-        raise ValueError(f"{url!r} is refused: a `pipe:` source runs a shell command; give a file or an http(s) URL")
-    if scheme not in ("", "file", "http", "https") or url == "-":
-        raise ValueError(f"{url!r} is not a shard unidiff reads; give a file, a brace pattern or an http(s) URL")
+def read_shard(
+    url: str,
+    require: Sequence[Sequence[str]] = (),
+    start: int = 0,
+    endings: Sequence[str] = (),
+    documents: bool = False,
+) -> Iterator[dict[str, Any] | Skip]:
+    """Raw samples of one shard, in the order of their first files, with an entry for everything that is lost.
 
-
-def read_shard(url: str, require: Sequence[Sequence[str]] = ()) -> Iterator[dict[str, Any] | Skip]:
-    """Raw samples of one shard, in order, with an entry for everything that is lost.
+    A shard is a tar, plain or compressed with gzip, bzip2 or xz, whatever it is called. Files of a sample may lie anywhere in
+    it; `unidiff.data.tar_index.group` says which belong together. Hard and symbolic links inside of the tar are followed.
 
     Args:
         url: one element of `expand_shards`.
         require: groups of member names; a sample without any of a group's names is given as a `Skip`
             (`(("jpg", "png"), ("txt",))`: an image and a caption).
+        start: entries to leave out at the beginning.
+        endings, documents: see `group`.
 
     Yields:
-        dicts of bytes by member name with `__key__`, `__url__` and `__ignored__` (extensions never decoded), or a
-        `Skip`. Damage ends the shard with a single `Skip`, whose key is the sample the cut went through.
+        dicts of bytes by member name with `__key__`, `__url__` and `__ignored__` (types never decoded), or a `Skip`.
+        Damage ends the shard with a single `Skip`, whose key is the sample the cut went through.
     """
     check_scheme(url)
-    try:
-        stream = gopen(url, "rb")
-    except OSError as error:
-        yield Skip(report.MISSING_SHARD, url, "", str(error))
-        return
-    try:
-        yield from _samples(url, _Download(stream) if isinstance(stream, Pipe) else stream, require)
-    finally:
-        with suppress(OSError, ValueError):  # a download abandoned early, or one that failed and was reported above
-            stream.close()
-
-
-def _samples(url: str, stream: Any, require: Sequence[Sequence[str]]) -> Iterator[dict[str, Any] | Skip]:
-    if urlparse(url).path.lower().endswith((".gz", ".tgz")):
-        stream = gzip.GzipFile(fileobj=stream, mode="rb")
-    files = _Files(url, stream)
-    last: dict[str, Any] | None = None
-    for raw in group_by_keys(files, handler=files.duplicate):
-        if last is not None:
-            yield files.finish(last, require)
-        last = raw
-    if last is not None and not (files.failure and files.lost(last, require)):
-        yield files.finish(last, require)
-    if files.failure:
-        yield files.failure
-
-
-class _Download:
-    """Reads all that arrived before it raises for a download that failed.
-
-    webdataset's own `Pipe.read` raises as soon as the process has ended badly, and what it had just read is lost: of a
-    short shard, everything.
-    """
-
-    def __init__(self, pipe: Pipe) -> None:
-        self._pipe = pipe
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._pipe.stream.read(size)
-        if not data:
-            self._pipe.wait_for_child()
-        return data
-
-
-class _Files:
-    """The files of one tar for `group_by_keys`; remembers how the tar ended."""
-
-    def __init__(self, url: str, stream: Any) -> None:
-        self.url = url
-        self.blocks = _Blocks(stream)
-        self.failure: Skip | None = None
-        self.current = ""  # the file being read; named by the time its data are
-        self.done = ""  # the last file read completely
-        self.duplicates: set[str] = set()
-        self.loose: list[str] = []  # extensions of files that belong to no sample
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    with ExitStack() as stack:
         try:
-            for file in tar_file_iterator(self.blocks, handler=reraise_exception, select_files=self._note):
-                self.done = self.current
-                if base_plus_ext(file["fname"])[0] is None:
-                    self.loose.append(member_type(file["fname"]) if "." in file["fname"] else "")
+            stream, problem = _open(url, stack)
+        except _NoShard as error:
+            if not start:
+                yield Skip(error.reason, printable(url), "", str(error))
+            return
+        shard = _Shard(printable(url), stream, require, problem)
+        groups, loose = group(shard.index.files, endings, documents)
+        yield from shard.items(groups, loose, start)
+
+
+class _NoShard(Exception):
+    """Nothing can be read: a reason of `report`, and the cause."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _open(url: str, stack: ExitStack) -> tuple[IO[bytes], str]:
+    """A seekable, unpacked stream of a shard, and what went wrong while it was fetched or unpacked."""
+    problem = ""
+    stream: IO[bytes]
+    try:
+        if is_remote(url):
+            stream = _spool(stack)
+            try:
+                download(url, stream)
+            except Unreachable as error:
+                problem = str(error)
+                if not stream.tell():
+                    raise _NoShard(report.MISSING_SHARD, problem) from error
+        else:
+            path = local_path(url)
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise _NoShard(report.UNREADABLE_SHARD, "it is no ordinary file")
+            stream = stack.enter_context(open(path, "rb"))  # noqa: SIM115 (the stack closes it)
+        stream.seek(0)
+        head = stream.read(8)
+        stream.seek(0)
+    except OSError as error:
+        raise _NoShard(report.MISSING_SHARD, error.strerror or str(error)) from error
+    for magic, words in _UNREADABLE.items():
+        if head.startswith(magic):
+            raise _NoShard(report.UNREADABLE_SHARD, words)
+    for magic, opener in _COMPRESSED.items():
+        if head.startswith(magic):
+            unpacked = _spool(stack)
+            return unpacked, _unpack(opener, stream, unpacked) or problem
+    return stream, problem
+
+
+def _unpack(opener: Callable[..., Any], packed: IO[bytes], out: IO[bytes]) -> str:
+    """Write all that can be unpacked; what went wrong."""
+    with opener(packed, "rb") as stream:
+        while True:
+            try:
+                piece = stream.read1(1 << 20)  # read() would lose what comes before a fault
+            except (*READ_ERRORS, lzma.LZMAError) as error:
+                return first_line(error)
+            if not piece:
+                return ""
+            with writing(f"{tempfile.gettempdir()} (where compressed shards are unpacked)"):
+                out.write(piece)
+
+
+def _spool(stack: ExitStack) -> Any:
+    return stack.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY))
+
+
+class _Shard:
+    """One open tar, its index and what is wrong with it."""
+
+    def __init__(self, url: str, stream: IO[bytes], require: Sequence[Sequence[str]], problem: str) -> None:
+        self.url, self.stream, self.require = url, stream, require
+        self.index: Index = scan(stream)
+        self.problem = problem or self.index.problem
+        files = self.index.files
+        self.cut = files[-1] if self.problem and files and files[-1].end > self.index.size else None
+
+    def items(self, groups: list[Group], loose: list[str], start: int) -> Iterator[dict[str, Any] | Skip]:
+        failure = self._failure(groups)
+        last = self._last(groups) if failure else None
+        number = 0
+        for sample in groups:
+            reason = self._reason(sample)
+            cut = failure is not None and sample is last and (reason is not None or failure.key == sample.key)
+            if cut:  # part of the damage, not a second case
+                assert failure is not None
+                failure = Skip(failure.reason, self.url, sample.key, failure.detail)
+                continue
+            count = 1 if reason is None else reason[2]
+            for _ in range(count):
+                number += 1
+                if number <= start:
+                    loose = [] if reason is None else loose
                     continue
-                yield {**file, "__url__": self.url}
-            problem = self.blocks.problem()
-        except _READ_ERRORS as error:
-            problem = (str(error).splitlines() or [type(error).__name__])[0].split(" @ ")[0]
-        if problem:
-            self.failure = self._classify(problem)
+                if reason is not None:
+                    yield Skip(reason[0], self.url, sample.key, reason[1])
+                    continue
+                item = self._read(sample)
+                if isinstance(item, dict):
+                    item["__ignored__"], loose = sample.ignored + loose, []
+                yield item
+        if not groups and loose and failure is None:
+            types = ", ".join(sorted({kind or "no ending" for kind in loose}))
+            failure = Skip(report.EMPTY_SHARD, self.url, "", f"{len(loose)} files, none of a sample ({types})")
+        if failure is not None and number + 1 > start:
+            yield failure
 
-    def _note(self, name: str) -> bool:
-        self.current = name
-        return True
+    def _failure(self, groups: list[Group]) -> Skip | None:
+        if not self.problem:
+            return None
+        if not self.index.files:
+            words = "the file is empty" if not self.index.size else self.problem
+            return Skip(report.UNREADABLE_SHARD, self.url, "", words)
+        owner = next((s for s in groups if any(file is self.cut for _, file in s.members)), None)
+        return Skip(report.TRUNCATED_SHARD, self.url, owner.key if owner else "", self.problem)
 
-    def _classify(self, problem: str) -> Skip:
-        if not self.blocks.count:
-            remote = urlparse(self.url).scheme in ("http", "https")
-            reason = report.MISSING_SHARD if remote else report.UNREADABLE_SHARD
-            return Skip(reason, self.url, "", "nothing could be read" if remote else "the file is empty")
-        if not self.current:
-            return Skip(report.UNREADABLE_SHARD, self.url, "", problem)
-        cut = self.current if self.current != self.done else ""
-        return Skip(report.TRUNCATED_SHARD, self.url, base_plus_ext(cut)[0] or "", problem)
+    def _last(self, groups: list[Group]) -> Group | None:
+        """The sample that the last file of the tar belongs to."""
+        end = self.index.files[-1] if self.index.files else None
+        return next((s for s in groups if any(file is end for _, file in s.members)), None)
 
-    def lost(self, sample: dict[str, Any], require: Sequence[Sequence[str]]) -> bool:
-        """Whether the last sample before the damage is incomplete; then it is part of the damage, not a second case."""
-        assert self.failure is not None
-        key = sample["__key__"]
-        incomplete = self.failure.key == key or any(not any(n in sample for n in names) for names in require)
-        if incomplete:
-            self.failure = Skip(self.failure.reason, self.url, key, self.failure.detail)
-        return incomplete
+    def _reason(self, sample: Group) -> tuple[str, str, int] | None:
+        """(reason, detail, samples) for what cannot be read; as many samples as there are copies of every member."""
+        names = [name for name, _ in sample.members]
+        if len(set(names)) < len(names):
+            copies = min(names.count(name) for name in names)
+            return report.DUPLICATE_MEMBER, "two members have the same name", copies
+        for wanted in self.require:
+            if not any(name in names for name in wanted):
+                return report.MISSING_MEMBER, f"no {' or '.join(wanted)}", 1
+        for name, file in sample.members:
+            if file.problem:
+                return report.MISSING_MEMBER, f"{name} {file.problem}", 1
+        return None
 
-    def duplicate(self, error: Exception) -> bool:
-        """webdataset's handler: the second of two equal names. The sample is left out when it is complete."""
-        self.duplicates.add(base_plus_ext(self.done)[0] or "")
-        return True
-
-    def finish(self, sample: dict[str, Any], require: Sequence[Sequence[str]]) -> dict[str, Any] | Skip:
-        key = sample["__key__"]
-        if key in self.duplicates:
-            self.duplicates.discard(key)
-            return Skip(report.DUPLICATE_MEMBER, self.url, key, "two members have the same name")
-        for names in require:
-            if not any(name in sample for name in names):
-                return Skip(report.MISSING_MEMBER, self.url, key, f"no {' or '.join(names)}")
-        others = [name for name in sample if not name.startswith("__") and member_type(name) not in ALLOWED_TYPES]
-        ignored = [member_type(name) for name in others] + self.loose
-        self.loose = []
-        return {name: value for name, value in sample.items() if name not in others} | {"__ignored__": ignored}
+    def _read(self, sample: Group) -> dict[str, Any] | Skip:
+        item: dict[str, Any] = {"__key__": sample.key, "__url__": self.url, "__ignored__": []}
+        for name, file in sample.members:
+            try:
+                item[name] = read(self.stream, file)
+            except READ_ERRORS as error:
+                return Skip(report.MISSING_MEMBER, self.url, sample.key, f"{name} cannot be read ({first_line(error)})")
+            if len(item[name]) < _size(file):
+                return Skip(report.MISSING_MEMBER, self.url, sample.key, f"{name} is cut")
+        return item
 
 
-class _Blocks:
-    """Hands a stream to tarfile block by block, so that the block it stopped at is known.
-
-    tarfile ends silently at a damaged header or at the end of a cut file; a whole tar ends at a block of zeros.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.count = 0
-        self.last = b""
-
-    def read(self, size: int = -1) -> bytes:
-        block = self.stream.read(_BLOCK)
-        while 0 < len(block) < _BLOCK:  # short reads of a network stream
-            more = self.stream.read(_BLOCK - len(block))
-            if not more:
-                break
-            block += more
-        self.last = block
-        self.count += bool(block)
-        return block
-
-    def problem(self) -> str:
-        """What is wrong with the end of the tar; empty if nothing."""
-        if len(self.last) < _BLOCK:
-            return "the file ends without an end-of-archive mark"
-        if any(self.last):
-            return "damaged header"
-        while rest := self.stream.read(1 << 16):
-            if any(rest):
-                return "data after the end-of-archive mark"
-        return ""
+def _size(file: File) -> int:
+    return file.size if file.sparse is None else file.sparse.size
 
 
 class ShardWriter:
@@ -249,7 +232,8 @@ class ShardWriter:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard = {samples_per_shard} must be at least 1")
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.samples_per_shard = samples_per_shard
         self.number = start
         self.written: dict[str, int] = {}
@@ -263,7 +247,7 @@ class ShardWriter:
 
     @property
     def _temporary(self) -> Path:
-        return self.folder / f".{self.number:05d}.{os.getpid()}.tmp"
+        return beside(self._path, "tmp")
 
     def write(self, key: str, members: Mapping[str, Any]) -> None:
         """Add one sample; values are encoded by `encode_member`.
@@ -278,12 +262,11 @@ class ShardWriter:
         if not members:
             raise ValueError(f"sample {key!r} has no members")
         encoded = {name: encode_member(name, value) for name, value in members.items()}
-        if self._tar is None:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 (lives until the shard is full)
-            self._tar = TarWriter(
-                self._file, encoder=False, mtime=0
-            )  # an int: a float would add a PAX header to every member
-        self._tar.write({"__key__": key, **encoded})
+        with writing(self._path):
+            if self._tar is None:
+                self._file = open(self._temporary, "wb")  # noqa: SIM115 (lives until the shard is full)
+                self._tar = TarWriter(self._file, encoder=False, mtime=0)  # an int: a float would add PAX headers
+            self._tar.write({"__key__": key, **encoded})
         self._keys.add(key)
         if len(self._keys) == self.samples_per_shard:
             self.finish()
@@ -292,9 +275,12 @@ class ShardWriter:
         """Complete the current shard, if it holds anything, and go on to the next number."""
         if self._tar is None:
             return
-        self._tar.close()
-        self._file.close()
-        os.replace(self._temporary, self._path)
+        with writing(self._path):
+            self._tar.close()
+            self._file.close()
+            flush_to_disk(self._temporary)
+            os.replace(self._temporary, self._path)
+        remove_leftovers(self._path)
         self.written[self._path.name] = len(self._keys)
         self._tar, self._file, self._keys = None, None, set()
         self.number += 1
@@ -302,8 +288,10 @@ class ShardWriter:
     def discard(self) -> None:
         """Drop the unfinished shard."""
         if self._tar is not None:
-            self._tar.close()
-            self._file.close()
+            with suppress(OSError):  # a full disk
+                self._tar.close()
+            with suppress(OSError):
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
             self._tar, self._file, self._keys = None, None, set()
 

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unidiff.addresses import is_remote, local_path
 from unidiff.data import report
 from unidiff.data.manifest import TokenManifest
 from unidiff.data.members import MemberError, decode_member
-from unidiff.data.report import Skip, SkipReport
-from unidiff.data.tar import check_scheme, expand_shards, read_shard
+from unidiff.data.report import Skip, SkipReport, printable
+from unidiff.data.shard_names import check_scheme, expand_shards, is_shard_name, split_patterns
+from unidiff.data.stamps import Stamp, token_stamp
+from unidiff.data.tar import read_shard
 from unidiff.tokens import Vocabulary
 
 _LOG = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class TokenSet(Generic[Row]):
         seed: of the order.
         account: gets an entry for every row that can no longer be read.
         kind: what the rows are.
+        stamps: what each shard was known by when it was written (`token_stamp`); empty where that is unknown.
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class TokenSet(Generic[Row]):
         seed: int,
         account: SkipReport,
         kind: RowKind[Row],
+        stamps: list[Stamp] | None = None,
     ) -> None:
+        self.stamps = stamps or [{} for _ in urls]
         self.kind: RowKind[Row] = kind
         self.urls, self.counts, self.layout, self.seed, self.account = urls, counts, layout, seed, account
         self.total = sum(counts)  # rows in use: `hold_out` takes some away at the end
@@ -132,7 +138,7 @@ class TokenSet(Generic[Row]):
 
     def seeded(self, seed: int) -> TokenSet[Row]:
         """The same rows in another order."""
-        other = TokenSet(self.urls, self.counts, self.layout, seed, self.account, self.kind)
+        other = TokenSet(self.urls, self.counts, self.layout, seed, self.account, self.kind, self.stamps)
         other.total, other._reported = self.total, self._reported
         return other
 
@@ -163,12 +169,24 @@ class TokenSet(Generic[Row]):
                     skips.append(Skip(error.reason, item["__url__"], item["__key__"], str(error)))  # type: ignore[index]
             if shard not in self._reported:
                 self._reported.add(shard)
+                skips = skips or self._changed(shard, len(found))
                 for skip in skips:
                     self.account.add(skip)
-                    _LOG.warning("token shards: %s; other rows take its place", skip)
+                    then = "is used" if skip.reason == report.CHANGED_SHARD else "other rows take its place"
+                    _LOG.warning("token shards: %s; %s", skip, then)
             _remember(self._shards, shard, found, _KEPT)
         self._shards.move_to_end(shard)
         return self._shards[shard]
+
+    def _changed(self, shard: int, rows: int) -> list[Skip]:
+        """An entry for a shard that can be read but is not the one that was written."""
+        url, wanted = self.urls[shard], self.stamps[shard]
+        words = ""
+        if rows != self.counts[shard]:
+            words = f"{rows} rows in place of {self.counts[shard]}"
+        elif wanted and not is_remote(url) and token_stamp(local_path(url)) != wanted:
+            words = "not the file that was written"
+        return [Skip(report.CHANGED_SHARD, printable(url), "", words)] if words else []
 
 
 def _pair(raw: dict[str, Any], layout: TokenManifest) -> TokenRow:
@@ -218,7 +236,7 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
         FileNotFoundError: shards without `tokens.json`.
         ValueError: a refused source, shards of different layout or of another kind, or no rows.
     """
-    urls, counts, layout = [], [], None
+    urls, counts, stamps, layout = [], [], [], None
     manifests: dict[str, TokenManifest] = {}
     for url in token_shards(pattern):
         folder, name = folder_of(url), url.rsplit("/", 1)[-1]
@@ -235,9 +253,10 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
         layout = replace(manifest, questions=sum(m.questions for m in manifests.values()))
         urls.append(url)
         counts.append(manifest.shards[name])
+        stamps.append(manifest.files.get(name, {}))
     if layout is None or not sum(counts):
         raise ValueError(f"{pattern!r} holds no rows")
-    return TokenSet(urls, counts, layout, seed, account, kind)
+    return TokenSet(urls, counts, layout, seed, account, kind, stamps)
 
 
 def full_report() -> SkipReport:
@@ -252,6 +271,16 @@ def encoding_reports(sets: Iterable[TokenSet[Any]]) -> dict[str, SkipReport]:
     return {folder: SkipReport.from_state_dict(state) for folder, state in skipped.items() if state}
 
 
+def stamp_of(part: TokenSet[Any]) -> list[Any]:
+    """What a set is known by later, as plain data: its layout, rows in use, shards and their
+    content as written, and the fingerprints of their manifests."""
+    manifests = [TokenManifest.load(folder) for folder in sorted({folder_of(url) for url in part.urls})]
+    layout, shards = manifests[0], [url.rsplit("/", 1)[-1] for url in part.urls]
+    about = [layout.vocabulary, layout.text_prefix, part.layout.text_length, list(layout.grid), part.layout.questions]
+    content = [stamp.get("hash") for stamp in part.stamps]
+    return [*about, part.total, shards, part.counts, [m.fingerprint for m in manifests], content]
+
+
 def token_shards(pattern: str) -> list[str]:
     """As `expand_shards`, with folders expanded by their manifests.
 
@@ -259,15 +288,15 @@ def token_shards(pattern: str) -> list[str]:
         FileNotFoundError: neither a folder nor the name of a shard; as `TokenManifest.load`.
     """
     urls = []
-    for part in pattern.split("::"):
-        check_scheme(part.strip())
-        folder = part.strip().rstrip("/")
-        if os.path.isdir(folder) or part.strip().endswith("/"):
+    for part in split_patterns(pattern):
+        check_scheme(part)
+        folder = part.rstrip("/")
+        if os.path.isdir(local_path(folder)) or part.endswith("/"):
             urls += [f"{folder}/{name}" for name in TokenManifest.load(folder).shards]
         else:
             found = expand_shards(part)
             for url in found:  # a shard may have vanished, but a name that is no shard's is a mistake
-                if "://" not in url and ".tar" not in url and not os.path.exists(url):
+                if not is_remote(url) and not is_shard_name(os.path.basename(url)) and not os.path.exists(url):
                     raise FileNotFoundError(f"{url!r} does not exist; expected a folder of token shards, or .tar files")
             urls += found
     return urls

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.data.report import Skip, SkipReport
+from unidiff.errors import read_json
 from unidiff.files import replacing
+from unidiff.schema import check_value
 from unidiff.train.distributed import Parallel
 from unidiff.train.documents import DocumentTokens
 from unidiff.train.shard_source import ShardTokens
@@ -36,7 +38,12 @@ class DataAccount:
         self._shards = [s for s in sources if isinstance(s, ShardTokens | DocumentTokens)]
         self._met: set[Skip] = set()  # by any process, before a restart or since
         if self.path.is_file():
-            self._met = {Skip(*entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))["reading"]}
+            entries = read_json(self.path, "an account of skipped data").get("reading")
+            fix = f"{str(self.path)!r}: reading, which remembers what was skipped before (remove the file to forget it)"
+            check_value(entries, list[list[str]], fix)
+            for entry in entries:
+                check_value(tuple(entry), tuple[str, str, str, str], fix)
+            self._met = {Skip(*entry) for entry in entries}
         self._encoding = SkipReport()
         for report in {k: v for source in self._shards for k, v in source.encoding.items()}.values():
             self._encoding = self._encoding.merge(report)
@@ -59,7 +66,7 @@ class DataAccount:
             content: dict[str, Any] = {"counts": dict(sorted(self.counts().items()))}
             content |= {"encoding": self._encoding.state_dict(), "reading": sorted(astuple(s) for s in self._met)}
             with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+                temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def _own(self) -> set[Skip]:
         return {skip for source in self._shards for skips in source.report.examples.values() for skip in skips}

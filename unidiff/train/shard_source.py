@@ -177,9 +177,11 @@ def open_shards(
     """Open shards for training, raw or pre-tokenised.
 
     Raw ones are encoded once into `cache` (one folder per weighted set), which a later run with the same settings
-    reuses; both tokenizers and `cache` are then required. `allow_missing` counts raw shards that do not exist.
+    reuses; both tokenizers and `cache` are then required. Where the raw shards have changed since, or the cache is damaged,
+    they are encoded again, with a note. `allow_missing` counts raw shards that do not exist.
 
     Raises:
+        FileNotFoundError: a raw shard that does not exist.
         ValueError: raw shards without tokenizers or cache; and as `ShardTokens` and `encode_shards`.
     """
     sets = []
@@ -192,7 +194,7 @@ def open_shards(
                 )
             folder = Path(cache) / f"set{number}"
             manifest = encode_shards(
-                pattern, image_tokenizer, text_tokenizer, folder, settings, allow_missing=allow_missing
+                pattern, image_tokenizer, text_tokenizer, folder, settings, allow_missing=allow_missing, again=True
             )
             if manifest.skipped.get("counts"):
                 _LOG.warning("%s: %s", pattern, SkipReport.from_state_dict(manifest.skipped).summary())
