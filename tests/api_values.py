@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, SamplerConfig
-from unidiff.decoding.policies import DualCache, NoCache
+from unidiff.decoding.policies import NoCache
 
 LONG = "a picture of a dog, a cat, an owl, a red fox, two cats and an owl above a fox on a hill"
 Make = Callable[["Space"], Any]
@@ -277,50 +277,56 @@ def _spoil(pipe: Any, step: int, t: float, tensors: dict[str, torch.Tensor]) -> 
 
 
 _FEW = SamplerConfig(ModalityDecoding(steps=2, rule="quota"), ModalityDecoding(steps=2, rule="quota"), Guidance(1.0))
-_VALUES = lambda *values: [lambda s, v=v: v for v in values]
+
+
+def _values(*values: Any) -> list[Make]:
+    """The same values for every pipeline."""
+    return [lambda s, v=v: v for v in values]
+
+
 OPTIONS: dict[str, tuple[list[Make], list[Make]]] = {
-    "steps": (_VALUES(None, 1, 2, 5, 64), NOT_WHOLE),
-    "guidance_scale": (_VALUES(None, 1.0, 2, 0.0, 3.5), [*NOT_NUMBERS, lambda s: 1e308]),
-    "temperature": (_VALUES(None, 0, 0.5, 1.0, 1e-300), NOT_NUMBERS),
-    "sampler": (_VALUES(None, _FEW), _VALUES(5, "fast", {}, _FEW.image, SamplerConfig, True, [])),
+    "steps": (_values(None, 1, 2, 5, 64), NOT_WHOLE),
+    "guidance_scale": (_values(None, 1.0, 2, 0.0, 3.5), [*NOT_NUMBERS, lambda s: 1e308]),
+    "temperature": (_values(None, 0, 0.5, 1.0, 1e-300), NOT_NUMBERS),
+    "sampler": (_values(None, _FEW), _values(5, "fast", {}, _FEW.image, SamplerConfig, True, [])),
     "cache": (
-        _VALUES(None, "none", "auto", "dual", CacheConfig("dual")),
-        _VALUES("huge", "", 5, True, [], {"policy": "huge"}, CacheConfig, object(), b"dual"),
+        _values(None, "none", "auto", "dual", CacheConfig("dual")),
+        _values("huge", "", 5, True, [], {"policy": "huge"}, CacheConfig, object(), b"dual"),
     ),
-    "policy": (_VALUES(None, NoCache()), _VALUES(5, "dual", NoCache, object(), True)),
+    "policy": (_values(None, NoCache()), _values(5, "dual", NoCache, object(), True)),
     "block_length": (
-        _VALUES(None, 2, 64, {"text": 2}, {"text": 3, "image": 2}),
+        _values(None, 2, 64, {"text": 2}, {"text": 3, "image": 2}),
         [
-            *NOT_WHOLE[:11],
+            *NOT_WHOLE[:10],
             *NOT_WHOLE[12:],
-            *_VALUES({"words": 2}, {3: 2}, {"text": 2.5}, {"text": 2, 5: 1}, {"image": "2"}),
+            *_values({"words": 2}, {3: 2}, {"text": 2.5}, {"text": 2, 5: 1}, {"image": "2"}),
         ],
     ),
     "threshold": (
-        _VALUES(None, 0.5, 0, 1, {"text": 0.9}, {"image": 0.3}),
-        _VALUES("a", True, [0.5], float("nan"), 1j, {"words": 0.5}, {"text": "a"}, object(), {5: 1, "a": 2}),
+        _values(None, 0.5, 0, 1, {"text": 0.9}, {"image": 0.3}),
+        _values("a", True, [0.5], float("nan"), 1j, {"words": 0.5}, {"text": "a"}, object(), {5: 1, "a": 2}),
     ),
     "generator": (
-        [*_VALUES(None, 0, 7, 2**62, -3), lambda s: torch.Generator().manual_seed(3)],
+        [*_values(None, 0, 7, 2**62, -3), lambda s: torch.Generator().manual_seed(3)],
         [
-            *_VALUES("x", 2.5, True, 1j, [], {}, [1] * 77, ["x"], [None], [2**70], 2**63, -(2**70), b"7", object()),
+            *_values("x", 2.5, True, 1j, [], {}, [1] * 77, ["x"], [None], [2**70], 2**63, -(2**70), b"7", object()),
             lambda s: torch.Generator,
             lambda s: (i for i in [1]),
             lambda s: np.random.default_rng(0),
             lambda s: torch.tensor([1]),
         ],
     ),
-    "output_type": (_VALUES("pil", "pt", "np", "codes"), _VALUES("jpeg", "", None, 5, "PIL", b"pil", ["pil"], {})),
-    "callback_on_step_end": (_VALUES(None, _stop, _spoil), _VALUES(5, "f", [], {}, True)),
-    "record_trajectory": (_VALUES(False), _VALUES("yes", 1, None, [], 0.0)),
+    "output_type": (_values("pil", "pt", "np", "codes"), _values("jpeg", "", None, 5, "PIL", b"pil", ["pil"], {})),
+    "callback_on_step_end": (_values(None, _stop, _spoil), _values(5, "f", [], {}, True)),
+    "record_trajectory": (_values(False), _values("yes", 1, None, [], 0.0)),
 }
 MORE_OPTIONS: dict[str, tuple[list[Make], list[Make]]] = {
-    "guidance_hides": (_VALUES(None, "given", "other", "text", "image"), _VALUES("all", 5, "", [], b"text", True)),
-    "num_candidates": (_VALUES(None, 1, 2, 3), NOT_WHOLE),
-    "graphs": (_VALUES(False, True), _VALUES("yes", 5, [], {})),
+    "guidance_hides": (_values(None, "given", "other", "text", "image"), _values("all", 5, "", [], b"text", True)),
+    "num_candidates": (_values(None, 1, 2, 3), NOT_WHOLE),
+    "graphs": (_values(False, True), _values("yes", 5, [], {})),
 }
 """Of `UniDiffPipeline` alone."""
-COUNTS = (_VALUES(1, 2, 3), [*NOT_WHOLE, *_VALUES(None)])
-FLAGS = (_VALUES(True, False), _VALUES("yes", 1, 0, None, [], "", np.array([True, False])))
-TEXTS = _VALUES("a dog", "a", ["a dog", "a cat"], ("a fox",), ["a", "an owl", "two"])
-HOLES = _VALUES("a <mask>", "<mask>", ["a <mask:2>", "<mask> fox"], "<mask:3>", ("a<mask> dog",))
+COUNTS = (_values(1, 2, 3), [*NOT_WHOLE, *_values(None)])
+FLAGS = (_values(True, False), _values("yes", 1, 0, None, [], "", np.array([True, False])))
+TEXTS = _values("a dog", "a", ["a dog", "a cat"], ("a fox",), ["a", "an owl", "two"])
+HOLES = _values("a <mask>", "<mask>", ["a <mask:2>", "<mask> fox"], "<mask:3>", ("a<mask> dog",))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from unidiff.cli_outputs import numbered
+from unidiff.errors import first_line
 
 if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
@@ -123,7 +124,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)[:120]
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
     pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)

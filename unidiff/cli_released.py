@@ -112,7 +112,7 @@ def _about_pipeline(name: str) -> dict[str, str]:
     parts: Any = (pipe.transformer, pipe.image_tokenizer)
     weights = sum(value.nbytes for part in parts for value in part.state_dict().values())
     height, width = pipe.image_size
-    codes = settings.grid[0] * settings.grid[1]
+    codes, known = settings.grid[0] * settings.grid[1], pipe.texts.known_words
     tokens = settings.text_length + codes
     return {
         "family": "unidiff",
@@ -126,6 +126,7 @@ def _about_pipeline(name: str) -> dict[str, str]:
         f"+ about {gigabytes(pass_bytes(pipe.transformer, tokens))} for a pass over {tokens} tokens at batch 1",
         "picture": f"{width} x {height} pixels, {codes} codes",
         "text": f"at most {pipe.text_slots.room} tokens",
+        **({} if known is None else {"knows": f"{len(known)} words: {', '.join(sorted(known))}"}),
         "tasks": ", ".join(settings.samplers),
     }
 

@@ -143,6 +143,8 @@ def check_types(given: Mapping[str, Any]) -> None:
     for name in _COUNTS & set(given):
         if isinstance(value := given[name], int) and value > MOST_ROWS:
             whole(value, name, 1, MOST_ROWS)
+    if given.get("max_text_tokens") is not None:
+        whole(given["max_text_tokens"], "max_text_tokens", 1, MOST_TOKENS)
     for name, (fits, expected) in _OBJECTS.items():
         if given.get(name) is not None and not fits(given[name]):
             raise ValueError(f"{name} is {_short(given[name])}; expected {expected}")

@@ -41,11 +41,22 @@ def unknown_words(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
 
 def note_on(words: Sequence[str], known: Collection[str] | None) -> str:
     """One sentence about words that a model does not know."""
-    listed = ", ".join(map(repr, words[:_MOST])) + (f" and {len(words) - _MOST} more" if len(words) > _MOST else "")
-    note = f"the model does not know {'the word' if len(words) == 1 else 'the words'} {listed}"
-    if known is not None and all(word not in known and word.lower() in known for word in words):
-        return f"{note}; it knows {'it' if len(words) == 1 else 'them'} in small letters"
-    return f"{note}, so the result may show something else" + ("; `unidiff info` lists what it knows" if known else "")
+    small = [word for word in words if known is not None and word.lower() in known]
+    new = [word for word in words if word not in small]
+    parts = []
+    if new:
+        parts.append(f"the model does not know {_listed(new)}, so the result may show something else")
+    if small:
+        parts.append(f"the model knows {_listed(small)} in small letters only")
+    if new and known is not None:
+        parts.append("`unidiff info` lists all that it knows")
+    return "; ".join(parts)
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _MOST} more" if len(words) > _MOST else ""
+    shown = (repr(word if len(word) <= 40 else word[:37] + "...") for word in words[:_MOST])
+    return f"the word{'s' if len(words) > 1 else ''} {', '.join(shown)}{more}"
 
 
 def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
