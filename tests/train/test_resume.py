@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from forked_runs import RECIPE, forked
+from forked_runs import RECIPE, check_same_runs, forked, recipe_main, start, wait_for_step
 from safetensors.torch import load_file
 from train_fixtures import MIXED, TINY, tiny_table
-
-CLOCKS = ("time", "seconds_per_step", "tokens_per_second", "tflops", "data_wait")
-
-
-def start(folder: Path, table: Path, *overrides: str) -> subprocess.Popen:
-    config = folder.parent / "config.yaml"
-    config.write_text("seed: 3\n")
-    arguments = [*TINY, *MIXED, f"output={folder}", f"data.train={table}", "accumulate=2", *overrides]
-    return subprocess.Popen(
-        [sys.executable, str(RECIPE), str(config), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    """Until the log shows `step`."""
-    metrics = folder / "metrics.jsonl"
-    for _ in range(2400):
-        if metrics.is_file() and any(f'"step": {step},' in line for line in metrics.read_text().splitlines()):
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached")
 
 
 def check_killed_run(tmp_path: Path, ends: list[str], steps: int, ranks: int, *overrides: str) -> list[dict]:
@@ -53,35 +23,21 @@ def check_killed_run(tmp_path: Path, ends: list[str], steps: int, ranks: int, *o
     cut = {"arguments": [*common, f"output={tmp_path / 'cut'}"], "ranks": ranks}
     results = forked(tmp_path / "driver", [whole, *({**cut, "end": end} for end in ends), cut])[1:-1]
     assert all(set(r["codes"]) == {-signal.SIGKILL} for r in results), results
-
-    for part in (f"checkpoints/step-{steps:08d}", "model"):
-        expected, found = (
-            {p.relative_to(tmp_path / run): load_file(p) for p in (tmp_path / run / part).rglob("*.safetensors")}
-            for run in ("whole", "cut")
-        )
-        assert expected and set(expected) == set(found)
-        for path, tensors in expected.items():  # not the files' bytes: the order of tensors in them may differ
-            assert set(tensors) == set(found[path])
-            assert all(torch.equal(value, found[path][name]) for name, value in tensors.items()), path
-    logs = [
-        [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in text.splitlines()]
-        for text in ((tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut"))
-    ]
-    assert logs[0] == logs[1]  # no step twice, none lost
-    strays = [p.name for p in (tmp_path / "cut").rglob(".*")]
-    assert not strays  # what killed processes left half-written is gone
+    check_same_runs(tmp_path, steps)
     return results
 
 
 @pytest.mark.training
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
-    check_killed_run(tmp_path, ["kill", "kill saving", "kill", "kill saving"], 40, 1)
+    check_killed_run(tmp_path, ["kill early", "kill", "kill saving", "kill exporting", "kill", "kill saving"], 40, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.training
 def test_thirty_kills_equal_the_uninterrupted_run_bit_for_bit(tmp_path):
-    results = check_killed_run(tmp_path, ["kill", "kill saving"] * 15, 240, 1)
+    results = check_killed_run(
+        tmp_path, ["kill", "kill saving", "kill exporting", "kill early"] * 7 + ["kill"] * 2, 240, 1
+    )
     assert sum(r["saving"] for r in results) >= 5
 
 
@@ -107,19 +63,6 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path):
     assert state["step"] >= 3 and state["samples"] == 16 * state["step"]
     assert load_file(tmp_path / "run" / "checkpoints" / name / "model.safetensors")
     assert (tmp_path / "run" / "model" / "config.json").is_file()
-
-
-def recipe_main():
-    """`main` of the recipe, without a process of its own."""
-    import importlib.util
-
-    before = dict(os.environ)
-    spec = importlib.util.spec_from_file_location("pretrain_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    os.environ.clear()
-    os.environ.update(before)
-    return module.main
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ from unidiff.train.signals import StopOnSignals
 from unidiff.train.source import TokenSource
 from unidiff.train.step import StepReport, TrainState, train_step
 from unidiff.train.tasks import TaskBatch, TaskMixer
-from unidiff.train.validation import validate
+from unidiff.train.validation import report_names, validate
 
 _LOG = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ class Trainer:
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
         self._scored = scored_as(config, validation)
+        self._check_best()
         self._choice: Choice | None = None
         self._notes: list[str] = []
         self.resumed = self._resume()
@@ -240,13 +241,18 @@ class Trainer:
         minutes = self.config.checkpoint.minutes
         return minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
+    def _check_best(self) -> None:
+        name, known = self.config.checkpoint.best, set[str]()
+        if self.validation is not None and self._validation_rows:
+            known = report_names(self.validation, self.block_length)
+        if name and name not in known:
+            raise ValueError(f"checkpoint.best = {name!r} is not in the validation report; it has {sorted(known)}")
+
     def _judge(self, report: dict[str, float]) -> bool:
         """Whether a validation is the best so far, by the number that `checkpoint.best` names."""
         name = self.config.checkpoint.best
         if not name:
             return False
-        if name not in report:
-            raise ValueError(f"checkpoint.best = {name!r} is not in the validation report; it has {sorted(report)}")
         self._score = self.state.step, report[name]
         better = report[name] < self._best
         self._best = min(self._best, report[name])

@@ -26,6 +26,23 @@ from unidiff.train.tasks import TaskMixer, keep_fill
 VALIDATION_SEED = 20_240_601
 
 
+def report_names(source: TokenSource, block_length: int) -> set[str]:
+    """Keys of the report of `validate` on these rows.
+
+    Args:
+        block_length: of a block-causal model, else 0.
+    """
+    names = {f"joint_nelbo_{part}" for part in ("text", "image", "per_token", "words")}
+    seeing = _seeing(source, block_length)
+    names |= {f"{task}_nelbo{end}" for task in ("joint", "t2i", *seeing) for end in ("", "_error")}
+    return names | {f"{task}_nelbo_words" for task in seeing}
+
+
+def _seeing(source: TokenSource, block_length: int) -> tuple[str, ...]:
+    """Tasks whose targets are words about a picture; where the picture comes after its words, nothing can be said of it."""
+    return () if block_length else ("caption", *(("vqa",) if source.has_questions else ()))
+
+
 @torch.no_grad()
 def validate(
     model: MaskedTransformer,
@@ -57,8 +74,7 @@ def validate(
     share = -(-batch_size // size)  # rows per forward of one process
     even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
     block = model.config.block_length if model.config.attention == "block_causal" else 0
-    # where the picture comes after its words, nothing can be said of it
-    seeing = () if block else ("caption", *(("vqa",) if source.has_questions else ()))
+    seeing = _seeing(source, block)
     described, asked = (even if name in seeing else off for name in ("caption", "vqa"))
     tasks = TasksConfig(joint=even, t2i=even, caption=described, vqa=asked, text=even)
     mixer = TaskMixer(source, tasks, ObjectiveConfig(), VALIDATION_SEED, block_length=block)
