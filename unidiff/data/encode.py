@@ -257,18 +257,20 @@ class _Encoder:
 
 
 def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: bool) -> ShardSource:
-    require, optional, prepare = ("image", "txt"), ("json",), None
+    def source(require: tuple[str, ...], optional: tuple[str, ...], prepare: Any = None) -> ShardSource:
+        return ShardSource(
+            shards,
+            require,
+            optional,
+            workers=settings.workers,
+            prepare=prepare,
+            allow_missing=allow_missing,
+            announce=False,
+        )
+
     if settings.documents:
-        require, optional, prepare = ("json",), ("images",), _read_document
-    return ShardSource(
-        shards,
-        require,
-        optional,
-        workers=settings.workers,
-        prepare=prepare,
-        allow_missing=allow_missing,
-        announce=False,
-    )
+        return source(("json",), ("images",), _read_document)
+    return source(("image", "txt"), ("json",))
 
 
 def _read_document(sample: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def scan(stream: IO[bytes]) -> Index:
     try:
         with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 if tar.offset <= place:
                     raise tarfile.TarError("damaged header")
                 place = tar.offset
