@@ -316,5 +316,23 @@ def test_bad_requests_are_refused(model):
     mixed = batch.replace(modality=batch.modality.roll(1, 1).where(torch.tensor([[True], [False]]), batch.modality))
     with pytest.raises(ValueError, match="different places"):
         generate_codes(model, VOCABULARY, mixed, unconditional, seeds, ImageSettings(guidance=0))
-    with pytest.raises(ValueError, match="steps must be at least 1"):
+    with pytest.raises(ValueError, match="image steps is 0; expected a whole number from 1"):
         ImageSettings(steps=0)
+
+
+@pytest.mark.parametrize("value", ["x", None, [], float("nan"), float("inf"), 1e300, -1, 2**70, True, 1j], ids=str)
+def test_image_settings_of_another_kind_are_refused(value):
+    for name in ("steps", "guidance", "temperature", "schedule"):
+        with pytest.raises(ValueError, match=f"{name}"):
+            ImageSettings(**{name: value})
+
+
+def test_guidance_that_overflows_is_named(model):
+    batch, unconditional = image_rows(torch.full((2, 4), -1))
+    head = model.head
+    try:
+        model.head = lambda *arguments: head(*arguments).float() * 1e34
+        with pytest.raises(ValueError, match=r"guidance = 1e\+06 takes logits beyond what float32 holds"):
+            generate_codes(model, VOCABULARY, batch, unconditional, torch.tensor([1, 2]), ImageSettings(guidance=1e6))
+    finally:
+        del model.head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -307,3 +308,54 @@ def test_upstream_wording():
     assert upstream_wording("a cat cat sits such as there. And then") == "a cat sits there."
     assert upstream_wording("no stop at all all") == "no stop at all"
     assert upstream_wording("") == ""
+
+
+@pytest.mark.parametrize("value", ["x", None, [], math.nan, math.inf, 1e300, 2**70, True, 1j], ids=str)
+def test_settings_of_another_kind_are_refused(value):
+    for name in ("steps", "guidance_scale", "temperature", "aesthetic_score", "masking", "time", "crop"):
+        if (name, value) == ("temperature", True):
+            continue
+        with pytest.raises(ValueError, match=name):
+            MudditSettings(**{name: value})
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_callback_gets_copies(scale):
+    model, text, tokens = tiny_model(), some_text(2), torch.full((2, 4, 6), 19)
+
+    def scribble(report: StepReport) -> None:
+        for tensor in (report.tokens, report.logits, report.time):
+            tensor.zero_()
+
+    plain, scribbled = (
+        generate_image(
+            model,
+            text,
+            tokens,
+            MudditSettings(steps=4, guidance_scale=scale),
+            RowDraws(torch.arange(2), 24),
+            negative=some_text(1),
+            callback=callback,
+        )
+        for callback in (None, scribble)
+    )
+    assert torch.equal(plain, scribbled) and plain.any()
+
+
+def test_unusable_logits_are_refused_and_guidance_is_named_where_it_makes_them():
+    model, text, tokens = tiny_model(), some_text(2), torch.full((2, 4, 6), 19)
+    ask = lambda scale: generate_image(  # noqa: E731
+        model,
+        text,
+        tokens,
+        MudditSettings(steps=2, guidance_scale=scale),
+        RowDraws(torch.arange(2), 24),
+        negative=some_text(1),
+    )
+    head = model.image_head
+    model.image_head = lambda features: head(features) * 1e35
+    with pytest.raises(ValueError, match=r"guidance_scale = 1e\+06 takes logits beyond what float32 holds"):
+        ask(1e6)
+    model.image_head = lambda features: head(features) * torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite logits; check the weights"):
+        ask(1e6)

@@ -16,6 +16,22 @@ _AT_ONCE = 256  # positions
 _MODEL = "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
 
 
+def check_logits(logits: Tensor, alone: Tensor, setting: str) -> None:
+    """For loops of their own: raise `ValueError` where nothing can be drawn from `logits` `[..., V]`.
+
+    Args:
+        alone: those of the streams before guidance. setting: the guidance and its value, for the message.
+    """
+    if bool(logits.amax(-1).isfinite().all()):
+        return
+    if not bool(alone.amax(-1).isfinite().all()):
+        raise ValueError(_MODEL)
+    dtype = str(logits.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"{setting} takes logits beyond what {dtype} holds, although the model's own are finite; lower it, or use a wider dtype"
+    )
+
+
 def complaint(
     model: Denoiser,
     vocabulary: Vocabulary,

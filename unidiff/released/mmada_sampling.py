@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.draw import CHOICE, TOKEN, RowNoise, gumbel, inverse_cdf
 from unidiff.decoding.forward import Denoiser
 from unidiff.decoding.sampler import Sampler, SamplerOutput
+from unidiff.decoding.unusable import check_logits
+from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
@@ -53,14 +56,14 @@ class ImageSettings:
         temperature: of the Gumbel noise on log p(code), which decides what stays. schedule: see `masked_share`.
     """
 
-    steps: int = 15
-    guidance: float = 3.5
-    temperature: float = 1.0
+    steps: Annotated[int, Between(1, 100_000)] = 15
+    guidance: Annotated[float, Between(0, 1e6)] = 3.5
+    temperature: Annotated[float, Between(0, 1e30)] = 1.0
     schedule: str = "cosine"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.guidance < 0 or self.temperature < 0:
-            raise ValueError(f"{self}: steps must be at least 1, guidance and temperature at least 0")
+        check_fields(self, "image")
+        masked_share(self.schedule, torch.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,10 @@ def generate_codes(
         copies = len(streams.ids) // len(image)
         ids = streams.ids.index_copy(1, place, image.repeat(copies, 1))
         hidden = model.hidden(ids, streams.modality, streams.positions, mask)[:, place]  # [S B, N, D]
-        p = _guided(model.head(hidden, *vocabulary.image), settings.guidance).softmax(-1)  # [B, N, K]
+        alone = model.head(hidden, *vocabulary.image)
+        logits = _guided(alone, settings.guidance)
+        check_logits(logits, alone, f"guidance = {settings.guidance:g}")
+        p = logits.softmax(-1)  # [B, N, K]
         # 2. a code everywhere; known ones stay
         codes = torch.where(unknown, draw(step, p), image - offset)
         chosen = p.gather(-1, codes[..., None])[..., 0]
@@ -183,7 +189,7 @@ def generate_codes(
         hide = choose_masked(selected, unknown, keep, choice(step), temperature, compat)
         image = torch.where(hide, vocabulary.image_mask, codes + offset)
         if observe is not None:
-            observe(step, ImageStep(ids[: len(image)], p, selected, codes, hide, keep, temperature))
+            observe(step, ImageStep(ids[: len(image)], p, selected, codes.clone(), hide, keep, temperature))
     return codes
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.draw import CHOICE, TOKEN, RowNoise, gumbel, inverse_cdf
+from unidiff.schema import check_fields
 
 MASKING_SCHEDULES = ("cosine", "linear")
 LAST_TEMPERATURE = 0.01  # where a single temperature runs to
+HOTTEST = 1e30  # more would be infinite in float32
 _TINY = 1e-20
 
 
@@ -110,14 +112,15 @@ class MaskGitSchedule:
     compat: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps}; expected at least 1")
         if self.masking not in MASKING_SCHEDULES:
             raise ValueError(f"masking = {self.masking!r}; expected one of {list(MASKING_SCHEDULES)}")
         ends = [self.temperature] if isinstance(self.temperature, int | float) else list(self.temperature)
-        if not 1 <= len(ends) <= 2 or not all(math.isfinite(t) and t >= 0 for t in ends):
+        if not 1 <= len(ends) <= 2 or not all(0 <= t <= HOTTEST for t in ends):
             raise ValueError(
-                f"temperature = {self.temperature!r}; expected a number or a pair of numbers, not negative"
+                f"temperature = {self.temperature!r}; expected a number or a pair of numbers from 0 to {HOTTEST:g}"
             )
 
     def temperatures(self) -> Tensor:

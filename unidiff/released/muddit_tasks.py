@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.draw import UNMASK, RowNoise
+from unidiff.decoding.unusable import check_logits
 from unidiff.models.mmdit import MMDiT
 from unidiff.released.muddit_scheduler import Draws, MaskGitSchedule, starting_ratio
 from unidiff.released.muddit_text import ClipText, TextFeatures
-from unidiff.schema import check_fields
+from unidiff.schema import Between, check_fields
 
 TIME_CONVENTIONS = ("fraction", "index", "training")
+_Moderate = Annotated[float, Between(-1e6, 1e6)]
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class MudditSettings:
             over the batch, and answers read from the last logits instead of the sampled tokens.
     """
 
-    steps: int = 48
-    guidance_scale: float = 9.0
+    steps: Annotated[int, Between(1, 100_000)] = 48
+    guidance_scale: _Moderate = 9.0
     temperature: float | Sequence[float] = (2.0, 0.0)
     masking: str = "cosine"
     time: str = "fraction"
-    aesthetic_score: float = 6.0
-    crop: tuple[float, float] = (0.0, 0.0)
+    aesthetic_score: _Moderate = 6.0
+    crop: tuple[_Moderate, _Moderate] = (0.0, 0.0)
     compat: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ class MudditSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a callback sees after a step.
+    """What a callback sees after a step, in copies.
 
     Attributes:
         step: k, from 0. time: `[1]` or `[B]`, what the network was told.
@@ -161,13 +164,15 @@ def generate_image(
         features = model.features(tokens.repeat(len(streams), 1, 1), sequence, pooled, micro, times)
         logits = model.image_head(features.image).flatten(1, 2)  # [S * B, h * w, C]
         # 3. guidance
+        alone = logits
         if guided:
             without, given = logits.chunk(2)
             logits = without + settings.guidance_scale * (given - without)
+        check_logits(logits, alone, f"guidance_scale = {settings.guidance_scale:g}")
         # 4. commit
         tokens = schedule.step(logits, tokens.flatten(1), mask_id, k, draws, start).tokens.unflatten(1, grid)
         if callback is not None:
-            callback(StepReport(k, time, tokens, logits, text))
+            callback(StepReport(k, time.clone(), tokens.clone(), logits.clone(), text))
     return tokens
 
 
@@ -235,10 +240,11 @@ def write_text(
         time = network_time(settings.time, k, settings.steps, tokens == mask_id)
         features = model.features(codes, text.sequence.to(codes.device), text.pooled.to(codes.device), micro, time)
         logits = model.text_head(features.text)  # [B, T, V]
+        check_logits(logits, logits, "text")
         # 3. commit
         tokens = schedule.step(logits, tokens, mask_id, k, draws).tokens
         if callback is not None:
-            callback(StepReport(k, time, tokens, logits, text))
+            callback(StepReport(k, time.clone(), tokens.clone(), logits.clone(), text))
     choice = logits.argmax(-1)
     if schedule.compat:
         answers = [row[n:].tolist() for row, n in zip(choice, question, strict=True)]
