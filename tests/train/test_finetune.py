@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import tiny_parts
 
 from unidiff.models.transformer import MaskedTransformer
@@ -131,3 +133,62 @@ def test_refusals(base, tmp_path, capsys):
     arguments = [f"data.train={tmp_path / 'other.safetensors'}", f"output={tmp_path / 'o'}", *QUICK]
     assert finetune(base / "pipeline", *arguments) == 2
     assert "encode it with the model's tokenizers" in capsys.readouterr().err
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_base_is_neither_written_into_nor_replaced(base, tmp_path, capsys):
+    pipeline = Path(shutil.copytree(base / "pipeline", tmp_path / "run" / "pipeline"))
+    before = snapshot(tmp_path)
+    data = [f"data.train={base / 'tokens.safetensors'}", "steps=1", *QUICK]
+    for output in (pipeline, pipeline / "run", pipeline / "transformer", tmp_path / "run"):
+        assert finetune(pipeline, f"output={output}", *data) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and str(tmp_path / "run") in said and said.count("\n") == 1, said
+    (tmp_path / "link").symlink_to(pipeline)
+    assert finetune(pipeline, f"output={tmp_path / 'link'}", *data) == 2
+    assert finetune(pipeline / "transformer", f"output={pipeline / 'transformer'}", *data) == 2
+    assert snapshot(tmp_path) == before
+
+
+def test_a_tuning_of_another_base_does_not_continue_the_first(base, tmp_path, capsys):
+    other = Path(shutil.copytree(base / "pipeline", tmp_path / "other"))
+    (path,) = (other / "transformer").glob("*.safetensors")
+    weights = load_file(path)
+    name = next(n for n in weights if n.startswith("blocks."))
+    weights[name] += 1e-3
+    save_file(weights, path)
+    out = f"output={tmp_path / 'out'}"
+    data = [f"data.train={base / 'tokens.safetensors'}", "steps=2", *QUICK]
+    assert finetune(base / "pipeline", out, *data) == 0
+    before = snapshot(tmp_path / "out")
+    assert finetune(other, out, *data) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.init_from content = " in said and "checkpoint.changed=allow" in said
+    assert snapshot(tmp_path / "out") == before
+    copy = shutil.copytree(base / "pipeline", tmp_path / "copy")
+    assert finetune(copy, out, *data, "steps=3") == 0  # the same weights elsewhere
+
+
+@needs_peft
+def test_adapters_go_on_as_they_began(base, tmp_path, capsys):
+    out = [
+        base / "pipeline",
+        f"output={tmp_path / 'out'}",
+        f"data.train={base / 'tokens.safetensors'}",
+        "steps=2",
+        *QUICK,
+    ]
+    assert finetune(*out, "lora.rank=4", "lora.alpha=8") == 0
+    for change, said in (
+        ("lora.alpha=64", "lora.alpha = 8.0, here 64.0"),
+        ("lora.rank=8", "lora.rank = 4, here 8"),
+        ("lora.targets=[qkv]", 'lora.targets = [], here ["qkv"]'),
+        ("lora.dora=true", "lora.dora = false, here true"),
+        ("lora.rank=0", "lora.rank = 4, here 0"),
+    ):
+        assert finetune(*out, "lora.rank=4", "lora.alpha=8", change) == 2
+        assert said in capsys.readouterr().err
+    assert finetune(*out, "lora.rank=4", "lora.alpha=64", "checkpoint.changed=allow", "steps=3") == 0
