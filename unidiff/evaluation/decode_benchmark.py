@@ -27,7 +27,9 @@ from unidiff.evaluation.decode_benchmark_rates import (
 from unidiff.evaluation.decode_benchmark_steps import copy_bandwidth, measure_steps
 from unidiff.evaluation.decode_benchmark_suites import POLICIES, SUITES, Suite, Workload
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import check_fields
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
+from unidiff.train.build import pick_device
 
 Progress = Callable[[str], None]
 
@@ -117,6 +119,12 @@ class Options:
     shapes: tuple[str, ...] = ()
     cells: Path | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, "benchmark")
+        for name, least in {"blocks": 1, "runs": 1, "seed": 0}.items():
+            if (value := getattr(self, name)) is not None and not least <= value <= 2**40:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+
     def policies(self, default: tuple[str, ...]) -> list[str]:
         """Names to run, without a cache first.
 
@@ -149,7 +157,9 @@ def run_suite(name: str, options: Options, progress: Progress = lambda what: Non
     workloads = options.workloads(suite)
     device = usable_device(options.device or suite.device)
     with thread_count(options.threads):
-        result = Benchmark(name, about={"model": dict(suite.model), "what": suite.about, **machine(device)})
+        here = machine(device)
+        own = {k: dict(v) if k == "model" else v for k, v in vars(suite).items() if k not in ("workloads", "about")}
+        result = Benchmark(name, about={"model": dict(suite.model), "what": suite.about, **here})
         result.about["blocks"] = "all" if options.blocks is None else options.blocks
         result.about["runs"] = options.runs or suite.runs
         result.about["graphs"] = options.graphs
@@ -160,7 +170,7 @@ def run_suite(name: str, options: Options, progress: Progress = lambda what: Non
         for workload in workloads:
             progress(describe(workload))
             nn.Module.to(model, getattr(torch, workload.dtype))  # without diffusers' advice on loading
-            key = {"model": dict(suite.model), "workload": asdict(workload), "options": asked, "code": code_hash()}
+            key = {"suite": own, "workload": asdict(workload), "options": asked, "code": code_hash(), "machine": here}
             found = _kept(options.cells, workload, key, lambda: _run_workload(suite, workload, model, options))  # noqa: B023
             result.rows += [Row(**row) for row in found["rows"]]
             result.about["matmul"].append(found["matmul"])
@@ -306,10 +316,12 @@ def usable_device(name: str) -> torch.device:
     Raises:
         ValueError: it is not there.
     """
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"this suite runs on {name!r}, which is not there; name another device, for instance cpu")
-    return device
+    try:
+        return pick_device(name)
+    except ValueError as error:
+        raise ValueError(
+            f"this suite runs on {name!r}, which is not there; name another device, for instance cpu"
+        ) from error
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -330,8 +342,8 @@ def thread_count(count: int | None) -> Iterator[None]:
     Raises:
         ValueError: fewer than one.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"threads is {count}; expected at least 1")
+    if count is not None and not 1 <= count <= 1024:
+        raise ValueError(f"threads is {count}; expected at least 1 and at most 1024")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -17,6 +17,7 @@ from unidiff.data.emoji_scenes import KINDS
 from unidiff.data.emoji_table import render_batch
 from unidiff.decoding import CacheConfig
 from unidiff.decoding.stats import DecodeStats
+from unidiff.errors import read_json
 from unidiff.evaluation.decode_benchmark_settings import QUALITY, Decode, cases_per_part
 from unidiff.evaluation.emoji_cases import CATEGORIES, caption_scenes, inpaint_cases, prompt_cases, question_cases
 from unidiff.evaluation.emoji_eval import profile_of
@@ -52,19 +53,21 @@ class Cells:
         path = self.path(name, key)
         if not path.is_file():
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            kept, found = data["key"], data["found"]
-        except (ValueError, KeyError, TypeError):
-            kept, found = None, {}
-        if kept != json.loads(json.dumps(key)):
+        data = read_json(path, "a kept measurement")
+        found = data.get("found")
+        if (
+            data.get("key") != json.loads(json.dumps(key))
+            or not isinstance(found, dict)
+            or data.get("sum") != _sum(found)
+        ):
             raise ValueError(f"{str(path)!r} is not the measurement that its name says; remove it")
         return found
 
     def save(self, name: str, key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Keep a measurement; the file appears complete or not at all."""
         with replacing(self.path(name, key)) as temporary:
-            temporary.write_text(json.dumps({"key": key, "found": found}, indent=1) + "\n", encoding="utf-8")
+            data = {"key": key, "found": found, "sum": _sum(found)}
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     def measured(self, name: str, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """What is kept, else what `measure` finds, which is kept from now on."""
@@ -74,6 +77,11 @@ class Cells:
             found = self.load(name, key)
         assert found is not None
         return found
+
+
+def _sum(found: Mapping[str, Any]) -> str:
+    """Of what was found, so that a file that was changed or damaged is noticed."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ def requests(pipe: UniDiffPipeline, task: str, rows: int, seed: int) -> Callable
 
 
 def model_hash(pipe: UniDiffPipeline) -> str:
-    """SHA-256 over weights and layout of a pipeline, without its sampler settings."""
+    """SHA-256 over weights, words and layout of a pipeline, without its sampler settings."""
     digest = hashlib.sha256()
     for part in (pipe.transformer, pipe.image_tokenizer):
         for name, tensor in sorted(part.state_dict().items()):
@@ -194,7 +202,8 @@ def model_hash(pipe: UniDiffPipeline) -> str:
     config = {
         name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")
     }  # not its folder
-    digest.update(json.dumps([layout, config], sort_keys=True, default=str).encode())
+    words = sorted(pipe.text_tokenizer.get_vocab().items())
+    digest.update(json.dumps([layout, config, words], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -31,6 +31,7 @@ from unidiff.evaluation.decode_benchmark_suites import POLICIES
 from unidiff.evaluation.emoji_judge import yardstick
 from unidiff.evaluation.report import Estimate
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.schema import check_fields
 
 PARTS = ("quality", "timing")
 
@@ -72,14 +73,17 @@ class EmojiOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "benchmark")
         known = {"caches": (*POLICIES, AUTO), "tasks": tuple(QUALITY), "parts": PARTS}
         words = {"caches": "policy", "tasks": "task", "parts": "part"}
         for name, allowed in known.items():
             if unknown := [value for value in getattr(self, name) if value not in allowed]:
                 raise ValueError(f"unknown {words[name]} {unknown[0]!r}; expected some of {', '.join(allowed)}")
         for name in ("cases", "quality_batch", "rows", "runs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+            if not 1 <= getattr(self, name) <= 10**7:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1 and at most 10,000,000")
+        if not 0 <= self.seed <= 2**40:
+            raise ValueError(f"seed is {self.seed}; expected a number from 0 to {2**40}")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches are {list(self.batches)}; expected numbers of rows of at least 1")
 
@@ -182,6 +186,8 @@ def qualities(run: Run, trials: Sequence[Trial]) -> dict[tuple[Decode, str], Est
         name = f"quality-{decode.task}-{decode.settings[0].name.replace('/', '_')}-{trial.cache_name}"
         key = {**run.what, "yardstick": yardstick(), "n": n, "task": decode.task}
         key |= {"sampler": decode.config.to_dict(), "cache": trial.taken.to_dict()}
+        if run.what["dtype"] != "float32":  # only there a row does not depend on the others
+            key["rows"] = options.quality_batch
         run.progress(f"{name} ({number} of {len(distinct)})")
         measure = partial(measure_quality, run.pipe, decode, trial.taken, options.seed, n, options.quality_batch)
         data = run.cells.measured(name, key, measure)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from unidiff.evaluation.charts import Point, scatter, stack
 from unidiff.evaluation.decode_benchmark import Benchmark, Row
-from unidiff.files import replacing
+from unidiff.files import check_writable, replacing
 from unidiff.pipelines.sheet import save_image
 
 HEADS = ("policy", "nfe", "seconds", "speed-up", "bound", "corrected", "share", "outside", "of peak", "quality")
@@ -79,11 +79,15 @@ def write(benchmark: Benchmark, path: Path) -> list[Path]:
 
 
 def check_path(path: Path) -> None:
-    """Raises:
-    ValueError: a path that does not end in .json.
+    """Before any work: whether `write` will be able to.
+
+    Raises:
+        ValueError: a path that does not end in .json, or where no file can be written. OSError: no permission.
     """
     if path.suffix != ".json":
         raise ValueError(f"output {str(path)!r} must end in .json")
+    for ending in (".json", ".csv", ".png"):
+        check_writable(path.with_suffix(ending))
 
 
 def plot(benchmark: Benchmark) -> Image.Image:

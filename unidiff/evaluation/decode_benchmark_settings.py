@@ -68,6 +68,12 @@ class Setting:
             raise ValueError(
                 f"a setting with rule {self.rule!r} has the value {self.value}; write for instance passes-16"
             )
+        if self.value is not None and not 0 <= self.value <= 2**20:
+            raise ValueError(f"a setting has the value {self.value}; expected a number from 0 to {2**20}")
+        if self.rule == "passes" and self.value is not None and self.value != int(self.value):
+            raise ValueError(f"a setting has {self.value} passes; expected a whole number")
+        if self.block is not None and not 1 <= self.block <= 2**20:
+            raise ValueError(f"a setting has blocks of {self.block}; expected at least 1")
 
     @classmethod
     def parse(cls, name: str) -> Setting:

@@ -92,8 +92,8 @@ def compare_reports(before: Report, after: Report, resamples: int = RESAMPLES, s
     Raises:
         ValueError: different cases, reports without outcomes or without a number in common, or resamples below 1.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")
+    if not 1 <= resamples <= 10**7:
+        raise ValueError(f"resamples is {resamples}; expected at least 1 and at most 10,000,000")
     for name in SAME:
         one, other = (report.about.get(name) for report in (before, after))
         if one != other:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from unidiff.errors import first_line, json_name, read_json
 from unidiff.files import replacing
+from unidiff.schema import check_value, from_data
 
 Z95 = 1.959963984540054
 ENTRIES = ("intervals", "outcomes", "about")
@@ -121,14 +123,22 @@ class Report:
             ValueError: data that is no report.
         """
         try:
-            numbers = {key: part for key, part in data.items() if key not in ENTRIES}
-            cases = {key: tuple(map(_read, parts)) for key, parts in data.get("outcomes", {}).items()}
-            report = cls(dict(_flat(numbers)), about=dict(data["about"]))
-            for key, e in data["intervals"].items():
-                low, high = (math.nan if e[end] is None else float(e[end]) for end in ("low", "high"))
-                report.intervals[key] = Estimate(report.values[key], low, high, e["n"], cases.get(key, ()))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"this is no report of an evaluation ({type(error).__name__}: {error})") from error
+            if not isinstance(data, Mapping):
+                raise ValueError(f"it is {json_name(data)}")
+            saved = from_data(_Saved, {name: data[name] for name in ENTRIES if name in data}, "the report:")
+            report = cls(
+                dict(_flat({key: part for key, part in data.items() if key not in ENTRIES})), about=dict(saved.about)
+            )
+            for key, entry in saved.intervals.items():
+                if key not in report.values:
+                    raise ValueError(f"it has an interval of {key!r} and no number")
+                low, high = (math.nan if end is None else float(end) for end in (entry.low, entry.high))
+                cases = tuple(map(_read, saved.outcomes.get(key, ())))
+                if cases and sum(map(len, cases)) != entry.n:
+                    raise ValueError(f"{key!r} has {entry.n} cases and outcomes of {sum(map(len, cases))}")
+                report.intervals[key] = Estimate(report.values[key], low, high, entry.n, cases)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"this is no report of an evaluation ({first_line(error)})") from error
         return report
 
     def save(self, path: str | Path, outcomes: bool = False) -> None:
@@ -143,9 +153,10 @@ class Report:
         Raises:
             FileNotFoundError: no such file. ValueError: a file that is no report.
         """
+        data = read_json(path, "an evaluation", object)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:  # of JSON, of the text encoding, or of the content
+            return cls.from_dict(data)
+        except ValueError as error:
             raise ValueError(f"{str(path)!r} cannot be read as an evaluation: {error}") from error
 
     def table(self, title: str = "EmojiEval", labels: Mapping[str, str] | None = None) -> Table:
@@ -174,12 +185,29 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@dataclass(frozen=True)
+class _Interval:
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a report's file holds besides its numbers."""
+
+    intervals: dict[str, _Interval]
+    about: dict[str, Any]
+    outcomes: dict[str, list[Any]] = field(default_factory=dict)
+
+
 def _flat(node: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of nested data by dotted keys."""
+    """Numbers of nested data by dotted keys. Raises ValueError for other values."""
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{key}.")
         else:
+            check_value(value, float | None, before + key)
             yield before + key, math.nan if value is None else float(value)
 
 
@@ -190,7 +218,11 @@ def _written(cases: np.ndarray) -> str | list[float]:
     return [float(f"{x:.7g}") for x in cases.tolist()]
 
 
-def _read(cases: str | list[float]) -> np.ndarray:
+def _read(cases: Any) -> np.ndarray:
+    """Inverse of `_written`. Raises ValueError for anything else."""
     if isinstance(cases, str):
-        return np.array([("0", "1").index(c) for c in cases], bool)
+        if set(cases) - {"0", "1"}:
+            raise ValueError("outcomes of a share are written with 0 and 1 only")
+        return np.array([c == "1" for c in cases], bool)
+    check_value(cases, list[float], "outcomes of a mean")
     return np.array(cases, np.float64)
