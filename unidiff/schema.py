@@ -172,5 +172,9 @@ def _annotations(schema: type) -> dict[str, Any]:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else None
-    shown = repr(value) if text is None or len(text) < 80 else repr(text[:77] + "...")
+    try:
+        shown = repr(value) if text is None or len(text) < 80 else repr(text[:77] + "...")
+    except (RecursionError, ValueError):  # nested without end, or a number of more digits than Python writes
+        return f"{json_name(value)} that is too large to show"
+    shown = " ".join(shown.split())
     return shown if len(shown) <= 120 else f"{shown[:100]}... ({json_name(value)})"

@@ -118,6 +118,34 @@ def request(**changes):
 
 
 BATCH = request()["batch"]
+
+
+def test_data_nested_without_end_gets_a_sentence() -> None:
+    deep: object = []
+    for _ in range(100_000):
+        deep = [deep]
+    many = 10**5000
+    for value in (deep, many):
+        for make in (
+            lambda v: ModalityDecoding(steps=v),
+            lambda v: ModalityDecoding(rule=v),
+            lambda v: Guidance(window=v),
+            lambda v: SamplerConfig.from_dict({"text": v}),
+            lambda v: SamplerConfig.from_dict({"text": {"forbid": v}}),
+            lambda v: CacheConfig("adaptive", {"full_layers": v}),
+            lambda v: CacheConfig(segments=v),
+            lambda v: CacheConfig(v),
+        ):
+            with pytest.raises(ValueError, match=r"is .*expected"):
+                make(value)
+    segments: dict = {"policy": "dual"}
+    for _ in range(5000):
+        segments = {"segments": {"text": segments}}
+    for make in (CacheConfig.from_dict, CacheConfig.of):
+        with pytest.raises(ValueError, match="segments of their own"):
+            make(segments)
+
+
 CALLS = {
     "batch is a dict": dict(batch={}),
     "batch gives ids from": dict(batch=BATCH.replace(ids=BATCH.ids + 100)),

@@ -64,7 +64,8 @@ class CacheConfig:
     guidance_warmup: Annotated[int, Between(0)] = 5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, str) or self.policy not in _POLICIES:
+        check_value(self.policy, str, "cache policy")
+        if self.policy not in _POLICIES:
             raise ValueError(
                 f"cache policy is {self.policy!r}; expected one of {', '.join(CACHES)}; pipelines take auto as well"
             )
@@ -74,9 +75,8 @@ class CacheConfig:
         object.__setattr__(self, "options", options)
         if unknown := sorted(set(self.segments) - {*SEGMENTS, *_PARTS}):
             raise ValueError(f"unknown cache segments {unknown}; expected some of {[*SEGMENTS, *_PARTS]}")
+        _check_flat(self.segments)
         segments = {name: CacheConfig.of(value) for name, value in self.segments.items()}
-        if nested := sorted(name for name, own in segments.items() if own.segments):
-            raise ValueError(f"cache segments {nested} have segments of their own; name a policy for each instead")
         object.__setattr__(self, "segments", segments)
         check_fields(self, "cache")
         self.build()  # refuse bad settings now, not in the middle of a call
@@ -120,6 +120,7 @@ class CacheConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> CacheConfig:
         """Inverse of `to_dict`. Keys left out keep their defaults; an unknown key is an error."""
         if isinstance(data, Mapping) and isinstance(segments := data.get("segments"), Mapping):
+            _check_flat(segments)
             data = {**data, "segments": {name: cls.of(value) for name, value in segments.items()}}
         return from_data(cls, data, "cache")
 
@@ -130,3 +131,13 @@ class CacheConfig:
             raise ValueError(f"cache policy {self.policy!r} has no settings {unknown}; expected some of {known}")
         check_arguments(make, self.options, f"cache {self.policy}")
         return make(**self.options)
+
+
+def _check_flat(segments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a segment has segments, before anything goes into them."""
+    owns = {
+        name: v.get("segments") if isinstance(v, Mapping) else getattr(v, "segments", None)
+        for name, v in segments.items()
+    }
+    if nested := sorted(str(name) for name, own in owns.items() if own):
+        raise ValueError(f"cache segments {nested} have segments of their own; name a policy for each instead")

@@ -215,4 +215,4 @@ def _jsonable(value: Any) -> Any:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        raise ValueError(f"{name} is {value!r:.80}; expected one of {', '.join(allowed)}")
