@@ -19,6 +19,7 @@ from unidiff.decoding.commit import (
     masked_share,
     progress,
     quota,
+    slack_of,
     take_best,
     unmask_chance,
 )
@@ -166,3 +167,40 @@ def test_margin_decides_by_the_gap_to_the_second_best() -> None:
         choice = choose(p.log(), live, own, zeros, zeros)
         index, count = torch.tensor([[3, 7]]), torch.tensor([1])
         assert decide(own, choice.confidence, choice.confidence, live, count, index)[0].tolist() == expected
+
+
+def test_positions_equal_but_for_rounding_are_taken_from_the_left() -> None:
+    """Float32 noise on equal scores does not choose; what is clearly better comes first, and counts stay."""
+    noise = torch.randn(200, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-7
+    equal, live = 0.4 + noise, torch.ones(200, 12, dtype=torch.bool)
+    equal[:, 7] = 0.7
+    live[:, 0] = False
+    for count in range(13):
+        pick = take_best(equal, live, torch.full((200,), count), slack_of("probability"))
+        expected = ([7] + [i for i in range(1, 12) if i != 7])[:count]
+        assert torch.equal(pick, torch.zeros_like(pick).index_fill(1, torch.tensor(sorted(expected), dtype=torch.long), True))
+    index = torch.arange(12).expand(200, 12)
+    settings = ModalityDecoding(rule="hierarchical", threshold=0.9, low_threshold=0.3)
+    assert decide(settings, equal, equal, live, live.sum(1), index)[:, 7].all()
+    flat = 0.4 + noise
+    for rule in ("threshold", "hierarchical", "factor", "credit", "quota"):
+        for measure in ("probability", "margin", "entropy"):
+            own = ModalityDecoding(rule=rule, confidence=measure, low_threshold=-9.0)
+            value = flat - 2 if measure == "entropy" else flat
+            pick = decide(own, value, value, live, torch.ones(200, dtype=torch.long), index)
+            assert torch.equal(pick, torch.zeros_like(pick).index_fill(1, torch.tensor([1]), True))
+
+
+def test_a_clear_order_is_kept_near_certainty() -> None:
+    """Confidences close to 1 are told apart by what is missing to 1; slack is relative to that."""
+    missing = torch.tensor([[3e-9, 1e-9, 2e-9, 1e-9 * (1 + 1e-7)]], dtype=torch.float64)
+    pick = take_best(1 - missing, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2]), slack_of("probability"))
+    assert pick.tolist() == [[False, True, False, True]]
+    assert slack_of("random") is None
+
+
+def test_the_least_sure_tokens_are_masked_again_from_the_left_where_they_are_equal() -> None:
+    confidence = torch.full((50, 6), 0.3) + torch.randn(50, 6, generator=torch.Generator().manual_seed(1)) * 1e-8
+    confidence[:, 4] = 0.2
+    again = unsure_tokens(confidence, torch.ones(50, 6, dtype=torch.bool), 0.5, torch.full((50,), 3))
+    assert (again == torch.tensor([True, True, False, False, True, False])).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time as wall
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unidiff.decoding.flops import LayerFlops
 from unidiff.decoding.graphs import PassGraphs, recordable
+from unidiff.decoding.plans import by_whole_rows, stacked, stacks
 from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.stats import DecodeStats
@@ -108,6 +109,7 @@ class Forward:
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
         # streams in which rows keep their difference from the conditional one in this pass -> rows that do not, bool [B]
         self._held: dict[int, Tensor | None] = {}
+        self._evaluated: dict[int, Tensor] = {}  # stream -> those rows, where not all do the same
         self._beside: dict[int, Tensor] = {}  # stream -> conditional features when its rows were last evaluated
         self._peaks = {} if peaks is None else peaks
         self.store: FeatureStore | None = None
@@ -128,11 +130,10 @@ class Forward:
             unfinished: int64 `[n]`, the rows that still need features, None for all. Passes over whole rows leave the
                 others out, unless they are recorded.
         """
-        self._held = {}
-        for s in streams:
-            own = plan.of(s)
-            if s in self._features and (own is None or own.rows is not None):
-                self._held[s] = None if own is None else own.rows
+        asked = {s: plan.of(s) for s in streams}
+        self._evaluated = {s: own.rows for s, own in asked.items() if own is not None and own.rows is not None}
+        held = (s for s, own in asked.items() if own is None or s in self._evaluated)
+        self._held = {s: self._evaluated.get(s) for s in held if s in self._features}
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
         if plans:
             self._compute(ids, plan, plans, time, unfinished)
@@ -141,8 +142,7 @@ class Forward:
         for s in (
             s for s in streams if s and plan.others
         ):  # rows that were evaluated differ from now on by what they do now
-            own = plan.of(s)
-            rows = None if own is None else own.rows
+            rows = self._evaluated.get(s)
             if rows is not None and s in self._beside:
                 self._beside[s] = torch.where(rows[:, None, None], self._features[0], self._beside[s])
             elif s in plans or rows is not None:
@@ -158,7 +158,7 @@ class Forward:
     ) -> None:
         begun = wall.perf_counter()
         for group in self._groups(plans):
-            rows, together = torch.cat([self._ids_of(s, ids) for s in group]), _stacked([plans[s] for s in group])
+            rows, together = torch.cat([self._ids_of(s, ids) for s in group]), stacked([plans[s] for s in group])
             if self.store is None:
                 every = plan.every_row or any(s not in self._features for s in group)
                 self._run_whole(rows, together, group, time, None if every else unfinished)
@@ -185,7 +185,7 @@ class Forward:
             return own
         by_layer = own.verify is not None or bool(own.full_layers)
         if by_layer and self.store is None:
-            return _by_rows(own)
+            return by_whole_rows(own)
         idle = not by_layer and own.query is not None and own.width is None and not bool(own.query.any())
         nothing = own.width == 0 and own.fresh is None and not by_layer
         return None if idle or nothing else own
@@ -196,7 +196,7 @@ class Forward:
         for stream, own in plans.items():
             if groups:
                 together = self.store is None or groups[-1][-1] + 1 == stream
-                if together and _stack(own, plans[groups[-1][0]]):
+                if together and stacks(own, plans[groups[-1][0]]):
                     groups[-1].append(stream)
                     continue
             groups.append([stream])
@@ -248,8 +248,12 @@ class Forward:
             held = self.store.nbytes
             self.stats.store_bytes = max(self.stats.store_bytes, held + held * apart // self.store.shape[0])
         for i, stream in enumerate(streams):
-            held_rows = store.hidden[i * size : (i + 1) * size, :-1]
-            self._features[stream] = self._model.shifted(held_rows, self._layouts[stream].positions)
+            hidden = store.hidden[i * size : (i + 1) * size, :-1]
+            features = self._model.shifted(hidden, self._layouts[stream].positions)
+            if (rows := self._evaluated.get(stream)) is not None:  # the others keep theirs, whatever the store has
+                known = self._features.get(stream)
+                features = features.clone() if known is None else torch.where(rows[:, None, None], features, known)
+            self._features[stream] = features
 
     @property
     def _whole_work(self) -> tuple[LayerWork, ...]:
@@ -360,43 +364,3 @@ class Forward:
             if stream and weights is not None:
                 fresh = fresh & (weights[i] != 0)[:, None]
             self._peaks[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
-
-
-def _stack(a: CachePlan, b: CachePlan) -> bool:
-    """Whether streams with these plans run as rows of one call.
-
-    Plans that refresh layer by layer differ in size when they differ at all; joined, each would pay for the larger.
-    """
-    if a.full or b.full:
-        return a.full and b.full
-    if a.query is b.query and a.verify is b.verify and a.full_rows is b.full_rows:
-        return (a.full_layers, a.width) == (b.full_layers, b.width)
-    plain = all(p.verify is None and not p.full_layers and p.query is not None for p in (a, b))
-    return plain and a.width == b.width
-
-
-def _stacked(plans: Sequence[CachePlan]) -> CachePlan:
-    """The plan of all rows, stream by stream."""
-    first = plans[0]
-    if first.full or len(plans) == 1:
-        return first
-    query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
-    verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
-    fresh = None
-    if query is not None and any(p.fresh is not None for p in plans):
-        none = torch.zeros_like(query[: len(query) // len(plans), 0])
-        fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
-    full_rows = None if first.full_rows is None else first.full_rows.repeat(1, len(plans))
-    return replace(first, query=query, verify=verify, fresh=fresh, full_rows=full_rows, others={})
-
-
-def _by_rows(plan: CachePlan) -> CachePlan:
-    """A plan for models that cannot go layer by layer: rows that would do so recompute everything, others their query."""
-    if plan.query is None or (plan.full_layers and plan.full_rows is None):
-        return CachePlan()
-    deep = torch.zeros_like(plan.query[:, 0])
-    if plan.verify is not None:
-        deep = deep | (plan.verify & ~plan.query).any(1)
-    if plan.full_rows is not None:
-        deep = deep | plan.full_rows.any(0)
-    return CachePlan(plan.query | deep[:, None], plan.logits, full=False, rows=plan.rows)

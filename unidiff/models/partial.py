@@ -89,6 +89,15 @@ class CachePlan:
         """What a stream does; the conditional one is 0."""
         return self.others.get(stream, self)
 
+    def working_rows(self) -> Tensor | None:
+        """bool `[B]`: rows in which anything is recomputed; None where that is said of all."""
+        if self.query is None or (self.full_layers and self.full_rows is None):
+            return None
+        rows = self.query.any(1)
+        if self.verify is not None:
+            rows = rows | self.verify.any(1)
+        return rows if self.full_rows is None else rows | self.full_rows.any(0)
+
     def refreshed_in(self, layer: int) -> Tensor | bool:
         """Whether a layer recomputes every position: in all rows, in none, or in those of a bool `[B]`."""
         if layer not in self.full_layers or self.full_rows is None:
@@ -252,6 +261,8 @@ def _layered(
         x = x + _gated(store.all_outputs(layer, "feed_forward"), second)
         work.append(LayerWork(index.shape[1], values.shape[1], index.shape[1]))
     x = model.finish(x, condition)
+    if (rows := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
+        x = torch.where(rows[:, None, None], x, store.hidden[:, :-1])
     store.write_hidden(everywhere, True, x)
     return PartialHidden(x, everywhere, tuple(work))
 

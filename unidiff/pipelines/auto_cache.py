@@ -164,5 +164,6 @@ def expected_gain(row: RowShape, config: SamplerConfig) -> float:
 def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
     """Passes per full block, so that all blocks together make `steps` where the rule keeps them."""
     if settings.rule in ("quota", "ancestral"):
-        return Fraction(settings.steps * block, size)
+        steps = min(settings.steps, size) if settings.rule == "quota" else settings.steps
+        return Fraction(steps * block, size)
     return block if settings.rule == "first_hitting" else math.ceil(block / _TOKENS_PER_PASS)

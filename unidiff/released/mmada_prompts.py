@@ -200,12 +200,12 @@ def mmada_batch(ids: Tensor, vocabulary: Vocabulary, visible: Tensor | None = No
     image = (opened > closed) & visible  # [B, L]
     positions = ids.new_zeros(*ids.shape, 3)
     positions[..., 0] = torch.arange(ids.shape[1], device=ids.device)
-    counts = image.sum(1)
-    side = math.isqrt(int(counts.max())) if len(ids) else 0
-    if side and bool((counts[counts > 0] == side * side).all()):  # one square grid per row
-        code = (image.long().cumsum(1) - 1).clamp_min(0)
-        positions[..., 1] = torch.where(image, code // side, 0)
-        positions[..., 2] = torch.where(image, code % side, 0)
+    counts = image.sum(1, keepdim=True)
+    side = counts.double().sqrt().long().clamp_min(1)  # [B, 1]
+    grid = image & (counts == side * side)  # rows whose picture is one square
+    code = (image.long().cumsum(1) - 1).clamp_min(0)
+    positions[..., 1] = torch.where(grid, code // side, 0)
+    positions[..., 2] = torch.where(grid, code % side, 0)
     modality = torch.where(image, int(Modality.IMAGE), int(Modality.TEXT))
     given = ids != vocabulary.mask_id
     return TokenBatch(ids, modality, given, visible, positions, torch.where(visible, 0, -1))

@@ -26,8 +26,9 @@ class CacheByRow(Policy):
         choice: for every row of the batch, which of them is its own.
 
     Raises:
-        ValueError: a choice that is not there, or (at the start of a decode) another number of rows; a block-causal policy,
-            which is exact for all rows of its models.
+        ValueError: a choice that is not there, or (at the start of a decode) another number of rows; policies that do not
+            go together: a block-causal one, which is exact for all rows of its models, or ones for which different
+            features are kept.
     """
 
     policies: Sequence[RefreshPolicy]
@@ -37,6 +38,9 @@ class CacheByRow(Policy):
     def __post_init__(self) -> None:
         if any(policy.appends for policy in self.policies):
             raise ValueError("a block-causal cache is exact for every row; use it for all of them")
+        kept = {policy.store.outputs for policy in self.policies if policy.store is not None}
+        if len(kept) > 1 or len({policy.peaks for policy in self.policies} - {None}) > 1:
+            raise ValueError("the policies look at different features of a decode; give ones that look at the same")
         if bad := [i for i in self.choice if not 0 <= i < len(self.policies)]:
             raise ValueError(f"a row has policy {bad[0]}; expected numbers from 0 to {len(self.policies) - 1}")
 
@@ -47,9 +51,8 @@ class CacheByRow(Policy):
 
     @property
     def peaks(self) -> str | None:  # type: ignore[override]
-        """The widest that any of the policies needs."""
-        wanted = {policy.peaks for policy in self.policies}
-        return "everywhere" if "everywhere" in wanted else "candidates" if "candidates" in wanted else None
+        """What any of the policies needs."""
+        return next((policy.peaks for policy in self.policies if policy.peaks is not None), None)
 
     def start(self, batch: TokenBatch, model: Any) -> CacheByRow:
         """See `RefreshPolicy.start`."""
