@@ -98,9 +98,7 @@ def test_pack_stores_the_transformer_in_half_precision_and_loads_it_as_float32(t
 
 
 def test_saving_replaces_a_pipeline_but_nothing_else(copy, tmp_path):
-    (copy / "left over.txt").write_text("old")
     tiny_pipeline(1).save_pretrained(copy)
-    assert not (copy / "left over.txt").exists()
     other = tmp_path / "photos"
     other.mkdir()
     (other / "a.png").write_text("mine")
@@ -238,3 +236,109 @@ def test_parts_that_do_not_fit(saved):
     for words, changed in bad.items():
         with pytest.raises(ValueError, match=words):
             UniDiffPipeline(transformer, image, text, changed)
+
+
+REFUSED = {
+    "variant": "fp16",
+    "safe_serialization": False,
+    "push_to_hub": True,
+    "use_flashpack": True,
+    "save_function": print,
+    "is_main_process": False,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_not_be_read_is_not_written(tmp_path, name):
+    pipe = tiny_pipeline()
+    for part in (pipe, pipe.transformer, pipe.image_tokenizer):
+        with pytest.raises(ValueError, match=f"save_pretrained cannot take {name}="):
+            part.save_pretrained(tmp_path / "new", **{name: REFUSED[name]})
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_that_change_nothing_are_fine_and_unknown_ones_are_named(tmp_path):
+    pipe = tiny_pipeline()
+    for part, out in ((pipe, "a"), (pipe.transformer, "b")):
+        part.save_pretrained(tmp_path / out, safe_serialization=True, variant=None, push_to_hub=False)
+        with pytest.raises(ValueError, match=r"unknown argument 'max_shards_size'; did you mean 'max_shard_size'"):
+            part.save_pretrained(tmp_path / "new", max_shards_size="1GB")
+        for size in (
+            0,
+            -1,
+            "0GB",
+            "big",
+            "5 GB please",
+            "",
+            float("nan"),
+            1.5,
+            True,
+            "-5GB",
+            b"5GB",
+            [1],
+            "1" * 30 + "GB",
+        ):
+            with pytest.raises(ValueError, match="max_shard_size is"):
+                part.save_pretrained(tmp_path / "new", max_shard_size=size)
+    assert UniDiffPipeline.from_pretrained(tmp_path / "a") and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("size", [1, 9_000, "20KB", "1MB", "1.5KB", "5GB"])
+def test_weights_in_several_files_are_read_back(tmp_path, size):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "m", max_shard_size=size)
+    again = UniDiffPipeline.from_pretrained(tmp_path / "m")
+    for part in ("transformer", "image_tokenizer"):
+        state, read = (getattr(p, part).state_dict() for p in (pipe, again))
+        assert all(torch.equal(value, read[name]) for name, value in state.items())
+    assert again.text_to_image("a dog", generator=0).ids.equal(pipe.text_to_image("a dog", generator=0).ids)
+
+
+def test_weights_without_values_are_not_saved(tmp_path):
+    for damage, words in (
+        (lambda p: p.transformer.final_norm.weight.data.fill_(torch.nan), "NaN or infinity"),
+        (lambda p: p.image_tokenizer.codebook.data.fill_(torch.inf), "NaN or infinity"),
+        (lambda p: p.transformer.to("meta"), "on the meta device"),
+        (
+            lambda p: setattr(
+                p.transformer.embed_tokens,
+                "weight",
+                torch.nn.Parameter(p.transformer.embed_tokens.weight.data.to_sparse(), requires_grad=False),
+            ),
+            "is sparse",
+        ),
+    ):
+        pipe = tiny_pipeline()
+        damage(pipe)
+        with pytest.raises(ValueError, match=words):
+            pipe.save_pretrained(tmp_path / "m")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_from_the_parts_of_another(tmp_path):
+    pipe = tiny_pipeline()
+    mine = SamplerConfig(image=ModalityDecoding(steps=2, top_p=0.5))
+    own = PipelineSettings(pipe.settings.vocabulary, TEXT_LENGTH, GRID, samplers={"text_to_image": mine})
+    for first in (pipe, UniDiffPipeline(pipe.transformer, pipe.images, pipe.texts, own)):
+        for again in (UniDiffPipeline.from_pipe(first), UniDiffPipeline(**first.components)):
+            again.set_progress_bar_config(disable=True)
+            assert again is not first and again.transformer is first.transformer and again.settings == first.settings
+            results = [p.text_to_image("a dog", generator=0).ids for p in (first, again)]
+            assert torch.equal(*results)
+            again.save_pretrained(tmp_path / "m")
+            assert UniDiffPipeline.from_pretrained(tmp_path / "m").settings == first.settings
+    changed = UniDiffPipeline.from_pipe(pipe, settings=own)
+    assert changed.settings == own and pipe.settings != own
+    half = tiny_pipeline().to(torch.bfloat16)
+    assert UniDiffPipeline.from_pipe(half).transformer.dtype == torch.bfloat16  # the weights are shared: not cast back
+    with pytest.raises(TypeError, match=r"unexpected argument 'transformers'; did you mean 'transformer'"):
+        UniDiffPipeline.from_pipe(pipe, transformers=1)
+    with pytest.raises(ValueError, match="got a dict; expected a UniDiffPipeline"):
+        UniDiffPipeline.from_pipe({})
+
+
+def test_a_dtype_changes_without_a_word_about_an_empty_list(caplog):
+    for part in (tiny_pipeline(), tiny_pipeline().transformer, tiny_pipeline().images):
+        part.to(torch.bfloat16)
+        part.to(dtype=torch.float32)
+    assert "kept in float32" not in caplog.text

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from unidiff.owned import others_in_model
 from unidiff.train.config import TrainConfig
 
 MARK = "# Settings of the last start of this run, written by unidiff.\n"
 EXPORTS = ("model", "model-best")
 _REPLACED = (*EXPORTS, "pipeline")  # the last one by training/finetune.py
-_EXPORTED = re.compile(
-    r"config\.json|vocabulary\.json|trained_on\.json|README\.md"
-    r"|diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-)
 
 
 def check_run_folder(config: TrainConfig) -> None:
@@ -53,11 +49,9 @@ def check_run_folder(config: TrainConfig) -> None:
 
 def check_replaceable(folder: Path) -> None:
     """Raise ValueError where `folder` holds anything that is no export of a run."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file where the run puts its model; move it")
-    if foreign := sorted(p.name for p in folder.iterdir() if not (p.is_file() and _EXPORTED.fullmatch(p.name))):
+    if folder.exists() and (foreign := others_in_model(folder)):
         raise ValueError(
             f"{str(folder)!r} holds {', '.join(foreign[:3])}, which the run's export would remove; move it elsewhere"
         )
