@@ -27,6 +27,10 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg 
 Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an animated GIF.")]
 Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a strip of pictures (PNG).")]
 Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
+CACHE_NAMES = (
+    *("auto", "none", "prefix", "dual", "vicinity", "interval", "adaptive", "max-logit", "modality", "block-causal"),
+)
+"""As `CACHES` has them, which this module cannot import: it would take torch's seconds."""
 Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
 MOST = 10_000
 """Rows of one command, and cases of one category of an evaluation: more than that is a slip of the hand."""
@@ -47,7 +51,7 @@ class DecodeFlags:
     temperature: Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")] = None
     cache: Annotated[
         str | None,
-        typer.Option(help="Cache between passes: auto, none, prefix, dual, vicinity, interval, adaptive, ..."),
+        typer.Option(help=f"Cache between passes: {', '.join(CACHE_NAMES)}."),
     ] = None
     candidates: Annotated[
         int | None,

@@ -110,7 +110,7 @@ def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, .
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, expect):
         names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in _tuple(expect))
-        raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is no {what}")
+        raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is not {what}")
     return value
 
 
@@ -154,7 +154,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         said = _SYSTEM.get(error.errno, (error.strerror or os.strerror(error.errno)).lower())
         named = [
-            repr(os.fsdecode(name))
+            _shown(os.fsdecode(name))
             for name in (error.filename, error.filename2)
             if isinstance(name, str | bytes | os.PathLike)
         ]
@@ -162,6 +162,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ValueError | OSError):
         return str(error).strip() or type(error).__name__
     return None
+
+
+def _shown(name: str) -> str:
+    """A file's name for a message; nobody reads more than its beginning."""
+    return repr(name if len(name) <= 200 else f"{name[:197]}...")
 
 
 def exit_status(

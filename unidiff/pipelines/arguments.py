@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from unidiff.decoding import SamplerConfig
+from unidiff.decoding.cache import CACHES
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -148,6 +149,8 @@ def check_types(given: Mapping[str, Any]) -> None:
     for name, (fits, expected) in _OBJECTS.items():
         if given.get(name) is not None and not fits(given[name]):
             raise ValueError(f"{name} is {_short(given[name])}; expected {expected}")
+    if isinstance(given.get("cache"), str):
+        one_of(given["cache"], "cache", ("auto", *CACHES))
     if "output_type" in given:
         one_of(given["output_type"], "output_type", OUTPUT_TYPES)
 

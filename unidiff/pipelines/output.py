@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unidiff.decoding import CacheConfig, DecodeStats
 from unidiff.pipelines.arguments import whole
-from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
+from unidiff.pipelines.sheet import Cell, draw_sheet, save_gif, save_image
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class UniDiffOutput:
         size = (max(f.width for f in frames), max(f.height for f in frames))  # texts wrap to more or fewer lines
         frames = [ImageOps.pad(f, size, color="white", centering=(0, 0)) if f.size != size else f for f in frames]
         durations = [milliseconds] * (len(frames) - 1) + [2000]
-        save_image(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        save_gif(frames, path, durations)
 
     def save_filmstrip(self, path: str | Path, count: int = 8) -> None:
         """One picture: `count` moments of the trajectory from left to right, one line per row.

@@ -12,18 +12,15 @@ from torch import Tensor
 from unidiff.pipelines.arguments import longest_of, repeated, task_method, texts_of, whole
 from unidiff.pipelines.checks import check_released
 from unidiff.pipelines.components import SharedParts
-from unidiff.pipelines.holes import between_holes, letters_note, refuse_holes
+from unidiff.pipelines.holes import between_holes, refuse_holes
 from unidiff.pipelines.inputs import ImageInputs, as_list, broadcast, opened, size_of
-from unidiff.pipelines.native_run import pictures
 from unidiff.pipelines.output import UniDiffOutput
-from unidiff.pipelines.released_run import ReleasedOptions, decode_request
+from unidiff.pipelines.released_run import ReleasedOptions, run_request
 from unidiff.pipelines.released_tasks import FamilyTasks, Grid
 from unidiff.pipelines.tasks import call_task
 from unidiff.released.chat import Turn, check_turns
 from unidiff.released.loading import Released
-from unidiff.released.tasks import TaskRequest
 from unidiff.tokens.image_vq import VQImageTokenizer
-from unidiff.tokens.known_words import notes_on
 from unidiff.tokens.text import TextTokenizer
 
 _OPTIONS = tuple(ReleasedOptions.__dataclass_fields__)
@@ -156,7 +153,7 @@ class ReleasedPipeline(SharedParts):
         refuse_holes(said, "prompt", _FILL)
         prompts, count = repeated(said, num_images_per_prompt)
         request = self.tasks.text_to_image(prompts, pipe.grid)
-        return pipe._run(request, options, count, said=prompts, noted=said, drawn=True)
+        return run_request(pipe, request, options, count, said=prompts, noted=said, drawn=True)
 
     @task_method(_OPTIONS)
     def caption(
@@ -178,7 +175,7 @@ class ReleasedPipeline(SharedParts):
         pipe = self._fitting(image, resize)
         pixels = pipe.image_inputs.images(image, resize)
         request = self.tasks.caption(pipe._encode(pixels), longest)
-        return pipe._run(request, options, longest=longest, shown=pixels)
+        return run_request(pipe, request, options, longest=longest, shown=pixels)
 
     @task_method(_OPTIONS)
     def answer(
@@ -202,7 +199,7 @@ class ReleasedPipeline(SharedParts):
         pixels = pipe.image_inputs.images(image, resize)
         shown, codes, questions = broadcast(image=list(pixels), codes=list(pipe._encode(pixels)), question=said)
         request = self.tasks.answer(torch.stack(codes), questions, longest)
-        return pipe._run(request, options, longest=longest, noted=said, shown=torch.stack(shown))
+        return run_request(pipe, request, options, longest=longest, noted=said, shown=torch.stack(shown))
 
     @task_method(_OPTIONS)
     def inpaint(
@@ -235,7 +232,9 @@ class ReleasedPipeline(SharedParts):
         holes = torch.stack(hidden)  # [B, H, W]
         request = self.tasks.inpaint(texts, torch.stack(codes), pipe.image_inputs.cells(holes))
         paste = (torch.stack(shown), holes) if paste_back else None
-        return pipe._run(request, options, num_images_per_prompt, said=texts, noted=between_holes(said), paste=paste)
+        return run_request(
+            pipe, request, options, num_images_per_prompt, said=texts, noted=between_holes(said), paste=paste
+        )
 
     @task_method(_OPTIONS)
     def edit(
@@ -281,7 +280,7 @@ class ReleasedPipeline(SharedParts):
         further, holes = (torch.stack(full[n]) if n in full else None for n in ("reference", "mask_image"))
         grid = None if height is None and width is None else pipe._sized_or_usual(height, width).grid
         request = self.tasks.edit(torch.stack(full["image"]), full["prompt"], grid, further, holes)
-        return pipe._run(request, options, num_images_per_prompt, said=full["prompt"], noted=said, drawn=True)
+        return run_request(pipe, request, options, num_images_per_prompt, said=full["prompt"], noted=said, drawn=True)
 
     @task_method(_OPTIONS)
     def generate(
@@ -300,11 +299,11 @@ class ReleasedPipeline(SharedParts):
         longest = longest_of(max_text_tokens, self.tasks.longest)
         if text is None:
             _, count = repeated([None], num_images_per_prompt)
-            return self._run(self.tasks.generate(None, count, longest), options, count, longest=longest)
+            return run_request(self, self.tasks.generate(None, count, longest), options, count, longest=longest)
         said = texts_of(text, "text")
         texts, count = repeated(said, num_images_per_prompt)
         request = self.tasks.generate(texts, count, longest)
-        return self._run(request, options, count, said=texts, noted=between_holes(said))
+        return run_request(self, request, options, count, said=texts, noted=between_holes(said))
 
     @task_method(_OPTIONS)
     def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
@@ -322,7 +321,7 @@ class ReleasedPipeline(SharedParts):
         turns = [several] if all(isinstance(message, Mapping) for message in several) else several
         longest = longest_of(max_text_tokens, 128)
         asked = [turn for turn in check_turns(turns) if isinstance(turn, str)]
-        return self._run(self.tasks.chat(turns, longest), options, noted=asked)
+        return run_request(self, self.tasks.chat(turns, longest), options, noted=asked)
 
     @task_method(_OPTIONS)
     def complete(self, prompt: str | Sequence[str], max_text_tokens: int = 128, **options: Any) -> UniDiffOutput:
@@ -333,7 +332,7 @@ class ReleasedPipeline(SharedParts):
         """
         self.tasks.need("complete")
         said = texts_of(prompt, "prompt")
-        return self._run(self.tasks.complete(said, longest_of(max_text_tokens, 128)), options, noted=said)
+        return run_request(self, self.tasks.complete(said, longest_of(max_text_tokens, 128)), options, noted=said)
 
     @task_method(_OPTIONS)
     def infill(self, text: str | Sequence[str], **options: Any) -> UniDiffOutput:
@@ -344,56 +343,7 @@ class ReleasedPipeline(SharedParts):
         """
         self.tasks.need("infill")
         said = texts_of(text, "text")
-        return self._run(self.tasks.infill(said), options, noted=between_holes(said))
-
-    def _run(
-        self,
-        request: TaskRequest,
-        options: Mapping[str, Any],
-        per_entry: int = 1,
-        longest: int | None = None,
-        said: Sequence[str] = (),
-        noted: Sequence[str] = (),
-        shown: Tensor | None = None,
-        paste: tuple[Tensor, Tensor] | None = None,
-        drawn: bool = False,
-    ) -> UniDiffOutput:
-        """Decode, and back to words and pixels.
-
-        Args:
-            said: the caller's texts, one for each row whose request leaves none to read.
-            noted: the caller's words, which the model should know.
-            shown: float `[B, 3, H, W]`, pictures to give back as they are.
-            paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
-            drawn: the task decodes pictures alone.
-        """
-        chosen = ReleasedOptions(**options)
-        notes = [*notes_on(noted, self.texts), *letters_note(noted)]
-        run = decode_request(self, self.released, request, chosen, per_entry, drawn)
-        done = run.result
-        words = [ids[:longest] for ids in done.texts]  # where no end-of-text came, its place holds one more word
-        texts = [self.texts.decode([i for i in ids if i < self.texts.size]).strip() for ids in words]
-        if said and not request.words.any():
-            words, texts = [self.texts.encode(text) for text in said], list(said)
-        codes, images = torch.zeros(len(words), 0, 0, dtype=torch.long), None
-        if all(done.codes):
-            codes = torch.stack([row[-1] for row in done.codes]).cpu()  # [B, h, w]
-            images = pictures(self, codes, chosen.output_type, shown, paste)
-        return UniDiffOutput(
-            images=images,
-            texts=texts,
-            codes=codes,
-            text_ids=words,
-            ids=done.output.batch.ids.cpu(),
-            confidences=done.output.confidence.cpu(),
-            nfe=done.output.nfe,
-            seconds=done.output.seconds,
-            seeds=run.seeds,
-            stats=done.output.stats,
-            cache=run.choice.config,
-            cache_note=run.choice.note,
-            notes=notes,
-        )
+        return run_request(self, self.tasks.infill(said), options, noted=between_holes(said))
 
     def _sized_or_usual(self, height: int | None, width: int | None) -> ReleasedPipeline:
         usual = self.image_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unidiff.files import replacing
 
+_PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_ANIMATED = {".gif": "GIF"}
 GAP = 12
 INK, PAPER, QUIET = (28, 30, 36), (255, 255, 255), (110, 114, 124)
 
@@ -101,24 +103,44 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
-def save_image(image: Image.Image, path: str | Path, kind: str | None = None, **options: Any) -> None:
+def save_image(image: Image.Image, path: str | Path, **options: Any) -> None:
     """Write a picture under a temporary name, then rename it into place; parent folders are made.
 
+    Args:
+        options: Pillow's, for its format.
+
     Raises:
-        ValueError: an ending that names no picture format.
+        ValueError: an ending that names no picture format. OSError: a full or read-only disk; the message names the file.
     """
-    kind = kind or picture_format(Path(path))
+    kind = picture_format(path)
     with replacing(path) as temporary:
         image.save(temporary, kind, **options)
 
 
-def picture_format(path: str | Path) -> str:
+def save_gif(frames: Sequence[Image.Image], path: str | Path, milliseconds: Sequence[int]) -> None:
+    """Write an endless animation; errors as of `save_image`.
+
+    Args:
+        milliseconds: how long each frame stays.
+    """
+    kind = picture_format(path, _ANIMATED)
+    with replacing(path) as temporary:
+        rest, times = list(frames[1:]), list(milliseconds)
+        frames[0].save(temporary, kind, save_all=True, append_images=rest, duration=times, loop=0)
+
+
+def picture_format(path: str | Path, kinds: Mapping[str, str] | None = None) -> str:
     """Pillow's name of the format that a file name asks for.
 
+    Args:
+        kinds: formats by ending; those of pictures when left out.
+
     Raises:
-        ValueError: an ending other than png, jpg, jpeg or webp.
+        ValueError: another ending.
     """
-    kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    kinds = _PICTURES if kinds is None else kinds
+    if not isinstance(path, str | Path):
+        raise ValueError(f"the file to write is a {type(path).__name__}; expected a path")
     ending = Path(path).suffix.lower()
     if ending not in kinds:
         raise ValueError(f"{str(path)!r} does not end in {', '.join(sorted(kinds))}; choose one of these endings")
