@@ -10,7 +10,16 @@ import torch
 from cache_cases import VOCABULARY, make_model, rows
 from torch import Tensor
 
-from unidiff.decoding import CacheConfig, DecodeView, Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
+from unidiff.decoding import (
+    CacheConfig,
+    DecodeView,
+    Guidance,
+    ModalityDecoding,
+    NoCache,
+    Sampler,
+    SamplerConfig,
+    SamplerOutput,
+)
 from unidiff.decoding.watch import declines
 from unidiff.tokens import Modality, TokenBatch
 
@@ -163,3 +172,15 @@ def test_any_rule_ends_and_leaves_given_tokens_alone(model, rule, flight: int) -
 def test_a_rule_that_answers_something_else_is_refused(model, answer: object) -> None:
     with pytest.raises(ValueError, match=r"the commit rule returned .*; expected bool \(3, \d+\)"):
         decode(model, rules={Modality.TEXT: lambda *arguments: answer})
+
+
+class Vandal(NoCache):
+    """A policy that opens what was filled."""
+
+    def observe(self, state, plan) -> None:
+        state.open.copy_(state.batch.targets)
+
+
+def test_a_policy_that_writes_in_the_state_is_found_out(model) -> None:
+    with pytest.raises(ValueError, match="a cache policy of your own writes in the state"):
+        Sampler(model, VOCABULARY, CONFIG, Vandal())(batch(), SEEDS)

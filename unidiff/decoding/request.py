@@ -35,6 +35,7 @@ class Request:
         stream_of: unconditional stream of each modality with targets. further: those that are mixed in besides.
         targets: most positions of a block.
         sound: bool scalar, False once a model returned logits that cannot be used.
+        most: passes that may write, see `_most_passes`; wrote: those that did.
         stalled: passes in a row that wanted logits and wrote nothing. busy: the coming pass wants logits.
         unfinished: int64, rows that are not finished, and some that are so that their number takes few values; None for all.
     """
@@ -47,7 +48,9 @@ class Request:
     order: str
     targets: dict[Modality, int]
     sound: Tensor
+    most: int
     further: tuple[int, ...] = ()
+    wrote: int = 0
     stalled: int = 0
     busy: bool = False
     unfinished: Tensor | None = None
@@ -102,6 +105,7 @@ class Request:
             config.order,
             targets,
             torch.ones((), dtype=torch.bool, device=batch.ids.device),
+            sum(_most_passes(clock) for clock in clocks.values()),
             tuple(range(2, 1 + len(others))),
         )
 
@@ -145,6 +149,12 @@ class Request:
         if not sound:
             raise ValueError(complaint(state, self.forward))
         self.stalled = 0 if wrote or not self.busy else self.stalled + 1
+        self.wrote += wrote
+        if self.wrote > self.most:
+            raise ValueError(
+                f"more than {self.most} passes wrote tokens, which no settings ask for; a cache policy of your own writes in "
+                "the state of the decode, which it may only read"
+            )
         for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
             unit = math.ceil(self.targets[w.clock.modality] / _WIDTHS)
             w.width = min(unit * math.ceil(most / unit), state.open.shape[1])
@@ -189,6 +199,12 @@ class Request:
         for clock in state.clocks.values():
             clock.end_pass()
         state.step += 1
+
+
+def _most_passes(clock: Clock) -> int:
+    """Passes that may write tokens of a modality: one per token, those of its plan, and one per token masked again."""
+    targets, planned = torch.stack([clock.wanted.sum(), clock.shares.total.max()]).tolist()
+    return targets + planned + len(clock.wanted) * clock.settings.remask_budget
 
 
 def _check_unconditional(
