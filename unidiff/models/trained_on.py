@@ -67,4 +67,8 @@ def read_trained_on(folder: str | Path) -> TrainedOn | None:
     path = Path(folder) / FILE
     if not path.exists():
         return None
-    return from_data(TrainedOn, read_json(path, "a record of training"), str(path))
+    values = read_json(path, "a record of training")
+    try:
+        return from_data(TrainedOn, values, "it")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no record of training ({error}); export the model again") from error
