@@ -27,8 +27,10 @@ class Between:
 
     @property
     def words(self) -> str:
-        """The bounds as the end of a sentence; what is too large for any use is not named."""
-        return f" of at least {self.low:g}" if self.high >= LARGEST else f" from {self.low:g} to {self.high:g}"
+        """The bounds as the end of a sentence."""
+        if self.high < LARGEST:
+            return f" from {self.low:g} to {self.high:g}"
+        return f" of at least {self.low:g}" + (", below 2^63" if self.high == LARGEST else "")
 
 
 # sizes of networks: far above every model there is, and small enough that products of them are numbers that torch holds
