@@ -156,7 +156,7 @@ def generate_line(rng: random.Random, spoil: bool) -> Line:
     if 0.85 <= where < 1:
         return Line(["generate", "a dog", *rng.choice(CLASHES)], "two outputs in one file")
     options(rng, line, DRAWN | DECODE, 0.25 <= where < 0.85)
-    if known and where > 0.25 and rng.random() < 0.2:
+    if known and line.spoiled is None and rng.random() < 0.2:
         line.words += ["--negative", rng.choice(["", "two cats"]), "--guidance", "3"]
     return line
 
