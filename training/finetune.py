@@ -30,13 +30,16 @@ def main(arguments: list[str]) -> int:
 
 def finetune(name: str, config: TrainConfig) -> int:
     from unidiff.hub import locate
-    from unidiff.pipelines.folder import read_index
+    from unidiff.pipelines.folder import check_target, read_index
     from unidiff.pipelines.settings import PipelineSettings
     from unidiff.train.finetune import check_vocabulary, finetune_config, open_base
 
     base = open_base(locate(name))
     config = finetune_config(base, config)
-    settings = PipelineSettings.from_dict(read_index(base.folder).get("settings") or {}) if base.pipeline else None
+    settings = None
+    if base.pipeline:
+        settings = PipelineSettings.from_dict(read_index(base.folder).get("settings") or {})
+        check_target(Path(config.output) / "pipeline")  # before hours of training
 
     def finish() -> None:
         if settings:
@@ -57,10 +60,12 @@ def save_pipeline(base: Path, output: Path, dtype: str) -> None:
 
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.folder import load_parts, load_transformer
+    from unidiff.pipelines.pack import settings_after
     from unidiff.pipelines.settings import with_overrides
 
     parts = load_parts(base, torch.float32)
-    transformer, settings = load_transformer(output / "model", getattr(torch, dtype)), parts.settings
+    transformer = load_transformer(output / "model", getattr(torch, dtype))
+    settings = settings_after(parts.settings, output / "model")
     if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
         blocks = dict.fromkeys(("text", "image"), transformer.config.block_length)
         samplers = {task: with_overrides(s, block_length=blocks) for task, s in settings.samplers.items()}

@@ -138,7 +138,7 @@ def test_a_folder_in_which_a_run_would_spoil_something_is_refused(tmp_path, pret
         ("own", "config.yaml' is of no run"),
         ("pipe", "is in the pipeline folder"),
         ("sd/unet/run", "is in the pipeline folder"),
-        ("run", "holds unet, which the run's export would remove"),
+        ("run", "holds unet/, which the run's export would remove"),
         ("notes", "holds notes.txt"),
         ("file", "is a file"),
     ):
