@@ -110,7 +110,7 @@ def plans(draw):
     return plan
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     plans(),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),

@@ -22,7 +22,7 @@ from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest, write_json
 from unidiff.data.report import SkipReport
 from unidiff.data.shards import ShardSource
-from unidiff.data.stamps import changes, damage, source_stamps, token_stamp
+from unidiff.data.stamps import Stamp, changes, damage, source_stamps, token_stamp
 from unidiff.data.tar import ShardWriter
 from unidiff.errors import read_json, reading, writing
 from unidiff.files import locked, remove_leftovers
@@ -75,8 +75,8 @@ class _Progress:
     """Where an encoding run stands after its last complete shard. `sources`, `files`: as in `TokenManifest`."""
 
     fingerprint: str
-    sources: dict[str, Any]
-    files: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, Stamp]
+    files: dict[str, Stamp] = field(default_factory=dict)
     source: dict[str, Any] | None = None
     shards: dict[str, int] = field(default_factory=dict)
     questions: int = 0
@@ -331,7 +331,7 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
     return progress
 
 
-def _problem(out: Path, sources: dict[str, Any], files: dict[str, Any], fresh: _Progress) -> str:
+def _problem(out: Path, sources: dict[str, Stamp], files: dict[str, Stamp], fresh: _Progress) -> str:
     """Why tokens cannot be used any more, in words."""
     if changed := changes(sources, fresh.sources):
         return f"raw shards have changed since: {changed}"

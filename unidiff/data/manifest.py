@@ -10,6 +10,7 @@ from typing import Any, Literal
 from unidiff.addresses import Unreachable, fetch, is_remote, local_path
 from unidiff.data.report import SkipReport
 from unidiff.data.shard_names import check_scheme, is_shard_name
+from unidiff.data.stamps import Stamp
 from unidiff.errors import DamagedFile, first_line, reading
 from unidiff.files import replacing
 from unidiff.schema import check_fields, from_data
@@ -56,8 +57,8 @@ class TokenManifest:
     fingerprint: str = ""
     skipped: dict[str, Any] = field(default_factory=dict)
     kind: Literal["pairs", "documents"] = "pairs"
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, Stamp] = field(default_factory=dict)
+    files: dict[str, Stamp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, "")

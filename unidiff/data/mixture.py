@@ -13,6 +13,7 @@ import numpy as np
 
 from unidiff.addresses import local_path
 from unidiff.data.shard_names import split_patterns
+from unidiff.schema import from_data
 
 BLOCK = 1000
 
@@ -163,8 +164,21 @@ class MixedSource:
         Raises:
             ValueError: the state belongs to other sources or weights.
         """
-        if list(state["weights"]) != list(self.schedule.weights):
-            raise ValueError(f"the saved position has weights {state['weights']}, not {list(self.schedule.weights)}")
-        for source, saved in zip(self.sources, state["sources"], strict=True):
+        plain = from_data(_State, state, "the saved position")
+        if plain.weights != list(self.schedule.weights):
+            raise ValueError(f"the saved position has weights {plain.weights}, not {list(self.schedule.weights)}")
+        if len(plain.sources) != len(self.sources):
+            raise ValueError(f"the saved position is of {len(plain.sources)} sources, not {len(self.sources)}")
+        for source, saved in zip(self.sources, plain.sources, strict=True):
             source.load_state_dict(saved)
-        self._draw, self._done = int(state["draw"]), set(state["done"])
+        self._draw, self._done = plain.draw, set(plain.done)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `MixedSource.state_dict` gives."""
+
+    draw: int
+    done: list[int]
+    weights: list[float]
+    sources: list[dict[str, Any]]

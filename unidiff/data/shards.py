@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,7 @@ from unidiff.data.members import (
 from unidiff.data.report import Skip, SkipReport
 from unidiff.data.shard_names import check_exist, expand_shards
 from unidiff.data.tar import read_shard
+from unidiff.schema import from_data
 
 _LOG = logging.getLogger(__name__)
 _IN_ORDER = 64  # samples read at a time without shuffling, so that threads have some to decode
@@ -105,7 +107,7 @@ class ShardSource:
         """The position after the last sample handed out, as plain data (JSON-able)."""
         return {
             "fingerprint": self._fingerprint(),
-            "position": self._where.to_dict(),
+            "position": asdict(self._where),
             "before": self._before.state_dict(),
             "decoding": self._decoding.state_dict(),
         }
@@ -116,13 +118,16 @@ class ShardSource:
         Raises:
             ValueError: the state belongs to other shards, another seed or another window.
         """
-        if state["fingerprint"] != self._fingerprint():
+        plain = from_data(_State, state, "the saved position")
+        if plain.fingerprint != self._fingerprint():
             raise ValueError(
                 "the saved position belongs to other shards, members, seed or shuffle window; start without it"
             )
-        self._where = _Position(**state["position"])
-        self._before = SkipReport.from_state_dict(state["before"])
-        self._decoding = SkipReport.from_state_dict(state["decoding"])
+        where = from_data(_Position, plain.position, "the saved position")
+        if min(where.epoch, where.shard, where.entry, where.window, where.offset, where.used) < 0:
+            raise ValueError(f"the saved position {plain.position} has a negative number")
+        before, decoding = SkipReport.from_state_dict(plain.before), SkipReport.from_state_dict(plain.decoding)
+        self._where, self._before, self._decoding = where, before, decoding
         self._reading = SkipReport()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -223,24 +228,27 @@ class ShardSource:
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
+@dataclass
 class _Position:
     """Where the next sample is: the window's first entry, and how many of the window have been handed out."""
 
-    def __init__(
-        self,
-        epoch: int = 0,
-        shard: int = 0,
-        entry: int = 0,
-        window: int = 0,
-        offset: int = 0,
-        used: int = 0,
-        finished: bool = False,
-    ) -> None:
-        self.epoch, self.shard, self.entry = epoch, shard, entry
-        self.window, self.offset, self.used, self.finished = window, offset, used, finished
+    epoch: int = 0
+    shard: int = 0
+    entry: int = 0
+    window: int = 0
+    offset: int = 0
+    used: int = 0
+    finished: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+
+@dataclass(frozen=True)
+class _State:
+    """What `ShardSource.state_dict` gives."""
+
+    fingerprint: str
+    position: dict[str, Any]
+    before: dict[str, Any]
+    decoding: dict[str, Any]
 
 
 def image_batches(

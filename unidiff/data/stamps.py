@@ -7,13 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from unidiff.addresses import Unreachable, is_remote, remote_stamp
 from unidiff.data.shard_names import refuse_missing
 from unidiff.files import file_stamp
 
-Stamp = dict[str, Any]
+Stamp = dict[str, int | str]
 """size in bytes (-1: there is no such shard), time of change and hash, as far as they are known."""
 _ASKING = 16  # addresses at a time
 
@@ -40,8 +39,9 @@ def changes(then: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str:
     found = []
     for url, stamp in now.items():
         before = then.get(url, {})
-        if other := [name for name in ("size", "time", "hash") if name in before and before[name] != stamp.get(name)]:
-            found.append(f"{url} ({', '.join(_difference(name, before, stamp) for name in other if name in stamp)})")
+        both = [name for name in ("size", "time", "hash") if name in before and name in stamp]
+        if other := [name for name in both if before[name] != stamp[name]]:
+            found.append(f"{url} ({', '.join(_difference(name, before, stamp) for name in other)})")
     return _few(found)
 
 
@@ -73,8 +73,8 @@ def _ask(url: str) -> Stamp:
 
 def _difference(name: str, before: Stamp, now: Stamp) -> str:
     if name == "size":
-        words = {-1: "missing"}
-        return f"size {words.get(before['size'], before['size'])} -> {words.get(now['size'], now['size'])}"
+        sizes = ["missing" if stamp["size"] == -1 else stamp["size"] for stamp in (before, now)]
+        return f"size {sizes[0]} -> {sizes[1]}"
     return {"time": "changed at another time", "hash": "other content"}[name]
 
 

@@ -5,6 +5,7 @@ Looking at all names before anything is read makes the order of files free, link
 
 from __future__ import annotations
 
+import io
 import posixpath
 import tarfile
 import zlib
@@ -71,7 +72,8 @@ def scan(stream: IO[bytes]) -> Index:
     links: list[tuple[File, str]] = []
     problem, place = "", 0
     try:
-        with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        bounded = _Bounded(stream, size)
+        with tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 if tar.offset <= place:
@@ -90,7 +92,7 @@ def read(stream: IO[bytes], file: File) -> bytes:
     """The bytes of a file without a `problem`; fewer than `size` where the stream ends before."""
     if file.sparse is not None:
         stream.seek(0)
-        with tarfile.TarFile(fileobj=stream, mode="r") as tar:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             part = tar.extractfile(file.sparse)
             return b"" if part is None else part.read()
     stream.seek(file.place)
@@ -131,6 +133,23 @@ def group(files: Sequence[File], endings: Sequence[str] = (), documents: bool = 
         else:
             sample.ignored.append(member_type(ending))
     return list(found.values()), loose
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that is never asked for more than it has: a damaged header can claim any size, and memory goes first."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        self._stream, self._size = stream, size
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._stream.tell())
+        return self._stream.read(left if size < 0 else min(size, left))
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        return self._stream.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
 
 
 def _file(info: tarfile.TarInfo, links: list[tuple[File, str]]) -> File:

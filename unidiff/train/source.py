@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits
+from unidiff.errors import reading
 from unidiff.files import replacing
 from unidiff.tokens import Vocabulary
 
 _PICK_STREAM = 0x5EED_0001
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class TokenTable:
         phases: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         self.tensors = _check_tensors(tensors, vocabulary)
+        if not 0 <= text_prefix <= self.text_length:
+            raise ValueError(f"text_prefix = {text_prefix} must lie within the {self.text_length} tokens of a caption")
         self.vocabulary = vocabulary
         self.text_prefix = text_prefix
         self.seed = seed
@@ -121,18 +125,16 @@ class TokenTable:
             raise FileNotFoundError(
                 f"token table {str(path)!r} does not exist; write it with tokenizers/encode_shards.py"
             )
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+        with reading(path, "a token table", "it is not a readable safetensors file"), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         if "vocabulary" not in metadata:
             raise ValueError(
                 f"token table {str(path)!r} has no `vocabulary` in its metadata; write it with TokenTable.save"
             )
-        vocabulary = Vocabulary.from_dict(json.loads(metadata["vocabulary"]))
-        return cls(tensors, vocabulary, int(metadata.get("text_prefix", "1")))
+        with reading(path, "a token table", "write it with TokenTable.save"):
+            vocabulary = Vocabulary.from_dict(json.loads(metadata["vocabulary"]))
+            return cls(tensors, vocabulary, int(metadata.get("text_prefix", "1")))
 
     def seeded(self, seed: int, phases: tuple[tuple[int, int], ...] | None = None) -> TokenTable:
         """The same rows in another order; see the arguments of the class."""
@@ -223,18 +225,30 @@ def _check_tensors(tensors: dict[str, Tensor], vocabulary: Vocabulary) -> dict[s
     if ("questions" in tensors) != ("answer_start" in tensors):
         raise ValueError("token table must hold `questions` and `answer_start` together")
     tensors = dict(tensors)
-    for name, ndim in (("captions", 3), ("questions", 3), ("answer_start", 2)):
-        if name in tensors and tensors[name].ndim == ndim - 1:
+    for name, ndim in {"codes": 3, "captions": 3, "questions": 3, "answer_start": 2, "levels": 1}.items():
+        if name not in tensors:
+            continue
+        if name not in ("codes", "levels") and tensors[name].ndim == ndim - 1:
             tensors[name] = tensors[name][:, None]
+        tensor = tensors[name]
+        if tensor.ndim != ndim or tensor.dtype not in _WHOLE:
+            raise ValueError(
+                f"token table has {name} {tuple(tensor.shape)} of {tensor.dtype}; expected whole numbers in {ndim} dimensions"
+            )
+        if not tensor.numel():
+            raise ValueError(f"token table has {name} {tuple(tensor.shape)}; expected at least one number")
     count = len(tensors["codes"])
-    if count == 0 or any(len(v) != count for v in tensors.values()):
-        raise ValueError(f"token table rows disagree or are empty: { {k: tuple(v.shape) for k, v in tensors.items()} }")
+    if any(len(v) != count for v in tensors.values()):
+        raise ValueError(f"token table rows disagree: { {k: tuple(v.shape) for k, v in tensors.items()} }")
+    if "questions" in tensors and tensors["questions"].shape[:2] != tensors["answer_start"].shape:
+        raise ValueError("token table must hold one `answer_start` for every question")
     if "questions" in tensors and tensors["questions"].shape[-1] != tensors["captions"].shape[-1]:
         raise ValueError("captions and questions must have the same length T")
     for name, size in (
         ("codes", vocabulary.image_size),
         ("captions", vocabulary.text_size),
         ("questions", vocabulary.text_size),
+        ("answer_start", tensors["captions"].shape[-1]),
     ):
         if name in tensors and not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < size:
             low, high = int(tensors[name].min()), int(tensors[name].max())
