@@ -68,12 +68,16 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
         """Split a config into constructor arguments; an unknown key or another class raises `ValueError`."""
-        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        parameters = inspect.signature(cls.__init__).parameters
+        known = set(parameters) - {"self"}
         if unknown := sorted(k for k in config_dict if not k.startswith("_") and k not in known):
             raise ValueError(f"{cls.__name__} config has unknown keys {unknown}; expected some of {sorted(known)}")
+        needed = {name for name in known if parameters[name].default is inspect.Parameter.empty}
+        if missing := sorted(needed - config_dict.keys() - kwargs.keys()):
+            raise ValueError(f"{cls.__name__} config lacks {missing}")
         family = config_dict.get("_class_name", cls.__name__)
         if family not in [c.__name__ for c in cls.__mro__]:
-            raise ValueError(f"the config describes a {family!r}, not a {cls.__name__}; load it with its own class")
+            raise ValueError(f"the config describes a {family}, not a {cls.__name__}; load it with its own class")
         return super().extract_init_dict(config_dict, **kwargs)
 
     def check_arguments(self) -> None:
@@ -199,13 +203,10 @@ def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], 
     problems = {
         "missing": sorted(wanted.keys() - stored.keys()),
         "unexpected": sorted(stored.keys() - shapes.keys()),
-        "misshaped": [
-            f"{name} of shape {tuple(stored[name].shape)} instead of {shape}"
-            for name, shape in sorted(shapes.items())
-            if name in stored and tuple(stored[name].shape) != shape
-        ],
+        "misshaped": sorted(n for n in stored.keys() & shapes.keys() if tuple(stored[n].shape) != shapes[n]),
     }
-    _refuse(where, problems)
+    first = next(iter(problems["misshaped"]), None)
+    _refuse(where, problems, f", {tuple(stored[first].shape)} instead of {shapes[first]}" if first else "")
     for name, value in stored.items():
         check_dtype(f"{name} of {file}", value, wanted[copies.get(name, name)].is_floating_point())
     for copy, original in copies.items():
@@ -213,9 +214,9 @@ def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], 
             raise ValueError(f"{file}: {copy!r} differs from {original!r}, though the config ties them")
 
 
-def _refuse(where: str, problems: Mapping[str, list[str]]) -> None:
+def _refuse(where: str, problems: Mapping[str, list[str]], more: str = "") -> None:
     if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
-        raise ValueError(f"{where}: the weights do not fit the config: {found}; load a checkpoint of this model")
+        raise ValueError(f"{where}: the weights do not fit the config: {found}{more}; load a checkpoint of this model")
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:

@@ -74,12 +74,24 @@ def reading(path: str | Path, what: str, fix: str = "the file is damaged or of a
     except BaseException as error:  # a panic of a Rust library is no Exception
         if is_out_of_memory(error):
             raise
-        raise DamagedFile(f"{str(path)!r} cannot be read as {what} ({first_line(error)}); {fix}") from error
+        raise DamagedFile(f"{str(path)!r} cannot be read as {what} ({reason_of(error)}); {fix}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a library could not read a file, without the words of its own code."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, TypeError | AttributeError | LookupError | AssertionError | NotImplementedError | NameError):
+        return "a value in it is missing or of the wrong kind"
+    return first_line(error)
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def writing(path: str | Path, through: Path | None = None) -> Iterator[None]:
     """Around writing `path`: the system's errors name it, whatever library was at work.
+
+    Args:
+        through: a temporary file or folder, whose name says nothing to anybody.
 
     Raises:
         OSError: a full or read-only disk and the like, with the file's name.
@@ -87,6 +99,8 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if through is not None and isinstance(error.filename, str) and error.filename.startswith(str(through)):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise _with_name(error, path) from error
     except Exception as error:  # safetensors and torch wrap the system's words in errors of their own
         text = str(error)

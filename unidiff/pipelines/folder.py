@@ -40,7 +40,10 @@ def load_parts(folder: Path, dtype: torch.dtype) -> LoadedParts:
             NaN, or parts that do not fit together.
     """
     index = read_index(folder)
-    settings = PipelineSettings.from_dict(index.get("settings") or {})
+    try:
+        settings = PipelineSettings.from_dict(index.get("settings") or {})
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX}: {error}") from error
     transformer = load_transformer(folder / "transformer", dtype)
     # Never in half precision: rounded weights move codes, and the transformer knows only those it was trained on.
     image_tokenizer = VQImageTokenizer.from_pretrained(folder / "image_tokenizer")

@@ -15,18 +15,22 @@ from torch import Tensor, nn
 
 from unidiff.errors import check_regular, json_name, read_json, reading
 from unidiff.hub import ALL_FILES, locate
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.checkpoint_file import LARGEST_COUNT, in_memory, open_checkpoint, pick_entry, weight_file
 from unidiff.released.config_keys import ConfigError, check_names
 from unidiff.released.conv_names import ENTRIES
 from unidiff.released.families import Family, Layout, family_named, recognise
 from unidiff.released.keymap import KeyMismatch, strip_prefixes
 from unidiff.released.native import RECORD, load_native, read_record
+from unidiff.schema import Depth, check_value
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
+LAYOUT: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
+"""What else the released spelling of weights can need, see `Family.layout`."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,18 @@ def load_converted(
 ) -> Released:
     """A folder that `convert` wrote; errors as in `load_released`."""
     record = read_record(folder)
-    family = family_named(record.family)
+    try:
+        family = family_named(record.family)
+        for name, value in record.layout.items():
+            check_value(value, LAYOUT.get(name, None), f"layout {name}")
+        if (record.vocabulary is None) != (family.vocabulary is None):
+            raise ValueError(f"{family.name} {'has a' if family.vocabulary else 'has no'} vocabulary")
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD} is damaged: {error}; convert the checkpoint again") from error
     model = load_native(folder, dtype, device)
+    rows = model.config.get("vocab_size")
+    if isinstance(model, MaskedTransformer) and record.vocabulary is not None and record.vocabulary.size != rows:
+        raise ValueError(f"{folder / RECORD} has {record.vocabulary.size} ids, but the model {rows}; convert it again")
     constants = {}
     if record.constants:
         constants = {name: in_memory(value) for name, value in open_checkpoint(folder / record.constants).items()}

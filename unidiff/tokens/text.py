@@ -11,8 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unidiff.errors import DamagedFile, first_line, reading, writing
+from unidiff.errors import DamagedFile, reading, reason_of, writing
 from unidiff.files import replacing, resolve_link
+from unidiff.tokens.text_folder import check_tokenizer_folder
 
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -111,14 +112,18 @@ class TextTokenizer:
     @classmethod
     def read(cls, name: str | Path, load: Callable[[], PreTrainedTokenizerBase]) -> TextTokenizer:
         """What `load` reads from `name`, or one sentence about it; errors as of `from_pretrained`."""
+        if Path(name).is_dir():
+            check_tokenizer_folder(name)
         try:
             with reading(name, "a text tokenizer"):
                 tokenizer = cls(load())
                 if not tokenizer._vocabulary:
                     raise DamagedFile("it has no words")
+                tokenizer.specials()  # and the text of one: what is wrong shows here, not in the middle of the work
+                tokenizer.encode("a")
                 return tokenizer
         except (DamagedFile, OSError) as error:
-            reason = first_line(error.__cause__ or error)
+            reason = reason_of(error.__cause__) if error.__cause__ else str(error)
             if "trust_remote_code" in str(error.__cause__):
                 reason = "it needs code of its own (auto_map), which is never run here; save it as tokenizer.json"
             what = "cannot be read as a tokenizer" if Path(name).is_dir() else "is neither a folder nor a hub tokenizer"
@@ -195,14 +200,14 @@ class TextTokenizer:
         """The id of a special token by its short name (`eos`, `caption`, ...) or its full text.
 
         Raises:
-            KeyError: this tokenizer has no such token.
+            ValueError: this tokenizer has no such token.
         """
         for candidate in (special_token(name), name):
             if candidate in self._vocabulary and self._vocabulary[candidate] in self.tokenizer.all_special_ids:
                 return self._vocabulary[candidate]
         named = getattr(self.tokenizer, f"{name}_token_id", None) if name in ("eos", "bos", "pad", "unk") else None
         if named is None:
-            raise KeyError(f"the tokenizer has no special token {name!r}; it has {sorted(self.specials())}")
+            raise ValueError(f"the tokenizer has no special token {name!r}; it has {sorted(self.specials())}")
         return int(named)
 
     def specials(self) -> dict[str, int]:

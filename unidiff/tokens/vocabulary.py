@@ -50,6 +50,8 @@ class Vocabulary:
                 raise ValueError(f"{name} range ({start}, {stop}) must lie inside [0, {self.size}]")
         if max(self.text[0], self.image[0]) < min(self.text[1], self.image[1]):
             raise ValueError(f"text range {self.text} and image range {self.image} overlap; give them disjoint ids")
+        if self.text[0] == self.text[1] and self.image[0] == self.image[1]:
+            raise ValueError("vocabulary has neither text ids nor image codes; give one of the ranges some ids")
         ids = {"mask_id": self.mask_id, "image_mask_id": self.image_mask, **self.specials}
         for name, value in ids.items():
             if not 0 <= value < self.size:

@@ -1,0 +1,221 @@
+"""The kinds of folders that `test_hostile_files` damages: tiny, of random weights, one per format that unidiff reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import muddit_parts
+import torch
+from diffusers import VQModel
+from hostile_cases import Kind
+from released_parts import TINY, tiny_weights, write_tiny
+from released_pipelines import write_chat
+from tiny_pipeline import tiny_pipeline
+
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.released.convert import convert, save_shards
+from unidiff.released.families import FAMILIES
+from unidiff.released.loading import load_released
+from unidiff.released.smoke import answer
+from unidiff.tokens.cell_vq import CellVQModel
+from unidiff.tokens.conv_vq import ConvVQModel
+from unidiff.tokens.image_lfq import LFQModel
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SENTENCE = "a red fox"
+
+
+# -------------------------------------------------------------------------------------------------- released families
+
+
+def _released(family: str) -> Kind:
+    def load(folder: Path) -> Any:
+        found = load_released(folder, vocabulary=TINY[family].vocabulary)
+        state = found.state_dict()
+        return answer(found.model if found.images is None else found.images, found.vocabulary), sorted(state)
+
+    return Kind(
+        family, lambda folder: _nothing(write_tiny(folder, family)), load, ("config.json",), ("model.safetensors",)
+    )
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _sharded() -> Kind:
+    def write(folder: Path) -> None:
+        write_tiny(folder, "llada")
+        (folder / "model.safetensors").unlink()
+        save_shards(tiny_weights("llada"), folder, "model", "8KB")
+
+    index = "model.safetensors.index.json"
+    return Kind("sharded", write, _released("llada").load, (index,), ("model-00002-of-00004.safetensors",))
+
+
+def _torch_file(zipped: bool) -> Kind:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(TINY["llada"].config))
+        content = {"model": tiny_weights("llada"), "step": 3}
+        torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+    name = "torch file" if zipped else "old torch file"
+    return Kind(name, write, _released("llada").load, (), ("pytorch_model.bin",))
+
+
+def _yaml() -> Kind:
+    def write(folder: Path) -> None:
+        write_tiny(folder, "unidisc")
+        (folder / "config.json").rename(folder / "config.yaml")
+
+    return Kind("yaml", write, _released("unidisc").load, ("config.yaml",), ("config.yaml",))
+
+
+def _converted(family: str) -> Kind:
+    def write(folder: Path) -> None:
+        write_tiny(folder.parent / f"{folder.name}-source", family)
+        convert(folder.parent / f"{folder.name}-source", folder, vocabulary=TINY[family].vocabulary)
+
+    blobs = (WEIGHTS, *(("constants.safetensors",) if FAMILIES[family].constants else ()))
+    return Kind(f"converted {family}", write, _released(family).load, ("released.json", "config.json"), blobs)
+
+
+# ------------------------------------------------------------------------------------------------------ whole pipelines
+
+
+def _pipeline() -> Kind:
+    texts = (
+        "model_index.json",
+        "transformer/config.json",
+        "image_tokenizer/config.json",
+        "text_tokenizer/tokenizer.json",
+        "text_tokenizer/tokenizer_config.json",
+    )
+
+    def load(folder: Path) -> Any:
+        pipe = UniDiffPipeline.from_pretrained(folder)
+        codes = torch.arange(6).reshape(1, 2, 3)
+        ids = pipe.texts.encode(SENTENCE)
+        model = answer(pipe.transformer, pipe.settings.vocabulary)
+        return model, pipe.images.decode(codes), ids, pipe.texts.decode(ids), pipe.settings.to_dict()
+
+    blobs = (f"transformer/{WEIGHTS}", f"image_tokenizer/{WEIGHTS}", "text_tokenizer/tokenizer.json")
+    return Kind("pipeline", lambda folder: tiny_pipeline().save_pretrained(folder), load, texts, blobs)
+
+
+def _chat(family: str) -> Kind:
+    def load(folder: Path) -> Any:
+        pipe = UniDiffPipeline.from_pretrained(folder)
+        model = answer(pipe.released.model, pipe.released.vocabulary)
+        return model, pipe.texts.encode(SENTENCE), pipe.texts.specials()
+
+    def write(folder: Path) -> None:
+        write_chat(folder, family)
+
+    texts = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    return Kind(f"chat {family}", write, load, texts)
+
+
+def _muddit() -> Kind:
+    texts = ("transformer", "text_encoder", "vqvae")
+    tokens = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
+
+    def load(folder: Path) -> Any:
+        parts = UniDiffPipeline.from_pretrained(folder / "512").parts
+        ids = torch.tensor(parts.tokenizer("a b", padding="max_length", max_length=6).input_ids)[None]
+        features = parts.encoder(ids)
+        image = parts.images.decode(torch.arange(16).reshape(1, 4, 4))
+        return answer(parts.model, parts.vocabulary), features.sequence, features.pooled, image, str(parts.settings)
+
+    return Kind(
+        "muddit folder",
+        lambda folder: muddit_parts.write_folder(folder / "512"),
+        load,
+        (
+            *(f"512/{name}/config.json" for name in texts),
+            "512/scheduler/scheduler_config.json",
+            *(f"512/{t}" for t in tokens),
+        ),
+        ("512/text_encoder/model.safetensors", "mask_token_embedding.pth", f"512/vqvae/{WEIGHTS}"),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def _images(name: str, make: Any) -> Kind:
+    def load(folder: Path) -> Any:
+        tokenizer = VQImageTokenizer.from_pretrained(folder)
+        return answer(tokenizer, None), tokenizer.factor, tokenizer.codebook_size
+
+    def write(folder: Path) -> None:
+        torch.manual_seed(0)
+        make().save_pretrained(folder)
+
+    return Kind(name, write, load, ("config.json",), (WEIGHTS,))
+
+
+def _denoiser() -> Kind:
+    def load(folder: Path) -> Any:
+        model = MaskedTransformer.from_pretrained(folder)
+        ids = torch.arange(8)[None]
+        positions = torch.zeros(1, 8, 3, dtype=torch.long)
+        return model.head(model.hidden(ids, torch.zeros_like(ids), positions, None))
+
+    def write(folder: Path) -> None:
+        torch.manual_seed(0)
+        MaskedTransformer(12, 16, 1, 2, rope="1d", tie_head=True).save_pretrained(folder)
+
+    return Kind("denoiser", write, load, ("config.json",), (WEIGHTS,))
+
+
+def _text() -> Kind:
+    def load(folder: Path) -> Any:
+        texts = TextTokenizer.from_pretrained(folder)
+        ids = texts.encode(SENTENCE)
+        return ids, texts.decode(ids), texts.size, texts.specials()
+
+    def write(folder: Path) -> None:
+        TextTokenizer.train(["a red fox on a hill", "two owls"], 280).save_pretrained(folder)
+
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return Kind("text tokenizer", write, load, names, names)
+
+
+def _all() -> list[Kind]:
+    levels = {
+        "encoder_multipliers": (1, 1),
+        "encoder_depths": (1, 1),
+        "decoder_multipliers": (1, 1),
+        "decoder_depths": (1, 1),
+    }
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return [
+        *map(_released, FAMILIES),
+        _sharded(),
+        _torch_file(True),
+        _torch_file(False),
+        _yaml(),
+        *map(_converted, ("llada", "mdlm", "magvit", "vq_model")),
+        _pipeline(),
+        _chat("llada"),
+        _chat("dream"),
+        _muddit(),
+        _images("CellVQModel", lambda: CellVQModel(8, 16, 4, 16, 1, (16,), (1,))),
+        _images("ConvVQModel", lambda: ConvVQModel(12, 4, 32, z_channels=8, decoder_channels=32, **levels)),
+        _images("LFQModel", lambda: LFQModel(4, 32, decoder_channels=32, **levels)),
+        _images(
+            "VQModel", lambda: VQModel(block_out_channels=(4, 4), num_vq_embeddings=16, norm_num_groups=2, **blocks)
+        ),
+        _denoiser(),
+        _text(),
+    ]
+
+
+KINDS = {kind.name: kind for kind in _all()}

@@ -1,0 +1,100 @@
+"""The files of a text tokenizer looked at before libraries read them: those take much for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from unidiff.errors import DamagedFile, check_regular, read_json
+from unidiff.schema import check_value
+
+_DEEPEST = 64  # nesting of settings; the library walks through them by recursion
+_TOKEN = str | dict[str, Any] | None
+_FLAG = bool | None
+SETTINGS: Mapping[str, Any] = {
+    "tokenizer_class": str | None,
+    "name_or_path": str | None,
+    "padding_side": Literal["left", "right"] | None,
+    "truncation_side": Literal["left", "right"] | None,
+    "auto_map": dict[str, Any] | None,
+    "added_tokens_decoder": dict[str, Any] | None,
+    "additional_special_tokens": list[_TOKEN] | None,
+    "extra_special_tokens": list[_TOKEN] | dict[str, Any] | None,
+    "model_input_names": list[str] | None,
+    **dict.fromkeys([f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")], _TOKEN),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"), _FLAG),
+    **dict.fromkeys(("split_special_tokens", "do_lower_case", "legacy", "use_fast", "is_local"), _FLAG),
+}
+"""Types of the keys of `tokenizer_config.json` that are used."""
+ADDED: Mapping[str, Any] = {
+    "id": int,
+    "content": str,
+    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), bool),
+}
+
+
+def check_tokenizer_folder(folder: str | Path) -> None:
+    """Raise unless the files of a text tokenizer are plain files whose settings are of the right types.
+
+    Raises:
+        ValueError: one that is not; the message names the file.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        if not path.is_dir() and path.name.startswith(
+            ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat")
+        ):
+            check_regular(path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
+        path = Path(folder) / name
+        if path.exists():
+            content = read_json(path, "settings of a text tokenizer")
+            try:
+                _check_depth(content)
+                _check(name, content)
+            except ValueError as error:
+                raise DamagedFile(f"{str(path)!r} cannot be read as a part of a text tokenizer: {error}") from error
+
+
+def _check(name: str, content: dict[str, Any]) -> None:
+    if name == "tokenizer.json":
+        added = content.get("added_tokens")
+        check_value(added, list[dict[str, Any]] | None, "added_tokens")
+        for token in added or ():
+            _check_token(token, "added_tokens")
+        return
+    if name == "added_tokens.json":
+        check_value(content, dict[str, int], "the file")
+        return
+    for key, annotation in SETTINGS.items():
+        if key in content:
+            check_value(content[key], annotation, key)
+            if isinstance(content[key], dict) and key.endswith("_token"):
+                _check_token(content[key], key)
+    longest = content.get("model_max_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0):
+        raise ValueError(f"model_max_length is {longest!r}; expected a positive number")
+    for key, token in (content.get("added_tokens_decoder") or {}).items():
+        if not key.isdecimal():
+            raise ValueError(f"added_tokens_decoder has {key!r}; expected ids")
+        check_value(token, dict[str, Any], f"added_tokens_decoder {key}")
+        _check_token(token, f"added_tokens_decoder {key}")
+
+
+def _check_token(token: Mapping[str, Any], name: str) -> None:
+    for key, annotation in ADDED.items():
+        if key in token:
+            check_value(token[key], annotation, f"{name} {key}")
+    if "content" not in token:
+        raise ValueError(f"{name} lacks its content")
+    if token["content"] == "":
+        raise ValueError(f"{name} has an empty token")
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            if isinstance(one, dict | list):
+                _check_depth(one, depth + 1)
