@@ -111,7 +111,6 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     Raises:
         FileNotFoundError, ValueError: a model that cannot be loaded, or a device that is not there.
     """
-    import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -119,20 +118,35 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     transformers_logging.set_verbosity_error()
 
     from unidiff.pipeline import UniDiffPipeline
+    from unidiff.pipelines.checks import UntrainedTask
     from unidiff.tokens.known_words import UnknownWords
 
-    warnings.simplefilter("ignore", UnknownWords)  # `say_notes` says it
+    for kind in (UnknownWords, UntrainedTask):
+        warnings.simplefilter("ignore", kind)  # `say_notes` says it
+    device = usable_device(device)
+    pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(device)
+    if hasattr(pipe, "set_progress_bar_config"):  # Muddit shows no progress
+        pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    return pipe
+
+
+def usable_device(device: str) -> str:
+    """`device`, or for `auto` the GPU where there is one.
+
+    Raises:
+        ValueError: one that is not there.
+    """
+    import torch
+
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)[:120]
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
-    pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(device)
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-    return pipe
+    return device
 
 
 Picture = Annotated[str, typer.Argument(help="The picture: a file, or an address (http, https).")]
@@ -161,7 +175,11 @@ def call(method: Any, *inputs: Any, **asked: Any) -> Any:
         ValueError: an option that the model's task does not have, and as the task does.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value is not False}
-    known = getattr(method, "arguments", tuple(asked))
+    from unidiff.pipeline import UniDiffPipeline
+
+    known = set(getattr(method, "arguments", asked))
+    if not isinstance(method.__self__, UniDiffPipeline):
+        known.discard("record_trajectory")
     if unknown := [name for name in asked if name not in known]:
         flag = _FLAGS.get(unknown[0], f"--{unknown[0].replace('_', '-')}")
         raise ValueError(f"{flag} does not go with {method.__name__} of this model; leave it out")

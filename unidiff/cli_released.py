@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unidiff.cli_common import Device, Model, load_pipeline
+from unidiff.cli_common import Device, Model, load_pipeline, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,16 @@ def info(
     subfolder: Subfolder = None,
 ) -> None:
     """Say what a model is, what it needs, and what this machine offers."""
+    if path is not None and model not in ("emoji", path):
+        raise ValueError(f"two models are named, {path!r} and --model {model!r}; name one")
     name = model if path is None else path
-    lines = _about_pipeline(name) if _is_pipeline(name) else _about_checkpoint(name, family, subfolder)
+    _quiet()
+    if (folder := _pipeline_at(name, subfolder)) is not None:
+        if family is not None:
+            raise ValueError(f"{name!r} is a pipeline of unidiff; leave --family out")
+        lines = _about_pipeline(folder)
+    else:
+        lines = _about_checkpoint(name, family, subfolder)
     import diffusers
     import torch
     import transformers
@@ -57,6 +65,8 @@ def convert(
     """Turn a released checkpoint into unidiff's folder, or such a folder back into the released layout."""
     from unidiff.released.convert import convert as run
 
+    _quiet()
+    _check_released(source, subfolder)
     typer.echo(run(source, target, _dtype(dtype), family=family, subfolder=subfolder))
 
 
@@ -68,13 +78,11 @@ def verify(
     subfolder: Subfolder = None,
 ) -> None:
     """Compare a released checkpoint with its published values and let it compute; status 1 where something is off."""
-    import torch
-
     from unidiff.released.verify import verify as run
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = run(source, _dtype(dtype), device, family=family, subfolder=subfolder)
+    _quiet()
+    _check_released(source, subfolder)
+    result = run(source, _dtype(dtype), usable_device(device), family=family, subfolder=subfolder)
     typer.echo(f"{source}: {result.family}" + (f", closest to {result.release}" if result.release else ""))
     for check in result.checks:
         typer.echo(str(check))
@@ -88,14 +96,29 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else read_dtype(name)
 
 
-def _is_pipeline(name: str) -> bool:
-    """A unidiff pipeline folder, an embedded model, or a hub name that turns out to hold one."""
-    from unidiff.hub import EMBEDDED, locate
+def _quiet() -> None:
+    """Libraries keep what they think of a config to themselves."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+
+
+def _check_released(name: str, subfolder: str | None) -> None:
+    if _pipeline_at(name, subfolder) is not None:
+        raise ValueError(f"{name!r} is a pipeline of unidiff already; this command is for released checkpoints")
+
+
+def _pipeline_at(name: str, subfolder: str | None) -> str | None:
+    """The folder of a unidiff pipeline: embedded, on disk, or a hub name that turns out to hold one; None for others."""
+    from unidiff.hub import locate
     from unidiff.pipelines.folder import is_pipeline
 
-    if name in EMBEDDED:
-        return True
-    return not Path(name).is_file() and is_pipeline(locate(name))
+    if Path(name).exists() and not Path(name).is_dir():
+        return None
+    folder = locate(name) / (subfolder or "")
+    return str(folder) if is_pipeline(folder) else None
 
 
 def _about_checkpoint(name: str, family: str | None, subfolder: str | None) -> dict[str, str]:
@@ -127,7 +150,7 @@ def _about_pipeline(name: str) -> dict[str, str]:
         "picture": f"{width} x {height} pixels, {codes} codes",
         "text": f"at most {pipe.text_slots.room} tokens",
         **({} if known is None else {"knows": f"{len(known)} words: {', '.join(sorted(known))}"}),
-        "tasks": ", ".join(settings.samplers),
+        "tasks": ", ".join(settings.trained) or "none",
     }
 
 

@@ -36,10 +36,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         OSError: a full or read-only disk and the like, with the name of `path`.
     """
     path = resolve_link(path)
-    with writing(path):
+    temporary = beside(path, "tmp")
+    with writing(path, temporary):
         _check_kind(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(path, "tmp")
         try:
             yield temporary
             flush_to_disk(temporary)
@@ -62,10 +62,10 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         OSError: a full or read-only disk and the like, with the name of `target`.
     """
     target = resolve_link(target)
-    with writing(target):
+    temporary, aside = beside(target, "tmp"), beside(target, "old")
+    with writing(target, temporary):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
-        temporary, aside = beside(target, "tmp"), beside(target, "old")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -98,10 +98,10 @@ def filling_folder(target: str | Path) -> Iterator[Path]:
         OSError: a full or read-only disk and the like, with the name of `target`.
     """
     target = resolve_link(target)
-    with writing(target):
+    temporary = beside(target / _PART, "tmp")  # inside: a folder may be a disk of its own
+    with writing(target, temporary):
         target.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target / _PART)
-        temporary = beside(target / _PART, "tmp")  # inside: a folder may be a disk of its own
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from unidiff.errors import first_line
 
 EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "emoji" / "model"}
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -35,8 +38,11 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
 
     Raises:
         FileNotFoundError: nothing there.
+        ValueError: no name at all, or a file.
         TypeError: an option that the hub download does not know.
     """
+    if not isinstance(name, str | PathLike):
+        raise ValueError(f"the model is {name!r}; expected a folder, a hub model 'owner/name', or 'emoji'")
     if unknown := sorted(set(hub_options) - set(HUB_OPTIONS)):
         raise TypeError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(HUB_OPTIONS)}")
     folder = Path(name)
@@ -47,12 +53,14 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
         return embedded
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{str(name)!r} is a file, not a model folder; name the folder that holds it")
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(str(name)) or folder.parent.is_dir():
         raise FileNotFoundError(
             f"model folder {str(name)!r} does not exist; name a folder, a hub model 'owner/name', or 'emoji'"
         )
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(wanted), **hub_options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error)
         raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a reachable hub model: {reason}") from error
