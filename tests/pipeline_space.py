@@ -31,7 +31,7 @@ TEXTS = [
 def pipeline_of(grid: str, timed: bool) -> UniDiffPipeline:
     if not timed:
         return tiny_pipeline(grid=GRIDS[grid])
-    inner, image, text, settings = tiny_parts(grid=GRIDS[grid], corpus=CORPUS)
+    _, image, text, settings = tiny_parts(grid=GRIDS[grid], corpus=CORPUS)
     sizes = dict(hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, time_conditioning=True, cond_dim=8)
     model = MaskedTransformer(settings.vocabulary.size, **sizes)
     for p in model.parameters():

@@ -95,6 +95,21 @@ def test_unidisc_fills_holes_in_both_and_keeps_the_rest(pipe):
         pipe.text_to_image("a fox", stpes=3)
 
 
+def test_a_threshold_means_the_same_in_every_row(pipe):
+    """Captions with and without holes in one call: the threshold is that of text, whatever the rows hide."""
+    picture, seeds = Image.new("RGB", (6, 6), (200, 30, 40)), [3, 4, 5, 6]
+    mask = Image.new("L", (6, 6), 255)
+    texts = ["a <mask:2> fox", "a fox", "<mask> owls", "two owls"]
+    options = dict(threshold=0.0, steps=6, output_type="codes")
+    together = pipe.inpaint(picture, mask, texts, generator=seeds, **options)
+    for row, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
+        alone = pipe.inpaint(picture, mask, text, generator=[seed], **options)
+        assert torch.equal(alone.ids[0], together.ids[row])
+    once = pipe.text_to_image("a fox", generator=[4], threshold=0.0, steps=6)
+    assert once.nfe < pipe.text_to_image("a fox", generator=[4], steps=6).nfe  # of pictures, where nothing else is decoded
+
+
+
 def test_a_converted_unidisc_folder_runs_the_same(unidisc, pipe, tmp_path):
     convert(unidisc, tmp_path / "ours")
     other = UniDiffPipeline.from_pretrained(

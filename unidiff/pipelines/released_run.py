@@ -74,6 +74,7 @@ class ReleasedOptions:
             ValueError: a value outside its range, or a second direction of guidance where the task has none.
         """
         config = request.config if self.sampler is None else self.sampler
+        drawn = drawn or not bool(request.words.any())  # no words to read: the task gave them all
         least = by_modality("threshold", self.threshold, ("image",) if drawn else ("text",))
         if "text" in least and config.text.confidence == "entropy":
             config = replace(config, text=replace(config.text, confidence="probability"))
