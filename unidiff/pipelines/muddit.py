@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff.pipelines.arguments import check_rows, repeated, task_method, texts_of
+from unidiff.pipelines.components import SharedParts
 from unidiff.pipelines.holes import refuse_holes
 from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
@@ -41,7 +42,7 @@ class MudditOutput:
     notes: list[str] = field(default_factory=list)
 
 
-class MudditPipeline:
+class MudditPipeline(SharedParts):
     """A `Muddit` folder whose methods take pictures, seeds and settings as `UniDiffPipeline` does.
 
     Text is known or hidden as a whole, so there is no joint generation here; `inpaint` repaints pictures.
@@ -51,6 +52,8 @@ class MudditPipeline:
         image_size: (height, width) in pixels.
     """
 
+    _component_names = ("parts", "image_size")
+
     def __init__(self, parts: Muddit, image_size: tuple[int, int] = (512, 512)) -> None:
         self.parts, self.image_size = parts, image_size
         self.image_inputs = ImageInputs(image_size, parts.images.factor)
@@ -58,7 +61,7 @@ class MudditPipeline:
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None) -> MudditPipeline:
         """See `Muddit.from_folder`; a folder called `1024` gives pictures of that size."""
-        size = 1024 if Path(folder).name == "1024" else 512
+        size = 1024 if Path(folder).resolve().name == "1024" else 512
         return cls(Muddit.from_folder(folder, dtype=dtype), (size, size))
 
     def to(self, *args: Any, **kwargs: Any) -> MudditPipeline:

@@ -13,7 +13,7 @@ from unidiff.decoding import Sampler, SamplerConfig
 from unidiff.pipelines.arguments import check_rows
 from unidiff.pipelines.auto_cache import choose_cache
 from unidiff.pipelines.candidates import candidate_seeds, keep_best
-from unidiff.pipelines.checks import check_negative
+from unidiff.pipelines.checks import check_negative, untrained_note
 from unidiff.pipelines.decode import StepWatcher, guidance_condition, trajectory_of
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.rows import TextSlot
@@ -80,7 +80,7 @@ def decode_rows(pipe: Any, rows: TaskRows, options: Mapping[str, Any]) -> UniDif
         away = laid(rows.negative)
     condition = guidance_condition(batch, config.guidance.hide) if away is None else None
     choice = choose_cache(options.get("cache"), options.get("policy"), batch, config, pipe.transformer)
-    notes = notes_on(rows.said, pipe.texts)
+    notes = untrained_note(rows.task, settings) + notes_on(rows.said, pipe.texts)
     # 3. decode
     pipe._interrupt, targets = False, int(batch.targets.sum())
     with pipe.progress_bar(total=targets) as bar:

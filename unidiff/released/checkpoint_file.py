@@ -33,7 +33,7 @@ FOLDER_NAMES = tuple(
     )
     for index in ("", INDEX_ENDING)
 )
-AGAIN = "the file is damaged or of another kind; download it again"
+AGAIN = "the weight file is damaged or of another kind; download it again"
 LARGEST_COUNT = 10**6  # entries of a torch file: lists inside lists can name themselves many times over
 WINDOW = 16 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
 _SAFE_DTYPES = {
