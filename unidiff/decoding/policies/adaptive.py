@@ -76,7 +76,7 @@ class AdaptiveCache(Policy):
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row.
 
-        By default at least one, and earlier positions first among those that are equal but for rounding: values that did
+        At least one by default, and earlier positions first among those that are equal but for rounding: values that did
         not change differ by rounding alone, and a row alone must choose as in a batch.
 
         Args:
@@ -84,8 +84,9 @@ class AdaptiveCache(Policy):
         """
         compared = ~similarity.isnan()
         near = 1e-6 if similarity.dtype == torch.float32 else 1e-12
-        slack = None if self.compat else (lambda least: torch.full_like(least, near))
-        return take_best(-similarity.nan_to_num(), compared, self.quota(compared.sum(1)), slack)
+        return take_best(
+            -similarity.nan_to_num(), compared, self.quota(compared.sum(1)), lambda least: torch.full_like(least, near)
+        )
 
     def quota(self, n: Tensor) -> Tensor:
         """How many of n compared positions a layer recomputes, int64."""

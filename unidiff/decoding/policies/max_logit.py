@@ -78,23 +78,19 @@ class MaxLogitCache(Policy):
         if self.compat:
             low = low_peaks(peaks, ~peaks.isnan(), 1 - self.ratio)
         else:
-            low = low_peaks(peaks, candidates & known, 1 - self.ratio, ROUNDING)
+            low = low_peaks(peaks, candidates & known, 1 - self.ratio)
             low = low | (candidates & ~known) | (state.ids != past.seen)
         fresh = (full | (past.passes == 0))[:, None]
         return plan_rows(state, torch.where(fresh, valid, low) & busy[:, None], candidates)
 
 
-def low_peaks(peaks: Tensor, counted: Tensor, share: float, rounding: float = 0.0) -> Tensor:
+def low_peaks(peaks: Tensor, counted: Tensor, share: float) -> Tensor:
     """bool `[B, L]`: counted positions not above the `share`-quantile of the row's counted peaks.
 
     The quantile interpolates linearly, in float32 as the reference does (in float64 a rank that should be whole may
-    differ in the last bit, and with it the count).
-
-    Args:
-        rounding: peaks this far above the quantile count as equal to it, relative to its size where that is above 1.
+    differ in the last bit, and with it the count). Peaks that differ from it by rounding alone count as equal to it: a row
+    must choose alone as in a batch.
     """
     values = torch.where(counted, peaks.float(), torch.nan)
     threshold = values.nanquantile(share, dim=1, keepdim=True)  # NaN in a row that counts nothing
-    if rounding:
-        threshold = threshold + rounding * threshold.abs().clamp_min(1)
-    return counted & (values <= threshold)
+    return counted & (values <= threshold + ROUNDING * threshold.abs().clamp_min(1))
