@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from unidiff.errors import explain
-from unidiff.files import check_writable, filling_folder, replacing, replacing_folder
+from unidiff.files import check_writable, filling_folder, locked, replacing, replacing_folder
 
 
 def test_a_file_is_replaced_as_a_whole_or_left_alone(tmp_path: Path) -> None:
@@ -205,3 +205,38 @@ def test_where_nothing_can_be_written_is_named(tmp_path: Path, monkeypatch: pyte
     with replacing_folder(".") as temporary:
         (temporary / "x").write_text("x")
     assert (tmp_path / "empty" / "x").read_text() == "x" and (tmp_path / "file").read_text() == "mine"
+
+
+def test_who_may_read_a_file_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "secret").write_text("old")
+    for path in (tmp_path / "secret", tmp_path / "folder" / "secret"):
+        path.chmod(0o600)
+    (tmp_path / "folder").chmod(0o700)
+    with replacing(tmp_path / "secret") as temporary:
+        temporary.write_text("new")
+    with filling_folder(tmp_path / "folder") as temporary:
+        (temporary / "secret").write_text("new")
+    assert [oct((tmp_path / p).stat().st_mode & 0o777) for p in ("secret", "folder/secret")] == ["0o600"] * 2
+    with replacing_folder(tmp_path / "folder") as temporary:
+        (temporary / "x").write_text("new")
+    assert oct((tmp_path / "folder").stat().st_mode & 0o777) == "0o700"
+
+
+def test_home_folders_are_not_made_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/x.json", "~", "~someone/a/b"):
+        with pytest.raises(ValueError, match="write the whole path"):
+            check_writable(name)
+        with pytest.raises(ValueError, match="write the whole path"), replacing(name) as temporary:
+            temporary.write_text("y")
+        with pytest.raises(ValueError, match="write the whole path"), locked(name):
+            pass
+    with replacing("~backup.txt") as temporary:
+        temporary.write_text("y")
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises((OSError, RuntimeError)) as error:
+        (tmp_path / "a" / "b").resolve(strict=True)
+    assert "go round in circles" in str(explain(error.value))
+    assert [p.name for p in tmp_path.iterdir() if p.name != "a"] == ["~backup.txt"]

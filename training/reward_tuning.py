@@ -109,7 +109,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--keep is {options.keep}; expected a share above 0 and at most 1")
     if options.kinds is not None and not (all(0 <= k < 1e9 for k in options.kinds) and sum(options.kinds) > 0):
         raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
-    output, model = options.output.resolve(), Path(options.model).resolve()
+    output, model = Path(os.path.realpath(options.output)), Path(os.path.realpath(options.model))
     if output.exists() and not output.is_dir():
         raise ValueError(f"{str(options.output)!r} is a file or a device; name a folder to write to")
     if model.is_dir() and (model == output or model.is_relative_to(output) or output.is_relative_to(model)):

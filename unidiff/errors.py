@@ -175,6 +175,8 @@ def explain(error: BaseException) -> str | None:
         return f"{' -> '.join(named)}: {said}" if named else said
     if isinstance(error, ValueError | OSError):
         return str(error).strip() or type(error).__name__
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
+        return f"{str(error).partition(' from ')[2]}: {_SYSTEM[errno.ELOOP]}"
     return None
 
 

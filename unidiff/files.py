@@ -42,6 +42,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            _keep_mode(path, temporary)
             flush_to_disk(temporary)
             os.replace(temporary, path)
             remove_leftovers(path)
@@ -73,6 +74,7 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     flush_to_disk(file)
+            _keep_mode(target, temporary)
             if target.exists():
                 os.replace(target, aside)
             try:
@@ -109,6 +111,7 @@ def filling_folder(target: str | Path) -> Iterator[Path]:
             for file in sorted(temporary.iterdir()):
                 flush_to_disk(file)
                 place = resolve_link(target / file.name)
+                _keep_mode(place, file)
                 shutil.move(file, place) if place.parent != target else os.replace(file, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -132,6 +135,12 @@ def check_writable(path: str | Path | None) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
+def _keep_mode(old: Path, new: Path) -> None:
+    """Who may read and write it stays as it was."""
+    with suppress(OSError):  # nothing there before, or a disk without permissions
+        shutil.copymode(old, new)
+
+
 def _check_kind(path: Path) -> None:
     if path.exists() and not path.is_file():  # a rename would put a file in the place of a device
         kind = "a folder" if path.is_dir() else "a device or a pipe"
@@ -142,9 +151,10 @@ def resolve_link(path: str | Path) -> Path:
     """Where writing to `path` really writes: the end of a chain of links, or `path` itself.
 
     Raises:
-        OSError: links that go round in circles. ValueError: the root of a disk.
+        OSError: links that go round in circles. ValueError: the root of a disk, or a home folder written as ~.
     """
     path = Path(path)
+    _check_no_home(path)
     if path.name in ("", ".."):  # such as "."
         path = path.resolve()
         if not path.name:
@@ -156,6 +166,12 @@ def resolve_link(path: str | Path) -> Path:
         if resolved.is_symlink():  # gives up silently on a circle
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         return resolved
+
+
+def _check_no_home(path: Path) -> None:
+    """Shells put the home folder in the place of ~, but not in `--out=~/x`: a folder of that name is nobody's wish."""
+    if path.parts and path.parts[0].startswith("~") and (len(path.parts) > 1 or path.name == "~"):
+        raise ValueError(f"{str(path)!r}: ~ is not looked up here; write the whole path (or ./~)")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -188,6 +204,7 @@ def locked(folder: str | Path, what: str = "run") -> Iterator[None]:
         OSError: a folder that cannot be written.
     """
     path = Path(folder) / LOCK
+    _check_no_home(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _take(path, what)
