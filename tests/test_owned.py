@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import VQModel
 from folder_trees import tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.owned import check_replaceable, others_in_model, others_in_pipeline
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.folder import check_target
+from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -226,3 +229,52 @@ def test_saving_a_model_keeps_other_models(tmp_path):
         transformer.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="is a file"):
         transformer.save_pretrained(tmp_path / "bare" / WEIGHTS)
+
+
+def test_a_link_is_written_through_and_what_it_leads_to_is_looked_at(pipe, copy, tmp_path):
+    put(tmp_path / "photos" / "a.png")
+    links = {name: tmp_path / f"{name} link" for name in ("photos", "model", "later", "circle")}
+    for name, link in links.items():
+        link.symlink_to(link if name == "circle" else tmp_path / name)
+    with pytest.raises(ValueError, match=r"a\.png would be lost"):
+        pipe.save_pretrained(links["photos"])
+    with pytest.raises(OSError, match="symbolic links"):
+        pipe.save_pretrained(links["circle"])
+    for name in ("model", "later"):
+        pipe.save_pretrained(links[name])
+        assert links[name].is_symlink() and not (tmp_path / name).is_symlink()
+        assert UniDiffPipeline.from_pretrained(links[name]).settings == pipe.settings
+    (copy / "inside").symlink_to(tmp_path / "elsewhere")  # a folder of a run on another disk
+    pipe.save_pretrained(copy / "inside")
+    assert (copy / "inside").is_symlink() and others_in_pipeline(tmp_path / "elsewhere") == []
+    assert (tmp_path / "photos" / "a.png").read_text() == "mine" and links["circle"].is_symlink()
+
+
+def test_tokenizers_of_others_are_kept(tmp_path):
+    mine = TextTokenizer.train(["a dog"] * 3, 300)
+    for name, class_name in (("llama", "LlamaTokenizer"), ("damaged", None)):
+        put(tmp_path / name / "tokenizer.json", "{}")
+        put(
+            tmp_path / name / "tokenizer_config.json",
+            json.dumps({"tokenizer_class": class_name}) if class_name else "{",
+        )
+        before = tree(tmp_path / name)
+        with pytest.raises(ValueError, match="holds another tokenizer"):
+            mine.save_pretrained(tmp_path / name)
+        assert tree(tmp_path / name) == before
+    put(tmp_path / "beside" / "notes.txt")
+    for words in (["a dog"] * 3, ["two cats"] * 3):
+        TextTokenizer.train(words, 300).save_pretrained(tmp_path / "beside")
+    assert sorted(tree(tmp_path / "beside")) == ["notes.txt", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_image_tokenizers_of_another_library_are_saved_with_the_same_care(tmp_path):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    model = VQModel(block_out_channels=[4], latent_channels=4, num_vq_embeddings=16, norm_num_groups=2, **blocks)
+    put(tmp_path / "file")
+    tiny_parts()[1].save_pretrained(tmp_path / "other")
+    for place, words in (("file", "is a file"), ("other", "holds a CellVQModel")):
+        with pytest.raises(ValueError, match=words):
+            VQImageTokenizer(model).save_pretrained(tmp_path / place)
+    VQImageTokenizer(model).save_pretrained(tmp_path / "new")
+    assert others_in_model(tmp_path / "new") == [] and VQImageTokenizer.from_pretrained(tmp_path / "new").factor == 1

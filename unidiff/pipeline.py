@@ -26,6 +26,7 @@ from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.pipelines.tasks import call_task
 from unidiff.saving import check_save_options
+from unidiff.schema import check_value
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
@@ -118,12 +119,18 @@ class UniDiffPipeline(SharedParts, DiffusionPipeline):
             ValueError: another family, unknown settings, or weights that are missing, unexpected, misshaped or NaN.
         """
         chosen = dtype if torch_dtype is None else torch_dtype
+        check_value(subfolder, str | None, "subfolder")
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
         if not is_pipeline(folder) and is_released(folder):
             own = None if chosen is None else read_dtype(chosen)
             return load_released_pipeline(folder, own, image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer)
+        if image_tokenizer is not None or text_tokenizer is not None:
+            raise ValueError(f"{str(folder)!r} brings its own tokenizers; leave image_tokenizer and text_tokenizer out")
         parts = load_parts(folder, read_dtype(chosen))
-        return cls(parts.transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
+        try:
+            return cls(parts.transformer, parts.image_tokenizer, parts.text_tokenizer, parts.settings)
+        except ValueError as error:
+            raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, max_shard_size: int | str | None = None, **options: Any

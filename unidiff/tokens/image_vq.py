@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unidiff.checked import load_checked
 from unidiff.errors import read_json
+from unidiff.saving import save_model
 from unidiff.schema import Between, Rows, Width, check_arguments
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.conv_autoencoder import ConvTokenizerModel
@@ -136,8 +137,15 @@ class VQImageTokenizer:
             self.model.float()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights (safetensors)."""
-        self.model.save_pretrained(folder)
+        """Write config and weights (safetensors); other files in the folder stay.
+
+        Raises:
+            ValueError: `folder` is a file or holds another model, or weights that hold NaN. OSError: a full disk.
+        """
+        if isinstance(self.model, VQModel):
+            save_model(self.model, folder, self.model.save_pretrained)
+        else:
+            self.model.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> VQImageTokenizer:

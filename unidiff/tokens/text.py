@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unidiff.errors import DamagedFile, reading, reason_of, writing
+from unidiff.errors import DamagedFile, read_json, reading, reason_of, writing
 from unidiff.files import replacing, resolve_link
 from unidiff.tokens.text_folder import check_tokenizer_folder
 
@@ -133,7 +133,8 @@ class TextTokenizer:
         """Write tokenizer.json and tokenizer_config.json; each file appears complete or not at all.
 
         Raises:
-            ValueError: `folder` is a file. OSError: a full or read-only disk; the message names the folder.
+            ValueError: `folder` is a file, or holds a tokenizer of another kind. OSError: a full or read-only disk; the
+                message names the folder.
         """
         folder = resolve_link(folder)
         if folder.exists() and not folder.is_dir():
@@ -142,6 +143,7 @@ class TextTokenizer:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
                 self.tokenizer.save_pretrained(temporary)
+                _check_same_kind(folder, Path(temporary))
                 for file in sorted(Path(temporary).iterdir()):
                     with replacing(folder / file.name) as written:
                         shutil.copyfile(file, written)
@@ -235,6 +237,24 @@ class _CountedTexts:
             _check_unicode(text)
             self.characters += len(text)
             yield text
+
+
+def _check_same_kind(folder: Path, written: Path) -> None:
+    """Raise `ValueError` where files of another tokenizer would be overwritten."""
+    there = [file.name for file in written.iterdir() if (folder / file.name).exists()]
+    if there and _kind(folder) != _kind(written):
+        raise ValueError(
+            f"{str(folder)!r} holds another tokenizer ({there[0]}), which would be lost; name another folder"
+        )
+
+
+def _kind(folder: Path) -> tuple[Any, Any] | None:
+    """Class and end-of-text of a saved tokenizer, None where nothing says them."""
+    try:
+        values = read_json(folder / "tokenizer_config.json", "tokenizer settings")
+    except (ValueError, OSError):
+        return None
+    return values.get("tokenizer_class"), values.get("eos_token")
 
 
 def _check_unicode(text: str) -> None:
