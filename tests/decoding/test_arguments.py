@@ -189,6 +189,9 @@ MAKES = {
     "rules has 5 as a rule": dict(rules={Modality.TEXT: 5}),
     "rules has the key 'text'": dict(rules={"text": print}),
     "graphs is 'yes'": dict(graphs="yes"),
+    "ends names id 19": dict(config=SamplerConfig(ends=(3, 19))),
+    r"fill is id 11; expected a text id from 0 to 10 that is not \[MASK\]": dict(config=SamplerConfig(fill=11)),
+    "fill is id 12": dict(config=SamplerConfig(fill=12)),
     "the model has 19 ids, the vocabulary 20": dict(vocabulary=Vocabulary.unified(11, 8)),
 }
 

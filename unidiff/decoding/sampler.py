@@ -95,8 +95,8 @@ class Sampler:
             in place of True records by other means, on any device.
 
     Raises:
-        ValueError: an argument of another kind, or `forbid` names an id outside the vocabulary or leaves a modality without
-            tokens.
+        ValueError: an argument of another kind; `forbid` or `ends` names an id outside the vocabulary; `forbid` leaves a modality
+            without tokens; `fill` is no text id.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Sampler:
         self.rules, self.graphs = check_rules(rules), graphs
         settings = {Modality.TEXT: config.text, Modality.IMAGE: config.image}
         self._banned = {m: _banned_offsets(vocabulary, m, s.forbid) for m, s in settings.items()}
+        _check_ends(vocabulary, config)
 
     @torch.no_grad()
     def __call__(
@@ -288,3 +289,14 @@ def _banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[in
     if stop > start and len(offsets) == stop - start:
         raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
     return torch.tensor(sorted(offsets), dtype=torch.long)
+
+
+def _check_ends(vocabulary: Vocabulary, config: SamplerConfig) -> None:
+    """Raise `ValueError` for ends that no id is, and for a fill that may not be emitted."""
+    if outside := [i for i in config.ends if i >= vocabulary.size]:
+        raise ValueError(f"ends names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+    start, stop = vocabulary.text
+    if config.fill is not None and (
+        not start <= config.fill < stop or config.fill in (vocabulary.mask_id, vocabulary.image_mask)
+    ):
+        raise ValueError(f"fill is id {config.fill}; expected a text id from {start} to {stop - 1} that is not [MASK]")
