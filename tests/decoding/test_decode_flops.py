@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.bounds import Schedule, Segment, expected_passes, reference_bound, speedup_bound
+from unidiff.decoding.bounds import Schedule, Segment, expected_passes, moments, reference_bound, speedup_bound
 from unidiff.decoding.flops import LayerFlops, PassWork, full_pass_flops, partial_pass_flops, total_flops
 from unidiff.decoding.policies import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.models.partial import LayerWork
@@ -211,6 +212,31 @@ def test_what_cannot_be_foretold_is_refused():
 
     with pytest.raises(ValueError, match="Own cannot be foretold"):
         expected_passes(Own(), SCHEDULES["text"], 2)
+
+
+@pytest.mark.parametrize("value", ["x", None, [], -1, 2**70, float("nan"), True, 1.5, 10**9], ids=str)
+def test_schedules_of_other_values_are_refused(value):
+    with pytest.raises(ValueError, match="segment tokens is"):
+        Segment(value)
+    for name in ("segments", "block", "passes"):
+        if (name, value) != ("passes", 10**9):
+            with pytest.raises(ValueError, match=f"schedule {name} is"):
+                Schedule(**({"segments": (Segment(4),), "block": 2, "passes": 1} | {name: value}))
+
+
+@pytest.mark.parametrize(("steps", "block"), [(63, 63), (64, 10), (7, 20), (3, 5), (40, 7)])
+def test_a_schedule_of_so_many_steps_is_a_decode_of_so_many(steps, block):
+    """With a fraction for the passes of a block, as the choice of a cache asks for."""
+    schedule = Schedule((prompt(3), Segment(64, 11)), block, Fraction(steps * block, 64))
+    blocks = -(-64 // block)
+    assert schedule.steps(Modality.TEXT) == steps
+    assert len(list(moments(schedule))) == sum(schedule.passes_of(Modality.TEXT)) == max(steps, blocks)
+    model = make_model()
+    stats = decode(model, DualCache(), schedule).stats
+    passes = expected_passes(DualCache(), schedule, model.config.num_layers)
+    layer = LayerFlops.of(model.config)
+    assert stats.evaluations == len(passes)
+    assert stats.linear_flops == sum(layer.linear(w) for p in passes for w in p.layers)
 
 
 def test_schedules_know_their_blocks():

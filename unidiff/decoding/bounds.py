@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from unidiff.decoding.policies import (
 )
 from unidiff.decoding.policies.refresh import BlockRefresh
 from unidiff.models.partial import LayerWork
+from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality
 
 Rate = Callable[[int], float]
@@ -41,10 +42,13 @@ Rate = Callable[[int], float]
 class Segment:
     """A run of tokens of one modality: given, or to be decoded, each as one of `ids` ids."""
 
-    tokens: int
-    ids: int = 0
+    tokens: Annotated[int, Between(0, 2**26)]
+    ids: Annotated[int, Between(0, 2**26)] = 0
     modality: Modality = Modality.TEXT
     given: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "segment")
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,13 @@ class Schedule:
     """
 
     segments: tuple[Segment, ...]
-    block: int
+    block: Annotated[int, Between(1, 2**26)]
     passes: int | Fraction
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.passes <= 0:
-            raise ValueError(
-                f"blocks of {self.block} tokens in {self.passes} passes; expected at least one token and pass"
-            )
+        check_fields(self, "schedule")
+        if self.passes <= 0:
+            raise ValueError(f"schedule passes is {self.passes}; expected more than 0")
         for modality in Modality:
             inner = self.hidden(modality)[:-1]
             if broken := [s for s in inner if s.tokens % self.block]:
