@@ -107,6 +107,57 @@ def test_caption_answer_and_inpaint_agree_with_the_pipeline(run, model, picture,
         assert out.tobytes() == expected.images[0].tobytes()
 
 
+def test_one_bad_picture_does_not_stop_the_others(run, model, picture, tmp_path):
+    (tmp_path / "words.png").write_text("no picture")
+    Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
+    pictures = [tmp_path / "none.png", picture, tmp_path / "words.png", tmp_path / "large.png", picture]
+    options = ("--model", model, "--temperature", 1, "--seed", 4)
+    status, out, error = run("caption", *pictures, *options)
+    with Image.open(picture) as image:
+        image.load()
+    alone = tiny_pipeline().caption([image] * 5, generator=4, temperature=1.0).texts
+    assert status == 1 and out.splitlines() == [f"{picture}: {alone[1]}", f"{picture}: {alone[4]}"]
+    named = [line for line in error.splitlines() if line.startswith("unidiff: ")]
+    assert len(named) == 3 and "none.png" in named[0] and "words.png" in named[1] and "30x30 pixels" in named[2]
+    status, out, error = run("caption", tmp_path / "none.png", tmp_path / "words.png", *options)
+    assert status == 1 and out == "" and len(error.splitlines()) == 2
+    assert run("caption", tmp_path / "large.png", picture, "--resize", *options)[0] == 0
+
+
+def test_pictures_are_read_as_from_python(run, model, picture, tmp_path):
+    with Image.open(picture) as image:
+        image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+        exif = Image.Exif()
+        exif[274] = 6
+        image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    for name in ("cmyk.jpg", "turned.png"):
+        words = tiny_pipeline().caption(tmp_path / name, generator=0, temperature=1.0).texts[0]
+        assert run("caption", tmp_path / name, "--model", model, "--temperature", 1)[1] == words + "\n"
+        address = (tmp_path / name).as_uri()
+        assert run("caption", address, "--model", model, "--temperature", 1)[1] == words + "\n"
+    (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
+    status, _, error = run("caption", tmp_path / "script.png", "--model", model)
+    assert status == 1 and "PostScript" in error
+
+
+def test_the_help_names_every_cache(run):
+    from unidiff.cli_common import CACHE_NAMES
+    from unidiff.decoding.cache import CACHES
+
+    assert ("auto", *CACHES) == CACHE_NAMES
+    status, _, error = run("generate", "a", "--cache", "autoo")
+    assert status == 1 and "expected one of auto, none, prefix" in error and "did you mean 'auto'?" in error
+
+
+def test_a_fault_of_ours_shows_where_it_is(run, model, monkeypatch):
+    monkeypatch.setattr("unidiff.pipeline.UniDiffPipeline.caption", lambda *_: {}["no"])
+    status, _, error = run("caption", "none.png", "--model", model)
+    assert status == 1  # a missing picture is no fault
+    monkeypatch.setattr("unidiff.cli_caption.open_image", lambda path: Image.new("RGB", (24, 16)))
+    status, _, error = run("caption", "a.png", "--model", model)
+    assert status == 70 and "Traceback" in error and "Please report it" in error
+
+
 def test_resize_accepts_any_picture(run, model, tmp_path):
     Image.new("L", (100, 90), 30).save(tmp_path / "large.jpg")
     status, _, error = run("caption", tmp_path / "large.jpg", "--model", model)
@@ -174,6 +225,18 @@ MISTAKES = {
     "ending": (["generate", "a", "-o", "x.gif"], "must end in .png or"),
     "gif ending": (["generate", "a", "--gif", "x.png"], "must end in .gif"),
     "folder as output": (["generate", "a", "-o", "FOLDER"], "is a folder"),
+    "two outputs in one file": (["generate", "a", "-o", "OUT", "--filmstrip", "OUT"], "are the same file"),
+    "input as output": (["inpaint", "IN", "--text", "a <mask>", "-o", "IN"], "would overwrite the input"),
+    "mask as output": (["inpaint", "IN", "--mask", "SMALL", "--filmstrip", "SMALL"], "would overwrite the input"),
+    "count": (["generate", "a", "--steps", 10**8, "-o", "OUT"], "steps is 100000000"),
+    "meta": (["generate", "a", "--device", "meta", "-o", "OUT"], "device 'meta' cannot be used"),
+    "seed": (["generate", "a", "--seed", 2**64, "-o", "OUT"], "does not fit into 64 bits"),
+    "holes": (["generate", "a <mask:x>", "-o", "OUT"], "'<mask:x>' is no hole"),
+    "json over its input": (["eval", "emoji", "--json", "a.json", "--against", "a.json"], "would overwrite the input"),
+    "compare over its input": (
+        ["eval", "compare", "a.json", "b.json", "--json", "b.json"],
+        "would overwrite the input",
+    ),
     "output under a file": (["generate", "a", "-o", "IN/x.png"], "which is a file"),
     "missing picture": (["caption", "none.png"], "'none.png' does not exist"),
     "no picture": (["caption", "TEXT"], "cannot be read as a picture"),
@@ -199,7 +262,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, model, picture, tmp_pa
     places = {"OUT": "out.png", "FOLDER": "folder.png", "TEXT": "text.png", "SMALL": "small.png", "NEW": "new"}
     filled = [str(tmp_path / places[str(a)]) if str(a) in places else str(a).replace("IN", picture) for a in arguments]
     before = sorted(tmp_path.rglob("*"))
-    takes_model = arguments[0] != "pack" and "--model" not in arguments
+    takes_model = arguments[0] != "pack" and arguments[1] != "compare" and "--model" not in arguments
     status, _, error = run(*filled, *(["--model", model] if takes_model else []))
     message = error.strip().splitlines()[-1]
     assert status == 1 and message.startswith("unidiff: ") and words in message
@@ -210,4 +273,6 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, model, picture, tmp_pa
 def test_usage_mistakes_exit_with_2(run):
     assert run("caption")[0] == 2
     assert run("generate", "a", "--count", 0)[0] == 2
+    assert run("generate", "a", "--count", 10**8)[0] == 2
+    assert run("eval", "emoji", "--per-task", 2**63)[0] == 2
     assert run("paint")[0] == 2

@@ -106,8 +106,9 @@ def test_a_threshold_means_the_same_in_every_row(pipe):
         alone = pipe.inpaint(picture, mask, text, generator=[seed], **options)
         assert torch.equal(alone.ids[0], together.ids[row])
     once = pipe.text_to_image("a fox", generator=[4], threshold=0.0, steps=6)
-    assert once.nfe < pipe.text_to_image("a fox", generator=[4], steps=6).nfe  # of pictures, where nothing else is decoded
-
+    assert (
+        once.nfe < pipe.text_to_image("a fox", generator=[4], steps=6).nfe
+    )  # of pictures, where nothing else is decoded
 
 
 def test_a_converted_unidisc_folder_runs_the_same(unidisc, pipe, tmp_path):
@@ -192,6 +193,24 @@ def test_muddit_does_its_tasks_and_its_converted_folder_the_same(muddit, tmp_pat
         pipe.generate(2)
     with pytest.raises(TypeError, match="has no argument 'stpes'; did you mean 'steps'"):
         pipe.text_to_image("a", stpes=3)
+
+
+def test_the_command_line_takes_muddit_and_says_what_it_lacks(run, muddit, tmp_path):
+    common = ("--model", muddit, "--steps", 1)
+    status, out, _ = run("generate", "a", "-n", 2, "-o", tmp_path / "a.png", "--negative", "b", *common)
+    assert status == 0 and len(out.splitlines()) == 2
+    picture = tmp_path / "a-1.png"
+    Image.new("L", (512, 512), 255).save(tmp_path / "mask.png")
+    assert run("caption", picture, *common)[0] == run("answer", picture, "b", *common)[0] == 0
+    inpaint = ("inpaint", picture, "--mask", tmp_path / "mask.png", "-o", tmp_path / "b.png", *common)
+    assert run(*inpaint)[0] == 0
+    for flag in (("--candidates", 2), ("--cache", "dual"), ("--gif", tmp_path / "x.gif")):
+        status, _, error = run("generate", "a", "-o", tmp_path / "c.png", *flag, *common)
+        assert status == 1 and f"{flag[0]}" in error and "does not go with text_to_image of this model" in error
+    for command in (("demo", "--model", muddit), ("profile-cache", muddit), ("eval", "emoji", "--model", muddit)):
+        status, _, error = run(*command)
+        assert status == 1 and "takes unidiff's own models" in error
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_unidisc_answers_no_questions(pipe):

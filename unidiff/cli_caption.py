@@ -23,11 +23,12 @@ def sort_pictures(paths: Sequence[str]) -> tuple[dict[int, Any], dict[int, Excep
 def refused_sizes(pipe: Any, pictures: Mapping[int, Any], resize: bool) -> dict[int, Exception]:
     """Pictures that the model does not take, where it takes one size."""
     refused: dict[int, Exception] = {}
+    inputs = pipe.image_inputs  # refuses once for all where the model knows no pictures
     if not getattr(pipe, "fixed_size", True):
         return refused
     for number, picture in pictures.items():
         try:
-            pipe.image_inputs.images(picture, resize)
+            inputs.images(picture, resize)
         except ValueError as error:
             refused[number] = error
     return refused
@@ -39,7 +40,7 @@ def describe(
     """Captions by number. A picture's caption does not depend on which of the others could be read.
 
     Args:
-        count: pictures that were asked for, the refused ones included.
+        count: pictures that were asked for, those that cannot be taken included.
     """
     if not pictures:
         return {}
