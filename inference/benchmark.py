@@ -16,7 +16,7 @@ from unidiff.evaluation.decode_benchmark_report import check_path, tables, write
 from unidiff.evaluation.decode_benchmark_settings import QUALITY
 from unidiff.evaluation.decode_benchmark_suites import EMBEDDED, NAMES
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.process import keep_freed_memory
+from unidiff.process import keep_freed_memory, parsed
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ def emoji_options(given: argparse.Namespace) -> EmojiOptions:
 
 
 def main() -> None:
-    given, say = arguments().parse_args(), Console(stderr=True).print
+    given, say = parsed(arguments()), Console(stderr=True).print
     keep_freed_memory()
     check_path(given.json)
     if given.suite == EMBEDDED:

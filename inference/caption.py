@@ -12,12 +12,13 @@ from unidiff.cli_common import open_image
 from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
 from unidiff.errors import exit_status
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.process import parsed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path)
-    paths = parser.parse_args().paths
+    paths = parsed(parser).paths
     if paths:
         pictures = [open_image(path) for path in paths]
     else:  # scenes of the generator, of compositions that training never saw

@@ -13,10 +13,11 @@ from unidiff.data.emoji_scenes import Scene, SceneObject, get_profile, render
 from unidiff.errors import exit_status
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import save_image
+from unidiff.process import parsed
 
 
 def main(out: Path = Path("out/joint_inpaint")) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parsed(argparse.ArgumentParser(description=__doc__))
     pipe = UniDiffPipeline.from_pretrained("emoji")
     # An owl left of a cactus. The cactus is painted over, and the word "owl" is hidden.
     scene = Scene((SceneObject("owl", 2, 0, 4), SceneObject("cactus", 2, 4, 4)), "yellow")

@@ -9,6 +9,7 @@ from pathlib import Path
 from unidiff.errors import exit_status
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import save_image
+from unidiff.process import parsed
 
 EXAMPLES = ["a fox on a green background", "three red apples on a white background"]
 
@@ -16,7 +17,7 @@ EXAMPLES = ["a fox on a green background", "three red apples on a white backgrou
 def main(out: Path = Path("out/text_to_image")) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompts", nargs="*", default=EXAMPLES)
-    prompts = parser.parse_args().prompts
+    prompts = parsed(parser).prompts
     pipe = UniDiffPipeline.from_pretrained("emoji")
     out.mkdir(parents=True, exist_ok=True)
     result = pipe.text_to_image(prompts, num_images_per_prompt=2, generator=0, record_trajectory=True)

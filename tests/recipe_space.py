@@ -94,7 +94,7 @@ RECIPES = (
     Recipe("training/finetune.py", (("in", "base"), ("in", "tune.yaml"), ("out", "output=out/tuned"), ("in", "data.train=own.safetensors")),
            schema=TrainConfig),
     Recipe("training/plan.py", (("in", "plan.yaml"),), (), {"--gpus": "number", "--memory": "number", "--tflops": "number"}, TrainConfig),
-    Recipe("training/benchmark.py", (("in", "plan.yaml"), ("out", "--json=out/r.json")), ("--head-only", "device=cpu"), {"--json": "out"}, TrainConfig),
+    Recipe("training/benchmark.py", (("in", "plan.yaml"), ("out", "--json=out/r.json")), ("--head-only", "device=cpu", "batch_size=1"), {"--json": "out"}, TrainConfig),
     Recipe("training/change_tokens.py", (("word", "image"), ("in", "base"), ("in", "base/image_tokenizer"), ("out", "out/new"),
            ("in", "--shards=raw/00000.tar")), ("--count", "8"), {"--seed": "number", "--shards": "in"}),
     Recipe("training/change_tokens.py", (("word", "text"), ("in", "base"), ("out", "out/new"), ("word", "--add= axolotl")), (), {"--add": "number"}),

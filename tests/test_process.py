@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import subprocess
 import sys
 
 import pytest
+
+from unidiff.process import free_memory, parsed
 
 PROGRAM = """
 import resource, sys
@@ -29,3 +32,17 @@ def test_memory_that_was_freed_is_used_again():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 20 * 4 * 24_000_000 / 4096 / 100  # of the pages, fewer than one in a hundred anew
+
+
+def test_a_word_without_a_value_is_refused(capsys):
+    parser = argparse.ArgumentParser(prog="recipe")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--lr", type=float)
+    assert vars(parsed(parser, ["a", "--lr", "1", "b"])) == {"words": ["a", "b"], "lr": 1.0}
+    with pytest.raises(SystemExit) as left:
+        parsed(parser, ["--lr=--"])
+    assert left.value.code == 2 and "--lr has no value" in capsys.readouterr().err
+
+
+def test_free_memory_is_a_number_of_bytes():
+    assert free_memory() is None or free_memory() > 2**20

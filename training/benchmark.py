@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.files import check_writable, replacing
+from unidiff.process import parsed
 from unidiff.train.config import read_config
 from unidiff.train.startup import exit_status, set_up_process
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="settings as in pretrain.py, for instance batch_size=8")
-    options = parser.parse_intermixed_args(arguments)
+    options = parsed(parser, arguments)
 
     def measure() -> None:
         check_writable(options.json)

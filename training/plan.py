@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from unidiff.process import parsed
 from unidiff.train.config import read_config
 from unidiff.train.startup import exit_status
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory", type=float, help="GiB of one GPU that the run may fill")
     parser.add_argument("--tflops", type=float, help="rate that one GPU keeps up in training, in TFLOP/s")
     parser.add_argument("overrides", nargs="*", help="settings as in pretrain.py")
-    options = parser.parse_intermixed_args(arguments)
+    options = parsed(parser, arguments)
     return exit_status(lambda: show(options))
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from unidiff.errors import check_regular, first_line, reading
 from unidiff.files import file_stamp, locked
+from unidiff.process import parsed
 from unidiff.train.config import TRACKERS
 from unidiff.train.startup import exit_status, set_up_process
 
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--fallback", action="store_true", help="go on from the checkpoint before a damaged one, if there is one"
     )
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
 
     return exit_status(lambda: tune(options))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt(3)
@@ -34,3 +36,16 @@ def free_memory() -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def parsed(parser: ArgumentParser, words: list[str] | None = None) -> Namespace:
+    """`parser.parse_args(words)`, options and arguments in any order; `--name=--` is no value (argparse takes it for a list).
+
+    Args:
+        words: None for those of the command line.
+    """
+    words = sys.argv[1:] if words is None else words
+    for word in words:
+        if word.startswith("-") and word.endswith("=--"):
+            parser.error(f"{word.removesuffix('=--')} has no value")
+    return parser.parse_intermixed_args(words)

@@ -151,8 +151,10 @@ def run_suite(name: str, options: Options, progress: Progress = lambda what: Non
     """Run a suite of random-weight models.
 
     Raises:
-        ValueError: an unknown policy or shape, or a device that is not there.
+        ValueError: an unknown suite, policy or shape, or a device that is not there.
     """
+    if name not in list(SUITES):
+        raise ValueError(f"unknown suite {name!r}; expected one of {', '.join(SUITES)}")
     suite = SUITES[name]
     workloads = options.workloads(suite)
     device = usable_device(options.device or suite.device)
