@@ -12,9 +12,11 @@ from torch import nn
 from train_fixtures import MIXED, tiny_config, tiny_table
 
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import Vocabulary
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.source import TokenTable
 from unidiff.train.trainer import Trainer, TrainingAborted
 
 pytestmark = pytest.mark.training
@@ -175,3 +177,34 @@ def test_muon_takes_the_matrices_inside_blocks_and_every_parameter_has_one_owner
     assert len(names) == 2 * 4  # qkv, out, up, down of both blocks
     decayed = [p for g in optimisers.optimisers["adamw"].param_groups if g["weight_decay"] > 0 for p in g["params"]]
     assert all(p.ndim >= 2 for p in decayed)
+
+
+def test_starting_weights_of_other_ids_are_refused_and_other_angles_named(tmp_path, caplog):
+    run(tiny_config(tmp_path / "first", "steps=1", "checkpoint.export_dtype=float32"))
+    start = f"checkpoint.init_from={tmp_path / 'first' / 'model'}"
+    Trainer(tiny_config(tmp_path / "same", start), tiny_table())
+    assert not caplog.text
+    Trainer(tiny_config(tmp_path / "angles", start, "model.rope_theta=100.0"), tiny_table())
+    assert "were trained with rope_theta = 10000.0, here 100.0" in caplog.text
+    table, specials = tiny_table(), {"eos": 0, "caption": 1, "question": 2}
+    Trainer(tiny_config(tmp_path / "fewer", start), TokenTable(table.tensors, Vocabulary.unified(32, 16, specials)))
+    moved = TokenTable(table.tensors, Vocabulary.unified(32, 16, specials | {"answer": 5}))
+    with pytest.raises(ValueError, match=r"vocabulary\.json' is another vocabulary than the data's"):
+        Trainer(tiny_config(tmp_path / "moved", start), moved)
+    (tmp_path / "first" / "model" / "vocabulary.json").write_text('{"size": "x"}')
+    with pytest.raises(ValueError, match=r"vocabulary\.json'"):
+        Trainer(tiny_config(tmp_path / "broken", start), table)
+
+
+def test_weights_in_two_files_are_refused(tmp_path):
+    run(tiny_config(tmp_path / "first", "steps=1"))
+    (path,) = (tmp_path / "first" / "model").glob("*.safetensors")
+    (path.parent / "older.safetensors").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"holds .* in two files; leave one model there"):
+        Trainer(tiny_config(tmp_path / "next", f"checkpoint.init_from={path.parent}"), tiny_table())
+
+
+def test_no_validation_rows_are_no_validation(tmp_path):
+    table, held_out = tiny_table(72).split(8)
+    trainer = Trainer(tiny_config(tmp_path, "steps=2", "data.validation_rows=0"), table, held_out)
+    assert trainer.train() == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,15 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from unidiff.checked import check_dtype
-from unidiff.errors import reading
+from unidiff.errors import read_json, reading
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import TrainConfig
 from unidiff.train.lora import add_adapters
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
 """Parts that change nothing until they are trained: weights without them can be warm-started from."""
+_LOOSE = ("attention", "block_length", "dropout", "grid_embeddings")  # what a person changes on purpose
+_LOG = logging.getLogger(__name__)
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
@@ -79,12 +82,26 @@ def _load_start(model: MaskedTransformer, folder: Path) -> None:
             if not torch.isfinite(value).all():
                 raise ValueError(f"{str(path)!r}: {name} holds NaN or infinity; start from other weights")
         weights |= found
+    _say_differences(model, folder / "config.json")
     silent = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
     try:
         model.load_state_dict(silent | weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {str(folder)!r} do not fit the model of this config ({reason})") from error
+
+
+def _say_differences(model: MaskedTransformer, path: Path) -> None:
+    """Log what the weights were trained with and this model does otherwise, though they may fit: heads, positions, norms."""
+    if not path.is_file():
+        return
+    theirs = read_json(path, "the config of a transformer")
+    own = {key: value for key, value in model.config.items() if not key.startswith("_") and key not in _LOOSE}
+    changed = [
+        f"{key} = {theirs[key]!r}, here {own[key]!r}" for key in sorted(own) if theirs.get(key, own[key]) != own[key]
+    ]
+    if changed:
+        _LOG.warning("the weights in %s were trained with %s", path.parent, "; ".join(changed))
 
 
 _KEPT = (

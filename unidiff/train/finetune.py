@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unidiff.errors import read_json
+from unidiff.errors import read_json, reading
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TokenizerConfig, TrainConfig
@@ -82,6 +82,23 @@ def finetune_config(base: BaseModel, config: TrainConfig) -> TrainConfig:
     settings = {k: v for k, v in {**base.settings, **config.model}.items() if v is not None}
     checkpoint = replace(config.checkpoint, init_from=str(base.weights))
     return replace(config, model=settings, tokenizer=tokenizer, checkpoint=checkpoint)
+
+
+def check_start(init_from: str, source: TokenSource) -> None:
+    """Raise ValueError where the starting weights' folder says that its ids mean something else than the data's."""
+    path = Path(init_from) / "vocabulary.json"
+    if not init_from or not path.is_file():
+        return
+    with reading(path, "a vocabulary"):
+        start = Vocabulary.from_dict(read_json(path))
+    data = source.vocabulary
+    same = (start.size, start.text, start.image, start.mask_id, start.image_mask) == (
+        data.size, data.text, data.image, data.mask_id, data.image_mask,
+    )  # fmt: skip
+    if not same or any(data.specials.get(name, number) != number for name, number in start.specials.items()):
+        raise ValueError(
+            f"{str(path)!r} is another vocabulary than the data's; encode the data with the tokenizers of these weights"
+        )
 
 
 def check_vocabulary(base: BaseModel, source: TokenSource, vocabulary: Vocabulary | None) -> None:

@@ -37,6 +37,7 @@ from unidiff.train.distributed import Parallel, whole
 from unidiff.train.documents import DocumentMixer, DocumentTokens
 from unidiff.train.ema import EMA
 from unidiff.train.export import write_export
+from unidiff.train.finetune import check_start
 from unidiff.train.limits import check_config
 from unidiff.train.logs import Progress, RunLog, SpeedMeter, TaskMeter
 from unidiff.train.lora import add_adapters, merge_adapters
@@ -52,6 +53,7 @@ from unidiff.train.tasks import TaskBatch, TaskMixer
 from unidiff.train.validation import report_names, validate
 
 _LOG = logging.getLogger(__name__)
+_LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
 
 class TrainingAborted(RuntimeError):
@@ -96,6 +98,7 @@ class Trainer:
         pairs = TaskMixer(source, config.tasks, config.objective, config.seed, crop, self.block_length)
         share = config.data.document_share
         self.mixer = pairs if documents is None else DocumentMixer(pairs, documents, share)
+        check_start(config.checkpoint.init_from, source)
         model = build_model(config, source.vocabulary.size)
         set_up_blocks(model, config.activation_checkpointing, config.compile)
         self.parallel.prepare(model)
@@ -242,9 +245,8 @@ class Trainer:
         return minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def _check_best(self) -> None:
-        name, known = self.config.checkpoint.best, set[str]()
-        if self.validation is not None and self._validation_rows:
-            known = report_names(self.validation, self.block_length)
+        name, rows = self.config.checkpoint.best, self.validation if self._validation_rows else None
+        known = set() if rows is None else report_names(rows, self.block_length)
         if name and name not in known:
             raise ValueError(f"checkpoint.best = {name!r} is not in the validation report; it has {sorted(known)}")
 
@@ -385,9 +387,6 @@ class Trainer:
         tasks = tuple(task for task in TASKS if weights[task] > 0 or (task == "joint" and self._documents))
         rows = TrainedOn(tuple(self.source.grid), self.source.text_length, tasks)
         write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
-
-
-_LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
 
 def _due(every: int, step: int) -> bool:
