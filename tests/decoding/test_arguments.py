@@ -12,7 +12,18 @@ from cache_cases import VOCABULARY, make_model, rows
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.decoding.cache import CACHES
-from unidiff.decoding.policies import DualCache
+from unidiff.decoding.policies import (
+    AdaptiveCache,
+    DualCache,
+    HeldGuidance,
+    IntervalCache,
+    MaxLogitCache,
+    ModalityCache,
+    NoCache,
+    PrefixCache,
+    SegmentCache,
+    VicinityCache,
+)
 from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -86,6 +97,33 @@ def test_options_of_every_cache(name: str) -> None:
             CacheConfig(name, {"nope": value})
         with pytest.raises(ValueError):
             CacheConfig(name, {3: value})
+
+
+POLICIES = [
+    DualCache,
+    IntervalCache,
+    PrefixCache,
+    VicinityCache,
+    AdaptiveCache,
+    MaxLogitCache,
+    ModalityCache,
+    HeldGuidance,
+    SegmentCache,
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
+def test_policies_made_by_hand_check_their_settings(policy, model) -> None:
+    """What is accepted starts; the rest is one sentence that names the setting."""
+    start = {"policy": NoCache()} if policy is HeldGuidance else {}
+    for name in [f.name for f in fields(policy) if f.init]:
+        for value in WRONG:
+            try:
+                made = policy(**{**start, name: value})
+            except ValueError as error:
+                assert name in str(error)
+                continue
+            made.start(rows()[0], model)
 
 
 NUMBERS = [v for v in WRONG if isinstance(v, int | float) and not isinstance(v, bool)]

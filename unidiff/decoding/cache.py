@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from unidiff.decoding import policies
 from unidiff.decoding.policies import RefreshPolicy, SegmentCache
 from unidiff.decoding.policies.segments import SEGMENTS
-from unidiff.schema import Between, check_arguments, check_fields, check_value, from_data
+from unidiff.schema import Between, check_fields, check_value, from_data
 
 _POLICIES: dict[str, Callable[..., RefreshPolicy]] = {
     "none": policies.NoCache,
@@ -129,7 +129,6 @@ class CacheConfig:
         known = [] if self.policy == "none" else [f.name for f in fields(make) if f.init]  # type: ignore[arg-type]
         if unknown := sorted(set(self.options) - set(known)):
             raise ValueError(f"cache policy {self.policy!r} has no settings {unknown}; expected some of {known}")
-        check_arguments(make, self.options, f"cache {self.policy}")
         return make(**self.options)
 
 

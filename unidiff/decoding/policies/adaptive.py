@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.commit import take_best
-from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
+from unidiff.decoding.policies.base import COMPAT, Policy, check_settings, check_whole
 from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -51,6 +51,7 @@ class AdaptiveCache(Policy):
     _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name in ("prompt_interval", "response_interval"):
             check_whole(name, getattr(self, name), 1)
         if not 0 <= self.ratio <= 1:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass, replace
-from typing import Any, Protocol, Self
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
+from unidiff.schema import check_arguments
 from unidiff.tokens import TokenBatch
 
 COMPAT = (None, "upstream")
 
 
+@runtime_checkable
 class RefreshPolicy(Protocol):
     """Settings, and in what `start` returns the state of one request."""
 
@@ -78,6 +80,12 @@ class Policy:
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
         return None
+
+
+def check_settings(policy: Any) -> None:
+    """Raise `ValueError` unless the settings of a policy, a dataclass, have their declared types."""
+    values = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
+    check_arguments(type(policy), values, type(policy).__name__)
 
 
 def check_whole(name: str, value: object, low: int) -> None:

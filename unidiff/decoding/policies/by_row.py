@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, RefreshPolicy
+from unidiff.decoding.policies.base import Policy, RefreshPolicy, check_settings
 from unidiff.decoding.policies.rows import Part, merged
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -36,6 +36,7 @@ class CacheByRow(Policy):
     _groups: tuple[tuple[Tensor, RefreshPolicy], ...] = field(default=(), init=False, repr=False)  # bool [B], policy
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if any(policy.appends for policy in self.policies):
             raise ValueError("a block-causal cache is exact for every row; use it for all of them")
         kept = {policy.store.outputs for policy in self.policies if policy.store is not None}

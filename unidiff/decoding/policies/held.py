@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, RefreshPolicy, check_whole
+from unidiff.decoding.policies.base import Policy, RefreshPolicy, check_settings, check_whole
 from unidiff.decoding.policies.rows import alive_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -42,6 +42,7 @@ class HeldGuidance(Policy):
     )  # by stream, bool [B]: evaluated before
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_whole("guidance_interval", self.interval, 1)
         check_whole("guidance_warmup", self.warmup, 0)
         if isinstance(self.policy, HeldGuidance):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, check_whole
+from unidiff.decoding.policies.base import Policy, check_settings, check_whole
 from unidiff.decoding.policies.rows import plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -41,6 +41,7 @@ class IntervalCache(Policy):
     _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_whole("interval", self.interval, 1)
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.commit import ROUNDING
-from unidiff.decoding.policies.base import COMPAT, Policy, check_whole
+from unidiff.decoding.policies.base import COMPAT, Policy, check_settings, check_whole
 from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -47,6 +47,7 @@ class MaxLogitCache(Policy):
     _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # [B, L], candidates so far
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_whole("interval", self.interval, 1)
         for name in ("ratio", "warmup"):
             if not 0 <= getattr(self, name) <= 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, check_whole
+from unidiff.decoding.policies.base import Policy, check_settings, check_whole
 from unidiff.decoding.policies.rows import Past, plan_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -45,6 +45,7 @@ class ModalityCache(Policy):
     _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_whole("interval", self.interval, 1)
         check_whole("joint", self.joint, 1)
         if self.joint > self.interval:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, check_whole
+from unidiff.decoding.policies.base import Policy, check_settings, check_whole
 from unidiff.decoding.policies.rows import alive_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
@@ -53,6 +53,7 @@ class BlockRefresh(Policy, ABC):
     _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.interval is not None:
             check_whole("interval", self.interval, 1)
         check_whole("warmup", self.warmup, 0)

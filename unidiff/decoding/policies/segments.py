@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unidiff.decoding.policies.base import Policy, RefreshPolicy
+from unidiff.decoding.policies.base import Policy, RefreshPolicy, check_settings
 from unidiff.decoding.policies.held import HeldGuidance
 from unidiff.decoding.policies.modality import ModalityCache
 from unidiff.decoding.policies.none import NoCache
@@ -67,6 +67,7 @@ class SegmentCache(Policy):
     _segments: tuple[Segment, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name, policy in self._policies().items():
             if policy.appends or isinstance(policy, (HeldGuidance, ModalityCache, SegmentCache)):
                 raise ValueError(f"{type(policy).__name__} decides for whole rows and cannot be the policy of {name!r}")
