@@ -9,7 +9,15 @@ from PIL import Image
 from shard_samples import picture, png_bytes
 
 from unidiff.data import report
-from unidiff.data.members import MemberError, check_member, decode_member, encode_member, find_member, member_type
+from unidiff.data.members import (
+    MemberError,
+    check_member,
+    decode_member,
+    encode_member,
+    find_member,
+    is_blank,
+    member_type,
+)
 
 
 class Explosive:
@@ -143,6 +151,23 @@ def test_exif_orientation_is_applied():
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
     assert decode_member("jpg", buffer.getvalue()).shape == (3, 6, 4)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\ufeff", "\u200b\u200b", "\t\x00"])
+def test_blank_texts(text):
+    assert is_blank(text) and not is_blank(text + "a") and not is_blank("😀" + text)
+
+
+def test_byte_order_marks_are_no_part_of_the_content():
+    assert decode_member("txt", b"\xef\xbb\xbfwords") == "words"
+    assert decode_member("json", b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+def test_arrays_that_claim_more_than_they_hold():
+    for shape in ("(1000000000000,)", "(3, 1000000, 1000000)", "(5,)"):
+        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+        with pytest.raises(MemberError, match="the array is cut"):
+            decode_member("npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(32))
 
 
 def test_names():

@@ -111,6 +111,23 @@ def test_source_settings(spec, expected):
     assert parse_sources(spec) == expected
 
 
+@pytest.mark.parametrize("weight", ["nan", "-1", "0", "1e400", "inf", "", "two", "-0.0", "1,5"])
+def test_odd_weights_get_a_sentence(weight):
+    for spec in (f"a.tar@{weight}", f"a.tar@2 :: b.tar@{weight}"):
+        with pytest.raises(ValueError, match=f"the weight '{weight}' behind @; expected a"):
+            parse_sources(spec)
+
+
+def test_existing_names_that_end_like_a_weight(tmp_path, monkeypatch):
+    (tmp_path / "tok@2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spec in ("tok@2", f"{tmp_path}/tok@2", (tmp_path / "tok@2").as_uri()):
+        assert parse_sources(spec) == [(spec, 1.0)]
+        assert parse_sources(f"{spec}@3::tok@2") == [(spec, 3.0), ("tok@2", 1.0)]
+    assert parse_sources("other@2") == [("other", 2.0)]
+    assert parse_sources("a@{0..3}.tar::b@c.tar") == [("a@{0..3}.tar::b@c.tar", 1.0)]
+
+
 @pytest.mark.parametrize("spec", ["", "a.tar::", " :: ", []])
 def test_empty_source_settings(spec):
     with pytest.raises(ValueError, match="empty shard pattern"):

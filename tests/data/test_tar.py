@@ -60,6 +60,50 @@ def test_expansion(tmp_path):
     assert len(expand_shards("missing-{00..11}.tar")) == 12
 
 
+def test_globs_endings_and_names_with_signs(tmp_path):
+    for name in (
+        "a1.tar",
+        "a2.TAR",
+        "b.tar.gz",
+        "c.tgz",
+        ".hidden.tar",
+        "._a1.tar",
+        "notes.txt",
+        "x[1].tar",
+        "y{1,2}.tar",
+    ):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "p::q").mkdir()
+    (tmp_path / "p::q" / "z.tar").write_bytes(b"")
+
+    def names(pattern):
+        return [url.rsplit("/", 1)[-1] for url in expand_shards(str(tmp_path / pattern))]
+
+    assert names("") == ["a1.tar", "a2.TAR", "b.tar.gz", "c.tgz", "x[1].tar", "y{1,2}.tar"]
+    assert names("a?.*") == ["a1.tar", "a2.TAR"] and names("a[1-9].tar") == ["a1.tar"]
+    assert names("x[1].tar") == ["x[1].tar"] and names("y{1,2}.tar") == ["y{1,2}.tar"]
+    assert names("p::q") == ["z.tar"]
+    assert expand_shards((tmp_path / "a1.tar").as_uri()) == [str(tmp_path / "a1.tar")]
+    assert expand_shards("https://host/a.tar?x=[1]&y=*") == ["https://host/a.tar?x=[1]&y=*"]
+    (tmp_path / "p::q" / "z.tar").rename(tmp_path / "p::q" / "z.parquet")
+    with pytest.raises(ValueError, match=r"holds no \.tar shards.*1 with \.parquet"):
+        names("p::q")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{0..99999999999}.tar", "{a,b}" * 40, "{{0..999}{0..999}{0..999},x}", "http://h/{0..9}{0..999999}"]
+)
+def test_no_pattern_takes_for_ever(pattern):
+    with pytest.raises(ValueError, match="more than 1,000,000 shards"):
+        expand_shards(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["{", "a{1,2", "{" * 2000 + "}" * 2000])
+def test_patterns_that_are_none(pattern):
+    with pytest.raises(ValueError, match="brace pattern"):
+        expand_shards(pattern)
+
+
 def test_expansion_refuses_nothing(tmp_path):
     for patterns in ([], "", ["a.tar", " "]):
         with pytest.raises(ValueError, match=r"pattern|no shards"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from unidiff.errors import read_json, reading
+from unidiff.pictures import decode_picture
 
 ATLAS_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
@@ -30,16 +32,23 @@ class Atlas:
         """Read `atlas.png` and `atlas.json` from a folder.
 
         Raises:
-            FileNotFoundError: one of the two files is missing.
+            FileNotFoundError: one of the two files is missing. ValueError: one is damaged, or they do not belong together.
         """
         index_path, image_path = folder / "atlas.json", folder / "atlas.png"
         for path in (index_path, image_path):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; make it with training/make_emoji_atlas.py")
-        index = json.loads(index_path.read_text(encoding="utf-8"))
-        size, columns = index["sprite_size"], index["columns"]
-        sheet = np.asarray(Image.open(image_path).convert("RGBA"))
-        names = tuple(s["name"].replace("’", "'") for s in index["sprites"])
+        index = read_json(index_path, "the index of an atlas")
+        with reading(index_path, "the index of an atlas", "make it with training/make_emoji_atlas.py"):
+            size, columns = int(index["sprite_size"]), int(index["columns"])
+            names = tuple(s["name"].replace("’", "'") for s in index["sprites"])
+            if size < 1 or columns < 1 or not names:
+                raise ValueError(f"{len(names)} sprites of {size} pixels in {columns} columns")
+        sheet = np.asarray(decode_picture(image_path).convert("RGBA"))
+        if sheet.shape[0] < -(-len(names) // columns) * size or sheet.shape[1] < min(columns, len(names)) * size:
+            raise ValueError(
+                f"{str(image_path)!r} has no room for {len(names)} sprites of {size} pixels; make both anew"
+            )
         tiles = [
             sheet[i // columns * size : (i // columns + 1) * size, i % columns * size : (i % columns + 1) * size]
             for i in range(len(names))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import braceexpand
 
 from unidiff.addresses import is_remote, local_path, scheme
-from unidiff.errors import reading
+from unidiff.errors import check_regular, reading
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 """What a shard in a folder is called, in any case. How it is compressed is told by its content."""
 MOST_SHARDS = 1_000_000
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
@@ -66,17 +64,20 @@ def check_scheme(url: str) -> None:
 
 def check_exist(urls: Sequence[str]) -> None:
     """Raise FileNotFoundError naming shards on this machine that do not exist. Addresses are not asked."""
-    refuse_missing([url for url in urls if not is_remote(url) and not os.path.exists(local_path(url))])
+    local = [url for url in urls if not is_remote(url)]
+    refuse_missing([url for url in local if not os.path.exists(local_path(url))])
+    for url in local:
+        check_regular(local_path(url))
 
 
 def refuse_missing(names: Sequence[str]) -> None:
     """Raise FileNotFoundError where there are any `names`: shards that do not exist."""
     if names:
-        shown = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-        count = f"{len(names)} shards do" if len(names) > 1 else "1 shard does"
-        raise FileNotFoundError(
-            f"{count} not exist: {shown}; mend the pattern, or allow it (allow_missing)"
+        shown = ", ".join(repr(name if len(name) <= 200 else name[:197] + "...") for name in names[:3]) + (
+            ", ..." if len(names) > 3 else ""
         )
+        count = f"{len(names)} shards do" if len(names) > 1 else "1 shard does"
+        raise FileNotFoundError(f"{count} not exist: {shown}; mend the pattern, or allow it (allow_missing)")
 
 
 def is_shard_name(name: str) -> bool:
@@ -87,13 +88,38 @@ def is_shard_name(name: str) -> bool:
 def _braces(pattern: str) -> list[str]:
     if "{" not in pattern or os.path.exists(pattern):
         return [pattern]
-    sizes = [abs(int(b) - int(a)) // (abs(int(step or 1)) or 1) + 1 for a, b, step in _RANGE.findall(pattern)]
-    if math.prod(sizes) <= MOST_SHARDS:  # the library writes every range out before it gives the first name
-        with reading(pattern, "a brace pattern", "write {000..127} or {a,b}"):
-            names = list(islice(braceexpand.braceexpand(pattern), MOST_SHARDS + 1))
-        if len(names) <= MOST_SHARDS:
-            return names
+    with reading(pattern, "a brace pattern", "write {000..127} or {a,b}"):
+        if _count(pattern) <= MOST_SHARDS:  # the library writes every range out before it gives the first name
+            return list(braceexpand.braceexpand(pattern))
     raise ValueError(f"{pattern!r} names more than {MOST_SHARDS:,} shards; check its braces")
+
+
+def _count(pattern: str) -> int:
+    """How many names a brace pattern stands for."""
+    total, depth, start = 1, 0, 0
+    for place, sign in enumerate(pattern):
+        if sign == "{":
+            depth += 1
+            start = place + 1 if depth == 1 else start
+        elif sign == "}" and depth:
+            depth -= 1
+            total *= _choices(pattern[start:place]) if depth == 0 else 1
+    return total
+
+
+def _choices(inside: str) -> int:
+    """How many names stand between a pair of braces."""
+    if found := _RANGE.fullmatch(inside):
+        first, last, step = found.groups()
+        return abs(int(last) - int(first)) // (abs(int(step or 1)) or 1) + 1
+    depth, parts = 0, [""]
+    for sign in inside:
+        depth += (sign == "{") - (sign == "}")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return sum(map(_count, parts))
 
 
 def _local(path: str) -> list[str]:

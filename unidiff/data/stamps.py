@@ -28,7 +28,7 @@ def source_stamps(urls: Sequence[str], allow_missing: bool = False) -> dict[str,
         stamps = dict(zip(remote, pool.map(_ask, remote), strict=True))
     for url in urls:
         if url not in stamps:
-            stamps[url] = dict(file_stamp(url)) if os.path.exists(url) else {"size": -1}
+            stamps[url] = dict(file_stamp(url)) if os.path.isfile(url) else {"size": -1}
     if not allow_missing:
         refuse_missing([url for url in urls if stamps[url].get("size") == -1])
     return {url: stamps[url] for url in urls}
