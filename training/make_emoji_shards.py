@@ -41,6 +41,7 @@ def shards(
     """Write raw webdataset shards."""
     from unidiff.data.tar import ShardWriter
 
+    check_writable(out / "00000.tar")
     if any(out.glob("*.tar")):
         raise ValueError(f"{str(out)!r} holds shards already; name another folder")
     scenes = SceneGenerator(get_profile(profile), seed, split)
