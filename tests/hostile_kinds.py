@@ -202,7 +202,7 @@ def _all() -> list[Kind]:
         _torch_file(True),
         _torch_file(False),
         _yaml(),
-        *map(_converted, ("llada", "mdlm", "magvit", "vq_model")),
+        *map(_converted, ("llada", "mdlm", "magvit")),
         _pipeline(),
         _chat("llada"),
         _chat("dream"),

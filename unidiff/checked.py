@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
-from unidiff.errors import first_line, read_json
+from unidiff.errors import first_line, is_out_of_memory, read_json, reading, reason_of
 from unidiff.saving import check_save_options, save_model
 from unidiff.schema import check_arguments, check_value
 
@@ -129,6 +129,10 @@ def load_checked(
         if _chain_holds(error, SafetensorError):
             raise ValueError(f"{where}: the weight file is damaged, or no safetensors file") from error
         raise FileNotFoundError(f"{where}: no config.json with safetensors weights ({first_line(error)})") from error
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{where} cannot be loaded ({reason_of(error)}); check its config and weights") from error
     copies = model.weight_copies() if isinstance(model, CheckedModel) else {}
     problems = {
         "missing": sorted(info["missing_keys"]),
@@ -191,6 +195,9 @@ def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], 
     if not (isinstance(cls, type) and issubclass(cls, ConfigMixin)):  # transformers has names of its own making
         for name, value in stored.items():
             check_dtype(f"{name} of {file}", value, is_float=not name.endswith("position_ids"))
+        if hasattr(cls, "config_class"):
+            with reading(path, "a model's config"), torch.device("meta"):
+                cls(cls.config_class.from_dict(config))
         return
     named = config.get("_class_name", cls.__name__)
     if not isinstance(named, str):
@@ -219,9 +226,10 @@ def _refuse(where: str, problems: Mapping[str, list[str]], more: str = "") -> No
         raise ValueError(f"{where}: the weights do not fit the config: {found}{more}; load a checkpoint of this model")
 
 
-def check_finite(model: torch.nn.Module, where: str) -> None:
-    """Raise `ValueError` naming the first weights that hold NaN or infinity."""
-    bad = [name for name, value in model.state_dict().items() if not _finite(value)]
+def check_finite(weights: torch.nn.Module | Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise `ValueError` naming the first weights (of a model, or by name) that hold NaN or infinity."""
+    named = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
+    bad = [name for name, value in named.items() if not _finite(value)]
     if bad:
         raise ValueError(f"{where}: {len(bad)} weights hold NaN or infinity ({_few(bad)}); the checkpoint is damaged")
 

@@ -173,5 +173,5 @@ def test_bad_mask_embeddings_are_refused(source, tmp_path):
     with pytest.raises(ValueError, match="holds a dict; expected one tensor"):
         Muddit.from_folder(source, mask_embedding=path)
     path.write_bytes(pickle.dumps(print, protocol=2))  # a pickle that would run code
-    with pytest.raises(ValueError, match="damaged, or holds more than a tensor"):
+    with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
         Muddit.from_folder(source, mask_embedding=path)

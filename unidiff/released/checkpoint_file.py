@@ -34,7 +34,6 @@ FOLDER_NAMES = tuple(
     for index in ("", INDEX_ENDING)
 )
 AGAIN = "the weight file is damaged or of another kind; download it again"
-LARGEST_COUNT = 10**6  # entries of a torch file: lists inside lists can name themselves many times over
 WINDOW = 16 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
 _SAFE_DTYPES = {
     "F64": torch.float64,
@@ -49,6 +48,7 @@ _SAFE_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 
 
@@ -175,8 +175,10 @@ class _SafeFile:
         with reading(self.path, "safetensors", AGAIN), safe_open(self.path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             found = {name: (torch.Size(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        if unknown := sorted({dtype for _, dtype in found.values()} - set(_SAFE_DTYPES)):
-            raise ValueError(f"{self.path} holds tensors of type {unknown[0]}; expected some of {sorted(_SAFE_DTYPES)}")
+        for name, (_, dtype) in found.items():
+            if dtype not in _SAFE_DTYPES:
+                kinds = sorted(_SAFE_DTYPES)
+                raise ValueError(f"{self.path} holds tensor {name!r} of type {dtype}; expected some of {kinds}")
         return {n: StoredTensor(shape, _SAFE_DTYPES[dtype], self, (n,)) for n, (shape, dtype) in found.items()}
 
     def read(self, key: tuple[Any, ...]) -> Tensor:
@@ -191,7 +193,7 @@ class _TorchFile:
         self.path = path
         self._content: dict[str, Any] | None = None
         self._left = WINDOW
-        self._found = 0
+        self._seen: dict[int, Any] = {}
         with path.open("rb") as file:
             self.mapped = file.read(4) == TORCH_MAGIC[0]
 
@@ -199,22 +201,25 @@ class _TorchFile:
         content = _read_torch(self.path, self.mapped)
         if not self.mapped:  # the older format is read whole, once
             self._content = content
-        with reading(self.path, "a torch file", AGAIN):  # entries may hold themselves
+        with reading(self.path, "a torch file", AGAIN):
             return self._stored(content, ())
 
     def _stored(self, value: Any, key: tuple[Any, ...]) -> Any:
-        """The same nesting of mappings and lists with stored tensors."""
-        self._found += 1
-        if self._found > LARGEST_COUNT:
-            raise ValueError(f"it holds more than {LARGEST_COUNT} entries")
+        """The same nesting of mappings and lists with stored tensors; what occurs many times is looked at once."""
         if isinstance(value, Tensor):
             check_tensor(self.path, ".".join(map(str, key)), value)
             return StoredTensor(value.shape, value.dtype, self, key)
-        if isinstance(value, Mapping):
-            return {k: self._stored(v, (*key, k)) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._stored(v, (*key, n)) for n, v in enumerate(value)]
-        return value
+        if not isinstance(value, Mapping | list | tuple):
+            return value
+        if id(value) not in self._seen:
+            self._seen[id(value)] = None  # until it is done
+            if isinstance(value, Mapping):
+                self._seen[id(value)] = {k: self._stored(v, (*key, k)) for k, v in value.items()}
+            else:
+                self._seen[id(value)] = [self._stored(v, (*key, n)) for n, v in enumerate(value)]
+        if self._seen[id(value)] is None:
+            raise ValueError("an entry holds itself")
+        return self._seen[id(value)]
 
     def read(self, key: tuple[Any, ...]) -> Tensor:
         if self._content is None:
@@ -256,7 +261,11 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
                 f"{path} is damaged, or holds more than tensors and plain data, and reading that could run code; "
                 "convert it to safetensors where you trust it"
             ) from error
-        except (RuntimeError, EOFError, OSError) as error:  # the file was opened just now; torch says much about its own archives
+        except (
+            RuntimeError,
+            EOFError,
+            OSError,
+        ) as error:  # the file was opened just now; torch says much about its own archives
             if is_out_of_memory(error):
                 raise
             raise DamagedFile(f"{path} is damaged; download it again") from error

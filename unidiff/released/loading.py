@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import yaml
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from unidiff.checked import check_finite
 from unidiff.errors import check_regular, json_name, read_json, reading
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.checkpoint_file import LARGEST_COUNT, in_memory, open_checkpoint, pick_entry, weight_file
+from unidiff.released.checkpoint_file import in_memory, open_checkpoint, pick_entry, weight_file
 from unidiff.released.config_keys import ConfigError, check_names
 from unidiff.released.conv_names import ENTRIES
 from unidiff.released.families import Family, Layout, family_named, recognise
@@ -27,6 +29,7 @@ from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
+LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
 LAYOUT: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
@@ -158,6 +161,9 @@ def load_converted(
     constants = {}
     if record.constants:
         constants = {name: in_memory(value) for name, value in open_checkpoint(folder / record.constants).items()}
+        if unknown := sorted(constants.keys() - set(family.constants)):
+            raise ValueError(f"{folder / record.constants} holds {unknown}; expected some of {list(family.constants)}")
+        check_finite(constants, str(folder / record.constants))
     images = VQImageTokenizer(model) if family.vocabulary is None else None
     return Released(family, model, record.vocabulary, record.config, record.layout, constants, images)
 
@@ -224,7 +230,7 @@ def open_released(
 
 def find_config(file: Path) -> Path | None:
     """The configuration file beside a weight file, None without one."""
-    return next((file.parent / name for name in CONFIG_NAMES if (file.parent / name).exists()), None)
+    return next((file.parent / name for name in CONFIG_NAMES if os.path.lexists(file.parent / name)), None)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.checked import load_checked
-from unidiff.errors import read_json, reading
+from unidiff.checked import check_dtype, check_finite, load_checked
+from unidiff.errors import read_json
 from unidiff.models.mmdit import MMDiT
+from unidiff.released.checkpoint_file import check_tensor, load_torch
 from unidiff.released.loading import load_released
 from unidiff.released.muddit_scheduler import Draws, RowDraws
 from unidiff.released.muddit_tasks import MudditSettings, generate_image, hide_codes, write_text
-from unidiff.released.muddit_text import ClipText, TextFeatures, question_rows, upstream_wording
+from unidiff.released.muddit_text import CLIP_TYPES, ClipText, TextFeatures, question_rows, upstream_wording
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
@@ -75,25 +77,30 @@ class Muddit:
             CLIPTextModelWithProjection.from_pretrained,
             "CLIPTextModelWithProjection",
             str(folder / "text_encoder"),
+            types=CLIP_TYPES,
             dtype="auto" if dtype is None else dtype,
             local_files_only=True,
             trust_remote_code=False,
             attn_implementation="sdpa",  # a config may name a kernel on the hub, which is code of others
         )
         found = [mask_embedding] if mask_embedding else [folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING]
-        row = next((_read_row(Path(p)) for p in found if mask_embedding or Path(p).is_file()), None)
+        row = next((_read_row(Path(p)) for p in found if mask_embedding or os.path.lexists(p)), None)
         schedule = folder / "scheduler" / "scheduler_config.json"
         masking = "cosine"
-        if schedule.is_file():
+        if os.path.lexists(schedule):
             masking = read_json(schedule, "a scheduler's config").get("masking_schedule", masking)
+        try:
+            text, settings = ClipText(encoder, row), MudditSettings(masking=masking, time=TIME_OF[released.family.name])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         read_words = partial(CLIPTokenizer.from_pretrained, str(folder / "tokenizer"), local_files_only=True)
         return cls(
             model,
             vocabulary,
-            ClipText(encoder, row),
+            text,
             VQImageTokenizer.from_pretrained(folder / "vqvae"),
             TextTokenizer.read(folder / "tokenizer", read_words).tokenizer,
-            MudditSettings(masking=masking, time=TIME_OF[released.family.name]),
+            settings,
         )
 
     def text_to_image(
@@ -217,10 +224,12 @@ class Muddit:
 
 
 def _read_row(path: Path) -> Tensor:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} does not exist; name the file of the mask embedding")
-    with reading(path, "a mask embedding", "it is damaged, or holds more than a tensor; download it again"):
-        row = torch.load(path, map_location="cpu", weights_only=True)
+    row = load_torch(path)
     if not isinstance(row, Tensor):
         raise ValueError(f"{path} holds a {type(row).__name__}; expected one tensor")
+    check_tensor(path, "the mask embedding", row)
+    check_dtype(f"the mask embedding of {path}", row)
+    check_finite({"the mask embedding": row}, str(path))
     return row

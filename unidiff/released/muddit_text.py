@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width
+
+_TOKEN_ID = Index | None
+CLIP_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), Rows),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim"), Width),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), Depth),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _TOKEN_ID),
+    **dict.fromkeys(("dtype", "torch_dtype"), Literal["float64", "float32", "float16", "bfloat16"] | None),
+    "layer_norm_eps": Epsilon,
+    "hidden_act": str,
+    "attention_dropout": Annotated[float, Between(0, 1)],
+}
+"""Types of the keys of CLIP's config."""
 
 
 class TextFeatures(NamedTuple):

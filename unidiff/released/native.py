@@ -12,11 +12,11 @@ import torch
 from diffusers import VQModel
 
 from unidiff.checked import build_on_meta
-from unidiff.errors import read_json
+from unidiff.errors import DamagedFile, read_json
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.checkpoint_file import open_checkpoint
-from unidiff.released.keymap import Entry, KeyMap, KeyMismatch, assemble
+from unidiff.released.keymap import Entry, KeyMap, assemble
 from unidiff.schema import check_fields
 from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.conv_vq import ConvVQModel
@@ -107,5 +107,7 @@ def load_native(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     keymap = KeyMap([Entry(key, key) for key in model.state_dict()], 0)
     try:
         return assemble(model, keymap, open_checkpoint(folder), dtype, device)
-    except KeyMismatch as error:
+    except DamagedFile:
+        raise
+    except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
