@@ -281,3 +281,27 @@ def test_torchrun_numbers_that_are_none_are_sentences(monkeypatch, pretrain, tmp
         status, said = pretrain(f"output={tmp_path / 'run'}")
         assert status == 2 and said.startswith("error: ") and next(iter(changed)) in said
     assert RECIPE.is_file() and not (tmp_path / "run").exists()
+
+
+RUN_FILES = ["skipped.json", "metrics.jsonl", "config.yaml", ".lock", "checkpoints/latest", "checkpoints/best"]
+RUN_FILES += [f"model/{name}" for name in ("config.json", "vocabulary.json", "trained_on.json")]
+RUN_FILES += [f"checkpoints/step-00000002/{name}" for name in ("state.json", "SHA256SUMS", "ema.safetensors")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RUN_FILES, "checkpoints", "model", "model-best", "checkpoints/step-00000002"])
+def test_whatever_lies_in_a_run_is_a_sentence_or_goes_on(tmp_path, pretrain, name):
+    assert pretrain(f"output={tmp_path / 'run'}")[0] == 0
+    contents = [b"", b"{}", b"[1]", b"null", b"\xff\xfe\0", b'{"step": []}', b"[" * 9999, ...]
+    for content in contents if name in RUN_FILES else [b"", ...]:
+        folder = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.mkdir() if content is ... else path.write_bytes(content)
+        status, said = pretrain(f"output={folder}", "steps=4")
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert (status, len(errors)) in ((0, 0), (2, 1)) and "Traceback" not in said, (content, said)
+        assert status == 0 or str(folder) in errors[0], said
+        shutil.rmtree(folder)

@@ -226,7 +226,8 @@ def pointed_name(folder: Path, pointer: str) -> str | None:
     path = folder / pointer
     if not path.exists():
         return None
-    with reading(path, "the name of a checkpoint", "delete it: the newest checkpoint is found without it"):
+    found = "newest checkpoint is found" if pointer == "latest" else "best one is looked for anew"
+    with reading(path, "the name of a checkpoint", f"delete it: the {found} without it"):
         name = path.read_text(encoding="utf-8").removesuffix("\n")
         if not _STEP.fullmatch(name):
             raise ValueError(f"it holds {name[:80]!r}")

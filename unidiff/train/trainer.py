@@ -385,7 +385,7 @@ class Trainer:
             return
         weights = {task: getattr(self.config.tasks, task).weight for task in TASKS}
         tasks = tuple(task for task in TASKS if weights[task] > 0 or (task == "joint" and self._documents))
-        rows = TrainedOn(tuple(self.source.grid), self.source.text_length, tasks)
+        rows = TrainedOn((self.source.grid[0], self.source.grid[1]), self.source.text_length, tasks)
         write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
 
 
