@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from released_pipelines import TURNS, write_chat
@@ -41,6 +42,21 @@ def test_a_row_of_a_batch_is_the_row_alone(pipe):
     more = pipe.complete(["a red", "two owls on a"], 6, generator=3)
     assert more.text_ids[1] == pipe.complete("two owls on a", 6, generator=[int(more.seeds[1])]).text_ids[0]
     assert more.text_ids[0] != told.text_ids[0]
+
+
+@pytest.mark.parametrize("length", [33, 40, 50, 65])
+def test_an_answer_takes_a_pass_per_token_or_the_steps_asked_for(pipe, length):
+    """Also where the last block is short: of 33 tokens in blocks of 32 for instance."""
+    whole = replace(pipe.tasks.chat(["a fox?"], length).config, stop_at_eos=False)  # no early end
+    for steps, passes in (
+        (None, length),
+        (length // 2, length // 2),
+        (2 * length, length),
+        (1, -(-length // (whole.text.block_length or length))),
+    ):
+        config = whole if steps is None else replace(whole, text=replace(whole.text, steps=steps))
+        out = pipe.chat(["a fox?"], length, generator=1, sampler=config)
+        assert out.nfe == passes
 
 
 def test_the_marks_of_the_turns_come_from_the_tokenizer(pipe):
