@@ -12,8 +12,13 @@ from diffusers import VQModel
 from hostile_cases import Kind
 from released_parts import TINY, tiny_weights, write_tiny
 from released_pipelines import write_chat
+from shard_samples import MeanColourTokenizer, write_samples
 from tiny_pipeline import tiny_pipeline
 
+from unidiff.data.encode import EncodeSettings, encode_shards
+from unidiff.data.report import SkipReport
+from unidiff.data.token_set import PAIRS, open_token_set
+from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.released.convert import convert, save_shards
@@ -25,6 +30,7 @@ from unidiff.tokens.conv_vq import ConvVQModel
 from unidiff.tokens.image_lfq import LFQModel
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
+from unidiff.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SENTENCE = "a red fox"
@@ -188,6 +194,51 @@ def _text() -> Kind:
     return Kind("text tokenizer", write, load, names, names)
 
 
+# -------------------------------------------------------------------------------------------------- data and training
+
+
+def _token_shards() -> Kind:
+    """Token shards by their list; damage to the tars themselves is counted (`tests/data`), not refused."""
+
+    def write(folder: Path) -> None:
+        raw = folder.parent / f"{folder.name}-raw"
+        write_samples(raw, 4, 4)
+        texts = TextTokenizer.train([f"caption {n} which?" for n in range(50)], 300)
+        settings = EncodeSettings(image_size=16, text_length=24, batch_size=4, samples_per_shard=4, workers=0)
+        encode_shards(str(raw), MeanColourTokenizer(), texts, folder, settings)
+
+    def load(folder: Path) -> Any:
+        account = SkipReport()
+        tokens = open_token_set(str(folder), 0, account, PAIRS)
+        rows = [tokens.draw(number) for number in range(4)]
+        return [row.codes for row in rows], [row.caption for row in rows], tokens.layout.layout()
+
+    return Kind("token shards", write, load, ("tokens.json",))
+
+
+def _checkpoint() -> Kind:
+    """A flipped bit or a cut is noticed by the checksums, wherever it is."""
+
+    def write(folder: Path) -> None:
+        weights = {"w": torch.arange(64.0).view(8, 8)}
+        save_checkpoint(folder, Checkpoint(weights, weights, weights, {"step": 1, "samples": 4, "config": {}}), 2)
+
+    def load(folder: Path) -> Any:
+        found = load_checkpoint(folder)
+        return None if found is None else (found.model["w"], found.ema["w"], found.optimiser["w"], found.state)
+
+    step = "step-00000001"
+    return Kind("checkpoint", write, load, (f"{step}/state.json",), (f"{step}/model.safetensors", f"{step}/SHA256SUMS"))
+
+
+def _record() -> Kind:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        TrainedOn((2, 3), 10, ("t2i", "caption")).save(folder)
+
+    return Kind("record of training", write, lambda folder: str(read_trained_on(folder)), ("trained_on.json",))
+
+
 def _all() -> list[Kind]:
     levels = {
         "encoder_multipliers": (1, 1),
@@ -215,6 +266,9 @@ def _all() -> list[Kind]:
         ),
         _denoiser(),
         _text(),
+        _token_shards(),
+        _checkpoint(),
+        _record(),
     ]
 
 

@@ -18,6 +18,7 @@ from unidiff.tokens import Vocabulary
 
 MANIFEST = "tokens.json"
 _MOST_BYTES = 2**28
+MOST_SAMPLES = 10**6  # of one shard
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class TokenManifest:
                 raise ValueError(f"{name!r} is no name of a token shard")
         if min(self.shards.values(), default=0) < 0:
             raise ValueError("a shard with a negative number of samples")
+        if max(self.shards.values(), default=0) > MOST_SAMPLES:
+            raise ValueError(f"a shard with more than {MOST_SAMPLES} samples, which no encoding writes")
         if self.skipped:
             SkipReport.from_state_dict(self.skipped)
 
