@@ -141,6 +141,8 @@ def test_read_and_counted_are_all(tmp_path_factory, plan, style, packer, workers
 def test_pictures_join_their_document(tmp_path_factory, documents, random):
     entries, good, bad = [], {}, []
     names = {name for name, _, _ in documents}
+    # a picture `1.1.png` beside `1.json` and `1.1.json` may belong to either; the document that misses it is counted
+    documents = [one for one in documents if not any(one[0].startswith(f"{other}.") for other in names)]
     for name, count, fate in documents:
         own = [Entry(f"{name}.{n}.png", PNG) for n in range(count)]
         if fate == "no json" and (
