@@ -20,7 +20,7 @@ T = TypeVar("T")
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 MOST_ROWS = 10_000
 """Rows of one call: results are kept in memory, so more than that is more likely a slip of the hand."""
-MOST_TOKENS = 32_768
+MOST_TOKENS = 4096
 """Tokens to write in one row where the model sets no limit of its own."""
 
 
@@ -64,9 +64,23 @@ def check_keywords(method: Callable[..., Any], given: Iterable[str], options: It
     known = [*_own(method), *options]
     for name in given:
         if name not in known:
+            if _ELSEWHERE.get(name) in known:
+                raise TypeError(f"{method.__qualname__}() has no argument {name!r}; did you mean {_ELSEWHERE[name]!r}?")
             near = difflib.get_close_matches(name, known, 1, 0.5) or [n for n in known if name.lower() in n.lower()]
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {hint}")
+
+
+_ELSEWHERE = {  # as other programs call them
+    "seed": "generator",
+    "seeds": "generator",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "max_new_tokens": "max_text_tokens",
+    "callback": "callback_on_step_end",
+}
 
 
 def _own(method: Callable[..., Any]) -> list[str]:

@@ -19,10 +19,11 @@ def split_holes(text: str, most: int = MOST, what: str = "text") -> list[str | i
     A hole takes the space in front of it with it. Empty strings are left out.
 
     Args:
-        most: tokens that a hole may have. what: the argument, for the message.
+        most: tokens that the holes may have. what: the argument, for the message.
 
     Raises:
-        ValueError: `<mask:x>`, `<mask:0>`, `<mask` without its end, `<MASK>`, `[MASK]` and the like.
+        ValueError: `<mask:x>`, `<mask:0>`, `<mask` without its end, `<MASK>`, `[MASK]` and the like, or more than `most`
+            hidden tokens in all.
     """
     parts: list[str | int] = []
     place = 0
@@ -35,6 +36,8 @@ def split_holes(text: str, most: int = MOST, what: str = "text") -> list[str | i
             )
         parts += [_words(text[place : hole.start()], what), int(count)]
         place = hole.end()
+    if (total := sum(part for part in parts if isinstance(part, int))) > most:
+        raise ValueError(f"{what} {short(text)} hides {total} tokens in all; at most {most} fit")
     return [part for part in [*parts, _words(text[place:], what)] if part != ""]
 
 

@@ -187,7 +187,8 @@ def _number(what: str, number: int, count: int) -> str:
 
 def _opened(image: Any, name: str) -> Any:
     if isinstance(image, Image.Image | str | bytes | os.PathLike):
-        return open_picture(image, name)
+        named = isinstance(image, str | os.PathLike) and name == "image"  # the path says which
+        return open_picture(image, None if named else name)
     if not isinstance(image, np.ndarray | Tensor):
         raise ValueError(f"{name} is {kind_of(image)}; expected {_KINDS}")
     return image

@@ -106,6 +106,8 @@ class ReleasedPipeline(SharedParts):
             ValueError: a model of one size, or a side that the image tokenizer's factor does not divide.
         """
         factor = self.image_inputs.factor
+        if not self.tasks.sizes:
+            raise ValueError(f"{self.tasks.family} draws pictures of one size; leave height and width out")
         for name, side in (("height", height), ("width", width)):
             whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
         if height % factor or width % factor:
@@ -122,10 +124,11 @@ class ReleasedPipeline(SharedParts):
             ValueError: inputs that no task takes together, and as for that task.
         """
         if task in ("chat", "complete", "infill", "edit"):
-            first = () if prompt is None else (prompt,)
-            if task == "edit" and "image" in inputs:
-                first = (inputs.pop("image"), *first)
-            return getattr(self, task)(*first, **inputs)
+            first = {"image": inputs.pop("image", None)} if task == "edit" else {}
+            first["prompt"] = prompt
+            if missing := [name for name, value in first.items() if value is None]:
+                raise ValueError(f"task {task!r} needs {' and '.join(missing)}")
+            return getattr(self, task)(*first.values(), **inputs)
         if prompt is not None and task is None and self.images is None:
             return self.chat(prompt, **inputs)
         return call_task(self, prompt, task, inputs)

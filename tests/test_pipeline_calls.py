@@ -1,0 +1,153 @@
+"""`pipe(...)` finds the task or says what is missing, for every family; unknown arguments name the public method."""
+
+from __future__ import annotations
+
+import pytest
+from all_pipelines import make_pipelines
+from PIL import Image
+
+from unidiff.pipelines.holes import MOST, all_have_holes, split_holes
+
+
+@pytest.fixture(scope="module")
+def pipes(tmp_path_factory):
+    return make_pipelines(tmp_path_factory.mktemp("calls"))
+
+
+def test_words_with_holes_are_filled_not_drawn(pipes):
+    for family in ("native", "unidisc"):
+        result = pipes[family]("a <mask>", generator=1, steps=2)
+        assert result.ids.equal(pipes[family].generate("a <mask>", generator=1, steps=2).ids)
+    assert "letters" in pipes["llada"]("a <mask>?", max_text_tokens=2).notes[0]
+    assert pipes["llada"]("a <mask>", task="infill").notes == []
+
+
+BAD = [
+    ("native", ("a",), {"task": "nope"}, "task is 'nope'; expected one of"),
+    ("native", ("a",), {"task": "captions"}, "did you mean 'caption'"),
+    ("native", ("a",), {"task": 5}, "task is 5"),
+    ("native", ("a",), {"task": []}, "task is a list"),
+    ("native", ("a",), {"task": "caption"}, "it needs ['image']"),
+    ("native", (), {"task": "text_to_image"}, "it needs ['prompt']"),
+    ("native", ("a",), {"image": Image.new("RGB", (24, 16))}, "no task takes image and prompt together"),
+    ("native", ("a <mask>",), {"text": "b"}, "prompt and text both hold words"),
+    ("native", (["a <mask>", 3],), {}, "the prompt is an int (number 2 of 2)"),
+    ("native", ("a <mask>",), {"task": "text_to_image"}, "holes are not filled there"),
+    ("mmada", ("a <mask>",), {"task": "text_to_image"}, "holes are not filled there"),
+    ("mmada", ("a",), {"height": 8}, "leave height and width out"),
+    ("lumina", ("a",), {"height": 7.5}, "height is 7.5"),
+    ("lumina", ("a",), {"height": 10**9}, "height is 1000000000"),
+    ("lumina", ("a",), {"task": "edit"}, "task 'edit' needs image"),
+    ("lumina", (), {"task": "edit"}, "task 'edit' needs image and prompt"),
+    ("llada", (), {"task": "chat"}, "task 'chat' needs prompt"),
+    ("llada", ("a",), {"max_text_tokens": 10**6}, "max_text_tokens is 1000000"),
+    ("dream", ("<mask:4096>" * 2,), {"task": "infill"}, "hides 8192 tokens in all"),
+]
+
+
+@pytest.mark.parametrize("family, words, more, sentence", BAD, ids=[f"{b[0]}: {b[3]}" for b in BAD])
+def test_one_sentence_for_a_call_that_cannot_be(pipes, family, words, more, sentence):
+    with pytest.raises(ValueError) as caught:
+        pipes[family](*words, **more)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "family, task, wrong, near",
+    [
+        ("native", "text_to_image", "guidance", "guidance_scale"),
+        ("native", "caption", "max_tokens", "max_text_tokens"),
+        ("native", "inpaint", "mask", "mask_image"),
+        ("native", "generate", "seeds", "generator"),
+        ("native", "caption", "num_inference_steps", "steps"),
+        ("llada", "chat", "max_new_tokens", "max_text_tokens"),
+        ("unidisc", "text_to_image", "num_images", "num_images_per_prompt"),
+        ("lumina", "edit", "promt", "prompt"),
+        ("llada", "chat", "max_text_token", "max_text_tokens"),
+        ("muddit", "text_to_image", "temprature", "temperature"),
+    ],
+)
+def test_unknown_arguments_name_the_method_and_the_nearest_name(pipes, family, task, wrong, near):
+    with pytest.raises(TypeError) as caught:
+        getattr(pipes[family], task)(**{wrong: 3})
+    kind = type(pipes[family]).__name__
+    assert str(caught.value) == f"{kind}.{task}() has no argument {wrong!r}; did you mean {near!r}?"
+
+
+def test_an_argument_far_from_all_lists_them(pipes):
+    with pytest.raises(
+        TypeError, match=r"has no argument 'xyzzy'; it has prompt, num_images_per_prompt, negative_prompt"
+    ):
+        pipes["native"].text_to_image("a", xyzzy=1)
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("a <mask> b", ["a", 1, " b"]),
+        ("<mask:3>", [3]),
+        ("a<mask:2><mask>", ["a", 2, 1]),
+        ("a  <mask: 4 >.", ["a ", 4, "."]),
+        ("no holes", ["no holes"]),
+        (f"<mask:{MOST}>", [MOST]),
+    ],
+)
+def test_holes(text, parts):
+    assert split_holes(text) == parts
+
+
+MALFORMED = (
+    *(
+        "<mask:x>",
+        "<mask:0>",
+        "<mask:-1>",
+        "<mask:1.5>",
+        "<mask:>",
+        "<mask red",
+        "<mask",
+        "<MASK>",
+        "< mask>",
+        "</mask>",
+    ),
+    *(
+        "[MASK]",
+        "<masked>",
+        "<mask/>",
+        "<mask::2>",
+        "<mask:\u00b2>",
+        "<mask:\u0663>",
+        f"<mask:{MOST + 1}>",
+        "<mask:2 2>",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    MALFORMED,
+)
+@pytest.mark.parametrize("family, task", [("native", "generate"), ("unidisc", "generate"), ("llada", "infill")])
+def test_malformed_holes_have_one_sentence_everywhere(pipes, text, family, task):
+    with pytest.raises(ValueError, match="write <mask> or <mask:n>"):
+        getattr(pipes[family], task)(f"a {text} b <mask>")
+
+
+def test_texts_with_and_without_holes_do_not_mix():
+    assert all_have_holes(["a <mask>", "<mask>"]) and not all_have_holes(["a", "b"])
+    with pytest.raises(ValueError, match="run them apart"):
+        all_have_holes(["a", "<mask>"])
+
+
+def test_results_are_written_where_and_as_asked(pipes, tmp_path):
+    result = pipes["native"].text_to_image("a dog", record_trajectory=True)
+    for call, sentence in (
+        (lambda: result.save_gif(5), "the file to write is a int"),
+        (lambda: result.save_gif(tmp_path / "x.png"), "does not end in .gif"),
+        (lambda: result.save_gif(tmp_path / "x.gif", 2.5), "milliseconds is 2.5"),
+        (lambda: result.save_filmstrip(tmp_path / "x.png", 10**9), "count is 1000000000"),
+        (lambda: result.save_filmstrip(None), "the file to write is a NoneType"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert sentence in str(caught.value)
+    assert not list(tmp_path.iterdir())
