@@ -26,6 +26,7 @@ from unidiff.train.build import pick_device
 from unidiff.train.cell_codes import CellCodes, CellTrainer, emoji_cells, place_codes
 from unidiff.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from unidiff.train.logs import Progress, RunLog
+from unidiff.train.run_folder import check_replaceable
 from unidiff.train.signals import StopOnSignals
 from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
 from unidiff.train.vq_data import ImageData, Pictures, emoji_images, open_pictures
@@ -113,6 +114,7 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     model, average = _build(config, device)
     pictures = open_pictures(config.data, config.seed, VQImageTokenizer(model).factor)
     _check_batch(config, pictures.held_out.shape[-2:], VQImageTokenizer(model).factor)
+    check_replaceable(out / "model")
     with locked(out, "training"):
         return _Run(config, out, model.train(), average, pictures).go()
 
@@ -147,7 +149,8 @@ class _Run:
         self.device = next(model.parameters()).device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.guard, self.step, self.total = SpikeGuard(), 0, config.cells.steps + config.steps
-        self.best, self.found, self.before, self.start = -math.inf, {}, 0.0, time.monotonic()
+        self.best, self.before, self.start = -math.inf, 0.0, time.monotonic()
+        self.found: dict[str, Any] = {}
         self.facts = {"init_from": weights_stamp(config.init_from), **pictures.facts}
         self.cells: CellTrainer | None = None
         if config.cells.steps:
@@ -246,6 +249,7 @@ class _Run:
         """Replace `<out>/model` as a whole, then the sheet and the report."""
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise ValueError(f"weights are no numbers any more after step {self.step}; lower learning_rate")
+        check_replaceable(self.out / "model")
         with replacing_folder(self.out / "model") as temporary:
             self.model.save_pretrained(temporary)
         sheet = reconstruction_sheet(self.model, self.pictures.held_out)
