@@ -284,7 +284,9 @@ def test_no_token_left_and_too_few_logits_have_their_own_sentences() -> None:
     text = ModalityDecoding(forbid=(3, 4))
     with pytest.raises(ValueError, match="no text id that may be emitted any probability"):
         Sampler(Narrow(), VOCABULARY, SamplerConfig(text=text))(batch, seeds)
-    with pytest.raises(ValueError, match="the model's head gives 5 logits for the ids 0 to 10"):
+    with pytest.raises(
+        ValueError, match=r"the model's head returned .* for the ids 0 to 10; expected floats \[1, 3, \d+, 11\]"
+    ):
         Sampler(Narrow(5), VOCABULARY, SamplerConfig())(batch, seeds)
 
 
@@ -316,3 +318,37 @@ def test_steps_of_a_call_hold_for_both_modalities(model, rule: str) -> None:
     base = SamplerConfig(settings, replace(settings, schedule="cosine"), order="text_first", stop_at_eos=False)
     batch = rows()[0]  # 6 words and 9 codes
     assert Sampler(model, VOCABULARY, with_overrides(base, steps=4))(batch, torch.tensor([1])).nfe == 8
+
+
+class Answers:
+    """A backbone that returns what it is told to."""
+
+    def __init__(self, hidden, head=None) -> None:
+        self.answer, self.last = hidden, head
+
+    def hidden(self, ids, modality, positions, attention_mask, time=None):
+        return self.answer(ids)
+
+    def head(self, hidden, start=0, stop=None):
+        return hidden[..., start:stop] if self.last is None else self.last
+
+
+FEATURES = {
+    "None": lambda ids: None,
+    "an array": lambda ids: np.zeros((*ids.shape, 19)),
+    "a place too few": lambda ids: torch.zeros(len(ids), ids.shape[1] - 1, 19),
+    "no width": lambda ids: torch.zeros(ids.shape),
+    "one row": lambda ids: torch.zeros(1, ids.shape[1], 19),
+    "integers": lambda ids: torch.zeros(*ids.shape, 19, dtype=torch.long),
+    "complex numbers": lambda ids: torch.zeros(*ids.shape, 19, dtype=torch.complex64),
+    "truth values": lambda ids: torch.zeros(*ids.shape, 19, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("answer", FEATURES.values(), ids=FEATURES.keys())
+def test_a_backbone_that_answers_something_else_is_named(answer) -> None:
+    with pytest.raises(ValueError, match=r"the model's hidden returned .*; expected floats \[3, 17, 'D'\]"):
+        Sampler(Answers(answer), VOCABULARY, SamplerConfig())(**request())
+    for head in (5, torch.zeros(3, 4)):
+        with pytest.raises(ValueError, match="the model's head returned"):
+            Sampler(Answers(lambda ids: torch.zeros(*ids.shape, 19), head), VOCABULARY, SamplerConfig())(**request())

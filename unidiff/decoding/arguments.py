@@ -63,6 +63,22 @@ def check_request(
         _check_batch("unconditional", rows, vocabulary)
 
 
+def check_features(features: Any, ids: Tensor) -> None:
+    """Raise `ValueError` unless a model returned features `[B, L, D]` for ids `[B, L]`."""
+    good = isinstance(features, Tensor) and features.is_floating_point()
+    if not good or features.ndim != 3 or features.shape[:2] != ids.shape:
+        raise ValueError(f"the model's hidden returned {_kind(features)}; expected floats {[*ids.shape, 'D']}")
+
+
+def check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
+    """Raise `ValueError` unless a model's head returned a logit for each of the ids from `start` to before `stop`."""
+    shape = [*features.shape[:-1], stop - start]
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or list(logits.shape) != shape:
+        raise ValueError(
+            f"the model's head returned {_kind(logits)} for the ids {start} to {stop - 1}; expected floats {shape}"
+        )
+
+
 def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
     if not isinstance(batch, TokenBatch):
         raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")
@@ -105,3 +121,7 @@ def _check_methods(name: str, value: object, methods: Sequence[str], hint: str) 
 def _name(value: object) -> str:
     shown = repr(value) if isinstance(value, bool | int | float | str | type(None)) else f"a {type(value).__name__}"
     return shown if len(shown) < 80 else f"{shown[:77]}..."
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else _name(value)

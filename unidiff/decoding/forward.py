@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from unidiff.decoding.arguments import check_features, check_head
 from unidiff.decoding.flops import LayerFlops
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.plans import by_whole_rows, stacked, stacks
@@ -215,10 +216,12 @@ class Forward:
             fresh = self._graphs.hidden(cast(MaskedTransformer, self._model), ids, layout, mask, times, key)
         elif unfinished is None:
             fresh = self._model.hidden(ids, layout.modality, layout.positions, mask, times)
+            check_features(fresh, ids)
         else:
             rows = torch.cat([unfinished + i * size for i in range(n)])
             seen = None if mask is None else mask[rows]
             fresh = self._model.hidden(ids[rows], layout.modality[rows], layout.positions[rows], seen, times[rows])
+            check_features(fresh, ids[rows])
             fresh = torch.cat([self._features[s] for s in streams]).index_copy(0, rows, fresh)
             size = len(unfinished)
         self._count(n, size, size * length, self._whole_work)
@@ -335,6 +338,7 @@ class Forward:
             picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)
         tokens = len(picked) * index.numel()
         logits = self._model.head(picked, start, stop)
+        check_head(logits, picked, start, stop)
         self.stats.head_tokens += tokens
         if self._layer is not None:
             self.stats.head_flops += self._layer.head(tokens, stop - start)

@@ -225,11 +225,6 @@ class Sampler:
         blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
         rows = None if work.clock.credit is not None else request.unfinished  # credit is kept for all rows
         logits = request.forward.logits(modality, wanted, work.width, streams, blend.weights(len(streams)), rows)
-        start, stop = self.vocabulary.range_of(modality)
-        if logits.values.shape[-1] != stop - start:
-            raise ValueError(
-                f"the model's head gives {logits.values.shape[-1]} logits for the ids {start} to {stop - 1}"
-            )
         blend = replace(blend, scale=logits.own(blend.scale))
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
@@ -249,6 +244,7 @@ class Sampler:
                 base = score.log() if settings.confidence == "probability" else score
                 score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(choice_noise)
             pick = self._pick(work, logits, choice.confidence, score)
+        start, _ = self.vocabulary.range_of(modality)
         state.written |= state.write(logits.index, pick, choice.token + start, choice.probability)
 
     def _pick(self, work: Work, logits: PositionLogits, confidence: Tensor, score: Tensor) -> Tensor:
