@@ -81,6 +81,8 @@ def _say(manifest, out: Path) -> None:
             f"{manifest.cut_captions} captions were cut and {manifest.long_questions} questions left out: "
             f"longer than {length} tokens"
         )
+    if manifest.bad_questions:
+        typer.echo(f"{manifest.bad_questions} entries of qa were left out: no pair of a question and an answer")
 
 
 if __name__ == "__main__":

@@ -137,6 +137,22 @@ def test_what_cannot_be_encoded(tmp_path, text):
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
 
 
+def test_questions_that_are_none_are_counted(tmp_path, text):
+    odd = [{"qa": [["which?", "a"], ["which?"], ["", "a"], [1, 2], "no"]}, {"qa": "which?"}, {"qa": None}, ["qa"], {}]
+    write_samples(tmp_path / "raw", 5, 10, lambda n, m: m | {"json": json.dumps(odd[n]).encode()})
+    manifest = encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "o", SETTINGS)
+    assert (manifest.samples, manifest.questions, manifest.bad_questions) == (5, 1, 5)
+
+
+def test_empty_captions_are_counted(tmp_path, text):
+    words = [b"", b" \n", b"\xef\xbb\xbf", b"\xef\xbb\xbfcaption 3", b"caption 4"]
+    write_samples(tmp_path / "raw", 5, 10, lambda n, m: m | {"txt": words[n]})
+    manifest = encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "o", SETTINGS)
+    assert manifest.skipped["counts"] == {report.EMPTY_CAPTION: 3}
+    first = next(rows(tmp_path / "o"))["text.npy"].tolist()
+    assert text.decode([i for i in first[1:] if i != text.eos_id]) == "caption 3"
+
+
 def test_json_that_is_no_unicode_is_counted(tmp_path, text):
     def change(number, members):
         return members | {"json": b'{"qa": [["which?", "\\ud800"]]}'} if number == 1 else members

@@ -65,3 +65,11 @@ def qa_pairs(metadata: Any) -> list[tuple[str, str]]:
         for pair in pairs
         if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)
     ]
+
+
+def bad_pairs(metadata: Any) -> int:
+    """How many entries of a sample's `qa` are no pair of a question and an answer; those are left out."""
+    pairs = metadata.get("qa") if isinstance(metadata, dict) else None
+    if pairs is None:
+        return 0
+    return len(pairs) - len(qa_pairs(metadata)) if isinstance(pairs, list) else 1

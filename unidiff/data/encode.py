@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.data.collate import TASK_TOKENS, TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
+from unidiff.data.collate import (
+    TASK_TOKENS,
+    TEXT_PREFIX,
+    bad_pairs,
+    caption_row,
+    check_task_tokens,
+    qa_pairs,
+    question_row,
+)
 from unidiff.data.documents import document_parts, lay_out
 from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest, write_json
@@ -82,6 +90,7 @@ class _Progress:
     questions: int = 0
     cut_captions: int = 0
     long_questions: int = 0
+    bad_questions: int = 0
 
 
 def encode_shards(
@@ -176,6 +185,7 @@ def _encode(
         questions=progress.questions,
         cut_captions=progress.cut_captions,
         long_questions=progress.long_questions,
+        bad_questions=progress.bad_questions,
         fingerprint=progress.fingerprint,
         sources=progress.sources,
         files=progress.files,
@@ -248,6 +258,7 @@ class _Encoder:
         }
         pairs = [question_row(self.text_tokenizer, q, a, length) for q, a in qa_pairs(sample.get("json"))]
         fitting = [pair for pair in pairs if pair is not None]
+        self.progress.bad_questions += bad_pairs(sample.get("json"))
         self.progress.long_questions += len(pairs) - len(fitting)
         self.progress.questions += len(fitting)
         if fitting:
@@ -320,7 +331,8 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
         if any(out.glob("*.tar")):
             raise ValueError(f"{str(out)!r} already holds tar files; write token shards to an empty folder")
         return fresh
-    progress = from_data(_Progress, read_json(path, "the progress of an encoding"), f"{path}: the progress")
+    with reading(path, "the progress of an encoding", _AGAIN):
+        progress = from_data(_Progress, read_json(path, "the progress of an encoding"), "it")
     if progress.fingerprint != fresh.fingerprint:
         raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; remove it")
     if problem := _problem(out, progress.sources, progress.files, fresh):

@@ -37,6 +37,7 @@ class TokenManifest:
         questions: question / answer pairs in all.
         cut_captions: captions that were too long and were cut.
         long_questions: pairs left out because they did not fit.
+        bad_questions: entries of `qa` left out because they are no pair of texts.
         fingerprint: of sources, settings and tokenizers.
         skipped: `SkipReport.state_dict()` of the encoding run.
         kind: `pairs` or `documents`.
@@ -60,6 +61,7 @@ class TokenManifest:
     kind: Literal["pairs", "documents"] = "pairs"
     sources: dict[str, Stamp] = field(default_factory=dict)
     files: dict[str, Stamp] = field(default_factory=dict)
+    bad_questions: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "")
