@@ -58,6 +58,20 @@ def test_missing_weight(folder):
     refuse(folder, "1 missing (blocks.0.attention.qkv.weight)")
 
 
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_nothing_is_printed_besides_the_sentence(folder, low_memory, capfd, caplog):
+    change_weights(folder, lambda w: (w.pop("final_norm.weight"), w.update(extra=torch.zeros(2))))
+    with pytest.raises(ValueError, match="1 missing"):
+        MaskedTransformer.from_pretrained(folder, low_cpu_mem_usage=low_memory)
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int8, torch.int64])
+def test_a_weight_that_is_no_floating_point_number(folder, dtype):
+    change_weights(folder, lambda w: w.update({"final_norm.weight": torch.ones(16).to(dtype)}))
+    refuse(folder, "final_norm.weight of", WEIGHTS, f"is stored as {str(dtype).removeprefix('torch.')}")
+
+
 def test_unexpected_weight(folder):
     change_weights(folder, lambda w: w.update(extra=torch.zeros(2)))
     refuse(folder, "1 unexpected (extra)")
@@ -88,6 +102,21 @@ def test_unknown_config_key(folder):
 def test_bad_config_value(folder):
     change_config(folder, norm="batch")
     refuse(folder, "norm = 'batch'")
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "num_layers", "num_heads", "vocab_size", "norm_eps", "norm", "dropout"]
+)
+@pytest.mark.parametrize("value", [None, True, "8", [8], {}, -8, 1e300, 10**12, 10**30, float("nan")])
+def test_a_config_value_of_another_type_or_out_of_bounds(folder, name, value):
+    change_config(folder, **{name: value})
+    refuse(folder, "config.json", f" {name} ")
+
+
+@pytest.mark.parametrize("name", [["MaskedTransformer"], {}, 3, None, True])
+def test_a_class_that_is_no_name(folder, name):
+    change_config(folder, _class_name=name)
+    refuse(folder, "_class_name" if name is not None else "config.json")
 
 
 def test_another_family(folder):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
 
-from unidiff.schema import check_fields, from_data
+from unidiff.schema import Rows, check_fields, from_data
 
 
 class Modality(IntEnum):
@@ -33,7 +33,7 @@ class Vocabulary:
     emitted (for instance a [MASK] in the middle of LLaDA's text range) are listed by `forbidden`.
     """
 
-    size: int
+    size: Rows
     text: tuple[int, int]
     image: tuple[int, int]
     mask_id: int
