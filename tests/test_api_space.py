@@ -37,9 +37,9 @@ from PIL import Image
 
 from unidiff.errors import DamagedFile
 
-FAST, SLOW = 120, 2400
+FAST, SLOW = 80, 2400
 NAMES = {  # how a sentence may call an argument
-    "image": ("image", "picture"),
+    "image": ("image", "picture", "cannot be downloaded"),
     "mask_image": ("mask",),
     "generator": ("generator", "seed"),
     "guidance_scale": ("guidance",),

@@ -24,7 +24,7 @@ from cli_lines import Line, make_line
 from PIL import Image
 from tiny_pipeline import tiny_parts, tiny_pipeline
 
-FAST, SLOW, PROCESSES = 70, 1400, 30
+FAST, SLOW, PROCESSES = 50, 1400, 30
 SECONDS = 60
 
 

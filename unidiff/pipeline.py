@@ -313,8 +313,8 @@ class UniDiffPipeline(SharedParts, DiffusionPipeline):
         captions, said = self._captions(text, max_text_tokens)
         codes = None
         if image is not None:
-            given = self._encode(self.image_inputs.images(image, resize))
-            columns = broadcast(image=list(given), text=captions)
+            known = self._encode(self.image_inputs.images(image, resize))
+            columns = broadcast(image=list(known), text=captions)
             given, captions = (repeated(column, num_images_per_prompt)[0] for column in columns)
             codes = torch.stack(given)
         else:

@@ -221,10 +221,10 @@ class ChatTasks(FamilyTasks):
         return _one_pass_each(self.rows.complete(prompts, longest), longest)
 
     def infill(self, texts: Sequence[str]) -> TaskRequest:
-        for text in texts:
-            if not has_holes(text):
-                raise ValueError(f"text {short(text)} is known in full; hide words with <mask> or <mask:n>")
-        ids = [_masked(text, self.rows) for text in texts]
+        for line in texts:
+            if not has_holes(line):
+                raise ValueError(f"text {short(line)} is known in full; hide words with <mask> or <mask:n>")
+        ids = [_masked(line, self.rows) for line in texts]
         holes = max(row.count(self.rows.vocabulary.mask_id) for row in ids)
         request = _one_pass_each(self.rows.infill(ids), max(1, holes))
         text = replace(request.config.text, block_length=None)  # holes are no blocks
