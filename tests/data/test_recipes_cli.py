@@ -69,6 +69,17 @@ def test_text_tokenizer_from_a_config(tmp_path):
     assert TextTokenizer.from_pretrained(tmp_path / "out").specials() == {"eos": 0, "caption": 1}
 
 
+def test_another_text_tokenizer_is_never_replaced(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\nthree four\n" * 9, encoding="utf-8")
+    out, text = tmp_path / "out", ("--text", tmp_path / "a.txt", "--vocab-size")
+    assert run("train_text_tokenizer.py", out, *text, 262)[0] == 0
+    (out / "notes.md").write_text("mine")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert run("train_text_tokenizer.py", out, *text, 262)[0] == 0  # the same again
+    assert_fails(run("train_text_tokenizer.py", out, *text, 265), "already holds another tokenizer (tokenizer.json")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
 def test_text_tokenizer_bad_input(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "c.yaml").write_text("vocabulary: 3\n")
@@ -110,11 +121,12 @@ def encode(root, out, *arguments, image="image", process=False):
     return run("encode_shards.py", out, *common, "--image-size", 8, *arguments, process=process)
 
 
-def test_encode_shards(tmp_path, tokenizers):
+def test_encode_shards(tmp_path, tokenizers, caplog):
     write_samples(tmp_path / "raw", 7, 4, lambda n, m: m | {"txt": b"\xff"} if n == 2 else m)
     code, output, errors = encode(tokenizers, tmp_path / "out", "--shards", tmp_path / "raw", "--samples-per-shard", 4)
     assert code == 0, errors
-    assert "6 samples, 6 questions in 2 shards" in output and "1 bad_caption" in output
+    assert "6 samples, 6 questions in 2 shards" in output
+    assert (output + errors + caplog.text).count("1 bad_caption") == 1  # said once
     manifest = json.loads((tmp_path / "out" / "tokens.json").read_text())
     assert manifest["shards"] == {"00000.tar": 4, "00001.tar": 2} and manifest["grid"] == [4, 4]
 

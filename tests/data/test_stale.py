@@ -4,7 +4,9 @@ import http.server
 import json
 import logging
 import os
+import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -180,6 +182,25 @@ def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path, encode):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "out").iterdir())
     assert encode().shards == whole.shards
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(tmp_path, encode):
+    encode("whole")
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    rng = random.Random(3)
+    for _ in range(15):
+        child = os.fork()
+        if child == 0:
+            try:
+                encode()
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.005, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    encode()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == whole
 
 
 def test_an_output_that_is_no_folder(tmp_path, encode):

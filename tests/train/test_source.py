@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from train_fixtures import VOCABULARY, tiny_table
 
 from unidiff.train.source import TokenTable
@@ -62,6 +65,13 @@ def test_curriculum_limits_levels_by_sample_index():
         ({"captions": torch.full((64, 2, 6), 40)}, "captions has ids"),
         ({"codes": torch.zeros(10, 3, 3, dtype=torch.long)}, "rows disagree"),
         ({"colours": torch.zeros(64)}, "unknown tensors"),
+        ({"codes": torch.zeros(64, 3, 3)}, "codes .* of torch.float32; expected whole numbers in 3 dimensions"),
+        ({"codes": torch.zeros(64, 3, 3, dtype=torch.bool)}, "expected whole numbers"),
+        ({"codes": torch.tensor(3)}, "expected whole numbers in 3 dimensions"),
+        ({"captions": torch.zeros(64, 2, 0, dtype=torch.long)}, "at least one number"),
+        ({"levels": torch.zeros(64, 2, dtype=torch.long)}, "levels .* in 1 dimensions"),
+        ({"questions": torch.zeros(64, 2, 6).long(), "answer_start": torch.full((64, 2), 6)}, "answer_start has ids"),
+        ({"questions": torch.zeros(64, 2, 6).long(), "answer_start": torch.zeros(64, 3).long()}, "for every question"),
     ],
 )
 def test_a_bad_table_is_refused(change, message):
@@ -78,3 +88,15 @@ def test_bad_files_are_refused_with_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="no `levels`"):
         tensors = {k: v for k, v in tiny_table().tensors.items() if k != "levels"}
         TokenTable(tensors, VOCABULARY, phases=((0, 1),))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"vocabulary": "["}, {"vocabulary": "null"}, {"vocabulary": "{}"}, {"text_prefix": "x"}, {"text_prefix": "-1"}],
+)
+def test_bad_metadata_names_the_file(tmp_path, metadata):
+    path = tmp_path / "table.safetensors"
+    good = {"vocabulary": json.dumps(VOCABULARY.to_dict()), "text_prefix": "1"}
+    save_file({k: v.contiguous() for k, v in tiny_table().tensors.items()}, path, good | metadata)
+    with pytest.raises(ValueError, match=r"table\.safetensors"):
+        TokenTable.load(path)
