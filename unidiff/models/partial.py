@@ -261,8 +261,8 @@ def _layered(
         x = x + _gated(store.all_outputs(layer, "feed_forward"), second)
         work.append(LayerWork(index.shape[1], values.shape[1], index.shape[1]))
     x = model.finish(x, condition)
-    if (rows := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
-        x = torch.where(rows[:, None, None], x, store.hidden[:, :-1])
+    if (working := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
+        x = torch.where(working[:, None, None], x, store.hidden[:, :-1])
     store.write_hidden(everywhere, True, x)
     return PartialHidden(x, everywhere, tuple(work))
 

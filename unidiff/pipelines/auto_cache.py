@@ -125,7 +125,7 @@ def _shapes(batch: TokenBatch) -> list[RowShape]:
     picture = batch.valid & (batch.modality == Modality.IMAGE)
     hidden = [(batch.targets & (batch.modality == m)).sum(1) for m in (Modality.TEXT, Modality.IMAGE)]
     columns = torch.stack([batch.valid.sum(1), *hidden, picture.any(1).long()], 1)
-    return [RowShape(*numbers[:3], bool(numbers[3])) for numbers in columns.tolist()]
+    return [RowShape(length, text, image, bool(pictured)) for length, text, image, pictured in columns.tolist()]
 
 
 @lru_cache(maxsize=256)

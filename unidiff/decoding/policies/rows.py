@@ -63,9 +63,9 @@ def merged(state: DecodeState, shown: Tensor, busy: Tensor, parts: Sequence[Part
             compared = plan.verify & where
             verify = compared if verify is None else verify | compared
         for number, layer in enumerate(plan.full_layers):
-            own = rows if plan.full_rows is None else plan.full_rows[number]
-            if rows is not None and own is not rows:
-                own = rows & own
+            own = None if plan.full_rows is None else plan.full_rows[number]
+            if rows is not None:
+                own = rows if own is None else rows & own
             before = layers.get(layer, torch.zeros_like(busy))
             layers[layer] = None if own is None or before is None else before | own
     full_rows = None
