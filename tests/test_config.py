@@ -55,6 +55,12 @@ def plain(text: str) -> bool:
     return "${" not in text and "\0" not in text and not text.startswith("~") and "::~" not in text
 
 
+def unquoted(text: str) -> str:
+    """Without the one pair of quotes around it."""
+    whole = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if whole and text[0] not in text[1:-1] and "\\" not in text else text
+
+
 @given(st.sampled_from(FIELDS), st.sampled_from(ODD) | st.text(max_size=30))
 def test_every_override_is_a_value_of_its_type_or_one_sentence(name: str, text: str) -> None:
     try:
@@ -66,8 +72,8 @@ def test_every_override_is_a_value_of_its_type_or_one_sentence(name: str, text: 
     assert isinstance(value, TYPES.get(name, object))
     if name in ("whole", "number", "maybe_whole"):
         assert value is None or isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
-    assert name != "text" or value == text
-    assert name != "maybe" or value == (None if text == "null" else text)
+    assert name != "text" or value == unquoted(text)
+    assert name != "maybe" or value == (None if text == "null" else unquoted(text))
 
 
 @given(st.sampled_from(ODD) | st.text(max_size=30))
@@ -78,8 +84,8 @@ def test_a_text_is_taken_as_typed_everywhere(text: str) -> None:
     except ValueError:
         assert not plain(text)
         return
-    assert config.text == config.inner.name == text
-    assert yaml.safe_load(dump_config(config))["text"] == text
+    assert config.text == config.inner.name == unquoted(text)
+    assert yaml.safe_load(dump_config(config))["text"] == unquoted(text)
 
 
 @given(st.dictionaries(st.sampled_from(["text", "maybe"]), st.text(max_size=20).filter(plain)), st.floats(-1e9, 1e9),
@@ -175,3 +181,12 @@ def test_later_ones_count_and_mappings_are_merged(tmp_path: Path) -> None:
     config = load_config(TrainConfig, tmp_path / "c.yaml", words)
     assert config.model == {"hidden_size": 64, "num_layers": 3, "dropout": 0.1}
     assert (config.tasks.t2i.weight, config.tasks.t2i.rate, config.steps, config.threads) == (2, "cosine", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("text=''", ""), ('text=""', ""), ("text='007'", "007"), ('text="null"', "null"), ("text='a' b 'c'", "'a' b 'c'"),
+     ("text='", "'"), ("maybe='null'", "null"), ("maybe=null", None), ("maybe=''", "")],
+)  # fmt: skip
+def test_one_pair_of_quotes_is_taken_off(word: str, value: str | None) -> None:
+    assert getattr(load_config(Every, None, [word]), word.partition("=")[0]) == value

@@ -38,8 +38,8 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
     Args:
         schema: a frozen dataclass, nested ones allowed; its defaults fill whatever the file leaves out.
         path: a YAML file in UTF-8, or None for the defaults alone.
-        overrides: dotted assignments as typed on a command line. A text is taken as it stands, quotes included; lists and
-            mappings are YAML: `data.shards=[a.tar, b.tar]`. Of several for one key the last one counts.
+        overrides: dotted assignments as typed on a command line. A text is taken as it stands, but for one pair of quotes
+            around it (`key=''` is the empty text); lists and mappings are YAML: `data.shards=[a.tar, b.tar]`. Of several for one key the last one counts.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -234,6 +234,10 @@ def _override_node(text: str, annotation: Any, source: str) -> yaml.Node:
             raise ValueError(
                 f"{source}: what follows {_short(text[: node.end_mark.index])} would be left out; remove it"
             )
+    if str in wanted and len(text) > 1 and text[0] == text[-1] in ("'", '"'):
+        inside = text[1:-1]  # as YAML has it: key='' is the empty text
+        text = text if text[0] in inside or "\\" in inside else inside
+        wanted = [str]
     optional_null = types.NoneType in wanted and text == "null"
     mark = yaml.Mark(source, 0, 0, 0, None, None)
     style = None if optional_null or annotation is Any or str not in wanted else "'"
@@ -341,8 +345,12 @@ def _keys(schema: type, before: str = "") -> Iterator[str]:
             yield from _keys(annotation, f"{before}{name}.")  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=128)
 def _annotations(schema: Any) -> dict[str, Any]:
+    return _hints(schema)
+
+
+@lru_cache(maxsize=128)
+def _hints(schema: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(schema, include_extras=True)
     return {field.name: hints[field.name] for field in fields(schema)}
 

@@ -1,4 +1,5 @@
 import logging
+import shutil
 from collections import Counter
 
 import pytest
@@ -189,6 +190,11 @@ def test_training_settings_open_shards(folder, text):
 @pytest.mark.training
 def test_shards_of_their_own_validate_a_run(folder, tmp_path):
     data = [f"data.train={folder}", f"data.validation={folder}", "data.validation_rows=200"]
+    with pytest.raises(ValueError, match="is trained on, too"):
+        open_sources(tiny_config(tmp_path, *data))
+    with pytest.raises(ValueError, match="is trained on, too"):
+        open_sources(tiny_config(tmp_path, f"data.train=raw@2::{folder}@1", *data[1:]))
+    data[1] = f"data.validation={shutil.copytree(folder, tmp_path / 'held_out')}"
     config = tiny_config(tmp_path, *data, "steps=1", "batch_size=2", "logging.validation_draws=1")
     train, held_out = open_sources(config)
     assert held_out.rows == 90  # fewer than asked for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,9 +189,15 @@ def test_other_shards_under_the_same_name_are_another_run(tmp_path):
 def test_a_model_without_its_checkpoints_is_not_replaced(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a model and no checkpoint"):
+    with pytest.raises(ValueError, match="holds"):
         train_image_tokenizer(config(tmp_path, steps=1))
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    train_image_tokenizer(config(tmp_path / "run", steps=1))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    weights = (tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a model and no checkpoint"):
+        train_image_tokenizer(config(tmp_path / "run", steps=2))
+    assert (tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file or a device"):
         train_image_tokenizer(config(tmp_path / "file"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from unidiff.data.encode import EncodeSettings
@@ -24,6 +25,10 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
     data = config.data
     if not data.train:
         raise ValueError("data.train is empty; name a token table (.safetensors) or shards")
+    if data.validation and _files(data.validation) & _files(data.train):
+        raise ValueError(
+            f"data.validation = {data.validation!r} is trained on, too; name other rows, or leave it empty"
+        )
     table = _open(data.train, config, "train")
     check_declared(config, table)
     held_out: TokenTable | ShardTokens | None = None
@@ -74,6 +79,12 @@ def phases(config: TrainConfig) -> tuple[tuple[int, int], ...] | None:
     """The curriculum in global sample indices."""
     total = config.steps * config.rows_per_step
     return tuple((round(float(share) * total), int(level)) for share, level in config.data.curriculum) or None
+
+
+def _files(pattern: str) -> set[str]:
+    """The places of weighted sets, for comparison."""
+    places = [part if os.path.exists(part) else part.rpartition("@")[0] or part for part in pattern.split("::")]
+    return {place if "://" in place else os.path.realpath(place) for place in places}
 
 
 def _open(pattern: str, config: TrainConfig, name: str) -> TokenTable | ShardTokens:

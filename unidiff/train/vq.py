@@ -41,7 +41,7 @@ class VQModelConfig:
             raise ValueError(f"tokenizer kind {self.kind!r} is unknown; expected 'cell' or 'vqmodel'")
         if self.factor not in (1, 2, 4, 8, 16, 32, 64, 128):
             raise ValueError(f"model.factor is {self.factor}; expected a power of two from 1 to 128")
-        sizes = {
+        sizes: dict[str, tuple[int, ...]] = {
             "codebook_size": (self.codebook_size,),
             "code_dim": (self.code_dim,),
             "encoder_width": (self.encoder_width,),

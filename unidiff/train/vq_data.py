@@ -127,7 +127,9 @@ def digest(picture: Tensor) -> bytes:
 
 def _first_different(source: ShardSource, prepare: ImagePreprocess, data: ImageData) -> list[Tensor]:
     """The first pictures to hold out, all different, if at least one other remains."""
-    asked, seen, held, total = data.validation_images, set(), [], 0
+    asked, total = data.validation_images, 0
+    seen: set[bytes] = set()
+    held: list[Tensor] = []
     wanted = asked or HELD_OUT
     for sample in source:
         total += 1
