@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from unidiff.errors import json_name
@@ -51,7 +51,7 @@ def check_fields(settings: Any, what: str) -> None:
     Args:
         what: the owner in the message, for instance "sampler text".
     """
-    for name, annotation in _annotations(type(settings)).items():
+    for name, annotation in _annotations(type(settings)).items():  # type: ignore[arg-type]
         check_value(getattr(settings, name), annotation, f"{what} {name}" if what else name)
 
 
@@ -69,7 +69,7 @@ def from_data(schema: type[T], data: Any, what: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} is {_short(data)}; expected a mapping of settings")
-    hints = _annotations(schema)
+    hints = _annotations(schema)  # type: ignore[arg-type]
     if unknown := [str(key) for key in data if key not in hints]:
         raise ValueError(f"{what} has unknown settings {sorted(unknown)}; expected some of {sorted(hints)}")
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
@@ -166,8 +166,8 @@ def _build(value: Any, annotation: Any, what: str) -> Any:
     return value
 
 
-@lru_cache(maxsize=128)
-def _annotations(schema: type) -> dict[str, Any]:
+@cache
+def _annotations(schema: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(schema, include_extras=True)
     return {f.name: hints[f.name] for f in fields(schema)}
 
