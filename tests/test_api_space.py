@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from api_values import (
     COUNTS,
     FLAGS,
     HOLES,
-    LONG,
     MASKS,
     MORE_OPTIONS,
     NOT_MASKS,
@@ -279,7 +277,7 @@ def check_result(call: Call, pipe: Any, result: Any, space: Space) -> None:
             assert result.images.dtype == torch.int64 and result.images.ndim == 3
         else:
             shape = (rows, 3, *space.size) if kind == "pt" else (rows, *space.size, 3)
-            assert tuple(result.images.shape) == shape and 0 <= result.images.min() and result.images.max() <= 1
+            assert tuple(result.images.shape) == shape and result.images.min() >= 0 and result.images.max() <= 1
     if call.family == "muddit":
         return
     vocabulary = pipe.settings.vocabulary if call.family == "native" else pipe.released.vocabulary
@@ -298,9 +296,9 @@ def _expected_rows(call: Call) -> int:
     sizes = [1]
     for name in ("prompt", "question", "text", "image", "messages", "mask_image"):
         value = call.given.get(name)
-        if isinstance(value, list | tuple) and not (value and isinstance(value[0], dict)):
-            sizes.append(len(value))
-        elif name == "image" and isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4:
+        if (isinstance(value, list | tuple) and not (value and isinstance(value[0], dict))) or (
+            name == "image" and isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4
+        ):
             sizes.append(len(value))
     return max(sizes) * call.given.get("num_images_per_prompt", 1)
 
