@@ -10,6 +10,7 @@ import json
 import os
 import random
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -343,3 +344,63 @@ def test_sizes_are_refused_before_memory_is_asked_for(family: str, tmp_path: Pat
                         load_released(tmp_path, vocabulary=TINY[family].vocabulary)
                 except (ValueError, OSError) as error:
                     assert sentence_fault(error, tmp_path) is None, (key, size, sentence_fault(error, tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------- words of the messages
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "x" * 5000, "\ud800", "\0", "a\x1b[31mb"])
+def test_names_from_files_cannot_spoil_a_message(name: str, tmp_path: Path):
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if name == "\ud800" and file.endswith("safetensors"):
+            continue  # cannot be written
+        write_tiny(tmp_path, "llada")
+        (tmp_path / "model.safetensors").unlink()
+        state = {**tiny_weights("llada"), name: torch.ones(2)}
+        save_file(state, tmp_path / file) if file.endswith("safetensors") else torch.save(state, tmp_path / file)
+        _refused(tmp_path, "1 left over")
+        (tmp_path / file).unlink()
+    MaskedTransformer(12, 16, 1, 2).save_pretrained(tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    good = json.loads(path.read_text())
+    for values in ({name: 1}, {"_class_name": name}, {"hidden_size": name}):
+        path.write_text(json.dumps({**good, **values}))
+        with pytest.raises(ValueError, match="config") as caught:
+            MaskedTransformer.from_pretrained(tmp_path / "own")
+        assert sentence_fault(caught.value, tmp_path) is None, sentence_fault(caught.value, tmp_path)
+
+
+def test_files_that_would_fill_the_memory_are_not_read(tmp_path: Path):
+    write_tiny(tmp_path, "unidisc")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**33)  # holes take no room on the disk
+    _refused(tmp_path, "too many for a JSON config")
+    (tmp_path / "config.json").unlink()
+    with (tmp_path / "config.yaml").open("wb") as file:
+        file.truncate(2**33)
+    _refused(tmp_path, "too many for a config")
+
+
+def test_a_compressed_torch_file_is_refused(tmp_path: Path):
+    write_tiny(tmp_path, "llada")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_weights("llada"), tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for item in plain.namelist():
+            small.writestr(item, plain.read(item))
+    (tmp_path / "plain.pt").unlink()
+    _refused(tmp_path, "it is compressed")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_weights_are_not_cast_to_what_cannot_hold_them(dtype: torch.dtype, tmp_path: Path):
+    write_tiny(tmp_path, "llada")
+    with pytest.raises(ValueError, match=r"dtype is \w+; weights can be loaded as"):
+        load_released(tmp_path, dtype)
+    MaskedTransformer(12, 16, 1, 2).save_pretrained(tmp_path / "own")
+    for name in ("torch_dtype", "dtype"):
+        with pytest.raises(ValueError, match=r"dtype is \w+; weights can be loaded as"):
+            MaskedTransformer.from_pretrained(tmp_path / "own", **{name: dtype})

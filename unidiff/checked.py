@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
-from unidiff.errors import first_line, is_out_of_memory, read_json, reading, reason_of
+from unidiff.errors import first_line, is_out_of_memory, plain, read_json, reading, reason_of
 from unidiff.saving import check_save_options, save_model
 from unidiff.schema import check_arguments, check_value
 
@@ -71,13 +71,17 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         parameters = inspect.signature(cls.__init__).parameters
         known = set(parameters) - {"self"}
         if unknown := sorted(k for k in config_dict if not k.startswith("_") and k not in known):
-            raise ValueError(f"{cls.__name__} config has unknown keys {unknown}; expected some of {sorted(known)}")
+            raise ValueError(
+                f"{cls.__name__} config has unknown keys {[plain(k) for k in unknown[:5]]}; expected some of {sorted(known)}"
+            )
         needed = {name for name in known if parameters[name].default is inspect.Parameter.empty}
         if missing := sorted(needed - config_dict.keys() - kwargs.keys()):
             raise ValueError(f"{cls.__name__} config lacks {missing}")
         family = config_dict.get("_class_name", cls.__name__)
         if family not in [c.__name__ for c in cls.__mro__]:
-            raise ValueError(f"the config describes a {family}, not a {cls.__name__}; load it with its own class")
+            raise ValueError(
+                f"the config describes a {plain(family)}, not a {cls.__name__}; load it with its own class"
+            )
         return super().extract_init_dict(config_dict, **kwargs)
 
     def check_arguments(self) -> None:
@@ -118,6 +122,8 @@ def load_checked(
             misshaped, no floating-point numbers, unreadable, NaN or infinite.
     """
     where = f"{class_name} at {str(source)!r}"
+    for name in ("torch_dtype", "dtype"):
+        check_model_dtype(kwargs.get(name))
     folder = Path(source or "") / (kwargs.get("subfolder") or "")
     if folder.is_dir():
         _look_through(getattr(loader, "__self__", None), folder, where, types or {}, kwargs.get("variant"))
@@ -162,6 +168,13 @@ def build_on_meta(cls: Any, config: Mapping[str, Any], where: str = "") -> Any:
         raise ValueError(f"{where}: {said}" if where else said) from error
 
 
+def check_model_dtype(dtype: Any) -> None:
+    """Raise `ValueError` for a dtype that weights cannot be cast to without losing something; None and names pass."""
+    if isinstance(dtype, torch.dtype) and dtype not in FLOATS:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
+        raise ValueError(f"dtype is {str(dtype).removeprefix('torch.')}; weights can be loaded as {kinds}")
+
+
 def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
     """Raise `ValueError` for a stored tensor of a dtype that its place cannot take over without losing something.
 
@@ -201,7 +214,7 @@ def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], 
         return
     named = config.get("_class_name", cls.__name__)
     if not isinstance(named, str):
-        raise ValueError(f"{path}: _class_name is {named!r}; expected {cls.__name__!r}")
+        raise ValueError(f"{path}: _class_name is {plain(named)}; expected {cls.__name__!r}")
     model = build_on_meta(cls, {**config, "_class_name": named}, str(path))
     wanted = model.state_dict()
     copies = {c: o for c, o in getattr(model, "weight_copies", dict)().items() if c in stored}
@@ -248,4 +261,4 @@ def _chain_holds(error: BaseException | None, kind: type[BaseException]) -> bool
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")

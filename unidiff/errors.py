@@ -40,6 +40,7 @@ _SYSTEM = {
     errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
     errno.EIO: "the disk reports an error",
 }
+_LARGEST_JSON = 2**28  # bytes
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "invalid buffer size", "bad allocation")
 
 
@@ -120,12 +121,21 @@ def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, .
         FileNotFoundError: no such file. DamagedFile: not JSON, or another outermost value.
     """
     check_regular(path)
+    if (size := Path(path).stat().st_size) > _LARGEST_JSON:
+        raise DamagedFile(f"{str(path)!r} has {size} bytes, too many for {what}; the file is damaged or of another kind")
     with reading(path, what):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, expect):
         names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in _tuple(expect))
         raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is not {what}")
     return value
+
+
+def plain(name: object, most: int = 100) -> str:
+    """A name from a file for a message: on one line, and not as long as a file can make it."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_regular(path: str | Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from unidiff.errors import DamagedFile, check_regular, is_out_of_memory, read_json, reading
+from unidiff.errors import DamagedFile, check_regular, is_out_of_memory, plain, read_json, reading
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFE_SUFFIX = ".safetensors"
@@ -178,7 +179,7 @@ class _SafeFile:
         for name, (_, dtype) in found.items():
             if dtype not in _SAFE_DTYPES:
                 kinds = sorted(_SAFE_DTYPES)
-                raise ValueError(f"{self.path} holds tensor {name!r} of type {dtype}; expected some of {kinds}")
+                raise ValueError(f"{self.path} holds tensor {plain(name)!r} of type {dtype}; expected some of {kinds}")
         return {n: StoredTensor(shape, _SAFE_DTYPES[dtype], self, (n,)) for n, (shape, dtype) in found.items()}
 
     def read(self, key: tuple[Any, ...]) -> Tensor:
@@ -251,6 +252,10 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
     with path.open("rb") as file:
         if not file.read(4).startswith(TORCH_MAGIC):
             raise ValueError(f"{path} is no torch file (a web page or a pointer to it, perhaps); download it again")
+    if zipfile.is_zipfile(path):
+        with reading(path, "a torch file", AGAIN), zipfile.ZipFile(path) as archive:
+            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                raise ValueError("it is compressed, which torch files never are")  # it could grow without end
     with reading(path, "a torch file", AGAIN):
         try:
             # training scripts save their command line next to the weights; the class only holds attributes
@@ -266,9 +271,8 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
             EOFError,
             OSError,
         ) as error:  # the file was opened just now; torch says much about its own archives
-            if is_out_of_memory(error):
-                raise
-            raise DamagedFile(f"{path} is damaged; download it again") from error
+            said = "asks for more memory than there is, or is damaged" if is_out_of_memory(error) else "is damaged"
+            raise DamagedFile(f"{path} {said}; download it again") from error
 
 
 def check_tensor(path: Path, name: str, value: Tensor) -> None:
@@ -286,7 +290,7 @@ def check_tensor(path: Path, name: str, value: Tensor) -> None:
         kind = "larger than its data"
     if kind is not None:
         raise DamagedFile(
-            f"{path}: tensor {name!r} is {kind}; expected plain tensors, so save its dense values instead"
+            f"{path}: tensor {plain(name)!r} is {kind}; expected plain tensors, so save its dense values instead"
         )
 
 
@@ -304,7 +308,7 @@ def _open_shards(index: Path) -> dict[str, Any]:
     shards = sorted(set(listed.values()))
     paths = [index.parent / name for name in shards]
     if outside := [name for name in shards if not _is_shard(name)]:
-        raise ValueError(f"{index} names {outside[0]!r}; expected plain file names beside it")
+        raise ValueError(f"{index} names {plain(outside[0])!r}; expected plain file names beside it")
     if absent := [path for path in paths if not path.exists()]:
         raise FileNotFoundError(
             f"{absent[0]} does not exist; download the whole checkpoint "
@@ -317,8 +321,8 @@ def _open_shards(index: Path) -> dict[str, Any]:
         lacking = sorted(name for name, shard in listed.items() if shard == path.name and name not in part)
         if wrong or lacking:
             raise ValueError(
-                f"{path} does not hold what {index.name} says: {len(lacking)} missing ({', '.join(lacking[:3])}), "
-                f"{len(wrong)} unexpected ({', '.join(wrong[:3])}); download both again"
+                f"{path} does not hold what {index.name} says: {len(lacking)} missing ({', '.join(map(plain, lacking[:3]))}), "
+                f"{len(wrong)} unexpected ({', '.join(map(plain, wrong[:3]))}); download both again"
             )
         content |= part
     return content

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unidiff.errors import json_name
+from unidiff.errors import json_name, plain
 from unidiff.schema import Positive, check_value
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", "none", "default")
@@ -70,10 +70,10 @@ class ConfigKeys:
             elif key in _NAMES:
                 self._checked(key, value, _NAMES[key])
             elif self.closed:
-                raise ConfigError(f"unknown {self.what} config keys [{key!r}]; expected some of {sorted(known)}")
+                raise ConfigError(f"unknown {self.what} config keys [{plain(key)!r}]; expected some of {sorted(known)}")
             elif _COMPUTING.search(key.lower()) and not _TRAINING.search(key.lower()) and not is_neutral(value):
                 raise ConfigError(
-                    f"config has {key} = {_short(value)}, which may change what the network computes and is not built "
+                    f"config has {plain(key)} = {_short(value)}, which may change what the network computes and is not built "
                     f"for {self.what}; if it changes nothing, remove it from the config"
                 )
         return config

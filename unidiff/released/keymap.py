@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.checked import build_on_meta, check_dtype, check_finite
+from unidiff.errors import plain
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.checkpoint_file import AnyTensor, in_memory
 
@@ -259,4 +260,6 @@ def strip_prefixes(state: Mapping[str, Any], prefixes: Iterable[str]) -> dict[st
 
 
 def _few(kind: str, names: list[str]) -> str:
-    return f"{len(names)} {kind}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
+    return f"{len(names)} {kind}" + (
+        f" ({', '.join(map(plain, names[:3]))}{', ...' if len(names) > 3 else ''})" if names else ""
+    )

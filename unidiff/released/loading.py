@@ -14,8 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from unidiff.checked import check_finite
-from unidiff.errors import check_regular, json_name, read_json, reading
+from unidiff.checked import check_finite, check_model_dtype
+from unidiff.errors import check_regular, json_name, plain, read_json, reading
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.released.checkpoint_file import in_memory, open_checkpoint, pick_entry, weight_file
@@ -29,6 +29,7 @@ from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
+LARGEST_YAML = 2**22  # bytes
 LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
@@ -115,6 +116,7 @@ def load_released(
         ValueError: a damaged file, one that could run code, an unknown or another family, or weights that are missing,
             left over, misshaped or not finite; the message names the first ones and what would fit.
     """
+    check_model_dtype(dtype)
     path = find_part(name, subfolder, **hub_options)
     if (path / RECORD).is_file():
         _check_unused(path, {"config": config, "vocabulary": vocabulary, "entry": entry}, family)
@@ -209,7 +211,7 @@ def open_released(
         listed = sorted(map(str, content))[:5]
         raise ValueError(f"{file} holds no named weights; name another file or entry (it has {listed})")
     if strange := [name for name in tensors if not isinstance(name, str)]:
-        raise ValueError(f"{file} holds a weight under {strange[0]!r}; expected names")
+        raise ValueError(f"{file} holds a weight under {plain(strange[0])}; expected names")
     try:
         check_names(config)
         tensors = strip_prefixes(tensors, PREFIXES)
@@ -245,6 +247,8 @@ def read_config(file: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return cast(dict[str, Any], read_json(path, "a JSON config"))
     check_regular(path)
+    if (size := path.stat().st_size) > LARGEST_YAML:
+        raise ValueError(f"{path} has {size} bytes, too many for a config; it is damaged or another file")
     with reading(path, "a YAML config"):
         text = path.read_text(encoding="utf-8-sig")
         if _nodes(yaml.safe_load(text), {}) > LARGEST_COUNT:  # aliases of aliases

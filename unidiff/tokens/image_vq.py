@@ -13,7 +13,7 @@ from diffusers import VQModel
 from torch import Tensor
 
 from unidiff.checked import load_checked
-from unidiff.errors import read_json
+from unidiff.errors import plain, read_json
 from unidiff.saving import save_model
 from unidiff.schema import Between, Rows, Width, check_arguments
 from unidiff.tokens.cell_vq import CellVQModel
@@ -161,7 +161,7 @@ class VQImageTokenizer:
         config = read_json(path, "an image tokenizer's config")
         name = config.get("_class_name")
         if not isinstance(name, str) or name not in _CLASSES:
-            raise ValueError(f"{path} holds a {name!r}; expected one of {sorted(_CLASSES)}")
+            raise ValueError(f"{path} holds a {plain(name)!r}; expected one of {sorted(_CLASSES)}")
         if name == "VQModel":
             try:
                 check_vq_config(config)
