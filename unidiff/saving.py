@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unidiff.errors import read_json
+from unidiff.errors import plain, read_json
 from unidiff.files import filling_folder, resolve_link
 
 CONFIG = "config.json"
@@ -66,7 +66,7 @@ def save_model(model: torch.nn.Module, folder: str | Path, write: Callable[[Path
         raise ValueError(f"{str(folder)!r} is a file; name a folder to save the {kind} in")
     held = _model_in(folder)
     if held not in (None, kind):
-        raise ValueError(f"{str(folder)!r} holds a {held}, which would be lost; save the {kind} to another folder")
+        raise ValueError(f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} to another folder")
     _check_weights(model, kind)
     with filling_folder(folder) as temporary:
         write(temporary)
