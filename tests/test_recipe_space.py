@@ -1,6 +1,6 @@
 """Every recipe takes every command line: it works, or ends with a sentence and status 1 or 2; nothing else changes.
 
-Fast: seed 1, 72 lines in this process. Slow: seed 2, 756 lines in this process, and seed 3, 36 lines as processes.
+Fast: seed 1, 54 lines in this process. Slow: seed 2, 756 lines in this process, and seed 3, 36 lines as processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def in_process(world: Path, monkeypatch: pytest.MonkeyPatch, seed: int, count: i
         fresh(world, empty)
         status, _, err = run(path, words)
         found.append(status)
-        print(status, path, str(words)[:300], err[-300:].strip().replace("\n", " | "), file=sys.stderr)
         try:
             check(status, err, f"{path} {words}", world, before)
         except AssertionError as error:
@@ -53,9 +52,9 @@ def in_process(world: Path, monkeypatch: pytest.MonkeyPatch, seed: int, count: i
 
 
 def test_a_sample_of_lines(world, monkeypatch):
-    found = in_process(world, monkeypatch, 1, 4 * len(RECIPES))
+    found = in_process(world, monkeypatch, 1, 3 * len(RECIPES))
     assert found.count(0) >= 15  # the right ones work
-    assert sum(s in (1, 2) for s in found) >= 30
+    assert sum(s in (1, 2) for s in found) >= 20
 
 
 @pytest.mark.slow
