@@ -252,10 +252,11 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
     with path.open("rb") as file:
         if not file.read(4).startswith(TORCH_MAGIC):
             raise ValueError(f"{path} is no torch file (a web page or a pointer to it, perhaps); download it again")
-    if zipfile.is_zipfile(path):
-        with reading(path, "a torch file", AGAIN), zipfile.ZipFile(path) as archive:
-            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-                raise ValueError("it is compressed, which torch files never are")  # it could grow without end
+    with reading(path, "a torch file", AGAIN):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                    raise ValueError("it is compressed, which torch files never are")  # it could grow without end
     with reading(path, "a torch file", AGAIN):
         try:
             # training scripts save their command line next to the weights; the class only holds attributes
