@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -240,3 +241,13 @@ def test_home_folders_are_not_made_up(tmp_path, monkeypatch):
         (tmp_path / "a" / "b").resolve(strict=True)
     assert "go round in circles" in str(explain(error.value))
     assert [p.name for p in tmp_path.iterdir() if p.name != "a"] == ["~backup.txt"]
+
+
+def test_a_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, flags: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("unidiff.files.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="knows no locks; make sure yourself"), locked(tmp_path / "run", "training"):
+        assert (tmp_path / "run" / ".lock").is_file()
+    assert not (tmp_path / "run" / ".lock").exists()

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what disks of a network may answer
 _PART = "part"
 _HASHED = 2**20  # bytes at either end of a file that its stamp looks at
 
@@ -229,9 +231,14 @@ def _take(path: Path, what: str) -> int:
             raise ValueError(
                 f"{str(path.parent)!r} is in use by {holder}; wait for it, or name another output folder for this {what}"
             ) from error
-        except BaseException:
-            os.close(handle)
-            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+            warnings.warn(
+                f"the disk of {str(path.parent)!r} knows no locks; make sure yourself that no second {what} writes there",
+                stacklevel=2,
+            )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 os.truncate(handle, 0)
