@@ -225,8 +225,8 @@ def test_a_call_finds_its_task(pipe, inputs, picture):
     [
         (lambda pipe: pipe("a dog", question="what?"), "no task takes prompt and question together"),
         (lambda pipe: pipe("a dog", task="caption"), "task 'caption' was given \\['prompt'\\]; it needs \\['image'\\]"),
-        (lambda pipe: pipe("a dog", task="draw"), "unknown task 'draw'"),
-        (lambda pipe: pipe("a dog", cache="duel"), "cache policy is 'duel'"),
+        (lambda pipe: pipe("a dog", task="draw"), "task is 'draw'; expected one of text_to_image"),
+        (lambda pipe: pipe("a dog", cache="duel"), "cache is 'duel'; expected one of auto, none.*did you mean 'dual'"),
         (lambda pipe: pipe("a dog", cache="dual", policy=NoCache()), "cache and policy both"),
         (lambda pipe: pipe("a dog", cache=NoCache()), "cache is a NoCache"),
         (lambda pipe: pipe("a dog", block_length=0), "block_length is 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from all_pipelines import make_pipelines
 from PIL import Image
@@ -22,7 +23,50 @@ def test_words_with_holes_are_filled_not_drawn(pipes):
     assert pipes["llada"]("a <mask>", task="infill").notes == []
 
 
+def test_conversations_with_holes_are_noted_as_questions_are(pipes):
+    said = [{"role": "user", "content": "a <mask>?"}]
+    for family in ("llada", "dream"):
+        assert "letters" in pipes[family].chat(said, max_text_tokens=2).notes[0]
+
+
+def test_a_negative_prompt_of_muddit_is_read_as_a_prompt_is(pipes):
+    pipe, picture = pipes["muddit"], Image.new("RGB", (8, 8))
+    calls = [
+        lambda **more: pipe.text_to_image("a", steps=1, **more),
+        lambda **more: pipe.inpaint(picture, steps=1, **more),
+    ]
+    for call in calls:
+        assert any("\U0001f98a" in note for note in call(negative_prompt="\U0001f98a").notes)
+        with pytest.raises(ValueError, match="negative_prompt 'a <mask>' holds"):
+            call(negative_prompt="a <mask>")
+        with pytest.raises(ValueError, match="changes nothing at guidance_scale 1"):
+            call(negative_prompt="b", guidance_scale=1.0)
+        assert call(negative_prompt="", guidance_scale=1.0).notes == []
+
+
+@pytest.mark.parametrize("value", [b"x", [1], np.zeros(3), 5, object()], ids=lambda value: type(value).__name__)
+def test_a_wrong_cache_or_task_is_one_sentence_that_lists_all(pipes, value):
+    for call in (pipes["native"].text_to_image, pipes["llada"].complete):
+        with pytest.raises(ValueError, match=r"cache is .*; expected one of auto, none, .* or a CacheConfig"):
+            call("a", cache=value)
+    for family in ("native", "llada", "lumina"):
+        with pytest.raises(ValueError, match=r"task is .*; expected one of"):
+            pipes[family]("a", task=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**70, 1.5, "3", True, 10_001, [1]])
+def test_counts_have_the_same_bounds_in_every_message(pipes, value):
+    for name in ("steps", "num_candidates", "num_images_per_prompt"):
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a whole number from 1 to 10000"):
+            pipes["native"].text_to_image("a", **{name: value})
+    with pytest.raises(ValueError, match=r"max_text_tokens is .*; expected a whole number from 1 to 9"):
+        pipes["native"].generate(max_text_tokens=value)
+
+
 BAD = [
+    ("native", (["a <mask>", "a dog"],), {}, "some prompts have <mask> holes and some have none"),
+    ("native", (), {"text": "a <mask>", "max_text_tokens": 3}, "leave one of them out"),
+    ("unidisc", (), {"text": "a <mask>", "max_text_tokens": 3}, "leave one of them out"),
     ("native", ("a",), {"task": "nope"}, "task is 'nope'; expected one of"),
     ("native", ("a",), {"task": "captions"}, "did you mean 'caption'"),
     ("native", ("a",), {"task": 5}, "task is 5"),

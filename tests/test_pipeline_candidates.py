@@ -185,3 +185,15 @@ def test_an_empty_negative_prompt_leads_away_from_hidden_words(pipe) -> None:
         pipe.text_to_image("a dog", negative_prompt="", guidance_scale=1.0, generator=[3]).ids,
         pipe.text_to_image("a dog", guidance_scale=1.0, generator=[3]).ids,
     )
+
+
+@pytest.mark.parametrize("hide", ["given", "other", "text", "image"])
+def test_an_empty_negative_prompt_means_the_same_beside_others(pipe, hide) -> None:
+    plain = pipe.settings.sampler("text_to_image")
+    asked = {"sampler": replace(plain, guidance=replace(plain.guidance, scale=4.0, hide=hide))}
+    mixed = pipe.text_to_image(["a dog", "an owl"], negative_prompt=["", "two cats"], generator=[3, 4], **asked)
+    alone = pipe.text_to_image("a dog", negative_prompt="", generator=[3], **asked)
+    assert torch.equal(mixed.ids[0], alone.ids[0])
+    for unwanted in ("", "two cats"):
+        with pytest.raises(ValueError, match="give one of them"):
+            pipe.text_to_image("a dog", negative_prompt=unwanted, guidance_hides=hide)

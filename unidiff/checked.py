@@ -63,7 +63,7 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         check_save_options(options, max_shard_size)
         save = super().save_pretrained
-        save_model(self, Path(save_directory), lambda folder: save(folder, max_shard_size=max_shard_size))
+        save_model(self, save_directory, lambda folder: save(folder, max_shard_size=max_shard_size))
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -218,20 +218,31 @@ def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], 
     model = build_on_meta(cls, {**config, "_class_name": named}, str(path))
     wanted = model.state_dict()
     copies = {c: o for c, o in getattr(model, "weight_copies", dict)().items() if c in stored}
-    shapes = {name: tuple(value.shape) for name, value in wanted.items()}
-    shapes |= {copy: shapes[original] for copy, original in copies.items()}
-    problems = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - shapes.keys()),
-        "misshaped": sorted(n for n in stored.keys() & shapes.keys() if tuple(stored[n].shape) != shapes[n]),
-    }
-    first = next(iter(problems["misshaped"]), None)
-    _refuse(where, problems, f", {tuple(stored[first].shape)} instead of {shapes[first]}" if first else "")
+    check_shapes(where, wanted, stored, {copy: wanted[original] for copy, original in copies.items()})
     for name, value in stored.items():
         check_dtype(f"{name} of {file}", value, wanted[copies.get(name, name)].is_floating_point())
     for copy, original in copies.items():
         if not torch.equal(stored[copy].read(), stored[original].read()):
             raise ValueError(f"{file}: {copy!r} differs from {original!r}, though the config ties them")
+
+
+def check_shapes(
+    where: str, wanted: Mapping[str, Any], stored: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `ValueError` unless weights have the names and shapes that a model wants.
+
+    Args:
+        where: for the message. wanted, stored: anything with a `shape`, by name. more: what may be there besides.
+    """
+    known = {**wanted, **(more or {})}
+    problems = {
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - known.keys()),
+        "misshaped": sorted(n for n in stored.keys() & known.keys() if tuple(stored[n].shape) != tuple(known[n].shape)),
+    }
+    first = next(iter(problems["misshaped"]), None)
+    instead = f", {tuple(stored[first].shape)} instead of {tuple(known[first].shape)}" if first else ""
+    _refuse(where, problems, instead)
 
 
 def _refuse(where: str, problems: Mapping[str, list[str]], more: str = "") -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from unidiff.errors import writing
 
@@ -23,6 +24,7 @@ except ImportError:  # Windows has no advisory locks of this kind
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what disks of a network may answer
 _PART = "part"
+_HOLDER = re.compile(rb"process \d+ on [^\n]* \([^\n]*\)\n")  # what a lock file says; after a kill it stays
 _HASHED = 2**20  # bytes at either end of a file that its stamp looks at
 
 
@@ -149,13 +151,20 @@ def _check_kind(path: Path) -> None:
         raise ValueError(f"output {str(path)!r} is {kind}; name a file")
 
 
-def resolve_link(path: str | Path) -> Path:
+def path_of(value: Any) -> Path:
+    """What a caller gave as a path; `ValueError` for anything but text and paths."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise ValueError(f"the path is {value!r:.80}; expected the name of a file or folder")
+    return Path(value)
+
+
+def resolve_link(path: str | os.PathLike[str]) -> Path:
     """Where writing to `path` really writes: the end of a chain of links, or `path` itself.
 
     Raises:
         OSError: links that go round in circles. ValueError: the root of a disk, or a home folder written as ~.
     """
-    path = Path(path)
+    path = path_of(path)
     _check_no_home(path)
     if path.name in ("", ".."):  # such as "."
         path = path.resolve()
@@ -221,7 +230,9 @@ def locked(folder: str | Path, what: str = "run") -> Iterator[None]:
 def _take(path: Path, what: str) -> int:
     """An open, locked lock file that is still the one of that name."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"{str(path)!r} is in the place of unidiff's lock; move it, or name another folder")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,7 +252,11 @@ def _take(path: Path, what: str) -> int:
             )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
+                if (content := os.read(handle, 500)) and not _HOLDER.fullmatch(content):
+                    os.close(handle)
+                    raise ValueError(f"{str(path)!r} is no lock of unidiff's; move it, or name another folder")
                 os.truncate(handle, 0)
+                os.lseek(handle, 0, os.SEEK_SET)
                 os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({what})\n".encode())
                 return handle
         os.close(handle)  # its holder has just removed it

@@ -78,14 +78,15 @@ def decode_picture(source: PictureSource, what: str | None = None, *, max_pixels
         name = what or "the picture"
         if getattr(source, "tile", None) and source.format == "EPS":
             raise DamagedFile(f"{name} is an EPS file, which Pillow would run a program for; {_FIX}")
+        _check_size(source, max_pixels, name)
         with reading(name, _WORDS, _FIX):
-            _check_size(source, max_pixels)
             source.load()
             return _upright(source)
     data, name = _read(source, what)
     with reading(name, _WORDS, _FIX):
         image = _opened(data)
-        _check_size(image, max_pixels)
+    _check_size(image, max_pixels, name)
+    with reading(name, _WORDS, _FIX):
         image.load()
         return _upright(image)
 
@@ -212,9 +213,11 @@ def _scale_key(image: Image.Image, depth: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
+def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
     if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels}")
+        raise DamagedFile(
+            f"{name!r} has {image.width} x {image.height} pixels, more than the {max_pixels} that are read; make it smaller"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:

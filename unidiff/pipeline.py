@@ -62,18 +62,15 @@ class UniDiffPipeline(SharedParts, DiffusionPipeline):
     ) -> None:
         super().__init__()
         if not isinstance(settings, PipelineSettings):
-            settings = PipelineSettings.from_dict(settings or {})
-        if isinstance(image_tokenizer, VQImageTokenizer):
-            image_tokenizer = image_tokenizer.model
-        if isinstance(text_tokenizer, TextTokenizer):
-            text_tokenizer = text_tokenizer.tokenizer
-        self.register_modules(
-            transformer=transformer.eval(), image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer
-        )
+            settings = PipelineSettings.from_dict({} if settings is None else settings)
+        check_value(transformer, torch.nn.Module, "transformer")
+        images, texts = image_tokenizer, text_tokenizer
+        self.images = images if isinstance(images, VQImageTokenizer) else VQImageTokenizer(images)
+        self.texts = texts if isinstance(texts, TextTokenizer) else TextTokenizer(texts)
+        parts = {"image_tokenizer": self.images.model, "text_tokenizer": self.texts.tokenizer}
+        self.register_modules(transformer=transformer.eval(), **parts)
         self.register_to_config(settings=settings.to_dict())
         self.settings = settings
-        self.images = VQImageTokenizer(image_tokenizer)
-        self.texts = TextTokenizer(text_tokenizer)
         check_fit(transformer, self.images, self.texts, settings)
         factor = self.images.factor
         self.image_inputs = ImageInputs((settings.grid[0] * factor, settings.grid[1] * factor), factor)
@@ -187,8 +184,8 @@ class UniDiffPipeline(SharedParts, DiffusionPipeline):
         Args:
             prompt: one or several captions.
             num_images_per_prompt: rows per prompt, next to each other in the results.
-            negative_prompt: what guidance leads away from, one for all prompts or one each; hidden words when left out
-                or "".
+            negative_prompt: what guidance leads away from, one for all prompts or one each; "" for hidden words. Left out:
+                what `guidance_hides` says.
 
         Raises:
             ValueError: an empty prompt, one with `<mask>` holes or longer than the model holds, or an option out of range.
@@ -205,7 +202,6 @@ class UniDiffPipeline(SharedParts, DiffusionPipeline):
                 ],
             )
             slots, away = columns[0], repeated(columns[1], num_images_per_prompt)[0]
-            away = away if any(p.strip() for p in unwanted) else None
             said = [*said, *unwanted]
         slots, count = repeated(slots, num_images_per_prompt)
         return decode_rows(self, TaskRows("text_to_image", slots, None, None, said, count, away), options)

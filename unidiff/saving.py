@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,8 +41,8 @@ def check_save_options(options: Mapping[str, Any], max_shard_size: int | str | N
             hint = f"; did you mean {near[0]!r}?" if near else "; expected max_shard_size or none"
             raise ValueError(f"save_pretrained got an unknown argument {name!r}{hint}")
         wanted, why = _FIXED[name]
-        if value is not wanted and value != wanted:
-            raise ValueError(f"save_pretrained cannot take {name}={value!r}: {why}")
+        if value is not wanted:
+            raise ValueError(f"save_pretrained cannot take {name}={value!r:.80}: {why}")
     fine = max_shard_size is None or (isinstance(max_shard_size, int) and not isinstance(max_shard_size, bool))
     if isinstance(max_shard_size, int) and max_shard_size < 1:
         fine = False
@@ -51,7 +52,7 @@ def check_save_options(options: Mapping[str, Any], max_shard_size: int | str | N
         raise ValueError(f"max_shard_size is {max_shard_size!r}; expected a number of bytes, or text such as '5GB'")
 
 
-def save_model(model: torch.nn.Module, folder: str | Path, write: Callable[[Path], None]) -> None:
+def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Put what `write` writes for `model` into `folder`: complete, or not at all. Other files there stay.
 
     Args:

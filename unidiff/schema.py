@@ -29,8 +29,8 @@ class Between:
     def words(self) -> str:
         """The bounds as the end of a sentence."""
         if self.high < LARGEST:
-            return f" from {self.low:g} to {self.high:g}"
-        return f" of at least {self.low:g}" + (", below 2^63" if self.high == LARGEST else "")
+            return f" from {self.low:.15g} to {self.high:.15g}"
+        return f" of at least {self.low:.15g}" + (", below 2^63" if self.high == LARGEST else "")
 
 
 # sizes of networks: far above every model there is, and small enough that products of them are numbers that torch holds
@@ -58,7 +58,7 @@ def check_fields(settings: Any, what: str) -> None:
 def check_value(value: Any, annotation: Any, name: str) -> None:
     """Raise `ValueError` unless `value` is of the annotated type; see `check_fields`."""
     if not _fits(value, annotation):
-        raise ValueError(f"{name} is {_short(value)}; expected {describe(annotation)}")
+        raise ValueError(f"{name} is {short_value(value)}; expected {describe(annotation)}")
 
 
 def from_data(schema: type[T], data: Any, what: str) -> T:
@@ -68,16 +68,17 @@ def from_data(schema: type[T], data: Any, what: str) -> T:
         ValueError: no mapping, unknown or missing keys, a value of another type; the message names it.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{what} is {_short(data)}; expected a mapping of settings")
+        raise ValueError(f"{what} is {short_value(data)}; expected a mapping of settings")
     hints = _annotations(schema)  # type: ignore[arg-type]
     if unknown := [str(key) for key in data if key not in hints]:
         raise ValueError(f"{what} has unknown settings {sorted(unknown)}; expected some of {sorted(hints)}")
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
     if missing := sorted(needed - set(data)):
         raise ValueError(f"{what} lacks {missing}")
-    values = {name: _build(value, hints[name], f"{what} {name}") for name, value in data.items()}
+    own = f"{what}s" if what.split()[-1:] == ["it"] else what  # "its step is 5", but "training's step is 5"
+    values = {name: _build(value, hints[name], f"{own} {name}") for name, value in data.items()}
     for name, value in values.items():
-        check_value(value, hints[name], f"{what} {name}")
+        check_value(value, hints[name], f"{own} {name}")
     return schema(**values)
 
 
@@ -140,7 +141,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
     if origin in (tuple, list, Sequence):
         kind = Sequence if origin is Sequence else origin
-        return isinstance(value, kind) and not isinstance(value, str) and all(_fits(v, parts[0]) for v in value)
+        return isinstance(value, kind) and not isinstance(value, str | bytes) and all(_fits(v, parts[0]) for v in value)
     if origin in (dict, Mapping):
         pairs = isinstance(value, Mapping) and value.items()
         return pairs is not False and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in pairs)
@@ -172,7 +173,8 @@ def _annotations(schema: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(schema)}
 
 
-def _short(value: object) -> str:
+def short_value(value: object) -> str:
+    """A value for a message, on one line, cut where it is long."""
     text = value if isinstance(value, str) else None
     try:
         shown = repr(value) if text is None or len(text) < 80 else repr(text[:77] + "...")

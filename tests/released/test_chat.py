@@ -140,7 +140,7 @@ def test_completion_takes_a_text_as_it_is(made):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: r.ask([" "]), "user message is empty"),
+        (lambda r: r.ask([" "]), "the question is empty"),
         (lambda r: r.ask([[{"role": "user"}]]), "exactly a role and a content"),
         (lambda r: r.ask(["fox"], 0), "answer_length is 0"),
         (lambda r: r.complete([[]]), "prompt is empty"),

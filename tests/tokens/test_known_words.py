@@ -120,3 +120,24 @@ def test_the_embedded_model_knows_its_language(run):
     assert unknown_words(["a chair beside A fox"], pipe.texts) == ["chair", "beside", "A"]
     status, out, _ = run("info")
     assert status == 0 and "knows:" in out and " octopuses, " in out
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("a dog # cat", "the word '#'"),
+        ("a_dog", "the word '_'"),
+        ("dog/cat", "the word '/'"),
+        ("a\x00dog", r"the word '\\x00'"),
+        ("...", "'...' holds no words, so the result may show anything"),
+        (" \u2014 ", "holds no words"),
+    ],
+)
+def test_signs_that_no_sentence_has_are_named_too(pipe, text, note):
+    with pytest.warns(UnknownWords):
+        notes = notes_on([text], pipe.texts)
+    assert len(notes) == 1 and note.replace("\\\\", "\\") in notes[0]
+
+
+def test_signs_between_holes_are_no_words(pipe):
+    assert pipe.generate("a <mask>, <mask>!", steps=1).notes == []

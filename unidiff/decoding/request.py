@@ -215,7 +215,8 @@ def _check_unconditional(
         raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
     if max(1, len(others)) != 1 + len(further):
         raise ValueError(
-            f"guidance has {1 + len(further)} scales for {len(others)} unconditional batches; give one batch per scale"
+            f"guidance has {1 + len(further)} scales for {len(others)} unconditional batches; `Guidance.further` takes a "
+            "scale for each after the first"
         )
     for rows in others:
         if rows.shape != batch.shape:

@@ -10,8 +10,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from unidiff.decoding import SamplerConfig
+from unidiff.decoding import CacheConfig, SamplerConfig
 from unidiff.decoding.cache import CACHES
+from unidiff.schema import short_value
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -116,8 +117,7 @@ def texts_of(value: Any, what: str, empty: bool = False) -> list[str]:
 def whole(value: Any, name: str, least: int, most: int, note: str = "") -> int:
     """`value` where it is a whole number from `least` to `most`; else `ValueError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:30]}... ({kind_of(value)})"
-        raise ValueError(f"{name} is {shown}; expected a whole number from {least} to {most}{note}")
+        raise ValueError(f"{name} is {_short(value)}; expected a whole number from {least} to {most}{note}")
     return value
 
 
@@ -127,8 +127,7 @@ def repeated(items: Sequence[Any], count: Any) -> tuple[list[Any], int]:
     Raises:
         ValueError: a count that is no whole number of at least 1, or more than `MOST_ROWS` rows.
     """
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"num_images_per_prompt is {_short(count)}; expected a whole number of at least 1")
+    whole(count, "num_images_per_prompt", 1, MOST_ROWS)
     check_rows(len(items) * count)
     return [item for item in items for _ in range(count)], count
 
@@ -156,15 +155,17 @@ def check_types(given: Mapping[str, Any]) -> None:
         if not isinstance(given[name], bool | np.bool_):
             raise ValueError(f"{name} is {_short(given[name])}; expected True or False")
     for name in _COUNTS & set(given):
-        if isinstance(value := given[name], int) and value > MOST_ROWS:
-            whole(value, name, 1, MOST_ROWS)
-    if given.get("max_text_tokens") is not None:
-        whole(given["max_text_tokens"], "max_text_tokens", 1, MOST_TOKENS)
+        if given[name] is not None:
+            whole(given[name], name, 1, MOST_ROWS)
+    if given.get("max_text_tokens") is not None and given.get("text") is not None:
+        raise ValueError("max_text_tokens is for texts of unknown length, but text says its own; leave one of them out")
     for name, (fits, expected) in _OBJECTS.items():
         if given.get(name) is not None and not fits(given[name]):
             raise ValueError(f"{name} is {_short(given[name])}; expected {expected}")
-    if isinstance(given.get("cache"), str):
-        one_of(given["cache"], "cache", ("auto", *CACHES))
+    if isinstance(cache := given.get("cache"), str) or not isinstance(cache, CacheConfig | Mapping | None):
+        one_of(
+            cache, "cache", ("auto", *CACHES), " or a CacheConfig (for a policy object of your own there is policy=)"
+        )
     if "output_type" in given:
         one_of(given["output_type"], "output_type", OUTPUT_TYPES)
 
@@ -182,12 +183,16 @@ _OBJECTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
-    """Raise `ValueError` unless `value` is one of the names."""
+def one_of(value: Any, name: str, allowed: Sequence[str], other: str = "") -> None:
+    """Raise `ValueError` unless `value` is one of the names.
+
+    Args:
+        other: what may stand there besides, for the message.
+    """
     if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} is {_short(value)}; expected one of {', '.join(allowed)}{hint}")
+        raise ValueError(f"{name} is {_short(value)}; expected one of {', '.join(allowed)}{hint or other}")
 
 
 def kind_of(value: Any) -> str:
@@ -201,5 +206,5 @@ def kind_of(value: Any) -> str:
 def _short(value: Any) -> str:
     """A value for a message: what it is where it is long or no plain value."""
     if value is None or isinstance(value, str | int | float | bool | complex):
-        return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:50]}..."
+        return short_value(value)
     return kind_of(value)

@@ -58,10 +58,23 @@ def check_released(released: Released, images: VQImageTokenizer | None, texts: T
         )
 
 
-def check_negative(guidance: Guidance) -> None:
-    """Raises ValueError where guidance is off, so that a negative prompt would change nothing."""
+def check_negative(guidance: Guidance, hides: str | None, worded: bool) -> None:
+    """Raises ValueError where a negative prompt would change nothing, or does not go with `guidance_hides`.
+
+    Args:
+        hides: what the caller asked guidance to hide. worded: some row has a negative prompt of words.
+    """
+    if hides is not None:
+        raise ValueError(
+            f"negative_prompt and guidance_hides={hides!r} both say what guidance leads away from; give one of them"
+        )
     scale = guidance.scale if guidance.image_scale is None else guidance.image_scale
-    if scale == 1.0:
+    check_strength(worded and scale == 1.0)
+
+
+def check_strength(off: bool) -> None:
+    """Raises ValueError where guidance is off, so that the words of a negative prompt would change nothing."""
+    if off:
         raise ValueError("negative_prompt changes nothing at guidance_scale 1; choose a larger one")
 
 
@@ -73,7 +86,7 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         return dtype
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
-    raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    raise ValueError(f"dtype is {dtype!r:.80}; expected one of {', '.join(_DTYPES)}")
 
 
 class UntrainedTask(UserWarning):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff.pipelines.arguments import check_rows, repeated, task_method, texts_of
+from unidiff.pipelines.checks import check_strength
 from unidiff.pipelines.components import SharedParts
 from unidiff.pipelines.holes import refuse_holes
 from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
@@ -92,9 +93,10 @@ class MudditPipeline(SharedParts):
         """
         chosen, notes = self._settings(settings), self._notes(said := texts_of(prompt, "prompt"), "prompt")
         prompts, _ = repeated(said, num_images_per_prompt)
+        away = self._away(negative_prompt, chosen, notes)
         seeds = row_seeds(generator, len(prompts), num_images_per_prompt)
         height, width = self.image_size
-        images = self.parts.text_to_image(prompts, seeds, height, width, _one(negative_prompt), settings=chosen)
+        images = self.parts.text_to_image(prompts, seeds, height, width, away, settings=chosen)
         return MudditOutput(self._pictures(images, output_type), prompts, seeds, notes)
 
     @task_method(_SETTINGS)
@@ -166,9 +168,8 @@ class MudditPipeline(SharedParts):
         given, masks, prompts = broadcast(image=list(pixels), mask_image=list(holes), text=said)
         check_rows(len(given))
         seeds = row_seeds(generator, len(given), 1)
-        images = self.parts.redraw(
-            torch.stack(given), prompts, seeds, strength, torch.stack(masks), _one(negative_prompt), chosen
-        )
+        away = self._away(negative_prompt, chosen, notes)
+        images = self.parts.redraw(torch.stack(given), prompts, seeds, strength, torch.stack(masks), away, chosen)
         return MudditOutput(self._pictures(images, output_type), list(prompts), seeds, notes)
 
     def generate(self, *_: Any, **__: Any) -> MudditOutput:
@@ -185,12 +186,15 @@ class MudditPipeline(SharedParts):
         refuse_holes(said, what, _FILL)
         return notes_on(said, TextTokenizer(self.parts.tokenizer))
 
+    def _away(self, negative_prompt: Any, settings: MudditSettings, notes: list[str]) -> str:
+        """A negative prompt for all rows, "" for none; what it holds that the model does not know is added to `notes`."""
+        said = "" if negative_prompt is None else texts_of((negative_prompt,), "negative_prompt", empty=True)[0]
+        if said.strip():
+            check_strength(settings.guidance_scale <= 1)
+            notes += [note for note in self._notes([said], "negative_prompt") if note not in notes]
+        return said
+
     def _pictures(self, images: Tensor, output_type: str) -> Any:
         if output_type == "codes":
             return self.parts.images.encode(images).cpu()
         return self.image_inputs.output(images, output_type)
-
-
-def _one(negative_prompt: Any) -> str:
-    """A negative prompt for all rows; none is "" for this model."""
-    return "" if negative_prompt is None else texts_of((negative_prompt,), "negative_prompt", empty=True)[0]

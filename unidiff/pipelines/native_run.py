@@ -76,7 +76,8 @@ def decode_rows(pipe: Any, rows: TaskRows, options: Mapping[str, Any]) -> UniDif
 
     batch, away = laid(slots), None
     if rows.negative is not None:
-        check_negative(config.guidance)
+        worded = any(slot != pipe.text_slots.unsaid() for slot in rows.negative)
+        check_negative(config.guidance, options.get("guidance_hides"), worded)
         away = laid(rows.negative)
     condition = guidance_condition(batch, config.guidance.hide) if away is None else None
     choice = choose_cache(options.get("cache"), options.get("policy"), batch, config, pipe.transformer)

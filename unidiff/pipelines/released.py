@@ -18,7 +18,7 @@ from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_run import ReleasedOptions, run_request
 from unidiff.pipelines.released_tasks import FamilyTasks, Grid
 from unidiff.pipelines.tasks import call_task
-from unidiff.released.chat import Turn, check_turns
+from unidiff.released.chat import Turn, check_turns, words_of_turns
 from unidiff.released.loading import Released
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
@@ -123,7 +123,7 @@ class ReleasedPipeline(SharedParts):
         Raises:
             ValueError: inputs that no task takes together, and as for that task.
         """
-        if task in ("chat", "complete", "infill", "edit"):
+        if isinstance(task, str) and task in ("chat", "complete", "infill", "edit"):
             first = {"image": inputs.pop("image", None)} if task == "edit" else {}
             first["prompt"] = prompt
             if missing := [name for name, value in first.items() if value is None]:
@@ -323,7 +323,7 @@ class ReleasedPipeline(SharedParts):
         several = as_list(messages, "message")
         turns = [several] if all(isinstance(message, Mapping) for message in several) else several
         longest = longest_of(max_text_tokens, 128)
-        asked = [turn for turn in check_turns(turns) if isinstance(turn, str)]
+        asked = words_of_turns(check_turns(turns))
         return run_request(self, self.tasks.chat(turns, longest), options, noted=asked)
 
     @task_method(_OPTIONS)

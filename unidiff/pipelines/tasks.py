@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unidiff.pipelines.arguments import one_of, texts_of
+from unidiff.pipelines.holes import all_have_holes
 from unidiff.pipelines.settings import TASKS
 
 _INPUTS = {  # what a task needs, and what it takes besides
@@ -51,7 +52,7 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
 
 def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
     """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`."""
-    if prompt is not None and task is None and any("<mask" in text for text in texts_of(prompt, "prompt")):
+    if prompt is not None and task is None and all_have_holes(texts_of(prompt, "prompt"), "prompt"):
         if inputs.get("text") is not None:
             raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
         prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters

@@ -217,6 +217,15 @@ def check_turns(turns: Sequence[object]) -> list[Turn]:
     return list(turns)  # type: ignore[arg-type]
 
 
+def words_of_turns(turns: Sequence[Turn]) -> list[str]:
+    """What is said in checked turns: questions, and the words of every message."""
+    said: list[str] = []
+    for turn in turns:
+        messages = [turn] if isinstance(turn, str) else [part for part in turn if isinstance(part, Mapping)]
+        said += [part if isinstance(part, str) else part["content"] for part in messages]
+    return said
+
+
 def _check_said(words: object, name: str) -> None:
     if not isinstance(words, str):
         raise ValueError(f"{name} is {words!r:.60}; expected a string")

@@ -217,7 +217,9 @@ class Muddit:
         if not settings.compat:
             for prompt in prompts:
                 if (count := len(self.tokenizer(prompt).input_ids)) > length:
-                    raise ValueError(f"a prompt has {count} tokens, start and end included; the encoder reads {length}")
+                    raise ValueError(
+                        f"a prompt has {count} tokens, start and end included; the encoder reads {length}; shorten it"
+                    )
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length).input_ids
         features = self.encoder(torch.tensor(ids))
         return TextFeatures(*(part.to(self.model.device) for part in features))

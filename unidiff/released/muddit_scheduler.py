@@ -116,11 +116,11 @@ class MaskGitSchedule:
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps}; expected at least 1")
         if self.masking not in MASKING_SCHEDULES:
-            raise ValueError(f"masking = {self.masking!r}; expected one of {list(MASKING_SCHEDULES)}")
+            raise ValueError(f"masking = {self.masking!r:.80}; expected one of {list(MASKING_SCHEDULES)}")
         ends = [self.temperature] if isinstance(self.temperature, int | float) else list(self.temperature)
         if not 1 <= len(ends) <= 2 or not all(0 <= t <= HOTTEST for t in ends):
             raise ValueError(
-                f"temperature = {self.temperature!r}; expected a number or a pair of numbers from 0 to {HOTTEST:g}"
+                f"temperature = {self.temperature!r:.80}; expected a number or a pair of numbers from 0 to {HOTTEST:g}"
             )
 
     def temperatures(self) -> Tensor:

@@ -47,9 +47,9 @@ class MudditSettings:
     def __post_init__(self) -> None:
         check_fields(self, "")
         if self.time not in TIME_CONVENTIONS:
-            raise ValueError(f"time = {self.time!r}; expected one of {list(TIME_CONVENTIONS)}")
+            raise ValueError(f"time = {self.time!r:.80}; expected one of {list(TIME_CONVENTIONS)}")
         if self.compat not in (None, "upstream"):
-            raise ValueError(f"compat = {self.compat!r}; expected None or 'upstream'")
+            raise ValueError(f"compat = {self.compat!r:.80}; expected None or 'upstream'")
         self.schedule()
 
     def schedule(self) -> MaskGitSchedule:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unidiff.schema import Index, check_fields, check_value
 from unidiff.tokens.visibility import Visibility
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
@@ -26,28 +28,41 @@ class Span:
     modality: Modality
     given: Tensor | bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self, "span")
+        dims = 2 if self.modality == Modality.IMAGE else 1
+        if self.ids.ndim != dims or self.ids.is_floating_point() or self.ids.dtype == torch.bool:
+            raise ValueError(
+                f"{self.modality.name.lower()} ids have shape {tuple(self.ids.shape)} and dtype {self.ids.dtype}; expected "
+                f"int64 {'[h, w], a grid' if dims == 2 else '[n]'}"
+            )
+        if isinstance(self.given, Tensor) and self.given.shape not in ((), self.ids.shape):
+            raise ValueError(
+                f"given has shape {tuple(self.given.shape)}; expected one bool, or bool {tuple(self.ids.shape)} as the ids"
+            )
+
     @classmethod
     def text(cls, ids: Sequence[int] | Tensor, given: Tensor | bool = False) -> Span:
-        ids = torch.as_tensor(ids, dtype=torch.long)
-        if ids.ndim != 1:
-            raise ValueError(f"text ids have shape {tuple(ids.shape)}; expected [n]")
-        return cls(ids, Modality.TEXT, given)
+        return cls(_whole_numbers(ids, "text"), Modality.TEXT, given)
 
     @classmethod
     def image(cls, ids: Tensor, given: Tensor | bool = False) -> Span:
-        if ids.ndim != 2:
-            raise ValueError(f"image ids have shape {tuple(ids.shape)}; expected a grid [h, w]")
-        return cls(ids.long(), Modality.IMAGE, given)
+        return cls(_whole_numbers(ids, "image"), Modality.IMAGE, given)
 
     @classmethod
     def masked_text(cls, length: int, vocabulary: Vocabulary) -> Span:
         """`length` hidden text tokens."""
+        check_value(length, Index, "length")
+        check_value(vocabulary, Vocabulary, "vocabulary")
         return cls.text(torch.full((length,), vocabulary.mask_id))
 
     @classmethod
     def masked_image(cls, grid: tuple[int, int], vocabulary: Vocabulary) -> Span:
         """An `h x w` grid of hidden image codes."""
-        return cls.image(torch.full(grid, vocabulary.image_mask))
+        sides = tuple(grid) if isinstance(grid, list) else grid
+        check_value(sides, tuple[Index, Index], "grid")
+        check_value(vocabulary, Vocabulary, "vocabulary")
+        return cls.image(torch.full(sides, vocabulary.image_mask))
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class TokenBatch:
         Raises:
             ValueError: no rows, an empty row, or a row longer than `length`.
         """
+        check_value(rows, Sequence[Sequence[Span]], "rows")
         return cls.from_packed([[row] for row in rows], length, pad_id)
 
     @classmethod
@@ -84,6 +100,9 @@ class TokenBatch:
         cls, rows: Sequence[Sequence[Sequence[Span]]], length: int | None = None, pad_id: int = 0
     ) -> TokenBatch:
         """As `from_spans`, with several samples packed into each row: `rows[b][sample]` is a list of spans."""
+        check_value(rows, Sequence[Sequence[Sequence[Span]]], "rows")
+        check_value(length, Index | None, "length")
+        check_value(pad_id, Index, "pad_id")
         if not rows or any(not row or any(not sample for sample in row) for row in rows):
             raise ValueError("a TokenBatch needs at least one row, each with at least one span")
         laid = [_lay_out_row(row) for row in rows]
@@ -136,6 +155,7 @@ class TokenBatch:
 
     def pad_to(self, length: int, pad_id: int = 0) -> TokenBatch:
         """Add batch padding on the right."""
+        check_value(length, Index, "length")
         if length < self.shape[1]:
             raise ValueError(f"cannot pad {self.shape[1]} tokens to {length}")
         fills = (pad_id, int(Modality.TEXT), True, False, 0, -1)
@@ -148,6 +168,9 @@ class TokenBatch:
     @classmethod
     def cat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """Stack batches of any lengths along rows, padding to the longest."""
+        check_value(batches, Sequence[TokenBatch], "batches")
+        if not batches:
+            raise ValueError("the list of batches is empty; give at least one")
         length = max(b.shape[1] for b in batches)
         padded = [b if b.shape[1] == length else b.pad_to(length) for b in batches]
         return cls(*(torch.cat([getattr(b, f.name) for b in padded]) for f in fields(cls)))
@@ -156,6 +179,17 @@ class TokenBatch:
         """Every target replaced by its modality's [MASK]: the state at t = 1."""
         mask = torch.where(self.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         return self.replace(ids=torch.where(self.targets, mask, self.ids))
+
+
+def _whole_numbers(ids: Any, what: str) -> Tensor:
+    """int64 of ids in a tensor, an array or a list."""
+    try:
+        numbers = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{what} ids are {ids!r:.80}; expected whole numbers") from error
+    if numbers.numel() and (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool):
+        raise ValueError(f"{what} ids have dtype {numbers.dtype}; expected whole numbers")
+    return numbers.long()
 
 
 def _lay_out_row(samples: Sequence[Sequence[Span]]) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from unidiff.schema import check_value
+
 
 @runtime_checkable
 class ImageEncoder(Protocol):
@@ -43,6 +45,7 @@ class PixelDecoder(Protocol):
 
 def check_images(images: Tensor, factor: int) -> None:
     """Raise one clear sentence unless `images` is float `[B, 3, H, W]` in [0, 1] with sides that `factor` divides."""
+    check_value(images, Tensor, "the batch of images")
     if not images.is_floating_point():
         raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1], so divide 8-bit values by 255")
     if images.ndim != 4 or images.shape[1] != 3:
@@ -57,7 +60,8 @@ def check_images(images: Tensor, factor: int) -> None:
 
 def check_codes(codes: Tensor, codebook_size: int) -> None:
     """Raise one clear sentence unless `codes` is integer `[B, h, w]` with values below `codebook_size`."""
-    if codes.ndim != 3 or codes.is_floating_point():
+    check_value(codes, Tensor, "the batch of codes")
+    if codes.ndim != 3 or codes.is_floating_point() or codes.is_complex() or not codes.numel():
         raise ValueError(f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected int64 [B, h, w]")
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codebook_size:

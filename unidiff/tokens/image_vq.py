@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unidiff.checked import load_checked
 from unidiff.errors import plain, read_json
+from unidiff.files import path_of
 from unidiff.saving import save_model
 from unidiff.schema import Between, Rows, Width, check_arguments
 from unidiff.tokens.cell_vq import CellVQModel
@@ -65,6 +66,8 @@ class VQImageTokenizer:
     """
 
     def __init__(self, model: CellVQModel | ConvTokenizerModel | VQModel) -> None:
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+            raise ValueError(f"the image tokenizer is a {type(model).__name__}; expected one of {', '.join(_CLASSES)}")
         self.model: Any = cast(Any, model)  # diffusers' decorators hide the types of its models
         self.model.eval()
         config = self.model.config
@@ -155,7 +158,7 @@ class VQImageTokenizer:
             FileNotFoundError: no `config.json` there.
             ValueError: an unknown kind of tokenizer, or weights that do not fit.
         """
-        path = Path(folder) / "config.json"
+        path = path_of(folder) / "config.json"
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; name a folder with an image tokenizer")
         config = read_json(path, "an image tokenizer's config")

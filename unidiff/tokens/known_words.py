@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from unidiff.tokens.text import TextTokenizer
 
 _WORD = re.compile(
-    r"[^\W_]+(?:[-'\u2019][^\W_]+)*|[^\w\s\x00-\x7f\u2010-\u2027]"
-)  # words, and pictures among the signs
+    r"[^\W_]+(?:[-'\u2019][^\W_]+)*|(?:[^\w\s.,;:!?\"'()\u2010-\u2027-]|_)"
+)  # words, and signs that do more than part them: pictures, #, /
 _MOST = 8  # words that a message lists
 
 
@@ -23,7 +23,7 @@ class UnknownWords(UserWarning):
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in order, without punctuation."""
+    """The words of a text in order, without the punctuation of sentences."""
     return _WORD.findall(text)
 
 
@@ -61,9 +61,11 @@ def _listed(words: Sequence[str]) -> str:
 
 def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
     """Notes for a result, also given as a warning of Python's, which shows the same one once."""
-    words = unknown_words(texts, tokenizer)
-    if not words:
-        return []
-    note = note_on(words, tokenizer.known_words)
-    warnings.warn(note, UnknownWords, stacklevel=4)
-    return [note]
+    texts, known, notes = list(texts), tokenizer.known_words, list[str]()
+    if words := unknown_words(texts, tokenizer):
+        notes.append(note_on(words, known))
+    if known is not None and (bare := [text for text in texts if text.strip() and not words_of(text)]):
+        notes.append(f"{bare[0][:40]!r} holds no words, so the result may show anything")
+    for note in notes:
+        warnings.warn(note, UnknownWords, stacklevel=4)
+    return notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unidiff.errors import DamagedFile, read_json, reading, reason_of, writing
-from unidiff.files import replacing, resolve_link
+from unidiff.files import path_of, replacing, resolve_link
+from unidiff.schema import check_value
 from unidiff.tokens.text_folder import check_tokenizer_folder
 
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
@@ -33,6 +35,8 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if isinstance(tokenizer, type) or not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(f"the text tokenizer is {tokenizer!r:.80}; expected a Hugging Face tokenizer")
         self.tokenizer = tokenizer
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
 
@@ -48,6 +52,10 @@ class TextTokenizer:
         Raises:
             ValueError: `vocab_size` cannot hold bytes and specials, a bad list of specials, or a corpus without text.
         """
+        check_value(vocab_size, int, "vocab_size")
+        check_value(specials, Sequence[str], "specials")
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise ValueError(f"texts are {texts!r:.80}; expected a list of strings, one for each document")
         specials = list(specials)
         if "eos" not in specials or len(set(specials)) != len(specials) or not all(specials):
             raise ValueError(f"specials {specials} must be distinct names that include 'eos'")
@@ -96,7 +104,7 @@ class TextTokenizer:
         """
         if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
             raise ValueError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(_HUB_OPTIONS)}")
-        folder = Path(name)
+        folder = path_of(name)
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
             raise FileNotFoundError(f"text tokenizer folder {str(name)!r} does not exist")
         if folder.is_dir():
@@ -152,11 +160,8 @@ class TextTokenizer:
         """Text ids of a string, without any special token.
 
         Raises:
-            TypeError: not a string.
-            ValueError: lone surrogates, which no UTF-8 text can hold.
+            ValueError: not a string, or lone surrogates, which no UTF-8 text can hold.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"expected a string to tokenize, got {type(text).__name__}")
         _check_unicode(text)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -166,9 +171,12 @@ class TextTokenizer:
         Bytes that are no valid UTF-8, which only a sampled sequence can hold, become U+FFFD.
 
         Raises:
-            ValueError: an id outside [0, size).
+            ValueError: something else than whole numbers, or an id outside [0, size).
         """
-        ids = [int(i) for i in ids]
+        try:
+            ids = [index(i) for i in ids]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"text ids are {ids!r:.80}; expected whole numbers") from error
         if bad := [i for i in ids if not 0 <= i < self.size]:
             raise ValueError(f"text id {bad[0]} is outside [0, {self.size}); was an image code or [MASK] passed?")
         text = self.tokenizer.decode(ids, skip_special_tokens=not keep_specials, clean_up_tokenization_spaces=False)
@@ -204,6 +212,7 @@ class TextTokenizer:
         Raises:
             ValueError: this tokenizer has no such token.
         """
+        check_value(name, str, "the name of a special token")
         for candidate in (special_token(name), name):
             if candidate in self._vocabulary and self._vocabulary[candidate] in self.tokenizer.all_special_ids:
                 return self._vocabulary[candidate]
@@ -257,7 +266,9 @@ def _kind(folder: Path) -> tuple[Any, Any] | None:
     return values.get("tokenizer_class"), values.get("eos_token")
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"expected a string to tokenize, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
