@@ -251,3 +251,30 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pyte
     with pytest.warns(UserWarning, match="knows no locks; make sure yourself"), locked(tmp_path / "run", "training"):
         assert (tmp_path / "run" / ".lock").is_file()
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_what_lies_in_the_place_of_the_lock_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    for name, make in {
+        "link": lambda path: path.symlink_to(tmp_path / "mine.txt"),
+        "dangling": lambda path: path.symlink_to(tmp_path / "nothing"),
+        "folder": lambda path: path.mkdir(),
+        "pipe": lambda path: os.mkfifo(path),
+        "notes": lambda path: path.write_text("process 5 of my diet"),
+    }.items():
+        (tmp_path / name).mkdir()
+        lock = tmp_path / name / ".lock"
+        make(lock)
+        with (
+            pytest.raises(ValueError, match=r"\.lock' is .*; move it, or name another folder"),
+            locked(tmp_path / name),
+        ):
+            raise AssertionError
+        assert os.path.lexists(lock)
+    assert (tmp_path / "mine.txt").read_text() == "precious" and not (tmp_path / "nothing").exists()
+    assert (tmp_path / "notes" / ".lock").read_text() == "process 5 of my diet"
+    for left in ("", "process 1 on elsewhere (training)\n"):  # of a run that was killed
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / ".lock").write_text(left)
+        with locked(tmp_path / "run", "encoding"):
+            assert (tmp_path / "run" / ".lock").read_text().endswith(" (encoding)\n")

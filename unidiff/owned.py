@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from unidiff.errors import read_json, reading
+from unidiff.errors import plain, read_json, reading
 from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
 from unidiff.models.trained_on import read_trained_on
@@ -127,4 +127,4 @@ def _unknown(folder: Path, known: set[str]) -> list[str]:
 
 
 def _shown(path: Path) -> str:
-    return path.name + ("/" if path.is_dir() and not path.is_symlink() else "")
+    return plain(path.name) + ("/" if path.is_dir() and not path.is_symlink() else "")

@@ -278,3 +278,38 @@ def test_settings_are_refused_before_anything_is_written(tmp_path, changes, word
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         train_image_tokenizer(replace(config(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.training
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+    slow = config(tmp_path / "run", steps=4, validate_every=1, checkpoint_every=100)
+    train_image_tokenizer(replace(slow, out=str(tmp_path / "whole")))
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vq_trainer, "reconstruction_sheet", killed)  # the model is there, the rest is not
+        with pytest.raises(KeyboardInterrupt):
+            train_image_tokenizer(slow)
+    assert (tmp_path / "run" / "model").is_dir()
+    train_image_tokenizer(slow)
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["report.json", "reconstructions.png"])
+def test_files_of_others_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds {name} and no checkpoint to go on from; name another out="):
+        train_image_tokenizer(config(tmp_path, steps=1))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_no_run_begins_inside_of_a_pipeline_or_on_a_file(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is in the pipeline folder"):
+        train_image_tokenizer(config(tmp_path / "run", steps=1))
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(ValueError, match="is a file where the run puts its checkpoints"):
+        train_image_tokenizer(config(tmp_path, steps=1))

@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,10 @@ def damage(target: Path, share: tuple[int, int] = (0, 1)) -> str:
     if not target.is_dir():
         return f"checkpoint {target} is not there"
     try:
-        flagged = read_json(target / STATE, "the state of a checkpoint").get("sums")
+        state = read_json(target / STATE, "the state of a checkpoint")
+        flagged, step = state.get("sums"), state.get("step")
+        if type(step) is int and step >= 0 and step_name(step) != target.name:
+            return f"checkpoint {target} is of step {step}, as its {STATE} says: it was renamed or copied"
         if not (target / SUMS).is_file():
             return f"checkpoint {target} lacks {SUMS}" if flagged else _damage_without_sums(target)
         text = (target / SUMS).read_bytes().decode("utf-8", "replace")
@@ -286,6 +289,13 @@ def read_checkpoint(target: Path) -> Checkpoint:
 def read_state(target: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint. Raises DamagedFile, or FileNotFoundError when it is not there."""
     return read_json(target / STATE, "the state of a checkpoint")
+
+
+def check_kind(state: Mapping[str, Any], expected: str, folder: Path) -> None:
+    """Raise ValueError for the state of another kind of run: `expected` is the key that a kind has its settings under."""
+    for key, name in {"config": "a model's training", "settings": "an image tokenizer's training"}.items():
+        if key != expected and key in state and expected not in state:
+            raise ValueError(f"{str(folder)!r} holds checkpoints of {name}; name another output folder")
 
 
 def _digest(path: Path) -> str:

@@ -24,6 +24,7 @@ from unidiff.train.checkpoint import (
     STATE,
     Checkpoint,
     Choice,
+    check_kind,
     pointed_name,
     read_state,
     save_checkpoint,
@@ -148,11 +149,14 @@ class Trainer:
             OSError: a full or read-only disk and the like, with the name of the file; the last checkpoint stays.
         """
         settings, state, report = self.config, self.state, {}
-        meter, overdue, stopped = TaskMeter(), False, False
+        meter, overdue, stopped, began = TaskMeter(), False, False, state.step
         with ExitStack() as stack:
             stack.enter_context(self.parallel.locked(self.folder, "training"))
             log, progress = self._open_logs(stack)
             stack.enter_context(StopOnSignals(self._request_stop))
+            name = self._choice.name if self._choice else ""
+            if self.parallel.agree(name == pointed_name(self.checkpoints, "best"))[0]:  # killed before it was exported?
+                self.export(self.folder / "model-best")
             while state.step < settings.steps and not stopped:
                 # 1. a step
                 factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
@@ -195,7 +199,7 @@ class Trainer:
                 progress.say(lost)
             if stopped:
                 progress.say(f"stopped at step {state.step}; run the same command to go on")
-            if self.parallel.agree(not (self.folder / "model").exists())[0]:  # a finished run whose export was deleted
+            if state.step == began:  # a finished run, whose export may be missing, of an earlier step or another dtype
                 self.export(self.folder / "model")
         return report
 
@@ -335,6 +339,7 @@ class Trainer:
             return False
         target = self.checkpoints / self._choice.name
         plain = read_state(target)
+        check_kind(plain, "config", self.checkpoints)
         place = Position.of(plain, target / STATE)
         self._notes = compare(plain, self.config, self.facts, target)
         restore(state, load_placed(target, self._template, self.parallel), place, target)

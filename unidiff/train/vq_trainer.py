@@ -24,9 +24,9 @@ from unidiff.tokens.cell_vq import CellVQModel
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.train.build import pick_device
 from unidiff.train.cell_codes import CellCodes, CellTrainer, emoji_cells, place_codes
-from unidiff.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from unidiff.train.checkpoint import Checkpoint, check_kind, load_checkpoint, save_checkpoint
 from unidiff.train.logs import Progress, RunLog
-from unidiff.train.run_folder import check_replaceable
+from unidiff.train.run_folder import check_output, check_replaceable, holds_something
 from unidiff.train.signals import StopOnSignals
 from unidiff.train.vq import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
 from unidiff.train.vq_data import ImageData, Pictures, emoji_images, open_pictures
@@ -42,6 +42,7 @@ from unidiff.train.vq_state import (
 
 __all__ = ["ImageData", "ImageTokenizerConfig", "SpikeGuard", "emoji_images", "ssim", "train_image_tokenizer"]
 _KEPT = 2  # checkpoints
+_KEPT_FILES = {"model": "a model", "report.json": "report.json", "reconstructions.png": "reconstructions.png"}
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
 
 
@@ -105,8 +106,7 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
         OSError: a full or read-only disk.
     """
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={config.out!r} is a file or a device; name a folder")
+    check_output(out, "out", None)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -286,11 +286,15 @@ class _Run:
         folder = self.out / "checkpoints"
         found = load_checkpoint(folder, self.config.fallback, "fallback=true")
         if found is None:
-            if (self.out / "model").exists():
+            check_output(self.out, "out", self.config.init_from)
+            if kept := [said for name, said in _KEPT_FILES.items() if holds_something(self.out / name)]:
                 raise ValueError(
-                    f"{str(self.out)!r} holds a model and no checkpoint to continue from; name another out= (it would be replaced)"
+                    f"{str(self.out)!r} holds {kept[0]} and no checkpoint to go on from; name another out= (it would be "
+                    "replaced)"
                 )
+            save_checkpoint(folder, self._checkpoint(), _KEPT)  # a run that is killed early knows its own files again
             return
+        check_kind(found.state, "settings", folder)
         state = from_data(RunState, found.state, f"the state in {folder}")
         settings = flat_settings(self.config)
         check_same(state, settings, self.facts, self.out)
