@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from shard_samples import MeanColourTokenizer, truncate, write_samples
-from train_fixtures import tiny_config
+from train_fixtures import tiny_config, tiny_table
 
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
@@ -194,8 +194,38 @@ def test_shards_of_their_own_validate_a_run(folder, tmp_path):
         open_sources(tiny_config(tmp_path, *data))
     with pytest.raises(ValueError, match="is trained on, too"):
         open_sources(tiny_config(tmp_path, f"data.train=raw@2::{folder}@1", *data[1:]))
-    data[1] = f"data.validation={shutil.copytree(folder, tmp_path / 'held_out')}"
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    some, others = f"{folder}/{{00000..00009}}.tar", f"{folder}/{{00010..00012}}.tar"
+    for train, validation in ((folder, copied), (folder, f"{folder}/00003.tar"), (f"{others}@2::{copied}@1", others)):
+        with pytest.raises(ValueError, match=r"is trained on, too \("):
+            open_sources(tiny_config(tmp_path, f"data.train={train}", f"data.validation={validation}"))
+    data = [f"data.train={some}", f"data.validation={others}", data[2]]
     config = tiny_config(tmp_path, *data, "steps=1", "batch_size=2", "logging.validation_draws=1")
     train, held_out = open_sources(config)
-    assert held_out.rows == 90  # fewer than asked for
+    assert held_out.rows == 20  # fewer than asked for
     assert Trainer(config, train, held_out).train()["joint_nelbo"] > 0
+
+
+@pytest.mark.training
+def test_raw_shards_and_tables_under_another_name_are_not_held_out(folder, text, tmp_path):
+    write_samples(tmp_path / "raw", 12, 4)
+    for name in ("a", "b"):
+        shutil.copytree(tmp_path / "raw", tmp_path / name)
+    (tmp_path / "b" / "00000.tar").unlink()
+    for name in ("a", "b"):  # b holds shards of a, encoded into other token shards
+        encode_shards(str(tmp_path / name), MeanColourTokenizer(), text, tmp_path / f"{name}_tokens", SETTINGS)
+    sets = [f"data.train={tmp_path / 'a_tokens'}", f"data.validation={tmp_path / 'b_tokens'}"]
+    with pytest.raises(ValueError, match="the same content under another name"):
+        open_sources(tiny_config(tmp_path, *sets))
+    for name in ("x", "y"):
+        tiny_table(12).save(tmp_path / f"{name}.safetensors")
+    tables = [f"data.train={tmp_path / 'x.safetensors'}", f"data.validation={tmp_path / 'y.safetensors'}"]
+    with pytest.raises(ValueError, match="the same content under another name"):
+        open_sources(tiny_config(tmp_path, *tables))
+
+
+def test_data_that_do_not_exist_are_named_before_tokenizers_are_asked_for(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name, said in ((f"{tmp_path}/gone", "does not exist"), (f"{tmp_path}/photos", "holds no .tar shards")):
+        with pytest.raises((FileNotFoundError, ValueError), match=said):
+            open_shards(name)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from unidiff.addresses import is_remote
 from unidiff.data.encode import EncodeSettings
+from unidiff.data.mixture import parse_sources
+from unidiff.data.shard_names import expand_shards
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
@@ -25,10 +28,8 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
     data = config.data
     if not data.train:
         raise ValueError("data.train is empty; name a token table (.safetensors) or shards")
-    if data.validation and _files(data.validation) & _files(data.train):
-        raise ValueError(
-            f"data.validation = {data.validation!r} is trained on, too; name other rows, or leave it empty"
-        )
+    if data.validation and (shared := _files(data.validation) & _files(data.train)):
+        raise _trained_on(data.validation, sorted(shared)[0])
     table = _open(data.train, config, "train")
     check_declared(config, table)
     held_out: TokenTable | ShardTokens | None = None
@@ -36,6 +37,8 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
         held_out = _open(data.validation, config, "validation")
         if held_out.vocabulary != table.vocabulary or held_out.grid != table.grid:
             raise ValueError(f"{data.validation!r} has another vocabulary or grid than {data.train!r}")
+        if held_out.contents() & table.contents():  # copies
+            raise _trained_on(data.validation, "the same content under another name")
     elif data.validation_rows:
         if data.validation_rows >= len(table):
             raise ValueError(
@@ -81,10 +84,16 @@ def phases(config: TrainConfig) -> tuple[tuple[int, int], ...] | None:
     return tuple((round(float(share) * total), int(level)) for share, level in config.data.curriculum) or None
 
 
-def _files(pattern: str) -> set[str]:
-    """The places of weighted sets, for comparison."""
-    places = [part if os.path.exists(part) else part.rpartition("@")[0] or part for part in pattern.split("::")]
-    return {place if "://" in place else os.path.realpath(place) for place in places}
+def _files(spec: str) -> set[str]:
+    """Where the files of weighted sets really are."""
+    urls = [url for pattern, _ in parse_sources(spec) for url in expand_shards(pattern)]
+    return {url if is_remote(url) else os.path.realpath(url) for url in urls}
+
+
+def _trained_on(validation: str, shared: str) -> ValueError:
+    return ValueError(
+        f"data.validation = {validation!r} is trained on, too ({shared}); name other rows, or leave it empty"
+    )
 
 
 def _open(pattern: str, config: TrainConfig, name: str) -> TokenTable | ShardTokens:

@@ -16,6 +16,7 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.manifest import TokenManifest
 from unidiff.data.mixture import MixtureSchedule, parse_sources
 from unidiff.data.report import SkipReport
+from unidiff.data.shard_names import check_exist, expand_shards
 from unidiff.data.token_set import (
     PAIRS,
     TokenRow,
@@ -103,6 +104,16 @@ class ShardTokens:
         """What the rows are known by later, as plain data; see `stamp_of`."""
         return [*map(stamp_of, self._sets), list(self._schedule.weights)]
 
+    def contents(self) -> set[str]:
+        """Hashes of the token shards, and of the raw shards behind folders whose token shards are all in use."""
+        found = {str(stamp["hash"]) for part in self._sets for stamp in part.stamps if "hash" in stamp}
+        urls = {url for part in self._sets for url in part.urls}
+        for folder in {folder_of(url) for url in urls}:
+            manifest = TokenManifest.load(folder)
+            if set(manifest.shards) <= {url.rsplit("/", 1)[-1] for url in urls if folder_of(url) == folder}:
+                found |= {str(stamp["hash"]) for stamp in manifest.sources.values() if "hash" in stamp}
+        return found
+
     def seeded(self, seed: int, phases: tuple[tuple[int, int], ...] | None = None) -> ShardTokens:
         """The same rows in another order. Shards have no difficulty levels, so `phases` must be None."""
         if phases is not None:
@@ -187,6 +198,9 @@ def open_shards(
     sets = []
     for number, (pattern, weight) in enumerate(parse_sources(spec)):
         if not is_tokenised(pattern):
+            found = expand_shards(pattern)
+            if not allow_missing:
+                check_exist(found)
             if image_tokenizer is None or text_tokenizer is None or cache is None:
                 raise ValueError(
                     f"{pattern!r} has no tokens.json, so it is read as raw images and captions: "

@@ -14,6 +14,7 @@ File format of a token table (safetensors):
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,19 @@ class TokenTable:
                     f"the first curriculum phase starts at sample {self._phases[0][0]}; it must start at 0"
                 )
         self._orders: dict[tuple[int, int], Tensor] = {}
+
+    def digest(self) -> str:
+        """SHA-256 of all numbers, whatever type the file keeps them in."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            for part in tensor.split(2**16):
+                digest.update(part.long().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def contents(self) -> set[str]:
+        """What copies of the table share; as `ShardTokens.contents`."""
+        return {self.digest()}
 
     @classmethod
     def load(cls, path: str | Path) -> TokenTable:
