@@ -224,3 +224,26 @@ def test_a_pipeline_can_be_packed_from_its_own_parts(tmp_path):
     inside = [tmp_path / "p" / name for name in ("transformer", "image_tokenizer", "text_tokenizer")]
     pack_pipeline(*inside, tmp_path / "p", text_length=TEXT_LENGTH, image_size=SIZE)
     assert UniDiffPipeline.from_pretrained(tmp_path / "p").settings == pipe.settings
+
+
+def test_parts_of_a_pipeline_keep_its_rows_and_tasks(parts, tmp_path):
+    transformer = parts[0]
+    TrainedOn(GRID, TEXT_LENGTH, ("caption",)).save(transformer)
+    try:
+        pack_pipeline(*parts, tmp_path / "made")
+    finally:
+        TRAINED.save(transformer)
+    inside = [tmp_path / "made" / name for name in ("transformer", "image_tokenizer", "text_tokenizer")]
+    pack_pipeline(*inside, tmp_path / "again")
+    assert UniDiffPipeline.from_pretrained(tmp_path / "again").settings.tasks == ("caption",)
+    with pytest.raises(ValueError, match="was trained on"):
+        pack_pipeline(*inside, tmp_path / "wide", image_size=(SIZE[0], 2 * SIZE[1]))
+    assert not (tmp_path / "wide").exists()
+
+
+def test_the_folder_above_a_transformer_is_no_transformer(parts, tmp_path):
+    pack_pipeline(*parts, tmp_path / "made")
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; did you mean '.*made/transformer'\?"):
+        pack_pipeline(tmp_path / "made", *parts[1:], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="name a folder with a saved MaskedTransformer"):
+        pack_pipeline(tmp_path / "gone", *parts[1:], tmp_path / "out")

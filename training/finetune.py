@@ -30,27 +30,28 @@ def main(arguments: list[str]) -> int:
 
 def finetune(name: str, config: TrainConfig) -> int:
     from unidiff.hub import locate
-    from unidiff.pipelines.folder import check_target, read_index
+    from unidiff.pipelines.folder import check_target, load_tokenizers, read_index
     from unidiff.pipelines.settings import PipelineSettings
     from unidiff.train.finetune import check_vocabulary, finetune_config, open_base
 
     base = open_base(locate(name))
     config = finetune_config(base, config)
-    settings = None
-    if base.pipeline:
+    settings, tokenizers = None, None
+    if base.pipeline:  # all that can be wrong with it is said before hours of training
         settings = PipelineSettings.from_dict(read_index(base.folder).get("settings") or {})
-        check_target(Path(config.output) / "pipeline")  # before hours of training
+        check_target(Path(config.output) / "pipeline")
+        tokenizers = load_tokenizers(base.folder)
 
     def finish() -> None:
-        if settings:
-            save_pipeline(base.folder, Path(config.output), config.checkpoint.export_dtype)
+        if settings and tokenizers:
+            save_pipeline(settings, tokenizers, Path(config.output), config.checkpoint.export_dtype)
 
     vocabulary = settings.vocabulary if settings else None
     return train(config, os.environ, lambda source: check_vocabulary(base, source, vocabulary), finish)
 
 
-def save_pipeline(base: Path, output: Path, dtype: str) -> None:
-    """OUTPUT/pipeline: the tokenizers and settings of `base` with the weights of OUTPUT/model.
+def save_pipeline(settings, tokenizers, output: Path, dtype: str) -> None:
+    """OUTPUT/pipeline: the tokenizers and settings of a pipeline with the weights of OUTPUT/model.
 
     `unidiff eval emoji --model OUTPUT/pipeline` scores it where it draws emoji scenes.
     """
@@ -59,18 +60,17 @@ def save_pipeline(base: Path, output: Path, dtype: str) -> None:
     import torch
 
     from unidiff.pipeline import UniDiffPipeline
-    from unidiff.pipelines.folder import load_parts, load_transformer
+    from unidiff.pipelines.folder import load_transformer
     from unidiff.pipelines.pack import settings_after
     from unidiff.pipelines.settings import with_overrides
 
-    parts = load_parts(base, torch.float32)
     transformer = load_transformer(output / "model", getattr(torch, dtype))
-    settings = settings_after(parts.settings, output / "model")
+    settings = settings_after(settings, output / "model")
     if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
         blocks = dict.fromkeys(("text", "image"), transformer.config.block_length)
         samplers = {task: with_overrides(s, block_length=blocks) for task, s in settings.samplers.items()}
         settings = replace(settings, samplers=samplers)
-    pipeline = UniDiffPipeline(transformer, parts.image_tokenizer, parts.text_tokenizer, settings)
+    pipeline = UniDiffPipeline(transformer, *tokenizers, settings)
     pipeline.save_pretrained(output / "pipeline")
 
 

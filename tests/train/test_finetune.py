@@ -192,3 +192,21 @@ def test_adapters_go_on_as_they_began(base, tmp_path, capsys):
         assert finetune(*out, "lora.rank=4", "lora.alpha=8", change) == 2
         assert said in capsys.readouterr().err
     assert finetune(*out, "lora.rank=4", "lora.alpha=64", "checkpoint.changed=allow", "steps=3") == 0
+
+
+def test_tokenizers_that_cannot_be_used_are_said_before_training(base, tmp_path, capsys):
+    for part, name in (
+        ("image_tokenizer", "diffusion_pytorch_model.safetensors"),
+        ("text_tokenizer", "tokenizer.json"),
+    ):
+        broken = shutil.copytree(base / "pipeline", tmp_path / part)
+        if name.endswith(".json"):
+            (broken / part / name).write_text("{")
+        else:
+            weights = load_file(broken / part / name)
+            first = min(name for name, value in weights.items() if value.is_floating_point())
+            weights[first].view(-1)[0] = float("nan")
+            save_file(weights, broken / part / name)
+        command = [broken, f"data.train={base / 'tokens.safetensors'}", f"output={tmp_path / 'out'}", "steps=1", *QUICK]
+        assert finetune(*command) == 2
+        assert part in capsys.readouterr().err and not (tmp_path / "out").exists()

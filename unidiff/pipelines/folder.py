@@ -45,16 +45,30 @@ def load_parts(folder: Path, dtype: torch.dtype) -> LoadedParts:
     except ValueError as error:
         raise ValueError(f"{folder / INDEX}: {error}") from error
     transformer = load_transformer(folder / "transformer", dtype)
+    return LoadedParts(transformer, *load_tokenizers(folder), settings)
+
+
+def load_tokenizers(folder: Path) -> tuple[VQImageTokenizer, TextTokenizer]:
+    """The tokenizers of a pipeline folder; see `load_parts`."""
     # Never in half precision: rounded weights move codes, and the transformer knows only those it was trained on.
-    image_tokenizer = VQImageTokenizer.from_pretrained(folder / "image_tokenizer")
-    text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
-    return LoadedParts(transformer, image_tokenizer, text_tokenizer, settings)
+    images = VQImageTokenizer.from_pretrained(folder / "image_tokenizer")
+    return images, TextTokenizer.from_pretrained(folder / "text_tokenizer")
+
+
+def check_transformer(folder: str | Path) -> None:
+    """Raise FileNotFoundError where no model lies."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        inside = [name for name in ("model", "transformer") if (folder / name / "config.json").is_file()]
+        hint = (
+            f"did you mean {str(folder / inside[0])!r}?" if inside else "name a folder with a saved MaskedTransformer"
+        )
+        raise FileNotFoundError(f"{str(folder)!r} holds no config.json; {hint}")
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> MaskedTransformer:
     """A `MaskedTransformer` folder in evaluation mode; never looked up on the network."""
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{str(folder)!r} holds no config.json; name a folder with a saved MaskedTransformer")
+    check_transformer(folder)
     return MaskedTransformer.from_pretrained(str(folder), torch_dtype=dtype).eval()
 
 

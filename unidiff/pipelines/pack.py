@@ -10,8 +10,9 @@ import torch
 
 from unidiff.errors import read_json
 from unidiff.models.trained_on import TrainedOn, read_trained_on
+from unidiff.owned import INDEX, VOCABULARY
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_target, load_transformer
+from unidiff.pipelines.folder import check_target, check_transformer, load_transformer, read_index
 from unidiff.pipelines.settings import LONGEST_ROW, TASKS, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
@@ -42,7 +43,8 @@ def pack_pipeline(
     """Load three folders strictly, check that they fit, and save one pipeline folder.
 
     Args:
-        transformer: folder of a `MaskedTransformer`. Training notes there what its rows were.
+        transformer: folder of a `MaskedTransformer`. Training notes there what its rows were; a pipeline that it is a part
+            of knows it, too.
         image_tokenizer: folder of a `CellVQModel` or `VQModel`.
         text_tokenizer: folder of a text tokenizer with the specials eos, caption, question, answer.
         out: the pipeline folder to write.
@@ -62,14 +64,18 @@ def pack_pipeline(
     check_target(out)
     check_value(text_length, int | None, "text_length")
     check_value(image_size, tuple[int, int] | None, "image_size")
-    trained = read_trained_on(transformer)
+    check_transformer(transformer)
+    noted = _noted(Path(transformer))
     images = VQImageTokenizer.from_pretrained(image_tokenizer, image_dtype)
     texts = TextTokenizer.from_pretrained(text_tokenizer)
-    vocabulary = _vocabulary(texts, images, Path(transformer))
-    length, grid = _rows(trained, text_length, image_size, images.factor, transformer)
+    before = noted.vocabulary if isinstance(noted, PipelineSettings) else None
+    vocabulary = _vocabulary(texts, images, Path(transformer), before)
+    length, grid = _rows(noted, text_length, image_size, images.factor, transformer)
     settings = PipelineSettings(vocabulary, length, grid)
-    if trained is not None:
-        settings = replace(settings, tasks=tasks_taught(trained.tasks))
+    if isinstance(noted, PipelineSettings):
+        settings = replace(noted, vocabulary=vocabulary)
+    elif noted is not None:
+        settings = replace(settings, tasks=tasks_taught(noted.tasks))
     pipe = UniDiffPipeline(load_transformer(transformer, dtype), images, texts, settings)
     pipe.save_pretrained(out)
     return pipe
@@ -101,8 +107,17 @@ def tasks_taught(training: Iterable[str]) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task in taught)
 
 
+def _noted(transformer: Path) -> TrainedOn | PipelineSettings | None:
+    """What the rows were, by the training's note or by the pipeline that the transformer is a part of."""
+    place = transformer.resolve()
+    found = read_trained_on(transformer)
+    if found is None and place.name == "transformer" and (place.parent / INDEX).is_file():
+        return PipelineSettings.from_dict(read_index(place.parent).get("settings") or {})
+    return found
+
+
 def _rows(
-    trained: TrainedOn | None,
+    trained: TrainedOn | PipelineSettings | None,
     text_length: int | None,
     image_size: tuple[int, int] | None,
     factor: int,
@@ -135,19 +150,22 @@ def _rows(
     return trained.text_length, trained.grid
 
 
-def _vocabulary(texts: TextTokenizer, images: VQImageTokenizer, transformer: Path) -> Vocabulary:
-    """The ids of both tokenizers; refused where training noted others beside the transformer."""
+def _vocabulary(
+    texts: TextTokenizer, images: VQImageTokenizer, transformer: Path, trained: Vocabulary | None
+) -> Vocabulary:
+    """The ids of both tokenizers; refused where a pipeline, or training's note beside the transformer, has others."""
     known = texts.specials()
     if absent := [name for name in TASK_TOKENS if name not in known]:
         raise ValueError(f"the text tokenizer has no special token {absent[0]!r}; it has {sorted(known)}")
     found = Vocabulary.unified(texts.size, images.codebook_size, {name: texts.special(name) for name in TASK_TOKENS})
-    note = transformer / "vocabulary.json"
-    if not note.is_file():
+    note = transformer / VOCABULARY
+    if note.is_file():
+        try:
+            trained = Vocabulary.from_dict(read_json(note, "a vocabulary"))
+        except ValueError as error:
+            raise ValueError(f"{str(note)!r} is damaged ({error}); export the model again") from error
+    if trained is None:
         return found
-    try:
-        trained = Vocabulary.from_dict(read_json(note, "a vocabulary"))
-    except ValueError as error:
-        raise ValueError(f"{str(note)!r} is damaged ({error}); export the model again") from error
     ids = {name: trained.text[0] + texts.special(name) for name in TASK_TOKENS}
     for what, ours, theirs in (
         ("text ids", texts.size, trained.text_size),
