@@ -95,7 +95,8 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], wha
         annotation = hints.get(name, Any if parameter.default is parameter.empty else type(parameter.default))
         if name in values:
             value = values[name]
-            check_value(_build(value, annotation, name), annotation, f"{what} {name}")
+            own = f"{what}{name}" if what.endswith(".") else f"{what} {name}"
+            check_value(_build(value, annotation, name), annotation, own)
 
 
 def describe(annotation: Any) -> str:

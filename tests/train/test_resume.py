@@ -70,7 +70,7 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path):
     [
         (["modle.hidden_size=3"], "modle"),
         (["model.hiden_size=3"], "hiden_size"),
-        (["model.hidden_size=wide"], "model.hidden_size = 'wide'"),
+        (["model.hidden_size=wide"], "model.hidden_size is 'wide'"),
         (["steps=many"], "many"),
         (["steps=0"], "steps = 0"),
         (["steps"], "key=value"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import re
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from unidiff.checked import check_dtype
+from unidiff.checked import check_dtype, check_shapes
 from unidiff.errors import read_json, reading
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import check_arguments
 from unidiff.train.config import TrainConfig
 from unidiff.train.lora import add_adapters
 
@@ -32,23 +34,15 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
         ValueError: an unknown or ill-typed model setting, or weights that do not fit or are not finite.
         FileNotFoundError: `init_from` holds no safetensors file.
     """
-    known = inspect.signature(MaskedTransformer.__init__).parameters
-    if unknown := set(config.model) - set(known) | (set(config.model) & {"self", "vocab_size"}):
-        raise ValueError(
-            f"unknown model settings {sorted(unknown)}; vocab_size comes from the data, others are {sorted(known)}"
-        )
-    for key, value in config.model.items():
-        default = known[key].default
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
-            not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise ValueError(f"model.{key} = {value!r} must be of type {type(default).__name__}")
+    known = set(inspect.signature(MaskedTransformer.__init__).parameters) - {"self", "vocab_size"}
+    if unknown := sorted(set(config.model) - known):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean model.{near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+        hint = "it comes from the data, leave it out" if unknown[0] == "vocab_size" else hint
+        raise ValueError(f"model.{unknown[0]} is unknown; {hint}")
+    check_arguments(MaskedTransformer.__init__, config.model, "model.")
     torch.manual_seed(config.seed)
-    try:
-        model = MaskedTransformer(vocab_size=vocab_size, **config.model)
-    except TypeError as error:
-        raise ValueError(f"model settings {config.model} have a wrong type: {error}") from error
+    model = MaskedTransformer(vocab_size=vocab_size, **config.model)
     blockwise = model.config.attention == "block_causal"
     if (config.data.pack or blockwise) and model.embed_time is not None and model.config.constant_time is None:
         raise ValueError("data.pack and block_causal need a model without time_conditioning: a row has several times")
@@ -84,11 +78,9 @@ def _load_start(model: MaskedTransformer, folder: Path) -> None:
         weights |= found
     _say_differences(model, folder / "config.json")
     silent = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
-    try:
-        model.load_state_dict(silent | weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the weights in {str(folder)!r} do not fit the model of this config ({reason})") from error
+    weights = silent | weights
+    check_shapes(f"checkpoint.init_from = {str(folder)!r}", model.state_dict(), weights)
+    model.load_state_dict(weights)
 
 
 def _say_differences(model: MaskedTransformer, path: Path) -> None:
