@@ -21,6 +21,7 @@ from unidiff.data.tar_index import MOST_BYTES
 PAIR = (("jpg", "jpeg", "png", "webp", "gif", "bmp"), ("txt",))
 PNG = png_bytes("L", 7)
 PACKERS = {"plain": lambda data: data, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+PACKERS["lzma"] = lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE)
 
 
 @dataclass
@@ -203,7 +204,7 @@ def test_names_that_are_no_utf8_are_read(tmp_path):
     assert sample["__url__"].endswith("na\\xe9me.tar")
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.TAR", "a.Tar.Bz2", "a.txz", "a.tar.xz"])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.TAR", "a.Tar.Bz2", "a.txz", "a.tar.xz", "a.tlz"])
 @pytest.mark.parametrize("packer", sorted(PACKERS))
 def test_compression_is_told_by_content(tmp_path, name, packer):
     write(tmp_path / name, [Entry("1.png", PNG), Entry("1.txt", b"one")], packer=packer)
@@ -211,7 +212,8 @@ def test_compression_is_told_by_content(tmp_path, name, packer):
 
 
 @pytest.mark.parametrize(
-    ("magic", "words"), [(b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\3\4", "zip"), (b"\x04\x22\x4d\x18", "lz4")]
+    ("magic", "words"),
+    [(b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\3\4", "zip"), (b"\x04\x22\x4d\x18", "lz4"), (b"\x1f\x9d\x90", "uncompress")],
 )
 def test_what_cannot_be_unpacked_is_said_at_once(tmp_path, magic, words):
     (tmp_path / "a.tar.zst").write_bytes(magic + bytes(5000))

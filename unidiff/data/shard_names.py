@@ -14,7 +14,10 @@ import braceexpand
 from unidiff.addresses import is_remote, local_path, scheme
 from unidiff.errors import check_regular, reading
 
-ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+ENDINGS = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.lzma", ".tlz"),
+    *(".tar.zst", ".tzst", ".tar.lz4", ".tar.z", ".taz"),
+)
 """What a shard in a folder is called, in any case. How it is compressed is told by its content."""
 MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
@@ -129,8 +132,11 @@ def _local(path: str) -> list[str]:
             names = sorted(os.listdir(path))
         found = [os.path.join(path, name) for name in names if is_shard_name(name)]
         if not found:
-            kinds = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
-            held = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common(3)) or "nothing"
+            shown = [name for name in names if not name.startswith(".")]
+            folders = sum(os.path.isdir(os.path.join(path, name)) for name in shown)
+            kinds = Counter(Path(n).suffix or "no ending" for n in shown if not os.path.isdir(os.path.join(path, n)))
+            held = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common(3))
+            held = ", ".join([held] * bool(held) + [f"{folders} folders"] * bool(folders)) or "nothing"
             raise ValueError(f"{path!r} holds no .tar shards (compressed or not); it holds {held}")
         return found
     if os.path.lexists(path) or not glob.has_magic(path):

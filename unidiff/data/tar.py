@@ -25,10 +25,16 @@ from unidiff.errors import first_line, writing
 from unidiff.files import beside, flush_to_disk, remove_leftovers
 
 _IN_MEMORY = 64 * 2**20  # a compressed or downloaded shard up to this size needs no temporary file
-_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"]\0\0": lzma.open,  # .lzma, the older form of .xz
+}
 _UNREADABLE = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it with `zstd -d`",
     b"\x04\x22\x4d\x18": "is compressed with lz4; unpack it with `lz4 -d`",
+    b"\x1f\x9d": "is compressed with compress; unpack it with `uncompress`",
     b"PK\3\4": "is a zip, not a tar; unpack it and pack it again with `tar -cf`",
     b"7z\xbc\xaf": "is a 7z, not a tar; unpack it and pack it again with `tar -cf`",
     b"Rar!": "is a rar, not a tar; unpack it and pack it again with `tar -cf`",
