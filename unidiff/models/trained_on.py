@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_trained_on(folder: str | Path) -> TrainedOn | None:
         ValueError: a damaged file.
     """
     path = Path(folder) / FILE
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is damage
         return None
     values = read_json(path, "a record of training")
     try:
