@@ -305,3 +305,9 @@ def test_addresses(address, tmp_path, monkeypatch):
 def test_the_decoded_picture_keeps_its_mode():
     data = saved(Image.new("1", (3, 2), 1), "PNG")
     assert decode_picture(data).mode == "1" and as_rgb(decode_picture(data)).size == (3, 2)
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\nxx", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_a_png_without_its_beginning_is_said_in_words(data):
+    with pytest.raises(DamagedFile, match="its beginning is cut or damaged"):
+        open_picture(data)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from all_pipelines import make_pipelines
 from PIL import Image
 
+from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.holes import MOST, all_have_holes, split_holes
 
 
@@ -116,6 +120,38 @@ def test_unknown_arguments_name_the_method_and_the_nearest_name(pipes, family, t
         getattr(pipes[family], task)(**{wrong: 3})
     kind = type(pipes[family]).__name__
     assert str(caught.value) == f"{kind}.{task}() has no argument {wrong!r}; did you mean {near!r}?"
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "wrong", "near"),
+    [
+        ("native", "generate", "prompt", "text"),
+        ("native", "text_to_image", "text", "prompt"),
+        ("native", "inpaint", "mask", "mask_image"),
+        ("muddit", "inpaint", "mask", "mask_image"),
+        ("llada", "chat", "prompt", "messages"),
+    ],
+)
+def test_names_of_other_tasks_are_understood(pipes, family, task, wrong, near):
+    with pytest.raises(TypeError, match=f"has no argument '{wrong}'; did you mean '{near}'"):
+        getattr(pipes[family], task)(**{wrong: "a"})
+
+
+def test_loading_names_the_nearest_argument():
+    for wrong, near in (("dtyp", "dtype"), ("revison", "revision"), ("torch_type", "torch_dtype")):
+        with pytest.raises(TypeError, match=rf"UniDiffPipeline.from_pretrained\(\) has no .*; did you mean '{near}'"):
+            UniDiffPipeline.from_pretrained("emoji", **{wrong: "float32"})
+    with pytest.raises(ValueError, match=r"dtype is float32 and torch_dtype bfloat16, .* give one of them"):
+        UniDiffPipeline.from_pretrained("emoji", "float32", "bfloat16")
+    with pytest.raises(FileNotFoundError, match="model folder '' does not exist"):
+        UniDiffPipeline.from_pretrained("")
+
+
+def test_pipelines_and_vocabularies_can_be_copied(pipes):
+    pipe = pipes["native"]
+    again = copy.deepcopy(pipe)
+    assert pickle.loads(pickle.dumps(pipe.settings)) == pipe.settings == again.settings
+    assert again.text_to_image("a dog", generator=1).ids.equal(pipe.text_to_image("a dog", generator=1).ids)
 
 
 def test_an_argument_far_from_all_lists_them(pipes):

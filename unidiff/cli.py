@@ -91,7 +91,7 @@ def caption(
     pictures, refused = sort_pictures(images)
     pipe = flags.load() if pictures else None
     if pipe is not None:
-        refused |= refused_sizes(pipe, pictures, resize)
+        refused |= refused_sizes(pipe, pictures, images, resize)
     if len(images) == len(refused) == 1:
         raise refused[0]
     for error in refused.values():

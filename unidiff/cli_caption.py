@@ -20,8 +20,8 @@ def sort_pictures(paths: Sequence[str]) -> tuple[dict[int, Any], dict[int, Excep
     return pictures, refused
 
 
-def refused_sizes(pipe: Any, pictures: Mapping[int, Any], resize: bool) -> dict[int, Exception]:
-    """Pictures that the model does not take, where it takes one size."""
+def refused_sizes(pipe: Any, pictures: Mapping[int, Any], paths: Sequence[str], resize: bool) -> dict[int, Exception]:
+    """Pictures, by their numbers in `paths`, that the model does not take, where it takes one size."""
     refused: dict[int, Exception] = {}
     inputs = pipe.image_inputs  # refuses once for all where the model knows no pictures
     if not getattr(pipe, "fixed_size", True):
@@ -30,7 +30,7 @@ def refused_sizes(pipe: Any, pictures: Mapping[int, Any], resize: bool) -> dict[
         try:
             inputs.images(picture, resize)
         except ValueError as error:
-            refused[number] = error
+            refused[number] = ValueError(f"{paths[number]!r}: {error}")
     return refused
 
 

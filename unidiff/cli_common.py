@@ -144,7 +144,7 @@ def usable_device(device: str) -> str:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)[:120]
+        reason = first_line(error).partition(". ")[0][:160]
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
     return device
 

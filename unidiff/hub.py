@@ -45,6 +45,8 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
         raise ValueError(f"the model is {name!r}; expected a folder, a hub model 'owner/name', or 'emoji'")
     if unknown := sorted(set(hub_options) - set(HUB_OPTIONS)):
         raise TypeError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(HUB_OPTIONS)}")
+    if not str(name):
+        raise FileNotFoundError("model folder '' does not exist; name a folder, a hub model 'owner/name', or 'emoji'")
     folder = Path(name)
     if str(name) in EMBEDDED:  # before folders: the default model must not depend on where one stands
         embedded = EMBEDDED[str(name)]
@@ -59,8 +61,21 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
         raise FileNotFoundError(
             f"model folder {str(name)!r} does not exist; name a folder, a hub model 'owner/name', or 'emoji'"
         )
+    return download(str(name), wanted, "model", **hub_options)
+
+
+def download(name: str, wanted: Sequence[str], what: str, **hub_options: Any) -> Path:
+    """The folder that files of the hub are downloaded to.
+
+    Args:
+        name: on the hub. wanted: patterns of the files. what: for the message, for instance "model".
+
+    Raises:
+        FileNotFoundError: nothing of that name, or no network.
+    """
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(wanted), **hub_options))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a reachable hub model: {reason}") from error
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor a reachable hub {what}: {first_line(error)}"
+        ) from error

@@ -140,6 +140,8 @@ def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
 def _opened(data: bytes) -> ImageFile.ImageFile:
     """The file with its header read, by its first bytes. `Image.open` would warn about sizes that are refused anyway."""
     if data.startswith(_PNG):
+        if len(data) < 33 or data[12:16] != b"IHDR":
+            raise ValueError("its beginning is cut or damaged")
         image = PngImagePlugin.PngImageFile(io.BytesIO(b"".join(_plain_chunks(data))))
         _scale_key(image, depth=data[24])
         return image

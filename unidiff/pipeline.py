@@ -10,9 +10,9 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from unidiff.hub import ALL_FILES, locate
+from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.arguments import repeated, task_method, texts_of
+from unidiff.pipelines.arguments import check_keywords, repeated, task_method, texts_of
 from unidiff.pipelines.checks import check_fit, read_dtype
 from unidiff.pipelines.components import SharedParts
 from unidiff.pipelines.decode import DecodeOptions
@@ -114,7 +114,11 @@ class UniDiffPipeline(SharedParts, DiffusionPipeline):
         Raises:
             FileNotFoundError: nothing there, or a part is missing.
             ValueError: another family, unknown settings, or weights that are missing, unexpected, misshaped or NaN.
+            TypeError: an unknown argument.
         """
+        check_keywords(cls.from_pretrained, hub_options, HUB_OPTIONS)
+        if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
+            raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}, which mean the same; give one of them")
         chosen = dtype if torch_dtype is None else torch_dtype
         check_value(subfolder, str | None, "subfolder")
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")

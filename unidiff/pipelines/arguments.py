@@ -65,22 +65,30 @@ def check_keywords(method: Callable[..., Any], given: Iterable[str], options: It
     known = [*_own(method), *options]
     for name in given:
         if name not in known:
-            if _ELSEWHERE.get(name) in known:
-                raise TypeError(f"{method.__qualname__}() has no argument {name!r}; did you mean {_ELSEWHERE[name]!r}?")
-            near = difflib.get_close_matches(name, known, 1, 0.5) or [n for n in known if name.lower() in n.lower()]
+            meant = [other for other in _ELSEWHERE.get(name, ()) if other in known]
+            near = (
+                meant
+                or difflib.get_close_matches(name, known, 1, 0.5)
+                or [n for n in known if name.lower() in n.lower()]
+            )
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {hint}")
 
 
 _ELSEWHERE = {  # as other programs call them
-    "seed": "generator",
-    "seeds": "generator",
-    "num_inference_steps": "steps",
-    "num_steps": "steps",
-    "cfg_scale": "guidance_scale",
-    "cfg": "guidance_scale",
-    "max_new_tokens": "max_text_tokens",
-    "callback": "callback_on_step_end",
+    "seed": ("generator",),
+    "seeds": ("generator",),
+    "num_inference_steps": ("steps",),
+    "num_steps": ("steps",),
+    "cfg_scale": ("guidance_scale",),
+    "cfg": ("guidance_scale",),
+    "max_new_tokens": ("max_text_tokens",),
+    "callback": ("callback_on_step_end",),
+    "mask": ("mask_image",),
+    "prompt": ("text", "messages", "question"),
+    "text": ("prompt", "messages", "question"),
+    "question": ("prompt", "messages"),
+    "torch_dtype": ("dtype",),
 }
 
 

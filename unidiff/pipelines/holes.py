@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from unidiff.tokens.known_words import words_of
-
 MOST = 4096
 """Tokens of a hole where the model sets no limit of its own."""
 
@@ -45,6 +43,8 @@ def split_holes(text: str, most: int = MOST, what: str = "text") -> list[str | i
 
 def between_holes(texts: Sequence[str]) -> list[str]:
     """The words of texts, without their holes and the signs between two of them; errors as of `split_holes`."""
+    from unidiff.tokens.known_words import words_of  # that package imports torch, which `--help` does without
+
     parts = [split_holes(text) for text in texts]
     return [part for row in parts for part in row if isinstance(part, str) and (len(row) == 1 or words_of(part))]
 

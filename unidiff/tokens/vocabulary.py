@@ -102,6 +102,10 @@ class Vocabulary:
             "specials": dict(self.specials),
         }
 
+    def __reduce__(self) -> tuple:
+        """For copies and other processes, which cannot take the read-only `specials`."""
+        return Vocabulary.from_dict, (self.to_dict(),)
+
     @classmethod
     def from_dict(cls, data: Mapping) -> Vocabulary:
         """Inverse of `to_dict`.
