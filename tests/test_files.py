@@ -278,3 +278,15 @@ def test_what_lies_in_the_place_of_the_lock_is_left_alone(tmp_path: Path) -> Non
         (tmp_path / "run" / ".lock").write_text(left)
         with locked(tmp_path / "run", "encoding"):
             assert (tmp_path / "run" / ".lock").read_text().endswith(" (encoding)\n")
+
+
+def test_no_lock_is_left_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left") as error, locked(tmp_path / "run"):
+            raise AssertionError
+    assert str(tmp_path / "run") in str(explain(error.value))
+    assert not any((tmp_path / "run").iterdir())

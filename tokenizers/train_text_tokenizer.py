@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unidiff.config import load_config
-from unidiff.errors import exit_status, reading
+from unidiff.errors import check_regular, exit_status, reading, writing
 from unidiff.schema import check_fields
 
 if TYPE_CHECKING:
@@ -98,8 +98,10 @@ def main(
         )
         if not settings.text and not settings.shards:
             raise ValueError("no corpus: give --text FILE or --shards PATTERN, or name them in --config")
-        if missing := [name for name in settings.text if not Path(name).is_file()]:
-            raise FileNotFoundError(f"text file {missing[0]!r} does not exist")
+        for name in settings.text:
+            if not Path(name).exists():
+                raise FileNotFoundError(f"text file {name!r} does not exist")
+            check_regular(name)
         if out.exists() and not out.is_dir():
             raise ValueError(f"{str(out)!r} is a file; name a folder to save the tokenizer in")
         from unidiff.tokens.text import TextTokenizer
@@ -115,7 +117,8 @@ def main(
 def _refuse_another(tokenizer: TextTokenizer, out: Path) -> None:
     """Raise ValueError where saving would replace files that are not the same."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with writing(f"{tempfile.gettempdir()} (where the tokenizer is compared with what is there)", Path(folder)):
+            tokenizer.save_pretrained(folder)
         names = sorted(path.name for path in Path(folder).iterdir())
         others = [
             name

@@ -255,9 +255,14 @@ def _take(path: Path, what: str) -> int:
                 if (content := os.read(handle, 500)) and not _HOLDER.fullmatch(content):
                     os.close(handle)
                     raise ValueError(f"{str(path)!r} is no lock of unidiff's; move it, or name another folder")
-                os.truncate(handle, 0)
-                os.lseek(handle, 0, os.SEEK_SET)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({what})\n".encode())
+                try:
+                    os.truncate(handle, 0)
+                    os.lseek(handle, 0, os.SEEK_SET)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({what})\n".encode())
+                except OSError:  # a full disk
+                    path.unlink(missing_ok=True)
+                    os.close(handle)
+                    raise
                 return handle
         os.close(handle)  # its holder has just removed it
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -151,3 +152,20 @@ def test_saving_leaves_no_temporary_files(tokenizer, tmp_path):
     names = {p.name for p in (tmp_path / "deep" / "folder").iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json"}
     json.loads((tmp_path / "deep" / "folder" / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def test_a_name_of_the_hub_is_downloaded_without_weights_or_code_and_then_a_folder(tmp_path, monkeypatch):
+    TextTokenizer.train(["a b c"], 270).save_pretrained(tmp_path / "hub" / "words")
+    asked = []
+
+    def download(name, wanted, what, **options):
+        asked.append((name, what, options))
+        assert not any(Path(file).match(pattern) for pattern in wanted for file in ("m.safetensors", "m.bin", "tok.py"))
+        return tmp_path / "hub"
+
+    monkeypatch.setattr("unidiff.tokens.text.download", download)
+    found = TextTokenizer.from_pretrained("owner/name", revision="main", subfolder="words")
+    assert found.decode(found.encode("a b c")) == "a b c"
+    assert asked == [("owner/name", "tokenizer", {"revision": "main"})]
+    with pytest.raises(FileNotFoundError, match="holds no text tokenizer"):
+        TextTokenizer.from_pretrained("gpt2")

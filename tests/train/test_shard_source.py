@@ -229,3 +229,11 @@ def test_data_that_do_not_exist_are_named_before_tokenizers_are_asked_for(tmp_pa
     for name, said in ((f"{tmp_path}/gone", "does not exist"), (f"{tmp_path}/photos", "holds no .tar shards")):
         with pytest.raises((FileNotFoundError, ValueError), match=said):
             open_shards(name)
+
+
+def test_token_shards_whose_encoding_was_stopped_are_named(folder, text, tmp_path):
+    unfinished = shutil.copytree(folder, tmp_path / "tokens")
+    (unfinished / "tokens.json").unlink()
+    (unfinished / "progress.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is not finished; run tokenizers/encode_shards\.py again"):
+        open_shards(str(unfinished), cache=tmp_path / "x", image_tokenizer=MeanColourTokenizer(), text_tokenizer=text)

@@ -14,11 +14,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from unidiff.errors import DamagedFile, read_json, reading, reason_of, writing
 from unidiff.files import path_of, replacing, resolve_link
+from unidiff.hub import download
 from unidiff.schema import check_value
 from unidiff.tokens.text_folder import check_tokenizer_folder
 
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
@@ -90,7 +92,7 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub_options: Any) -> TextTokenizer:
-        """Load a folder or a hub name through `AutoTokenizer`. A folder is never looked up on the network.
+        """Load a folder, or what lies on the hub under a name. A folder is never looked up on the network.
 
         Code that lies in a folder or on the hub (`auto_map`) is never run, nor is anybody asked about it.
 
@@ -107,15 +109,17 @@ class TextTokenizer:
         folder = path_of(name)
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
             raise FileNotFoundError(f"text tokenizer folder {str(name)!r} does not exist")
-        if folder.is_dir():
-            inside = folder / str(hub_options.get("subfolder") or "")
-            if not any((inside / file).is_file() for file in _FILES):
-                raise FileNotFoundError(
-                    f"{str(inside)!r} holds no text tokenizer (no tokenizer.json); "
-                    "train one with tokenizers/train_text_tokenizer.py"
-                )
-            hub_options["local_files_only"] = True
-        return cls.read(name, lambda: AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **hub_options))
+        inside = str(hub_options.pop("subfolder", None) or "")
+        if not folder.is_dir():
+            folder = download(str(name), _PATTERNS, "tokenizer", **hub_options)
+        folder = folder / inside
+        if not any((folder / file).is_file() for file in _FILES):
+            raise FileNotFoundError(
+                f"{str(folder)!r} holds no text tokenizer (no tokenizer.json); "
+                "train one with tokenizers/train_text_tokenizer.py"
+            )
+        options = {"trust_remote_code": False, "local_files_only": True}
+        return cls.read(folder, lambda: AutoTokenizer.from_pretrained(str(folder), **options))
 
     @classmethod
     def read(cls, name: str | Path, load: Callable[[], PreTrainedTokenizerBase]) -> TextTokenizer:
@@ -134,8 +138,7 @@ class TextTokenizer:
             reason = reason_of(error.__cause__) if error.__cause__ else str(error)
             if "trust_remote_code" in str(error.__cause__):
                 reason = "it needs code of its own (auto_map), which is never run here; save it as tokenizer.json"
-            what = "cannot be read as a tokenizer" if Path(name).is_dir() else "is neither a folder nor a hub tokenizer"
-            raise FileNotFoundError(f"{str(name)!r} {what}: {reason}") from error
+            raise FileNotFoundError(f"{str(name)!r} cannot be read as a tokenizer: {reason}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; each file appears complete or not at all.

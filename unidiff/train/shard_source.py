@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.data.encode import EncodeSettings, encode_shards
+from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
 from unidiff.data.manifest import TokenManifest
 from unidiff.data.mixture import MixtureSchedule, parse_sources
 from unidiff.data.report import SkipReport
@@ -198,6 +198,8 @@ def open_shards(
     sets = []
     for number, (pattern, weight) in enumerate(parse_sources(spec)):
         if not is_tokenised(pattern):
+            if (Path(pattern) / PROGRESS).is_file():
+                raise ValueError(f"the encoding of {pattern!r} is not finished; run tokenizers/encode_shards.py again")
             found = expand_shards(pattern)
             if not allow_missing:
                 check_exist(found)

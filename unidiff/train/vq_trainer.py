@@ -89,7 +89,7 @@ class ImageTokenizerConfig:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {low} to {high}")
         if not 0 < self.learning_rate <= 1e3:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0 and at most 1000")
         if not self.out.strip():
             raise ValueError("out is empty; name a folder")
 
