@@ -305,3 +305,12 @@ def test_whatever_lies_in_a_run_is_a_sentence_or_goes_on(tmp_path, pretrain, nam
         assert (status, len(errors)) in ((0, 0), (2, 1)) and "Traceback" not in said, (content, said)
         assert status == 0 or str(folder) in errors[0], said
         shutil.rmtree(folder)
+
+
+def test_the_last_line_of_a_persons_own_notes_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for notes in ("first\nsecond", "no end of line", '["a list"]', '{"my": 1}'):
+        for cut in ("", "\n" + '{"step": 3, "kind": "train", "loss"', "\n" + '{"st'):
+            path.write_text(notes + cut)
+            RunLog(tmp_path, 0).close()
+            assert path.read_text() == notes + "\n"

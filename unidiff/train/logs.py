@@ -200,6 +200,10 @@ def _append(file: BinaryIO, line: bytes) -> None:
         raise
 
 
+_OPENING = b'{"step": '
+"""How every line begins that a run writes."""
+
+
 def _truncate(path: Path, step: int) -> int:
     """Drop the lines of steps after `step`, which come again, and a last line that was cut; returns the last step there was.
 
@@ -213,8 +217,8 @@ def _truncate(path: Path, step: int) -> int:
     for line in content.splitlines(keepends=True):
         number = _step_of(line)
         if number is None:
-            if line.endswith(b"\n"):
-                kept.append(line)
+            if line.endswith(b"\n") or not line.startswith(_OPENING[: len(line)]):  # else one of ours that was cut
+                kept.append(line if line.endswith(b"\n") else line + b"\n")
             continue
         last = max(last, number)
         if number <= step:
