@@ -68,8 +68,9 @@ def test_a_sheet_shows_every_picture_at_its_place():
     assert (sheet[32, 32] == 0).all() and (sheet[32, 68 + 32] == 128).all() and (sheet[82 + 32, 32] == 255).all()
 
 
-def test_no_sheets_without_prompts_or_tokenizers_and_wrong_ones_are_refused(tmp_path):
+def test_no_sheets_without_prompts_or_tokenizers_and_wrong_ones_are_refused(tmp_path, caplog):
     assert sheet_sampler(tiny_config(tmp_path, "logging.sample_every=5", "logging.prompts=[a]"), tiny_table()) is None
+    assert "no sample sheets are drawn, though logging.sample_every is set: tokenizer.image is empty" in caplog.text
     wrong = GreyDecoder()
     wrong.codebook_size = 99
     with pytest.raises(ValueError, match="99 codes"):

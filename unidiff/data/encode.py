@@ -306,7 +306,7 @@ def _finished(out: Path, fresh: _Progress, again: bool) -> TokenManifest | None:
         return None
     manifest = TokenManifest.load(str(out))
     if manifest.fingerprint != fresh.fingerprint:
-        raise ValueError(f"{str(out)!r} holds token shards of another run (shards, settings or tokenizers); remove it")
+        raise ValueError(f"{str(out)!r} holds token shards of another run (shards, settings or tokenizers); {_AGAIN}")
     if not manifest.sources:
         _LOG.warning("%s is from before unidiff noted what it was made from; whether that changed is unknown", out)
     problem = _problem(out, manifest.sources, manifest.files, fresh)
@@ -334,7 +334,7 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
     with reading(path, "the progress of an encoding", _AGAIN):
         progress = from_data(_Progress, read_json(path, "the progress of an encoding"), "it")
     if progress.fingerprint != fresh.fingerprint:
-        raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; remove it")
+        raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; {_AGAIN}")
     if problem := _problem(out, progress.sources, progress.files, fresh):
         if not again:
             raise ValueError(f"{str(out)!r} holds an unfinished run that no longer fits: {problem}; {_AGAIN}")

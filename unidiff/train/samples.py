@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from unidiff.tokens.image_vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
 from unidiff.train.source import TokenSource
+
+_LOG = logging.getLogger(__name__)
 
 _CAPTION_HEIGHT = 14
 
@@ -83,8 +86,12 @@ def sheet_sampler(config: TrainConfig, source: TokenSource) -> Callable[[MaskedT
     Raises:
         FileNotFoundError: a tokenizer folder that does not exist.
     """
-    wanted = config.logging.sample_every > 0 and len(config.logging.prompts) > 0
-    if not (wanted and config.tokenizer.image and config.tokenizer.text):
+    if config.logging.sample_every == 0:
+        return None
+    needed = {"logging.prompts": config.logging.prompts, "tokenizer.image": config.tokenizer.image}
+    needed |= {"tokenizer.text": config.tokenizer.text}
+    if absent := [name for name, value in needed.items() if not value]:
+        _LOG.warning("no sample sheets are drawn, though logging.sample_every is set: %s is empty", absent[0])
         return None
     decoder = VQImageTokenizer.from_pretrained(config.tokenizer.image)
     text = TextTokenizer.from_pretrained(config.tokenizer.text)
