@@ -83,6 +83,17 @@ def test_holes_are_filled_and_the_rest_stays(pipe):
         pipe.infill("a fox")
 
 
+@pytest.mark.parametrize("cache", ["none", "auto", "prefix", "dual", "vicinity", "interval", "adaptive", "max-logit"])
+def test_a_row_with_few_holes_is_filled_the_same_beside_one_with_many(pipe, cache):
+    """What is planned for a row (passes, and the warm-up of a cache) is its own."""
+    texts = ["two owls on a <mask:2> hill <mask>", "<mask:9>", "a<mask>"]
+    for more in ({}, {"steps": 2}):
+        filled = pipe.infill(texts, cache=cache, generator=[3, 2, 4], **more)
+        for row, text in enumerate(texts):
+            alone = pipe.infill(text, cache=cache, generator=[[3, 2, 4][row]], **more)
+            assert alone.text_ids == [filled.text_ids[row]]
+
+
 def test_knobs_caches_and_callbacks(pipe):
     asked = {"max_text_tokens": 8, "generator": 2}
     plain = pipe.chat("a red fox?", **asked)

@@ -11,7 +11,7 @@ import torch
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.policies.max_logit import MaxLogitCache, low_peaks
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(11, 7)
 GUIDANCE = [Guidance(), Guidance(3.0), Guidance(0.0)]
@@ -105,11 +105,16 @@ class Spy:
 
 
 def test_the_schedule_of_full_passes(model) -> None:
-    spy = Spy(MaxLogitCache(0.5, 0.3, 4))
-    decode(model, spy, Guidance(2.0))
-    full = [plan.full for plan, *_ in spy.passes]
-    assert full == [i <= 3 or (i - 3) % 4 == 0 for i in range(10)]
-    assert all(plan.of(1).full == plan.full for plan, *_ in spy.passes)
+    """Of the passes that the row makes: `steps`, or one per token where those are fewer."""
+    for number, spans in enumerate(ROWS):
+        spy, batch = Spy(MaxLogitCache(0.5, 0.3, 4)), TokenBatch.from_spans([spans])
+        decode(model, spy, Guidance(2.0), [spans], torch.tensor([number]))
+        hidden = [int((batch.targets & (batch.modality == modality)).sum()) for modality in Modality]
+        total = min(10, max(hidden))
+        begin = int(0.3 * total)
+        full = [plan.full for plan, *_ in spy.passes]
+        assert full == [i <= begin or (i - begin) % 4 == 0 for i in range(total)]
+        assert all(plan.of(1).full == plan.full for plan, *_ in spy.passes if 1 in plan.others)
 
 
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0)], ids=str)

@@ -242,7 +242,7 @@ def _block_refresh(policy: BlockRefresh, schedule: Schedule, now: Moment, layers
 
 
 def _max_logit(policy: MaxLogitCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
-    begin = int(max(schedule.steps(modality) for modality in Modality) * policy.warmup)
+    begin = int(max(sum(schedule.passes_of(modality)) for modality in Modality) * policy.warmup)
     extra = schedule.length if policy.compat else 0  # logits everywhere
     if now.number <= begin or (now.number - begin) % policy.interval == 0:
         return _even(schedule, now, layers, schedule.length, extra)

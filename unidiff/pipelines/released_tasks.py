@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unidiff.pipelines.holes import all_have_holes, has_holes, short, split_holes
+from unidiff.pipelines.holes import MOST, all_have_holes, has_holes, short, split_holes
 from unidiff.released.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, Turn
 from unidiff.released.loading import Released
 from unidiff.released.lumina import lumina_grid
@@ -225,8 +225,7 @@ class ChatTasks(FamilyTasks):
             if not has_holes(line):
                 raise ValueError(f"text {short(line)} is known in full; hide words with <mask> or <mask:n>")
         ids = [_masked(line, self.rows) for line in texts]
-        holes = max(row.count(self.rows.vocabulary.mask_id) for row in ids)
-        request = _one_pass_each(self.rows.infill(ids), max(1, holes))
+        request = _one_pass_each(self.rows.infill(ids), MOST)  # whatever the row: a quota makes no more than its holes
         text = replace(request.config.text, block_length=None)  # holes are no blocks
         return replace(request, config=replace(request.config, text=text))
 

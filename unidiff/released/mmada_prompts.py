@@ -171,7 +171,7 @@ class MMaDAPrompts:
     def _refuse(self, found: int, length: int) -> None:
         if self.overflow == "error":
             raise ValueError(
-                f"the text needs {found} tokens and {length} fit; shorten it, or cut it with overflow='cut'"
+                f"the text needs {found} tokens and {length} fit; shorten it"
             )
 
     def _asked(self, text: Tensor) -> Tensor:
