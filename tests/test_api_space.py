@@ -245,6 +245,8 @@ _CLASH = (  # right values that do not go together
     "changes nothing at guidance_scale 1",
     "cache and policy both",
     "only edit is guided",
+    "leave one of them out",
+    "give one of them",
     "one size at a time",
     "a size together with a mask",
     "answers one question at a time",
