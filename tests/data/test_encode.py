@@ -187,3 +187,21 @@ def test_manifest_sources(tmp_path):
     with pytest.raises(ValueError, match="shell command"):
         TokenManifest.load(f"pipe:touch {tmp_path}/ran;")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_killed_between_its_first_shard_and_the_note_of_it_continues(tmp_path, text, monkeypatch):
+    write_samples(tmp_path / "raw", 9, 9)
+    settings = EncodeSettings(image_size=16, text_length=20, samples_per_shard=4)
+    command = (str(tmp_path / "raw"), MeanColourTokenizer(), text)
+    encode_shards(*command, tmp_path / "whole", settings)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unidiff.data.encode.token_stamp", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode_shards(*command, tmp_path / "cut", settings)
+    assert [path.name for path in (tmp_path / "cut").glob("*.tar")] == ["00000.tar"]
+    encode_shards(*command, tmp_path / "cut", settings)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

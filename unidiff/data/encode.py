@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -139,10 +140,20 @@ def encode_shards(
     fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing))
     if (done := _finished(out, fresh, again)) is not None:
         return done
-    with locked(out, "encoding"):
+    with locked(out, "encoding"), _tidied(out):
         return _finished(out, fresh, again) or _encode(
             out, source, fresh, _Tools(image_tokenizer, text_tokenizer, prepare, settings), on_shard, again
         )
+
+
+@contextmanager
+def _tidied(out: Path) -> Iterator[None]:
+    """A run that failed before its first shard leaves no note of itself."""
+    try:
+        yield
+    finally:
+        if not any(out.glob("*.tar")):
+            (out / PROGRESS).unlink(missing_ok=True)
 
 
 def _encode(
@@ -159,6 +170,8 @@ def _encode(
     if progress.source is not None:
         with reading(out / PROGRESS, "the progress of an encoding", _AGAIN):
             source.load_state_dict(progress.source)
+    else:
+        write_json(out / PROGRESS, asdict(progress))  # a run that is killed within its first shard knows it again
     samples = iter(source)
     encoder = _Encoder(tools, progress)
     while rows := encoder.next_shard(samples):
@@ -333,6 +346,8 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
         return fresh
     with reading(path, "the progress of an encoding", _AGAIN):
         progress = from_data(_Progress, read_json(path, "the progress of an encoding"), "it")
+    if not progress.shards and not any(out.glob("*.tar")):
+        return fresh
     if progress.fingerprint != fresh.fingerprint:
         raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; {_AGAIN}")
     if problem := _problem(out, progress.sources, progress.files, fresh):
