@@ -115,8 +115,7 @@ class Trainer:
             spike_factor=config.spike_factor,
             parallel=self.parallel,
         )
-        self.samples = 0
-        self._documents = documents is not None
+        self.samples, self._documents = 0, documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
         self.account = DataAccount(self.folder, [source, validation, documents])
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
@@ -132,8 +131,7 @@ class Trainer:
             self._saver = ShardSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
         self._best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"), self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
-        self._saved_at = time.monotonic()
-        self._stop = False
+        self._saved_at, self._stop = time.monotonic(), False
 
     @property
     def model(self) -> MaskedTransformer:
@@ -388,8 +386,9 @@ class Trainer:
         model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype), torch.device("cpu"))
         if model is None:
             return
-        weights = {task: getattr(self.config.tasks, task).weight for task in TASKS}
-        tasks = tuple(task for task in TASKS if weights[task] > 0 or (task == "joint" and self._documents))
+        tasks = tuple(
+            t for t in TASKS if getattr(self.config.tasks, t).weight > 0 or (t, self._documents) == ("joint", True)
+        )
         rows = TrainedOn((self.source.grid[0], self.source.grid[1]), self.source.text_length, tasks)
         write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
 
