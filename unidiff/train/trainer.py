@@ -254,8 +254,7 @@ class Trainer:
 
     def _judge(self, report: dict[str, float]) -> bool:
         """Whether a validation is the best so far, by the number that `checkpoint.best` names."""
-        name = self.config.checkpoint.best
-        if not name:
+        if not (name := self.config.checkpoint.best):
             return False
         self._score = self.state.step, report[name]
         better = report[name] < self._best
@@ -386,9 +385,8 @@ class Trainer:
         model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype), torch.device("cpu"))
         if model is None:
             return
-        tasks = tuple(
-            t for t in TASKS if getattr(self.config.tasks, t).weight > 0 or (t, self._documents) == ("joint", True)
-        )
+        own = self.config.tasks
+        tasks = tuple(t for t in TASKS if getattr(own, t).weight > 0 or (t == "joint" and self._documents))
         rows = TrainedOn((self.source.grid[0], self.source.grid[1]), self.source.text_length, tasks)
         write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
 
