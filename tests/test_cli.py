@@ -118,7 +118,12 @@ def test_one_bad_picture_does_not_stop_the_others(run, model, picture, tmp_path)
     alone = tiny_pipeline().caption([image] * 5, generator=4, temperature=1.0).texts
     assert status == 1 and out.splitlines() == [f"{picture}: {alone[1]}", f"{picture}: {alone[4]}"]
     named = [line for line in error.splitlines() if line.startswith("unidiff: ")]
-    assert len(named) == 3 and "none.png" in named[0] and "words.png" in named[1] and "large.png': image is 30x30 pixels" in named[2]
+    assert (
+        len(named) == 3
+        and "none.png" in named[0]
+        and "words.png" in named[1]
+        and "large.png': image is 30x30 pixels" in named[2]
+    )
     status, out, error = run("caption", tmp_path / "none.png", tmp_path / "words.png", *options)
     assert status == 1 and out == "" and len(error.splitlines()) == 2
     assert run("caption", tmp_path / "large.png", picture, "--resize", *options)[0] == 0

@@ -70,7 +70,8 @@ def save_pipeline(settings, tokenizers, output: Path, dtype: str) -> None:
         blocks = dict.fromkeys(("text", "image"), transformer.config.block_length)
         samplers = {task: with_overrides(s, block_length=blocks) for task, s in settings.samplers.items()}
         settings = replace(settings, samplers=samplers)
-    pipeline = UniDiffPipeline(transformer, *tokenizers, settings)
+    images, texts = tokenizers
+    pipeline = UniDiffPipeline(transformer, images, texts, settings)
     pipeline.save_pretrained(output / "pipeline")
 
 

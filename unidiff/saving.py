@@ -67,7 +67,9 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
         raise ValueError(f"{str(folder)!r} is a file; name a folder to save the {kind} in")
     held = _model_in(folder)
     if held not in (None, kind):
-        raise ValueError(f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} to another folder")
+        raise ValueError(
+            f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} to another folder"
+        )
     _check_weights(model, kind)
     with filling_folder(folder) as temporary:
         write(temporary)

@@ -178,7 +178,9 @@ def test_positions_equal_but_for_rounding_are_taken_from_the_left() -> None:
     for count in range(13):
         pick = take_best(equal, live, torch.full((200,), count), slack_of("probability"))
         expected = ([7] + [i for i in range(1, 12) if i != 7])[:count]
-        assert torch.equal(pick, torch.zeros_like(pick).index_fill(1, torch.tensor(sorted(expected), dtype=torch.long), True))
+        assert torch.equal(
+            pick, torch.zeros_like(pick).index_fill(1, torch.tensor(sorted(expected), dtype=torch.long), True)
+        )
     index = torch.arange(12).expand(200, 12)
     settings = ModalityDecoding(rule="hierarchical", threshold=0.9, low_threshold=0.3)
     assert decide(settings, equal, equal, live, live.sum(1), index)[:, 7].all()

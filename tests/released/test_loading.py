@@ -220,9 +220,7 @@ def test_a_wrong_family(tmp_path):
     ):
         load_released(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLADA))
-    with pytest.raises(
-        ValueError, match=r"as mdlm: .*; the weights may be those of mmada or lumina or llada"
-    ):
+    with pytest.raises(ValueError, match=r"as mdlm: .*; the weights may be those of mmada or lumina or llada"):
         load_released(tmp_path, family="mdlm")
 
 

@@ -27,7 +27,13 @@ REFRESHED: dict[str, dict[str, Any]] = {  # settings under which every pass reco
     **{name: {"interval": 1} for name in LAZY},
     "AdaptiveCache": {"prompt_interval": 1, "response_interval": 1},
 }
-OTHERS = {"Policy", "RefreshPolicy", "NoCache", "BlockCausalCache", "CacheByRow"}  # no cache, other weights, or other policies
+OTHERS = {
+    "Policy",
+    "RefreshPolicy",
+    "NoCache",
+    "BlockCausalCache",
+    "CacheByRow",
+}  # no cache, other weights, or other policies
 POLICIES = [name for name in (*LAZY, "SegmentCache", "HeldGuidance") if name in policies.__all__]
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 

@@ -63,7 +63,8 @@ def check_transformer(folder: str | Path) -> None:
         hint = (
             f"did you mean {str(folder / inside[0])!r}?" if inside else "name a folder with a saved MaskedTransformer"
         )
-        raise FileNotFoundError(f"{str(folder)!r} holds no config.json; {hint}")
+        fault = "holds no config.json" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{str(folder)!r} {fault}; {hint}")
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> MaskedTransformer:

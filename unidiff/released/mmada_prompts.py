@@ -170,9 +170,7 @@ class MMaDAPrompts:
 
     def _refuse(self, found: int, length: int) -> None:
         if self.overflow == "error":
-            raise ValueError(
-                f"the text needs {found} tokens and {length} fit; shorten it"
-            )
+            raise ValueError(f"the text needs {found} tokens and {length} fit; shorten it")
 
     def _asked(self, text: Tensor) -> Tensor:
         """bool `[B, n]`: up to and including the last end_header id; nothing where there is none."""
