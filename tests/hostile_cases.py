@@ -68,6 +68,8 @@ class Case:
         if isinstance(self.old, bool) or isinstance(self.new, bool):
             return isinstance(self.old, bool) and isinstance(self.new, bool)
         numbers = isinstance(self.old, int | float) and isinstance(self.new, int | float)
+        if "extra_special_tokens = {}" in self.label:  # transformers takes a list or a mapping, and writes {} for none
+            return True
         return numbers or (type(self.old) is type(self.new)) or self.new is None or self.old is None
 
 

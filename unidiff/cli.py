@@ -174,7 +174,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
-    sys.exit(exit_status(app, program="unidiff"))
+    try:
+        sys.exit(exit_status(app, program="unidiff"))
+    except SystemExit as end:
+        if end.code == 130:  # typer ends without a word
+            typer.echo("interrupted", err=True)
+        raise
 
 
 if __name__ == "__main__":

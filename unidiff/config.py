@@ -139,7 +139,9 @@ class _Reader:
             if annotation is str and _is_nothing(node):
                 raise self.wrong(node, f"{key} is nothing (null); expected {expected}, '' for none")
         elif is_dataclass(annotation) or get_origin(annotation) is not None:
-            raise self.wrong(node, f"{key} is {_short(text)}; expected {expected}")
+            listed = get_origin(annotation) in (list, tuple, Sequence)
+            hint = f", for instance {key}=[{text}]" if listed and not self.line_numbers and len(text) < 80 else ""
+            raise self.wrong(node, f"{key} is {_short(text)}; expected {expected}{hint}")
         else:
             value = _typed(text.strip(), annotation)
             if value is None:

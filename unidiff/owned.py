@@ -39,6 +39,8 @@ def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], w
     place = resolve_link(target)
     if place.exists() and not place.is_dir():
         raise ValueError(f"{str(target)!r} is a file; name a folder to save the {what} in")
+    if blocked := next((p for p in place.parents if p.exists() and not p.is_dir()), None):
+        raise ValueError(f"{str(target)!r} lies under {str(blocked)!r}, which is a file; name another folder")
     if not place.is_dir():
         return
     everything = entries(place)

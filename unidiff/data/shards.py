@@ -91,6 +91,7 @@ class ShardSource:
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._where = _Position()
         self._before = SkipReport()  # events before the current window
+        self._told: set[Skip] = set()  # events that were announced
         self._reading = SkipReport()  # events met while filling it; they come again when it is refilled
         self._decoding = SkipReport()  # events met while decoding it, up to the position
 
@@ -137,8 +138,10 @@ class ShardSource:
             yield from self._epoch()
             if self._where.used == 0 and self.repeat:
                 raise ValueError(f"no usable sample in {len(self.shards)} shards; {self.report.brief()}")
-            if self.announce and self.report.counts:
+            met = {skip for skips in self.report.examples.values() for skip in skips}
+            if self.announce and met - self._told:  # what every epoch meets again is said once
                 _LOG.warning("epoch %d: %s", self._where.epoch, self.report.summary())
+                self._told |= met
             self._where = _Position(epoch=self._where.epoch + 1, finished=not self.repeat)
             if not self.repeat:
                 return

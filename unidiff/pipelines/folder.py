@@ -90,7 +90,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {INDEX}; name a folder written by save_pretrained")
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no {INDEX}; name a folder written by save_pretrained or by `unidiff pack`"
+        )
     try:
         index = read_json(path, "an index of a pipeline")
     except DamagedFile as error:

@@ -265,7 +265,10 @@ class _Run:
             return read_json(path, "the report of an image tokenizer")
         if self.step < self.total:
             return {"stopped": self.step}
-        raise ValueError("no validation gave a number, so no model was kept; lower learning_rate")
+        raise ValueError(
+            "no validation gave a number, so no model was kept; raise steps where the checkpoint is past them already, "
+            "else lower learning_rate"
+        )
 
     def _seconds(self) -> float:
         return round(self.before + time.monotonic() - self.start, 1)
