@@ -358,6 +358,6 @@ def test_bad_requests_are_refused_in_one_sentence(model: MaskedTransformer) -> N
     with pytest.raises(ValueError, match="every image id is forbidden"):
         Sampler(model, VOCABULARY, SamplerConfig(image=ModalityDecoding(forbid=tuple(range(12, 19)))))
     text_only = Vocabulary(12, (0, 11), (12, 12), 11)
-    image = TokenBatch.from_spans([[Span.image(torch.zeros(2, 2))]])
+    image = TokenBatch.from_spans([[Span.image(torch.zeros(2, 2, dtype=torch.long))]])
     with pytest.raises(ValueError, match="image targets, but the vocabulary has no such ids"):
         Sampler(FixedLogits(torch.zeros(12)), text_only, SamplerConfig())(image, torch.tensor([0]))

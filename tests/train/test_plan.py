@@ -109,7 +109,7 @@ def test_block_diffusion_sends_every_token_through_the_blocks_twice():
     assert causal.flops.blocks == 2 * plain.flops.blocks and causal.flops.head == plain.flops.head
     assert causal.flops.attention == plain.flops.attention / 96**2 * 2 * block_causal_pairs(96, 8)
     assert causal.layouts[0].activations == 2 * plain.layouts[0].activations
-    doubled = block_visibility(TokenBatch.from_spans([[Span.text(torch.zeros(96))]]), 8).dense()
+    doubled = block_visibility(TokenBatch.from_spans([[Span.text(torch.zeros(96, dtype=torch.long))]]), 8).dense()
     assert int(doubled.sum()) == 2 * block_causal_pairs(96, 8)
 
 
