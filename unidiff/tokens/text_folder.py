@@ -62,6 +62,9 @@ def _check(name: str, content: dict[str, Any]) -> None:
         check_value(added, list[dict[str, Any]] | None, "added_tokens")
         for token in added or ():
             _check_token(token, "added_tokens")
+        model = content.get("model")
+        if isinstance(model, dict) and isinstance(model.get("vocab"), dict):  # a list in other kinds of model
+            check_value(model["vocab"], dict[str, int], "model vocab")
         return
     if name == "added_tokens.json":
         check_value(content, dict[str, int], "the file")
