@@ -94,14 +94,13 @@ class Muddit:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         read_words = partial(CLIPTokenizer.from_pretrained, str(folder / "tokenizer"), local_files_only=True)
-        return cls(
-            model,
-            vocabulary,
-            text,
-            VQImageTokenizer.from_pretrained(folder / "vqvae"),
-            TextTokenizer.read(folder / "tokenizer", read_words).tokenizer,
-            settings,
-        )
+        words = TextTokenizer.read(folder / "tokenizer", read_words).tokenizer
+        if words.pad_token is None:
+            raise ValueError(
+                f"{folder / 'tokenizer'} names no pad_token, which CLIP's texts are filled up with; name one"
+            )
+        images = VQImageTokenizer.from_pretrained(folder / "vqvae")
+        return cls(model, vocabulary, text, images, words, settings)
 
     def text_to_image(
         self,

@@ -15,7 +15,8 @@ CLIP_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), Rows),
     **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim"), Width),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), Depth),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _TOKEN_ID),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN_ID),
+    "eos_token_id": Index,  # the pooled vector is that of this token
     **dict.fromkeys(("dtype", "torch_dtype"), Literal["float64", "float32", "float16", "bfloat16"] | None),
     "layer_norm_eps": Epsilon,
     "hidden_act": str,
