@@ -43,3 +43,9 @@ def test_rows_do_not_depend_on_each_other_in_any_case(part):
 @pytest.mark.parametrize("part", range(4))
 def test_rows_of_calls_do_not_depend_on_each_other_in_any_case(part):
     check(check_call, SLOW_CALLS[part::4])
+
+
+@pytest.mark.parametrize("number", [1288, 1539])
+def test_a_guided_stream_that_no_row_uses_yet_is_not_asked_for(number):
+    """Rows that are guided have nothing to fill in the first passes; an append-only cache has no features of theirs."""
+    sampler_case(number)

@@ -296,7 +296,8 @@ class Forward:
         rows = None if self._policy.peaks is not None else unfinished
         taken = index if rows is None else index[rows]
         affine = isinstance(self._model, MaskedTransformer)
-        features = [self._moved(s) if affine and s in self._held else self._features[s] for s in streams]
+        own = self._features[0]  # stands in for a stream that no row has used so far: none uses it now
+        features = [self._moved(s) if affine and s in self._held else self._features.get(s, own) for s in streams]
         if affine and weights is not None and self._policy.peaks is None:
             weights = weights if rows is None else weights[:, rows]
             values = self._head(modality, features, taken, weights, rows)  # [1, R, n, V]
