@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from unidiff.errors import exit_status
-from unidiff.evaluation.decode_benchmark import Options, run_suite
-from unidiff.evaluation.decode_benchmark_compare import contrast_tables
-from unidiff.evaluation.decode_benchmark_emoji import PARTS, EmojiOptions, run_emoji
-from unidiff.evaluation.decode_benchmark_report import check_path, tables, write
-from unidiff.evaluation.decode_benchmark_settings import QUALITY
-from unidiff.evaluation.decode_benchmark_suites import EMBEDDED, NAMES
+from unidiff.evaluation.benchmark.compare import contrast_tables
+from unidiff.evaluation.benchmark.decode import Options, run_suite
+from unidiff.evaluation.benchmark.report import check_path, tables, write
+from unidiff.evaluation.benchmark.settings import QUALITY
+from unidiff.evaluation.benchmark.suites import EMBEDDED, NAMES
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import keep_freed_memory, parsed
+from unidiff.worlds.emoji.benchmark import PARTS, EmojiOptions, run_emoji
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from unidiff.cli_common import open_image
-from unidiff.data.emoji_scenes import SceneGenerator, get_profile, render
+from unidiff.cli.common import open_image
 from unidiff.errors import exit_status
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import parsed
+from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile, render
 
 
 def main() -> None:

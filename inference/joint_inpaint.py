@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unidiff.data.emoji_scenes import Scene, SceneObject, get_profile, render
 from unidiff.errors import exit_status
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import save_image
 from unidiff.process import parsed
+from unidiff.worlds.emoji.scenes import Scene, SceneObject, get_profile, render
 
 
 def main(out: Path = Path("out/joint_inpaint")) -> None:

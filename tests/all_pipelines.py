@@ -13,12 +13,12 @@ from released_parts import write_tiny
 from released_pipelines import write_chat, write_pictures
 from tiny_pipeline import tiny_pipeline
 
+from unidiff.families.checkpoint.convert import convert
+from unidiff.families.unidisc.weights import unidisc_config, unidisc_state_dict
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import ReleasedPipeline
-from unidiff.released.convert import convert
-from unidiff.released.unidisc import unidisc_config, unidisc_state_dict
 from unidiff.tokens.text import TextTokenizer
 
 FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "muddit")

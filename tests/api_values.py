@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, SamplerConfig
-from unidiff.decoding.policies import NoCache
+from unidiff.decoding.cache import NoCache
 
 LONG = "a picture of a dog, a cat, an owl, a red fox, two cats and an owl above a fox on a hill"
 Make = Callable[["Space"], Any]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from unidiff.decoding import RefreshPolicy, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.policies import (
+from unidiff.decoding.cache import (
     AdaptiveCache,
     DualCache,
     HeldGuidance,

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unidiff.data.emoji_language import caption_distribution, draw_caption
-from unidiff.data.emoji_scenes import Profile, SceneGenerator
-from unidiff.data.emoji_table import render_batch
-from unidiff.evaluation.emoji_cases import CATEGORIES, HELD_OUT, inpaint_cases, prompt_cases, question_cases
-from unidiff.evaluation.emoji_model import Drawn, Hole
-from unidiff.evaluation.oracle import Oracle
+from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, inpaint_cases, prompt_cases, question_cases
+from unidiff.worlds.emoji.language import caption_distribution, draw_caption
+from unidiff.worlds.emoji.model import Drawn, Hole
+from unidiff.worlds.emoji.oracle import Oracle
+from unidiff.worlds.emoji.scenes import Profile, SceneGenerator
+from unidiff.worlds.emoji.table import render_batch
 
 
 class PerfectModel:

@@ -23,7 +23,7 @@ from typing import Any
 
 RECIPE = Path(__file__).parents[1] / "training" / "pretrain.py"
 CLOCKS = ("time", "seconds_per_step", "tokens_per_second", "tflops", "data_wait")
-IMPORTED_ONCE = ("torch.distributed.checkpoint", "unidiff.train.datasets", "unidiff.train.trainer")
+IMPORTED_ONCE = ("torch.distributed.checkpoint", "unidiff.train.data.datasets", "unidiff.train.trainer")
 
 
 def forked(folder: Path, runs: list[dict[str, Any]], timeout: float = 1500) -> list[dict[str, Any]]:

@@ -18,19 +18,19 @@ from tiny_pipeline import tiny_pipeline
 from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.report import SkipReport
 from unidiff.data.token_set import PAIRS, open_token_set
+from unidiff.families.checkpoint.convert import convert, save_shards
+from unidiff.families.checkpoint.load import load_released
+from unidiff.families.registry import FAMILIES
+from unidiff.families.verify.smoke import answer
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.released.convert import convert, save_shards
-from unidiff.released.families import FAMILIES
-from unidiff.released.loading import load_released
-from unidiff.released.smoke import answer
-from unidiff.tokens.cell_vq import CellVQModel
-from unidiff.tokens.conv_vq import ConvVQModel
-from unidiff.tokens.image_lfq import LFQModel
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.conv import ConvVQModel
+from unidiff.tokens.image.lfq import LFQModel
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from unidiff.train.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SENTENCE = "a red fox"

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from unidiff.train.cell_codes import CellCodes
-from unidiff.train.vq import VQModelConfig
-from unidiff.train.vq_trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
+from unidiff.train.image_tokenizer.cell_codes import CellCodes
+from unidiff.train.image_tokenizer.losses import VQModelConfig
+from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
 
 
 def config(out: Path, **changes) -> ImageTokenizerConfig:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from unidiff.families.muddit.folder import MASK_EMBEDDING, WEIGHTS
+from unidiff.families.muddit.text import ClipText
+from unidiff.families.muddit.weights import muddit_state_dict
 from unidiff.models.mmdit import MMDiT
-from unidiff.released.muddit import muddit_state_dict
-from unidiff.released.muddit_folder import MASK_EMBEDDING, WEIGHTS
-from unidiff.released.muddit_text import ClipText
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 
 CLIP = dict(
     vocab_size=48,

@@ -13,7 +13,7 @@ from torch import Tensor
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 
 GRIDS = {"small": (2, 3), "long": (9, 10)}  # "auto" takes a cache for pictures of the second
 TEXTS = [

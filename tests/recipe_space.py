@@ -20,12 +20,12 @@ from tiny_pipeline import tiny_pipeline
 from train_fixtures import MIXED, TINY, tiny_table
 
 from unidiff.config import _keys
-from unidiff.data.emoji_language import vocabulary_words
-from unidiff.data.emoji_scenes import get_profile
-from unidiff.demo import PROMPTS
 from unidiff.train.config import TrainConfig
-from unidiff.train.source import TokenTable
-from unidiff.train.vq_trainer import ImageTokenizerConfig
+from unidiff.train.data.source import TokenTable
+from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig
+from unidiff.worlds.emoji.demo import PROMPTS
+from unidiff.worlds.emoji.language import vocabulary_words
+from unidiff.worlds.emoji.scenes import get_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300

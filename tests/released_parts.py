@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidiff.released.families import FAMILIES
-from unidiff.released.known_answers import KNOWN as TINY
-from unidiff.released.llamagen import CONFIG_KEYS
-from unidiff.released.mmada import mmada_vocabulary
+from unidiff.families.image_tokenizers.llamagen import CONFIG_KEYS
+from unidiff.families.mmada.weights import mmada_vocabulary
+from unidiff.families.registry import FAMILIES
+from unidiff.families.verify.known_answers import KNOWN as TINY
 from unidiff.tokens.vocabulary import Vocabulary
 
 

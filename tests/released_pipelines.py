@@ -9,8 +9,8 @@ import torch
 from released_parts import TINY, write_tiny
 from safetensors.torch import save_file
 
-from unidiff.released.families import FAMILIES
-from unidiff.released.mmada import SPECIALS as MMADA
+from unidiff.families.mmada.weights import SPECIALS as MMADA
+from unidiff.families.registry import FAMILIES
 from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 

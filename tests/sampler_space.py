@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
-from unidiff.decoding.config import BLOCK_ORDERS, CONFIDENCES, ORDERS, RULES, SCHEDULES
-from unidiff.decoding.policies import (
+from unidiff.decoding.cache import (
     AdaptiveCache,
     BlockCausalCache,
     CacheByRow,
@@ -26,6 +25,7 @@ from unidiff.decoding.policies import (
     SegmentCache,
     VicinityCache,
 )
+from unidiff.decoding.config import BLOCK_ORDERS, CONFIDENCES, ORDERS, RULES, SCHEDULES
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

@@ -146,8 +146,8 @@ def test_pictures_are_read_as_from_python(run, model, picture, tmp_path):
 
 
 def test_the_help_names_every_cache(run):
-    from unidiff.cli_common import CACHE_NAMES
-    from unidiff.decoding.cache import CACHES
+    from unidiff.cli.common import CACHE_NAMES
+    from unidiff.decoding.cache.config import CACHES
 
     assert ("auto", *CACHES) == CACHE_NAMES
     status, _, error = run("generate", "a", "--cache", "autoo")
@@ -158,7 +158,7 @@ def test_a_fault_of_ours_shows_where_it_is(run, model, monkeypatch):
     monkeypatch.setattr("unidiff.pipeline.UniDiffPipeline.caption", lambda *_: {}["no"])
     status, _, error = run("caption", "none.png", "--model", model)
     assert status == 1  # a missing picture is no fault
-    monkeypatch.setattr("unidiff.cli_caption.open_image", lambda path: Image.new("RGB", (24, 16)))
+    monkeypatch.setattr("unidiff.cli.caption.open_image", lambda path: Image.new("RGB", (24, 16)))
     status, _, error = run("caption", "a.png", "--model", model)
     assert status == 70 and "Traceback" in error and "Please report it" in error
 
@@ -192,7 +192,7 @@ def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
         report.add("categories.single_object", Estimate.share([True] * 3 + [False]))
         return report
 
-    monkeypatch.setattr("unidiff.evaluation.emoji_eval.run_emoji_eval", evaluate)
+    monkeypatch.setattr("unidiff.worlds.emoji.evaluation.run_emoji_eval", evaluate)
     options = ("--seed", 5, "--n", 7, "--candidates", 4, "--json", tmp_path / "made" / "r.json", "--model", model)
     status, out, _ = run("eval", "emoji", *options, "--guidance", 1, "--steps", 3)
     data = json.loads((tmp_path / "made" / "r.json").read_text())

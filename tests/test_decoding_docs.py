@@ -9,9 +9,9 @@ from doc_code import DOCS, blocks, run
 from tiny_pipeline import tiny_pipeline
 
 from unidiff import hub
-from unidiff.decoding.cache import CACHES
+from unidiff.decoding.cache.config import CACHES
 from unidiff.decoding.config import RULES
-from unidiff.evaluation.decode_benchmark_suites import NAMES, POLICIES
+from unidiff.evaluation.benchmark.suites import NAMES, POLICIES
 
 NAME = "decoding.md"
 TEXT = (DOCS / NAME).read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def test_commands_exist():
     suites = re.findall(r"--suite ([\w.-]+)", TEXT)
     assert set(suites) <= set(NAMES) and {"cpu-25m", "gpu-1.4b", "gpu-8b", "emoji"} <= set(suites)
     assert set(re.findall(r"--only ([\w-]+)", TEXT)) <= set(POLICIES)
-    files = ("inference/benchmark.py", "unidiff/cli_tools.py")
+    files = ("inference/benchmark.py", "unidiff/cli/tools.py")
     source = "".join((DOCS.parent / file).read_text(encoding="utf-8") for file in files)
     for option in set(re.findall(r"(--(?!out|keep)[a-z][a-z-]+)", TEXT)):
         assert f'"{option}"' in source, option

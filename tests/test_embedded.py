@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unidiff.data.emoji_atlas import ATLAS_FOLDER
-from unidiff.data.emoji_parse import parse_caption
-from unidiff.data.emoji_scenes import LARGE, Scene, SceneObject, get_profile
-from unidiff.data.emoji_table import render_batch
-from unidiff.evaluation.oracle import Oracle
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.worlds.emoji.atlas import ATLAS_FOLDER
+from unidiff.worlds.emoji.oracle import Oracle
+from unidiff.worlds.emoji.parse import parse_caption
+from unidiff.worlds.emoji.scenes import LARGE, Scene, SceneObject, get_profile
+from unidiff.worlds.emoji.table import render_batch
 
 MEGABYTE = 1e6
 CASES = [("fox", "green"), ("octopus", "blue"), ("pizza", "purple"), ("red apple", "gray"), ("penguin", "red")]

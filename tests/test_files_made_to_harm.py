@@ -14,9 +14,9 @@ from hostile_kinds import WEIGHTS
 from released_parts import TINY, tiny_weights, write_tiny
 from safetensors.torch import save_file
 
+from unidiff.families.checkpoint.load import load_released
+from unidiff.families.registry import FAMILIES
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.families import FAMILIES
-from unidiff.released.loading import load_released
 
 
 def _refused(folder: Path, words: str, error: type[Exception] = ValueError) -> None:

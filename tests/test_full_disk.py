@@ -15,8 +15,8 @@ from released_parts import write_tiny
 from tiny_pipeline import tiny_parts, tiny_pipeline
 
 from unidiff.errors import explain
+from unidiff.families.checkpoint.convert import convert
 from unidiff.pipelines.pack import pack_pipeline
-from unidiff.released.convert import convert
 from unidiff.tokens.text import TextTokenizer
 
 

@@ -18,7 +18,7 @@ from hostile_kinds import KINDS
 from released_parts import write_tiny
 from safetensors.torch import load_file, save_file
 
-from unidiff.released.loading import load_released
+from unidiff.families.checkpoint.load import load_released
 
 SAMPLE = 4  # cases of each kind by default
 EACH = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name.replace(" ", "-"))

@@ -10,9 +10,9 @@ import pytest
 from tiny_pipeline import tiny_pipeline
 
 from unidiff import hub
-from unidiff.data.emoji_language import vocabulary_words
-from unidiff.data.emoji_scenes import get_profile
-from unidiff.demo import PROMPTS
+from unidiff.worlds.emoji.demo import PROMPTS
+from unidiff.worlds.emoji.language import vocabulary_words
+from unidiff.worlds.emoji.scenes import get_profile
 
 RECIPES = Path(__file__).resolve().parents[1] / "inference"
 

@@ -21,7 +21,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.owned import check_replaceable, others_in_model, others_in_pipeline
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.folder import check_target
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

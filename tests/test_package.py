@@ -11,7 +11,7 @@ import pytest
 import unidiff
 from unidiff.config import load_config
 from unidiff.train.config import read_config
-from unidiff.train.vq_trainer import ImageTokenizerConfig
+from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -12,9 +12,9 @@ from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.policies import CacheByRow
+from unidiff.decoding.cache import CacheByRow
+from unidiff.decoding.cache.auto import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.auto_cache import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
 from unidiff.pipelines.settings import TASKS, by_modality, with_overrides
 from unidiff.pipelines.tasks import choose_task
 from unidiff.tokens import Span, TokenBatch, Vocabulary

@@ -175,7 +175,7 @@ DAMAGE = {
 
 
 def _other_codebook(folder: Path) -> None:
-    from unidiff.tokens.cell_vq import CellVQModel
+    from unidiff.tokens.image.cell import CellVQModel
 
     CellVQModel(8, 8, 4, 16, 1, (16,), (1,)).save_pretrained(folder)
 

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from unidiff.cli import app
+from unidiff.families.checkpoint.convert import convert
+from unidiff.families.unidisc.weights import unidisc_config, unidisc_state_dict
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.pipelines.released_folder import is_released
-from unidiff.released.convert import convert
-from unidiff.released.unidisc import unidisc_config, unidisc_state_dict
 from unidiff.tokens.text import TextTokenizer
 
 CONFIG = {

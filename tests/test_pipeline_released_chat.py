@@ -10,7 +10,7 @@ from released_pipelines import TURNS, write_chat
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
-from unidiff.decoding.policies import IntervalCache
+from unidiff.decoding.cache import IntervalCache
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.pipelines.released_folder import load_texts

@@ -10,10 +10,10 @@ from PIL import Image
 from released_pipelines import write_pictures
 
 from unidiff.decoding import CacheConfig
-from unidiff.decoding.policies import IntervalCache
+from unidiff.decoding.cache import IntervalCache
+from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.released import ReleasedPipeline
-from unidiff.released.convert import convert
 
 FAMILIES = ("mmada", "lumina")
 QUICK = {"steps": 2, "generator": 5}

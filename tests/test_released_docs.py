@@ -19,13 +19,13 @@ from released_pipelines import write_chat, write_pictures
 from safetensors.torch import save_file
 from tiny_families import DREAM, LLADA, LUMINA_IDS, MMADA, UNIDISC, lively
 
-from unidiff.released import chat
-from unidiff.released.convert import convert
-from unidiff.released.dream import dream_config, dream_state_dict
-from unidiff.released.llada import llada_config, llada_state_dict
-from unidiff.released.mmada import SPECIALS, mmada_config, mmada_vocabulary
-from unidiff.released.published import RELEASES, build_empty
-from unidiff.released.unidisc import unidisc_config, unidisc_state_dict
+from unidiff.families import chat
+from unidiff.families.checkpoint.convert import convert
+from unidiff.families.dream.weights import dream_config, dream_state_dict
+from unidiff.families.llada.weights import llada_config, llada_state_dict
+from unidiff.families.mmada.weights import SPECIALS, mmada_config, mmada_vocabulary
+from unidiff.families.unidisc.weights import unidisc_config, unidisc_state_dict
+from unidiff.families.verify.published import RELEASES, build_empty
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
 
@@ -152,11 +152,12 @@ def test_the_table_lists_every_release_with_the_memory_of_its_weights():
 
 def test_names_in_the_text_exist():
     """Modules and compat switches that the page tells of."""
-    from unidiff.diffusion.variants import unidisc_capped_total, unidisc_dropout
-    from unidiff.released.llada_reference import LladaCompat
-    from unidiff.released.mmada_sampling import MMaDACompat
-    from unidiff.released.mmada_training import training_mask
-    from unidiff.released.muddit_tasks import MudditSettings
+    from reference.llada import LladaCompat
+    from reference.mmada_training import training_mask
+    from reference.variants import unidisc_capped_total, unidisc_dropout
+
+    from unidiff.families.mmada.sampling import MMaDACompat
+    from unidiff.families.muddit.tasks import MudditSettings
 
     for thing in (unidisc_capped_total, unidisc_dropout, LladaCompat, MMaDACompat, training_mask, MudditSettings):
         assert thing.__name__ in TEXT

@@ -16,14 +16,14 @@ from released_parts import write_tiny
 from tiny_pipeline import tiny_pipeline
 from transformers import AutoTokenizer
 
+from unidiff.families.checkpoint.convert import convert
+from unidiff.families.checkpoint.describe import describe
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.folder import is_pipeline
 from unidiff.pipelines.pack import pack_pipeline
 from unidiff.pipelines.released_folder import load_texts
-from unidiff.released.convert import convert
-from unidiff.released.describe import describe
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 MAPS = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Width, check_arguments, check_value
-from unidiff.tokens.cell_vq import CellVQModel
-from unidiff.tokens.conv_vq import ConvVQModel
-from unidiff.tokens.image_lfq import LFQModel
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.conv import ConvVQModel
+from unidiff.tokens.image.lfq import LFQModel
 from unidiff.tokens.vocabulary import Vocabulary
 
 MODELS = {

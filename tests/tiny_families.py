@@ -11,16 +11,16 @@ from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.families.dream.weights import dream_config, dream_state_dict, load_dream
+from unidiff.families.llada.weights import llada_batch, llada_config, llada_state_dict, load_llada
+from unidiff.families.lumina.weights import lumina_batch, lumina_pair
+from unidiff.families.mdlm.weights import load_mdlm, mdlm_batch, mdlm_config, mdlm_state_dict
+from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
+from unidiff.families.mmada.weights import SPECIALS, load_mmada, mmada_config, mmada_state_dict, mmada_vocabulary
+from unidiff.families.muddit.denoiser import MudditDenoiser
+from unidiff.families.muddit.tasks import MudditSettings
+from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.dream import dream_config, dream_state_dict, load_dream
-from unidiff.released.llada import llada_batch, llada_config, llada_state_dict, load_llada
-from unidiff.released.lumina import lumina_batch, lumina_pair
-from unidiff.released.mdlm import load_mdlm, mdlm_batch, mdlm_config, mdlm_state_dict
-from unidiff.released.mmada import SPECIALS, load_mmada, mmada_config, mmada_state_dict, mmada_vocabulary
-from unidiff.released.mmada_prompts import MMaDAPrompts, mmada_batch
-from unidiff.released.muddit_denoiser import MudditDenoiser
-from unidiff.released.muddit_tasks import MudditSettings
-from unidiff.released.unidisc import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
 STEPS = 6

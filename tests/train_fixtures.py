@@ -8,7 +8,7 @@ import torch
 
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TrainConfig, read_config
-from unidiff.train.source import TokenTable
+from unidiff.train.data.source import TokenTable
 
 SPECIALS = {"eos": 0, "caption": 1, "question": 2, "answer": 3}
 VOCABULARY = Vocabulary.unified(32, 16, SPECIALS)

@@ -47,7 +47,7 @@ def main(
         if not allow_missing:
             check_exist(found)
         from unidiff.data.encode import EncodeSettings, encode_shards
-        from unidiff.tokens.image_vq import VQImageTokenizer
+        from unidiff.tokens.image.vq import VQImageTokenizer
         from unidiff.tokens.text import TextTokenizer
         from unidiff.train.build import pick_device
 

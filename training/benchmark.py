@@ -19,7 +19,7 @@ from typing import Any
 from unidiff.files import check_writable, replacing
 from unidiff.process import parsed
 from unidiff.train.config import read_config
-from unidiff.train.startup import exit_status, set_up_process
+from unidiff.train.run.startup import exit_status, set_up_process
 
 set_up_process(os.environ)
 _HERE = Path(__file__).resolve().parent.parent / "configs"
@@ -55,7 +55,8 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
 
     import torch
 
-    from unidiff.train.benchmark import (
+    from unidiff.train.build import pick_device
+    from unidiff.train.cost.benchmark import (
         fit_to_memory,
         free_bytes,
         head_flops_ratio,
@@ -63,8 +64,7 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
         measure_step,
         workload_of,
     )
-    from unidiff.train.build import pick_device
-    from unidiff.train.plan import declared_vocabulary
+    from unidiff.train.cost.plan import declared_vocabulary
 
     if config.threads:
         torch.set_num_threads(config.threads)

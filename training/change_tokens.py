@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unidiff.files import check_writable
-from unidiff.train.startup import exit_status
+from unidiff.train.run.startup import exit_status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def image(
 ) -> None:
     """Replace the image tokenizer; codes start as what the old tokenizer says of the same cells."""
     from unidiff.pipeline import UniDiffPipeline
-    from unidiff.tokens.image_vq import VQImageTokenizer
+    from unidiff.tokens.image.vq import VQImageTokenizer
     from unidiff.train.new_tokens import with_image_tokenizer
 
     if emoji == bool(shards):
@@ -73,7 +73,7 @@ def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]
         from unidiff.data.shards import image_batches
 
         return image_batches(shards, size, BATCH, seed=seed)
-    from unidiff.train.vq_data import emoji_images
+    from unidiff.train.image_tokenizer.data import emoji_images
 
     return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in count(0, BATCH))
 

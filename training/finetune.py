@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from unidiff.train.config import TrainConfig, read_config
-from unidiff.train.startup import asks_for_help, exit_status, set_up_process, train
+from unidiff.train.run.startup import asks_for_help, exit_status, set_up_process, train
 
 set_up_process(os.environ)
 

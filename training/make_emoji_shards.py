@@ -16,10 +16,10 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from unidiff.data.emoji_scenes import SceneGenerator, get_profile
-from unidiff.data.emoji_table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
 from unidiff.files import check_writable
-from unidiff.train.startup import exit_status
+from unidiff.train.run.startup import exit_status
+from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
+from unidiff.worlds.emoji.table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 ProfileName = Annotated[str, typer.Option(help="cpu (64 px, 64 objects) or gpu (128 px, the whole atlas)")]
@@ -95,9 +95,9 @@ def table(
     """Write a token table for `training/pretrain.py`."""
     import torch
 
-    from unidiff.tokens.image_vq import VQImageTokenizer
+    from unidiff.tokens.image.vq import VQImageTokenizer
     from unidiff.tokens.text import TextTokenizer
-    from unidiff.train.source import TokenTable
+    from unidiff.train.data.source import TokenTable
 
     check_writable(out)
     image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)

@@ -13,7 +13,7 @@ import sys
 
 from unidiff.process import parsed
 from unidiff.train.config import read_config
-from unidiff.train.startup import exit_status
+from unidiff.train.run.startup import exit_status
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +34,7 @@ def show(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}; expected a number above 0")
     config = read_config(options.config, options.overrides)
 
-    from unidiff.train.plan import GIB, make_plan
+    from unidiff.train.cost.plan import GIB, make_plan
 
     plan = make_plan(config, options.gpus)
     size, row = plan.size, plan.row

@@ -16,7 +16,7 @@ import os
 import sys
 
 from unidiff.train.config import read_config
-from unidiff.train.startup import asks_for_help, exit_status, set_up_process, train
+from unidiff.train.run.startup import asks_for_help, exit_status, set_up_process, train
 
 set_up_process(os.environ)
 

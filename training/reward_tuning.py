@@ -26,7 +26,7 @@ from unidiff.errors import check_regular, first_line, reading
 from unidiff.files import file_stamp, locked
 from unidiff.process import parsed
 from unidiff.train.config import TRACKERS
-from unidiff.train.startup import exit_status, set_up_process
+from unidiff.train.run.startup import exit_status, set_up_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,9 +128,9 @@ def check_options(options: argparse.Namespace) -> None:
 def tune(options: argparse.Namespace) -> None:
     import torch
 
-    from unidiff.evaluation.decode_benchmark_cells import model_hash
+    from unidiff.decoding.cache.auto import choose_cache
+    from unidiff.evaluation.benchmark.cells import model_hash
     from unidiff.pipeline import UniDiffPipeline
-    from unidiff.pipelines.auto_cache import choose_cache
     from unidiff.train.config import LoraConfig, OptimiserConfig
     from unidiff.train.lora import add_adapters, merge_adapters
     from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
@@ -181,9 +181,9 @@ def run(
     """
     from dataclasses import asdict
 
-    from unidiff.train.checkpoint import load_checkpoint, save_checkpoint
-    from unidiff.train.logs import RunLog
-    from unidiff.train.signals import StopOnSignals
+    from unidiff.train.run.checkpoint import load_checkpoint, save_checkpoint
+    from unidiff.train.run.logs import RunLog
+    from unidiff.train.run.signals import StopOnSignals
 
     folder, count = options.output / "checkpoints", options.prompts_per_step
     # what may change between two parts of a run: names of places, as their content is compared
@@ -287,11 +287,11 @@ def oracle_reward(
 
     import torch
 
-    from unidiff.data.emoji_parse import facts_correct, parse_caption
-    from unidiff.data.emoji_scenes import SceneGenerator
-    from unidiff.data.emoji_table import QuestionMix, scene_texts
-    from unidiff.evaluation.emoji_eval import profile_of
-    from unidiff.evaluation.oracle import Oracle
+    from unidiff.worlds.emoji.evaluation import profile_of
+    from unidiff.worlds.emoji.oracle import Oracle
+    from unidiff.worlds.emoji.parse import facts_correct, parse_caption
+    from unidiff.worlds.emoji.scenes import SceneGenerator
+    from unidiff.worlds.emoji.table import QuestionMix, scene_texts
 
     profile = profile_of(pipe)
     oracle = Oracle(profile)

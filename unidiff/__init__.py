@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from unidiff.models.transformer import MaskedTransformer
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
-    from unidiff.tokens.image_vq import VQImageTokenizer
+    from unidiff.tokens.image.vq import VQImageTokenizer
     from unidiff.tokens.text import TextTokenizer
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ _HOMES = {
     "TextTokenizer": "unidiff.tokens.text",
     "TokenBatch": "unidiff.tokens",
     "UniDiffPipeline": "unidiff.pipeline",
-    "VQImageTokenizer": "unidiff.tokens.image_vq",
+    "VQImageTokenizer": "unidiff.tokens.image.vq",
     "Vocabulary": "unidiff.tokens",
 }
 

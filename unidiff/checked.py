@@ -186,7 +186,7 @@ def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
         kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
         raise ValueError(
             f"weight {name!r} is stored as {str(value.dtype).removeprefix('torch.')}; expected one of {kinds} "
-            "(quantised weights are made after loading, with unidiff.released.small_memory)"
+            "(quantised weights are made after loading, with unidiff.families.checkpoint.small_memory)"
         )
     if not is_float and (value.dtype.is_floating_point or value.dtype.is_complex):
         raise ValueError(f"weight {name!r} is stored as {value.dtype}; expected whole numbers")
@@ -194,7 +194,7 @@ def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
 
 def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], variant: str | None) -> None:
     """Compare config and weight file of a local folder, reading headers only."""
-    from unidiff.released.checkpoint_file import open_checkpoint, weight_file  # that package imports this module
+    from unidiff.families.checkpoint.files import open_checkpoint, weight_file  # that package imports this module
 
     path = folder / "config.json"
     if not path.exists():

@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from unidiff.errors import plain, read_json, reading
+from unidiff.families.checkpoint.native import load_native
 from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
 from unidiff.models.trained_on import read_trained_on
 from unidiff.pipelines.settings import PipelineSettings
-from unidiff.released.native import load_native
 from unidiff.saving import CONFIG, WEIGHTS
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer

@@ -28,7 +28,7 @@ from unidiff.pipelines.tasks import call_task
 from unidiff.saving import check_save_options
 from unidiff.schema import check_value
 from unidiff.tokens import TokenBatch
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 

@@ -121,7 +121,7 @@ def draw_and_describe(root, image_folder):
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.settings import PipelineSettings
     from unidiff.tokens import Vocabulary
-    from unidiff.tokens.image_vq import VQImageTokenizer
+    from unidiff.tokens.image.vq import VQImageTokenizer
     from unidiff.tokens.text import TextTokenizer
 
     manifest = TokenManifest.load(str(root / "tokens"))

@@ -22,7 +22,7 @@ from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
 from unidiff.data.manifest import MANIFEST, TokenManifest
 from unidiff.data.stamps import changes, source_stamps
 from unidiff.tokens.text import TextTokenizer
-from unidiff.train.shard_source import open_shards
+from unidiff.train.data.shard_source import open_shards
 
 SETTINGS = EncodeSettings(image_size=16, text_length=16, batch_size=4, samples_per_shard=5, workers=0)
 

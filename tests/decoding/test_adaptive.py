@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.policies import AdaptiveCache, DualCache, HeldGuidance, IntervalCache, NoCache
+from unidiff.decoding.cache import AdaptiveCache, DualCache, HeldGuidance, IntervalCache, NoCache
 from unidiff.models.partial import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.policies import AdaptiveCache, HeldGuidance
+from unidiff.decoding.cache import AdaptiveCache, HeldGuidance
+from unidiff.families.llada.weights import load_llada
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.llada import load_llada
 from unidiff.tokens import Modality, Span, TokenBatch
 
 pytestmark = pytest.mark.golden

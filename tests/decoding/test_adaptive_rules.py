@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.policies import AdaptiveCache, MaxLogitCache
+from unidiff.decoding.cache import AdaptiveCache, MaxLogitCache
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

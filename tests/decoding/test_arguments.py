@@ -11,8 +11,7 @@ import torch
 from cache_cases import VOCABULARY, make_model, rows
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.cache import CACHES
-from unidiff.decoding.policies import (
+from unidiff.decoding.cache import (
     AdaptiveCache,
     DualCache,
     HeldGuidance,
@@ -24,6 +23,7 @@ from unidiff.decoding.policies import (
     SegmentCache,
     VicinityCache,
 )
+from unidiff.decoding.cache.config import CACHES
 from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 
 import pytest
 
-from unidiff.decoding import policies
-from unidiff.decoding.cache import CACHES, CacheConfig
-from unidiff.decoding.policies import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, NoCache, SegmentCache
+from unidiff.decoding import cache as policies
+from unidiff.decoding.cache import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, NoCache, SegmentCache
+from unidiff.decoding.cache.config import CACHES, CacheConfig
 
 
 @pytest.mark.parametrize("name", CACHES)

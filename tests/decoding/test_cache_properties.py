@@ -10,7 +10,7 @@ from cache_cases import EOS, POLICIES, VOCABULARY, decode, make_model, rows, row
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.policies import ModalityCache
+from unidiff.decoding.cache import ModalityCache
 from unidiff.models.partial import CachePlan
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

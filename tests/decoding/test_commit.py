@@ -11,7 +11,7 @@ from golden import golden_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidiff.decoding.commit import (
+from unidiff.decoding.commit.choose import (
     above_threshold,
     decide,
     factor_count,
@@ -23,10 +23,10 @@ from unidiff.decoding.commit import (
     take_best,
     unmask_chance,
 )
+from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.config import SCHEDULES, ModalityDecoding
 from unidiff.decoding.draw import choose
 from unidiff.decoding.forward import gather_positions
-from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.diffusion.schedules import get_schedule
 
 

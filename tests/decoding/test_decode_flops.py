@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.bounds import Schedule, Segment, expected_passes, moments, reference_bound, speedup_bound
+from unidiff.decoding.cache import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, PrefixCache, VicinityCache
+from unidiff.decoding.cache.bounds import Schedule, Segment, expected_passes, moments, reference_bound, speedup_bound
 from unidiff.decoding.flops import LayerFlops, PassWork, full_pass_flops, partial_pass_flops, total_flops
-from unidiff.decoding.policies import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.models.partial import LayerWork
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary

@@ -10,9 +10,9 @@ import torch
 from pass_tape import TapeRecorder
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.cache import CacheConfig
+from unidiff.decoding.cache import AdaptiveCache, BlockCausalCache, HeldGuidance, RefreshPolicy
+from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, bucket, recordable, widened
-from unidiff.decoding.policies import AdaptiveCache, BlockCausalCache, HeldGuidance, RefreshPolicy
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.models.transformer import MaskedTransformer

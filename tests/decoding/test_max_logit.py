@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.policies.max_logit import MaxLogitCache, low_peaks
+from unidiff.decoding.cache.max_logit import MaxLogitCache, low_peaks
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

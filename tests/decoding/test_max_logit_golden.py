@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig, commit, draw
-from unidiff.decoding.policies.max_logit import MaxLogitCache
+from unidiff.decoding.cache.max_logit import MaxLogitCache
+from unidiff.families.llada.weights import load_llada
+from unidiff.families.lumina.weights import lumina_pair
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.llada import load_llada
-from unidiff.released.lumina import lumina_pair
 from unidiff.tokens import Vocabulary
 
 pytestmark = pytest.mark.golden

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
-from unidiff.decoding.policies import BlockCausalCache, DualCache, PrefixCache, VicinityCache
+from unidiff.decoding.cache import BlockCausalCache, DualCache, PrefixCache, VicinityCache
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_folders
-from safetensors.torch import load_file
-from torch import Tensor
-
-from unidiff.decoding.config import Guidance
-from unidiff.decoding.guidance import mix, scale_at
-from unidiff.decoding.reference import (
+from reference.reference_steps import (
     analytic_weights,
     clean_probabilities,
     maskgit_step,
@@ -25,8 +20,13 @@ from unidiff.decoding.reference import (
     short_nucleus,
     subs_score,
 )
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unidiff.decoding.config import Guidance
+from unidiff.decoding.guidance import mix, scale_at
 from unidiff.diffusion.schedules import Schedule, get_schedule
-from unidiff.released import load_mdlm, load_unidisc, mdlm_batch, unidisc_batch
+from unidiff.families import load_mdlm, load_unidisc, mdlm_batch, unidisc_batch
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden

@@ -8,7 +8,7 @@ from cache_cases import VOCABULARY, decode, make_model
 from sampler_space import Foreign
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, SamplerConfig
-from unidiff.decoding.policies import (
+from unidiff.decoding.cache import (
     AdaptiveCache,
     BlockCausalCache,
     CacheByRow,

@@ -14,8 +14,8 @@ from torch import Tensor
 from toy_model import TableModel
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.commit import unmask_chance
-from unidiff.decoding.remask import remdm_sigma
+from unidiff.decoding.commit.choose import unmask_chance
+from unidiff.decoding.commit.remask import remdm_sigma
 
 ROWS = 40_000
 

@@ -7,7 +7,7 @@ import torch
 from cache_cases import EVERY_PASS, POLICIES, VOCABULARY, decode, make_model, rows, rows_alone, same
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, SamplerConfig
-from unidiff.decoding.policies import (
+from unidiff.decoding.cache import (
     AdaptiveCache,
     BlockCausalCache,
     DualCache,

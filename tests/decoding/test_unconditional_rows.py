@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.policies import AdaptiveCache, HeldGuidance
-from unidiff.decoding.policies.max_logit import MaxLogitCache
+from unidiff.decoding.cache import AdaptiveCache, HeldGuidance
+from unidiff.decoding.cache.max_logit import MaxLogitCache
+from unidiff.families.lumina.weights import lumina_pair
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.released.lumina import lumina_pair
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(11, 7)

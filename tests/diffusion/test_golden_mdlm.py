@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.variants import d3pm_loss, discrete_time, sedd_log_score, sedd_loss
 from safetensors.torch import load_file
 
 from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll, sample_times
 from unidiff.diffusion.schedules import importance_times, importance_weight
-from unidiff.diffusion.variants import d3pm_loss, discrete_time, sedd_log_score, sedd_loss
-from unidiff.released.mdlm import load_mdlm, mdlm_batch, mdlm_vocabulary
+from unidiff.families.mdlm.weights import load_mdlm, mdlm_batch, mdlm_vocabulary
 
 pytestmark = pytest.mark.golden
 FOLDERS = [f for f in golden_folders("mdlm") if (f / "losses.safetensors").is_file()]

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
 from safetensors.torch import load_file
 
 from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll, sample_times
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.diffusion.objective import time_weight
-from unidiff.diffusion.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
-from unidiff.released.unidisc import load_unidisc, unidisc_batch, unidisc_interleaved, unidisc_keymap
+from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_interleaved, unidisc_keymap
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from reference.enumeration import all_masks, exact_block_nelbo, leave_one_out_sums, mask_moments
 
 from unidiff.diffusion import condition_on, get_schedule, keyed_uniform, mask_count
-from unidiff.diffusion.enumeration import all_masks, exact_block_nelbo, leave_one_out_sums, mask_moments
 from unidiff.diffusion.likelihood import (
     average_nelbo,
     block_batches,

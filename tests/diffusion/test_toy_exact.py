@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from golden import golden_root
+from reference.enumeration import all_masks, exact_block_nelbo, leave_one_out_sums, mask_moments
 from toy_table import ToyExample
 
-from unidiff.diffusion.enumeration import all_masks, exact_block_nelbo, leave_one_out_sums, mask_moments
 from unidiff.diffusion.likelihood import log_prob_scorer, mask_count_nelbo, time_nelbo
 from unidiff.diffusion.process import hide
 from unidiff.diffusion.schedules import get_schedule, importance_times, importance_weight

@@ -13,11 +13,11 @@ from tiny_pipeline import tiny_pipeline
 from torch.nn import functional as F
 
 from unidiff.decoding import DecodeState, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.cache import CacheConfig
-from unidiff.decoding.policies.segments import SEGMENTS
-from unidiff.evaluation.cache_advice import LONGEST, advise
-from unidiff.evaluation.cache_profile import FEATURES, TaskProfile, Watcher, pearson, segments_of, watch
-from unidiff.evaluation.cache_profile_report import profile_pipeline, write
+from unidiff.decoding.cache.config import CacheConfig
+from unidiff.decoding.cache.segments import SEGMENTS
+from unidiff.evaluation.cache_profile.advice import LONGEST, advise
+from unidiff.evaluation.cache_profile.profile import FEATURES, TaskProfile, Watcher, pearson, segments_of, watch
+from unidiff.evaluation.cache_profile.report import profile_pipeline, write
 from unidiff.evaluation.charts import heat_map, scatter, stack
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import FeatureStore, StoreOptions

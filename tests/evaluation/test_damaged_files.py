@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unidiff.evaluation.decode_benchmark import Options
-from unidiff.evaluation.decode_benchmark_cells import Cells
-from unidiff.evaluation.decode_benchmark_emoji import EmojiOptions
-from unidiff.evaluation.decode_benchmark_report import check_path
-from unidiff.evaluation.decode_benchmark_settings import Setting
+from unidiff.evaluation.benchmark.cells import Cells
+from unidiff.evaluation.benchmark.decode import Options
+from unidiff.evaluation.benchmark.report import check_path
+from unidiff.evaluation.benchmark.settings import Setting
 from unidiff.evaluation.paired import compare_reports
 from unidiff.evaluation.report import Estimate, Report
+from unidiff.worlds.emoji.benchmark import EmojiOptions
 
 WRONG: tuple[Any, ...] = (
     None,

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from unidiff.decoding.bounds import expected_passes
-from unidiff.decoding.cache import CacheConfig
-from unidiff.evaluation import decode_benchmark, decode_benchmark_suites
-from unidiff.evaluation.decode_benchmark import Benchmark, Options, Row, request, run_suite
-from unidiff.evaluation.decode_benchmark_rates import MatmulRates, row_counts
-from unidiff.evaluation.decode_benchmark_report import write
-from unidiff.evaluation.decode_benchmark_suites import POLICIES, SUITES, Workload, spread
+from unidiff.decoding.cache.bounds import expected_passes
+from unidiff.decoding.cache.config import CacheConfig
+from unidiff.evaluation.benchmark import decode
+from unidiff.evaluation.benchmark import suites as suite_list
+from unidiff.evaluation.benchmark.decode import Benchmark, Options, Row, request, run_suite
+from unidiff.evaluation.benchmark.rates import MatmulRates, row_counts
+from unidiff.evaluation.benchmark.report import write
+from unidiff.evaluation.benchmark.suites import POLICIES, SUITES, Workload, spread
 from unidiff.tokens import Modality, Vocabulary
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"
@@ -50,7 +51,7 @@ def test_the_smoke_suite_runs_as_a_person_runs_it(tmp_path):
 
 
 def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
-    original, seen = decode_benchmark._run_workload, []
+    original, seen = decode._run_workload, []
 
     def measure(suite, workload, *rest):
         seen.append(workload)
@@ -58,7 +59,7 @@ def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(suite, workload, *rest)
 
-    monkeypatch.setattr(decode_benchmark, "_run_workload", measure)
+    monkeypatch.setattr(decode, "_run_workload", measure)
     options = Options(only=("dual",), blocks=1, runs=1, cells=tmp_path / "kept")
     with pytest.raises(KeyboardInterrupt):
         run_suite("smoke", options)
@@ -66,7 +67,7 @@ def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
     assert seen == [workloads[0], workloads[1], workloads[1]]
     again = run_suite("smoke", options)
     assert again.to_dict() == resumed.to_dict() and len(seen) == 3
-    assert [m["workload"] for m in again.about["matmul"]] == [decode_benchmark.describe(w) for w in workloads]
+    assert [m["workload"] for m in again.about["matmul"]] == [decode.describe(w) for w in workloads]
     some = run_suite("smoke", replace(options, shapes=("8+0",)))
     assert [r.to_dict() for r in some.rows] == [r.to_dict() for r in again.rows if r.workload["image"] == 0]
     assert len(seen) == 3  # what was measured is taken, whatever shapes were asked for
@@ -93,14 +94,14 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
 
 def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatch):
     calls = []
-    original = decode_benchmark._decode
+    original = decode._decode
 
     def watched(model, vocabulary, policy, schedule, workload, seed, graphs):
         out = original(model, vocabulary, policy, schedule, workload, seed, graphs)
         calls.append((type(policy).__name__, schedule, seed, out))
         return out
 
-    monkeypatch.setattr(decode_benchmark, "_decode", watched)
+    monkeypatch.setattr(decode, "_decode", watched)
     result = run_suite("smoke", Options(only=("dual", "adaptive"), runs=2))
     names = [name for name, *_ in calls[:9]]
     assert names == ["NoCache", "DualCache", "AdaptiveCache"] * 3  # warm-up, then two paired runs
@@ -134,7 +135,7 @@ def test_blocks_are_spread_over_the_row():
 def test_random_models_tell_positions_apart():
     """Ties would make every position as sure as the others, and max-logit would recompute them all."""
     suite = SUITES["smoke"]
-    model = decode_benchmark.random_model(suite, torch.device("cpu"), 0)
+    model = decode.random_model(suite, torch.device("cpu"), 0)
     schedule = suite.workloads[0].schedule(suite.vocabulary, 4)
     batch = request(schedule, (4, 4), suite.vocabulary, 1, 0).hide_targets(suite.vocabulary)
     best = model(batch).amax(-1)[batch.targets]
@@ -165,4 +166,4 @@ def test_unknown_numbers_stay_empty():
     workload = {"text": 4, "image": 0, "block": None, "passes": None, "rule": "quota", "dtype": "float32", "batch": 1}
     row = Row("none", workload, 1, 1.0, [1.0], 1.0)
     assert row.fraction_of_bound is None and row.to_dict()["text"] == 4 and "workload" not in row.to_dict()
-    assert decode_benchmark_suites.POLICIES["adaptive-upstream"] == CacheConfig("adaptive", {"compat": "upstream"})
+    assert suite_list.POLICIES["adaptive-upstream"] == CacheConfig("adaptive", {"compat": "upstream"})

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from unidiff.data.emoji_language import caption_distribution
-from unidiff.data.emoji_scenes import get_profile
 from unidiff.evaluation.likelihood_eval import LikelihoodEval, captioned_rows, captioned_scenes
 from unidiff.evaluation.report import Report
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.worlds.emoji.language import caption_distribution
+from unidiff.worlds.emoji.scenes import get_profile
 
 N, LENGTH, CODES = 20, 20, 8
 CASES = captioned_scenes(N, seed=2, profile=get_profile("cpu"))

@@ -12,10 +12,10 @@ import pytest
 from emoji_fakes import PerfectModel, ShuffledModel
 from rich.console import Console
 
-from unidiff.data.emoji_scenes import get_profile
-from unidiff.evaluation.emoji_judge import EmojiEval
 from unidiff.evaluation.paired import compare_reports, paired_interval
 from unidiff.evaluation.report import Estimate, Report
+from unidiff.worlds.emoji.judge import EmojiEval
+from unidiff.worlds.emoji.scenes import get_profile
 
 SMALL = get_profile("cpu", num_objects=12)
 TASKS = ("text_to_image", "caption", "answer")

@@ -11,9 +11,9 @@ from muddit_parts import muddit_sets, read_config
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unidiff.families.muddit.weights import load_muddit, muddit_state_dict
 from unidiff.models import mmdit
 from unidiff.models.mmdit import MMDiT
-from unidiff.released.muddit import load_muddit, muddit_state_dict
 
 pytestmark = pytest.mark.golden
 # stored name: our module. Blocks are found by number.

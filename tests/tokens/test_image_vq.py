@@ -9,9 +9,9 @@ import torch
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
-from unidiff.tokens.cell_vq import CellVQModel
-from unidiff.tokens.image import ImageEncoder, PixelDecoder
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.protocol import ImageEncoder, PixelDecoder
+from unidiff.tokens.image.vq import VQImageTokenizer
 
 
 def cell_model(factor: int = 4) -> CellVQModel:

@@ -112,8 +112,8 @@ def test_long_lists_are_cut(pipe):
 
 @pytest.mark.slow
 def test_the_embedded_model_knows_its_language(run):
-    from unidiff.data.emoji_scenes import SceneGenerator, get_profile
-    from unidiff.data.emoji_table import corpus
+    from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
+    from unidiff.worlds.emoji.table import corpus
 
     pipe = UniDiffPipeline.from_pretrained("emoji")
     assert not unknown_words(corpus(SceneGenerator(get_profile("cpu"), 9), 5000), pipe.texts)

@@ -7,7 +7,7 @@ import torch
 from diffusers import VQModel
 from muddit_parts import VQ
 
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 
 
 def tokenizer(dtype: torch.dtype = torch.float32, scale: float = 1.0, lookup: bool = True) -> VQImageTokenizer:

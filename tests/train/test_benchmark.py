@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from unidiff.train.benchmark import (
+from unidiff.train.config import read_config
+from unidiff.train.cost.benchmark import (
     Workload,
     fit_to_memory,
     head_flops_ratio,
@@ -17,9 +18,8 @@ from unidiff.train.benchmark import (
     measure_step,
     workload_of,
 )
-from unidiff.train.config import read_config
-from unidiff.train.flops import model_size, row_flops
-from unidiff.train.plan import declared_vocabulary
+from unidiff.train.cost.flops import model_size, row_flops
+from unidiff.train.cost.plan import declared_vocabulary
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]

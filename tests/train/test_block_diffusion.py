@@ -7,14 +7,14 @@ import torch
 from train_fixtures import VOCABULARY, tiny_config, tiny_table
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.policies.block_causal import BlockCausalCache
+from unidiff.decoding.cache.block_causal import BlockCausalCache
 from unidiff.diffusion.objective import masked_nll
 from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.train.block_diffusion import double_rows
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
-from unidiff.train.tasks import TaskMixer
+from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.trainer import Trainer
 from unidiff.train.validation import VALIDATION_SEED, validate
 

@@ -9,12 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unidiff.data.emoji_scenes import BACKGROUNDS, Scene, SceneObject, get_profile, render
-from unidiff.tokens.cell_vq import CellVQModel
-from unidiff.tokens.image_vq import VQImageTokenizer
-from unidiff.train.cell_codes import CellCodes, contrast_loss, emoji_cells, place_codes, train_cell_codes
-from unidiff.train.vq import VQModelConfig
-from unidiff.train.vq_trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.train.image_tokenizer.cell_codes import (
+    CellCodes,
+    contrast_loss,
+    emoji_cells,
+    place_codes,
+    train_cell_codes,
+)
+from unidiff.train.image_tokenizer.losses import VQModelConfig
+from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
+from unidiff.worlds.emoji.scenes import BACKGROUNDS, Scene, SceneObject, get_profile, render
 
 
 def model(codes: int = 2048, **changes) -> CellVQModel:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_fixtures import MIXED, tiny_config, tiny_table
 
-from unidiff.train.checkpoint import SUMS, choose, damage, latest_name, step_names
 from unidiff.train.config import ParallelConfig
-from unidiff.train.distributed import Launch, Parallel
+from unidiff.train.run.checkpoint import SUMS, choose, damage, latest_name, step_names
+from unidiff.train.run.distributed import Launch, Parallel
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training

@@ -14,13 +14,13 @@ from train_fixtures import TINY, tiny_config
 
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.train.account import DataAccount
 from unidiff.train.config import ParallelConfig
-from unidiff.train.datasets import open_sources
-from unidiff.train.distributed import Parallel
-from unidiff.train.shard_source import open_shards
+from unidiff.train.data.account import DataAccount
+from unidiff.train.data.datasets import open_sources
+from unidiff.train.data.shard_source import open_shards
+from unidiff.train.run.distributed import Parallel
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training

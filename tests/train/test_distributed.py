@@ -11,9 +11,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from train_fixtures import MIXED, tiny_config, tiny_table
 
-from unidiff.train.checkpoint import latest_name, pointed_name
 from unidiff.train.config import ParallelConfig, read_config
-from unidiff.train.distributed import Launch, Parallel, local, placed_like, whole
+from unidiff.train.run.checkpoint import latest_name, pointed_name
+from unidiff.train.run.distributed import Launch, Parallel, local, placed_like, whole
 from unidiff.train.trainer import Trainer
 
 CPU = torch.device("cpu")

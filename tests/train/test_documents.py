@@ -12,9 +12,9 @@ from unidiff.data.tar import ShardWriter
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
-from unidiff.train.documents import DocumentMixer, DocumentTokens
-from unidiff.train.packing import pack_tasks
-from unidiff.train.tasks import TaskMixer
+from unidiff.train.data.documents import DocumentMixer, DocumentTokens
+from unidiff.train.data.packing import pack_tasks
+from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.trainer import Trainer
 
 SIZE = 9  # codes of a picture

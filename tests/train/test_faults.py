@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from train_fixtures import MIXED, TINY, tiny_config, tiny_table
 
 from unidiff.files import locked
-from unidiff.train.checkpoint import step_names
-from unidiff.train.logs import RunLog
-from unidiff.train.run_folder import MARK
+from unidiff.train.run.checkpoint import step_names
+from unidiff.train.run.logs import RunLog
+from unidiff.train.run.run_folder import MARK
 from unidiff.train.trainer import Trainer, TrainingAborted
 
 pytestmark = pytest.mark.training

@@ -14,8 +14,8 @@ from tiny_pipeline import tiny_parts
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image_vq import VQImageTokenizer
-from unidiff.train.source import TokenTable
+from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.train.data.source import TokenTable
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_from_pipeline_to_pipeline(base, tmp_path, extra):
 def test_instruction_tuning_trains_the_answer_and_nothing_else(base, tmp_path):
     """With answers as the only targets, the wrong question or picture costs nothing: only the answer is learnt."""
     from unidiff.train.config import read_config
-    from unidiff.train.tasks import TaskMixer
+    from unidiff.train.data.tasks import TaskMixer
 
     table = TokenTable.load(base / "tokens.safetensors")
     config = read_config(ROOT / "configs" / "instruction.yaml", [f"output={tmp_path}", *QUICK])

@@ -10,9 +10,9 @@ from train_fixtures import tiny_config, tiny_table
 
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.config import LoraConfig
+from unidiff.train.cost.plan import adapter_parameters
 from unidiff.train.lora import LAYERS, add_adapters, merge_adapters
 from unidiff.train.optim import learning_rate_factor
-from unidiff.train.plan import adapter_parameters
 from unidiff.train.trainer import Trainer
 
 pytestmark = [

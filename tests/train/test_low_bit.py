@@ -13,8 +13,8 @@ from train_fixtures import MIXED, tiny_config, tiny_table
 
 from unidiff.train import optim
 from unidiff.train.config import OptimiserConfig, ParallelConfig
-from unidiff.train.distributed import Launch, Parallel
 from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.run.distributed import Launch, Parallel
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training

@@ -13,8 +13,8 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.cell_vq import CellVQModel
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.new_tokens import code_overlap, with_image_tokenizer, with_text_tokens
 

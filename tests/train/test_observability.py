@@ -9,8 +9,8 @@ import pytest
 import torch
 from train_fixtures import MIXED, tiny_config, tiny_table
 
-from unidiff.train.flops import RowShape, model_size, row_flops
-from unidiff.train.logs import SpeedMeter, TaskMeter
+from unidiff.train.cost.flops import RowShape, model_size, row_flops
+from unidiff.train.run.logs import SpeedMeter, TaskMeter
 from unidiff.train.step import TIME_BUCKETS, StepReport
 from unidiff.train.trainer import Trainer, TrainingAborted
 

@@ -12,8 +12,8 @@ from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
-from unidiff.train.packing import Packer, pack_batch, pack_lengths, pack_tasks
-from unidiff.train.tasks import TaskBatch
+from unidiff.train.data.packing import Packer, pack_batch, pack_lengths, pack_tasks
+from unidiff.train.data.tasks import TaskBatch
 from unidiff.train.trainer import Trainer
 
 VOCABULARY = Vocabulary.unified(20, 12, {"eos": 0})

@@ -17,8 +17,8 @@ from train_fixtures import MIXED, TINY, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.train.build import build_model
 from unidiff.train.config import ParallelConfig
-from unidiff.train.distributed import Parallel
-from unidiff.train.shards import load_placed
+from unidiff.train.run.distributed import Parallel
+from unidiff.train.run.sharded_checkpoint import load_placed
 
 pytestmark = [pytest.mark.slow, pytest.mark.training]
 STEPS = 20

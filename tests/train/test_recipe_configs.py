@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unidiff.train.config import read_config
-from unidiff.train.plan import make_plan
+from unidiff.train.cost.plan import make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(p for p in CONFIGS.glob("*.yaml") if "tokenizer" not in p.name)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from tiny_pipeline import GRID, TEXT_LENGTH, tiny_pipeline
 
-from unidiff.data.emoji_language import vocabulary_words
-from unidiff.data.emoji_scenes import get_profile
-from unidiff.evaluation.emoji_eval import run_emoji_eval
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.train.checkpoint import load_checkpoint
+from unidiff.train.run.checkpoint import load_checkpoint
+from unidiff.worlds.emoji.evaluation import run_emoji_eval
+from unidiff.worlds.emoji.language import vocabulary_words
+from unidiff.worlds.emoji.scenes import get_profile
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ from killed_tokenizer import config as tokenizer_config
 from safetensors.torch import load_file
 from train_fixtures import tiny_config, tiny_table
 
+from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 from unidiff.train.trainer import Trainer
-from unidiff.train.vq_trainer import train_image_tokenizer
 
 pytestmark = pytest.mark.training
 WEIGHTS = "diffusion_pytorch_model.safetensors"

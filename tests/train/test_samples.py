@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from train_fixtures import SPECIALS, VOCABULARY, tiny_config, tiny_table
 
-from unidiff.train.samples import SheetSampler, draw_sheet, sheet_sampler
+from unidiff.train.data.samples import SheetSampler, draw_sheet, sheet_sampler
 from unidiff.train.trainer import Trainer
 
 

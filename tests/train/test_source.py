@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from train_fixtures import VOCABULARY, tiny_table
 
-from unidiff.train.source import TokenTable
+from unidiff.train.data.source import TokenTable
 
 
 def test_file_round_trip_keeps_every_row(tmp_path):

@@ -8,7 +8,7 @@ from train_fixtures import tiny_config, tiny_table
 
 from unidiff.diffusion.objective import time_weight
 from unidiff.diffusion.schedules import get_schedule
-from unidiff.train.tasks import TaskMixer
+from unidiff.train.data.tasks import TaskMixer
 
 
 def mixer(tmp_path, *overrides):

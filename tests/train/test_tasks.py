@@ -11,7 +11,7 @@ from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
 from unidiff.diffusion.process import mask_tokens
 from unidiff.tokens import Modality
 from unidiff.train.config import RATES, TASKS, ObjectiveConfig, TaskConfig, TasksConfig
-from unidiff.train.tasks import TaskBatch, TaskMixer, keep_fill, rate_cdf, sample_rate
+from unidiff.train.data.tasks import TaskBatch, TaskMixer, keep_fill, rate_cdf, sample_rate
 
 JOINT, T2I, CAPTION, VQA, TEXT = range(5)
 
@@ -129,7 +129,7 @@ def test_modality_weights_and_scale_reach_the_loss(tmp_path):
 
 def test_impossible_mixtures_are_refused(tmp_path):
     tensors = {k: v for k, v in tiny_table().tensors.items() if k not in ("questions", "answer_start")}
-    from unidiff.train.source import TokenTable
+    from unidiff.train.data.source import TokenTable
 
     config = tiny_config(tmp_path, *MIXED)
     with pytest.raises(ValueError, match="no questions"):

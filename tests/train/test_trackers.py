@@ -11,7 +11,7 @@ import torch
 from train_fixtures import MIXED, tiny_config, tiny_table
 
 from unidiff.train.config import TrainConfig
-from unidiff.train.logs import RunLog
+from unidiff.train.run.logs import RunLog
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training

@@ -14,9 +14,9 @@ from train_fixtures import MIXED, tiny_config, tiny_table
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
+from unidiff.train.data.source import TokenTable
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers, learning_rate_factor
-from unidiff.train.source import TokenTable
 from unidiff.train.trainer import Trainer, TrainingAborted
 
 pytestmark = pytest.mark.training

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unidiff.tokens.cell_vq import CellVQModel
-from unidiff.tokens.image_vq import VQImageTokenizer
-from unidiff.train.vq import (
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.train.image_tokenizer.losses import (
     CodebookAverage,
     VQLossWeights,
     VQModelConfig,
@@ -21,7 +21,7 @@ from unidiff.train.vq import (
     reconstruction_loss,
     vq_forward,
 )
-from unidiff.train.vq_trainer import (
+from unidiff.train.image_tokenizer.trainer import (
     ImageData,
     ImageTokenizerConfig,
     SpikeGuard,

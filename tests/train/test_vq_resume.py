@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unidiff.files import locked
-from unidiff.train import vq_trainer
-from unidiff.train.vq_data import ImageData, digest, open_pictures
-from unidiff.train.vq_trainer import train_image_tokenizer
+from unidiff.train.image_tokenizer import trainer as vq_trainer
+from unidiff.train.image_tokenizer.data import ImageData, digest, open_pictures
+from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 
 KILLED = Path(__file__).resolve().parents[1] / "killed_tokenizer.py"
 

@@ -1,8 +1,8 @@
 """Decoding: one sampler for text and image tokens, made of small objects."""
 
-from unidiff.decoding.cache import CacheConfig
+from unidiff.decoding.cache import NoCache, RefreshPolicy
+from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.decoding.policies import NoCache, RefreshPolicy
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.decoding.state import DecodeState
 from unidiff.decoding.stats import DecodeStats

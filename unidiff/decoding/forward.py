@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.arguments import check_features, check_head
+from unidiff.decoding.cache.base import RefreshPolicy
+from unidiff.decoding.cache.none import NoCache
+from unidiff.decoding.cache.plans import by_whole_rows, stacked, stacks
 from unidiff.decoding.flops import LayerFlops
 from unidiff.decoding.graphs import PassGraphs, recordable
-from unidiff.decoding.plans import by_whole_rows, stacked, stacks
-from unidiff.decoding.policies.base import RefreshPolicy
-from unidiff.decoding.policies.none import NoCache
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.partial import CachePlan, LayerWork
 from unidiff.models.store import FeatureStore, gather_rows

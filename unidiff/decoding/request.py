@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from unidiff.decoding.cache.base import RefreshPolicy
 from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.eos import EndOfText
 from unidiff.decoding.forward import Denoiser, Forward
 from unidiff.decoding.graphs import PassGraphs
 from unidiff.decoding.guidance import full_scale, hidden_from
-from unidiff.decoding.policies.base import RefreshPolicy
 from unidiff.decoding.state import Clock, DecodeState
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 

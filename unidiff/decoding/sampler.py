@@ -12,15 +12,15 @@ from torch import Tensor
 
 from unidiff.decoding import draw
 from unidiff.decoding.arguments import check_request, check_sampler
-from unidiff.decoding.commit import decide, decide_early, quota, unmask_chance
+from unidiff.decoding.cache import NoCache, RefreshPolicy
+from unidiff.decoding.commit.choose import decide, decide_early, quota, unmask_chance
+from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
+from unidiff.decoding.commit.rules import CommitRule, check_rules, guarded
 from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.forward import Denoiser, PositionLogits
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
 from unidiff.decoding.guidance import scale_at
-from unidiff.decoding.policies import NoCache, RefreshPolicy
-from unidiff.decoding.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.request import Request
-from unidiff.decoding.rules import CommitRule, check_rules, guarded
 from unidiff.decoding.state import Clock
 from unidiff.decoding.stats import DecodeStats
 from unidiff.decoding.unusable import complaint

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.blocks import Shares, block_ids, current_block, joined_blocks
+from unidiff.decoding.commit.credit import Credit
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.credit import Credit
 from unidiff.tokens import Modality, TokenBatch
 
 

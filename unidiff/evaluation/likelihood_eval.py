@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from unidiff.data.collate import TEXT_PREFIX, caption_row
-from unidiff.data.emoji_language import caption_distribution, caption_entropy
-from unidiff.data.emoji_scenes import Profile, Scene, SceneGenerator
-from unidiff.data.emoji_table import render_batch
 from unidiff.diffusion.likelihood import Nelbo, Scorer, mask_count_nelbo, model_scorer, without_eos_fill
-from unidiff.evaluation.emoji_cases import task_seed
 from unidiff.evaluation.report import Estimate, Report
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
+from unidiff.worlds.emoji.cases import task_seed
+from unidiff.worlds.emoji.language import caption_distribution, caption_entropy
+from unidiff.worlds.emoji.scenes import Profile, Scene, SceneGenerator
+from unidiff.worlds.emoji.table import render_batch
 
 SAMPLES = 8
 """Masks per row; each is a forward pass."""

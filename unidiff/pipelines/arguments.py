@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from unidiff.decoding import CacheConfig, SamplerConfig
-from unidiff.decoding.cache import CACHES
+from unidiff.decoding.cache.config import CACHES
 from unidiff.schema import short_value
 
 P = ParamSpec("P")

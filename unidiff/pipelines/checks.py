@@ -7,10 +7,10 @@ import warnings
 import torch
 
 from unidiff.decoding import Guidance
+from unidiff.families.checkpoint.load import Released
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.settings import PipelineSettings
-from unidiff.released.loading import Released
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

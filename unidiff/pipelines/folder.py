@@ -15,7 +15,7 @@ from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.owned import INDEX, PIPELINE_CLASS, check_replaceable, others_in_pipeline
 from unidiff.pipelines.settings import PipelineSettings
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unidiff.families.muddit.folder import Muddit
+from unidiff.families.muddit.tasks import MudditSettings
 from unidiff.pipelines.arguments import check_rows, repeated, task_method, texts_of
 from unidiff.pipelines.checks import check_strength
 from unidiff.pipelines.components import SharedParts
 from unidiff.pipelines.holes import refuse_holes
 from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
-from unidiff.released.muddit_folder import Muddit
-from unidiff.released.muddit_tasks import MudditSettings
 from unidiff.schema import check_value
 from unidiff.tokens.known_words import notes_on
 from unidiff.tokens.text import TextTokenizer
@@ -176,7 +176,7 @@ class MudditPipeline(SharedParts):
         """Raises ValueError: text and picture together are beyond this model's training."""
         raise ValueError(
             "muddit cannot do 'generate'; it does text_to_image, caption, answer, inpaint (a picture and its words "
-            "together go through unidiff.released.muddit_denoiser)"
+            "together go through unidiff.families.muddit.denoiser)"
         )
 
     def _settings(self, changes: dict[str, Any]) -> MudditSettings:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Sampler, SamplerConfig
+from unidiff.decoding.cache.auto import choose_cache
 from unidiff.pipelines.arguments import check_rows
-from unidiff.pipelines.auto_cache import choose_cache
 from unidiff.pipelines.candidates import candidate_seeds, keep_best
 from unidiff.pipelines.checks import check_negative, untrained_note
 from unidiff.pipelines.decode import StepWatcher, guidance_condition, trajectory_of

@@ -16,7 +16,7 @@ from unidiff.pipelines.folder import check_target, check_transformer, load_trans
 from unidiff.pipelines.settings import LONGEST_ROW, TASKS, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 TASK_TOKENS = ("eos", "caption", "question", "answer")

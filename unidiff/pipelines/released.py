@@ -9,6 +9,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from unidiff.families.chat import Turn, check_turns, words_of_turns
+from unidiff.families.checkpoint.load import Released
 from unidiff.pipelines.arguments import longest_of, repeated, task_method, texts_of, whole
 from unidiff.pipelines.checks import check_released
 from unidiff.pipelines.components import SharedParts
@@ -18,9 +20,7 @@ from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.released_run import ReleasedOptions, run_request
 from unidiff.pipelines.released_tasks import FamilyTasks, Grid
 from unidiff.pipelines.tasks import call_task
-from unidiff.released.chat import Turn, check_turns, words_of_turns
-from unidiff.released.loading import Released
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 _OPTIONS = tuple(ReleasedOptions.__dataclass_fields__)

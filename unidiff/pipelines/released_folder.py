@@ -10,13 +10,13 @@ import torch
 from transformers import Qwen2Tokenizer
 
 from unidiff.errors import read_json
+from unidiff.families.checkpoint.load import PIPELINE_PARTS, load_released, read_config
+from unidiff.families.checkpoint.native import RECORD
+from unidiff.families.registry import FAMILIES
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.pipelines.released_tasks import check_family, tasks_of
-from unidiff.released.families import FAMILIES
-from unidiff.released.loading import PIPELINE_PARTS, load_released, read_config
-from unidiff.released.native import RECORD
-from unidiff.tokens.image_vq import VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 

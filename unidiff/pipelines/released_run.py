@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, RefreshPolicy, SamplerConfig
+from unidiff.decoding.cache.auto import CacheChoice, choose_cache
+from unidiff.families.checkpoint.load import Released
+from unidiff.families.tasks import TaskRequest, TaskResult, run_task
 from unidiff.pipelines.arguments import check_rows
-from unidiff.pipelines.auto_cache import CacheChoice, choose_cache
 from unidiff.pipelines.decode import StepCallback, StepWatcher
 from unidiff.pipelines.holes import letters_note
 from unidiff.pipelines.native_run import pictures
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.pipelines.settings import by_modality, with_overrides
-from unidiff.released.loading import Released
-from unidiff.released.tasks import TaskRequest, TaskResult, run_task
 from unidiff.schema import check_value
 from unidiff.tokens.known_words import notes_on
 

@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from unidiff.families.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, Turn
+from unidiff.families.checkpoint.load import Released
+from unidiff.families.lumina.rows import MARKS, LuminaRows
+from unidiff.families.lumina.weights import lumina_grid
+from unidiff.families.mmada.rows import MMaDARows
+from unidiff.families.tasks import TaskRequest
+from unidiff.families.unidisc.rows import UniDiscRows
+from unidiff.families.unidisc.weights import unidisc_interleaved
 from unidiff.pipelines.holes import MOST, all_have_holes, has_holes, short, split_holes
-from unidiff.released.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, Turn
-from unidiff.released.loading import Released
-from unidiff.released.lumina import lumina_grid
-from unidiff.released.lumina_tasks import MARKS, LuminaRows
-from unidiff.released.mmada_tasks import MMaDARows
-from unidiff.released.tasks import TaskRequest
-from unidiff.released.unidisc import unidisc_interleaved
-from unidiff.released.unidisc_tasks import UniDiscRows
 from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
@@ -278,7 +278,7 @@ def check_family(released: Released) -> None:
     if released.family.name not in PIPELINE_FAMILIES:
         raise ValueError(
             f"{released.family.name} has no pipeline (those are {', '.join(PIPELINE_FAMILIES)}, muddit, meissonic); "
-            "load it with unidiff.released.load_released and decode with its module"
+            "load it with unidiff.families.load_released and decode with its module"
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from unidiff.tokens import TokenBatch, Visibility
-from unidiff.train.tasks import TaskBatch
+from unidiff.train.data.tasks import TaskBatch
 
 
 def double_rows(micro: TaskBatch, block_length: int) -> TaskBatch:

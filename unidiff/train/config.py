@@ -1,4 +1,4 @@
-"""Settings of a training run: frozen dataclasses filled from one YAML file. `unidiff.train.limits` checks them."""
+"""Settings of a training run: frozen dataclasses filled from one YAML file. `unidiff.train.run.limits` checks them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LORA_TARGETS = ("qkv", "out", "up", "down")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from. See `unidiff.train.source` for the formats.
+    """Where tokens come from. See `unidiff.train.data.source` for the formats.
 
     Args:
         train: token table (`.safetensors`), or webdataset shards, pre-tokenised or raw: a folder, a brace pattern or a
@@ -181,7 +181,7 @@ class CheckpointConfig:
         background: several processes write while training goes on.
         resume: go on from the newest checkpoint in OUTPUT; false refuses a folder that holds any.
         changed: what to do when the checkpoint was made with other settings or data that decide what is learnt
-            (`unidiff.train.resume.FIXED`): `refuse`, or `allow` and go on with the new ones.
+            (`unidiff.train.run.resume.FIXED`): `refuse`, or `allow` and go on with the new ones.
         fallback: where the newest checkpoint is damaged, go on from the newest whole one before it.
         init_from: a weights folder to start from.
         export_dtype: of the exported average.
@@ -291,7 +291,7 @@ def read_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
         FileNotFoundError: no such file.
         ValueError: an unknown key, a wrong type, or a value outside its range; the message names it.
     """
-    from unidiff.train.limits import check_config  # it needs the classes above
+    from unidiff.train.run.limits import check_config  # it needs the classes above
 
     config = load_config(TrainConfig, path, overrides)
     check_config(config)

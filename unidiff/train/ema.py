@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unidiff.train.distributed import local
+from unidiff.train.run.distributed import local
 
 
 class EMA:

@@ -11,7 +11,7 @@ from unidiff.errors import read_json, reading
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TokenizerConfig, TrainConfig
-from unidiff.train.source import TokenSource
+from unidiff.train.data.source import TokenSource
 
 WEIGHTS = "transformer"  # part of a pipeline folder
 LOOSE = ("attention", "block_length", "dropout")  # what may differ from the base: it changes no weight's shape

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
-from unidiff.train.distributed import whole
 from unidiff.train.low_bit import adamw_8bit, packed, uncompiled, unpacked
+from unidiff.train.run.distributed import whole
 
 _INSIDE_BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+\.")
 

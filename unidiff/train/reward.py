@@ -28,11 +28,11 @@ from unidiff.diffusion.process import NoisyBatch, hide, mask_ids, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
-from unidiff.train.checkpoint import Checkpoint
 from unidiff.train.config import OptimiserConfig
+from unidiff.train.data.tasks import rank_noise
 from unidiff.train.lora import merge_adapters
 from unidiff.train.optim import Optimisers
-from unidiff.train.tasks import rank_noise
+from unidiff.train.run.checkpoint import Checkpoint
 
 Reward = Callable[[TokenBatch], Tensor]
 """Finished rows `[B, L]` to one number each, float `[B]`."""

@@ -13,10 +13,10 @@ from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 from unidiff.train.config import TASKS, ParallelConfig
-from unidiff.train.distributed import Parallel, local
+from unidiff.train.data.tasks import TaskBatch
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers
-from unidiff.train.tasks import TaskBatch
+from unidiff.train.run.distributed import Parallel, local
 
 TIME_BUCKETS = 5  # of (0, 1], the time of a row being its mask rate
 _MEMORY = 0.98  # of the moving average of losses that spikes are measured against

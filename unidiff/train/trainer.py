@@ -17,10 +17,19 @@ import torch
 from unidiff.config import dump_config
 from unidiff.models.trained_on import TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.train.account import DataAccount
 from unidiff.train.block_diffusion import double_rows
 from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_flex
-from unidiff.train.checkpoint import (
+from unidiff.train.config import TASKS, TrainConfig
+from unidiff.train.data.account import DataAccount
+from unidiff.train.data.documents import DocumentMixer, DocumentTokens
+from unidiff.train.data.packing import pack_tasks
+from unidiff.train.data.source import TokenSource
+from unidiff.train.data.tasks import TaskBatch, TaskMixer
+from unidiff.train.ema import EMA
+from unidiff.train.finetune import check_start
+from unidiff.train.lora import add_adapters, merge_adapters
+from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.run.checkpoint import (
     STATE,
     Checkpoint,
     Choice,
@@ -33,24 +42,15 @@ from unidiff.train.checkpoint import (
     step_names,
     write_atomic,
 )
-from unidiff.train.config import TASKS, TrainConfig
-from unidiff.train.distributed import Parallel, whole
-from unidiff.train.documents import DocumentMixer, DocumentTokens
-from unidiff.train.ema import EMA
-from unidiff.train.export import write_export
-from unidiff.train.finetune import check_start
-from unidiff.train.limits import check_config
-from unidiff.train.logs import Progress, RunLog, SpeedMeter, TaskMeter
-from unidiff.train.lora import add_adapters, merge_adapters
-from unidiff.train.optim import Optimisers, learning_rate_factor
-from unidiff.train.packing import pack_tasks
-from unidiff.train.resume import Position, compare, facts_of, restore, scored_as
-from unidiff.train.run_folder import MARK, check_run_folder
-from unidiff.train.shards import ShardSaver, choose_together, load_placed
-from unidiff.train.signals import StopOnSignals
-from unidiff.train.source import TokenSource
+from unidiff.train.run.distributed import Parallel, whole
+from unidiff.train.run.export import write_export
+from unidiff.train.run.limits import check_config
+from unidiff.train.run.logs import Progress, RunLog, SpeedMeter, TaskMeter
+from unidiff.train.run.resume import Position, compare, facts_of, restore, scored_as
+from unidiff.train.run.run_folder import MARK, check_run_folder
+from unidiff.train.run.sharded_checkpoint import ShardSaver, choose_together, load_placed
+from unidiff.train.run.signals import StopOnSignals
 from unidiff.train.step import StepReport, TrainState, train_step
-from unidiff.train.tasks import TaskBatch, TaskMixer
 from unidiff.train.validation import report_names, validate
 
 _LOG = logging.getLogger(__name__)

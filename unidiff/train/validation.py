@@ -19,9 +19,9 @@ from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.block_diffusion import double_rows
 from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
-from unidiff.train.distributed import Parallel
-from unidiff.train.source import TokenSource
-from unidiff.train.tasks import TaskMixer, keep_fill
+from unidiff.train.data.source import TokenSource
+from unidiff.train.data.tasks import TaskMixer, keep_fill
+from unidiff.train.run.distributed import Parallel
 
 VALIDATION_SEED = 20_240_601
 

@@ -1,0 +1,93 @@
+"""The name map: both ways, nothing left over, prefixes and nesting, clear refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, build, strip_prefixes, unwrap
+from unidiff.models.transformer import MaskedTransformer
+
+CONFIG = dict(vocab_size=11, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=24, rope="1d")
+CONFIG["modality_embedding"] = False
+# A LLaMA-like family: separate projections that are one matrix here.
+KEYMAP = KeyMap(
+    [
+        Entry("embed_tokens.weight", "wte"),
+        Entry("blocks.{i}.attention_norm.weight", "layers.{i}.norm_a"),
+        Entry("blocks.{i}.attention.qkv.weight", ("layers.{i}.q", "layers.{i}.k", "layers.{i}.v"), (16, 8, 8)),
+        Entry("blocks.{i}.attention.out.weight", "layers.{i}.o"),
+        Entry("blocks.{i}.ffn_norm.weight", "layers.{i}.norm_f"),
+        Entry("blocks.{i}.feed_forward.up.weight", ("layers.{i}.gate", "layers.{i}.up"), (24, 24)),
+        Entry("blocks.{i}.feed_forward.down.weight", "layers.{i}.down"),
+        Entry("final_norm.weight", "ln_f"),
+        Entry("output_weight", "lm_head"),
+    ],
+    layers=2,
+    prefixes=("module.", "_orig_mod."),
+    constants={"inv_freq": torch.tensor([1.0, 0.01])},
+)
+
+
+def theirs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return KEYMAP.to_theirs(MaskedTransformer(**CONFIG).state_dict())
+
+
+def test_round_trip_splits_and_joins():
+    state = theirs()
+    assert state["layers.1.k"].shape == (8, 16) and state["layers.0.gate"].shape == (24, 16)
+    model = build(CONFIG, KEYMAP, state)
+    weights = model.state_dict()
+    torch.testing.assert_close(weights["blocks.1.attention.qkv.weight"][16:24], state["layers.1.k"], rtol=0, atol=0)
+    back = KEYMAP.to_theirs(weights)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_names_come_layer_by_layer_in_entry_order():
+    names = KEYMAP.names()
+    assert names[:4] == ["wte", "layers.0.norm_a", "layers.0.q", "layers.0.k"]
+    assert names.index("layers.0.down") + 1 == names.index("layers.1.norm_a")
+    assert names[-2:] == ["ln_f", "lm_head"] and len(set(names)) == len(names)
+
+
+def test_prefixes_nesting_and_dtype():
+    state = {"model": {f"module._orig_mod.{name}": value for name, value in theirs().items()}, "step": 3}
+    model = build(CONFIG, KEYMAP, state, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert unwrap({"state_dict": {"a": 1}}) == {"a": 1}
+    assert strip_prefixes({"module.module.a": 1, "b.module.": 2}, ["module."]) == {"a": 1, "b.module.": 2}
+    with pytest.raises(ValueError, match="'a' twice"):
+        strip_prefixes({"module.a": 1, "a": 2}, ["module."])
+
+
+def test_a_saved_constant_may_be_absent_but_not_different():
+    state = theirs()
+    del state["inv_freq"]
+    build(CONFIG, KEYMAP, state)
+    with pytest.raises(ValueError, match="'inv_freq' is not the constant"):
+        build(CONFIG, KEYMAP, {**state, "inv_freq": torch.tensor([1.0, 0.5])})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layers.1.k"), r"1 missing \(layers.1.k\), 0 left over"),
+        (lambda s: s.update(bias=torch.zeros(3)), r"0 missing, 1 left over \(bias\)"),
+        (lambda s: s.update(lm_head=torch.zeros(12, 16)), r"'lm_head' gives shape \(12, 16\).*\(11, 16\)"),
+        (lambda s: s["ln_f"].fill_(float("nan")), r"NaN or infinity \(final_norm.weight\)"),
+    ],
+)
+def test_bad_checkpoints_are_refused(change, message):
+    state = theirs()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        build(CONFIG, KEYMAP, state)
+
+
+def test_a_model_with_other_options_cannot_be_exported():
+    weights = MaskedTransformer(**{**CONFIG, "head_bias": True}).state_dict()
+    with pytest.raises(ValueError, match="output_bias"):
+        KEYMAP.to_theirs(weights)

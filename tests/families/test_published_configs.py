@@ -1,0 +1,280 @@
+"""Every published value of every released model: config map, vocabulary, parameter count, sampler defaults.
+
+Tiny fixtures cannot tell an epsilon of 1e-5 from 1e-6, or one rotary base from another; these values can.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from golden import golden_folders
+from reference.llada import LladaSettings
+
+from unidiff.decoding.cache import MaxLogitCache
+from unidiff.families.chat import llada_sampler
+from unidiff.families.lumina.rows import lumina_image_sampler
+from unidiff.families.mmada.rows import MMaDARows
+from unidiff.families.muddit.folder import TIME_OF
+from unidiff.families.muddit.tasks import MudditSettings, network_time
+from unidiff.families.unidisc.rows import UniDiscRows, unidisc_sampler
+from unidiff.families.verify.published import (
+    RELEASES,
+    Release,
+    build_empty,
+    closest_release,
+    differences,
+    releases_of,
+    vocabulary_of,
+)
+from unidiff.models import mmdit_blocks
+from unidiff.models.layers import Norm
+from unidiff.models.mmdit import MMDiT
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.image import conv_autoencoder
+from unidiff.tokens.image.vq import VQImageTokenizer
+
+BY_NAME = {release.name: release for release in RELEASES}
+EACH = pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
+FAMILIES = {
+    *("unidisc", "mdlm", "llada", "dream", "mmada", "lumina", "muddit", "meissonic"),
+    *("llamagen", "magvit", "vq_model"),
+}
+
+
+def test_every_family_has_published_values_and_names_are_unique():
+    assert {release.family for release in RELEASES} == FAMILIES
+    assert len(BY_NAME) == len(RELEASES)
+    wanted = {"unidisc-1.4b", "unidisc-small", "llada-8b-base", "llada-8b-instruct", "llada-1.5", "mmada-8b"}
+    assert wanted | {"lumina-dimoo", "muddit", "meissonic", "llamagen-vq-16", "llamagen-vq-8", "magvitv2"} <= set(
+        BY_NAME
+    )
+    assert releases_of("none") == () and closest_release("none", {}) is None
+
+
+@cache
+def empty(name: str) -> torch.nn.Module:
+    """The network of a release, made once; nothing changes it."""
+    return build_empty(BY_NAME[name])
+
+
+@EACH
+def test_every_published_setting_arrives(release: Release):
+    """Upstream's config through our map into our model, made without memory; then what the model says of itself."""
+    model = empty(release.name)
+    assert not differences(release, dict(model.config), vocabulary_of(release))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@EACH
+def test_parameter_counts_are_those_stated(release: Release):
+    model = empty(release.name)
+    count = sum(p.numel() for p in model.parameters())
+    if release.parameters is None:
+        assert count > 1e6  # no number is stated
+        return
+    assert count == pytest.approx(release.parameters, rel=release.tolerance, abs=0)
+    if not release.tolerance:
+        assert count == release.parameters
+
+
+def test_tensors_of_the_muddit_file():
+    from unidiff.families.muddit.weights import muddit_keymap
+
+    release = BY_NAME["muddit"]
+    assert release.tensors == 868
+    assert len(muddit_keymap(empty(release.name).config).names()) == release.tensors
+
+
+@EACH
+def test_a_changed_value_is_reported(release: Release):
+    """Each published setting is told apart from any other value."""
+    settings, vocabulary = dict(empty(release.name).config), vocabulary_of(release)
+    for name in release.settings:
+        found = differences(release, {**settings, name: "another"}, vocabulary)
+        assert [d.name for d in found] == [name] and f"{name} is 'another', published " in str(found[0])
+    if vocabulary is not None:
+        moved = replace(vocabulary, mask_id=vocabulary.mask_id - 1)
+        assert "vocabulary.mask_id" in [d.name for d in differences(release, settings, moved)]
+        bare = replace(vocabulary, specials={})
+        names = [f"vocabulary.{n}" for n in release.vocabulary.get("specials", {})]
+        assert [d.name for d in differences(release, settings, bare)] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "value", "ours"),
+    [
+        ("llada-8b-base", "rms_norm_eps", 1e-6, "norm_eps"),
+        ("llada-8b-instruct", "rope_theta", 1e4, "rope_theta"),
+        ("llada-1.5", "n_kv_heads", 8, "num_kv_heads"),
+        ("mmada-8b", "rms_norm_eps", 1e-6, "norm_eps"),
+        ("mmada-8b", "rope_theta", 1e4, "rope_theta"),
+        ("lumina-dimoo", "mlp_hidden_size", 11008, "ffn_size"),
+        ("muddit", "axes_dims_rope", [32, 48, 48], "rope_axes"),
+        ("llamagen-vq-16", "codebook_embed_dim", 256, "code_dim"),
+    ],
+)
+def test_upstreams_value_is_honoured_not_assumed(name: str, theirs: str, value, ours: str):
+    release = BY_NAME[name]
+    changed = replace(release, config={**release.config, theirs: value})
+    assert ours in [d.name for d in differences(release, dict(build_empty(changed).config))]
+
+
+def test_unidisc_rotary_factor_and_norms_are_honoured():
+    release = BY_NAME["unidisc-1.4b"]
+    model = dict(release.config["model"])
+    for change, ours in (
+        ({"linear_factor": 3}, ["rope_linear_factor"]),
+        ({"norm_type": "layernorm"}, ["norm", "norm_eps"]),
+        ({"sandwich_normalization": False}, ["sandwich_norm"]),
+        ({"qk_norm": False}, ["qk_norm"]),
+    ):
+        changed = replace(release, config={**release.config, "model": {**model, **change}})
+        assert [d.name for d in differences(release, dict(build_empty(changed).config))] == ours
+
+
+def epsilons(model: torch.nn.Module) -> set[float]:
+    return {module.eps for module in model.modules() if isinstance(module, Norm) and module.kind == "rms"}
+
+
+@pytest.mark.parametrize(
+    ("name", "eps"),
+    [
+        ("unidisc-1.4b", 1e-6),
+        ("unidisc-1.4b-interleaved", 1e-6),
+        ("unidisc-small", 1e-6),
+        ("llada-8b-base", 1e-5),
+        ("mmada-8b", 1e-5),
+        ("lumina-dimoo", 1e-5),
+        ("muddit", 1e-6),
+        ("meissonic", 1e-6),
+    ],
+)
+def test_every_rms_norm_of_the_network_has_the_published_epsilon(name: str, eps: float):
+    """Not only the config: the modules that compute."""
+    model = empty(name)
+    assert epsilons(model) == {eps}
+    if isinstance(model, MMDiT):
+        assert eps == mmdit_blocks.NORM_EPS
+
+
+@pytest.mark.parametrize("release", [r for r in RELEASES if r.vocabulary], ids=lambda r: r.name)
+def test_the_named_vocabulary_is_the_published_one(release: Release):
+    """`Vocabulary.named` and the family's own map agree with the published ids, and every named id is inside."""
+    names = {"unidisc": "unidisc-magvit", "meissonic": "muddit"}
+    rows = release.vocabulary["size"]
+    name = "unidisc-vq16" if rows == 48385 else names.get(release.family, release.family)
+    named = [] if release.family == "dream" else [Vocabulary.named(name)]
+    for vocabulary in (*named, vocabulary_of(release)):
+        for key, value in release.vocabulary.items():
+            if key == "specials":
+                known = {n: i for n, i in value.items() if n in vocabulary.specials}
+                assert known and all(vocabulary.specials[n] == i for n, i in known.items())
+            else:
+                assert getattr(vocabulary, key) == value, key
+        assert vocabulary.size == build_empty_rows(release)
+
+
+def build_empty_rows(release: Release) -> int:
+    """Rows of the embedding table(s): one for both modalities, or CLIP's with [MASK] and the codes' apart."""
+    model = empty(release.name)
+    if isinstance(model, MaskedTransformer):
+        return model.embed_tokens.num_embeddings
+    return 49408 + 1 + model.config.vocab_size
+
+
+def test_codebooks_fit_the_vocabularies():
+    codes = {name: empty(name).codebook_size for name in ("llamagen-vq-16", "magvitv2")}
+    assert Vocabulary.named("unidisc-vq16").image_size == codes["llamagen-vq-16"] == 16384
+    for name in ("unidisc-magvit", "mmada"):
+        assert Vocabulary.named(name).image_size == codes["magvitv2"] == 8192
+    assert [empty(n).factor for n in ("llamagen-vq-16", "llamagen-vq-8", "magvitv2")] == [16, 8, 16]
+
+
+def test_the_vq_model_of_muddit_meissonic_and_lumina():
+    tokenizer = VQImageTokenizer(empty("muddit-vq"))
+    assert (tokenizer.factor, tokenizer.codebook_size) == (16, 8192)
+    assert tokenizer.codebook_size == Vocabulary.named("muddit").image_size == Vocabulary.named("lumina").image_size
+    assert tuple(tokenizer.model.quantize.embedding.weight.shape) == (8192, 64)
+    assert tokenizer.model.config.force_upcast
+
+
+def test_sampler_defaults_are_the_published_ones():
+    muddit, ours = BY_NAME["muddit"].sampling, MudditSettings()
+    assert {name: getattr(ours, name) for name in muddit} == dict(muddit)
+    assert 48 <= ours.steps <= 64
+    llada, text = BY_NAME["llada-8b-base"].sampling, LladaSettings()
+    assert {n: getattr(text, n) for n in ("steps", "gen_length", "block_length", "cfg_scale")} == {
+        n: llada[n] for n in ("steps", "gen_length", "block_length", "cfg_scale")
+    }
+    assert llada["temperature"] == 0 and not text.random_order  # greedy, by confidence
+    lumina, cache = BY_NAME["lumina-dimoo"].sampling, MaxLogitCache()
+    assert (cache.ratio, cache.warmup, cache.interval) == tuple(
+        lumina[n] for n in ("cache_ratio", "warmup_ratio", "refresh_interval")
+    )
+
+
+def test_defaults_of_the_tasks_are_the_published_ones():
+    unidisc, ours = BY_NAME["unidisc-1.4b"].sampling, unidisc_sampler()
+    assert unidisc["predictor"] == "maskgit" and ours.image.rule == ours.text.rule == "quota"
+    assert ours.image.steps == ours.text.steps == unidisc["steps"]
+    assert ours.guidance.scale == 1 + unidisc["cfg"] and ours.guidance.mode == "ramp"
+    assert ours.image.choice_temperature == unidisc["r_temp"]
+    rows = UniDiscRows(vocabulary_of(BY_NAME["unidisc-1.4b"]))
+    assert (rows.text_length, rows.side**2) == (128, 256)
+    lumina, picture = BY_NAME["lumina-dimoo"].sampling, lumina_image_sampler()
+    assert picture.image.steps == lumina["timesteps"] and picture.guidance.scale == 1 + lumina["cfg_scale"]
+    words, chat = BY_NAME["llada-8b-instruct"].sampling, llada_sampler(vocabulary_of(BY_NAME["llada-8b-instruct"]))
+    assert chat.text.steps == words["steps"] and chat.text.temperature == words["temperature"]
+    assert chat.guidance.scale == 1 + words["cfg_scale"]
+
+
+def test_group_norms_of_the_image_tokenizers_have_32_groups_and_epsilon_1e_6():
+    """LlamaGen and MAGVIT-v2 share them. On an input of variance 1e-6 the epsilon halves the variance that is left."""
+    norm = conv_autoencoder.ImageNorm(64)
+    x = 1e-3 * torch.randn(1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
+    out = norm(x)
+    assert conv_autoencoder.NORM_GROUPS == 32
+    grouped = x.view(1, 32, -1)
+    expected = (grouped - grouped.mean(-1, keepdim=True)) / (
+        grouped.var(-1, unbiased=False, keepdim=True) + 1e-6
+    ).sqrt()
+    torch.testing.assert_close(out, expected.view_as(x), atol=1e-4, rtol=1e-4)
+
+
+def test_time_conventions_of_the_mm_dits():
+    """Muddit tells (N - 1 - k) / N, Meissonic N - 1 - k, and the training script 1000 times the masked share."""
+    hidden = torch.tensor([[True, True, False, False]])
+    told = {name: float(network_time(name, 3, 12, hidden)) for name in ("fraction", "index", "training")}
+    assert told == {"fraction": pytest.approx(8 / 12), "index": 8.0, "training": 500.0}
+    assert TIME_OF == {"muddit": "fraction", "meissonic": "index"}
+
+
+def test_the_closest_release_is_found():
+    model = empty("unidisc-small")
+    release, found = closest_release("unidisc", dict(model.config), vocabulary_of(BY_NAME["unidisc-small"]))
+    assert release.name == "unidisc-small" and not found
+    changed = {**model.config, "norm_eps": 1e-5}
+    release, found = closest_release("unidisc", changed)
+    assert release.name == "unidisc-small" and [str(d) for d in found] == ["norm_eps is 1e-05, published 1e-06"]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "folder",
+    golden_folders("mmada") or [pytest.param(None, marks=pytest.mark.skip(reason="golden set mmada is not there"))],
+    ids=lambda f: getattr(f, "name", "absent"),
+)
+def test_ids_of_mmada_are_those_that_the_set_records(folder):
+    stored = json.loads((folder / "config.json").read_text())["released_reference"]
+    vocabulary = BY_NAME["mmada-8b"].vocabulary
+    codes = (stored["image_token_offset"], stored["image_token_offset"] + stored["codebook_size"])
+    assert vocabulary["size"] == stored["new_vocab_size"] and vocabulary["image"] == codes
+    assert vocabulary["mask_id"] == stored["mask"] and vocabulary["text"] == (0, stored["text_tokenizer_len"])
+    assert MMaDARows(vocabulary_of(BY_NAME["mmada-8b"])).side ** 2 == stored["num_vq_tokens"]
+    ids = {v for k, v in stored.items() if isinstance(v, int) and 126080 <= v < 126349 and k != "mask"}
+    assert ids == set(vocabulary["specials"].values())

@@ -1,0 +1,1 @@
+"""Re-implementations of other programs, for comparison in tests only."""

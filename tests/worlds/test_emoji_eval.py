@@ -1,0 +1,158 @@
+"""The whole evaluation on a small untrained pipeline: it runs, fills every key, and given tokens stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from unidiff.evaluation.paired import compare_reports
+from unidiff.evaluation.report import Report
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.settings import PipelineSettings
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.text import TextTokenizer
+from unidiff.worlds.emoji.cases import inpaint_cases, prompt_cases
+from unidiff.worlds.emoji.evaluation import profile_of, run_emoji_eval
+from unidiff.worlds.emoji.model import Hole, PipelineModel
+from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
+from unidiff.worlds.emoji.table import corpus, emoji_vocabulary, render_batch
+
+CPU = get_profile("cpu")
+KEYS = [
+    "reconstruction_psnr",
+    "sprite_psnr",
+    "oracle_true",
+    "oracle_reconstruction",
+    "text_to_image",
+    "categories",
+    "held_out_composition",
+    "caption_exact",
+    "answer_accuracy",
+    "inpainting",
+    "joint_agreement",
+    "joint_distinct",
+    "joint_nelbo",
+    "caption_nelbo",
+    "caption_entropy",
+    "seconds",
+    "joint_nelbo_text",
+    "joint_nelbo_image",
+    "joint_nelbo_words",
+    "caption_nelbo_words",
+    "answer_baseline",
+    "shuffled_composition",
+    "readers",
+]
+
+
+def tiny_pipeline(image_size: int = 64) -> UniDiffPipeline:
+    torch.manual_seed(0)
+    words = TextTokenizer.train(corpus(SceneGenerator(CPU, 0), 300), 400)
+    vocabulary = emoji_vocabulary(words, 64)
+    model = MaskedTransformer(vocab_size=vocabulary.size, hidden_size=32, num_layers=1, num_heads=2)
+    image = CellVQModel(codebook_size=64, encoder_width=16, encoder_depth=1, decoder_widths=(16,), decoder_depths=(1,))
+    grid = (image_size // 8, image_size // 8)
+    return UniDiffPipeline(model, image, words.tokenizer, PipelineSettings(vocabulary, text_length=40, grid=grid))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> UniDiffPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def report(pipe: UniDiffPipeline) -> Report:
+    return run_emoji_eval(pipe, seed=1, n=4, batch_size=3, steps=2, profile=get_profile("cpu", num_objects=12))
+
+
+def test_report_has_all_keys(report: Report) -> None:
+    data = report.to_dict()
+    assert not [key for key in KEYS if key not in data]
+    assert len(data["categories"]) == 6 and len(data["captions"]) == 4
+    assert data["about"]["seed"] == 1 and data["about"]["n"] == 4 and data["about"]["parameters"] > 0
+    json.dumps(data)
+
+
+def test_an_untrained_model_scores_nothing_but_keeps_given_tokens(report: Report) -> None:
+    assert report.values["oracle_true"] == 1.0
+    assert report.values["text_to_image"] <= 0.2 and report.values["inpainting"] == 0.0
+    assert report.values["inpainting_untouched"] == 1.0
+    assert report.values["caption_gap"] > 10
+    assert report.values["joint_nelbo"] > report.values["caption_nelbo"] > report.values["caption_entropy"]
+
+
+def test_results_do_not_depend_on_the_batch(pipe: UniDiffPipeline) -> None:
+    prompts = [c.prompt for c in prompt_cases("composition", 3, 0, CPU)]
+    one, many = (PipelineModel(pipe, size, steps=3).text_to_image(prompts, [5, 6, 7]) for size in (1, 3))
+    assert torch.allclose(one, many, atol=1e-4)
+
+
+def test_holes_have_room_for_the_name_exactly(pipe: UniDiffPipeline) -> None:
+    model = PipelineModel(pipe)
+    for case in inpaint_cases(40, 3, CPU):
+        template = model._template(Hole(case.before, case.name, case.after))
+        slot = pipe.text_slots.template(template)
+        full = pipe.text_slots.prompt(case.caption)
+        assert len(slot.ids) == len(full.ids)
+        assert all(a == b for a, b, given in zip(slot.ids, full.ids, slot.given) if given)
+        hidden = [full.ids[i] - pipe.settings.vocabulary.text[0] for i, given in enumerate(slot.given) if not given]
+        assert pipe.texts.decode(hidden).strip() == case.name
+
+
+def test_a_touched_token_is_noticed(pipe: UniDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = inpaint_cases(2, 0, CPU)
+    pictures = render_batch([c.scene for c in cases], CPU)
+    masks = torch.stack([torch.from_numpy(c.mask(CPU)) for c in cases])
+    holes = [Hole(c.before, c.name, c.after) for c in cases]
+    assert PipelineModel(pipe, steps=2).inpaint(pictures, masks, holes, [1, 2]).untouched == [True, True]
+    inpaint = pipe.inpaint
+
+    def careless(*args, **kwargs):
+        out = inpaint(*args, **kwargs)
+        outside = next((r, c) for r in range(8) for c in range(8) if not masks[0, 8 * r, 8 * c])
+        out.codes[0, outside[0], outside[1]] += 1
+        return out
+
+    monkeypatch.setattr(pipe, "inpaint", careless)
+    assert PipelineModel(pipe, steps=2).inpaint(pictures, masks, holes, [1, 2]).untouched == [False, True]
+
+
+def test_progress_is_told_and_the_bar_is_given_back(pipe: UniDiffPipeline, tmp_path: Path) -> None:
+    said: list[str] = []
+    pipe.set_progress_bar_config(desc="mine")
+    report = run_emoji_eval(pipe, n=1, tasks=("joint", "likelihood"), steps=1, progress=said.append)
+    assert said == ["joint generation", "likelihoods"]
+    assert pipe._progress_bar_config == {"desc": "mine"}
+    assert "oracle_true" not in report.values and "joint_agreement" in report.values
+    report.save(tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["joint_agreement"] == 0.0
+
+
+def test_cases_per_task_are_spread_over_the_categories(pipe: UniDiffPipeline) -> None:
+    tasks = ("text_to_image", "caption", "answer")
+    report = run_emoji_eval(pipe, per_task=9, tasks=tasks, steps=1)
+    counts = {key: e.n for key, e in report.intervals.items()}
+    assert counts["categories.counting"] == counts["held_out_composition"] == 2  # 7 categories
+    assert counts["captions.pair"] == 3 and counts["caption_exact"] == 12
+    assert counts["answer_accuracy"] == 9
+    assert report.about["per_task"] == 9 and report.about["n"] is None
+    whole = run_emoji_eval(pipe, n=2, tasks=tasks[:1], steps=1)
+    with pytest.raises(ValueError, match="differ in n "):
+        compare_reports(report, whole)
+
+
+def test_bad_input_is_named(pipe: UniDiffPipeline) -> None:
+    with pytest.raises(ValueError, match="unknown task 'dancing'"):
+        run_emoji_eval(pipe, tasks=("dancing",))
+    with pytest.raises(ValueError, match="n is 0"):
+        run_emoji_eval(pipe, n=0)
+    with pytest.raises(ValueError, match="ask for both"):
+        run_emoji_eval(pipe, tasks=("second_reader",))
+    with pytest.raises(ValueError, match="per_task is 0"):
+        run_emoji_eval(pipe, per_task=0)
+    with pytest.raises(ValueError, match="64x64 or 128x128 pictures, this one makes 32x32"):
+        profile_of(tiny_pipeline(32))

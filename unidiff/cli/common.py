@@ -1,0 +1,238 @@
+"""What the commands share: options, files in and out, loading a model. Torch is imported inside the functions."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from unidiff.cli.outputs import numbered
+from unidiff.errors import first_line
+
+if TYPE_CHECKING:
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.pipelines.output import UniDiffOutput
+
+Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or the embedded 'emoji'.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: how the model computes.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg or webp); several get numbers.")]
+Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an animated GIF.")]
+Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a strip of pictures (PNG).")]
+Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
+CACHE_NAMES = (
+    *("auto", "none", "prefix", "dual", "vicinity", "interval", "adaptive", "max-logit", "modality", "block-causal"),
+)
+"""As `CACHES` has them, which this module cannot import: it would take torch's seconds."""
+Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
+MOST = 10_000
+"""Rows of one command, and cases of one category of an evaluation: more than that is a slip of the hand."""
+
+Steps = Annotated[int | None, typer.Option(help="Passes of the model; default: the model's own.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="How strictly to follow the input; 1 is off. Default: the model's own.")
+]
+
+
+@dataclass(frozen=True)
+class DecodeFlags:
+    """Options that every decoding command has; see `with_decode_flags`."""
+
+    seed: Seed = 0
+    steps: Steps = None
+    guidance: Guidance = None
+    temperature: Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")] = None
+    cache: Annotated[
+        str | None,
+        typer.Option(help=f"Cache between passes: {', '.join(CACHE_NAMES)}."),
+    ] = None
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST,
+            help="Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
+        ),
+    ] = None
+    model: Model = "emoji"
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+
+    def load(self) -> UniDiffPipeline:
+        """See `load_pipeline`."""
+        return load_pipeline(self.model, self.device, self.dtype)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for a task of the pipeline: what was asked for, nothing else."""
+        asked = {
+            "steps": self.steps,
+            "guidance_scale": self.guidance,
+            "temperature": self.temperature,
+            "cache": self.cache,
+            "num_candidates": self.candidates,
+        }
+        return {"generator": self.seed} | {name: value for name, value in asked.items() if value is not None}
+
+
+def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `DecodeFlags`; it receives them as its argument `flags`."""
+    hints, flag_hints = (get_type_hints(of, include_extras=True) for of in (command, DecodeFlags))
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=p.default, annotation=hints[name])
+        for name, p in inspect.signature(command).parameters.items()
+        if name != "flags"
+    ]
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=flag_hints[f.name])
+        for f in fields(DecodeFlags)
+    ]
+
+    def run(**values: Any) -> None:
+        flags = DecodeFlags(**{p.name: values.pop(p.name) for p in shared})
+        command(**values, flags=flags)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]  # typer reads it
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    return run
+
+
+def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> UniDiffPipeline:
+    """A pipeline on its device.
+
+    Raises:
+        FileNotFoundError, ValueError: a model that cannot be loaded, or a device that is not there.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.pipelines.checks import UntrainedTask
+    from unidiff.tokens.known_words import UnknownWords
+
+    for kind in (UnknownWords, UntrainedTask):
+        warnings.simplefilter("ignore", kind)  # `say_notes` says it
+    device = usable_device(device)
+    pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(device)
+    if hasattr(pipe, "set_progress_bar_config"):  # Muddit shows no progress
+        pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    return pipe
+
+
+def usable_device(device: str) -> str:
+    """`device`, or for `auto` the GPU where there is one.
+
+    Raises:
+        ValueError: one that is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error).partition(". ")[0][:160]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+Picture = Annotated[str, typer.Argument(help="The picture: a file, or an address (http, https).")]
+
+
+def file_of(picture: str | None) -> Path | None:
+    """The file that a picture is read from, if it is one."""
+    return None if picture is None or "://" in picture else Path(picture)
+
+
+def open_image(path: str) -> Any:
+    """A PIL image in RGB, turned upright as its camera noted.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a picture.
+    """
+    from unidiff.pictures import open_picture
+
+    return open_picture(path)
+
+
+def call(method: Any, *inputs: Any, **asked: Any) -> Any:
+    """A task of a pipeline with what was asked for on the command line; None and False ask for nothing.
+
+    Raises:
+        ValueError: an option that the model's task does not have, and as the task does.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None and value is not False}
+    from unidiff.pipeline import UniDiffPipeline
+
+    known = set(getattr(method, "arguments", asked))
+    if not isinstance(method.__self__, UniDiffPipeline):
+        known.discard("record_trajectory")
+    if unknown := [name for name in asked if name not in known]:
+        flag = _FLAGS.get(unknown[0], f"--{unknown[0].replace('_', '-')}")
+        raise ValueError(f"{flag} does not go with {method.__name__} of this model; leave it out")
+    return method(*inputs, **asked)
+
+
+_FLAGS = {
+    "guidance_scale": "--guidance",
+    "num_candidates": "--candidates",
+    "negative_prompt": "--negative",
+    "mask_image": "--mask",
+    "record_trajectory": "--gif or --filmstrip",
+    "num_images_per_prompt": "--count",
+}
+
+
+def own_pipeline(pipe: Any, what: str) -> UniDiffPipeline:
+    """The pipeline, where it is one of unidiff's own models.
+
+    Raises:
+        ValueError: a released family.
+    """
+    from unidiff.pipeline import UniDiffPipeline
+
+    if not isinstance(pipe, UniDiffPipeline):
+        raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
+    return pipe
+
+
+def write_images(result: UniDiffOutput, out: Path) -> list[Path]:
+    """Save every picture; several get `-1`, `-2`, ... before the ending."""
+    from unidiff.pipelines.sheet import save_image
+
+    paths = numbered(out, len(result.images))
+    for image, path in zip(result.images, paths, strict=True):
+        save_image(image, path)
+    return paths
+
+
+def say_notes(result: Any) -> None:
+    """What the result notes, on stderr."""
+    for note in result.notes:
+        typer.echo(f"unidiff: note: {note}", err=True)
+
+
+def report(result: UniDiffOutput, paths: Sequence[Path], gif: Path | None, filmstrip: Path | None) -> None:
+    """Write the recorded way and print one line per picture."""
+    if gif is not None:
+        result.save_gif(gif)
+    if filmstrip is not None:
+        result.save_filmstrip(filmstrip)
+    for path, text in zip(paths, result.texts, strict=True):
+        typer.echo(f"{path}: {text}")
+    say_notes(result)
+    if hasattr(result, "nfe"):
+        typer.echo(f"{result.nfe} forward passes in {result.seconds:.2f} s", err=True)

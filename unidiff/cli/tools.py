@@ -1,0 +1,159 @@
+"""The commands around a model: demo, evaluation, packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unidiff.cli.common import MOST, Device, Dtype, Guidance, Model, Seed, Steps, load_pipeline, own_pipeline
+from unidiff.cli.outputs import check_folder, check_outputs
+
+eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=True)
+
+
+@eval_app.command("emoji")
+def eval_emoji(
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Cases per category.")] = 300,
+    per_task: Annotated[
+        int | None,
+        typer.Option(
+            "--per-task",
+            min=1,
+            max=10 * MOST,
+            help="In place of --n: cases of every task, spread over its categories; 2000 is the full set.",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this: reader, text_to_image, caption, answer, inpaint, joint, second_reader (with "
+            "text_to_image), likelihood. Repeatable."
+        ),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST, help="Decodes of each case, of which one is kept. Default: the model's own."),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    outcomes: Annotated[
+        bool, typer.Option("--outcomes", help="Keep what came out of every case in the JSON, for comparisons.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", help="JSON of another evaluation of the same cases, with outcomes: print the changes."
+        ),
+    ] = None,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Draw, describe and answer on emoji scenes, read by an exact oracle."""
+    check_outputs(json_file=json_path, inputs=(against,))
+    if outcomes and json_path is None:
+        raise ValueError("--outcomes goes with --json, which names the file to keep them in")
+    from unidiff.evaluation.report import Report
+
+    before = None if against is None else Report.load(against)
+    pipe = own_pipeline(load_pipeline(model, device, dtype), "eval emoji")
+    from rich.console import Console
+
+    from unidiff.worlds.emoji.evaluation import run_emoji_eval
+
+    console = Console(stderr=True)
+    asked = {"steps": steps, "guidance_scale": guidance, "num_candidates": candidates}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    options |= {"tasks": tuple(task)} if task else {}
+    options |= {} if per_task is None else {"per_task": per_task}
+    with console.status("EmojiEval") as status:
+        say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
+        result = run_emoji_eval(pipe, seed, n, progress=say, **options)
+    if json_path is not None:
+        result.save(json_path, outcomes)
+    Console().print(result.table())
+    if before is not None:
+        from unidiff.evaluation.paired import compare_reports
+
+        Console().print(compare_reports(before, result).table(f"compared with {against}"))
+
+
+@eval_app.command("compare")
+def compare(
+    before: Annotated[Path, typer.Argument(help="JSON of an evaluation, saved with --outcomes.")],
+    after: Annotated[Path, typer.Argument(help="JSON of another one of the same cases.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the differences to this file.")] = None,
+) -> None:
+    """Difference of two evaluations of the same cases, with paired bootstrap intervals."""
+    check_outputs(json_file=json_path, inputs=(before, after))
+    from rich.console import Console
+
+    from unidiff.evaluation.paired import compare_reports
+    from unidiff.evaluation.report import Report
+
+    found = compare_reports(Report.load(before), Report.load(after))
+    if json_path is not None:
+        found.save(json_path)
+    Console().print(found.table(f"{after} - {before}"))
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.html.")] = Path("out"),
+    seed: Seed = 0,
+    model: Model = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Show everything the model does on one sheet: demo.png and demo.html."""
+    check_folder(out, ["demo.png", "demo.html"])
+    pipe = own_pipeline(load_pipeline(model, device, dtype), "the demo")
+    from unidiff.worlds.emoji.demo import run_demo
+
+    for path in run_demo(pipe, out, seed):
+        typer.echo(path)
+
+
+def pack(
+    transformer: Annotated[Path, typer.Argument(help="Folder of the trained MaskedTransformer.")],
+    image_tokenizer: Annotated[Path, typer.Argument(help="Folder of its image tokenizer.")],
+    text_tokenizer: Annotated[Path, typer.Argument(help="Folder of its text tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the text span, where the transformer's folder does not say it.")
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Side in pixels, or WIDTHxHEIGHT, where the transformer's folder does not say it."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="How the transformer is stored.")] = "bfloat16",
+    image_dtype: Annotated[
+        str, typer.Option(help="How the image tokenizer is stored; half precision moves codes.")
+    ] = "float32",
+) -> None:
+    """Put a transformer and its tokenizers together into one model folder."""
+    size = None if image_size is None else _height_and_width(image_size)
+    from unidiff.pipelines.checks import read_dtype
+    from unidiff.pipelines.pack import pack_pipeline
+
+    pack_pipeline(
+        transformer,
+        image_tokenizer,
+        text_tokenizer,
+        out,
+        text_length=text_length,
+        image_size=size,
+        dtype=read_dtype(dtype),
+        image_dtype=read_dtype(image_dtype),
+    )
+    typer.echo(out)
+
+
+def _height_and_width(image_size: str) -> tuple[int, int]:
+    sides = image_size.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
+        raise ValueError(f"--image-size is {image_size!r}; expected a number of pixels, or WIDTHxHEIGHT")
+    return int(sides[-1]), int(sides[0])

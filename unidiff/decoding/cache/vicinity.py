@@ -1,0 +1,38 @@
+"""Vicinity cache (dInfer, arXiv 2510.08666): the block and its neighbourhood are recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unidiff.decoding.cache.base import check_whole
+from unidiff.decoding.cache.refresh import BlockRefresh, first_and_last, places
+from unidiff.decoding.state import DecodeState
+
+
+@dataclass
+class VicinityCache(BlockRefresh):
+    """A window from `look_back` places before the block to `look_ahead` behind it is recomputed in every pass.
+
+    Between `DualCache` (both 0) and no cache. What is near a block depends on it most. Places count along the row, so
+    for images in raster order 16 places are half a line of 32.
+
+    Args:
+        look_back, look_ahead: places on either side.
+        warmup: dInfer makes the first 4 passes without a cache.
+    """
+
+    warmup: int = 4
+    look_back: int = 16
+    look_ahead: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("look_back", self.look_back, 0)
+        check_whole("look_ahead", self.look_ahead, 0)
+
+    def region(self, state: DecodeState, block: Tensor) -> Tensor:
+        place = places(block)
+        first, last = first_and_last(block)
+        return (place >= first - self.look_back) & (place <= last + self.look_ahead) & (last >= 0)

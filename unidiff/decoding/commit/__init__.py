@@ -1,0 +1,1 @@
+"""Commit rules: which masked positions a pass fills."""

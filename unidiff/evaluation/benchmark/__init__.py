@@ -1,0 +1,1 @@
+"""Timings of decodes, measured side by side."""

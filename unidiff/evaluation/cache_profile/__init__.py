@@ -1,0 +1,1 @@
+"""How much features change between passes, and which cache that suits."""

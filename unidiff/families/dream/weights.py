@@ -1,0 +1,183 @@
+"""Dream (Ye et al. 2025, arXiv 2508.15487): masked diffusion weights that started as Qwen2.5, under Qwen2's names.
+
+Conventions of the family: pre-norm, RMSNorm, grouped keys, biases on queries, keys and values only, rotary by index, no
+time; attention is bidirectional and the logits at a token predict the next one (`MaskedTransformer(shift=True)`).
+DiffuCoder and Dream-Coder have the same network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import ModalityDecoding, SamplerConfig
+from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, plain_rope_theta
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, build
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
+from unidiff.tokens.vocabulary import Vocabulary
+
+PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# upstream's fields of the 7B checkpoints
+RELEASED: Mapping[str, Any] = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "mask_token_id": 151666,
+    "pad_token_id": 151643,
+    "eos_token_id": 151643,
+}
+SPECIALS_7B: Mapping[str, int] = {"im_start": 151644, "im_end": 151645}  # of Qwen2.5's tokenizer; in no config
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}  # of a tied head
+KEYS = ConfigKeys(
+    "dream",
+    used={
+        "hidden_size": Width,
+        "num_hidden_layers": Depth,
+        "num_attention_heads": Depth,
+        "num_key_value_heads": Depth | None,
+        "head_dim": Width | None,
+        "intermediate_size": Width,
+        "vocab_size": Rows,
+        "rms_norm_eps": Annotated[float, Between(0, 1)],
+        "rope_theta": Positive | None,
+        "rope_scaling": Any,  # `plain_rope_theta` looks at these two
+        "rope_parameters": Any,
+        "tie_word_embeddings": bool | None,
+        "max_position_embeddings": Index | None,
+        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
+    },
+    needed=("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    fixed={  # first the value that is built
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False, None),
+        "use_mrope": (False, None),
+        "full_attn_mask": (None, False, True),
+        "attention_bias": (True, None),  # of queries, keys and values
+        "mlp_bias": (False, None),
+    },
+    harmless={
+        "sliding_window": "without use_sliding_window",
+        "max_window_layers": "without use_sliding_window",
+        "layer_types": "without use_sliding_window",
+        "attention_dropout": "dropout is off when a model is used",
+        "initializer_range": "only before training",
+        "use_cache": "how fast, not what",
+    },
+)
+
+
+def load_dream(
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[MaskedTransformer, Vocabulary]:
+    """Model and vocabulary from a released state dict.
+
+    Args:
+        state_dict: upstream names (`model.layers.N...`, `lm_head.weight`).
+        config: a released `config.json`.
+        dtype: cast the weights; None keeps the checkpoint's.
+        device: where to load; None for the CPU.
+
+    Raises:
+        ValueError: an unsupported option, or weights left over, missing or misshaped.
+    """
+    kwargs, vocabulary = dream_config(config), dream_vocabulary(config)
+    return build(kwargs, dream_keymap(kwargs), state_dict, dtype, device), vocabulary
+
+
+def dream_state_dict(model: MaskedTransformer, copies: bool = False) -> dict[str, Tensor]:
+    """The model's weights under released names; with `copies` also a tied head, which is a copy of the embedding."""
+    return dream_keymap(model.config).to_theirs(model.state_dict(), copies)
+
+
+def dream_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
+    """Text ids only, with [MASK] inside the range."""
+    KEYS.check(config)
+    size = config["vocab_size"]
+    mask_id = config.get("mask_token_id")
+    if mask_id is None:
+        raise ConfigError("the config has no mask_token_id; expected the id of [MASK] (151666 in the 7B models)")
+    specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "bos") if config.get(f"{n}_token_id") is not None}
+    if size == RELEASED["vocab_size"]:
+        specials |= SPECIALS_7B
+    return Vocabulary(size, (0, size), (size, size), mask_id, specials=specials)
+
+
+def dream_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for an upstream configuration.
+
+    Raises:
+        ValueError: an option that is not built, with its value.
+    """
+    KEYS.check(config)
+    heads = config["num_attention_heads"]
+    if config.get("head_dim") not in (None, config["hidden_size"] // heads):
+        raise ConfigError(f"config has head_dim = {config['head_dim']}; only hidden_size / heads is supported")
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "ffn_size": config["intermediate_size"],
+        "norm": "rms",
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "activation": "swiglu",
+        "rope": "1d",
+        "rope_theta": plain_rope_theta(config, RELEASED["rope_theta"]),
+        "modality_embedding": False,
+        "tie_head": bool(config.get("tie_word_embeddings", False)),
+        "qkv_bias": True,
+        "shift": True,
+    }
+
+
+def dream_keymap(config: Mapping[str, Any]) -> KeyMap:
+    """Names for a model made with `dream_config` arguments (its `config` serves too)."""
+    size, heads, inner = config["hidden_size"], config["num_heads"], config["ffn_size"]
+    kv = size // heads * (config["num_kv_heads"] or heads)
+    ours, theirs = "blocks.{i}.", "model.layers.{i}."
+    entries = [Entry("embed_tokens.weight", "model.embed_tokens.weight")]
+    for part in ("weight", "bias"):
+        qkv = tuple(f"{theirs}self_attn.{n}_proj.{part}" for n in "qkv")
+        entries.append(Entry(f"{ours}attention.qkv.{part}", qkv, (size, kv, kv)))
+    gates = tuple(f"{theirs}mlp.{n}_proj.weight" for n in ("gate", "up"))
+    entries += [
+        Entry(f"{ours}attention.out.weight", f"{theirs}self_attn.o_proj.weight"),
+        Entry(f"{ours}feed_forward.up.weight", gates, (inner, inner)),
+        Entry(f"{ours}feed_forward.down.weight", f"{theirs}mlp.down_proj.weight"),
+        Entry(f"{ours}attention_norm.weight", f"{theirs}input_layernorm.weight"),
+        Entry(f"{ours}ffn_norm.weight", f"{theirs}post_attention_layernorm.weight"),
+        Entry("final_norm.weight", "model.norm.weight"),
+    ]
+    if not config["tie_head"]:
+        entries.append(Entry("output_weight", "lm_head.weight"))
+    return KeyMap(entries, config["num_layers"], PREFIXES, copies=COPIES if config["tie_head"] else {})
+
+
+def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:
+    """Upstream's recommended settings: a linear schedule, positions ranked by the entropy of their distribution.
+
+    (Confidences are those of the model here, upstream those after temperature and top_p.)
+    """
+    text = ModalityDecoding(
+        steps=steps,
+        rule="quota",
+        schedule="linear",
+        confidence="entropy",
+        temperature=temperature,
+        top_p=top_p,
+    )
+    return SamplerConfig(text=text)

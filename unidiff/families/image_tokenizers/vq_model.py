@@ -1,0 +1,43 @@
+"""Diffusers' `VQModel` (the image tokenizer of Muddit, Meissonic and Lumina) as a family: its names are diffusers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import VQModel
+from torch import Tensor
+
+from unidiff.checked import build_on_meta
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
+from unidiff.tokens.image.vq import VQImageTokenizer, check_vq_config
+
+
+def load_vq_model(
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> VQImageTokenizer:
+    """Image tokenizer from the weights and the `config.json` of a `VQModel` folder.
+
+    Args:
+        state_dict: diffusers' names.
+        config: the `config.json` beside them.
+        dtype: cast the weights; None keeps the checkpoint's.
+        device: where to load; None for the CPU.
+
+    Raises:
+        ValueError: an unknown config key, or weights left over, missing, misshaped or not finite.
+    """
+    fields = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
+    check_vq_config(fields)
+    model: Any = build_on_meta(VQModel, fields)
+    names = KeyMap([Entry(name, name) for name in model.state_dict()], 0)
+    return VQImageTokenizer(assemble(model, names, state_dict, dtype, device))
+
+
+def vq_model_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:
+    """The tokenizer's weights under diffusers' names."""
+    return dict(tokenizer.model.state_dict())

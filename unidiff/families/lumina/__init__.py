@@ -1,0 +1,1 @@
+"""The Lumina-DiMOO family."""

@@ -1,0 +1,1 @@
+"""The Muddit and Meissonic family."""

@@ -1,0 +1,269 @@
+"""UniDisc (Swerdlow et al. 2025, arXiv 2503.20853): checkpoints of its `DIT` network, both layouts.
+
+Conventions of the family: text uses its index, image tokens their row and column; one shared [MASK]; the network takes
+no time unless the config says so. In the *static* layout a row is one text and one image, and padding is ordinary text
+that attention sees and no loss counts. In the *interleaved* one, rows are packed with samples of texts and images of
+several sizes, padding is invisible, and an image adds a vector for its number in the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, section
+from unidiff.families.checkpoint.dit_names import TIME_ENTRIES, head_entries
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, build
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
+from unidiff.tokens.batch import TokenBatch
+from unidiff.tokens.vocabulary import Modality, Vocabulary
+
+PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
+TEXT_VOCAB_SIZE = 32001  # LLaMA-2's ids and [MASK]
+NORM_TYPES = {"layernorm": "layer", "rms": "rms"}
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1e-6
+SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
+INTERLEAVED_SIDES = (16, 32, 48, 64)  # rows and columns of the images that upstream has rotary tables for
+INTERLEAVED_IMAGES = 16  # images of a sample that have a vector of their own
+_OFF = (False, None)
+_HUGE = 2**26
+MODEL_KEYS = ConfigKeys(
+    "unidisc (model)",
+    used={
+        "hidden_size": Width,
+        "n_blocks": Depth,
+        "n_heads": Depth,
+        "cond_dim": Width,
+        "dropout": Annotated[float, Between(0, 0.999)],
+        "norm_type": Literal["layernorm", "rms"],
+        "qk_norm": bool | None,
+        "sandwich_normalization": bool | None,
+        "rope_2d": bool | None,
+        "linear_factor": Positive | None,
+        "modality_embed": bool | None,
+        "force_time_conditioning": bool | None,
+        "text_vocab_size": Rows | None,
+        "image_vocab_size": Rows | None,
+        "length": Annotated[int, Between(-1, _HUGE)] | None,
+    },
+    fixed={  # other networks under the same class
+        "use_pretrained_img_emb": _OFF,
+        "img_cond": _OFF,
+        "cond_label": _OFF,
+        "full_attention": (True, None),
+        "tie_word_embeddings": _OFF,
+        "type": ("ddit", "dit", None),
+    },
+    harmless={
+        "scale_by_sigma": "of another parameterisation",
+        "codebook_embed_dim": "of the image tokenizer",
+        "zero_linear_init": "only before training",
+        "downscale_ratio": "of the image tokenizer",
+    },
+)
+FULL_KEYS = ConfigKeys(
+    "unidisc",
+    used={
+        "model": Mapping[str, Any],
+        "data": Mapping[str, Any] | None,
+        "time_conditioning": bool | None,
+        "vocab_size": Rows | None,
+        "text_vocab_size": Rows | None,
+        "mask_index": Index | None,
+    },
+    needed=("model",),
+    fixed={"parameterization": ("subs",), "backbone": ("dit",), "diffusion": ("absorbing_state",)},
+)
+
+
+def load_unidisc(
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[MaskedTransformer, Vocabulary]:
+    """Model and vocabulary from an upstream state dict and configuration.
+
+    Args:
+        state_dict: upstream names; `module.`, `_orig_mod.`, `_orig_module.` and a top-level `model` are removed.
+        config: the upstream experiment configuration (`model`, `trainer`, `data`, ...), or a mapping that holds it
+            under `config` beside `vocab_size`, `text_vocab_size` and `mask_index`. Keys that do not matter are ignored.
+        dtype: cast the weights; None keeps the checkpoint's.
+        device: where to load; None for the CPU.
+
+    Raises:
+        ValueError: weights left over, missing or misshaped, or an option that is another network.
+    """
+    kwargs = unidisc_config(config)
+    return build(kwargs, unidisc_keymap(kwargs), state_dict, dtype, device), unidisc_vocabulary(config)
+
+
+def unidisc_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
+    """The model's weights under upstream names."""
+    return unidisc_keymap(model.config).to_theirs(model.state_dict())
+
+
+def unidisc_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
+    """Text ids, [MASK], then image codes; upstream's text vocabulary counts [MASK]."""
+    full = _checked(config)
+    model = full["model"]
+    text_size = config.get("text_vocab_size") or model.get("text_vocab_size") or TEXT_VOCAB_SIZE
+    if config.get("vocab_size") is None and model.get("image_vocab_size") is None:
+        raise ConfigError("UniDisc config names neither vocab_size nor model.image_vocab_size; add one")
+    size = config.get("vocab_size") or text_size + model["image_vocab_size"]
+    mask_id = config.get("mask_index")
+    mask_id = text_size - 1 if mask_id is None else mask_id
+    if mask_id != text_size - 1:
+        raise ConfigError(f"mask_index = {mask_id}; UniDisc keeps [MASK] last of its text ids, at {text_size - 1}")
+    specials = {name: i for name, i in SPECIALS.items() if i < mask_id}
+    return Vocabulary(size, (0, mask_id), (text_size, size), mask_id, specials=specials)
+
+
+def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
+    if section(config.get("config", config), "model").get("full_attention") is False:
+        raise ConfigError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
+    full = _checked(config)
+    model = full["model"]
+    norm_type = model.get("norm_type", "layernorm")
+    norm = NORM_TYPES[norm_type]
+    sandwich = bool(model.get("sandwich_normalization", False))
+    packed = unidisc_interleaved(config)
+    return {
+        "vocab_size": unidisc_vocabulary(config).size,
+        "hidden_size": model.get("hidden_size", 768),
+        "num_layers": model.get("n_blocks", 12),
+        "num_heads": model.get("n_heads", 12),
+        "ffn_size": 4 * model.get("hidden_size", 768),
+        "norm": norm,
+        "norm_eps": RMS_NORM_EPS if norm == "rms" else LAYER_NORM_EPS,
+        "qk_norm": "width" if model.get("qk_norm", False) else "none",
+        "qk_norm_type": "layer_bias",
+        "qk_norm_eps": LAYER_NORM_EPS,
+        "activation": "gelu_tanh",
+        "rope": "2d" if model.get("rope_2d", False) else "1d",
+        "rope_linear_factor": 1.0 if packed else float(model.get("linear_factor") or 1.0),
+        "rope_grid": INTERLEAVED_SIDES[0] if packed and model.get("rope_2d", False) else None,
+        "modality_embedding": bool(model.get("modality_embed", False)),
+        "image_embeddings": INTERLEAVED_IMAGES if packed else 0,
+        "time_conditioning": bool(full.get("time_conditioning", False) or model.get("force_time_conditioning", False)),
+        "cond_dim": model.get("cond_dim", 128),
+        "time_tokens": "image",
+        "attention_gate": not sandwich,
+        "sandwich_norm": sandwich,
+        "head_bias": True,
+        "ffn_bias": True,
+        "dropout": float(model.get("dropout", 0.1)),
+    }
+
+
+def unidisc_interleaved(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of the interleaved layout."""
+    packed = section(config.get("config", config), "data").get("require_sample_ids")
+    if not (packed is None or isinstance(packed, bool)):
+        raise ConfigError(f"config data.require_sample_ids is {packed!r}; expected true or false")
+    return bool(packed)
+
+
+def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The experiment configuration, every key of it looked at."""
+    full = config.get("config", config)
+    if full is not config:
+        outer = ConfigKeys("unidisc", {k: v for k, v in FULL_KEYS.used.items() if k not in ("model", "data")})
+        outer.check({key: value for key, value in config.items() if key in outer.used})
+    FULL_KEYS.check(full)
+    MODEL_KEYS.check(full["model"])
+    return full
+
+
+def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:
+    """Names for a model made with `unidisc_config` arguments (its `config` serves too)."""
+    time, sandwich = config["time_conditioning"], config["sandwich_norm"]
+    block = [
+        ("attention.qkv.weight", "attention.attn_qkv.weight"),
+        ("attention.out.weight", "attention.attn_out.weight"),
+        *((f"attention.{n}_norm.{p}",) * 2 for n in "qk" for p in ("weight", "bias") if config["qk_norm"] != "none"),
+        ("attention_norm.weight", "norm1.weight"),
+        ("ffn_norm.weight", "norm2.weight"),
+        *(
+            (f"feed_forward.{ours}.{p}", f"mlp.{n}.{p}")
+            for ours, n in (("up", 0), ("down", 2))
+            for p in ("weight", "bias")
+        ),
+        *((f"ada_ln.linear.{p}", f"adaLN_modulation.{p}") for p in ("weight", "bias") if time),
+        *((("ffn_out_norm.weight", "post_ff_norm.weight"),) if sandwich else ()),
+        *((("attention_out_norm.weight", "pre_residual_norm.weight"),) if sandwich else ()),
+    ]
+    images = config["image_embeddings"]
+    entries = [
+        *([Entry("embed_image.weight", "img_count_embedding")] if images else ()),
+        Entry("embed_tokens.weight", "vocab_embed.embedding"),
+        *(TIME_ENTRIES if time else ()),
+        *([Entry("embed_modality.weight", "modality_embed.embedding")] if config["modality_embedding"] else ()),
+        *(Entry(f"blocks.{{i}}.{ours}", f"blocks.{{i}}.{theirs}") for ours, theirs in block),
+        *head_entries(time),
+    ]
+    return KeyMap(entries, config["num_layers"], PREFIXES)
+
+
+def unidisc_batch(
+    ids: Tensor, modality: Tensor, attended: Tensor | None = None, sample_ids: Tensor | None = None
+) -> TokenBatch:
+    """Ids in UniDisc's layouts as a `TokenBatch`. Each run of image tokens is one square image.
+
+    Static: every position is valid, because the network sees padding; positions that are not `attended` are given, so
+    they are never targets. Interleaved: with `sample_ids`; positions count from 0 in each sample.
+
+    Args:
+        ids, modality: int64 `[B, L]`.
+        attended: `[B, L]`, upstream's attention mask (0 on padding); None for all ones.
+        sample_ids: int64 `[B, L]`, the packed sample of every token, -1 on padding; None for the static layout.
+
+    Raises:
+        ValueError: a run of image tokens that is no square, in the interleaved layout of another side than
+            `INTERLEAVED_SIDES`, or more images in a sample than have a vector.
+    """
+    batch, length = ids.shape
+    samples = torch.zeros_like(ids) if sample_ids is None else sample_ids
+    valid = samples >= 0
+    image = (modality == Modality.IMAGE) & valid
+    positions = torch.zeros(batch, length, 3, dtype=torch.long, device=ids.device)
+    place = torch.arange(length, device=ids.device).expand_as(ids)
+    begins = torch.nn.functional.pad(samples.diff(dim=1) != 0, (1, 0), value=True)
+    positions[..., 0] = (place - torch.where(begins, place, 0).cummax(1).values) * valid
+    images: dict[tuple[int, int], int] = {}
+    for row, start, stop in image_runs(torch.where(image, samples + 1, 0)):
+        side = math.isqrt(stop - start)
+        if side * side != stop - start:
+            raise ValueError(f"row {row} has a run of {stop - start} image tokens; UniDisc images are square grids")
+        if sample_ids is not None:
+            sample = (row, int(samples[row, start]))
+            images[sample] = images.get(sample, 0) + 1
+            if side not in INTERLEAVED_SIDES:
+                raise ValueError(
+                    f"row {row} has an image of {side}x{side} codes; expected a side of {INTERLEAVED_SIDES}"
+                )
+            if images[sample] > INTERLEAVED_IMAGES:
+                raise ValueError(f"a sample of row {row} has more than {INTERLEAVED_IMAGES} images; split it")
+        code = torch.arange(stop - start, device=ids.device)
+        positions[row, start:stop, 1] = code // side
+        positions[row, start:stop, 2] = code % side
+    given = ~valid if attended is None else ~(attended.bool() & valid)
+    return TokenBatch(ids, modality, given, valid, positions, samples)
+
+
+def image_runs(image: Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every run of one non-zero value in int `[B, L]`."""
+    edge = torch.nn.functional.pad(image, (1, 1)).diff(dim=1) != 0  # [B, L + 1]: where the value changes
+    out = []
+    for row, edges in enumerate(edge):
+        bounds = edges.nonzero()[:, 0].tolist()
+        out += [(row, a, b) for a, b in pairwise(bounds) if bool(image[row, a])]
+    return out

@@ -1,0 +1,1 @@
+"""Checks of a released checkpoint against what its authors published."""

@@ -1,0 +1,236 @@
+"""The convolutional autoencoder of VQGAN (Esser et al. 2021, arXiv 2012.09841), with what its descendants vary as options.
+
+LlamaGen's VQ-8 and VQ-16 and the MAGVIT-v2 tokenizer of Show-o and MMaDA are this network with different widths,
+depths and attention, and another quantizer in the middle. Every layer computes in the dtype of its input: weights
+stored in float16 are used in float32, because the decoder's activations overflow float16.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unidiff.checked import CheckedModel
+from unidiff.tokens.image.cell import Quantized
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+
+
+class Conv(nn.Conv2d):
+    """`Conv2d` that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), cast(Tensor, self.bias).to(x.dtype))
+
+
+class ImageNorm(nn.Module):
+    """Group norm with 32 groups, in the dtype of its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % NORM_GROUPS:
+            raise ValueError(f"{channels} channels; this autoencoder needs multiples of {NORM_GROUPS} at every level")
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, NORM_GROUPS, self.weight.to(x.dtype), self.bias.to(x.dtype), NORM_EPS)
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, SiLU, 3 x 3 convolution, added to the input (through a 1 x 1 convolution where the width changes)."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = ImageNorm(inner), Conv(inner, outer, 3, padding=1)
+        self.norm2, self.conv2 = ImageNorm(outer), Conv(outer, outer, 3, padding=1)
+        self.shortcut = Conv(inner, outer, 1) if inner != outer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class ImageAttention(nn.Module):
+    """Single-head attention over all places of `[B, C, h, w]`, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ImageNorm(channels)
+        self.q, self.k, self.v, self.out = (Conv(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (part(h).flatten(2).mT for part in (self.q, self.k, self.v))  # [B, h w, C]
+        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.out(mixed.mT.reshape(x.shape))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each with attention where asked, then half or double the resolution.
+
+    Args:
+        widths: channels coming in, channels of the level.
+        depth: residual blocks.
+        attention: attention after every block.
+        resample: "down", "up" or "none".
+    """
+
+    def __init__(self, widths: tuple[int, int], depth: int, attention: bool, resample: str) -> None:
+        super().__init__()
+        inner, outer = widths
+        self.blocks = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(depth))
+        self.attentions = nn.ModuleList(ImageAttention(outer) for _ in range(depth)) if attention else None
+        self.direction = resample
+        if resample == "down":
+            self.resample: Conv | None = Conv(outer, outer, 3, stride=2)
+        else:
+            self.resample = Conv(outer, outer, 3, padding=1) if resample == "up" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attentions is not None:
+                x = self.attentions[i](x)
+        if self.resample is None:
+            return x
+        if self.direction == "down":
+            return self.resample(F.pad(x, (0, 1, 0, 1)))  # one zero row and column, at the bottom and right only
+        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1, self.block_2 = ResidualBlock(channels, channels), ResidualBlock(channels, channels)
+        self.attention = ImageAttention(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attention(self.block_1(x)))
+
+
+class ConvEncoder(nn.Module):
+    """Pixels `[B, 3, H, W]` to latents `[B, z, H/f, W/f]`, f = 2^(levels - 1).
+
+    Args:
+        channels: width at multiplier 1.
+        multipliers: width of each level, highest resolution first.
+        depths: residual blocks of each level, in the same order.
+        z_channels: channels that come out.
+        attention: attention after every block of the lowest resolution (the middle always has one).
+    """
+
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], depths: Sequence[int], z_channels: int, attention: bool
+    ) -> None:
+        super().__init__()
+        widths = [channels, *(channels * m for m in multipliers)]
+        last = len(multipliers) - 1
+        self.conv_in = Conv(3, channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level((widths[i], widths[i + 1]), depths[i], attention and i == last, "none" if i == last else "down")
+            for i in range(last + 1)
+        )
+        self.middle = Middle(widths[-1])
+        self.norm_out, self.conv_out = ImageNorm(widths[-1]), Conv(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class ConvDecoder(nn.Module):
+    """Latents `[B, z, h, w]` to pixels `[B, 3, f h, f w]`; arguments as `ConvEncoder`.
+
+    `multipliers` and `depths` start at the highest resolution too, but `levels` are in the order in which they run:
+    level 0 is the lowest resolution.
+    """
+
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], depths: Sequence[int], z_channels: int, attention: bool
+    ) -> None:
+        super().__init__()
+        down = list(reversed(range(len(multipliers))))
+        widths = [channels * multipliers[-1], *(channels * multipliers[i] for i in down)]
+        self.conv_in = Conv(z_channels, widths[0], 3, padding=1)
+        self.middle = Middle(widths[0])
+        self.levels = nn.ModuleList(
+            Level((widths[n], widths[n + 1]), depths[i], attention and n == 0, "up" if i else "none")
+            for n, i in enumerate(down)
+        )
+        self.norm_out, self.conv_out = ImageNorm(widths[-1]), Conv(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(x))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ConvTokenizerModel(CheckedModel):
+    """Encoder, quantizer, decoder: what the tokenizers on this network share. Subclasses bring the quantizer.
+
+    Encoding is always in float32 (float64 for float64 weights), so codes do not depend on how weights are stored;
+    decoding too unless the weights are bfloat16, which cannot overflow.
+    """
+
+    encoder: ConvEncoder
+    decoder: ConvDecoder
+    quant_conv: Conv
+    post_quant_conv: Conv
+
+    def _make_networks(self, c: Any, code_dim: int) -> None:
+        sides = ((c.encoder_multipliers, c.encoder_depths), (c.decoder_multipliers, c.decoder_depths))
+        if len({len(part) for side in sides for part in side}) != 1 or not c.encoder_multipliers:
+            raise ValueError(
+                f"encoder_multipliers {tuple(c.encoder_multipliers)}, encoder_depths {tuple(c.encoder_depths)}, "
+                f"decoder_multipliers {tuple(c.decoder_multipliers)} and decoder_depths {tuple(c.decoder_depths)} "
+                "must have one entry per level each"
+            )
+        self.encoder = ConvEncoder(c.encoder_channels, *sides[0], c.z_channels, c.level_attention)
+        self.quant_conv = Conv(c.z_channels, code_dim, 1)
+        self.post_quant_conv = Conv(code_dim, c.z_channels, 1)
+        self.decoder = ConvDecoder(c.decoder_channels, *sides[1], c.z_channels, c.level_attention)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code along each side."""
+        return 2 ** (len(self.config.encoder_multipliers) - 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] to latents `[B, d, h, w]` before quantization; the network itself sees [-1, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            x = images.to(torch.float64 if self._weight_dtype == torch.float64 else torch.float32)
+            return self.quant_conv(self.encoder(x * 2 - 1))
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Code vectors `[B, d, h, w]` to images `[B, 3, H, W]`, 0 to 1 but not clipped."""
+        dtype = torch.float32 if self._weight_dtype == torch.float16 else self._weight_dtype
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self.decoder(self.post_quant_conv(vectors.to(dtype))) * 0.5 + 0.5
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    @property
+    @abstractmethod
+    def codebook_size(self) -> int:
+        """Codes are in `[0, codebook_size)`."""
+
+    @abstractmethod
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Codes of latents `[B, d, h, w]`, with their vectors."""
+
+    @abstractmethod
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Code vectors float32 `[B, d, h, w]` of codes `[B, h, w]`."""

@@ -1,0 +1,230 @@
+"""What a run would cost before it is started: memory per GPU for every way to spread it, operations, and time.
+
+Memory is counted, not measured: weights, gradients, AdamW state and the moving average in float32, what autograd keeps of
+the blocks under bf16 autocast, and the head's pieces. Allocator waste, kernels' workspaces and the system's share are not
+in it: leave a tenth of the memory free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
+from unidiff.models.layers import default_ffn_size
+from unidiff.tokens import Vocabulary
+from unidiff.train.config import TASKS, TaskConfig, TrainConfig
+from unidiff.train.cost.flops import ModelSize, RowFlops, RowShape, block_causal_pairs, model_size, row_flops
+
+GIB = 2**30
+GPUS_PER_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a run, with its bytes per GPU.
+
+    Attributes:
+        mode: `ddp` or `fsdp`; `replicas`: groups with `fsdp` (hybrid sharding), else 1.
+        checkpointing: whether blocks are computed again in the backward pass.
+        weights: parameters, gradients, optimiser state, moving average, bf16 copies, gathered blocks.
+        activations: what the backward pass needs of the blocks.
+        head: pieces of logits and of the head's gradient.
+    """
+
+    mode: str
+    replicas: int
+    checkpointing: bool
+    weights: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.head
+
+    @property
+    def settings(self) -> str:
+        """The settings that choose it."""
+        parts = [f"parallel.mode={self.mode}"]
+        if self.replicas > 1:
+            parts.append(f"parallel.replicas={self.replicas}")
+        if self.checkpointing:
+            parts.append("activation_checkpointing=full")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `training/plan.py` prints.
+
+    Attributes:
+        size: parameters by kind.
+        row: shape of a row; `flops`: its operations, forward and backward.
+        rows_per_step, rows_per_gpu: samples of an optimiser step, and of one forward pass on one GPU.
+        steps: of the run.
+        state_bytes: parameters, gradients, optimiser state and moving average, unsharded.
+        layouts: from the fastest to the most frugal.
+    """
+
+    size: ModelSize
+    row: RowShape
+    flops: RowFlops
+    rows_per_step: int
+    rows_per_gpu: int
+    steps: int
+    state_bytes: int
+    layouts: tuple[Layout, ...]
+
+    @property
+    def step_flops(self) -> float:
+        return self.flops.total * self.rows_per_step
+
+    def days(self, gpus: int, flops_per_second: float) -> float:
+        """Days of the whole run at a rate that each GPU keeps up (measure it with training/benchmark.py)."""
+        return self.steps * self.step_flops / (gpus * flops_per_second) / 86400
+
+    def fitting(self, memory_bytes: float) -> Layout | None:
+        """The first layout that fits, or None."""
+        return next((layout for layout in self.layouts if layout.total <= memory_bytes), None)
+
+
+def make_plan(config: TrainConfig, gpus: int) -> Plan:
+    """Count a run on `gpus` GPUs.
+
+    Raises:
+        ValueError: no declared vocabulary and grid, or a batch that the GPUs cannot share.
+    """
+    if not 1 <= gpus <= 2**20:
+        raise ValueError(f"--gpus is {gpus}; expected a number from 1 to {2**20}")
+    if config.batch_size % gpus:
+        raise ValueError(f"batch_size = {config.batch_size} must be a multiple of the {gpus} GPUs; it counts all rows")
+    vocabulary = declared_vocabulary(config)
+    size = model_size(config.model, vocabulary.size)
+    row = row_shape(config, vocabulary)
+    rows = config.batch_size // gpus
+    kept = block_activation_bytes(config.model, bf16=config.precision == "bf16")
+    layouts = []
+    for mode, replicas in _modes(config, gpus):
+        for checkpointing in (False, True):
+            layouts.append(_layout(config, size, row, rows, gpus, mode, replicas, checkpointing, kept))
+    return Plan(
+        size, row, row_flops(size, row), config.rows_per_step, rows, config.steps, state_bytes(config, size),
+        tuple(layouts),
+    )  # fmt: skip
+
+
+def declared_vocabulary(config: TrainConfig) -> Vocabulary:
+    """The layout that `data.vocabulary` names. Raises ValueError when it or `data.grid` is not set."""
+    if not config.data.vocabulary or not config.data.grid:
+        raise ValueError(
+            "the config declares no data.vocabulary and data.grid; set both, for instance data.vocabulary=unidisc-vq16 data.grid=16"
+        )
+    return Vocabulary.named(config.data.vocabulary)
+
+
+def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:
+    """A mean row of the task mixture: targets of each task, half of them hidden at uniform rates (1 - 2/pi off it with cosine)."""
+    text, image = config.data.text_length, config.data.grid**2
+    weights = {name: getattr(config.tasks, name).weight for name in TASKS}
+    total = sum(weights.values())
+    share = {"text": 0.0, "image": 0.0}
+    for name, weight in weights.items():
+        rate = mean_rate(getattr(config.tasks, name)) * weight / total
+        share["text"] += rate * (name != "t2i")
+        share["image"] += rate * (name in ("joint", "t2i"))
+    row = RowShape(text, image, vocabulary.text_size, vocabulary.image_size)
+    # one share of all positions, weighted by what each modality's slice costs
+    costs = {"text": text * vocabulary.text_size, "image": image * vocabulary.image_size}
+    hidden = sum(share[m] * costs[m] for m in costs) / sum(costs.values())
+    if config.model.get("attention") == "block_causal":  # clean and noisy tokens each see about the same pairs
+        pairs = 2 * block_causal_pairs(row.length, config.model["block_length"])
+        row = replace(row, pairs=pairs, copies=2)
+    return replace(row, hidden_share=hidden)
+
+
+def mean_rate(task: TaskConfig) -> float:
+    """Mean share of targets that a task hides."""
+    means = {"uniform": 1 / 2, "cosine": 0.6366197723675814, "high": 5 / 6, "beta": task.beta / (task.beta + 1)}
+    return means[task.rate]
+
+
+def state_bytes(config: TrainConfig, size: ModelSize) -> int:
+    """float32 weights, gradients and average (12 bytes a parameter) and optimiser state (8, of Muon's matrices 4).
+
+    AdamW's state in 8 bits takes 2 bytes and the scales of its blocks, two float32 per 256 values.
+    With adapters only they have gradients and state; their number is 2 rank (inputs + outputs) per layer.
+    """
+    moments = 8 if config.optimiser.state_bits == 32 else 2 + 8 / 256
+    if config.lora.rank:
+        trained = adapter_parameters(config)
+        return 8 * size.total + round((12 + moments) * trained)  # frozen weights are averaged too
+    matrices = size.block_linear if config.optimiser.name == "muon" else 0
+    return 12 * size.total + round(moments * (size.total - matrices)) + 4 * matrices
+
+
+def adapter_parameters(config: TrainConfig) -> int:
+    """Weights of low-rank adapters on the four linear layers of every block."""
+    model, rank = config.model, config.lora.rank
+    d = int(model.get("hidden_size", 256))
+    inner = model.get("ffn_size") or default_ffn_size(d, model.get("activation", "swiglu"))
+    heads = int(model.get("num_heads", 4))
+    kv = d // heads * int(model.get("num_kv_heads") or heads)
+    up = 2 * inner if model.get("activation", "swiglu") == "swiglu" else inner
+    shapes = {"qkv": (d, d + 2 * kv), "out": (d, d), "up": (d, up), "down": (inner, d)}
+    wanted = config.lora.targets or list(shapes)
+    per_block = sum(rank * sum(shapes[name]) + (shapes[name][1] if config.lora.dora else 0) for name in wanted)
+    return per_block * int(model.get("num_layers", 6))
+
+
+def block_activation_bytes(model: Mapping[str, Any], bf16: bool = True) -> int:
+    """Bytes that autograd keeps of one token in one block (fused attention and norms).
+
+    The residual stream and the inputs of norms are float32, the inputs of matmuls bf16 under autocast.
+    """
+    low = 2 if bf16 else 4
+    d = int(model.get("hidden_size", 256))
+    activation = model.get("activation", "swiglu")
+    inner = model.get("ffn_size") or default_ffn_size(d, activation)
+    heads = int(model.get("num_heads", 4))
+    kv = d // heads * int(model.get("num_kv_heads") or heads)
+    norms = 2 * 4 * d  # residual stream before attention and before the feed-forward
+    matmuls = 2 * low * d  # inputs of qkv and up
+    attention = low * (d + 2 * kv) + low * (d + kv) + low * d  # qkv (v is a view of it), rotated q and k, the output
+    if bf16 and model.get("qk_norm", "none") != "none":
+        attention += 4 * (d + kv)  # float32 copies of the two norms' inputs
+    feed_forward = low * inner * (4 if activation == "swiglu" else 2)  # gate, up, silu(gate), product | up, gelu(up)
+    sandwich = 2 * 4 * d if model.get("sandwich_norm") else 0
+    dropout = 2 * d if model.get("dropout") else 0  # bool masks
+    return norms + matmuls + attention + feed_forward + sandwich + dropout
+
+
+def _modes(config: TrainConfig, gpus: int) -> list[tuple[str, int]]:
+    modes = [("ddp", 1)]
+    if config.optimiser.state_bits == 8:
+        return modes  # whole tensors only
+    if gpus > GPUS_PER_MACHINE and gpus % GPUS_PER_MACHINE == 0:
+        modes.append(("fsdp", gpus // GPUS_PER_MACHINE))
+    return [*modes, ("fsdp", 1)] if gpus > 1 else modes
+
+
+def _layout(
+    config: TrainConfig, size: ModelSize, row: RowShape, rows: int, gpus: int, mode: str, replicas: int,
+    checkpointing: bool, kept: int,
+) -> Layout:  # fmt: skip
+    low = 2 if config.precision == "bf16" else 0
+    one_block = size.blocks // size.num_layers
+    if mode == "ddp":
+        weights = state_bytes(config, size) + low * size.block_linear  # autocast's copies live until the backward pass
+    else:
+        shards = gpus // replicas
+        gathered = 2 * 4 * one_block + 2 * 4 * (size.total - size.blocks)  # two blocks; embeddings, head, gradients
+        weights = state_bytes(config, size) // shards + gathered + low * one_block
+    tokens = rows * row.length * row.copies
+    if checkpointing:
+        activations = tokens * (4 * size.hidden_size * size.num_layers + kept)
+    else:
+        activations = tokens * kept * size.num_layers
+    head = 3 * 4 * TILE_ELEMENTS + 4 * max(size.head, size.embedding)
+    return Layout(mode, replicas, checkpointing, weights, activations, head)

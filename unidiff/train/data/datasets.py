@@ -1,0 +1,112 @@
+"""From `DataConfig` to the training and validation token sources."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from unidiff.addresses import is_remote
+from unidiff.data.encode import EncodeSettings
+from unidiff.data.mixture import parse_sources
+from unidiff.data.shard_names import expand_shards
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+from unidiff.train.config import TrainConfig
+from unidiff.train.data.documents import DocumentTokens
+from unidiff.train.data.shard_source import ShardTokens, is_tokenised, open_shards
+from unidiff.train.data.source import TokenTable
+
+
+def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTable | ShardTokens | None]:
+    """The training source and the held-out one (None when `validation_rows` is 0 and no file is named).
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: nothing is configured, the two disagree, or too few rows are left for training.
+    """
+    data = config.data
+    if not data.train:
+        raise ValueError("data.train is empty; name a token table (.safetensors) or shards")
+    if data.validation and (shared := _files(data.validation) & _files(data.train)):
+        raise _trained_on(data.validation, sorted(shared)[0])
+    table = _open(data.train, config, "train")
+    check_declared(config, table)
+    held_out: TokenTable | ShardTokens | None = None
+    if data.validation:
+        held_out = _open(data.validation, config, "validation")
+        if held_out.vocabulary != table.vocabulary or held_out.grid != table.grid:
+            raise ValueError(f"{data.validation!r} has another vocabulary or grid than {data.train!r}")
+        if held_out.contents() & table.contents():  # copies
+            raise _trained_on(data.validation, "the same content under another name")
+    elif data.validation_rows:
+        if data.validation_rows >= len(table):
+            raise ValueError(
+                f"data.validation_rows = {data.validation_rows} leaves nothing of {len(table)} rows to train on"
+            )
+        table, held_out = table.split(data.validation_rows)
+    return table.seeded(config.seed, phases(config)), held_out
+
+
+def open_documents(config: TrainConfig) -> DocumentTokens | None:
+    """The documents of `data.documents`, None where there are none.
+
+    Raises:
+        FileNotFoundError: shards that are not tokenised.
+        ValueError: shards that cannot be used.
+    """
+    spec = config.data.documents
+    return DocumentTokens(spec, config.seed) if spec else None
+
+
+def check_declared(config: TrainConfig, source: TokenTable | ShardTokens) -> None:
+    """Raise ValueError where `data.vocabulary` and `data.grid` declare something else than the data has."""
+    name, side = config.data.vocabulary, config.data.grid
+    if name:
+        wanted, found = Vocabulary.named(name), source.vocabulary
+        if (wanted.size, wanted.text, wanted.image, wanted.mask_id) != (
+            found.size,
+            found.text,
+            found.image,
+            found.mask_id,
+        ):
+            raise ValueError(
+                f"data.vocabulary is {name!r} (text {wanted.text}, image {wanted.image}), {config.data.train!r} has text "
+                f"{found.text}, image {found.image}; encode the data with the tokenizers of {name!r} or change the setting"
+            )
+    if side and source.grid != (side, side):
+        raise ValueError(f"data.grid is {side}, {config.data.train!r} has {source.grid[0]} x {source.grid[1]} codes")
+
+
+def phases(config: TrainConfig) -> tuple[tuple[int, int], ...] | None:
+    """The curriculum in global sample indices."""
+    total = config.steps * config.rows_per_step
+    return tuple((round(float(share) * total), int(level)) for share, level in config.data.curriculum) or None
+
+
+def _files(spec: str) -> set[str]:
+    """Where the files of weighted sets really are."""
+    urls = [url for pattern, _ in parse_sources(spec) for url in expand_shards(pattern)]
+    return {url if is_remote(url) else os.path.realpath(url) for url in urls}
+
+
+def _trained_on(validation: str, shared: str) -> ValueError:
+    return ValueError(
+        f"data.validation = {validation!r} is trained on, too ({shared}); name other rows, or leave it empty"
+    )
+
+
+def _open(pattern: str, config: TrainConfig, name: str) -> TokenTable | ShardTokens:
+    if Path(pattern).suffix == ".safetensors":
+        return TokenTable.load(pattern)
+    if is_tokenised(pattern):
+        return open_shards(pattern)
+    image, text = config.tokenizer.image, config.tokenizer.text
+    return open_shards(
+        pattern,
+        cache=Path(config.output) / "tokens" / name,
+        image_tokenizer=VQImageTokenizer.from_pretrained(image) if image else None,
+        text_tokenizer=TextTokenizer.from_pretrained(text) if text else None,
+        settings=EncodeSettings(config.data.image_size, config.data.text_length),
+        allow_missing=config.data.allow_missing,
+    )

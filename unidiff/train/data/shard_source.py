@@ -1,0 +1,219 @@
+"""`ShardTokens`: pre-tokenised shards as a `TokenSource`, so that a position is a number and resuming needs no state."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
+from unidiff.data.manifest import TokenManifest
+from unidiff.data.mixture import MixtureSchedule, parse_sources
+from unidiff.data.report import SkipReport
+from unidiff.data.shard_names import check_exist, expand_shards
+from unidiff.data.token_set import (
+    PAIRS,
+    TokenRow,
+    TokenSet,
+    encoding_reports,
+    folder_of,
+    full_report,
+    open_token_set,
+    stamp_of,
+    token_shards,
+)
+from unidiff.diffusion.noise import keyed_bits
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.image.protocol import ImageEncoder
+from unidiff.tokens.text import TextTokenizer
+from unidiff.train.data.source import TokenRows, TokenTable
+
+_LOG = logging.getLogger(__name__)
+_PICK_STREAM = 0x5EED_0002
+
+
+class ShardTokens:
+    """Pre-tokenised shards, one set or several weighted ones, as a `TokenSource`.
+
+    Sample i comes from the set that `MixtureSchedule` names, at that set's own draw number; its shards are permuted every
+    epoch and rows are shuffled among 8 shards at a time. So sample i does not depend on batch size, rank or history.
+    A row without questions gives its caption in place of one. A row that was lost since the shards were written (a
+    cut or vanished tar) is reported in `report` and replaced by another one.
+
+    Args:
+        sets: (shard pattern, weight) of each set, see `parse_sources`.
+        seed: of the order, and of the question picked.
+
+    Attributes:
+        report: rows and shards that could not be read so far.
+        encoding: what the encoding of raw shards left out, by folder of token shards.
+
+    Raises:
+        FileNotFoundError: shards without `tokens.json`.
+        ValueError: refused sources, sets of different layout, or a set without rows.
+    """
+
+    def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
+        self.report = full_report()
+        self._sets: list[TokenSet[TokenRow]] = []
+        weights: list[float] = []
+        for pattern, weight in sets:
+            self._sets.append(open_token_set(pattern, seed, self.report, PAIRS))
+            weights.append(weight)
+        first = self._sets[0].layout
+        for other in self._sets[1:]:
+            if other.layout.layout() != first.layout():
+                raise ValueError(
+                    f"the sets {[p for p, _ in sets]} differ in vocabulary, grid or text length; encode them alike"
+                )
+        self.encoding = encoding_reports(self._sets)
+        self.vocabulary = Vocabulary.from_dict(first.vocabulary)
+        self.text_prefix = first.text_prefix
+        self.seed = seed
+        self._schedule = MixtureSchedule(tuple(weights), seed)
+
+    def __len__(self) -> int:
+        """Rows of all sets."""
+        return sum(s.total for s in self._sets)
+
+    @property
+    def rows(self) -> int:
+        """Distinct samples."""
+        return len(self)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens (height, width)."""
+        return self._sets[0].layout.grid
+
+    @property
+    def text_length(self) -> int:
+        return self._sets[0].layout.text_length
+
+    @property
+    def has_questions(self) -> bool:
+        return any(s.layout.questions for s in self._sets)
+
+    def stamp(self) -> list[Any]:
+        """What the rows are known by later, as plain data; see `stamp_of`."""
+        return [*map(stamp_of, self._sets), list(self._schedule.weights)]
+
+    def contents(self) -> set[str]:
+        """Hashes of the token shards, and of the raw shards behind folders whose token shards are all in use."""
+        found = {str(stamp["hash"]) for part in self._sets for stamp in part.stamps if "hash" in stamp}
+        urls = {url for part in self._sets for url in part.urls}
+        for folder in {folder_of(url) for url in urls}:
+            manifest = TokenManifest.load(folder)
+            if set(manifest.shards) <= {url.rsplit("/", 1)[-1] for url in urls if folder_of(url) == folder}:
+                found |= {str(stamp["hash"]) for stamp in manifest.sources.values() if "hash" in stamp}
+        return found
+
+    def seeded(self, seed: int, phases: tuple[tuple[int, int], ...] | None = None) -> ShardTokens:
+        """The same rows in another order. Shards have no difficulty levels, so `phases` must be None."""
+        if phases is not None:
+            raise ValueError("data.curriculum needs `levels`, which token shards do not have; use a token table")
+        return self._with([part.seeded(seed) for part in self._sets], seed)
+
+    def _with(self, sets: list[TokenSet[TokenRow]], seed: int) -> ShardTokens:
+        other = copy.copy(self)
+        other._sets, other.seed, other._schedule = sets, seed, MixtureSchedule(self._schedule.weights, seed)
+        return other
+
+    def split(self, count: int) -> tuple[ShardTokens, TokenTable]:
+        """All but `count` rows, and those: the last rows of each set, in proportion to the weights, as a table.
+
+        Raises:
+            ValueError: a set has too few rows.
+        """
+        shares = np.asarray(self._schedule.counts) / sum(self._schedule.counts)
+        taken = np.diff(np.round(np.cumsum([0.0, *shares]) * count)).astype(int)
+        parts = [part.hold_out(int(take)) for part, take in zip(self._sets, taken, strict=True)]
+        rest = self._with([part for part, _ in parts], self.seed)
+        rows = [row for _, held in parts for row in held]
+        stacked = self._stack(rows, torch.arange(len(rows)))
+        tensors = {"codes": stacked.codes, "captions": stacked.captions}
+        if stacked.questions is not None and stacked.answer_start is not None:
+            tensors |= {"questions": stacked.questions, "answer_start": stacked.answer_start}
+        return rest, TokenTable(tensors, self.vocabulary, self.text_prefix, self.seed)
+
+    def fetch(self, index: Tensor) -> TokenRows:
+        """See `TokenSource.fetch`."""
+        rows = []
+        for i in index.tolist():
+            part, number = self._schedule.locate(i)
+            rows.append(self._sets[part].draw(number))
+        return self._stack(rows, index)
+
+    def _stack(self, rows: list[TokenRow], index: Tensor) -> TokenRows:
+        codes = torch.stack([row.codes for row in rows]).long()  # [B, h, w]
+        captions = torch.stack([row.caption for row in rows]).long()  # [B, T]
+        if not self.has_questions:
+            return TokenRows(codes, captions, None, None)
+        picks = (keyed_bits(self.seed, index, _PICK_STREAM, 1)[:, 0] & 0x7FFFFFFF).tolist()
+        questions, starts = captions.clone(), torch.full((len(rows),), self.text_prefix)
+        for b, row in enumerate(rows):
+            if row.pairs is not None:
+                which = picks[b] % len(row.pairs[0])
+                questions[b] = torch.from_numpy(row.pairs[0][which]).long()
+                starts[b] = int(row.pairs[1][which])
+        return TokenRows(codes, captions, questions, starts)
+
+
+def is_tokenised(spec: str | Sequence[str]) -> bool:
+    """Whether every set that `spec` names has a `tokens.json`, that is, needs no tokenizers."""
+    try:
+        for pattern, _ in parse_sources(spec):
+            for folder in {folder_of(url) for url in token_shards(pattern)}:
+                TokenManifest.load(folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def open_shards(
+    spec: str | Sequence[str],
+    seed: int = 0,
+    cache: str | Path | None = None,
+    image_tokenizer: ImageEncoder | None = None,
+    text_tokenizer: TextTokenizer | None = None,
+    settings: EncodeSettings | None = None,
+    allow_missing: bool = False,
+) -> ShardTokens:
+    """Open shards for training, raw or pre-tokenised.
+
+    Raw ones are encoded once into `cache` (one folder per weighted set), which a later run with the same settings
+    reuses; both tokenizers and `cache` are then required. Where the raw shards have changed since, or the cache is damaged,
+    they are encoded again, with a note. `allow_missing` counts raw shards that do not exist.
+
+    Raises:
+        FileNotFoundError: a raw shard that does not exist.
+        ValueError: raw shards without tokenizers or cache; and as `ShardTokens` and `encode_shards`.
+    """
+    sets = []
+    for number, (pattern, weight) in enumerate(parse_sources(spec)):
+        if not is_tokenised(pattern):
+            if (Path(pattern) / PROGRESS).is_file():
+                raise ValueError(f"the encoding of {pattern!r} is not finished; run tokenizers/encode_shards.py again")
+            found = expand_shards(pattern)
+            if not allow_missing:
+                check_exist(found)
+            if image_tokenizer is None or text_tokenizer is None or cache is None:
+                raise ValueError(
+                    f"{pattern!r} has no tokens.json, so it is read as raw images and captions: "
+                    "name tokenizer.image and tokenizer.text, or encode it with tokenizers/encode_shards.py"
+                )
+            folder = Path(cache) / f"set{number}"
+            manifest = encode_shards(
+                pattern, image_tokenizer, text_tokenizer, folder, settings, allow_missing=allow_missing, again=True
+            )
+            if manifest.skipped.get("counts"):
+                _LOG.warning("%s: %s", pattern, SkipReport.from_state_dict(manifest.skipped).summary())
+            pattern = str(folder)
+        sets.append((pattern, weight))
+    return ShardTokens(sets, seed)

@@ -1,0 +1,185 @@
+"""Codes of single cells that say what an object looks like there and nothing of the background behind it.
+
+A cell at the edge of an object has other pixels on every background. If it has other codes as well, a transformer has to
+learn each object once per background, and an object on a background that it was never seen on needs codes that were
+never seen together. Here the encoder learns by contrast (InfoNCE, van den Oord et al. 2018, arXiv 1807.03748, eq. 4) that
+the cell on one background is the cell on another; the decoder takes the colour of the background from the cells that
+show nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unidiff.schema import check_fields
+from unidiff.tokens.image.cell import CellVQModel
+from unidiff.worlds.emoji.scenes import BACKGROUNDS, LARGE, MEDIUM, SMALL, Scene, SceneObject, get_profile, render
+
+NOTICEABLE = 24
+"""A cell shows an object if some pixel differs from some background by more than so many of 255 levels."""
+SAME = 0.97
+"""Cells whose latents have at least this cosine share a code."""
+
+
+@dataclass(frozen=True)
+class CellCodes:
+    """How the encoder learns its codes.
+
+    Args:
+        steps: of the optimiser; 0 leaves encoder and codebook to the training of the whole tokenizer.
+        batch: cells per step, each on all backgrounds.
+        learning_rate: highest, of AdamW; falls as a cosine.
+        temperature: of the softmax over cosines.
+    """
+
+    steps: int = 0
+    batch: int = 900
+    learning_rate: float = 2e-3
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self, "cells")
+        if not 0 <= self.steps <= 2**40 or not 1 <= self.batch <= 2**20:
+            raise ValueError(f"cells.steps is {self.steps} and cells.batch {self.batch}; expected at least 0 and 1")
+        if not (0 < self.learning_rate <= 1e3 and 1e-6 <= self.temperature <= 1e6):
+            raise ValueError(
+                f"cells.learning_rate is {self.learning_rate} and cells.temperature {self.temperature}; expected numbers above 0"
+            )
+
+
+def emoji_cells(profile_name: str, factor: int) -> tuple[Tensor, Tensor]:
+    """Every cell of every sprite in every size on all backgrounds, float `[cells, backgrounds, 3, factor, factor]` in
+    [0, 1], and the cells of the backgrounds alone, `[backgrounds, 3, factor, factor]`.
+
+    Raises:
+        ValueError: `factor` does not divide the unit that sprites are placed by, so that cells differ from place to place.
+    """
+    profile = get_profile(profile_name)
+    unit, grounds = profile.unit, torch.tensor(list(BACKGROUNDS.values())) / 255  # [backgrounds, 3]
+    if unit % factor:
+        raise ValueError(f"sprites of {profile_name!r} are placed by {unit} pixels, which factor {factor} must divide")
+    flat = grounds[:, :, None, None].expand(-1, -1, factor, factor).contiguous()
+    cells = []
+    for name in profile.names:
+        for size in (LARGE, MEDIUM, SMALL):
+            scenes = [Scene((SceneObject(name, 0, 0, size),), ground) for ground in BACKGROUNDS]
+            pixels = torch.from_numpy(np.stack([render(scene, profile) for scene in scenes]))  # [backgrounds, H, W, 3]
+            sprite = pixels[:, : size * unit, : size * unit].permute(0, 3, 1, 2).float() / 255
+            grid = sprite.unfold(2, factor, factor).unfold(3, factor, factor)  # [backgrounds, 3, n, n, f, f]
+            own = grid.permute(2, 3, 0, 1, 4, 5).flatten(0, 1)  # [n^2, backgrounds, 3, f, f]
+            shown = (own - flat).abs().flatten(1).amax(1) > NOTICEABLE / 255
+            cells.append(own[shown])
+    return torch.cat(cells), flat
+
+
+def train_cell_codes(
+    model: CellVQModel,
+    cells: Tensor,
+    flat: Tensor,
+    config: CellCodes,
+    bf16: bool,
+    generator: torch.Generator,
+    say: Callable[[dict], None] = lambda line: None,
+) -> dict:
+    """Train the encoder of `model` and place its codebook, one code for each cell that looks like no other. In place.
+
+    Args:
+        cells: `[N, views, 3, f, f]`, the same cell in all its views. flat: `[M, 3, f, f]`, one cell of each background.
+        generator: for the order of the cells.
+        say: takes a line of progress now and then.
+
+    Returns:
+        `cell_codes`: codes in use; `cells_shared`: the share of the cells that have one code in all views.
+
+    Raises:
+        ValueError: more different cells than codes.
+    """
+    trainer = CellTrainer(model, cells, flat, config, bf16, generator)
+    for step in range(config.steps):
+        loss = trainer.step(step)
+        if step % 50 == 0 or step == config.steps - 1:
+            say({"cells": step, "loss": round(float(loss), 4)})
+    report = place_codes(model, trainer.cells, trainer.flat)
+    say(report)
+    return report
+
+
+class CellTrainer:
+    """The encoder's training, step by step; see `train_cell_codes` for the arguments."""
+
+    def __init__(
+        self, model: CellVQModel, cells: Tensor, flat: Tensor, config: CellCodes, bf16: bool, generator: torch.Generator
+    ) -> None:
+        device = model.codebook.device
+        self.model, self.config, self.bf16, self.generator = model, config, bf16, generator
+        self.cells, self.flat = cells.to(device), flat.to(device)
+        self.optimiser = torch.optim.AdamW(
+            model.encoder.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def step(self, step: int) -> Tensor:
+        """Update the weights once; the loss, a scalar."""
+        config = self.config
+        rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.learning_rate * rate
+        chosen = torch.randperm(len(self.cells), generator=self.generator)[: config.batch].to(self.cells.device)
+        with torch.autocast(self.cells.device.type, torch.bfloat16, enabled=self.bf16):
+            views = _latents(self.model, self.cells[chosen].flatten(0, 1)).unflatten(
+                0, (len(chosen), -1)
+            )  # [n, views, d]
+            ground = _latents(self.model, self.flat)  # [M, d]
+        loss = contrast_loss(views, ground, config.temperature)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+
+def contrast_loss(views: Tensor, ground: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each view's own cell among the means of all cells, and of each background among them.
+
+    Args:
+        views: unit latents `[n, views, d]`. ground: unit latents `[M, d]`, a single view each.
+    """
+    keys = torch.cat([F.normalize(views.mean(1), dim=-1), ground])  # [n + M, d]
+    queries = torch.cat([views.flatten(0, 1), ground])
+    own = torch.arange(len(views), device=views.device).repeat_interleave(views.shape[1])
+    target = torch.cat([own, torch.arange(len(ground), device=views.device) + len(views)])
+    return F.cross_entropy(queries @ keys.T / temperature, target)
+
+
+@torch.no_grad()
+def place_codes(model: CellVQModel, cells: Tensor, flat: Tensor) -> dict:
+    """Write the codebook: the backgrounds, then the mean of each cell that is not `SAME` as an earlier one. In place.
+
+    Raises:
+        ValueError: more different cells than codes.
+    """
+    views = torch.stack([_latents(model, view) for view in cells.unbind(1)], 1)  # [N, views, d]
+    means = torch.cat([_latents(model, flat), F.normalize(views.mean(1), dim=-1)])
+    cosine = means @ means.T
+    kept: list[int] = []
+    for number in range(len(means)):
+        if not kept or number < len(flat) or float(cosine[number, kept].max()) < SAME:
+            kept.append(number)
+    size = len(model.codebook)
+    if len(kept) > size:
+        raise ValueError(f"{len(kept)} cells look different but there are {size} codes; raise model.codebook_size")
+    model.codebook[: len(kept)] = means[kept].to(model.codebook.dtype)
+    model.codebook[len(kept) :] = 0  # left over: at a right angle to everything, so nothing is encoded as one of them
+    codes = (views @ model.codebook.float().T).argmax(-1)  # [N, views]
+    shared = (codes == codes[:, :1]).all(1).float().mean()
+    return {"cell_codes": len(kept), "cells_shared": round(float(shared), 4)}
+
+
+def _latents(model: CellVQModel, cells: Tensor) -> Tensor:
+    """Unit latents `[N, d]` of single cells `[N, 3, f, f]`."""
+    return model.latents(cells)[..., 0, 0]

@@ -1,0 +1,215 @@
+"""Pictures for an image tokenizer: some held out, and an endless stream of the others whose position can be saved.
+
+Held out means that no picture of the stream has the same pixels, whatever its name and wherever it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unidiff.data.images import ImagePreprocess
+from unidiff.data.shards import ShardSource
+from unidiff.files import file_stamp
+from unidiff.schema import check_fields
+from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile, render
+
+HELD_OUT = 256
+"""Validation pictures where nothing else is asked for and there are enough."""
+_SHARE = 8  # else one picture in so many
+_WINDOW = 1024  # samples of shards that are shuffled together
+_MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no others
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Where pictures come from: the scene generator (`emoji_profile`), or webdataset shards (`shards`).
+
+    Args:
+        emoji_profile: name of a profile of scenes.
+        emoji_kinds: relative frequencies of single, count, pair and group scenes (many sprites per picture).
+        shards: see `unidiff.data.tar.expand_shards`.
+        image_size: side of the square pictures of shards, in pixels.
+        validation_images: pictures that are never trained on; 0 takes 256, or one in eight of fewer than 2,048.
+    """
+
+    emoji_profile: str | None = None
+    emoji_kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
+    shards: list[str] = field(default_factory=list)
+    image_size: int = 256
+    validation_images: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data")
+        if min(self.emoji_kinds) < 0 or sum(self.emoji_kinds) <= 0:
+            raise ValueError(f"data.emoji_kinds is {self.emoji_kinds}; expected shares, none negative and not all 0")
+        if not 0 <= self.validation_images <= 2**20:
+            raise ValueError(f"data.validation_images is {self.validation_images}; expected a number from 0 to {2**20}")
+        if not 1 <= self.image_size <= 2**14:
+            raise ValueError(f"data.image_size is {self.image_size}; expected pixels from 1 to {2**14}")
+
+
+class PictureStream(Protocol):
+    """Single pictures without end, float32 `[3, H, W]` in [0, 1]."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def state(self) -> dict[str, Any]:
+        """The position behind the last picture, as plain data."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position. Raises ValueError where it is of other data."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a run trains on.
+
+    Attributes:
+        held_out: float32 `[N, 3, H, W]`, for validation only. stream: all others.
+        facts: what the data are known by later.
+    """
+
+    held_out: Tensor
+    stream: PictureStream
+    facts: dict[str, str]
+
+
+def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
+    """Validation pictures and a stream of others.
+
+    Args:
+        factor: pixels per code, which divide the pictures' sides.
+
+    Raises:
+        ValueError: no source or two of them, sides that do not fit, or too few pictures.
+        FileNotFoundError: a shard that does not exist.
+    """
+    if (data.emoji_profile is None) == (not data.shards):
+        raise ValueError("data needs exactly one of emoji_profile (a profile name) and shards (a list of tar files)")
+    if data.emoji_profile is not None:
+        if (side := get_profile(data.emoji_profile).image_size) % factor:
+            raise ValueError(
+                f"pictures of {data.emoji_profile!r} are {side} pixels wide, which factor {factor} must divide"
+            )
+        held_out = emoji_images(data.emoji_profile, seed + 1, 0, data.validation_images or HELD_OUT, data.emoji_kinds)
+        digests = {digest(picture) for picture in held_out}
+        return Pictures(held_out, _Scenes(data, seed, digests), {"held-out pictures": _joint(digests)})
+    prepare = ImagePreprocess(data.image_size, factor)
+    once = ShardSource(data.shards, ("image",), shuffle=_WINDOW, seed=seed)
+    held = _first_different(once, prepare, data)
+    digests = {digest(picture) for picture in held}
+    source = ShardSource(data.shards, ("image",), shuffle=_WINDOW, seed=seed, repeat=True)
+    facts = {"held-out pictures": _joint(digests), "data.shards": _joint(map(_content, source.shards))}
+    return Pictures(torch.stack(held), _Shards(source, prepare, digests), facts)
+
+
+def emoji_images(
+    profile_name: str, seed: int, start: int, count: int, kinds: tuple[float, ...] = ImageData.emoji_kinds
+) -> Tensor:
+    """Rendered training scenes `start .. start + count`: float `[count, 3, H, W]` in [0, 1]."""
+    profile = get_profile(profile_name, kinds=kinds)
+    scenes = SceneGenerator(profile, seed, split="all")
+    return torch.stack([_tensor(render(scenes.scene(start + i), profile)) for i in range(count)])
+
+
+def digest(picture: Tensor) -> bytes:
+    """What two pictures with the same pixels share."""
+    return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+def _first_different(source: ShardSource, prepare: ImagePreprocess, data: ImageData) -> list[Tensor]:
+    """The first pictures to hold out, all different, if at least one other remains."""
+    asked, total = data.validation_images, 0
+    seen: set[bytes] = set()
+    held: list[Tensor] = []
+    wanted = asked or HELD_OUT
+    for sample in source:
+        total += 1
+        picture = prepare(sample["image"])
+        if (own := digest(picture)) in seen:
+            continue
+        seen.add(own)
+        if len(held) < wanted:
+            held.append(picture)
+        if len(seen) > wanted and (asked or len(seen) >= _SHARE * wanted):
+            return held
+    if len(seen) < 2:
+        skipped = f"; {source.report.brief()}" if source.report.counts else ""
+        raise ValueError(
+            f"data.shards hold {total} pictures, {len(seen)} of them different; at least 2 are needed, 1 to hold out{skipped}"
+        )
+    if asked:
+        raise ValueError(
+            f"data.shards hold {len(seen)} different pictures; data.validation_images={asked} would leave none to "
+            f"train on: ask for at most {len(seen) - 1} (0 holds out one in {_SHARE})"
+        )
+    return held[: max(1, len(seen) // _SHARE)]
+
+
+class _Scenes:
+    def __init__(self, data: ImageData, seed: int, held_out: set[bytes]) -> None:
+        self.profile = get_profile(data.emoji_profile or "", kinds=data.emoji_kinds)
+        self.scenes, self.held_out, self.index = SceneGenerator(self.profile, seed, split="all"), held_out, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        repeats = 0
+        while repeats < _MOST_REPEATS:
+            picture = _tensor(render(self.scenes.scene(self.index), self.profile))
+            self.index += 1
+            repeats = repeats + 1 if digest(picture) in self.held_out else 0
+            if not repeats:
+                yield picture
+        raise ValueError(f"all of {_MOST_REPEATS} scenes are held out; lower data.validation_images")
+
+    def state(self) -> dict[str, Any]:
+        return {"scene": self.index}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if type(state.get("scene")) is not int:
+            raise ValueError("the saved position is not one of emoji scenes")
+        self.index = state["scene"]
+
+
+class _Shards:
+    def __init__(self, source: ShardSource, prepare: ImagePreprocess, held_out: set[bytes]) -> None:
+        self.source, self.prepare, self.held_out = source, prepare, held_out
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for sample in self.source:  # without end: some picture is not held out
+            picture = self.prepare(sample["image"])
+            if digest(picture) not in self.held_out:
+                yield picture
+
+    def state(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.source.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("the saved position is not one of shards") from error
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 `[H, W, 3]` -> float32 `[3, H, W]` in [0, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _content(shard: str) -> bytes:
+    """What a local shard is known by, wherever it lies; of one behind an address its name."""
+    if not Path(shard).is_file():
+        return shard.encode()
+    stamp = file_stamp(shard)
+    return f"{stamp['size']} {stamp['hash']}".encode()
+
+
+def _joint(digests: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()

@@ -1,0 +1,303 @@
+"""Checkpoints without pickle: safetensors and JSON in a folder that appears by one rename; a `latest` pointer after it.
+
+<run>/checkpoints/step-00001000/{model,ema,optimiser}.safetensors  state.json  SHA256SUMS   written by one process
+<run>/checkpoints/step-00001000/shards/*.safetensors               state.json  SHA256SUMS   by several (`unidiff.train.run.sharded_checkpoint`)
+<run>/checkpoints/latest, best  names of the newest complete folder, and of the one with the best validation
+
+Either kind can be continued by any number of processes. `sha256sum -c SHA256SUMS` in a checkpoint's folder checks it, too;
+checkpoints from before there were checksums still load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unidiff.errors import DamagedFile, explain, read_json, reading
+from unidiff.files import flush_to_disk, remove_leftovers, replacing, replacing_folder
+
+_LOG = logging.getLogger(__name__)
+PARTS = ("model", "ema", "optimiser")
+SHARDS = "shards"
+STATE = "state.json"
+SUMS = "SHA256SUMS"
+_STEP = re.compile(r"step-(\d{8,})")
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run continues from.
+
+    `state` is plain data: step, samples (the position in the data, from which all noise is keyed), EMA updates, bad steps,
+    config, `facts` about the data and the starting weights; where a validation happened at this very step `score`, the
+    number that `best` compares, and `scored`, which number on which rows it is.
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a run goes on from, and what a person should know about how it was chosen."""
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file under a temporary name and rename it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def step_name(step: int) -> str:
+    """Folder name of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_names(folder: Path) -> list[str]:
+    """Names of the checkpoints in `folder`, the oldest first. Anything else that lies there is not ours."""
+    found = [p.name for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda name: int(name.removeprefix("step-")))
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `folder/step-N`, point `latest` at it, and delete all but the `keep` newest and the best. Returns the new folder.
+
+    A process killed anywhere in here leaves the previous checkpoint in charge.
+
+    Raises:
+        OSError: a full or read-only disk and the like; nothing half-written stays.
+    """
+    name = step_name(checkpoint.state["step"])
+    if latest_name(folder) == name:  # SIGTERM right after a regular save: it is on disk already
+        return folder / name
+    with replacing_folder(folder / name) as temporary:
+        for part in PARTS:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, part).items()}
+            save_file(tensors, temporary / f"{part}.safetensors")
+        write_state(temporary, checkpoint.state)
+        write_sums(temporary)
+    publish(folder, name, keep)
+    return folder / name
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """`state.json`, which says that checksums belong to it."""
+    (folder / STATE).write_text(json.dumps({**state, "sums": SUMS}, indent=1), encoding="utf-8")
+
+
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` about every file below `folder`, and wait until all is on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    for path in (*files, folder / SUMS, *{p.parent for p in files}):
+        flush_to_disk(path)
+
+
+def damage(target: Path, share: tuple[int, int] = (0, 1)) -> str:
+    """What is wrong with a checkpoint folder, as the first part of a sentence; empty when it is whole.
+
+    Args:
+        share: (n, of): hash only every `of`-th file, from the n-th on, where others look at the rest.
+    """
+    if not target.is_dir():
+        return f"checkpoint {target} is not there"
+    try:
+        state = read_json(target / STATE, "the state of a checkpoint")
+        flagged, step = state.get("sums"), state.get("step")
+        if type(step) is int and step >= 0 and step_name(step) != target.name:
+            return f"checkpoint {target} is of step {step}, as its {STATE} says: it was renamed or copied"
+        if not (target / SUMS).is_file():
+            return f"checkpoint {target} lacks {SUMS}" if flagged else _damage_without_sums(target)
+        text = (target / SUMS).read_bytes().decode("utf-8", "replace")
+        listed = {name: digest for digest, name in _LINE.findall(text)}
+        if text != "".join(f"{digest}  {name}\n" for name, digest in listed.items()) or not listed:
+            return f"checkpoint {target} is damaged: {SUMS} is no list of checksums"
+        found = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
+        needed = set() if (target / SHARDS).is_dir() else {f"{part}.safetensors" for part in PARTS}
+        if missing := sorted(({*listed, STATE} | needed) - found):
+            return f"checkpoint {target} lacks {', '.join(missing)}"
+        if strays := sorted(name for name in found - set(listed) if name.endswith(".safetensors") or name == STATE):
+            return f"checkpoint {target} is damaged: {strays[0]} is not in {SUMS}"
+        for name in sorted(listed)[share[0] :: share[1]]:
+            if _digest(target / name) != listed[name]:
+                return f"checkpoint {target} is damaged: {name} does not have its checksum in {SUMS}"
+    except FileNotFoundError:
+        return f"checkpoint {target} lacks {STATE}"
+    except (OSError, ValueError) as error:
+        return f"checkpoint {target} is damaged: {explain(error)}"
+    return ""
+
+
+def _damage_without_sums(target: Path) -> str:
+    """Of a checkpoint from before there were checksums: missing and cut files."""
+    files = [target / f"{part}.safetensors" for part in PARTS]
+    if (target / SHARDS).is_dir():
+        files = sorted((target / SHARDS).glob("*.safetensors"))
+    if missing := [path.name for path in files if not path.is_file()]:
+        return f"checkpoint {target} lacks {', '.join(missing)}"
+    for path in files:
+        with reading(path, "a safetensors file"), safe_open(path, "pt"):
+            pass
+    return ""
+
+
+def choose(
+    folder: Path, fallback: bool, damaged: Callable[[Path], str] = damage, setting: str = "checkpoint.fallback=true"
+) -> Choice | None:
+    """The checkpoint that `latest` names; without that file the newest one; None when there is none at all.
+
+    Args:
+        folder: `<run>/checkpoints`.
+        fallback: take the newest whole one where that one is damaged.
+        damaged: says what is wrong with a checkpoint.
+        setting: what a person types for `fallback`, for the message.
+
+    Raises:
+        DamagedFile: it is damaged; the message names the newest whole one besides it, and how to go on from there.
+    """
+    names, notes, wrong, name = step_names(folder), [], "", None
+    try:
+        name = latest_name(folder)
+    except (OSError, ValueError) as error:
+        wrong = explain(error) or str(error)
+    if name is None and not wrong:
+        if not names:
+            return None
+        name = names[-1]
+        notes.append(f"{folder / 'latest'} is missing; {name} is the newest checkpoint there")
+    wrong = wrong or damaged(folder / str(name))
+    if not wrong:
+        if names and name != names[-1]:
+            notes.append(f"{folder / 'latest'} names {name}; {names[-1]}, which lies there too, is not used")
+        return Choice(str(name), notes)
+    whole = next((other for other in reversed(names) if other != name and not damaged(folder / other)), None)
+    if whole is None:
+        raise DamagedFile(f"{wrong}; no other checkpoint there is whole: choose another output=, or bring back a copy")
+    if not fallback:
+        raise DamagedFile(f"{wrong}; {whole} is whole: go on from there with {setting}")
+    return Choice(whole, [*notes, f"{wrong}; going on from {whole}"])
+
+
+def settle(folder: Path, choice: Choice) -> None:
+    """Let `latest` name the chosen checkpoint, and say how it was chosen where that is not plain."""
+    for note in choice.notes:
+        _LOG.warning("%s", note)
+    if not (folder / "latest").is_file() or (folder / "latest").read_bytes() != f"{choice.name}\n".encode():
+        write_atomic(folder / "latest", choice.name + "\n")
+
+
+def publish(folder: Path, name: str, keep: int) -> None:
+    """Let the complete folder `name` be the newest: pointers, then the deletion of what is no longer kept."""
+    flush_to_disk(folder)
+    score, scored = _score(folder, name)
+    if score < score_of(folder, pointed_name(folder, "best"), scored):
+        write_atomic(folder / "best", name + "\n")
+    write_atomic(folder / "latest", name + "\n")
+    for stray in folder.glob(".step-*.*"):  # of processes that were killed
+        remove_leftovers(folder / stray.name.split(".")[1])
+    kept = {name, pointed_name(folder, "best"), *step_names(folder)[-keep:]}
+    for old in step_names(folder):
+        if old not in kept:
+            shutil.rmtree(folder / old, ignore_errors=True)
+
+
+def pointed_name(folder: Path, pointer: str) -> str | None:
+    """The folder name that the file `pointer` (`latest` or `best`) holds, or None without that file.
+
+    Raises:
+        DamagedFile: it holds something else.
+    """
+    path = folder / pointer
+    if not path.exists():
+        return None
+    found = "newest checkpoint is found" if pointer == "latest" else "best one is looked for anew"
+    with reading(path, "the name of a checkpoint", f"delete it: the {found} without it"):
+        name = path.read_text(encoding="utf-8").removesuffix("\n")
+        if not _STEP.fullmatch(name):
+            raise ValueError(f"it holds {name[:80]!r}")
+    return name
+
+
+def latest_name(folder: Path) -> str | None:
+    """The folder name that `latest` holds, or None."""
+    return pointed_name(folder, "latest")
+
+
+def score_of(folder: Path, name: str | None, scored: str | None = None) -> float:
+    """The validation number saved with a checkpoint; infinity where there is none.
+
+    Args:
+        scored: which number on which rows is asked for; another one cannot be compared and does not count.
+    """
+    score, own = _score(folder, name)
+    return score if None in (scored, own) or own == scored else math.inf
+
+
+def _score(folder: Path, name: str | None) -> tuple[float, str | None]:
+    path = folder / (name or "") / STATE
+    if not name or not path.is_file():
+        return math.inf, None
+    state = read_json(path, "the state of a checkpoint")
+    score, scored = state.get("score", math.inf), state.get("scored")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not isinstance(scored, str | None):
+        raise DamagedFile(f"{str(path)!r} is damaged: score is {score!r}; delete {str(folder / 'best')!r} to go on")
+    return score, scored
+
+
+def load_checkpoint(folder: Path, fallback: bool = False, setting: str = "--fallback") -> Checkpoint | None:
+    """The checkpoint that `choose` finds, written by one process, or None when there is none.
+
+    Raises:
+        DamagedFile: it is damaged; see `choose`.
+    """
+    choice = choose(folder, fallback, setting=setting)
+    if choice is None:
+        return None
+    settle(folder, choice)
+    return read_checkpoint(folder / choice.name)
+
+
+def read_checkpoint(target: Path) -> Checkpoint:
+    """A checkpoint's folder that one process wrote. Raises DamagedFile where it cannot be read."""
+    parts = {}
+    for part in PARTS:
+        path = target / f"{part}.safetensors"
+        with reading(path, "a part of a checkpoint"):
+            parts[part] = load_file(path)
+    return Checkpoint(**parts, state=read_state(target))
+
+
+def read_state(target: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises DamagedFile, or FileNotFoundError when it is not there."""
+    return read_json(target / STATE, "the state of a checkpoint")
+
+
+def check_kind(state: Mapping[str, Any], expected: str, folder: Path) -> None:
+    """Raise ValueError for the state of another kind of run: `expected` is the key that a kind has its settings under."""
+    for key, name in {"config": "a model's training", "settings": "an image tokenizer's training"}.items():
+        if key != expected and key in state and expected not in state:
+            raise ValueError(f"{str(folder)!r} holds checkpoints of {name}; name another output folder")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Synthetic worlds whose pictures an exact reader can check."""

@@ -1,0 +1,1 @@
+"""The emoji world: scenes, words, cases, readers and the demo."""

@@ -1,0 +1,197 @@
+"""The cases of EmojiEval: prompts, pictures to describe, questions and holes, fixed by the seed.
+
+Every case is a pure function of (profile, task, seed, number); another seed gives others. Scenes come from the training
+split's distribution (its held-out compositions never occur in training) under seeds that training does not use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from unidiff.worlds.emoji.language import NUMBERS, article, draw_caption, draw_question
+from unidiff.worlds.emoji.parse import Facts, parse_caption
+from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, SceneObject
+
+CATEGORIES = ("single_object", "two_objects", "counting", "background", "position", "composition")
+HELD_OUT = "held_out_composition"
+QUESTION_KINDS = ("exists", "number", "colour", "what", "related", "where", "side")
+
+
+@dataclass(frozen=True)
+class PromptCase:
+    """A prompt, what it states, and the scene it was written for (any scene that bears out the facts is right)."""
+
+    prompt: str
+    facts: Facts
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class QuestionCase:
+    """A question about the picture of a scene and its one right answer."""
+
+    kind: str
+    scene: Scene
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class InpaintCase:
+    """A picture of two objects with one repainted, and its caption.
+
+    Attributes:
+        scene: two objects.
+        hole: the object to be repainted.
+        caption: the whole caption; it names the object in the hole.
+        before, name, after: the caption around the name of the *visible* object, which is hidden too; `name` is empty
+            where the caption is given in full.
+    """
+
+    scene: Scene
+    hole: SceneObject
+    caption: str
+    before: str
+    name: str
+    after: str
+
+    def mask(self, profile: Profile) -> np.ndarray:
+        """bool `[H, W]`, True in the hole."""
+        mask = np.zeros((profile.image_size, profile.image_size), bool)
+        size, top, left = self.hole.size * profile.unit, self.hole.row * profile.unit, self.hole.col * profile.unit
+        mask[top : top + size, left : left + size] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class _Category:
+    kinds: tuple[str, ...]
+    wanted: Callable[[Facts, int], bool]
+    split: str = "train"
+
+
+_CATEGORIES = {
+    "single_object": _Category(("single",), lambda f, i: f.zone is None and f.size is None),
+    "two_objects": _Category(("pair",), lambda f, i: f.relation is None),
+    "counting": _Category(("count",), lambda f, i: True),
+    "background": _Category(KINDS, lambda f, i: f.background is not None),
+    "position": _Category(("single", "pair"), lambda f, i: f.zone is not None or f.relation is not None),
+    "composition": _Category(("pair", "group"), lambda f, i: f.background is not None),
+    HELD_OUT: _Category(KINDS, lambda f, i: f.background is not None, "held_out"),
+}
+
+
+def task_seed(task: str, seed: int) -> int:
+    """A generator seed of its own for each task, away from the small seeds that training uses."""
+    return int.from_bytes(hashlib.sha256(f"emoji eval|{task}|{seed}".encode()).digest()[:6], "big") | 1 << 48
+
+
+def scenes(task: str, kinds: tuple[str, ...], n: int, seed: int, profile: Profile, split: str = "train") -> list[Scene]:
+    """`n` scenes, the kinds in turn."""
+    generator = SceneGenerator(profile, task_seed(task, seed), split)
+    return [generator.scene(i, kinds[i % len(kinds)]) for i in range(n)]
+
+
+def prompt_cases(category: str, n: int, seed: int, profile: Profile) -> list[PromptCase]:
+    """Prompts of a category, drawn from the captions that state what the category asks for.
+
+    Raises:
+        ValueError: an unknown category.
+    """
+    if category not in _CATEGORIES:
+        raise ValueError(f"unknown category {category!r}; expected one of {', '.join(_CATEGORIES)}")
+    rule = _CATEGORIES[category]
+    cases = []
+    for i, scene in enumerate(scenes(category, rule.kinds, n, seed, profile, rule.split)):
+        rng = random.Random(f"prompt|{category}|{seed}|{i}")
+        while True:
+            prompt = draw_caption(scene, rng)
+            facts = parse_caption(prompt, profile.names)
+            if facts is not None and rule.wanted(facts, i):
+                break
+        cases.append(PromptCase(prompt, facts, scene))
+    return cases
+
+
+def caption_scenes(kind: str, n: int, seed: int, profile: Profile) -> list[Scene]:
+    """Pictures of one kind to describe."""
+    return scenes(f"caption {kind}", (kind,), n, seed, profile)
+
+
+def question_cases(n: int, seed: int, profile: Profile) -> list[QuestionCase]:
+    """Questions of all kinds in turn; yes and no alternate within their kinds, the numbers take turns too."""
+    generator = SceneGenerator(profile, task_seed("answer", seed))
+    fresh = count()  # numbers of scenes not used yet
+    cases = []
+    for i in range(n):
+        kind, turn = QUESTION_KINDS[i % len(QUESTION_KINDS)], i // len(QUESTION_KINDS)
+        wanted, places = _wanted_answer(kind, turn)
+        while True:
+            number = next(fresh)
+            scene = generator.scene(number, places[turn % len(places)])
+            rng = generator.rng(number, "question")
+            question, answer = draw_question(scene, profile, rng)
+            if question_kind(question) == kind and wanted in (None, answer):
+                break
+        cases.append(QuestionCase(kind, scene, question, answer))
+    return cases
+
+
+def _wanted_answer(kind: str, turn: int) -> tuple[str | None, tuple[str, ...]]:
+    """The answer that is this question's turn, None for any, and the kinds of scene that allow it."""
+    if kind in ("exists", "related"):
+        return ("yes", "no")[turn % 2], KINDS if kind == "exists" else ("pair",)
+    if kind == "number":
+        wanted = NUMBERS[1 + turn % len(NUMBERS)]
+        return wanted, ("single",) if wanted == "one" else ("count",)
+    return None, {"colour": KINDS, "what": ("single", "count"), "where": ("single",), "side": ("pair",)}[kind]
+
+
+def question_kind(question: str) -> str:
+    """Which of `QUESTION_KINDS` a question is."""
+    for start, kind in (
+        ("is there ", "exists"),
+        ("is the ", "related"),
+        ("how many ", "number"),
+        ("where is ", "where"),
+        ("what colour ", "colour"),
+        ("what is in the picture", "what"),
+    ):
+        if question.startswith(start):
+            return kind
+    return "side"
+
+
+def inpaint_cases(n: int, seed: int, profile: Profile) -> list[InpaintCase]:
+    """Holes in pictures of two objects: in turn with the whole caption, and with the visible object's name hidden."""
+    cases = []
+    for i, scene in enumerate(scenes("inpaint", ("pair",), n, seed, profile)):
+        rng = random.Random(f"inpaint|{seed}|{i}")
+        hole, seen = rng.sample(scene.objects, 2)
+        while True:
+            caption = draw_caption(scene, rng)
+            facts = parse_caption(caption, profile.names)
+            if facts is not None and facts.relation is not None:
+                break
+        before, name, after = caption, "", ""
+        if i % 2:
+            head, phrase, after = _around(caption, article(seen.name), article(hole.name))
+            before, name = head + phrase.removesuffix(seen.name), seen.name
+        cases.append(InpaintCase(scene, hole, caption, before, name, after))
+    return cases
+
+
+def _around(caption: str, phrase: str, other: str) -> tuple[str, str, str]:
+    """Split a caption at a phrase, but not inside the other object's phrase (`a fire` in `a fire engine`)."""
+    taken = caption.index(other)
+    for match in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption):
+        if not taken <= match.start() < taken + len(other):
+            return caption[: match.start()], phrase, caption[match.end() :]
+    raise ValueError(f"{phrase!r} is not in {caption!r}")

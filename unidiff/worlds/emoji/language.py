@@ -1,0 +1,200 @@
+"""What is said about emoji scenes: captions with their exact distribution, and balanced questions with answers.
+
+The caption distribution depends on the scene alone, and a scene can be read back from its picture, so the entropy
+H(caption | picture) is exactly the entropy of the enumerated caption distribution.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from itertools import permutations
+
+from unidiff.worlds.emoji.scenes import BACKGROUNDS, LARGE, UNITS, Profile, Scene, SceneObject
+
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+# Names that are plural or a mass already: no article, and the same word for any number.
+UNCOUNTED = {
+    "cherries", "grapes", "bread", "bacon", "broccoli", "garlic", "peanuts", "pancakes", "french fries", "popcorn",
+    "sushi", "chocolate", "tennis", "american football", "bowling", "ping pong", "books", "soap", "glasses", "fire",
+    "high voltage",
+}  # fmt: skip
+ZONES = {
+    (0, 0): "top left", (0, 1): "top", (0, 2): "top right",
+    (1, 0): "left", (1, 1): "centre", (1, 2): "right",
+    (2, 0): "bottom left", (2, 1): "bottom", (2, 2): "bottom right",
+}  # fmt: skip
+ZONE_PHRASES = {
+    "top left": ("in the top left corner", "at the top left"),
+    "top right": ("in the top right corner", "at the top right"),
+    "bottom left": ("in the bottom left corner", "at the bottom left"),
+    "bottom right": ("in the bottom right corner", "at the bottom right"),
+    "top": ("at the top", "near the top"),
+    "bottom": ("at the bottom", "near the bottom"),
+    "left": ("on the left", "on the left side"),
+    "right": ("on the right", "on the right side"),
+    "centre": ("in the centre", "in the middle"),
+}
+RELATIONS = {
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+    "above": ("above", "on top of"),
+    "below": ("below", "under"),
+}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OPENERS = ("", "a picture of ", "an image of ")
+GROUND_PHRASES = ("on a {} background", "on {}", "against a {} background", "with a {} background")
+_NO_GROUND = 0.1  # share of captions that leave the background out
+
+
+def article(name: str) -> str:
+    """`a dog face`, `an owl`, `cherries`."""
+    if name in UNCOUNTED:
+        return name
+    vowel = name[0] in "aeiou" and name not in {"unicorn", "ewe"}
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    """`dog faces`, `ears of corn`, `cherries`."""
+    if name in UNCOUNTED:
+        return name
+    head, of, rest = name.partition(" of ")
+    irregular = {"butterfly": "butterflies", "candy": "candies", "strawberry": "strawberries", "fox": "foxes",
+                 "wolf": "wolves", "maple leaf": "maple leaves", "tropical fish": "tropical fish", "ewe": "ewes",
+                 "four leaf clover": "four leaf clovers", "deer": "deer", "bus": "buses", "cactus": "cacti",
+                 "octopus": "octopuses", "compass": "compasses", "hibiscus": "hibiscuses", "die": "dice",
+                 "game die": "game dice", "torch": "torches", "watch": "watches", "peach": "peaches",
+                 "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "volcano": "volcanoes",
+                 "dress": "dresses", "kiwi fruit": "kiwi fruits", "cherry blossom": "cherry blossoms",
+                 "lady beetle": "lady beetles", "snowflake": "snowflakes", "radio": "radios", "trophy": "trophies",
+                 "puzzle piece": "puzzle pieces", "teacup without handle": "teacups without handle",
+                 "globe showing Europe-Africa": "globes showing Europe-Africa", "teddy bear": "teddy bears"}  # fmt: skip
+    if head.endswith(("s", "x", "ch", "sh")) and head not in irregular:
+        irregular[head] = head + "es"
+    return irregular.get(head, head + "s") + of + rest
+
+
+def counted(name: str, n: int) -> str:
+    """`a dog face` for one, `three dog faces` for more."""
+    return article(name) if n == 1 else f"{NUMBERS[n]} {plural(name)}"
+
+
+def zone(item: SceneObject) -> str:
+    """Which of nine places a sprite is at: flush with an edge, or between."""
+    last = UNITS - item.size
+    place = [0 if at <= 0 else 2 if at >= last else 1 for at in (item.row, item.col)]
+    return ZONES[place[0], place[1]]
+
+
+def relation(first: SceneObject, second: SceneObject) -> str:
+    """Where `first` is as seen from `second`, along the axis on which they differ more."""
+    down, right = first.row - second.row, first.col - second.col
+    if abs(right) >= abs(down):
+        return "left of" if right < 0 else "right of"
+    return "above" if down < 0 else "below"
+
+
+def caption_distribution(scene: Scene) -> dict[str, float]:
+    """Every caption the grammar may give for a scene, with its probability; they sum to one."""
+    result: dict[str, float] = defaultdict(float)
+    grounds = [("", _NO_GROUND)]
+    share = (1.0 - _NO_GROUND) / len(GROUND_PHRASES)
+    grounds += [(" " + phrase.format(scene.background), share) for phrase in GROUND_PHRASES]
+    for core, p_core in _cores(scene).items():
+        for opener in OPENERS:
+            for ground, p_ground in grounds:
+                result[opener + core + ground] += p_core * p_ground / len(OPENERS)
+    return dict(result)
+
+
+def caption_entropy(scene: Scene) -> float:
+    """H(caption | scene) in nats, exactly."""
+    return -sum(p * math.log(p) for p in caption_distribution(scene).values())
+
+
+def draw_caption(scene: Scene, rng: random.Random) -> str:
+    """One caption from `caption_distribution`."""
+    options = caption_distribution(scene)
+    return rng.choices(list(options), list(options.values()))[0]
+
+
+def _cores(scene: Scene) -> dict[str, float]:
+    objects, counts = scene.objects, scene.counts
+    if len(objects) == 1:
+        return _single_cores(objects[0])
+    if len(counts) == 1:
+        name, n = next(iter(counts.items()))
+        return {counted(name, n): 1.0}
+    cores: dict[str, float] = defaultdict(float)
+    if len(objects) == 2:
+        for first, second in permutations(objects, 2):
+            for phrase in RELATIONS[relation(first, second)]:
+                cores[f"{article(first.name)} {phrase} {article(second.name)}"] += 0.8 / 4
+            cores[f"{article(first.name)} and {article(second.name)}"] += 0.1
+        return cores
+    orders = list(permutations(counts.items()))
+    for order in orders:
+        phrases = [counted(name, n) for name, n in order]
+        cores[", ".join(phrases[:-1]) + " and " + phrases[-1]] += 1.0 / len(orders)
+    return cores
+
+
+def _single_cores(item: SceneObject) -> dict[str, float]:
+    sizes = {"": 0.8, "large ": 0.2} if item.size == LARGE else {"": 0.4, "small ": 0.6}
+    places = {"": 0.4, **{" " + phrase: 0.6 / 2 for phrase in ZONE_PHRASES[zone(item)]}}
+    cores = {}
+    for size, p_size in sizes.items():
+        name = article(item.name) if not size else _sized(item.name, size)
+        for place, p_place in places.items():
+            cores[name + place] = p_size * p_place
+    return cores
+
+
+def _sized(name: str, size: str) -> str:
+    return size + name if name in UNCOUNTED else f"a {size}{name}"
+
+
+def draw_question(scene: Scene, profile: Profile, rng: random.Random) -> tuple[str, str]:
+    """A question about the scene and its answer. Yes and no are equally likely, and so are the numbers one to five
+    at the default mix of scenes."""
+    kinds = {"colour": 1.0, "exists": 1.5}
+    if len(scene.objects) == 1:
+        kinds |= {"what": 1.0, "where": 1.0, "number": 0.4}
+    elif len(scene.counts) == 1:
+        kinds |= {"what": 1.0, "number": 3.0}
+    elif len(scene.objects) == 2:
+        kinds |= {"what side": 2.0, "related": 1.5}
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    first = rng.choice(scene.objects)
+    if kind == "colour":
+        return "what colour is the background?", scene.background
+    if kind == "what":
+        return "what is in the picture?", first.name
+    if kind == "where":
+        return f"where is the {first.name}?", zone(first)
+    if kind == "number":
+        return f"how many {plural(first.name)} are there?", NUMBERS[scene.counts[first.name]]
+    if kind == "exists":
+        present = rng.random() < 0.5
+        absent = [n for n in profile.names if n not in scene.counts]
+        name = first.name if present else rng.choice(absent)
+        return f"is there {article(name)}?", "yes" if present else "no"
+    other = next(o for o in scene.objects if o is not first)
+    side = relation(first, other)
+    if kind == "related":
+        true = rng.random() < 0.5
+        claimed = side if true else rng.choice([r for r in RELATIONS if r != side])
+        question = f"is the {first.name} {RELATIONS[claimed][0]} the {other.name}?"
+        return question, "yes" if true else "no"
+    place = {"left of": "on the left", "right of": "on the right", "above": "at the top", "below": "at the bottom"}
+    return f"what is {place[side]}?", first.name
+
+
+def vocabulary_words(profile: Profile) -> list[str]:
+    """Every phrase the grammar is made of; handy for tests and for training the text tokenizer."""
+    words = [*BACKGROUNDS, *NUMBERS.values(), *ZONES.values()]
+    for name in profile.names:
+        words += [article(name), plural(name)]
+    return words

@@ -1,0 +1,209 @@
+"""Seeded scenes of emoji sprites on flat backgrounds: unlimited, exactly described, and readable back from pixels.
+
+A scene is laid out on an 8 x 8 grid of units (8 px each at 64 px, 16 px at 128 px) so that sprite origins fall on
+multiples of the tokenizer factor. Four kinds: one object, several of the same, a pair in a relation, a mixed group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+
+from unidiff.worlds.emoji.atlas import Atlas, default_atlas
+
+UNITS = 8
+LARGE, MEDIUM, SMALL = 4, 3, 2  # sprite sizes in units: 32, 24 and 16 px at 64 px
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (248, 248, 248),
+    "black": (22, 22, 26),
+    "gray": (146, 148, 152),
+    "red": (196, 44, 48),
+    "green": (62, 150, 76),
+    "blue": (52, 104, 214),
+    "yellow": (246, 208, 70),
+    "purple": (142, 84, 186),
+}
+KINDS = ("single", "count", "pair", "group")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """A sprite: its name, the unit row and column of its top left corner, its size in units, and a pixel offset."""
+
+    name: str
+    row: int
+    col: int
+    size: int
+    offset: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects on a background; the whole truth about a picture."""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each name occurs."""
+        return dict(Counter(o.name for o in self.objects))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large the pictures are and what may appear in them.
+
+    Args:
+        name: for reports.
+        image_size: pixels per side, a multiple of 8 units.
+        num_objects: the first so many sprites of the atlas are used.
+        kinds: relative frequency of each kind of scene, in the order of `KINDS`.
+        free_jitter: sprites move by up to so many pixels off the grid (0 in the embedded recipe: every sub-cell phase
+            multiplies the number of appearances the model has to learn).
+    """
+
+    name: str
+    image_size: int
+    num_objects: int
+    kinds: tuple[float, float, float, float] = (0.45, 0.2, 0.2, 0.15)
+    free_jitter: int = 0
+    atlas: Atlas = field(default_factory=default_atlas, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0 or self.image_size % UNITS:
+            raise ValueError(f"image_size {self.image_size} must be a positive multiple of {UNITS}")
+        if not 2 <= self.num_objects <= len(self.atlas.names):
+            raise ValueError(f"num_objects {self.num_objects} must lie in 2..{len(self.atlas.names)}, the atlas size")
+
+    @property
+    def unit(self) -> int:
+        """Pixels per grid unit."""
+        return self.image_size // UNITS
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.atlas.names[: self.num_objects]
+
+
+def get_profile(name: str, **changes) -> Profile:
+    """`cpu` (64 px, 64 objects) or `gpu` (128 px, the whole atlas), with fields changed by keyword."""
+    if name == "cpu":
+        return Profile(**{"name": "cpu", "image_size": 64, "num_objects": 64, **changes})
+    if name == "gpu":
+        return Profile(**{"name": "gpu", "image_size": 128, "num_objects": len(default_atlas().names), **changes})
+    raise ValueError(f"unknown profile {name!r}; expected 'cpu' or 'gpu'")
+
+
+def render(scene: Scene, profile: Profile) -> np.ndarray:
+    """The picture: uint8 `[H, W, 3]`."""
+    size, unit = profile.image_size, profile.unit
+    canvas = np.empty((size, size, 3), np.float32)
+    canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255.0
+    for item in scene.objects:
+        sprite = profile.atlas.scaled(item.size * unit)[profile.atlas.names.index(item.name)]
+        top, left = item.row * unit + item.offset[0], item.col * unit + item.offset[1]
+        bottom, right = min(size, top + sprite.shape[0]), min(size, left + sprite.shape[1])
+        sprite = sprite[max(0, -top) : bottom - top, max(0, -left) : right - left]
+        area = canvas[max(0, top) : bottom, max(0, left) : right]
+        area *= 1.0 - sprite[..., 3:]
+        area += sprite[..., :3]
+    return (canvas * 255.0 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether the scene holds a composition that training never sees: an object pair, object-background or
+    object-count combination (about one in ten of each), chosen by a fixed hash of the names."""
+    counts = scene.counts
+    pairs = (f"pair|{a}|{b}" for a, b in combinations(sorted(counts), 2))
+    grounds = (f"background|{name}|{scene.background}" for name in counts)
+    numbers = (f"count|{name}|{n}" for name, n in counts.items() if n > 1)
+    return any(_one_in_ten(key) for keys in (pairs, grounds, numbers) for key in keys)
+
+
+def _one_in_ten(key: str) -> bool:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10 == 0
+
+
+class SceneGenerator:
+    """Scene `i` as a pure function of (seed, i).
+
+    Args:
+        profile: see `Profile`.
+        seed: other seeds give other scenes.
+        split: `train` (no held-out composition), `held_out` (at least one) or `all`.
+    """
+
+    def __init__(self, profile: Profile, seed: int = 0, split: str = "train") -> None:
+        if split not in ("train", "held_out", "all"):
+            raise ValueError(f"unknown split {split!r}; expected 'train', 'held_out' or 'all'")
+        self.profile, self.seed, self.split = profile, seed, split
+
+    def rng(self, index: int, purpose: str = "scene") -> random.Random:
+        """A generator of its own for one scene and one purpose."""
+        return random.Random(f"{purpose}|{self.seed}|{self.split}|{index}")
+
+    def scene(self, index: int, kind: str | None = None) -> Scene:
+        """Scene number `index`; of a given kind if named."""
+        rng = self.rng(index)
+        while True:
+            scene = self._draw(rng, kind or rng.choices(KINDS, self.profile.kinds)[0])
+            if self.split == "all" or held_out(scene) == (self.split == "held_out"):
+                return scene
+
+    def _draw(self, rng: random.Random, kind: str) -> Scene:
+        background = rng.choice(list(BACKGROUNDS))
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of scene {kind!r}; expected one of {KINDS}")
+        placed = {"single": _single, "count": _count, "pair": _pair, "group": _group}[kind](rng, self.profile.names)
+        jitter = self.profile.free_jitter
+        if jitter:
+            placed = [
+                SceneObject(o.name, o.row, o.col, o.size, (rng.randint(-jitter, jitter), rng.randint(-jitter, jitter)))
+                for o in placed
+            ]
+        return Scene(tuple(placed), background)
+
+
+def _single(rng: random.Random, names: tuple[str, ...]) -> list[SceneObject]:
+    size = LARGE if rng.random() < 0.75 else MEDIUM
+    last = UNITS - size
+    # Middle places jitter by whole units, edges are flush: the zone stays readable from the picture.
+    row, col = ((0, rng.randint(1, last - 1), last)[rng.choices(range(3), (1, 2, 1))[0]] for _ in range(2))
+    return [SceneObject(rng.choice(names), row, col, size)]
+
+
+def _count(rng: random.Random, names: tuple[str, ...]) -> list[SceneObject]:
+    name, n = rng.choice(names), rng.randint(2, 5)
+    if n == 5:
+        places = [(0, 0), (0, 6), (3, 3), (6, 0), (6, 6)]
+        return [SceneObject(name, row, col, SMALL) for row, col in places]
+    return [SceneObject(name, row, col, MEDIUM) for row, col in _quadrants(rng, n)]
+
+
+def _pair(rng: random.Random, names: tuple[str, ...]) -> list[SceneObject]:
+    first, second = rng.sample(names, 2)
+    across = rng.randint(0, UNITS - LARGE)  # both move together along the other axis
+    if rng.random() < 0.5:
+        return [SceneObject(first, across, 0, LARGE), SceneObject(second, across, LARGE, LARGE)]
+    return [SceneObject(first, 0, across, LARGE), SceneObject(second, LARGE, across, LARGE)]
+
+
+def _group(rng: random.Random, names: tuple[str, ...]) -> list[SceneObject]:
+    """Three or four objects of two or three kinds, not all the same."""
+    first, second, third = rng.sample(names, 3)
+    members = rng.choice([[first, second, third], [first, first, second], [first, first, first, second]])
+    members = rng.sample(members, len(members))
+    return [SceneObject(name, row, col, MEDIUM) for name, (row, col) in zip(members, _quadrants(rng, len(members)))]
+
+
+def _quadrants(rng: random.Random, n: int) -> list[tuple[int, int]]:
+    """`n` different quarters of the picture, in reading order, shifted together by zero or one unit."""
+    chosen = sorted(rng.sample([(0, 0), (0, 4), (4, 0), (4, 4)], n))
+    down, right = rng.randint(0, 1), rng.randint(0, 1)
+    return [(row + down, col + right) for row, col in chosen]

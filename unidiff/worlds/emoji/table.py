@@ -1,0 +1,163 @@
+"""Emoji scenes as training data: raw samples for webdataset shards, and pre-tokenised tables for the trainer."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unidiff.data.collate import TEXT_PREFIX, caption_row, question_row
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.image.protocol import ImageEncoder
+from unidiff.tokens.text import TextTokenizer
+from unidiff.worlds.emoji.language import NUMBERS, caption_distribution, draw_question, plural, zone
+from unidiff.worlds.emoji.scenes import Profile, Scene, SceneGenerator, render
+
+TASK_SPECIALS = ("eos", "caption", "question", "answer")
+
+
+@dataclass(frozen=True)
+class QuestionMix:
+    """How many questions of which kind a scene gets.
+
+    Attributes:
+        plain: as `draw_question` has them, which is how EmojiEval asks.
+        yes_no: drawn like these until yes or no is the answer: one bit each is a weak signal to learn from.
+        lookup: where a named object is, or how many there are, in scenes of any kind: to find what a name means in a
+            picture is what relations, "is there" and the counts of mixed groups need.
+    """
+
+    plain: int = 2
+    yes_no: int = 0
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.plain, self.yes_no, self.lookup)
+        if min(counts) < 0 or not sum(counts):
+            raise ValueError(f"{counts} plain, yes/no and lookup questions; expected none below 0 and one in all")
+
+
+@dataclass(frozen=True)
+class SceneTexts:
+    """What is said about one scene: captions drawn from its distribution, and (question, answer) pairs."""
+
+    captions: list[str]
+    questions: list[tuple[str, str]]
+
+
+def scene_texts(scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: QuestionMix) -> SceneTexts:
+    """Texts of scene `index`, drawn independently of each other; the same for the same generator and index."""
+    rng = scenes.rng(index, "texts")
+    options = caption_distribution(scene)
+    drawn = rng.choices(list(options), list(options.values()), k=captions)
+    asked = [draw_question(scene, scenes.profile, rng) for _ in range(questions.plain + questions.yes_no)]
+    for number in range(questions.plain, len(asked)):
+        while asked[number][1] not in ("yes", "no"):
+            asked[number] = draw_question(scene, scenes.profile, rng)
+    return SceneTexts(drawn, asked + [_lookup(scene, rng) for _ in range(questions.lookup)])
+
+
+def _lookup(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.objects)
+    count = scene.counts[item.name]
+    if count == 1 and rng.random() < 0.6:
+        return f"where is the {item.name}?", zone(item)
+    return f"how many {plural(item.name)} are there?", NUMBERS[count]
+
+
+def corpus(scenes: SceneGenerator, count: int) -> Iterator[str]:
+    """Captions, questions and answers of `count` scenes, for training a text tokenizer."""
+    for index in range(count):
+        texts = scene_texts(scenes, index, scenes.scene(index), 1, QuestionMix(1))
+        yield texts.captions[0]
+        yield from texts.questions[0]
+
+
+def raw_samples(scenes: SceneGenerator, count: int) -> Iterator[tuple[str, dict]]:
+    """`(key, members)` for a shard writer: a PNG, one caption, and questions with answers in the json."""
+    for index in range(count):
+        scene = scenes.scene(index)
+        texts = scene_texts(scenes, index, scene, 1, QuestionMix(2))
+        buffer = io.BytesIO()
+        Image.fromarray(render(scene, scenes.profile)).save(buffer, format="PNG")
+        metadata = {"key": f"{index:09d}", "caption": texts.captions[0], "qa": [list(q) for q in texts.questions]}
+        yield f"{index:09d}", {"png": buffer.getvalue(), "txt": texts.captions[0], "json": metadata}
+
+
+def emoji_vocabulary(text: TextTokenizer, codebook_size: int) -> Vocabulary:
+    """Text ids, [MASK], image codes; the task tokens are text ids."""
+    specials = {name: text.special(name) for name in TASK_SPECIALS}
+    return Vocabulary.unified(text.size, codebook_size, specials)
+
+
+def render_batch(scenes: list[Scene], profile: Profile) -> Tensor:
+    """float32 `[N, 3, H, W]` in [0, 1]."""
+    pixels = np.stack([render(scene, profile) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def token_rows(
+    scenes: SceneGenerator,
+    start: int,
+    count: int,
+    image: ImageEncoder,
+    text: TextTokenizer,
+    text_length: int,
+    captions: int = 4,
+    questions: QuestionMix = QuestionMix(),
+) -> dict[str, Tensor]:
+    """Tensors of a token table for scenes `start .. start + count`: codes, captions, questions, answer_start, levels.
+
+    Raises:
+        ValueError: a caption or question that does not fit `text_length`.
+    """
+    drawn = [scenes.scene(start + i) for i in range(count)]
+    codes = torch.cat([image.encode(render_batch(drawn[i : i + 256], scenes.profile)) for i in range(0, count, 256)])
+    levels = torch.tensor([len(scene.objects) for scene in drawn])
+    return {"codes": codes, "levels": levels, **text_rows(scenes, start, drawn, text, text_length, captions, questions)}
+
+
+def text_rows(
+    scenes: SceneGenerator,
+    start: int,
+    drawn: list[Scene],
+    text: TextTokenizer,
+    text_length: int,
+    captions: int,
+    questions: QuestionMix,
+) -> dict[str, Tensor]:
+    """The part of `token_rows` that needs no pictures: captions, questions, answer_start; `drawn` are the scenes."""
+    caption_ids, question_ids, starts = [], [], []
+    for offset, scene in enumerate(drawn):
+        texts = scene_texts(scenes, start + offset, scene, captions, questions)
+        rows = [caption_row(text, caption, text_length) for caption in texts.captions]
+        asked = [question_row(text, q, a, text_length) for q, a in texts.questions]
+        if any(row.cut for row in rows) or any(row is None for row in asked):
+            raise ValueError(f"scene {start + offset} needs more than {text_length} text tokens; raise text_length")
+        caption_ids.append([row.ids for row in rows])
+        question_ids.append([row.ids for row in asked if row])
+        starts.append([row.answer_start for row in asked if row])
+    return {
+        "captions": torch.tensor(caption_ids),
+        "questions": torch.tensor(question_ids),
+        "answer_start": torch.tensor(starts),
+    }
+
+
+__all__ = [
+    "TEXT_PREFIX",
+    "QuestionMix",
+    "corpus",
+    "emoji_vocabulary",
+    "raw_samples",
+    "render_batch",
+    "scene_texts",
+    "text_rows",
+    "token_rows",
+]
