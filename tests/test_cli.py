@@ -30,7 +30,7 @@ def picture(tmp_path) -> str:
 
 
 def process(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-c", code] if code else [sys.executable, "-m", "unidiff.cli"]
+    start = [sys.executable, "-c", code] if code else [sys.executable, "-m", "unidiff"]
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 

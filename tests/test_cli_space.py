@@ -246,7 +246,7 @@ def test_lines_as_processes(models, place, parts):
     before = snapshot(place)
     for number in range(10_000, 10_000 + PROCESSES):
         line = make_line(number)
-        words = [sys.executable, "-m", "unidiff.cli", *filled(line, models)]
+        words = [sys.executable, "-m", "unidiff", *filled(line, models)]
         done = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=120, stdin=subprocess.DEVNULL
         )

@@ -203,7 +203,7 @@ def test_yes_on_stdin_changes_nothing(tmp_path, marker, command):
     assert is_pipeline(tmp_path / "model")
     place = [str(tmp_path / "model")] if command != "generate" else ["--model", str(tmp_path / "model"), "a dog"]
     run = subprocess.run(
-        [sys.executable, "-m", "unidiff.cli", command, *place],
+        [sys.executable, "-m", "unidiff", command, *place],
         input="yes\n" * 1000, capture_output=True, text=True, timeout=300, cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode not in (0, 70) and "Traceback" not in run.stderr, run.stderr

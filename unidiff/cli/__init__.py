@@ -181,6 +181,3 @@ def main() -> None:
             typer.echo("interrupted", err=True)
         raise
 
-
-if __name__ == "__main__":
-    main()
