@@ -1,0 +1,78 @@
+"""`Registry`: what a package holds of one kind (families, commit rules, caches, ...), found by looking into its modules.
+
+Adding one is a new file or folder in that package: nothing else names it. Another installed package adds its own through
+the entry point group `unidiff.<kind>`, whose entries name modules.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Entries by name. The modules are imported at the first look, not before.
+
+    Args:
+        kind: what an entry is, for messages and the entry point group, for instance "commit_rules".
+        package: full name of the package whose modules (and sub-packages) hold the entries.
+        name_of: the name of a value found in a module, or None where it is no entry.
+    """
+
+    def __init__(self, kind: str, package: str, name_of: Callable[[Any], str | None]) -> None:
+        self.kind, self.package, self._name_of = kind, package, name_of
+        self._entries: dict[str, T] | None = None
+
+    def __getitem__(self, name: str) -> T:
+        return self._found()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+    def get_or_refuse(self, name: object, what: str) -> T:
+        """The entry of a name.
+
+        Raises:
+            ValueError: no such entry; the sentence says what `what` is and lists the names.
+        """
+        found = self._found()
+        if isinstance(name, str) and name in found:
+            return found[name]
+        near = difflib.get_close_matches(name, found, 1) if isinstance(name, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} is {name!r:.80}; expected one of {', '.join(found)}{hint}")
+
+    def _found(self) -> dict[str, T]:
+        if self._entries is None:
+            entries: dict[str, T] = {}
+            for module in self._modules():
+                for value in list(vars(module).values()):
+                    if getattr(value, "__module__", module.__name__) != module.__name__:
+                        continue  # imported from elsewhere
+                    name = self._name_of(value)
+                    if name is None:
+                        continue
+                    if entries.setdefault(name, value) is not value:
+                        raise ValueError(f"two {self.kind} are called {name!r}; the second is in {module.__name__}")
+            self._entries = entries
+        return self._entries
+
+    def _modules(self) -> Iterator[ModuleType]:
+        package = import_module(self.package)
+        for found in sorted(iter_modules(package.__path__), key=lambda found: found.name):
+            if not found.name.startswith("_"):
+                yield import_module(f"{self.package}.{found.name}")
+        for entry in sorted(entry_points(group=f"unidiff.{self.kind}"), key=lambda entry: entry.name):
+            module = entry.load()
+            if isinstance(module, ModuleType):
+                yield module
