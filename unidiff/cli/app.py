@@ -1,0 +1,183 @@
+"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack | convert | ...`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unidiff.cli.cache import profile_cache
+from unidiff.cli.captions import describe, refused_sizes, sort_pictures
+from unidiff.cli.checkpoints import convert, info, verify
+from unidiff.cli.common import (
+    MOST,
+    DecodeFlags,
+    Filmstrip,
+    Gif,
+    Longest,
+    Out,
+    Picture,
+    Resize,
+    call,
+    file_of,
+    open_image,
+    report,
+    say_notes,
+    with_decode_flags,
+    write_images,
+)
+from unidiff.cli.outputs import check_outputs
+from unidiff.cli.tools import demo, eval_app, pack
+from unidiff.errors import exit_status, explain
+from unidiff.pipelines.holes import all_have_holes
+from unidiff.process import keep_freed_memory
+
+app = typer.Typer(
+    name="unidiff",
+    help="Unified multimodal discrete diffusion: pictures from words, words from pictures, and both together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+@with_decode_flags
+def generate(
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to draw. With holes ('a <mask> on <mask:2>') or left out, words are made up too."),
+    ] = None,
+    out: Out = Path("unidiff.png"),
+    negative: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST, help="Pictures per text.")] = 1,
+    gif: Gif = None,
+    filmstrip: Filmstrip = None,
+    *,
+    flags: DecodeFlags,
+) -> None:
+    """Draw pictures from words, or picture and words together."""
+    texts = text or []
+    check_outputs(out, filmstrip, gif, count=max(1, len(texts)) * count)
+    known = bool(texts) and not all_have_holes(texts)
+    if negative is not None and not known:
+        raise ValueError("--negative goes with texts that are known in full; leave it out where words are made up")
+    pipe = flags.load()
+    result = call(
+        pipe.text_to_image if known else pipe.generate,
+        *([texts] if texts else []),
+        num_images_per_prompt=count,
+        negative_prompt=negative,
+        **flags.options,
+        record_trajectory=gif is not None or filmstrip is not None,
+    )
+    report(result, write_images(result, out), gif, filmstrip)
+
+
+@app.command()
+@with_decode_flags
+def caption(
+    images: Annotated[list[str], typer.Argument(help="Pictures to describe: files, or addresses (http, https).")],
+    max_text_tokens: Longest = None,
+    resize: Resize = False,
+    *,
+    flags: DecodeFlags,
+) -> None:
+    """Describe pictures; one that cannot be read is named, and the others are described."""
+    pictures, refused = sort_pictures(images)
+    pipe = flags.load() if pictures else None
+    if pipe is not None:
+        refused |= refused_sizes(pipe, pictures, images, resize)
+    if len(images) == len(refused) == 1:
+        raise refused[0]
+    for error in refused.values():
+        typer.echo(f"unidiff: {explain(error)}", err=True)
+    words = describe(
+        pipe, {n: p for n, p in pictures.items() if n not in refused}, len(images), flags, max_text_tokens, resize
+    )
+    for number, said in words.items():
+        typer.echo(said if len(images) == 1 else f"{images[number]}: {said}")
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_decode_flags
+def answer(
+    image: Picture,
+    questions: Annotated[list[str], typer.Argument(help="Questions about it.")],
+    max_text_tokens: Longest = None,
+    resize: Resize = False,
+    *,
+    flags: DecodeFlags,
+) -> None:
+    """Answer questions about a picture."""
+    picture = open_image(image)
+    pipe = flags.load()
+    asked = {"max_text_tokens": max_text_tokens, "resize": resize, **flags.options}
+    result = call(pipe.answer, picture, questions, **asked)
+    say_notes(result)
+    for question, words in zip(questions, result.texts, strict=True):
+        typer.echo(words if len(questions) == 1 else f"{question} {words}")
+
+
+@app.command()
+@with_decode_flags
+def inpaint(
+    image: Picture,
+    mask: Annotated[str | None, typer.Option(help="Picture of the same size, white where to repaint.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="The caption; <mask> hides a word, <mask:3> three. Left out: the caption is made up."),
+    ] = None,
+    out: Out = Path("unidiff.png"),
+    paste_back: Annotated[bool, typer.Option("--paste-back", help="Keep the pixels outside the mask.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST, help="Results to make.")] = 1,
+    resize: Resize = False,
+    gif: Gif = None,
+    filmstrip: Filmstrip = None,
+    *,
+    flags: DecodeFlags,
+) -> None:
+    """Fill holes in a picture and in its caption together."""
+    check_outputs(out, filmstrip, gif, count=count, inputs=(file_of(image), file_of(mask)))
+    picture = open_image(image)
+    if mask is not None:
+        open_image(mask)  # read again in its own mode; a mistake shows before the model is loaded
+    pipe = flags.load()
+    result = call(
+        pipe.inpaint,
+        picture,
+        mask_image=mask,
+        text=text,
+        paste_back=paste_back,
+        resize=resize,
+        num_images_per_prompt=count if count > 1 else None,
+        **flags.options,
+        record_trajectory=gif is not None or filmstrip is not None,
+    )
+    report(result, write_images(result, out), gif, filmstrip)
+
+
+for command in (demo, info, pack, convert, verify, profile_cache):
+    app.command()(command)
+app.add_typer(eval_app)
+
+
+def main() -> None:
+    """Run the command line; what a person did wrong becomes one sentence and exit status 1."""
+    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
+    try:
+        sys.exit(exit_status(app, program="unidiff"))
+    except SystemExit as end:
+        if end.code == 130:  # typer ends without a word
+            typer.echo("interrupted", err=True)
+        raise
+
