@@ -180,4 +180,3 @@ def main() -> None:
         if end.code == 130:  # typer ends without a word
             typer.echo("interrupted", err=True)
         raise
-
