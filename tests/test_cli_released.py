@@ -133,8 +133,8 @@ def test_options_that_contradict_the_model(run, places):
     for arguments, words in {
         ("info", "pipe", "--family", "nope"): "leave --family out",
         ("info", "pipe", "--family", "llada"): "leave --family out",
-        ("info", "llada", "--family", "nope"): "unknown family 'nope'",
-        ("info", "ours", "--family", "nope"): "unknown family 'nope'",
+        ("info", "llada", "--family", "nope"): "family is 'nope'",
+        ("info", "ours", "--family", "nope"): "family is 'nope'",
         ("info", "ours", "--family", "mdlm"): "was converted from llada",
         ("verify", "ours", "--family", "mdlm"): "was converted from llada",
         ("convert", "ours", "back", "--family", "mdlm"): "was converted from llada",

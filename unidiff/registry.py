@@ -22,12 +22,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         kind: what an entry is, for messages and the entry point group, for instance "commit_rules".
-        package: full name of the package whose modules (and sub-packages) hold the entries.
+        package: full name of the package (or of several) whose modules (and sub-packages) hold the entries.
         name_of: the name of a value found in a module, or None where it is no entry.
     """
 
-    def __init__(self, kind: str, package: str, name_of: Callable[[Any], str | None]) -> None:
-        self.kind, self.package, self._name_of = kind, package, name_of
+    def __init__(self, kind: str, package: str | tuple[str, ...], name_of: Callable[[Any], str | None]) -> None:
+        self.kind, self._name_of = kind, name_of
+        self.packages = (package,) if isinstance(package, str) else package
         self._entries: dict[str, T] | None = None
 
     def __getitem__(self, name: str) -> T:
@@ -57,7 +58,7 @@ class Registry(Mapping[str, T], Generic[T]):
             entries: dict[str, T] = {}
             for module in self._modules():
                 for value in list(vars(module).values()):
-                    if getattr(value, "__module__", module.__name__) != module.__name__:
+                    if isinstance(value, type) and value.__module__ != module.__name__:
                         continue  # imported from elsewhere
                     name = self._name_of(value)
                     if name is None:
@@ -68,10 +69,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._entries
 
     def _modules(self) -> Iterator[ModuleType]:
-        package = import_module(self.package)
-        for found in sorted(iter_modules(package.__path__), key=lambda found: found.name):
-            if not found.name.startswith("_"):
-                yield import_module(f"{self.package}.{found.name}")
+        for package in self.packages:
+            for found in sorted(iter_modules(import_module(package).__path__), key=lambda found: found.name):
+                if not found.name.startswith("_"):
+                    yield import_module(f"{package}.{found.name}")
         for entry in sorted(entry_points(group=f"unidiff.{self.kind}"), key=lambda entry: entry.name):
             module = entry.load()
             if isinstance(module, ModuleType):

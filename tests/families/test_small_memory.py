@@ -17,7 +17,7 @@ import torch
 
 from unidiff.families.checkpoint.small_memory import block_layers, offload, quantise
 from unidiff.families.llada.weights import llada_config
-from unidiff.families.registry import family_named
+from unidiff.families.registry import FAMILIES
 from unidiff.families.verify.known_answers import KNOWN
 from unidiff.families.verify.smoke import answer
 from unidiff.tokens.vocabulary import Vocabulary
@@ -87,7 +87,7 @@ def test_offloaded_weights_give_the_same_answers(family, disk, tmp_path):
     one = known.make(known.config).eval()
     for value in one.parameters():
         torch.nn.init.normal_(value, std=0.3)
-    vocabulary = family_named(family).vocabulary(known.config)
+    vocabulary = FAMILIES[family].vocabulary(known.config)
     away = offload(copy.deepcopy(one), "cpu", tmp_path if disk else None)
     parked = [name for name, value in away.named_parameters() if value.is_meta]
     assert parked and not any(".qkv." in name for name in parked)
@@ -125,7 +125,7 @@ def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     size = float(sys.argv[3]) if len(sys.argv) > 3 else 2.0
     weights = write_synthetic(folder / "full", "safetensors", int(size * 10**9))
-    vocabulary = family_named("llada").vocabulary(synthetic_config(int(size * 10**9)))
+    vocabulary = FAMILIES["llada"].vocabulary(synthetic_config(int(size * 10**9)))
     start = resident("VmRSS")
 
     def load():

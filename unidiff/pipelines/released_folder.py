@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 from unidiff.errors import read_json
 from unidiff.families.checkpoint.load import PIPELINE_PARTS, load_released, read_config
 from unidiff.families.checkpoint.native import RECORD
-from unidiff.families.registry import FAMILIES
+from unidiff.families.registry import fitting
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.pipelines.released_tasks import check_family, tasks_of
@@ -30,7 +30,7 @@ def is_released(folder: Path) -> bool:
         if (part / RECORD).is_file():
             return True
         config = read_config(part / "weights")
-        if config and any(family.fits(config) for family in FAMILIES.values() if family.vocabulary is not None):
+        if any(family.vocabulary is not None for family in fitting(config)):
             return True
     return False
 

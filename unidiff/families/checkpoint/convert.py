@@ -121,7 +121,7 @@ def save_native(released: Released, folder: str | Path) -> None:
     record = Record(
         released.family.name,
         released.config,
-        released.layout,
+        released.spelling,
         released.vocabulary,
         CONSTANTS if released.constants else None,
     )

@@ -21,7 +21,8 @@ from unidiff.families.checkpoint.conv_names import ENTRIES
 from unidiff.families.checkpoint.files import in_memory, open_checkpoint, pick_entry, weight_file
 from unidiff.families.checkpoint.keymap import KeyMismatch, strip_prefixes
 from unidiff.families.checkpoint.native import RECORD, load_native, read_record
-from unidiff.families.registry import Family, Layout, family_named, recognise
+from unidiff.families.family import Family, Spelling
+from unidiff.families.registry import FAMILIES, recognise
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, check_value
@@ -33,8 +34,8 @@ LARGEST_YAML = 2**22  # bytes
 LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
-LAYOUT: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
-"""What else the released spelling of weights can need, see `Family.layout`."""
+SPELLING: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
+"""What else the released names of weights can need, see `Family.spelling`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Released:
         model: the network in evaluation mode (for an image tokenizer, the autoencoder inside).
         vocabulary: id layout; None for an image tokenizer.
         config: upstream's configuration.
-        layout: what else the released spelling of the weights needs.
+        spelling: what else the released names of the weights need.
         constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
         images: the image tokenizer, where it is one.
     """
@@ -75,13 +76,13 @@ class Released:
     model: nn.Module
     vocabulary: Vocabulary | None
     config: Mapping[str, Any]
-    layout: Layout = field(default_factory=dict)
+    spelling: Spelling = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     images: VQImageTokenizer | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under released names; constants only where the checkpoint held them."""
-        weights = self.family.export(self.model if self.images is None else self.images, self.layout)
+        weights = self.family.export(self.model if self.images is None else self.images, self.spelling)
         return {n: v for n, v in weights.items() if n not in self.family.constants} | dict(self.constants)
 
 
@@ -137,7 +138,7 @@ def load_released(
         model if images is None else images.model,
         ids,
         found.config,
-        found.family.layout(found.tensors, found.config),
+        found.family.spelling(found.tensors, found.config),
         stored_constants(found),
         images,
     )
@@ -149,9 +150,9 @@ def load_converted(
     """A folder that `convert` wrote; errors as in `load_released`."""
     record = read_record(folder)
     try:
-        family = family_named(record.family)
+        family = FAMILIES.get_or_refuse(record.family, "family")
         for name, value in record.layout.items():
-            check_value(value, LAYOUT.get(name, None), f"layout {name}")
+            check_value(value, SPELLING.get(name, None), f"layout {name}")
         if (record.vocabulary is None) != (family.vocabulary is None):
             raise ValueError(f"{family.name} {'has a' if family.vocabulary else 'has no'} vocabulary")
     except ValueError as error:
@@ -174,7 +175,7 @@ def _check_unused(folder: Path, given: Mapping[str, Any], family: str | None) ->
     """Raise `ValueError` for arguments that contradict a converted folder, which says everything itself."""
     if unused := sorted(name for name, value in given.items() if value is not None):
         raise ValueError(f"{folder} was converted and brings its own {' and '.join(unused)}; leave {unused[0]}= out")
-    if family is not None and family_named(family).name != (found := read_record(folder).family):
+    if family is not None and FAMILIES.get_or_refuse(family, "family").name != (found := read_record(folder).family):
         raise ValueError(f"{folder} was converted from {found}, not {family}; leave the family out")
 
 
@@ -215,7 +216,7 @@ def open_released(
     try:
         check_names(config)
         tensors = strip_prefixes(tensors, PREFIXES)
-        chosen = recognise(config, tensors) if family is None else family_named(family)
+        chosen = recognise(config, tensors) if family is None else FAMILIES.get_or_refuse(family, "family")
     except ConfigError as error:
         raise ValueError(f"{config_path or 'config='}: {error}") from error
     except ValueError as error:

@@ -38,7 +38,7 @@ class Record:
     Attributes:
         family: name in the registry.
         config: upstream's configuration.
-        layout: spelling of the released names, see `Family.layout`.
+        layout: spelling of the released names, see `Family.spelling`.
         vocabulary: id layout; None for an image tokenizer.
         constants: name of the file with the checkpoint's fixed buffers; None without any.
     """

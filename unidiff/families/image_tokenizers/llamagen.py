@@ -21,6 +21,7 @@ from unidiff.families.checkpoint.conv_names import (
     tokenizer_keymap,
 )
 from unidiff.families.checkpoint.keymap import strip_prefixes
+from unidiff.families.family import Family, tokenizer
 from unidiff.schema import Between, Depth, Rows, Width
 from unidiff.tokens.image.conv import ConvVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -141,3 +142,13 @@ def llamagen_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def _levels(name: str) -> tuple[int, ...]:
     return RELEASED[name]["encoder_ch_mult"]
+
+
+LLAMAGEN = Family(
+    name="llamagen",
+    keys=(r"^encoder\.conv_blocks\.0\.res\.0\.", r"^quantize\.embedding\.weight$"),
+    fits=lambda config: bool(config) and set(config) <= set(CONFIG_KEYS),
+    load=tokenizer(load_llamagen),
+    export=lambda images, spelling: llamagen_state_dict(images),
+    needs_config=False,
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys
 from unidiff.families.checkpoint.conv_names import build_tokenizer, read_weights, rename_with, tokenizer_keymap
+from unidiff.families.family import Family, tokenizer
 from unidiff.schema import Between, Depth, Width
 from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_vectors
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -119,3 +120,14 @@ def _rename(config: Mapping[str, Any]):
             (r"^post_quant_conv\.", "decoder.post_quant_conv."),
         ]
     )
+
+
+MAGVIT = Family(
+    name="magvit",
+    keys=(r"^encoder\.down\.0\.block\.0\.", r"^decoder\.up\.0\.block\.0\."),
+    fits=lambda config: "codebook_dim" in config and "encoder" in config,
+    load=tokenizer(load_magvit),
+    export=lambda images, spelling: magvit_state_dict(images),
+    needs_config=False,
+    constants=("quantize.embedding", "quantize.power_vals"),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unidiff.checked import build_on_meta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
+from unidiff.families.family import Family, config_names, tokenizer
 from unidiff.tokens.image.vq import VQImageTokenizer, check_vq_config
 
 
@@ -41,3 +42,12 @@ def load_vq_model(
 def vq_model_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:
     """The tokenizer's weights under diffusers' names."""
     return dict(tokenizer.model.state_dict())
+
+
+VQ_MODEL = Family(
+    name="vq_model",
+    keys=(r"^encoder\.down_blocks\.0\.resnets\.0\.", r"^quantize\.embedding\.weight$"),
+    fits=lambda config: config_names(config, "VQModel") or "num_vq_embeddings" in config,
+    load=tokenizer(load_vq_model),
+    export=lambda images, spelling: vq_model_state_dict(images),
+)

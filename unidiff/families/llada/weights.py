@@ -7,7 +7,7 @@ codes to the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, build, strip_prefixes, unwrap
+from unidiff.families.family import Spelling, copied_head
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
 from unidiff.tokens.batch import TokenBatch
@@ -80,6 +81,29 @@ KEYS = ConfigKeys(
         "w_clip_vit": "a second input of training runs; the network is the same",
     },
 )
+
+
+def _spelling(names: Iterable[str], config: Mapping[str, Any]) -> Spelling:
+    names = list(names)
+    grouped = any("transformer.block_groups." in name for name in names)
+    return {
+        "block_group_size": (config.get("block_group_size") or 1) if grouped else None,
+        "fused": any(name.endswith(".att_proj.weight") for name in names),
+        **copied_head(names, bool(config.get("weight_tying")), "transformer.ff_out.weight"),
+    }
+
+
+def _export(model: Any, spelling: Spelling) -> dict[str, Tensor]:
+    fused, copies = bool(spelling.get("fused")), bool(spelling.get("copies"))
+    return llada_state_dict(model, spelling.get("block_group_size"), fused, copies)
+
+
+# of every family whose weights have LLaDA's names
+LLADA_NAMES: dict[str, Any] = {
+    "keys": (r"transformer\.wte\.weight$", r"transformer\.(blocks\.0|block_groups\.0\.0)\.ff_proj\.weight$"),
+    "export": _export,
+    "spelling": _spelling,
+}
 
 
 def load_llada(

@@ -22,7 +22,7 @@ from unidiff.families.llada.weights import llada_config
 from unidiff.families.mdlm.weights import mdlm_config
 from unidiff.families.mmada.weights import mmada_config, mmada_vocabulary
 from unidiff.families.muddit.weights import muddit_config
-from unidiff.families.registry import family_named
+from unidiff.families.registry import FAMILIES
 from unidiff.families.unidisc.weights import unidisc_config
 from unidiff.families.verify.smoke import answer
 from unidiff.models.mmdit import MMDiT
@@ -171,17 +171,17 @@ NUMBERS: dict[str, tuple[float, float, float, float]] = {
 
 def formula_weights(family: str) -> dict[str, Tensor]:
     """Weights of the tiny model under released names: 0.3 sin(...), and around 1 for vectors."""
-    known, constants = KNOWN[family], family_named(family).constants
+    known, constants = KNOWN[family], FAMILIES[family].constants
     with torch.device("meta"):
         model = known.make(known.config)
-    state = family_named(family).export(model, {})
+    state = FAMILIES[family].export(model, {})
     return {n: v if n in constants else _wave(tuple(v.shape), sum(n.encode())) for n, v in state.items()}
 
 
 def known_answer(family: str) -> tuple[float, float, float, float]:
     """What the tiny model answers here, through the family's own loader; compare with `NUMBERS`."""
     known = KNOWN[family]
-    model, vocabulary = family_named(family).load(formula_weights(family), known.config, vocabulary=known.vocabulary)
+    model, vocabulary = FAMILIES[family].load(formula_weights(family), known.config, vocabulary=known.vocabulary)
     values = answer(model, vocabulary).double()
     return float(values.mean()), float(values.std()), float(values[0]), float(values[-1])
 

@@ -17,7 +17,7 @@ from unidiff.families.llada.weights import llada_config
 from unidiff.families.mdlm.weights import mdlm_config
 from unidiff.families.mmada.weights import mmada_config
 from unidiff.families.muddit.weights import muddit_config
-from unidiff.families.registry import family_named
+from unidiff.families.registry import FAMILIES
 from unidiff.families.unidisc.weights import unidisc_config
 from unidiff.families.verify.published_values import RELEASES, Release, Settings
 from unidiff.models.mmdit import MMDiT
@@ -80,7 +80,7 @@ def build_empty(release: Release) -> nn.Module:
 
 def vocabulary_of(release: Release) -> Vocabulary | None:
     """The id layout that our vocabulary map makes of the published configuration; None for an image tokenizer."""
-    make = family_named(release.family).vocabulary
+    make = FAMILIES[release.family].vocabulary
     return None if make is None else make(release.config)
 
 
