@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.decoding.cache.bounds import Schedule, Segment, expected_passes, moments, reference_bound, speedup_bound
-from unidiff.decoding.flops import LayerFlops, PassWork, full_pass_flops, partial_pass_flops, total_flops
+from unidiff.decoding.stats import RowWork
 from unidiff.models.partial import LayerWork
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -72,28 +71,26 @@ def decode(model, policy, schedule: Schedule, guidance: float = 1.0, rows: int =
 
 def test_a_token_costs_what_the_matrices_say():
     """d = 4, 2 heads of which one is shared, f = 6: matrices of 4 x 4, 4 x 2 twice, 4 x 4 and three of 4 x 6."""
-    config = SimpleNamespace(
-        hidden_size=4, num_heads=2, num_kv_heads=1, num_layers=2, ffn_size=6, activation="swiglu", vocab_size=9
-    )
-    layer = LayerFlops.of(config)
+    shape = dict(hidden_size=4, num_heads=2, num_kv_heads=1, num_layers=2, ffn_size=6, rope="1d")
+    traits = MaskedTransformer(9, **shape).traits
+    layer = traits.layers[0]
     assert (layer.query_key, layer.value, layer.output) == (2 * 4 * (4 + 2), 2 * 4 * 2, 2 * 4 * 4)
     assert layer.feed_forward == 2 * 3 * 4 * 6 and layer.token == 48 + 16 + 32 + 144
     assert layer.pair == 16  # 2 heads x (2 x 2 for the score + 2 x 2 for the mix)
-    assert full_pass_flops(config, 10) == 2 * (10 * 240 + 10 * 10 * 16)
-    assert partial_pass_flops(config, 3, 10, head=2, ids=9) == 2 * (3 * 240 + 3 * 10 * 16) + 2 * 2 * 4 * 9
-    config.activation = "gelu"
-    assert LayerFlops.of(config).feed_forward == 2 * 2 * 4 * 6
-    uneven = PassWork((LayerWork(qk=1, v=5, out=1), LayerWork(5, 5, 5)), keys=5)
-    assert uneven.flops(layer) == (48 + 5 * 16 + 32 + 144 + 5 * 16) + (5 * 240 + 5 * 5 * 16)
+    assert RowWork.even(2, 10, 10).flops(traits) == 2 * (10 * 240 + 10 * 10 * 16)
+    assert RowWork.even(2, 3, 10, head=2, ids=9).flops(traits) == 2 * (3 * 240 + 3 * 10 * 16) + 2 * 2 * 4 * 9
+    assert MaskedTransformer(9, **shape, activation="gelu").traits.layers[0].feed_forward == 2 * 2 * 4 * 6
+    uneven = RowWork((LayerWork(qk=1, v=5, out=1), LayerWork(5, 5, 5)), keys=5)
+    assert uneven.flops(traits) == (48 + 5 * 16 + 32 + 144 + 5 * 16) + (5 * 240 + 5 * 5 * 16)
 
 
 def test_without_shared_heads_a_token_costs_8dd_plus_6df():
-    config = make_model(num_kv_heads=None, ffn_size=24).config
-    assert LayerFlops.of(config).token == 8 * 16 * 16 + 6 * 16 * 24
+    layer = make_model(num_kv_heads=None, ffn_size=24).traits.layers[0]
+    assert layer.token == 8 * 16 * 16 + 6 * 16 * 24
     linear = sum(
         p.numel() for n, p in make_model(num_kv_heads=None, ffn_size=24).blocks[0].named_parameters() if p.ndim > 1
     )
-    assert LayerFlops.of(config).token == 2 * linear
+    assert layer.token == 2 * linear
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -106,15 +103,15 @@ def test_a_decode_costs_exactly_what_its_formula_says(policy, schedule):
     assert stats.query_key_tokens == sum(w.qk for p in passes for w in p.layers)
     assert stats.value_tokens == sum(w.v for p in passes for w in p.layers)
     assert stats.output_tokens == stats.ffn_tokens == sum(w.out for p in passes for w in p.layers)
-    layer = LayerFlops.of(model.config)
+    layer = model.traits.layers[0]
     assert stats.linear_flops == sum(layer.linear(w) for p in passes for w in p.layers)
     assert stats.attention_flops == sum(layer.attention(w, schedule.length) for p in passes for w in p.layers)
     assert stats.full_passes == sum(all(w.qk == schedule.length for w in p.layers) for p in passes)
     assert stats.full_passes + stats.partial_passes == len(passes)
     if getattr(policy, "compat", None) is None:
         assert stats.head_tokens == sum(p.head for p in passes)
-        assert stats.head_flops == sum(layer.head(p.head, p.ids) for p in passes)
-        assert stats.flops == total_flops(model.config, passes)
+        assert stats.head_flops == sum(model.traits.head_flops(p.head, p.ids) for p in passes)
+        assert stats.flops == sum(p.flops(model.traits) for p in passes)
         assert stats.to_dict()["flops"] == stats.flops
 
 
@@ -162,45 +159,44 @@ def test_other_denoisers_have_passes_but_no_flops():
     assert stats.evaluations == 11 and stats.model_tokens == 11 * 17 and stats.flops == 0
 
 
-class Wide:
-    """The shape of the formulas' examples: 8 layers, d = 512."""
-
-    hidden_size, num_heads, num_kv_heads, num_layers, ffn_size, activation = 512, 8, None, 8, 1365, "swiglu"
+with torch.device("meta"):
+    WIDE = MaskedTransformer(32, hidden_size=512, num_layers=8, num_heads=8, ffn_size=1365).traits
+"""The shape of the formulas' examples."""
 
 
 def test_reference_bounds_are_the_papers_numbers():
     every = Schedule((Segment(128, 1000), Segment(1024, 1000, IMAGE)), block=64, passes=16)
     picture = Schedule((prompt(128), Segment(1024, 1000, IMAGE)), block=64, passes=16)
     assert len(every.blocks) == 18 and every.length == picture.length == 1152
-    assert reference_bound(DualCache(), every, Wide) == pytest.approx(16 / (1 + 15 * 64 / 1152))
-    assert reference_bound(DualCache(), every, Wide) == pytest.approx(8.73, abs=0.01)
-    assert reference_bound(PrefixCache(), every, Wide) == pytest.approx(1.79, abs=0.01)
+    assert reference_bound(DualCache(), every, WIDE) == pytest.approx(16 / (1 + 15 * 64 / 1152))
+    assert reference_bound(DualCache(), every, WIDE) == pytest.approx(8.73, abs=0.01)
+    assert reference_bound(PrefixCache(), every, WIDE) == pytest.approx(1.79, abs=0.01)
     adaptive = AdaptiveCache(50, 7, 0.25, full_layers=())
-    assert reference_bound(adaptive, picture, Wide) == pytest.approx(2.72, abs=0.01)
-    assert reference_bound(AdaptiveCache(50, 7, 0.25), picture, Wide) == pytest.approx(2.24, abs=0.01)
+    assert reference_bound(adaptive, picture, WIDE) == pytest.approx(2.72, abs=0.01)
+    assert reference_bound(AdaptiveCache(50, 7, 0.25), picture, WIDE) == pytest.approx(2.24, abs=0.01)
     sixty_four = Schedule((Segment(64, 10),), block=64, passes=64)
-    assert reference_bound(MaxLogitCache(), sixty_four, Wide) == pytest.approx(2.03, abs=0.005)
-    assert reference_bound(NoCache(), every, Wide) is None
-    assert reference_bound(DualCache(interval=4), every, Wide) is None
+    assert reference_bound(MaxLogitCache(), sixty_four, WIDE) == pytest.approx(2.03, abs=0.005)
+    assert reference_bound(NoCache(), every, WIDE) is None
+    assert reference_bound(DualCache(interval=4), every, WIDE) is None
 
 
 def test_bounds_of_flops_meet_the_reference_where_only_tokens_count():
     """Without a head, work is proportional to the tokens, attention included."""
     schedule = Schedule((Segment(128), Segment(1024, 0, IMAGE)), block=64, passes=16)
     for policy in (DualCache(), PrefixCache()):
-        bound = speedup_bound(policy, schedule, Wide)
-        assert bound == pytest.approx(reference_bound(policy, schedule, Wide), rel=1e-9)
-    assert speedup_bound(NoCache(), schedule, Wide) == 1
+        bound = speedup_bound(policy, schedule, WIDE)
+        assert bound == pytest.approx(reference_bound(policy, schedule, WIDE), rel=1e-9)
+    assert speedup_bound(NoCache(), schedule, WIDE) == 1
     with_head = Schedule((Segment(128, 30000), Segment(1024, 30000, IMAGE)), block=64, passes=16)
-    assert speedup_bound(DualCache(), with_head, Wide) < speedup_bound(DualCache(), schedule, Wide)
+    assert speedup_bound(DualCache(), with_head, WIDE) < speedup_bound(DualCache(), schedule, WIDE)
 
 
 def test_slower_small_products_lower_the_bound():
     """64 rows at half the rate count double: 16 / (1 + 15 x 64 / 1152 x 2)."""
     schedule = Schedule((Segment(1152),), block=64, passes=16)
     rate = lambda rows: 1e9 if rows > 64 else 0.5e9  # noqa: E731
-    assert speedup_bound(DualCache(), schedule, Wide, rate) == pytest.approx(16 / (1 + 15 * 64 / 1152 * 2))
-    assert speedup_bound(DualCache(), schedule, Wide, lambda rows: 3e9) == pytest.approx(8.73, abs=0.01)
+    assert speedup_bound(DualCache(), schedule, WIDE, rate) == pytest.approx(16 / (1 + 15 * 64 / 1152 * 2))
+    assert speedup_bound(DualCache(), schedule, WIDE, lambda rows: 3e9) == pytest.approx(8.73, abs=0.01)
 
 
 def test_what_cannot_be_foretold_is_refused():
@@ -234,7 +230,7 @@ def test_a_schedule_of_so_many_steps_is_a_decode_of_so_many(steps, block):
     model = make_model()
     stats = decode(model, DualCache(), schedule).stats
     passes = expected_passes(DualCache(), schedule, model.config.num_layers)
-    layer = LayerFlops.of(model.config)
+    layer = model.traits.layers[0]
     assert stats.evaluations == len(passes)
     assert stats.linear_flops == sum(layer.linear(w) for p in passes for w in p.layers)
 

@@ -14,7 +14,7 @@ from unidiff.decoding.cache import AdaptiveCache, BlockCausalCache, HeldGuidance
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, bucket, recordable, widened
 from unidiff.models.partial import CachePlan
-from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -151,10 +151,10 @@ def test_padding_of_an_index_to_its_bucket_changes_nothing(outputs):
         )
     found = []
     for plan in (exact, widened(exact, batch.shape[1])):
-        store = FeatureStore(model, batch, StoreOptions(outputs=outputs))
+        store = model.make_store(batch, StoreOptions(outputs=outputs))
         model.partial(batch.ids, CachePlan(), store)
         model.partial((batch.ids + query) % 5, plan, store, select=quota.select)
-        found.append([store.key[..., :-1, :], store.value[..., :-1, :], store.hidden[:, :-1], store.age])
+        found.append([store.key[..., :-1, :], store.value[..., :-1, :], store.hidden[:, :-1], store.computed[:, :-1]])
     assert widened(exact, batch.shape[1]) != exact and recordable(exact)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -188,12 +188,12 @@ def test_cuda_graphs_replay_bf16_passes(name):
     model = MaskedTransformer(VOCABULARY.size, 128, 4, 4).eval().requires_grad_(False).to("cuda", torch.bfloat16)
     batch = rows().to("cuda")
     graphs = PassGraphs(CudaRecorder(batch.ids.device))
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     time = torch.ones(2, device="cuda")
     for i in range(4):
         ids = (batch.ids + i) % VOCABULARY.text_size
         graphs.partial(model, ids, CachePlan(), store, time, lambda layer, similarity: None, 0)
-        fresh = FeatureStore(model, batch)
+        fresh = model.make_store(batch)
         model.partial(ids, CachePlan(), fresh, time)
         assert torch.equal(store.hidden[:, :-1], fresh.hidden[:, :-1])
     assert (graphs.recorded, graphs.replayed) == (1, 2)

@@ -20,7 +20,7 @@ from unidiff.evaluation.cache_profile.profile import FEATURES, TaskProfile, Watc
 from unidiff.evaluation.cache_profile.report import profile_pipeline, write
 from unidiff.evaluation.charts import heat_map, scatter, stack
 from unidiff.models.partial import CachePlan
-from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -54,12 +54,12 @@ def test_similarities_are_those_of_the_stored_features(kwargs):
     plain = Sampler(model, VOCABULARY, config, NoCache())(batch, torch.arange(2))
     assert torch.equal(out.batch.ids, plain.batch.ids)
 
-    store = FeatureStore(model, batch, StoreOptions(rotated=False, outputs=True))
+    store = model.make_store(batch, StoreOptions(rotated=False, outputs=True))
     kept = []
     for ids in out.trajectory[:-1]:
         model.partial(ids, CachePlan(), store)
         heads = [part[..., :-1, :].transpose(2, 3).flatten(3).clone() for part in (store.key, store.value)]
-        outputs = [part[:, :, :-1].clone() for part in (store.attention, store.feed_forward)]
+        outputs = [part[:, :, :-1].clone() for part in (store.outputs[::2], store.outputs[1::2])]
         kept.append(heads + outputs)  # [layers, B, L, D] each
     places = {"text": slice(2, 6), "image": slice(6, 12), "text_prompt": slice(0, 2)}
     for step in range(2):
@@ -123,17 +123,17 @@ def made_up(prompt: float, answer: float, moved: float, related: float, tokens=(
 
 
 def test_advice_follows_the_numbers():
-    config = make_model(num_kv_heads=None).config
-    advice = advise(made_up(0.9999, 0.99, 0.12, 0.8), config)
+    traits = make_model(num_kv_heads=None).traits
+    advice = advise(made_up(0.9999, 0.99, 0.12, 0.8), traits)
     passes = int(math.acos(0.95) / math.acos(0.99))
     assert passes == 2
     assert advice.cache.policy == "adaptive" and advice.cache.options["response_interval"] == passes
     assert advice.cache.options["prompt_interval"] == int(math.acos(0.95) / math.acos(0.9999)) == 22
     assert advice.cache.options["ratio"] == pytest.approx(0.15) and advice.bound > 1.2
     assert CacheConfig.of(advice.cache.to_dict()).build()
-    unrelated = advise(made_up(1.0, 0.999, 0.12, 0.1), config)
+    unrelated = advise(made_up(1.0, 0.999, 0.12, 0.1), traits)
     assert unrelated.cache.options["ratio"] == 0 and unrelated.cache.options["prompt_interval"] == LONGEST
-    restless = advise(made_up(0.9, 0.9, 0.9, 0.8), config)
+    restless = advise(made_up(0.9, 0.9, 0.9, 0.8), traits)
     assert restless.cache == CacheConfig("none") and restless.bound == 1 and "does not pay" in restless.reason
 
 
@@ -145,7 +145,7 @@ def test_a_pipeline_is_profiled_task_by_task(tmp_path):
     assert profiles["text_to_image"].segments == ["image", "text_prompt"]
     assert profiles["caption"].segments == ["text", "text_prompt", "image_prompt"]
     assert profiles["inpaint"].segments == ["image", "text_prompt", "image_prompt"]
-    files = write(tmp_path / "out", "tiny", pipe.transformer.config, profiles)
+    files = write(tmp_path / "out", "tiny", pipe.transformer.traits, profiles)
     assert sorted(f.name for f in files) == sorted(f.name for f in (tmp_path / "out").iterdir()) and len(files) == 9
     data = json.loads(files[0].read_text())
     drawn = data["tasks"]["text_to_image"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from unidiff.decoding.commit.choose import quota
 from unidiff.families.llada.weights import llada_batch, llada_state_dict, load_llada
 from unidiff.models.partial import CachePlan
-from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 
@@ -148,13 +148,13 @@ def caches(folder: Path, model: MaskedTransformer, stored: Stored) -> None:
     regions = {"prefix": (place >= start).expand(ids.shape), "dual": inside}
     for rotated in (False, True):
         for name, query in regions.items():
-            store = FeatureStore(model, llada_batch(ids), StoreOptions(rotated=rotated))
+            store = model.make_store(llada_batch(ids), StoreOptions(rotated=rotated))
             stored.close("cache.fill_logits", model.head(model.partial(ids, CachePlan(), store).hidden), **LOGITS)
             for layer in range(len(model.blocks)):
                 value = store.values(layer)
                 stored.close(f"cache.layers.{layer}.value", value, **HIDDEN)
                 if not rotated:
-                    stored.close(f"cache.layers.{layer}.key", keys(store, layer), **HIDDEN)
+                    stored.close(f"cache.layers.{layer}.key", store.keys(layer), **HIDDEN)
             steps = sorted(n for n in stored.tensors if n.startswith(f"{name}.step") and n.endswith("_logits"))
             for step in steps:
                 number = step.removeprefix(f"{name}.step").removesuffix("_logits")
@@ -163,11 +163,7 @@ def caches(folder: Path, model: MaskedTransformer, stored: Stored) -> None:
             if name == "dual" and not rotated:
                 prefix = f"dual.key_after_step{len(steps)}.layer_"
                 for key in [n for n in stored.tensors if n.startswith(prefix)]:
-                    stored.close(key, keys(store, int(key.removeprefix(prefix))), **HIDDEN)
-
-
-def keys(store: FeatureStore, layer: int) -> Tensor:
-    return store.key[layer, :, :, :-1]
+                    stored.close(key, store.keys(int(key.removeprefix(prefix))), **HIDDEN)
 
 
 def settings_of(case: dict, config: dict) -> LladaSettings:

@@ -7,7 +7,6 @@ import torch
 
 from unidiff.models.image_spans import image_spans
 from unidiff.models.partial import CachePlan
-from unidiff.models.store import FeatureStore
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch
 
@@ -80,7 +79,7 @@ def test_partial_forward_sees_the_same_places():
     model = noisy_model(rope_grid=2, image_embeddings=2)
     batch = packed()
     whole = model.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask())
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     model.partial(batch.ids, CachePlan(), store)
     query = batch.valid & (batch.modality == Modality.IMAGE)
     part = model.partial(batch.ids, CachePlan(query=query, full=False), store.narrow(0, 2))

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from unidiff.models.attention import Attention, attend
 from unidiff.models.partial import CachePlan, query_index
-from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.rotary import RotaryTables
+from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -61,7 +62,7 @@ TIME = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
 @torch.no_grad()
 def test_full_passes_equal_the_whole_forward(model, options):
     batch = make_batch()
-    store = FeatureStore(model, batch, options)
+    store = model.make_store(batch, options)
     expected = whole(model, batch.ids, batch, TIME)
     everything = torch.ones_like(batch.valid)
     for plan in (CachePlan(), CachePlan(full=False), CachePlan(everything, full=False)):
@@ -81,7 +82,7 @@ def test_unchanged_tokens_give_unchanged_features(model, options):
     """Whatever is recomputed, layer by layer or not: with the same tokens everything stays what it was."""
     batch = make_batch()
     expected = whole(model, batch.ids, batch, TIME)
-    store = FeatureStore(model, batch, options)
+    store = model.make_store(batch, options)
     model.partial(batch.ids, CachePlan(), store, TIME)
     for share in (0.0, 0.3, 0.7):
         query = some_positions(batch, share)
@@ -124,7 +125,7 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(model, options):
     def passes(rows: list[int], length: int) -> Tensor:
         part = batch.rows(rows)
         part = TokenBatch(*(getattr(part, f)[:, :length] for f in part.__dataclass_fields__))
-        store = FeatureStore(model, part, options)
+        store = model.make_store(part, options)
         for step in range(4):
             changed = some_positions(batch, 0.4, 10 + step)[rows, :length]
             ids = torch.where(changed, step, part.ids)
@@ -144,7 +145,7 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(model, options):
 def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
     """Against whole forwards whose attention is handed the keys and values that a position had when it was computed."""
     batch = make_batch()
-    store = FeatureStore(model, batch, StoreOptions(rotated=rotated))
+    store = model.make_store(batch, StoreOptions(rotated=rotated))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     query = batch.valid
 
@@ -169,7 +170,7 @@ def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
 def test_stored_features_are_really_used():
     """Two hand-checked facts of a stale key: it hides a change, and it goes when its position is recomputed."""
     model, batch = make_model(), make_batch().rows([0])
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     before = model.partial(batch.ids, CachePlan(), store).hidden
     ids = batch.ids.clone()
     ids[0, 0] = 7
@@ -181,7 +182,7 @@ def test_stored_features_are_really_used():
     first[0, 0] = True
     fresh = model.partial(ids, CachePlan(first, full=False), store).hidden
     assert not torch.allclose(fresh[0, -1], before[0, -1])
-    assert store.age[0].tolist() == [0, *[2] * 9, 0]
+    assert age(store)[0].tolist() == [0, *[2] * 9, 0]
 
 
 @torch.no_grad()
@@ -189,7 +190,7 @@ def test_block_causal_prefix_is_exact_from_the_first_block_on():
     """Blocks appended one by one, never a full pass: the same as one whole forward."""
     model, batch = make_model(**VARIANTS["causal"]), make_batch()
     expected = whole(model, batch.ids, batch, TIME)
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     block = batch.positions[..., 0] // 3
     for b in range(int(block.max()) + 1):
         model.partial(batch.ids, CachePlan(batch.valid & (block == b), full=False), store)
@@ -199,7 +200,7 @@ def test_block_causal_prefix_is_exact_from_the_first_block_on():
 @torch.no_grad()
 def test_positions_never_computed_are_seen_by_nobody():
     model, batch = make_model(), make_batch().rows([0])
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     front = torch.arange(11)[None] < 5
     out = model.partial(batch.ids, CachePlan(front, full=False), store)
     short = TokenBatch(*(getattr(batch, f)[:, :5] for f in batch.__dataclass_fields__))
@@ -207,9 +208,14 @@ def test_positions_never_computed_are_seen_by_nobody():
 
 
 @torch.no_grad()
+def age(store) -> torch.Tensor:
+    """int64 `[B, L]`: passes since each position was computed."""
+    return store.passes[:, None] - store.computed[:, :-1]
+
+
 def test_narrow_stores_share_memory_and_nothing_else():
     model, batch = make_model(), make_batch()
-    pair = FeatureStore(model, TokenBatch.cat([batch, batch]))
+    pair = model.make_store(TokenBatch.cat([batch, batch]))
     other = torch.where(batch.given, VOCABULARY.mask_id, batch.ids)
     a, b = pair.narrow(0, 3), pair.narrow(3, 6)
     model.partial(batch.ids, CachePlan(), a)
@@ -218,7 +224,7 @@ def test_narrow_stores_share_memory_and_nothing_else():
     assert pair.passes.tolist() == [1] * 6
     query = some_positions(batch, 0.5)
     both = model.partial(torch.cat((other, other)), CachePlan(query.repeat(2, 1), full=False), pair).hidden
-    apart = FeatureStore(model, batch)
+    apart = model.make_store(batch)
     model.partial(batch.ids, CachePlan(), apart)
     alone = model.partial(other, CachePlan(query, full=False), apart)
     real = alone.index < 11
@@ -233,7 +239,7 @@ def test_rows_that_refresh_go_apart(model, options):
     ids = torch.where(batch.given, 6, batch.ids)
     query = some_positions(batch, 0.5)
     query[2] = False
-    stores = [FeatureStore(model, batch, options) for _ in range(2)]
+    stores = [model.make_store(batch, options) for _ in range(2)]
     for store in stores:
         model.partial(batch.ids, CachePlan(), store, TIME)
     fresh = torch.tensor([True, False, False])
@@ -244,7 +250,7 @@ def test_rows_that_refresh_go_apart(model, options):
     torch.testing.assert_close(stores[0].hidden[:, :-1][valid], stores[1].hidden[:, :-1][valid])
     kept, other = (store.key[..., :-1, :].transpose(2, 3) for store in stores)  # [layers, B, L, KV, d]
     torch.testing.assert_close(kept[:, valid], other[:, valid])
-    torch.testing.assert_close(stores[0].age[valid], stores[1].age[valid])
+    torch.testing.assert_close(age(stores[0])[valid], age(stores[1])[valid])
 
 
 def test_index_is_ascending_and_padded_with_the_spare_position():
@@ -255,14 +261,14 @@ def test_index_is_ascending_and_padded_with_the_spare_position():
 
 def test_bad_requests_say_what_to_do():
     model, batch = make_model(), make_batch()
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     with pytest.raises(ValueError, match="expected \\(3, 11\\)"):
         model.partial(batch.ids[:, :4], CachePlan(), store)
     with pytest.raises(ValueError, match="outputs=True"):
         model.partial(batch.ids, CachePlan(batch.valid, full=False, verify=batch.valid), store)
     with pytest.raises(ValueError, match="needs `select`"):
         plan = CachePlan(batch.valid, full=False, verify=batch.valid)
-        model.partial(batch.ids, plan, FeatureStore(model, batch, StoreOptions(outputs=True)))
+        model.partial(batch.ids, plan, model.make_store(batch, StoreOptions(outputs=True)))
     with pytest.raises(ValueError, match="full=False"):
         CachePlan(verify=batch.valid)
     with pytest.raises(ValueError, match="goes with query"):
@@ -273,7 +279,7 @@ def test_bad_requests_say_what_to_do():
 @torch.no_grad()
 def test_bfloat16_weights(options):
     model, batch = make_model(num_kv_heads=2, qk_norm="head").bfloat16(), make_batch()
-    store = FeatureStore(model, batch, options)
+    store = model.make_store(batch, options)
     expected = model.partial(batch.ids, CachePlan(), store).hidden
     assert expected.dtype == store.key.dtype == torch.bfloat16
     whole_pass = whole(model, batch.ids, batch, TIME)
@@ -286,8 +292,8 @@ def test_bfloat16_weights(options):
 
 def test_a_store_says_how_large_it_is():
     model, batch = make_model(num_kv_heads=2), make_batch()  # 3 rows of 11 positions and a spare one, float64
-    assert FeatureStore(model, batch).nbytes == 3 * 12 * 8 * (3 * 2 * 8 + 16)
-    assert FeatureStore(model, batch, StoreOptions(outputs=True)).nbytes == 3 * 12 * 8 * (3 * (2 * 8 + 2 * 16) + 16)
+    assert model.make_store(batch).nbytes == 3 * 12 * 8 * (3 * 2 * 8 + 16)
+    assert model.make_store(batch, StoreOptions(outputs=True)).nbytes == 3 * 12 * 8 * (3 * (2 * 8 + 2 * 16) + 16)
 
 
 @torch.no_grad()
@@ -295,9 +301,10 @@ def test_queries_and_keys_rotate_together_as_they_do_apart():
     torch.manual_seed(3)
     batch = make_batch()
     model = make_model(num_kv_heads=2, rope="1d")
-    store, attention = FeatureStore(model, batch), model.blocks[0].attention
+    store, attention = model.make_store(batch), model.blocks[0].attention
     x = torch.randn(*batch.shape, 16, dtype=torch.float64)
+    rotary = RotaryTables(store.inputs["cos"], store.inputs["signed_sin"])
     with torch.enable_grad():
-        apart = attention.project(x, store.rotary)
-    for a, b in zip(attention.project(x, store.rotary), apart, strict=True):
+        apart = attention.project(x, rotary)
+    for a, b in zip(attention.project(x, rotary), apart, strict=True):
         assert torch.equal(a, b)

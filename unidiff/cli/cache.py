@@ -40,11 +40,11 @@ def profile_cache(
     prompts = prompt or [words for words, _ in PROMPTS]
     with Console(stderr=True).status("profile") as status:
         profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, status.update)
-    config = pipe.transformer.config
-    table, advice = summary(profiles, config)
+    traits = pipe.transformer.traits
+    table, advice = summary(profiles, traits)
     Console().print(table)
     for name, chosen in advice.items():
         options = ", ".join(f"{k}={v}" for k, v in chosen.cache.options.items())
         typer.echo(f"{name}: {chosen.cache.policy}{f' ({options})' if options else ''}; {chosen.reason}")
-    for path in write(out, model, config, profiles):
+    for path in write(out, model, traits, profiles):
         typer.echo(path)

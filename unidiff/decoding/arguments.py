@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import SamplerConfig
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.models.denoiser import PartialDenoiser
 from unidiff.schema import check_value
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -30,9 +30,9 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs:
         _check_methods("policy", policy, ("start", "plan"), "see `RefreshPolicy`; CacheConfig(name).build() makes one")
     if not isinstance(graphs, bool) and not callable(graphs):
         raise ValueError(f"graphs is {_name(graphs)}; expected true or false, or a `Record`")
-    if isinstance(model, MaskedTransformer) and model.config.vocab_size < vocabulary.size:
+    if isinstance(model, PartialDenoiser) and model.traits.ids < vocabulary.size:
         raise ValueError(
-            f"the model has {model.config.vocab_size} ids, the vocabulary {vocabulary.size}; give the vocabulary that the "
+            f"the model has {model.traits.ids} ids, the vocabulary {vocabulary.size}; give the vocabulary that the "
             "model was made for"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time as wall
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,35 +13,12 @@ from unidiff.decoding.arguments import check_features, check_head
 from unidiff.decoding.cache.base import RefreshPolicy
 from unidiff.decoding.cache.none import NoCache
 from unidiff.decoding.cache.plans import by_whole_rows, stacked, stacks
-from unidiff.decoding.flops import LayerFlops
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
+from unidiff.models.denoiser import Denoiser, PartialDenoiser
 from unidiff.models.partial import CachePlan, LayerWork
 from unidiff.models.store import FeatureStore, gather_rows
-from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
-
-
-class Denoiser(Protocol):
-    """What the sampler needs of a model: features of every position, and a head that can be sliced."""
-
-    def hidden(
-        self,
-        ids: Tensor,
-        modality: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        time: Tensor | None = None,
-    ) -> Tensor:
-        """ids, modality int64 `[B, L]`, positions int64 `[B, L, 3]`, mask bool `[B, 1, L, L]` -> `[B, L, D]`.
-
-        `time` float `[B]` is diffusion time; a model without time conditioning ignores it.
-        """
-        ...
-
-    def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """`[..., D]` -> logits `[..., stop - start]` of the vocabulary slice."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +51,7 @@ class Forward:
     """Runs the model for one request and keeps the features of every guidance stream.
 
     A stream is B rows of one `FeatureStore`; streams that do the same in a pass run together. Where the policy asks for
-    no store, or the model is no `MaskedTransformer`, a partial pass computes whole rows and keeps the queried positions.
+    no store, or the model is no `PartialDenoiser`, a partial pass computes whole rows and keeps the queried positions.
 
     Args:
         model: see `Denoiser`.
@@ -85,7 +61,7 @@ class Forward:
         policy: of this request; no cache when left out.
         unconditional: the rows of streams 1, 2, ... where hiding does not make them, see `Sampler`.
         peaks: filled with the largest logits where the policy wants them, see `DecodeState.peaks`.
-        graphs: record and replay passes of a `MaskedTransformer`; None runs all of them as they are.
+        graphs: record and replay passes of a `PartialDenoiser`; None runs all of them as they are.
     """
 
     def __init__(
@@ -99,7 +75,9 @@ class Forward:
         unconditional: Sequence[TokenBatch] = (),
         graphs: PassGraphs | None = None,
     ) -> None:
-        self._graphs = graphs if isinstance(model, MaskedTransformer) else None
+        self._partial = model if isinstance(model, PartialDenoiser) else None
+        self._traits = None if self._partial is None else self._partial.traits
+        self._graphs = None if self._partial is None else graphs
         self._model, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
@@ -114,9 +92,8 @@ class Forward:
         self._beside: dict[int, Tensor] = {}  # stream -> conditional features when its rows were last evaluated
         self._peaks = {} if peaks is None else peaks
         self.store: FeatureStore | None = None
-        if self._policy.store is not None and isinstance(model, MaskedTransformer):
-            self.store = FeatureStore(model, TokenBatch.cat(self._layouts), self._policy.store)
-        self._layer = LayerFlops.of(model.config) if isinstance(model, MaskedTransformer) else None
+        if self._policy.store is not None and self._partial is not None:
+            self.store = self._partial.make_store(TokenBatch.cat(self._layouts), self._policy.store)
         self.stats = DecodeStats(store_bytes=0 if self.store is None else self.store.nbytes)
 
     def run(
@@ -213,7 +190,7 @@ class Forward:
         layout, mask = self._joined[key]
         times, (size, length) = time.float().repeat(n), self._layout.shape
         if self._graphs is not None:
-            fresh = self._graphs.hidden(cast(MaskedTransformer, self._model), ids, layout, mask, times, key)
+            fresh = self._graphs.hidden(self._model, ids, layout, mask, times, key)
         elif unfinished is None:
             fresh = self._model.hidden(ids, layout.modality, layout.positions, mask, times)
             check_features(fresh, ids)
@@ -233,26 +210,25 @@ class Forward:
             self._features[stream] = features
 
     def _run_partial(self, ids: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
-        assert self.store is not None and isinstance(self._model, MaskedTransformer)
+        assert self.store is not None and self._partial is not None and self._traits is not None
         n, size = len(streams), len(self._layout.ids)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
         times, select = time.float().repeat(n), self._policy.select
         if self._graphs is not None and recordable(plan):
-            work, apart = self._graphs.partial(self._model, ids, plan, store, times, select, tuple(streams)), 0
+            work, apart = self._graphs.partial(self._partial, ids, plan, store, times, select, tuple(streams)), 0
         else:
-            out = self._model.partial(ids, plan, store, times, select)
+            out = self._partial.partial(ids, plan, store, times, select)
             work, apart = out.work, out.fresh
         self._count(n, size, size * sum(w.out for w in work) // len(work), work)
         if apart:  # rows computed in features of their own
             length = self._layout.shape[1]
             self.stats.model_tokens += apart * length
-            assert self._layer is not None
-            self.stats.count_layers(self._layer, self._whole_work, apart, length)
+            self.stats.count_layers(self._traits, self._whole_work, apart, length)
             held = self.store.nbytes
             self.stats.store_bytes = max(self.stats.store_bytes, held + held * apart // self.store.shape[0])
         for i, stream in enumerate(streams):
             hidden = store.hidden[i * size : (i + 1) * size, :-1]
-            features = self._model.shifted(hidden, self._layouts[stream].positions)
+            features = self._partial.shifted(hidden, self._layouts[stream].positions)
             if (rows := self._evaluated.get(stream)) is not None:  # the others keep theirs, whatever the store has
                 known = self._features.get(stream)
                 features = features.clone() if known is None else torch.where(rows[:, None, None], features, known)
@@ -261,15 +237,15 @@ class Forward:
     @property
     def _whole_work(self) -> tuple[LayerWork, ...]:
         """Every position in every layer."""
-        layers = self._model.config.num_layers if isinstance(self._model, MaskedTransformer) else 0
+        layers = 0 if self._traits is None else len(self._traits.layers)
         return (LayerWork(*(self._layout.shape[1],) * 3),) * layers
 
     def _count(self, streams: int, rows: int, tokens: int, work: Sequence[LayerWork]) -> None:
         """A call with `rows` rows of each stream; `tokens` of a stream went through the layers."""
         self.stats.evaluations += streams
         self.stats.model_tokens += streams * tokens
-        if self._layer is not None:
-            self.stats.count_layers(self._layer, work, streams * rows, self._layout.shape[1])
+        if self._traits is not None:
+            self.stats.count_layers(self._traits, work, streams * rows, self._layout.shape[1])
 
     def features(self, stream: int) -> Tensor:
         """`[B, L, D]`, final hidden states at their last computation."""
@@ -295,7 +271,7 @@ class Forward:
         index, live = gather_positions(wanted, count)
         rows = None if self._policy.peaks is not None else unfinished
         taken = index if rows is None else index[rows]
-        affine = isinstance(self._model, MaskedTransformer)
+        affine = self._traits is not None and self._traits.affine_head
         own = self._features[0]  # stands in for a stream that no row has used so far: none uses it now
         features = [self._moved(s) if affine and s in self._held else self._features.get(s, own) for s in streams]
         if affine and weights is not None and self._policy.peaks is None:
@@ -341,8 +317,8 @@ class Forward:
         logits = self._model.head(picked, start, stop)
         check_head(logits, picked, start, stop)
         self.stats.head_tokens += tokens
-        if self._layer is not None:
-            self.stats.head_flops += self._layer.head(tokens, stop - start)
+        if self._traits is not None:
+            self.stats.head_flops += self._traits.head_flops(tokens, stop - start)
         self.stats.forward_seconds += wall.perf_counter() - begun
         return logits
 

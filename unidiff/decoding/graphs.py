@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unidiff.models.denoiser import Denoiser, PartialDenoiser
 from unidiff.models.partial import CachePlan, LayerWork, Select
 from unidiff.models.store import FeatureStore
-from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch
 
 Work = Callable[[], Any]
@@ -94,7 +94,7 @@ class PassGraphs:
 
     def partial(
         self,
-        model: MaskedTransformer,
+        model: PartialDenoiser,
         ids: Tensor,
         plan: CachePlan,
         store: FeatureStore,
@@ -126,7 +126,7 @@ class PassGraphs:
 
     def hidden(
         self,
-        model: MaskedTransformer,
+        model: Denoiser,
         ids: Tensor,
         layout: TokenBatch,
         mask: Tensor | None,

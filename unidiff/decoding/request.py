@@ -14,10 +14,11 @@ from unidiff.decoding.cache.base import RefreshPolicy
 from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.eos import EndOfText
-from unidiff.decoding.forward import Denoiser, Forward
+from unidiff.decoding.forward import Forward
 from unidiff.decoding.graphs import PassGraphs
 from unidiff.decoding.guidance import full_scale, hidden_from
 from unidiff.decoding.state import Clock, DecodeState
+from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from unidiff.decoding.commit.choose import decide, decide_early, quota, unmask_c
 from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
 from unidiff.decoding.commit.rules import CommitRule, check_rules, guarded
 from unidiff.decoding.config import SamplerConfig
-from unidiff.decoding.forward import Denoiser, PositionLogits
+from unidiff.decoding.forward import PositionLogits
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
 from unidiff.decoding.guidance import scale_at
 from unidiff.decoding.request import Request
@@ -25,6 +25,7 @@ from unidiff.decoding.state import Clock
 from unidiff.decoding.stats import DecodeStats
 from unidiff.decoding.unusable import complaint
 from unidiff.decoding.watch import Callback, DecodeView, declines, own_copy
+from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
@@ -89,7 +90,7 @@ class Sampler:
         config: see `SamplerConfig`.
         policy: what each pass recomputes; no cache when left out.
         rules: commit rules of one's own, by modality, in place of the settings' `rule`.
-        graphs: record the passes of a `MaskedTransformer` as CUDA graphs and replay them, see `unidiff.decoding.graphs`;
+        graphs: record the passes of a `PartialDenoiser` as CUDA graphs and replay them, see `unidiff.decoding.graphs`;
             the tokens are the same. Worth it where starting kernels takes longer than running them: deep models,
             few rows, many passes. Every request records its own. Without CUDA nothing is recorded. A `Record`
             in place of True records by other means, on any device.

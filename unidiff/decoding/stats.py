@@ -1,4 +1,4 @@
-"""What a decode cost, counted where the work is done."""
+"""What a pass costs in FLOPs, and what a decode cost, counted where the work is done."""
 
 from __future__ import annotations
 
@@ -6,8 +6,33 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from unidiff.decoding.flops import LayerFlops
+from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.partial import LayerWork
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """What one pass of one row does.
+
+    Attributes:
+        layers: positions through the matrices, one entry per layer. keys: keys that every query looks at.
+        head: positions whose logits are wanted. ids: over how many ids.
+    """
+
+    layers: tuple[LayerWork, ...]
+    keys: int
+    head: int = 0
+    ids: int = 0
+
+    @classmethod
+    def even(cls, layers: int, queries: int, keys: int, head: int = 0, ids: int = 0) -> RowWork:
+        """The same positions in every layer; `queries = keys` is a full pass."""
+        return cls((LayerWork(queries, queries, queries),) * layers, keys, head, ids)
+
+    def flops(self, traits: DenoiserTraits) -> int:
+        """Layers, attention and head."""
+        pairs = zip(traits.layers, self.layers, strict=True)
+        return sum(f.linear(w) + f.attention(w, self.keys) for f, w in pairs) + traits.head_flops(self.head, self.ids)
 
 
 @dataclass
@@ -15,7 +40,7 @@ class DecodeStats:
     """Work of one request; a guidance stream counts as rows.
 
     Tokens of a kind of linear layer are summed over the layers: one token that passes through all 8 layers is 8. All
-    FLOPs and all tokens by kind are those of a `MaskedTransformer` (see `LayerFlops` for what is left out) and stay 0
+    FLOPs and all tokens by kind are those of a `PartialDenoiser` (see `LayerFlops` for what is left out) and stay 0
     for other models. Padding of rows and of query indices is work and counts.
 
     Attributes:
@@ -50,9 +75,9 @@ class DecodeStats:
         """Layers, attention and head together."""
         return self.linear_flops + self.attention_flops + self.head_flops
 
-    def count_layers(self, layer: LayerFlops, work: Sequence[LayerWork], rows: int, keys: int) -> None:
+    def count_layers(self, traits: DenoiserTraits, work: Sequence[LayerWork], rows: int, keys: int) -> None:
         """Add a pass of `rows` rows whose queries look at `keys` keys each; `work` has one entry per layer."""
-        for w in work:
+        for layer, w in zip(traits.layers, work, strict=True):
             self.query_key_tokens += rows * w.qk
             self.value_tokens += rows * w.v
             self.output_tokens += rows * w.out

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import SamplerConfig
-from unidiff.decoding.forward import Denoiser, Forward
+from unidiff.decoding.forward import Forward
 from unidiff.decoding.state import DecodeState
+from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, Vocabulary
 
 _AT_ONCE = 256  # positions

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,29 +18,15 @@ from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_ids, mask_tokens
 from unidiff.diffusion.schedules import Schedule
+from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 Scorer = Callable[[TokenBatch, TokenBatch, Tensor], Tensor]
 """`(x_t, x0, where bool [B, L]) -> [B, L]`: -log p(x0_i | x_t) in nats at `where`, 0 elsewhere."""
 
 
-class HiddenModel(Protocol):
-    """What `model_scorer` needs: `MaskedTransformer` has it."""
-
-    def hidden(
-        self,
-        ids: Tensor,
-        modality: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        time: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def head(self, hidden: Tensor, start: int, stop: int) -> Tensor: ...
-
-
 def model_scorer(
-    model: HiddenModel, vocabulary: Vocabulary, count: int = 512, time: Callable[[Tensor], Tensor] | None = None
+    model: Denoiser, vocabulary: Vocabulary, count: int = 512, time: Callable[[Tensor], Tensor] | None = None
 ) -> Scorer:
     """Score with a model, through the modality's slice of its head, `count` positions at a time.
 

@@ -6,31 +6,15 @@ token. Slicing the head is the same distribution as masking a full-vocabulary so
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from unidiff.models.denoiser import Denoiser
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
 
-class HeadModel(Protocol):
-    """The two calls that training and sampling make on a model; `MaskedTransformer` is one."""
-
-    def hidden(
-        self,
-        ids: Tensor,
-        modality: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        time: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
-def modality_logits(model: HeadModel, hidden: Tensor, modality: Modality | int, vocabulary: Vocabulary) -> Tensor:
+def modality_logits(model: Denoiser, hidden: Tensor, modality: Modality | int, vocabulary: Vocabulary) -> Tensor:
     """Logits over one modality's ids, `[..., D]` to float32 `[..., n]`; entry j stands for id `range_of(modality)[0] + j`.
 
     A [MASK] that lies inside the slice gets -inf.
@@ -41,7 +25,7 @@ def modality_logits(model: HeadModel, hidden: Tensor, modality: Modality | int, 
     return logits
 
 
-def subs_log_probs(model: HeadModel, batch: TokenBatch, vocabulary: Vocabulary, time: Tensor | None = None) -> Tensor:
+def subs_log_probs(model: Denoiser, batch: TokenBatch, vocabulary: Vocabulary, time: Tensor | None = None) -> Tensor:
     """log p(x0 | x_t) over the whole vocabulary, `[B, L, V]`, for tests and small vocabularies.
 
     Masked positions: log-softmax over their modality's ids, -inf elsewhere. Known positions: 0 at their own token,

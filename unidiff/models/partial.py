@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from unidiff.models.attention import attend
 from unidiff.models.conditioning import Condition, Modulation, modulate
-from unidiff.models.rotary import rotate
+from unidiff.models.rotary import RotaryTables, rotate
 from unidiff.models.store import FeatureStore, gather_rows
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from unidiff.models.transformer import Block, MaskedTransformer
 
 Select = Callable[[int, Tensor], Tensor | None]
+ATTENTION, FEED_FORWARD = range(2)  # branches of a block, in the order in which a store keeps their outputs
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,10 @@ def partial_hidden(
     time: Tensor | None = None,
     select: Select | None = None,
 ) -> PartialHidden:
-    """See `MaskedTransformer.partial`."""
+    """See `PartialDenoiser.partial`."""
     if ids.shape != store.shape:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; expected {tuple(store.shape)}, that of the store")
-    if (plan.verify is not None or plan.full_layers) and not store.outputs:
+    if (plan.verify is not None or plan.full_layers) and not store.options.outputs:
         raise ValueError("this CachePlan verifies or refreshes layer by layer; make the store with outputs=True")
     if plan.verify is not None and select is None:
         raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
@@ -164,7 +165,7 @@ def partial_hidden(
         store.put(rows, part)
         rest = replace(plan, query=plan.query & ~plan.fresh[:, None], fresh=None)
         return replace(partial_hidden(model, ids, rest, store, time, select), fresh=len(rows))
-    if not (plan.full or store.outputs):
+    if not (plan.full or store.options.outputs):
         index = store.everywhere() if plan.query is None else query_index(plan.query, plan.width)
         return _narrow(model, ids, index, plan, store, time)
     if plan.full:
@@ -177,14 +178,12 @@ def _narrow(
 ) -> PartialHidden:
     """The same positions in every layer: the residual stream holds them alone."""
     whole = plan.full or plan.query is None
-    modality, spots = store.modality, store.spots
-    rotary, condition = store.rotary, model.condition(store.modality, time)
+    condition, inputs = model.condition(store.inputs["modality"], time), store.inputs
     if not whole:
-        place = index.clamp_max(ids.shape[1] - 1)
-        ids, modality = ids.gather(1, place), modality.gather(1, place)
-        spots = None if spots is None else gather_rows(spots, place)
-        rotary, condition = store.rotary_at(index), _condition_at(condition, index)
-    x = model.embed(ids, modality, spots)  # [B, n, D]
+        ids, inputs = ids.gather(1, index.clamp_max(ids.shape[1] - 1)), store.inputs_at(index)
+        condition = _condition_at(condition, index)
+    rotary = RotaryTables(inputs["cos"], inputs["signed_sin"])
+    x = model.embed(ids, inputs["modality"], inputs.get("spots"))  # [B, n, D]
     store.begin(index, whole)
     n = index.shape[1]
     if not n:
@@ -193,16 +192,16 @@ def _narrow(
     for layer, block in enumerate(_blocks(model)):
         first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
         h = _enter(x, block.attention_norm, first)  # [B, n, D]
-        if store.rotated:
+        if store.options.rotated:
             q, k, v = block.attention.project(h, rotary)
         else:
             q, k, v = block.attention.heads(h)
             q = rotate(q, rotary).to(v.dtype)
         store.write(layer, index, whole, key=k, value=v)
         h = _attend(block, q, layer, store, mask)
-        x = x + _gated(store.output(layer, "attention", index, whole, h), first if block.attention_gate else None)
+        x = x + _gated(store.output(layer, ATTENTION, index, whole, h), first if block.attention_gate else None)
         h = _leave(block.feed_forward(_enter(x, block.ffn_norm, second)), block.ffn_out_norm)
-        x = x + _gated(store.output(layer, "feed_forward", index, whole, h), second)
+        x = x + _gated(store.output(layer, FEED_FORWARD, index, whole, h), second)
     x = model.finish(x, condition)
     store.write_hidden(index, whole, x)
     return PartialHidden(x, index, (LayerWork(n, n, n),) * len(model.blocks))
@@ -217,8 +216,8 @@ def _layered(
     select: Select | None,
 ) -> PartialHidden:
     """Other positions in every layer: the residual stream holds all, with stored branch outputs where not recomputed."""
-    x = model.embed(ids, store.modality, store.spots)  # [B, L, D]
-    condition = model.condition(store.modality, time)
+    x = model.embed(ids, store.inputs["modality"], store.inputs.get("spots"))  # [B, L, D]
+    condition = model.condition(store.inputs["modality"], time)
     everywhere, length = store.everywhere(), ids.shape[1]
     query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query
     known = everywhere if plan.query is None else query_index(plan.query, plan.width)
@@ -246,19 +245,20 @@ def _layered(
             else:
                 _write_values(block, h, layer, values, store)
         if index.shape[1]:
-            rotary = store.rotary if refreshed else store.rotary_at(index)
+            inputs = store.inputs if refreshed else store.inputs_at(index, "cos", "signed_sin")
+            rotary = RotaryTables(inputs["cos"], inputs["signed_sin"])
             q, k = block.attention.query_key(h if refreshed else store.gather(h, index))
-            keep = rotate(k, rotary).to(h.dtype) if store.rotated else k
+            keep = rotate(k, rotary).to(h.dtype) if store.options.rotated else k
             store.write(layer, index, refreshed, key=keep)
             mask = store.visible(None if refreshed else index)
             fresh = _attend(block, rotate(q, rotary).to(h.dtype), layer, store, mask)
-            store.output(layer, "attention", index, refreshed, fresh)
-        x = x + _gated(store.all_outputs(layer, "attention"), first if block.attention_gate else None)
+            store.output(layer, ATTENTION, index, refreshed, fresh)
+        x = x + _gated(store.all_outputs(layer, ATTENTION), first if block.attention_gate else None)
         if index.shape[1]:
             entered = _enter(x, block.ffn_norm, second, None if refreshed else index)
             fresh = _leave(block.feed_forward(entered), block.ffn_out_norm)
-            store.output(layer, "feed_forward", index, refreshed, fresh)
-        x = x + _gated(store.all_outputs(layer, "feed_forward"), second)
+            store.output(layer, FEED_FORWARD, index, refreshed, fresh)
+        x = x + _gated(store.all_outputs(layer, FEED_FORWARD), second)
         work.append(LayerWork(index.shape[1], values.shape[1], index.shape[1]))
     x = model.finish(x, condition)
     if (working := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
@@ -304,7 +304,11 @@ def _write_values(block: Block, h: Tensor, layer: int, index: Tensor, store: Fea
 
 def _attend(block: Block, q: Tensor, layer: int, store: FeatureStore, mask: Tensor | None) -> Tensor:
     """Attention branch output `[B, n, D]` of rotated queries `[B, n, H, d]` against the whole store."""
-    mixed = attend(q.transpose(1, 2), store.keys(layer), store.values(layer), mask)  # [B, H, n, d]
+    k = store.keys(layer)
+    if not store.options.rotated:
+        tables = RotaryTables(*(store.inputs[name].transpose(1, 2) for name in ("cos", "signed_sin")))  # [B, 1, L, d]
+        k = rotate(k, tables).to(k.dtype)
+    mixed = attend(q.transpose(1, 2), k, store.values(layer), mask)  # [B, H, n, d]
     return _leave(block.attention.out(mixed.transpose(1, 2).flatten(2)), block.attention_out_norm)
 
 

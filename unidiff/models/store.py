@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from unidiff.models.attention import block_causal_mask
-from unidiff.models.rotary import RotaryTables, rotate
-from unidiff.tokens.batch import TokenBatch
-
-if TYPE_CHECKING:
-    from unidiff.models.transformer import MaskedTransformer
 
 
 @dataclass(frozen=True)
@@ -38,45 +31,66 @@ class StoreOptions:
         return cls(all(s.rotated for s in stores), any(s.outputs for s in stores)) if stores else None
 
 
+@dataclass(frozen=True)
+class StoreLayout:
+    """What a position takes in a store.
+
+    Attributes:
+        kv_heads, head_dim: of the keys and values of each layer. width: D, of hidden states and branch outputs.
+        branches: how many branches of each layer add to the residual stream; one number per layer.
+    """
+
+    kv_heads: int
+    head_dim: int
+    width: int
+    branches: tuple[int, ...]
+
+
 class FeatureStore:
     """Features of B rows of one layout; every tensor has a spare position L that takes the padding of an index.
 
     Keys and values lie head by head, as attention reads them: batched products need no copy of what is kept. Rows are
     independent: a guidance stream is more rows. `narrow` gives views of some rows that share the memory.
 
+    Args:
+        layout: see `StoreLayout`.
+        shape: (B, L).
+        like: has the dtype and the device.
+        options: see `StoreOptions`.
+        allowed: bool `[B, 1, L, L]`, which keys a query may see; None for all.
+        inputs: what the model needs of the rows besides ids, `[B, L, ...]` each, worked out once (rotary tables, ...).
     Attributes:
-        key, value: `[layers, B, KV, L + 1, d]`. attention, feed_forward: `[layers, B, L + 1, D]` or empty.
+        key, value: `[layers, B, KV, L + 1, d]`. outputs: `[branches of all layers, B, L + 1, D]`, or empty.
         hidden: `[B, L + 1, D]`, final hidden states at their last computation.
         computed: int64 `[B, L + 1]`, the pass that computed a position, from 1; 0 for never.
         passes: int64 `[B]`. complete: bool `[B]`, rows without a position that was never computed; known without asking
             the device.
     """
 
-    def __init__(self, model: MaskedTransformer, batch: TokenBatch, options: StoreOptions | None = None) -> None:
-        """Zeros for the rows of `batch`, whose layout is fixed from here on; ids do not matter."""
-        c, like = model.config, model.embed_tokens.weight
-        options = StoreOptions() if options is None else options
-        self.rotated, self.outputs = options.rotated, options.outputs
-        rows, length = batch.shape
-        self.head_dim = c.hidden_size // c.num_heads
-        device, self.modality = batch.ids.device, batch.modality
+    def __init__(
+        self,
+        layout: StoreLayout,
+        shape: tuple[int, int],
+        like: Tensor,
+        options: StoreOptions | None = None,
+        allowed: Tensor | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.options = StoreOptions() if options is None else options
+        self.layout, self.allowed, self.inputs = layout, allowed, dict(inputs or {})
+        (rows, length), device, layers = shape, like.device, len(layout.branches)
 
-        def zeros(layers: int, *shape: int) -> Tensor:
-            return torch.zeros(layers, rows, *shape, dtype=like.dtype, device=device)
+        def zeros(count: int, *of_row: int) -> Tensor:
+            return torch.zeros(count, rows, *of_row, dtype=like.dtype, device=device)
 
-        kept = (c.num_kv_heads or c.num_heads, length + 1, self.head_dim)
-        self.key, self.value = zeros(c.num_layers, *kept), zeros(c.num_layers, *kept)
-        branches = c.num_layers if self.outputs else 0
-        self.attention, self.feed_forward = (zeros(branches, length + 1, c.hidden_size) for _ in range(2))
-        self.hidden = zeros(1, length + 1, c.hidden_size)[0]
+        kept = (layout.kv_heads, length + 1, layout.head_dim)
+        self.key, self.value = zeros(layers, *kept), zeros(layers, *kept)
+        self.outputs = zeros(sum(layout.branches) if self.options.outputs else 0, length + 1, layout.width)
+        self.hidden = zeros(1, length + 1, layout.width)[0]
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = np.zeros(rows, dtype=np.bool_)
-        self.rotary, self.spots = model.place(batch.positions, batch.modality)
-        allowed = batch.attention_mask()
-        if c.attention == "block_causal":
-            allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
-        self.allowed = allowed  # [B, 1, L, L] or None
+        self._first_output = list(accumulate((0, *layout.branches)))
         self._everywhere = torch.arange(length, device=device).expand(rows, length)
         self._flat: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # of this pass: (id of an index, use) -> both
 
@@ -88,7 +102,7 @@ class FeatureStore:
         """The rows `[start, stop)`, in the same memory."""
         rows = slice(start, stop)
         view = self._layout_of(rows)
-        for name in ("key", "value", "attention", "feed_forward"):
+        for name in ("key", "value", "outputs"):
             setattr(view, name, getattr(self, name)[:, rows])
         for name in ("hidden", "computed", "passes", "complete"):
             setattr(view, name, getattr(self, name)[rows])
@@ -97,7 +111,7 @@ class FeatureStore:
     def take(self, rows: Tensor) -> FeatureStore:
         """An empty store for some rows, int64 `[n]`; `put` brings its features back."""
         part = self._layout_of(rows)
-        for name in ("key", "value", "attention", "feed_forward"):
+        for name in ("key", "value", "outputs"):
             held = getattr(self, name)
             setattr(part, name, held.new_zeros(len(held), len(rows), *held.shape[2:]))
         part.hidden = self.hidden.new_zeros(len(rows), *self.hidden.shape[1:])
@@ -107,7 +121,7 @@ class FeatureStore:
 
     def put(self, rows: Tensor, part: FeatureStore) -> None:
         """Replace all features of some rows by those of a store made by `take` (the number of passes stays)."""
-        for name in ("key", "value", "attention", "feed_forward"):
+        for name in ("key", "value", "outputs"):
             getattr(self, name).index_copy_(1, rows, getattr(part, name))
         for name in ("hidden", "computed"):
             getattr(self, name).index_copy_(0, rows, getattr(part, name))
@@ -115,23 +129,17 @@ class FeatureStore:
 
     def _layout_of(self, rows: slice | Tensor) -> FeatureStore:
         part = object.__new__(FeatureStore)
-        part.rotated, part.outputs, part.head_dim = self.rotated, self.outputs, self.head_dim
-        part.modality, part._everywhere = self.modality[rows], self._everywhere[rows]
-        part.rotary = RotaryTables(*(table[rows] for table in self.rotary))
-        part.spots = None if self.spots is None else self.spots[rows]
+        part.options, part.layout, part._first_output = self.options, self.layout, self._first_output
+        part._everywhere = self._everywhere[rows]
+        part.inputs = {name: table[rows] for name, table in self.inputs.items()}
         part.allowed = None if self.allowed is None else self.allowed[rows]
         part._flat = {}
         return part
 
     @property
-    def age(self) -> Tensor:
-        """int64 `[B, L]`: passes since each position was computed; as many as there were where it never was."""
-        return self.passes[:, None] - self.computed[:, :-1]
-
-    @property
     def nbytes(self) -> int:
         """Memory of the features."""
-        held = (self.key, self.value, self.attention, self.feed_forward, self.hidden)
+        held = (self.key, self.value, self.outputs, self.hidden)
         return sum(x.numel() * x.element_size() for x in held)
 
     def everywhere(self) -> Tensor:
@@ -144,9 +152,13 @@ class FeatureStore:
             return gather_rows(x, index)
         return x.view(-1, x.shape[-1]).index_select(0, self._place(index, "read")).view(*index.shape, -1)
 
-    def rotary_at(self, index: Tensor) -> RotaryTables:
-        """Tables of the positions of an index `[B, n]`."""
-        return RotaryTables(*(self.gather(table.flatten(2), index)[:, :, None] for table in self.rotary))
+    def inputs_at(self, index: Tensor, *names: str) -> dict[str, Tensor]:
+        """Inputs, all or those of some names, at the positions of an index: `[B, n, ...]` each."""
+        found = {}
+        for name in names or self.inputs:
+            x = self.inputs[name]
+            found[name] = self.gather(x.reshape(*self.shape, -1), index).view(*index.shape, *x.shape[2:])
+        return found
 
     def visible(self, index: Tensor | None) -> Tensor | None:
         """bool `[B, 1, n, L]`: what the queries at `index` (None: all positions) may see; None where that is all.
@@ -182,29 +194,25 @@ class FeatureStore:
             if whole:
                 kept[layer, :, :, :-1] = fresh
             else:
-                flat = kept[layer].view(-1, self.head_dim)
-                flat.index_copy_(0, self._place(index, "heads"), fresh.reshape(-1, self.head_dim))
+                flat = kept[layer].view(-1, self.layout.head_dim)
+                flat.index_copy_(0, self._place(index, "heads"), fresh.reshape(-1, self.layout.head_dim))
 
     def write_hidden(self, index: Tensor, whole: bool, hidden: Tensor) -> None:
         self._put(self.hidden, index, whole, hidden)
 
-    def output(self, layer: int, branch: str, index: Tensor, whole: bool, fresh: Tensor) -> Tensor:
-        """Keep a branch output `[B, n, D]` where the store has room for it; returns it."""
-        if self.outputs:
-            self._put(self._branch(branch)[layer], index, whole, fresh)
+    def output(self, layer: int, branch: int, index: Tensor, whole: bool, fresh: Tensor) -> Tensor:
+        """Keep an output `[B, n, D]` of a layer's branch where the store has room for it; returns it."""
+        if self.options.outputs:
+            self._put(self.outputs[self._first_output[layer] + branch], index, whole, fresh)
         return fresh
 
-    def all_outputs(self, layer: int, branch: str) -> Tensor:
-        """`[B, L, D]`: the kept outputs of `attention` or `feed_forward`."""
-        return self._branch(branch)[layer, :, :-1]
+    def all_outputs(self, layer: int, branch: int) -> Tensor:
+        """`[B, L, D]`: the kept outputs of a layer's branch."""
+        return self.outputs[self._first_output[layer] + branch, :, :-1]
 
     def keys(self, layer: int) -> Tensor:
-        """`[B, KV, L, d]`, rotated."""
-        k = self.key[layer, :, :, :-1]
-        if self.rotated:
-            return k
-        tables = RotaryTables(*(table.transpose(1, 2) for table in self.rotary))  # [B, 1, L, d]
-        return rotate(k, tables).to(k.dtype)
+        """`[B, KV, L, d]`, rotated or not as the options say."""
+        return self.key[layer, :, :, :-1]
 
     def values(self, layer: int) -> Tensor:
         """`[B, KV, L, d]`."""
@@ -213,11 +221,8 @@ class FeatureStore:
     def values_at(self, layer: int, index: Tensor) -> Tensor:
         """`[B, n, KV d]` at the positions of an index; anything on its padding."""
         rows, heads = self.value.shape[1:3]
-        flat = self.value[layer].view(-1, self.head_dim).index_select(0, self._place(index, "heads"))
-        return flat.view(rows, heads, -1, self.head_dim).transpose(1, 2).flatten(2)
-
-    def _branch(self, branch: str) -> Tensor:
-        return self.attention if branch == "attention" else self.feed_forward
+        flat = self.value[layer].view(-1, self.layout.head_dim).index_select(0, self._place(index, "heads"))
+        return flat.view(rows, heads, -1, self.layout.head_dim).transpose(1, 2).flatten(2)
 
     def _put(self, kept: Tensor, index: Tensor, whole: bool, fresh: Tensor) -> None:
         """Write `[B, n, D]` into `[B, L + 1, D]`."""

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from unidiff.checked import CheckedModel
 from unidiff.models.attention import Attention, AttentionMask, block_causal_mask
 from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
+from unidiff.models.denoiser import DenoiserTraits, LayerFlops
 from unidiff.models.image_spans import image_spans
 from unidiff.models.layers import ACTIVATIONS, NORMS, FeedForward, Norm, default_ffn_size
 from unidiff.models.partial import CachePlan, PartialHidden, Select, partial_hidden
 from unidiff.models.rotary import RotaryTables, rotary_tables
-from unidiff.models.store import FeatureStore
+from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions
 from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality
@@ -205,25 +206,26 @@ class MaskedTransformer(CheckedModel):
         time: Tensor | None = None,
         select: Select | None = None,
     ) -> PartialHidden:
-        """Recompute the positions of a plan; the others keep the features that `store` holds of them.
-
-        Every query sees what it would see in `hidden`, by position: its own sample, no padding, earlier blocks where
-        the model is block-causal; never a position that no pass has computed yet.
-
-        Args:
-            ids: int64 `[B, L]`, current tokens.
-            plan: see `CachePlan`. A full plan, or one without `query`, equals `hidden` (before `shifted`).
-            store: `FeatureStore(model, batch, options)` of the same rows; changed in place.
-            time: as in `hidden`.
-            select: with `plan.verify`: called in every layer that does not recompute everything as
-                `select(layer, similarity)`, where `similarity` `[B, L]` is the cosine between new and stored values
-                (float32 over the full width, NaN where not compared); returns bool `[B, L]`, positions that the layer
-                recomputes besides the query, or None for no more.
-
-        Raises:
-            ValueError: ids of another shape than the store, or a plan that needs a store with outputs or `select`.
-        """
+        """See `PartialDenoiser.partial`. What a query sees: its own sample, no padding, and earlier blocks where the model
+        is block-causal."""
         return partial_hidden(self, ids, plan, store, time, select)
+
+    @property
+    def traits(self) -> DenoiserTraits:
+        """See `PartialDenoiser`."""
+        return transformer_traits(self.config)
+
+    def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
+        """See `PartialDenoiser`."""
+        c = self.config
+        heads, allowed = c.num_kv_heads or c.num_heads, batch.attention_mask()
+        if c.attention == "block_causal":
+            allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
+        rotary, spots = self.place(batch.positions, batch.modality)
+        inputs = {"modality": batch.modality, **rotary._asdict()} | ({} if spots is None else {"spots": spots})
+        layout = StoreLayout(heads, c.hidden_size // c.num_heads, c.hidden_size, (2,) * c.num_layers)
+        like = self.embed_tokens.weight.new_empty(0, device=batch.ids.device)
+        return FeatureStore(layout, batch.shape, like, options, allowed, inputs)
 
     def place(self, positions: Tensor, modality: Tensor) -> tuple[RotaryTables, Tensor | None]:
         """What positions `[B, L, 3]` mean to the network: rotary tables, and where the input has learned vectors for it,
@@ -361,6 +363,16 @@ class MaskedTransformer(CheckedModel):
         for table in (self.embed_row, self.embed_column):
             if table is not None:
                 nn.init.zeros_(table.weight)
+
+
+def transformer_traits(config: Any) -> DenoiserTraits:
+    """From the config of a `MaskedTransformer`."""
+    c, d = config, config.hidden_size
+    kv = d // c.num_heads * (c.num_kv_heads or c.num_heads)
+    inner, matrices = c.ffn_size or default_ffn_size(d, c.activation), 3 if c.activation == "swiglu" else 2
+    layer = LayerFlops(2 * d * (d + kv), 2 * d * kv, 2 * d * d, 2 * matrices * d * inner, 4 * d)
+    timed = c.time_conditioning and c.constant_time is None
+    return DenoiserTraits(c.vocab_size, d, (layer,) * c.num_layers, True, c.block_length, timed)
 
 
 def _check_config(c: Any) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from unidiff.decoding import SamplerOutput
 from unidiff.decoding.commit.choose import ROUNDING
-from unidiff.decoding.forward import Denoiser
 from unidiff.decoding.score import fit_score
 from unidiff.diffusion.likelihood import model_scorer
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.diffusion.process import mask_ids
+from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 _CANDIDATE_STREAM, _LARGEST = 7, (1 << 62) - 1

@@ -13,7 +13,7 @@ import torch
 from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
 from unidiff.decoding.cache import CacheByRow, HeldGuidance
 from unidiff.decoding.cache.bounds import Schedule, Segment, expected_passes
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.models.denoiser import PartialDenoiser
 from unidiff.tokens import Modality, TokenBatch
 
 OVERHEAD_TOKENS = 125
@@ -86,10 +86,10 @@ def choose_cache(
         named = CacheConfig.of("none" if cache is None else cache)
         return CacheChoice(named.build(), named)
     none = CacheConfig("none")
-    if not isinstance(model, MaskedTransformer):
+    if not isinstance(model, PartialDenoiser):
         return CacheChoice(none.build(), none, f"none: {type(model).__name__} computes whole rows only")
-    if model.config.attention == "block_causal":
-        if model.config.time_conditioning and model.config.constant_time is None:
+    if model.traits.block_length is not None:
+        if model.traits.timed:
             return CacheChoice(none.build(), none, "none: features of this model change with the time")
         exact = CacheConfig("block-causal")
         return CacheChoice(exact.build(), exact, "block-causal: exact for these weights")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from unidiff.decoding.cache.base import Policy
 from unidiff.decoding.state import DecodeState
+from unidiff.models.denoiser import PartialDenoiser
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
-from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch
 
 
@@ -46,14 +46,15 @@ class BlockCausalCache(Policy):
         Raises:
             ValueError: the model is not block-causal, or its features depend on the time.
         """
-        if not isinstance(model, MaskedTransformer) or model.config.attention != "block_causal":
+        traits = model.traits if isinstance(model, PartialDenoiser) else None
+        if traits is None or traits.block_length is None:
             raise ValueError(
                 "BlockCausalCache needs a model with attention='block_causal'; use PrefixCache or DualCache"
             )
-        if model.config.time_conditioning and model.config.constant_time is None:
+        if traits.timed:
             raise ValueError("BlockCausalCache is exact only for models that ignore the time; use PrefixCache")
         request = BlockCausalCache(self.rotated)
-        request._blocks = torch.div(batch.positions[..., 0], model.config.block_length, rounding_mode="floor")
+        request._blocks = torch.div(batch.positions[..., 0], traits.block_length, rounding_mode="floor")
         return request
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:

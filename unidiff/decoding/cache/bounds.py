@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -29,7 +29,8 @@ from unidiff.decoding.cache import (
     VicinityCache,
 )
 from unidiff.decoding.cache.refresh import BlockRefresh
-from unidiff.decoding.flops import LayerFlops, PassWork
+from unidiff.decoding.stats import RowWork
+from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.partial import LayerWork
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality
@@ -153,7 +154,7 @@ def moments(schedule: Schedule) -> Iterator[Moment]:
             number, masked, left = number + 1, masked - changed, left - changed
 
 
-def expected_passes(policy: RefreshPolicy, schedule: Schedule, layers: int) -> list[PassWork]:
+def expected_passes(policy: RefreshPolicy, schedule: Schedule, layers: int) -> list[RowWork]:
     """What each pass has to compute in a row without guidance. (Index padding, where rows run together, is not in it.)
 
     Raises:
@@ -168,26 +169,25 @@ def expected_passes(policy: RefreshPolicy, schedule: Schedule, layers: int) -> l
     raise ValueError(f"the work of {type(policy).__name__} cannot be foretold; known are {known}")
 
 
-def speedup_bound(policy: RefreshPolicy, schedule: Schedule, config: Any, rate: Rate | None = None) -> float:
+def speedup_bound(policy: RefreshPolicy, schedule: Schedule, traits: DenoiserTraits, rate: Rate | None = None) -> float:
     """Time without a cache over time with it, if all time were spent in matrix products.
 
     Args:
-        config: of the `MaskedTransformer`.
+        traits: of the model.
         rate: FLOP/s at a number of rows, for the corrected bound; None takes the same for all numbers.
     """
-    layer = LayerFlops.of(config)
     plain, cached = (
-        sum(pass_seconds(p, layer, rate) for p in expected_passes(kind, schedule, config.num_layers))
+        sum(pass_seconds(p, traits, rate) for p in expected_passes(kind, schedule, len(traits.layers)))
         for kind in (NoCache(), policy)
     )
     return plain / cached
 
 
-def pass_seconds(work: PassWork, layer: LayerFlops, rate: Rate | None = None) -> float:
+def pass_seconds(work: RowWork, traits: DenoiserTraits, rate: Rate | None = None) -> float:
     """FLOPs of a pass over the rate at the rows of each product; attention counts at the rate of its query rows."""
     at = (lambda rows: 1.0) if rate is None else rate
-    total = layer.head(work.head, work.ids) / at(work.head) if work.head else 0.0
-    for w in work.layers:
+    total = traits.head_flops(work.head, work.ids) / at(work.head) if work.head else 0.0
+    for layer, w in zip(traits.layers, work.layers, strict=True):
         parts = (
             (w.qk, layer.query_key + work.keys * layer.pair),
             (w.v, layer.value),
@@ -197,7 +197,7 @@ def pass_seconds(work: PassWork, layer: LayerFlops, rate: Rate | None = None) ->
     return total
 
 
-def reference_bound(policy: RefreshPolicy, schedule: Schedule, config: Any) -> float | None:
+def reference_bound(policy: RefreshPolicy, schedule: Schedule, traits: DenoiserTraits) -> float | None:
     """The closed formulas for P prompt and G response tokens, S = P + G, n passes per block of B; None where there is none.
 
     dual n / (1 + (n - 1) B / S); prefix, over blocks from s, sum n / sum (1 + (n - 1) (S - s) / S) (Fast-dLLM);
@@ -210,10 +210,10 @@ def reference_bound(policy: RefreshPolicy, schedule: Schedule, config: Any) -> f
     if type(policy) is PrefixCache and policy.interval is None:
         return n * len(blocks) / sum(1 + (n - 1) * (length - s) / length for s, _, _ in blocks)
     if type(policy) is AdaptiveCache:
-        layer, answer, rho = LayerFlops.of(config), schedule.targets, policy.ratio
+        layer, answer, rho = traits.layers[0], schedule.targets, policy.ratio
         between = answer * (1 - 1 / policy.response_interval) * (rho + (1 - rho) * layer.value / layer.token)
         share = (schedule.prompt / policy.prompt_interval + answer / policy.response_interval + between) / length
-        full = len(policy.full_layers) / config.num_layers
+        full = len(policy.full_layers) / len(traits.layers)
         return 1 / (full + (1 - full) * share)
     if type(policy) is MaxLogitCache:
         total = sum(schedule.steps(modality) for modality in Modality)
@@ -223,11 +223,11 @@ def reference_bound(policy: RefreshPolicy, schedule: Schedule, config: Any) -> f
     return None
 
 
-def _no_cache(policy: NoCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
+def _no_cache(policy: NoCache, schedule: Schedule, now: Moment, layers: int) -> RowWork:
     return _even(schedule, now, layers, schedule.length)
 
 
-def _block_refresh(policy: BlockRefresh, schedule: Schedule, now: Moment, layers: int) -> PassWork:
+def _block_refresh(policy: BlockRefresh, schedule: Schedule, now: Moment, layers: int) -> RowWork:
     if policy.drift is not None:
         raise ValueError("with drift, the number of refreshes depends on what is decoded; no bound is known")
     interval = policy.interval or now.inside + 1
@@ -241,7 +241,7 @@ def _block_refresh(policy: BlockRefresh, schedule: Schedule, now: Moment, layers
     return _even(schedule, now, layers, last - first)
 
 
-def _max_logit(policy: MaxLogitCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
+def _max_logit(policy: MaxLogitCache, schedule: Schedule, now: Moment, layers: int) -> RowWork:
     begin = int(max(sum(schedule.passes_of(modality)) for modality in Modality) * policy.warmup)
     extra = schedule.length if policy.compat else 0  # logits everywhere
     if now.number <= begin or (now.number - begin) % policy.interval == 0:
@@ -254,7 +254,7 @@ def _max_logit(policy: MaxLogitCache, schedule: Schedule, now: Moment, layers: i
     return _even(schedule, now, layers, low, extra)
 
 
-def _adaptive(policy: AdaptiveCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
+def _adaptive(policy: AdaptiveCache, schedule: Schedule, now: Moment, layers: int) -> RowWork:
     prompt = schedule.prompt if now.number % policy.prompt_interval == 0 else 0
     if now.number % policy.response_interval == 0:
         queries = values = prompt + schedule.targets
@@ -268,19 +268,19 @@ def _adaptive(policy: AdaptiveCache, schedule: Schedule, now: Moment, layers: in
         queries, values = known + chosen, known + (compared if policy.ratio > 0 else 0)
     whole, some = LayerWork(*(schedule.length,) * 3), LayerWork(queries, values, queries)
     work = tuple(whole if layer in policy.full_layers else some for layer in range(layers))
-    return PassWork(work, schedule.length, now.masked, now.ids)
+    return RowWork(work, schedule.length, now.masked, now.ids)
 
 
-def _interval(policy: IntervalCache, schedule: Schedule, now: Moment, layers: int) -> PassWork:
+def _interval(policy: IntervalCache, schedule: Schedule, now: Moment, layers: int) -> RowWork:
     full = now.number % policy.interval == 0
     return _even(schedule, now, layers, schedule.length if full else now.masked + now.changed)
 
 
-def _even(schedule: Schedule, now: Moment, layers: int, queries: int, extra: int = 0) -> PassWork:
-    return PassWork.even(layers, queries, schedule.length, now.masked + extra, now.ids)
+def _even(schedule: Schedule, now: Moment, layers: int, queries: int, extra: int = 0) -> RowWork:
+    return RowWork.even(layers, queries, schedule.length, now.masked + extra, now.ids)
 
 
-_WORK: dict[type, Callable[..., PassWork]] = {
+_WORK: dict[type, Callable[..., RowWork]] = {
     NoCache: _no_cache,
     DualCache: _block_refresh,
     PrefixCache: _block_refresh,

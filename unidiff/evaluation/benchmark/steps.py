@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from unidiff.decoding.cache.bounds import Schedule
-from unidiff.decoding.flops import LayerFlops, PassWork
+from unidiff.decoding.stats import RowWork
 from unidiff.evaluation.benchmark.rates import seconds_of
 from unidiff.models.partial import CachePlan
-from unidiff.models.store import FeatureStore
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch
 
@@ -55,17 +54,17 @@ def measure_steps(
     query = torch.zeros_like(batch.given)
     query[:, start : start + size] = True
     time = torch.ones(len(batch.ids), device=batch.ids.device)
-    store = FeatureStore(model, batch)
+    store = model.make_store(batch)
     weights = sum(p.numel() * p.element_size() for p in model.blocks.parameters())
     held = store.key.nbytes + store.value.nbytes
-    layer, rows, layers = LayerFlops.of(model.config), len(batch.ids), model.config.num_layers
+    traits, rows = model.traits, len(batch.ids)
     found = {}
     for name, plan, queries in (
         ("full", CachePlan(), schedule.length),
         ("cached", CachePlan(query, query, full=False, width=size), size),
     ):
         seconds = seconds_of(partial(model.partial, batch.ids, plan, store, time), model.device, repeats)
-        flops = rows * PassWork.even(layers, queries, schedule.length).flops(layer)
+        flops = rows * RowWork.even(len(traits.layers), queries, schedule.length).flops(traits)
         roofline = max(flops / peak, (weights + held) / bandwidth)
         found[name] = asdict(StepTime(seconds, roofline, roofline / seconds))
     return found

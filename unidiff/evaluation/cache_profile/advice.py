@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.cache.segments import SEGMENTS
-from unidiff.decoding.flops import LayerFlops
 from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile
+from unidiff.models.denoiser import DenoiserTraits
 
 LONGEST = 100
 """Most passes that anything is kept without being computed again."""
@@ -28,7 +28,7 @@ class Advice(NamedTuple):
     reason: str
 
 
-def advise(profile: TaskProfile, config: Any) -> Advice:
+def advise(profile: TaskProfile, traits: DenoiserTraits) -> Advice:
     """The adaptive cache with measured settings, or none where it cannot pay.
 
     The angle between a feature's directions in successive passes is at most added up from pass to pass, so features
@@ -39,18 +39,18 @@ def advise(profile: TaskProfile, config: Any) -> Advice:
 
     Args:
         profile: measured.
-        config: of the `MaskedTransformer`.
+        traits: of the model.
     """
     prompt, answer = (_interval(profile, names) for names in (("text_prompt", "image_prompt"), ("text", "image")))
     related = _targets(profile, profile.correlation[PAIRS.index("V with AttnOut")])
     moved = _targets(profile, profile.moved)
     ratio = min(0.5, max(0.05, math.ceil(20 * moved) / 20)) if related >= RELATED else 0.0
-    layer = LayerFlops.of(config)
+    layer = traits.layers[0]
     tokens = profile.tokens
     given, made = tokens["text_prompt"] + tokens["image_prompt"], tokens["text"] + tokens["image"]
     checked = ratio + (1 - ratio) * layer.value / layer.token if ratio else 0.0
     share = (given / prompt + made / answer + made * (1 - 1 / answer) * checked) / (given + made)
-    first = 1 / config.num_layers
+    first = 1 / len(traits.layers)
     bound = 1 / (first + (1 - first) * share)
     why = (
         f"given tokens keep a cosine of {profile.keep} for {prompt} passes and generated ones for {answer}; "

@@ -16,6 +16,7 @@ from unidiff.evaluation.cache_profile.advice import Advice, advise
 from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile, Watcher, watch
 from unidiff.evaluation.charts import heat_map, stack
 from unidiff.files import replacing
+from unidiff.models.denoiser import DenoiserTraits
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import save_image
 
@@ -69,12 +70,12 @@ def profile_pipeline(
     return profiles
 
 
-def write(folder: Path, model: str, config: Any, profiles: dict[str, TaskProfile]) -> list[Path]:
+def write(folder: Path, model: str, traits: DenoiserTraits, profiles: dict[str, TaskProfile]) -> list[Path]:
     """`profile.json`, and a sheet of heat maps for every task and segment."""
     data: dict[str, Any] = {"model": model, "tasks": {}}
     files = [folder / "profile.json"]
     for task, profile in profiles.items():
-        advice = advise(profile, config)
+        advice = advise(profile, traits)
         data["tasks"][task] = {
             "keep": profile.keep,
             "passes": profile.similarity.shape[2] + 1,
@@ -93,7 +94,7 @@ def write(folder: Path, model: str, config: Any, profiles: dict[str, TaskProfile
     return files
 
 
-def summary(profiles: dict[str, TaskProfile], config: Any) -> tuple[Table, dict[str, Advice]]:
+def summary(profiles: dict[str, TaskProfile], traits: DenoiserTraits) -> tuple[Table, dict[str, Advice]]:
     """Mean similarities and correlations of every task and segment, and the advice for each task."""
     table = Table(title="Mean cosine between successive passes; correlation of changes")
     for number, head in enumerate(("task", "segment", "tokens", *FEATURES, *PAIRS)):
@@ -102,7 +103,7 @@ def summary(profiles: dict[str, TaskProfile], config: Any) -> tuple[Table, dict[
         for segment, numbers in profile.to_dict().items():
             mean = ["" if m is None else f"{m:.3f}" for m in numbers["mean"].values()]
             table.add_row(task, segment, f"{numbers['tokens']:.0f}", *mean)
-    return table, {task: advise(profile, config) for task, profile in profiles.items()}
+    return table, {task: advise(profile, traits) for task, profile in profiles.items()}
 
 
 def _sheet(profile: TaskProfile, segment: int, title: str) -> Image.Image:

@@ -15,9 +15,9 @@ from torch import Tensor
 from unidiff.decoding.commit.choose import masked_share, take_best
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.draw import CHOICE, TOKEN, RowNoise, gumbel, inverse_cdf
-from unidiff.decoding.forward import Denoiser
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.decoding.unusable import check_logits
+from unidiff.models.denoiser import Denoiser
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
