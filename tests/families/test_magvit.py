@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.image_tokenizer_losses import lfq_losses
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.image_tokenizers.magvit import RELEASED, load_magvit, magvit_config, magvit_state_dict
-from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_codes, lfq_losses, lfq_vectors
+from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_codes, lfq_vectors
 from unidiff.tokens.image.protocol import ImageEncoder, PixelDecoder
 from unidiff.tokens.image.vq import VQImageTokenizer
 

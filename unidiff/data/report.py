@@ -125,7 +125,7 @@ class SkipReport:
         Raises:
             ValueError: data of another form.
         """
-        plain = from_data(_State, state, "a report of what was skipped")
+        plain = from_data(_ReportState, state, "a report of what was skipped")
         for reason, entries in plain.examples.items():
             for entry in entries:
                 check_value(tuple(entry), tuple[str, str, str], f"a report of what was skipped, {reason}")
@@ -134,7 +134,7 @@ class SkipReport:
 
 
 @dataclass(frozen=True)
-class _State:
+class _ReportState:
     listed: int
     counts: dict[str, int]
     examples: dict[str, list[list[str]]]

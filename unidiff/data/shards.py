@@ -119,7 +119,7 @@ class ShardSource:
         Raises:
             ValueError: the state belongs to other shards, another seed or another window.
         """
-        plain = from_data(_State, state, "the saved position")
+        plain = from_data(_SourceState, state, "the saved position")
         if plain.fingerprint != self._fingerprint():
             raise ValueError(
                 "the saved position belongs to other shards, members, seed or shuffle window; start without it"
@@ -245,7 +245,7 @@ class _Position:
 
 
 @dataclass(frozen=True)
-class _State:
+class _SourceState:
     """What `ShardSource.state_dict` gives."""
 
     fingerprint: str

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import VQModel
 
 from unidiff.checked import build_on_meta
 from unidiff.errors import DamagedFile, read_json
@@ -18,17 +17,12 @@ from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_fields
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.conv import ConvVQModel
-from unidiff.tokens.image.lfq import LFQModel
-from unidiff.tokens.image.vq import check_vq_config
+from unidiff.tokens.image.vq import IMAGE_TOKENIZERS
 from unidiff.tokens.vocabulary import Vocabulary
 
 RECORD = "released.json"
 CONSTANTS = "constants.safetensors"
-_CLASSES: dict[str, Any] = {
-    cls.__name__: cls for cls in (MaskedTransformer, MMDiT, CellVQModel, ConvVQModel, LFQModel, VQModel)
-}
+_TRANSFORMERS: dict[str, Any] = {cls.__name__: cls for cls in (MaskedTransformer, MMDiT)}
 
 
 @dataclass(frozen=True)
@@ -96,12 +90,13 @@ def load_native(folder: Path, dtype: torch.dtype | None = None, device: torch.de
         raise FileNotFoundError(f"{path} does not exist; name a folder with a saved model")
     config = read_json(path, "a model's config")
     name = config.get("_class_name")
-    if not isinstance(name, str) or name not in _CLASSES:
-        raise ValueError(f"{path} describes a {name!r}; expected one of {sorted(_CLASSES)}")
+    known = {*_TRANSFORMERS, *IMAGE_TOKENIZERS}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{path} describes a {name!r}; expected one of {sorted(known)}")
     try:
-        if name == "VQModel":
-            check_vq_config(config)
-        model = build_on_meta(_CLASSES[name], config)
+        if name in IMAGE_TOKENIZERS:
+            IMAGE_TOKENIZERS[name].check_config(config)
+        model = build_on_meta(_TRANSFORMERS.get(name) or IMAGE_TOKENIZERS[name].network_class(), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     keymap = KeyMap([Entry(key, key) for key in model.state_dict()], 0)

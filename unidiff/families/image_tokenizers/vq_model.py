@@ -12,7 +12,8 @@ from torch import Tensor
 from unidiff.checked import build_on_meta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
 from unidiff.families.family import Family, config_names, tokenizer
-from unidiff.tokens.image.vq import VQImageTokenizer, check_vq_config
+from unidiff.tokens.image.diffusers_vq import DiffusersVQ
+from unidiff.tokens.image.vq import VQImageTokenizer
 
 
 def load_vq_model(
@@ -33,7 +34,7 @@ def load_vq_model(
         ValueError: an unknown config key, or weights left over, missing, misshaped or not finite.
     """
     fields = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
-    check_vq_config(fields)
+    DiffusersVQ.check_config(fields)
     model: Any = build_on_meta(VQModel, fields)
     names = KeyMap([Entry(name, name) for name in model.state_dict()], 0)
     return VQImageTokenizer(assemble(model, names, state_dict, dtype, device))

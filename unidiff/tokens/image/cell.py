@@ -10,7 +10,6 @@ arXiv 2110.04627, section 3.2: low-dimensional, l2-normalised codes).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -18,17 +17,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from unidiff.checked import CheckedModel
 from unidiff.schema import Between, Layers, Rows, Width
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Codes int64 `[B, h, w]`, their unit vectors `[B, d, h, w]`, and the unit latents they were nearest to."""
-
-    codes: Tensor
-    vectors: Tensor
-    latents: Tensor
+from unidiff.tokens.image.quantized import Quantized, QuantizedAutoencoder
 
 
 class ChannelNorm(nn.Module):
@@ -43,7 +33,7 @@ class ChannelNorm(nn.Module):
         return x * scale * self.weight[:, None, None].to(x.dtype)
 
 
-class ResidualBlock(nn.Module):
+class CellBlock(nn.Module):
     """norm, k x k convolution, SiLU, 1 x 1 convolution, added to the input."""
 
     def __init__(self, channels: int, kernel: int) -> None:
@@ -76,7 +66,7 @@ class PictureContext(nn.Module):
         return x + self.conv2(F.silu(self.conv1(x.mean((2, 3), keepdim=True))))
 
 
-class CellVQModel(CheckedModel):
+class CellVQModel(QuantizedAutoencoder):
     """VQ autoencoder for images `[B, 3, H, W]` in [0, 1].
 
     Args:
@@ -112,7 +102,7 @@ class CellVQModel(CheckedModel):
             )
         self.encoder = nn.Sequential(
             nn.Conv2d(3, encoder_width, factor, stride=factor),
-            *(ResidualBlock(encoder_width, 1) for _ in range(encoder_depth)),
+            *(CellBlock(encoder_width, 1) for _ in range(encoder_depth)),
             ChannelNorm(encoder_width),
             nn.Conv2d(encoder_width, code_dim, 1),
         )
@@ -121,7 +111,7 @@ class CellVQModel(CheckedModel):
         for level, (width, depth) in enumerate(zip(decoder_widths, decoder_depths, strict=True)):
             if level:
                 layers += [nn.Conv2d(decoder_widths[level - 1], 4 * width, 1), nn.PixelShuffle(2)]
-            layers += [ResidualBlock(width, 3) for _ in range(depth)]
+            layers += [CellBlock(width, 3) for _ in range(depth)]
         if decoder_context:
             layers.insert(2, PictureContext(decoder_widths[0]))
         step = factor // 2 ** (len(decoder_widths) - 1)
@@ -130,21 +120,26 @@ class CellVQModel(CheckedModel):
             layers.append(nn.PixelShuffle(step))
         self.decoder = nn.Sequential(*layers)
 
+    @property
+    def factor(self) -> int:
+        return int(self.config.factor)
+
+    @property
+    def codebook_size(self) -> int:
+        return int(self.config.codebook_size)
+
     def latents(self, images: Tensor) -> Tensor:
         """Unit vectors `[B, d, h, w]`, float32 whatever autocast says: nearest codes must not depend on bf16 rounding."""
-        return F.normalize(self.encoder(images * 2 - 1).float(), dim=1)
+        return F.normalize(self.encoder(images.to(self.encoder[0].weight.dtype) * 2 - 1).float(), dim=1)
 
     def quantize(self, latents: Tensor) -> Quantized:
         """Nearest codes by cosine, in float32."""
         with torch.autocast(latents.device.type, enabled=False):
-            flat = latents.movedim(1, -1)  # [B, h, w, d]
-            codes = (flat @ self.codebook.float().T).argmax(-1)  # [B, h, w]
+            codes = (latents.movedim(1, -1) @ self.codebook.float().T).argmax(-1)  # [B, h, w]
             return Quantized(codes, self.lookup(codes), latents)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Code vectors float32 `[B, d, h, w]` of codes `[B, h, w]`."""
         return F.embedding(codes, self.codebook.float()).movedim(-1, 1)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` (not clipped) from code vectors."""
-        return self.decoder(vectors) * 0.5 + 0.5
+        return self.decoder(vectors.to(self.encoder[0].weight.dtype)) * 0.5 + 0.5

@@ -7,7 +7,6 @@ stored codebook need not be normalised. Wrap a model in `VQImageTokenizer` to en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +14,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from unidiff.schema import Depth, Index, Rows, Width
-from unidiff.tokens.image.cell import Quantized
 from unidiff.tokens.image.conv_autoencoder import ConvTokenizerModel
+from unidiff.tokens.image.quantized import Quantized
 
 _AT_ONCE = 2048  # latents whose distances are held at once
-
-
-@dataclass(frozen=True)
-class VQLosses:
-    """Training terms of the quantizer, scalars: codebook, commitment (times beta), entropy (times its ratio)."""
-
-    codebook: Tensor
-    commitment: Tensor
-    entropy: Tensor
 
 
 class ConvVQModel(ConvTokenizerModel):
@@ -86,19 +76,7 @@ class ConvVQModel(ConvTokenizerModel):
             return Quantized(codes, self.lookup(codes), compared.movedim(-1, 1))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Vectors float32 `[B, d, h, w]` of codes `[B, h, w]`, as the decoder sees them."""
         return F.embedding(codes, self._unit(self.codebook.float())).movedim(-1, 1)
-
-    def losses(self, latents: Tensor, beta: float = 0.25, entropy_ratio: float = 0.1) -> VQLosses:
-        """Codebook, commitment and entropy terms of latents `[B, d, h, w]`."""
-        found = self.quantize(latents)
-        compared = self._unit(latents.float().movedim(1, -1))
-        entropy = affinity_entropy(-self._distances(compared).flatten(0, -2))
-        return VQLosses(
-            F.mse_loss(found.vectors, found.latents.detach()),
-            beta * F.mse_loss(found.latents, found.vectors.detach()),
-            entropy_ratio * entropy,
-        )
 
     def _unit(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.config.l2_norm else vectors
@@ -108,31 +86,3 @@ class ConvVQModel(ConvTokenizerModel):
         codebook = self._unit(self.codebook.float())
         squares = compared.square().sum(-1, keepdim=True) + codebook.square().sum(-1)
         return squares - 2 * compared @ codebook.T
-
-
-def affinity_entropy(affinity: Tensor, temperature: float = 0.01) -> Tensor:
-    """Mean entropy of each row's softmax minus the entropy of the mean softmax.
-
-    Small where every latent is sure of its code and all codes are used alike (MaskGIT's entropy loss; 1e-5 keeps the
-    logarithm of an unused code finite, as upstream).
-
-    Args:
-        affinity: `[n, K]`, larger is nearer.
-    """
-    scaled = affinity / temperature
-    p = scaled.softmax(-1)
-    mean = p.mean(0)
-    return -(p * scaled.log_softmax(-1)).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
-
-
-def codebook_usage(codes: Tensor, window: Tensor, codebook_size: int) -> tuple[float, Tensor]:
-    """Share of the codebook in the last codes: distinct values of the window over `codebook_size`.
-
-    Args:
-        codes: int64, any shape, the newest.
-        window: `[W]`, earlier codes, oldest first. Zeros before anything was seen count as code 0, as upstream.
-    Returns:
-        (share, the window with `codes` pushed in).
-    """
-    window = torch.cat([window, codes.flatten().to(window.dtype)])[-len(window) :]
-    return len(window.unique()) / codebook_size, window

@@ -7,7 +7,6 @@ stored in float16 are used in float32, because the decoder's activations overflo
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidiff.checked import CheckedModel
-from unidiff.tokens.image.cell import Quantized
+from unidiff.tokens.image.quantized import QuantizedAutoencoder
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -176,7 +174,7 @@ class ConvDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class ConvTokenizerModel(CheckedModel):
+class ConvTokenizerModel(QuantizedAutoencoder):
     """Encoder, quantizer, decoder: what the tokenizers on this network share. Subclasses bring the quantizer.
 
     Encoding is always in float32 (float64 for float64 weights), so codes do not depend on how weights are stored;
@@ -203,17 +201,14 @@ class ConvTokenizerModel(CheckedModel):
 
     @property
     def factor(self) -> int:
-        """Pixels per code along each side."""
         return 2 ** (len(self.config.encoder_multipliers) - 1)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [0, 1] to latents `[B, d, h, w]` before quantization; the network itself sees [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
             x = images.to(torch.float64 if self._weight_dtype == torch.float64 else torch.float32)
-            return self.quant_conv(self.encoder(x * 2 - 1))
+            return self.quant_conv(self.encoder(x * 2 - 1))  # the network sees [-1, 1]
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Code vectors `[B, d, h, w]` to images `[B, 3, H, W]`, 0 to 1 but not clipped."""
         dtype = torch.float32 if self._weight_dtype == torch.float16 else self._weight_dtype
         with torch.autocast(vectors.device.type, enabled=False):
             return self.decoder(self.post_quant_conv(vectors.to(dtype))) * 0.5 + 0.5
@@ -221,16 +216,3 @@ class ConvTokenizerModel(CheckedModel):
     @property
     def _weight_dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype
-
-    @property
-    @abstractmethod
-    def codebook_size(self) -> int:
-        """Codes are in `[0, codebook_size)`."""
-
-    @abstractmethod
-    def quantize(self, latents: Tensor) -> Quantized:
-        """Codes of latents `[B, d, h, w]`, with their vectors."""
-
-    @abstractmethod
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Code vectors float32 `[B, d, h, w]` of codes `[B, h, w]`."""

@@ -8,17 +8,15 @@ to encode and decode images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from unidiff.schema import Between, Depth, Width
-from unidiff.tokens.image.cell import Quantized
 from unidiff.tokens.image.conv_autoencoder import ConvTokenizerModel
+from unidiff.tokens.image.quantized import Quantized
 
 
 def bit_values(width: int, device: torch.device | None = None) -> Tensor:
@@ -34,35 +32,6 @@ def lfq_codes(latents: Tensor) -> Tensor:
 def lfq_vectors(codes: Tensor, width: int) -> Tensor:
     """Codes int64 `[...]` to their +1/-1 vectors, float32 `[..., width]`."""
     return ((codes[..., None] & bit_values(width, codes.device)) != 0).float() * 2 - 1
-
-
-@dataclass(frozen=True)
-class LFQLosses:
-    """Training terms of the quantizer, scalars.
-
-    Attributes:
-        quantizer: (1 + beta) mean (q - z)^2 in value; beta weighs the part that moves the encoder.
-        entropy: mean bit entropy minus the entropy of each channel's mean bit, averaged over channels.
-    """
-
-    quantizer: Tensor
-    entropy: Tensor
-
-
-def lfq_losses(latents: Tensor, beta: float = 0.25, multiplier: float = 0.1) -> LFQLosses:
-    """Commitment and entropy terms of latents `[B, d, h, w]`, both times `multiplier`.
-
-    A bit's probabilities are the softmax of minus the squared distances to +1 and to -1.
-    """
-    z = latents.float()
-    signs = torch.where(z > 0, 1.0, -1.0)
-    through = z + (signs - z).detach()  # straight-through: the value of the signs, the gradient of z
-    quantizer = F.mse_loss(through, z.detach()) + beta * F.mse_loss(through.detach(), z)
-    p = torch.stack([-(z - 1).square(), -(z + 1).square()], -1).softmax(-1)  # [B, d, h, w, 2]
-    bit = -torch.xlogy(p, p).sum(-1).mean()
-    mean = p.mean((0, 2, 3))  # [d, 2]
-    entropy = bit + torch.xlogy(mean, mean).sum(-1).mean()
-    return LFQLosses(multiplier * quantizer, multiplier * entropy)
 
 
 class LFQModel(ConvTokenizerModel):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from unidiff.schema import check_value
 
@@ -41,6 +43,45 @@ class PixelDecoder(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """int64 codes `[B, h, w]` -> float `[B, 3, h * factor, w * factor]` in [0, 1]."""
         ...
+
+
+class ImageTokenizerModel(ABC):
+    """The network of an image tokenizer, an entry of `unidiff.tokens.image.vq.IMAGE_TOKENIZERS`.
+
+    Adding one is a module in `unidiff.tokens.image` with a `CheckedModel` that is also of this class: a folder's config names it.
+    """
+
+    @property
+    @abstractmethod
+    def factor(self) -> int:
+        """Pixels per code along each side."""
+
+    @property
+    @abstractmethod
+    def codebook_size(self) -> int:
+        """Codes are in `[0, codebook_size)`."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """As `ImageEncoder.encode`, of images that were checked; the model chooses its precision."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """As `PixelDecoder.decode`, of codes that were checked; in any floating-point dtype, not clipped."""
+
+    @classmethod
+    def network_class(cls) -> Any:
+        """What is saved and loaded: this class itself, or the class of another library that it adapts."""
+        return cls
+
+    @classmethod
+    def adapt(cls, network: nn.Module) -> Any:
+        """An instance for a network of `network_class`."""
+        return network
+
+    @classmethod  # noqa: B027 (most have nothing to add)
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for a config that no such network has, where its own constructor does not."""
 
 
 def check_images(images: Tensor, factor: int) -> None:
