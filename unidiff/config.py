@@ -305,7 +305,8 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 def _bare(annotation: Any) -> Any:
     """A type without the bounds of its values."""
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    origin, parts = get_origin(annotation), get_args(annotation)
+    return parts[0] if origin is Annotated else type(parts[0]) if origin is typing.Literal else annotation
 
 
 def _is_nothing(node: yaml.Node) -> bool:

@@ -88,10 +88,10 @@ def test_settings_that_do_not_fit_the_ranks_are_refused(size, overrides, message
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.mode=zero", "parallel.mode = 'zero'"),
+        ("parallel.mode=zero", "parallel.mode is 'zero'"),
         ("parallel.replicas=2", "needs parallel.mode=fsdp"),
-        ("parallel.param_dtype=float16", "parallel.param_dtype = 'float16'"),
-        ("activation_checkpointing=some", "activation_checkpointing = 'some'"),
+        ("parallel.param_dtype=float16", "parallel.param_dtype is 'float16'"),
+        ("activation_checkpointing=some", "activation_checkpointing is 'some'"),
     ],
 )
 def test_unknown_settings_are_refused(override, message):

@@ -112,7 +112,8 @@ def test_spikes_without_an_end_abort_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("spike_factor=0.5", "spike_factor = 0.5"), ("logging.peak_tflops=-1", "negative")]
+    ("override", "message"),
+    [("spike_factor=0.5", "spike_factor = 0.5"), ("logging.peak_tflops=-1", "peak_tflops is -1.0")],
 )
 def test_bad_guard_settings_are_refused(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):

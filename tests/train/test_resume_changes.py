@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -16,17 +16,21 @@ from shard_samples import MeanColourTokenizer, write_samples
 from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.data.encode import EncodeSettings, encode_shards
+from unidiff.schema import Between
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.shard_source import open_shards
 from unidiff.train.data.source import TokenTable
-from unidiff.train.run.limits import CHOICES, RANGES, check_config, leaves
+from unidiff.train.run.limits import check_config, leaves
 from unidiff.train.run.resume import FIXED, FREE, compare, facts_of
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training
-NAMES = [name for name, _, _ in leaves(TrainConfig())]
+TYPES = {name: annotation for name, _, annotation in leaves(TrainConfig())}
+NAMES = list(TYPES)
+CHOICES = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
+RANGES: dict[str, Between] = {n: get_args(kind)[1] for n, kind in TYPES.items() if get_origin(kind) is Annotated}
 WHERE = Path("run/checkpoints/step-00000005")
 
 
@@ -49,7 +53,9 @@ def other_value(name: str, old: Any) -> Any:
     if isinstance(old, bool):
         return not old
     if isinstance(old, int | float):
-        number = next(n for n in (old + 1, old / 2, old - 1, 0.25) if RANGES[name].holds(n) and n != old)
+        number = next(
+            n for n in (old + 1, old / 2, old - 1, 0.25) if RANGES[name].low <= n <= RANGES[name].high and n != old
+        )
         return type(old)(number)
     return {"model": {"hidden_size": 64}, "lora.targets": ["qkv"], "data.curriculum": [[0, 1]]}.get(name, f"{old}x")
 
@@ -67,9 +73,9 @@ def test_every_number_has_a_range_and_every_range_a_number():
     numbers = {
         n for n, value, _ in leaves(TrainConfig()) if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    assert numbers == set(RANGES)
+    assert numbers == {*RANGES, "optimiser.state_bits"}
     for name in RANGES:
-        assert RANGES[name].holds(value_of(TrainConfig(), name))
+        assert RANGES[name].low <= value_of(TrainConfig(), name) <= RANGES[name].high
         for bad in (
             float("nan"),
             float("inf"),

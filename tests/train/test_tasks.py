@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.diffusion.process import mask_tokens
 from unidiff.tokens import Modality
-from unidiff.train.config import RATES, TASKS, ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.config import TASKS, ObjectiveConfig, Rate, TaskConfig, TasksConfig
 from unidiff.train.data.tasks import TaskBatch, TaskMixer, keep_fill, rate_cdf, sample_rate
 
 JOINT, T2I, CAPTION, VQA, TEXT = range(5)
@@ -94,7 +95,7 @@ def test_elbo_weight_is_unbiased_for_every_rate(rate):
     assert abs(mean - harmonic) < max(4 * error, 1e-3)
 
 
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("rate", get_args(Rate))
 def test_rate_distribution_matches_its_samples(rate):
     settings = TaskConfig(rate=rate)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000

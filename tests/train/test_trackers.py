@@ -141,7 +141,5 @@ def test_a_service_that_does_not_start_is_named(tmp_path, services):
 
 
 def test_other_trackers_do_not_exist(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"logging\.trackers = 'mlflow' is unknown; expected one of tensorboard, wandb"
-    ):
+    with pytest.raises(ValueError, match=r"logging\.trackers\[0\] is 'mlflow'; expected one of 'tensorboard', 'wandb'"):
         tiny_config(tmp_path, "logging.trackers=[mlflow]")

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 from unidiff.config import load_config
+from unidiff.schema import Between, Positive
 
 TASKS = ("joint", "t2i", "caption", "vqa", "text")
-RATES = ("uniform", "cosine", "high", "beta")
-TRACKERS = ("tensorboard", "wandb", "trackio")
-WEIGHTS = ("elbo", "inverse_rate", "softmin", "ce")
-LORA_TARGETS = ("qkv", "out", "up", "down")
+Rate = Literal["uniform", "cosine", "high", "beta"]
+TokenWeight = Literal["elbo", "inverse_rate", "softmin", "ce"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+LoraTarget = Literal["qkv", "out", "up", "down"]
+TRACKERS, LORA_TARGETS = get_args(TrackerName), get_args(LoraTarget)
+Count = Annotated[int, Between(1, 2**20)]
+Steps = Annotated[int, Between(1, 10**12)]
+Interval = Annotated[int, Between(0, 10**12)]
+Tokens = Annotated[int, Between(1, 2**24)]
+Share = Annotated[float, Between(0, 1)]
+BelowOne = Annotated[float, Between(0, 1 - 2**-40)]
+Amount = Annotated[float, Between(0, 1e30)]
 
 
 @dataclass(frozen=True)
@@ -38,17 +47,17 @@ class DataConfig:
 
     train: str = ""
     validation: str = ""
-    validation_rows: int = 256
+    validation_rows: Annotated[int, Between(0, 2**40)] = 256
     curriculum: list[Any] = field(default_factory=list)
-    crop_fill: float = 0.0
-    image_size: int = 256
-    text_length: int = 64
+    crop_fill: Share = 0.0
+    image_size: Annotated[int, Between(1, 2**15)] = 256
+    text_length: Tokens = 64
     vocabulary: str = ""
-    grid: int = 0
+    grid: Annotated[int, Between(0, 2**12)] = 0
     allow_missing: bool = False
     documents: str = ""
-    document_share: float = 0.5
-    pack: int = 0
+    document_share: Share = 0.5
+    pack: Annotated[int, Between(0, 2**24)] = 0
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ class TaskConfig:
         dropout: probability that the condition is hidden entirely (guidance training); no meaning for `joint`.
     """
 
-    weight: float = 0.0
-    rate: str = "uniform"
-    beta: float = 2.0
-    loss: str = "ce"
-    scale: float = 1.0
+    weight: Amount = 0.0
+    rate: Rate = "uniform"
+    beta: Annotated[float, Between(1e-30, 1e6)] = 2.0
+    loss: TokenWeight = "ce"
+    scale: Amount = 1.0
     per_sample: bool = False
-    dropout: float = 0.0
+    dropout: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,9 @@ class ObjectiveConfig:
         chunk: masked positions per call of the head. The fixed size keeps bf16 memory level on CPU; nothing is dropped.
     """
 
-    text_weight: float = 1.0
-    image_weight: float = 1.0
-    chunk: int = 1024
+    text_weight: Amount = 1.0
+    image_weight: Amount = 1.0
+    chunk: Tokens = 1024
 
 
 @dataclass(frozen=True)
@@ -117,32 +126,32 @@ class OptimiserConfig:
     `state_bits` is how AdamW's two moments are kept: 32, or 8 (torchao), about a quarter of the bytes.
     """
 
-    name: str = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 0.0  # 0: as lr; Muon's update is scaled to AdamW's size
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    momentum: float = 0.95
-    clip: float = 1.0
-    state_bits: int = 32
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Positive = 1e-3
+    muon_lr: Amount = 0.0  # 0: as lr; Muon's update is scaled to AdamW's size
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.98
+    eps: Positive = 1e-8
+    weight_decay: Amount = 0.01
+    momentum: BelowOne = 0.95
+    clip: Positive = 1.0
+    state_bits: Literal[8, 32] = 32
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate: linear warm-up, then `cosine`, `wsd` (flat, then 1 - sqrt decay over `decay` of the run) or `constant`."""
 
-    name: str = "cosine"
-    warmup: int = 100
-    decay: float = 0.2
-    floor: float = 0.0
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: Interval = 100
+    decay: Share = 0.2
+    floor: Share = 0.0
 
 
 @dataclass(frozen=True)
 class EMAConfig:
-    decay: float = 0.999
-    warmup: float = 10.0  # decay at update n is min(decay, (1 + n) / (warmup + n))
+    decay: Share = 0.999
+    warmup: Positive = 10.0  # decay at update n is min(decay, (1 + n) / (warmup + n))
 
 
 @dataclass(frozen=True)
@@ -156,17 +165,17 @@ class LoggingConfig:
             with it the log has `mfu`, the share of that peak in useful work.
     """
 
-    every: int = 20
-    validate_every: int = 500
-    validation_draws: int = 2
-    sample_every: int = 0
-    sample_steps: int = 16
-    sample_guidance: float = 1.0
+    every: Interval = 20
+    validate_every: Interval = 500
+    validation_draws: Count = 2
+    sample_every: Interval = 0
+    sample_steps: Count = 16
+    sample_guidance: Annotated[float, Between(-1e6, 1e6)] = 1.0
     prompts: list[str] = field(default_factory=list)
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     project: str = "unidiff"
     progress: bool = True
-    peak_tflops: float = 0.0
+    peak_tflops: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -187,16 +196,16 @@ class CheckpointConfig:
         export_dtype: of the exported average.
     """
 
-    every: int = 500
-    minutes: float = 0.0
-    keep: int = 3
+    every: Interval = 500
+    minutes: Amount = 0.0
+    keep: Count = 3
     best: str = ""
     background: bool = True
     resume: bool = True
-    changed: str = "refuse"
+    changed: Literal["refuse", "allow"] = "refuse"
     fallback: bool = False
     init_from: str = ""
-    export_dtype: str = "bfloat16"
+    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -210,11 +219,11 @@ class ParallelConfig:
         param_dtype, reduce_dtype: with `fsdp`, in what precision weights are gathered and gradients summed.
     """
 
-    mode: str = "ddp"
-    replicas: int = 1
+    mode: Literal["ddp", "fsdp"] = "ddp"
+    replicas: Count = 1
     reshard: bool = True
-    param_dtype: str = "float32"
-    reduce_dtype: str = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -229,11 +238,11 @@ class LoraConfig:
         targets: names of the layers inside a block; empty takes all four.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Annotated[int, Between(0, 2**16)] = 0
+    alpha: Positive = 16.0
+    dropout: BelowOne = 0.0
     dora: bool = False
-    targets: list[str] = field(default_factory=list)
+    targets: list[LoraTarget] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -253,18 +262,18 @@ class TrainConfig:
     """
 
     output: str = "out/run"
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 64
-    accumulate: int = 1
-    precision: str = "bf16"
+    seed: Annotated[int, Between(-(2**62), 2**62)] = 0
+    steps: Steps = 1000
+    batch_size: Count = 64
+    accumulate: Count = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
-    threads: int = 0
+    threads: Annotated[int, Between(0, 1024)] = 0
     compile: bool = False
-    attention_kernel: str = "sdpa"
-    activation_checkpointing: str = "none"
-    max_bad_steps: int = 20
-    spike_factor: float = 0.0
+    attention_kernel: Literal["sdpa", "flex"] = "sdpa"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    max_bad_steps: Steps = 20
+    spike_factor: Amount = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: dict[str, Any] = field(default_factory=dict)
