@@ -68,7 +68,7 @@ def test_a_new_model_learns_and_its_blocks_start_as_identities():
     model = MMDiT(**MODEL)
     text, image = torch.randn(2, 3, 24), torch.randn(2, 6, 24)
     condition = model.condition(*inputs(rows=2)[2:])
-    rotary = model.rotary(3, (2, 3))
+    rotary = model.rotary(3, (4, 6))
     after = model.double_blocks[0](text, image, condition, rotary)
     assert torch.equal(after[0], text) and torch.equal(after[1], image)
     assert torch.equal(model.single_blocks[0](text, condition, model.rotary(3, (0, 0))), text)

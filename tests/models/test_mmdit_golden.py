@@ -121,9 +121,12 @@ def test_forward_matches_the_reference(folder):
             ours[f"{case}.out.text_logits"] = output.text
         text_length, grid = (
             inputs[1].shape[1],
-            [n // (2 if model.config.downsample else 1) for n in inputs[0].shape[1:]],
+            [n // model.cell_side for n in inputs[0].shape[1:]],
         )
-        seen["pos_embed.0"], seen["pos_embed.1"] = model.rotary(text_length, grid)
+        seen["pos_embed.0"], seen["pos_embed.1"] = (x[:, 0] for x in model.rotary(text_length, inputs[0].shape[1:]))
+        if model.down is not None:  # cell by cell to a grid, channels first
+            seen["down_block"] = seen["down_block"].unflatten(1, grid).permute(0, 3, 1, 2)
+            seen["up_block"] = model.grid(seen["up_block"], inputs[0].shape[1:]).permute(0, 3, 1, 2)
         seen["time_text_embed"] = seen["time"] + seen["pooled"]
         ours |= {f"{case}.mid.{k}": v for k, v in seen.items() if f"{case}.mid.{k}" in stored}
         for name, value in ours.items():

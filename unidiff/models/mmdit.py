@@ -7,7 +7,8 @@ and image ids have tables of their own. Meissonic: arXiv 2410.08261; Muddit: arX
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from unidiff.checked import CheckedModel
 from unidiff.models.conditioning import AdaLN, Condition
 from unidiff.models.layers import Norm
-from unidiff.models.mmdit_blocks import NORM_EPS, DoubleBlock, SingleBlock, axis_tables, plain_norm
+from unidiff.models.mmdit_blocks import NORM_EPS, AxisTables, DoubleBlock, SingleBlock, axis_tables, plain_norm
 from unidiff.schema import Depth, Index, Layers, Positive, Rows, Width
 
 MICRO_CONDITIONS = 5  # original width, original height, crop top, crop left (pixels), aesthetic score
@@ -57,6 +58,20 @@ class TwoLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(F.silu(self.first(x.to(self.first.weight.dtype))))
+
+
+class CellConv(nn.Conv2d):
+    """A convolution whose stride is the side of its kernel, on the codes of cells: `[B, n, c, D]` to `[B, n, D]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(2), self.weight.permute(0, 2, 3, 1).flatten(1))
+
+
+class CellSpread(nn.ConvTranspose2d):
+    """The transposed form: `[B, n, D]` to `[B, n, c, D]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.permute(2, 3, 1, 0).flatten(0, 2)).unflatten(-1, (-1, self.weight.shape[1]))
 
 
 class MMDiT(CheckedModel):
@@ -103,7 +118,7 @@ class MMDiT(CheckedModel):
         self.embed_norm = Norm(size, "rms", NORM_EPS)
         self.embed_out = nn.Conv2d(size, size, 1, bias=False)
         self.down_norm = Norm(size, "rms", NORM_EPS) if downsample else None
-        self.down = nn.Conv2d(size, size, 2, stride=2, bias=False) if downsample else None
+        self.down = CellConv(size, size, 2, stride=2, bias=False) if downsample else None
         self.enter_norm = Norm(size, "rms", NORM_EPS)
         self.enter = nn.Linear(size, size, bias=False)
         self.adapter = None if adapter_dim is None else nn.Linear(adapter_dim, text_dim, bias=False)
@@ -118,7 +133,7 @@ class MMDiT(CheckedModel):
         self.leave_norm = Norm(size, "rms", NORM_EPS)
         self.leave = nn.Linear(size, size, bias=False)
         self.up_norm = Norm(size, "rms", NORM_EPS) if downsample else None
-        self.up = nn.ConvTranspose2d(size, size, 2, stride=2, bias=False) if downsample else None
+        self.up = CellSpread(size, size, 2, stride=2, bias=False) if downsample else None
         self.image_in = nn.Conv2d(size, size, 1, bias=False)
         self.image_norm = Norm(size, "rms", NORM_EPS)
         self.image_out = nn.Conv2d(size, codebook_size, 1, bias=False)
@@ -138,33 +153,75 @@ class MMDiT(CheckedModel):
             ValueError: a grid that cannot be halved, or batch sizes that do not fit.
         """
         self._check_inputs(codes, text, pooled)
-        dtype = self.embed_text.weight.dtype
-        # 1. the condition of all blocks
+        # 1. the condition of all blocks, and both streams
         condition = self.condition(pooled, micro, time)  # vector [B, D]
-        # 2. text features to the model's width
-        text = text.to(dtype)
+        words, image = self.read_text(text), self.read_codes(self.cells(codes))  # [B, T, D], [B, N, D]
+        # 2. blocks
+        rotary = self.rotary(words.shape[1], codes.shape[1:], image.device)
+        joined = self.run_blocks(words, image, condition, rotary)
+        # 3. image tokens back to the grid of the codes
+        words, image = joined.split((words.shape[1], image.shape[1]), dim=1)
+        return MMDiTFeatures(words, self.grid(self.leave_cells(image), codes.shape[1:]))
+
+    def run_blocks(
+        self,
+        text: Tensor,
+        image: Tensor,
+        condition: Condition,
+        rotary: AxisTables,
+        keep: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """All blocks: `[B, t, D]` and `[B, n, D]` to `[B, t + n, D]`.
+
+        Args:
+            rotary: tables that fit `[B, t + n, H, d]`.
+            keep: called with the number of the layer besides what `Keep` is called with; None where all tokens are there.
+        """
+        keeps = (None if keep is None else partial(keep, layer) for layer in range(self.num_blocks))
+        for block in self.double_blocks:
+            text, image = block(text, image, condition, rotary, next(keeps))
+        joined = torch.cat((text, image), dim=1)
+        for block in self.single_blocks:
+            joined = block(joined, condition, rotary, next(keeps))
+        return joined
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.double_blocks) + len(self.single_blocks)
+
+    @property
+    def cell_side(self) -> int:
+        """Rows and columns of codes that share a token in the blocks. Cells do not overlap, so each can be computed alone."""
+        return 2 if self.config.downsample else 1
+
+    def cells(self, codes: Tensor) -> Tensor:
+        """`[B, H, W]` to `[B, N, c]`, the codes of each cell; both in raster order."""
+        side = self.cell_side
+        return codes.unfold(1, side, side).unfold(2, side, side).flatten(3).flatten(1, 2)
+
+    def grid(self, of_cells: Tensor, size: Sequence[int]) -> Tensor:
+        """`[B, N, c, ...]` to `[B, H, W, ...]`: the inverse of `cells`."""
+        side, (height, width) = self.cell_side, size
+        x = of_cells.unflatten(2, (side, side)).unflatten(1, (height // side, width // side))  # [B, h, w, side, side, ...]
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def read_text(self, text: Tensor) -> Tensor:
+        """Features of the text encoder `[B, t, text_dim]` (or `adapter_dim`) to the model's width, token by token."""
+        text = text.to(self.embed_text.weight.dtype)
         if self.adapter is not None:
             text = self.adapter(plain_norm(text))
-        text = self.text_norm(self.embed_text(text))  # [B, T, D]
-        # 3. codes to image tokens, on a grid of half the side lengths with `downsample`
-        x = _pointwise(self.embed_out, self.embed_norm(self.embed_codes(codes)))  # [B, H, W, D]
-        if self.down is not None and self.down_norm is not None:
-            x = _on_channels(self.down, self.down_norm(x))  # [B, H/2, W/2, D]
-        grid = x.shape[1:3]
-        image = self.enter(self.enter_norm(x.flatten(1, 2)))  # [B, N, D]
-        # 4. blocks
-        rotary = self.rotary(text.shape[1], grid, image.device)
-        for block in self.double_blocks:
-            text, image = block(text, image, condition, rotary)
-        joined = torch.cat((text, image), dim=1)  # [B, T + N, D]
-        for block in self.single_blocks:
-            joined = block(joined, condition, rotary)
-        text, image = joined.split((text.shape[1], image.shape[1]), dim=1)
-        # 5. image tokens back to the grid of the codes
-        x = self.leave(self.leave_norm(image)).unflatten(1, grid)  # [B, H/2, W/2, D]
-        if self.up is not None and self.up_norm is not None:
-            x = _on_channels(self.up, self.up_norm(x))  # [B, H, W, D]
-        return MMDiTFeatures(text, x)
+        return self.text_norm(self.embed_text(text))
+
+    def read_codes(self, cells: Tensor) -> Tensor:
+        """Codes `[B, n, c]` to image tokens `[B, n, D]`, cell by cell."""
+        x = _pointwise(self.embed_out, self.embed_norm(self.embed_codes(cells)))  # [B, n, c, D]
+        x = self.down(self.down_norm(x)) if self.down is not None and self.down_norm is not None else x[:, :, 0]
+        return self.enter(self.enter_norm(x))
+
+    def leave_cells(self, image: Tensor) -> Tensor:
+        """Image tokens `[B, n, D]` behind the blocks to features of their codes `[B, n, c, D]`, cell by cell."""
+        x = self.leave(self.leave_norm(image))
+        return self.up(self.up_norm(x)) if self.up is not None and self.up_norm is not None else x[:, :, None]
 
     def condition(self, pooled: Tensor, micro: Tensor, time: Tensor) -> Condition:
         """SiLU of (time embedding + embedding of pooled text and micro conditions), `[B, D]`; arguments as `features`."""
@@ -173,15 +230,16 @@ class MMDiT(CheckedModel):
         moment = self.condition_time(sinusoid(time.float() * TIME_FACTOR))  # [B or 1, D]
         return Condition(F.silu(moment + self.condition_pooled(pooled)))
 
-    def rotary(self, text_length: int, grid: Sequence[int], device: torch.device | None = None) -> Any:
-        """Rotary tables for text at the origin, then the image tokens of the grid at (0, row, column)."""
-        height, width = grid
+    def rotary(self, text_length: int, size: Sequence[int], device: torch.device | None = None) -> AxisTables:
+        """Tables `[T + N, 1, d]` for text at the origin, then the cells of a grid of codes at (0, row, column)."""
+        height, width = (length // self.cell_side for length in size)
         rows = torch.arange(height, device=device).repeat_interleave(width)
         columns = torch.arange(width, device=device).repeat(height)
         image = torch.stack((torch.zeros_like(rows), rows, columns), dim=1)  # [N, 3]
         positions = torch.cat((image.new_zeros(text_length, 3), image))  # [T + N, 3]
         dtype = torch.float64 if self.embed_text.weight.dtype == torch.float64 else torch.float32
-        return axis_tables(positions, self.config.rope_axes, self.config.rope_theta, dtype)
+        tables = axis_tables(positions, self.config.rope_axes, self.config.rope_theta, dtype)
+        return AxisTables(*(table[:, None] for table in tables))
 
     def text_head(self, features: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the text ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]`.
@@ -237,11 +295,6 @@ class MMDiT(CheckedModel):
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution on channels-last features `[..., D]`."""
     return F.linear(x, conv.weight.flatten(1))
-
-
-def _on_channels(conv: nn.Module, x: Tensor) -> Tensor:
-    """A strided convolution on channels-last features `[B, H, W, D]`."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _wide(logits: Tensor) -> Tensor:

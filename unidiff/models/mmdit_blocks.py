@@ -1,11 +1,12 @@
 """Blocks of the MM-DiT: joint attention over a text and an image stream, then over both as one sequence.
 
-Streams are `[B, T, D]` for text and `[B, N, D]` for the image; text comes first wherever they are joined.
+Streams are `[B, T, D]` for text and `[B, N, D]` for the image; text comes first wherever they are joined. A pass over some
+positions only runs the same blocks: its `Keep` adds the keys and values of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unidiff.models.attention import attend
-from unidiff.models.conditioning import AdaLN, Condition, Modulation, modulate
+from unidiff.models.conditioning import AdaLN, Condition, modulate
 from unidiff.models.layers import FeedForward, Norm
 
 NORM_EPS = 1e-6
+Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From rotated keys and values `[B, n, H, d]` of a pass to those that its queries attend to, `[B, H, L, d]`."""
 
 
 class AxisTables(NamedTuple):
@@ -46,8 +49,8 @@ def axis_tables(
 
 
 def turn(x: Tensor, tables: AxisTables) -> Tensor:
-    """Rotate the feature pairs (0, 1), (2, 3), ... of `x` `[B, H, L, d]`; computed in the tables' dtype."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, L, d/2]
+    """Rotate the feature pairs (0, 1), (2, 3), ... of `x` `[..., d]` by tables that fit it; computed in the tables' dtype."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # [..., d/2]
     swapped = torch.stack((-odd, even), dim=-1).flatten(-2)
     return (x * tables.cos + swapped * tables.sin).to(x.dtype)
 
@@ -67,14 +70,22 @@ class HeadProjection(nn.Module):
         self.q_norm, self.k_norm = Norm(head_dim, "rms", NORM_EPS), Norm(head_dim, "rms", NORM_EPS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, L, D]` to three `[B, H, L, d]`."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        """`[B, n, D]` to three `[B, n, H, d]`."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).chunk(3, dim=-1))
         return self.q_norm(q), self.k_norm(k), v
 
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys alone."""
+        both = self._rows(x, 0, 2 * x.shape[-1])
+        q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in both.chunk(2, dim=-1))
+        return self.q_norm(q), self.k_norm(k)
 
-def mix(q: Tensor, k: Tensor, v: Tensor, rotary: AxisTables) -> Tensor:
-    """Rotate, attend, join the heads: `[B, H, L, d]` to `[B, L, D]`."""
-    return attend(turn(q, rotary), turn(k, rotary), v, None).transpose(1, 2).flatten(2)
+    def value(self, x: Tensor) -> Tensor:
+        """Values alone."""
+        return self._rows(x, 2 * x.shape[-1], None).unflatten(-1, (-1, self.head_dim))
+
+    def _rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        return F.linear(x, self.qkv.weight[start:stop], self.qkv.bias[start:stop])
 
 
 class Stream(nn.Module):
@@ -87,36 +98,37 @@ class Stream(nn.Module):
         self.out = nn.Linear(size, size)
         self.feed_forward = FeedForward(size, 4 * size, "gelu_tanh", bias=True)
 
-    def finish(self, x: Tensor, mixed: Tensor, modulations: list[Modulation]) -> Tensor:
-        """Both gated residuals of the stream: x += gate out(mixed); x += gate ff(norm(x))."""
-        first, second = modulations
-        x = x + first.gate * self.out(mixed)
-        return x + second.gate * self.feed_forward(modulate(plain_norm(x), second))
+    def attended(self, mixed: Tensor, entered: Tensor) -> Tensor:
+        """Output of the first branch from what attention mixed, and from the branch's input; all `[B, n, D]`."""
+        return self.out(mixed)
 
 
 class DoubleBlock(nn.Module):
-    """Two streams with weights of their own and one attention over [text, image]."""
+    """Two streams with weights of their own and one attention over [text, image].
+
+    x += gate out(attention); x += gate ff(norm(x)).
+    """
 
     def __init__(self, size: int, head_dim: int) -> None:
         super().__init__()
         self.text, self.image = Stream(size, head_dim), Stream(size, head_dim)
 
-    def forward(self, text: Tensor, image: Tensor, condition: Condition, rotary: AxisTables) -> tuple[Tensor, Tensor]:
-        streams = ((self.text, text), (self.image, image))
-        modulations = [stream.ada_ln(condition) for stream, _ in streams]
-        projected = [
-            stream.heads(modulate(plain_norm(x), m[0])) for (stream, x), m in zip(streams, modulations, strict=True)
-        ]
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*projected, strict=True))  # [B, H, T + N, d]
-        mixed = mix(q, k, v, rotary).split((text.shape[1], image.shape[1]), dim=1)
-        return (
-            self.text.finish(text, mixed[0], modulations[0]),
-            self.image.finish(image, mixed[1], modulations[1]),
-        )
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return self.text, self.image
+
+    def forward(
+        self, text: Tensor, image: Tensor, condition: Condition, rotary: AxisTables, keep: Keep | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams to the same; `rotary` fits `[B, T + N, H, d]`."""
+        first, second = run(self.streams, (text, image), condition, rotary, keep)
+        return first, second
 
 
 class SingleBlock(nn.Module):
     """One sequence, attention and feed-forward side by side: x += gate out([attention(n), gelu(up(n))])."""
+
+    feed_forward = None  # not a branch of its own
 
     def __init__(self, size: int, head_dim: int) -> None:
         super().__init__()
@@ -125,9 +137,39 @@ class SingleBlock(nn.Module):
         self.up = nn.Linear(size, 4 * size)
         self.out = nn.Linear(5 * size, size)
 
-    def forward(self, x: Tensor, condition: Condition, rotary: AxisTables) -> Tensor:  # [B, T + N, D]
-        (modulation,) = self.ada_ln(condition)
-        normed = modulate(plain_norm(x), modulation)
-        q, k, v = self.heads(normed)
-        branches = (mix(q, k, v, rotary), F.gelu(self.up(normed), approximate="tanh"))
-        return x + modulation.gate * self.out(torch.cat(branches, dim=-1))
+    @property
+    def streams(self) -> tuple[SingleBlock, ...]:
+        return (self,)
+
+    def attended(self, mixed: Tensor, entered: Tensor) -> Tensor:
+        """See `Stream.attended`."""
+        return self.out(torch.cat((mixed, F.gelu(self.up(entered), approximate="tanh")), dim=-1))
+
+    def forward(self, x: Tensor, condition: Condition, rotary: AxisTables, keep: Keep | None = None) -> Tensor:
+        """`[B, T + N, D]` to the same."""
+        return run(self.streams, (x,), condition, rotary, keep)[0]
+
+
+def run(
+    streams: Sequence[Stream | SingleBlock],
+    parts: Sequence[Tensor],
+    condition: Condition,
+    rotary: AxisTables,
+    keep: Keep | None,
+) -> list[Tensor]:
+    """A block on the parts `[B, n, D]` of its streams, which attend together."""
+    modulations = [stream.ada_ln(condition) for stream in streams]
+    entered = [modulate(plain_norm(x), m[0]) for x, m in zip(parts, modulations, strict=True)]
+    projected = zip(*(stream.heads(h) for stream, h in zip(streams, entered, strict=True)), strict=True)
+    q, k, v = (part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in projected)  # [B, n, H, d]
+    q, k = turn(q, rotary), turn(k, rotary)
+    k, v = (k.transpose(1, 2), v.transpose(1, 2)) if keep is None else keep(k, v)  # [B, H, L, d]
+    mixed = attend(q.transpose(1, 2), k, v, None).transpose(1, 2).flatten(2)  # [B, n, D]
+    out = []
+    sizes = [x.shape[1] for x in parts]
+    for stream, x, h, mix, m in zip(streams, parts, entered, mixed.split(sizes, dim=1), modulations, strict=True):
+        x = x + m[0].gate * stream.attended(mix, h)
+        if stream.feed_forward is not None:
+            x = x + m[1].gate * stream.feed_forward(modulate(plain_norm(x), m[1]))
+        out.append(x)
+    return out
