@@ -202,7 +202,9 @@ class MMDiT(CheckedModel):
     def grid(self, of_cells: Tensor, size: Sequence[int]) -> Tensor:
         """`[B, N, c, ...]` to `[B, H, W, ...]`: the inverse of `cells`."""
         side, (height, width) = self.cell_side, size
-        x = of_cells.unflatten(2, (side, side)).unflatten(1, (height // side, width // side))  # [B, h, w, side, side, ...]
+        x = of_cells.unflatten(2, (side, side)).unflatten(
+            1, (height // side, width // side)
+        )  # [B, h, w, side, side, ...]
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def read_text(self, text: Tensor) -> Tensor:
