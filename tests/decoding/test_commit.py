@@ -16,7 +16,6 @@ from unidiff.decoding.commit.choose import (
     decide,
     factor_count,
     hierarchical,
-    masked_share,
     progress,
     quota,
     slack_of,
@@ -24,13 +23,13 @@ from unidiff.decoding.commit.choose import (
     unmask_chance,
 )
 from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
-from unidiff.decoding.config import SCHEDULES, ModalityDecoding
+from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.draw import choose
 from unidiff.decoding.forward import gather_positions
-from unidiff.diffusion.schedules import get_schedule
+from unidiff.diffusion.schedules import SCHEDULES, get_schedule
 
 
-@given(st.sampled_from(SCHEDULES), st.integers(1, 300), st.integers(1, 70))
+@given(st.sampled_from(["fixed", *SCHEDULES]), st.integers(1, 300), st.integers(1, 70))
 @settings(max_examples=100, deadline=None)
 def test_quotas_sum_exactly_and_never_stall(schedule: str, masked: int, steps: int) -> None:
     start, remaining, taken = torch.tensor([masked]), torch.tensor([masked]), []
@@ -49,18 +48,6 @@ def test_quota_is_per_row_and_catches_up_after_remasking() -> None:
     remaining = torch.tensor([5, 8, 1, 0])  # row 1 had three tokens masked again
     k = quota("linear", start, remaining, torch.full((4,), 5), torch.full((4,), 10))
     assert k.tolist() == [1, 4, 1, 0]
-
-
-@pytest.mark.parametrize(("name", "schedule"), [("linear", "linear"), ("cosine", "maskgit_cosine")])
-def test_masked_share_is_the_mask_rate_of_the_diffusion_schedule(name: str, schedule: str) -> None:
-    t = torch.linspace(0, 1, 21, dtype=torch.float64)
-    torch.testing.assert_close(masked_share(name, 1 - t), get_schedule(schedule).mask_rate(t), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "fixed"])
-def test_masked_share_falls_from_one_to_zero(schedule: str) -> None:
-    share = masked_share(schedule, torch.linspace(0, 1, 50, dtype=torch.float64))
-    assert share[0] == 1 and share[-1] == 0 and (share.diff() < 0).all()
 
 
 def test_take_best_breaks_ties_to_the_left_and_skips_dead_entries() -> None:
@@ -119,7 +106,7 @@ def test_ancestral_marginals_follow_alpha_with_and_without_remasking(steps: int,
         reveal = unmask_chance(schedule, k, n, sigma)
         assert 0 <= sigma.item() <= cap + 1e-12 and -1e-12 <= reveal.item() <= 1 + 1e-12
         masked = masked * (1 - reveal) + (1 - masked) * sigma
-        torch.testing.assert_close(masked, masked_share(schedule, progress(k + 1, n)), atol=1e-9, rtol=0)
+        torch.testing.assert_close(masked, get_schedule(schedule).masked_share(progress(k + 1, n)), atol=1e-9, rtol=0)
     assert masked.item() == 0
 
 

@@ -17,14 +17,14 @@ from unidiff.decoding.config import (
     ORDERS,
     REMASKING,
     RULES,
-    SCHEDULES,
 )
+from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.tokens import Modality, Span, TokenBatch
 
 CHOICES: dict[str, list] = {
     "steps": [1, 2, 3, 7, 12, 40],
     "rule": list(RULES),
-    "schedule": list(SCHEDULES),
+    "schedule": ["fixed", *SCHEDULES],
     "confidence": list(CONFIDENCES),
     "temperature": [0.0, 5e-324, 1e-308, 1e-30, 0.3, 1.0, 50.0, 1e300, 1.7e308],
     "choice_temperature": [0, 1e-308, 1.0, 1e30],

@@ -12,8 +12,9 @@ from golden import golden_folders
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig, commit, draw
+from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig, draw
 from unidiff.decoding.cache.max_logit import MaxLogitCache
+from unidiff.diffusion.schedules.cosine import Cosine
 from unidiff.families.llada.weights import load_llada
 from unidiff.families.lumina.weights import lumina_pair
 from unidiff.models.transformer import MaskedTransformer
@@ -35,10 +36,9 @@ def vocabulary_of(config: dict) -> Vocabulary:
     return Vocabulary(size, (0, start), (start, start + ids["codebook_size"]), ids["mask"])
 
 
-def float32_cosine(schedule: str, done: Tensor) -> Tensor:
+def float32_cosine(schedule: Cosine, done: Tensor) -> Tensor:
     """The reference takes the cosine in float32: where n cos(..) should be whole, one token fewer may stay masked."""
-    assert schedule == "cosine"
-    return torch.where(done >= 1, 0.0, torch.cos(done.float() * math.pi / 2).double())
+    return torch.cos(done.float() * math.pi / 2).double()
 
 
 class Replayed:
@@ -93,7 +93,7 @@ def test_trace(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(MaskedTransformer, "hidden", on_whole)
     monkeypatch.setattr(MaskedTransformer, "partial", on_partial)
-    monkeypatch.setattr(commit, "masked_share", float32_cosine)
+    monkeypatch.setattr(Cosine, "rate_after", float32_cosine)
     if scenario["temperature"]:
         replayed = Replayed(expected.pop("gumbel_sample"), expected.pop("gumbel_topk"))
         monkeypatch.setattr(draw, "choose", replayed)

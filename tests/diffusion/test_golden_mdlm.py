@@ -8,8 +8,8 @@ from golden import golden_folders
 from reference.variants import d3pm_loss, discrete_time, sedd_log_score, sedd_loss
 from safetensors.torch import load_file
 
-from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll, sample_times
-from unidiff.diffusion.schedules import importance_times, importance_weight
+from tests.reference.times import importance_times, importance_weight, sample_times
+from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll
 from unidiff.families.mdlm.weights import load_mdlm, mdlm_batch, mdlm_vocabulary
 
 pytestmark = pytest.mark.golden

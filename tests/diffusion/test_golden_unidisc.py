@@ -8,7 +8,8 @@ from golden import golden_folders
 from reference.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
 from safetensors.torch import load_file
 
-from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll, sample_times
+from tests.reference.times import sample_times
+from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.diffusion.objective import time_weight
 from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_interleaved, unidisc_keymap

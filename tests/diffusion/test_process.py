@@ -70,7 +70,7 @@ def test_mask_tokens_takes_a_rate_per_position():
 
 def test_mask_rate_is_met():
     batch = make_batch(2000)
-    schedule = get_schedule("maskgit_cosine")
+    schedule = get_schedule("cosine")
     rate = schedule.mask_rate(torch.full((2000,), 0.3, dtype=torch.float64))
     noisy = mask_tokens(batch, rate, VOCABULARY, keyed_uniform(1, torch.arange(2000), 0, 12))
     n = int(batch.targets.sum())

@@ -7,21 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidiff.diffusion import get_schedule, keyed_uniform, sample_times
-from unidiff.diffusion.schedules import importance_times, importance_weight
+from tests.reference.times import importance_times, importance_weight, sample_times
+from unidiff.diffusion import keyed_uniform
+from unidiff.diffusion.schedules import SCHEDULES, get_schedule
 
 CASES = {
     "linear": {},
     "loglinear": {"eps": 1e-3},
-    "maskgit_cosine": {},
+    "cosine": {},
     "mdlm_cosine": {"eps": 1e-3},
     "mdlm_cosine_squared": {"eps": 1e-3},
     "geometric": {"sigma_min": 1e-3, "sigma_max": 8.0},
     "sigma_linear": {"sigma_min": 1e-3, "sigma_max": 7.0},
     "polynomial": {"power": 2.0},
+    "arccos": {},
+    "square": {},
+    "root": {},
 }
-SCHEDULES = [get_schedule(name, **kwargs) for name, kwargs in CASES.items()] + [get_schedule("polynomial", power=0.5)]
-schedules = st.sampled_from(SCHEDULES)
+CHECKED = [get_schedule(name, **kwargs) for name, kwargs in CASES.items()] + [get_schedule("polynomial", power=0.5)]
+schedules = st.sampled_from([*CHECKED, get_schedule("high")])
 times = st.floats(1e-6, 1 - 1e-6)
 
 
@@ -41,7 +45,7 @@ def test_derivative_weight_and_inverse(schedule, value):
     torch.testing.assert_close(schedule.sigma(t), -alpha.log(), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", CHECKED, ids=str)
 def test_float32_weights_hold_at_the_ends(schedule):
     """Relative error of every float32 value against float64, down to t = 1e-6: no cancellation anywhere."""
     t = torch.cat([torch.logspace(-6, -1, 60), torch.linspace(0.1, 0.999, 40)])
@@ -60,16 +64,24 @@ def test_cosine_formula_without_the_half_angle_would_fail():
     assert abs(float(direct / schedule.weight(t.double())) - 1) > 0.01
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", CHECKED, ids=str)
 def test_alpha_falls(schedule):
     alpha = schedule.alpha(torch.linspace(0, 1, 101, dtype=torch.float64))
     assert bool((alpha.diff() < 0).all()) and 0.999 <= alpha[0] <= 1 and -1e-15 <= alpha[-1] < 2e-3
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_decode_by_any_schedule_goes_from_all_masked_to_none(name):
+    done = torch.linspace(0, 1, 50, dtype=torch.float64)
+    share = get_schedule(name).masked_share(done)
+    assert 0.99 < share[0] <= 1 and share[-1] == 0 and (share.diff() < 0).all()
+    torch.testing.assert_close(share[:-1], get_schedule(name).mask_rate(1 - done)[:-1], atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("cosine", {}, "unknown schedule 'cosine'"),
+        ("cosinus", {}, "schedule is 'cosinus'; expected one of .*did you mean 'cosine'"),
         ("linear", {"power": 2.0}, "does not take"),
         ("polynomial", {"power": 0.0}, "positive"),
         ("geometric", {"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min < sigma_max"),
@@ -98,7 +110,7 @@ def test_times_stay_inside(n, seed, low, mode):
     assert bool((t > 0).all()) and bool((t >= low).all()) and bool((t <= 1).all())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", CHECKED, ids=str)
 def test_importance_times_have_the_density_of_the_weight(schedule):
     ends = schedule.mask_rate(torch.tensor([0.02, 0.97], dtype=torch.float64)).tolist()
     z = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
@@ -114,6 +126,6 @@ def test_importance_needs_a_schedule_and_a_range():
     with pytest.raises(ValueError, match="needs a schedule"):
         sample_times(3, u, "importance")
     with pytest.raises(ValueError, match="rate_range"):
-        sample_times(3, u, "importance", schedule=SCHEDULES[0], rate_range=(0.0, 1.0))
+        sample_times(3, u, "importance", schedule=CHECKED[0], rate_range=(0.0, 1.0))
     with pytest.raises(ValueError, match="unknown time sampling"):
         sample_times(3, u, "antithetic")

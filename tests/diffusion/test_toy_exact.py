@@ -9,9 +9,10 @@ from golden import golden_root
 from reference.enumeration import all_masks, exact_block_nelbo, leave_one_out_sums, mask_moments
 from toy_table import ToyExample
 
+from tests.reference.times import importance_times, importance_weight
 from unidiff.diffusion.likelihood import log_prob_scorer, mask_count_nelbo, time_nelbo
 from unidiff.diffusion.process import hide
-from unidiff.diffusion.schedules import get_schedule, importance_times, importance_weight
+from unidiff.diffusion.schedules import get_schedule
 
 pytestmark = pytest.mark.golden
 EXAMPLES = sorted((golden_root() / "toy_exact").rglob("*.json"))
@@ -57,7 +58,7 @@ def schedule_of(name):
     named = {
         "linear": "linear",
         "mdlm_loglinear": "loglinear",
-        "cosine_1_minus_sin": "maskgit_cosine",
+        "cosine_1_minus_sin": "cosine",
         "mdlm_cosine": "mdlm_cosine",
         "mdlm_cosinesqr": "mdlm_cosine_squared",
     }
@@ -178,7 +179,7 @@ def test_truncated_estimators(case):
         values[name] = (w_z * constant * moments.expected_sum(loglinear.alpha(drawn))[i]).sum() / (1 - low)
     t, w = gauss(0, 1)
     values["mdlm_cosine_full_range"] = expected_loss(moments, i, get_schedule("mdlm_cosine", eps=eps), t, w)
-    values["cosine_1_minus_sin_full_range"] = expected_loss(moments, i, get_schedule("maskgit_cosine"), t, w)
+    values["cosine_1_minus_sin_full_range"] = expected_loss(moments, i, get_schedule("cosine"), t, w)
     assert set(values) == set(stored["values"])
     for name, value in values.items():
         atol = 1e-8 if name == "loglinear_importance" else 1e-10

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import get_args
 
 import pytest
 import torch
 from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.diffusion.process import mask_tokens
+from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.tokens import Modality
-from unidiff.train.config import TASKS, ObjectiveConfig, Rate, TaskConfig, TasksConfig
-from unidiff.train.data.tasks import TaskBatch, TaskMixer, keep_fill, rate_cdf, sample_rate
+from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.data.tasks import TaskBatch, TaskMixer, keep_fill
 
 JOINT, T2I, CAPTION, VQA, TEXT = range(5)
 
@@ -95,14 +95,14 @@ def test_elbo_weight_is_unbiased_for_every_rate(rate):
     assert abs(mean - harmonic) < max(4 * error, 1e-3)
 
 
-@pytest.mark.parametrize("rate", get_args(Rate))
+@pytest.mark.parametrize("rate", ["uniform", "beta", *SCHEDULES])
 def test_rate_distribution_matches_its_samples(rate):
     settings = TaskConfig(rate=rate)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    r = sample_rate(settings, u)
+    r = settings.rates.draw_rate(u)
     assert r.min() > 0 and r.max() <= 1
     for x in (0.1, 0.5, 0.6, 0.9, 1.0):
-        assert abs((r <= x).double().mean() - rate_cdf(settings, torch.tensor(x, dtype=torch.float64))) < 1e-4
+        assert abs((r <= x).double().mean() - settings.rates.chance_below(torch.tensor(x, dtype=torch.float64))) < 1e-4
 
 
 def test_times_cover_any_run_of_samples_evenly(tmp_path):

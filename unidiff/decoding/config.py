@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.schema import Between, Index, check_fields, from_data
 
 RULES = ("quota", "threshold", "factor", "hierarchical", "credit", "first_hitting", "ancestral")
 _LOOKING = ("threshold", "factor", "hierarchical", "credit")  # rules that compare confidences and end by themselves
-SCHEDULES = ("fixed", "linear", "cosine", "square", "root", "arccos")
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 BLOCK_ORDERS = ("sequence", "checkerboard", "coarse", "halton")
 REMASKING = ("none", "confidence", "remdm")
@@ -42,8 +42,8 @@ class ModalityDecoding:
             `threshold` after adding to the logits what a token has earned by being the best in earlier passes (dInfer),
             see `Credit`. `first_hitting`: one uniformly random position, the exact law of the model. `ancestral`: each
             position by its own coin, the reverse process on a grid of times.
-        schedule: share still masked after a share u of the steps: `linear` 1-u, `cosine` cos(pi u/2), `square` 1-u^2,
-            `root` 1-sqrt(u), `arccos` acos(u) 2/pi; `fixed` commits n // steps, plus one in the first n % steps passes.
+        schedule: share still masked after a share u of the steps, one of `unidiff.diffusion.schedules`: `linear` 1-u,
+            `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps, plus one in the first n % steps passes.
         confidence: what ranks positions: `probability` of the chosen token, `margin` between the best two, `entropy`
             (negative), or `random`. Always from the guided logits before temperature and filters.
         temperature: of the token draw; 0 takes the best token.
@@ -95,7 +95,7 @@ class ModalityDecoding:
         _tuples(self, "forbid")
         check_fields(self, "")
         _one_of("rule", self.rule, RULES)
-        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("schedule", self.schedule, ("fixed", *SCHEDULES))
         _one_of("confidence", self.confidence, CONFIDENCES)
         _one_of("block_order", self.block_order, BLOCK_ORDERS)
         _one_of("remask", self.remask, REMASKING)

@@ -21,7 +21,7 @@ from unidiff.diffusion.objective import (
     time_weight,
 )
 from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens, posterior, reverse_step
-from unidiff.diffusion.schedules import Schedule, get_schedule, sample_times
+from unidiff.diffusion.schedules import Schedule, get_schedule
 
 __all__ = [
     "ElboTerms",
@@ -45,7 +45,6 @@ __all__ = [
     "model_scorer",
     "posterior",
     "reverse_step",
-    "sample_times",
     "time_nelbo",
     "time_weight",
     "without_eos_fill",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from unidiff.config import load_config
+from unidiff.diffusion.schedules import Schedule, get_schedule
 from unidiff.schema import Between, Positive
 
 TASKS = ("joint", "t2i", "caption", "vqa", "text")
-Rate = Literal["uniform", "cosine", "high", "beta"]
 TokenWeight = Literal["elbo", "inverse_rate", "softmin", "ce"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 LoraTarget = Literal["qkv", "out", "up", "down"]
@@ -74,8 +74,9 @@ class TaskConfig:
 
     Args:
         weight: share of rows, relative to the other tasks.
-        rate: how the mask rate r is drawn from u ~ U(0, 1): `uniform` r = u (the ELBO's own), `cosine`
-            r = cos(pi u / 2), `high` r = 1 - 0.5 u^2 (between one half and all), `beta` r ~ Beta(beta, 1) = u^(1/beta).
+        rate: how the mask rate r is drawn from u ~ U(0, 1): `uniform` r = u (the ELBO's own), `beta` r ~ Beta(beta, 1)
+            = u^(1/beta), or by a schedule of `unidiff.diffusion.schedules`: `cosine` r = cos(pi u / 2), `high`
+            r = 1 - 0.5 u^2 (between one half and all), ...
         beta: the exponent of `beta`.
         loss: weight of a masked token: `elbo` 1 / (r p(r)), unbiased for the NELBO whatever `rate` is;
             `inverse_rate` 1 / r (Muddit); `softmin` 1 / (r + (1 - r) / 5) (UniDisc's softmin_snr = 5); `ce` 1.
@@ -86,12 +87,19 @@ class TaskConfig:
     """
 
     weight: Amount = 0.0
-    rate: Rate = "uniform"
+    rate: str = "uniform"
     beta: Annotated[float, Between(1e-30, 1e6)] = 2.0
     loss: TokenWeight = "ce"
     scale: Amount = 1.0
     per_sample: bool = False
     dropout: Share = 0.0
+
+    @property
+    def rates(self) -> Schedule:
+        """The schedule whose `draw_rate` gives mask rates."""
+        if self.rate == "beta":
+            return get_schedule("polynomial", power=1 / self.beta)
+        return get_schedule("linear" if self.rate == "uniform" else self.rate)
 
 
 @dataclass(frozen=True)

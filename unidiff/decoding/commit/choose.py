@@ -9,30 +9,12 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding
+from unidiff.diffusion.schedules import get_schedule
 
 
 def progress(step: Tensor, steps: Tensor) -> Tensor:
     """step / steps as float64 in [0, 1]. (int / int is float32 in torch, which turns quotas of 4 into 3.)"""
     return (step.double() / steps).clamp(max=1)
-
-
-def masked_share(schedule: str, done: Tensor) -> Tensor:
-    """Share still masked after a share `done` of the steps; 1 at 0 and exactly 0 at 1. float64.
-
-    With t = 1 - done this is the mask rate 1 - alpha(t): `linear` and `cosine` are the diffusion schedules
-    `linear` and `maskgit_cosine`.
-    """
-    u = done.double()
-    share = {
-        "linear": lambda: 1 - u,
-        "cosine": lambda: torch.cos(math.pi / 2 * u),
-        "square": lambda: 1 - u.square(),
-        "root": lambda: 1 - u.sqrt(),
-        "arccos": lambda: torch.acos(u.clamp(0, 1)) * (2 / math.pi),
-    }
-    if schedule not in share:
-        raise ValueError(f"schedule {schedule!r} has no times; expected one of {', '.join(share)}")
-    return torch.where(u >= 1, 0.0, share[schedule]())
 
 
 def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: Tensor) -> Tensor:
@@ -41,7 +23,7 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
     Where there are enough, one is left for each pass to come, so that a block of no fewer tokens than passes makes all of them.
 
     Args:
-        schedule: see `masked_share`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
+        schedule: of `unidiff.diffusion.schedules`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
         start: positions that were masked when the block began.
         remaining: masked now; differs from the plan after remasking, and the quota catches up.
         step, steps: this pass, from 0, and passes of the block.
@@ -51,7 +33,7 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
         taken = (step + 1) * (start // steps) + torch.minimum(step + 1, start % steps)
         keep = start - taken
     else:
-        keep = (start * masked_share(schedule, progress(step + 1, steps)) + 1e-9).floor().long()
+        keep = (start * get_schedule(schedule).masked_share(progress(step + 1, steps)) + 1e-9).floor().long()
     keep = torch.maximum(keep, steps - step - 1)  # `root` would be done early
     count = torch.where(last, remaining, remaining - keep)
     return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
@@ -156,8 +138,9 @@ def unmask_chance(schedule: str, step: Tensor, steps: Tensor, sigma: Tensor | fl
     (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma = 0 is the reverse process (MDLM), sigma > 0 ReMDM. In and
     after the last step it is 1.
     """
-    alpha_t = 1 - masked_share(schedule, progress(step, steps))
-    alpha_s = 1 - masked_share(schedule, progress(step + 1, steps))
+    times = get_schedule(schedule)
+    alpha_t = 1 - times.masked_share(progress(step, steps))
+    alpha_s = 1 - times.masked_share(progress(step + 1, steps))
     chance = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
     return torch.where(step + 1 >= steps, 1.0, chance)
 

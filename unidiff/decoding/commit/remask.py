@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.choose import ROUNDING, masked_share, progress, take_best
+from unidiff.decoding.commit.choose import ROUNDING, progress, take_best
+from unidiff.diffusion.schedules import get_schedule
 
 
 def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budget: Tensor) -> Tensor:
@@ -31,6 +32,7 @@ def remdm_sigma(schedule: str, step: Tensor, steps: Tensor, cap: float) -> Tenso
     With `unmask_chance(..., sigma)` for the masked ones every marginal keeps alpha_s (arXiv 2503.00307, eq. 5); sigma
     is 0 in the last step, so the decode ends.
     """
-    alpha_t = 1 - masked_share(schedule, progress(step, steps))
-    rate_s = masked_share(schedule, progress(step + 1, steps))
+    times = get_schedule(schedule)
+    alpha_t = 1 - times.masked_share(progress(step, steps))
+    rate_s = times.masked_share(progress(step + 1, steps))
     return torch.where(alpha_t > 0, rate_s / alpha_t, torch.inf).clamp_max(cap)

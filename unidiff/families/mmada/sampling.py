@@ -12,11 +12,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.choose import masked_share, take_best
+from unidiff.decoding.commit.choose import take_best
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.draw import CHOICE, TOKEN, RowNoise, gumbel, inverse_cdf
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.decoding.unusable import check_logits
+from unidiff.diffusion.schedules import get_schedule
 from unidiff.models.denoiser import Denoiser
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
@@ -53,7 +54,7 @@ class ImageSettings:
 
     Args:
         steps: passes. guidance: g in (1 + g) conditional - g unconditional; 0 for none.
-        temperature: of the Gumbel noise on log p(code), which decides what stays. schedule: see `masked_share`.
+        temperature: of the Gumbel noise on log p(code), which decides what stays. schedule: of `unidiff.diffusion.schedules`.
     """
 
     steps: Annotated[int, Between(1, 100_000)] = 15
@@ -63,7 +64,7 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "image")
-        masked_share(self.schedule, torch.zeros(1))
+        get_schedule(self.schedule)
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ def masked_after(unknown: Tensor, start: Tensor, settings: ImageSettings, step: 
     Args:
         unknown: bool `[B, N]`, hidden before the pass. start: bool `[B, N]`, hidden at the start.
     """
-    done, left = (step + 1) / settings.steps, unknown.sum(1)
+    done, left, times = (step + 1) / settings.steps, unknown.sum(1), get_schedule(settings.schedule)
     if compat.count_known:  # in float32 as upstream, where 16 cos(pi / 3) is a little less than 8
-        share = masked_share(settings.schedule, torch.tensor(done, dtype=torch.float32)).float()
+        share = times.masked_share(torch.tensor(done, dtype=torch.float32).double()).float()
         keep = (unknown.shape[1] * share).floor().long().expand_as(left)
     else:
-        share = masked_share(settings.schedule, torch.tensor(done, dtype=torch.float64))
+        share = times.masked_share(torch.tensor(done, dtype=torch.float64))
         keep = (start.sum(1) * share + 1e-9).floor().long()
     return torch.minimum(left - 1, keep).clamp_min(1 if compat.disturb_known else 0)
 

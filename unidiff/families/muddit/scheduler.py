@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.draw import CHOICE, TOKEN, RowNoise, gumbel, inverse_cdf
+from unidiff.diffusion.schedules import get_schedule
 from unidiff.schema import check_fields
 
 MASKING_SCHEDULES = ("cosine", "linear")
@@ -131,7 +132,7 @@ class MaskGitSchedule:
     def ratios(self) -> Tensor:
         """r_k, float32 `[N]`: the share of positions still hidden after step k."""
         done = torch.arange(1, self.steps + 1) / self.steps
-        return torch.cos(done * math.pi / 2) if self.masking == "cosine" else 1 - done
+        return get_schedule(self.masking).rate_after(done)
 
     def planned(self, length: int, starting_ratio: Tensor | float = 1.0) -> Tensor:
         """floor(L start r_k), float32 `[..., N]` for a `starting_ratio` of `[..., 1]`; rounding makes the last one -1."""

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
 from unidiff.models.layers import default_ffn_size
 from unidiff.tokens import Vocabulary
@@ -146,8 +148,8 @@ def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:
 
 def mean_rate(task: TaskConfig) -> float:
     """Mean share of targets that a task hides."""
-    means = {"uniform": 1 / 2, "cosine": 0.6366197723675814, "high": 5 / 6, "beta": task.beta / (task.beta + 1)}
-    return means[task.rate]
+    middles = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    return float(task.rates.draw_rate(middles).mean())
 
 
 def state_bytes(config: TrainConfig, size: ModelSize) -> int:

@@ -104,7 +104,7 @@ class TaskMixer:
         if tasks.vqa.weight > 0 and not source.has_questions:
             raise ValueError("tasks.vqa.weight is above 0 but the data has no questions; set it to 0 or add questions")
         for name, settings in zip(TASKS, self.settings, strict=True):
-            if settings.rate == "high" and settings.loss == "elbo":
+            if settings.loss == "elbo" and settings.rates.mask_rate(torch.zeros(())) > 0:
                 raise ValueError(f"tasks.{name}: loss elbo needs a rate that reaches 0; use uniform, cosine or beta")
         weights = torch.tensor([s.weight for s in self.settings], dtype=torch.float64)
         self._edges = (weights / weights.sum()).cumsum(0)
@@ -164,10 +164,11 @@ class TaskMixer:
     def _rates(self, u: Tensor, task: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         rate, weight = torch.zeros_like(u), torch.zeros_like(u)
         for number, settings in enumerate(self.settings):
-            r = sample_rate(settings, u)
+            r = settings.rates.draw_rate(u)
             n = (r * total).ceil().clamp_min(1)  # hidden count
             if settings.loss == "elbo":
-                chance = rate_cdf(settings, n / total) - rate_cdf(settings, (n - 1) / total)
+                below = settings.rates.chance_below
+                chance = below(n / total) - below((n - 1) / total)
                 w = 1 / (n * chance)
             elif settings.loss == "softmin":
                 share = n / total
@@ -235,32 +236,6 @@ def rank_noise(noise: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     order = noise.masked_fill(~targets, 2.0).argsort(1)  # [B, L]
     rank = torch.empty_like(noise).scatter_(1, order, torch.arange(noise.shape[1]).double().expand_as(noise))
     return torch.where(targets, rank / total[:, None].clamp_min(1), 1.0), total
-
-
-def sample_rate(settings: TaskConfig, u: Tensor) -> Tensor:
-    """Mask rate in (0, 1] from u ~ U(0, 1). See `TaskConfig.rate`."""
-    match settings.rate:
-        case "uniform":
-            return u
-        case "cosine":
-            return torch.cos(torch.pi / 2 * u)
-        case "high":
-            return 1 - 0.5 * u**2
-        case _:
-            return u ** (1 / settings.beta)
-
-
-def rate_cdf(settings: TaskConfig, r: Tensor) -> Tensor:
-    """P(rate <= r), the distribution of `sample_rate`."""
-    match settings.rate:
-        case "uniform":
-            return r
-        case "cosine":
-            return 1 - 2 / torch.pi * torch.acos(r.clamp(0, 1))
-        case "high":
-            return 1 - torch.sqrt(2 * (1 - r)).clamp_max(1)
-        case _:
-            return r**settings.beta
 
 
 def keep_fill(text: Tensor, eos: int, crop: Tensor, u: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
+from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.schema import check_value
 from unidiff.train.config import TASKS, TrainConfig
 
@@ -37,6 +38,10 @@ def _check_lists(config: TrainConfig) -> None:
     for name, found in (("logging.trackers", config.logging.trackers), ("lora.targets", config.lora.targets)):
         if len(set(found)) < len(found):
             raise ValueError(f"{name} = {found} names something twice; leave one out")
+    rates = ("uniform", "beta", *SCHEDULES)
+    for task in TASKS:
+        if (rate := getattr(config.tasks, task).rate) not in rates:
+            raise ValueError(f"tasks.{task}.rate = {rate!r} is unknown; expected one of {', '.join(rates)}")
     starts = []
     for entry in config.data.curriculum:
         if not (isinstance(entry, list) and len(entry) == 2):
