@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from unidiff.errors import reading
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import from_data
-from unidiff.train.config import TASKS, TaskConfig, TrainConfig
+from unidiff.train.config import TrainConfig
 from unidiff.train.data.documents import DocumentTokens
 from unidiff.train.data.shard_source import ShardTokens
 from unidiff.train.data.source import TokenSource, TokenTable
@@ -23,98 +23,36 @@ from unidiff.train.run.checkpoint import Checkpoint
 from unidiff.train.run.limits import leaves
 from unidiff.train.step import TrainState
 
-_ROUNDING = "the same numbers but for rounding"
-_WATCHING = "says what happens, and changes nothing in it"
-_PLACE = "a place may move; what lies there is compared by content"
-_DECLARED = "compared with the data, which are compared by content"
-
-FREE: dict[str, str] = {
-    "output": "a run's folder may be moved",
-    "steps": "a run may be made longer or shorter; the learning rate before and after is said",
-    "device": _ROUNDING,
-    "threads": _ROUNDING,
-    "compile": _ROUNDING,
-    "attention_kernel": _ROUNDING,
-    "activation_checkpointing": "what is computed again comes out the same",
-    "objective.chunk": _ROUNDING,
-    "max_bad_steps": "decides when a run gives up, not what it learns",
-    "data.train": _PLACE,
-    "data.validation": "rows for watching; scores of other rows are not compared, and training rows are compared by content",
-    "data.validation_rows": "as data.validation",
-    "data.documents": _PLACE,
-    "data.allow_missing": "what was encoded is compared by content",
-    "data.image_size": _DECLARED,
-    "data.text_length": _DECLARED,
-    "data.vocabulary": _DECLARED,
-    "data.grid": _DECLARED,
-    "tokenizer.image": "draws sample sheets; what it made of raw shards is compared by content",
-    "tokenizer.text": "as tokenizer.image",
-    "logging.every": _WATCHING,
-    "logging.validate_every": _WATCHING,
-    "logging.validation_draws": _WATCHING,
-    "logging.sample_every": _WATCHING,
-    "logging.sample_steps": _WATCHING,
-    "logging.sample_guidance": _WATCHING,
-    "logging.prompts": _WATCHING,
-    "logging.trackers": _WATCHING,
-    "logging.project": _WATCHING,
-    "logging.progress": _WATCHING,
-    "logging.peak_tflops": _WATCHING,
-    "checkpoint.every": "when to save changes nothing in what is saved",
-    "checkpoint.minutes": "as checkpoint.every",
-    "checkpoint.keep": "as checkpoint.every",
-    "checkpoint.best": "scores say which number they are; another one is not compared with them",
-    "checkpoint.background": "as checkpoint.every",
-    "checkpoint.resume": "asked for at every start",
-    "checkpoint.changed": "asked for at every start",
-    "checkpoint.fallback": "asked for at every start",
-    "checkpoint.init_from": _PLACE,
-    "checkpoint.export_dtype": "of the export, which is made anew from the checkpoint",
-    "parallel.mode": _ROUNDING,
-    "parallel.replicas": _ROUNDING,
-    "parallel.reshard": _ROUNDING,
+_REASONS = {
+    "the same numbers but for rounding": (
+        "device threads compile attention_kernel objective.chunk parallel.mode parallel.replicas parallel.reshard"
+    ),
+    "what is computed again comes out the same": "activation_checkpointing",
+    "says what happens, and changes nothing in it": (
+        "logging.every logging.validate_every logging.validation_draws logging.sample_every logging.sample_steps "
+        "logging.sample_guidance logging.prompts logging.trackers logging.project logging.progress logging.peak_tflops"
+    ),
+    "when to save changes nothing in what is saved": (
+        "checkpoint.every checkpoint.minutes checkpoint.keep checkpoint.background"
+    ),
+    "asked for at every start": "checkpoint.resume checkpoint.changed checkpoint.fallback",
+    "a place may move; what lies there is compared by content": (
+        "output data.train data.documents checkpoint.init_from tokenizer.image tokenizer.text data.allow_missing"
+    ),
+    "compared with the data, which are compared by content": (
+        "data.image_size data.text_length data.vocabulary data.grid"
+    ),
+    "rows for watching; scores say which number of which rows they are, and others are not compared with them": (
+        "data.validation data.validation_rows checkpoint.best"
+    ),
+    "of the export, which is made anew from the checkpoint": "checkpoint.export_dtype",
+    "a run may be made longer or shorter; the learning rate before and after is said": "steps",
+    "decides when a run gives up, not what it learns": "max_bad_steps",
 }
+FREE = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 """Settings that may differ from the checkpoint's, each with the reason."""
-
-FIXED: dict[str, str] = {
-    "seed": "draws the order of the data, the masks and the first weights",
-    "batch_size": "decides which samples make a step",
-    "accumulate": "decides which samples make a step",
-    "precision": "the precision of all products",
-    "spike_factor": "decides which steps are skipped",
-    "data.curriculum": "decides which sample comes when",
-    "data.crop_fill": "changes the rows",
-    "data.document_share": "decides which sample comes when",
-    "data.pack": "changes the rows",
-    "model": "another network",
-    "objective.text_weight": "another loss",
-    "objective.image_weight": "another loss",
-    "lora.rank": "other adapters",
-    "lora.alpha": "scales what the adapters have learnt",
-    "lora.dropout": "another loss",
-    "lora.dora": "other adapters",
-    "lora.targets": "other adapters",
-    "optimiser.name": "another state",
-    "optimiser.lr": "another step",
-    "optimiser.muon_lr": "another step",
-    "optimiser.beta1": "another step",
-    "optimiser.beta2": "another step",
-    "optimiser.eps": "another step",
-    "optimiser.weight_decay": "another step",
-    "optimiser.momentum": "another step",
-    "optimiser.clip": "another step",
-    "optimiser.state_bits": "another state",
-    "schedule.name": "another step",
-    "schedule.warmup": "another step",
-    "schedule.decay": "another step",
-    "schedule.floor": "another step",
-    "ema.decay": "another average",
-    "ema.warmup": "another average",
-    "parallel.param_dtype": "the precision in which weights are gathered",
-    "parallel.reduce_dtype": "the precision in which gradients are summed",
-    **{f"tasks.{task}.{entry.name}": "another mixture or loss" for task in TASKS for entry in fields(TaskConfig)},
-}
-"""Settings that decide what is learnt, each with the reason: `checkpoint.changed=allow` goes on with another value."""
+FIXED = tuple(name for name, _, _ in leaves(TrainConfig()) if name not in FREE)
+"""All others: they decide what is learnt. `checkpoint.changed=allow` goes on with another value."""
 
 _PLACES = ("data.train", "data.documents", "checkpoint.init_from")
 """Compared by name with checkpoints from before contents were noted."""
@@ -173,21 +111,16 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
     Raises:
         ValueError: something of `FIXED`, the data or the starting weights differ; the message names each with both values.
     """
-    old, new, known = state.get("config"), asdict(config), state.get("facts")
+    old, known = state.get("config"), state.get("facts")
     if not isinstance(old, dict) or not isinstance(known, dict | None) or not isinstance(old.get("model", {}), dict):
         raise ValueError(f"'{where / 'state.json'}' is damaged: its config, model or facts are no mapping")
-    before = asdict(TrainConfig())  # for settings that there were not yet
-    names = [name for name, _, _ in leaves(config) if name in FIXED or (known is None and name in _PLACES)]
-    pairs = {
-        name: (_look_up(old, name, _look_up(before, name)), _look_up(new, name)) for name in names if name != "model"
-    }
-    models = [{**_model_defaults(), **settings.get("model", {})} for settings in (old, new)]
-    pairs |= {f"model.{name}": (models[0].get(name), models[1].get(name)) for name in sorted({*models[0], *models[1]})}
-    if known is not None:
-        pairs |= {name: (known.get(name), facts.get(name)) for name in sorted({*known, *facts})}
-    plain = {name: tuple(json.loads(json.dumps(value)) for value in pair) for name, pair in pairs.items()}
-    changed = [f"{name} = {_short(a)}, here {_short(b)}" for name, (a, b) in plain.items() if a != b]
-    notes = _schedule_notes(state, config)
+    defaults = flat(asdict(TrainConfig())) | {f"model.{name}": value for name, value in _model_defaults().items()}
+    before, now = defaults | flat(old), defaults | flat(asdict(config))
+    names = [*FIXED, *(_PLACES if known is None else ())]
+    names += sorted(name for name in {*before, *now} if name.startswith("model."))
+    changed = differences(before, now, names)
+    changed += [] if known is None else differences(known, facts)
+    notes = _schedule_notes(before["steps"], state["step"], config)
     if not changed:
         return notes
     listed = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
@@ -199,23 +132,38 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
     )
 
 
-def _schedule_notes(state: Mapping[str, Any], config: TrainConfig) -> list[str]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """`name = old value, here new value` for each of `names` (None: all) whose values are not the same plain data."""
+    names = sorted({*old, *new}) if names is None else names
+    pairs = [(name, *(json.loads(json.dumps(side.get(name))) for side in (old, new))) for name in names]
+    return [f"{name} = {_short(a)}, here {_short(b)}" for name, a, b in pairs if a != b]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _schedule_notes(old: Any, step: int, config: TrainConfig) -> list[str]:
     """What another number of steps does to the learning rate."""
-    old, step = _look_up(state["config"], "steps"), state["step"]
     if old == config.steps or isinstance(old, bool) or not isinstance(old, int) or old < 1:
         return []
+    said = f"steps was {old}, here {config.steps}"
     if step >= config.steps:
-        return [
-            f"steps was {old}, here {config.steps}; the checkpoint is at step {step} already, so nothing is left to do"
-        ]
+        return [f"{said}; the checkpoint is at step {step} already, so nothing is left to do"]
     before, after = (learning_rate_factor(config.schedule, step, steps) for steps in (old, config.steps))
-    notes = [f"steps was {old}, here {config.steps}"]
-    if before != after:
-        rates = f"{config.optimiser.lr * before:.3g} to {config.optimiser.lr * after:.3g}"
-        notes = [f"{notes[0]}: the rate of the {config.schedule.name} schedule goes from {rates} at step {step}"]
-    if config.data.curriculum:
-        notes.append(f"steps was {old}, here {config.steps}: the phases of data.curriculum move with it")
-    return notes
+    rates = f"{config.optimiser.lr * before:.3g} to {config.optimiser.lr * after:.3g}"
+    rate = f": the rate of the {config.schedule.name} schedule goes from {rates} at step {step}"
+    notes = [said + (rate if before != after else "")]
+    return [*notes, f"{said}: the phases of data.curriculum move with it"] if config.data.curriculum else notes
 
 
 def facts_of(config: TrainConfig, source: TokenSource, documents: DocumentTokens | None) -> dict[str, Any]:
@@ -241,42 +189,25 @@ def facts_of(config: TrainConfig, source: TokenSource, documents: DocumentTokens
 def scored_as(config: TrainConfig, validation: TokenSource | None) -> str:
     """A name for the number that `checkpoint.best` compares, with the rows and masks that it is of."""
     about = None if validation is None else [_about(validation), config.data.validation_rows]
-    rows = json.dumps([about, config.logging.validation_draws], sort_keys=True)
-    return f"{config.checkpoint.best} {hashlib.sha256(rows.encode()).hexdigest()[:16]}"
+    return f"{config.checkpoint.best} {_digest([about, config.logging.validation_draws])[:16]}"
 
 
 def _about(source: TokenSource | DocumentTokens) -> dict[str, Any]:
-    about: dict[str, Any] = {"grid": list(source.grid), "vocabulary": _vocabulary(source)}
-    digest = hashlib.sha256()
+    vocabulary = _digest(source.vocabulary.to_dict())[:8]
+    about = {"grid": list(source.grid), "vocabulary": f"{source.vocabulary.size} ids ({vocabulary})"}
     if isinstance(source, DocumentTokens | ShardTokens):
         about["rows"] = len(source) if isinstance(source, DocumentTokens) else source.rows
-        digest.update(json.dumps(source.stamp(), sort_keys=True).encode())
-    else:
-        about |= {"text length": source.text_length, "text prefix": source.text_prefix, "rows": source.rows}
-        if isinstance(source, TokenTable):
-            return {**about, "content": source.digest()[:16]}
-    return {**about, "content": digest.hexdigest()[:16]}
+        return {**about, "content": _digest(source.stamp())[:16]}
+    about |= {"text length": source.text_length, "text prefix": source.text_prefix, "rows": source.rows}
+    content = source.digest() if isinstance(source, TokenTable) else hashlib.sha256().hexdigest()
+    return {**about, "content": content[:16]}
 
 
-def _vocabulary(source: TokenSource | DocumentTokens) -> str:
-    content = json.dumps(source.vocabulary.to_dict(), sort_keys=True)
-    return f"{source.vocabulary.size} ids ({hashlib.sha256(content.encode()).hexdigest()[:8]})"
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def _model_defaults() -> dict[str, Any]:
     parameters = inspect.signature(MaskedTransformer.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("self", "vocab_size")}
-
-
-def _look_up(settings: Any, name: str, default: Any = None) -> Any:
-    for key in name.split("."):
-        if not isinstance(settings, dict) or key not in settings:
-            return default
-        settings = settings[key]
-    return settings
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
