@@ -30,7 +30,7 @@ from unidiff.tokens.image.conv import ConvVQModel
 from unidiff.tokens.image.lfq import LFQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.train.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint, save_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SENTENCE = "a red fox"
@@ -221,7 +221,7 @@ def _checkpoint() -> Kind:
 
     def write(folder: Path) -> None:
         weights = {"w": torch.arange(64.0).view(8, 8)}
-        save_checkpoint(folder, Checkpoint(weights, weights, weights, {"step": 1, "samples": 4, "config": {}}), 2)
+        save_checkpoint(folder, RunCheckpoint(weights, weights, weights, {"step": 1, "samples": 4, "config": {}}), 2)
 
     def load(folder: Path) -> Any:
         found = load_checkpoint(folder)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unidiff.files import check_writable, replacing
+from unidiff.files import check_writable, replace_text
 from unidiff.process import parsed
 from unidiff.train.config import read_config
 from unidiff.train.run.startup import exit_status, set_up_process
@@ -40,8 +40,7 @@ def main(arguments: list[str]) -> int:
         check_writable(options.json)
         report = run(options.what, options.overrides, options.steps, options.head_only)
         if options.json:
-            with replacing(options.json) as temporary:
-                temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            replace_text(options.json, json.dumps(report, indent=1) + "\n")
 
     return exit_status(measure)
 

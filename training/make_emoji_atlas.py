@@ -17,7 +17,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from unidiff.errors import exit_status, reading
-from unidiff.files import check_writable, replacing
+from unidiff.files import check_writable, replace_text, replacing
 
 # Everyday things. The first 64 are the `cpu` profile; the whole list is the `gpu` profile.
 EMOJI = (
@@ -90,8 +90,7 @@ def main(
     }
     with replacing(out / "atlas.png") as temporary:
         atlas.save(temporary, format="PNG", optimize=True)
-    with replacing(out / "atlas.json") as temporary:
-        temporary.write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    replace_text(out / "atlas.json", json.dumps(index, ensure_ascii=False, indent=1) + "\n")
     typer.echo(f"{len(characters)} sprites -> {out}")
 
 

@@ -55,6 +55,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a whole text file (UTF-8) as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replacing_folder(target: str | Path) -> Iterator[Path]:
     """An empty folder beside `target` to fill; it takes the place of `target` when the block ends well, else it goes.

@@ -12,7 +12,7 @@ from unidiff.data.report import SkipReport
 from unidiff.data.shard_names import check_scheme, is_shard_name
 from unidiff.data.stamps import Stamp
 from unidiff.errors import DamagedFile, first_line, reading
-from unidiff.files import replacing
+from unidiff.files import replace_text
 from unidiff.schema import check_fields, from_data
 from unidiff.tokens import Vocabulary
 
@@ -124,5 +124,4 @@ class TokenManifest:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1))

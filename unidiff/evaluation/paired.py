@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from unidiff.evaluation.report import Estimate, Report
-from unidiff.files import replacing
+from unidiff.files import replace_text
 
 RESAMPLES = 10_000
 SAME = ("yardstick", "profile", "seed", "n", "per_task")
@@ -63,8 +63,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file appears complete or not at all."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def table(self, title: str = "after - before", only_intervals: bool = False) -> Table:
         """A rich table: one line per number; a difference whose interval does not hold 0 has a star."""

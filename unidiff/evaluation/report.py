@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from unidiff.errors import first_line, json_name, read_json
-from unidiff.files import replacing
+from unidiff.files import replace_text
 from unidiff.schema import check_value, from_data
 
 Z95 = 1.959963984540054
@@ -143,8 +143,7 @@ class Report:
 
     def save(self, path: str | Path, outcomes: bool = False) -> None:
         """Write JSON (see `to_dict`); the file appears complete or not at all."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(outcomes), indent=1) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(self.to_dict(outcomes), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

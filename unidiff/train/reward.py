@@ -32,7 +32,7 @@ from unidiff.train.config import OptimiserConfig
 from unidiff.train.data.tasks import rank_noise
 from unidiff.train.lora import merge_adapters
 from unidiff.train.optim import Optimisers
-from unidiff.train.run.checkpoint import Checkpoint
+from unidiff.train.run.checkpoint import RunCheckpoint
 
 Reward = Callable[[TokenBatch], Tensor]
 """Finished rows `[B, L]` to one number each, float `[B]`."""
@@ -250,16 +250,16 @@ class RewardTuner:
         self.optimisers.step()
         return PolicyTerms(*(torch.stack(column).sum() for column in zip(*parts, strict=True))), norm
 
-    def checkpoint(self, about: Mapping[str, str]) -> Checkpoint:
+    def checkpoint(self, about: Mapping[str, str]) -> RunCheckpoint:
         """All that a run continues from; the reference is the starting model, which is built again.
 
         Args:
             about: settings of the run, which `restore` compares.
         """
         state = {"step": self.steps, "about": dict(about)}
-        return Checkpoint(dict(self.model.state_dict()), {}, self.optimisers.state(), state)
+        return RunCheckpoint(dict(self.model.state_dict()), {}, self.optimisers.state(), state)
 
-    def restore(self, found: Checkpoint, about: Mapping[str, str]) -> None:
+    def restore(self, found: RunCheckpoint, about: Mapping[str, str]) -> None:
         """Continue from a checkpoint, with a model that is as it was when the run began.
 
         Raises:

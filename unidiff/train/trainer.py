@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from unidiff.config import dump_config
+from unidiff.files import replace_text
 from unidiff.models.trained_on import TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.block_diffusion import double_rows
@@ -31,8 +32,8 @@ from unidiff.train.lora import add_adapters, merge_adapters
 from unidiff.train.optim import Optimisers, learning_rate_factor
 from unidiff.train.run.checkpoint import (
     STATE,
-    Checkpoint,
-    Choice,
+    CheckpointChoice,
+    RunCheckpoint,
     check_kind,
     pointed_name,
     read_state,
@@ -40,7 +41,6 @@ from unidiff.train.run.checkpoint import (
     score_of,
     settle,
     step_names,
-    write_atomic,
 )
 from unidiff.train.run.distributed import Parallel, whole
 from unidiff.train.run.export import write_export
@@ -122,7 +122,7 @@ class Trainer:
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
         self._scored = scored_as(config, validation)
         self._check_best()
-        self._choice: Choice | None = None
+        self._choice: CheckpointChoice | None = None
         self._notes: list[str] = []
         self.resumed = self._resume()
         settings = config.checkpoint
@@ -209,7 +209,7 @@ class Trainer:
                 settle(self.checkpoints, self._choice)
             for note in self._notes:
                 _LOG.warning("%s", note)
-            write_atomic(self.folder / "config.yaml", MARK + dump_config(config))
+            replace_text(self.folder / "config.yaml", MARK + dump_config(config))
         names, project = config.logging.trackers, config.logging.project
         log = RunLog(self.folder, self.state.step, names, project, asdict(config), silent=not main)
         stack.callback(log.close)
@@ -317,7 +317,7 @@ class Trainer:
             plain |= {"score": self._score[1], "scored": self._scored}
         self.account.save(self.parallel)
         self.parallel.rest()
-        content = Checkpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
+        content = RunCheckpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
         if self._saver is not None:
             self._saver.save(content)
         else:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from unidiff.evaluation.benchmark.decode import Benchmark, Row
 from unidiff.evaluation.charts import Point, scatter, stack
-from unidiff.files import check_writable, replacing
+from unidiff.files import check_writable, replace_text, replacing
 from unidiff.pipelines.sheet import save_image
 
 HEADS = ("policy", "nfe", "seconds", "speed-up", "bound", "corrected", "share", "outside", "of peak", "quality")
@@ -67,8 +67,7 @@ def write(benchmark: Benchmark, path: Path) -> list[Path]:
     """
     check_path(path)
     data = benchmark.to_dict()
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(data, indent=1) + "\n")
     rows = [{k: v for k, v in row.items() if k not in ("stats", "seconds_all")} for row in data["rows"]]
     with replacing(path.with_suffix(".csv")) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from unidiff.evaluation.cache_profile.advice import Advice, advise
 from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile, Watcher, watch
 from unidiff.evaluation.charts import heat_map, stack
-from unidiff.files import replacing
+from unidiff.files import replace_text
 from unidiff.models.denoiser import DenoiserTraits
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import save_image
@@ -89,8 +89,7 @@ def write(folder: Path, model: str, traits: DenoiserTraits, profiles: dict[str, 
             if segment in profile.segments:
                 files.append(folder / f"{task}.{segment}.png")
                 save_image(_sheet(profile, index, f"{task}, {segment}"), files[-1])
-    with replacing(files[0]) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    replace_text(files[0], json.dumps(data, indent=1) + "\n")
     return files
 
 

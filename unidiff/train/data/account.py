@@ -11,7 +11,7 @@ from typing import Any
 
 from unidiff.data.report import Skip, SkipReport
 from unidiff.errors import read_json
-from unidiff.files import replacing
+from unidiff.files import replace_text
 from unidiff.schema import check_value
 from unidiff.train.data.documents import DocumentTokens
 from unidiff.train.data.shard_source import ShardTokens
@@ -65,8 +65,7 @@ class DataAccount:
         if parallel.main:
             content: dict[str, Any] = {"counts": dict(sorted(self.counts().items()))}
             content |= {"encoding": self._encoding.state_dict(), "reading": sorted(astuple(s) for s in self._met)}
-            with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            replace_text(self.path, json.dumps(content, indent=1))
 
     def _own(self) -> set[Skip]:
         return {skip for source in self._shards for skips in source.report.examples.values() for skip in skips}

@@ -1,4 +1,4 @@
-"""What an image tokenizer's run goes on from: a `Checkpoint` with the state of AdamW and of the codebook."""
+"""What an image tokenizer's run goes on from: a `RunCheckpoint` with the state of AdamW and of the codebook."""
 
 from __future__ import annotations
 

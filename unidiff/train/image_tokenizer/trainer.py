@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from unidiff.errors import read_json
-from unidiff.files import locked, replacing, replacing_folder
+from unidiff.files import locked, replace_text, replacing, replacing_folder
 from unidiff.process import free_memory
 from unidiff.schema import check_fields, from_data
 from unidiff.tokens.image.cell import CellVQModel
@@ -35,7 +35,7 @@ from unidiff.train.image_tokenizer.state import (
     load_adamw_state,
     weights_stamp,
 )
-from unidiff.train.run.checkpoint import Checkpoint, check_kind, load_checkpoint, save_checkpoint
+from unidiff.train.run.checkpoint import RunCheckpoint, check_kind, load_checkpoint, save_checkpoint
 from unidiff.train.run.logs import Progress, RunLog
 from unidiff.train.run.run_folder import check_output, check_replaceable, holds_something
 from unidiff.train.run.signals import StopOnSignals
@@ -256,8 +256,7 @@ class _Run:
         self.model.train()
         with replacing(self.out / "reconstructions.png") as temporary:
             sheet.save(temporary, format="PNG")
-        with replacing(self.out / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        replace_text(self.out / "report.json", json.dumps(report, indent=1) + "\n")
 
     def _report(self) -> dict:
         path = self.out / "report.json"
@@ -273,7 +272,7 @@ class _Run:
     def _seconds(self) -> float:
         return round(self.before + time.monotonic() - self.start, 1)
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> RunCheckpoint:
         optimiser = self.cells.optimiser if self.cells else self.optimiser
         state = RunState(
             step=self.step, settings=flat_settings(self.config), facts=self.facts, position=self.pictures.stream.state(),
@@ -282,7 +281,7 @@ class _Run:
             best=None if math.isinf(self.best) else self.best,
         )  # fmt: skip
         codebook = self.average.state() if self.average else {}
-        return Checkpoint(dict(self.model.state_dict()), codebook, adamw_state(optimiser), asdict(state))
+        return RunCheckpoint(dict(self.model.state_dict()), codebook, adamw_state(optimiser), asdict(state))
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""

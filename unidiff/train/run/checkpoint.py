@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unidiff.errors import DamagedFile, explain, read_json, reading
-from unidiff.files import flush_to_disk, remove_leftovers, replacing, replacing_folder
+from unidiff.files import flush_to_disk, remove_leftovers, replace_text, replacing_folder
 
 _LOG = logging.getLogger(__name__)
 PARTS = ("model", "ema", "optimiser")
@@ -38,7 +38,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RunCheckpoint:
     """Everything a run continues from.
 
     `state` is plain data: step, samples (the position in the data, from which all noise is keyed), EMA updates, bad steps,
@@ -53,17 +53,11 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CheckpointChoice:
     """The checkpoint that a run goes on from, and what a person should know about how it was chosen."""
 
     name: str
     notes: list[str] = field(default_factory=list)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def step_name(step: int) -> str:
@@ -77,7 +71,7 @@ def step_names(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: int(name.removeprefix("step-")))
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> Path:
     """Write `folder/step-N`, point `latest` at it, and delete all but the `keep` newest and the best. Returns the new folder.
 
     A process killed anywhere in here leaves the previous checkpoint in charge.
@@ -162,7 +156,7 @@ def _damage_without_sums(target: Path) -> str:
 
 def choose(
     folder: Path, fallback: bool, damaged: Callable[[Path], str] = damage, setting: str = "checkpoint.fallback=true"
-) -> Choice | None:
+) -> CheckpointChoice | None:
     """The checkpoint that `latest` names; without that file the newest one; None when there is none at all.
 
     Args:
@@ -188,21 +182,21 @@ def choose(
     if not wrong:
         if names and name != names[-1]:
             notes.append(f"{folder / 'latest'} names {name}; {names[-1]}, which lies there too, is not used")
-        return Choice(str(name), notes)
+        return CheckpointChoice(str(name), notes)
     whole = next((other for other in reversed(names) if other != name and not damaged(folder / other)), None)
     if whole is None:
         raise DamagedFile(f"{wrong}; no other checkpoint there is whole: choose another output=, or bring back a copy")
     if not fallback:
         raise DamagedFile(f"{wrong}; {whole} is whole: go on from there with {setting}")
-    return Choice(whole, [*notes, f"{wrong}; going on from {whole}"])
+    return CheckpointChoice(whole, [*notes, f"{wrong}; going on from {whole}"])
 
 
-def settle(folder: Path, choice: Choice) -> None:
+def settle(folder: Path, choice: CheckpointChoice) -> None:
     """Let `latest` name the chosen checkpoint, and say how it was chosen where that is not plain."""
     for note in choice.notes:
         _LOG.warning("%s", note)
     if not (folder / "latest").is_file() or (folder / "latest").read_bytes() != f"{choice.name}\n".encode():
-        write_atomic(folder / "latest", choice.name + "\n")
+        replace_text(folder / "latest", choice.name + "\n")
 
 
 def publish(folder: Path, name: str, keep: int) -> None:
@@ -210,8 +204,8 @@ def publish(folder: Path, name: str, keep: int) -> None:
     flush_to_disk(folder)
     score, scored = _score(folder, name)
     if score < score_of(folder, pointed_name(folder, "best"), scored):
-        write_atomic(folder / "best", name + "\n")
-    write_atomic(folder / "latest", name + "\n")
+        replace_text(folder / "best", name + "\n")
+    replace_text(folder / "latest", name + "\n")
     for stray in folder.glob(".step-*.*"):  # of processes that were killed
         remove_leftovers(folder / stray.name.split(".")[1])
     kept = {name, pointed_name(folder, "best"), *step_names(folder)[-keep:]}
@@ -263,7 +257,7 @@ def _score(folder: Path, name: str | None) -> tuple[float, str | None]:
     return score, scored
 
 
-def load_checkpoint(folder: Path, fallback: bool = False, setting: str = "--fallback") -> Checkpoint | None:
+def load_checkpoint(folder: Path, fallback: bool = False, setting: str = "--fallback") -> RunCheckpoint | None:
     """The checkpoint that `choose` finds, written by one process, or None when there is none.
 
     Raises:
@@ -276,14 +270,14 @@ def load_checkpoint(folder: Path, fallback: bool = False, setting: str = "--fall
     return read_checkpoint(folder / choice.name)
 
 
-def read_checkpoint(target: Path) -> Checkpoint:
+def read_checkpoint(target: Path) -> RunCheckpoint:
     """A checkpoint's folder that one process wrote. Raises DamagedFile where it cannot be read."""
     parts = {}
     for part in PARTS:
         path = target / f"{part}.safetensors"
         with reading(path, "a part of a checkpoint"):
             parts[part] = load_file(path)
-    return Checkpoint(**parts, state=read_state(target))
+    return RunCheckpoint(**parts, state=read_state(target))
 
 
 def read_state(target: Path) -> dict[str, Any]:

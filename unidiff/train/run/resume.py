@@ -19,7 +19,7 @@ from unidiff.train.data.documents import DocumentTokens
 from unidiff.train.data.shard_source import ShardTokens
 from unidiff.train.data.source import TokenSource, TokenTable
 from unidiff.train.optim import learning_rate_factor
-from unidiff.train.run.checkpoint import Checkpoint
+from unidiff.train.run.checkpoint import RunCheckpoint
 from unidiff.train.run.limits import leaves
 from unidiff.train.step import TrainState
 
@@ -60,7 +60,7 @@ _PLACES = ("data.train", "data.documents", "checkpoint.init_from")
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, as `state.json` says: see `unidiff.train.step.TrainState` and `Checkpoint`."""
+    """Where a run stands, as `state.json` says: see `unidiff.train.step.TrainState` and `RunCheckpoint`."""
 
     step: int
     samples: int
@@ -84,7 +84,7 @@ class Position:
         return found
 
 
-def restore(state: TrainState, found: Checkpoint, place: Position, where: Path) -> None:
+def restore(state: TrainState, found: RunCheckpoint, place: Position, where: Path) -> None:
     """Put a checkpoint into a fresh training. Raises ValueError where it is of another model or optimiser."""
     try:
         state.model.load_state_dict(found.model)

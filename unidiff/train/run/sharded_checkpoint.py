@@ -26,8 +26,8 @@ from unidiff.files import replacing_folder
 from unidiff.train.run.checkpoint import (
     PARTS,
     SHARDS,
-    Checkpoint,
-    Choice,
+    CheckpointChoice,
+    RunCheckpoint,
     choose,
     damage,
     latest_name,
@@ -67,7 +67,7 @@ class ShardSaver:
         self.folder, self.keep, self.background, self.parallel = folder, keep, background, parallel
         self._pending: tuple[Future[Any], str, ExitStack] | None = None
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: RunCheckpoint) -> None:
         """Start writing; all processes must call this with their part of the same step.
 
         Raises:
@@ -114,7 +114,7 @@ class ShardSaver:
             publish(self.folder, name, self.keep)
 
 
-def choose_together(folder: Path, fallback: bool, parallel: Parallel) -> Choice | None:
+def choose_together(folder: Path, fallback: bool, parallel: Parallel) -> CheckpointChoice | None:
     """As `choose`, each process looking at its share of the files; all must call this and get the same."""
 
     def damaged(target: Path) -> str:
@@ -124,7 +124,7 @@ def choose_together(folder: Path, fallback: bool, parallel: Parallel) -> Choice 
     return choose(folder, fallback, damaged)
 
 
-def load_placed(target: Path, template: Template, parallel: Parallel) -> Checkpoint:
+def load_placed(target: Path, template: Template, parallel: Parallel) -> RunCheckpoint:
     """A checkpoint of either kind, placed as this run needs it.
 
     Args:
@@ -138,7 +138,7 @@ def load_placed(target: Path, template: Template, parallel: Parallel) -> Checkpo
     if not (target / SHARDS).is_dir():
         found = read_checkpoint(target)
         placed = {p: {k: placed_like(v, template(p, k)) for k, v in getattr(found, p).items()} for p in PARTS}
-        return Checkpoint(**placed, state=found.state)
+        return RunCheckpoint(**placed, state=found.state)
     state = read_state(target)
     with reading(target / SHARDS, "a sharded checkpoint"):
         tensors = _read_shards(target / SHARDS, template, parallel)
@@ -146,7 +146,7 @@ def load_placed(target: Path, template: Template, parallel: Parallel) -> Checkpo
     for key, value in tensors.items():
         part, own = key.split(".", 1)
         parts[part][own] = value
-    return Checkpoint(**parts, state=state)
+    return RunCheckpoint(**parts, state=state)
 
 
 def _read_shards(folder: Path, template: Template, parallel: Parallel) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from unidiff.errors import read_json, writing
-from unidiff.files import replacing
+from unidiff.files import replace_text
 
 _PACKAGES = {"tensorboard": ("TensorBoard", "train"), "wandb": ("W&B", "trackers"), "trackio": ("trackio", "trackers")}
 _RUNS = "trackers.json"
@@ -126,8 +126,7 @@ class _Service:
                 f"{name} did not start ({reason}); log in there, or leave {name} out of the trackers"
             ) from error
         known[name] = self._run.id if name == "wandb" else self._run.name
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(known), encoding="utf-8")
+        replace_text(path, json.dumps(known))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if step > self._last:

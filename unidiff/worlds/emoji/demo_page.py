@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unidiff.files import replacing
+from unidiff.files import replace_text
 from unidiff.pipelines.sheet import Cell
 
 _STYLE = """
@@ -43,8 +43,7 @@ def write_page(sections: Sequence[Section], path: str | Path, title: str) -> Non
     body = "\n".join(_section(section) for section in sections)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n'
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    replace_text(path, page)
 
 
 def _section(section: Section) -> str:
