@@ -18,7 +18,6 @@ from unidiff.families.mdlm.weights import load_mdlm, mdlm_batch, mdlm_config, md
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.weights import SPECIALS, load_mmada, mmada_config, mmada_state_dict, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
-from unidiff.families.muddit.tasks import MudditSettings
 from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -209,7 +208,7 @@ def muddit() -> TinyFamily:
     """The MM-DiT: ten words, half of them known, and 4 x 6 codes, a line of them known; rows of one layout."""
     vocabulary = muddit_vocabulary()
     empty = torch.tensor([46, 47, *[0] * 8])
-    model = MudditDenoiser(tiny_model(), tiny_clip(), vocabulary, MudditSettings(steps=STEPS), empty_prompt=empty)
+    model = MudditDenoiser(tiny_model(), tiny_clip(), vocabulary, STEPS, empty_prompt=empty)
     known = torch.zeros(4, 6, dtype=torch.bool)
     known[0] = True
     words, codes = _ids(3, 10, 0, 48), _ids(3, 24, *vocabulary.image, 3).view(3, 4, 6)

@@ -7,8 +7,9 @@ import torch
 from muddit_parts import tiny_clip, tiny_model
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.families.muddit.denoiser import MudditDenoiser
-from unidiff.families.muddit.tasks import MudditSettings, micro_conditions
+from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
+from unidiff.models.partial import CachePlan
+from unidiff.models.store import StoreOptions
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary(49 + 20, (0, 48), (49, 49 + 16), 48, 49 + 19, {"bos": 46, "eos": 47})
@@ -16,9 +17,9 @@ EMPTY = torch.tensor([46, 47, *[0] * 8])
 STEPS = 4
 
 
-def denoiser(**changes) -> MudditDenoiser:
-    values = dict(settings=MudditSettings(steps=STEPS), empty_prompt=EMPTY) | changes
-    return MudditDenoiser(tiny_model(), tiny_clip(), VOCABULARY, **values)
+def denoiser(downsample: bool = True, **changes) -> MudditDenoiser:
+    values = dict(steps=STEPS, empty_prompt=EMPTY) | changes
+    return MudditDenoiser(tiny_model(downsample=downsample), tiny_clip(), VOCABULARY, **values)
 
 
 def batch(rows: int = 3, image_first: bool = False) -> TokenBatch:
@@ -44,7 +45,7 @@ def test_features_and_heads_are_the_networks(image_first):
     words = rows.ids[rows.modality == Modality.TEXT].view(3, 10)
     codes = rows.ids[rows.modality == Modality.IMAGE].view(3, 4, 6) - VOCABULARY.image[0]
     text, pooled = wrapped.encoder(words)
-    micro = micro_conditions(64, 96, wrapped.settings)
+    micro = wrapped.told.micro(64, 96)
     output = wrapped.model(codes, text, pooled, micro, torch.tensor([0.75, 0.25, 0.0]))
     for modality, logits in ((Modality.TEXT, output.text), (Modality.IMAGE, output.image.flatten(1, 2))):
         ours = wrapped.head(hidden[rows.modality == modality].unflatten(0, (3, -1)), *VOCABULARY.range_of(modality))
@@ -55,15 +56,106 @@ def test_features_and_heads_are_the_networks(image_first):
 
 
 @torch.no_grad()
-def test_time_conventions_follow_the_samplers_clock():
-    rows = batch()
-    index, training = (MudditSettings(steps=STEPS, time=t) for t in ("index", "training"))
-    text, hides = rows.ids[:, :10], rows.ids[:, 10:] == VOCABULARY.image_mask
-    clock = torch.tensor([1.0, 0.75, 0.25])
-    assert denoiser(settings=index)._time(text, hides, clock).tolist() == [3, 2, 0]
-    assert denoiser(settings=training)._time(text, hides, None).tolist() == [750] * 3
+@pytest.mark.parametrize(
+    ("convention", "passes", "told"),
+    [("fraction", None, [0.75, 0.5, 0]), ("index", None, [3, 2, 0]), ("fraction", 2, [0.25, 0.125, 0])],
+)
+def test_time_conventions_follow_the_samplers_clock(convention, passes, told, monkeypatch):
+    """(N - 1 - k) / N or N - 1 - k; of a decode that makes the last passes only, those of the last steps."""
+    rows, wrapped, seen = batch(), denoiser(told=MudditConditions(convention), passes=passes), []
+    features = wrapped.model.features
+    monkeypatch.setattr(wrapped.model, "features", lambda *inputs: seen.append(inputs[-1]) or features(*inputs))
+    wrapped.hidden(rows.ids, rows.modality, rows.positions, None, torch.tensor([1.0, 0.75, 0.25]))
+    assert seen[0].tolist() == told
     with pytest.raises(ValueError, match="needs the diffusion time"):
-        denoiser()._time(text, hides, None)
+        wrapped.hidden(rows.ids, rows.modality, rows.positions)
+
+
+@torch.no_grad()
+def test_the_training_convention_is_a_thousand_times_the_hidden_share(monkeypatch):
+    rows, wrapped, seen = batch(), denoiser(told=MudditConditions("training")), []
+    features = wrapped.model.features
+    monkeypatch.setattr(wrapped.model, "features", lambda *inputs: seen.append(inputs[-1]) or features(*inputs))
+    wrapped.hidden(rows.ids, rows.modality, rows.positions)
+    assert seen[0].tolist() == [750] * 3
+
+
+@torch.no_grad()
+def test_a_text_is_encoded_when_it_changes(monkeypatch):
+    rows, wrapped, read = batch(), denoiser(), []
+    encoder = wrapped.encoder
+    wrapped.encoder = lambda ids: read.append(ids) or encoder(ids)
+    ids = rows.ids.clone()
+    for change, count in ((20, 1), (21, 1), (3, 2), (22, 2)):
+        ids[0, change] = rows.ids[0, change - 1]
+        wrapped.hidden(ids, rows.modality, rows.positions, None, torch.ones(3))
+        assert len(read) == count
+
+
+# A forward over some positions
+
+TIME = torch.tensor([1.0, 0.5, 0.25])
+
+
+def some(rows: TokenBatch, share: float, seed: int = 0) -> torch.Tensor:
+    return torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+@pytest.mark.parametrize("image_first", [False, True])
+@pytest.mark.parametrize("downsample", [True, False])
+@pytest.mark.parametrize("options", [StoreOptions(), StoreOptions(outputs=True)], ids=["keys", "outputs"])
+@torch.no_grad()
+def test_partial_passes_with_unchanged_tokens_change_nothing(options, downsample, image_first):
+    """Whatever is recomputed, whole rows or layer by layer, every feature stays that of the whole forward."""
+    wrapped, rows = denoiser(downsample), batch(image_first=image_first)
+    expected = wrapped.hidden(rows.ids, rows.modality, rows.positions, None, TIME)
+    store, everything = wrapped.make_store(rows, options), torch.ones_like(rows.given)
+    plans = [CachePlan(), CachePlan(full=False), CachePlan(everything, full=False)]
+    for share in (0.0, 0.3, 0.7):
+        query, fresh = some(rows, share), torch.tensor([False, True, False])
+        plans += [CachePlan(query, full=False), CachePlan(query, full=False, fresh=fresh)]
+        if options.outputs:
+            plans += [
+                CachePlan(query, full=False, full_layers=(1,)),
+                CachePlan(query, full=False, full_layers=(0,), full_rows=fresh[None]),
+                CachePlan(query, full=False, verify=some(rows, 0.6, 1)),
+            ]
+    for plan in plans:
+        seen: list[torch.Tensor] = []
+
+        def select(layer: int, similarity: torch.Tensor, seen=seen) -> torch.Tensor:
+            seen.append(similarity)
+            return some(rows, 0.5, layer)
+
+        out = wrapped.partial(rows.ids, plan, store, TIME, select)
+        hidden = wrapped.shifted(store.hidden[:, :-1], rows.positions)
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+        tokens, most = 10 + (6 if downsample else 24), 2
+        assert len(out.work) == most and all(w.out <= tokens for w in out.work)
+        assert len(seen) == (0 if plan.verify is None else most)
+        for similarity in seen:
+            assert bool((similarity.isnan() | ((similarity - 1).abs() < 1e-5)).all())
+
+
+@pytest.mark.parametrize("options", [StoreOptions(), StoreOptions(outputs=True)], ids=["keys", "outputs"])
+@torch.no_grad()
+def test_a_row_in_a_partial_batch_equals_the_row_alone_and_is_an_approximation(options):
+    rows = batch()
+
+    def passes(of: list[int]) -> torch.Tensor:
+        wrapped, part = denoiser(), rows.rows(of)
+        store = wrapped.make_store(part, options)
+        for step in range(4):
+            ids = torch.where(some(rows, 0.4, 10 + step)[of] & part.targets, part.ids - 1 - step, part.ids)
+            plan = CachePlan() if step == 0 else CachePlan(some(rows, 0.5, step)[of], full=False)
+            wrapped.partial(ids, plan, store, TIME[of] / (step + 1))
+        whole = wrapped.hidden(ids, part.modality, part.positions, None, TIME[of] / 4)
+        assert not torch.allclose(wrapped.shifted(store.hidden[:, :-1], part.positions), whole, atol=1e-3)
+        return store.hidden[:, :-1]
+
+    together = passes([0, 1, 2])
+    for row in range(3):
+        torch.testing.assert_close(together[row : row + 1], passes([row]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("guided", [False, True])

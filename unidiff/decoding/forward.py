@@ -77,7 +77,10 @@ class Forward:
     ) -> None:
         self._partial = model if isinstance(model, PartialDenoiser) else None
         self._traits = None if self._partial is None else self._partial.traits
-        self._graphs = None if self._partial is None else graphs
+        self._graphs = graphs if self._traits is not None and self._traits.recordable else None
+        share = 1 if self._traits is None else self._traits.codes_per_token
+        images = int((batch.modality[0] == Modality.IMAGE).sum()) if share > 1 else 0
+        self._tokens = batch.shape[1] - images + images // share  # of a row, in the layers
         self._model, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
@@ -188,7 +191,7 @@ class Forward:
             joined = TokenBatch.cat([self._layouts[s] for s in streams])
             self._joined[key] = joined, joined.attention_mask()
         layout, mask = self._joined[key]
-        times, (size, length) = time.float().repeat(n), self._layout.shape
+        times, size = time.float().repeat(n), len(self._layout.ids)
         if self._graphs is not None:
             fresh = self._graphs.hidden(self._model, ids, layout, mask, times, key)
         elif unfinished is None:
@@ -201,7 +204,7 @@ class Forward:
             check_features(fresh, ids[rows])
             fresh = torch.cat([self._features[s] for s in streams]).index_copy(0, rows, fresh)
             size = len(unfinished)
-        self._count(n, size, size * length, self._whole_work)
+        self._count(n, size, size * self._tokens, self._whole_work)
         wanted = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
         queries = [None] * n if wanted is None else wanted.chunk(n)
         for stream, features, query in zip(streams, fresh.chunk(n), queries, strict=True):
@@ -221,9 +224,8 @@ class Forward:
             work, apart = out.work, out.fresh
         self._count(n, size, size * sum(w.out for w in work) // len(work), work)
         if apart:  # rows computed in features of their own
-            length = self._layout.shape[1]
-            self.stats.model_tokens += apart * length
-            self.stats.count_layers(self._traits, self._whole_work, apart, length)
+            self.stats.model_tokens += apart * self._tokens
+            self.stats.count_layers(self._traits, self._whole_work, apart, self._tokens)
             held = self.store.nbytes
             self.stats.store_bytes = max(self.stats.store_bytes, held + held * apart // self.store.shape[0])
         for i, stream in enumerate(streams):
@@ -238,14 +240,14 @@ class Forward:
     def _whole_work(self) -> tuple[LayerWork, ...]:
         """Every position in every layer."""
         layers = 0 if self._traits is None else len(self._traits.layers)
-        return (LayerWork(*(self._layout.shape[1],) * 3),) * layers
+        return (LayerWork(*(self._tokens,) * 3),) * layers
 
     def _count(self, streams: int, rows: int, tokens: int, work: Sequence[LayerWork]) -> None:
         """A call with `rows` rows of each stream; `tokens` of a stream went through the layers."""
         self.stats.evaluations += streams
         self.stats.model_tokens += streams * tokens
         if self._traits is not None:
-            self.stats.count_layers(self._traits, work, streams * rows, self._layout.shape[1])
+            self.stats.count_layers(self._traits, work, streams * rows, self._tokens)
 
     def features(self, stream: int) -> Tensor:
         """`[B, L, D]`, final hidden states at their last computation."""

@@ -84,6 +84,8 @@ class DenoiserTraits:
         affine_head: logits are affine in the features, so that a weighted sum of features gives that of logits.
         block_length: of block-causal attention; None where every position sees every other.
         timed: features depend on the time.
+        codes_per_token: image codes that share one token of the layers, which are computed together.
+        recordable: a pass asks the device for nothing on its way, so that it can be recorded (`unidiff.decoding.graphs`).
     """
 
     ids: int
@@ -92,6 +94,8 @@ class DenoiserTraits:
     affine_head: bool
     block_length: int | None = None
     timed: bool = False
+    codes_per_token: int = 1
+    recordable: bool = True
 
     def head_flops(self, positions: int, ids: int) -> int:
         """Logits of some positions over some ids."""

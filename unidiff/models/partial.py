@@ -141,6 +141,14 @@ def query_index(query: Tensor, width: int | None = None) -> Tensor:
     return places.sort(dim=1).values[:, :width]
 
 
+def check_plan(plan: CachePlan, store: FeatureStore, select: Select | None) -> None:
+    """Raise `ValueError` where a plan needs more than the store keeps, or `select`."""
+    if (plan.verify is not None or plan.full_layers) and not store.options.outputs:
+        raise ValueError("this CachePlan verifies or refreshes layer by layer; make the store with outputs=True")
+    if plan.verify is not None and select is None:
+        raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
+
+
 @torch.no_grad()
 def partial_hidden(
     model: MaskedTransformer,
@@ -153,10 +161,7 @@ def partial_hidden(
     """See `PartialDenoiser.partial`."""
     if ids.shape != store.shape:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; expected {tuple(store.shape)}, that of the store")
-    if (plan.verify is not None or plan.full_layers) and not store.options.outputs:
-        raise ValueError("this CachePlan verifies or refreshes layer by layer; make the store with outputs=True")
-    if plan.verify is not None and select is None:
-        raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
+    check_plan(plan, store, select)
     if plan.fresh is not None and plan.query is not None:
         rows = plan.fresh.nonzero().flatten()
         part = store.take(rows)
@@ -240,7 +245,8 @@ def _layered(
             index = values
             if plan.verify is not None and select is not None:
                 values = compared if wanted is query else query_index(plan.verify | wanted, length)
-                chosen = _verify(block, h, layer, values, plan.verify, wanted, store, select)
+                fresh = block.attention.value(store.gather(h, values))  # [B, n, KV, d]
+                chosen = compare_values(fresh, layer, values, plan.verify, wanted, store, select)
                 index = query_index(chosen, chosen_width)
             else:
                 _write_values(block, h, layer, values, store)
@@ -271,9 +277,8 @@ def _blocks(model: MaskedTransformer) -> list[Block]:
     return cast("list[Block]", list(model.blocks))
 
 
-def _verify(
-    block: Block,
-    h: Tensor,
+def compare_values(
+    fresh: Tensor,
     layer: int,
     values: Tensor,
     verify: Tensor,
@@ -281,11 +286,11 @@ def _verify(
     store: FeatureStore,
     select: Select,
 ) -> Tensor:
-    """New values at `verify` and `query`, whose index is `values`; which positions to recompute, bool `[B, L]`."""
-    fresh = block.attention.value(store.gather(h, values))  # [B, n, KV, d]
+    """Put new values `[B, n, KV, d]` at `verify` and `query`, whose index is `values`; what to recompute, bool `[B, L]`."""
     similarity = cosine(fresh.flatten(2), store.values_at(layer, values))
     store.write(layer, values, False, value=fresh)
-    spread = similarity.new_full((h.shape[0], h.shape[1] + 1), torch.nan).scatter(1, values, similarity)[:, :-1]
+    rows, length = query.shape
+    spread = similarity.new_full((rows, length + 1), torch.nan).scatter(1, values, similarity)[:, :-1]
     chosen = select(layer, torch.where(verify & ~query, spread, torch.nan))
     return query if chosen is None else query | (chosen & verify)
 

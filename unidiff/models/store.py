@@ -38,12 +38,14 @@ class StoreLayout:
     Attributes:
         kv_heads, head_dim: of the keys and values of each layer. width: D, of hidden states and branch outputs.
         branches: how many branches of each layer add to the residual stream; one number per layer.
+        hidden_width: of the final hidden states, where it is not D.
     """
 
     kv_heads: int
     head_dim: int
     width: int
     branches: tuple[int, ...]
+    hidden_width: int | None = None
 
 
 class FeatureStore:
@@ -86,7 +88,7 @@ class FeatureStore:
         kept = (layout.kv_heads, length + 1, layout.head_dim)
         self.key, self.value = zeros(layers, *kept), zeros(layers, *kept)
         self.outputs = zeros(sum(layout.branches) if self.options.outputs else 0, length + 1, layout.width)
-        self.hidden = zeros(1, length + 1, layout.width)[0]
+        self.hidden = zeros(1, length + 1, layout.hidden_width or layout.width)[0]
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = np.zeros(rows, dtype=np.bool_)
