@@ -63,7 +63,7 @@ def _all_documents(config: TextTokenizerConfig) -> Iterator[str]:
         source = ShardSource(config.shards, require=("txt",), optional=("json",), allow_missing=config.allow_missing)
         for sample in source:
             yield sample["txt"]
-            yield from (part for pair in qa_pairs(sample.get("json")) for part in pair)
+            yield from (part for pair in qa_pairs(sample.get("json"))[0] for part in pair)
 
 
 def _lines(name: str) -> Iterator[str]:

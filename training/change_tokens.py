@@ -70,9 +70,14 @@ def text(
 def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]:
     """Endless pictures of the shards, or emoji scenes of all kinds."""
     if shards:
-        from unidiff.data.shards import image_batches
+        import torch
 
-        return image_batches(shards, size, BATCH, seed=seed)
+        from unidiff.data.images import ImagePreprocess
+        from unidiff.data.shards import ShardSource
+
+        prepare, source = ImagePreprocess(size), ShardSource(shards, ("image",), shuffle=1024, seed=seed, repeat=True)
+        pictures = (prepare(sample["image"]) for sample in source)
+        return (torch.stack(list(islice(pictures, BATCH))) for _ in count())
     from unidiff.train.image_tokenizer.data import emoji_images
 
     return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in count(0, BATCH))

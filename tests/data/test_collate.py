@@ -43,13 +43,13 @@ def test_question_rows(tokenizer):
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({"qa": [["a", "b"], ["c", "d"]]}, [("a", "b"), ("c", "d")]),
-        ({"qa": [["a"], ["", "b"], ["a", 3], "ab", ["a", "b", "c"], ["q", "r"]]}, [("q", "r")]),
-        ({"qa": "ab"}, []),
-        ({"qa": None}, []),
-        ({}, []),
-        (None, []),
-        ([["a", "b"]], []),
+        ({"qa": [["a", "b"], ["c", "d"]]}, ([("a", "b"), ("c", "d")], 0)),
+        ({"qa": [["a"], ["", "b"], ["a", 3], "ab", ["a", "b", "c"], ["q", "r"]]}, ([("q", "r")], 5)),
+        ({"qa": "ab"}, ([], 1)),
+        ({"qa": None}, ([], 0)),
+        ({}, ([], 0)),
+        (None, ([], 0)),
+        ([["a", "b"]], ([], 0)),
     ],
 )
 def test_qa_pairs(metadata, expected):

@@ -129,7 +129,7 @@ def test_what_cannot_be_encoded(tmp_path, text):
         encode_shards(
             source, MeanColourTokenizer(), TextTokenizer.train(["x"], 300, ("eos",)), tmp_path / "o", SETTINGS
         )
-    with pytest.raises(ValueError, match="text_length = 2 must be at least 3"):
+    with pytest.raises(ValueError, match="text_length is 2; expected a whole number from 3"):
         EncodeSettings(text_length=2)
     truncate(tmp_path / "raw" / "00000.tar", 700)
     with pytest.raises(ValueError, match="no usable sample in 1 shards; skipped 1"):

@@ -1,13 +1,10 @@
-import json
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_samples import write_samples
 
-from unidiff.data.mixture import BLOCK, MixedSource, MixtureSchedule, parse_sources
-from unidiff.data.shards import ShardSource
+from unidiff.data.mixture import BLOCK, MixtureSchedule, parse_sources
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,59 +37,6 @@ def test_the_order_changes_with_seed_and_block():
 def test_bad_weights(weights):
     with pytest.raises(ValueError, match="mixture weights"):
         MixtureSchedule(weights)
-
-
-@pytest.fixture()
-def folders(tmp_path):
-    for name, count in (("a", 12), ("b", 7), ("c", 5)):
-        write_samples(tmp_path / name, count, 4)
-    return [str(tmp_path / name) for name in "abc"]
-
-
-def mixed(folders, weights=(0.6, 0.3, 0.1), repeat=True, seed=5):
-    sources = [ShardSource(f, ("txt",), shuffle=5, seed=seed, repeat=repeat) for f in folders]
-    return MixedSource(sources, weights, seed)
-
-
-def test_proportions(folders):
-    stream = iter(mixed(folders))
-    drawn = Counter(next(stream)["__url__"].rsplit("/", 2)[1] for _ in range(2 * BLOCK))
-    assert drawn == {"a": 1200, "b": 600, "c": 200}
-    stream = iter(mixed(folders))
-    early = Counter(next(stream)["__url__"].rsplit("/", 2)[1] for _ in range(300))
-    assert 140 < early["a"] < 220 and 60 < early["b"] < 120 and 10 < early["c"] < 50
-
-
-def test_the_mixture_goes_on_until_all_are_exhausted(folders):
-    samples = list(mixed(folders, repeat=False))
-    names = [(s["__url__"].rsplit("/", 2)[1], s["__key__"]) for s in samples]
-    assert len(set(names)) == len(names) == 24
-
-
-@pytest.mark.parametrize("repeat", [True, False])
-def test_resuming_a_mixture(folders, repeat):
-    def take(source, count):
-        stream = iter(source)
-        return [s["__url__"] + s["__key__"] for s, _ in zip(stream, range(count), strict=False)]
-
-    count = 60 if repeat else 24
-    keys = take(mixed(folders, repeat=repeat), count)
-    assert len(keys) == count
-    running = mixed(folders, repeat=repeat)
-    stream = iter(running)
-    for position in range(count):
-        if position % 7 == 0:
-            resumed = mixed(folders, repeat=repeat)
-            resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
-            assert take(resumed, count - position) == keys[position:]
-        next(stream)
-
-
-def test_a_mixture_refuses_what_does_not_fit(folders):
-    with pytest.raises(ValueError, match="one weight per source"):
-        mixed(folders, (1.0,))
-    with pytest.raises(ValueError, match="saved position has weights"):
-        mixed(folders).load_state_dict(mixed(folders, (1.0, 1.0, 1.0)).state_dict())
 
 
 @pytest.mark.parametrize(

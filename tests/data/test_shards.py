@@ -7,7 +7,7 @@ import torch
 from shard_samples import Damage, picture, write_samples
 
 from unidiff.data import report
-from unidiff.data.shards import ShardSource, image_batches
+from unidiff.data.shards import ShardSource
 
 # 5 % truncated pictures, two captions that are no UTF-8, three samples without a part; samples 60-69 (and truncated 65
 # with them) and 94-99 are in the vanished and the cut shard
@@ -166,19 +166,9 @@ def test_repeating_nothing_is_an_error_not_a_hang(tmp_path):
         next(iter(ShardSource(str(tmp_path), repeat=True)))
     assert list(ShardSource(str(tmp_path))) == []
     with pytest.raises(FileNotFoundError, match=r"2 shards do not exist: '.*gone0\.tar', '.*gone1\.tar'"):
-        next(image_batches(str(tmp_path / "gone{0,1}.tar"), 8, 2))
+        ShardSource(str(tmp_path / "gone{0,1}.tar"), ("image",), repeat=True)
     with pytest.raises(ValueError, match="no usable sample in 2 shards"):
         next(iter(ShardSource(str(tmp_path / "gone{0,1}.tar"), repeat=True, allow_missing=True)))
-
-
-def test_image_batches(tmp_path):
-    write_samples(tmp_path, 5, change=lambda number, members: {k: v for k, v in members.items() if k != "txt"})
-    batches = image_batches(str(tmp_path), 8, 4, seed=2)
-    first = [next(batches) for _ in range(3)]
-    assert all(b.shape == (4, 3, 8, 8) and b.dtype == torch.float32 for b in first)
-    assert min(b.min() for b in first) >= 0 and max(b.max() for b in first) <= 1
-    again = image_batches(str(tmp_path), 8, 4, seed=2)
-    assert all(torch.equal(a, next(again)) for a in first)
 
 
 def test_many_keys_are_counted_but_only_some_listed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +54,14 @@ def question_row(tokenizer: TextTokenizer, question: str, answer: str, length: i
     return QuestionRow(ids + [tokenizer.eos_id] * (length - len(ids)), len(given))
 
 
-def qa_pairs(metadata: Any) -> list[tuple[str, str]]:
-    """Question / answer pairs of a sample's json: `{"qa": [[question, answer], ...]}`. Anything else has none."""
-    pairs = metadata.get("qa") if isinstance(metadata, dict) else None
-    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
-        return []
-    return [
+def qa_pairs(metadata: Any) -> tuple[list[tuple[str, str]], int]:
+    """Question / answer pairs of a sample's json, `{"qa": [[question, answer], ...]}`, and how many entries are none."""
+    entries = metadata.get("qa") if isinstance(metadata, dict) else None
+    if not isinstance(entries, list):
+        return [], int(entries is not None)
+    pairs = [
         (pair[0], pair[1])
-        for pair in pairs
-        if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)
+        for pair in entries
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)
     ]
-
-
-def bad_pairs(metadata: Any) -> int:
-    """How many entries of a sample's `qa` are no pair of a question and an answer; those are left out."""
-    pairs = metadata.get("qa") if isinstance(metadata, dict) else None
-    if pairs is None:
-        return 0
-    return len(pairs) - len(qa_pairs(metadata)) if isinstance(pairs, list) else 1
+    return pairs, len(entries) - len(pairs)

@@ -7,25 +7,16 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.data.collate import (
-    TASK_TOKENS,
-    TEXT_PREFIX,
-    bad_pairs,
-    caption_row,
-    check_task_tokens,
-    qa_pairs,
-    question_row,
-)
+from unidiff.data.collate import TASK_TOKENS, TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
 from unidiff.data.documents import document_parts, lay_out
 from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest, write_json
@@ -35,20 +26,13 @@ from unidiff.data.stamps import Stamp, changes, damage, source_stamps, token_sta
 from unidiff.data.tar import ShardWriter
 from unidiff.errors import read_json, reading, writing
 from unidiff.files import locked, remove_leftovers
-from unidiff.schema import check_fields, from_data
+from unidiff.schema import Between, check_fields, from_data
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.protocol import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 
 PROGRESS = "progress.json"
 _AGAIN = "remove that folder to encode again, or name another one"
-_BOUNDS = {
-    "image_size": (1, 2**14),
-    "text_length": (3, 2**20),
-    "batch_size": (1, 2**16),
-    "samples_per_shard": (1, 10**6),
-    "workers": (0, 256),
-}
 _LOG = logging.getLogger(__name__)
 
 
@@ -65,18 +49,15 @@ class EncodeSettings:
         documents: samples are interleaved documents (`document_parts`) in place of pairs.
     """
 
-    image_size: int = 256
-    text_length: int = 64
-    batch_size: int = 32
-    samples_per_shard: int = 1000
-    workers: int = 2
+    image_size: Annotated[int, Between(1, 2**14)] = 256
+    text_length: Annotated[int, Between(3, 2**20)] = 64
+    batch_size: Annotated[int, Between(1, 2**16)] = 32
+    samples_per_shard: Annotated[int, Between(1, 10**6)] = 1000
+    workers: Annotated[int, Between(0, 256)] = 2
     documents: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "")
-        for name, (least, most) in _BOUNDS.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least} and at most {most}")
 
 
 @dataclass
@@ -128,44 +109,29 @@ def encode_shards(
     """
     settings = settings or EncodeSettings()
     out = Path(out)
-    check_task_tokens(text_tokenizer)
-    prepare = ImagePreprocess(settings.image_size, image_tokenizer.factor)
-    codes = (settings.image_size // image_tokenizer.factor) ** 2
-    if settings.documents and settings.text_length <= codes:
-        raise ValueError(
-            f"text_length = {settings.text_length} leaves no room beside a picture of {codes} tokens; raise it"
-        )
+    encoder = _Encoder(image_tokenizer, text_tokenizer, settings)
     source = _open(shards, settings, allow_missing)
     fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
     fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing))
     if (done := _finished(out, fresh, again)) is not None:
         return done
-    with locked(out, "encoding"), _tidied(out):
-        return _finished(out, fresh, again) or _encode(
-            out, source, fresh, _Tools(image_tokenizer, text_tokenizer, prepare, settings), on_shard, again
-        )
-
-
-@contextmanager
-def _tidied(out: Path) -> Iterator[None]:
-    """A run that failed before its first shard leaves no note of itself."""
-    try:
-        yield
-    finally:
-        if not any(out.glob("*.tar")):
-            (out / PROGRESS).unlink(missing_ok=True)
+    with locked(out, "encoding"):
+        try:
+            return _finished(out, fresh, again) or _encode(out, source, encoder, fresh, on_shard, again)
+        finally:
+            if not any(out.glob("*.tar")):  # a run that failed before its first shard leaves no note of itself
+                (out / PROGRESS).unlink(missing_ok=True)
 
 
 def _encode(
     out: Path,
     source: ShardSource,
+    encoder: _Encoder,
     fresh: _Progress,
-    tools: _Tools,
     on_shard: Callable[[int, SkipReport], None] | None,
     again: bool,
 ) -> TokenManifest:
     """Fill `out`, which nobody else writes to."""
-    settings, image_tokenizer, text_tokenizer = tools.settings, tools.image_tokenizer, tools.text_tokenizer
     progress = _resume(out, fresh, again)
     if progress.source is not None:
         with reading(out / PROGRESS, "the progress of an encoding", _AGAIN):
@@ -173,8 +139,7 @@ def _encode(
     else:
         write_json(out / PROGRESS, asdict(progress))  # a run that is killed within its first shard knows it again
     samples = iter(source)
-    encoder = _Encoder(tools, progress)
-    while rows := encoder.next_shard(samples):
+    while rows := encoder.next_shard(samples, progress):
         start = sum(progress.shards.values())
         with ShardWriter(out, len(rows), start=len(progress.shards)) as writer:
             for number, row in enumerate(rows, start):
@@ -187,56 +152,49 @@ def _encode(
             on_shard(sum(progress.shards.values()), source.report)
     if not progress.shards:
         raise ValueError(f"no usable sample in {len(source.shards)} shards; {source.report.brief()}")
-    side = settings.image_size // image_tokenizer.factor
-    specials = {name: text_tokenizer.special(name) for name in TASK_TOKENS}
-    manifest = TokenManifest(
-        vocabulary=Vocabulary.unified(text_tokenizer.size, image_tokenizer.codebook_size, specials).to_dict(),
-        text_prefix=0 if settings.documents else TEXT_PREFIX,
-        text_length=settings.text_length,
-        grid=(side, side),
-        shards=progress.shards,
-        questions=progress.questions,
-        cut_captions=progress.cut_captions,
-        long_questions=progress.long_questions,
-        bad_questions=progress.bad_questions,
-        fingerprint=progress.fingerprint,
-        sources=progress.sources,
-        files=progress.files,
-        skipped=source.report.state_dict(),
-        kind="documents" if settings.documents else "pairs",
-    )
+    noted = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name != "source"}
+    manifest = TokenManifest(**encoder.layout(), **noted, skipped=source.report.state_dict())
     manifest.save(out)
     (out / PROGRESS).unlink(missing_ok=True)
     return manifest
 
 
-@dataclass(frozen=True)
-class _Tools:
-    image_tokenizer: ImageEncoder
-    text_tokenizer: TextTokenizer
-    prepare: ImagePreprocess
-    settings: EncodeSettings
-
-
 class _Encoder:
-    def __init__(self, tools: _Tools, progress: _Progress) -> None:
-        self.image_tokenizer, self.text_tokenizer = tools.image_tokenizer, tools.text_tokenizer
-        self.prepare, self.settings, self.progress = tools.prepare, tools.settings, progress
-        self.code_type = np.int16 if self.image_tokenizer.codebook_size <= 2**15 else np.int32
+    """Samples to the members of token shards. Raises `ValueError` for settings that do not fit the tokenizers."""
 
-    def next_shard(self, samples: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Members of the next `samples_per_shard` samples; fewer at the end."""
+    def __init__(self, images: ImageEncoder, text: TextTokenizer, settings: EncodeSettings) -> None:
+        check_task_tokens(text)
+        self.images, self.text, self.settings = images, text, settings
+        self.prepare = ImagePreprocess(settings.image_size, images.factor)
+        self.side = settings.image_size // images.factor
+        if settings.documents and settings.text_length <= self.side**2:
+            raise ValueError(
+                f"text_length = {settings.text_length} leaves no room beside a picture of {self.side**2} tokens; raise it"
+            )
+        self.code_type = np.int16 if images.codebook_size <= 2**15 else np.int32
+
+    def layout(self) -> dict[str, Any]:
+        """What the manifest says of every shard."""
+        specials = {name: self.text.special(name) for name in TASK_TOKENS}
+        return {
+            "vocabulary": Vocabulary.unified(self.text.size, self.images.codebook_size, specials).to_dict(),
+            "text_prefix": 0 if self.settings.documents else TEXT_PREFIX,
+            "text_length": self.settings.text_length,
+            "grid": (self.side, self.side),
+            "kind": "documents" if self.settings.documents else "pairs",
+        }
+
+    def next_shard(self, samples: Iterator[dict[str, Any]], counts: _Progress) -> list[dict[str, Any]]:
+        """Members of the next `samples_per_shard` samples; fewer at the end. What is cut or left out is added to `counts`."""
+        encode = self._documents if self.settings.documents else self._pairs
         rows: list[dict[str, Any]] = []
         while len(rows) < self.settings.samples_per_shard:
             room = self.settings.samples_per_shard - len(rows)
             batch = list(islice(samples, min(self.settings.batch_size, room)))
             if not batch:
                 break
-            if self.settings.documents:
-                rows += self._documents(batch)
-                continue
-            codes = self._codes([sample["image"] for sample in batch])
-            rows += [self._row(sample, grid) for sample, grid in zip(batch, codes, strict=True)]
+            for sample, row in zip(batch, encode(batch, counts), strict=True):
+                rows.append({**row, "json": {"key": sample["__key__"], "shard": sample["__url__"]}})
         return rows
 
     def _codes(self, images: list[Tensor]) -> np.ndarray:
@@ -245,70 +203,51 @@ class _Encoder:
         for start in range(0, len(images), self.settings.batch_size):
             pictures = images[start : start + self.settings.batch_size]
             batch = torch.stack([self.prepare(picture) for picture in pictures])  # [B, 3, H, W]
-            parts.append(self.image_tokenizer.encode(batch).cpu().numpy().astype(self.code_type))
+            parts.append(self.images.encode(batch).cpu().numpy().astype(self.code_type))
         return np.concatenate(parts)
 
-    def _documents(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _documents(self, batch: list[dict[str, Any]], counts: _Progress) -> Iterator[dict[str, Any]]:
         pictures = [part for sample in batch for part in sample["parts"] if not isinstance(part, str)]
         codes = iter(self._codes(pictures) if pictures else ())
-        rows = []
         for sample in batch:
             parts = [part if isinstance(part, str) else next(codes) for part in sample["parts"]]
-            document = lay_out(parts, self.text_tokenizer, self.settings.text_length)
-            self.progress.cut_captions += document.cut
-            origin = {"key": sample["__key__"], "shard": sample["__url__"]}
-            rows.append({"tokens.npy": document.tokens, "images.npy": document.images, "json": origin})
-        return rows
+            document = lay_out(parts, self.text, self.settings.text_length)
+            counts.cut_captions += document.cut
+            yield {"tokens.npy": document.tokens, "images.npy": document.images}
 
-    def _row(self, sample: dict[str, Any], codes: np.ndarray) -> dict[str, Any]:
+    def _pairs(self, batch: list[dict[str, Any]], counts: _Progress) -> Iterator[dict[str, Any]]:
         length = self.settings.text_length
-        caption = caption_row(self.text_tokenizer, sample["txt"], length)
-        self.progress.cut_captions += caption.cut
-        row: dict[str, Any] = {
-            "codes.npy": codes,
-            "text.npy": np.asarray(caption.ids, dtype=np.int32),
-            "json": {"key": sample["__key__"], "shard": sample["__url__"]},
-        }
-        pairs = [question_row(self.text_tokenizer, q, a, length) for q, a in qa_pairs(sample.get("json"))]
-        fitting = [pair for pair in pairs if pair is not None]
-        self.progress.bad_questions += bad_pairs(sample.get("json"))
-        self.progress.long_questions += len(pairs) - len(fitting)
-        self.progress.questions += len(fitting)
-        if fitting:
-            row["questions.npy"] = np.asarray([pair.ids for pair in fitting], dtype=np.int32)  # [Q, T]
-            row["answer_start.npy"] = np.asarray([pair.answer_start for pair in fitting], dtype=np.int32)  # [Q]
-        return row
+        for sample, codes in zip(batch, self._codes([sample["image"] for sample in batch]), strict=True):
+            caption = caption_row(self.text, sample["txt"], length)
+            row: dict[str, Any] = {"codes.npy": codes, "text.npy": np.asarray(caption.ids, dtype=np.int32)}
+            pairs, bad = qa_pairs(sample.get("json"))
+            found = [question_row(self.text, question, answer, length) for question, answer in pairs]
+            fitting = [pair for pair in found if pair is not None]
+            if fitting:
+                row["questions.npy"] = np.asarray([pair.ids for pair in fitting], dtype=np.int32)  # [Q, T]
+                row["answer_start.npy"] = np.asarray([pair.answer_start for pair in fitting], dtype=np.int32)  # [Q]
+            counts.cut_captions += caption.cut
+            counts.bad_questions += bad
+            counts.long_questions += len(pairs) - len(fitting)
+            counts.questions += len(fitting)
+            yield row
 
 
 def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: bool) -> ShardSource:
-    def source(require: tuple[str, ...], optional: tuple[str, ...], prepare: Any = None) -> ShardSource:
-        return ShardSource(
-            shards,
-            require,
-            optional,
-            workers=settings.workers,
-            prepare=prepare,
-            allow_missing=allow_missing,
-            announce=False,
-        )
-
+    """Pairs, or documents with their `parts`."""
+    wanted: dict[str, Any] = {"require": ("image", "txt"), "optional": ("json",)}
     if settings.documents:
-        return source(("json",), ("images",), _read_document)
-    return source(("image", "txt"), ("json",))
-
-
-def _read_document(sample: dict[str, Any]) -> dict[str, Any]:
-    return sample | {"parts": document_parts(sample["json"], sample["images"])}
+        with_parts = lambda sample: sample | {"parts": document_parts(sample["json"], sample["images"])}  # noqa: E731
+        wanted = {"require": ("json",), "optional": ("images",), "prepare": with_parts}
+    return ShardSource(shards, **wanted, workers=settings.workers, allow_missing=allow_missing, announce=False)
 
 
 def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncoder, text: TextTokenizer) -> str:
     # A probe picture stands for the image tokenizer's weights, whatever its class.
     side = settings.image_size
     probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    unchanged = (
-        {"workers", "documents"} if not settings.documents else {"workers"}
-    )  # folders from before there were any
-    kept = {name: value for name, value in asdict(settings).items() if name not in unchanged}
+    left_out = {"workers"} if settings.documents else {"workers", "documents"}  # folders from before there were any
+    kept = {name: value for name, value in asdict(settings).items() if name not in left_out}
     parts = [shards, kept, image.encode(probe).tolist(), sorted(text.tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

@@ -1,31 +1,19 @@
-"""Several weighted sources as one stream. Shares are exact in every block of draws, and the order is a hash of (seed, block)."""
+"""Which of several weighted sources each draw uses. Shares are exact in every block of draws, and the order is a hash of (seed, block)."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
 
 import numpy as np
 
 from unidiff.addresses import local_path
 from unidiff.data.shard_names import split_patterns
-from unidiff.schema import from_data
 
 BLOCK = 1000
-
-
-class ResumableSource(Protocol):
-    """What a mixture needs of a source; `ShardSource` is one."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -117,68 +105,3 @@ def _weighted(part: str) -> tuple[str, float | None]:
     if not pattern.strip():
         raise ValueError(f"{part!r} is a weight without a shard pattern; write for instance folder@2")
     return pattern.strip(), weight
-
-
-class MixedSource:
-    """Draws from several resumable sources by weight, until all are exhausted.
-
-    A source that ends is left out from then on; the others go on in the same relative order. The position is exact.
-
-    Args:
-        sources: the sources.
-        weights: one per source, relative.
-        seed: of the order.
-    """
-
-    def __init__(self, sources: Sequence[ResumableSource], weights: Sequence[float], seed: int = 0) -> None:
-        if len(sources) != len(weights):
-            raise ValueError(f"{len(sources)} sources but {len(weights)} weights; give one weight per source")
-        self.sources = list(sources)
-        self.schedule = MixtureSchedule(tuple(float(w) for w in weights), seed)
-        self._draw = 0
-        self._done: set[int] = set()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        streams = [iter(source) for source in self.sources]
-        while len(self._done) < len(streams):
-            block = self.schedule.block(self._draw // BLOCK)
-            source = int(block[self._draw % BLOCK])
-            self._draw += 1
-            if source in self._done:
-                continue
-            sample = next(streams[source], None)
-            if sample is None:
-                self._done.add(source)
-            else:
-                yield sample
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last sample handed out, as plain data."""
-        states = [source.state_dict() for source in self.sources]
-        weights = list(self.schedule.weights)
-        return {"draw": self._draw, "done": sorted(self._done), "weights": weights, "sources": states}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            ValueError: the state belongs to other sources or weights.
-        """
-        plain = from_data(_State, state, "the saved position")
-        if plain.weights != list(self.schedule.weights):
-            raise ValueError(f"the saved position has weights {plain.weights}, not {list(self.schedule.weights)}")
-        if len(plain.sources) != len(self.sources):
-            raise ValueError(f"the saved position is of {len(plain.sources)} sources, not {len(self.sources)}")
-        for source, saved in zip(self.sources, plain.sources, strict=True):
-            source.load_state_dict(saved)
-        self._draw, self._done = plain.draw, set(plain.done)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What `MixedSource.state_dict` gives."""
-
-    draw: int
-    done: list[int]
-    weights: list[float]
-    sources: list[dict[str, Any]]

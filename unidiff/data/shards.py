@@ -8,15 +8,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from unidiff.data import report
-from unidiff.data.images import ImagePreprocess
 from unidiff.data.members import (
     IMAGE_TYPES,
     MemberError,
@@ -252,24 +248,3 @@ class _SourceState:
     position: dict[str, Any]
     before: dict[str, Any]
     decoding: dict[str, Any]
-
-
-def image_batches(
-    shards: str | Sequence[str],
-    size: int,
-    batch_size: int,
-    seed: int = 0,
-    shuffle: int = 1024,
-    factor: int = 1,
-    workers: int = 0,
-) -> Iterator[Tensor]:
-    """An endless stream of float32 batches `[batch_size, 3, size, size]` in [0, 1]; captions are not needed.
-
-    Raises:
-        ValueError: a refused source, or no usable picture.
-    """
-    prepare = ImagePreprocess(size, factor)
-    source = ShardSource(shards, ("image",), shuffle=shuffle, seed=seed, repeat=True, workers=workers)
-    samples = iter(source)
-    while True:
-        yield torch.stack([prepare(sample["image"]) for sample in islice(samples, batch_size)])
