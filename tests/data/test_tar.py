@@ -148,11 +148,9 @@ def test_writer_is_deterministic_and_atomic(tmp_path):
     ],
 )
 def test_writer_refuses(tmp_path, key, members, message):
-    writer = ShardWriter(tmp_path)
-    writer.write("twice", {"txt": "x"})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), ShardWriter(tmp_path) as writer:
+        writer.write("twice", {"txt": "x"})
         writer.write(key, members)
-    writer.discard()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least 1"):
         ShardWriter(tmp_path, 0)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiff.data import report
+from unidiff.errors import first_line
 from unidiff.pictures import open_picture
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -78,11 +79,8 @@ def decode_member(name: str, data: bytes) -> Any:
         return _DECODERS[kind](data)
     except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except (
-        BaseException
-    ) as error:  # decoders raise almost anything on damaged bytes; every case is counted by the caller
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise MemberError(_REASONS[kind], f"{name}: {first_line or type(error).__name__}") from error
+    except BaseException as error:  # decoders raise almost anything on damaged bytes; the caller counts every case
+        raise MemberError(_REASONS[kind], f"{name}: {first_line(error)}") from error
 
 
 def encode_member(name: str, value: Any) -> bytes:
@@ -97,9 +95,12 @@ def encode_member(name: str, value: Any) -> bytes:
     kind = member_type(name)
     buffer = io.BytesIO()
     if kind in IMAGE_TYPES:
-        image = to_pil(value) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            if value.dtype != torch.uint8 or value.ndim != 3 or value.shape[0] != 3:
+                raise ValueError(f"expected a uint8 image [3, H, W], got {value.dtype} {tuple(value.shape)}")
+            value = Image.fromarray(value.permute(1, 2, 0).contiguous().numpy())
         options = {"lossless": True} if kind == "webp" else {"quality": 95} if kind in ("jpg", "jpeg") else {}
-        image.save(buffer, "JPEG" if kind == "jpg" else kind.upper(), **options)
+        value.save(buffer, "JPEG" if kind == "jpg" else kind.upper(), **options)
     elif kind == "txt":
         return value.encode("utf-8")
     elif kind == "json":
@@ -111,25 +112,14 @@ def encode_member(name: str, value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """A uint8 tensor `[3, H, W]` as a PIL image."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"expected a uint8 image [3, H, W], got {image.dtype} {tuple(image.shape)}")
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-def rgb_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as a uint8 tensor `[3, H, W]`."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 def is_blank(text: str) -> bool:
     """Whether a text holds nothing that can be seen."""
     return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def _decode_image(data: bytes) -> Tensor:
-    return rgb_tensor(open_picture(data))
+    """uint8 `[3, H, W]`."""
+    return torch.from_numpy(np.array(open_picture(data))).permute(2, 0, 1).contiguous()
 
 
 def _decode_json(data: bytes) -> Any:

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,9 +21,9 @@ from unidiff.data import report
 from unidiff.data.members import encode_member
 from unidiff.data.report import Skip, printable
 from unidiff.data.shard_names import check_scheme
-from unidiff.data.tar_index import READ_ERRORS, File, Group, Index, group, read, scan
+from unidiff.data.tar_index import READ_ERRORS, Group, Index, group, read, scan
 from unidiff.errors import first_line, writing
-from unidiff.files import beside, flush_to_disk, remove_leftovers
+from unidiff.files import replacing
 
 _IN_MEMORY = 64 * 2**20  # a compressed or downloaded shard up to this size needs no temporary file
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
@@ -65,16 +66,71 @@ def read_shard(
         Damage ends the shard with a single `Skip`, whose key is the sample the cut went through.
     """
     check_scheme(url)
+    name = printable(url)
     with ExitStack() as stack:
+        entries: list[Group | Skip]
         try:
             stream, problem = _open(url, stack)
         except _NoShard as error:
-            if not start:
-                yield Skip(error.reason, printable(url), "", str(error))
-            return
-        shard = _Shard(printable(url), stream, require, problem)
-        groups, loose = group(shard.index.files, endings, documents)
-        yield from shard.items(groups, loose, start)
+            entries, loose = [Skip(error.reason, name, "", str(error))], list[str]()
+        else:
+            index = scan(stream)
+            groups, loose = group(index.files, endings, documents)
+            entries = _entries(name, replace(index, problem=problem or index.problem), groups, loose, require)
+        if any(isinstance(entry, Group) for entry in entries[:start]):
+            loose = []
+        for entry in entries[start:]:
+            item = entry if isinstance(entry, Skip) else _read(stream, name, entry)
+            if isinstance(item, dict):
+                item["__ignored__"] += loose
+                loose = []
+            yield item
+
+
+def _entries(
+    url: str, index: Index, groups: Sequence[Group], loose: Sequence[str], require: Sequence[Sequence[str]]
+) -> list[Group | Skip]:
+    """What can be read, in order, and what is lost: several times for a sample that is there several times."""
+    last = index.files[-1] if index.files else None
+    failure = None
+    if index.problem:
+        words = index.problem if index.size else "the file is empty"
+        failure = Skip(report.TRUNCATED_SHARD if last else report.UNREADABLE_SHARD, url, "", words)
+    elif not groups and loose:
+        types = ", ".join(sorted({kind or "no ending" for kind in loose}))
+        failure = Skip(report.EMPTY_SHARD, url, "", f"{len(loose)} files, none of a sample ({types})")
+    entries: list[Group | Skip] = []
+    for sample in groups:
+        lost = _why_lost(url, sample, require)
+        at_end = any(file is last for _, file in sample.members)
+        if failure and last and at_end and (lost or last.end > index.size):  # part of the damage, not a second case
+            failure = replace(failure, key=sample.key)
+        else:
+            entries += lost or [sample]
+    return entries + [failure] * (failure is not None)
+
+
+def _why_lost(url: str, sample: Group, require: Sequence[Sequence[str]]) -> list[Skip]:
+    """An entry for each copy of a sample that cannot be read; none for one that can."""
+    names = [name for name, _ in sample.members]
+    if len(set(names)) < len(names):
+        copies = min(map(names.count, names))
+        return [Skip(report.DUPLICATE_MEMBER, url, sample.key, "two members have the same name")] * copies
+    details = [f"no {' or '.join(wanted)}" for wanted in require if not any(name in names for name in wanted)]
+    details += [f"{name} {file.problem}" for name, file in sample.members if file.problem]
+    return [Skip(report.MISSING_MEMBER, url, sample.key, detail) for detail in details[:1]]
+
+
+def _read(stream: IO[bytes], url: str, sample: Group) -> dict[str, Any] | Skip:
+    item: dict[str, Any] = {"__key__": sample.key, "__url__": url, "__ignored__": list(sample.ignored)}
+    for name, file in sample.members:
+        try:
+            item[name] = read(stream, file)
+        except READ_ERRORS as error:
+            return Skip(report.MISSING_MEMBER, url, sample.key, f"{name} cannot be read ({first_line(error)})")
+        if len(item[name]) < file.length:
+            return Skip(report.MISSING_MEMBER, url, sample.key, f"{name} is cut")
+    return item
 
 
 class _NoShard(Exception):
@@ -136,90 +192,6 @@ def _spool(stack: ExitStack) -> Any:
     return stack.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY))
 
 
-class _Shard:
-    """One open tar, its index and what is wrong with it."""
-
-    def __init__(self, url: str, stream: IO[bytes], require: Sequence[Sequence[str]], problem: str) -> None:
-        self.url, self.stream, self.require = url, stream, require
-        self.index: Index = scan(stream)
-        self.problem = problem or self.index.problem
-        files = self.index.files
-        self.cut = files[-1] if self.problem and files and files[-1].end > self.index.size else None
-
-    def items(self, groups: list[Group], loose: list[str], start: int) -> Iterator[dict[str, Any] | Skip]:
-        failure = self._failure(groups)
-        last = self._last(groups) if failure else None
-        number = 0
-        for sample in groups:
-            reason = self._reason(sample)
-            cut = failure is not None and sample is last and (reason is not None or failure.key == sample.key)
-            if cut:  # part of the damage, not a second case
-                assert failure is not None
-                failure = Skip(failure.reason, self.url, sample.key, failure.detail)
-                continue
-            count = 1 if reason is None else reason[2]
-            for _ in range(count):
-                number += 1
-                if number <= start:
-                    loose = [] if reason is None else loose
-                    continue
-                if reason is not None:
-                    yield Skip(reason[0], self.url, sample.key, reason[1])
-                    continue
-                item = self._read(sample)
-                if isinstance(item, dict):
-                    item["__ignored__"], loose = sample.ignored + loose, []
-                yield item
-        if not groups and loose and failure is None:
-            types = ", ".join(sorted({kind or "no ending" for kind in loose}))
-            failure = Skip(report.EMPTY_SHARD, self.url, "", f"{len(loose)} files, none of a sample ({types})")
-        if failure is not None and number + 1 > start:
-            yield failure
-
-    def _failure(self, groups: list[Group]) -> Skip | None:
-        if not self.problem:
-            return None
-        if not self.index.files:
-            words = "the file is empty" if not self.index.size else self.problem
-            return Skip(report.UNREADABLE_SHARD, self.url, "", words)
-        owner = next((s for s in groups if any(file is self.cut for _, file in s.members)), None)
-        return Skip(report.TRUNCATED_SHARD, self.url, owner.key if owner else "", self.problem)
-
-    def _last(self, groups: list[Group]) -> Group | None:
-        """The sample that the last file of the tar belongs to."""
-        end = self.index.files[-1] if self.index.files else None
-        return next((s for s in groups if any(file is end for _, file in s.members)), None)
-
-    def _reason(self, sample: Group) -> tuple[str, str, int] | None:
-        """(reason, detail, samples) for what cannot be read; as many samples as there are copies of every member."""
-        names = [name for name, _ in sample.members]
-        if len(set(names)) < len(names):
-            copies = min(names.count(name) for name in names)
-            return report.DUPLICATE_MEMBER, "two members have the same name", copies
-        for wanted in self.require:
-            if not any(name in names for name in wanted):
-                return report.MISSING_MEMBER, f"no {' or '.join(wanted)}", 1
-        for name, file in sample.members:
-            if file.problem:
-                return report.MISSING_MEMBER, f"{name} {file.problem}", 1
-        return None
-
-    def _read(self, sample: Group) -> dict[str, Any] | Skip:
-        item: dict[str, Any] = {"__key__": sample.key, "__url__": self.url, "__ignored__": []}
-        for name, file in sample.members:
-            try:
-                item[name] = read(self.stream, file)
-            except READ_ERRORS as error:
-                return Skip(report.MISSING_MEMBER, self.url, sample.key, f"{name} cannot be read ({first_line(error)})")
-            if len(item[name]) < _size(file):
-                return Skip(report.MISSING_MEMBER, self.url, sample.key, f"{name} is cut")
-        return item
-
-
-def _size(file: File) -> int:
-    return file.size if file.sparse is None else file.sparse.size
-
-
 class ShardWriter:
     """Writes samples to numbered tars, each of which appears complete or not at all.
 
@@ -244,16 +216,8 @@ class ShardWriter:
         self.number = start
         self.written: dict[str, int] = {}
         self._tar: TarWriter | None = None
-        self._file: Any = None
+        self._open = ExitStack()
         self._keys: set[str] = set()
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"{self.number:05d}.tar"
-
-    @property
-    def _temporary(self) -> Path:
-        return beside(self._path, "tmp")
 
     def write(self, key: str, members: Mapping[str, Any]) -> None:
         """Add one sample; values are encoded by `encode_member`.
@@ -268,10 +232,12 @@ class ShardWriter:
         if not members:
             raise ValueError(f"sample {key!r} has no members")
         encoded = {name: encode_member(name, value) for name, value in members.items()}
-        with writing(self._path):
+        path = self.folder / f"{self.number:05d}.tar"
+        with writing(path):
             if self._tar is None:
-                self._file = open(self._temporary, "wb")  # noqa: SIM115 (lives until the shard is full)
-                self._tar = TarWriter(self._file, encoder=False, mtime=0)  # an int: a float would add PAX headers
+                temporary = self._open.enter_context(replacing(path))
+                file = self._open.enter_context(open(temporary, "wb"))  # noqa: SIM115 (closed with the shard)
+                self._tar = TarWriter(file, encoder=False, mtime=0)  # an int: a float would add PAX headers
             self._tar.write({"__key__": key, **encoded})
         self._keys.add(key)
         if len(self._keys) == self.samples_per_shard:
@@ -281,25 +247,13 @@ class ShardWriter:
         """Complete the current shard, if it holds anything, and go on to the next number."""
         if self._tar is None:
             return
-        with writing(self._path):
+        name = f"{self.number:05d}.tar"
+        with writing(self.folder / name):
             self._tar.close()
-            self._file.close()
-            flush_to_disk(self._temporary)
-            os.replace(self._temporary, self._path)
-        remove_leftovers(self._path)
-        self.written[self._path.name] = len(self._keys)
-        self._tar, self._file, self._keys = None, None, set()
+            self._open.close()
+        self.written[name] = len(self._keys)
+        self._tar, self._keys = None, set()
         self.number += 1
-
-    def discard(self) -> None:
-        """Drop the unfinished shard."""
-        if self._tar is not None:
-            with suppress(OSError):  # a full disk
-                self._tar.close()
-            with suppress(OSError):
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
-            self._tar, self._file, self._keys = None, None, set()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -309,5 +263,9 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.finish()
-        else:
-            self.discard()
+        elif self._tar is not None:
+            with suppress(OSError):  # a full disk
+                self._tar.close()
+            with suppress(OSError):
+                self._open.__exit__(kind, error, trace)
+            self._tar, self._keys = None, set()

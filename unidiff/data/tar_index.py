@@ -15,6 +15,7 @@ from typing import IO
 
 from unidiff.data.members import ALLOWED_TYPES, IMAGE_TYPES, member_type
 from unidiff.data.report import printable
+from unidiff.errors import first_line
 
 MOST_BYTES = 2**30
 """Largest member that is read: a sparse file of a few bytes can claim any size."""
@@ -38,6 +39,11 @@ class File:
     @property
     def end(self) -> int:
         return self.place + self.size
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file, of a sparse one with its holes."""
+        return self.size if self.sparse is None else self.sparse.size
 
 
 @dataclass
@@ -83,8 +89,8 @@ def scan(stream: IO[bytes]) -> Index:
                     files.append(_file(info, links))
             problem = _ending(stream, tar.offset, size)
     except READ_ERRORS as error:
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-    _follow(links, {_path(file.name): file for file in files if not file.problem})
+        problem = first_line(error)
+    _follow(links, {posixpath.normpath(file.name): file for file in files if not file.problem})
     return Index(files, problem, size)
 
 
@@ -123,7 +129,10 @@ def group(files: Sequence[File], endings: Sequence[str] = (), documents: bool = 
             loose.append(ending)
             continue
         if documents and member_type(ending) in IMAGE_TYPES:
-            key = _longest(file.name, anchors) or _without_number(key)
+            head, _, number = key.rpartition(
+                "."
+            )  # pictures of a document that lost its json are called key.0, key.1, ...
+            key = _longest(file.name, anchors) or (head if head and number.isdigit() else key)
             ending = file.name[len(key) + 1 :]
         elif not _known(ending):
             key = _longest(file.name, known) or key
@@ -157,7 +166,7 @@ def _file(info: tarfile.TarInfo, links: list[tuple[File, str]]) -> File:
     if info.islnk() or info.issym():
         target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
         file.size, file.problem = 0, f"is a link to {_readable(info.linkname)!r}, which the shard does not hold"
-        links.append((file, _path(_readable(target))))
+        links.append((file, posixpath.normpath(_readable(target))))
     elif not info.isreg():
         file.size, file.problem = 0, "is a device or a pipe, not a file"
     elif info.size > MOST_BYTES:
@@ -179,7 +188,7 @@ def _follow(links: list[tuple[File, str]], held: dict[str, File]) -> None:
             link.place, link.size, link.sparse, link.problem = file.place, file.size, file.sparse, ""
         for link, _ in links:
             if not link.problem:
-                held.setdefault(_path(link.name), link)
+                held.setdefault(posixpath.normpath(link.name), link)
         if len(left) == len(links):
             return
         links = left
@@ -237,19 +246,9 @@ def _longest(name: str, keys: set[str]) -> str:
     return ""
 
 
-def _without_number(key: str) -> str:
-    """Pictures of a document that lost its json are called key.0, key.1, ..."""
-    head, _, number = key.rpartition(".")
-    return head if head and number.isdigit() else key
-
-
 def _readable(name: str) -> str:
     """A name as text without a leading "./"."""
     text = printable(name)
     while text.startswith("./"):
         text = text[2:]
     return text
-
-
-def _path(name: str) -> str:
-    return posixpath.normpath(name)
