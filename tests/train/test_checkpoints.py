@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from train_fixtures import MIXED, tiny_config, tiny_table
 
 from unidiff.train.config import ParallelConfig
-from unidiff.train.run.checkpoint import SUMS, choose, damage, latest_name, step_names
+from unidiff.train.run.checkpoint import SUMS, choose, damage, pointed_name, step_names
 from unidiff.train.run.distributed import Launch, Parallel
 from unidiff.train.trainer import Trainer
 
@@ -118,7 +118,7 @@ def test_a_damaged_newest_one_is_refused_and_the_one_before_offered_and_taken(cu
     assert step_names(folder / "checkpoints") == ["step-00000002", "step-00000004", "step-00000006"]
     trainer = run(folder, "checkpoint.fallback=true")
     assert trainer.resumed and "going on from step-00000004" in caplog.text
-    assert damage(newest) == "" and latest_name(folder / "checkpoints") == newest.name  # written anew
+    assert damage(newest) == "" and pointed_name(folder / "checkpoints") == newest.name  # written anew
     if kind == "plain":  # the sharded run was continued by a process alone, whose sums are rounded otherwise
         for path in (folder / "model").iterdir():
             assert path.read_bytes() == (folder.parent / "expected" / path.name).read_bytes(), path.name
@@ -152,7 +152,7 @@ def test_a_missing_pointer_does_not_start_the_run_again(cut, caplog):
     trainer = run(folder)
     assert trainer.resumed and trainer.state.step == 6
     assert "latest is missing; step-00000006 is the newest checkpoint there" in caplog.text
-    assert latest_name(folder / "checkpoints") == "step-00000006"
+    assert pointed_name(folder / "checkpoints") == "step-00000006"
 
 
 def test_going_back_by_hand_is_possible_and_said(cut, caplog):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from train_fixtures import MIXED, tiny_config, tiny_table
 
 from unidiff.train.config import ParallelConfig, read_config
-from unidiff.train.run.checkpoint import latest_name, pointed_name
+from unidiff.train.run.checkpoint import pointed_name
 from unidiff.train.run.distributed import Launch, Parallel, local, placed_like, whole
 from unidiff.train.trainer import Trainer
 
@@ -172,11 +172,11 @@ def test_a_background_save_holds_the_state_at_the_call(tmp_path, group):
     run._step(1.0)
     before = {name: value.clone() for name, value in average(run).items()}
     run.save()
-    assert latest_name(run.checkpoints) is None  # nothing counts before it is complete
+    assert pointed_name(run.checkpoints) is None  # nothing counts before it is complete
     for _ in range(3):
         run._step(1.0)
     run._saver.wait()
-    assert latest_name(run.checkpoints) == "step-00000001"
+    assert pointed_name(run.checkpoints) == "step-00000001"
     run.parallel.close()
     again = trainer(tmp_path, "steps=20")
     assert again.state.step == 1
@@ -192,7 +192,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, group, grouped):
     scores = iter([5.0, 4.0, math.inf, 4.5])  # at steps 3, 6, 9, 12
     run._validate = lambda: {"joint_nelbo": next(scores)}
     run.train()
-    assert latest_name(run.checkpoints) == "step-00000012"
+    assert pointed_name(run.checkpoints) == "step-00000012"
     assert pointed_name(run.checkpoints, "best") == "step-00000006"
     assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-00000006", "step-00000012"]
     assert json.loads((run.checkpoints / "step-00000006" / "state.json").read_text())["score"] == 4.0

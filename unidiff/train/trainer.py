@@ -37,7 +37,6 @@ from unidiff.train.run.checkpoint import (
     check_kind,
     pointed_name,
     read_state,
-    save_checkpoint,
     score_of,
     settle,
     step_names,
@@ -48,7 +47,7 @@ from unidiff.train.run.limits import check_config
 from unidiff.train.run.logs import Progress, RunLog, SpeedMeter, TaskMeter
 from unidiff.train.run.resume import Position, compare, facts_of, restore, scored_as
 from unidiff.train.run.run_folder import MARK, check_run_folder
-from unidiff.train.run.sharded_checkpoint import ShardSaver, choose_together, load_placed
+from unidiff.train.run.sharded_checkpoint import CheckpointSaver, choose_together, load_placed
 from unidiff.train.run.signals import StopOnSignals
 from unidiff.train.step import StepReport, TrainState, train_step
 from unidiff.train.validation import report_names, validate
@@ -126,9 +125,7 @@ class Trainer:
         self._notes: list[str] = []
         self.resumed = self._resume()
         settings = config.checkpoint
-        self._saver: ShardSaver | None = None
-        if self.parallel.grouped:
-            self._saver = ShardSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
+        self._saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
         self._best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"), self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
         self._saved_at, self._stop = time.monotonic(), False
@@ -187,12 +184,11 @@ class Trainer:
                     if better:
                         self.export(self.folder / "model-best")
                     self._saved_at = time.monotonic()
-                elif self._saver is not None:
+                else:
                     self._saver.poll()
                 if last or validating or overdue:
                     progress.restart_clock()
-            if self._saver is not None:
-                self._saver.wait()
+            self._saver.wait()
             if lost := self.account.line():
                 progress.say(lost)
             if stopped:
@@ -269,8 +265,7 @@ class Trainer:
         keys = {"first_sample": float(self.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
         log.write(self.state.step, "skipped", keys | numbers)
         if self.state.bad_steps >= self.config.max_bad_steps:
-            if self._saver is not None:
-                self._saver.wait()
+            self._saver.wait()
             raise TrainingAborted(
                 f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
                 f"(step {self.state.step}); {_LOWER}"
@@ -318,10 +313,7 @@ class Trainer:
         self.account.save(self.parallel)
         self.parallel.rest()
         content = RunCheckpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
-        if self._saver is not None:
-            self._saver.save(content)
-        else:
-            save_checkpoint(self.checkpoints, content, self.config.checkpoint.keep)
+        self._saver.save(content)
 
     def _resume(self) -> bool:
         settings, state = self.config.checkpoint, self.state

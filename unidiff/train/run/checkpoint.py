@@ -71,8 +71,8 @@ def step_names(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: int(name.removeprefix("step-")))
 
 
-def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> Path:
-    """Write `folder/step-N`, point `latest` at it, and delete all but the `keep` newest and the best. Returns the new folder.
+def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> None:
+    """Write `folder/step-N`, point `latest` at it, and delete all but the `keep` newest and the best.
 
     A process killed anywhere in here leaves the previous checkpoint in charge.
 
@@ -80,8 +80,8 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> Path:
         OSError: a full or read-only disk and the like; nothing half-written stays.
     """
     name = step_name(checkpoint.state["step"])
-    if latest_name(folder) == name:  # SIGTERM right after a regular save: it is on disk already
-        return folder / name
+    if pointed_name(folder) == name:  # SIGTERM right after a regular save: it is on disk already
+        return
     with replacing_folder(folder / name) as temporary:
         for part in PARTS:
             tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, part).items()}
@@ -89,7 +89,6 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> Path:
         write_state(temporary, checkpoint.state)
         write_sums(temporary)
     publish(folder, name, keep)
-    return folder / name
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -170,7 +169,7 @@ def choose(
     """
     names, notes, wrong, name = step_names(folder), [], "", None
     try:
-        name = latest_name(folder)
+        name = pointed_name(folder)
     except (OSError, ValueError) as error:
         wrong = explain(error) or str(error)
     if name is None and not wrong:
@@ -214,7 +213,7 @@ def publish(folder: Path, name: str, keep: int) -> None:
             shutil.rmtree(folder / old, ignore_errors=True)
 
 
-def pointed_name(folder: Path, pointer: str) -> str | None:
+def pointed_name(folder: Path, pointer: str = "latest") -> str | None:
     """The folder name that the file `pointer` (`latest` or `best`) holds, or None without that file.
 
     Raises:
@@ -229,11 +228,6 @@ def pointed_name(folder: Path, pointer: str) -> str | None:
         if not _STEP.fullmatch(name):
             raise ValueError(f"it holds {name[:80]!r}")
     return name
-
-
-def latest_name(folder: Path) -> str | None:
-    """The folder name that `latest` holds, or None."""
-    return pointed_name(folder, "latest")
 
 
 def score_of(folder: Path, name: str | None, scored: str | None = None) -> float:

@@ -30,10 +30,11 @@ from unidiff.train.run.checkpoint import (
     RunCheckpoint,
     choose,
     damage,
-    latest_name,
+    pointed_name,
     publish,
     read_checkpoint,
     read_state,
+    save_checkpoint,
     step_name,
     write_state,
     write_sums,
@@ -51,16 +52,16 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         write_sums(Path(self.path).parent)
 
 
-class ShardSaver:
-    """Writes checkpoints of a run of several processes into `folder`, which all of them must see.
+class CheckpointSaver:
+    """Writes the checkpoints of a run into `folder`, which all of its processes must see.
 
-    `save` returns when the state is copied; writing goes on in a thread. A checkpoint counts, and the pointer moves, when
-    every process has written its part.
+    With a process group `save` returns when the state is copied; writing goes on in a thread. A checkpoint counts, and the
+    pointer moves, when every process has written its part.
 
     Args:
         folder: `<run>/checkpoints`.
         keep: newest checkpoints kept, besides the best.
-        background: whether `save` returns before all is on the disk.
+        background: whether `save` returns before all is on the disk, in a process group.
     """
 
     def __init__(self, folder: Path, keep: int, background: bool, parallel: Parallel) -> None:
@@ -73,6 +74,9 @@ class ShardSaver:
         Raises:
             OSError, ValueError: a full or read-only disk and the like, for this checkpoint or the one before it.
         """
+        if not self.parallel.grouped:
+            save_checkpoint(self.folder, checkpoint, self.keep)
+            return
         self.wait()
         name, place = step_name(checkpoint.state["step"]), ExitStack()
         temporary = self.parallel.collect(self._prepare(name, place, checkpoint.state))[0]
@@ -88,7 +92,7 @@ class ShardSaver:
 
     def _prepare(self, name: str, place: ExitStack, state: dict[str, Any]) -> str:
         """The main process's folder for a new checkpoint; empty when it is on the disk already."""
-        if not self.parallel.main or latest_name(self.folder) == name:
+        if not self.parallel.main or pointed_name(self.folder) == name:
             return ""
         temporary = place.enter_context(replacing_folder(self.folder / name))
         (temporary / SHARDS).mkdir()
