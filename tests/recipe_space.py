@@ -19,7 +19,7 @@ from shard_samples import write_samples
 from tiny_pipeline import tiny_pipeline
 from train_fixtures import MIXED, TINY, tiny_table
 
-from unidiff.config import _keys
+from unidiff.config import all_keys
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.source import TokenTable
 from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig
@@ -219,7 +219,7 @@ def _change(chance: random.Random, recipe: Recipe, words: list[tuple[str, str]],
     elif way == "setting":
         assert recipe.schema is not None
         model = [f"model.{name}" for name in MODEL] if recipe.schema is TrainConfig else []
-        key = chance.choice([*_keys(recipe.schema), *model])
+        key = chance.choice([*all_keys(recipe.schema), *model])
         last, values = key.rpartition(".")[2], BAD if chance.random() < 0.4 else SOMETIMES
         if last in ("output", "out"):
             values = WRITE

@@ -12,15 +12,14 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 
 from unidiff.errors import DamagedFile, check_regular, first_line, reading
-from unidiff.schema import check_value, describe
+from unidiff.schema import check_value, describe, field_types, from_data
 
 T = TypeVar("T")
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
@@ -47,11 +46,14 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
     """
     settings: dict[str, Any] = {}
     if path is not None and (root := _read_yaml(path)) is not None:
-        reader = _Reader(schema, str(path))
+        reader = _YamlReader(schema, str(path))
         settings = reader.value(root, schema, "")
     for text in overrides:
         _merge(settings, _override(schema, text))
-    return _build(schema, settings, "" if path is None else f"{path}: ")
+    try:
+        return from_data(schema, settings, "the config")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from error
 
 
 def dump_config(config: Any) -> str:
@@ -69,7 +71,7 @@ _TAGS = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "ma
 
 
 @dataclass
-class _Reader:
+class _YamlReader:
     """Typed values of a YAML tree. `source` opens every message."""
 
     schema: type
@@ -120,9 +122,7 @@ class _Reader:
             whole = f"{key}.{name}" if key else name
             if name in found:
                 raise self.wrong(name_node, f"the key {whole!r} is there twice, which is not valid YAML; leave one out")
-            kinds = (
-                _annotations(annotation) if nested else {name: Any if annotation is Any else get_args(annotation)[1]}
-            )
+            kinds = field_types(annotation) if nested else {name: Any if annotation is Any else get_args(annotation)[1]}
             if name not in kinds:
                 raise self.wrong(name_node, _unknown(self.schema, whole))
             found[name] = self.value(value, kinds[name], whole, depth + 1)
@@ -146,11 +146,10 @@ class _Reader:
             value = _typed(text.strip(), annotation)
             if value is None:
                 raise self.wrong(node, f"{key} is {_short(text)}; expected {expected}")
-        if isinstance(value, str):
-            if _HOME.search(value):
-                raise self.wrong(node, f"{key} is {_short(value)}; ~ is not looked up, write the whole path (or ./~)")
-            if "\0" in value or not _is_unicode(value):
-                raise self.wrong(node, f"{key} is {_short(value)}; it holds characters that no text has")
+        if isinstance(value, str) and _HOME.search(value):
+            raise self.wrong(node, f"{key} is {_short(value)}; ~ is not looked up, write the whole path (or ./~)")
+        if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode()):
+            raise self.wrong(node, f"{key} is {_short(value)}; it holds characters that no text has")
         try:
             check_value(value, bounded, key)
         except ValueError as error:
@@ -206,8 +205,8 @@ def _override(schema: type, word: str) -> dict[str, Any]:
     annotation: Any = schema
     for number, name in enumerate(names):
         origin = get_origin(annotation)
-        if is_dataclass(annotation) and name in _annotations(annotation):
-            annotation = _annotations(annotation)[name]
+        if is_dataclass(annotation) and name in field_types(annotation):
+            annotation = field_types(annotation)[name]
         elif name and (annotation is Any or origin in (dict, Mapping)):  # keys of its own
             annotation = Any if annotation is Any else get_args(annotation)[1]
         elif name and number and not is_dataclass(annotation):
@@ -217,7 +216,7 @@ def _override(schema: type, word: str) -> dict[str, Any]:
             raise ValueError(f"{source}: {_unknown(schema, '.'.join(names))}")
     if len(names) > _DEEPEST:
         raise ValueError(f"{source}: more than {_DEEPEST} keys inside each other")
-    reader = _Reader(schema, source, line_numbers=False)
+    reader = _YamlReader(schema, source, line_numbers=False)
     found = reader.value(_override_node(text, annotation, source), annotation, ".".join(names))
     for name in reversed(names):
         found = {name: found}
@@ -244,22 +243,6 @@ def _override_node(text: str, annotation: Any, source: str) -> yaml.Node:
     mark = yaml.Mark(source, 0, 0, 0, None, None)
     style = None if optional_null or annotation is Any or str not in wanted else "'"
     return yaml.ScalarNode("tag:yaml.org,2002:str", text, mark, mark, style)
-
-
-def _build(schema: type[T], settings: Mapping[str, Any], source: str, key: str = "") -> T:
-    """The dataclass, nested ones first; its own checks speak for themselves."""
-    hints = _annotations(schema)
-    for field in fields(schema):  # type: ignore[arg-type]
-        if field.name not in settings and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{source}{key}{field.name} is missing; it has no default")
-    values = {
-        name: _build(hints[name], value, source, f"{key}{name}.") if is_dataclass(hints[name]) else value
-        for name, value in settings.items()
-    }
-    try:
-        return schema(**values)
-    except ValueError as error:
-        raise ValueError(f"{source}{error}") from error
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
@@ -322,7 +305,7 @@ def _expected(annotation: Any) -> str:
 
 def _unknown(schema: type, key: str) -> str:
     """A sentence about an unknown key, with the nearest one that there is."""
-    known, names = list(_keys(schema)), key.split(".")
+    known, names = list(all_keys(schema)), key.split(".")
     last, place = names[-1], ""
     near = [k for k in known if k.rpartition(".")[2] == last]
     for number, name in enumerate(names):
@@ -336,36 +319,18 @@ def _unknown(schema: type, key: str) -> str:
     if not near:
         ends = {k.rpartition(".")[2]: k for k in known}
         near = [ends[name] for name in difflib.get_close_matches(last, ends, 1, 0.6)]
-    nearest = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_annotations(schema))}"
+    nearest = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(field_types(schema))}"
     return f"the key {_short(key)} is unknown{nearest}"
 
 
-def _keys(schema: type, before: str = "") -> Iterator[str]:
+def all_keys(schema: type, before: str = "") -> Iterator[str]:
     """All dotted keys."""
-    for name, annotation in _annotations(schema).items():
+    for name, annotation in field_types(schema).items():
         yield f"{before}{name}"
         if is_dataclass(annotation):
-            yield from _keys(annotation, f"{before}{name}.")  # type: ignore[arg-type]
-
-
-def _annotations(schema: Any) -> dict[str, Any]:
-    return _hints(schema)
-
-
-@lru_cache(maxsize=128)
-def _hints(schema: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(schema)}
+            yield from all_keys(annotation, f"{before}{name}.")  # type: ignore[arg-type]
 
 
 def _short(text: str) -> str:
     shown = repr(text)
     return shown if len(shown) <= 120 else f"{shown[:110]}...'"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

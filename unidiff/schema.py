@@ -51,7 +51,7 @@ def check_fields(settings: Any, what: str) -> None:
     Args:
         what: the owner in the message, for instance "sampler text".
     """
-    for name, annotation in _annotations(type(settings)).items():  # type: ignore[arg-type]
+    for name, annotation in field_types(type(settings)).items():  # type: ignore[arg-type]
         check_value(getattr(settings, name), annotation, f"{what} {name}" if what else name)
 
 
@@ -69,7 +69,7 @@ def from_data(schema: type[T], data: Any, what: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} is {short_value(data)}; expected a mapping of settings")
-    hints = _annotations(schema)  # type: ignore[arg-type]
+    hints = field_types(schema)  # type: ignore[arg-type]
     if unknown := [str(key) for key in data if key not in hints]:
         raise ValueError(f"{what} has unknown settings {sorted(unknown)}; expected some of {sorted(hints)}")
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
@@ -169,7 +169,8 @@ def _build(value: Any, annotation: Any, what: str) -> Any:
 
 
 @cache
-def _annotations(schema: Any) -> dict[str, Any]:
+def field_types(schema: Any) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, bounds included."""
     hints = typing.get_type_hints(schema, include_extras=True)
     return {f.name: hints[f.name] for f in fields(schema)}
 
