@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,9 @@ def reading(path: str | Path, what: str, fix: str = "the file is damaged or of a
         yield
     except (DamagedFile, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except OSError as error:
-        if error.errno is None:  # Pillow and others use OSError for damage
-            raise DamagedFile(f"{str(path)!r} cannot be read as {what} ({first_line(error)}); {fix}") from error
-        raise _with_name(error, path) from error
-    except RecursionError as error:
-        raise DamagedFile(f"{str(path)!r} cannot be read as {what} (it is nested too deeply); {fix}") from error
     except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, OSError) and error.errno is not None:  # Pillow and others use OSError for damage
+            raise _with_name(error, path) from error
         if is_out_of_memory(error):
             raise
         raise DamagedFile(f"{str(path)!r} cannot be read as {what} ({reason_of(error)}); {fix}") from error
@@ -128,7 +124,8 @@ def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, .
     with reading(path, what):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, expect):
-        names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in _tuple(expect))
+        kinds = expect if isinstance(expect, tuple) else (expect,)
+        names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in kinds)
         raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is not {what}")
     return value
 
@@ -138,6 +135,11 @@ def plain(name: object, most: int = 100) -> str:
     text = str(name)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_regular(path: str | Path) -> None:
@@ -242,7 +244,3 @@ def _with_name(error: OSError, path: str | Path) -> OSError:
     if error.errno is None or error.filename is not None:
         return error
     return type(error)(error.errno, error.strerror or os.strerror(error.errno), str(path))
-
-
-def _tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
-    return kinds if isinstance(kinds, tuple) else (kinds,)

@@ -73,31 +73,22 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         OSError: a full or read-only disk and the like, with the name of `target`.
     """
     target = resolve_link(target)
-    temporary, aside = beside(target, "tmp"), beside(target, "old")
-    with writing(target, temporary):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    aside = beside(target, "old")
+    with _scratch_folder(target, target) as temporary:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        _keep_mode(target, temporary)
+        if target.exists():
+            os.replace(target, aside)
         try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    flush_to_disk(file)
-            _keep_mode(target, temporary)
-            if target.exists():
-                os.replace(target, aside)
-            try:
-                os.replace(temporary, target)
-            except OSError:
-                if aside.exists() and not target.exists():
-                    os.replace(aside, target)
-                raise
-            remove_leftovers(target)
+            os.replace(temporary, target)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if target.exists():
-                shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists() and not target.exists():
+                os.replace(aside, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        remove_leftovers(target)
 
 
 @contextmanager
@@ -110,19 +101,26 @@ def filling_folder(target: str | Path) -> Iterator[Path]:
         OSError: a full or read-only disk and the like, with the name of `target`.
     """
     target = resolve_link(target)
-    temporary = beside(target / _PART, "tmp")  # inside: a folder may be a disk of its own
+    with _scratch_folder(target, target / _PART) as temporary:  # inside: a folder may be a disk of its own
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            flush_to_disk(file)
+            place = resolve_link(target / file.name)
+            _keep_mode(place, file)
+            shutil.move(file, place) if place.parent != target else os.replace(file, place)
+
+
+@contextmanager
+def _scratch_folder(target: Path, near: Path) -> Iterator[Path]:
+    """An empty folder beside `near` that is gone after the block; errors name `target`."""
+    temporary = beside(near, "tmp")
     with writing(target, temporary):
-        target.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target / _PART)
+        near.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(near)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
-            for file in sorted(temporary.iterdir()):
-                flush_to_disk(file)
-                place = resolve_link(target / file.name)
-                _keep_mode(place, file)
-                shutil.move(file, place) if place.parent != target else os.replace(file, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -301,20 +299,21 @@ def flush_to_disk(path: Path) -> None:
 
 def beside(path: Path, end: str) -> Path:
     """A temporary name of this process beside `path`, which `remove_leftovers(path)` knows."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}.{end}")
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.{end}")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
 
 
 def _may_be_alive(host: str | None, pid: int) -> bool:
     """Whether the process that a temporary name mentions may still write to it; on another machine nobody can tell."""
-    if host is not None and host != re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()):
-        return True
-    if os.name != "posix" or pid == os.getpid():
+    if host not in (None, _host()) or os.name != "posix" or pid == os.getpid():
         return True
     try:
         os.kill(pid, 0)  # signal 0 only asks
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        return True
+        pass
     return True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from unidiff.errors import plain, read_json, reading
+from unidiff.errors import few, plain, read_json, reading
 from unidiff.families.checkpoint.native import load_native
 from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
@@ -46,9 +46,10 @@ def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], w
     everything = entries(place)
     if not (lost := others(place)):
         return
-    shown = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
     says = f"is not empty and holds no {what}" if lost == everything else f"holds more than a {what}"
-    raise ValueError(f"{str(target)!r} {says} that unidiff wrote; {shown} would be lost, so save to a new folder")
+    raise ValueError(
+        f"{str(target)!r} {says} that unidiff wrote; {few(lost, _SHOWN)} would be lost, so save to a new folder"
+    )
 
 
 def others_in_pipeline(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import braceexpand
 
 from unidiff.addresses import is_remote, local_path, scheme
-from unidiff.errors import check_regular, reading
+from unidiff.errors import check_regular, few, reading
 
 ENDINGS = (
     *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.lzma", ".tlz"),
@@ -76,11 +76,9 @@ def check_exist(urls: Sequence[str]) -> None:
 def refuse_missing(names: Sequence[str]) -> None:
     """Raise FileNotFoundError where there are any `names`: shards that do not exist."""
     if names:
-        shown = ", ".join(repr(name if len(name) <= 200 else name[:197] + "...") for name in names[:3]) + (
-            ", ..." if len(names) > 3 else ""
-        )
+        shown = [repr(name if len(name) <= 200 else name[:197] + "...") for name in names]
         count = f"{len(names)} shards do" if len(names) > 1 else "1 shard does"
-        raise FileNotFoundError(f"{count} not exist: {shown}; mend the pattern, or allow it (allow_missing)")
+        raise FileNotFoundError(f"{count} not exist: {few(shown)}; mend the pattern, or allow it (allow_missing)")
 
 
 def is_shard_name(name: str) -> bool:

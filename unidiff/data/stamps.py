@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unidiff.addresses import Unreachable, is_remote, remote_stamp
 from unidiff.data.shard_names import refuse_missing
+from unidiff.errors import few
 from unidiff.files import file_stamp
 
 Stamp = dict[str, int | str]
@@ -42,7 +43,7 @@ def changes(then: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str:
         both = [name for name in ("size", "time", "hash") if name in before and name in stamp]
         if other := [name for name in both if before[name] != stamp[name]]:
             found.append(f"{url} ({', '.join(_difference(name, before, stamp) for name in other)})")
-    return _few(found)
+    return few(found)
 
 
 def token_stamp(path: str | Path) -> Stamp:
@@ -61,7 +62,7 @@ def damage(folder: Path, files: Mapping[str, Stamp]) -> str:
             found.append(f"{name} (missing)")
         elif token_stamp(path) != stamp:
             found.append(f"{name} (other content)")
-    return _few(found)
+    return few(found)
 
 
 def _ask(url: str) -> Stamp:
@@ -76,7 +77,3 @@ def _difference(name: str, before: Stamp, now: Stamp) -> str:
         sizes = ["missing" if stamp["size"] == -1 else stamp["size"] for stamp in (before, now)]
         return f"size {sizes[0]} -> {sizes[1]}"
     return {"time": "changed at another time", "hash": "other content"}[name]
-
-
-def _few(found: list[str]) -> str:
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -10,11 +10,11 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 
+from unidiff.errors import few
 from unidiff.tokens.text import TextTokenizer
 
-_WORD = re.compile(
-    r"[^\W_]+(?:[-'\u2019][^\W_]+)*|(?:[^\w\s.,;:!?\"'()\u2010-\u2027-]|_)"
-)  # words, and signs that do more than part them: pictures, #, /
+# words, and signs that do more than part them: pictures, #, /
+_WORD = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*|(?:[^\w\s.,;:!?\"'()\u2010-\u2027-]|_)")
 _MOST = 8  # words that a message lists
 
 
@@ -54,9 +54,8 @@ def note_on(words: Sequence[str], known: Collection[str] | None) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    more = f" and {len(words) - _MOST} more" if len(words) > _MOST else ""
-    shown = (repr(word if len(word) <= 40 else word[:37] + "...") for word in words[:_MOST])
-    return f"the word{'s' if len(words) > 1 else ''} {', '.join(shown)}{more}"
+    shown = [repr(word if len(word) <= 40 else word[:37] + "...") for word in words]
+    return f"the word{'s' if len(words) > 1 else ''} {few(shown, _MOST)}"
 
 
 def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from unidiff.errors import DamagedFile, read_json, reading, reason_of, writing
-from unidiff.files import path_of, replacing, resolve_link
+from unidiff.errors import DamagedFile, read_json, reading, reason_of
+from unidiff.files import filling_folder, path_of, resolve_link
 from unidiff.hub import download
 from unidiff.schema import check_value
 from unidiff.tokens.text_folder import check_tokenizer_folder
@@ -150,14 +148,9 @@ class TextTokenizer:
         folder = resolve_link(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is a file; name a folder to save the tokenizer in")
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
-                self.tokenizer.save_pretrained(temporary)
-                _check_same_kind(folder, Path(temporary))
-                for file in sorted(Path(temporary).iterdir()):
-                    with replacing(folder / file.name) as written:
-                        shutil.copyfile(file, written)
+        with filling_folder(folder) as temporary:
+            self.tokenizer.save_pretrained(temporary)
+            _check_same_kind(folder, temporary)
 
     def encode(self, text: str) -> list[int]:
         """Text ids of a string, without any special token.
