@@ -14,7 +14,7 @@ from released_pipelines import write_chat, write_pictures
 from tiny_pipeline import tiny_pipeline
 
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.unidisc.weights import unidisc_config, unidisc_state_dict
+from unidiff.families.unidisc import UNIDISC
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
@@ -22,7 +22,7 @@ from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.tokens.text import TextTokenizer
 
 FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "muddit")
-UNIDISC = {
+UNIDISC_CONFIG = {
     "hidden_size": 16,
     "n_blocks": 1,
     "n_heads": 2,
@@ -40,13 +40,13 @@ def write_unidisc(folder: Path) -> None:
     """UniDisc beside LlamaGen's tokenizer (factor 2, 12 codes) and a text tokenizer: 3 x 3 codes, 6 x 6 pixels."""
     texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
     texts.save_pretrained(folder / "text_tokenizer")
-    config = {"model": {**UNIDISC, "text_vocab_size": texts.size + 1}}
+    config = {"model": {**UNIDISC_CONFIG, "text_vocab_size": texts.size + 1}}
     torch.manual_seed(0)
-    model = MaskedTransformer(**unidisc_config(config))
+    model = MaskedTransformer(**UNIDISC_CONFIG.settings(config))
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.3)
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save({"model": {f"_orig_mod.{n}": v for n, v in unidisc_state_dict(model).items()}}, folder / "unidisc.pt")
+    torch.save({"model": {f"_orig_mod.{n}": v for n, v in UNIDISC.export(model).items()}}, folder / "unidisc.pt")
     write_tiny(folder / "image_tokenizer", "llamagen")
 
 

@@ -10,7 +10,7 @@ import muddit_parts
 import torch
 from diffusers import VQModel
 from hostile_cases import Kind
-from released_parts import TINY, tiny_weights, write_tiny
+from released_parts import tiny_weights, write_tiny
 from released_pipelines import write_chat
 from shard_samples import MeanColourTokenizer, write_samples
 from tiny_pipeline import tiny_pipeline
@@ -41,7 +41,7 @@ SENTENCE = "a red fox"
 
 def _released(family: str) -> Kind:
     def load(folder: Path) -> Any:
-        found = load_released(folder, vocabulary=TINY[family].vocabulary)
+        found = load_released(folder, vocabulary=FAMILIES[family].tiny.vocabulary)
         state = found.state_dict()
         return answer(found.model if found.images is None else found.images, found.vocabulary), sorted(state)
 
@@ -67,7 +67,7 @@ def _sharded() -> Kind:
 def _torch_file(zipped: bool) -> Kind:
     def write(folder: Path) -> None:
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(TINY["llada"].config))
+        (folder / "config.json").write_text(json.dumps(FAMILIES["llada"].tiny.config))
         content = {"model": tiny_weights("llada"), "step": 3}
         torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
 
@@ -86,7 +86,7 @@ def _yaml() -> Kind:
 def _converted(family: str) -> Kind:
     def write(folder: Path) -> None:
         write_tiny(folder.parent / f"{folder.name}-source", family)
-        convert(folder.parent / f"{folder.name}-source", folder, vocabulary=TINY[family].vocabulary)
+        convert(folder.parent / f"{folder.name}-source", folder, vocabulary=FAMILIES[family].tiny.vocabulary)
 
     blobs = (WEIGHTS, *(("constants.safetensors",) if FAMILIES[family].constants else ()))
     return Kind(f"converted {family}", write, _released(family).load, ("released.json", "config.json"), blobs)

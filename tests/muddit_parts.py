@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from unidiff.families.muddit import MUDDIT
 from unidiff.families.muddit.folder import MASK_EMBEDDING, WEIGHTS
 from unidiff.families.muddit.text import ClipText
-from unidiff.families.muddit.weights import muddit_state_dict
 from unidiff.models.mmdit import MMDiT
 from unidiff.tokens.image.vq import VQImageTokenizer
 
@@ -116,7 +116,7 @@ def write_folder(folder: Path) -> None:
     model = tiny_model()
     (folder / "transformer").mkdir(parents=True)
     (folder / "transformer" / "config.json").write_text(json.dumps(released_config(model)))
-    save_file(muddit_state_dict(model), folder / "transformer" / WEIGHTS)
+    save_file(MUDDIT.export(model), folder / "transformer" / WEIGHTS)
     torch.manual_seed(0)
     CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)).save_pretrained(folder / "text_encoder")
     letters = [chr(ord("a") + i) for i in range(23)]

@@ -14,21 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidiff.families.image_tokenizers.llamagen import CONFIG_KEYS
+from unidiff.families.image_tokenizers.llamagen import KEYS
 from unidiff.families.mmada.weights import mmada_vocabulary
 from unidiff.families.registry import FAMILIES
-from unidiff.families.verify.known_answers import KNOWN as TINY
 from unidiff.tokens.vocabulary import Vocabulary
 
 
 def tiny_weights(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random weights of a tiny checkpoint under released names."""
     torch.manual_seed(seed)
-    tiny = TINY[family]
-    state = FAMILIES[family].export(tiny.make(tiny.config), {})
+    entry = FAMILIES[family]
+    state = entry.export(entry.make(entry.tiny.config, **entry.tiny.measured))
     drawn = {}
     for name, value in state.items():
-        fixed = name in FAMILIES[family].constants or not value.is_floating_point()
+        fixed = name in entry.constants or not value.is_floating_point()
         drawn[name] = value.contiguous().clone() if fixed else torch.randn(value.shape).mul_(0.2).to(dtype)
     return drawn
 
@@ -37,7 +36,7 @@ def write_tiny(folder: Path, family: str, file: str = "model.safetensors", **cha
     """A released folder: `config.json` (with changes) and the weights; returns the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     state = tiny_weights(family)
-    (folder / "config.json").write_text(json.dumps({**TINY[family].config, **changes}))
+    (folder / "config.json").write_text(json.dumps({**FAMILIES[family].tiny.config, **changes}))
     save_file(state, folder / file)
     return state
 
@@ -98,7 +97,7 @@ def _golden(path: Path) -> GoldenCheckpoint:
         return GoldenCheckpoint(path, full.get(path.stem, full.get("model_config")))
     if "d_model" in full.get("model", {}):
         return GoldenCheckpoint(path, full["model"])
-    for known in (CONFIG_KEYS, ("codebook_dim", "encoder", "decoder")):
+    for known in ((*KEYS.used, *KEYS.harmless), ("codebook_dim", "encoder", "decoder")):
         if known[0] in full:
             return GoldenCheckpoint(path, {key: full[key] for key in known if key in full})
     return GoldenCheckpoint(path, full)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from released_parts import TINY, write_tiny
+from released_parts import write_tiny
 from safetensors.torch import save_file
 
 from unidiff.families.mmada.weights import SPECIALS as MMADA
@@ -24,14 +24,14 @@ TURNS = {
 
 def write_model(folder: Path, family: str, **changes: int) -> None:
     """`config.json` and random weights of the tiny model with changes of its config."""
-    config = {**TINY[family].config, **changes}
+    config = {**FAMILIES[family].tiny.config, **changes}
     torch.manual_seed(0)
-    model = TINY[family].make(config)
+    model = FAMILIES[family].make(config)
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.3)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    weights = {n: v.contiguous() for n, v in FAMILIES[family].export(model, {}).items()}
+    weights = {n: v.contiguous() for n, v in FAMILIES[family].export(model).items()}
     save_file(weights, folder / "model.safetensors")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hostile_cases import limits, sentence_fault
 from hostile_kinds import WEIGHTS
-from released_parts import TINY, tiny_weights, write_tiny
+from released_parts import tiny_weights, write_tiny
 from safetensors.torch import save_file
 
 from unidiff.families.checkpoint.load import load_released
@@ -84,13 +84,13 @@ TORCH = {
 @pytest.mark.parametrize("name", TORCH)
 def test_torch_files_made_to_harm(name: str, zipped: bool, tmp_path: Path):
     make, words = TORCH[name]
-    (tmp_path / "config.json").write_text(json.dumps(TINY["llada"].config))
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llada"].tiny.config))
     torch.save(make(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     _refused(tmp_path, words)
 
 
 def test_a_list_that_occurs_many_times_over_costs_nothing(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY["llada"].config))
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llada"].tiny.config))
     torch.save({"model": tiny_weights("llada"), "more": _many_times_over()}, tmp_path / "pytorch_model.bin")
     with limits():
         assert load_released(tmp_path).family.name == "llada"
@@ -159,7 +159,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_safetensors_made_to_harm(name: str, tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY["llada"].config))
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llada"].tiny.config))
     (tmp_path / "model.safetensors").write_bytes(HEADERS[name])
     _refused(tmp_path, "model.safetensors")
     MaskedTransformer(12, 16, 1, 2).save_pretrained(tmp_path / "own")
@@ -211,7 +211,7 @@ def test_sizes_are_refused_before_memory_is_asked_for(family: str, tmp_path: Pat
                 path.write_text(json.dumps(changed))
                 try:
                     with limits():
-                        load_released(tmp_path, vocabulary=TINY[family].vocabulary)
+                        load_released(tmp_path, vocabulary=FAMILIES[family].tiny.vocabulary)
                 except (ValueError, OSError) as error:
                     assert sentence_fault(error, tmp_path) is None, (key, size, sentence_fault(error, tmp_path))
 

@@ -17,15 +17,16 @@ from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
 from released_pipelines import write_chat, write_pictures
 from safetensors.torch import save_file
-from tiny_families import DREAM, LLADA, LUMINA_IDS, MMADA, UNIDISC, lively
+from tiny_families import DREAM_CONFIG, LLADA_CONFIG, LUMINA_IDS, MMADA_CONFIG, UNIDISC_CONFIG, lively
 
 from unidiff.families import chat
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.dream.weights import dream_config, dream_state_dict
-from unidiff.families.llada.weights import llada_config, llada_state_dict
-from unidiff.families.mmada.weights import SPECIALS, mmada_config, mmada_vocabulary
-from unidiff.families.unidisc.weights import unidisc_config, unidisc_state_dict
-from unidiff.families.verify.published import RELEASES, build_empty
+from unidiff.families.dream import DREAM
+from unidiff.families.llada import LLADA
+from unidiff.families.mmada import MMADA
+from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
+from unidiff.families.registry import FAMILIES as EVERY
+from unidiff.families.unidisc import UNIDISC
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
 
@@ -44,7 +45,7 @@ FAMILIES = [
 ]
 
 
-def write_network(folder: Path, config: dict, network: dict, export: Callable = llada_state_dict) -> None:
+def write_network(folder: Path, config: dict, network: dict, export: Callable = LLADA.export) -> None:
     """A checkpoint of a `MaskedTransformer` with lively weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -56,8 +57,8 @@ def write_unidisc(folder: Path) -> None:
     """A network for 4 x 4 codes behind ten text tokens, with both tokenizers."""
     texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
     image = {"image_vocab_size": 12, "img_length": 16, "txt_length": 10}
-    config = {"model": {**UNIDISC["model"], **image, "text_vocab_size": texts.size + 1}}
-    write_network(folder, config, unidisc_config(config), unidisc_state_dict)
+    config = {"model": {**UNIDISC_CONFIG["model"], **image, "text_vocab_size": texts.size + 1}}
+    write_network(folder, config, UNIDISC.settings(config), UNIDISC.export)
     write_tiny(folder / "image_tokenizer", "llamagen")
     texts.save_pretrained(folder / "text_tokenizer")
 
@@ -73,12 +74,15 @@ def shelf(tmp_path_factory) -> Path:
     write_tiny(root / "checkpoints" / "llamagen", "llamagen")
     (root / "checkpoints" / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, root / "checkpoints" / "llamagen" / "vq_ds16_c2i.pt")
-    write_network(root / "checkpoints" / "mmada", MMADA, mmada_config(MMADA))
+    write_network(root / "checkpoints" / "mmada", MMADA_CONFIG, MMADA.settings(MMADA_CONFIG))
     write_network(
-        root / "checkpoints" / "dream", {"model_type": "Dream", **DREAM}, dream_config(DREAM), dream_state_dict
+        root / "checkpoints" / "dream",
+        {"model_type": "Dream", **DREAM_CONFIG},
+        DREAM.settings(DREAM_CONFIG),
+        DREAM.export,
     )
-    lumina = {**LLADA, "vocab_size": 60, "mask_token_id": 35, "architectures": ["LLaDAForMultiModalGeneration"]}
-    write_network(root / "checkpoints" / "lumina", lumina, llada_config(lumina))
+    lumina = {**LLADA_CONFIG, "vocab_size": 60, "mask_token_id": 35, "architectures": ["LLaDAForMultiModalGeneration"]}
+    write_network(root / "checkpoints" / "lumina", lumina, LLADA.settings(lumina))
     write_folder(root / "checkpoints" / "muddit" / "512")
     write_chat(root / "checkpoints" / "llada-8b-instruct", "llada")
     vocabulary = write_pictures(root / "lumina", "lumina")
@@ -143,11 +147,13 @@ def rows() -> list[list[str]]:
 def test_the_table_lists_every_release_with_the_memory_of_its_weights():
     listed = {row[1].strip("`"): row[4] for row in rows()}
     variants = {"unidisc-1.4b-512", "unidisc-1.4b-interleaved", "unidisc-medium-vq16", "unidisc-small-vq16"}
-    assert set(listed) == {release.name for release in RELEASES} - variants  # the same networks with other tables
-    for release in RELEASES:
-        if release.name in listed:
-            gigabytes = 2e-9 * sum(p.numel() for p in build_empty(release).parameters())
-            assert listed[release.name] == f"{gigabytes:.2f} GB", release.name
+    releases = {release.name: (family, release) for family in EVERY.values() for release in family.releases}
+    assert set(listed) == set(releases) - variants  # the same networks with other tables
+    for name, stated in listed.items():
+        family, release = releases[name]
+        with torch.device("meta"):
+            gigabytes = 2e-9 * sum(p.numel() for p in family.make(release.config).parameters())
+        assert stated == f"{gigabytes:.2f} GB", name
 
 
 def test_names_in_the_text_exist():

@@ -11,19 +11,23 @@ from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.families.dream.weights import dream_config, dream_state_dict, load_dream
-from unidiff.families.llada.weights import llada_batch, llada_config, llada_state_dict, load_llada
+from unidiff.families.dream import DREAM
+from unidiff.families.llada import LLADA
+from unidiff.families.llada.weights import llada_batch
 from unidiff.families.lumina.weights import lumina_batch, lumina_pair
-from unidiff.families.mdlm.weights import load_mdlm, mdlm_batch, mdlm_config, mdlm_state_dict
+from unidiff.families.mdlm import MDLM
+from unidiff.families.mdlm.weights import mdlm_batch
+from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
-from unidiff.families.mmada.weights import SPECIALS, load_mmada, mmada_config, mmada_state_dict, mmada_vocabulary
+from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
-from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict
+from unidiff.families.unidisc import UNIDISC
+from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
 STEPS = 6
-UNIDISC = {
+UNIDISC_CONFIG = {
     "model": {
         "hidden_size": 24,
         "n_blocks": 2,
@@ -38,8 +42,8 @@ UNIDISC = {
         "image_vocab_size": 12,
     }
 }
-MDLM = {"hidden_dim": 24, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "vocab_size": 20, "dropout": 0.0}
-LLADA = {
+MDLM_CONFIG = {"hidden_dim": 24, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "vocab_size": 20, "dropout": 0.0}
+LLADA_CONFIG = {
     "d_model": 32,
     "n_heads": 4,
     "n_kv_heads": 2,
@@ -54,7 +58,7 @@ LLADA = {
     "eot_token_id": 37,
     "block_group_size": 2,
 }
-DREAM = {
+DREAM_CONFIG = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -67,7 +71,14 @@ DREAM = {
     "pad_token_id": 30,
     "eos_token_id": 30,
 }
-MMADA = {"d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2, "mlp_hidden_size": 48, "new_vocab_size": 60}
+MMADA_CONFIG = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "n_layers": 2,
+    "mlp_hidden_size": 48,
+    "new_vocab_size": 60,
+}
 LUMINA_IDS = {"newline": 24, "boi": 25, "eoi": 26, "answer": 27, "end_answer": 28}
 
 
@@ -114,7 +125,7 @@ def _decoding(guidance: float = 2.0, **text: Any) -> SamplerConfig:
 
 def unidisc() -> TinyFamily:
     """Eight text tokens, then a 3 x 3 image; the first row draws, the second writes, the third fills holes in both."""
-    model, vocabulary = load_unidisc(unidisc_state_dict(lively(unidisc_config(UNIDISC))), UNIDISC)
+    model, vocabulary = UNIDISC.load(UNIDISC.export(lively(UNIDISC.settings(UNIDISC_CONFIG))), UNIDISC_CONFIG)
     text, image = _ids(3, 8, 0, vocabulary.text[1]), _ids(3, 9, *vocabulary.image, 2)
     modality = torch.cat((torch.zeros_like(text), torch.ones_like(image)), 1)
     attended = torch.ones_like(modality)
@@ -128,7 +139,7 @@ def unidisc() -> TinyFamily:
 
 def mdlm() -> TinyFamily:
     """A row without any known token would be all alike: its ties would be broken by rounding."""
-    model, vocabulary = load_mdlm(mdlm_state_dict(lively(mdlm_config(MDLM))), MDLM)
+    model, vocabulary = MDLM.load(MDLM.export(lively(MDLM.settings(MDLM_CONFIG))), MDLM_CONFIG)
     batch = mdlm_batch(_ids(3, 14, 0, vocabulary.text[1]))
     given = torch.arange(14) < torch.tensor([[3], [1], [6]])
     return TinyFamily("mdlm", model, vocabulary, batch.replace(given=given).hide_targets(vocabulary), _decoding())
@@ -136,13 +147,15 @@ def mdlm() -> TinyFamily:
 
 def llada(seed: int = 0) -> TinyFamily:
     """Prompts of 3, 5 and 6 tokens before answers of 12, padding on the left, as in batches for generation."""
-    model, vocabulary = load_llada(llada_state_dict(lively(llada_config(LLADA), seed), 2, fused=True), LLADA)
+    model, vocabulary = LLADA.load(
+        LLADA.export(lively(LLADA.settings(LLADA_CONFIG), seed), {"block_group_size": 2, "fused": True}), LLADA_CONFIG
+    )
     return TinyFamily("llada", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
 
 
 def dream() -> TinyFamily:
     """As LLaDA, but the logits at a token predict the next one."""
-    model, vocabulary = load_dream(dream_state_dict(lively(dream_config(DREAM))), DREAM)
+    model, vocabulary = DREAM.load(DREAM.export(lively(DREAM.settings(DREAM_CONFIG))), DREAM_CONFIG)
     return TinyFamily("dream", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
 
 
@@ -158,8 +171,8 @@ def llada_rows(prompts: list[int], vocabulary: Vocabulary, answer: int = 12, see
 def mmada() -> TinyFamily:
     """Images of 2 x 2 codes, with MMaDA's own unconditional rows; the second row is partly known."""
     vocabulary = mmada_vocabulary(60, 41, 16, 40, {name: 20 + i for i, name in enumerate(SPECIALS)})
-    state = mmada_state_dict(lively(mmada_config(MMADA)))
-    model, _ = load_mmada(state, MMADA, vocabulary=vocabulary)
+    state = MMADA.export(lively(MMADA.settings(MMADA_CONFIG)))
+    model, _ = MMADA.load(state, MMADA_CONFIG, vocabulary=vocabulary)
     codes = torch.tensor([[-1, -1, -1, -1], [-1, 2, -1, -1], [-1, -1, -1, -1]])
     ids = torch.where(codes < 0, vocabulary.image_mask, codes + vocabulary.image[0])
     prompts = MMaDAPrompts(vocabulary, text_length=6)
@@ -180,8 +193,8 @@ def lumina_vocabulary() -> Vocabulary:
 def lumina() -> TinyFamily:
     """A 3 x 2 image between newlines behind prompts of one length, and the unconditional prompt of another."""
     vocabulary = lumina_vocabulary()
-    config = {**LLADA, "vocab_size": 60, "mask_token_id": 35, "n_kv_heads": 4}
-    model, _ = load_llada(llada_state_dict(lively(llada_config(config))), config, vocabulary=vocabulary)
+    config = {**LLADA_CONFIG, "vocab_size": 60, "mask_token_id": 35, "n_kv_heads": 4}
+    model, _ = LLADA.load(LLADA.export(lively(LLADA.settings(config))), config, vocabulary=vocabulary)
     ids = lumina_ids(_ids(3, 5, 0, 24), (3, 2))
     batch, other = lumina_pair(ids, _ids(3, 2, 0, 24, 7), 7, vocabulary)
     return TinyFamily("lumina", model, vocabulary, batch, _decoding(), other)

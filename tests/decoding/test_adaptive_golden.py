@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import AdaptiveCache, HeldGuidance
-from unidiff.families.llada.weights import load_llada
+from unidiff.families.llada import LLADA
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch
 
@@ -107,7 +107,7 @@ def policy_of(scenario: dict) -> AdaptiveCache | NoCache:
 def test_trace(folder: Path, name: str, spied) -> None:
     config = json.loads((folder / "config.json").read_text())
     scenario, run = config["scenarios"][name], config["generation"]
-    model, vocabulary = load_llada(load_file(folder / "model.safetensors"), config["model_config"])
+    model, vocabulary = LLADA.load(load_file(folder / "model.safetensors"), config["model_config"])
     prompt = load_file(folder / "inputs.safetensors")["prompt_ids"]
     expected = load_file(folder / f"trace_{name}.safetensors")
     rows = [[Span.text(p, True), Span.masked_text(run["gen_length"], vocabulary)] for p in prompt]

@@ -15,7 +15,7 @@ from torch import Tensor
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig, draw
 from unidiff.decoding.cache.max_logit import MaxLogitCache
 from unidiff.diffusion.schedules.cosine import Cosine
-from unidiff.families.llada.weights import load_llada
+from unidiff.families.llada import LLADA
 from unidiff.families.lumina.weights import lumina_pair
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
@@ -63,7 +63,7 @@ class Replayed:
 def test_trace(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((folder / "config.json").read_text())
     scenario, vocabulary, start = config["scenarios"][name], vocabulary_of(config), config["tokens"]["code_start"]
-    model, _ = load_llada(load_file(folder / "model.safetensors"), config["model_config"], vocabulary=vocabulary)
+    model, _ = LLADA.load(load_file(folder / "model.safetensors"), config["model_config"], vocabulary=vocabulary)
     inputs = load_file(folder / "inputs.safetensors")
     expected = load_file(folder / f"trace_{name}.safetensors")
     batch, other = lumina_pair(inputs["cond_ids"], inputs["uncond_prefix_ids"], start, vocabulary)

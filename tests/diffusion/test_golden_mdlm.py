@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tests.reference.times import importance_times, importance_weight, sample_times
 from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll
-from unidiff.families.mdlm.weights import load_mdlm, mdlm_batch, mdlm_vocabulary
+from unidiff.families.mdlm import MDLM
+from unidiff.families.mdlm.weights import mdlm_batch
 
 pytestmark = pytest.mark.golden
 FOLDERS = [f for f in golden_folders("mdlm") if (f / "losses.safetensors").is_file()]
@@ -139,7 +140,7 @@ def test_times_and_corruption(config, losses):
         if grid is not None:
             close(grid, case["t_discrete"], rtol=1e-6)
         close(rate, case["move_chance"], rtol=1e-4)
-        noisy = mask_tokens(batch, case["move_chance"], mdlm_vocabulary(config), case["u_mask"])
+        noisy = mask_tokens(batch, case["move_chance"], MDLM.vocabulary(config), case["u_mask"])
         assert torch.equal(noisy.batch.ids, case["x_t"]), case.name
         sigma = t if case.kind == "subs_cov" else case.schedule.sigma(t if grid is None else grid)
         close(sigma, case["cond_sigma"], rtol=1e-4)
@@ -150,8 +151,8 @@ class Networks:
 
     def __init__(self, folder, config):
         weights = load_file(folder / "weights.safetensors")
-        self.models = {on: load_mdlm(weights, {**config, "time_conditioning": on})[0] for on in (False, True)}
-        self.vocabulary = load_mdlm(weights, config)[1]
+        self.models = {on: MDLM.load(weights, {**config, "time_conditioning": on})[0] for on in (False, True)}
+        self.vocabulary = MDLM.load(weights, config)[1]
 
     @torch.no_grad()
     def logits(self, case, ids, sigma):

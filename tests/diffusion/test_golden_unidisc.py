@@ -12,7 +12,8 @@ from tests.reference.times import sample_times
 from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.diffusion.objective import time_weight
-from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_interleaved, unidisc_keymap
+from unidiff.families.unidisc import UNIDISC
+from unidiff.families.unidisc.weights import unidisc_batch, unidisc_interleaved
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden
@@ -30,7 +31,7 @@ class Set:
         self.folder = folder
         self.config = json.loads((folder / "config.json").read_text())
         self.trainer = self.config["config"]["trainer"]
-        self.model, self.vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), self.config)
+        self.model, self.vocabulary = UNIDISC.load(load_file(folder / "weights.safetensors"), self.config)
         self.packed = unidisc_interleaved(self.config)
 
     def load(self, name):
@@ -158,7 +159,7 @@ def test_gradient_norms(golden):
     total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    theirs = unidisc_keymap(model.config).to_theirs(gradients)
+    theirs = UNIDISC.keymap(model, {}).to_theirs(gradients)
     assert set(norms) == set(theirs)
     for name, expected in norms.items():
         close(theirs[name].norm(), expected, rtol=2e-4 if "bias" in name else 1e-4, atol=1e-7)

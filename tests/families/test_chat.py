@@ -9,7 +9,7 @@ import torch
 
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache
 from unidiff.families.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, llada_sampler
-from unidiff.families.llada.weights import llada_config, llada_vocabulary
+from unidiff.families.llada import LLADA
 from unidiff.families.tasks import run_task
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
@@ -29,10 +29,10 @@ def encode(text: str) -> list[int]:
 @pytest.fixture(scope="module")
 def made():
     torch.manual_seed(5)
-    model = MaskedTransformer(**llada_config(CONFIG)).eval()
+    model = MaskedTransformer(**LLADA.settings(CONFIG)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    return model, llada_vocabulary({**CONFIG, "eos_token_id": EOS})
+    return model, LLADA.vocabulary({**CONFIG, "eos_token_id": EOS})
 
 
 def rows_of(made, left=True, **settings) -> ChatRows:
@@ -104,7 +104,7 @@ def test_blocks_are_decoded_one_after_the_other(made):
 @pytest.mark.parametrize("end", [EOS, EOT])
 def test_an_answer_ends_at_end_of_text_or_turn(made, end):
     model, vocabulary = made
-    loud = MaskedTransformer(**{**llada_config(CONFIG), "head_bias": True}).eval()
+    loud = MaskedTransformer(**{**LLADA.settings(CONFIG), "head_bias": True}).eval()
     loud.load_state_dict({**model.state_dict(), "output_bias": torch.zeros(70)})
     loud.output_bias.data[end] = 100.0
     request = rows_of(made, steps=8).ask(["what", "a fox"], 8)

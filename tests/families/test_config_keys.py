@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from released_parts import TINY, tiny_weights, write_tiny
+from released_parts import tiny_weights, write_tiny
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_released
 from unidiff.families.checkpoint.load import load_released
+from unidiff.families.registry import FAMILIES
 from unidiff.families.verify.smoke import answer
 from unidiff.models.transformer import MaskedTransformer
 
@@ -56,7 +57,7 @@ OPTIONS = {
 
 
 def computes(folder: Path, family: str) -> torch.Tensor:
-    found = load_released(folder, vocabulary=TINY[family].vocabulary)
+    found = load_released(folder, vocabulary=FAMILIES[family].tiny.vocabulary)
     return answer(found.model, found.vocabulary)
 
 
@@ -71,7 +72,7 @@ def test_options_that_change_the_computation_are_refused_unless_they_are_off(fam
         value = OPTIONS[option]
     write_tiny(tmp_path, family, **{option: value})
     with pytest.raises(ValueError, match=rf"config\.json as {family}: config has {option} = ") as caught:
-        load_released(tmp_path, vocabulary=TINY[family].vocabulary)
+        load_released(tmp_path, vocabulary=FAMILIES[family].tiny.vocabulary)
     assert "\n" not in str(caught.value)
     good = computes(_written(tmp_path / "good", family), family)
     neutral = (None, "default") if isinstance(value, str) else (None, False) if isinstance(value, bool) else (None,)
@@ -95,7 +96,7 @@ def test_whole_released_configs_load_and_change_nothing(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["dream", "llada"])
 def test_plain_rotary_positions_in_the_newer_spelling(family: str, tmp_path: Path):
-    theta = TINY[family].config.get("rope_theta", 1e6)
+    theta = FAMILIES[family].tiny.config.get("rope_theta", 1e6)
     good = computes(_written(tmp_path / "good", family), family)
     for rope in ({"rope_type": "default", "rope_theta": theta}, {"type": "default"}):
         write_tiny(tmp_path, family, rope_parameters=rope)
@@ -109,7 +110,7 @@ def test_plain_rotary_positions_in_the_newer_spelling(family: str, tmp_path: Pat
     ):
         write_tiny(tmp_path, family, rope_parameters=rope)
         with pytest.raises(ValueError, match="rope"):
-            load_released(tmp_path, vocabulary=TINY[family].vocabulary)
+            load_released(tmp_path, vocabulary=FAMILIES[family].tiny.vocabulary)
 
 
 @pytest.mark.parametrize("family", ["unidisc", "mdlm"])
@@ -164,18 +165,18 @@ def test_an_equal_copy_of_a_tied_head_is_accepted_and_written_back(family: str, 
         save_file(stored, folder / "model.safetensors")
         if equal is not None and not torch.equal(equal, state[table]):
             with pytest.raises(ValueError, match=rf"model\.safetensors .*{head.removeprefix('model.')}' differs from"):
-                load_released(folder, vocabulary=TINY[family].vocabulary)
+                load_released(folder, vocabulary=FAMILIES[family].tiny.vocabulary)
             save_file({**state, head: state[table][:-1].clone()}, folder / "model.safetensors")
             with pytest.raises(ValueError, match="1 misshaped"):
-                load_released(folder, vocabulary=TINY[family].vocabulary)
+                load_released(folder, vocabulary=FAMILIES[family].tiny.vocabulary)
             continue
-        found = load_released(folder, vocabulary=TINY[family].vocabulary)
+        found = load_released(folder, vocabulary=FAMILIES[family].tiny.vocabulary)
         assert found.model.output_weight is None
         back = found.state_dict()
         assert set(back) == set(stored) and all(torch.equal(back[n], v) for n, v in stored.items())
         others = tmp_path / f"{folder.name} written"
         save_released(found, others / "back")
-        convert(folder, others / "own", vocabulary=TINY[family].vocabulary)
+        convert(folder, others / "own", vocabulary=FAMILIES[family].tiny.vocabulary)
         convert(others / "own", others / "again")
         for name in ("back", "again"):
             again = load_file(others / name / "model.safetensors")

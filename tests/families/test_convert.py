@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from golden import golden_folders
-from released_parts import TINY, golden_checkpoints, tiny_weights, write_tiny
+from released_parts import golden_checkpoints, tiny_weights, write_tiny
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_shards
@@ -78,7 +78,7 @@ def test_tiny_round_trip(family, dtype, tmp_path):
     write_tiny(tmp_path / "a", family)
     state = tiny_weights(family, dtype=dtype)
     save_file(state, tmp_path / "a" / "model.safetensors")
-    convert(tmp_path / "a", tmp_path / "b", vocabulary=TINY[family].vocabulary)
+    convert(tmp_path / "a", tmp_path / "b", vocabulary=FAMILIES[family].tiny.vocabulary)
     assert load_released(tmp_path / "b").family.name == family
     convert(tmp_path / "b", tmp_path / "c")
     assert_same_bytes(read_all(tmp_path / "c"), state)
@@ -121,7 +121,7 @@ def test_constants_come_back_as_they_were_stored_or_not_at_all(tmp_path):
 def test_shards(tmp_path):
     state = tiny_weights("llada")
     save_shards(state, tmp_path, "model", "8KB")
-    (tmp_path / "config.json").write_text(json.dumps(TINY["llada"].config))
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llada"].tiny.config))
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_same_bytes(load_released(tmp_path).state_dict(), state)
 

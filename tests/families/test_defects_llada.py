@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_families import LLADA, family, lively, llada_rows
+from tiny_families import LLADA_CONFIG, family, lively, llada_rows
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
-from unidiff.families.llada.weights import llada_batch, llada_config
+from unidiff.families.llada import LLADA
+from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 
@@ -116,7 +117,7 @@ def test_ids_are_where_the_vocabulary_says():
     tiny = family("llada")
     size = tiny.vocabulary.size
     new = torch.randperm(size, generator=torch.Generator().manual_seed(3))  # old id -> new id
-    renamed = lively(llada_config(LLADA))
+    renamed = lively(LLADA.settings(LLADA_CONFIG))
     renamed.load_state_dict(tiny.model.state_dict())
     with torch.no_grad():
         renamed.embed_tokens.weight[new] = tiny.model.embed_tokens.weight

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import UNIDISC, family, lively
+from tiny_families import UNIDISC_CONFIG, family, lively
 
 import unidiff
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import mask_count_nelbo, model_scorer
-from unidiff.families.unidisc.weights import load_unidisc, unidisc_batch, unidisc_config, unidisc_state_dict
+from unidiff.families.unidisc import UNIDISC
+from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch
 from unidiff.tokens.text import TextTokenizer
@@ -78,7 +79,9 @@ def test_pairs_are_scored_both_ways():
 
 def test_the_loss_has_gradients_in_float32():
     """Upstream: an in-place write stops the backward pass of an eager float32 model."""
-    model, vocabulary = load_unidisc(unidisc_state_dict(lively(unidisc_config(UNIDISC))), UNIDISC, torch.float32)
+    model, vocabulary = UNIDISC.load(
+        UNIDISC.export(lively(UNIDISC.settings(UNIDISC_CONFIG))), UNIDISC_CONFIG, torch.float32
+    )
     batch = rows()
     drawn = torch.randint(12, batch.ids.shape, generator=torch.Generator().manual_seed(1))
     batch = unidisc_batch(drawn + vocabulary.image[0] * batch.modality, batch.modality)
@@ -95,7 +98,7 @@ def test_the_loss_has_gradients_in_float32():
 @pytest.mark.parametrize("change", ["missing", "left over", "misshaped"])
 def test_a_checkpoint_that_does_not_fit_is_refused(change: str):
     """Upstream loads what fits and says nothing."""
-    state = unidisc_state_dict(family("unidisc").model)
+    state = UNIDISC.export(family("unidisc").model)
     name = "blocks.1.mlp.0.weight"
     if change == "missing":
         del state[name]
@@ -104,7 +107,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change: str):
     else:
         state[name] = state[name][:-1]
     with pytest.raises(ValueError, match=r"blocks\.[12]\.mlp\.0\.weight"):
-        load_unidisc(state, UNIDISC)
+        UNIDISC.load(state, UNIDISC_CONFIG)
 
 
 @pytest.mark.parametrize("start", [0, 4, 8])

@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from unidiff.decoding import Sampler
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, NoCache, PrefixCache, VicinityCache
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.dream.weights import RELEASED, dream_config, dream_sampler, dream_state_dict, load_dream
+from unidiff.families.dream import DREAM
+from unidiff.families.dream.weights import RELEASED, dream_sampler
 from unidiff.families.llada.weights import llada_batch
 from unidiff.families.registry import recognise
 from unidiff.models.transformer import MaskedTransformer
@@ -52,7 +53,7 @@ def reference() -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def dream(reference):
-    return load_dream(reference.state_dict(), CONFIG)
+    return DREAM.load(reference.state_dict(), CONFIG)
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,11 +82,11 @@ def test_logits_are_the_references_moved_one_on(reference, dream):
 
 def test_names_map_both_ways(reference, dream):
     model, vocabulary = dream
-    back, weights = dream_state_dict(model), reference.state_dict()
+    back, weights = DREAM.export(model), reference.state_dict()
     assert set(back) == set(weights) and all(torch.equal(back[name], value) for name, value in weights.items())
     assert vocabulary.mask_id == MASK and vocabulary.specials["eos"] == EOS
     with pytest.raises(ValueError, match="missing"):
-        load_dream({n: v for n, v in weights.items() if not n.endswith("q_proj.bias")}, CONFIG)
+        DREAM.load({n: v for n, v in weights.items() if not n.endswith("q_proj.bias")}, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +99,12 @@ def test_names_map_both_ways(reference, dream):
 )
 def test_other_networks_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        load_dream({}, {**CONFIG, **change})
+        DREAM.load({}, {**CONFIG, **change})
 
 
 def test_the_released_size():
     with torch.device("meta"):
-        model = MaskedTransformer(**dream_config(RELEASED))
+        model = MaskedTransformer(**DREAM.settings(RELEASED))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(7.62e9, rel=5e-3)
 
 

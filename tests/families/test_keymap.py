@@ -5,28 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, build, strip_prefixes, unwrap
+from unidiff.checked import build_on_meta
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble, per_layer, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
 
 CONFIG = dict(vocab_size=11, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=24, rope="1d")
 CONFIG["modality_embedding"] = False
 # A LLaMA-like family: separate projections that are one matrix here.
+LAYER = [
+    Entry("blocks.{i}.attention_norm.weight", "layers.{i}.norm_a"),
+    Entry("blocks.{i}.attention.qkv.weight", ("layers.{i}.q", "layers.{i}.k", "layers.{i}.v"), (16, 8, 8)),
+    Entry("blocks.{i}.attention.out.weight", "layers.{i}.o"),
+    Entry("blocks.{i}.ffn_norm.weight", "layers.{i}.norm_f"),
+    Entry("blocks.{i}.feed_forward.up.weight", ("layers.{i}.gate", "layers.{i}.up"), (24, 24)),
+    Entry("blocks.{i}.feed_forward.down.weight", "layers.{i}.down"),
+]
 KEYMAP = KeyMap(
     [
         Entry("embed_tokens.weight", "wte"),
-        Entry("blocks.{i}.attention_norm.weight", "layers.{i}.norm_a"),
-        Entry("blocks.{i}.attention.qkv.weight", ("layers.{i}.q", "layers.{i}.k", "layers.{i}.v"), (16, 8, 8)),
-        Entry("blocks.{i}.attention.out.weight", "layers.{i}.o"),
-        Entry("blocks.{i}.ffn_norm.weight", "layers.{i}.norm_f"),
-        Entry("blocks.{i}.feed_forward.up.weight", ("layers.{i}.gate", "layers.{i}.up"), (24, 24)),
-        Entry("blocks.{i}.feed_forward.down.weight", "layers.{i}.down"),
+        *per_layer(2, LAYER),
         Entry("final_norm.weight", "ln_f"),
         Entry("output_weight", "lm_head"),
     ],
-    layers=2,
-    prefixes=("module.", "_orig_mod."),
     constants={"inv_freq": torch.tensor([1.0, 0.01])},
 )
+
+
+def build(state: dict, dtype: torch.dtype | None = None) -> MaskedTransformer:
+    return assemble(build_on_meta(MaskedTransformer, CONFIG), KEYMAP, state, dtype)
 
 
 def theirs() -> dict[str, torch.Tensor]:
@@ -37,7 +43,7 @@ def theirs() -> dict[str, torch.Tensor]:
 def test_round_trip_splits_and_joins():
     state = theirs()
     assert state["layers.1.k"].shape == (8, 16) and state["layers.0.gate"].shape == (24, 16)
-    model = build(CONFIG, KEYMAP, state)
+    model = build(state)
     weights = model.state_dict()
     torch.testing.assert_close(weights["blocks.1.attention.qkv.weight"][16:24], state["layers.1.k"], rtol=0, atol=0)
     back = KEYMAP.to_theirs(weights)
@@ -55,7 +61,7 @@ def test_names_come_layer_by_layer_in_entry_order():
 
 def test_prefixes_nesting_and_dtype():
     state = {"model": {f"module._orig_mod.{name}": value for name, value in theirs().items()}, "step": 3}
-    model = build(CONFIG, KEYMAP, state, torch.bfloat16)
+    model = build(strip_prefixes(unwrap(state)), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert unwrap({"state_dict": {"a": 1}}) == {"a": 1}
     assert strip_prefixes({"module.module.a": 1, "b.module.": 2}, ["module."]) == {"a": 1, "b.module.": 2}
@@ -66,9 +72,9 @@ def test_prefixes_nesting_and_dtype():
 def test_a_saved_constant_may_be_absent_but_not_different():
     state = theirs()
     del state["inv_freq"]
-    build(CONFIG, KEYMAP, state)
+    build(state)
     with pytest.raises(ValueError, match="'inv_freq' is not the constant"):
-        build(CONFIG, KEYMAP, {**state, "inv_freq": torch.tensor([1.0, 0.5])})
+        build({**state, "inv_freq": torch.tensor([1.0, 0.5])})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ def test_bad_checkpoints_are_refused(change, message):
     state = theirs()
     change(state)
     with pytest.raises(ValueError, match=message):
-        build(CONFIG, KEYMAP, state)
+        build(state)
 
 
 def test_a_model_with_other_options_cannot_be_exported():

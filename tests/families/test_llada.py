@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference.llada import LladaCompat, LladaSettings, generate, select
 
-from unidiff.families.llada.weights import llada_batch, llada_config, llada_state_dict, llada_vocabulary, load_llada
+from unidiff.families.llada import LLADA
+from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 
@@ -58,7 +59,7 @@ TINY = RELEASED | dict(
 def tiny(**changes) -> tuple[MaskedTransformer, dict]:
     config = TINY | changes
     torch.manual_seed(0)
-    model = MaskedTransformer(**llada_config(config)).eval()
+    model = MaskedTransformer(**LLADA.settings(config)).eval()
     for p in model.parameters():
         p.data.normal_(std=0.3)
     return model, config
@@ -66,9 +67,9 @@ def tiny(**changes) -> tuple[MaskedTransformer, dict]:
 
 def test_released_size_and_vocabulary():
     with torch.device("meta"):
-        model = MaskedTransformer(**llada_config(RELEASED))
+        model = MaskedTransformer(**LLADA.settings(RELEASED))
     assert sum(p.numel() for p in model.parameters()) == 8_015_581_184
-    assert llada_vocabulary(RELEASED) == Vocabulary.named("llada")
+    assert LLADA.vocabulary(RELEASED) == Vocabulary.named("llada")
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,8 @@ def test_released_size_and_vocabulary():
 )
 def test_every_layout_maps_both_ways(layout, changes):
     model, config = tiny(**changes)
-    theirs = llada_state_dict(model, **layout)
-    back, vocabulary = load_llada({f"module.{name}": value for name, value in theirs.items()}, config)
+    theirs = LLADA.export(model, layout)
+    back, vocabulary = LLADA.load({f"module.{name}": value for name, value in theirs.items()}, config)
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
     assert dict(back.config) == dict(model.config)
     assert (vocabulary.size, vocabulary.mask_id, vocabulary.specials["eos"]) == (22, 7, 3)
@@ -100,7 +101,7 @@ def test_every_layout_maps_both_ways(layout, changes):
 
 def test_fused_projection_is_queries_keys_values():
     model, _ = tiny()
-    apart, fused = llada_state_dict(model), llada_state_dict(model, fused=True)
+    apart, fused = LLADA.export(model), LLADA.export(model, {"fused": True})
     where = "model.transformer.blocks.2."
     joined = torch.cat([apart[f"{where}{name}_proj.weight"] for name in "qkv"])
     assert torch.equal(joined, fused[f"{where}att_proj.weight"])
@@ -120,22 +121,22 @@ def test_fused_projection_is_queries_keys_values():
 )
 def test_other_networks_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        llada_config(TINY | change)
+        LLADA.settings(TINY | change)
 
 
 def test_wrong_checkpoints_are_refused():
     model, config = tiny()
-    weights = llada_state_dict(model)
+    weights = LLADA.export(model)
     with pytest.raises(ValueError, match="1 missing"):
-        load_llada({k: v for k, v in weights.items() if "ln_f" not in k}, config)
+        LLADA.load({k: v for k, v in weights.items() if "ln_f" not in k}, config)
     with pytest.raises(ValueError, match="left over"):
-        load_llada(weights | {"model.transformer.wpe.weight": torch.zeros(1)}, config)
+        LLADA.load(weights | {"model.transformer.wpe.weight": torch.zeros(1)}, config)
     with pytest.raises(ValueError, match="shape"):
-        load_llada(weights, config | {"n_kv_heads": 4})
+        LLADA.load(weights, config | {"n_kv_heads": 4})
     with pytest.raises(ValueError, match="19 ids"):
-        load_llada(weights, config, vocabulary=Vocabulary.unified(11, 7))
+        LLADA.load(weights, config, vocabulary=Vocabulary.unified(11, 7))
     with pytest.raises(ValueError, match="mask_token_id"):
-        load_llada(weights, config | {"mask_token_id": None})
+        LLADA.load(weights, config | {"mask_token_id": None})
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def test_reference_settings_are_checked():
     model, config = tiny()
     settings = LladaSettings(steps=4, gen_length=4, block_length=4, random_order=True)
     with pytest.raises(ValueError, match="uniforms"):
-        generate(model, llada_vocabulary(config), torch.tensor([[1, 2]]), settings, LladaCompat())
+        generate(model, LLADA.vocabulary(config), torch.tensor([[1, 2]]), settings, LladaCompat())
 
 
 def test_the_factor_quirk_is_an_option():

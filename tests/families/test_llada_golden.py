@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding.commit.choose import quota
-from unidiff.families.llada.weights import llada_batch, llada_state_dict, load_llada
+from unidiff.families.llada import LLADA
+from unidiff.families.llada.weights import llada_batch
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
@@ -69,7 +70,7 @@ def case_params() -> list:
 def load(folder: Path) -> tuple[MaskedTransformer, Vocabulary]:
     config = read_config(folder)
     named = {k: v for k, v in config.items() if k.endswith("_token_id")}
-    return load_llada(load_file(folder / "weights.safetensors"), {**config["model"], **named})
+    return LLADA.load(load_file(folder / "weights.safetensors"), {**config["model"], **named})
 
 
 @lru_cache(maxsize=1)
@@ -109,8 +110,8 @@ def folder(request) -> Path:
 def test_every_weight_maps_both_ways(folder):
     weights = load_file(folder / "weights.safetensors")
     for prefix in ("", "module.", "_orig_mod.module."):
-        model, _ = load_llada({prefix + name: value for name, value in weights.items()}, read_config(folder)["model"])
-        back = llada_state_dict(model)
+        model, _ = LLADA.load({prefix + name: value for name, value in weights.items()}, read_config(folder)["model"])
+        back = LLADA.export(model)
         assert set(back) == set(weights) and all(torch.equal(back[name], value) for name, value in weights.items())
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache
-from unidiff.families.llada.weights import llada_batch, load_llada
+from unidiff.families.llada import LLADA
+from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 
@@ -32,7 +33,7 @@ POLICIES = {
 @lru_cache(maxsize=1)
 def load(folder: Path) -> tuple[dict, dict[str, Tensor], MaskedTransformer, Vocabulary]:
     config = json.loads((folder / "config.json").read_text())
-    model, vocabulary = load_llada(load_file(folder / "weights.safetensors"), config["model"])
+    model, vocabulary = LLADA.load(load_file(folder / "weights.safetensors"), config["model"])
     return config, load_file(folder / "traces.safetensors"), model, vocabulary
 
 

@@ -12,13 +12,8 @@ from golden import golden_folders
 from reference.image_tokenizer_losses import codebook_usage, vq_losses
 from safetensors.torch import load_file
 
-from unidiff.families.image_tokenizers.llamagen import (
-    CONFIG_KEYS,
-    RELEASED,
-    llamagen_config,
-    llamagen_state_dict,
-    load_llamagen,
-)
+from unidiff.families.checkpoint.load import load_released
+from unidiff.families.image_tokenizers.llamagen import KEYS, LLAMAGEN, RELEASED
 from unidiff.tokens.image.conv import ConvVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
 
@@ -46,13 +41,17 @@ def read(folder, name: str) -> dict[str, torch.Tensor]:
 
 def config_of(folder) -> dict:
     config = json.loads((folder / "config.json").read_text())
-    return {key: config[key] for key in CONFIG_KEYS if key in config}
+    return {key: config[key] for key in (*KEYS.used, *KEYS.harmless) if key in config}
+
+
+def load(path, config: dict, **options) -> VQImageTokenizer:
+    return load_released(path, family="llamagen", config=config, **options).images
 
 
 @pytest.fixture(scope="module")
 def tiny() -> VQImageTokenizer:
     torch.manual_seed(0)
-    return VQImageTokenizer(ConvVQModel(**llamagen_config(TINY), usage_window=64))
+    return VQImageTokenizer(ConvVQModel(**LLAMAGEN.settings(TINY), usage_window=64))
 
 
 @pytest.mark.golden
@@ -71,14 +70,14 @@ def test_every_weight_maps_both_ways_from_every_entry(folder, tmp_path):
     for n, content in enumerate(contents):
         path = tmp_path / f"vq{n}.pt"
         torch.save(content, path)
-        back = llamagen_state_dict(load_llamagen(path, config_of(folder)))
+        back = LLAMAGEN.export(load(path, config_of(folder)))
         assert set(back) == set(stored)
         for name, value in stored.items():
             assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
-    named = load_llamagen(tmp_path / "vq3.pt", config_of(folder), entry="model")
+    named = load(tmp_path / "vq3.pt", config_of(folder), entry="model")
     assert not named.model.codebook.any()
     with pytest.raises(ValueError, match=r"no entry 'ema'; it has \['model', 'optimizer'\]"):
-        load_llamagen(tmp_path / "vq1.pt", config_of(folder), entry="ema")
+        load(tmp_path / "vq1.pt", config_of(folder), entry="ema")
 
 
 @pytest.mark.golden
@@ -86,7 +85,7 @@ def test_every_weight_maps_both_ways_from_every_entry(folder, tmp_path):
 @torch.no_grad()
 def test_every_stored_tensor_matches_the_reference(folder):
     inputs, stored, config = read(folder, "inputs"), read(folder, "outputs"), config_of(folder)
-    tokenizer = load_llamagen(read(folder, "weights"), config, dtype=torch.float32)
+    tokenizer = LLAMAGEN.load(read(folder, "weights"), config, torch.float32)[0]
     model, compared = tokenizer.model, set()
 
     def check(name: str, actual: torch.Tensor, atol: float = 0.0, rtol: float = 0.0) -> None:
@@ -126,7 +125,7 @@ def test_every_stored_tensor_matches_the_reference(folder):
 def test_the_stored_float16_weights_give_the_same_without_a_cast(folder):
     """Weights stay float16 in memory and every layer computes in float32."""
     inputs, stored = read(folder, "inputs"), read(folder, "outputs")
-    tokenizer = load_llamagen(read(folder, "weights"), config_of(folder))
+    tokenizer = LLAMAGEN.load(read(folder, "weights"), config_of(folder))[0]
     assert tokenizer.dtype == torch.float16
     codes = tokenizer.encode(inputs["pixel_values"] * 0.5 + 0.5)
     assert torch.equal(codes.flatten(), stored["indices"])
@@ -146,7 +145,7 @@ def test_published_sizes(folder):
 
 @torch.no_grad()
 def test_float16_weights_whose_activations_exceed_its_range_stay_finite(tiny):
-    loud = ConvVQModel(**llamagen_config(TINY))
+    loud = ConvVQModel(**LLAMAGEN.settings(TINY))
     loud.load_state_dict({k: v for k, v in tiny.model.state_dict().items() if k != "codebook_used"})
     loud.decoder.conv_in.weight.mul_(2**18)  # the norms behind it undo the scale
     codes = torch.arange(12).reshape(1, 3, 4)
@@ -203,13 +202,13 @@ def test_folder_round_trip(tiny, tmp_path):
 def test_released_defaults_and_which_of_the_two_is_found_from_the_weights():
     for name, factor in (("VQ-16", 16), ("VQ-8", 8)):
         with torch.device("meta"):
-            model = ConvVQModel(**llamagen_config(name))
+            model = ConvVQModel(**LLAMAGEN.settings(RELEASED[name]))
         assert (model.factor, model.codebook_size) == (factor, 16384)
-        state = llamagen_state_dict(VQImageTokenizer(model))
+        state = LLAMAGEN.export(VQImageTokenizer(model))
         assert state["decoder.conv_blocks.0.res.2.conv1.weight"].shape == (512, 512, 3, 3)
         assert state["quantize.embedding.weight"].shape == (16384, 8)
         state = {k: torch.zeros((), dtype=torch.float16).expand(v.shape) for k, v in state.items()}
-        assert load_llamagen(state).factor == factor
+        assert LLAMAGEN.load(state)[0].factor == factor
 
 
 class Payload:
@@ -223,48 +222,48 @@ class Payload:
 
 
 def test_bad_files_are_refused(tiny, tmp_path):
-    state = llamagen_state_dict(tiny)
+    state = LLAMAGEN.export(tiny)
     path = tmp_path / "vq.pt"
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)  # as training scripts save it
-    load_llamagen(path, TINY)
+    load(path, TINY)
     for legacy in (False, True):
         torch.save({"model": state}, path, _use_new_zipfile_serialization=not legacy)
         whole = path.read_bytes()
         for size in (10, len(whole) // 2, len(whole) - 20):
             path.write_bytes(whole[:size])
             with pytest.raises(ValueError, match=r"vq\.pt is damaged; download it again"):
-                load_llamagen(path, TINY)
+                load(path, TINY)
     for content in (b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"vq\.pt is no torch file"):
-            load_llamagen(path, TINY)
+            load(path, TINY)
     marker = tmp_path / "made"
     for legacy in (False, True):
         torch.save({"model": state, "note": Payload(str(marker))}, path, _use_new_zipfile_serialization=not legacy)
         with pytest.raises(ValueError, match="could run code"):
-            load_llamagen(path, TINY)
+            load(path, TINY)
         assert not marker.exists()
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list"):
-        load_llamagen(path, TINY)
+        load(path, TINY)
     with pytest.raises(ValueError, match=r"suffix '\.zip'"):
         (tmp_path / "vq.zip").write_bytes(b"")
-        load_llamagen(tmp_path / "vq.zip", TINY)
+        load(tmp_path / "vq.zip", TINY)
     with pytest.raises(FileNotFoundError, match="holds none of"):
-        load_llamagen(tmp_path, TINY)
+        (tmp_path / "nothing").mkdir()
+        load(tmp_path / "nothing", TINY)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("VQ-4", r"unknown LlamaGen tokenizer 'VQ-4'; expected one of \['VQ-16', 'VQ-8'\]"),
         ({**TINY, "chh": 3}, r"unknown LlamaGen tokenizer config keys \['chh'\]"),
         ({**TINY, "num_res_blocks": 2}, r"missing \(encoder.conv_blocks.0.res.1"),
         ({**TINY, "ch": 64}, r"gives shape .* the config asks for"),
         ({**TINY, "codebook_size": 41}, r"'quantize.embedding.weight' gives shape \(40, 4\)"),
-        ("VQ-8", "does not fit its config"),
+        (RELEASED["VQ-8"], "does not fit its config"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(tiny, config, message):
     with pytest.raises(ValueError, match=message):
-        load_llamagen(llamagen_state_dict(tiny), config)
+        LLAMAGEN.load(LLAMAGEN.export(tiny), config)

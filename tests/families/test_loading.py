@@ -8,14 +8,14 @@ import shutil
 
 import pytest
 import torch
-from released_parts import TINY, tiny_weights, write_tiny
+from released_parts import tiny_weights, write_tiny
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_shards
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.registry import FAMILIES, fitting, recognise
 
-LLADA = TINY["llada"].config
+LLADA = FAMILIES["llada"].tiny.config
 
 
 class Payload:
@@ -45,12 +45,12 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_recognised_from_its_folder(family, tmp_path):
     state = write_tiny(tmp_path, family)
-    loaded = load_released(tmp_path, torch.bfloat16, vocabulary=TINY[family].vocabulary)
+    loaded = load_released(tmp_path, torch.bfloat16, vocabulary=FAMILIES[family].tiny.vocabulary)
     assert loaded.family.name == family and not loaded.model.training
     assert {v.dtype for v in loaded.model.state_dict().values() if v.is_floating_point()} == {torch.bfloat16}
     assert (loaded.vocabulary is None) == (loaded.images is not None)
     assert same(loaded.state_dict(), {n: loaded.state_dict()[n] for n in state})
-    names = [f.name for f in fitting(TINY[family].config)]
+    names = [f.name for f in fitting(FAMILIES[family].tiny.config)]
     assert names == [family]  # no config is two families'
 
 
@@ -81,7 +81,7 @@ def test_a_config_that_only_keys_or_only_a_person_can_place(folder):
 def test_a_config_in_yaml(tmp_path):
     state = write_tiny(tmp_path, "unidisc", "unidisc.safetensors")
     (tmp_path / "config.json").unlink()
-    (tmp_path / "config.yaml").write_text(json.dumps(TINY["unidisc"].config))  # JSON is YAML
+    (tmp_path / "config.yaml").write_text(json.dumps(FAMILIES["unidisc"].tiny.config))  # JSON is YAML
     write_tiny(tmp_path / "vqvae", "vq_model")  # its tokenizer beside it is not meant
     assert same(load_released(tmp_path).state_dict(), state)
 
@@ -214,7 +214,7 @@ def test_a_pickle_with_code_in_it_is_not_run(folder, zipped):
 
 def test_a_wrong_family(tmp_path):
     write_tiny(tmp_path, "llada")
-    (tmp_path / "config.json").write_text(json.dumps(TINY["unidisc"].config))
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["unidisc"].tiny.config))
     with pytest.raises(
         ValueError, match=r"config describes unidisc, but the weights are those of llada or lumina or mmada"
     ):

@@ -19,7 +19,7 @@ import torch
 
 from unidiff.families.checkpoint.files import WINDOW
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.llada.weights import llada_config, llada_keymap
+from unidiff.families.llada import LLADA
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LIMIT = 1.15
@@ -54,10 +54,9 @@ def synthetic_config(size: int) -> dict:
 def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
     from unidiff.models.transformer import MaskedTransformer
 
-    kwargs = llada_config(config)
     with torch.device("meta"):
-        ours = MaskedTransformer(**kwargs).state_dict()
-    return {f"model.{n}": tuple(v.shape) for n, v in llada_keymap(kwargs).to_theirs(ours).items()}
+        model = MaskedTransformer(**LLADA.settings(config))
+    return {name: tuple(value.shape) for name, value in LLADA.export(model).items()}
 
 
 def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

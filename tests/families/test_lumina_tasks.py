@@ -9,7 +9,7 @@ import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding
 from unidiff.decoding.cache import DualCache, MaxLogitCache, NoCache
-from unidiff.families.llada.weights import llada_config
+from unidiff.families.llada import LLADA
 from unidiff.families.lumina.rows import MARKS, LuminaRows, lumina_image_sampler
 from unidiff.families.lumina.weights import lumina_grid, lumina_pair
 from unidiff.families.tasks import run_task
@@ -39,7 +39,7 @@ ROWS = LuminaRows(
 @pytest.fixture(scope="module")
 def model() -> MaskedTransformer:
     torch.manual_seed(1)
-    model = MaskedTransformer(**llada_config(CONFIG)).eval()
+    model = MaskedTransformer(**LLADA.settings(CONFIG)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model

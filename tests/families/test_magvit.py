@@ -10,7 +10,8 @@ from golden import golden_folders
 from reference.image_tokenizer_losses import lfq_losses
 from safetensors.torch import load_file, save_file
 
-from unidiff.families.image_tokenizers.magvit import RELEASED, load_magvit, magvit_config, magvit_state_dict
+from unidiff.families.checkpoint.load import load_released
+from unidiff.families.image_tokenizers.magvit import MAGVIT, RELEASED
 from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_codes, lfq_vectors
 from unidiff.tokens.image.protocol import ImageEncoder, PixelDecoder
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -35,20 +36,24 @@ def config_of(folder) -> dict:
 
 
 def load(folder, dtype: torch.dtype | None = None) -> VQImageTokenizer:
-    return load_magvit(folder / "weights.safetensors", config_of(folder), dtype=dtype)
+    return read(folder / "weights.safetensors", config_of(folder), dtype)
+
+
+def read(path, config: dict, dtype: torch.dtype | None = None) -> VQImageTokenizer:
+    return load_released(path, dtype, family="magvit", config=config).images
 
 
 @pytest.fixture(scope="module")
 def tiny() -> VQImageTokenizer:
     torch.manual_seed(0)
-    return VQImageTokenizer(LFQModel(**magvit_config(TINY)))
+    return VQImageTokenizer(LFQModel(**MAGVIT.settings(TINY)))
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("folder", folders())
 def test_every_weight_maps_both_ways(folder):
     stored = load_file(folder / "weights.safetensors")
-    back = magvit_state_dict(load(folder))
+    back = MAGVIT.export(load(folder))
     assert set(back) == set(stored)
     for name, value in stored.items():
         assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
@@ -112,7 +117,7 @@ def test_weights_in_float16_decode_without_overflow(folder):
 
 @torch.no_grad()
 def test_float16_weights_whose_activations_exceed_its_range_stay_finite(tiny):
-    loud = LFQModel(**magvit_config(TINY))
+    loud = LFQModel(**MAGVIT.settings(TINY))
     loud.load_state_dict(tiny.model.state_dict())
     loud.decoder.conv_in.weight.mul_(2**17)  # the norms behind it undo the scale
     codes = torch.arange(12).reshape(1, 3, 4)
@@ -125,7 +130,7 @@ def test_float16_weights_whose_activations_exceed_its_range_stay_finite(tiny):
 
 @torch.no_grad()
 def test_bfloat16_decodes_in_bfloat16_and_encodes_in_float32(tiny):
-    low = LFQModel(**magvit_config(TINY))
+    low = LFQModel(**MAGVIT.settings(TINY))
     low.load_state_dict(tiny.model.state_dict())
     low.bfloat16()
     codes = torch.arange(12).reshape(1, 3, 4)
@@ -176,13 +181,13 @@ def test_commitment_moves_the_encoder_only_by_beta_and_the_straight_through_part
 
 
 def test_released_defaults():
-    kwargs = magvit_config(RELEASED)
+    kwargs = MAGVIT.settings(RELEASED)
     assert kwargs["code_dim"] == 13 and kwargs["z_channels"] == 13
     with torch.device("meta"):
         model, default = LFQModel(**kwargs), LFQModel()
     assert {k: default.config[k] for k in kwargs} == kwargs
     assert (model.factor, model.codebook_size) == (16, 8192)
-    names = magvit_state_dict(VQImageTokenizer(model))
+    names = MAGVIT.export(VQImageTokenizer(model))
     assert names["encoder.down.3.block.0.nin_shortcut.weight"].shape == (512, 256, 1, 1)
     assert names["decoder.up.3.block.0.nin_shortcut.weight"].shape == (256, 512, 1, 1)
     assert names["quantize.embedding"].shape == (8192, 13)
@@ -212,22 +217,22 @@ def test_published_sizes(folder):
 )
 def test_bad_configs_are_refused(tiny, change, message):
     with pytest.raises(ValueError, match=message):
-        load_magvit(magvit_state_dict(tiny), {**TINY, **change})
+        MAGVIT.load(MAGVIT.export(tiny), {**TINY, **change})
 
 
 def test_bad_files_are_refused(tiny, tmp_path):
-    state = {name: value.contiguous() for name, value in magvit_state_dict(tiny).items()}
+    state = {name: value.contiguous() for name, value in MAGVIT.export(tiny).items()}
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    assert torch.equal(load_magvit(tmp_path, TINY).model.decoder.conv_in.weight, tiny.model.decoder.conv_in.weight)
+    assert torch.equal(read(tmp_path, TINY).model.decoder.conv_in.weight, tiny.model.decoder.conv_in.weight)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
-        load_magvit(path, TINY)
+        read(path, TINY)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_magvit(tmp_path / "other.bin", TINY)
+        read(tmp_path / "other.bin", TINY)
     with pytest.raises(ValueError, match="power_vals"):
-        load_magvit({**state, "quantize.power_vals": bit_values(5).flip(0)}, TINY)
+        MAGVIT.load({**state, "quantize.power_vals": bit_values(5).flip(0)}, TINY)
     with pytest.raises(ValueError, match=r"1 left over \(extra\)"):
-        load_magvit({**state, "extra": torch.zeros(1)}, TINY)
+        MAGVIT.load({**state, "extra": torch.zeros(1)}, TINY)
     state.pop("quantize.embedding")  # determined by the width: may be absent
-    load_magvit(state, TINY)
+    MAGVIT.load(state, TINY)

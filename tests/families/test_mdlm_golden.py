@@ -11,14 +11,8 @@ from golden import golden_folders
 from reference.variants import sedd_log_score
 from safetensors.torch import load_file
 
-from unidiff.families.mdlm.weights import (
-    load_mdlm,
-    mdlm_batch,
-    mdlm_config,
-    mdlm_keymap,
-    mdlm_state_dict,
-    mdlm_vocabulary,
-)
+from unidiff.families.mdlm import MDLM
+from unidiff.families.mdlm.weights import mdlm_batch
 from unidiff.models import MaskedTransformer, subs_log_probs
 from unidiff.tokens import Vocabulary
 
@@ -51,8 +45,8 @@ def test_every_weight_maps_both_ways(folder):
     del config["model"]["cond_dim"]  # found from the weights
     bare = {name.removeprefix("backbone."): value for name, value in weights.items()}
     for state in (weights, bare, {"state_dict": weights}, {f"_orig_mod.{k}": v for k, v in weights.items()}):
-        model, _ = load_mdlm(state, config)
-        back = mdlm_state_dict(model)
+        model, _ = MDLM.load(state, config)
+        back = MDLM.export(model)
         assert set(back) == set(weights)
         for name, value in weights.items():
             close(back[name], value, name)
@@ -63,18 +57,18 @@ def test_every_weight_maps_both_ways(folder):
 def test_ema_weights_of_a_lightning_checkpoint_are_used(folder):
     weights, config = read(folder, "weights"), config_of(folder)
     order = config["ema_parameter_order"]
-    model, _ = load_mdlm(weights, config)
-    assert [f"backbone.{name}" for name in mdlm_keymap(model.config).names()] == order
+    model, _ = MDLM.load(weights, config)
+    assert [f"backbone.{name}" for name in MDLM.keymap(model, {}).names()] == order
     checkpoint = {
         "state_dict": {name: torch.zeros_like(v) if name in order else v for name, v in weights.items()},
         "ema": {"decay": 0.9999, "shadow_params": [weights[name] for name in order]},
     }
-    averaged, _ = load_mdlm(checkpoint, config)
+    averaged, _ = MDLM.load(checkpoint, config)
     for name, value in model.state_dict().items():
         assert torch.equal(averaged.state_dict()[name], value), name
     checkpoint["ema"]["shadow_params"].pop()
     with pytest.raises(ValueError, match="EMA weights; the config asks for"):
-        load_mdlm(checkpoint, config)
+        MDLM.load(checkpoint, config)
 
 
 @pytest.mark.golden
@@ -82,7 +76,7 @@ def test_ema_weights_of_a_lightning_checkpoint_are_used(folder):
 def test_hugging_face_field_names_give_the_same_model(folder):
     config = config_of(folder)
     renamed = {hub: config["model"][hydra] for hydra, hub in config["huggingface_names"].items()}
-    assert mdlm_config({**renamed, "vocab_size": config["vocab_size"]}) == mdlm_config(config)
+    assert MDLM.settings({**renamed, "vocab_size": config["vocab_size"]}) == MDLM.settings(config)
 
 
 @pytest.mark.golden
@@ -90,8 +84,8 @@ def test_hugging_face_field_names_give_the_same_model(folder):
 @torch.no_grad()
 def test_forward_and_parameterisations_match_the_reference(folder):
     stored, weights = read(folder, "backbone"), read(folder, "weights")
-    fixed, vocabulary = load_mdlm(weights, config_of(folder, time_conditioning=False))
-    timed, _ = load_mdlm(weights, config_of(folder, time_conditioning=True))
+    fixed, vocabulary = MDLM.load(weights, config_of(folder, time_conditioning=False))
+    timed, _ = MDLM.load(weights, config_of(folder, time_conditioning=True))
     batch, sigma, x_t = mdlm_batch(stored["x_t"]), stored["sigma"], stored["x_t"]
     compared = set()
 
@@ -142,19 +136,19 @@ def subs_score(log_probs: torch.Tensor, x_t: torch.Tensor, mask_id: int, sigma: 
 
 
 def test_released_vocabulary_and_defaults():
-    vocabulary = mdlm_vocabulary({})
+    vocabulary = MDLM.vocabulary({})
     assert vocabulary == Vocabulary.named("mdlm") and vocabulary.image_size == 0
-    kwargs = mdlm_config({"model": {}})
+    kwargs = MDLM.settings({"model": {}})
     assert (kwargs["hidden_size"], kwargs["num_layers"], kwargs["num_heads"], kwargs["cond_dim"]) == (768, 12, 12, 128)
     assert kwargs["constant_time"] == 0.0
-    inside = mdlm_vocabulary({"vocab_size": 30522, "mask_index": 103})
+    inside = MDLM.vocabulary({"vocab_size": 30522, "mask_index": 103})
     assert inside.text == (0, 30522) and inside.forbidden(0) == (103,)
 
 
 def test_other_rotary_base_is_refused():
     config = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8, "vocab_size": 6}
-    state = mdlm_state_dict(MaskedTransformer(**mdlm_config(config)))
-    load_mdlm(state, config)
+    state = MDLM.export(MaskedTransformer(**MDLM.settings(config)))
+    MDLM.load(state, config)
     state["backbone.rotary_emb.inv_freq"] = torch.tensor([1.0, math.sqrt(0.1), 0.1, 0.01])
     with pytest.raises(ValueError, match="inv_freq"):
-        load_mdlm(state, config)
+        MDLM.load(state, config)

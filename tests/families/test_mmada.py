@@ -11,6 +11,7 @@ from reference.mmada_training import answer_loss, image_loss, training_mask
 
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.decoding.sampler import Sampler
+from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.sampling import (
     ImageSettings,
@@ -23,14 +24,7 @@ from unidiff.families.mmada.sampling import (
     masked_after,
     step_temperature,
 )
-from unidiff.families.mmada.weights import (
-    RELEASED,
-    SPECIALS,
-    load_mmada,
-    mmada_config,
-    mmada_state_dict,
-    mmada_vocabulary,
-)
+from unidiff.families.mmada.weights import RELEASED, SPECIALS, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 
@@ -44,7 +38,7 @@ PROMPTS = MMaDAPrompts(VOCABULARY, text_length=6)
 @pytest.fixture(scope="module")
 def model() -> MaskedTransformer:
     torch.manual_seed(0)
-    model = MaskedTransformer(**mmada_config(FIELDS))
+    model = MaskedTransformer(**MMADA.settings(FIELDS))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -97,7 +91,7 @@ def test_declared_vocabulary_is_the_published_one(folder):
 
 
 def test_network_of_the_released_checkpoints():
-    kwargs = mmada_config()
+    kwargs = MMADA.settings({})
     assert (kwargs["hidden_size"], kwargs["num_layers"], kwargs["num_heads"]) == (4096, 32, 32)
     assert (kwargs["ffn_size"], kwargs["vocab_size"]) == (12288, 134656)
     assert (kwargs["norm_eps"], kwargs["rope_theta"], kwargs["rope"]) == (1e-5, 500000.0, "1d")
@@ -109,18 +103,18 @@ def test_network_of_the_released_checkpoints():
 
 
 def test_names_and_refusals(model):
-    state = mmada_state_dict(model)
+    state = MMADA.export(model)
     assert state["model.transformer.ff_out.weight"].shape == (60, 32)
-    again, _ = load_mmada({f"module.{k}": v for k, v in state.items()}, FIELDS, vocabulary=VOCABULARY)
+    again, _ = MMADA.load({f"module.{k}": v for k, v in state.items()}, FIELDS, vocabulary=VOCABULARY)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match="134656 ids"):
-        load_mmada(state, FIELDS)
+        MMADA.load(state, FIELDS)
     with pytest.raises(ValueError, match="missing"):
-        load_mmada({k: v for k, v in state.items() if "wte" not in k}, FIELDS, vocabulary=VOCABULARY)
+        MMADA.load({k: v for k, v in state.items() if "wte" not in k}, FIELDS, vocabulary=VOCABULARY)
     with pytest.raises(ValueError, match="gives shape"):
-        load_mmada(state, {**FIELDS, "mlp_hidden_size": 64}, vocabulary=VOCABULARY)
+        MMADA.load(state, {**FIELDS, "mlp_hidden_size": 64}, vocabulary=VOCABULARY)
     with pytest.raises(ValueError, match="alibi"):
-        load_mmada(state, {**FIELDS, "alibi": True}, vocabulary=VOCABULARY)
+        MMADA.load(state, {**FIELDS, "alibi": True}, vocabulary=VOCABULARY)
 
 
 # ---------------------------------------------------------------------------------------------- defects, one by one
@@ -182,7 +176,7 @@ def test_text_guidance_sees_no_padding(model):
 
 def test_answers_hold_text_ids_only(model):
     batch = question([[1, 2], [3, 4]])
-    loud = MaskedTransformer(**mmada_config(FIELDS))
+    loud = MaskedTransformer(**MMADA.settings(FIELDS))
     loud.load_state_dict(model.state_dict())
     config = answer_config(VOCABULARY, steps=4, block_length=4)
     with torch.no_grad():  # an image code and a prompt mark that win everywhere

@@ -11,6 +11,7 @@ from reference.mmada_training import answer_loss, image_loss, mask_answers, mask
 from safetensors.torch import load_file
 
 from unidiff.decoding.commit.choose import quota, take_best
+from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, PromptRows, mmada_batch
 from unidiff.families.mmada.sampling import (
     ImageSettings,
@@ -19,7 +20,7 @@ from unidiff.families.mmada.sampling import (
     generate_codes,
     generate_text,
 )
-from unidiff.families.mmada.weights import load_mmada, mmada_state_dict, mmada_vocabulary
+from unidiff.families.mmada.weights import mmada_vocabulary
 
 pytestmark = pytest.mark.golden
 NAMES = {
@@ -79,7 +80,7 @@ class Golden:
         )
         self.fields = {**self.config["model"], "new_vocab_size": vocab["new_vocab_size"]}
         self.weights = load_file(folder / "weights.safetensors")
-        self.model, _ = load_mmada(self.weights, self.fields, vocabulary=self.vocabulary)
+        self.model, _ = MMADA.load(self.weights, self.fields, vocabulary=self.vocabulary)
         self.prompts = MMaDAPrompts(self.vocabulary, self.config["max_text_len"], overflow="cut")
 
     def read(self, name: str) -> Stored:
@@ -108,7 +109,7 @@ def test_no_file_of_the_set_is_left_unread(golden):
 
 
 def test_every_weight_maps_both_ways(golden):
-    back = mmada_state_dict(golden.model)
+    back = MMADA.export(golden.model)
     assert set(back) == set(golden.weights)
     for name, value in golden.weights.items():
         assert torch.equal(back[name], value), name
@@ -239,9 +240,9 @@ def check_gradients(golden: Golden, stored: Stored) -> None:
 def golden_names(golden: Golden, ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gradients under released names, through the same name map as weights."""
     apart = {name: value.clone() for name, value in golden.weights.items()}
-    carrier, _ = load_mmada(apart, golden.fields, vocabulary=golden.vocabulary)
+    carrier, _ = MMADA.load(apart, golden.fields, vocabulary=golden.vocabulary)
     carrier.load_state_dict(ours)
-    return mmada_state_dict(carrier)
+    return MMADA.export(carrier)
 
 
 def test_image_traces(golden):

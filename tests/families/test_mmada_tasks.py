@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import QUESTION, MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.rows import MMaDARows
 from unidiff.families.mmada.sampling import ImageSettings, answer_config, generate_codes, generate_text
-from unidiff.families.mmada.weights import SPECIALS, mmada_config, mmada_vocabulary
+from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.families.tasks import run_task
 from unidiff.models.transformer import MaskedTransformer
 
@@ -33,7 +34,7 @@ CODES = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
 @pytest.fixture(scope="module")
 def model() -> MaskedTransformer:
     torch.manual_seed(0)
-    model = MaskedTransformer(**mmada_config(FIELDS)).eval()
+    model = MaskedTransformer(**MMADA.settings(FIELDS)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model

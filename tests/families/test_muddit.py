@@ -10,6 +10,7 @@ import torch
 from muddit_parts import released_config, tiny_clip, tiny_model
 from torch import Tensor
 
+from unidiff.families.muddit import MUDDIT
 from unidiff.families.muddit.scheduler import GeneratorDraws, MaskGitSchedule, RowDraws, starting_ratio
 from unidiff.families.muddit.tasks import (
     MudditSettings,
@@ -21,14 +22,7 @@ from unidiff.families.muddit.tasks import (
     write_text,
 )
 from unidiff.families.muddit.text import TextFeatures, question_rows, upstream_wording
-from unidiff.families.muddit.weights import (
-    PUBLISHED,
-    load_muddit,
-    muddit_config,
-    muddit_keymap,
-    muddit_state_dict,
-    muddit_vocabulary,
-)
+from unidiff.families.muddit.weights import PUBLISHED
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_blocks import NORM_EPS
 from unidiff.tokens import Vocabulary
@@ -39,15 +33,15 @@ MASK = 9  # of the scheduler tests
 def test_published_values():
     """Sizes, constants and the published count of parameters and tensors."""
     for name, config in PUBLISHED.items():
-        kwargs = muddit_config(config)
+        kwargs = MUDDIT.settings(config)
         with torch.device("meta"):
             model = MMDiT(**kwargs)
-        names = muddit_keymap(kwargs).names()
+        names = MUDDIT.keymap(model, {}).names()
         text = kwargs["text_vocab_size"]
         assert (name == "muddit") == (text is not None)
         assert sum(p.numel() for p in model.parameters()) == 1_057_540_096 - (0 if text else 49408 * 1024)
         assert len(names) == len(set(names)) == (868 if text else 867)
-        assert muddit_vocabulary(config) == Vocabulary.named("muddit")
+        assert MUDDIT.vocabulary(config) == Vocabulary.named("muddit")
         assert model.config.rope_theta == 1e4 and tuple(model.config.rope_axes) == (16, 56, 56)
         assert (model.config.num_layers, model.config.num_single_layers, model.config.downsample) == (14, 28, True)
         assert (model.config.num_heads, model.config.head_dim) == (8, 128)
@@ -68,14 +62,14 @@ def test_published_values():
 )
 def test_other_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        muddit_config({**PUBLISHED["muddit"], **change})
+        MUDDIT.settings({**PUBLISHED["muddit"], **change})
 
 
 def test_wrong_weights_are_refused_and_names_round_trip():
     model = tiny_model()
     config = released_config(model)
-    state = muddit_state_dict(model)
-    back, vocabulary = load_muddit({"model": {f"module.{k}": v for k, v in state.items()}}, config, torch.float64)
+    state = MUDDIT.export(model)
+    back, vocabulary = MUDDIT.load({"model": {f"module.{k}": v for k, v in state.items()}}, config, torch.float64)
     assert {p.dtype for p in back.parameters()} == {torch.float64} and not back.training
     assert vocabulary.image_size == 16 and vocabulary.mask_id == 48 and vocabulary.image_mask == 49 + 19
     for change, message in (
@@ -87,7 +81,7 @@ def test_wrong_weights_are_refused_and_names_round_trip():
         broken = {k: v.clone() for k, v in state.items()}
         change(broken)
         with pytest.raises(ValueError, match=message):
-            load_muddit(broken, config)
+            MUDDIT.load(broken, config)
 
 
 # The commit rule

@@ -12,9 +12,9 @@ import torch
 from muddit_parts import released_config, tiny_model, write_folder
 from safetensors.torch import load_file, save_file
 
+from unidiff.families.muddit import MUDDIT
 from unidiff.families.muddit.folder import MASK_EMBEDDING, WEIGHTS, Muddit
 from unidiff.families.muddit.scheduler import GeneratorDraws, RowDraws
-from unidiff.families.muddit.weights import muddit_state_dict
 
 SEEDS = torch.tensor([1, 2])
 
@@ -46,8 +46,8 @@ def test_parts_and_family_defaults(source, muddit):
     assert half.model.dtype == torch.bfloat16 and half.encoder.encoder.dtype == torch.bfloat16
     assert half.images.dtype == torch.float32
     assert half.with_settings(steps=2).text_to_image(["ab"], SEEDS[:1], 8, 8).isfinite().all()
-    for name, value in muddit_state_dict(tiny_model()).items():
-        assert torch.equal(muddit_state_dict(muddit.model)[name], value), name
+    for name, value in MUDDIT.export(tiny_model()).items():
+        assert torch.equal(MUDDIT.export(muddit.model)[name], value), name
 
 
 def test_text_to_image_row_by_row_equals_the_batch(muddit):
@@ -120,7 +120,7 @@ def test_meissonic_draws_but_does_not_write(folder):
     model = tiny_model(text_vocab_size=None)
     config = {k: v for k, v in released_config(model).items() if k not in ("t5_dim", "tokenizer_vocab_size")}
     (folder / "transformer" / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
-    save_file(muddit_state_dict(model), folder / "transformer" / WEIGHTS)
+    save_file(MUDDIT.export(model), folder / "transformer" / WEIGHTS)
     (folder.parent / MASK_EMBEDDING).unlink()
     meissonic = Muddit.from_folder(folder).with_settings(steps=2)
     assert meissonic.settings.time == "index"
@@ -139,7 +139,7 @@ def test_sharded_weights_load(folder):
     index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
     (folder / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     path.unlink()
-    back = muddit_state_dict(Muddit.from_folder(folder).model)
+    back = MUDDIT.export(Muddit.from_folder(folder).model)
     assert set(back) == set(weights) and all(torch.equal(back[k], v) for k, v in weights.items())
     (folder / "transformer" / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b.safetensors does not exist; download the whole checkpoint"):

@@ -11,10 +11,10 @@ from muddit_parts import golden_clip, golden_vq, muddit_sets, read_config
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unidiff.families.muddit import MUDDIT
 from unidiff.families.muddit.scheduler import GeneratorDraws, MaskGitSchedule
 from unidiff.families.muddit.tasks import MudditSettings, StepReport, generate_image, write_text
 from unidiff.families.muddit.text import TextFeatures, question_rows
-from unidiff.families.muddit.weights import load_muddit
 
 pytestmark = pytest.mark.golden
 
@@ -197,7 +197,7 @@ def image_cases(folder: Path) -> dict[str, dict]:
 @pytest.mark.parametrize("folder", muddit_sets())
 def test_text_to_image_pipelines(folder, compat):
     stored = load_file(folder / "pipeline_cases.safetensors")
-    model, _ = load_muddit(load_file(folder / "transformer.safetensors"), read_config(folder)["transformer"])
+    model, _ = MUDDIT.load(load_file(folder / "transformer.safetensors"), read_config(folder)["transformer"])
     factor, compared = golden_vq(folder).factor, set()
     for name, case in image_cases(folder).items():
         source = name if f"{name}.in.prompt_embeds" in stored else name.split("_")[0]
@@ -234,7 +234,7 @@ def test_text_to_image_pipelines(folder, compat):
 @pytest.mark.parametrize("folder", muddit_sets())
 def test_question_pipelines(folder, compat):
     stored, config = load_file(folder / "pipeline_cases.safetensors"), read_config(folder)
-    model, _ = load_muddit(load_file(folder / "transformer.safetensors"), config["transformer"])
+    model, _ = MUDDIT.load(load_file(folder / "transformer.safetensors"), config["transformer"])
     names = set(config["pipeline"]) - set(image_cases(folder))
     assert names
     for name in names:

@@ -12,24 +12,19 @@ from functools import cache
 import pytest
 import torch
 from golden import golden_folders
+from published_values import MUDDIT_TENSORS, PUBLISHED
 from reference.llada import LladaSettings
 
 from unidiff.decoding.cache import MaxLogitCache
 from unidiff.families.chat import llada_sampler
+from unidiff.families.family import Family, Release
 from unidiff.families.lumina.rows import lumina_image_sampler
 from unidiff.families.mmada.rows import MMaDARows
 from unidiff.families.muddit.folder import TIME_OF
 from unidiff.families.muddit.tasks import MudditSettings, network_time
+from unidiff.families.registry import FAMILIES
 from unidiff.families.unidisc.rows import UniDiscRows, unidisc_sampler
-from unidiff.families.verify.published import (
-    RELEASES,
-    Release,
-    build_empty,
-    closest_release,
-    differences,
-    releases_of,
-    vocabulary_of,
-)
+from unidiff.families.verify.published import closest_release, differences
 from unidiff.models import mmdit_blocks
 from unidiff.models.layers import Norm
 from unidiff.models.mmdit import MMDiT
@@ -38,42 +33,51 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image import conv_autoencoder
 from unidiff.tokens.image.vq import VQImageTokenizer
 
-BY_NAME = {release.name: release for release in RELEASES}
-EACH = pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
-FAMILIES = {
-    *("unidisc", "mdlm", "llada", "dream", "mmada", "lumina", "muddit", "meissonic"),
-    *("llamagen", "magvit", "vq_model"),
-}
+RELEASES = {release.name: (family, release) for family in FAMILIES.values() for release in family.releases}
+EACH = pytest.mark.parametrize("name", RELEASES)
 
 
 def test_every_family_has_published_values_and_names_are_unique():
-    assert {release.family for release in RELEASES} == FAMILIES
-    assert len(BY_NAME) == len(RELEASES)
-    wanted = {"unidisc-1.4b", "unidisc-small", "llada-8b-base", "llada-8b-instruct", "llada-1.5", "mmada-8b"}
-    assert wanted | {"lumina-dimoo", "muddit", "meissonic", "llamagen-vq-16", "llamagen-vq-8", "magvitv2"} <= set(
-        BY_NAME
-    )
-    assert releases_of("none") == () and closest_release("none", {}) is None
+    assert all(family.releases for family in FAMILIES.values())
+    assert set(PUBLISHED) == set(RELEASES) and len(RELEASES) == sum(len(f.releases) for f in FAMILIES.values())
+    assert closest_release(replace(FAMILIES["mdlm"], releases=()), {}) is None
 
 
 @cache
 def empty(name: str) -> torch.nn.Module:
-    """The network of a release, made once; nothing changes it."""
-    return build_empty(BY_NAME[name])
+    """The network of a release without memory, made once; nothing changes it."""
+    return empty_of(*RELEASES[name])
+
+
+def empty_of(family: Family, release: Release) -> torch.nn.Module:
+    with torch.device("meta"):
+        return family.make(release.config)
+
+
+def ids_of(name: str) -> Vocabulary | None:
+    family, release = RELEASES[name]
+    return family.vocabulary(release.config) if family.vocabulary is not None else None
+
+
+def plain(value):
+    return list(value) if isinstance(value, tuple) else value
 
 
 @EACH
-def test_every_published_setting_arrives(release: Release):
+def test_every_published_setting_arrives(name: str):
     """Upstream's config through our map into our model, made without memory; then what the model says of itself."""
-    model = empty(release.name)
-    assert not differences(release, dict(model.config), vocabulary_of(release))
+    model = empty(name)
+    assert not differences(*RELEASES[name], dict(model.config), ids_of(name))
     assert {p.device.type for p in model.parameters()} == {"meta"}
+    for key, value in PUBLISHED[name].settings.items():
+        assert plain(model.config[key]) == plain(value), key
+        assert key not in RELEASES[name][0].unstated
 
 
 @EACH
-def test_parameter_counts_are_those_stated(release: Release):
-    model = empty(release.name)
-    count = sum(p.numel() for p in model.parameters())
+def test_parameter_counts_are_those_stated(name: str):
+    release = RELEASES[name][1]
+    count = sum(p.numel() for p in empty(name).parameters())
     if release.parameters is None:
         assert count > 1e6  # no number is stated
         return
@@ -83,26 +87,23 @@ def test_parameter_counts_are_those_stated(release: Release):
 
 
 def test_tensors_of_the_muddit_file():
-    from unidiff.families.muddit.weights import muddit_keymap
-
-    release = BY_NAME["muddit"]
-    assert release.tensors == 868
-    assert len(muddit_keymap(empty(release.name).config).names()) == release.tensors
+    assert len(FAMILIES["muddit"].keymap(empty("muddit"), {}).names()) == MUDDIT_TENSORS == 868
 
 
 @EACH
-def test_a_changed_value_is_reported(release: Release):
+def test_a_changed_value_is_reported(name: str):
     """Each published setting is told apart from any other value."""
-    settings, vocabulary = dict(empty(release.name).config), vocabulary_of(release)
-    for name in release.settings:
-        found = differences(release, {**settings, name: "another"}, vocabulary)
-        assert [d.name for d in found] == [name] and f"{name} is 'another', published " in str(found[0])
+    family, release = RELEASES[name]
+    settings, vocabulary = dict(empty(name).config), ids_of(name)
+    for key in PUBLISHED[name].settings.keys() & family.settings(release.config).keys():
+        found = differences(family, release, {**settings, key: "another"}, vocabulary)
+        assert [d.name for d in found] == [key] and f"{key} is 'another', published " in str(found[0])
     if vocabulary is not None:
         moved = replace(vocabulary, mask_id=vocabulary.mask_id - 1)
-        assert "vocabulary.mask_id" in [d.name for d in differences(release, settings, moved)]
+        assert "vocabulary.mask_id" in [d.name for d in differences(family, release, settings, moved)]
         bare = replace(vocabulary, specials={})
-        names = [f"vocabulary.{n}" for n in release.vocabulary.get("specials", {})]
-        assert [d.name for d in differences(release, settings, bare)] == names
+        names = {d.name for d in differences(family, release, settings, bare)}
+        assert names >= {f"vocabulary.{n}" for n in PUBLISHED[name].vocabulary.get("specials", {})}
 
 
 @pytest.mark.parametrize(
@@ -119,22 +120,22 @@ def test_a_changed_value_is_reported(release: Release):
     ],
 )
 def test_upstreams_value_is_honoured_not_assumed(name: str, theirs: str, value, ours: str):
-    release = BY_NAME[name]
+    family, release = RELEASES[name]
     changed = replace(release, config={**release.config, theirs: value})
-    assert ours in [d.name for d in differences(release, dict(build_empty(changed).config))]
+    assert ours in [d.name for d in differences(family, release, dict(empty_of(family, changed).config))]
 
 
 def test_unidisc_rotary_factor_and_norms_are_honoured():
-    release = BY_NAME["unidisc-1.4b"]
+    family, release = RELEASES["unidisc-1.4b"]
     model = dict(release.config["model"])
     for change, ours in (
         ({"linear_factor": 3}, ["rope_linear_factor"]),
         ({"norm_type": "layernorm"}, ["norm", "norm_eps"]),
-        ({"sandwich_normalization": False}, ["sandwich_norm"]),
+        ({"sandwich_normalization": False}, ["attention_gate", "sandwich_norm"]),
         ({"qk_norm": False}, ["qk_norm"]),
     ):
         changed = replace(release, config={**release.config, "model": {**model, **change}})
-        assert [d.name for d in differences(release, dict(build_empty(changed).config))] == ours
+        assert [d.name for d in differences(family, release, dict(empty_of(family, changed).config))] == ours
 
 
 def epsilons(model: torch.nn.Module) -> set[float]:
@@ -162,26 +163,25 @@ def test_every_rms_norm_of_the_network_has_the_published_epsilon(name: str, eps:
         assert eps == mmdit_blocks.NORM_EPS
 
 
-@pytest.mark.parametrize("release", [r for r in RELEASES if r.vocabulary], ids=lambda r: r.name)
-def test_the_named_vocabulary_is_the_published_one(release: Release):
+@pytest.mark.parametrize("name", [name for name, published in PUBLISHED.items() if published.vocabulary])
+def test_the_named_vocabulary_is_the_published_one(name: str):
     """`Vocabulary.named` and the family's own map agree with the published ids, and every named id is inside."""
+    family, published = RELEASES[name][0].name, PUBLISHED[name].vocabulary
     names = {"unidisc": "unidisc-magvit", "meissonic": "muddit"}
-    rows = release.vocabulary["size"]
-    name = "unidisc-vq16" if rows == 48385 else names.get(release.family, release.family)
-    named = [] if release.family == "dream" else [Vocabulary.named(name)]
-    for vocabulary in (*named, vocabulary_of(release)):
-        for key, value in release.vocabulary.items():
+    other = "unidisc-vq16" if published["size"] == 48385 else names.get(family, family)
+    named = [] if family == "dream" else [Vocabulary.named(other)]
+    for vocabulary in (*named, ids_of(name)):
+        for key, value in published.items():
             if key == "specials":
                 known = {n: i for n, i in value.items() if n in vocabulary.specials}
                 assert known and all(vocabulary.specials[n] == i for n, i in known.items())
             else:
                 assert getattr(vocabulary, key) == value, key
-        assert vocabulary.size == build_empty_rows(release)
+        assert vocabulary.size == rows_of(empty(name))
 
 
-def build_empty_rows(release: Release) -> int:
+def rows_of(model: torch.nn.Module) -> int:
     """Rows of the embedding table(s): one for both modalities, or CLIP's with [MASK] and the codes' apart."""
-    model = empty(release.name)
     if isinstance(model, MaskedTransformer):
         return model.embed_tokens.num_embeddings
     return 49408 + 1 + model.config.vocab_size
@@ -204,31 +204,31 @@ def test_the_vq_model_of_muddit_meissonic_and_lumina():
 
 
 def test_sampler_defaults_are_the_published_ones():
-    muddit, ours = BY_NAME["muddit"].sampling, MudditSettings()
+    muddit, ours = PUBLISHED["muddit"].sampling, MudditSettings()
     assert {name: getattr(ours, name) for name in muddit} == dict(muddit)
     assert 48 <= ours.steps <= 64
-    llada, text = BY_NAME["llada-8b-base"].sampling, LladaSettings()
+    llada, text = PUBLISHED["llada-8b-base"].sampling, LladaSettings()
     assert {n: getattr(text, n) for n in ("steps", "gen_length", "block_length", "cfg_scale")} == {
         n: llada[n] for n in ("steps", "gen_length", "block_length", "cfg_scale")
     }
     assert llada["temperature"] == 0 and not text.random_order  # greedy, by confidence
-    lumina, cache = BY_NAME["lumina-dimoo"].sampling, MaxLogitCache()
+    lumina, cache = PUBLISHED["lumina-dimoo"].sampling, MaxLogitCache()
     assert (cache.ratio, cache.warmup, cache.interval) == tuple(
         lumina[n] for n in ("cache_ratio", "warmup_ratio", "refresh_interval")
     )
 
 
 def test_defaults_of_the_tasks_are_the_published_ones():
-    unidisc, ours = BY_NAME["unidisc-1.4b"].sampling, unidisc_sampler()
+    unidisc, ours = PUBLISHED["unidisc-1.4b"].sampling, unidisc_sampler()
     assert unidisc["predictor"] == "maskgit" and ours.image.rule == ours.text.rule == "quota"
     assert ours.image.steps == ours.text.steps == unidisc["steps"]
     assert ours.guidance.scale == 1 + unidisc["cfg"] and ours.guidance.mode == "ramp"
     assert ours.image.choice_temperature == unidisc["r_temp"]
-    rows = UniDiscRows(vocabulary_of(BY_NAME["unidisc-1.4b"]))
+    rows = UniDiscRows(ids_of("unidisc-1.4b"))
     assert (rows.text_length, rows.side**2) == (128, 256)
-    lumina, picture = BY_NAME["lumina-dimoo"].sampling, lumina_image_sampler()
+    lumina, picture = PUBLISHED["lumina-dimoo"].sampling, lumina_image_sampler()
     assert picture.image.steps == lumina["timesteps"] and picture.guidance.scale == 1 + lumina["cfg_scale"]
-    words, chat = BY_NAME["llada-8b-instruct"].sampling, llada_sampler(vocabulary_of(BY_NAME["llada-8b-instruct"]))
+    words, chat = PUBLISHED["llada-8b-instruct"].sampling, llada_sampler(ids_of("llada-8b-instruct"))
     assert chat.text.steps == words["steps"] and chat.text.temperature == words["temperature"]
     assert chat.guidance.scale == 1 + words["cfg_scale"]
 
@@ -256,10 +256,10 @@ def test_time_conventions_of_the_mm_dits():
 
 def test_the_closest_release_is_found():
     model = empty("unidisc-small")
-    release, found = closest_release("unidisc", dict(model.config), vocabulary_of(BY_NAME["unidisc-small"]))
+    release, found = closest_release(FAMILIES["unidisc"], dict(model.config), ids_of("unidisc-small"))
     assert release.name == "unidisc-small" and not found
     changed = {**model.config, "norm_eps": 1e-5}
-    release, found = closest_release("unidisc", changed)
+    release, found = closest_release(FAMILIES["unidisc"], changed)
     assert release.name == "unidisc-small" and [str(d) for d in found] == ["norm_eps is 1e-05, published 1e-06"]
 
 
@@ -271,10 +271,10 @@ def test_the_closest_release_is_found():
 )
 def test_ids_of_mmada_are_those_that_the_set_records(folder):
     stored = json.loads((folder / "config.json").read_text())["released_reference"]
-    vocabulary = BY_NAME["mmada-8b"].vocabulary
+    vocabulary = PUBLISHED["mmada-8b"].vocabulary
     codes = (stored["image_token_offset"], stored["image_token_offset"] + stored["codebook_size"])
     assert vocabulary["size"] == stored["new_vocab_size"] and vocabulary["image"] == codes
     assert vocabulary["mask_id"] == stored["mask"] and vocabulary["text"] == (0, stored["text_tokenizer_len"])
-    assert MMaDARows(vocabulary_of(BY_NAME["mmada-8b"])).side ** 2 == stored["num_vq_tokens"]
+    assert MMaDARows(ids_of("mmada-8b")).side ** 2 == stored["num_vq_tokens"]
     ids = {v for k, v in stored.items() if isinstance(v, int) and 126080 <= v < 126349 and k != "mask"}
     assert ids == set(vocabulary["specials"].values())

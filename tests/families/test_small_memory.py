@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from unidiff.families.checkpoint.small_memory import block_layers, offload, quantise
-from unidiff.families.llada.weights import llada_config
+from unidiff.families.llada import LLADA
 from unidiff.families.registry import FAMILIES
-from unidiff.families.verify.known_answers import KNOWN
 from unidiff.families.verify.smoke import answer
 from unidiff.tokens.vocabulary import Vocabulary
 
@@ -30,11 +29,11 @@ def model():
     """Wide enough for groups of 32, with grouped keys."""
     config = {"d_model": 128, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 192, "vocab_size": 600}
     torch.manual_seed(0)
-    made = KNOWN["llada"].make({**config, "mask_token_id": 599}).bfloat16().eval()
+    made = LLADA.make({**config, "mask_token_id": 599}).bfloat16().eval()
     for value in made.parameters():
         if value.ndim > 1:
             torch.nn.init.normal_(value, std=0.06)
-    assert llada_config({**config, "mask_token_id": 599})["num_kv_heads"] == 2
+    assert LLADA.settings({**config, "mask_token_id": 599})["num_kv_heads"] == 2
     return made
 
 
@@ -82,12 +81,12 @@ def test_a_missing_package_is_named(model, monkeypatch):
 @pytest.mark.parametrize("disk", [False, True])
 def test_offloaded_weights_give_the_same_answers(family, disk, tmp_path):
     pytest.importorskip("accelerate", reason="the extra `offload` (accelerate) is not installed")
-    known = KNOWN[family]
+    entry = FAMILIES[family]
     torch.manual_seed(0)
-    one = known.make(known.config).eval()
+    one = entry.make(entry.tiny.config).eval()
     for value in one.parameters():
         torch.nn.init.normal_(value, std=0.3)
-    vocabulary = FAMILIES[family].vocabulary(known.config)
+    vocabulary = entry.vocabulary(entry.tiny.config)
     away = offload(copy.deepcopy(one), "cpu", tmp_path if disk else None)
     parked = [name for name, value in away.named_parameters() if value.is_meta]
     assert parked and not any(".qkv." in name for name in parked)
@@ -112,7 +111,7 @@ def test_models_that_cannot_be_offloaded():
     with pytest.raises(ValueError, match="Linear has no blocks with linear layers"):
         offload(torch.nn.Linear(2, 2), "cpu")
     with torch.device("meta"):
-        empty = KNOWN["llada"].make(KNOWN["llada"].config)
+        empty = LLADA.make(LLADA.tiny.config)
     with pytest.raises(ValueError, match=r"_?weight is not on the CPU"):
         offload(empty, "cpu")
 
@@ -125,7 +124,7 @@ def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     size = float(sys.argv[3]) if len(sys.argv) > 3 else 2.0
     weights = write_synthetic(folder / "full", "safetensors", int(size * 10**9))
-    vocabulary = FAMILIES["llada"].vocabulary(synthetic_config(int(size * 10**9)))
+    vocabulary = LLADA.vocabulary(synthetic_config(int(size * 10**9)))
     start = resident("VmRSS")
 
     def load():

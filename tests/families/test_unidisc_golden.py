@@ -14,15 +14,9 @@ from torch import Tensor
 from unidiff.decoding import ModalityDecoding, SamplerConfig, draw
 from unidiff.decoding import sampler as sampler_module
 from unidiff.decoding.forward import gather_positions
+from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import unidisc_sampler
-from unidiff.families.unidisc.weights import (
-    load_unidisc,
-    unidisc_batch,
-    unidisc_config,
-    unidisc_interleaved,
-    unidisc_state_dict,
-    unidisc_vocabulary,
-)
+from unidiff.families.unidisc.weights import unidisc_batch, unidisc_interleaved
 from unidiff.models import subs_log_probs
 from unidiff.models.image_spans import image_spans
 from unidiff.models.transformer import MaskedTransformer
@@ -58,8 +52,8 @@ def test_every_weight_maps_both_ways(folder):
     weights = load_file(folder / "weights.safetensors")
     for prefix in ("", "module.", "_orig_mod.", "module._orig_module."):
         nested = {"model": {prefix + name: value for name, value in weights.items()}}
-        model, _ = load_unidisc(nested if prefix else weights, read_config(folder))
-        back = unidisc_state_dict(model)
+        model, _ = UNIDISC.load(nested if prefix else weights, read_config(folder))
+        back = UNIDISC.export(model)
         assert set(back) == set(weights)
         assert all(torch.equal(back[name], value) for name, value in weights.items())
 
@@ -69,7 +63,7 @@ def test_every_weight_maps_both_ways(folder):
 @torch.no_grad()
 def test_forward_matches_the_reference(folder):
     stored, config = forward_file(folder), read_config(folder)
-    model, vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), config)
+    model, vocabulary = UNIDISC.load(load_file(folder / "weights.safetensors"), config)
     samples = stored.get("sample_ids")
     batch = unidisc_batch(stored["input_ids"], stored["modality"], stored.get("attention_mask"), samples)
     assert (samples is not None) == unidisc_interleaved(config)
@@ -133,7 +127,7 @@ def half_tables(model, positions, modality):
 def test_every_image_size_has_its_own_rotary_table(folder):
     stored, config = load_file(folder / "rope.safetensors"), read_config(folder)
     with torch.device("meta"):
-        model = MaskedTransformer(**unidisc_config(config))
+        model = MaskedTransformer(**UNIDISC.settings(config))
     compared = set()
     for name in sorted(key.removesuffix(".rows") for key in stored if key.endswith(".rows")):
         rows, image = stored[f"{name}.rows"], name.startswith("img")
@@ -173,7 +167,7 @@ class Replayed:
 def test_the_sampler_makes_the_references_maskgit_run(folder, monkeypatch):
     """The one sampler, guided by a ramp, with the reference's quotas, codes and noise: the same state after each pass."""
     stored = load_file(folder / "sampling.safetensors")
-    model, vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), read_config(folder))
+    model, vocabulary = UNIDISC.load(load_file(folder / "weights.safetensors"), read_config(folder))
     steps = int(stored["traj_maskgit.num_steps"])
     given = stored["unmask_t2i"].bool()
     batch = unidisc_batch(stored["x0"], stored["modality"]).replace(given=given)
@@ -224,14 +218,14 @@ def test_released_sizes_and_vocabularies():
         model = dict(base, hidden_size=hidden, n_blocks=blocks, n_heads=heads, rope_2d=rope_2d)
         config = {"model": dict(model, text_vocab_size=32001, image_vocab_size=codes), "unrelated": {"key": 1}}
         with torch.device("meta"):
-            network = MaskedTransformer(**unidisc_config(config))
+            network = MaskedTransformer(**UNIDISC.settings(config))
         assert sum(p.numel() for p in network.parameters()) == pytest.approx(expected, rel=5e-3)
         name = "unidisc-vq16" if codes == 16384 else "unidisc-magvit"
-        assert unidisc_vocabulary(config) == Vocabulary.named(name)
+        assert UNIDISC.vocabulary(config) == Vocabulary.named(name)
 
 
 def test_missing_keys_take_upstream_defaults():
-    kwargs = unidisc_config({"model": {"text_vocab_size": 5, "image_vocab_size": 3, "linear_factor": None}})
+    kwargs = UNIDISC.settings({"model": {"text_vocab_size": 5, "image_vocab_size": 3, "linear_factor": None}})
     assert (kwargs["norm"], kwargs["qk_norm"], kwargs["sandwich_norm"], kwargs["rope"]) == (
         "layer",
         "none",
@@ -252,7 +246,7 @@ def test_missing_keys_take_upstream_defaults():
 )
 def test_other_networks_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        unidisc_config({"model": {"text_vocab_size": 5, "image_vocab_size": 3, **change}})
+        UNIDISC.settings({"model": {"text_vocab_size": 5, "image_vocab_size": 3, **change}})
 
 
 def test_images_must_be_square():

@@ -9,8 +9,9 @@ import torch
 
 from unidiff.decoding.cache import DualCache, NoCache
 from unidiff.families.tasks import run_task
+from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import PAD, UniDiscRows, unidisc_sampler
-from unidiff.families.unidisc.weights import unidisc_batch, unidisc_config, unidisc_vocabulary
+from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.models.transformer import MaskedTransformer
 
 SIDE, TEXT, BOS, EOS = 3, 10, 1, 2
@@ -28,10 +29,10 @@ def make(interleaved: bool):
     layout = dict(rope_2d=True, modality_embed=True, sandwich_normalization=True)
     config = {"model": {**model, **layout}, "data": {"require_sample_ids": interleaved}}
     torch.manual_seed(3)
-    network = MaskedTransformer(**unidisc_config(config)).eval()
+    network = MaskedTransformer(**UNIDISC.settings(config)).eval()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    vocabulary = unidisc_vocabulary(config)
+    vocabulary = UNIDISC.vocabulary(config)
     rows = UniDiscRows(
         vocabulary,
         encode,

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from released_parts import TINY, write_tiny
+from released_parts import write_tiny
 from safetensors.torch import save_file
 
 from unidiff.families.checkpoint.convert import convert
 from unidiff.families.checkpoint.describe import describe, pass_bytes
 from unidiff.families.checkpoint.load import load_released
+from unidiff.families.llada import LLADA
 from unidiff.families.registry import FAMILIES
 from unidiff.families.verify import verify as module
-from unidiff.families.verify.known_answers import KNOWN, NUMBERS, agrees, formula_weights, known_answer
-from unidiff.families.verify.published import RELEASES, closest_release
-from unidiff.families.verify.smoke import answer
+from unidiff.families.verify.published import closest_release
+from unidiff.families.verify.smoke import agrees, answer, formula_weights, known_answer
 from unidiff.families.verify.verify import verify
-
-
-def test_every_family_has_a_known_answer():
-    assert set(KNOWN) == set(NUMBERS) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_known_answers(family):
-    assert agrees(known_answer(family), NUMBERS[family]), known_answer(family)
+    found = known_answer(FAMILIES[family])
+    assert agrees(found, FAMILIES[family].tiny.answer), found
 
 
 @pytest.mark.parametrize(
@@ -38,17 +36,16 @@ def test_known_answers(family):
         ("muddit", {"axes_dims_rope": [8, 2, 2]}),
     ],
 )
-def test_another_arithmetic_gives_another_answer(family, change, monkeypatch):
-    known = KNOWN[family]
-    altered = type(known)({**known.config, **change}, known.make, known.vocabulary)
-    monkeypatch.setitem(KNOWN, family, altered)
-    assert not agrees(known_answer(family), NUMBERS[family])
+def test_another_arithmetic_gives_another_answer(family, change):
+    tiny = FAMILIES[family].tiny
+    altered = replace(FAMILIES[family], tiny=replace(tiny, config={**tiny.config, **change}))
+    assert not agrees(known_answer(altered), tiny.answer)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_descriptions_read_no_weight(family, tmp_path, monkeypatch):
     state = write_tiny(tmp_path / "a", family)
-    vocabulary = TINY[family].vocabulary
+    vocabulary = FAMILIES[family].tiny.vocabulary
     whole = load_released(tmp_path / "a", vocabulary=vocabulary)
     found = describe(tmp_path / "a", vocabulary=vocabulary)
     assert found.family == family
@@ -68,9 +65,9 @@ def test_descriptions_read_no_weight(family, tmp_path, monkeypatch):
 
 def test_memory_of_a_pass_is_of_the_right_size(tmp_path):
     """Against what the allocator hands out: of the tensors that are alive together."""
-    config = {**TINY["llada"].config, "d_model": 64, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 192}
+    config = {**LLADA.tiny.config, "d_model": 64, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 192}
     config |= {"vocab_size": 2000, "embedding_size": 2000}
-    model = TINY["llada"].make(config).eval()
+    model = LLADA.make(config).eval()
     ids = torch.zeros(1, 512, dtype=torch.long)
     place = torch.zeros(1, 512, 3, dtype=torch.long)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
@@ -87,7 +84,7 @@ def test_a_tiny_checkpoint_is_not_the_published_one_but_computes(tmp_path):
     write_tiny(tmp_path, "llada")
     result = verify(tmp_path)
     states = {check.name: check.passed for check in result.checks}
-    assert result.release in {r.name for r in RELEASES} and not result.passed
+    assert result.release in {r.name for r in LLADA.releases} and not result.passed
     assert states == {
         "weights": True,
         "published settings": False,
@@ -103,19 +100,19 @@ def test_what_passes_and_what_a_dead_checkpoint_or_machine_looks_like(tmp_path, 
     write_tiny(tmp_path, "muddit")
     monkeypatch.setattr(module, "closest_release", lambda *a: None)
     assert verify(tmp_path).passed
-    monkeypatch.setitem(NUMBERS, "muddit", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(module, "known_answer", lambda family: (0.0, 0.0, 0.0, 0.0))
     assert [c.name for c in verify(tmp_path).checks if not c.passed] == ["known answer"]
     monkeypatch.undo()
     write_tiny(tmp_path, "llada")
-    save_file({n: v * 0 for n, v in formula_weights("llada").items()}, tmp_path / "model.safetensors")
+    save_file({n: v * 0 for n, v in formula_weights(LLADA).items()}, tmp_path / "model.safetensors")
     monkeypatch.setattr(module, "closest_release", lambda *a: None)
     assert [c.name for c in verify(tmp_path).checks if not c.passed] == ["a pass of this checkpoint"]
 
 
 def test_answers_do_not_depend_on_the_dtype_much(tmp_path):
-    save_file(formula_weights("llada"), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(TINY["llada"].config))
+    save_file(formula_weights(LLADA), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(LLADA.tiny.config))
     one, two = (load_released(tmp_path, dtype) for dtype in (torch.float32, torch.bfloat16))
     first, second = (answer(r.model, r.vocabulary) for r in (one, two))
     assert first.std() > 0.1 and (first - second).abs().max() < 0.1 * first.abs().max()
-    assert closest_release("llada", dict(one.model.config), one.vocabulary)[1]
+    assert closest_release(LLADA, dict(one.model.config), one.vocabulary)[1]

@@ -11,7 +11,7 @@ from muddit_parts import muddit_sets, read_config
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unidiff.families.muddit.weights import load_muddit, muddit_state_dict
+from unidiff.families.muddit import MUDDIT
 from unidiff.models import mmdit
 from unidiff.models.mmdit import MMDiT
 
@@ -37,7 +37,7 @@ def weight_sets(folder: Path) -> list[str]:
 
 
 def load(folder: Path, name: str) -> MMDiT:
-    return load_muddit(load_file(folder / f"{name}.safetensors"), read_config(folder)[name])[0]
+    return MUDDIT.load(load_file(folder / f"{name}.safetensors"), read_config(folder)[name])[0]
 
 
 def record(model: MMDiT) -> dict[str, Tensor]:
@@ -68,8 +68,8 @@ def test_every_weight_maps_both_ways(folder):
     for name in weight_sets(folder):
         weights = load_file(folder / f"{name}.safetensors")
         for prefix in ("", "module.", "_orig_mod."):
-            model, _ = load_muddit({prefix + k: v for k, v in weights.items()}, read_config(folder)[name])
-            back = muddit_state_dict(model)
+            model, _ = MUDDIT.load({prefix + k: v for k, v in weights.items()}, read_config(folder)[name])
+            back = MUDDIT.export(model)
             assert set(back) == set(weights)
             assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in weights.items())
 

@@ -4,16 +4,59 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from unidiff.checked import build_on_meta
+from unidiff.families.checkpoint.keymap import PREFIXES, KeyMap, assemble, strip_prefixes, unwrap
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
 Config = Mapping[str, Any]
-Loader = Callable[..., tuple[Any, Vocabulary | None]]
 Spelling = Mapping[str, Any]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Release:
+    """One published model.
+
+    Args:
+        name: of the release.
+        config: upstream's, as published; what no publication states is left out.
+        parameters: number of parameters as stated, None where no number is.
+        tolerance: relative, one unit of its last digit (some are cut off rather than rounded).
+    """
+
+    name: str
+    config: Config
+    parameters: int | None = None
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model with weights from a formula, and what it answered when all reference data passed.
+
+    A machine, a torch version or an edit that changes the arithmetic of a family, its key map or its config map changes
+    these numbers. They say nothing about downloaded weights.
+
+    Args:
+        config: upstream's.
+        answer: mean, deviation, first and last value of the answer.
+        vocabulary: id layout, where the config implies none.
+        measured: settings that only weights tell.
+    """
+
+    config: Config
+    answer: tuple[float, float, float, float]
+    vocabulary: Vocabulary | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -24,28 +67,44 @@ class Family:
         name: short name.
         keys: regular expressions; weights are this family's when each finds some name (without prefixes).
         fits: whether a config is this family's.
-        load: `(state, config, dtype=, device=, vocabulary=)` to (model or image tokenizer, vocabulary or None).
-        export: (model or image tokenizer, spelling) to weights under released names.
+        settings: arguments of `network` for an upstream configuration. `ConfigError`: an option that is not built.
+        keymap: the names of a network's weights, in one of the spellings that occur.
+        tiny: a tiny model of it, and what that answers.
+        network: our class; of an image tokenizer, that of its autoencoder.
         vocabulary: id layout of a config; None for image tokenizers.
+        chosen_vocabulary: whether the caller may lay the ids out otherwise than the config says.
         image_tokenizer: name of the family whose codes it reads.
-        spelling: (names, config) to what else `export` needs: spellings of the same weights that occur.
-        needs_config: whether the config is more than a default.
+        prefix: of released names, which weights may come without.
+        spelling: (names, config) to what else the key map needs to know of how the weights are named.
+        measured: settings that only the weights tell, by name without prefixes.
+        default_config: config for weights of these names where none is given; None where it takes one.
+        averaged: whether the averaged weights of a Lightning file are taken, which have an order and no names.
         constants: released names of buffers that the architecture fixes.
         priority: of several families that fit a config, the highest is meant.
+        releases: the published models, in the order of their size.
+        unstated: settings that no publication states.
         layout: how the pipeline's tasks become rows of this family and are read back; None without a pipeline.
     """
 
     name: str
     keys: tuple[str, ...]
     fits: Callable[[Config], bool]
-    load: Loader
-    export: Callable[[Any, Spelling], dict[str, Tensor]]
+    settings: Callable[[Config], dict[str, Any]]
+    keymap: Callable[[Any, Spelling], KeyMap]
+    tiny: Tiny
+    network: Any = MaskedTransformer
     vocabulary: Callable[[Config], Vocabulary] | None = None
+    chosen_vocabulary: bool = False
     image_tokenizer: str | None = None
+    prefix: str = ""
     spelling: Callable[[Iterable[str], Config], Spelling] = lambda names, config: {}
-    needs_config: bool = True
+    measured: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda weights: {}
+    default_config: Callable[[Iterable[str]], Config] | None = None
+    averaged: bool = False
     constants: tuple[str, ...] = ()
     priority: int = 0
+    releases: tuple[Release, ...] = ()
+    unstated: tuple[str, ...] = ()
     layout: Any = None
 
     def has_keys(self, names: Iterable[str]) -> bool:
@@ -59,6 +118,64 @@ class Family:
     def _found(self, names: Iterable[str]) -> list[bool]:
         names = list(names)
         return [any(re.search(mark, name) for name in names) for mark in self.keys]
+
+    def make(self, config: Config, **more: Any) -> Any:
+        """The network of an upstream configuration, with fresh weights; `more` settings win."""
+        return self.network(**{**self.settings(config), **more})
+
+    def load(
+        self,
+        state: Mapping[str, Any],
+        config: Config | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> tuple[Any, Vocabulary | None]:
+        """The network (or image tokenizer) in evaluation mode and the id layout, from released weights.
+
+        Args:
+            state: upstream's names to weights; training prefixes and a top-level `model` or `state_dict` are removed.
+            config: upstream's configuration.
+            dtype: of the floating-point weights; None keeps the checkpoint's.
+            device: where to; None for where they are (weights in a file: the CPU).
+            vocabulary: another id layout, where the config does not imply one.
+
+        Raises:
+            ValueError: a config that is not built, or weights left over, missing, misshaped or not finite.
+        """
+        weights = strip_prefixes(unwrap(state), (*PREFIXES, *filter(None, [self.prefix])))
+        if not config and self.default_config is not None:
+            config = self.default_config(weights)
+        config = config or {}
+        settings = {**self.settings(config), **self.measured(weights)}
+        network = build_on_meta(self.network, settings)
+        keymap = self.keymap(network, self.spelling(weights, config))
+        if self.averaged and (ema := state.get("ema")):
+            weights |= zip(keymap.names(), _shadow(ema, len(keymap.names())), strict=True)
+        ids = self._ids(config, vocabulary, settings)
+        loaded = assemble(network, keymap, weights, dtype, device)
+        return (VQImageTokenizer(loaded) if ids is None else loaded), ids
+
+    def export(self, model: Any, spelling: Spelling = _NOTHING) -> dict[str, Tensor]:
+        """The weights of a network or image tokenizer under released names."""
+        network = model.model if isinstance(model, VQImageTokenizer) else model
+        if not isinstance(network, self.network):
+            kind = type(network).__name__
+            raise ValueError(f"the model is a {kind}; {self.name} names are for a {self.network.__name__}")
+        theirs = self.keymap(network, spelling).to_theirs(network.state_dict(), bool(spelling.get("copies")))
+        return {f"{self.prefix}{name}": value for name, value in theirs.items()}
+
+    def _ids(self, config: Config, given: Vocabulary | None, settings: Mapping[str, Any]) -> Vocabulary | None:
+        if self.vocabulary is None:
+            return None
+        if given is None or not self.chosen_vocabulary:
+            implied = self.vocabulary(config)
+            if given is not None and given != implied:
+                raise ValueError("the config of this family fixes the vocabulary; leave the argument out")
+            given = implied
+        if self.chosen_vocabulary and given.size != settings["vocab_size"]:
+            raise ValueError(f"the vocabulary has {given.size} ids, but the config has {settings['vocab_size']}")
+        return given
 
 
 def config_names(config: Config, *architectures: str, model_type: str | None = None) -> bool:
@@ -75,22 +192,10 @@ def copied_head(names: Iterable[str], tied: bool, head: str) -> Spelling:
     return {"copies": True} if tied and any(re.search(rf"(^|\.){re.escape(head)}$", name) for name in names) else {}
 
 
-def denoiser(load: Loader) -> Loader:
-    """For families whose config alone fixes the vocabulary."""
-
-    def call(state: Config, config: Config, *, vocabulary: Vocabulary | None = None, **kwargs: Any) -> Any:
-        model, implied = load(state, config, **kwargs)
-        if vocabulary is not None and vocabulary != implied:
-            raise ValueError("the config of this family fixes the vocabulary; leave the argument out")
-        return model, implied
-
-    return call
-
-
-def tokenizer(load: Callable[..., Any]) -> Loader:
-    """For image tokenizers."""
-
-    def call(state: Config, config: Config, *, vocabulary: Vocabulary | None = None, **kwargs: Any) -> Any:
-        return load(state, config or None, **kwargs), None
-
-    return call
+def _shadow(ema: Any, count: int) -> list[Tensor]:
+    shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    if not isinstance(shadow, list) or not all(hasattr(value, "shape") for value in shadow):
+        raise ValueError("the checkpoint's ema holds no list shadow_params of weights; download it again")
+    if len(shadow) != count:
+        raise ValueError(f"the checkpoint has {len(shadow)} EMA weights; the config asks for {count}")
+    return shadow

@@ -34,7 +34,7 @@ def recognise(config: Config, names: Iterable[str]) -> Family:
             f"({listed}, ...); put the config and the weights of one model together"
         )
     if config and by_keys:
-        only = [f for f in by_keys if not f.needs_config]
+        only = [f for f in by_keys if f.default_config is not None]
         hint = f"its config has no marks of that family ({', '.join(sorted(config)[:4])}, ...)"
         raise ValueError(
             f"the weights are those of {keys}, but {hint}; name the family, for instance {(only or by_keys)[0].name!r}"

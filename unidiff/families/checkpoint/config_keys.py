@@ -31,13 +31,26 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A key that becomes an argument of our network as it is.
+
+    Args:
+        ours: name of the argument. kind: type of the value. default: upstream's; without one the key is needed.
+    """
+
+    ours: str
+    kind: Any
+    default: Any = ...
+
+
+@dataclass(frozen=True)
 class ConfigKeys:
     """The keys of one (section of a) configuration.
 
     Args:
         what: whose, for messages.
-        used: types of the keys that are read.
-        needed: keys without a default.
+        used: keys that are read: types, or a `Setting`.
+        needed: keys without a default besides.
         fixed: options that would change the computation, with the values that are built here.
         harmless: keys that change nothing here, with the reason.
         closed: refuse keys that are in no table. Otherwise only those whose names speak of the computation are.
@@ -54,7 +67,8 @@ class ConfigKeys:
         """Raise `ConfigError` for the first key that is missing, of another type, or not built here; else `config`."""
         if not isinstance(config, Mapping):
             raise ConfigError(f"{self.what} is {json_name(config)}; expected named settings")
-        for key in self.needed:
+        needed = (key for key, value in self.used.items() if isinstance(value, Setting) and value.default is ...)
+        for key in (*needed, *self.needed):
             if key not in config:
                 raise ConfigError(f"its config has no {key!r}, which {self.what} needs")
         known = {*self.used, *self.fixed, *self.harmless}
@@ -62,7 +76,8 @@ class ConfigKeys:
             if not isinstance(key, str):
                 raise ConfigError(f"config has the key {key!r}; expected names")
             if key in self.used:
-                self._checked(key, value, self.used[key])
+                kind = self.used[key]
+                self._checked(key, value, kind.kind if isinstance(kind, Setting) else kind)
             elif key in self.fixed:
                 self._allowed(key, value, self.fixed[key])
             elif key in self.harmless or (key.startswith("_") and key not in _NAMES):
@@ -77,6 +92,12 @@ class ConfigKeys:
                     f"for {self.what}; if it changes nothing, remove it from the config"
                 )
         return config
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of our network: the keys with a `Setting`, or upstream's defaults; checked before."""
+        self.check(config)
+        settings = {key: value for key, value in self.used.items() if isinstance(value, Setting)}
+        return {setting.ours: config.get(key, setting.default) for key, setting in settings.items()}
 
     def _checked(self, key: str, value: Any, annotation: Any) -> None:
         try:

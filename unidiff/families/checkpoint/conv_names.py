@@ -1,28 +1,17 @@
-"""From released weights to an image tokenizer on the shared convolutional autoencoder; the renaming is the family's."""
+"""Names of released convolutional autoencoders; the renaming is the family's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unidiff.checked import build_on_meta
-from unidiff.families.checkpoint.files import open_checkpoint, pick_entry
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
-from unidiff.tokens.image.conv_autoencoder import ConvTokenizerModel
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.families.checkpoint.keymap import Entry, KeyMap
 
-PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
-ENTRIES = ("ema", "model", "state_dict")
-# our names inside a level, and the names that both families use
-_PARTS = (
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.out\.", ".proj_out."),
-)
+# our names inside a level, and the names that all of them use
+_PARTS = ((r"\.shortcut\.", ".nin_shortcut."), (r"\.out\.", ".proj_out."))
 
 Rename = Callable[[str], str]
 
@@ -39,30 +28,8 @@ def rename_with(rules: Iterable[tuple[str, str | Callable[[re.Match[str]], str]]
     return rename
 
 
-def read_weights(source: str | Path | Mapping[str, Any], entry: str | None = None) -> Mapping[str, Any]:
-    """Names to weights from a file, a folder or what was read from one; see `open_checkpoint` and `pick_entry`."""
-    content = source if isinstance(source, Mapping) else open_checkpoint(source)
-    return pick_entry(content, entry, ENTRIES)
-
-
-def build_tokenizer(
-    model_class: type[ConvTokenizerModel],
-    config: Mapping[str, Any],
-    rename: Rename,
-    state: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    constants: Mapping[str, Tensor] | None = None,
-    device: torch.device | str | None = None,
-) -> VQImageTokenizer:
-    """A tokenizer in evaluation mode that takes over the tensors of `state` (cast to `dtype` if given).
-
-    Raises:
-        ValueError: missing or left-over weights, a wrong shape, NaN, or a constant of another value.
-    """
-    model = build_on_meta(model_class, config)
-    return VQImageTokenizer(assemble(model, tokenizer_keymap(model, rename, constants or {}), state, dtype, device))
-
-
-def tokenizer_keymap(model: ConvTokenizerModel, rename: Rename, constants: Mapping[str, Tensor]) -> KeyMap:
+def conv_keymap(
+    model: nn.Module, rename: Rename = str, constants: Mapping[str, Tensor] = MappingProxyType({})
+) -> KeyMap:
     """One entry per weight of the model."""
-    return KeyMap([Entry(name, rename(name)) for name in model.state_dict()], 0, PREFIXES, constants)
+    return KeyMap([Entry(name, rename(name)) for name in model.state_dict()], constants)

@@ -1,4 +1,4 @@
-"""One name map, both ways, between a released checkpoint and `MaskedTransformer`: a family is data for it.
+"""One name map, both ways, between a released checkpoint and one of our networks: a family is data for it.
 
 Nothing may be left over on either side: a checkpoint with other weights than its config describes is refused.
 """
@@ -12,19 +12,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unidiff.checked import build_on_meta, check_dtype, check_finite
+from unidiff.checked import check_dtype, check_finite
 from unidiff.errors import plain
 from unidiff.families.checkpoint.files import AnyTensor, in_memory
-from unidiff.models.transformer import MaskedTransformer
 
 LAYER = "{i}"
+PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
+"""What training programs put before the names of weights."""
 M = TypeVar("M", bound=torch.nn.Module)
 
 
 class KeyMismatch(ValueError):
     """The weights of a checkpoint are not those that its config describes.
 
-    Attributes:
+    Args:
         missing, left_over: names in the checkpoint's spelling.
         misshaped: name to (shape found, shape that the config asks for).
     """
@@ -35,7 +36,6 @@ class KeyMismatch(ValueError):
         left_over: list[str],
         misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     ) -> None:
-        self.missing, self.left_over, self.misshaped = missing, left_over, dict(misshaped)
         shapes = [
             f"{n!r} gives shape {found} and the config asks for {wanted}" for n, (found, wanted) in misshaped.items()
         ]
@@ -48,7 +48,7 @@ class Entry:
     """One weight of ours and the weight (or several, stacked along dim 0) that it is in the checkpoint.
 
     Args:
-        ours: our name; `{i}` stands for the layer.
+        ours: our name.
         theirs: their name, or names in stacking order.
         rows: rows of each part where there are several; sums to the rows of ours.
     """
@@ -61,52 +61,56 @@ class Entry:
     def parts(self) -> tuple[str, ...]:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
-    def at(self, layer: int) -> Entry:
-        """The entry of one layer."""
-        names = tuple(name.replace(LAYER, str(layer)) for name in self.parts)
-        return Entry(self.ours.replace(LAYER, str(layer)), names, self.rows)
+
+def linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
+    """The entries of a layer with a weight and perhaps a bias."""
+    return [Entry(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")[: 1 + bias]]
+
+
+def joined(ours: str, theirs: Sequence[str], rows: tuple[int, ...], bias: bool = False) -> list[Entry]:
+    """The entries of a layer of ours that is several of theirs, or already one (`theirs` of length 1)."""
+    parts = ("weight", "bias")[: 1 + bias]
+    return [
+        Entry(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), rows if len(theirs) > 1 else ())
+        for part in parts
+    ]
+
+
+def per_layer(count: int, entries: Sequence[Entry]) -> list[Entry]:
+    """Entries whose names hold `{i}` for every layer, layer by layer."""
+    return [
+        Entry(
+            entry.ours.replace(LAYER, str(layer)),
+            tuple(name.replace(LAYER, str(layer)) for name in entry.parts),
+            entry.rows,
+        )
+        for layer in range(count)
+        for entry in entries
+    ]
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """All entries of a checkpoint of `layers` layers, in the order of the upstream module's parameters.
+    """All entries of a checkpoint.
 
     Args:
-        entries: with `{i}` in per-layer names; consecutive per-layer entries are repeated layer by layer.
-        layers: number of layers.
-        prefixes: name prefixes that a downloaded file may carry; stripped, repeatedly.
+        entries: in the order of the upstream module's parameters.
         constants: weights of theirs that the architecture fixes (saved buffers): checked on the way in, written on
             the way out.
         copies: weights of theirs that may be there as equal copies of another one (a tied head): copy to original.
     """
 
     entries: Sequence[Entry]
-    layers: int
-    prefixes: tuple[str, ...] = ()
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
 
-    def expanded(self) -> list[Entry]:
-        """One entry per weight of ours, in upstream order."""
-        out: list[Entry] = []
-        run: list[Entry] = []
-        for entry in [*self.entries, None]:
-            if entry is not None and LAYER in entry.ours:
-                run.append(entry)
-                continue
-            out += [e.at(layer) for layer in range(self.layers) for e in run] if run else []
-            run = []
-            if entry is not None:
-                out.append(entry)
-        return out
-
     def names(self) -> list[str]:
-        """Their parameter names in upstream order, without prefixes: the order of a list of EMA weights."""
-        return [name for entry in self.expanded() for name in entry.parts]
+        """Their parameter names in upstream order: the order of a list of EMA weights."""
+        return [name for entry in self.entries for name in entry.parts]
 
     def to_ours(
         self,
-        state: Mapping[str, Any],
+        theirs: Mapping[str, Any],
         shapes: Mapping[str, Sequence[int]],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -114,8 +118,7 @@ class KeyMap:
         """Rename a checkpoint; every tensor goes straight to its place, one at a time.
 
         Args:
-            state: their weights (tensors, or `StoredTensor` of a file); prefixes and one level of nesting under `model`
-                or `state_dict` are removed.
+            theirs: their weights (tensors, or `StoredTensor` of a file).
             shapes: the expected shape of every weight of ours.
             dtype: of the floating-point weights; None keeps the checkpoint's.
             device: where to; None for where they are.
@@ -124,14 +127,13 @@ class KeyMap:
             KeyMismatch: missing, left-over or misshaped weights.
             ValueError: a constant of another value.
         """
-        theirs = strip_prefixes(unwrap(state), self.prefixes)
         self.check(theirs, shapes)
         for name, value in theirs.items():
             check_dtype(name, value, is_float=name not in self.constants or self.constants[name].is_floating_point())
         self._check_equal(theirs)
         return {
             entry.ours: _place([theirs[name] for name in entry.parts], shapes[entry.ours], dtype, device)
-            for entry in self.expanded()
+            for entry in self.entries
         }
 
     def _check_equal(self, theirs: Mapping[str, Any]) -> None:
@@ -149,31 +151,28 @@ class KeyMap:
                 )
 
     def check(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raise `KeyMismatch` unless `theirs`, without prefixes, holds exactly the weights of these shapes."""
-        names = self.names()
-        misshaped = {}
-        for entry in self.expanded():
-            expected = tuple(shapes[entry.ours])
-            rows = entry.rows if len(entry.parts) > 1 else expected[:1]
-            for name, count in zip(entry.parts, rows or [None] * len(entry.parts), strict=True):
-                wanted = expected if count is None else (count, *expected[1:])
-                if name in theirs and tuple(getattr(theirs[name], "shape", (None,))) != wanted:
-                    misshaped[name] = (tuple(getattr(theirs[name], "shape", ())), wanted)
-        known = {**{name: tuple(value.shape) for name, value in self.constants.items()}}
-        known |= {copy: tuple(getattr(theirs.get(original), "shape", ())) for copy, original in self.copies.items()}
-        for name, wanted in known.items():
-            if name in theirs and tuple(getattr(theirs[name], "shape", (None,))) != wanted:
-                misshaped[name] = (tuple(getattr(theirs[name], "shape", ())), wanted)
-        missing = [name for name in names if name not in theirs]
-        left_over = sorted(set(theirs) - set(names) - set(known))
+        """Raise `KeyMismatch` unless `theirs` holds exactly the weights of these shapes."""
+        wanted = {name: tuple(value.shape) for name, value in self.constants.items()}
+        wanted |= {copy: _shape(theirs.get(original)) for copy, original in self.copies.items()}
+        for entry in self.entries:
+            whole = tuple(shapes[entry.ours])
+            parts = [(rows, *whole[1:]) for rows in entry.rows] if len(entry.parts) > 1 else [whole]
+            wanted |= zip(entry.parts, parts, strict=True)
+        misshaped = {
+            name: (_shape(theirs[name]), shape)
+            for name, shape in wanted.items()
+            if name in theirs and _shape(theirs[name]) != shape
+        }
+        missing = [name for name in self.names() if name not in theirs]
+        left_over = sorted(set(theirs) - set(wanted))
         if missing or left_over or misshaped:
             raise KeyMismatch(missing, left_over, misshaped)
 
     def to_theirs(self, ours: Mapping[str, Tensor], copies: bool = False) -> dict[str, Tensor]:
-        """The inverse of `to_ours`, without prefixes; with `copies` also what is a copy of another weight."""
+        """The inverse of `to_ours`; with `copies` also what is a copy of another weight."""
         rest = dict(ours)
         theirs = {name: value.clone() for name, value in self.constants.items()}
-        for entry in self.expanded():
+        for entry in self.entries:
             value = rest.pop(entry.ours)
             split = (value,) if len(entry.parts) == 1 else value.split(entry.rows)
             theirs.update(zip(entry.parts, split, strict=True))
@@ -183,17 +182,6 @@ class KeyMap:
             if copies:
                 theirs[copy] = theirs[original].clone()
         return theirs
-
-
-def build(
-    config: Mapping[str, Any],
-    keymap: KeyMap,
-    state: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> MaskedTransformer:
-    """A `MaskedTransformer` in evaluation mode that takes over the tensors of a checkpoint (cast to `dtype` if given)."""
-    return assemble(build_on_meta(MaskedTransformer, config), keymap, state, dtype, device)
 
 
 def assemble(
@@ -241,7 +229,7 @@ def unwrap(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return state
 
 
-def strip_prefixes(state: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
+def strip_prefixes(state: Mapping[str, Any], prefixes: Iterable[str] = PREFIXES) -> dict[str, Any]:
     """Names without leading `prefixes`, removed as often as they occur.
 
     Raises:
@@ -257,6 +245,10 @@ def strip_prefixes(state: Mapping[str, Any], prefixes: Iterable[str]) -> dict[st
             raise ValueError(f"checkpoint holds {name!r} twice, under different prefixes; keep one copy")
         out[name] = value
     return out
+
+
+def _shape(value: Any) -> tuple[int | None, ...]:
+    return tuple(getattr(value, "shape", (None,)))
 
 
 def _few(kind: str, names: list[str]) -> str:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from unidiff.checked import check_finite, check_model_dtype
 from unidiff.errors import check_regular, json_name, plain, read_json, reading
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
-from unidiff.families.checkpoint.conv_names import ENTRIES
 from unidiff.families.checkpoint.files import in_memory, open_checkpoint, pick_entry, weight_file
-from unidiff.families.checkpoint.keymap import KeyMismatch, strip_prefixes
+from unidiff.families.checkpoint.keymap import KeyMismatch, strip_prefixes, unwrap
 from unidiff.families.checkpoint.native import RECORD, load_native, read_record
 from unidiff.families.family import Family, Spelling
 from unidiff.families.registry import FAMILIES, recognise
@@ -29,7 +28,7 @@ from unidiff.schema import Depth, check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 
-PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
+ENTRIES = ("ema", "model", "state_dict")  # of a file that holds more than weights
 LARGEST_YAML = 2**22  # bytes
 LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
@@ -207,7 +206,7 @@ def open_released(
     config = read_config(file) if config is None else config
     content = open_checkpoint(file)
     state = pick_entry(content, entry, ENTRIES)
-    tensors = {name: value for name, value in _flat(state).items() if hasattr(value, "shape")}
+    tensors = {name: value for name, value in unwrap(state).items() if hasattr(value, "shape")}
     if not tensors:
         listed = sorted(map(str, content))[:5]
         raise ValueError(f"{file} holds no named weights; name another file or entry (it has {listed})")
@@ -215,19 +214,19 @@ def open_released(
         raise ValueError(f"{file} holds a weight under {plain(strange[0])}; expected names")
     try:
         check_names(config)
-        tensors = strip_prefixes(tensors, PREFIXES)
+        tensors = strip_prefixes(tensors)
         chosen = recognise(config, tensors) if family is None else FAMILIES.get_or_refuse(family, "family")
     except ConfigError as error:
         raise ValueError(f"{config_path or 'config='}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if chosen.needs_config and not config:
+    if chosen.default_config is None and not config:
         raise FileNotFoundError(
             f"{file.parent} holds no config.json, which {chosen.name} needs; add it or give config="
         )
     lightning = isinstance(content.get("ema"), Mapping) and "shadow_params" in content["ema"] and entry is None
     # a Lightning file's averaged weights have no names; its family gives them theirs
-    state = content if lightning else strip_prefixes(_flat(state), PREFIXES)
+    state = content if lightning else strip_prefixes(unwrap(state))
     return Checkpoint(file, chosen, config, state, tensors, config_path)
 
 
@@ -279,14 +278,6 @@ def stored_constants(found: Checkpoint) -> dict[str, Tensor]:
                 stored[name] = in_memory(found.tensors[candidate]).clone()
                 break
     return stored
-
-
-def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The named weights below `model` and `state_dict`, however deep."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            return _flat(state[wrapper])
-    return dict(state)
 
 
 def _would_fit(found: Checkpoint) -> str:

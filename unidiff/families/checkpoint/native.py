@@ -12,8 +12,9 @@ import torch
 
 from unidiff.checked import build_on_meta
 from unidiff.errors import DamagedFile, read_json
+from unidiff.families.checkpoint.conv_names import conv_keymap
 from unidiff.families.checkpoint.files import open_checkpoint
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
+from unidiff.families.checkpoint.keymap import assemble
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_fields
@@ -99,7 +100,7 @@ def load_native(folder: Path, dtype: torch.dtype | None = None, device: torch.de
         model = build_on_meta(_TRANSFORMERS.get(name) or IMAGE_TOKENIZERS[name].network_class(), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    keymap = KeyMap([Entry(key, key) for key in model.state_dict()], 0)
+    keymap = conv_keymap(model)
     try:
         return assemble(model, keymap, open_checkpoint(folder), dtype, device)
     except DamagedFile:

@@ -8,19 +8,16 @@ DiffuCoder and Dream-Coder have the same network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, plain_rope_theta
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, build
+from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, plain_rope_theta
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear, per_layer
+from unidiff.families.family import Config, Spelling
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
+from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens.vocabulary import Vocabulary
 
-PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 # upstream's fields of the 7B checkpoints
 RELEASED: Mapping[str, Any] = {
     "hidden_size": 3584,
@@ -41,14 +38,14 @@ COPIES = {"lm_head.weight": "model.embed_tokens.weight"}  # of a tied head
 KEYS = ConfigKeys(
     "dream",
     used={
-        "hidden_size": Width,
-        "num_hidden_layers": Depth,
-        "num_attention_heads": Depth,
+        "hidden_size": Setting("hidden_size", Width),
+        "num_hidden_layers": Setting("num_layers", Depth),
+        "num_attention_heads": Setting("num_heads", Depth),
         "num_key_value_heads": Depth | None,
         "head_dim": Width | None,
-        "intermediate_size": Width,
-        "vocab_size": Rows,
-        "rms_norm_eps": Annotated[float, Between(0, 1)],
+        "intermediate_size": Setting("ffn_size", Width),
+        "vocab_size": Setting("vocab_size", Rows),
+        "rms_norm_eps": Setting("norm_eps", Epsilon, 1e-6),
         "rope_theta": Positive | None,
         "rope_scaling": Any,  # `plain_rope_theta` looks at these two
         "rope_parameters": Any,
@@ -56,7 +53,6 @@ KEYS = ConfigKeys(
         "max_position_embeddings": Index | None,
         **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
     },
-    needed=("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
     fixed={  # first the value that is built
         "hidden_act": ("silu",),
         "use_sliding_window": (False, None),
@@ -76,33 +72,7 @@ KEYS = ConfigKeys(
 )
 
 
-def load_dream(
-    state_dict: Mapping[str, Any],
-    config: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[MaskedTransformer, Vocabulary]:
-    """Model and vocabulary from a released state dict.
-
-    Args:
-        state_dict: upstream names (`model.layers.N...`, `lm_head.weight`).
-        config: a released `config.json`.
-        dtype: cast the weights; None keeps the checkpoint's.
-        device: where to load; None for the CPU.
-
-    Raises:
-        ValueError: an unsupported option, or weights left over, missing or misshaped.
-    """
-    kwargs, vocabulary = dream_config(config), dream_vocabulary(config)
-    return build(kwargs, dream_keymap(kwargs), state_dict, dtype, device), vocabulary
-
-
-def dream_state_dict(model: MaskedTransformer, copies: bool = False) -> dict[str, Tensor]:
-    """The model's weights under released names; with `copies` also a tied head, which is a copy of the embedding."""
-    return dream_keymap(model.config).to_theirs(model.state_dict(), copies)
-
-
-def dream_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
+def dream_vocabulary(config: Config) -> Vocabulary:
     """Text ids only, with [MASK] inside the range."""
     KEYS.check(config)
     size = config["vocab_size"]
@@ -115,25 +85,19 @@ def dream_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(size, (0, size), (size, size), mask_id, specials=specials)
 
 
-def dream_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def dream_settings(config: Config) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration.
 
     Raises:
         ValueError: an option that is not built, with its value.
     """
-    KEYS.check(config)
-    heads = config["num_attention_heads"]
-    if config.get("head_dim") not in (None, config["hidden_size"] // heads):
+    taken = KEYS.read(config)
+    if config.get("head_dim") not in (None, taken["hidden_size"] // taken["num_heads"]):
         raise ConfigError(f"config has head_dim = {config['head_dim']}; only hidden_size / heads is supported")
     return {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "ffn_size": config["intermediate_size"],
+        **taken,
+        "num_kv_heads": config.get("num_key_value_heads") or taken["num_heads"],
         "norm": "rms",
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
         "activation": "swiglu",
         "rope": "1d",
         "rope_theta": plain_rope_theta(config, RELEASED["rope_theta"]),
@@ -144,27 +108,27 @@ def dream_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def dream_keymap(config: Mapping[str, Any]) -> KeyMap:
-    """Names for a model made with `dream_config` arguments (its `config` serves too)."""
+def dream_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
+    """Names of a network with `dream_settings`."""
+    config = model.config
     size, heads, inner = config["hidden_size"], config["num_heads"], config["ffn_size"]
     kv = size // heads * (config["num_kv_heads"] or heads)
     ours, theirs = "blocks.{i}.", "model.layers.{i}."
-    entries = [Entry("embed_tokens.weight", "model.embed_tokens.weight")]
-    for part in ("weight", "bias"):
-        qkv = tuple(f"{theirs}self_attn.{n}_proj.{part}" for n in "qkv")
-        entries.append(Entry(f"{ours}attention.qkv.{part}", qkv, (size, kv, kv)))
-    gates = tuple(f"{theirs}mlp.{n}_proj.weight" for n in ("gate", "up"))
-    entries += [
-        Entry(f"{ours}attention.out.weight", f"{theirs}self_attn.o_proj.weight"),
-        Entry(f"{ours}feed_forward.up.weight", gates, (inner, inner)),
-        Entry(f"{ours}feed_forward.down.weight", f"{theirs}mlp.down_proj.weight"),
+    layer = [
+        *joined(f"{ours}attention.qkv", [f"{theirs}self_attn.{n}_proj" for n in "qkv"], (size, kv, kv), bias=True),
+        *linear(f"{ours}attention.out", f"{theirs}self_attn.o_proj", bias=False),
+        *joined(f"{ours}feed_forward.up", [f"{theirs}mlp.{n}_proj" for n in ("gate", "up")], (inner, inner)),
+        *linear(f"{ours}feed_forward.down", f"{theirs}mlp.down_proj", bias=False),
         Entry(f"{ours}attention_norm.weight", f"{theirs}input_layernorm.weight"),
         Entry(f"{ours}ffn_norm.weight", f"{theirs}post_attention_layernorm.weight"),
-        Entry("final_norm.weight", "model.norm.weight"),
     ]
-    if not config["tie_head"]:
-        entries.append(Entry("output_weight", "lm_head.weight"))
-    return KeyMap(entries, config["num_layers"], PREFIXES, copies=COPIES if config["tie_head"] else {})
+    entries = [
+        Entry("embed_tokens.weight", "model.embed_tokens.weight"),
+        *per_layer(config["num_layers"], layer),
+        Entry("final_norm.weight", "model.norm.weight"),
+        *(() if config["tie_head"] else [Entry("output_weight", "lm_head.weight")]),
+    ]
+    return KeyMap(entries, copies=COPIES if config["tie_head"] else {})
 
 
 def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:

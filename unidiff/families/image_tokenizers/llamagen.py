@@ -5,26 +5,14 @@ UniDisc and others use them too. Upstream images are in [-1, 1]; here they are i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys
-from unidiff.families.checkpoint.conv_names import (
-    PREFIXES,
-    build_tokenizer,
-    read_weights,
-    rename_with,
-    tokenizer_keymap,
-)
-from unidiff.families.checkpoint.keymap import strip_prefixes
-from unidiff.families.family import Family, tokenizer
+from unidiff.families.checkpoint.config_keys import ConfigKeys, Setting
+from unidiff.families.checkpoint.conv_names import conv_keymap, rename_with
+from unidiff.families.family import Config, Family, Release, Tiny
 from unidiff.schema import Between, Depth, Rows, Width
 from unidiff.tokens.image.conv import ConvVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer
 
 _COMMON: dict[str, Any] = {
     "ch": 128,
@@ -39,17 +27,16 @@ RELEASED: dict[str, dict[str, Any]] = {
     "VQ-8": {**_COMMON, "encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)},
 }
 _TRAINING = ("commit_loss_beta", "entropy_loss_ratio", "dropout_p", "codebook_show_usage")  # change no result
-CONFIG_KEYS = (*RELEASED["VQ-16"], *_TRAINING)
 _LEVELS = list[Depth] | tuple[Depth, ...]
 KEYS = ConfigKeys(
     "LlamaGen tokenizer",
     used={
-        "ch": Width,
+        "ch": Setting("encoder_channels", Width),
         "num_res_blocks": Annotated[int, Between(1, 128)],
-        "z_channels": Width,
-        "codebook_size": Rows,
-        "codebook_embed_dim": Width,
-        "codebook_l2_norm": bool,
+        "z_channels": Setting("z_channels", Width),
+        "codebook_size": Setting("codebook_size", Rows),
+        "codebook_embed_dim": Setting("code_dim", Width),
+        "codebook_l2_norm": Setting("l2_norm", bool),
         "encoder_ch_mult": _LEVELS,
         "decoder_ch_mult": _LEVELS,
     },
@@ -73,82 +60,52 @@ _rename = rename_with(
 )
 
 
-def load_llamagen(
-    source: str | Path | Mapping[str, Any],
-    config: str | Mapping[str, Any] | None = None,
-    entry: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> VQImageTokenizer:
-    """Image tokenizer from released weights.
-
-    Args:
-        source: a weight file, or its content.
-        config: "VQ-16", "VQ-8", or upstream's fields, of which those left out are VQ-16's; None for the one of the two
-            that has as many levels as the weights.
-        entry: where the weights are inside the checkpoint; None for the first of `ema`, `model` and `state_dict` that is
-            there.
-        dtype: cast the weights; None keeps the checkpoint's. float16 is safe: it is computed in float32.
-        device: where to load; None for the CPU.
-
-    Raises:
-        FileNotFoundError, ValueError: see `open_checkpoint`; weights left over, missing or misshaped; unknown settings.
-    """
-    weights = strip_prefixes(read_weights(source, entry), PREFIXES)
-    if config is None:
-        deep = any(name.startswith(f"encoder.conv_blocks.{len(_levels('VQ-8'))}.") for name in weights)
-        config = "VQ-16" if deep else "VQ-8"
-    kwargs = llamagen_config(config)
-    if (usage := weights.get(_USAGE)) is not None:
-        kwargs["usage_window"] = next(iter(getattr(usage, "shape", ())), 0)
-    return build_tokenizer(ConvVQModel, kwargs, _rename, weights, dtype, device=device)
-
-
-def llamagen_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:
-    """The tokenizer's weights under released names, without the outer entry."""
-    model = tokenizer.model
-    if not isinstance(model, ConvVQModel):
-        raise ValueError(f"the tokenizer holds a {type(model).__name__}; LlamaGen names are for a ConvVQModel")
-    return tokenizer_keymap(model, _rename, {}).to_theirs(model.state_dict())
-
-
-def llamagen_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """`ConvVQModel` arguments for a released model's name or upstream's fields.
-
-    Raises:
-        ValueError: an unknown name or key.
-    """
-    if isinstance(config, str):
-        if config not in RELEASED:
-            raise ConfigError(f"unknown LlamaGen tokenizer {config!r}; expected one of {sorted(RELEASED)}")
-        config = RELEASED[config]
-    KEYS.check(config)
-    c = {**RELEASED["VQ-16"], **config}
-    encoder, decoder = tuple(c["encoder_ch_mult"]), tuple(c["decoder_ch_mult"])
+def llamagen_settings(config: Config) -> dict[str, Any]:
+    """`ConvVQModel` arguments for upstream's fields, of which those left out are VQ-16's."""
+    full = {**RELEASED["VQ-16"], **config}
+    taken = KEYS.read(full)
+    encoder, decoder = tuple(full["encoder_ch_mult"]), tuple(full["decoder_ch_mult"])
     return {
-        "codebook_size": c["codebook_size"],
-        "code_dim": c["codebook_embed_dim"],
-        "encoder_channels": c["ch"],
+        **taken,
         "encoder_multipliers": encoder,
-        "encoder_depths": (c["num_res_blocks"],) * len(encoder),
-        "decoder_channels": c["ch"],
+        "encoder_depths": (full["num_res_blocks"],) * len(encoder),
+        "decoder_channels": taken["encoder_channels"],
         "decoder_multipliers": decoder,
-        "decoder_depths": (c["num_res_blocks"] + 1,) * len(decoder),  # upstream builds one more block on the way up
-        "z_channels": c["z_channels"],
+        "decoder_depths": (full["num_res_blocks"] + 1,) * len(decoder),  # upstream builds one more on the way up
         "level_attention": True,
-        "l2_norm": bool(c["codebook_l2_norm"]),
     }
 
 
-def _levels(name: str) -> tuple[int, ...]:
-    return RELEASED[name]["encoder_ch_mult"]
+def _measured(weights: Mapping[str, Any]) -> dict[str, Any]:
+    shape = getattr(weights.get(_USAGE), "shape", ())
+    return {"usage_window": shape[0]} if len(shape) else {}
 
 
+def _released(names: Iterable[str]) -> Config:
+    """Of the two released models the one with as many levels."""
+    last = len(RELEASED["VQ-8"]["encoder_ch_mult"])
+    deep = any(name.startswith(f"encoder.conv_blocks.{last}.") for name in names)
+    return RELEASED["VQ-16" if deep else "VQ-8"]
+
+
+_TINY = {
+    "ch": 32,
+    "num_res_blocks": 1,
+    "z_channels": 8,
+    "codebook_size": 12,
+    "codebook_embed_dim": 4,
+    "encoder_ch_mult": [1, 1],
+    "decoder_ch_mult": [1, 1],
+}
 LLAMAGEN = Family(
     name="llamagen",
     keys=(r"^encoder\.conv_blocks\.0\.res\.0\.", r"^quantize\.embedding\.weight$"),
-    fits=lambda config: bool(config) and set(config) <= set(CONFIG_KEYS),
-    load=tokenizer(load_llamagen),
-    export=lambda images, spelling: llamagen_state_dict(images),
-    needs_config=False,
+    fits=lambda config: bool(config) and set(config) <= {*KEYS.used, *KEYS.harmless},
+    settings=llamagen_settings,
+    keymap=lambda model, spelling: conv_keymap(model, _rename),
+    network=ConvVQModel,
+    measured=_measured,
+    default_config=_released,
+    releases=tuple(Release(f"llamagen-{name.lower()}", config) for name, config in RELEASED.items()),
+    tiny=Tiny(_TINY, (0.67793, 0.442287, 0.0, 1.0), measured={"usage_window": 8}),
 )

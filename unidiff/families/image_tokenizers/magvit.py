@@ -7,18 +7,16 @@ Factor 16, 13 bits. Upstream images are in [-1, 1], shorter side resized (bicubi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys
-from unidiff.families.checkpoint.conv_names import build_tokenizer, read_weights, rename_with, tokenizer_keymap
-from unidiff.families.family import Family, tokenizer
+from unidiff.families.checkpoint.conv_names import conv_keymap, rename_with
+from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.family import Config, Family, Release, Spelling, Tiny
 from unidiff.schema import Between, Depth, Width
 from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_vectors
-from unidiff.tokens.image.vq import VQImageTokenizer
 
 RELEASED: dict[str, Any] = {
     "codebook_dim": 13,
@@ -45,41 +43,7 @@ KEYS = ConfigKeys(
 )
 
 
-def load_magvit(
-    source: str | Path | Mapping[str, Any],
-    config: Mapping[str, Any] | None = None,
-    entry: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> VQImageTokenizer:
-    """Image tokenizer from released weights.
-
-    Args:
-        source: a weight file, a folder that holds one, or names to weights.
-        config: `codebook_dim`, `encoder` and `decoder` with upstream's fields; `showlab/magvitv2` if left out.
-        entry: where the weights are inside the checkpoint; None for `ema`, `model` or `state_dict` where there is one.
-        dtype: cast the weights; None keeps the checkpoint's. float16 is safe: it is computed in float32.
-        device: where to load; None for the CPU.
-
-    Raises:
-        FileNotFoundError, ValueError: see `open_checkpoint`; weights left over, missing or misshaped; unknown settings.
-    """
-    kwargs = magvit_config(RELEASED if config is None else config)
-    width = kwargs["code_dim"]
-    weights = read_weights(source, entry)
-    return build_tokenizer(LFQModel, kwargs, _rename(kwargs), weights, dtype, _constants(width), device)
-
-
-def magvit_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:
-    """The tokenizer's weights under released names, with the two buffers that the width of a code determines."""
-    model = tokenizer.model
-    if not isinstance(model, LFQModel):
-        raise ValueError(f"the tokenizer holds a {type(model).__name__}; MAGVIT-v2 names are for an LFQModel")
-    keymap = tokenizer_keymap(model, _rename(model.config), _constants(model.config.code_dim))
-    return keymap.to_theirs(model.state_dict())
-
-
-def magvit_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def magvit_settings(config: Config) -> dict[str, Any]:
     """`LFQModel` arguments for an upstream configuration.
 
     Raises:
@@ -98,16 +62,14 @@ def magvit_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _constants(width: int) -> dict[str, Tensor]:
-    return {
+def _keymap(model: LFQModel, spelling: Spelling) -> KeyMap:
+    """With the two buffers that the width of a code determines."""
+    width, last = model.config.code_dim, len(model.config.decoder_multipliers) - 1
+    constants = {
         "quantize.embedding": lfq_vectors(torch.arange(2**width), width),
         "quantize.power_vals": bit_values(width),
     }
-
-
-def _rename(config: Mapping[str, Any]):
-    last = len(config["decoder_multipliers"]) - 1
-    return rename_with(
+    rename = rename_with(
         [
             (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.down.\1.downsample.conv."),
             (r"^encoder\.levels\.(\d+)\.blocks\.", r"encoder.down.\1.block."),
@@ -120,14 +82,19 @@ def _rename(config: Mapping[str, Any]):
             (r"^post_quant_conv\.", "decoder.post_quant_conv."),
         ]
     )
+    return conv_keymap(model, rename, constants)
 
 
+_SIDE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": [1, 1], "z_channels": 4}
 MAGVIT = Family(
     name="magvit",
     keys=(r"^encoder\.down\.0\.block\.0\.", r"^decoder\.up\.0\.block\.0\."),
     fits=lambda config: "codebook_dim" in config and "encoder" in config,
-    load=tokenizer(load_magvit),
-    export=lambda images, spelling: magvit_state_dict(images),
-    needs_config=False,
+    settings=magvit_settings,
+    keymap=_keymap,
+    network=LFQModel,
+    default_config=lambda names: RELEASED,
+    releases=(Release("magvitv2", RELEASED),),
+    tiny=Tiny({"codebook_dim": 4, "encoder": _SIDE, "decoder": _SIDE}, (0.765536, 0.351238, 0.0, 1.0)),
     constants=("quantize.embedding", "quantize.power_vals"),
 )

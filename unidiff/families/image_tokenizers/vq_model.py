@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import VQModel
-from torch import Tensor
 
-from unidiff.checked import build_on_meta
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble
-from unidiff.families.family import Family, config_names, tokenizer
+from unidiff.families.checkpoint.conv_names import conv_keymap
+from unidiff.families.family import Config, Family, Release, Tiny, config_names
 from unidiff.tokens.image.diffusers_vq import DiffusersVQ
-from unidiff.tokens.image.vq import VQImageTokenizer
 
 
-def load_vq_model(
-    state_dict: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> VQImageTokenizer:
-    """Image tokenizer from the weights and the `config.json` of a `VQModel` folder.
-
-    Args:
-        state_dict: diffusers' names.
-        config: the `config.json` beside them.
-        dtype: cast the weights; None keeps the checkpoint's.
-        device: where to load; None for the CPU.
-
-    Raises:
-        ValueError: an unknown config key, or weights left over, missing, misshaped or not finite.
-    """
-    fields = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
+def vq_model_settings(config: Config) -> dict[str, Any]:
+    """`VQModel` arguments of its own config; `ValueError` for an unknown or unusable one."""
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
     DiffusersVQ.check_config(fields)
-    model: Any = build_on_meta(VQModel, fields)
-    names = KeyMap([Entry(name, name) for name in model.state_dict()], 0)
-    return VQImageTokenizer(assemble(model, names, state_dict, dtype, device))
+    return fields
 
 
-def vq_model_state_dict(tokenizer: VQImageTokenizer) -> dict[str, Tensor]:
-    """The tokenizer's weights under diffusers' names."""
-    return dict(tokenizer.model.state_dict())
-
-
+# of Muddit and Meissonic; of Lumina-DiMOO's only factor 16 and 8,192 codes are stated
+_PUBLISHED = {
+    "_class_name": "VQModel",
+    "block_out_channels": (128, 256, 256, 512, 768),
+    "layers_per_block": 2,
+    "latent_channels": 64,
+    "num_vq_embeddings": 8192,
+    "force_upcast": True,
+    "down_block_types": ["DownEncoderBlock2D"] * 5,
+    "up_block_types": ["UpDecoderBlock2D"] * 5,
+}
+_TINY = {
+    "_class_name": "VQModel",
+    "block_out_channels": [4, 4],
+    "latent_channels": 4,
+    "num_vq_embeddings": 16,
+    "norm_num_groups": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "lookup_from_codebook": True,
+}
 VQ_MODEL = Family(
     name="vq_model",
     keys=(r"^encoder\.down_blocks\.0\.resnets\.0\.", r"^quantize\.embedding\.weight$"),
     fits=lambda config: config_names(config, "VQModel") or "num_vq_embeddings" in config,
-    load=tokenizer(load_vq_model),
-    export=lambda images, spelling: vq_model_state_dict(images),
+    settings=vq_model_settings,
+    keymap=lambda model, spelling: conv_keymap(model),
+    network=VQModel,
+    releases=(Release("muddit-vq", _PUBLISHED),),
+    unstated=("down_block_types", "up_block_types"),
+    tiny=Tiny(_TINY, (0.693631, 0.446761, 0.261659, 1.0)),
 )

@@ -1,15 +1,24 @@
 """Lumina-DiMOO."""
 
-from unidiff.families.family import Family, config_names
-from unidiff.families.llada.weights import LLADA_NAMES
-from unidiff.families.lumina.weights import load_lumina
+from unidiff.families.family import Family, Release, Tiny, config_names
+from unidiff.families.llada.published import CONFIG, EIGHT_BILLION, TINY_CONFIG
+from unidiff.families.llada.weights import LLADA_NAMES, llada_settings
 from unidiff.tokens.vocabulary import Vocabulary
+
+_IDS = Vocabulary.named("lumina")
+_CONFIG = {**CONFIG, "vocab_size": _IDS.size, "embedding_size": _IDS.size}
 
 LUMINA = Family(
     name="lumina",
     fits=lambda config: config_names(config, "LLaDAForMultiModalGeneration"),
-    load=load_lumina,
+    settings=llada_settings,
+    vocabulary=lambda config: _IDS,
     image_tokenizer="vq_model",
-    vocabulary=lambda config: Vocabulary.named("lumina"),
+    releases=(Release("lumina-dimoo", _CONFIG, *EIGHT_BILLION),),
+    tiny=Tiny(
+        {"architectures": ["LLaDAForMultiModalGeneration"], **TINY_CONFIG},
+        (0.0689936, 0.748344, 0.741017, 0.978048),
+        Vocabulary(40, (0, 20), (24, 40), 21, specials={"eos": 19}),
+    ),
     **LLADA_NAMES,
 )

@@ -1,28 +1,17 @@
-"""Lumina-DiMOO (arXiv 2510.06308): LLaDA's network under LLaDA's names (`load_llada`), with images between newlines.
+"""Lumina-DiMOO (arXiv 2510.06308): LLaDA's network under LLaDA's names (`unidiff.families.llada`), with images between newlines.
 
 An image of h x w codes is h rows of w codes, each followed by a newline id, in one text-like sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from unidiff.families.llada.weights import load_llada
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 UNIT, FACTOR = 32, 16  # pixels: of a crop's steps, of a code
 LARGEST_RATIO = 4
-
-
-def load_lumina(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Vocabulary | None = None, **kwargs: Any
-) -> tuple[Any, Vocabulary]:
-    """As `load_llada`; the vocabulary is the 8B checkpoint's if left out."""
-    return load_llada(state_dict, config, vocabulary=vocabulary or Vocabulary.named("lumina"), **kwargs)
 
 
 def lumina_batch(ids: Tensor, vocabulary: Vocabulary, valid: Tensor | None = None) -> TokenBatch:

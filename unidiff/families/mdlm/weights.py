@@ -11,28 +11,23 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from unidiff.families.checkpoint.config_keys import ConfigKeys
-from unidiff.families.checkpoint.dit_names import TIME_ENTRIES, head_entries
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, build, strip_prefixes, unwrap
+from unidiff.families.checkpoint.config_keys import ConfigKeys, Setting
+from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, per_layer
+from unidiff.families.family import Config, Spelling
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
-PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "backbone.")
 ROPE_THETA = 1e4
-# upstream name, name in the Hugging Face config, upstream's default
-FIELDS = {
-    "hidden_size": ("hidden_size", "hidden_dim", 768),
-    "num_layers": ("n_blocks", "n_blocks", 12),
-    "num_heads": ("n_heads", "n_heads", 12),
-    "dropout": ("dropout", "dropout", 0.1),
-    "cond_dim": ("cond_dim", "cond_dim", 128),
-}
 _SIZES = {
-    **dict.fromkeys(("hidden_size", "hidden_dim", "cond_dim"), Width),
-    **dict.fromkeys(("n_blocks", "n_heads"), Depth),
-    "dropout": Annotated[float, Between(0, 0.999)],
+    "hidden_size": Setting("hidden_size", Width, 768),
+    "hidden_dim": Width,  # the same in the Hugging Face config
+    "n_blocks": Setting("num_layers", Depth, 12),
+    "n_heads": Setting("num_heads", Depth, 12),
+    "cond_dim": Setting("cond_dim", Width, 128),
+    "dropout": Setting("dropout", Annotated[float, Between(0, 0.999)], 0.1),
     **dict.fromkeys(("length", "model_length"), Index | None),
 }
 _FIXED = {
@@ -58,53 +53,13 @@ KEYS = ConfigKeys(
 )
 
 
-def load_mdlm(
-    state_dict: Mapping[str, Any],
-    config: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[MaskedTransformer, Vocabulary]:
-    """Model and vocabulary from a released state dict, or a Lightning checkpoint, whose EMA weights are then used.
-
-    Args:
-        state_dict: upstream names, with or without `backbone.`; or the whole Lightning checkpoint with `state_dict`
-            and `ema`.
-        config: upstream's Hydra configuration or the Hugging Face one; plus `vocab_size` (50258 if absent) and
-            `mask_index` (the last id if absent). `time_conditioning=True` makes the network use the time it is given.
-        dtype: cast the weights; None keeps the checkpoint's.
-        device: where to load; None for the CPU.
-
-    Raises:
-        ValueError: weights left over, missing or misshaped.
-    """
-    kwargs = mdlm_config(config)
-    weights = strip_prefixes(unwrap(state_dict), PREFIXES)
-    if "sigma_map.mlp.0.weight" in weights:  # the width of the condition is not in every config
-        kwargs["cond_dim"] = next(iter(getattr(weights["sigma_map.mlp.0.weight"], "shape", ())), kwargs["cond_dim"])
-    keymap = mdlm_keymap(kwargs)
-    if ema := state_dict.get("ema"):
-        shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
-        if not isinstance(shadow, list) or not all(hasattr(value, "shape") for value in shadow):
-            raise ValueError("the checkpoint's ema holds no list shadow_params of weights; download it again")
-        weights = {**weights, **ema_weights(shadow, keymap)}
-    return build(kwargs, keymap, weights, dtype, device), mdlm_vocabulary(config)
+def mdlm_measured(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The width of the condition, which is not in every config."""
+    shape = getattr(weights.get("sigma_map.mlp.0.weight"), "shape", ())
+    return {"cond_dim": shape[0]} if len(shape) else {}
 
 
-def mdlm_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
-    """The model's weights under released names (`backbone.*`)."""
-    theirs = mdlm_keymap(model.config).to_theirs(model.state_dict())
-    return {f"backbone.{name}": value for name, value in theirs.items()}
-
-
-def ema_weights(shadow: list[Tensor], keymap: KeyMap) -> dict[str, Tensor]:
-    """Names for a list of EMA weights, which is in the order of the upstream module's parameters."""
-    names = keymap.names()
-    if len(shadow) != len(names):
-        raise ValueError(f"the checkpoint has {len(shadow)} EMA weights; the config asks for {len(names)}")
-    return dict(zip(names, shadow, strict=True))
-
-
-def mdlm_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
+def mdlm_vocabulary(config: Config) -> Vocabulary:
     """Text ids with [MASK] last, or inside the range where the tokenizer has a mask token of its own; no images."""
     KEYS.check(config)
     size = config.get("vocab_size") or 50258
@@ -119,18 +74,17 @@ def mdlm_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(size, (0, stop), (stop, stop), mask_id, specials=specials)
 
 
-def mdlm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def mdlm_settings(config: Config) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
     KEYS.check(config)
     model = config.get("model", config)
-    ConfigKeys("mdlm (model)", _SIZES, fixed=_FIXED, harmless=KEYS.harmless).check(
-        {key: value for key, value in model.items() if model is not config}
-    )
-    values = {ours: model.get(hydra, model.get(hub, default)) for ours, (hydra, hub, default) in FIELDS.items()}
+    inner = KEYS if model is config else ConfigKeys("mdlm (model)", _SIZES, fixed=_FIXED, harmless=KEYS.harmless)
+    taken = inner.read(model)
+    taken["hidden_size"] = model.get("hidden_size", model.get("hidden_dim", taken["hidden_size"]))
     return {
-        **values,
+        **taken,
         "vocab_size": mdlm_vocabulary(config).size,
-        "ffn_size": 4 * values["hidden_size"],
+        "ffn_size": 4 * taken["hidden_size"],
         "norm": "layer",
         "norm_eps": 1e-5,
         "activation": "gelu_tanh",
@@ -144,29 +98,24 @@ def mdlm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mdlm_keymap(config: Mapping[str, Any]) -> KeyMap:
-    """Names for a model made with `mdlm_config` arguments (its `config` serves too)."""
+def mdlm_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
+    """Names of a network with `mdlm_settings`."""
+    config = model.config
     block = [
-        ("attention_norm.weight", "norm1.weight"),
-        ("attention.qkv.weight", "attn_qkv.weight"),
-        ("attention.out.weight", "attn_out.weight"),
-        ("ffn_norm.weight", "norm2.weight"),
-        *(
-            (f"feed_forward.{ours}.{p}", f"mlp.{n}.{p}")
-            for ours, n in (("up", 0), ("down", 2))
-            for p in ("weight", "bias")
-        ),
-        *((f"ada_ln.linear.{p}", f"adaLN_modulation.{p}") for p in ("weight", "bias")),
+        Entry("blocks.{i}.attention_norm.weight", "blocks.{i}.norm1.weight"),
+        Entry("blocks.{i}.attention.qkv.weight", "blocks.{i}.attn_qkv.weight"),
+        Entry("blocks.{i}.attention.out.weight", "blocks.{i}.attn_out.weight"),
+        Entry("blocks.{i}.ffn_norm.weight", "blocks.{i}.norm2.weight"),
     ]
     entries = [
         Entry("embed_tokens.weight", "vocab_embed.embedding"),
         *TIME_ENTRIES,
-        *(Entry(f"blocks.{{i}}.{ours}", f"blocks.{{i}}.{theirs}") for ours, theirs in block),
+        *per_layer(config["num_layers"], [*block, *block_entries(time=True)]),
         *head_entries(time=True),
     ]
     head_dim = config["hidden_size"] // config["num_heads"]
     inv_freq = ROPE_THETA ** -(torch.arange(0, head_dim, 2).float() / head_dim)
-    return KeyMap(entries, config["num_layers"], PREFIXES, {"rotary_emb.inv_freq": inv_freq})
+    return KeyMap(entries, {"rotary_emb.inv_freq": inv_freq})
 
 
 def mdlm_batch(ids: Tensor, attended: Tensor | None = None) -> TokenBatch:

@@ -9,11 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from unidiff.families.llada.weights import llada_config, llada_state_dict, load_llada
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.families.llada.weights import llada_settings
 from unidiff.tokens.vocabulary import Vocabulary
 
 SPECIALS: Mapping[str, int] = {
@@ -58,38 +54,7 @@ def mmada_vocabulary(
     return Vocabulary(size, (0, offset), (offset, offset + codebook_size), mask_id, specials=specials)
 
 
-def mmada_config(config: Mapping[str, Any] = RELEASED) -> dict[str, Any]:
-    """`MaskedTransformer` arguments for an upstream configuration (LLaDA's fields and `new_vocab_size`)."""
-    return llada_config(_llada_fields(config))
-
-
-def load_mmada(
-    state_dict: Mapping[str, Any],
-    config: Mapping[str, Any] = RELEASED,
-    dtype: torch.dtype | None = None,
-    vocabulary: Vocabulary | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[MaskedTransformer, Vocabulary]:
-    """Model and vocabulary from an upstream state dict.
-
-    Args:
-        state_dict: upstream names; training prefixes and a top-level `model` or `state_dict` are removed.
-        config: upstream's fields; those left out are the 8B checkpoints'.
-        dtype: cast the weights; None keeps the checkpoint's.
-        vocabulary: the 8B checkpoints' if left out.
-        device: where to load; None for the CPU.
-
-    Raises:
-        ValueError: weights left over, missing or misshaped, an option that is another network, or another vocabulary.
-    """
-    return load_llada(state_dict, _llada_fields(config), dtype, vocabulary or mmada_vocabulary(), device)
-
-
-def mmada_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
-    """The model's weights under upstream names."""
-    return llada_state_dict(model)
-
-
-def _llada_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def mmada_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for LLaDA's fields and `new_vocab_size`; those left out are the 8B checkpoints'."""
     fields = {**RELEASED, **config}
-    return {**fields, "embedding_size": fields["new_vocab_size"]}
+    return llada_settings({**fields, "embedding_size": fields["new_vocab_size"]})

@@ -2,13 +2,27 @@
 
 from typing import Any
 
-from unidiff.families.family import Config, Family, config_names, denoiser
-from unidiff.families.muddit.weights import load_muddit, muddit_state_dict, muddit_vocabulary
+from unidiff.families.family import Config, Family, Release, Tiny, config_names
+from unidiff.families.muddit.weights import PUBLISHED, muddit_keymap, muddit_settings, muddit_vocabulary
+from unidiff.models.mmdit import MMDiT
 
 _KEYS = (r"^transformer_blocks\.0\.attn\.add_q_proj\.weight$", r"^mlm_layer\.conv1\.weight$")
+_TINY = {
+    "vocab_size": 20,
+    "codebook_size": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 12,
+    "axes_dims_rope": [4, 4, 4],
+}
+_CLASS, _OTHER = {"_class_name": "SymmetricTransformer2DModel"}, {"_class_name": "Transformer2DModel"}
 _BOTH: dict[str, Any] = {
-    "load": denoiser(load_muddit),
-    "export": lambda model, spelling: muddit_state_dict(model),
+    "settings": muddit_settings,
+    "keymap": muddit_keymap,
+    "network": MMDiT,
     "vocabulary": muddit_vocabulary,
     "image_tokenizer": "vq_model",
 }
@@ -25,8 +39,15 @@ MUDDIT = Family(
     name="muddit",
     keys=(*_KEYS, r"^text_decoder\.1\.weight$"),
     fits=lambda config: _fits(config, "SymmetricTransformer2DModel", words=True),
+    releases=(Release("muddit", {**_CLASS, **PUBLISHED["muddit"]}, 1_057_540_096),),
+    tiny=Tiny({**_CLASS, **_TINY, "tokenizer_vocab_size": 48}, (-0.00928485, 0.446267, -0.15253, -0.515088)),
     **_BOTH,
 )
 MEISSONIC = Family(
-    name="meissonic", keys=_KEYS, fits=lambda config: _fits(config, "Transformer2DModel", words=False), **_BOTH
+    name="meissonic",
+    keys=_KEYS,
+    fits=lambda config: _fits(config, "Transformer2DModel", words=False),
+    releases=(Release("meissonic", {**_OTHER, **PUBLISHED["meissonic"]}),),
+    tiny=Tiny({**_OTHER, **_TINY}, (-0.00921213, 0.157625, -0.15253, -0.218056)),
+    **_BOTH,
 )

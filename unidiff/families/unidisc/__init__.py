@@ -1,15 +1,28 @@
 """UniDisc."""
 
-from unidiff.families.checkpoint.dit_names import DIT_KEY, has_images
-from unidiff.families.family import Family, denoiser
-from unidiff.families.unidisc.weights import load_unidisc, unidisc_state_dict, unidisc_vocabulary
+from unidiff.families.checkpoint.dit import DIT_KEY, TINY_SHAPE, has_images
+from unidiff.families.family import Family, Tiny
+from unidiff.families.unidisc.published import RELEASES
+from unidiff.families.unidisc.weights import unidisc_keymap, unidisc_settings, unidisc_vocabulary
+
+_TINY = {
+    **TINY_SHAPE,
+    "norm_type": "rms",
+    "qk_norm": True,
+    "modality_embed": True,
+    "text_vocab_size": 17,
+    "image_vocab_size": 12,
+}
 
 UNIDISC = Family(
     name="unidisc",
     keys=(DIT_KEY, r"^blocks\.0\.attention\.attn_qkv\.weight$"),
     fits=has_images,
-    load=denoiser(load_unidisc),
-    export=lambda model, spelling: unidisc_state_dict(model),
+    settings=unidisc_settings,
+    keymap=unidisc_keymap,
     vocabulary=unidisc_vocabulary,
     image_tokenizer="llamagen",
+    releases=RELEASES,
+    unstated=("cond_dim", "dropout"),
+    tiny=Tiny({"model": _TINY}, (0.845297, 1.50554, 0.790528, -1.35141)),
 )

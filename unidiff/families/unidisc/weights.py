@@ -16,15 +16,15 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, section
-from unidiff.families.checkpoint.dit_names import TIME_ENTRIES, head_entries
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, build
+from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, section
+from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
+from unidiff.families.family import Config, Spelling
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 
-PREFIXES = ("module.", "_orig_mod.", "_orig_module.")
 TEXT_VOCAB_SIZE = 32001  # LLaMA-2's ids and [MASK]
 NORM_TYPES = {"layernorm": "layer", "rms": "rms"}
 LAYER_NORM_EPS = 1e-5
@@ -37,11 +37,11 @@ _HUGE = 2**26
 MODEL_KEYS = ConfigKeys(
     "unidisc (model)",
     used={
-        "hidden_size": Width,
-        "n_blocks": Depth,
-        "n_heads": Depth,
-        "cond_dim": Width,
-        "dropout": Annotated[float, Between(0, 0.999)],
+        "hidden_size": Setting("hidden_size", Width, 768),
+        "n_blocks": Setting("num_layers", Depth, 12),
+        "n_heads": Setting("num_heads", Depth, 12),
+        "cond_dim": Setting("cond_dim", Width, 128),
+        "dropout": Setting("dropout", Annotated[float, Between(0, 0.999)], 0.1),
         "norm_type": Literal["layernorm", "rms"],
         "qk_norm": bool | None,
         "sandwich_normalization": bool | None,
@@ -83,34 +83,7 @@ FULL_KEYS = ConfigKeys(
 )
 
 
-def load_unidisc(
-    state_dict: Mapping[str, Any],
-    config: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[MaskedTransformer, Vocabulary]:
-    """Model and vocabulary from an upstream state dict and configuration.
-
-    Args:
-        state_dict: upstream names; `module.`, `_orig_mod.`, `_orig_module.` and a top-level `model` are removed.
-        config: the upstream experiment configuration (`model`, `trainer`, `data`, ...), or a mapping that holds it
-            under `config` beside `vocab_size`, `text_vocab_size` and `mask_index`. Keys that do not matter are ignored.
-        dtype: cast the weights; None keeps the checkpoint's.
-        device: where to load; None for the CPU.
-
-    Raises:
-        ValueError: weights left over, missing or misshaped, or an option that is another network.
-    """
-    kwargs = unidisc_config(config)
-    return build(kwargs, unidisc_keymap(kwargs), state_dict, dtype, device), unidisc_vocabulary(config)
-
-
-def unidisc_state_dict(model: MaskedTransformer) -> dict[str, Tensor]:
-    """The model's weights under upstream names."""
-    return unidisc_keymap(model.config).to_theirs(model.state_dict())
-
-
-def unidisc_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
+def unidisc_vocabulary(config: Config) -> Vocabulary:
     """Text ids, [MASK], then image codes; upstream's text vocabulary counts [MASK]."""
     full = _checked(config)
     model = full["model"]
@@ -126,22 +99,20 @@ def unidisc_vocabulary(config: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(size, (0, mask_id), (text_size, size), mask_id, specials=specials)
 
 
-def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def unidisc_settings(config: Config) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
     if section(config.get("config", config), "model").get("full_attention") is False:
         raise ConfigError("UniDisc option full_attention = False is its autoregressive baseline, not a masked model")
     full = _checked(config)
     model = full["model"]
-    norm_type = model.get("norm_type", "layernorm")
-    norm = NORM_TYPES[norm_type]
+    taken = MODEL_KEYS.read(model)
+    norm = NORM_TYPES[model.get("norm_type", "layernorm")]
     sandwich = bool(model.get("sandwich_normalization", False))
     packed = unidisc_interleaved(config)
     return {
+        **taken,
         "vocab_size": unidisc_vocabulary(config).size,
-        "hidden_size": model.get("hidden_size", 768),
-        "num_layers": model.get("n_blocks", 12),
-        "num_heads": model.get("n_heads", 12),
-        "ffn_size": 4 * model.get("hidden_size", 768),
+        "ffn_size": 4 * taken["hidden_size"],
         "norm": norm,
         "norm_eps": RMS_NORM_EPS if norm == "rms" else LAYER_NORM_EPS,
         "qk_norm": "width" if model.get("qk_norm", False) else "none",
@@ -154,17 +125,15 @@ def unidisc_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "modality_embedding": bool(model.get("modality_embed", False)),
         "image_embeddings": INTERLEAVED_IMAGES if packed else 0,
         "time_conditioning": bool(full.get("time_conditioning", False) or model.get("force_time_conditioning", False)),
-        "cond_dim": model.get("cond_dim", 128),
         "time_tokens": "image",
         "attention_gate": not sandwich,
         "sandwich_norm": sandwich,
         "head_bias": True,
         "ffn_bias": True,
-        "dropout": float(model.get("dropout", 0.1)),
     }
 
 
-def unidisc_interleaved(config: Mapping[str, Any]) -> bool:
+def unidisc_interleaved(config: Config) -> bool:
     """Whether a configuration is of the interleaved layout."""
     packed = section(config.get("config", config), "data").get("require_sample_ids")
     if not (packed is None or isinstance(packed, bool)):
@@ -172,7 +141,7 @@ def unidisc_interleaved(config: Mapping[str, Any]) -> bool:
     return bool(packed)
 
 
-def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(config: Config) -> Config:
     """The experiment configuration, every key of it looked at."""
     full = config.get("config", config)
     if full is not config:
@@ -183,34 +152,30 @@ def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return full
 
 
-def unidisc_keymap(config: Mapping[str, Any]) -> KeyMap:
-    """Names for a model made with `unidisc_config` arguments (its `config` serves too)."""
-    time, sandwich = config["time_conditioning"], config["sandwich_norm"]
+def unidisc_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
+    """Names of a network with `unidisc_settings`."""
+    config, at = model.config, "blocks.{i}."
+    time, normed = config["time_conditioning"], config["qk_norm"] != "none"
     block = [
-        ("attention.qkv.weight", "attention.attn_qkv.weight"),
-        ("attention.out.weight", "attention.attn_out.weight"),
-        *((f"attention.{n}_norm.{p}",) * 2 for n in "qk" for p in ("weight", "bias") if config["qk_norm"] != "none"),
-        ("attention_norm.weight", "norm1.weight"),
-        ("ffn_norm.weight", "norm2.weight"),
-        *(
-            (f"feed_forward.{ours}.{p}", f"mlp.{n}.{p}")
-            for ours, n in (("up", 0), ("down", 2))
-            for p in ("weight", "bias")
-        ),
-        *((f"ada_ln.linear.{p}", f"adaLN_modulation.{p}") for p in ("weight", "bias") if time),
-        *((("ffn_out_norm.weight", "post_ff_norm.weight"),) if sandwich else ()),
-        *((("attention_out_norm.weight", "pre_residual_norm.weight"),) if sandwich else ()),
+        *linear(f"{at}attention.qkv", f"{at}attention.attn_qkv", bias=False),
+        *linear(f"{at}attention.out", f"{at}attention.attn_out", bias=False),
+        *(entry for n in "qk" if normed for entry in linear(*(f"{at}attention.{n}_norm",) * 2)),
+        *linear(f"{at}attention_norm", f"{at}norm1", bias=False),
+        *linear(f"{at}ffn_norm", f"{at}norm2", bias=False),
+        *block_entries(time),
     ]
-    images = config["image_embeddings"]
+    if config["sandwich_norm"]:
+        block += linear(f"{at}ffn_out_norm", f"{at}post_ff_norm", bias=False)
+        block += linear(f"{at}attention_out_norm", f"{at}pre_residual_norm", bias=False)
     entries = [
-        *([Entry("embed_image.weight", "img_count_embedding")] if images else ()),
+        *([Entry("embed_image.weight", "img_count_embedding")] if config["image_embeddings"] else ()),
         Entry("embed_tokens.weight", "vocab_embed.embedding"),
         *(TIME_ENTRIES if time else ()),
         *([Entry("embed_modality.weight", "modality_embed.embedding")] if config["modality_embedding"] else ()),
-        *(Entry(f"blocks.{{i}}.{ours}", f"blocks.{{i}}.{theirs}") for ours, theirs in block),
+        *per_layer(config["num_layers"], block),
         *head_entries(time),
     ]
-    return KeyMap(entries, config["num_layers"], PREFIXES)
+    return KeyMap(entries)
 
 
 def unidisc_batch(

@@ -1,12 +1,15 @@
-"""One small fixed question to any model: a forward pass over a few tokens, or a decode of a few codes."""
+"""One small fixed question to any model, and what the tiny models of the families answer to it (`Family.tiny`)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unidiff.checked import build_on_meta
+from unidiff.families.family import Family
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens.batch import Span, TokenBatch
@@ -62,3 +65,28 @@ def _mmdit(model: MMDiT) -> Tensor:
     micro = torch.tensor([[512.0, 512.0, 0.0, 0.0, 6.0]], device=device)
     out = model(codes, text.to(model.dtype), pooled.to(model.dtype), micro, torch.tensor([0.5], device=device))
     return out.image if out.text is None else torch.cat((out.image.flatten().float(), out.text.flatten().float()))
+
+
+def formula_weights(family: Family) -> dict[str, Tensor]:
+    """Weights of the tiny model under released names: 0.3 sin(...), and around 1 for vectors."""
+    settings = {**family.settings(family.tiny.config), **family.tiny.measured}
+    state = family.export(build_on_meta(family.network, settings))
+    return {n: v if n in family.constants else _wave(tuple(v.shape), sum(n.encode())) for n, v in state.items()}
+
+
+def known_answer(family: Family) -> tuple[float, float, float, float]:
+    """What the tiny model answers here, through the family's own loader; compare with `family.tiny.answer`."""
+    model, vocabulary = family.load(formula_weights(family), family.tiny.config, vocabulary=family.tiny.vocabulary)
+    values = answer(model, vocabulary).double()
+    return float(values.mean()), float(values.std()), float(values[0]), float(values[-1])
+
+
+def agrees(found: tuple[float, ...], expected: tuple[float, ...]) -> bool:
+    """Within the rounding of float32 on another machine."""
+    return all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+def _wave(shape: tuple[int, ...], phase: int) -> Tensor:
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    values = torch.sin(0.7 * index + 0.013 * phase).float().reshape(shape)
+    return 0.3 * values if len(shape) > 1 else 1 + 0.2 * values

@@ -10,9 +10,9 @@ import torch
 
 from unidiff.families.checkpoint.describe import plain_settings
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.verify.known_answers import NUMBERS, agrees, known_answer
+from unidiff.families.family import Family
 from unidiff.families.verify.published import closest_release
-from unidiff.families.verify.smoke import answer
+from unidiff.families.verify.smoke import agrees, answer, known_answer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def verify(
     1. Every weight is there, in shape and finite (loading raises otherwise).
     2. Its settings and id layout are those of the closest published model.
     3. Its number of parameters is the stated one.
-    4. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`known_answers`).
+    4. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`Family.tiny`).
     5. One small pass of the checkpoint itself is finite and not constant.
 
     Args:
@@ -65,7 +65,7 @@ def verify(
     released = load_released(name, dtype, device, **options)
     count = sum(p.numel() for p in released.model.parameters())
     checks = [Check("weights", True, f"{count:,} parameters, all there and finite")]
-    found = closest_release(released.family.name, plain_settings(released.model), released.vocabulary)
+    found = closest_release(released.family, plain_settings(released.model), released.vocabulary)
     if found is not None:
         release, differences = found
         shown = "; ".join(str(d) for d in differences[:5]) + ("; ..." if len(differences) > 5 else "")
@@ -75,7 +75,7 @@ def verify(
             off = abs(count - release.parameters) / release.parameters
             detail = f"{count:,} here, {release.parameters:,} stated"
             checks.append(Check("number of parameters", off <= release.tolerance, detail))
-    checks.append(_known(released.family.name))
+    checks.append(_known(released.family))
     values = answer(released.model if released.images is None else released.images, released.vocabulary)
     alive = bool(torch.isfinite(values).all()) and float(values.std()) > 0
     detail = f"{values.numel()} values, mean {float(values.mean()):.4g}, deviation {float(values.std()):.4g}"
@@ -83,9 +83,8 @@ def verify(
     return Verification(released.family.name, None if found is None else found[0].name, tuple(checks))
 
 
-def _known(family: str) -> Check:
-    expected = NUMBERS[family]
-    found = known_answer(family)
+def _known(family: Family) -> Check:
+    expected, found = family.tiny.answer, known_answer(family)
     detail = "a tiny model answers as recorded"
     if not agrees(found, expected):
         detail = f"a tiny model answers {found}, recorded {expected}; the arithmetic here differs"
