@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 pytestmark = pytest.mark.golden
 TESTS = Path(__file__).parent
-DIFFUSION, DECODING, RELEASED = "diffusion/test_golden_{}.py::", "decoding/test_{}.py::", "released/test_{}.py::"
+DIFFUSION, DECODING, RELEASED = "diffusion/test_golden_{}.py::", "decoding/test_{}.py::", "families/test_{}.py::"
 _UNIDISC = DIFFUSION.format("unidisc")
 _MDLM = DIFFUSION.format("mdlm")
 _SAMPLING = DECODING.format("reference_sampling")
@@ -30,7 +30,7 @@ _TRACES = ("test_image_traces", "test_text_traces_through_the_sampler", "test_te
 # set: file (pattern, relative to the set): the tests that compare it
 COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
     "unidisc": {
-        "*/weights.safetensors": (f"released/test_unidisc_golden.py{_NAMES}",),
+        "*/weights.safetensors": (f"families/test_unidisc_golden.py{_NAMES}",),
         "*/forward.safetensors": (f"{RELEASED.format('unidisc_golden')}test_forward_matches_the_reference",),
         "static/loss.safetensors": (f"{_UNIDISC}test_losses", f"{_UNIDISC}test_gradient_norms"),
         "static/corruption.safetensors": (f"{_UNIDISC}test_corruption",),
@@ -46,7 +46,7 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "mdlm": {
-        "weights.safetensors": (f"released/test_mdlm_golden.py{_NAMES}",),
+        "weights.safetensors": (f"families/test_mdlm_golden.py{_NAMES}",),
         "backbone.safetensors": (
             f"{RELEASED.format('mdlm_golden')}test_forward_and_parameterisations_match_the_reference",
         ),
@@ -55,7 +55,7 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "samplers.safetensors": (f"{_SAMPLING}test_mdlm_sampling",),
     },
     "llada": {
-        "weights.safetensors": (f"released/test_llada_golden.py{_NAMES}",),
+        "weights.safetensors": (f"families/test_llada_golden.py{_NAMES}",),
         "forward.safetensors": (f"{_LLADA}test_forward",),
         "traces.safetensors": (f"{_LLADA}test_every_stored_trace_is_a_case", f"{_LLADA}test_trace"),
         "likelihood.safetensors": (f"{_LLADA}test_likelihood",),
@@ -83,11 +83,11 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "transformer*.safetensors": (f"models/test_mmdit_golden.py{_NAMES}",),
     },
     "llamagen_vq": {
-        "weights.safetensors": (f"released/test_llamagen.py{_NAMES}_from_every_entry",),
+        "weights.safetensors": (f"families/test_llamagen.py{_NAMES}_from_every_entry",),
         "*puts.safetensors": (f"{RELEASED.format('llamagen')}test_every_stored_tensor_matches_the_reference",),
     },
     "magvitv2": {
-        "weights.safetensors": (f"released/test_magvit.py{_NAMES}",),
+        "weights.safetensors": (f"families/test_magvit.py{_NAMES}",),
         "*puts.safetensors": (f"{RELEASED.format('magvit')}test_every_stored_tensor_matches_the_reference",),
     },
     "ml_cache": {"*.safetensors": (f"{DECODING.format('max_logit_golden')}test_trace",)},

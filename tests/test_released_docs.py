@@ -158,14 +158,11 @@ def test_the_table_lists_every_release_with_the_memory_of_its_weights():
 
 def test_names_in_the_text_exist():
     """Modules and compat switches that the page tells of."""
-    from reference.llada import LladaCompat
-    from reference.mmada_training import training_mask
-    from reference.variants import unidisc_capped_total, unidisc_dropout
-
+    from unidiff.decoding.cache import AdaptiveCache, MaxLogitCache
     from unidiff.families.mmada.sampling import MMaDACompat
     from unidiff.families.muddit.tasks import MudditSettings
 
-    for thing in (unidisc_capped_total, unidisc_dropout, LladaCompat, MMaDACompat, training_mask, MudditSettings):
+    for thing in (AdaptiveCache, MaxLogitCache, MMaDACompat, MudditSettings):
         assert thing.__name__ in TEXT
     for path in re.findall(r"`((?:tests|unidiff)/[\w/]+\.py)`", TEXT):
         assert (DOCS.parent / path).is_file(), path

@@ -26,7 +26,10 @@ from torch import Tensor
 from unidiff.decoding.config import Guidance
 from unidiff.decoding.guidance import mix, scale_at
 from unidiff.diffusion.schedules import Schedule, get_schedule
-from unidiff.families import load_mdlm, load_unidisc, mdlm_batch, unidisc_batch
+from unidiff.families.mdlm import MDLM
+from unidiff.families.mdlm.weights import mdlm_batch
+from unidiff.families.unidisc import UNIDISC
+from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden
@@ -76,7 +79,7 @@ class Mdlm:
         weights = load_file(folder / "weights.safetensors")
         self.models = {}
         for tc in (0, 1):
-            model, self.vocabulary = load_mdlm(weights, {**self.config, "time_conditioning": bool(tc)})
+            model, self.vocabulary = MDLM.load(weights, {**self.config, "time_conditioning": bool(tc)})
             self.models[tc] = model.eval()
         self.mask_id = self.vocabulary.mask_id
         noise = dict(self.config["noise"])
@@ -194,7 +197,7 @@ class UniDisc:
 
     def __init__(self, folder: Path, data: Tensors) -> None:
         config = json.loads((folder / "config.json").read_text())
-        model, self.vocabulary = load_unidisc(load_file(folder / "weights.safetensors"), config)
+        model, self.vocabulary = UNIDISC.load(load_file(folder / "weights.safetensors"), config)
         self.model = model.eval()
         self.modality = data["modality"]
         self.mask_id = self.vocabulary.mask_id

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-UNIDISC, LLADA = "released/test_defects_unidisc.py", "released/test_defects_llada.py"
-MUDDIT, MMADA = "released/test_defects_muddit.py", "released/test_defects_mmada_lumina.py"
-OWN_MUDDIT, OWN_MMADA = "released/test_muddit.py", "released/test_mmada.py"
+UNIDISC, LLADA = "families/test_defects_unidisc.py", "families/test_defects_llada.py"
+MUDDIT, MMADA = "families/test_defects_muddit.py", "families/test_defects_mmada_lumina.py"
+OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
 # system: what upstream does wrong: (module, test)
@@ -41,7 +41,7 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "fully known rows": (UNIDISC, "test_known_rows_cost_nothing_and_stay"),
         "packed samples of the interleaved layout leak": (
-            "released/test_unidisc_golden.py",
+            "families/test_unidisc_golden.py",
             "test_interleaved_samples_keep_to_themselves",
         ),
     },
@@ -88,7 +88,7 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
             LLADA,
             "test_guidance_and_a_stop_at_end_of_text_go_with_every_cache",
         ),
-        "the factor rule is off by one": ("released/test_llada.py", "test_the_factor_quirk_is_an_option"),
+        "the factor rule is off by one": ("families/test_llada.py", "test_the_factor_quirk_is_an_option"),
     },
     "dLLM-Cache": {
         "padded batches are wrong": (ADAPTIVE, "test_rows_of_a_padded_batch_are_single_rows"),
@@ -116,7 +116,7 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "other sizes": (MUDDIT, "test_any_size_that_the_downsampling_divides"),
         "questions too long": (OWN_MUDDIT, "test_text_that_does_not_fit_is_refused"),
         "a missing mask embedding only prints": (
-            "released/test_muddit_folder.py",
+            "families/test_muddit_folder.py",
             "test_meissonic_draws_but_does_not_write",
         ),
         "answers are the argmax of the last logits": (MUDDIT, "test_answers_are_the_sampled_tokens"),
@@ -156,11 +156,11 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "image tokenizers": {
         "LlamaGen VQ overflows in float16": (
-            "released/test_llamagen.py",
+            "families/test_llamagen.py",
             "test_float16_weights_whose_activations_exceed_its_range_stay_finite",
         ),
         "MAGVIT-v2 overflows in float16": (
-            "released/test_magvit.py",
+            "families/test_magvit.py",
             "test_float16_weights_whose_activations_exceed_its_range_stay_finite",
         ),
     },

@@ -1,6 +1,6 @@
 """Loading takes the memory of the weights and little more, whatever the kind of file: peak resident memory is measured.
 
-    python tests/released/test_loading_memory.py FOLDER safetensors|shards|bin [GIGABYTES]
+    python tests/families/test_loading_memory.py FOLDER safetensors|shards|bin [GIGABYTES]
 
 writes a synthetic LLaDA checkpoint, loads it and prints what it took.
 """

@@ -1,6 +1,6 @@
 """Fewer bits per weight, and weights that are not on the device: answers, sizes, caches, and memory measured.
 
-    python tests/released/test_small_memory.py FOLDER plain|int8|int4|disk [GIGABYTES]
+    python tests/families/test_small_memory.py FOLDER plain|int8|int4|disk [GIGABYTES]
 
 prints what a synthetic bfloat16 LLaDA takes at rest and at most in a pass over 64 tokens.
 """
