@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from golden import golden_folders
+from reference.mmada_sampling import generate_codes, generate_text, masked_after, step_temperature
 from reference.mmada_training import answer_loss, image_loss, training_mask
 
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
-from unidiff.decoding.sampler import Sampler
+from unidiff.decoding.draw import RowNoise
+from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
-from unidiff.families.mmada.sampling import (
-    ImageSettings,
-    ImageStep,
-    MMaDACompat,
-    answer_config,
-    generate_codes,
-    generate_text,
-    image_config,
-    masked_after,
-    step_temperature,
-)
+from unidiff.families.mmada.sampling import ImageSettings, answer_config, image_config
 from unidiff.families.mmada.weights import RELEASED, SPECIALS, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 
-UPSTREAM = MMaDACompat.upstream()
 TINY_SPECIALS = {name: 20 + i for i, name in enumerate(SPECIALS)}
 VOCABULARY = mmada_vocabulary(size=60, offset=41, codebook_size=16, mask_id=40, specials=TINY_SPECIALS)
 FIELDS = {"d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2, "mlp_hidden_size": 48, "new_vocab_size": 60}
@@ -53,18 +45,31 @@ def image_rows(codes: torch.Tensor, texts=((1, 2), (3, 4, 5))):
     return batches
 
 
-def decode_image(model, codes, settings, compat=None, seeds=(5, 6), texts=((1, 2), (3, 4, 5))):
+def decode_image(model, codes, settings, seeds=(5, 6), texts=((1, 2), (3, 4, 5)), **more) -> SamplerOutput:
     batch, unconditional = image_rows(codes, texts)
-    steps: list[ImageStep] = []
+    sampler = Sampler(model, VOCABULARY, image_config(settings), **more)
+    seeds = torch.tensor(seeds[: len(codes)])
+    return sampler(batch, seeds, record=True, unconditional=unconditional if settings.guidance else None)
+
+
+def codes_of(ids: torch.Tensor) -> torch.Tensor:
+    """`[..., L]` to the codes of the four image tokens; hidden ones are 16 or more."""
+    return (ids[..., 8:12] - VOCABULARY.image[0]) % 60
+
+
+def upstream_image(model, codes, settings, noise: float = 0.0) -> tuple[torch.Tensor, list]:
+    """The reference's loop, without noise or with some on the ranking."""
+    batch, unconditional = image_rows(codes)
+    steps: list = []
     out = generate_codes(
         model,
         VOCABULARY,
         batch,
         unconditional if settings.guidance else None,
-        torch.tensor(seeds[: len(codes)]),
         settings,
-        compat,
-        observe=lambda _, step: steps.append(step),
+        draw=lambda step, p: p.argmax(-1),
+        choice=lambda step: noise * torch.randn(codes.shape, generator=torch.Generator().manual_seed(step)),
+        observe=steps.append,
     )
     return out, steps
 
@@ -120,42 +125,48 @@ def test_names_and_refusals(model):
 # ---------------------------------------------------------------------------------------------- defects, one by one
 
 
-def test_temperature_falls_once_and_not_again_and_again():
-    settings = ImageSettings(steps=5, temperature=1.0)
-    fixed = [step_temperature(settings, s, MMaDACompat()) for s in range(5)]
-    upstream = [step_temperature(settings, s, UPSTREAM) for s in range(5)]
-    assert fixed == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+def test_temperature_falls_once_and_not_again_and_again(model, monkeypatch):
+    settings, seen = ImageSettings(steps=5, temperature=1.0, schedule="linear", guidance=0.0), []
+    upstream = [step_temperature(settings, s) for s in range(5)]
     assert upstream == pytest.approx([0.8, 0.48, 0.192, 0.0384, 0.0])
+    one = torch.tensor(-1.0, dtype=torch.float64).exp().neg().exp()  # a Gumbel number of 1
+    monkeypatch.setattr(RowNoise, "__call__", lambda noise, step, use: one.expand(noise.place.shape))
+
+    def rule(confidence, score, is_real, count, index):
+        seen.append(float((score - confidence.log())[is_real].mean()))
+        return torch.zeros_like(is_real)  # one token per pass
+
+    decode_image(model, torch.full((1, 4), -1), settings, texts=((1, 2),), rules={Modality.IMAGE: rule})
+    assert seen == pytest.approx([1.0, 0.75, 0.5, 0.25])  # as many passes as tokens
 
 
-def test_inpainting_spreads_the_unknown_positions_over_all_steps():
-    start = torch.tensor([[True] * 4 + [False] * 12])
-    settings = ImageSettings(steps=4, schedule="linear")
-    counts = {}
-    for name, compat in (("fixed", MMaDACompat()), ("upstream", UPSTREAM)):
-        unknown, kept = start.clone(), []
-        for step in range(4):
-            keep = int(masked_after(unknown, start, settings, step, compat))
-            unknown = (torch.arange(16) < keep)[None]
-            kept.append(keep)
-        counts[name] = kept
-    assert counts == {"fixed": [3, 2, 1, 0], "upstream": [3, 2, 1, 1]}
-    settings = ImageSettings(steps=2, schedule="linear")  # upstream reveals one, then all others at once
-    assert int(masked_after(start, start, settings, 0, UPSTREAM)) == 3
-    assert int(masked_after(start, start, settings, 0, MMaDACompat())) == 2
+def test_inpainting_spreads_the_unknown_positions_over_all_steps(model):
+    unknown = torch.tensor([[True] * 4 + [False] * 12])
+    kept = []
+    for step in range(4):
+        kept.append(int(masked_after(unknown, ImageSettings(steps=4, schedule="linear"), step)))
+        unknown = (torch.arange(16) < kept[-1])[None]
+    assert kept == [3, 2, 1, 1]
+    start = torch.tensor([[True] * 4 + [False] * 12])  # reveals one, then all others at once
+    assert int(masked_after(start, ImageSettings(steps=2, schedule="linear"), 0)) == 3
+    codes = torch.tensor([[-1, -1, 7, 9]])
+    for steps, expected in ((2, [2, 1, 0]), (1, [2, 0])):
+        settings = ImageSettings(steps=steps, schedule="linear", guidance=0.0)
+        out = decode_image(model, codes, settings, texts=((1, 2),))
+        assert [int((codes_of(ids) >= 16).sum()) for ids in out.trajectory] == expected
 
 
 def test_known_rows_and_known_codes_stay(model):
     codes = torch.tensor([[1, 2, 3, 4], [-1, 7, -1, 9]])
     settings = ImageSettings(steps=3, guidance=1.5)
-    out, steps = decode_image(model, codes, settings)
-    assert torch.equal(out[0], codes[0]) and torch.equal(out[1, [1, 3]], codes[1, [1, 3]])
-    assert not any(step.masked[0].any() for step in steps)
-    _, steps = decode_image(model, codes, settings, UPSTREAM)
+    out = decode_image(model, codes, settings)
+    final = codes_of(out.batch.ids)
+    assert torch.equal(final[0], codes[0]) and torch.equal(final[1, [1, 3]], codes[1, [1, 3]])
+    assert not any((codes_of(ids)[0] >= 16).any() for ids in out.trajectory)
+    _, steps = upstream_image(model, codes, settings, 1.0)
     assert all(step.masked[0].sum() == 1 for step in steps)  # upstream forgets a known code in every step
-    known = codes[:1]
-    untouched, steps = decode_image(model, known, settings, texts=((1, 2),))
-    assert torch.equal(untouched, known) and not steps  # nothing to do: no forward
+    untouched = decode_image(model, codes[:1], settings, texts=((1, 2),))
+    assert torch.equal(codes_of(untouched.batch.ids), codes[:1]) and untouched.nfe == 0
 
 
 def test_text_guidance_sees_no_padding(model):
@@ -163,13 +174,14 @@ def test_text_guidance_sees_no_padding(model):
     long, short = question([[1, 2, 3]]), question([[4, 5]])
     both = question([[1, 2, 3], [4, 5]])
     config = answer_config(VOCABULARY, steps=4, block_length=2, guidance=1.5)
-    alone = [generate_text(model, VOCABULARY, row, torch.tensor([7]), config) for row in (long, short)]
-    together = generate_text(model, VOCABULARY, both, torch.tensor([7, 7]), config)
+    sampler = Sampler(model, VOCABULARY, config)
+    alone = [sampler(row, torch.tensor([7])) for row in (long, short)]
+    together = sampler(both, torch.tensor([7, 7]))
     for row, single in enumerate(alone):
         width = single.batch.shape[1]
         assert torch.equal(together.batch.ids[row, :width], single.batch.ids[0])
         torch.testing.assert_close(together.confidence[row, :width], single.confidence[0], atol=1e-5, rtol=0)
-    seen = generate_text(model, VOCABULARY, both, torch.tensor([7, 7]), config, MMaDACompat(ignore_mask=True))
+    seen = generate_text(model, VOCABULARY, both, torch.tensor([7, 7]), config, any_id=False)
     torch.testing.assert_close(seen.confidence[0], together.confidence[0], atol=1e-5, rtol=0)
     assert (seen.confidence[1] - together.confidence[1]).abs().max() > 1e-4
 
@@ -183,8 +195,8 @@ def test_answers_hold_text_ids_only(model):
         direction = loud.hidden(batch.ids, batch.modality, batch.positions).mean((0, 1))
         loud.output_weight[VOCABULARY.image[0] + 3] = 50 * direction
         loud.output_weight[VOCABULARY.specials["soi"]] = 60 * direction
-    wild = generate_text(loud, VOCABULARY, batch, torch.tensor([1, 2]), config, MMaDACompat(any_id=True))
-    tame = generate_text(loud, VOCABULARY, batch, torch.tensor([1, 2]), config)
+    wild = generate_text(loud, VOCABULARY, batch, torch.tensor([1, 2]), config)
+    tame = Sampler(loud, VOCABULARY, config)(batch, torch.tensor([1, 2]))
     answers = batch.targets
     assert bool((wild.batch.ids[answers] == VOCABULARY.specials["soi"]).any())
     marks = set(TINY_SPECIALS.values()) - {TINY_SPECIALS["eos"], TINY_SPECIALS["eot"]}
@@ -257,27 +269,32 @@ def test_layout_of_a_batch():
 def test_a_row_alone_equals_the_row_in_a_batch(model):
     codes = torch.full((2, 4), -1)
     settings = ImageSettings(steps=3, guidance=2.0, temperature=0.7)
-    both, _ = decode_image(model, codes, settings)
+    both = codes_of(decode_image(model, codes, settings).batch.ids)
     texts = ((1, 2), (3, 4, 5))
     for row in range(2):
-        alone, _ = decode_image(model, codes[:1], settings, seeds=(5 + row,), texts=texts[row : row + 1])
-        assert torch.equal(alone[0], both[row])
-    again, _ = decode_image(model, codes, settings, seeds=(7, 8))
+        alone = decode_image(model, codes[:1], settings, seeds=(5 + row,), texts=texts[row : row + 1])
+        assert torch.equal(codes_of(alone.batch.ids)[0], both[row])
+    again = codes_of(decode_image(model, codes, settings, seeds=(7, 8)).batch.ids)
     assert not torch.equal(again, both)
     assert both.min() >= 0 and both.max() < 16
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_the_sampler_decodes_the_same_image(model, guidance):
-    """Without choice noise the family's loop and the sampler are the same decoder."""
-    codes = torch.tensor([[-1, 2, -1, -1], [-1, -1, -1, -1]])
-    settings = ImageSettings(steps=3, guidance=guidance, temperature=0.0)
-    expected, _ = decode_image(model, codes, settings)
+    """Of new images and without noise, the reference's loop and the sampler are the same decoder.
+
+    By a linear schedule: of the cosine the reference rounds 4 cos(pi / 3) to 1.
+    """
+    settings = ImageSettings(steps=3, guidance=guidance, temperature=0.0, schedule="linear")
+    codes = torch.full((2, 4), -1)
+    expected, _ = upstream_image(model, codes, settings)
     batch, unconditional = image_rows(codes)
-    sampler = Sampler(model, VOCABULARY, image_config(settings))
-    out = sampler(batch, torch.tensor([5, 6]), unconditional=unconditional if guidance else None)
-    image = batch.modality == Modality.IMAGE
-    assert torch.equal(out.batch.ids[image].reshape(2, 4) - VOCABULARY.image[0], expected)
+    config = image_config(settings)
+    config = replace(config, image=replace(config.image, temperature=0.0))
+    out = Sampler(model, VOCABULARY, config)(
+        batch, torch.tensor([5, 6]), unconditional=unconditional if guidance else None
+    )
+    assert torch.equal(codes_of(out.batch.ids), expected)
 
 
 CACHES = [
@@ -302,14 +319,7 @@ def test_every_cache_that_refreshes_in_every_pass_changes_nothing(model, policy)
         torch.testing.assert_close(plain.confidence, cached.confidence, atol=1e-5, rtol=0)
 
 
-def test_bad_requests_are_refused(model):
-    batch, unconditional = image_rows(torch.full((2, 4), -1))
-    seeds = torch.tensor([1, 2])
-    with pytest.raises(ValueError, match="guidance needs unconditional rows"):
-        generate_codes(model, VOCABULARY, batch, None, seeds, ImageSettings())
-    mixed = batch.replace(modality=batch.modality.roll(1, 1).where(torch.tensor([[True], [False]]), batch.modality))
-    with pytest.raises(ValueError, match="different places"):
-        generate_codes(model, VOCABULARY, mixed, unconditional, seeds, ImageSettings(guidance=0))
+def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="image steps is 0; expected a whole number from 1"):
         ImageSettings(steps=0)
 
@@ -319,14 +329,3 @@ def test_image_settings_of_another_kind_are_refused(value):
     for name in ("steps", "guidance", "temperature", "schedule"):
         with pytest.raises(ValueError, match=f"{name}"):
             ImageSettings(**{name: value})
-
-
-def test_guidance_that_overflows_is_named(model):
-    batch, unconditional = image_rows(torch.full((2, 4), -1))
-    head = model.head
-    try:
-        model.head = lambda *arguments: head(*arguments).float() * 1e34
-        with pytest.raises(ValueError, match=r"guidance = 1e\+06 takes logits beyond what float32 holds"):
-            generate_codes(model, VOCABULARY, batch, unconditional, torch.tensor([1, 2]), ImageSettings(guidance=1e6))
-    finally:
-        del model.head

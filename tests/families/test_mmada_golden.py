@@ -7,19 +7,14 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.mmada_sampling import generate_codes, generate_text
 from reference.mmada_training import answer_loss, image_loss, mask_answers, mask_image, training_mask
 from safetensors.torch import load_file
 
 from unidiff.decoding.commit.choose import quota, take_best
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, PromptRows, mmada_batch
-from unidiff.families.mmada.sampling import (
-    ImageSettings,
-    MMaDACompat,
-    answer_config,
-    generate_codes,
-    generate_text,
-)
+from unidiff.families.mmada.sampling import ImageSettings, answer_config
 from unidiff.families.mmada.weights import mmada_vocabulary
 
 pytestmark = pytest.mark.golden
@@ -259,12 +254,10 @@ def test_image_traces(golden):
             vocabulary,
             batch,
             unconditional if case["guidance_scale"] > 0 else None,
-            torch.zeros(len(batch.ids), dtype=torch.long),
             settings,
-            MMaDACompat.upstream(),
             draw=lambda s, p: (p / exponential[s].reshape(p.shape)).argmax(-1),  # noqa: B023
             choice=lambda s: -torch.log(-torch.log(uniform[s])),  # noqa: B023
-            observe=lambda _, step: steps.append(step),  # noqa: B023
+            observe=steps.append,
         )
         stored.check("final_codes", codes)
         stored.check("image_probs", torch.stack([s.probabilities for s in steps]), atol=1e-4)
@@ -305,8 +298,7 @@ def test_text_traces_through_the_sampler(golden):
         config = answer_config(
             golden.vocabulary, case["steps"], case["block_length"], case["temperature"], case["cfg_scale"]
         )
-        compat = MMaDACompat.upstream()
-        out = generate_text(golden.model, golden.vocabulary, batch, torch.arange(rows), config, compat, record=True)
+        out = generate_text(golden.model, golden.vocabulary, batch, torch.arange(rows), config, record=True)
         trace = torch.stack(out.trajectory)
         expected = stored["model_input_trace"]
         assert torch.equal(expected[:, :rows], trace[:-1]), name

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from unidiff.decoding import Sampler
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import QUESTION, MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.rows import MMaDARows
-from unidiff.families.mmada.sampling import ImageSettings, answer_config, generate_codes, generate_text
+from unidiff.families.mmada.sampling import ImageSettings, answer_config, image_config
 from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.families.tasks import run_task
 from unidiff.models.transformer import MaskedTransformer
@@ -44,13 +45,15 @@ def run(model, request, seeds=(5, 6)):
     return run_task(model, VOCABULARY, request, seeds)
 
 
-def test_pictures_are_those_of_the_familys_loop(model):
+def test_pictures_are_those_of_the_familys_rows(model):
     words = [[1, 2], [2]]
     prompts = MMaDAPrompts(VOCABULARY, 6)
     hidden = torch.full((2, 4), VOCABULARY.image_mask)
     rows = [prompts.text_to_image(texts, hidden) for texts in (words, [[], []])]
     batch, empty = (mmada_batch(r.ids, VOCABULARY, r.visible) for r in rows)
-    expected = generate_codes(model, VOCABULARY, batch, empty, torch.tensor([5, 6]), ROWS.image)
+    sampler = Sampler(model, VOCABULARY, image_config(ROWS.image))
+    done = sampler(batch, torch.tensor([5, 6]), unconditional=empty).batch.ids
+    expected = (done[batch.targets] - VOCABULARY.image[0]).view(2, 4)
     drawn = run(model, ROWS.text_to_image(["a fox", "fox"]))
     assert torch.equal(torch.stack([code.flatten() for (code,) in drawn.codes]), expected)
     assert drawn.texts == [[], []]
@@ -66,7 +69,7 @@ def test_painting_keeps_known_codes(model):
 def test_answers_are_those_of_the_familys_decoder(model):
     texts = [[1, 2, 3], [4]]
     asked = MMaDAPrompts(VOCABULARY, 6).question(CODES.flatten(1) + VOCABULARY.image[0], texts, 4)
-    expected = generate_text(model, VOCABULARY, asked, torch.tensor([5, 6]), TEXT)
+    expected = Sampler(model, VOCABULARY, TEXT)(asked, torch.tensor([5, 6]))
     result = run(model, ROWS.understand(CODES, texts, 4))
     assert torch.equal(result.output.batch.ids, expected.batch.ids)
     assert all(torch.equal(code, given) for (code,), given in zip(result.codes, CODES, strict=True))
