@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
+from reference.batches import llada_batch, lumina_batch, lumina_pair, mdlm_batch, unidisc_batch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
-from unidiff.families.llada.weights import llada_batch
-from unidiff.families.lumina.weights import lumina_batch, lumina_pair
 from unidiff.families.mdlm import MDLM
-from unidiff.families.mdlm.weights import mdlm_batch
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.families.unidisc import UNIDISC
-from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

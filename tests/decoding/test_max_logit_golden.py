@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import lumina_pair
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, Sampl
 from unidiff.decoding.cache.max_logit import MaxLogitCache
 from unidiff.diffusion.schedules.cosine import Cosine
 from unidiff.families.llada import LLADA
-from unidiff.families.lumina.weights import lumina_pair
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 

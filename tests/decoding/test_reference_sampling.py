@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import mdlm_batch, unidisc_batch
 from reference.reference_steps import (
     analytic_weights,
     clean_probabilities,
@@ -27,9 +28,7 @@ from unidiff.decoding.config import Guidance
 from unidiff.decoding.guidance import mix, scale_at
 from unidiff.diffusion.schedules import Schedule, get_schedule
 from unidiff.families.mdlm import MDLM
-from unidiff.families.mdlm.weights import mdlm_batch
 from unidiff.families.unidisc import UNIDISC
-from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden

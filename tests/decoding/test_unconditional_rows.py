@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.batches import lumina_pair
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import AdaptiveCache, HeldGuidance
 from unidiff.decoding.cache.max_logit import MaxLogitCache
-from unidiff.families.lumina.weights import lumina_pair
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

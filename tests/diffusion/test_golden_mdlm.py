@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import mdlm_batch
 from reference.variants import d3pm_loss, discrete_time, sedd_log_score, sedd_loss
 from safetensors.torch import load_file
 
 from tests.reference.times import importance_times, importance_weight, sample_times
 from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll
 from unidiff.families.mdlm import MDLM
-from unidiff.families.mdlm.weights import mdlm_batch
 
 pytestmark = pytest.mark.golden
 FOLDERS = [f for f in golden_folders("mdlm") if (f / "losses.safetensors").is_file()]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import unidisc_batch
 from reference.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
 from safetensors.torch import load_file
 
@@ -13,7 +14,7 @@ from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_t
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.diffusion.objective import time_weight
 from unidiff.families.unidisc import UNIDISC
-from unidiff.families.unidisc.weights import unidisc_batch, unidisc_interleaved
+from unidiff.families.unidisc.weights import unidisc_interleaved
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.batches import llada_batch
 from tiny_families import LLADA_CONFIG, family, lively, llada_rows
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.families.llada import LLADA
-from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.batches import lumina_batch
 from tiny_families import family, lumina_ids, lumina_rows, lumina_vocabulary
 
 from unidiff.decoding import Guidance, NoCache, Sampler
 from unidiff.decoding.cache import DualCache, MaxLogitCache
-from unidiff.families.lumina.weights import lumina_batch
 
 CACHE = MaxLogitCache(0.6, 0.2, 4)
 SEEDS = torch.tensor([1, 2, 3])

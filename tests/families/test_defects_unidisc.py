@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.batches import unidisc_batch
 from tiny_families import UNIDISC_CONFIG, family, lively
 
 import unidiff
@@ -15,7 +16,6 @@ from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import mask_count_nelbo, model_scorer
 from unidiff.families.unidisc import UNIDISC
-from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch
 from unidiff.tokens.text import TextTokenizer

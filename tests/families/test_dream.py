@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from reference.batches import llada_batch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -14,7 +15,6 @@ from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, NoCa
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.dream import DREAM
 from unidiff.families.dream.weights import RELEASED, dream_sampler
-from unidiff.families.llada.weights import llada_batch
 from unidiff.families.registry import recognise
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch

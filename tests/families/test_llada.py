@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.batches import llada_batch
 from reference.llada import LladaCompat, LladaSettings, generate, select
 
 from unidiff.families.llada import LLADA
-from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from golden import golden_folders
 from reference import llada as reference
+from reference.batches import llada_batch
 from reference.llada import LladaCompat, LladaSettings
 from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding.commit.choose import quota
 from unidiff.families.llada import LLADA
-from unidiff.families.llada.weights import llada_batch
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import llada_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache
 from unidiff.families.llada import LLADA
-from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 

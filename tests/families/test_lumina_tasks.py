@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.batches import lumina_pair
 
 from unidiff.decoding import Guidance, ModalityDecoding
 from unidiff.decoding.cache import DualCache, MaxLogitCache, NoCache
 from unidiff.families.llada import LLADA
+from unidiff.families.lumina.grid import lumina_grid
 from unidiff.families.lumina.rows import MARKS, LuminaRows, lumina_image_sampler
-from unidiff.families.lumina.weights import lumina_grid, lumina_pair
 from unidiff.families.tasks import run_task
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary

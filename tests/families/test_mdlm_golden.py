@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import mdlm_batch
 from reference.variants import sedd_log_score
 from safetensors.torch import load_file
 
 from unidiff.families.mdlm import MDLM
-from unidiff.families.mdlm.weights import mdlm_batch
 from unidiff.models import MaskedTransformer, subs_log_probs
 from unidiff.tokens import Vocabulary
 

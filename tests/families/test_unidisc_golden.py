@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_folders
+from reference.batches import unidisc_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from unidiff.decoding import sampler as sampler_module
 from unidiff.decoding.forward import gather_positions
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import unidisc_sampler
-from unidiff.families.unidisc.weights import unidisc_batch, unidisc_interleaved
+from unidiff.families.unidisc.weights import unidisc_interleaved
 from unidiff.models import subs_log_probs
 from unidiff.models.image_spans import image_spans
 from unidiff.models.transformer import MaskedTransformer

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.batches import unidisc_batch
 
 from unidiff.decoding.cache import DualCache, NoCache
 from unidiff.families.tasks import run_task
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import PAD, UniDiscRows, unidisc_sampler
-from unidiff.families.unidisc.weights import unidisc_batch
 from unidiff.models.transformer import MaskedTransformer
 
 SIDE, TEXT, BOS, EOS = 3, 10, 1, 2

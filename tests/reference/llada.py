@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reference.batches import llada_batch
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache, RefreshPolicy
 from unidiff.decoding.commit.choose import above_threshold, factor_count, take_best
 from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.forward import Forward
 from unidiff.decoding.guidance import mix
 from unidiff.decoding.state import Clock, DecodeState
-from unidiff.families.llada.weights import llada_batch
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 

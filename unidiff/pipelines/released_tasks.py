@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unidiff.families.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, Turn
 from unidiff.families.checkpoint.load import Released
+from unidiff.families.lumina.grid import lumina_grid
 from unidiff.families.lumina.rows import MARKS, LuminaRows
-from unidiff.families.lumina.weights import lumina_grid
 from unidiff.families.mmada.rows import MMaDARows
 from unidiff.families.tasks import TaskRequest
 from unidiff.families.unidisc.rows import UniDiscRows

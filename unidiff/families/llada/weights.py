@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, plain_rope_theta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear
 from unidiff.families.family import Config, Spelling, copied_head
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
-from unidiff.tokens.batch import TokenBatch
-from unidiff.tokens.vocabulary import Modality, Vocabulary
+from unidiff.tokens.vocabulary import Vocabulary
 
 EOT_8B = 126348  # end of turn; in no released config
 MLP_RATIO = 4  # upstream's default
@@ -178,23 +174,6 @@ LLADA_NAMES: dict[str, Any] = {
     "prefix": "model.",
     "chosen_vocabulary": True,
 }
-
-
-def llada_batch(ids: Tensor, given: Tensor | None = None, attended: Tensor | None = None) -> TokenBatch:
-    """Text ids `[B, L]` as a `TokenBatch`.
-
-    Args:
-        ids: int64, padding on either side.
-        given: bool, known tokens; None for all.
-        attended: bool or 0/1, False on padding; None where there is none. Positions count from the first attended
-            token (rotary is relative, so this equals counting from the start of the row).
-    """
-    valid = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended.bool()
-    positions = torch.zeros(*ids.shape, 3, dtype=torch.long, device=ids.device)
-    positions[..., 0] = (valid.long().cumsum(1) - 1).clamp_min(0)
-    known = torch.ones_like(valid) if given is None else given | ~valid
-    sample = torch.where(valid, 0, -1)
-    return TokenBatch(ids, torch.full_like(ids, int(Modality.TEXT)), known, valid, positions, sample)
 
 
 def _rows(config: Config) -> int:

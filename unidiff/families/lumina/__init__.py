@@ -1,4 +1,7 @@
-"""Lumina-DiMOO."""
+"""Lumina-DiMOO (arXiv 2510.06308): LLaDA's network under LLaDA's names, with images between newlines.
+
+An image of h x w codes is h rows of w codes, each followed by a newline id, in one text-like sequence.
+"""
 
 from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.llada.published import CONFIG, EIGHT_BILLION, TINY_CONFIG

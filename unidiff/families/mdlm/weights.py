@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 from unidiff.families.checkpoint.config_keys import ConfigKeys, Setting
 from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
@@ -17,8 +16,7 @@ from unidiff.families.checkpoint.keymap import Entry, KeyMap, per_layer
 from unidiff.families.family import Config, Spelling
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Rows, Width
-from unidiff.tokens.batch import TokenBatch
-from unidiff.tokens.vocabulary import Modality, Vocabulary
+from unidiff.tokens.vocabulary import Vocabulary
 
 ROPE_THETA = 1e4
 _SIZES = {
@@ -116,13 +114,3 @@ def mdlm_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     head_dim = config["hidden_size"] // config["num_heads"]
     inv_freq = ROPE_THETA ** -(torch.arange(0, head_dim, 2).float() / head_dim)
     return KeyMap(entries, {"rotary_emb.inv_freq": inv_freq})
-
-
-def mdlm_batch(ids: Tensor, attended: Tensor | None = None) -> TokenBatch:
-    """Text ids `[B, L]` as a `TokenBatch`: all valid, as the network sees padding; unattended positions are given."""
-    positions = torch.zeros(*ids.shape, 3, dtype=torch.long, device=ids.device)
-    positions[..., 0] = torch.arange(ids.shape[1], device=ids.device)
-    modality = torch.full_like(ids, int(Modality.TEXT))
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
-    given = torch.zeros_like(everywhere) if attended is None else ~attended.bool()
-    return TokenBatch(ids, modality, given, everywhere, positions, torch.zeros_like(ids))

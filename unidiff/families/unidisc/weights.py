@@ -8,13 +8,8 @@ several sizes, padding is invisible, and an image adds a vector for its number i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Annotated, Any, Literal
-
-import torch
-from torch import Tensor
 
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, section
 from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
@@ -22,8 +17,7 @@ from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
 from unidiff.families.family import Config, Spelling
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
-from unidiff.tokens.batch import TokenBatch
-from unidiff.tokens.vocabulary import Modality, Vocabulary
+from unidiff.tokens.vocabulary import Vocabulary
 
 TEXT_VOCAB_SIZE = 32001  # LLaMA-2's ids and [MASK]
 NORM_TYPES = {"layernorm": "layer", "rms": "rms"}
@@ -176,59 +170,3 @@ def unidisc_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
         *head_entries(time),
     ]
     return KeyMap(entries)
-
-
-def unidisc_batch(
-    ids: Tensor, modality: Tensor, attended: Tensor | None = None, sample_ids: Tensor | None = None
-) -> TokenBatch:
-    """Ids in UniDisc's layouts as a `TokenBatch`. Each run of image tokens is one square image.
-
-    Static: every position is valid, because the network sees padding; positions that are not `attended` are given, so
-    they are never targets. Interleaved: with `sample_ids`; positions count from 0 in each sample.
-
-    Args:
-        ids, modality: int64 `[B, L]`.
-        attended: `[B, L]`, upstream's attention mask (0 on padding); None for all ones.
-        sample_ids: int64 `[B, L]`, the packed sample of every token, -1 on padding; None for the static layout.
-
-    Raises:
-        ValueError: a run of image tokens that is no square, in the interleaved layout of another side than
-            `INTERLEAVED_SIDES`, or more images in a sample than have a vector.
-    """
-    batch, length = ids.shape
-    samples = torch.zeros_like(ids) if sample_ids is None else sample_ids
-    valid = samples >= 0
-    image = (modality == Modality.IMAGE) & valid
-    positions = torch.zeros(batch, length, 3, dtype=torch.long, device=ids.device)
-    place = torch.arange(length, device=ids.device).expand_as(ids)
-    begins = torch.nn.functional.pad(samples.diff(dim=1) != 0, (1, 0), value=True)
-    positions[..., 0] = (place - torch.where(begins, place, 0).cummax(1).values) * valid
-    images: dict[tuple[int, int], int] = {}
-    for row, start, stop in image_runs(torch.where(image, samples + 1, 0)):
-        side = math.isqrt(stop - start)
-        if side * side != stop - start:
-            raise ValueError(f"row {row} has a run of {stop - start} image tokens; UniDisc images are square grids")
-        if sample_ids is not None:
-            sample = (row, int(samples[row, start]))
-            images[sample] = images.get(sample, 0) + 1
-            if side not in INTERLEAVED_SIDES:
-                raise ValueError(
-                    f"row {row} has an image of {side}x{side} codes; expected a side of {INTERLEAVED_SIDES}"
-                )
-            if images[sample] > INTERLEAVED_IMAGES:
-                raise ValueError(f"a sample of row {row} has more than {INTERLEAVED_IMAGES} images; split it")
-        code = torch.arange(stop - start, device=ids.device)
-        positions[row, start:stop, 1] = code // side
-        positions[row, start:stop, 2] = code % side
-    given = ~valid if attended is None else ~(attended.bool() & valid)
-    return TokenBatch(ids, modality, given, valid, positions, samples)
-
-
-def image_runs(image: Tensor) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every run of one non-zero value in int `[B, L]`."""
-    edge = torch.nn.functional.pad(image, (1, 1)).diff(dim=1) != 0  # [B, L + 1]: where the value changes
-    out = []
-    for row, edges in enumerate(edge):
-        bounds = edges.nonzero()[:, 0].tolist()
-        out += [(row, a, b) for a, b in pairwise(bounds) if bool(image[row, a])]
-    return out
