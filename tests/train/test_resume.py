@@ -75,7 +75,7 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path):
         (["steps=0"], "steps is 0"),
         (["steps"], "key=value"),
         (["optimiser.name=sgd"], "optimiser.name is 'sgd'"),
-        (["tasks.joint.rate=slow"], "tasks.joint.rate is 'slow'"),
+        (["tasks.joint.rate=slow"], "tasks.joint.rate = 'slow'"),
         (["tasks.t2i.dropout=2"], "tasks.t2i.dropout"),
         (["tasks.joint.weight=0"], "no task"),
         (["data.train=/nowhere/table.safetensors"], "does not exist"),
