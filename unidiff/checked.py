@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
@@ -91,6 +91,21 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def weight_copies(self) -> dict[str, str]:
         """Names under which a file may hold an equal copy of another weight, with the name of that weight."""
         return {}
+
+
+def built_from(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For `__init__(self, config)` of a `CheckedModel`: callers, and `config.json`, give the fields of a frozen dataclass."""
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, config_class(*args, **kwargs))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        fields = inspect.signature(config_class).parameters.values()
+        __init__.__signature__ = inspect.Signature([own, *fields])  # type: ignore[attr-defined]
+        return register_to_config(__init__)
+
+    return decorate
 
 
 def load_checked(

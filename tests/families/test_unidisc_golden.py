@@ -118,7 +118,7 @@ def rotary(model, batch, stored) -> dict[str, Tensor]:
 
 def half_tables(model, positions, modality):
     """cos and sin of the first half of a head, `[L, head_dim / 2]`, for one row of one modality."""
-    made, _ = model.place(positions[None], torch.full((1, len(positions)), modality))
+    made, _ = model.position_tables(positions[None], torch.full((1, len(positions)), modality))
     half = made.cos.shape[-1] // 2
     return made.cos[0, :, 0, :half], made.signed_sin[0, :, 0, half:]
 

@@ -101,7 +101,7 @@ def test_unknown_config_key(folder):
 
 def test_bad_config_value(folder):
     change_config(folder, norm="batch")
-    refuse(folder, "norm = 'batch'")
+    refuse(folder, "norm is 'batch'")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_rows_and_columns_are_told_apart_and_text_is_left_alone() -> None:
     torch.nn.init.normal_(model.embed_row.weight)
     torch.nn.init.normal_(model.embed_column.weight)
     ids, modality, positions = _row(3)
-    x = model.embed(ids, modality, model.place(positions, modality)[1])[0]
+    x = model.embed(ids, modality, model.position_tables(positions, modality)[1])[0]
     bare = model.embed(ids, modality)[0]
     assert torch.equal(x[:2], bare[:2])
     added = (x - bare)[2:].unflatten(0, (3, 3))

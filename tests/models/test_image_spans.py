@@ -51,13 +51,14 @@ def test_an_image_spans_the_same_steps_at_every_side():
     """A 4x4 image turns by half steps under `rope_grid=2`, a 2x2 one by whole ones; text is left alone."""
     fine, plain = noisy_model(rope_grid=2), noisy_model()
     batch = TokenBatch.from_spans([[Span.text([0, 0]), Span.image(torch.zeros(4, 4, dtype=torch.long))]])
-    scaled, _ = fine.place(batch.positions, batch.modality)
-    halved = noisy_model(rope_linear_factor=2.0).place(batch.positions, batch.modality)[0]
+    scaled, _ = fine.position_tables(batch.positions, batch.modality)
+    halved = noisy_model(rope_linear_factor=2.0).position_tables(batch.positions, batch.modality)[0]
     assert torch.equal(scaled.cos, halved.cos)
     small = TokenBatch.from_spans([[Span.image(torch.zeros(2, 2, dtype=torch.long))]])
     for model in (fine, plain):
         assert torch.equal(
-            model.place(small.positions, small.modality)[0].cos, plain.place(small.positions, small.modality)[0].cos
+            model.position_tables(small.positions, small.modality)[0].cos,
+            plain.position_tables(small.positions, small.modality)[0].cos,
         )
 
 

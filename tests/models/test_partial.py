@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unidiff.models.attention import Attention, attend
+from unidiff.models.attention import Attention
 from unidiff.models.partial import CachePlan, query_index
 from unidiff.models.rotary import RotaryTables
 from unidiff.models.store import StoreOptions
@@ -147,20 +147,20 @@ def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
     batch = make_batch()
     store = model.make_store(batch, StoreOptions(rotated=rotated))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    query = batch.valid
+    query, project = batch.valid, Attention.project
 
-    def forward(self, x: Tensor, rotary, mask):
-        q, k, v = self.project(x, rotary)
+    def stale(self, x: Tensor, rotary):
+        q, k, v = project(self, x, rotary)
         if id(self) in kept:
             k, v = (torch.where(query[..., None, None], *pair) for pair in zip((k, v), kept[id(self)], strict=True))
         kept[id(self)] = k, v
-        return self.out(attend(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2).flatten(2))
+        return q, k, v
 
     for step in range(5):
         ids = torch.where(some_positions(batch, 0.3, step), step, batch.ids)
         query = batch.valid if step == 0 else some_positions(batch, 0.4, 30 + step)
         with monkeypatch.context() as patch:
-            patch.setattr(Attention, "forward", forward)
+            patch.setattr(Attention, "project", stale)
             expected = whole(model, ids, batch, TIME)
         model.partial(ids, CachePlan() if step == 0 else CachePlan(query, full=False), store, TIME)
         torch.testing.assert_close(store.hidden[:, :-1][query], expected[query])

@@ -265,15 +265,15 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(norm="batch"), "norm = 'batch'; expected one of"),
-        (dict(activation="relu"), "activation = 'relu'"),
+        (dict(norm="batch"), "norm is 'batch'; expected one of"),
+        (dict(activation="relu"), "activation is 'relu'"),
         (dict(hidden_size=36), "hidden_size = 36 must be a multiple of 16"),
         (dict(num_kv_heads=3), "num_kv_heads = 3 must divide"),
         (dict(attention="block_causal"), "block_length = None"),
         (dict(block_length=4), "give both, or neither"),
         (dict(num_layers=0), "num_layers is 0"),
-        (dict(dropout=1.0), "dropout = 1.0"),
-        (dict(qk_norm="all"), "qk_norm = 'all'"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(qk_norm="all"), "qk_norm is 'all'"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -22,7 +22,7 @@ SCORES = 2**24  # up to so many of a batch (64 MiB in float32) the composed atte
 
 
 class Attention(nn.Module):
-    """Multi-head attention with `num_kv_heads` shared key/value heads.
+    """The projections of multi-head attention with `num_kv_heads` shared key/value heads; `Block` puts them together.
 
     The rows of `qkv` are all queries, then all keys, then all values, each head by head.
     """
@@ -48,12 +48,6 @@ class Attention(nn.Module):
         if qk_norm != "none":
             widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
-
-    def forward(self, x: Tensor, rotary: RotaryTables, mask: AttentionMask) -> Tensor:
-        """`x` `[B, L, D]` to the same."""
-        q, k, v = self.project(x, rotary)
-        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, L, d]
-        return self.out(mixed.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, L, H, d]`, keys and values `[B, L, KV, d]`; queries and keys normed and rotated."""

@@ -62,8 +62,9 @@ class AdaLN(nn.Module):
         self.branches = branches
         self.linear = nn.Linear(cond_dim, (2 if branches is None else 3 * branches) * size)
 
-    def forward(self, condition: Condition) -> list[Modulation]:
+    def forward(self, condition: Condition | None) -> list[Modulation]:
         """One `Modulation` per branch; with `branches=None` one whose gate is 1."""
+        assert condition is not None, "a time-conditioned model makes a condition in every pass"
         parts = self.linear(condition.vector)[:, None].chunk(2 if self.branches is None else 3 * self.branches, dim=-1)
         if self.branches is None:
             parts = (*parts, torch.ones_like(parts[0]))
@@ -75,6 +76,11 @@ class AdaLN(nn.Module):
         return [Modulation(*restricted[i : i + 3]) for i in range(0, len(restricted), 3)]
 
 
-def modulate(x: Tensor, modulation: Modulation) -> Tensor:
-    """x (1 + scale) + shift."""
-    return x * (1 + modulation.scale) + modulation.shift
+def modulate(x: Tensor, modulation: Modulation | None) -> Tensor:
+    """x (1 + scale) + shift; without a modulation x itself."""
+    return x if modulation is None else x * (1 + modulation.scale) + modulation.shift
+
+
+def gate(h: Tensor, modulation: Modulation | None) -> Tensor:
+    """gate . h; without a modulation h itself."""
+    return h if modulation is None else modulation.gate * h

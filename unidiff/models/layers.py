@@ -6,9 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NORMS = ("rms", "layer", "layer_bias")
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
-
 
 class Norm(nn.Module):
     """RMSNorm ("rms"), LayerNorm with a scale only ("layer"), or with scale and bias ("layer_bias")."""
@@ -44,10 +41,3 @@ class FeedForward(nn.Module):
             gate, up = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
         return self.down(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
-
-
-def default_ffn_size(hidden_size: int, activation: str) -> int:
-    """4 D, or for SwiGLU the same parameter count, 8/3 D, rounded up to a multiple of 64."""
-    if activation == "swiglu":
-        return -(-8 * hidden_size // 3 // 64) * 64
-    return 4 * hidden_size

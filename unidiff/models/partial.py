@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.models.attention import attend
+from unidiff.models.attention import AttentionMask
+from unidiff.models.block import Block
 from unidiff.models.conditioning import Condition, Modulation, modulate
 from unidiff.models.rotary import RotaryTables, rotate
 from unidiff.models.store import FeatureStore, gather_rows
-
-if TYPE_CHECKING:
-    from unidiff.models.layers import Norm
-    from unidiff.models.transformer import Block, MaskedTransformer
 
 Select = Callable[[int, Tensor], Tensor | None]
 ATTENTION, FEED_FORWARD = range(2)  # branches of a block, in the order in which a store keeps their outputs
@@ -149,9 +146,22 @@ def check_plan(plan: CachePlan, store: FeatureStore, select: Select | None) -> N
         raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
 
 
+class BlockModel(Protocol):
+    """What a pass over some positions runs: blocks, and what comes before and behind them; `MaskedTransformer` has it."""
+
+    @property
+    def blocks(self) -> Any: ...
+
+    def embed(self, ids: Tensor, modality: Tensor, grid_index: Tensor | None = None) -> Tensor: ...
+
+    def condition(self, modality: Tensor, time: Tensor | None) -> Condition | None: ...
+
+    def finish(self, x: Tensor, condition: Condition | None) -> Tensor: ...
+
+
 @torch.no_grad()
 def partial_hidden(
-    model: MaskedTransformer,
+    model: BlockModel,
     ids: Tensor,
     plan: CachePlan,
     store: FeatureStore,
@@ -165,55 +175,65 @@ def partial_hidden(
     if plan.fresh is not None and plan.query is not None:
         rows = plan.fresh.nonzero().flatten()
         part = store.take(rows)
-        own = None if time is None else time[rows]
-        _narrow(model, ids[rows], part.everywhere(), CachePlan(), part, own)
+        _narrow(model, ids[rows], part.everywhere(), True, part, None if time is None else time[rows])
         store.put(rows, part)
         rest = replace(plan, query=plan.query & ~plan.fresh[:, None], fresh=None)
         return replace(partial_hidden(model, ids, rest, store, time, select), fresh=len(rows))
-    if not (plan.full or store.options.outputs):
+    if plan.full or not store.options.outputs:
+        whole = plan.query is None  # as a full plan has it
         index = store.everywhere() if plan.query is None else query_index(plan.query, plan.width)
-        return _narrow(model, ids, index, plan, store, time)
-    if plan.full:
-        return _narrow(model, ids, store.everywhere(), plan, store, time)
+        return _narrow(model, ids, index, whole, store, time)
     return _layered(model, ids, plan, store, time, select)
 
 
 def _narrow(
-    model: MaskedTransformer, ids: Tensor, index: Tensor, plan: CachePlan, store: FeatureStore, time: Tensor | None
+    model: BlockModel, ids: Tensor, index: Tensor, whole: bool, store: FeatureStore, time: Tensor | None
 ) -> PartialHidden:
     """The same positions in every layer: the residual stream holds them alone."""
-    whole = plan.full or plan.query is None
     condition, inputs = model.condition(store.inputs["modality"], time), store.inputs
     if not whole:
         ids, inputs = ids.gather(1, index.clamp_max(ids.shape[1] - 1)), store.inputs_at(index)
         condition = _condition_at(condition, index)
-    rotary = RotaryTables(inputs["cos"], inputs["signed_sin"])
-    x = model.embed(ids, inputs["modality"], inputs.get("spots"))  # [B, n, D]
+    x = model.embed(ids, inputs["modality"], inputs.get("grid_index"))  # [B, n, D]
     store.begin(index, whole)
     n = index.shape[1]
     if not n:
         return PartialHidden(store.hidden[:, :0], index, (LayerWork(0, 0, 0),) * len(model.blocks))
-    mask = store.visible(None if whole else index)
-    for layer, block in enumerate(_blocks(model)):
-        first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
-        h = _enter(x, block.attention_norm, first)  # [B, n, D]
-        if store.options.rotated:
-            q, k, v = block.attention.project(h, rotary)
-        else:
-            q, k, v = block.attention.heads(h)
-            q = rotate(q, rotary).to(v.dtype)
-        store.write(layer, index, whole, key=k, value=v)
-        h = _attend(block, q, layer, store, mask)
-        x = x + _gated(store.output(layer, ATTENTION, index, whole, h), first if block.attention_gate else None)
-        h = _leave(block.feed_forward(_enter(x, block.ffn_norm, second)), block.ffn_out_norm)
-        x = x + _gated(store.output(layer, FEED_FORWARD, index, whole, h), second)
+    mask, rotary = store.visible(None if whole else index), _rotary_of(inputs)
+    for layer, block in enumerate(model.blocks):
+        x = block(x, rotary, mask, condition, SameView(store, layer, index, whole))
     x = model.finish(x, condition)
     store.write_hidden(index, whole, x)
     return PartialHidden(x, index, (LayerWork(n, n, n),) * len(model.blocks))
 
 
+@dataclass
+class SameView:
+    """`LayerView` of a pass that computes the same positions, of one index, in every layer."""
+
+    store: FeatureStore
+    layer: int
+    index: Tensor
+    whole: bool
+
+    def attention(self, block: Block, h: Tensor, rotary: RotaryTables, mask: AttentionMask) -> Tensor:
+        if self.store.options.rotated:
+            q, k, v = block.attention.project(h, rotary)
+        else:
+            q, k, v = block.attention.heads(h)
+            q = rotate(q, rotary).to(v.dtype)
+        self.store.write(self.layer, self.index, self.whole, key=k, value=v)
+        return self._keep(ATTENTION, block.attended(q, *_seen(self.store, self.layer), mask))
+
+    def feed_forward(self, block: Block, x: Tensor, modulation: Modulation | None) -> Tensor:
+        return self._keep(FEED_FORWARD, block.fed(modulate(block.ffn_norm(x), modulation)))
+
+    def _keep(self, branch: int, fresh: Tensor) -> Tensor:
+        return self.store.output(self.layer, branch, self.index, self.whole, fresh)
+
+
 def _layered(
-    model: MaskedTransformer,
+    model: BlockModel,
     ids: Tensor,
     plan: CachePlan,
     store: FeatureStore,
@@ -221,51 +241,18 @@ def _layered(
     select: Select | None,
 ) -> PartialHidden:
     """Other positions in every layer: the residual stream holds all, with stored branch outputs where not recomputed."""
-    x = model.embed(ids, store.inputs["modality"], store.inputs.get("spots"))  # [B, L, D]
+    x = model.embed(ids, store.inputs["modality"], store.inputs.get("grid_index"))  # [B, L, D]
     condition = model.condition(store.inputs["modality"], time)
-    everywhere, length = store.everywhere(), ids.shape[1]
+    everywhere = store.everywhere()
     query = torch.ones_like(ids, dtype=torch.bool) if plan.query is None else plan.query
     known = everywhere if plan.query is None else query_index(plan.query, plan.width)
     compared = known if plan.verify is None else query_index(plan.verify | query, plan.compared)
     store.begin(known, plan.query is None)
-    work = []
-    for layer, block in enumerate(_blocks(model)):
-        first, second = (None, None) if block.ada_ln is None else block.ada_ln(condition)
-        h = _enter(x, block.attention_norm, first)  # [B, L, D]
-        rows = plan.refreshed_in(layer)
-        refreshed = rows is True
-        index, values = everywhere, everywhere
-        if refreshed:
-            _write_values(block, h, layer, everywhere, store)
-        else:
-            wanted, values, chosen_width = query, known, plan.chosen
-            if isinstance(rows, Tensor):  # these rows in full, the others as in any layer
-                wanted, chosen_width = query | rows[:, None], length
-                values = query_index(wanted, length)
-            index = values
-            if plan.verify is not None and select is not None:
-                values = compared if wanted is query else query_index(plan.verify | wanted, length)
-                fresh = block.attention.value(store.gather(h, values))  # [B, n, KV, d]
-                chosen = compare_values(fresh, layer, values, plan.verify, wanted, store, select)
-                index = query_index(chosen, chosen_width)
-            else:
-                _write_values(block, h, layer, values, store)
-        if index.shape[1]:
-            inputs = store.inputs if refreshed else store.inputs_at(index, "cos", "signed_sin")
-            rotary = RotaryTables(inputs["cos"], inputs["signed_sin"])
-            q, k = block.attention.query_key(h if refreshed else store.gather(h, index))
-            keep = rotate(k, rotary).to(h.dtype) if store.options.rotated else k
-            store.write(layer, index, refreshed, key=keep)
-            mask = store.visible(None if refreshed else index)
-            fresh = _attend(block, rotate(q, rotary).to(h.dtype), layer, store, mask)
-            store.output(layer, ATTENTION, index, refreshed, fresh)
-        x = x + _gated(store.all_outputs(layer, ATTENTION), first if block.attention_gate else None)
-        if index.shape[1]:
-            entered = _enter(x, block.ffn_norm, second, None if refreshed else index)
-            fresh = _leave(block.feed_forward(entered), block.ffn_out_norm)
-            store.output(layer, FEED_FORWARD, index, refreshed, fresh)
-        x = x + _gated(store.all_outputs(layer, FEED_FORWARD), second)
-        work.append(LayerWork(index.shape[1], values.shape[1], index.shape[1]))
+    rotary, work = _rotary_of(store.inputs), []
+    for layer, block in enumerate(model.blocks):
+        view = OwnView(store, layer, plan, query, known, compared, select)
+        x = block(x, rotary, None, condition, view)
+        work.append(view.work)
     x = model.finish(x, condition)
     if (working := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
         x = torch.where(working[:, None, None], x, store.hidden[:, :-1])
@@ -273,18 +260,82 @@ def _layered(
     return PartialHidden(x, everywhere, tuple(work))
 
 
-def _blocks(model: MaskedTransformer) -> list[Block]:
-    return cast("list[Block]", list(model.blocks))
+class OwnView:
+    """`LayerView` of a pass in which every layer computes positions of its own.
+
+    Args:
+        query, known: bool `[B, L]`, what every layer computes, and its index. compared: index of `query` and what the plan
+            verifies.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        layer: int,
+        plan: CachePlan,
+        query: Tensor,
+        known: Tensor,
+        compared: Tensor,
+        select: Select | None,
+    ) -> None:
+        self.store, self.layer, self.plan, self.select = store, layer, plan, select
+        self._query, self._known, self._compared = query, known, compared
+        self._whole, self._index = False, known
+
+    def attention(self, block: Block, h: Tensor, rotary: RotaryTables, mask: AttentionMask) -> Tensor:
+        store = self.store
+        self._index, values = self._positions(block, h)
+        self._whole = self._index is store.everywhere()
+        n = self._index.shape[1]
+        self.work = LayerWork(n, values.shape[1], n)
+        if n:
+            if not self._whole:
+                h, rotary = store.gather(h, self._index), _rotary_of(store.inputs_at(self._index, "cos", "signed_sin"))
+            q, k = block.attention.query_key(h)
+            k = rotate(k, rotary).to(h.dtype) if store.options.rotated else k
+            store.write(self.layer, self._index, self._whole, key=k)
+            mask = store.visible(None if self._whole else self._index)
+            fresh = block.attended(rotate(q, rotary).to(h.dtype), *_seen(store, self.layer), mask)
+            store.output(self.layer, ATTENTION, self._index, self._whole, fresh)
+        return store.all_outputs(self.layer, ATTENTION)
+
+    def feed_forward(self, block: Block, x: Tensor, modulation: Modulation | None) -> Tensor:
+        if self._index.shape[1]:
+            if modulation is None:  # a norm of few positions
+                h = block.ffn_norm(x if self._whole else gather_rows(x, self._index))
+            else:
+                h = modulate(block.ffn_norm(x), modulation)
+                h = h if self._whole else gather_rows(h, self._index)
+            self.store.output(self.layer, FEED_FORWARD, self._index, self._whole, block.fed(h))
+        return self.store.all_outputs(self.layer, FEED_FORWARD)
+
+    def _positions(self, block: Block, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of what this layer recomputes, and of its new values, which are written."""
+        store, plan, rows = self.store, self.plan, self.plan.refreshed_in(self.layer)
+        if rows is True:
+            self._write_values(block, h, store.everywhere())
+            return store.everywhere(), store.everywhere()
+        wanted, values, length, chosen_width = self._query, self._known, h.shape[1], plan.chosen
+        if isinstance(rows, Tensor):  # these rows in full, the others as in any layer
+            wanted, chosen_width = self._query | rows[:, None], length
+            values = query_index(wanted, length)
+        if plan.verify is None or self.select is None:
+            self._write_values(block, h, values)
+            return values, values
+        values = self._compared if wanted is self._query else query_index(plan.verify | wanted, length)
+        fresh = block.attention.value(store.gather(h, values))  # [B, n, KV, d]
+        chosen = compare_values(fresh, self.layer, values, plan.verify, wanted, store, self.select)
+        return query_index(chosen, chosen_width), values
+
+    def _write_values(self, block: Block, h: Tensor, index: Tensor) -> None:
+        if index.shape[1]:
+            whole = index is self.store.everywhere()
+            value = block.attention.value(h if whole else self.store.gather(h, index))
+            self.store.write(self.layer, index, whole, value=value)
 
 
 def compare_values(
-    fresh: Tensor,
-    layer: int,
-    values: Tensor,
-    verify: Tensor,
-    query: Tensor,
-    store: FeatureStore,
-    select: Select,
+    fresh: Tensor, layer: int, values: Tensor, verify: Tensor, query: Tensor, store: FeatureStore, select: Select
 ) -> Tensor:
     """Put new values `[B, n, KV, d]` at `verify` and `query`, whose index is `values`; what to recompute, bool `[B, L]`."""
     similarity = cosine(fresh.flatten(2), store.values_at(layer, values))
@@ -301,36 +352,17 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.to(dtype), b.to(dtype), dim=-1)
 
 
-def _write_values(block: Block, h: Tensor, layer: int, index: Tensor, store: FeatureStore) -> None:
-    if index.shape[1]:
-        whole = index is store.everywhere()
-        store.write(layer, index, whole, value=block.attention.value(h if whole else store.gather(h, index)))
-
-
-def _attend(block: Block, q: Tensor, layer: int, store: FeatureStore, mask: Tensor | None) -> Tensor:
-    """Attention branch output `[B, n, D]` of rotated queries `[B, n, H, d]` against the whole store."""
+def _seen(store: FeatureStore, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
     k = store.keys(layer)
     if not store.options.rotated:
-        tables = RotaryTables(*(store.inputs[name].transpose(1, 2) for name in ("cos", "signed_sin")))  # [B, 1, L, d]
+        tables = RotaryTables(*(table.transpose(1, 2) for table in _rotary_of(store.inputs)))  # [B, 1, L, d]
         k = rotate(k, tables).to(k.dtype)
-    mixed = attend(q.transpose(1, 2), k, store.values(layer), mask)  # [B, H, n, d]
-    return _leave(block.attention.out(mixed.transpose(1, 2).flatten(2)), block.attention_out_norm)
+    return k, store.values(layer)
 
 
-def _enter(x: Tensor, norm: Norm, modulation: Modulation | None, index: Tensor | None = None) -> Tensor:
-    """Input of a branch, at the positions of an index or at all."""
-    if modulation is None:
-        return norm(x if index is None else gather_rows(x, index))
-    h = modulate(norm(x), modulation)
-    return h if index is None else gather_rows(h, index)
-
-
-def _leave(h: Tensor, norm: Norm | None) -> Tensor:
-    return h if norm is None else norm(h)
-
-
-def _gated(h: Tensor, modulation: Modulation | None) -> Tensor:
-    return h if modulation is None else modulation.gate * h
+def _rotary_of(inputs: Mapping[str, Tensor]) -> RotaryTables:
+    return RotaryTables(inputs["cos"], inputs["signed_sin"])
 
 
 def _condition_at(condition: Condition | None, index: Tensor) -> Condition | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
 import re
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from unidiff.checked import check_dtype, check_shapes
 from unidiff.errors import read_json, reading
+from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_arguments
 from unidiff.train.config import TrainConfig
@@ -34,17 +35,17 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
         ValueError: an unknown or ill-typed model setting, or weights that do not fit or are not finite.
         FileNotFoundError: `init_from` holds no safetensors file.
     """
-    known = set(inspect.signature(MaskedTransformer.__init__).parameters) - {"self", "vocab_size"}
+    known = {field.name for field in fields(TransformerConfig)} - {"vocab_size"}
     if unknown := sorted(set(config.model) - known):
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean model.{near[0]}?" if near else f"there are {', '.join(sorted(known))}"
         hint = "it comes from the data, leave it out" if unknown[0] == "vocab_size" else hint
         raise ValueError(f"model.{unknown[0]} is unknown; {hint}")
-    check_arguments(MaskedTransformer.__init__, config.model, "model.")
+    check_arguments(TransformerConfig, config.model, "model.")
     torch.manual_seed(config.seed)
     model = MaskedTransformer(vocab_size=vocab_size, **config.model)
-    blockwise = model.config.attention == "block_causal"
-    if (config.data.pack or blockwise) and model.embed_time is not None and model.config.constant_time is None:
+    blockwise = model.settings.block_length is not None
+    if (config.data.pack or blockwise) and model.settings.timed:
         raise ValueError("data.pack and block_causal need a model without time_conditioning: a row has several times")
     if config.data.pack and blockwise:
         raise ValueError("data.pack and block_causal attention do not go together; set data.pack=0")

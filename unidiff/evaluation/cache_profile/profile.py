@@ -154,7 +154,7 @@ def watch(model: MaskedTransformer, watcher: Watcher) -> Iterator[Watcher]:
         listen(attention.qkv, layer, ("K", "V"), partial(_keys_and_values, kv))
         if attention.qk_norm != "none":  # runs behind the projection and replaces what was noted of it
             listen(attention.k_norm, layer, ("K",), lambda x: (x.flatten(2),))
-        listen(block.attention_out_norm or attention, layer, ("AttnOut",), lambda x: (x,))  # type: ignore[arg-type]
+        listen(block.attention_out_norm or attention.out, layer, ("AttnOut",), lambda x: (x,))  # type: ignore[arg-type]
         listen(block.ffn_out_norm or block.feed_forward, layer, ("FFNOut",), lambda x: (x,))  # type: ignore[arg-type]
     try:
         yield watcher

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
-from unidiff.models.layers import default_ffn_size
+from unidiff.models.config import TransformerConfig
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TASKS, TaskConfig, TrainConfig
 from unidiff.train.cost.flops import ModelSize, RowFlops, RowShape, block_causal_pairs, model_size, row_flops
@@ -168,16 +168,13 @@ def state_bytes(config: TrainConfig, size: ModelSize) -> int:
 
 def adapter_parameters(config: TrainConfig) -> int:
     """Weights of low-rank adapters on the four linear layers of every block."""
-    model, rank = config.model, config.lora.rank
-    d = int(model.get("hidden_size", 256))
-    inner = model.get("ffn_size") or default_ffn_size(d, model.get("activation", "swiglu"))
-    heads = int(model.get("num_heads", 4))
-    kv = d // heads * int(model.get("num_kv_heads") or heads)
-    up = 2 * inner if model.get("activation", "swiglu") == "swiglu" else inner
+    c, rank = TransformerConfig(1, **config.model), config.lora.rank
+    d, kv, inner = c.hidden_size, c.head_dim * c.kv_heads, c.inner_size
+    up = 2 * inner if c.activation == "swiglu" else inner
     shapes = {"qkv": (d, d + 2 * kv), "out": (d, d), "up": (d, up), "down": (inner, d)}
     wanted = config.lora.targets or list(shapes)
     per_block = sum(rank * sum(shapes[name]) + (shapes[name][1] if config.lora.dora else 0) for name in wanted)
-    return per_block * int(model.get("num_layers", 6))
+    return per_block * c.num_layers
 
 
 def block_activation_bytes(model: Mapping[str, Any], bf16: bool = True) -> int:
@@ -186,19 +183,18 @@ def block_activation_bytes(model: Mapping[str, Any], bf16: bool = True) -> int:
     The residual stream and the inputs of norms are float32, the inputs of matmuls bf16 under autocast.
     """
     low = 2 if bf16 else 4
-    d = int(model.get("hidden_size", 256))
-    activation = model.get("activation", "swiglu")
-    inner = model.get("ffn_size") or default_ffn_size(d, activation)
-    heads = int(model.get("num_heads", 4))
-    kv = d // heads * int(model.get("num_kv_heads") or heads)
+    c = TransformerConfig(1, **model)
+    d, kv = c.hidden_size, c.head_dim * c.kv_heads
     norms = 2 * 4 * d  # residual stream before attention and before the feed-forward
     matmuls = 2 * low * d  # inputs of qkv and up
     attention = low * (d + 2 * kv) + low * (d + kv) + low * d  # qkv (v is a view of it), rotated q and k, the output
-    if bf16 and model.get("qk_norm", "none") != "none":
+    if bf16 and c.qk_norm != "none":
         attention += 4 * (d + kv)  # float32 copies of the two norms' inputs
-    feed_forward = low * inner * (4 if activation == "swiglu" else 2)  # gate, up, silu(gate), product | up, gelu(up)
-    sandwich = 2 * 4 * d if model.get("sandwich_norm") else 0
-    dropout = 2 * d if model.get("dropout") else 0  # bool masks
+    feed_forward = (
+        low * c.inner_size * (4 if c.activation == "swiglu" else 2)
+    )  # gate, up, silu(gate), product | up, gelu(up)
+    sandwich = 2 * 4 * d if c.sandwich_norm else 0
+    dropout = 2 * d if c.dropout else 0  # bool masks
     return norms + matmuls + attention + feed_forward + sandwich + dropout
 
 

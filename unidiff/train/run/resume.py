@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.errors import reading
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.models.config import TransformerConfig
 from unidiff.schema import from_data
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.documents import DocumentTokens
@@ -209,5 +208,4 @@ def _digest(content: Any) -> str:
 
 @cache
 def _model_defaults() -> dict[str, Any]:
-    parameters = inspect.signature(MaskedTransformer.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("self", "vocab_size")}
+    return {field.name: field.default for field in fields(TransformerConfig) if field.name != "vocab_size"}
