@@ -12,8 +12,7 @@ from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, inpaint_cases, prom
 from unidiff.worlds.emoji.language import caption_distribution, draw_caption
 from unidiff.worlds.emoji.model import Drawn, Hole
 from unidiff.worlds.emoji.oracle import Oracle
-from unidiff.worlds.emoji.scenes import Profile, SceneGenerator
-from unidiff.worlds.emoji.table import render_batch
+from unidiff.worlds.emoji.scenes import Profile, SceneGenerator, render_batch
 
 
 class PerfectModel:

@@ -21,7 +21,7 @@ from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfi
 def config(out: Path, **changes) -> ImageTokenizerConfig:
     """A run of seconds with everything that has a state: codes of cells first or not, revival, validation, best model."""
     values = dict(
-        out=str(out), data=ImageData(emoji_profile="cpu", validation_images=8), steps=30, batch_size=4, warmup_steps=3,
+        out=str(out), data=ImageData(world="emoji", validation_images=8), steps=30, batch_size=4, warmup_steps=3,
         model=VQModelConfig(codebook_size=64, encoder_width=16, encoder_depth=1, decoder_widths=[16], decoder_depths=[1]),
         log_every=1, validate_every=6, checkpoint_every=4, threads=1, device="cpu",
     )  # fmt: skip

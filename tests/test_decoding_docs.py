@@ -19,7 +19,7 @@ TEXT = (DOCS / NAME).read_text(encoding="utf-8")
 
 def test_snippets_run(tmp_path, monkeypatch, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    monkeypatch.setitem(hub.EMBEDDED, "emoji", tmp_path / "model")
+    monkeypatch.setattr(hub, "embedded_models", lambda: {"emoji": tmp_path / "model"})
     printed = []
     for block in blocks(NAME):
         run(block, NAME, {})

@@ -22,7 +22,7 @@ def embedded(tmp_path, monkeypatch):
     """A stand-in for the embedded model, and an empty working directory."""
     corpus = [p for p, _ in PROMPTS] * 2 + vocabulary_words(get_profile("cpu")) * 2
     tiny_pipeline(text_length=40, grid=(8, 8), corpus=corpus).save_pretrained(tmp_path / "model")
-    monkeypatch.setitem(hub.EMBEDDED, "emoji", tmp_path / "model")
+    monkeypatch.setattr(hub, "embedded_models", lambda: {"emoji": tmp_path / "model"})
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

@@ -34,7 +34,7 @@ def check(status: object, err: str, line: str, world: Path, before: dict) -> Non
 
 def in_process(world: Path, monkeypatch: pytest.MonkeyPatch, seed: int, count: int) -> list[object]:
     monkeypatch.chdir(world)
-    monkeypatch.setitem(hub.EMBEDDED, "emoji", world / "base")
+    monkeypatch.setattr(hub, "embedded_models", lambda: {"emoji": world / "base"})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before, found, wrong = snapshot(world), [], []
     for path, words, empty in lines(seed, count):

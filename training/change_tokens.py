@@ -78,9 +78,10 @@ def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]
         prepare, source = ImagePreprocess(size), ShardSource(shards, ("image",), shuffle=1024, seed=seed, repeat=True)
         pictures = (prepare(sample["image"]) for sample in source)
         return (torch.stack(list(islice(pictures, BATCH))) for _ in count())
-    from unidiff.train.image_tokenizer.data import emoji_images
+    from unidiff.train.image_tokenizer.data import ImageData, world_images
 
-    return (emoji_images("cpu", seed, start, BATCH, (0.25, 0.25, 0.25, 0.25)) for start in count(0, BATCH))
+    scenes = ImageData(world="emoji", kinds=(0.25, 0.25, 0.25, 0.25))
+    return (world_images(scenes, seed, start, BATCH) for start in count(0, BATCH))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from unidiff.files import file_stamp, locked
 from unidiff.process import parsed
 from unidiff.train.config import TRACKERS
 from unidiff.train.run.startup import exit_status, set_up_process
+from unidiff.world import WORLDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,7 +239,7 @@ def prompt_rows(pipe: UniDiffPipeline, texts: list[str]):
 def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[PictureReward, Prompts]:
     """The reward that `--reward` names, and prompts for it."""
     if options.reward == "oracle":
-        return oracle_reward(pipe, options.seed, options.kinds)
+        return WORLDS["emoji"].reward(pipe, _ORACLE_SEED + options.seed, options.kinds)
     check_regular(options.prompts)
     with reading(options.prompts, "prompts (a text in UTF-8, one prompt a line)"):
         lines = [line.strip() for line in options.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -273,41 +274,6 @@ def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[Pic
 def content_of(path: Path | None) -> str:
     """What a file is known by later."""
     return "" if path is None else str(file_stamp(path)["hash"])
-
-
-def oracle_reward(
-    pipe: UniDiffPipeline, seed: int, kinds: Sequence[float] | None = None
-) -> tuple[PictureReward, Prompts]:
-    """1 where EmojiEval's oracle reads the whole picture and finds in it what the prompt says.
-
-    Args:
-        kinds: shares of the kinds of scenes that prompts are of; None for the profile's own.
-    """
-    from dataclasses import replace
-
-    import torch
-
-    from unidiff.worlds.emoji.evaluation import profile_of
-    from unidiff.worlds.emoji.oracle import Oracle
-    from unidiff.worlds.emoji.parse import facts_correct, parse_caption
-    from unidiff.worlds.emoji.scenes import SceneGenerator
-    from unidiff.worlds.emoji.table import QuestionMix, scene_texts
-
-    profile = profile_of(pipe)
-    oracle = Oracle(profile)
-
-    def reward(texts: list[str], pictures: Tensor) -> Tensor:
-        readings = oracle.read(pictures)
-        pairs = zip(texts, readings, strict=True)
-        return torch.tensor([float(facts_correct(parse_caption(text), r.scene)) for text, r in pairs])
-
-    drawn = profile if kinds is None else replace(profile, kinds=(kinds[0], kinds[1], kinds[2], kinds[3]))
-    scenes = SceneGenerator(drawn, _ORACLE_SEED + seed)
-
-    def prompt(number: int) -> str:
-        return scene_texts(scenes, number, scenes.scene(number), 1, QuestionMix(1)).captions[0]
-
-    return reward, prompt
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from unidiff.errors import first_line
+from unidiff.world import WORLDS
 
-EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "emoji" / "model"}
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 ALL_FILES = (
@@ -26,6 +26,11 @@ ALL_FILES = (
     "*.ckpt",
 )  # released weights come as torch files too
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def embedded_models() -> dict[str, Path]:
+    """Folders of the models that ship with the worlds, by name."""
+    return {name: world.model for name, world in WORLDS.items() if world.model is not None}
 
 
 def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: Any) -> Path:
@@ -48,8 +53,7 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
     if not str(name):
         raise FileNotFoundError("model folder '' does not exist; name a folder, a hub model 'owner/name', or 'emoji'")
     folder = Path(name)
-    if str(name) in EMBEDDED:  # before folders: the default model must not depend on where one stands
-        embedded = EMBEDDED[str(name)]
+    if (embedded := embedded_models().get(str(name))) is not None:  # first: the default must not depend on where one is
         if not embedded.is_dir():
             raise FileNotFoundError(f"the embedded model {str(name)!r} is not part of this installation ({embedded})")
         return embedded

@@ -14,13 +14,13 @@ from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.train.image_tokenizer.cell_codes import (
     CellCodes,
     contrast_loss,
-    emoji_cells,
     place_codes,
     train_cell_codes,
 )
 from unidiff.train.image_tokenizer.losses import VQModelConfig
 from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Scene, SceneObject, get_profile, render
+from unidiff.worlds.emoji.table import sprite_cells
 
 
 def model(codes: int = 2048, **changes) -> CellVQModel:
@@ -29,7 +29,7 @@ def model(codes: int = 2048, **changes) -> CellVQModel:
 
 
 def test_cells_are_those_of_rendered_sprites() -> None:
-    cells, flat = emoji_cells("cpu", 8)
+    cells, flat = sprite_cells("cpu", 8)
     assert cells.shape[1:] == (8, 3, 8, 8) and flat.shape == (8, 3, 8, 8)
     assert 64 * 15 < len(cells) <= 64 * (16 + 9 + 4)
     profile = get_profile("cpu")
@@ -39,10 +39,10 @@ def test_cells_are_those_of_rendered_sprites() -> None:
     assert (cells[:, number] - middle).abs().flatten(1).amax(1).min() == 0
     torch.testing.assert_close(flat[number], picture[-8:, -8:].permute(2, 0, 1).float() / 255)
     assert (cells - flat).abs().flatten(2).amax((1, 2)).min() > 24 / 255  # no cell shows background only
-    quarters, small = emoji_cells("cpu", 4)
+    quarters, small = sprite_cells("cpu", 4)
     assert quarters.shape[2:] == small.shape[1:] == (3, 4, 4) and len(cells) < len(quarters) < 4 * len(cells)
     with pytest.raises(ValueError, match="placed by 8 pixels, which factor 16 must divide"):
-        emoji_cells("cpu", 16)
+        sprite_cells("cpu", 16)
 
 
 def test_contrast_loss_is_the_mean_cross_entropy() -> None:
@@ -74,7 +74,7 @@ def test_too_many_cells_for_the_codebook() -> None:
 
 @pytest.mark.training
 def test_encoder_learns_to_ignore_the_background() -> None:
-    cells, flat = emoji_cells("cpu", 8)
+    cells, flat = sprite_cells("cpu", 8)
     some = cells[:: len(cells) // 60]
     untrained = place_codes(model(), some, flat)["cells_shared"]
     trained = train_cell_codes(
@@ -98,7 +98,7 @@ def test_decoder_context_looks_at_the_whole_picture() -> None:
 @pytest.mark.training
 def test_recipe_learns_codes_then_decoder(tmp_path: Path) -> None:
     config = ImageTokenizerConfig(
-        out=str(tmp_path / "a"), data=ImageData(emoji_profile="cpu", validation_images=8),
+        out=str(tmp_path / "a"), data=ImageData(world="emoji", validation_images=8),
         model=VQModelConfig(encoder_width=32, encoder_depth=1, decoder_widths=[16], decoder_depths=[1]),
         cells=CellCodes(3, 64), steps=4, batch_size=4, warmup_steps=1, validate_every=2, log_every=2,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.train.image_tokenizer.data import world_images
 from unidiff.train.image_tokenizer.losses import (
     CodebookAverage,
     VQLossWeights,
@@ -25,7 +26,6 @@ from unidiff.train.image_tokenizer.trainer import (
     ImageData,
     ImageTokenizerConfig,
     SpikeGuard,
-    emoji_images,
     ssim,
     train_image_tokenizer,
 )
@@ -38,7 +38,7 @@ SMALL = VQModelConfig(
 
 def settings(out: Path, **changes) -> ImageTokenizerConfig:
     values = dict(
-        out=str(out), data=ImageData(emoji_profile="cpu", validation_images=16), model=SMALL, steps=60, batch_size=8,
+        out=str(out), data=ImageData(world="emoji", validation_images=16), model=SMALL, steps=60, batch_size=8,
         warmup_steps=5, validate_every=30, log_every=20,
     )  # fmt: skip
     return ImageTokenizerConfig(**{**values, **changes})
@@ -48,7 +48,7 @@ def settings(out: Path, **changes) -> ImageTokenizerConfig:
 def test_training_improves_and_decoder_only_keeps_codes(tmp_path: Path) -> None:
     report = train_image_tokenizer(settings(tmp_path / "a"))
     untrained = VQImageTokenizer(SMALL.build())
-    images = emoji_images("cpu", 5, 0, 8)
+    images = world_images(ImageData(world="emoji"), 5, 0, 8)
     before = float((untrained.decode(untrained.encode(images)) - images).square().mean())
     assert report["psnr"] > psnr(before) + 3
     assert report["codes_used"] >= 10

@@ -163,8 +163,8 @@ def test_the_best_is_kept_and_only_the_same_run_continues(tmp_path, monkeypatch,
         ({"batch_size": 5}, "batch_size = 4, this one 5"),
         ({"learning_rate": 1e-3}, "learning_rate = 0.002, this one 0.001"),
         ({"seed": 1}, "this one 1"),
-        ({"data": ImageData(emoji_profile="cpu", validation_images=9)}, "validation_images = 8, this one 9"),
-        ({"data": ImageData(emoji_profile="gpu", validation_images=8)}, "'cpu', this one 'gpu'"),
+        ({"data": ImageData(world="emoji", validation_images=9)}, "validation_images = 8, this one 9"),
+        ({"data": ImageData(world="emoji", profile="gpu", validation_images=8)}, "'cpu', this one 'gpu'"),
         ({"init_from": str(out / "model")}, "init_from = None, this one"),
     ):
         with pytest.raises(ValueError, match="to continue it, or another out=") as error:
@@ -248,7 +248,7 @@ def test_held_out_pictures_are_never_in_the_stream(tmp_path, count, copies, aske
 
 
 def test_held_out_scenes_are_never_in_the_stream():
-    data = ImageData(emoji_profile="cpu", emoji_kinds=(1.0, 0.0, 0.0, 0.0), validation_images=200)
+    data = ImageData(world="emoji", kinds=(1.0, 0.0, 0.0, 0.0), validation_images=200)
     pictures = open_pictures(data, 0, 8)
     kept = {digest(p) for p in pictures.held_out}
     stream = iter(pictures.stream)

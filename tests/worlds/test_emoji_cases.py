@@ -69,7 +69,7 @@ def test_holes_hide_one_object_and_every_other_time_the_name_of_the_other(profil
         assert case.before + case.name + case.after == case.caption
         assert case.name == (seen.name if i % 2 else "")
         assert not case.name or case.hole.name in case.before + case.after
-        mask = case.mask(settings)
+        mask = settings.boxes([case.hole])
         assert (
             mask.sum() == (case.hole.size * settings.unit) ** 2
             and mask[case.hole.row * settings.unit, case.hole.col * settings.unit]

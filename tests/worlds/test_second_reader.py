@@ -8,9 +8,17 @@ import torch
 
 from unidiff.evaluation.report import Report
 from unidiff.worlds.emoji.oracle import Oracle
-from unidiff.worlds.emoji.scenes import KINDS, LARGE, Profile, Scene, SceneGenerator, SceneObject, get_profile
+from unidiff.worlds.emoji.scenes import (
+    KINDS,
+    LARGE,
+    Profile,
+    Scene,
+    SceneGenerator,
+    SceneObject,
+    get_profile,
+    render_batch,
+)
 from unidiff.worlds.emoji.second_reader import SecondReader, compare_readers
-from unidiff.worlds.emoji.table import render_batch
 
 FEW = get_profile("cpu", num_objects=12)  # fits in a second
 

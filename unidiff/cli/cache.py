@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unidiff.cli.common import Device, Dtype, Seed, Steps, load_pipeline, own_pipeline
+from unidiff.cli.common import Device, Dtype, Seed, Steps, WorldName, load_pipeline, own_pipeline
 from unidiff.cli.outputs import check_folder
 
 
@@ -24,6 +24,7 @@ def profile_cache(
     ] = None,
     keep: Annotated[float, typer.Option(help="Cosine down to which a feature counts as unchanged.")] = 0.95,
     steps: Steps = None,
+    world: WorldName = "emoji",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -35,9 +36,9 @@ def profile_cache(
     from rich.console import Console
 
     from unidiff.evaluation.cache_profile.report import TASKS, profile_pipeline, summary, write
-    from unidiff.worlds.emoji.demo import PROMPTS
+    from unidiff.world import WORLDS
 
-    prompts = prompt or [words for words, _ in PROMPTS]
+    prompts = prompt or WORLDS.get_or_refuse(world, "--world").prompts()
     with Console(stderr=True).status("profile") as status:
         profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, status.update)
     traits = pipe.transformer.traits

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or the embedded 'emoji'.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: how the model computes.")]
+WorldName = Annotated[str, typer.Option("--world", help="Whose scenes to show.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg or webp); several get numbers.")]
 Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an animated GIF.")]

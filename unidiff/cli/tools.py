@@ -6,15 +6,39 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from unidiff.cli.common import MOST, Device, Dtype, Guidance, Model, Seed, Steps, load_pipeline, own_pipeline
+from unidiff.cli.common import (
+    MOST,
+    Device,
+    Dtype,
+    Guidance,
+    Model,
+    Seed,
+    Steps,
+    WorldName,
+    load_pipeline,
+    own_pipeline,
+)
 from unidiff.cli.outputs import check_folder, check_outputs
+from unidiff.world import WORLDS
 
-eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=True)
+class EvalGroup(TyperGroup):
+    """Besides its own commands one for every world, which is `evaluate` under the world's name."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*WORLDS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, "WORLD" if cmd_name in WORLDS else cmd_name)
 
 
-@eval_app.command("emoji")
-def eval_emoji(
+eval_app = typer.Typer(name="eval", help="Measure a model.", no_args_is_help=True, cls=EvalGroup)
+
+
+@eval_app.command("WORLD", hidden=True)
+def evaluate(
+    context: typer.Context,
     seed: Seed = 0,
     n: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Cases per category.")] = 300,
     per_task: Annotated[
@@ -28,10 +52,7 @@ def eval_emoji(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Only this: reader, text_to_image, caption, answer, inpaint, joint, second_reader (with "
-            "text_to_image), likelihood. Repeatable."
-        ),
+        typer.Option(help="Only this task of the world or this metric; repeatable. An unknown one lists them all."),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -53,32 +74,28 @@ def eval_emoji(
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Draw, describe and answer on emoji scenes, read by an exact oracle."""
+    """Draw, describe and answer on scenes of this world, read by an exact oracle."""
     check_outputs(json_file=json_path, inputs=(against,))
     if outcomes and json_path is None:
         raise ValueError("--outcomes goes with --json, which names the file to keep them in")
+    from rich.console import Console
+
+    from unidiff.evaluation.paired import compare_reports
     from unidiff.evaluation.report import Report
 
     before = None if against is None else Report.load(against)
-    pipe = own_pipeline(load_pipeline(model, device, dtype), "eval emoji")
-    from rich.console import Console
-
-    from unidiff.worlds.emoji.evaluation import run_emoji_eval
-
-    console = Console(stderr=True)
-    asked = {"steps": steps, "guidance_scale": guidance, "num_candidates": candidates}
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    name = str(context.info_name)
+    pipe = own_pipeline(load_pipeline(model, device, dtype), f"eval {name}")
+    asked = {"steps": steps, "guidance_scale": guidance, "num_candidates": candidates, "per_task": per_task}
+    options: dict[str, Any] = {option: value for option, value in asked.items() if value is not None}
     options |= {"tasks": tuple(task)} if task else {}
-    options |= {} if per_task is None else {"per_task": per_task}
-    with console.status("EmojiEval") as status:
-        say = lambda what: status.update(f"EmojiEval: {what}")  # noqa: E731
-        result = run_emoji_eval(pipe, seed, n, progress=say, **options)
+    with Console(stderr=True).status(name) as status:
+        say = lambda what: status.update(f"{name}: {what}")  # noqa: E731
+        result = WORLDS[name].evaluate(pipe, seed, n, progress=say, **options)
     if json_path is not None:
         result.save(json_path, outcomes)
-    Console().print(result.table())
+    Console().print(result.table(f"{name} scenes"))
     if before is not None:
-        from unidiff.evaluation.paired import compare_reports
-
         Console().print(compare_reports(before, result).table(f"compared with {against}"))
 
 
@@ -103,17 +120,17 @@ def compare(
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.html.")] = Path("out"),
+    world: WorldName = "emoji",
     seed: Seed = 0,
     model: Model = "emoji",
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Show everything the model does on one sheet: demo.png and demo.html."""
-    check_folder(out, ["demo.png", "demo.html"])
+    shown = WORLDS.get_or_refuse(world, "--world")
+    check_folder(out, list(shown.demo_files))
     pipe = own_pipeline(load_pipeline(model, device, dtype), "the demo")
-    from unidiff.worlds.emoji.demo import run_demo
-
-    for path in run_demo(pipe, out, seed):
+    for path in shown.demo(pipe, out, seed):
         typer.echo(path)
 
 

@@ -1,1 +1,1 @@
-"""Data: webdataset shards, emoji scenes, and how a picture and its words become one training row."""
+"""Data: webdataset shards, and how a picture and its words become one training row."""

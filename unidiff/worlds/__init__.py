@@ -1,1 +1,1 @@
-"""Synthetic worlds whose pictures an exact reader can check."""
+"""Synthetic worlds, one folder each; `unidiff.world.WORLDS` finds them."""

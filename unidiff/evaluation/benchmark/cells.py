@@ -25,8 +25,7 @@ from unidiff.worlds.emoji.cases import CATEGORIES, caption_scenes, inpaint_cases
 from unidiff.worlds.emoji.evaluation import profile_of
 from unidiff.worlds.emoji.judge import EmojiEval
 from unidiff.worlds.emoji.model import Hole, PipelineModel
-from unidiff.worlds.emoji.scenes import KINDS
-from unidiff.worlds.emoji.table import render_batch
+from unidiff.worlds.emoji.scenes import KINDS, render_batch
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def requests(pipe: UniDiffPipeline, task: str, rows: int, seed: int) -> Callable
         return lambda model: model.generate(seeds)
     torn = inpaint_cases(rows, seed, profile)
     pictures = render_batch([c.scene for c in torn], profile)
-    masks = torch.stack([torch.from_numpy(c.mask(profile)) for c in torn])
+    masks = torch.stack([profile.boxes([c.hole]) for c in torn])
     return lambda model: model.inpaint(pictures, masks, [Hole(c.before, c.name, c.after) for c in torn], seeds)
 
 

@@ -13,17 +13,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unidiff.schema import check_fields
 from unidiff.tokens.image.cell import CellVQModel
-from unidiff.worlds.emoji.scenes import BACKGROUNDS, LARGE, MEDIUM, SMALL, Scene, SceneObject, get_profile, render
 
-NOTICEABLE = 24
-"""A cell shows an object if some pixel differs from some background by more than so many of 255 levels."""
 SAME = 0.97
 """Cells whose latents have at least this cosine share a code."""
 
@@ -54,31 +50,6 @@ class CellCodes:
             )
 
 
-def emoji_cells(profile_name: str, factor: int) -> tuple[Tensor, Tensor]:
-    """Every cell of every sprite in every size on all backgrounds, float `[cells, backgrounds, 3, factor, factor]` in
-    [0, 1], and the cells of the backgrounds alone, `[backgrounds, 3, factor, factor]`.
-
-    Raises:
-        ValueError: `factor` does not divide the unit that sprites are placed by, so that cells differ from place to place.
-    """
-    profile = get_profile(profile_name)
-    unit, grounds = profile.unit, torch.tensor(list(BACKGROUNDS.values())) / 255  # [backgrounds, 3]
-    if unit % factor:
-        raise ValueError(f"sprites of {profile_name!r} are placed by {unit} pixels, which factor {factor} must divide")
-    flat = grounds[:, :, None, None].expand(-1, -1, factor, factor).contiguous()
-    cells = []
-    for name in profile.names:
-        for size in (LARGE, MEDIUM, SMALL):
-            scenes = [Scene((SceneObject(name, 0, 0, size),), ground) for ground in BACKGROUNDS]
-            pixels = torch.from_numpy(np.stack([render(scene, profile) for scene in scenes]))  # [backgrounds, H, W, 3]
-            sprite = pixels[:, : size * unit, : size * unit].permute(0, 3, 1, 2).float() / 255
-            grid = sprite.unfold(2, factor, factor).unfold(3, factor, factor)  # [backgrounds, 3, n, n, f, f]
-            own = grid.permute(2, 3, 0, 1, 4, 5).flatten(0, 1)  # [n^2, backgrounds, 3, f, f]
-            shown = (own - flat).abs().flatten(1).amax(1) > NOTICEABLE / 255
-            cells.append(own[shown])
-    return torch.cat(cells), flat
-
-
 def train_cell_codes(
     model: CellVQModel,
     cells: Tensor,
@@ -91,7 +62,8 @@ def train_cell_codes(
     """Train the encoder of `model` and place its codebook, one code for each cell that looks like no other. In place.
 
     Args:
-        cells: `[N, views, 3, f, f]`, the same cell in all its views. flat: `[M, 3, f, f]`, one cell of each background.
+        cells: `[N, views, 3, f, f]`, the same cell in all its views. flat: `[M, 3, f, f]`, one cell of each background;
+            see `World.cells`.
         generator: for the order of the cells.
         say: takes a line of progress now and then.
 

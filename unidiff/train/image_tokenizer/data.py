@@ -6,12 +6,11 @@ Held out means that no picture of the stream has the same pixels, whatever its n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from unidiff.data.images import ImagePreprocess
 from unidiff.data.shards import ShardSource
 from unidiff.files import file_stamp
 from unidiff.schema import check_fields
-from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile, render
+from unidiff.world import WORLDS
 
 HELD_OUT = 256
 """Validation pictures where nothing else is asked for and there are enough."""
@@ -30,26 +29,27 @@ _MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no o
 
 @dataclass(frozen=True)
 class ImageData:
-    """Where pictures come from: the scene generator (`emoji_profile`), or webdataset shards (`shards`).
+    """Where pictures come from: the scenes of a world (`world`), or webdataset shards (`shards`).
 
     Args:
-        emoji_profile: name of a profile of scenes.
-        emoji_kinds: relative frequencies of single, count, pair and group scenes (many sprites per picture).
+        world: name of a world. profile: which scenes of it.
+        kinds: relative frequencies of its kinds of scenes; those of emoji are single, count, pair and group.
         shards: see `unidiff.data.tar.expand_shards`.
         image_size: side of the square pictures of shards, in pixels.
         validation_images: pictures that are never trained on; 0 takes 256, or one in eight of fewer than 2,048.
     """
 
-    emoji_profile: str | None = None
-    emoji_kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
+    world: str | None = None
+    profile: str = "cpu"
+    kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
     shards: list[str] = field(default_factory=list)
     image_size: int = 256
     validation_images: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
-        if min(self.emoji_kinds) < 0 or sum(self.emoji_kinds) <= 0:
-            raise ValueError(f"data.emoji_kinds is {self.emoji_kinds}; expected shares, none negative and not all 0")
+        if min(self.kinds) < 0 or sum(self.kinds) <= 0:
+            raise ValueError(f"data.kinds is {self.kinds}; expected shares, none negative and not all 0")
         if not 0 <= self.validation_images <= 2**20:
             raise ValueError(f"data.validation_images is {self.validation_images}; expected a number from 0 to {2**20}")
         if not 1 <= self.image_size <= 2**14:
@@ -92,14 +92,12 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
         ValueError: no source or two of them, sides that do not fit, or too few pictures.
         FileNotFoundError: a shard that does not exist.
     """
-    if (data.emoji_profile is None) == (not data.shards):
-        raise ValueError("data needs exactly one of emoji_profile (a profile name) and shards (a list of tar files)")
-    if data.emoji_profile is not None:
-        if (side := get_profile(data.emoji_profile).image_size) % factor:
-            raise ValueError(
-                f"pictures of {data.emoji_profile!r} are {side} pixels wide, which factor {factor} must divide"
-            )
-        held_out = emoji_images(data.emoji_profile, seed + 1, 0, data.validation_images or HELD_OUT, data.emoji_kinds)
+    if (data.world is None) == (not data.shards):
+        raise ValueError("data needs exactly one of world (its name) and shards (a list of tar files)")
+    if data.world is not None:
+        held_out = world_images(data, seed + 1, 0, data.validation_images or HELD_OUT)
+        if (side := held_out.shape[-1]) % factor:
+            raise ValueError(f"pictures of {data.profile!r} are {side} pixels wide, which factor {factor} must divide")
         digests = {digest(picture) for picture in held_out}
         return Pictures(held_out, _Scenes(data, seed, digests), {"held-out pictures": _joint(digests)})
     prepare = ImagePreprocess(data.image_size, factor)
@@ -111,13 +109,14 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
     return Pictures(torch.stack(held), _Shards(source, prepare, digests), facts)
 
 
-def emoji_images(
-    profile_name: str, seed: int, start: int, count: int, kinds: tuple[float, ...] = ImageData.emoji_kinds
-) -> Tensor:
-    """Rendered training scenes `start .. start + count`: float `[count, 3, H, W]` in [0, 1]."""
-    profile = get_profile(profile_name, kinds=kinds)
-    scenes = SceneGenerator(profile, seed, split="all")
-    return torch.stack([_tensor(render(scenes.scene(start + i), profile)) for i in range(count)])
+def world_images(data: ImageData, seed: int, start: int, count: int) -> Tensor:
+    """Pictures of training scenes `start .. start + count`: float `[count, 3, H, W]` in [0, 1]."""
+    picture = _world_pictures(data, seed)
+    return torch.stack([picture(start + i) for i in range(count)])
+
+
+def _world_pictures(data: ImageData, seed: int) -> Callable[[int], Tensor]:
+    return WORLDS.get_or_refuse(data.world, "data.world").pictures(data.profile, data.kinds, seed)
 
 
 def digest(picture: Tensor) -> bytes:
@@ -156,13 +155,12 @@ def _first_different(source: ShardSource, prepare: ImagePreprocess, data: ImageD
 
 class _Scenes:
     def __init__(self, data: ImageData, seed: int, held_out: set[bytes]) -> None:
-        self.profile = get_profile(data.emoji_profile or "", kinds=data.emoji_kinds)
-        self.scenes, self.held_out, self.index = SceneGenerator(self.profile, seed, split="all"), held_out, 0
+        self.picture, self.held_out, self.index = _world_pictures(data, seed), held_out, 0
 
     def __iter__(self) -> Iterator[Tensor]:
         repeats = 0
         while repeats < _MOST_REPEATS:
-            picture = _tensor(render(self.scenes.scene(self.index), self.profile))
+            picture = self.picture(self.index)
             self.index += 1
             repeats = repeats + 1 if digest(picture) in self.held_out else 0
             if not repeats:
@@ -174,7 +172,7 @@ class _Scenes:
 
     def load(self, state: Mapping[str, Any]) -> None:
         if type(state.get("scene")) is not int:
-            raise ValueError("the saved position is not one of emoji scenes")
+            raise ValueError("the saved position is not one of scenes")
         self.index = state["scene"]
 
 
@@ -196,11 +194,6 @@ class _Shards:
             self.source.load_state_dict(state)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("the saved position is not one of shards") from error
-
-
-def _tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 `[H, W, 3]` -> float32 `[3, H, W]` in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def _content(shard: str) -> bytes:

@@ -23,8 +23,8 @@ from unidiff.schema import check_fields, from_data
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.train.build import pick_device
-from unidiff.train.image_tokenizer.cell_codes import CellCodes, CellTrainer, emoji_cells, place_codes
-from unidiff.train.image_tokenizer.data import ImageData, Pictures, emoji_images, open_pictures
+from unidiff.train.image_tokenizer.cell_codes import CellCodes, CellTrainer, place_codes
+from unidiff.train.image_tokenizer.data import ImageData, Pictures, open_pictures
 from unidiff.train.image_tokenizer.losses import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
 from unidiff.train.image_tokenizer.report import measure, reconstruction_sheet, ssim
 from unidiff.train.image_tokenizer.state import (
@@ -39,8 +39,9 @@ from unidiff.train.run.checkpoint import RunCheckpoint, check_kind, load_checkpo
 from unidiff.train.run.logs import Progress, RunLog
 from unidiff.train.run.run_folder import check_output, check_replaceable, holds_something
 from unidiff.train.run.signals import StopOnSignals
+from unidiff.world import WORLDS
 
-__all__ = ["ImageData", "ImageTokenizerConfig", "SpikeGuard", "emoji_images", "ssim", "train_image_tokenizer"]
+__all__ = ["ImageData", "ImageTokenizerConfig", "SpikeGuard", "ssim", "train_image_tokenizer"]
 _KEPT = 2  # checkpoints
 _KEPT_FILES = {"model": "a model", "report.json": "report.json", "reconstructions.png": "reconstructions.png"}
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
@@ -154,7 +155,7 @@ class _Run:
         self.facts = {"init_from": weights_stamp(config.init_from), **pictures.facts}
         self.cells: CellTrainer | None = None
         if config.cells.steps:
-            shown, flat = emoji_cells(config.data.emoji_profile or "", int(model.config.factor))
+            shown, flat = WORLDS[config.data.world or ""].cells(config.data.profile, int(model.config.factor))
             self.cells = CellTrainer(model, shown, flat, config.cells, config.bf16, self.generator)
         else:
             self._start_main()
@@ -348,8 +349,8 @@ def _build(config: ImageTokenizerConfig, device: torch.device) -> tuple[Any, Cod
         if not (cell and config.init_from):
             raise ValueError("decoder_only needs init_from with a CellVQModel; set init_from or turn decoder_only off")
         model.encoder.requires_grad_(False)
-    if config.cells.steps and not (cell and config.data.emoji_profile and not config.decoder_only):
-        raise ValueError("cells.steps needs model.kind cell, data.emoji_profile and decoder_only off; or set it to 0")
+    if config.cells.steps and not (cell and config.data.world and not config.decoder_only):
+        raise ValueError("cells.steps needs model.kind cell, data.world and decoder_only off; or set it to 0")
     frozen = config.decoder_only or config.cells.steps > 0
     average = CodebookAverage(model) if cell and not frozen else None
     if average is not None and config.init_from:

@@ -1,1 +1,17 @@
-"""The emoji world: scenes, words, cases, readers and the demo."""
+"""The emoji world: sprites on flat backgrounds, what is said about them, and readers that find them again."""
+
+from pathlib import Path
+
+from unidiff.world import World, later
+
+EMOJI = World(
+    name="emoji",
+    model=Path(__file__).resolve().parents[2] / "assets" / "emoji" / "model",
+    prompts=later("unidiff.worlds.emoji.demo:demo_prompts"),
+    demo=later("unidiff.worlds.emoji.demo:run_demo"),
+    demo_files=("demo.png", "demo.html"),
+    evaluate=later("unidiff.worlds.emoji.evaluation:run_emoji_eval"),
+    reward=later("unidiff.worlds.emoji.evaluation:oracle_reward"),
+    pictures=later("unidiff.worlds.emoji.table:picture_source"),
+    cells=later("unidiff.worlds.emoji.table:sprite_cells"),
+)

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
-
 from unidiff.worlds.emoji.language import NUMBERS, article, draw_caption, draw_question
 from unidiff.worlds.emoji.parse import Facts, parse_caption
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, SceneObject
@@ -61,13 +59,6 @@ class InpaintCase:
     before: str
     name: str
     after: str
-
-    def mask(self, profile: Profile) -> np.ndarray:
-        """bool `[H, W]`, True in the hole."""
-        mask = np.zeros((profile.image_size, profile.image_size), bool)
-        size, top, left = self.hole.size * profile.unit, self.hole.row * profile.unit, self.hole.col * profile.unit
-        mask[top : top + size, left : left + size] = True
-        return mask
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,11 @@ PROMPTS: tuple[tuple[str, Scene], ...] = (
 _PER_LINE = 4
 
 
+def demo_prompts() -> list[str]:
+    """The sentences alone."""
+    return [prompt for prompt, _ in PROMPTS]
+
+
 def run_demo(pipe: UniDiffPipeline, out: str | Path, seed: int = 0) -> tuple[Path, Path]:
     """Draw, describe, answer and complete; write `demo.png` and `demo.html` into `out`.
 

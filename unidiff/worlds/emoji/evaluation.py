@@ -1,28 +1,36 @@
-"""`unidiff eval emoji`: the whole of EmojiEval for one pipeline."""
+"""`unidiff eval emoji`: the whole of EmojiEval and the metrics, for one pipeline."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unidiff.evaluation.likelihood_eval import evaluate_likelihood
+from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures
 from unidiff.evaluation.report import Report
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.worlds.emoji.cases import CATEGORIES
+from unidiff.worlds.emoji.cases import CATEGORIES, task_seed
 from unidiff.worlds.emoji.judge import TASKS, EmojiEval
+from unidiff.worlds.emoji.language import caption_distribution, caption_entropy, draw_caption
 from unidiff.worlds.emoji.model import PipelineModel
-from unidiff.worlds.emoji.scenes import KINDS, Profile, get_profile
+from unidiff.worlds.emoji.oracle import Oracle
+from unidiff.worlds.emoji.parse import facts_correct, parse_caption
+from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, get_profile, render_batch
 from unidiff.worlds.emoji.second_reader import compare_readers
 
-ALL_TASKS = (*TASKS, "second_reader", "likelihood")
-"""`second_reader` reads the pictures of `text_to_image` again, so it needs that task."""
+SECOND = "second_reader"
+"""Reads the pictures of `text_to_image` again, so it needs that task."""
+ALL_TASKS = (*TASKS, SECOND, "likelihood")
+"""What runs where nothing is asked for; other metrics run when they are named."""
 QUICK = 300
 """Cases per category."""
-_PARTS = {"reader": len(KINDS), "text_to_image": len(CATEGORIES) + 1, "caption": len(KINDS)}
+PARTS = {"reader": len(KINDS), "text_to_image": len(CATEGORIES) + 1, "caption": len(KINDS)}
 """Categories of the tasks that have more than one."""
 
 
@@ -34,7 +42,7 @@ def run_emoji_eval(
     tasks: Sequence[str] = ALL_TASKS,
     batch_size: int = 64,
     profile: Profile | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda what: None,
     **options: Any,
 ) -> Report:
     """Evaluate a pipeline on emoji scenes.
@@ -45,7 +53,7 @@ def run_emoji_eval(
         n: cases of every category, and of every task without categories.
         per_task: in place of `n`, at least so many cases of every task, spread evenly over its categories; the full
             yardstick has 2,000.
-        tasks: some of `ALL_TASKS`.
+        tasks: some of `ALL_TASKS`, and names of metrics.
         batch_size: rows per decode; results do not depend on it.
         profile: which scenes; by default the one of the pipeline's picture size.
         progress: called with what is done next.
@@ -56,35 +64,29 @@ def run_emoji_eval(
     """
     if per_task is not None and per_task < 1:
         raise ValueError(f"per_task is {per_task}; an evaluation needs at least one case")
-    if unknown := [task for task in tasks if task not in ALL_TASKS]:
-        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(ALL_TASKS)}")
-    if "second_reader" in tasks and "text_to_image" not in tasks:
+    if unknown := [task for task in tasks if task not in (*TASKS, SECOND, *METRICS)]:
+        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join((*TASKS, SECOND, *METRICS))}")
+    if SECOND in tasks and "text_to_image" not in tasks:
         raise ValueError("the task second_reader reads the pictures of text_to_image again; ask for both")
     profile = profile or profile_of(pipe)
-    say = progress or (lambda what: None)
     start = perf_counter()
     hidden_bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**hidden_bar, "disable": True})
-    prompts: list[str] = []
-    drawn: list[Tensor] = []  # uint8 [B, 3, H, W]
-
-    def keep(words: Sequence[str], images: Tensor) -> None:
-        prompts.extend(words)
-        drawn.append((images * 255 + 0.5).clamp(0, 255).to(torch.uint8))
-
+    cases = lambda task: n if per_task is None else -(-per_task // PARTS.get(task, 1))  # noqa: E731
     try:
-        model = PipelineModel(pipe, batch_size, keep if "second_reader" in tasks else None, **options)
-        judge = EmojiEval(model, profile, seed, n, say)
+        judge = EmojiEval(PipelineModel(pipe, batch_size, **options), profile, seed, n, progress)
         for task in (task for task in TASKS if task in tasks):
-            judge.n = _cases(task, n, per_task)
+            judge.n = cases(task)
             judge.run([task])
         report = judge.report
-        if drawn:
-            say("second reader")
-            compare_readers(prompts, torch.cat(drawn).movedim(1, -1), profile, report)
-        if "likelihood" in tasks:
-            say("likelihoods")
-            evaluate_likelihood(pipe, profile, report, seed, _cases("likelihood", n, per_task), batch_size=batch_size)
+        if SECOND in tasks:
+            progress("second reader")
+            prompts, pictures = zip(*judge.drawn, strict=True)
+            compare_readers(prompts, torch.stack(pictures), profile, report)
+        for name in (task for task in tasks if task in METRICS):
+            progress(name)
+            for key, value in METRICS[name].measure(pipe, captions(cases(name), seed, profile, batch_size)).items():
+                report.add(key, value)
     finally:
         pipe.set_progress_bar_config(**hidden_bar)
     report.about |= {"n": n} if per_task is None else {"n": None, "per_task": per_task}
@@ -94,9 +96,43 @@ def run_emoji_eval(
     return report
 
 
-def _cases(task: str, n: int, per_task: int | None) -> int:
-    """Cases of each category of a task."""
-    return n if per_task is None else -(-per_task // _PARTS.get(task, 1))
+def captioned_scenes(n: int, seed: int, profile: Profile) -> list[tuple[Scene, str]]:
+    """Scenes in the mix of the training split, each with one caption from its exact distribution."""
+    generator = SceneGenerator(profile, task_seed("likelihood", seed))
+    scenes = [generator.scene(i) for i in range(n)]
+    return [(scene, draw_caption(scene, random.Random(f"likelihood|{seed}|{i}"))) for i, scene in enumerate(scenes)]
+
+
+def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> CaptionedPictures:
+    """Fresh scenes for metrics, with captions whose surprise and entropy are known exactly."""
+    cases = captioned_scenes(n, seed, profile)
+    return CaptionedPictures(
+        [caption for _, caption in cases],
+        lambda start, stop: render_batch([scene for scene, _ in cases[start:stop]], profile),
+        [-math.log(caption_distribution(scene)[caption]) for scene, caption in cases],
+        [caption_entropy(scene) for scene, _ in cases],
+        seed,
+        batch_size,
+    )
+
+
+def oracle_reward(
+    pipe: UniDiffPipeline, seed: int, kinds: Sequence[float] | None = None
+) -> tuple[Callable[[list[str], Tensor], Tensor], Callable[[int], str]]:
+    """1 where the oracle reads the whole picture and finds in it what the prompt says; and prompts by number.
+
+    Args:
+        seed: of the prompts. kinds: shares of the kinds of scenes that they are of; None for the profile's own.
+    """
+    profile = profile_of(pipe)
+    oracle = Oracle(profile)
+    scenes = SceneGenerator(profile if kinds is None else replace(profile, kinds=tuple(kinds)), seed)
+
+    def reward(texts: list[str], pictures: Tensor) -> Tensor:
+        pairs = zip(texts, oracle.read(pictures), strict=True)
+        return torch.tensor([float(facts_correct(parse_caption(text), r.scene)) for text, r in pairs])
+
+    return reward, lambda number: draw_caption(scenes.scene(number), scenes.rng(number, "texts"))
 
 
 def profile_of(pipe: UniDiffPipeline) -> Profile:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.output import UniDiffOutput
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,7 @@ class Drawn:
     """Pictures and texts of some rows.
 
     Attributes:
-        images: float `[B, 3, H, W]` in [0, 1].
-        texts: one per row.
+        images: float `[B, 3, H, W]` in [0, 1]. texts: one per row.
         untouched: whether every given token came out as it went in.
     """
 
@@ -34,6 +34,14 @@ class Hole:
     before: str
     name: str
     after: str
+
+    def template(self, encode: Callable[[str], Sequence[int]]) -> str:
+        """The text with as many hidden tokens as the name has in its place; `encode` gives the ids of a text."""
+        if not self.name:
+            return self.before
+        parts = (self.before + self.name + self.after, self.before.removesuffix(" "), self.after)
+        whole, before, after = (len(encode(part)) for part in parts)
+        return f"{self.before}<mask:{whole - before - after}>{self.after}"
 
 
 class EvalModel(Protocol):
@@ -64,7 +72,7 @@ class PipelineModel:
     Args:
         pipe: the pipeline.
         batch_size: rows per decode; results do not depend on it.
-        on_drawn: told the prompts and pictures of every text-to-image batch.
+        on_output: told what came out of every decode.
         options: keyword arguments for every decode, for instance `steps`.
     """
 
@@ -72,73 +80,56 @@ class PipelineModel:
         self,
         pipe: UniDiffPipeline,
         batch_size: int = 64,
-        on_drawn: Callable[[Sequence[str], Tensor], None] | None = None,
+        on_output: Callable[[UniDiffOutput], Any] = lambda out: None,
         **options: Any,
     ) -> None:
-        self.pipe, self.batch_size, self.on_drawn = pipe, batch_size, on_drawn
+        self.pipe, self.batch_size, self.on_output = pipe, batch_size, on_output
         self.options = {"output_type": "pt", **options}
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        parts = [self.pipe.images.decode(self.pipe.images.encode(images[part])).cpu() for part in self._parts(images)]
-        return torch.cat(parts)
+        through = lambda part: self.pipe.images.decode(self.pipe.images.encode(part)).cpu()  # noqa: E731
+        return torch.cat([through(part) for part in images.split(self.batch_size)])
 
     def text_to_image(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        pictures = []
-        for part in self._parts(prompts):
-            words = list(prompts[part])
-            drawn = self.pipe.text_to_image(words, generator=list(seeds[part]), **self.options).images
-            if self.on_drawn is not None:
-                self.on_drawn(words, drawn)
-            pictures.append(drawn)
-        return torch.cat(pictures)
+        return self._decode(seeds, lambda p, **how: self.pipe.text_to_image(list(prompts[p]), **how)).images
 
     def caption(self, images: Tensor, seeds: Sequence[int]) -> list[str]:
-        texts: list[str] = []
-        for part in self._parts(images):
-            texts += self.pipe.caption(images[part], generator=list(seeds[part]), **self.options).texts
-        return texts
+        return self._decode(seeds, lambda p, **how: self.pipe.caption(images[p], **how)).texts
 
     def answer(self, images: Tensor, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        texts: list[str] = []
-        for p in self._parts(questions):
-            out = self.pipe.answer(images[p], list(questions[p]), generator=list(seeds[p]), **self.options)
-            texts += out.texts
-        return texts
+        return self._decode(seeds, lambda p, **how: self.pipe.answer(images[p], list(questions[p]), **how)).texts
 
     def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[Hole], seeds: Sequence[int]) -> Drawn:
-        pictures, words, untouched = [], [], []
-        for p in self._parts(texts):
-            templates = [self._template(hole) for hole in texts[p]]
-            out = self.pipe.inpaint(
-                list(images[p]), list(masks[p]), templates, generator=list(seeds[p]), **self.options
-            )
+        def fill(p: slice, **how: Any) -> UniDiffOutput:
+            templates = [hole.template(self.pipe.texts.encode) for hole in texts[p]]
+            return self.pipe.inpaint(list(images[p]), list(masks[p]), templates, **how)
+
+        def untouched(p: slice, out: UniDiffOutput) -> Iterator[bool]:
             kept = ~self.pipe.image_inputs.cells(masks[p])  # [B, h, w]
             same = (out.codes == self.pipe.images.encode(images[p]).cpu()) | ~kept
             for hole, text, whole in zip(texts[p], out.texts, same.flatten(1).all(1).tolist(), strict=True):
-                framed = text.startswith(hole.before.strip()) and text.endswith(hole.after.strip())
-                untouched.append(whole and framed)
-            pictures.append(out.images)
-            words += out.texts
-        return Drawn(torch.cat(pictures), words, untouched)
+                yield whole and text.startswith(hole.before.strip()) and text.endswith(hole.after.strip())
+
+        return self._decode(seeds, fill, untouched)
 
     def generate(self, seeds: Sequence[int]) -> Drawn:
-        pictures, words = [], []
-        for p in self._parts(seeds):
-            rows = list(seeds[p])
-            out = self.pipe.generate(num_images_per_prompt=len(rows), generator=rows, **self.options)
-            pictures.append(out.images)
-            words += out.texts
-        return Drawn(torch.cat(pictures), words, [True] * len(words))
+        return self._decode(
+            seeds, lambda p, **how: self.pipe.generate(num_images_per_prompt=len(how["generator"]), **how)
+        )
 
-    def _template(self, hole: Hole) -> str:
-        """The text with as many hidden tokens as the name has in its place."""
-        if not hole.name:
-            return hole.before
-        size = lambda text: len(self.pipe.texts.encode(text))  # noqa: E731
-        before = hole.before.removesuffix(" ")
-        hidden = size(hole.before + hole.name + hole.after) - size(before) - size(hole.after)
-        return f"{hole.before}<mask:{hidden}>{hole.after}"
-
-    def _parts(self, rows: Sequence[Any] | Tensor) -> Iterator[slice]:
-        for start in range(0, len(rows), self.batch_size):
-            yield slice(start, start + self.batch_size)
+    def _decode(
+        self,
+        seeds: Sequence[int],
+        call: Callable[..., UniDiffOutput],
+        untouched: Callable[[slice, UniDiffOutput], Iterator[bool]] = lambda p, out: (True for _ in out.texts),
+    ) -> Drawn:
+        """All rows, batch by batch; `call` takes the slice of the rows and the options of the decode."""
+        pictures, texts, whole = [], [], []
+        for start in range(0, len(seeds), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            out = call(part, generator=list(seeds[part]), **self.options)
+            self.on_output(out)
+            pictures.append(torch.as_tensor(out.images))
+            texts += out.texts
+            whole += untouched(part, out)
+        return Drawn(torch.cat(pictures), texts, whole)

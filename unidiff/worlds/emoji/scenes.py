@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from unidiff.worlds.emoji.atlas import Atlas, default_atlas
 
 UNITS = 8
-LARGE, MEDIUM, SMALL = 4, 3, 2  # sprite sizes in units: 32, 24 and 16 px at 64 px
+SIZES = LARGE, MEDIUM, SMALL = 4, 3, 2  # of sprites in units: 32, 24 and 16 px at 64 px
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (248, 248, 248),
     "black": (22, 22, 26),
@@ -41,6 +44,16 @@ class SceneObject:
     size: int
     offset: tuple[int, int] = (0, 0)
 
+    @property
+    def units(self) -> tuple[slice, slice]:
+        """The rows and columns of the grid that it covers."""
+        return slice(self.row, self.row + self.size), slice(self.col, self.col + self.size)
+
+    def overlaps(self, other: SceneObject) -> bool:
+        """Whether two sprites share a unit."""
+        near = lambda a, b: a < b + other.size and b < a + self.size  # noqa: E731
+        return near(self.row, other.row) and near(self.col, other.col)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -60,8 +73,7 @@ class Profile:
     """How large the pictures are and what may appear in them.
 
     Args:
-        name: for reports.
-        image_size: pixels per side, a multiple of 8 units.
+        name: for reports. image_size: pixels per side, a multiple of 8 units.
         num_objects: the first so many sprites of the atlas are used.
         kinds: relative frequency of each kind of scene, in the order of `KINDS`.
         free_jitter: sprites move by up to so many pixels off the grid (0 in the embedded recipe: every sub-cell phase
@@ -90,6 +102,13 @@ class Profile:
     def names(self) -> tuple[str, ...]:
         return self.atlas.names[: self.num_objects]
 
+    def boxes(self, objects: Iterable[SceneObject]) -> Tensor:
+        """bool `[H, W]`, True in the units that some sprites cover."""
+        inside = torch.zeros(UNITS, UNITS, dtype=torch.bool)
+        for item in objects:
+            inside[item.units] = True
+        return inside.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1)
+
 
 def get_profile(name: str, **changes) -> Profile:
     """`cpu` (64 px, 64 objects) or `gpu` (128 px, the whole atlas), with fields changed by keyword."""
@@ -116,6 +135,11 @@ def render(scene: Scene, profile: Profile) -> np.ndarray:
     return (canvas * 255.0 + 0.5).clip(0, 255).astype(np.uint8)
 
 
+def render_batch(scenes: Sequence[Scene], profile: Profile) -> Tensor:
+    """float32 `[N, 3, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.stack([render(scene, profile) for scene in scenes])).permute(0, 3, 1, 2).float() / 255
+
+
 def held_out(scene: Scene) -> bool:
     """Whether the scene holds a composition that training never sees: an object pair, object-background or
     object-count combination (about one in ten of each), chosen by a fixed hash of the names."""
@@ -134,7 +158,6 @@ class SceneGenerator:
     """Scene `i` as a pure function of (seed, i).
 
     Args:
-        profile: see `Profile`.
         seed: other seeds give other scenes.
         split: `train` (no held-out composition), `held_out` (at least one) or `all`.
     """
@@ -163,10 +186,7 @@ class SceneGenerator:
         placed = {"single": _single, "count": _count, "pair": _pair, "group": _group}[kind](rng, self.profile.names)
         jitter = self.profile.free_jitter
         if jitter:
-            placed = [
-                SceneObject(o.name, o.row, o.col, o.size, (rng.randint(-jitter, jitter), rng.randint(-jitter, jitter)))
-                for o in placed
-            ]
+            placed = [replace(o, offset=tuple(rng.randint(-jitter, jitter) for _ in range(2))) for o in placed]
         return Scene(tuple(placed), background)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,9 +16,21 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.protocol import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 from unidiff.worlds.emoji.language import NUMBERS, caption_distribution, draw_question, plural, zone
-from unidiff.worlds.emoji.scenes import Profile, Scene, SceneGenerator, render
+from unidiff.worlds.emoji.scenes import (
+    BACKGROUNDS,
+    SIZES,
+    Profile,
+    Scene,
+    SceneGenerator,
+    SceneObject,
+    get_profile,
+    render,
+    render_batch,
+)
 
 TASK_SPECIALS = ("eos", "caption", "question", "answer")
+NOTICEABLE = 24
+"""A cell shows an object if some pixel differs from some background by more than so many of 255 levels."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +107,35 @@ def emoji_vocabulary(text: TextTokenizer, codebook_size: int) -> Vocabulary:
     return Vocabulary.unified(text.size, codebook_size, specials)
 
 
-def render_batch(scenes: list[Scene], profile: Profile) -> Tensor:
-    """float32 `[N, 3, H, W]` in [0, 1]."""
-    pixels = np.stack([render(scene, profile) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+def picture_source(profile_name: str, kinds: tuple[float, ...], seed: int) -> Callable[[int], Tensor]:
+    """Training scenes for an image tokenizer: a picture by number, float32 `[3, H, W]` in [0, 1]."""
+    profile = get_profile(profile_name, kinds=kinds)
+    scenes = SceneGenerator(profile, seed, split="all")
+    return lambda index: render_batch([scenes.scene(index)], profile)[0]
+
+
+def sprite_cells(profile_name: str, factor: int) -> tuple[Tensor, Tensor]:
+    """Every cell of every sprite in every size on all backgrounds, float `[cells, backgrounds, 3, factor, factor]` in
+    [0, 1], and the cells of the backgrounds alone, `[backgrounds, 3, factor, factor]`.
+
+    Raises:
+        ValueError: `factor` does not divide the unit that sprites are placed by, so that cells differ from place to place.
+    """
+    profile = get_profile(profile_name)
+    unit, grounds = profile.unit, torch.tensor(list(BACKGROUNDS.values())) / 255  # [backgrounds, 3]
+    if unit % factor:
+        raise ValueError(f"sprites of {profile_name!r} are placed by {unit} pixels, which factor {factor} must divide")
+    flat = grounds[:, :, None, None].expand(-1, -1, factor, factor).contiguous()
+    cells = []
+    for name in profile.names:
+        for size in SIZES:
+            scenes = [Scene((SceneObject(name, 0, 0, size),), ground) for ground in BACKGROUNDS]
+            sprite = render_batch(scenes, profile)[..., : size * unit, : size * unit]  # [backgrounds, 3, n f, n f]
+            grid = sprite.unfold(2, factor, factor).unfold(3, factor, factor)  # [backgrounds, 3, n, n, f, f]
+            own = grid.permute(2, 3, 0, 1, 4, 5).flatten(0, 1)  # [n^2, backgrounds, 3, f, f]
+            shown = (own - flat).abs().flatten(1).amax(1) > NOTICEABLE / 255
+            cells.append(own[shown])
+    return torch.cat(cells), flat
 
 
 def token_rows(
@@ -149,15 +185,3 @@ def text_rows(
         "answer_start": torch.tensor(starts),
     }
 
-
-__all__ = [
-    "TEXT_PREFIX",
-    "QuestionMix",
-    "corpus",
-    "emoji_vocabulary",
-    "raw_samples",
-    "render_batch",
-    "scene_texts",
-    "text_rows",
-    "token_rows",
-]

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from unidiff.evaluation.likelihood_eval import LikelihoodEval, captioned_rows, captioned_scenes
+from unidiff.evaluation.metrics.likelihood import RowLikelihood, captioned_rows
 from unidiff.evaluation.report import Report
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.worlds.emoji.evaluation import captioned_scenes, captions
 from unidiff.worlds.emoji.language import caption_distribution
 from unidiff.worlds.emoji.scenes import get_profile
 
 N, LENGTH, CODES = 20, 20, 8
 CASES = captioned_scenes(N, seed=2, profile=get_profile("cpu"))
-OPTIONS = [caption_distribution(case.scene) for case in CASES]
+DRAWN = captions(N, 2, get_profile("cpu"))
+OPTIONS = [caption_distribution(scene) for scene, _ in CASES]
 WORDS = sorted({word for options in OPTIONS for caption in options for word in caption.split(" ")})
 VOCABULARY = Vocabulary.unified(2 + len(WORDS), CODES, {"caption": 0, "eos": 1})
 
@@ -26,7 +28,7 @@ def encode(caption: str) -> list[int]:
     return ids + [1] * (LENGTH - len(ids))
 
 
-ROWS = captioned_rows(CASES, torch.zeros(N, 2, 2, dtype=torch.long), encode, VOCABULARY)
+ROWS = captioned_rows(DRAWN.captions, torch.zeros(N, 2, 2, dtype=torch.long), encode, VOCABULARY)
 
 
 class ExactModel:
@@ -51,11 +53,17 @@ class ExactModel:
         return nll
 
 
+def judged(score, samples: int) -> Report:
+    report = Report()
+    judge = RowLikelihood(score, VOCABULARY, samples=samples)
+    for key, value in judge.numbers(ROWS, 1, DRAWN.surprises, DRAWN.entropies).items():
+        report.add(key, value)
+    return report
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
-    report = Report()
-    LikelihoodEval(ExactModel(), VOCABULARY, samples=40).add_to(report, ROWS, CASES, eos_id=1)
-    return report
+    return judged(ExactModel(), samples=40)
 
 
 def test_an_exact_model_reaches_the_entropy_and_not_less(report: Report) -> None:
@@ -69,9 +77,8 @@ def test_an_exact_model_reaches_the_entropy_and_not_less(report: Report) -> None
 
 
 def test_a_model_that_sees_its_target_falls_below_the_entropy() -> None:
-    exact, report = ExactModel(), Report()
-    judge = LikelihoodEval(lambda x_t, x0, where: 0.5 * exact(x_t, x0, where), VOCABULARY, samples=12)
-    judge.add_to(report, ROWS, CASES, eos_id=1)
+    exact = ExactModel()
+    report = judged(lambda x_t, x0, where: 0.5 * exact(x_t, x0, where), samples=12)
     assert report.intervals["caption_gap"].high < 0
 
 
@@ -89,8 +96,8 @@ def test_without_the_fill_nothing_is_paid_for_the_length(report: Report) -> None
 
 def test_batch_size_does_not_change_the_estimate() -> None:
     rows = ROWS.replace(given=ROWS.given | (ROWS.modality == Modality.IMAGE))
-    one = LikelihoodEval(ExactModel(), VOCABULARY, samples=2, batch_size=N).nelbo(rows)
-    many = LikelihoodEval(ExactModel(), VOCABULARY, samples=2, batch_size=5).nelbo(rows)
+    one = RowLikelihood(ExactModel(), VOCABULARY, samples=2, batch_size=N).nelbo(rows)
+    many = RowLikelihood(ExactModel(), VOCABULARY, samples=2, batch_size=5).nelbo(rows)
     assert torch.equal(one.total, many.total)
 
 
@@ -98,4 +105,5 @@ def test_scenes_and_captions_are_fixed_by_the_seed() -> None:
     profile = get_profile("cpu")
     assert captioned_scenes(5, 2, profile) == CASES[:5]
     assert captioned_scenes(5, 3, profile) != CASES[:5]
-    assert all(caption_distribution(c.scene)[c.caption] == pytest.approx(math.exp(-c.surprise)) for c in CASES)
+    shares = [options[caption] for options, (_, caption) in zip(OPTIONS, CASES, strict=True)]
+    assert shares == pytest.approx([math.exp(-surprise) for surprise in DRAWN.surprises])

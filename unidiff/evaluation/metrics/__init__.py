@@ -1,0 +1,1 @@
+"""Metrics, one file each; `METRICS` in `base` finds them."""

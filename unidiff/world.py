@@ -1,0 +1,46 @@
+"""`World`: what generic code may ask of a synthetic world; `WORLDS` finds all of them by looking into `unidiff.worlds`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from unidiff.registry import Registry
+
+
+@dataclass(frozen=True)
+class World:
+    """Scenes, words about them, and an exact reader. The `__init__` of its folder makes one, of `later` functions.
+
+    Attributes:
+        name: of its model, of `unidiff eval NAME` and of the benchmark's suite.
+        model: folder of the pipeline that ships with it.
+        prompts: () -> sentences that its models can draw.
+        demo: (pipe, folder, seed) -> the files it wrote; `demo_files` are their names.
+        evaluate: (pipe, seed, n, per_task, tasks, progress, options of every decode) -> `Report`; `tasks` may name metrics.
+        reward: (pipe, seed, kinds) -> a reward of prompts and pictures, and prompts by number.
+        pictures: (profile, kinds, seed) -> a picture by number, float32 `[3, H, W]` in [0, 1].
+        cells: (profile, factor) -> every cell of every object on all backgrounds, and the cells of these alone.
+    """
+
+    name: str
+    model: Path | None
+    prompts: Callable[[], list[str]]
+    demo: Callable[..., tuple[Path, ...]]
+    demo_files: tuple[str, ...]
+    evaluate: Callable[..., Any]
+    reward: Callable[..., tuple[Any, Callable[[int], str]]]
+    pictures: Callable[..., Callable[[int], Any]]
+    cells: Callable[..., tuple[Any, Any]]
+
+
+def later(place: str) -> Callable[..., Any]:
+    """A function named `module:function` that is imported when it is called, so that to list worlds costs nothing."""
+    module, _, name = place.partition(":")
+    return lambda *args, **options: getattr(import_module(module), name)(*args, **options)
+
+
+WORLDS: Registry[World] = Registry("worlds", "unidiff.worlds", lambda v: v.name if isinstance(v, World) else None)
