@@ -23,6 +23,7 @@ from unidiff.cli.common import (
 from unidiff.cli.outputs import check_folder, check_outputs
 from unidiff.world import WORLDS
 
+
 class EvalGroup(TyperGroup):
     """Besides its own commands one for every world, which is `evaluate` under the world's name."""
 

@@ -14,38 +14,34 @@ from unidiff.pipelines.sheet import Cell, draw_sheet, save_image, stack
 from unidiff.worlds.emoji.cases import caption_scenes, inpaint_cases, question_cases
 from unidiff.worlds.emoji.demo_page import Section, write_page
 from unidiff.worlds.emoji.language import draw_caption
+from unidiff.worlds.emoji.model import Hole
 from unidiff.worlds.emoji.scenes import LARGE, MEDIUM, SMALL, Profile, Scene, SceneObject, get_profile, render
 
-
-def _scene(background: str, size: int, *placed: tuple[str, int, int]) -> Scene:
-    return Scene(tuple(SceneObject(name, row, col, size) for name, row, col in placed), background)
-
-
-# Sentences of the training grammar, each with one scene that it describes.
-PROMPTS: tuple[tuple[str, Scene], ...] = (
-    ("a fox on a green background", _scene("green", LARGE, ("fox", 2, 2))),
-    ("a dog face in the top left corner on a white background", _scene("white", LARGE, ("dog face", 0, 0))),
-    ("a picture of an octopus on a blue background", _scene("blue", LARGE, ("octopus", 2, 3))),
-    ("a red apple in the bottom right corner on gray", _scene("gray", LARGE, ("red apple", 4, 4))),
-    ("a small rose in the centre on a yellow background", _scene("yellow", MEDIUM, ("rose", 3, 2))),
-    ("an image of a pizza at the top on a purple background", _scene("purple", LARGE, ("pizza", 0, 2))),
-    ("an owl to the left of a cactus on a red background", _scene("red", LARGE, ("owl", 2, 0), ("cactus", 2, 4))),
-    ("a rocket above a house on black", _scene("black", LARGE, ("rocket", 0, 2), ("house", 4, 2))),
-    ("two frogs on a green background", _scene("green", MEDIUM, ("frog", 0, 0), ("frog", 4, 4))),
+# Sentences of the training grammar, each with one scene that it describes: background, size, and what is where.
+_DRAWN: tuple[tuple[Any, ...], ...] = (
+    ("a fox on a green background", "green", LARGE, ("fox", 2, 2)),
+    ("a dog face in the top left corner on a white background", "white", LARGE, ("dog face", 0, 0)),
+    ("a picture of an octopus on a blue background", "blue", LARGE, ("octopus", 2, 3)),
+    ("a red apple in the bottom right corner on gray", "gray", LARGE, ("red apple", 4, 4)),
+    ("a small rose in the centre on a yellow background", "yellow", MEDIUM, ("rose", 3, 2)),
+    ("an image of a pizza at the top on a purple background", "purple", LARGE, ("pizza", 0, 2)),
+    ("an owl to the left of a cactus on a red background", "red", LARGE, ("owl", 2, 0), ("cactus", 2, 4)),
+    ("a rocket above a house on black", "black", LARGE, ("rocket", 0, 2), ("house", 4, 2)),
+    ("two frogs on a green background", "green", MEDIUM, ("frog", 0, 0), ("frog", 4, 4)),
+    ("three penguins against a red background", "red", MEDIUM, *[("penguin", *at) for at in ((0, 0), (0, 4), (4, 0))]),
     (
-        "three penguins against a red background",
-        _scene("red", MEDIUM, ("penguin", 0, 0), ("penguin", 0, 4), ("penguin", 4, 0)),
+        *("five lemons on a blue background", "blue", SMALL),
+        *[("lemon", *at) for at in ((0, 0), (0, 6), (3, 3), (6, 0), (6, 6))],
     ),
     (
-        "five lemons on a blue background",
-        _scene("blue", SMALL, *[("lemon", row, col) for row, col in ((0, 0), (0, 6), (3, 3), (6, 0), (6, 6))]),
-    ),
-    (
-        "two tulips and a banana with a black background",
-        _scene("black", MEDIUM, ("tulip", 0, 0), ("tulip", 0, 4), ("banana", 4, 4)),
+        *("two tulips and a banana with a black background", "black", MEDIUM),
+        *(("tulip", 0, 0), ("tulip", 0, 4), ("banana", 4, 4)),
     ),
 )
-_PER_LINE = 4
+PROMPTS: tuple[tuple[str, Scene], ...] = tuple(
+    (prompt, Scene(tuple(SceneObject(*item, size) for item in placed), ground))
+    for prompt, ground, size, *placed in _DRAWN
+)
 
 
 def demo_prompts() -> list[str]:
@@ -66,51 +62,38 @@ def run_demo(pipe: UniDiffPipeline, out: str | Path, seed: int = 0) -> tuple[Pat
     Raises:
         ValueError: the model's pictures are not square with a side that 8 divides.
     """
-    profile = demo_profile(pipe)
-    makers = (drawings, descriptions, answers, completions, inventions)
-    sections = [make(pipe, profile, seed) for make in makers]
-    sheets = [draw_sheet(s.lines(_PER_LINE), title=s.title) for s in sections]
-    out = Path(out)
-    png, page = out / "demo.png", out / "demo.html"
-    save_image(stack(sheets), png)
-    write_page(sections, page, title="unidiff demo")
-    return png, page
-
-
-def demo_profile(pipe: UniDiffPipeline) -> Profile:
-    """The scenes the embedded model was trained on, at the model's picture size."""
     height, width = pipe.image_size
     if height != width or height % 8:
         raise ValueError(
             f"the demo needs square pictures with a side that 8 divides; this model draws {width}x{height}"
         )
-    return get_profile("cpu", image_size=height)
+    profile = get_profile("cpu", image_size=height)  # what the embedded model was trained on
+    sections = [make(pipe, profile, seed) for make in (drawings, descriptions, answers, completions, inventions)]
+    png, page = Path(out) / "demo.png", Path(out) / "demo.html"
+    save_image(stack([draw_sheet(s.lines(4), title=s.title) for s in sections]), png)
+    write_page(sections, page, title="unidiff demo")
+    return png, page
 
 
 def drawings(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """Text to image, with a true scene beside each."""
-    result = pipe.text_to_image([prompt for prompt, _ in PROMPTS], generator=seed)
-    cells = [
-        Cell((image, picture_of(scene, profile)), prompt)
-        for image, (prompt, scene) in zip(result.images, PROMPTS, strict=True)
-    ]
-    return Section("Text to image: drawn by the model, and a true scene beside it", tuple(cells), _cost(result))
+    result = pipe.text_to_image(demo_prompts(), generator=seed)
+    pairs = zip(result.images, PROMPTS, strict=True)
+    cells = [Cell((image, picture_of(scene, profile)), prompt) for image, (prompt, scene) in pairs]
+    return _section("Text to image: drawn by the model, and a true scene beside it", cells, result)
 
 
 def descriptions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """Captions of scenes that training never saw."""
-    scenes = [
-        scene
-        for kind, n in (("single", 4), ("count", 1), ("pair", 2), ("group", 1))
-        for scene in caption_scenes(kind, n, seed, profile)
-    ]
+    kinds = {"single": 4, "count": 1, "pair": 2, "group": 1}
+    scenes = [scene for kind, n in kinds.items() for scene in caption_scenes(kind, n, seed, profile)]
     pictures = [picture_of(scene, profile) for scene in scenes]
     result = pipe.caption(pictures, generator=seed)
-    cells = []
-    for number, (picture, scene) in enumerate(zip(pictures, scenes, strict=True)):
-        truth = draw_caption(scene, random.Random(f"demo caption|{seed}|{number}"))
-        cells.append(Cell((picture,), result.texts[number], f"a true caption: {truth}"))
-    return Section("Captions: written by the model", tuple(cells), _cost(result))
+    truth = [draw_caption(scene, random.Random(f"demo caption|{seed}|{i}")) for i, scene in enumerate(scenes)]
+    rows = zip(pictures, result.texts, truth, strict=True)
+    return _section(
+        "Captions: written by the model", [Cell((p,), t, f"a true caption: {c}") for p, t, c in rows], result
+    )
 
 
 def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -118,38 +101,33 @@ def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     cases = question_cases(8, seed, profile)
     pictures = [picture_of(case.scene, profile) for case in cases]
     result = pipe.answer(pictures, [case.question for case in cases], generator=seed)
-    cells = [
-        Cell((picture,), f"{case.question} {text}", f"true answer: {case.answer}")
-        for picture, case, text in zip(pictures, cases, result.texts, strict=True)
-    ]
-    return Section("Answers to questions", tuple(cells), _cost(result))
+    rows = zip(pictures, cases, result.texts, strict=True)
+    cells = [Cell((p,), f"{case.question} {text}", f"true answer: {case.answer}") for p, case, text in rows]
+    return _section("Answers to questions", cells, result)
 
 
 def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """A picture and its caption completed together: each holds what the other lacks."""
     cases = [case for case in inpaint_cases(16, seed, profile) if case.name][:6]
     pictures = [picture_of(case.scene, profile) for case in cases]
-    masks = [case.mask(profile) for case in cases]
-    templates = []
-    for case in cases:
-        tokens = len(pipe.texts.encode(" " + case.name))
-        templates.append(f"{case.before.rstrip()} <mask:{tokens}>{case.after}".strip())
+    masks = [profile.boxes([case.hole]).numpy() for case in cases]
+    templates = [Hole(case.before, case.name, case.after).template(pipe.texts.encode) for case in cases]
     result = pipe.inpaint(pictures, masks, templates, generator=seed)
     cells = []
     for picture, mask, template, image, text in zip(
         pictures, masks, templates, result.images, result.texts, strict=True
     ):
-        shown = np.where(mask[..., None], np.uint8(128), np.asarray(picture))
-        cells.append(Cell((Image.fromarray(shown), image, picture), text, f"from: {template}"))
+        torn = Image.fromarray(np.where(mask[..., None], np.uint8(128), np.asarray(picture)))
+        cells.append(Cell((torn, image, picture), text, f"from: {template}"))
     title = "Joint inpainting: the hole, what the model made of picture and words together, and the original"
-    return Section(title, tuple(cells), _cost(result))
+    return _section(title, cells, result)
 
 
 def inventions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """Picture and caption from nothing."""
     result = pipe.generate(num_images_per_prompt=8, generator=seed)
     cells = [Cell((image,), text) for image, text in zip(result.images, result.texts, strict=True)]
-    return Section("Joint generation: words and picture from nothing", tuple(cells), _cost(result))
+    return _section("Joint generation: words and picture from nothing", cells, result)
 
 
 def picture_of(scene: Scene, profile: Profile) -> Image.Image:
@@ -157,5 +135,6 @@ def picture_of(scene: Scene, profile: Profile) -> Image.Image:
     return Image.fromarray(render(scene, profile))
 
 
-def _cost(result: Any) -> str:
-    return f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
+def _section(title: str, cells: list[Cell], result: Any) -> Section:
+    cost = f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
+    return Section(title, tuple(cells), cost)

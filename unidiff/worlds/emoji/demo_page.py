@@ -40,9 +40,9 @@ class Section:
 
 def write_page(sections: Sequence[Section], path: str | Path, title: str) -> None:
     """Write the page, complete or not at all."""
-    body = "\n".join(_section(section) for section in sections)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n'
+    body, said = "\n".join(_section(section) for section in sections), html.escape(title)
+    head = f'<meta charset="utf-8"><title>{said}</title><style>{_STYLE}</style>'
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{said}</h1>\n{body}\n</body></html>\n'
     replace_text(path, page)
 
 
@@ -56,10 +56,9 @@ def _section(section: Section) -> str:
 
 def _figure(cell: Cell) -> str:
     images = "".join(f'<img alt="" src="data:image/png;base64,{_png(image)}">' for image in cell.images)
-    width = len(cell.images) * 132
     note = f"<small>{html.escape(cell.note)}</small>" if cell.note else ""
     return (
-        f'<figure style="width:{width}px"><div class="images">{images}</div>'
+        f'<figure style="width:{len(cell.images) * 132}px"><div class="images">{images}</div>'
         f"<figcaption>{html.escape(cell.text)}{note}</figcaption></figure>"
     )
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unidiff.data.collate import TEXT_PREFIX, caption_row, question_row
+from unidiff.data.collate import caption_row, question_row
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.protocol import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
@@ -19,7 +19,6 @@ from unidiff.worlds.emoji.language import NUMBERS, caption_distribution, draw_qu
 from unidiff.worlds.emoji.scenes import (
     BACKGROUNDS,
     SIZES,
-    Profile,
     Scene,
     SceneGenerator,
     SceneObject,
@@ -184,4 +183,3 @@ def text_rows(
         "questions": torch.tensor(question_ids),
         "answer_start": torch.tensor(starts),
     }
-
