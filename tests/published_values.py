@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.families.registry import named_vocabulary
 
 Settings = Mapping[str, Any]
 
@@ -96,7 +96,7 @@ _DREAM_SETTINGS = {
     "shift": True,
 }
 _DREAM_VOCABULARY = {"size": 152064, "mask_id": 151666, "specials": {"eos": 151643, "pad": 151643}}
-_LUMINA_ROWS = Vocabulary.named("lumina").size
+_LUMINA_ROWS = named_vocabulary("lumina").size
 _MMADA_VOCABULARY = {
     "size": 134656,
     "text": (0, 126349),

@@ -10,6 +10,7 @@ import torch
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache
 from unidiff.families.chat import DREAM_CHAT, LLADA_CHAT, ChatRows, llada_sampler
 from unidiff.families.llada import LLADA
+from unidiff.families.registry import named_vocabulary
 from unidiff.families.tasks import run_task
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
@@ -70,7 +71,7 @@ def test_dream_template():
 
 
 def test_released_marks_agree_with_the_vocabulary():
-    vocabulary, mmada = Vocabulary.named("llada"), Vocabulary.named("mmada").specials
+    vocabulary, mmada = named_vocabulary("llada"), named_vocabulary("mmada").specials
     assert LLADA_CHAT.marks["eot"] == vocabulary.specials["eot"]
     assert all(mmada[name] == i for name, i in LLADA_CHAT.marks.items())
     config = ChatRows(vocabulary, LLADA_CHAT)._settings()

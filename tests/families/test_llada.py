@@ -8,6 +8,7 @@ from reference.batches import llada_batch
 from reference.llada import LladaCompat, LladaSettings, generate, select
 
 from unidiff.families.llada import LLADA
+from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 
@@ -69,7 +70,7 @@ def test_released_size_and_vocabulary():
     with torch.device("meta"):
         model = MaskedTransformer(**LLADA.settings(RELEASED))
     assert sum(p.numel() for p in model.parameters()) == 8_015_581_184
-    assert LLADA.vocabulary(RELEASED) == Vocabulary.named("llada")
+    assert LLADA.vocabulary(RELEASED) == named_vocabulary("llada")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from reference.variants import sedd_log_score
 from safetensors.torch import load_file
 
 from unidiff.families.mdlm import MDLM
+from unidiff.families.registry import named_vocabulary
 from unidiff.models import MaskedTransformer, subs_log_probs
-from unidiff.tokens import Vocabulary
 
 INPUTS = {"x0", "x_t", "sigma", "attention_mask"}
 
@@ -137,7 +137,7 @@ def subs_score(log_probs: torch.Tensor, x_t: torch.Tensor, mask_id: int, sigma: 
 
 def test_released_vocabulary_and_defaults():
     vocabulary = MDLM.vocabulary({})
-    assert vocabulary == Vocabulary.named("mdlm") and vocabulary.image_size == 0
+    assert vocabulary == named_vocabulary("mdlm") and vocabulary.image_size == 0
     kwargs = MDLM.settings({"model": {}})
     assert (kwargs["hidden_size"], kwargs["num_layers"], kwargs["num_heads"], kwargs["cond_dim"]) == (768, 12, 12, 128)
     assert kwargs["constant_time"] == 0.0

@@ -18,8 +18,9 @@ from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.sampling import ImageSettings, answer_config, image_config
 from unidiff.families.mmada.weights import RELEASED, SPECIALS, mmada_vocabulary
+from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Modality, Vocabulary
+from unidiff.tokens import Modality
 
 TINY_SPECIALS = {name: 20 + i for i, name in enumerate(SPECIALS)}
 VOCABULARY = mmada_vocabulary(size=60, offset=41, codebook_size=16, mask_id=40, specials=TINY_SPECIALS)
@@ -101,10 +102,10 @@ def test_network_of_the_released_checkpoints():
     assert (kwargs["ffn_size"], kwargs["vocab_size"]) == (12288, 134656)
     assert (kwargs["norm_eps"], kwargs["rope_theta"], kwargs["rope"]) == (1e-5, 500000.0, "1d")
     assert not kwargs["tie_head"] and not kwargs["linear_bias"] and not kwargs["modality_embedding"]
-    named = Vocabulary.named("mmada")
-    declared = mmada_vocabulary()
-    assert (declared.size, declared.text, declared.image) == (named.size, named.text, named.image)
-    assert named.specials.items() <= declared.specials.items() and named.mask_id == declared.mask_id
+    layout = named_vocabulary("mmada")
+    assert (layout.size, layout.text, layout.image) == (134656, (0, 126349), (126349, 134541))
+    ids = {"bos": 126080, "eos": 126081, "soi": 126084, "eoi": 126085, "t2i": 126088, "mmu": 126089, "eot": 126348}
+    assert ids.items() <= layout.specials.items() and layout.mask_id == 126336
 
 
 def test_names_and_refusals(model):

@@ -23,9 +23,9 @@ from unidiff.families.muddit.tasks import (
 )
 from unidiff.families.muddit.text import TextFeatures, question_rows, upstream_wording
 from unidiff.families.muddit.weights import PUBLISHED
+from unidiff.families.registry import named_vocabulary
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_blocks import NORM_EPS
-from unidiff.tokens import Vocabulary
 
 MASK = 9  # of the scheduler tests
 
@@ -41,7 +41,7 @@ def test_published_values():
         assert (name == "muddit") == (text is not None)
         assert sum(p.numel() for p in model.parameters()) == 1_057_540_096 - (0 if text else 49408 * 1024)
         assert len(names) == len(set(names)) == (868 if text else 867)
-        assert MUDDIT.vocabulary(config) == Vocabulary.named("muddit")
+        assert MUDDIT.vocabulary(config) == named_vocabulary("muddit")
         assert model.config.rope_theta == 1e4 and tuple(model.config.rope_axes) == (16, 56, 56)
         assert (model.config.num_layers, model.config.num_single_layers, model.config.downsample) == (14, 28, True)
         assert (model.config.num_heads, model.config.head_dim) == (8, 128)

@@ -22,7 +22,7 @@ from unidiff.families.lumina.rows import lumina_image_sampler
 from unidiff.families.mmada.rows import MMaDARows
 from unidiff.families.muddit.folder import TIME_OF
 from unidiff.families.muddit.tasks import MudditSettings, network_time
-from unidiff.families.registry import FAMILIES
+from unidiff.families.registry import FAMILIES, named_vocabulary
 from unidiff.families.unidisc.rows import UniDiscRows, unidisc_sampler
 from unidiff.families.verify.published import closest_release, differences
 from unidiff.models import mmdit_blocks
@@ -165,11 +165,11 @@ def test_every_rms_norm_of_the_network_has_the_published_epsilon(name: str, eps:
 
 @pytest.mark.parametrize("name", [name for name, published in PUBLISHED.items() if published.vocabulary])
 def test_the_named_vocabulary_is_the_published_one(name: str):
-    """`Vocabulary.named` and the family's own map agree with the published ids, and every named id is inside."""
+    """`named_vocabulary` and the family's own map agree with the published ids, and every named id is inside."""
     family, published = RELEASES[name][0].name, PUBLISHED[name].vocabulary
     names = {"unidisc": "unidisc-magvit", "meissonic": "muddit"}
     other = "unidisc-vq16" if published["size"] == 48385 else names.get(family, family)
-    named = [] if family == "dream" else [Vocabulary.named(other)]
+    named = [] if family == "dream" else [named_vocabulary(other)]
     for vocabulary in (*named, ids_of(name)):
         for key, value in published.items():
             if key == "specials":
@@ -189,16 +189,16 @@ def rows_of(model: torch.nn.Module) -> int:
 
 def test_codebooks_fit_the_vocabularies():
     codes = {name: empty(name).codebook_size for name in ("llamagen-vq-16", "magvitv2")}
-    assert Vocabulary.named("unidisc-vq16").image_size == codes["llamagen-vq-16"] == 16384
+    assert named_vocabulary("unidisc-vq16").image_size == codes["llamagen-vq-16"] == 16384
     for name in ("unidisc-magvit", "mmada"):
-        assert Vocabulary.named(name).image_size == codes["magvitv2"] == 8192
+        assert named_vocabulary(name).image_size == codes["magvitv2"] == 8192
     assert [empty(n).factor for n in ("llamagen-vq-16", "llamagen-vq-8", "magvitv2")] == [16, 8, 16]
 
 
 def test_the_vq_model_of_muddit_meissonic_and_lumina():
     tokenizer = VQImageTokenizer(empty("muddit-vq"))
     assert (tokenizer.factor, tokenizer.codebook_size) == (16, 8192)
-    assert tokenizer.codebook_size == Vocabulary.named("muddit").image_size == Vocabulary.named("lumina").image_size
+    assert tokenizer.codebook_size == named_vocabulary("muddit").image_size == named_vocabulary("lumina").image_size
     assert tuple(tokenizer.model.quantize.embedding.weight.shape) == (8192, 64)
     assert tokenizer.model.config.force_upcast
 

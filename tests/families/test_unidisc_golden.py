@@ -15,6 +15,7 @@ from torch import Tensor
 from unidiff.decoding import ModalityDecoding, SamplerConfig, draw
 from unidiff.decoding import sampler as sampler_module
 from unidiff.decoding.forward import gather_positions
+from unidiff.families.registry import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import unidisc_sampler
 from unidiff.families.unidisc.weights import unidisc_interleaved
@@ -222,7 +223,7 @@ def test_released_sizes_and_vocabularies():
             network = MaskedTransformer(**UNIDISC.settings(config))
         assert sum(p.numel() for p in network.parameters()) == pytest.approx(expected, rel=5e-3)
         name = "unidisc-vq16" if codes == 16384 else "unidisc-magvit"
-        assert UNIDISC.vocabulary(config) == Vocabulary.named(name)
+        assert UNIDISC.vocabulary(config) == named_vocabulary(name)
 
 
 def test_missing_keys_take_upstream_defaults():

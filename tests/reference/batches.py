@@ -101,7 +101,7 @@ def lumina_batch(ids: Tensor, vocabulary: Vocabulary, valid: Tensor | None = Non
 
     Args:
         ids: int64 `[B, L]`, image places masked or filled.
-        vocabulary: Lumina's layout (`Vocabulary.named("lumina")`).
+        vocabulary: Lumina's layout (`named_vocabulary("lumina")`).
         valid: bool `[B, L]`, False on padding, which may lie left; None for no padding. Positions count valid tokens.
     """
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.tokens import Span, TokenBatch
 from unidiff.train.block_diffusion import block_visibility
 from unidiff.train.config import LoraConfig, TaskConfig, read_config
 from unidiff.train.cost.flops import block_causal_pairs
@@ -97,7 +98,7 @@ def test_mean_rates_and_the_hidden_share_of_a_mixture():
         task = TaskConfig(weight=1, rate=rate, beta=3.0)
         assert mean_rate(task) == pytest.approx(mean, abs=1e-6)
     config = read_config(None, [*SMALL, "tasks.joint.weight=0", "tasks.t2i={weight: 1, rate: high}"])
-    row = row_shape(config, Vocabulary.named("unidisc-magvit"))
+    row = row_shape(config, named_vocabulary("unidisc-magvit"))
     image, text = 64 * 8192, 32 * 32000
     assert row.hidden_share == pytest.approx(5 / 6 * image / (image + text))
 

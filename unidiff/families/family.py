@@ -72,6 +72,7 @@ class Family:
         tiny: a tiny model of it, and what that answers.
         network: our class; of an image tokenizer, that of its autoencoder.
         vocabulary: id layout of a config; None for image tokenizers.
+        vocabularies: released id layouts by name, for `named_vocabulary`.
         chosen_vocabulary: whether the caller may lay the ids out otherwise than the config says.
         image_tokenizer: name of the family whose codes it reads.
         prefix: of released names, which weights may come without.
@@ -94,6 +95,7 @@ class Family:
     tiny: Tiny
     network: Any = MaskedTransformer
     vocabulary: Callable[[Config], Vocabulary] | None = None
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict)
     chosen_vocabulary: bool = False
     image_tokenizer: str | None = None
     prefix: str = ""

@@ -6,12 +6,25 @@ from collections.abc import Iterable
 
 from unidiff.families.family import Config, Family
 from unidiff.registry import Registry
+from unidiff.tokens.vocabulary import Vocabulary
 
 FAMILIES: Registry[Family] = Registry(
     "families",
     ("unidiff.families", "unidiff.families.image_tokenizers"),
     lambda value: value.name if isinstance(value, Family) else None,
 )
+
+
+def named_vocabulary(name: str) -> Vocabulary:
+    """A released id layout: `unidisc-vq16`, `unidisc-magvit`, `mdlm`, `llada`, `mmada`, `lumina`, `muddit`, ...
+
+    Raises:
+        ValueError: no family has one of that name.
+    """
+    layouts = {known: ids for family in FAMILIES.values() for known, ids in family.vocabularies.items()}
+    if name not in layouts:
+        raise ValueError(f"unknown vocabulary {name!r}; expected one of {sorted(layouts)}")
+    return layouts[name]
 
 
 def recognise(config: Config, names: Iterable[str]) -> Family:

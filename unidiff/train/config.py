@@ -36,7 +36,7 @@ class DataConfig:
         curriculum: `[[fraction of the run, highest level], ...]`; needs `levels` in the table. Empty: all rows always.
         crop_fill: probability that a row's EOS fill is cut to a random length (the cut part becomes batch padding).
         image_size, text_length: of raw shards: side of the square picture in pixels, and tokens of the text span.
-        vocabulary: name of the layout that the data must have (`Vocabulary.named`); empty takes whatever the data has.
+        vocabulary: name of the layout that the data must have (`named_vocabulary`); empty takes whatever the data has.
         grid: side of the code grid that the data must have; 0 takes whatever the data has. With both, and `text_length`,
             training/plan.py and training/benchmark.py work before there is data.
         allow_missing: raw shards that do not exist are counted in OUTPUT/skipped.json in place of refused.

@@ -10,6 +10,7 @@ LLADA = Family(
     priority=-1,  # others have these settings and more
     settings=llada_settings,
     vocabulary=llada_vocabulary,
+    vocabularies={"llada": llada_vocabulary(RELEASES[0].config)},
     releases=RELEASES,
     tiny=Tiny({"model_type": "llada", **TINY_CONFIG}, (0.00893976, 0.593655, 0.795968, -0.763248)),
     **LLADA_NAMES,

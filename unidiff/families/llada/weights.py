@@ -17,6 +17,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens.vocabulary import Vocabulary
 
+ROWS_8B = 126464
 EOT_8B = 126348  # end of turn; in no released config
 MLP_RATIO = 4  # upstream's default
 COPIES = {"transformer.ff_out.weight": "transformer.wte.weight"}  # of a tied head
@@ -93,7 +94,7 @@ def llada_vocabulary(config: Config) -> Vocabulary:
     KEYS.check(config)
     size = _rows(config)
     specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "eot") if config.get(f"{n}_token_id") is not None}
-    if size == Vocabulary.named("llada").size:
+    if size == ROWS_8B:
         specials.setdefault("eot", EOT_8B)
     mask_id = config.get("mask_token_id")
     if mask_id is None:

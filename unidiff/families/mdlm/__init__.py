@@ -17,6 +17,7 @@ MDLM = Family(
     settings=mdlm_settings,
     keymap=mdlm_keymap,
     vocabulary=mdlm_vocabulary,
+    vocabularies={"mdlm": mdlm_vocabulary({"vocab_size": 50258})},
     releases=(Release("mdlm", {"vocab_size": 50258}),),
     unstated=("hidden_size", "num_layers", "num_heads", "ffn_size", "cond_dim", "dropout"),
     tiny=Tiny({"model": TINY_SHAPE, "vocab_size": 24}, (1.01626, 2.68254, -3.26117, -0.327203)),

@@ -11,6 +11,7 @@ MMADA = Family(
     settings=mmada_settings,
     default_config=lambda names: RELEASED,
     vocabulary=lambda config: mmada_vocabulary(),
+    vocabularies={"mmada": mmada_vocabulary()},
     image_tokenizer="magvit",
     releases=(Release("mmada-8b", RELEASED, *EIGHT_BILLION),),
     tiny=Tiny(

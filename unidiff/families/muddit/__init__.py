@@ -39,6 +39,7 @@ MUDDIT = Family(
     name="muddit",
     keys=(*_KEYS, r"^text_decoder\.1\.weight$"),
     fits=lambda config: _fits(config, "SymmetricTransformer2DModel", words=True),
+    vocabularies={"muddit": muddit_vocabulary({})},
     releases=(Release("muddit", {**_CLASS, **PUBLISHED["muddit"]}, 1_057_540_096),),
     tiny=Tiny({**_CLASS, **_TINY, "tokenizer_vocab_size": 48}, (-0.00928485, 0.446267, -0.15253, -0.515088)),
     **_BOTH,

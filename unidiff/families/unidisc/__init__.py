@@ -21,6 +21,10 @@ UNIDISC = Family(
     settings=unidisc_settings,
     keymap=unidisc_keymap,
     vocabulary=unidisc_vocabulary,
+    vocabularies={
+        "unidisc-vq16": unidisc_vocabulary({"vocab_size": 48385, "model": {}}),
+        "unidisc-magvit": unidisc_vocabulary({"vocab_size": 40193, "model": {}}),
+    },
     image_tokenizer="llamagen",
     releases=RELEASES,
     unstated=("cond_dim", "dropout"),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
+from unidiff.families.registry import named_vocabulary
 from unidiff.models.config import TransformerConfig
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TASKS, TaskConfig, TrainConfig
@@ -123,7 +124,7 @@ def declared_vocabulary(config: TrainConfig) -> Vocabulary:
         raise ValueError(
             "the config declares no data.vocabulary and data.grid; set both, for instance data.vocabulary=unidisc-vq16 data.grid=16"
         )
-    return Vocabulary.named(config.data.vocabulary)
+    return named_vocabulary(config.data.vocabulary)
 
 
 def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:

@@ -9,7 +9,7 @@ from unidiff.addresses import is_remote
 from unidiff.data.encode import EncodeSettings
 from unidiff.data.mixture import parse_sources
 from unidiff.data.shard_names import expand_shards
-from unidiff.tokens import Vocabulary
+from unidiff.families.registry import named_vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
@@ -63,7 +63,7 @@ def check_declared(config: TrainConfig, source: TokenTable | ShardTokens) -> Non
     """Raise ValueError where `data.vocabulary` and `data.grid` declare something else than the data has."""
     name, side = config.data.vocabulary, config.data.grid
     if name:
-        wanted, found = Vocabulary.named(name), source.vocabulary
+        wanted, found = named_vocabulary(name), source.vocabulary
         if (wanted.size, wanted.text, wanted.image, wanted.mask_id) != (
             found.size,
             found.text,
