@@ -15,13 +15,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
-from unidiff.errors import first_line, is_out_of_memory, plain, read_json, reading, reason_of
-from unidiff.saving import check_save_options, save_model
+from unidiff.errors import few, first_line, is_out_of_memory, plain, read_json, reading, reason_of
+from unidiff.saving import check_finite, check_save_options, save_model
 from unidiff.schema import check_arguments, check_value
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights can be: eight bits need scales, which are a format of their own."""
-_PART = 2**22  # elements looked at together
 
 # diffusers warns about modules to be "kept in float32" at every `to(dtype)`, also where there are none
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -261,30 +260,11 @@ def check_shapes(
 
 
 def _refuse(where: str, problems: Mapping[str, list[str]], more: str = "") -> None:
-    if found := "; ".join(f"{len(v)} {k} ({_few(v)})" for k, v in problems.items() if v):
+    if found := "; ".join(f"{len(v)} {k} ({few(map(plain, v))})" for k, v in problems.items() if v):
         raise ValueError(f"{where}: the weights do not fit the config: {found}{more}; load a checkpoint of this model")
-
-
-def check_finite(weights: torch.nn.Module | Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise `ValueError` naming the first weights (of a model, or by name) that hold NaN or infinity."""
-    named = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
-    bad = [name for name, value in named.items() if not _finite(value)]
-    if bad:
-        raise ValueError(f"{where}: {len(bad)} weights hold NaN or infinity ({_few(bad)}); the checkpoint is damaged")
-
-
-def _finite(value: torch.Tensor) -> bool:
-    """In parts: `isfinite` of a whole embedding would need as much memory again."""
-    if value.is_meta or not value.is_floating_point():
-        return True
-    return all(bool(torch.isfinite(part).all()) for part in value.detach().reshape(-1).split(_PART))
 
 
 def _chain_holds(error: BaseException | None, kind: type[BaseException]) -> bool:
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")

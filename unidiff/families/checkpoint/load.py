@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from unidiff.checked import check_finite, check_model_dtype
+from unidiff.checked import check_model_dtype
 from unidiff.errors import check_regular, json_name, plain, read_json, reading
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
 from unidiff.families.checkpoint.files import in_memory, open_checkpoint, pick_entry, weight_file
@@ -24,6 +24,7 @@ from unidiff.families.family import Family, Spelling
 from unidiff.families.registry import FAMILIES, recognise
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.saving import check_finite
 from unidiff.schema import Depth, check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
