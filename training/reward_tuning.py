@@ -184,7 +184,7 @@ def run(
 
     from unidiff.train.run.checkpoint import load_checkpoint, save_checkpoint
     from unidiff.train.run.logs import RunLog
-    from unidiff.train.run.signals import StopOnSignals
+    from unidiff.train.run.loop import StopOnSignals
 
     folder, count = options.output / "checkpoints", options.prompts_per_step
     # what may change between two parts of a run: names of places, as their content is compared

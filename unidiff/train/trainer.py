@@ -44,11 +44,12 @@ from unidiff.train.run.checkpoint import (
 from unidiff.train.run.distributed import Parallel, whole
 from unidiff.train.run.export import write_export
 from unidiff.train.run.limits import check_config
-from unidiff.train.run.logs import Progress, RunLog, SpeedMeter, TaskMeter
+from unidiff.train.run.logs import Progress, RunLog
+from unidiff.train.run.loop import StopOnSignals
+from unidiff.train.run.meters import SpeedMeter, TaskMeter
 from unidiff.train.run.resume import Position, compare, facts_of, restore, scored_as
 from unidiff.train.run.run_folder import MARK, check_run_folder
 from unidiff.train.run.sharded_checkpoint import CheckpointSaver, choose_together, load_placed
-from unidiff.train.run.signals import StopOnSignals
 from unidiff.train.step import StepReport, TrainState, train_step
 from unidiff.train.validation import report_names, validate
 
@@ -158,7 +159,7 @@ class Trainer:
                 step = self._step(factor)
                 self._guard(step, log)
                 meter.add(step)
-                progress.step(state.step, step.loss, factor)
+                progress.step(state.step, f"loss {step.loss:.4f}  lr x{factor:.3f}")
                 # 2. what is due now, on all ranks alike
                 last = state.step == settings.steps
                 stopped, overdue = self.parallel.agree(self._stop, self._overdue())

@@ -37,8 +37,8 @@ from unidiff.train.image_tokenizer.state import (
 )
 from unidiff.train.run.checkpoint import RunCheckpoint, check_kind, load_checkpoint, save_checkpoint
 from unidiff.train.run.logs import Progress, RunLog
+from unidiff.train.run.loop import StopOnSignals
 from unidiff.train.run.run_folder import check_output, check_replaceable, holds_something
-from unidiff.train.run.signals import StopOnSignals
 from unidiff.world import WORLDS
 
 __all__ = ["ImageData", "ImageTokenizerConfig", "SpikeGuard", "ssim", "train_image_tokenizer"]
@@ -175,7 +175,7 @@ class _Run:
                 while self.step < self.total and not stopped:
                     values, factor = self._cell_step() if self.cells else self._main_step(stream)
                     self.step += 1
-                    progress.step(self.step, values.get("loss", math.nan), factor)
+                    progress.step(self.step, f"loss {values.get('loss', math.nan):.4f}  lr x{factor:.3f}")
                     if self.step % self.config.log_every == 0 or self.step == self.total:
                         log.write(self.step, "train", {**values, "seconds": self._seconds()})
                     self._finish_cells(log)

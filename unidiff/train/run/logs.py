@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,107 +16,7 @@ import torch
 
 from unidiff.errors import reading, writing
 from unidiff.files import replacing
-from unidiff.train.config import TASKS, TrainConfig
-from unidiff.train.cost.flops import RowShape, block_causal_pairs, model_size, row_flops
-from unidiff.train.data.source import TokenSource
 from unidiff.train.run.trackers import Tracker, open_trackers
-from unidiff.train.step import TIME_BUCKETS, StepReport
-
-
-class TaskMeter:
-    """Sums step reports between two log lines; per task and modality apart."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums = torch.zeros(2, len(TASKS), 2, dtype=torch.float64)
-        self._rows = torch.zeros(len(TASKS), dtype=torch.float64)
-        self._by_time = torch.zeros(TIME_BUCKETS, 2, dtype=torch.float64)
-        self._losses: list[float] = []
-        self._norms: list[float] = []
-
-    def add(self, report: StepReport) -> None:
-        if not report.taken:
-            return
-        self._sums += torch.stack([report.nll, report.hidden]).double()
-        self._rows += report.rows.double()
-        self._by_time += report.by_time.double()
-        self._losses.append(report.loss)
-        self._norms.append(report.grad_norm)
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call: `loss`, `grad_norm`, `share/<task>`, and nats per hidden token:
-        `nll/<task>/<modality>`, and `nll_at/<from>-<to>` by mask rate."""
-        if not self._losses:
-            return {}
-        out = {
-            "loss": sum(self._losses) / len(self._losses),
-            "grad_norm": sum(self._norms) / len(self._norms),
-        }
-        for number, task in enumerate(TASKS):
-            if self._rows[number] > 0:
-                out[f"share/{task}"] = float(self._rows[number] / self._rows.sum())
-            for column, modality in enumerate(("text", "image")):
-                nll, count = self._sums[:, number, column].tolist()
-                if count > 0:
-                    out[f"nll/{task}/{modality}"] = nll / count
-        for number, (nll, count) in enumerate(self._by_time.tolist()):
-            if count > 0:
-                out[f"nll_at/{number / TIME_BUCKETS:.1f}-{(number + 1) / TIME_BUCKETS:.1f}"] = nll / count
-        self._reset()
-        return out
-
-
-class SpeedMeter:
-    """How fast a run goes between two log lines, and what it waits for.
-
-    Args:
-        config: model, batch and `logging.peak_tflops`.
-        source: token counts of a row.
-        processes: how many share the run.
-    """
-
-    def __init__(self, config: TrainConfig, source: TokenSource, processes: int) -> None:
-        text, image = source.text_length, source.grid[0] * source.grid[1]
-        vocabulary, size = source.vocabulary, model_size(config.model, source.vocabulary.size)
-        block = config.model.get("block_length")
-        pairs = block_causal_pairs(text + image, block) if block else None
-        row = RowShape(text, image, vocabulary.text_size, vocabulary.image_size, 0.0, pairs)
-        self._row_flops = row_flops(size, row).total  # without the head, whose share the masks decide
-        self._token_flops = tuple(6.0 * size.hidden_size * n for n in (vocabulary.text_size, vocabulary.image_size))
-        self._tokens, self._rows = config.rows_per_step * (text + image), config.rows_per_step
-        self._peak = config.logging.peak_tflops * 1e12 * processes
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps, self._seconds, self._waited, self._scored = 0, 0.0, 0.0, torch.zeros(2, dtype=torch.float64)
-        self._done = 0  # tokens
-
-    def add(self, report: StepReport, seconds: float, waited: float, tokens: int | None = None) -> None:
-        """A step that took `seconds`, `waited` of them for its data.
-
-        Args:
-            tokens: of the step, over all processes, where rows have other lengths than pairs; attention is then counted as in
-                as many tokens of pairs.
-        """
-        self._done += self._tokens if tokens is None else tokens
-        self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + seconds, self._waited + waited
-        self._scored += report.hidden.double().sum(0)
-
-    def take(self) -> dict[str, float]:
-        """Since the last call: `tokens_per_second`; `data_wait`, the share of time without data; `tflops`, useful
-        10^12 operations per second of all processes; `mfu`, their share of the peak where `logging.peak_tflops` says it."""
-        if not self._steps:
-            return {}
-        scored = sum(n * f for n, f in zip(self._scored.tolist(), self._token_flops, strict=True))
-        flops = (self._done / self._tokens * self._rows * self._row_flops + scored) / self._seconds
-        out = {"tokens_per_second": self._done / self._seconds, "tflops": flops / 1e12}
-        out["data_wait"] = self._waited / self._seconds
-        if self._peak:
-            out["mfu"] = flops / self._peak
-        self._reset()
-        return out
 
 
 class RunLog:
@@ -216,12 +117,9 @@ def _truncate(path: Path, step: int) -> int:
     kept, last = [], 0
     for line in content.splitlines(keepends=True):
         number = _step_of(line)
-        if number is None:
-            if line.endswith(b"\n") or not line.startswith(_OPENING[: len(line)]):  # else one of ours that was cut
-                kept.append(line if line.endswith(b"\n") else line + b"\n")
-            continue
-        last = max(last, number)
-        if number <= step:
+        last = max(last, number or 0)
+        cut = number is None and not line.endswith(b"\n") and line.startswith(_OPENING[: len(line)])  # one of ours
+        if not cut and (number is None or number <= step):
             kept.append(line if line.endswith(b"\n") else line + b"\n")
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
@@ -234,7 +132,7 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, RecursionError):
         return None
     number = content.get("step") if isinstance(content, dict) else None
-    return number if isinstance(number, int) and not isinstance(number, bool) else None
+    return number if type(number) is int else None
 
 
 class Progress:
@@ -246,7 +144,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self._steps, self._tokens, self._every, self._shown = steps, tokens_per_step, every, shown
-        self._seconds, self._last = 0.0, time.perf_counter()
+        self.seconds_per_step, self._last = 0.0, time.perf_counter()
         console = Console()
         self._bar: Bar | None = None
         if shown and console.is_terminal:
@@ -255,24 +153,20 @@ class Progress:
             self._task = self._bar.add_task("train", total=steps, completed=start, note="")
             self._bar.start()
 
-    @property
-    def seconds_per_step(self) -> float:
-        return self._seconds
-
     def restart_clock(self) -> None:
         """Leave the time since the last step (validation, saving) out of the throughput."""
         self._last = time.perf_counter()
 
-    def step(self, step: int, loss: float, factor: float) -> None:
+    def step(self, step: int, said: str) -> None:
+        """After a step, with what to say about it."""
         now = time.perf_counter()
         spent, self._last = now - self._last, now
-        self._seconds = spent if self._seconds == 0 else 0.95 * self._seconds + 0.05 * spent
+        self.seconds_per_step = 0.95 * self.seconds_per_step + 0.05 * spent if self.seconds_per_step else spent
+        seconds = max(self.seconds_per_step, 1e-9)
         if not self._shown:
             return
-        note = (
-            f"loss {loss:.4f}  lr x{factor:.3f}  {self._seconds:.3f} s/step  "
-            f"{self._tokens / max(self._seconds, 1e-9):,.0f} tokens/s  left {_clock((self._steps - step) * self._seconds)}"
-        )
+        left = timedelta(seconds=int((self._steps - step) * seconds))
+        note = f"{said}  {seconds:.3f} s/step  {self._tokens / seconds:,.0f} tokens/s  left {left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
         elif self._every and step % self._every == 0:
@@ -287,9 +181,3 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
