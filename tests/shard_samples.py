@@ -144,3 +144,8 @@ def png_bytes(mode: str, value) -> bytes:
     else:
         Image.new(mode, (4, 4), value).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def skipped_keys(account: report.SkipReport, reason: str) -> list[str]:
+    """Keys of the samples that a report names under a reason; whole shards have none."""
+    return [skip.key for skip in account.examples.get(reason, []) if skip.key]

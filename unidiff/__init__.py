@@ -17,19 +17,16 @@ __version__ = "0.1.0"
 
 # Names are imported on first use, so that `import unidiff` and `unidiff --help` do not wait for torch.
 _HOMES = {
-    "CacheConfig": "unidiff.decoding",
-    "Guidance": "unidiff.decoding",
-    "MaskedTransformer": "unidiff.models.transformer",
-    "Modality": "unidiff.tokens",
-    "ModalityDecoding": "unidiff.decoding",
-    "Sampler": "unidiff.decoding",
-    "SamplerConfig": "unidiff.decoding",
-    "Span": "unidiff.tokens",
-    "TextTokenizer": "unidiff.tokens.text",
-    "TokenBatch": "unidiff.tokens",
-    "UniDiffPipeline": "unidiff.pipeline",
-    "VQImageTokenizer": "unidiff.tokens.image.vq",
-    "Vocabulary": "unidiff.tokens",
+    name: home
+    for home, names in {
+        "unidiff.decoding": ("CacheConfig", "Guidance", "ModalityDecoding", "Sampler", "SamplerConfig"),
+        "unidiff.models.transformer": ("MaskedTransformer",),
+        "unidiff.pipeline": ("UniDiffPipeline",),
+        "unidiff.tokens": ("Modality", "Span", "TokenBatch", "Vocabulary"),
+        "unidiff.tokens.image.vq": ("VQImageTokenizer",),
+        "unidiff.tokens.text": ("TextTokenizer",),
+    }.items()
+    for name in names
 }
 
 __all__ = [

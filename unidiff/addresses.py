@@ -104,9 +104,8 @@ def remote_stamp(url: str) -> dict[str, Any]:
     Raises:
         Unreachable: no answer, or a refusal.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "unidiff"}, method="HEAD")
     try:
-        with _opener().open(request, timeout=TIMEOUT) as answer:
+        with _open(url, "HEAD") as answer:
             named = {"size": "Content-Length", "time": "Last-Modified", "hash": "ETag"}
             found = {name: answer.headers.get(header) for name, header in named.items()}
     except Exception as error:
@@ -118,8 +117,7 @@ def remote_stamp(url: str) -> dict[str, Any]:
 
 
 def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": "unidiff"})
-    with _opener().open(request, timeout=TIMEOUT) as answer:
+    with _open(url, "GET") as answer:
         size = 0
         while piece := answer.read1(_PIECE):
             with writing("the temporary file of a download"):
@@ -134,8 +132,8 @@ def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None
         raise ConnectionError(f"the server sent {size} of {expected} bytes")
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    """Without the handlers of ftp, file and data, which redirections could lead to."""
+def _open(url: str, method: str) -> Any:
+    """The server's answer, without the handlers of ftp, file and data, which redirections could lead to."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -147,7 +145,8 @@ def _opener() -> urllib.request.OpenerDirector:
         urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
-    return opener
+    request = urllib.request.Request(url, headers={"User-Agent": "unidiff"}, method=method)
+    return opener.open(request, timeout=TIMEOUT)
 
 
 def _may_pass(error: Exception) -> bool:

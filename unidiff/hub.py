@@ -16,15 +16,8 @@ from unidiff.world import WORLDS
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-ALL_FILES = (
-    *SAFE_FILES,
-    "*.yaml",
-    "*.yml",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-)  # released weights come as torch files too
+ALL_FILES = (*SAFE_FILES, *("*.yaml", "*.yml", "*.bin", "*.pt", "*.pth", "*.ckpt"))
+"""Released weights come as torch files too."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

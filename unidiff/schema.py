@@ -163,6 +163,8 @@ def _build(value: Any, annotation: Any, what: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         inner = [parts[0]] * len(value) if parts[-1:] == (Ellipsis,) else parts
         return tuple(_build(v, part, what) for v, part in zip(value, inner)) if len(inner) == len(value) else value
+    if origin in (list, Sequence) and isinstance(value, list):
+        return [_build(v, parts[0], what) for v in value]
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {key: _build(v, parts[1], f"{what} {key}") for key, v in value.items()}
     return value

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from shard_samples import Damage, picture, write_samples
+from shard_samples import Damage, picture, skipped_keys, write_samples
 
 from unidiff.data import report
 from unidiff.data.shards import ShardSource
@@ -30,9 +30,9 @@ def test_damage_is_skipped_counted_and_named(tmp_path, caplog, shuffle, workers)
     assert (keys if not shuffle else sorted(keys)) == expected
     assert source.report.counts == counts
     for reason, found in damaged.named.items():
-        assert {int(key) for key in source.report.keys(reason)} == found
-    assert source.report.keys(report.MISSING_SHARD) == []
-    assert source.report.shards(report.MISSING_SHARD) == [str(tmp_path / "00006.tar")]
+        assert {int(key) for key in skipped_keys(source.report, reason)} == found
+    assert skipped_keys(source.report, report.MISSING_SHARD) == []
+    assert [skip.shard for skip in source.report.examples[report.MISSING_SHARD]] == [str(tmp_path / "00006.tar")]
     assert source.report.total == sum(counts.values())
     assert "corrupt_image" in caplog.text  # never silent
     for reason, count in counts.items():
@@ -157,7 +157,7 @@ def test_a_damaged_optional_member_skips_the_sample(tmp_path):
     write_samples(tmp_path, 5, change=change)
     source = ShardSource(str(tmp_path), optional=("json",))
     assert len(list(source)) == 4
-    assert source.report.keys(report.BAD_JSON) == ["000002"]
+    assert skipped_keys(source.report, report.BAD_JSON) == ["000002"]
 
 
 def test_repeating_nothing_is_an_error_not_a_hang(tmp_path):
@@ -176,7 +176,7 @@ def test_many_keys_are_counted_but_only_some_listed():
     for number in range(5):
         account.add(report.Skip(report.BAD_JSON, "a.tar", str(number), "x"))
     account.ignore("pkl")
-    assert account.counts == {report.BAD_JSON: 5} and account.keys(report.BAD_JSON) == ["0", "1"]
+    assert account.counts == {report.BAD_JSON: 5} and skipped_keys(account, report.BAD_JSON) == ["0", "1"]
     merged = account.merge(account)
     assert merged.counts == {report.BAD_JSON: 10} and len(merged.examples[report.BAD_JSON]) == 2
     assert merged.ignored == {"pkl": 2}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from unidiff.schema import check_value, from_data
+from unidiff.schema import from_data
 
 # Shard-level reasons: the rest of the shard is lost, and how many samples it held is unknown. A changed shard is used.
 MISSING_SHARD = "missing_shard"
@@ -71,23 +72,9 @@ class SkipReport:
 
     def merge(self, other: SkipReport) -> SkipReport:
         """A new report with the events of both, this one's first."""
-        merged = SkipReport(self.listed)
-        for report in (self, other):
-            for reason, count in report.counts.items():
-                merged.counts[reason] = merged.counts.get(reason, 0) + count
-                named = merged.examples.setdefault(reason, [])
-                named.extend(report.examples.get(reason, [])[: self.listed - len(named)])
-            for extension, count in report.ignored.items():
-                merged.ignored[extension] = merged.ignored.get(extension, 0) + count
-        return merged
-
-    def keys(self, reason: str) -> list[str]:
-        """Keys of the samples named under a reason; "" entries (whole shards) are left out."""
-        return [skip.key for skip in self.examples.get(reason, []) if skip.key]
-
-    def shards(self, reason: str) -> list[str]:
-        """Shards named under a reason."""
-        return [skip.shard for skip in self.examples.get(reason, [])]
+        counts, ignored = Counter(self.counts) + Counter(other.counts), Counter(self.ignored) + Counter(other.ignored)
+        named = {r: (self.examples.get(r, []) + other.examples.get(r, []))[: self.listed] for r in counts}
+        return SkipReport(self.listed, dict(counts), named, dict(ignored))
 
     def summary(self, shown: int = 3) -> str:
         """A few lines for a person: counts by reason, each with its first examples."""
@@ -126,9 +113,6 @@ class SkipReport:
             ValueError: data of another form.
         """
         plain = from_data(_ReportState, state, "a report of what was skipped")
-        for reason, entries in plain.examples.items():
-            for entry in entries:
-                check_value(tuple(entry), tuple[str, str, str], f"a report of what was skipped, {reason}")
         examples = {r: [Skip(r, *entry) for entry in entries] for r, entries in plain.examples.items()}
         return cls(plain.listed, dict(plain.counts), examples, dict(plain.ignored))
 
@@ -137,7 +121,7 @@ class SkipReport:
 class _ReportState:
     listed: int
     counts: dict[str, int]
-    examples: dict[str, list[list[str]]]
+    examples: dict[str, list[tuple[str, str, str]]]
     ignored: dict[str, int]
 
 

@@ -74,9 +74,17 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        counted = _CountedTexts(texts)
-        backend.train_from_iterator(iter(counted), trainer)
-        if not counted.characters:
+        characters = 0
+
+        def checked() -> Iterator[str]:
+            nonlocal characters
+            for text in texts:
+                _check_unicode(text)
+                characters += len(text)
+                yield text
+
+        backend.train_from_iterator(checked(), trainer)
+        if not characters:
             raise ValueError("the corpus holds no text; give at least one non-empty document")
         eos = special_token("eos")
         fast = PreTrainedTokenizerFast(
@@ -229,19 +237,6 @@ class TextTokenizer:
 def special_token(name: str) -> str:
     """The text form of a special token: `caption` becomes `<|caption|>`."""
     return f"<|{name}|>"
-
-
-class _CountedTexts:
-    """Passes texts on and counts characters, so that an empty corpus is noticed after one read."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts, self.characters = texts, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            _check_unicode(text)
-            self.characters += len(text)
-            yield text
 
 
 def _check_same_kind(folder: Path, written: Path) -> None:

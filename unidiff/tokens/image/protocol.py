@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,46 +11,7 @@ from torch import Tensor, nn
 from unidiff.schema import check_value
 
 
-@runtime_checkable
-class ImageEncoder(Protocol):
-    """Pixels to codes.
-
-    Attributes:
-        factor: pixels per code along each side.
-        codebook_size: codes are in `[0, codebook_size)`.
-    """
-
-    factor: int
-    codebook_size: int
-
-    def encode(self, images: Tensor) -> Tensor:
-        """float `[B, 3, H, W]` in [0, 1], H and W multiples of `factor` -> int64 codes `[B, H/factor, W/factor]`."""
-        ...
-
-
-@runtime_checkable
-class PixelDecoder(Protocol):
-    """Codes to pixels; may be stochastic.
-
-    Attributes:
-        factor: pixels per code along each side.
-        codebook_size: codes are in `[0, codebook_size)`.
-    """
-
-    factor: int
-    codebook_size: int
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """int64 codes `[B, h, w]` -> float `[B, 3, h * factor, w * factor]` in [0, 1]."""
-        ...
-
-
-class ImageTokenizerModel(ABC):
-    """The network of an image tokenizer, an entry of `unidiff.tokens.image.vq.IMAGE_TOKENIZERS`.
-
-    Adding one is a module in `unidiff.tokens.image` with a `CheckedModel` that is also of this class: a folder's config names it.
-    """
-
+class HasCodes(Protocol):
     @property
     @abstractmethod
     def factor(self) -> int:
@@ -61,13 +22,31 @@ class ImageTokenizerModel(ABC):
     def codebook_size(self) -> int:
         """Codes are in `[0, codebook_size)`."""
 
+
+@runtime_checkable
+class ImageEncoder(HasCodes, Protocol):
+    """Pixels to codes."""
+
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """As `ImageEncoder.encode`, of images that were checked; the model chooses its precision."""
+        """float `[B, 3, H, W]` in [0, 1], H and W multiples of `factor` -> int64 codes `[B, H/factor, W/factor]`."""
+
+
+@runtime_checkable
+class PixelDecoder(HasCodes, Protocol):
+    """Codes to pixels; may be stochastic."""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """As `PixelDecoder.decode`, of codes that were checked; in any floating-point dtype, not clipped."""
+        """int64 codes `[B, h, w]` -> float `[B, 3, h * factor, w * factor]` in [0, 1]."""
+
+
+class ImageTokenizerModel(ImageEncoder, PixelDecoder):
+    """The network of an image tokenizer, an entry of `unidiff.tokens.image.vq.IMAGE_TOKENIZERS`.
+
+    Adding one is a module in `unidiff.tokens.image` with a `CheckedModel` that is also of this class: a folder's config names
+    it. Images and codes are checked before it sees them. It chooses its precision; pixels need not be clipped.
+    """
 
     @classmethod
     def network_class(cls) -> Any:
@@ -79,7 +58,7 @@ class ImageTokenizerModel(ABC):
         """An instance for a network of `network_class`."""
         return network
 
-    @classmethod  # noqa: B027 (most have nothing to add)
+    @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
         """Raise `ValueError` for a config that no such network has, where its own constructor does not."""
 
