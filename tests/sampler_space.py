@@ -219,7 +219,7 @@ def modality_of(r: Random, modality: Modality) -> ModalityDecoding:
     while True:
         values: dict[str, Any] = dict(
             steps=r.randint(1, 9),
-            rule=r.choice(RULES),
+            rule=r.choice(list(RULES)),
             schedule=r.choice(SCHEDULES),
             confidence=r.choice(CONFIDENCES),
             temperature=r.choice([0.0, 0.0, 0.7, 1.0]),

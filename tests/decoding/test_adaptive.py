@@ -127,7 +127,7 @@ class Spy:
 
     def plan(self, state, candidates):
         plan = self.policy.plan(state, candidates)
-        self.plans.append((plan, state.open.clone(), state.ids.clone()))
+        self.plans.append((plan, state.masked.clone(), state.ids.clone()))
         return plan
 
     def select(self, layer, similarity):

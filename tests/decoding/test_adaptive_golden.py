@@ -120,7 +120,7 @@ def test_trace(folder: Path, name: str, spied) -> None:
         SamplerConfig(text=text, guidance=Guidance(scale=1 + scenario["cfg_scale"]), stop_at_eos=False),
         policy_of(scenario),
     )
-    sampler._banned[Modality.TEXT] = torch.empty(0, dtype=torch.long)  # upstream's softmax includes [MASK]
+    sampler.banned[Modality.TEXT] = torch.empty(0, dtype=torch.long)  # upstream's softmax includes [MASK]
     trace = spied(prompt.shape[1], len(prompt))
     out = sampler(TokenBatch.from_spans(rows), torch.arange(len(prompt)), record=True)
     after = torch.stack(out.trajectory[1:])

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.blocks import Shares, block_ids, current_block, halton_ranks
+from unidiff.decoding.blocks import block_ids, halton_ranks
 from unidiff.decoding.config import BLOCK_ORDERS
-from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.decoding.state import BlockShares, ModalityProgress
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(5, 4)
 
@@ -80,7 +81,7 @@ def test_passes_are_shared_in_proportion_to_the_blocks(steps: int, size: int, le
     sizes = [min(full, size - start) for start in range(0, size, full)]
     total = max(steps, len(sizes))
     total = min(total, size) if capped else total
-    shares = Shares.of(steps, torch.tensor([size]), length, capped)
+    shares = BlockShares(steps, torch.tensor([size]), length, capped)
     own = [int(shares.own(torch.tensor([k]))) for k in range(len(sizes))]
     assert shares.total.tolist() == [total] == [sum(own)]
     assert [int(shares.before(torch.tensor([k]))) for k in range(len(sizes) + 1)] == [
@@ -93,15 +94,17 @@ def test_passes_are_shared_in_proportion_to_the_blocks(steps: int, size: int, le
 
 def test_rows_share_by_their_own_sizes() -> None:
     """Six passes for 4 + 4 + 1 tokens: before the second block are due 6 x 4 / 9 = 2.7, before the third 5.3."""
-    shares = Shares.of(6, torch.tensor([9, 4, 0, 1]), 4, capped=True)
+    shares = BlockShares(6, torch.tensor([9, 4, 0, 1]), 4, capped=True)
     own = [shares.own(torch.tensor([block, 0, 0, 0])).tolist() for block in range(3)]
     assert shares.total.tolist() == [6, 4, 1, 1] and own == [[2, 4, 1, 1], [3, 4, 1, 1], [1, 4, 1, 1]]
 
 
-def test_current_block_is_the_lowest_open_one() -> None:
-    blocks = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
-    open_ = torch.tensor([[False, False, False, True], [True, False, False, True]])
-    assert current_block(blocks, open_).tolist() == [1, 0]
+def test_current_block_is_the_lowest_masked_one() -> None:
+    batch = TokenBatch.from_spans([[Span.masked_text(4, VOCABULARY)]] * 2)
+    progress = ModalityProgress(Modality.TEXT, ModalityDecoding(block_length=2), batch)
+    masked = torch.tensor([[False, False, False, True], [True, False, False, True]])
+    now = progress.begin_pass(masked, torch.tensor([False, False]))
+    assert progress.block.tolist() == [1, 0] and now.remaining.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("order", BLOCK_ORDERS)

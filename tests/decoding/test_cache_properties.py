@@ -35,7 +35,7 @@ class Watched:
 
     def __init__(self, inner, counts: dict[str, int]) -> None:
         self.inner, self.counts, self.seen = inner, counts, None
-        self.store, self.peaks, self.appends = inner.store, inner.peaks, inner.appends
+        self.store, self.max_logits, self.append_only = inner.store, inner.max_logits, inner.append_only
         self.select, self.observe = inner.select, inner.observe
 
     def start(self, batch, model):

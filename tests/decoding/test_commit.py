@@ -11,22 +11,22 @@ from golden import golden_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidiff.decoding.commit.choose import (
-    above_threshold,
-    decide,
-    factor_count,
-    hierarchical,
-    progress,
-    quota,
-    slack_of,
-    take_best,
-    unmask_chance,
-)
+from unidiff.decoding.commit.ancestral import unmask_chance
+from unidiff.decoding.commit.base import progress, slack_of, take_best
+from unidiff.decoding.commit.factor import factor_count
+from unidiff.decoding.commit.quota import quota
 from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
-from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.commit.threshold import above_threshold
+from unidiff.decoding.config import RULES, ModalityDecoding
 from unidiff.decoding.draw import choose
 from unidiff.decoding.forward import gather_positions
 from unidiff.diffusion.schedules import SCHEDULES, get_schedule
+
+
+def pick(own: ModalityDecoding, confidence, is_real, count=None, index=None) -> torch.Tensor:
+    """What the rule of these settings takes of a pass."""
+    rule = RULES[own.rule](own, is_real)
+    return rule.pick(confidence, confidence, is_real, is_real.sum(1) if count is None else count, index)
 
 
 @given(st.sampled_from(["fixed", *SCHEDULES]), st.integers(1, 300), st.integers(1, 70))
@@ -52,8 +52,8 @@ def test_quota_is_per_row_and_catches_up_after_remasking() -> None:
 
 def test_take_best_breaks_ties_to_the_left_and_skips_dead_entries() -> None:
     score = torch.tensor([[0.5, 0.9, 0.9, 0.9, 0.1], [1.0, 1.0, 1.0, 1.0, 1.0]])
-    live = torch.tensor([[True, True, False, True, True], [False, False, True, True, False]])
-    assert take_best(score, live, torch.tensor([1, 9])).tolist() == [
+    is_real = torch.tensor([[True, True, False, True, True], [False, False, True, True, False]])
+    assert take_best(score, is_real, torch.tensor([1, 9])).tolist() == [
         [False, True, False, False, False],
         [False, False, True, True, False],
     ]
@@ -69,13 +69,13 @@ def test_take_best_finds_live_entries_of_score_minus_infinity() -> None:
 def test_threshold_and_factor_take_at_least_one(seed: int, threshold: float, factor: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     confidence = torch.rand(5, 8, generator=generator, dtype=torch.float64)
-    live = torch.rand(5, 8, generator=generator) < 0.5
-    picked = above_threshold(confidence, live, threshold)
-    best = torch.where(live, confidence, -1.0).amax(1, keepdim=True)
-    assert torch.equal(picked, live & ((confidence >= threshold) | (confidence == best)))
-    count = factor_count(confidence, live, factor)
+    is_real = torch.rand(5, 8, generator=generator) < 0.5
+    picked = above_threshold(confidence, is_real, threshold)
+    best = torch.where(is_real, confidence, -1.0).amax(1, keepdim=True)
+    assert torch.equal(picked, is_real & ((confidence >= threshold) | (confidence == best)))
+    count = factor_count(confidence, is_real, factor)
     for row in range(5):
-        ranked = sorted(confidence[row][live[row]].tolist(), reverse=True)
+        ranked = sorted(confidence[row][is_real[row]].tolist(), reverse=True)
         length = 0
         while length < len(ranked) and (length == 0 or ranked[length] >= 1 - factor / (length + 2)):
             length += 1
@@ -90,8 +90,8 @@ def test_factor_rule_of_the_golden_set() -> None:
     for folder in folders:
         for case in json.loads((folder / "toy_exact.json").read_text())["parallel_greedy"]["factor_rule"]:
             confidence = torch.tensor([case["sorted_confidences"]], dtype=torch.float64)
-            live = torch.ones_like(confidence, dtype=torch.bool)
-            assert factor_count(confidence, live, case["factor"]).item() == case["selected"], case
+            is_real = torch.ones_like(confidence, dtype=torch.bool)
+            assert factor_count(confidence, is_real, case["factor"]).item() == case["selected"], case
 
 
 @given(st.integers(1, 40), st.sampled_from(["linear", "cosine", "square"]), st.floats(0, 1))
@@ -126,11 +126,13 @@ def test_unsure_tokens_are_the_least_sure_and_within_budget() -> None:
 def test_hierarchical_takes_the_best_of_every_run(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     place = torch.rand(3, 12, generator=generator) < 0.6
-    index, live = gather_positions(place, 9)
+    index, is_real = gather_positions(place, 9)
     confidence = (torch.rand(3, 9, generator=generator, dtype=torch.float64) * 8).round() / 8  # ties occur
-    picked = hierarchical(confidence, live, index, 0.9, 0.4)
+    picked = pick(
+        ModalityDecoding(rule="hierarchical", threshold=0.9, low_threshold=0.4), confidence, is_real, index=index
+    )
     for row in range(3):
-        sure = {int(i): float(c) for i, c, on in zip(index[row], confidence[row], live[row], strict=True) if on}
+        sure = {int(i): float(c) for i, c, on in zip(index[row], confidence[row], is_real[row], strict=True) if on}
         expected = {i for i, c in sure.items() if c >= 0.9}
         if sure:
             expected.add(min(sure, key=lambda i: (-sure[i], i)))
@@ -148,43 +150,43 @@ def test_margin_decides_by_the_gap_to_the_second_best() -> None:
     """0.5 against 0.45 is less sure by margin than 0.45 against 0.1, although its probability is higher."""
     p = torch.tensor([[[0.5, 0.45, 0.05], [0.45, 0.1, 0.45 - 0.35]]], dtype=torch.float64)
     rule = ModalityDecoding(rule="threshold", threshold=0.3, confidence="margin", temperature=0.0)
-    live, zeros = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 0.5, dtype=torch.float64)
+    is_real, zeros = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 0.5, dtype=torch.float64)
     for measure, expected in (("margin", [False, True]), ("probability", [True, True])):
         own = replace(rule, confidence=measure)
-        choice = choose(p.log(), live, own, zeros, zeros)
+        choice = choose(p.log(), is_real, own, zeros, zeros)
         index, count = torch.tensor([[3, 7]]), torch.tensor([1])
-        assert decide(own, choice.confidence, choice.confidence, live, count, index)[0].tolist() == expected
+        assert pick(own, choice.confidence, is_real, count, index)[0].tolist() == expected
 
 
 def test_positions_equal_but_for_rounding_are_taken_from_the_left() -> None:
     """Float32 noise on equal scores does not choose; what is clearly better comes first, and counts stay."""
     noise = torch.randn(200, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-7
-    equal, live = 0.4 + noise, torch.ones(200, 12, dtype=torch.bool)
+    equal, is_real = 0.4 + noise, torch.ones(200, 12, dtype=torch.bool)
     equal[:, 7] = 0.7
-    live[:, 0] = False
+    is_real[:, 0] = False
     for count in range(13):
-        pick = take_best(equal, live, torch.full((200,), count), slack_of("probability"))
+        chosen = take_best(equal, is_real, torch.full((200,), count), slack_of("probability"))
         expected = ([7] + [i for i in range(1, 12) if i != 7])[:count]
         assert torch.equal(
-            pick, torch.zeros_like(pick).index_fill(1, torch.tensor(sorted(expected), dtype=torch.long), True)
+            chosen, torch.zeros_like(chosen).index_fill(1, torch.tensor(sorted(expected), dtype=torch.long), True)
         )
     index = torch.arange(12).expand(200, 12)
     settings = ModalityDecoding(rule="hierarchical", threshold=0.9, low_threshold=0.3)
-    assert decide(settings, equal, equal, live, live.sum(1), index)[:, 7].all()
+    assert pick(settings, equal, is_real, is_real.sum(1), index)[:, 7].all()
     flat = 0.4 + noise
     for rule in ("threshold", "hierarchical", "factor", "credit", "quota"):
         for measure in ("probability", "margin", "entropy"):
             own = ModalityDecoding(rule=rule, confidence=measure, low_threshold=-9.0)
             value = flat - 2 if measure == "entropy" else flat
-            pick = decide(own, value, value, live, torch.ones(200, dtype=torch.long), index)
-            assert torch.equal(pick, torch.zeros_like(pick).index_fill(1, torch.tensor([1]), True))
+            chosen = pick(own, value, is_real, torch.ones(200, dtype=torch.long), index)
+            assert torch.equal(chosen, torch.zeros_like(chosen).index_fill(1, torch.tensor([1]), True))
 
 
 def test_a_clear_order_is_kept_near_certainty() -> None:
     """Confidences close to 1 are told apart by what is missing to 1; slack is relative to that."""
     missing = torch.tensor([[3e-9, 1e-9, 2e-9, 1e-9 * (1 + 1e-7)]], dtype=torch.float64)
-    pick = take_best(1 - missing, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2]), slack_of("probability"))
-    assert pick.tolist() == [[False, True, False, True]]
+    chosen = take_best(1 - missing, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2]), slack_of("probability"))
+    assert chosen.tolist() == [[False, True, False, True]]
     assert slack_of("random") is None
 
 

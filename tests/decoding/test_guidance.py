@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.guidance import hidden_from, mix, scale_at
+from unidiff.decoding.draw import mix
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(5, 4)
@@ -44,11 +44,11 @@ def test_mix_is_the_formula_and_exact_when_off() -> None:
 
 def test_scales_over_time_and_per_modality() -> None:
     t = torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64)
-    assert scale_at(Guidance(3.0), Modality.TEXT, t).tolist() == [3, 3, 3, 3]
-    assert scale_at(Guidance(3.0, mode="ramp"), Modality.TEXT, t).tolist() == [1, 1.5, 2, 3]
-    assert scale_at(Guidance(3.0, mode="window", window=(0.2, 0.6)), Modality.TEXT, t).tolist() == [1, 3, 3, 1]
+    assert Guidance(3.0).scale_at(Modality.TEXT, t).tolist() == [3, 3, 3, 3]
+    assert Guidance(3.0, mode="ramp").scale_at(Modality.TEXT, t).tolist() == [1, 1.5, 2, 3]
+    assert Guidance(3.0, mode="window", window=(0.2, 0.6)).scale_at(Modality.TEXT, t).tolist() == [1, 3, 3, 1]
     own = Guidance(3.0, image_scale=5.0)
-    assert scale_at(own, Modality.IMAGE, t).tolist() == [5] * 4 and scale_at(own, Modality.TEXT, t).tolist() == [3] * 4
+    assert own.scale_at(Modality.IMAGE, t).tolist() == [5] * 4 and own.scale_at(Modality.TEXT, t).tolist() == [3] * 4
 
 
 def test_named_subsets() -> None:
@@ -56,10 +56,10 @@ def test_named_subsets() -> None:
     batch = TokenBatch.from_spans([[Span.text([1, 2], torch.tensor([True, False])), image]], length=5)
     cases = {"given": [1, 0, 1, 0, 0], "text": [1, 0, 0, 0, 0], "image": [0, 0, 1, 0, 0], "other": [1, 1, 0, 0, 0]}
     for hide, expected in cases.items():
-        hidden = hidden_from(Guidance(2.0, hide=hide), Modality.IMAGE, batch, None)
+        hidden = Guidance(2.0, hide=hide).uncond_mask(Modality.IMAGE, batch, None)
         assert hidden[0].int().tolist() == expected, hide
     own = torch.tensor([[True, True, False, False, True]])  # targets and padding cannot be conditions
-    assert hidden_from(Guidance(2.0), Modality.IMAGE, batch, own)[0].int().tolist() == [1, 0, 0, 0, 0]
+    assert Guidance(2.0).uncond_mask(Modality.IMAGE, batch, own)[0].int().tolist() == [1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.cache.max_logit import MaxLogitCache, low_peaks
+from unidiff.decoding.cache.max_logit import MaxLogitCache, low_max_logits
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -99,7 +99,7 @@ class Spy:
     def plan(self, state, candidates):
         plan = self.policy.plan(state, candidates)
         self.passes.append(
-            (plan, candidates.clone(), state.ids.clone(), {s: p.clone() for s, p in state.peaks.items()})
+            (plan, candidates.clone(), state.ids.clone(), {s: p.clone() for s, p in state.max_logits.items()})
         )
         return plan
 
@@ -123,9 +123,9 @@ def test_low_candidates_and_changed_tokens_are_recomputed(model, guidance) -> No
     spy = Spy(MaxLogitCache(0.75, 0.0, 100))
     decode(model, spy, guidance)
     assert len(spy.passes) == 10
-    for (_, _, before, _), (plan, candidates, ids, peaks) in pairwise(spy.passes):
+    for (_, _, before, _), (plan, candidates, ids, max_logits) in pairwise(spy.passes):
         changed = (ids != before) & candidates.any(1, keepdim=True)  # complete rows rest
-        for stream, peak in peaks.items():
+        for stream, peak in max_logits.items():
             query = plan.of(stream).query
             assert (query[changed]).all() and not (query & ~candidates & ~changed).any()
             for i in range(len(ids)):
@@ -140,9 +140,9 @@ def test_upstream_ranks_the_whole_row_and_forgets_revealed_tokens(model) -> None
     spy = Spy(MaxLogitCache(0.8, 0.0, 100, compat="upstream"))
     decode(model, spy)
     valid, stale = TokenBatch.from_spans(ROWS).valid, 0
-    for (_, _, before, _), (plan, candidates, ids, peaks) in pairwise(spy.passes):
+    for (_, _, before, _), (plan, candidates, ids, max_logits) in pairwise(spy.passes):
         for i in candidates.any(1).nonzero()[:, 0].tolist():  # complete rows rest
-            values = peaks[0][i][valid[i]].float()
+            values = max_logits[0][i][valid[i]].float()
             assert torch.equal(plan.query[i][valid[i]], values <= torch.quantile(values, 1 - 0.8))
         stale += int(((ids != before) & ~plan.query).sum())
     assert stale > 0
@@ -150,14 +150,14 @@ def test_upstream_ranks_the_whole_row_and_forgets_revealed_tokens(model) -> None
 
 def test_quantile_is_that_of_torch_over_the_counted() -> None:
     torch.manual_seed(0)
-    peaks = torch.randn(5, 31)
+    max_logits = torch.randn(5, 31)
     counted = torch.rand(5, 31) < 0.7
     counted[3] = False
     counted[4] = True
     for share in (0.0, 1 - 0.9, 0.5, 1.0):
-        low = low_peaks(peaks, counted, share)
+        low = low_max_logits(max_logits, counted, share)
         for i in range(5):
-            values = peaks[i][counted[i]]
+            values = max_logits[i][counted[i]]
             expected = values <= torch.quantile(values, share) if values.numel() else torch.zeros(0, dtype=torch.bool)
             assert torch.equal(low[i][counted[i]], expected)
         assert not (low & ~counted).any()

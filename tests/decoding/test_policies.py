@@ -244,8 +244,11 @@ def test_a_partial_pass_reaches_the_model_with_the_block_alone(model, monkeypatc
         queried.append(None if plan.full else plan.query.clone())
         return partial(self, ids, plan, store, time, select)
 
+    def never(*args, **kwargs):
+        raise AssertionError("a whole forward was made")
+
     monkeypatch.setattr(MaskedTransformer, "partial", spy)
-    monkeypatch.setattr(MaskedTransformer, "hidden", None)
+    monkeypatch.setattr(MaskedTransformer, "hidden", never)
     config = SamplerConfig(
         text=ModalityDecoding(steps=4, schedule="fixed", block_length=4),
         image=ModalityDecoding(steps=4, schedule="fixed"),

@@ -31,7 +31,7 @@ class EveryNth(NoCache):
         return CachePlan(None if full else torch.zeros_like(candidates), candidates, full)
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        self.observed.append((state.step, int(state.written.sum()), plan.full))
+        self.observed.append((state.step, int(state.just_unmasked.sum()), plan.full))
 
 
 class LeftmostOnly(NoCache):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding.config import Guidance
-from unidiff.decoding.guidance import mix, scale_at
+from unidiff.decoding.draw import mix
 from unidiff.diffusion.schedules import Schedule, get_schedule
 from unidiff.families.mdlm import MDLM
 from unidiff.families.unidisc import UNIDISC
@@ -211,7 +211,7 @@ class UniDisc:
         if weight:
             unconditional = self._logits(torch.where(given, self.mask_id, ids))
             guidance = Guidance(1 + weight, mode="constant" if constant else "ramp")
-            logits = mix(logits, unconditional, scale_at(guidance, Modality.IMAGE, t.expand(len(ids))))
+            logits = mix(logits, unconditional, guidance.scale_at(Modality.IMAGE, t.expand(len(ids))))
         return clean_probabilities(logits, ids, self.modality, self.vocabulary, carry_over=not weight)
 
     def masked(self, ids: Tensor) -> Tensor:
@@ -292,6 +292,6 @@ def test_unidisc_sampling(folder: Path) -> None:
     for match in data.names(r"nucleus\.p([\d.]+)_t([\d.]+)\.sorted_probs"):
         close(short_nucleus(data["nucleus.probs"], float(match[1]), float(match[2])), data[match[0]])
     for match in data.names(r"cfg_weight\.ramp([\d.]+)"):
-        ramp = scale_at(Guidance(1 + float(match[1]), mode="ramp"), Modality.IMAGE, data["cfg_weight.t"]) - 1
+        ramp = Guidance(1 + float(match[1]), mode="ramp").scale_at(Modality.IMAGE, data["cfg_weight.t"]) - 1
         close(ramp, data[match[0]])
     data.assert_all_read()

@@ -62,7 +62,7 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
 
     return st.builds(
         build,
-        rule=st.sampled_from(RULES),
+        rule=st.sampled_from(list(RULES)),
         remask=st.sampled_from(["none", "confidence", "remdm"]),
         schedule=st.sampled_from(["fixed", "linear", "cosine", "square"]),
         confidence=st.sampled_from(["probability", "margin", "entropy", "random"]),

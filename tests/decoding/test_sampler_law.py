@@ -14,7 +14,7 @@ from torch import Tensor
 from toy_model import TableModel
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.commit.choose import unmask_chance
+from unidiff.decoding.commit.ancestral import unmask_chance
 from unidiff.decoding.commit.remask import remdm_sigma
 
 ROWS = 40_000

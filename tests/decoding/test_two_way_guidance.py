@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.guidance import mix
+from unidiff.decoding.draw import mix
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

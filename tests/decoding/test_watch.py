@@ -20,7 +20,7 @@ from unidiff.decoding import (
     SamplerConfig,
     SamplerOutput,
 )
-from unidiff.decoding.watch import declines
+from unidiff.decoding.state import declines
 from unidiff.tokens import Modality, TokenBatch
 
 CONFIG = SamplerConfig(
@@ -178,7 +178,7 @@ class Vandal(NoCache):
     """A policy that opens what was filled."""
 
     def observe(self, state, plan) -> None:
-        state.open.copy_(state.batch.targets)
+        state.masked.copy_(state.batch.targets)
 
 
 def test_a_policy_that_writes_in_the_state_is_found_out(model) -> None:

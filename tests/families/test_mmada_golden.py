@@ -11,7 +11,8 @@ from reference.mmada_sampling import generate_codes, generate_text
 from reference.mmada_training import answer_loss, image_loss, mask_answers, mask_image, training_mask
 from safetensors.torch import load_file
 
-from unidiff.decoding.commit.choose import quota, take_best
+from unidiff.decoding.commit.base import take_best
+from unidiff.decoding.commit.quota import quota
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, PromptRows, mmada_batch
 from unidiff.families.mmada.sampling import ImageSettings, answer_config

@@ -12,8 +12,8 @@ from reference.batches import unidisc_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unidiff.decoding import ModalityDecoding, SamplerConfig, draw
-from unidiff.decoding import sampler as sampler_module
+from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig, draw
+from unidiff.decoding.commit import quota
 from unidiff.decoding.forward import gather_positions
 from unidiff.families.registry import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
@@ -176,12 +176,10 @@ def test_the_sampler_makes_the_references_maskgit_run(folder, monkeypatch):
     replayed = Replayed(stored, batch.targets, vocabulary, steps)
     monkeypatch.setattr(draw, "choose", replayed)
     schedule = stored["traj_maskgit.schedule"].long()
-    monkeypatch.setattr(
-        sampler_module, "quota", lambda *about: schedule.gather(1, about[3][:, None].clamp_max(steps - 1))[:, 0]
-    )
+    monkeypatch.setattr(quota, "quota", lambda *about: schedule.gather(1, about[3][:, None].clamp_max(steps - 1))[:, 0])
     image = ModalityDecoding(steps=steps)
     config = SamplerConfig(image=image, guidance=unidisc_sampler(guidance=3.0).guidance)
-    sampler = sampler_module.Sampler(model, vocabulary, config)
+    sampler = Sampler(model, vocabulary, config)
     out = sampler(batch, torch.zeros(len(given), dtype=torch.long), callback=replayed.look, record=True)
     assert replayed.step == steps
     for i in range(steps):

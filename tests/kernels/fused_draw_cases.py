@@ -112,8 +112,8 @@ def run_kernel(case: Case) -> FusedDraw:
     with patch.object(draw, "usable", return_value=True), patch.object(draw, "fused_draw", in_small_blocks):
         choice = draw.choose_blended(case.values, case.blend, live, case.settings, case.u, case.u)
     (kernel,) = seen
-    assert choice.sound.item() == kernel.sound.all().item()
-    return FusedDraw(choice.token, choice.probability, choice.confidence, kernel.sound)
+    assert choice.is_finite.item() == kernel.is_finite.all().item()
+    return FusedDraw(choice.token, choice.probability, choice.confidence, kernel.is_finite)
 
 
 if __name__ == "__main__":

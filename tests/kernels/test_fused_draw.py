@@ -25,19 +25,19 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
 
 
 def twin(case: Case) -> tuple[draw.Choice, torch.Tensor]:
-    """The torch path, and which positions are sound."""
+    """The torch path, and which positions are finite."""
     logits = case.blend(case.values)
     live = torch.ones_like(case.u, dtype=torch.bool)
     return draw.choose(logits, live, case.settings, case.u, case.u), logits.amax(-1).isfinite()
 
 
 def check(case: Case, found: FusedDraw) -> None:
-    expected, sound = twin(case)
-    assert torch.equal(found.sound, sound)
-    assert torch.equal(found.token[sound], expected.token[sound])
+    expected, is_finite = twin(case)
+    assert torch.equal(found.is_finite, is_finite)
+    assert torch.equal(found.token[is_finite], expected.token[is_finite])
     assert (found.token >= 0).all() and (found.token < case.values.shape[-1]).all()
-    torch.testing.assert_close(found.probability[sound], expected.probability[sound], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found.confidence[sound], expected.confidence[sound], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.probability[is_finite], expected.probability[is_finite], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.confidence[is_finite], expected.confidence[is_finite], rtol=1e-12, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_draws_what_its_twin_draws(name: str, interpreted: dict[str, torch.Tensor]) -> None:
-    keys = ("token", "probability", "confidence", "sound")
+    keys = ("token", "probability", "confidence", "is_finite")
     check(CASES[name], FusedDraw(*(interpreted[f"{name}/{key}"] for key in keys)))
 
 
@@ -115,11 +115,13 @@ def test_gpu_draws_what_the_cpu_draws(name: str) -> None:
     s = there.settings
     if fusible(case.values.dtype, s.temperature, s.top_k, s.top_p):
         assert usable(there.values, s.temperature, s.top_k, s.top_p)
-    expected, sound = twin(case)
+    expected, is_finite = twin(case)
     got = draw.choose_blended(there.values, there.blend, live.cuda(), s, there.u, there.u)
-    assert torch.equal(got.token.cpu()[sound], expected.token[sound]) and bool(got.sound) == bool(expected.sound)
-    torch.testing.assert_close(got.probability.cpu()[sound], expected.probability[sound], rtol=1e-10, atol=0)
-    torch.testing.assert_close(got.confidence.cpu()[sound], expected.confidence[sound], rtol=1e-10, atol=1e-13)
+    assert torch.equal(got.token.cpu()[is_finite], expected.token[is_finite]) and bool(got.is_finite) == bool(
+        expected.is_finite
+    )
+    torch.testing.assert_close(got.probability.cpu()[is_finite], expected.probability[is_finite], rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.confidence.cpu()[is_finite], expected.confidence[is_finite], rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.gpu

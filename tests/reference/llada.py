@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 from reference.batches import llada_batch
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache, RefreshPolicy
-from unidiff.decoding.commit.choose import above_threshold, factor_count, take_best
+from unidiff.decoding.commit.base import take_best
+from unidiff.decoding.commit.factor import factor_count
+from unidiff.decoding.commit.threshold import above_threshold
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.forward import Forward
-from unidiff.decoding.guidance import mix
-from unidiff.decoding.state import Clock, DecodeState
+from unidiff.decoding.draw import mix
+from unidiff.decoding.forward import StreamedModel
+from unidiff.decoding.state import DecodeState, ModalityProgress
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 
@@ -111,7 +113,7 @@ def generate(
     settings: LladaSettings,
     compat: LladaCompat,
     uniforms: Tensor | None = None,
-    on_pass: Callable[[int, Forward], None] | None = None,
+    on_pass: Callable[[int, StreamedModel], None] | None = None,
 ) -> LladaTrace:
     """Decode `gen_length` tokens behind the prompts.
 
@@ -125,18 +127,18 @@ def generate(
     ids = F.pad(prompt, (0, settings.gen_length), value=mask_id)  # [B, L]
     place = torch.arange(ids.shape[1], device=ids.device)
     batch = llada_batch(ids, given=(place < length).expand(ids.shape))
-    clock = Clock.open(Modality.TEXT, ModalityDecoding(block_length=settings.block_length), batch)
-    state = DecodeState.start(batch, {Modality.TEXT: clock})
+    progress = ModalityProgress(Modality.TEXT, ModalityDecoding(block_length=settings.block_length), batch)
+    state = DecodeState.start(batch, {Modality.TEXT: progress})
     streams = (0, 1) if settings.cfg_scale else (0,)
     policy = CACHES[settings.cache]().start(batch, model)
-    forward = Forward(model, vocabulary, batch, [batch.given & (ids != mask_id)][: len(streams) - 1], policy)
+    forward = StreamedModel(model, vocabulary, batch, [batch.given & (ids != mask_id)][: len(streams) - 1], policy)
     trace = LladaTrace([ids.clone()])
     blocks = settings.gen_length // settings.block_length
     share = settings.steps // blocks
     for block in range(blocks):
         # 2. open the block in all rows
         first, stop = length + block * settings.block_length, length + (block + 1) * settings.block_length
-        clock.block, clock.running = torch.full_like(clock.block, block), torch.ones_like(clock.running)
+        progress.block, progress.running = torch.full_like(progress.block, block), torch.ones_like(progress.running)
         start = (state.ids[:, first:stop] == mask_id).sum(1)  # [B]
         step = 0
         while not (compat.capped_blocks and step == share):
@@ -168,7 +170,7 @@ def generate(
 
 def _write(
     state: DecodeState,
-    forward: Forward,
+    forward: StreamedModel,
     streams: Sequence[int],
     left: Tensor,
     quota: Tensor,
@@ -188,7 +190,7 @@ def _write(
         if noise is None:
             raise ValueError("random_order needs `uniforms` [passes, B, L]")
         confidence = noise.double().gather(1, logits.index)
-    pick = select(confidence, logits.live, quota, settings, compat)
+    pick = select(confidence, logits.is_real, quota, settings, compat)
     state.write(logits.index, pick, proposal, confidence)
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.choose import take_best
+from unidiff.decoding.commit.base import take_best
 from unidiff.tokens import Modality, Vocabulary
 
 TINY = 1e-10  # the reference's guard against log(0)

@@ -4,9 +4,8 @@ from unidiff.decoding.cache import NoCache, RefreshPolicy
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.sampler import Sampler, SamplerOutput
-from unidiff.decoding.state import DecodeState
+from unidiff.decoding.state import DecodeState, DecodeView
 from unidiff.decoding.stats import DecodeStats
-from unidiff.decoding.watch import DecodeView
 
 __all__ = [
     "CacheConfig",

@@ -1,4 +1,4 @@
-"""What a sampler is made and called with, checked before anything is decoded."""
+"""What a sampler is made and called with, checked before anything is decoded, and what a model returned."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from unidiff.schema import check_value
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+UNUSABLE = "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
 _KINDS = (torch.int64, torch.int64, torch.bool, torch.bool, torch.int64, torch.int64)  # of a batch's fields
 
 
@@ -37,10 +38,37 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs:
         )
 
 
+def banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...]) -> Tensor:
+    """Offsets in the modality's slice that may not be emitted, int64."""
+    if outside := [i for i in forbid if not 0 <= i < vocabulary.size]:
+        raise ValueError(f"forbid names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+    start, stop = vocabulary.range_of(modality)
+    offsets = {i - start for i in forbid if start <= i < stop} | set(vocabulary.forbidden(modality))
+    if stop > start and len(offsets) == stop - start:
+        raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
+    return torch.tensor(sorted(offsets), dtype=torch.long)
+
+
+def check_ends(vocabulary: Vocabulary, config: SamplerConfig) -> None:
+    """Raise `ValueError` for ends that no id is, and for a fill that may not be emitted."""
+    if outside := [i for i in config.ends if i >= vocabulary.size]:
+        raise ValueError(f"ends names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+    (start, stop), masks = vocabulary.text, (vocabulary.mask_id, vocabulary.image_mask)
+    if config.fill is not None and (not start <= config.fill < stop or config.fill in masks):
+        raise ValueError(f"fill is id {config.fill}; expected a text id from {start} to {stop - 1} that is not [MASK]")
+
+
 def check_request(
-    vocabulary: Vocabulary, batch: Any, seeds: Any, condition: Any, callback: Any, record: Any, unconditional: Any
-) -> None:
-    """Raise `ValueError` unless a `Sampler` can be called with these. Reads one number from the device."""
+    vocabulary: Vocabulary,
+    config: SamplerConfig,
+    batch: Any,
+    seeds: Any,
+    condition: Any,
+    callback: Any,
+    record: Any,
+    unconditional: Any,
+) -> tuple[TokenBatch, ...]:
+    """Raise `ValueError` unless a `Sampler` can be called with these; returns the unconditional batches."""
     _check_batch("batch", batch, vocabulary)
     if not isinstance(seeds, Tensor) or seeds.dtype not in _INTEGERS or seeds.shape != batch.ids.shape[:1]:
         raise ValueError(
@@ -53,14 +81,32 @@ def check_request(
         if not isinstance(condition, Tensor):
             raise ValueError(f"condition is {_name(condition)}; expected a bool tensor {batch.shape}")
         _check_dense("condition", condition)
+        if condition.shape != batch.ids.shape or condition.dtype != torch.bool:
+            raise ValueError(
+                f"condition has shape {tuple(condition.shape)} and dtype {condition.dtype}; expected bool {batch.shape}"
+            )
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {_name(callback)}; expected a function of (step, state)")
     check_value(record, bool, "record")
-    if unconditional is None:
-        return
     several = isinstance(unconditional, Sequence) and not isinstance(unconditional, str)
-    for rows in unconditional if several else (unconditional,):
+    others = tuple(unconditional) if several else () if unconditional is None else (unconditional,)
+    for rows in others:
         _check_batch("unconditional", rows, vocabulary)
+    if others and condition is not None:
+        raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
+    if max(1, len(others)) != 1 + len(config.guidance.further):
+        raise ValueError(
+            f"guidance has {1 + len(config.guidance.further)} scales for {len(others)} unconditional batches; "
+            "`Guidance.further` takes a scale for each after the first"
+        )
+    for rows in others:
+        if rows.shape != batch.shape:
+            raise ValueError(f"unconditional has shape {rows.shape}; expected {batch.shape}, that of the batch")
+        if not torch.equal(rows.targets, batch.targets):
+            raise ValueError(
+                "unconditional has other targets than the batch; align the rows, for instance by left padding"
+            )
+    return others
 
 
 def check_features(features: Any, ids: Tensor) -> None:
@@ -77,6 +123,22 @@ def check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
         raise ValueError(
             f"the model's head returned {_kind(logits)} for the ids {start} to {stop - 1}; expected floats {shape}"
         )
+
+
+def check_logits(logits: Tensor, alone: Tensor, setting: str) -> None:
+    """For loops of their own: raise `ValueError` where nothing can be drawn from `logits` `[..., V]`.
+
+    Args:
+        alone: those of the streams before guidance. setting: the guidance and its value, for the message.
+    """
+    if bool(logits.amax(-1).isfinite().all()):
+        return
+    if not bool(alone.amax(-1).isfinite().all()):
+        raise ValueError(UNUSABLE)
+    dtype = str(logits.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"{setting} takes logits beyond what {dtype} holds, although the model's own are finite; lower it, or use a wider dtype"
+    )
 
 
 def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:

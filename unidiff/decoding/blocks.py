@@ -1,8 +1,7 @@
-"""Blocks: which masked positions of a modality may be decoded now, and how many passes each block gets."""
+"""Blocks: which targets of a modality are decoded together, in which order, and how many blocks at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,22 +10,20 @@ from torch import Tensor
 from unidiff.tokens import Modality, TokenBatch
 
 
-def block_ids(batch: TokenBatch, wanted: Tensor, length: int | None, order: str = "sequence") -> Tensor:
-    """int64 `[B, L]`: the block of each wanted position; blocks are decoded in ascending order.
+def block_ids(batch: TokenBatch, targets: Tensor, length: int, order: str = "sequence") -> Tensor:
+    """int64 `[B, L]`: the block of each target; blocks are decoded in ascending order.
 
-    A block holds `length` *wanted* positions, so known tokens in between use up nothing. The last may be shorter.
+    A block holds `length` *target* positions, so known tokens in between use up nothing. The last may be shorter.
 
     Args:
         batch: for the places of image codes.
-        wanted: bool `[B, L]`, the targets of one modality.
-        length: positions per block; None puts all in block 0.
+        targets: bool `[B, L]`, the targets of one modality.
+        length: positions per block.
         order: `sequence`; `checkerboard`: cells with even row + column first; `coarse`: a coarse grid first, then finer
             ones; `halton`: cells in the order in which the Halton sequence of bases 2 and 3 visits them.
     """
-    if length is None:
-        return torch.zeros_like(batch.ids)
     priority = _priority(batch, order)
-    priority = torch.where(wanted, priority, priority.max() + 1)  # the rest sorts behind
+    priority = torch.where(targets, priority, priority.max() + 1)  # the rest sorts behind
     rank = priority.argsort(dim=1, stable=True).argsort(1)  # place of each position in decoding order
     return rank // length
 
@@ -88,63 +85,20 @@ def _stretched(number: int, base: int, size: int) -> int:
     return mirrored * size // scale
 
 
-def current_block(blocks: Tensor, open_: Tensor) -> Tensor:
-    """int64 `[B]`: the lowest block with an open position; a large number where none is open."""
-    return torch.where(open_, blocks, torch.iinfo(torch.long).max).amin(1)
-
-
-def joined_blocks(blocks: Tensor, wanted: Tensor, open_: Tensor, block: Tensor, most: int, share: float) -> Tensor:
+def joined_blocks(blocks: Tensor, targets: Tensor, masked: Tensor, block: Tensor, most: int, share: float) -> Tensor:
     """int64 `[B]`: how many blocks behind the current one are decoded besides it, at most `most`.
 
     A block joins when the one before it has joined and at least `share` of its positions are decoded.
 
     Args:
-        blocks: int64 `[B, L]`. wanted, open_: bool `[B, L]`, positions of the modality, and those still masked.
+        blocks: int64 `[B, L]`. targets, masked: bool `[B, L]`, positions of the modality, and those still masked.
         block: int64 `[B]`, the current one.
     """
     if share == 0:
         return torch.full_like(block, most)
     ahead = blocks - block[:, None]  # [B, L]
-    near, place = wanted & (ahead >= 0) & (ahead < most), ahead.clamp(0, most - 1)
+    near, place = targets & (ahead >= 0) & (ahead < most), ahead.clamp(0, most - 1)
     none = blocks.new_zeros(len(block), most)
-    size, left = (none.scatter_add(1, place, which.long()) for which in (near, near & open_))
+    size, left = (none.scatter_add(1, place, which.long()) for which in (near, near & masked))
     follows = (size - left).double() >= share * size  # [B, most]
     return follows.long().cumprod(1).sum(1)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How the passes of a modality are shared out over its blocks: in proportion to their sizes, row by row.
-
-    Passes before a block are the share of `total` that is due to the tokens before it, rounded down. So every block gets at
-    least one pass and no more than its share rounded up, and all of them together get `total`.
-
-    Attributes:
-        size: int64 `[B]`, targets of the row. length: int64 `[B]`, tokens of a full block. total: int64 `[B]`, passes.
-    """
-
-    size: Tensor
-    length: Tensor
-    total: Tensor
-
-    @classmethod
-    def of(cls, steps: int, size: Tensor, length: int | None, capped: bool) -> Shares:
-        """Shares of `steps` passes.
-
-        Args:
-            steps: passes asked for. Rows with more blocks than that make one pass per block.
-            size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
-            capped: never more passes than tokens.
-        """
-        size = size.clamp_min(1)
-        full = size if length is None else size.clamp_max(length)
-        total = (size - 1).div(full, rounding_mode="floor").add(1).clamp_min(steps)
-        return cls(size, full, torch.minimum(total, size) if capped else total)
-
-    def before(self, block: Tensor) -> Tensor:
-        """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
-        return self.total * torch.minimum(block * self.length, self.size) // self.size
-
-    def own(self, block: Tensor) -> Tensor:
-        """int64 `[B]`: passes of a block."""
-        return self.before(block + 1) - self.before(block)

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from unidiff.diffusion.schedules import SCHEDULES
-from unidiff.schema import Between, Index, check_fields, from_data
+import torch
+from torch import Tensor
 
-RULES = ("quota", "threshold", "factor", "hierarchical", "credit", "first_hitting", "ancestral")
-_LOOKING = ("threshold", "factor", "hierarchical", "credit")  # rules that compare confidences and end by themselves
+from unidiff.diffusion.schedules import SCHEDULES
+from unidiff.registry import Registry
+from unidiff.schema import Between, Index, check_fields, from_data
+from unidiff.tokens import Modality, TokenBatch
+
+RULES: Registry[Any] = Registry(
+    "commit_rules", "unidiff.decoding.commit", lambda found: (hasattr(found, "early") and found.name) or None
+)
+"""Commit rules by name, see `unidiff.decoding.commit.base.NamedRule`."""
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 BLOCK_ORDERS = ("sequence", "checkerboard", "coarse", "halton")
 REMASKING = ("none", "confidence", "remdm")
@@ -43,7 +50,8 @@ class ModalityDecoding:
             see `Credit`. `first_hitting`: one uniformly random position, the exact law of the model. `ancestral`: each
             position by its own coin, the reverse process on a grid of times.
         schedule: share still masked after a share u of the steps, one of `unidiff.diffusion.schedules`: `linear` 1-u,
-            `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps, plus one in the first n % steps passes.
+            `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps,
+            plus one in the first n % steps passes.
         confidence: what ranks positions: `probability` of the chosen token, `margin` between the best two, `entropy`
             (negative), or `random`. Always from the guided logits before temperature and filters.
         temperature: of the token draw; 0 takes the best token.
@@ -94,37 +102,15 @@ class ModalityDecoding:
     def __post_init__(self) -> None:
         _tuples(self, "forbid")
         check_fields(self, "")
-        _one_of("rule", self.rule, RULES)
         _one_of("schedule", self.schedule, ("fixed", *SCHEDULES))
         _one_of("confidence", self.confidence, CONFIDENCES)
         _one_of("block_order", self.block_order, BLOCK_ORDERS)
         _one_of("remask", self.remask, REMASKING)
         if self.top_p == 0:
             raise ValueError("top_p is 0; expected a number in (0, 1], or None to keep every token")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.remask == "remdm" and self.rule != "ancestral":
-            raise ValueError(f"remask='remdm' keeps the law of rule='ancestral' only, but rule is {self.rule!r}")
-        if self.remask == "confidence" and self.rule == "ancestral":
-            raise ValueError(
-                "remask='confidence' does not go with rule='ancestral'; use remask='remdm' or another rule"
-            )
-        if self.rule == "ancestral" and self.schedule == "fixed":
-            raise ValueError(
-                "rule='ancestral' needs a schedule of times, but schedule is 'fixed'; use 'linear' or 'cosine'"
-            )
-        if self.rule in _LOOKING and self.confidence == "random":
-            raise ValueError(f"rule={self.rule!r} compares confidences, but confidence is 'random'; use 'probability'")
-        if self.blocks_in_flight == 1:
-            return
-        if self.block_length is None:
+        RULES.get_or_refuse(self.rule, "rule").check(self)
+        if self.blocks_in_flight > 1 and self.block_length is None:
             raise ValueError(f"blocks_in_flight is {self.blocks_in_flight}, but there is one block; set block_length")
-        if self.rule in ("first_hitting", "ancestral") or self.confidence == "random":
-            raise ValueError(
-                f"blocks_in_flight is {self.blocks_in_flight}, but rule={self.rule!r} with confidence={self.confidence!r} "
-                "does not look at the model; use 1, or a rule that compares confidences"
-            )
 
 
 @dataclass(frozen=True)
@@ -160,6 +146,33 @@ class Guidance:
         object.__setattr__(self, "window", tuple(float(w) for w in self.window))
         if self.window[0] > self.window[1]:
             raise ValueError(f"guidance window is {self.window}; expected (start, stop) with 0 <= start <= stop <= 1")
+
+    def full_scale(self, modality: Modality) -> float:
+        """s of a modality at full strength; 1 means that it is never guided."""
+        own = self.text_scale if modality == Modality.TEXT else self.image_scale
+        return self.scale if own is None else own
+
+    def scale_at(self, modality: Modality, time: Tensor) -> Tensor:
+        """s `[B]` at diffusion time t `[B]` (1 = all masked); 1 means off."""
+        full = self.full_scale(modality)
+        if self.mode == "ramp":
+            return 1 + (full - 1) * (1 - time)
+        if self.mode == "window":
+            start, stop = self.window
+            inside = (1 - time >= start) & (1 - time <= stop)
+            return torch.where(inside, full, torch.ones_like(time))
+        return torch.full_like(time, full)
+
+    def uncond_mask(self, modality: Modality, batch: TokenBatch, condition: Tensor | None) -> Tensor:
+        """bool `[B, L]`: what the unconditional pass for targets of `modality` does not see."""
+        known = batch.given & batch.valid
+        if condition is not None:
+            return condition & known
+        if self.hide == "given":
+            return known
+        if self.hide == "other":
+            return batch.valid & (batch.modality != modality)
+        return known & (batch.modality == (Modality.TEXT if self.hide == "text" else Modality.IMAGE))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.guidance import mix
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.kernels.fused_draw import COLDEST, fused_draw, usable
 
@@ -146,36 +145,36 @@ class Choice:
         token: int64 `[B, n]`, index inside the modality's slice.
         probability: float64 `[B, n]`, of that token before temperature and filters.
         confidence: float64 `[B, n]`, by the chosen measure.
-        sound: bool scalar, False where a position had NaN, +inf, or no token left.
+        is_finite: bool scalar, False where a position had NaN, +inf, or no token left.
     """
 
     token: Tensor
     probability: Tensor
     confidence: Tensor
-    sound: Tensor
+    is_finite: Tensor
 
-    def spread(self, rows: Tensor | None, size: int) -> Choice:
+    def scatter_rows(self, rows: Tensor | None, size: int) -> Choice:
         """Of `rows`, int64 `[R]` or None for all, to that of all rows; zeros in the others."""
         if rows is None:
             return self
         columns = self.token, self.probability, self.confidence
         token, probability, confidence = (c.new_zeros(size, *c.shape[1:]).index_copy(0, rows, c) for c in columns)
-        return Choice(token, probability, confidence, self.sound)
+        return Choice(token, probability, confidence, self.is_finite)
 
 
-def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor) -> Choice:
+def choose(logits: Tensor, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor) -> Choice:
     """Draw a token at every position and say how sure the model is of it.
 
     Args:
         logits: float `[B, n, V]`, guided, with -inf at forbidden tokens.
-        live: bool `[B, n]`; the others are padding of the index.
+        is_real: bool `[B, n]`; the others are padding of the index.
         settings: temperature, filters and confidence measure.
         u, noise: float64 `[B, n]`, for the token and for `random` confidence.
 
     On CUDA one kernel does it where it is the same draw, see `unidiff.kernels.fused_draw`.
     """
     if _fuses(logits, settings):
-        return _fused(logits[None], live, settings, u, noise)
+        return _fused(logits[None], is_real, settings, u, noise)
     rows, _, width = logits.shape
     size = max(1, _CHUNK // max(1, rows * width))
     plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
@@ -189,8 +188,30 @@ def choose(logits: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, 
         probability = p.gather(-1, token[..., None])[..., 0]
         parts.append((token, probability, confidence_of(p, probability, settings.confidence, noise_part)))
     token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
-    sound = (logits.amax(-1).isfinite() | ~live).all()
-    return Choice(token, probability, confidence, sound)
+    is_finite = (logits.amax(-1).isfinite() | ~is_real).all()
+    return Choice(token, probability, confidence, is_finite)
+
+
+def mix(
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: Tensor,
+    others: Sequence[Tensor] | Tensor = (),
+    further: Sequence[float] = (),
+) -> Tensor:
+    """uncond + s (cond - uncond), written so that s = 1 returns cond bit by bit; -inf of cond stays.
+
+    Args:
+        conditional, unconditional: logits `[B, n, V]`.
+        scale: `[B]`.
+        others, further: more unconditional logits and their scales: each adds (s_k - 1) (cond - other_k).
+    """
+    s = scale.to(conditional.dtype)[:, None, None]
+    mixed = conditional + (s - 1) * (conditional - unconditional)
+    mixed = torch.where(s == 1, conditional, mixed)
+    for other, extra in zip(others, further, strict=True):
+        mixed = mixed + (extra - 1) * (conditional - other)
+    return torch.where(conditional == -torch.inf, conditional, mixed)
 
 
 @dataclass(frozen=True)
@@ -198,7 +219,7 @@ class Blend:
     """How the logits of the guidance streams become those that tokens are drawn from.
 
     Attributes:
-        scale: `[B]`, of the first unconditional stream. further: scales of the others, see `guidance.mix`.
+        scale: `[B]`, of the first unconditional stream. further: scales of the others, see `mix`.
         banned: int64, indices of tokens that may not be drawn; None for none.
     """
 
@@ -220,12 +241,12 @@ class Blend:
 
 
 def choose_blended(
-    values: Tensor, blend: Blend, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor
+    values: Tensor, blend: Blend, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor
 ) -> Choice:
     """`choose` from the logits of all streams `[S, B, n, V]`; on CUDA the blend is part of the one kernel."""
     if not _fuses(values, settings):
-        return choose(blend(values), live, settings, u, noise)
-    return _fused(values, live, settings, u, noise, blend)
+        return choose(blend(values), is_real, settings, u, noise)
+    return _fused(values, is_real, settings, u, noise, blend)
 
 
 def _fuses(values: Tensor, settings: ModalityDecoding) -> bool:
@@ -233,7 +254,7 @@ def _fuses(values: Tensor, settings: ModalityDecoding) -> bool:
 
 
 def _fused(
-    values: Tensor, live: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor, blend: Blend | None = None
+    values: Tensor, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor, blend: Blend | None = None
 ) -> Choice:
     weights = banned = None
     if blend is not None and len(values) > 1:
@@ -244,4 +265,4 @@ def _fused(
     measure = settings.confidence
     out = fused_draw(values, u, settings.temperature, settings.top_k, measure, weights, banned)
     confidence = noise if measure == "random" else out.confidence
-    return Choice(out.token, out.probability, confidence, (out.sound | ~live).all())
+    return Choice(out.token, out.probability, confidence, (out.is_finite | ~is_real).all())

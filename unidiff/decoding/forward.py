@@ -26,28 +26,28 @@ class PositionLogits:
     """Logits of one modality where they were asked for.
 
     Attributes:
-        index: int64 `[B, n]`, positions in the row. live: bool `[B, n]`, False on padding of the index.
+        index: int64 `[B, n]`, positions in the row. is_real: bool `[B, n]`, False on padding of the index.
         values: float32 or float64 `[streams, R, n, V]` over the modality's slice, conditional stream first.
         rows: int64 `[R]`, whose values these are; None for all.
     """
 
     index: Tensor
-    live: Tensor
+    is_real: Tensor
     values: Tensor
     rows: Tensor | None = None
 
-    def own(self, of_all: Tensor) -> Tensor:
+    def select_rows(self, of_all: Tensor) -> Tensor:
         """`[B, ...]` to `[R, ...]`."""
         return of_all if self.rows is None else of_all[self.rows]
 
 
-def gather_positions(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The wanted positions `[B, L]` of each row as an index `[B, count]` in ascending order, and which entries are real."""
-    index = (~wanted).long().argsort(dim=1, stable=True)[:, :count]
-    return index, wanted.gather(1, index)
+def gather_positions(targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The targets positions `[B, L]` of each row as an index `[B, count]` in ascending order, and which entries are real."""
+    index = (~targets).long().argsort(dim=1, stable=True)[:, :count]
+    return index, targets.gather(1, index)
 
 
-class Forward:
+class StreamedModel:
     """Runs the model for one request and keeps the features of every guidance stream.
 
     A stream is B rows of one `FeatureStore`; streams that do the same in a pass run together. Where the policy asks for
@@ -57,10 +57,10 @@ class Forward:
         model: see `Denoiser`.
         vocabulary: for [MASK] and the modality slices.
         batch: the request; its layout does not change.
-        hides: bool `[B, L]` per unconditional stream, what it does not see.
+        uncond_masks: bool `[B, L]` per unconditional stream, what it does not see.
         policy: of this request; no cache when left out.
         unconditional: the rows of streams 1, 2, ... where hiding does not make them, see `Sampler`.
-        peaks: filled with the largest logits where the policy wants them, see `DecodeState.peaks`.
+        max_logits: filled with the largest logits where the policy wants them, see `DecodeState.max_logits`.
         graphs: record and replay passes of a `PartialDenoiser`; None runs all of them as they are.
     """
 
@@ -69,9 +69,9 @@ class Forward:
         model: Denoiser,
         vocabulary: Vocabulary,
         batch: TokenBatch,
-        hides: Sequence[Tensor],
+        uncond_masks: Sequence[Tensor],
         policy: RefreshPolicy | None = None,
-        peaks: dict[int, Tensor] | None = None,
+        max_logits: dict[int, Tensor] | None = None,
         unconditional: Sequence[TokenBatch] = (),
         graphs: PassGraphs | None = None,
     ) -> None:
@@ -81,19 +81,19 @@ class Forward:
         share = 1 if self._traits is None else self._traits.codes_per_token
         images = int((batch.modality[0] == Modality.IMAGE).sum()) if share > 1 else 0
         self._tokens = batch.shape[1] - images + images // share  # of a row, in the layers
-        self._model, self._vocabulary, self._layout = model, vocabulary, batch
+        self.denoiser, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
         self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         nothing = torch.zeros_like(batch.given)
-        self._hides = [nothing, *([nothing] * len(unconditional) if unconditional else hides)]
-        self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._hides)
+        self._uncond_masks = [nothing, *([nothing] * len(unconditional) if unconditional else uncond_masks)]
+        self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._uncond_masks)
         self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
         # streams in which rows keep their difference from the conditional one in this pass -> rows that do not, bool [B]
         self._held: dict[int, Tensor | None] = {}
         self._evaluated: dict[int, Tensor] = {}  # stream -> those rows, where not all do the same
         self._beside: dict[int, Tensor] = {}  # stream -> conditional features when its rows were last evaluated
-        self._peaks = {} if peaks is None else peaks
+        self._max_logits = {} if max_logits is None else max_logits
         self.store: FeatureStore | None = None
         if self._policy.store is not None and self._partial is not None:
             self.store = self._partial.make_store(TokenBatch.cat(self._layouts), self._policy.store)
@@ -106,7 +106,7 @@ class Forward:
 
         Args:
             ids: int64 `[B, L]`, current tokens.
-            streams: 0 is the conditional one, k the k-th of `hides`.
+            streams: 0 is the conditional one, k the k-th of `uncond_masks`.
             time: `[B]`, diffusion time.
             unfinished: int64 `[n]`, the rows that still need features, None for all. Passes over whole rows leave the
                 others out, unless they are recorded.
@@ -116,51 +116,52 @@ class Forward:
         held = (s for s, own in asked.items() if own is None or s in self._evaluated)
         self._held = {s: self._evaluated.get(s) for s in held if s in self._features}
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
-        if plans:
-            self._compute(ids, plan, plans, time, unfinished)
-        else:
-            self.stats.reused_passes += 1
+        begun = wall.perf_counter()
+        for group in self._groups(plans):
+            rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S B, L]
+            together, times = stacked([plans[s] for s in group]), time.float().repeat(len(group))
+            if self.store is not None:
+                self._run_partial(rows, together, group, times)
+                continue
+            layout, mask = self._layout_of(tuple(group))
+            if self._graphs is not None:
+                fresh = self._graphs.hidden(self.denoiser, rows, layout, mask, times, tuple(group))
+                self._keep(fresh, together, group, None)
+                continue
+            kept = None if plan.every_row or any(s not in self._features for s in group) else unfinished
+            modality, positions = layout.modality, layout.positions
+            if kept is not None:
+                kept = torch.cat([kept + i * len(ids) for i in range(len(group))])
+                rows, modality, positions, times = (x[kept] for x in (rows, modality, positions, times))
+                mask = None if mask is None else mask[kept]
+            fresh = self.denoiser.hidden(rows, modality, positions, mask, times)  # [n, L, D]
+            check_features(fresh, rows)
+            self._keep(fresh, together, group, kept)
+        full = all(p.full for p in plans.values())
+        self.stats.full_passes += full and bool(plans)
+        self.stats.partial_passes += not full
+        self.stats.reused_passes += not plans
+        self.stats.forward_seconds += wall.perf_counter() - begun if plans else 0.0
         for s in (
             s for s in streams if s and plan.others
         ):  # rows that were evaluated differ from now on by what they do now
-            rows = self._evaluated.get(s)
-            if rows is not None and s in self._beside:
-                self._beside[s] = torch.where(rows[:, None, None], self._features[0], self._beside[s])
-            elif s in plans or rows is not None:
+            row = self._evaluated.get(s)
+            if row is not None and s in self._beside:
+                self._beside[s] = torch.where(row[:, None, None], self._features[0], self._beside[s])
+            elif s in plans or row is not None:
                 self._beside[s] = self._features[0].clone()
-
-    def _compute(
-        self,
-        ids: Tensor,
-        plan: CachePlan,
-        plans: Mapping[int, CachePlan],
-        time: Tensor,
-        unfinished: Tensor | None,
-    ) -> None:
-        begun = wall.perf_counter()
-        for group in self._groups(plans):
-            rows, together = torch.cat([self._ids_of(s, ids) for s in group]), stacked([plans[s] for s in group])
-            if self.store is None:
-                every = plan.every_row or any(s not in self._features for s in group)
-                self._run_whole(rows, together, group, time, None if every else unfinished)
-            else:
-                self._run_partial(rows, together, group, time)
-        full = all(p.full for p in plans.values())
-        self.stats.full_passes += full
-        self.stats.partial_passes += not full
-        self.stats.forward_seconds += wall.perf_counter() - begun
 
     def _ids_of(self, stream: int, ids: Tensor) -> Tensor:
         """What a stream sees, int64 `[B, L]`."""
         layout = self._layouts[stream]
         if layout is not self._layout:
             return torch.where(layout.targets, ids, layout.ids)
-        return torch.where(self._hides[stream], self._mask_ids, ids)
+        return torch.where(self._uncond_masks[stream], self._mask_ids, ids)
 
     def _plan_of(self, stream: int, plan: CachePlan) -> CachePlan | None:
         """What a stream does in this pass, None for nothing; one without features computes all of them."""
         own = plan.of(stream)
-        if stream not in self._features and not (self.store is not None and self._policy.appends):
+        if stream not in self._features and not (self.store is not None and self._policy.append_only):
             return CachePlan()
         if own is None or own.full:
             return own
@@ -183,40 +184,31 @@ class Forward:
             groups.append([stream])
         return groups
 
-    def _run_whole(
-        self, ids: Tensor, plan: CachePlan, streams: list[int], time: Tensor, unfinished: Tensor | None
-    ) -> None:
-        n, key = len(streams), tuple(streams)
-        if key not in self._joined:
+    def _layout_of(self, streams: tuple[int, ...]) -> tuple[TokenBatch, Tensor | None]:
+        """The rows of some streams and their attention mask."""
+        if streams not in self._joined:
             joined = TokenBatch.cat([self._layouts[s] for s in streams])
-            self._joined[key] = joined, joined.attention_mask()
-        layout, mask = self._joined[key]
-        times, size = time.float().repeat(n), len(self._layout.ids)
-        if self._graphs is not None:
-            fresh = self._graphs.hidden(self._model, ids, layout, mask, times, key)
-        elif unfinished is None:
-            fresh = self._model.hidden(ids, layout.modality, layout.positions, mask, times)
-            check_features(fresh, ids)
-        else:
-            rows = torch.cat([unfinished + i * size for i in range(n)])
-            seen = None if mask is None else mask[rows]
-            fresh = self._model.hidden(ids[rows], layout.modality[rows], layout.positions[rows], seen, times[rows])
-            check_features(fresh, ids[rows])
+            self._joined[streams] = joined, joined.attention_mask()
+        return self._joined[streams]
+
+    def _keep(self, fresh: Tensor, plan: CachePlan, streams: list[int], rows: Tensor | None) -> None:
+        """Features `[n, L, D]` of whole rows, those of int64 `[n]` or all, become those of the streams where the plan says."""
+        n = len(streams)
+        self._count(n, len(fresh) // n, len(fresh) // n * self._tokens, self._whole_work)
+        if rows is not None:
             fresh = torch.cat([self._features[s] for s in streams]).index_copy(0, rows, fresh)
-            size = len(unfinished)
-        self._count(n, size, size * self._tokens, self._whole_work)
-        wanted = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
-        queries = [None] * n if wanted is None else wanted.chunk(n)
+        asked = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
+        queries = [None] * n if asked is None else asked.chunk(n)
         for stream, features, query in zip(streams, fresh.chunk(n), queries, strict=True):
             if query is not None and stream in self._features:
                 features = torch.where(query[..., None], features, self._features[stream])
             self._features[stream] = features
 
-    def _run_partial(self, ids: Tensor, plan: CachePlan, streams: list[int], time: Tensor) -> None:
+    def _run_partial(self, ids: Tensor, plan: CachePlan, streams: list[int], times: Tensor) -> None:
         assert self.store is not None and self._partial is not None and self._traits is not None
         n, size = len(streams), len(self._layout.ids)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
-        times, select = time.float().repeat(n), self._policy.select
+        select = self._policy.select
         if self._graphs is not None and recordable(plan):
             work, apart = self._graphs.partial(self._partial, ids, plan, store, times, select, tuple(streams)), 0
         else:
@@ -256,30 +248,30 @@ class Forward:
     def logits(
         self,
         modality: Modality,
-        wanted: Tensor,
+        targets: Tensor,
         count: int,
         streams: Sequence[int],
         weights: Tensor | None = None,
         unfinished: Tensor | None = None,
     ) -> PositionLogits:
-        """The head of `modality`, at the wanted positions `[B, L]` only (at most `count` per row).
+        """The head of `modality`, at the targets positions `[B, L]` only (at most `count` per row).
 
         Args:
             weights: `[S, B]`, of the streams in the sum that the caller draws from. Where logits are affine in the features
                 that sum comes back as the only stream, from one call of the head.
-            unfinished: int64 `[R]`, the only rows with wanted positions; None for all. A policy that looks at the largest
+            unfinished: int64 `[R]`, the only rows with targets positions; None for all. A policy that looks at the largest
                 logits gets all.
         """
-        index, live = gather_positions(wanted, count)
-        rows = None if self._policy.peaks is not None else unfinished
+        index, is_real = gather_positions(targets, count)
+        rows = None if self._policy.max_logits is not None else unfinished
         taken = index if rows is None else index[rows]
         affine = self._traits is not None and self._traits.affine_head
         own = self._features[0]  # stands in for a stream that no row has used so far: none uses it now
         features = [self._moved(s) if affine and s in self._held else self._features.get(s, own) for s in streams]
-        if affine and weights is not None and self._policy.peaks is None:
+        if affine and weights is not None and self._policy.max_logits is None:
             weights = weights if rows is None else weights[:, rows]
             values = self._head(modality, features, taken, weights, rows)  # [1, R, n, V]
-            return PositionLogits(index, live, values, rows)
+            return PositionLogits(index, is_real, values, rows)
         values = self._head(modality, features, taken, rows=rows)  # [S, R, n, V]
         if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:
             beside = self._head(modality, [self._beside[streams[i]] for i in held], taken, rows=rows)
@@ -289,9 +281,9 @@ class Forward:
                 if now is not None:  # rows that were evaluated in this pass
                     kept = torch.where((now if rows is None else now[rows])[:, None, None], values[i], kept)
                 values[i] = kept
-        if self._policy.peaks is not None:
-            self._note_peaks(modality, index, live, values, streams, weights)
-        return PositionLogits(index, live, values, rows)
+        if self._policy.max_logits is not None:
+            self._note_max_logits(modality, index, is_real, values, streams, weights)
+        return PositionLogits(index, is_real, values, rows)
 
     def _moved(self, stream: int) -> Tensor:
         """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then).
@@ -316,7 +308,7 @@ class Forward:
             wide = torch.promote_types(picked.dtype, torch.float32)
             picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)
         tokens = len(picked) * index.numel()
-        logits = self._model.head(picked, start, stop)
+        logits = self.denoiser.head(picked, start, stop)
         check_head(logits, picked, start, stop)
         self.stats.head_tokens += tokens
         if self._traits is not None:
@@ -324,26 +316,26 @@ class Forward:
         self.stats.forward_seconds += wall.perf_counter() - begun
         return logits
 
-    def _note_peaks(
+    def _note_max_logits(
         self,
         modality: Modality,
         index: Tensor,
-        live: Tensor,
+        is_real: Tensor,
         values: Tensor,
         streams: Sequence[int],
         weights: Tensor | None,
     ) -> None:
         """Largest logits at the candidates, or at all positions over this modality's slice, of rows that mix a stream in."""
         best = values.amax(-1)  # [S, B, n]
-        everywhere = self._policy.peaks == "everywhere"
+        everywhere = self._policy.max_logits == "everywhere"
         if everywhere:
             index = torch.arange(self._layout.shape[1], device=index.device).expand(self._layout.shape)
             best = self._head(modality, [self._features[s] for s in streams], index).amax(-1)
         for i, (stream, peak) in enumerate(zip(streams, best, strict=True)):
-            known = self._peaks.get(stream)
+            known = self._max_logits.get(stream)
             if known is None:
                 known = torch.full(self._layout.shape, torch.nan, dtype=peak.dtype, device=peak.device)
-            fresh = self._layouts[stream].valid & live.any(1, keepdim=True) if everywhere else live
+            fresh = self._layouts[stream].valid & is_real.any(1, keepdim=True) if everywhere else is_real
             if stream and weights is not None:
                 fresh = fresh & (weights[i] != 0)[:, None]
-            self._peaks[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
+            self._max_logits[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time as wall
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import draw
-from unidiff.decoding.arguments import check_request, check_sampler
+from unidiff.decoding.arguments import banned_offsets, check_ends, check_request, check_sampler
 from unidiff.decoding.cache import NoCache, RefreshPolicy
-from unidiff.decoding.commit.choose import decide, decide_early, quota, unmask_chance
+from unidiff.decoding.commit.base import CommitRule, check_rules
 from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
-from unidiff.decoding.commit.rules import CommitRule, check_rules, guarded
 from unidiff.decoding.config import SamplerConfig
-from unidiff.decoding.forward import PositionLogits
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
-from unidiff.decoding.guidance import scale_at
-from unidiff.decoding.request import Request
-from unidiff.decoding.state import Clock
+from unidiff.decoding.request import PassWork, Request
+from unidiff.decoding.state import Callback, DecodeView, ModalityProgress, declines, own_copy
 from unidiff.decoding.stats import DecodeStats
-from unidiff.decoding.unusable import complaint
-from unidiff.decoding.watch import Callback, DecodeView, declines, own_copy
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -51,34 +46,6 @@ class SamplerOutput:
     trajectory: list[Tensor] | None = None
     steps: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
-
-
-@dataclass
-class Work:
-    """What one modality does in one pass.
-
-    Attributes:
-        candidates: bool `[B, L]`, positions whose logits are wanted.
-        decided: all candidates are filled whatever the model says (rules that do not look at confidences).
-        quota: int64 `[B]`. sigma: float64 `[B]`, ReMDM's chance. time: float64 `[B]`. scale: guidance `[B]`.
-        width: most candidates in a row, rounded up so that few different shapes occur. guided: some row has scale != 1.
-    """
-
-    clock: Clock
-    candidates: Tensor
-    decided: bool
-    quota: Tensor
-    sigma: Tensor
-    time: Tensor
-    scale: Tensor
-    width: int = 0
-    guided: bool = False
-
-    def shown(self, logits: Tensor) -> Tensor:
-        """Candidates whose logits the cache policy shows, bool `[B, L]`; the clock of rows without any stands still."""
-        shown = self.candidates & logits
-        self.clock.hold(self.candidates.any(1) & ~shown.any(1))
-        return shown
 
 
 class Sampler:
@@ -113,9 +80,11 @@ class Sampler:
         self.model, self.vocabulary, self.config = model, vocabulary, config
         self.policy: RefreshPolicy = NoCache() if policy is None else policy
         self.rules, self.graphs = check_rules(rules), graphs
-        settings = {Modality.TEXT: config.text, Modality.IMAGE: config.image}
-        self._banned = {m: _banned_offsets(vocabulary, m, s.forbid) for m, s in settings.items()}
-        _check_ends(vocabulary, config)
+        self.banned = {
+            Modality.TEXT: banned_offsets(vocabulary, Modality.TEXT, config.text.forbid),
+            Modality.IMAGE: banned_offsets(vocabulary, Modality.IMAGE, config.image.forbid),
+        }
+        check_ends(vocabulary, config)
 
     @torch.no_grad()
     def __call__(
@@ -146,36 +115,37 @@ class Sampler:
                 the message says whether the model or a setting makes them so.
         """
         begun = wall.perf_counter()
-        check_request(self.vocabulary, batch, seeds, condition, callback, record, unconditional)
+        others = check_request(self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional)
         batch, seeds = own_copy(batch), seeds.clone()  # nothing the caller does meanwhile reaches the decode
-        # 1. hide the targets; open the clocks, the guidance streams and the noise
-        policy = self.policy.start(batch, self.model)
-        own = condition, policy, unconditional, self._graphs(batch)
-        request = Request.open(self.model, self.vocabulary, self.config, batch, seeds, *own)
-        state, forward = request.state, request.forward
-        blame = partial(complaint, self.model, self.vocabulary, self.config, self._banned)
+        # 1. hide the targets; open the progress of each modality, the guidance streams and the noise
+        policy, graphs = self.policy.start(batch, self.model), self._graphs(batch)
+        request = Request(
+            self.model, self.vocabulary, self.config, batch, seeds, condition, policy, others, graphs, self.rules
+        )
+        state, model = request.state, request.model
+        blame = partial(request.complaint, self.vocabulary, self.config.guidance, self.banned)
         trajectory = [state.ids.clone()] if record else None
         while True:
             # 2. which positions may be filled now: blocks, order, and rules that need no look at the model
-            work = [self._begin(request, clock) for clock in state.clocks.values()]
+            work = [self._begin(request, progress) for progress in state.progress.values()]
             if not request.synchronise(work, blame):  # the only host synchronisation of a pass
                 break
             busy = [w for w in work if w.width]
-            state.written = torch.zeros_like(state.open)
+            state.just_unmasked = torch.zeros_like(state.masked)
             if busy:
                 # 3. plan: what to recompute and where logits are wanted
-                state.streams, state.users = tuple(request.streams(busy)), request.users(busy)
+                request.open_streams(busy)
                 plan = policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
-                forward.run(state.ids, plan, state.streams, request.time(work), request.unfinished)
-                state.nfe = forward.stats.evaluations
+                model.run(state.ids, plan, state.streams, request.time(work), request.unfinished)
+                state.nfe = model.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:
-                    self._fill(request, w, w.candidates if plan.logits is None else w.shown(plan.logits))
+                    self._fill(request, w, w.shown(plan.logits))
             # 6. remask: committed tokens become fresh work
             for w in work:
                 self._remask(request, w)
-            # 7. close finished texts, move the clocks, let policy and callback look
+            # 7. close finished texts, move on, let policy and callback look
             request.end_pass()
             if busy:
                 policy.observe(state, plan)
@@ -184,7 +154,7 @@ class Sampler:
             if callback is not None and declines(callback(state.step - 1, DecodeView(state))):
                 state.finishing = True
         seconds = wall.perf_counter() - begun
-        return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, forward.stats)
+        return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, model.stats)
 
     def _graphs(self, batch: TokenBatch) -> PassGraphs | None:
         """What records the passes of a request, if anything does."""
@@ -192,108 +162,70 @@ class Sampler:
             return PassGraphs(CudaRecorder(batch.ids.device)) if batch.ids.is_cuda else None
         return PassGraphs(self.graphs) if self.graphs else None
 
-    def _begin(self, request: Request, clock: Clock) -> Work:
-        """Candidates of one modality, with everything its rules need to know about the clock."""
-        state, settings = request.state, clock.settings
-        clock.begin_pass(state.open, request.waiting(clock.modality))
-        step, steps = clock.step, clock.steps
-        time = clock.time(state.open)
+    def _begin(self, request: Request, progress: ModalityProgress) -> PassWork:
+        """What one modality may fill in this pass, and all at once where the model does not matter."""
+        state, settings, rule = request.state, progress.settings, progress.rule
+        now = progress.begin_pass(state.masked, request.waiting(progress.modality))
+        time = progress.time(state.masked)  # [B]
         sigma = torch.zeros_like(time)
         if settings.remask == "remdm":
-            sigma = remdm_sigma(settings.schedule, step, steps, settings.remask_cap)
-        count = clock.remaining
-        if settings.rule == "quota":
-            count = quota(settings.schedule, clock.start, clock.remaining, step, steps)
-        decided = None
+            sigma = remdm_sigma(settings.schedule, now.step, now.steps, settings.remask_cap)
+        count = rule.count(now)
         if state.finishing:
-            decided = state.open & clock.wanted
-        elif clock.modality in self.rules:
-            pass  # a rule of one's own always looks
-        elif settings.rule == "ancestral":
-            chance = unmask_chance(settings.schedule, step, steps, sigma)
-            decided = clock.active & (request.noise(state.step, draw.UNMASK) < chance[:, None])
+            decided: Tensor | None = state.masked & progress.targets
         else:
-            decided = decide_early(settings, clock.active, count, request.noise(state.step, draw.ORDER))
-        candidates = clock.active | clock.ahead if decided is None else decided
-        scale = scale_at(self.config.guidance, clock.modality, time)
-        return Work(clock, candidates, decided is not None, count, sigma, time, scale)
+            decided = rule.early(now, count, sigma, partial(request.noise, state.step))
+        candidates = progress.active | progress.ahead if decided is None else decided
+        scale = self.config.guidance.scale_at(progress.modality, time)
+        return PassWork(progress, candidates, decided is not None, count, sigma, time, scale)
 
-    def _fill(self, request: Request, work: Work, wanted: Tensor) -> None:
-        """Draw tokens at the wanted positions `[B, L]` of one modality and commit those that its rule picks."""
-        state, settings, modality = request.state, work.clock.settings, work.clock.modality
-        streams = [0, request.stream_of[modality], *request.further] if work.guided else [0]
-        banned = self._banned[modality] = self._banned[modality].to(wanted.device)
+    def _fill(self, request: Request, work: PassWork, targets: Tensor) -> None:
+        """Draw tokens at the targets bool `[B, L]` of one modality and commit those that its rule picks."""
+        state, progress, rule = request.state, work.progress, work.progress.rule
+        settings, modality, streams = progress.settings, progress.modality, request.streams_of(work)
+        banned = self.banned[modality] = self.banned[modality].to(targets.device)
         blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
-        rows = None if work.clock.credit is not None else request.unfinished  # credit is kept for all rows
-        logits = request.forward.logits(modality, wanted, work.width, streams, blend.weights(len(streams)), rows)
-        blend = replace(blend, scale=logits.own(blend.scale))
+        rows = request.unfinished if rule.adjusts is None else None  # what changes logits looks at all rows
+        logits = request.model.logits(modality, targets, work.width, streams, blend.weights(len(streams)), rows)
+        blend = replace(blend, scale=logits.select_rows(blend.scale))
         token_noise, order_noise, choice_noise = (
             request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
         )  # [B, n]
-        live, noises = logits.own(logits.live), (logits.own(token_noise), logits.own(order_noise))
-        if work.clock.credit is None:
-            choice = draw.choose_blended(logits.values, blend, live, settings, *noises)
+        is_real, noises = logits.select_rows(logits.is_real), map(logits.select_rows, (token_noise, order_noise))
+        if rule.adjusts is None:
+            choice = draw.choose_blended(logits.values, blend, is_real, settings, *noises)
         else:
-            values = work.clock.credit.add(blend(logits.values), logits.index, live)  # [B, n, V]
-            choice = draw.choose(values, live, settings, *noises)
-        choice = choice.spread(logits.rows, len(state.open))
-        request.sound &= choice.sound
-        pick = logits.live
+            values = rule.adjust(blend(logits.values), logits.index, is_real)  # [B, n, V]
+            choice = draw.choose(values, is_real, settings, *noises)
+        choice = choice.scatter_rows(logits.rows, len(state.masked))
+        request.is_finite &= choice.is_finite
+        pick = logits.is_real
         if not work.decided:
-            score = choice.confidence
+            confidence = score = choice.confidence
             if settings.choice_temperature:
                 base = score.log() if settings.confidence == "probability" else score
                 score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(choice_noise)
-            pick = self._pick(work, logits, choice.confidence, score)
+            if settings.blocks_in_flight == 1:
+                pick = rule.pick(confidence, score, pick, work.quota, logits.index)
+            else:  # by a threshold of their own in blocks ahead
+                ahead = pick & progress.ahead.gather(1, logits.index)
+                pick = rule.pick(confidence, score, pick & ~ahead, work.quota, logits.index)
+                pick = pick | (ahead & (confidence >= settings.flight_threshold))
         start, _ = self.vocabulary.range_of(modality)
-        state.written |= state.write(logits.index, pick, choice.token + start, choice.probability)
+        state.write(logits.index, pick, choice.token + start, choice.probability)
 
-    def _pick(self, work: Work, logits: PositionLogits, confidence: Tensor, score: Tensor) -> Tensor:
-        """Candidates `[B, n]` to fill: by the rule in the current block, by a threshold of their own in blocks ahead."""
-        settings, live = work.clock.settings, logits.live
-        own = self.rules.get(work.clock.modality)
-        rule: Callable[..., Tensor] = partial(decide, settings) if own is None else guarded(own, settings)
-        if settings.blocks_in_flight == 1:
-            return rule(confidence, score, live, work.quota, logits.index)
-        ahead = live & work.clock.ahead.gather(1, logits.index)
-        pick = rule(confidence, score, live & ~ahead, work.quota, logits.index)
-        return pick | (ahead & (confidence >= settings.flight_threshold))
-
-    def _remask(self, request: Request, work: Work) -> None:
+    def _remask(self, request: Request, work: PassWork) -> None:
         """Mask committed tokens of one modality again, where its settings ask for it."""
-        state, clock, settings = request.state, work.clock, work.clock.settings
+        state, progress, settings = request.state, work.progress, work.progress.settings
         if settings.remask == "none" or state.finishing:
             return
-        earlier = state.committed & ~state.written
+        earlier = state.committed & ~state.just_unmasked
         if settings.remask == "remdm":
-            again = earlier & clock.in_block & (request.noise(state.step, draw.REMASK) < work.sigma[:, None])
+            again = earlier & progress.in_block & (request.noise(state.step, draw.REMASK) < work.sigma[:, None])
         else:
-            candidates = earlier & clock.wanted & clock.running[:, None]
-            budget = settings.remask_budget - clock.remasked
+            candidates = earlier & progress.targets & progress.running[:, None]
+            budget = settings.remask_budget - progress.remasked
             again = unsure_tokens(state.confidence, candidates, settings.remask_threshold, budget)
-        clock.remasked = clock.remasked + again.sum(1)
-        if clock.credit is not None:
-            clock.credit.forget(again)
-        state.mask_again(again, self.vocabulary.mask_of(clock.modality))
-
-
-def _banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...]) -> Tensor:
-    """Offsets in the modality's slice that may not be emitted, int64."""
-    if outside := [i for i in forbid if not 0 <= i < vocabulary.size]:
-        raise ValueError(f"forbid names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
-    start, stop = vocabulary.range_of(modality)
-    offsets = {i - start for i in forbid if start <= i < stop} | set(vocabulary.forbidden(modality))
-    if stop > start and len(offsets) == stop - start:
-        raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
-    return torch.tensor(sorted(offsets), dtype=torch.long)
-
-
-def _check_ends(vocabulary: Vocabulary, config: SamplerConfig) -> None:
-    """Raise `ValueError` for ends that no id is, and for a fill that may not be emitted."""
-    if outside := [i for i in config.ends if i >= vocabulary.size]:
-        raise ValueError(f"ends names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
-    start, stop = vocabulary.text
-    if config.fill is not None and (
-        not start <= config.fill < stop or config.fill in (vocabulary.mask_id, vocabulary.image_mask)
-    ):
-        raise ValueError(f"fill is id {config.fill}; expected a text id from {start} to {stop - 1} that is not [MASK]")
+        progress.remasked = progress.remasked + again.sum(1)
+        progress.rule.forget(again)
+        state.mask_again(again, self.vocabulary.mask_of(progress.modality))

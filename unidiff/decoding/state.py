@@ -1,24 +1,58 @@
-"""What a decode knows between passes: the tokens, what is still open, and one clock per modality."""
+"""What a decode knows between passes: the tokens, what is still masked, and the progress of each modality."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.decoding.blocks import Shares, block_ids, current_block, joined_blocks
-from unidiff.decoding.commit.credit import Credit
-from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.blocks import block_ids, joined_blocks
+from unidiff.decoding.commit.base import BlockPass, CommitRule, GuardedRule, NamedRule
+from unidiff.decoding.config import RULES, ModalityDecoding
 from unidiff.tokens import Modality, TokenBatch
 
 
-@dataclass
-class Clock:
+class BlockShares:
+    """How the passes of a modality are shared out over its blocks: in proportion to their sizes, row by row.
+
+    Passes before a block are the share of `total` that is due to the tokens before it, rounded down. So every block gets at
+    least one pass and no more than its share rounded up, and all of them together get `total`.
+
+    Args:
+        steps: passes asked for. Rows with more blocks than that make one pass per block.
+        size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
+        capped: never more passes than tokens.
+    Attributes:
+        total: int64 `[B]`, passes.
+    """
+
+    def __init__(self, steps: int, size: Tensor, length: int | None, capped: bool) -> None:
+        self._size = size = size.clamp_min(1)
+        self._length = size if length is None else size.clamp_max(length)  # [B], tokens of a full block
+        total = (size - 1).div(self._length, rounding_mode="floor").add(1).clamp_min(steps)
+        self.total = torch.minimum(total, size) if capped else total
+
+    def before(self, block: Tensor) -> Tensor:
+        """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
+        return self.total * torch.minimum(block * self._length, self._size) // self._size
+
+    def own(self, block: Tensor) -> Tensor:
+        """int64 `[B]`: passes of a block."""
+        return self.before(block + 1) - self.before(block)
+
+
+class ModalityProgress:
     """Where each row stands in the decode of one modality.
 
+    Args:
+        modality, settings: what is decoded, and how.
+        batch: the request.
+        own: a commit rule of the caller's own in place of the settings' choice of positions.
     Attributes:
-        wanted: bool `[B, L]`, the modality's targets.
+        targets: bool `[B, L]`, the modality's. rule: decides which of them a pass fills.
         blocks: int64 `[B, L]`, see `block_ids`. shares: their passes.
         block: int64 `[B]`, the one being decoded, -1 before the first. reached: the furthest that was begun; `block` is
             an earlier one while tokens that were masked again are filled.
@@ -26,72 +60,50 @@ class Clock:
         active: bool `[B, L]`, positions of that block that may be filled in this pass. running: bool `[B]`, rows that
             take part in it.
         remasked: int64 `[B]`, how many tokens of the row were masked again.
-        joined: int64 `[B]`, blocks in flight behind the current one. ahead: bool `[B, L]`, their open positions.
-        in_flight: most blocks at once. credit: what tokens have earned, for the rule of that name.
+        joined: int64 `[B]`, blocks in flight behind the current one. ahead: bool `[B, L]`, their masked positions.
+        in_flight: most blocks at once.
     """
 
-    modality: Modality
-    settings: ModalityDecoding
-    wanted: Tensor
-    blocks: Tensor
-    shares: Shares
-    block: Tensor
-    reached: Tensor
-    made: Tensor
-    start: Tensor
-    active: Tensor
-    running: Tensor
-    remasked: Tensor
-    joined: Tensor
-    ahead: Tensor
-    in_flight: int = 1
-    credit: Credit | None = None
-
-    @classmethod
-    def open(cls, modality: Modality, settings: ModalityDecoding, batch: TokenBatch) -> Clock:
-        wanted = batch.targets & (batch.modality == modality)
-        blocks = block_ids(batch, wanted, settings.block_length, settings.block_order)
-        size = wanted.sum(1)
-        shares = Shares.of(settings.steps, size, settings.block_length, settings.rule == "quota")
-        zero = torch.zeros_like(size)
-        nowhere, never = torch.zeros_like(wanted), torch.zeros_like(zero, dtype=torch.bool)
-        credit = Credit(wanted, settings) if settings.rule == "credit" else None
-        return cls(
-            modality,
-            settings,
-            wanted,
-            blocks,
-            shares,
-            zero - 1,
-            zero - 1,
-            zero,
-            zero,
-            nowhere,
-            never,
-            zero,
-            zero,
-            nowhere,
-            min(settings.blocks_in_flight, batch.shape[1]),
-            credit,
+    def __init__(
+        self, modality: Modality, settings: ModalityDecoding, batch: TokenBatch, own: CommitRule | None = None
+    ) -> None:
+        self.modality, self.settings = modality, settings
+        self.targets = batch.targets & (batch.modality == modality)
+        rule: NamedRule = RULES[settings.rule](settings, self.targets)
+        self.rule = rule if own is None else GuardedRule(rule, own)
+        length, size = settings.block_length, self.targets.sum(1)
+        whole = length is None
+        self.blocks = (
+            torch.zeros_like(batch.ids) if whole else block_ids(batch, self.targets, length, settings.block_order)
         )
+        self.shares = BlockShares(settings.steps, size, length, rule.capped)
+        self.in_flight = min(settings.blocks_in_flight, batch.shape[1])
+        zero = torch.zeros_like(size)
+        self.block = self.reached = zero - 1
+        self.made = self.start = self.remasked = self.joined = zero
+        self.active = self.ahead = torch.zeros_like(self.targets)
+        self.running = zero.bool()
 
-    def begin_pass(self, open_: Tensor, waiting: Tensor) -> None:
-        """Find the block each row works on: the lowest with an open position. Rows in `waiting` `[B]` pause."""
-        own = open_ & self.wanted & ~waiting[:, None]
-        block = current_block(self.blocks, own)
+    def begin_pass(self, masked: Tensor, waiting: Tensor) -> BlockPass:
+        """Find the block each row works on: the lowest with a masked position. Rows in `waiting` `[B]` pause."""
+        own = masked & self.targets & ~waiting[:, None]
+        block = torch.where(own, self.blocks, torch.iinfo(torch.long).max).amin(
+            1
+        )  # a large number where none is masked
         pending = self.pending & ~waiting
         block = torch.where(pending, self.block, block)
         self.active = own & (self.blocks == block[:, None])
         self.running = self.active.any(1) | pending
         self.block = torch.where(self.running, block, self.block)
-        begun = self.running & (block > self.reached)
+        begun, remaining = self.running & (block > self.reached), self.active.sum(1)
         self.reached = torch.where(begun, block, self.reached)
         self.made = torch.where(begun, 0, self.made)
-        self.start = torch.where(begun, self.remaining, self.start)
+        self.start = torch.where(begun, remaining, self.start)
         if self.in_flight > 1:
             most, share = self.in_flight - 1, self.settings.flight_share
-            self.joined = joined_blocks(self.blocks, self.wanted, own, block, most, share)
+            self.joined = joined_blocks(self.blocks, self.targets, own, block, most, share)
             self.ahead = own & ~self.active & (self.blocks <= (block + self.joined)[:, None])
+        return BlockPass(self.active, self.start, remaining, self.step, self.steps)
 
     def hold(self, rows: Tensor) -> None:
         """Rows `[B]` in which the cache policy shows no logits in this pass: it does not count."""
@@ -106,38 +118,37 @@ class Clock:
         return torch.where(self.block < self.reached, self.steps, self.made)
 
     @property
+    def steps(self) -> Tensor:
+        """int64 `[B]`: passes planned for the current block."""
+        return self.shares.own(self.block.clamp_min(0))
+
+    @property
     def pending(self) -> Tensor:
-        """bool `[B]`: rows whose block has passes left although nothing may be open (ReMDM may mask tokens again)."""
+        """bool `[B]`: rows whose block has passes left although nothing may be masked (ReMDM may mask tokens again)."""
         if self.settings.remask != "remdm":
             return torch.zeros_like(self.running)
         return (self.block >= 0) & (self.step < self.steps)
 
     @property
-    def remaining(self) -> Tensor:
-        """int64 `[B]`: open positions of the current block."""
-        return self.active.sum(1)
-
-    @property
     def in_block(self) -> Tensor:
         """bool `[B, L]`: targets of the blocks that running rows work on."""
         block, last = self.block[:, None], (self.block + self.joined)[:, None]
-        return self.wanted & (self.blocks >= block) & (self.blocks <= last) & self.running[:, None]
+        return self.targets & (self.blocks >= block) & (self.blocks <= last) & self.running[:, None]
 
-    @property
-    def steps(self) -> Tensor:
-        """int64 `[B]`: passes planned for the current block."""
-        return self.shares.own(self.block.clamp_min(0))
+    def left(self, masked: Tensor) -> Tensor:
+        """float64 `[B]`: share of the targets that is masked; 0 where there are none."""
+        return (masked & self.targets).sum(1).double() / self.targets.sum(1).clamp_min(1)
 
-    def time(self, open_: Tensor) -> Tensor:
+    def time(self, masked: Tensor) -> Tensor:
         """float64 `[B]` in [0, 1], diffusion time at this pass: 1 = all masked.
 
-        The share of the planned passes still to come, or of the positions still open where the rule plans none.
+        The share of the planned passes still to come, or of the positions still masked where the rule plans none.
         """
-        if self.settings.rule in ("quota", "ancestral"):
-            block = self.reached.clamp_min(0)
-            done = self.shares.before(block) + torch.minimum(self.made, self.shares.own(block))
-            return 1 - done.double() / self.shares.total
-        return (open_ & self.wanted).sum(1).double() / self.wanted.sum(1).clamp_min(1)
+        if not self.rule.planned:
+            return self.left(masked)
+        block = self.reached.clamp_min(0)
+        done = self.shares.before(block) + torch.minimum(self.made, self.shares.own(block))
+        return 1 - done.double() / self.shares.total
 
 
 @dataclass
@@ -145,40 +156,39 @@ class DecodeState:
     """The decode between two passes. Policies read it, callbacks see a `DecodeView` of it; only the sampler writes.
 
     Attributes:
-        batch: current tokens, [MASK] at open positions.
-        open: bool `[B, L]`, targets still masked.
-        settled: bool `[B, L]`, targets that may not be masked again (end-of-text fill).
-        written: bool `[B, L]`, filled in the last pass.
+        batch: current tokens, [MASK] at masked positions.
+        masked: bool `[B, L]`, targets still masked.
+        frozen: bool `[B, L]`, targets that may not be masked again (end-of-text fill).
+        just_unmasked: bool `[B, L]`, filled in the last pass.
         confidence: float32 `[B, L]`, probability of each decoded token when it was committed; 1 at known tokens
-            and end-of-text fill, 0 while open.
-        clocks: one per modality that has targets.
+            and end-of-text fill, 0 while masked.
+        progress: one per modality that has targets.
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
-        finishing: the next pass fills everything that is open.
+        finishing: the next pass fills everything that is masked.
         streams: guidance streams that the coming pass mixes in; 0 is the conditional one.
         users: bool `[B]` per stream, rows that need it in the coming pass.
-        peaks: per stream `[B, L]`, the largest logit of a position in its modality's slice when the head last saw it,
-            NaN where it never did; kept for policies that ask for it.
+        max_logits: per stream `[B, L]`, the largest logit of a position in its modality's slice when the head last saw
+            it, NaN where it never did; kept for policies that ask for it.
     """
 
     batch: TokenBatch
-    open: Tensor
-    settled: Tensor
-    written: Tensor
+    masked: Tensor
+    frozen: Tensor
+    just_unmasked: Tensor
     confidence: Tensor
-    clocks: dict[Modality, Clock] = field(default_factory=dict)
+    progress: dict[Modality, ModalityProgress] = field(default_factory=dict)
     step: int = 0
     nfe: int = 0
     finishing: bool = False
     streams: tuple[int, ...] = (0,)
     users: dict[int, Tensor] = field(default_factory=dict)
-    peaks: dict[int, Tensor] = field(default_factory=dict)
+    max_logits: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, hidden: TokenBatch, clocks: dict[Modality, Clock]) -> DecodeState:
+    def start(cls, hidden: TokenBatch, progress: dict[Modality, ModalityProgress]) -> DecodeState:
         """`hidden` is the request with every target masked."""
         nowhere = torch.zeros_like(hidden.given)
-        confidence = (~hidden.targets).float()
-        return cls(hidden, hidden.targets.clone(), nowhere, nowhere, confidence, clocks)
+        return cls(hidden, hidden.targets.clone(), nowhere, nowhere, (~hidden.targets).float(), progress)
 
     @property
     def ids(self) -> Tensor:
@@ -188,7 +198,15 @@ class DecodeState:
     @property
     def committed(self) -> Tensor:
         """bool `[B, L]`: decoded targets, which remasking may revise."""
-        return self.batch.targets & ~self.open & ~self.settled
+        return self.batch.targets & ~self.masked & ~self.frozen
+
+    @property
+    def unfinished(self) -> Tensor:
+        """bool `[B]`: rows that are not complete."""
+        alive = self.masked.any(1)
+        for progress in self.progress.values():
+            alive = alive | progress.pending
+        return alive
 
     def alike(self) -> list[bool]:
         """Per stream of the coming pass, whether the same rows need it as the conditional one; read from the device."""
@@ -196,25 +214,113 @@ class DecodeState:
             return [True]
         return torch.stack([(self.users[s] == self.users[0]).all() for s in self.streams]).tolist()
 
-    def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> Tensor:
-        """Put tokens at the picked entries of an index `[B, n]`; returns the filled positions bool `[B, L]`."""
+    def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> None:
+        """Put tokens at the picked entries of an index `[B, n]`."""
         ids = torch.where(pick, token, self.ids.gather(1, index))
         sure = torch.where(pick, confidence.float(), self.confidence.gather(1, index))
         self.batch = self.batch.replace(ids=self.ids.scatter(1, index, ids))
         self.confidence = self.confidence.scatter(1, index, sure)
-        filled = torch.zeros_like(self.open).scatter(1, index, pick)
-        self.open = self.open & ~filled
-        return filled
+        filled = torch.zeros_like(self.masked).scatter(1, index, pick)
+        self.masked, self.just_unmasked = self.masked & ~filled, self.just_unmasked | filled
 
     def mask_again(self, where: Tensor, mask_id: int) -> None:
-        """Committed tokens at `where` bool `[B, L]` become open."""
+        """Committed tokens at `where` bool `[B, L]` become masked."""
         self.batch = self.batch.replace(ids=torch.where(where, mask_id, self.ids))
         self.confidence = torch.where(where, 0.0, self.confidence)
-        self.open = self.open | where
+        self.masked = self.masked | where
 
-    def settle(self, where: Tensor, token: int) -> None:
-        """Fill open positions at `where` for good, with a token that was not decoded."""
+    def freeze(self, where: Tensor, token: int) -> None:
+        """Fill masked positions at `where` for good, with a token that was not decoded."""
         self.batch = self.batch.replace(ids=torch.where(where, token, self.ids))
         self.confidence = torch.where(where, 1.0, self.confidence)
-        self.open = self.open & ~where
-        self.settled = self.settled | where
+        self.masked = self.masked & ~where
+        self.frozen = self.frozen | where
+
+
+class EndOfText:
+    """Finds masked text positions that lie behind a finished text: everything before its first end-of-text is known.
+
+    Args:
+        batch: the request; a text ends inside its own packed sample only.
+        ends: ids that end a text. fill: the id that follows.
+    """
+
+    def __init__(self, batch: TokenBatch, ends: Sequence[int], fill: int) -> None:
+        self.fill = fill
+        self._ends = torch.tensor(tuple(ends), device=batch.ids.device)
+        self._text = batch.targets & (batch.modality == Modality.TEXT)
+        self._sample = batch.sample_ids.clamp_min(0)  # padding has no targets, so its sample does not matter
+        self._samples = int(self._sample.max()) + 1
+        self._place = torch.arange(batch.shape[1], device=batch.ids.device).expand(batch.shape)
+
+    def closed(self, ids: Tensor, masked: Tensor) -> Tensor:
+        """bool `[B, L]`: masked text behind a generated end-of-text before which the sample's text has no masked position."""
+        waiting = masked & self._text
+        finished = self._text & ~masked & torch.isin(ids, self._ends) & (self._place < self._first(waiting))
+        return waiting & (self._place > self._first(finished))
+
+    def _first(self, where: Tensor) -> Tensor:
+        """Per position, the first place of its sample where the flag is set; L where it never is. int64 `[B, L]`."""
+        length = where.shape[1]
+        places = torch.where(where, self._place, length)
+        first = places.new_full((where.shape[0], self._samples), length)
+        return first.scatter_reduce(1, self._sample, places, "amin").gather(1, self._sample)
+
+
+def own_copy(batch: TokenBatch) -> TokenBatch:
+    """The same batch in tensors of its own."""
+    return TokenBatch(*(getattr(batch, f.name).clone() for f in fields(batch)))
+
+
+class DecodeView:
+    """A decode after one of its passes, for callbacks. Every tensor is a copy: writing in it changes nothing.
+
+    Copies are made when they are asked for; a view that is kept does not change with the passes to come.
+
+    Attributes:
+        batch: current tokens `[B, L]`, [MASK] at open positions. ids: int64 `[B, L]`, the tokens alone.
+        open: bool `[B, L]`, targets still masked. written: those filled in the last pass. settled: those that may not be
+            masked again (end-of-text fill). committed: decoded ones, which remasking may revise.
+        confidence: float32 `[B, L]`, see `DecodeState`.
+        step: passes made, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
+        finishing: the next pass fills everything that is open.
+    """
+
+    __slots__ = ("_state",)
+    _state: DecodeState
+    batch: TokenBatch
+    ids: Tensor
+    open: Tensor
+    written: Tensor
+    settled: Tensor
+    committed: Tensor
+    confidence: Tensor
+    step: int
+    nfe: int
+    finishing: bool
+
+    def __init__(self, state: DecodeState) -> None:
+        object.__setattr__(self, "_state", replace(state))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} of a decode cannot be set by a callback; it may only look on, or return False")
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("_") or name not in self.__annotations__:
+            raise AttributeError(f"a DecodeView has no {name!r}")
+        names = {"open": "masked", "settled": "frozen", "written": "just_unmasked"}
+        value = getattr(self._state, names.get(name, name))
+        if isinstance(value, TokenBatch):
+            return own_copy(value)
+        return value.clone() if isinstance(value, Tensor) else value
+
+
+Callback = Callable[[int, DecodeView], object]
+"""`callback(step, view)` after each pass, from 0; False fills the rest in one last pass."""
+
+
+def declines(answer: object) -> bool:
+    """Whether a callback's answer is False, of Python, NumPy or torch. Anything else, None above all, goes on."""
+    if isinstance(answer, Tensor):
+        return answer.dtype == torch.bool and answer.numel() == 1 and not bool(answer)
+    return isinstance(answer, bool | np.bool_) and not answer

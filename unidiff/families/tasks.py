@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unidiff.decoding.cache import RefreshPolicy
 from unidiff.decoding.config import SamplerConfig
-from unidiff.decoding.sampler import Callback, Sampler, SamplerOutput
+from unidiff.decoding.sampler import Sampler, SamplerOutput
+from unidiff.decoding.state import Callback
 from unidiff.models.denoiser import Denoiser
 from unidiff.models.image_spans import image_spans
 from unidiff.tokens import Modality, TokenBatch, Vocabulary

@@ -1,6 +1,6 @@
 """Guidance, temperature, top-k, exact categorical draw and confidence in one pass over the logits.
 
-The plain torch twin is `unidiff.decoding.draw` itself (`blended`, then the torch path of `choose`): tests compare the two.
+The plain torch twin is `unidiff.decoding.draw` itself (`Blend`, then the torch path of `choose`): tests compare the two.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class FusedDraw:
         token: int64 `[B, n]`.
         probability: float64 `[B, n]`, of that token before temperature and filters.
         confidence: float64 `[B, n]`, by the chosen measure.
-        sound: bool `[B, n]`, False where a position had NaN, +inf, or no token left.
+        is_finite: bool `[B, n]`, False where a position had NaN, +inf, or no token left.
     """
 
     token: Tensor
     probability: Tensor
     confidence: Tensor
-    sound: Tensor
+    is_finite: Tensor
 
 
 @cache
@@ -75,7 +75,7 @@ def fused_draw(
 ) -> FusedDraw:
     """Draw one token per position from softmax(mixed logits / temperature), by inverting the CDF in float64.
 
-    Mixed logits are cond + sum_k w_k (cond - stream_k), rounded as `guidance.mix` rounds them. Each block of columns
+    Mixed logits are cond + sum_k w_k (cond - stream_k), rounded as `draw.mix` rounds them. Each block of columns
     leaves its maximum and sums; these pick the block that holds the token, and only that block is read again. Sums run
     in another order than in the torch path: the token differs from its only where u lies within rounding (about 1e-15)
     of the border between two tokens.
@@ -111,7 +111,7 @@ def fused_draw(
     values, device = values.contiguous(), values.device
     token = torch.empty(rows, positions, dtype=torch.long, device=device)
     probability, sureness = (torch.empty(rows, positions, dtype=torch.float64, device=device) for _ in range(2))
-    sound = torch.empty(rows, positions, dtype=torch.bool, device=device)
+    is_finite = torch.empty(rows, positions, dtype=torch.bool, device=device)
     with torch.cuda.device_of(values):
         draw_kernel[(rows * positions,)](
             values,
@@ -124,7 +124,7 @@ def fused_draw(
             token,
             probability,
             sureness,
-            sound,
+            is_finite,
             rows,
             positions,
             width,
@@ -140,7 +140,7 @@ def fused_draw(
             SLOTS=max(2, _power_of_two(blocks)),
             enable_fp_fusion=False,  # torch rounds the product before it adds
         )
-    return FusedDraw(token, probability, sureness, sound)
+    return FusedDraw(token, probability, sureness, is_finite)
 
 
 def _power_of_two(n: int) -> int:

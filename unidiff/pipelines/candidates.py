@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import SamplerOutput
-from unidiff.decoding.commit.choose import ROUNDING
+from unidiff.decoding.commit.base import ROUNDING
 from unidiff.decoding.score import fit_score
 from unidiff.diffusion.likelihood import model_scorer
 from unidiff.diffusion.noise import keyed_bits

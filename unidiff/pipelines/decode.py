@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unidiff.decoding import CacheConfig, DecodeView, RefreshPolicy, SamplerConfig
 from unidiff.decoding.graphs import Record
-from unidiff.decoding.watch import declines
+from unidiff.decoding.state import declines
 from unidiff.pipelines.output import Trajectory, to_frames
 from unidiff.pipelines.rows import TextSlot, TextSlots
 from unidiff.pipelines.seeds import RowGenerator

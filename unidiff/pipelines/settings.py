@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.decoding.config import RULES
 from unidiff.schema import check_fields, check_value
 from unidiff.tokens import Vocabulary
 
@@ -162,7 +163,8 @@ def with_overrides(
     check_value(sampler, SamplerConfig, "sampler")
     text, image, guidance = sampler.text, sampler.image, sampler.guidance
     if steps is not None:
-        text, image = _in_steps(text, steps, "linear"), _in_steps(image, steps, image.schedule)
+        text = RULES[text.rule].in_steps(text, steps, "linear")
+        image = RULES[image.rule].in_steps(image, steps, image.schedule)
     if temperature is not None:
         text, image = replace(text, temperature=temperature), replace(image, temperature=temperature)
     if guidance_scale is not None:
@@ -175,18 +177,9 @@ def with_overrides(
         changed[name] = replace(changed[name], block_length=length)
     for name, least in (threshold or {}).items():
         rule = changed[name].rule
-        rule = rule if rule in ("threshold", "hierarchical", "credit") else "threshold"
+        rule = rule if RULES[rule].has_threshold else "threshold"
         changed[name] = replace(changed[name], rule=rule, threshold=least, flight_threshold=least)
     return replace(sampler, text=changed["text"], image=changed["image"], guidance=guidance)
-
-
-def _in_steps(settings: ModalityDecoding, steps: int, schedule: str) -> ModalityDecoding:
-    """The same decoding in so many passes; a rule without a number of passes becomes a quota by `schedule`."""
-    if settings.rule in ("quota", "ancestral"):
-        return replace(settings, steps=steps)
-    whole = settings.blocks_in_flight > 1  # blocks that wait for confidence have no number of passes
-    length = None if whole else settings.block_length
-    return replace(settings, steps=steps, rule="quota", schedule=schedule, block_length=length, blocks_in_flight=1)
 
 
 def by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:

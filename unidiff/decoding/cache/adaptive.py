@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unidiff.decoding.cache.base import COMPAT, Policy, check_settings, check_whole
 from unidiff.decoding.cache.rows import Past, plan_rows
-from unidiff.decoding.commit.choose import take_best
+from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -109,5 +109,5 @@ class AdaptiveCache(Policy):
             query = query | ((batch.ids != past.seen) & busy[:, None])
         verify = None
         if self.ratio > 0:
-            verify = (response if self.compat else state.open) & ~whole_response & busy[:, None]
+            verify = (response if self.compat else state.masked) & ~whole_response & busy[:, None]
         return plan_rows(state, query, candidates, verify, self.full_layers, self.quota)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
+from unidiff.decoding import CacheConfig, RefreshPolicy, SamplerConfig
 from unidiff.decoding.cache import CacheByRow, HeldGuidance
 from unidiff.decoding.cache.bounds import Schedule, Segment, expected_passes
+from unidiff.decoding.config import RULES
 from unidiff.models.denoiser import PartialDenoiser
 from unidiff.tokens import Modality, TokenBatch
 
@@ -21,7 +20,6 @@ OVERHEAD_TOKENS = 125
 draws. From the embedded model, which drew 1 and 16 rows at once with and without a cache on one CPU core."""
 LEAST_GAIN = 1.5
 """Decodes that a cache would make faster by less than this are not worth its approximation."""
-_TOKENS_PER_PASS = 3  # of rules that end by themselves: Fast-dLLM reports 3.3 at a threshold of 0.9
 
 AUTO = {
     "text": CacheConfig("dual", {"interval": 8}),
@@ -151,7 +149,9 @@ def expected_gain(row: RowShape, config: SamplerConfig) -> float:
     settings, size = (config.image, row.image) if row.image else (config.text, row.text)
     block = min(settings.block_length or size, size)
     known = (Segment(row.length - size, given=True),) if row.length > size else ()
-    schedule = Schedule((*known, Segment(size, 1, modality)), block, _passes_of_a_block(settings, size, block))
+    schedule = Schedule(
+        (*known, Segment(size, 1, modality)), block, RULES[settings.rule].passes_of_a_block(settings, size, block)
+    )
     policy = AUTO["image" if row.image else "text"].build()
     scales = {config.guidance.scale, config.guidance.text_scale, config.guidance.image_scale}
     guided, work = bool(scales - {None, 1.0}), 0
@@ -159,11 +159,3 @@ def expected_gain(row: RowShape, config: SamplerConfig) -> float:
         held = isinstance(policy, HeldGuidance) and not policy.renews(number)
         work += (2 if guided and not held else 1) * w.layers[0].out + OVERHEAD_TOKENS
     return len(passes) * ((2 if guided else 1) * row.length + OVERHEAD_TOKENS) / work
-
-
-def _passes_of_a_block(settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
-    """Passes per full block, so that all blocks together make `steps` where the rule keeps them."""
-    if settings.rule in ("quota", "ancestral"):
-        steps = min(settings.steps, size) if settings.rule == "quota" else settings.steps
-        return Fraction(steps * block, size)
-    return block if settings.rule == "first_hitting" else math.ceil(block / _TOKENS_PER_PASS)

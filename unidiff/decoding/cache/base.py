@@ -26,12 +26,12 @@ class RefreshPolicy(Protocol):
         ...
 
     @property
-    def peaks(self) -> str | None:
-        """Whether `state.peaks` is kept: for the `candidates` of each pass, `everywhere`, or None."""
+    def max_logits(self) -> str | None:
+        """Whether `state.max_logits` is kept: for the `candidates` of each pass, `everywhere`, or None."""
         ...
 
     @property
-    def appends(self) -> bool:
+    def append_only(self) -> bool:
         """True where partial passes make sense although some positions were never computed (block-causal models)."""
         ...
 
@@ -61,7 +61,7 @@ class RefreshPolicy(Protocol):
         ...
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        """After commit and remask: `state.written` holds what the pass filled."""
+        """After commit and remask: `state.just_unmasked` holds what the pass filled."""
         ...
 
 
@@ -69,8 +69,8 @@ class Policy:
     """Defaults of a `RefreshPolicy`. A dataclass whose state fields have `init=False` starts as a fresh copy."""
 
     store: StoreOptions | None = None
-    peaks: str | None = None
-    appends: bool = False
+    max_logits: str | None = None
+    append_only: bool = False
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
         return replace(self) if is_dataclass(self) else self

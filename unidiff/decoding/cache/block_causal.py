@@ -36,7 +36,7 @@ class BlockCausalCache(Policy):
         return StoreOptions(rotated=self.rotated)
 
     @property
-    def appends(self) -> bool:  # type: ignore[override]
+    def append_only(self) -> bool:  # type: ignore[override]
         """Later blocks are computed when they are reached."""
         return True
 

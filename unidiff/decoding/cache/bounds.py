@@ -16,7 +16,6 @@ from typing import Annotated, NamedTuple
 
 import torch
 
-from unidiff.decoding.blocks import Shares
 from unidiff.decoding.cache import (
     AdaptiveCache,
     DualCache,
@@ -29,6 +28,7 @@ from unidiff.decoding.cache import (
     VicinityCache,
 )
 from unidiff.decoding.cache.refresh import BlockRefresh
+from unidiff.decoding.state import BlockShares
 from unidiff.decoding.stats import RowWork
 from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.partial import LayerWork
@@ -60,7 +60,7 @@ class Schedule:
         segments: the row from left to right.
         block: targets per block.
         passes: passes per full block, a whole number or a fraction (steps x block / targets, for a decode of so many steps).
-            Shorter blocks take their share, and none takes more passes than it has tokens, see `Shares`.
+            Shorter blocks take their share, and none takes more passes than it has tokens, see `BlockShares`.
 
     Raises:
         ValueError: nothing to decode, a block that would reach from one segment into another, or no passes.
@@ -121,7 +121,7 @@ class Schedule:
     def passes_of(self, modality: Modality) -> list[int]:
         """Passes of each block of a modality, in the order of decoding."""
         size = sum(s.tokens for s in self.hidden(modality))
-        shares = Shares.of(self.steps(modality), torch.tensor([size]), self.block, capped=True)
+        shares = BlockShares(self.steps(modality), torch.tensor([size]), self.block, capped=True)
         return [int(shares.own(torch.tensor([k]))) for k in range(-(-size // self.block))]
 
 

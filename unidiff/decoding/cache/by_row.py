@@ -37,10 +37,10 @@ class CacheByRow(Policy):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if any(policy.appends for policy in self.policies):
+        if any(policy.append_only for policy in self.policies):
             raise ValueError("a block-causal cache is exact for every row; use it for all of them")
         kept = {policy.store.outputs for policy in self.policies if policy.store is not None}
-        if len(kept) > 1 or len({policy.peaks for policy in self.policies} - {None}) > 1:
+        if len(kept) > 1 or len({policy.max_logits for policy in self.policies} - {None}) > 1:
             raise ValueError("the policies look at different features of a decode; give ones that look at the same")
         if bad := [i for i in self.choice if not 0 <= i < len(self.policies)]:
             raise ValueError(f"a row has policy {bad[0]}; expected numbers from 0 to {len(self.policies) - 1}")
@@ -51,9 +51,9 @@ class CacheByRow(Policy):
         return StoreOptions.all_of(policy.store for policy in self.policies)
 
     @property
-    def peaks(self) -> str | None:  # type: ignore[override]
+    def max_logits(self) -> str | None:  # type: ignore[override]
         """What any of the policies needs."""
-        return next((policy.peaks for policy in self.policies if policy.peaks is not None), None)
+        return next((policy.max_logits for policy in self.policies if policy.max_logits is not None), None)
 
     def start(self, batch: TokenBatch, model: Any) -> CacheByRow:
         """See `RefreshPolicy.start`."""

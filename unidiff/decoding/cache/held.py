@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.cache.base import Policy, RefreshPolicy, check_settings, check_whole
-from unidiff.decoding.cache.rows import alive_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -55,12 +54,12 @@ class HeldGuidance(Policy):
         return self.policy.store
 
     @property
-    def peaks(self) -> str | None:  # type: ignore[override]
-        return self.policy.peaks
+    def max_logits(self) -> str | None:  # type: ignore[override]
+        return self.policy.max_logits
 
     @property
-    def appends(self) -> bool:  # type: ignore[override]
-        return self.policy.appends
+    def append_only(self) -> bool:  # type: ignore[override]
+        return self.policy.append_only
 
     def renews(self, number: int) -> bool:
         """Whether a row's pass of this number, from 0, evaluates the unconditional streams."""
@@ -78,7 +77,7 @@ class HeldGuidance(Policy):
         passes = torch.zeros_like(state.ids[:, 0]) if self._passes is None else self._passes
         due = (passes % self.interval == 0) | (passes < self.warmup)
         self._passes = self._after(state)
-        alive, none = alive_rows(state), torch.zeros_like(due)
+        alive, none = state.unfinished, torch.zeros_like(due)
         renewed = {s: state.users[s] & (due | ~self._known.get(s, none)) for s in state.streams if s}  # bool [B] each
         flags = torch.stack([f for r in renewed.values() for f in (r.any(), (r | ~alive).all())]).tolist()
         some, every = (dict(zip(renewed, values, strict=True)) for values in (flags[::2], flags[1::2]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unidiff.decoding.cache.base import COMPAT, Policy, check_settings, check_whole
 from unidiff.decoding.cache.rows import Past, plan_rows
-from unidiff.decoding.commit.choose import ROUNDING
+from unidiff.decoding.commit.base import ROUNDING
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -54,11 +54,11 @@ class MaxLogitCache(Policy):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number between 0 and 1")
         if self.compat not in COMPAT:
             raise ValueError(f"compat is {self.compat!r}; expected one of {COMPAT}")
-        self.peaks = "everywhere" if self.compat else "candidates"
+        self.max_logits = "everywhere" if self.compat else "candidates"
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
-        planned = [torch.where(c.wanted.any(1), c.shares.total, 0) for c in state.clocks.values()]  # [B] each
+        planned = [torch.where(c.targets.any(1), c.shares.total, 0) for c in state.progress.values()]  # [B] each
         begin = (torch.stack(planned).amax(0).double() * self.warmup).floor().long()
         step = (self._past.get(0) or Past.start(state)).passes
         full = (step <= begin) | ((step - begin) % self.interval == 0)  # [B]
@@ -70,28 +70,28 @@ class MaxLogitCache(Policy):
         busy, valid = state.users[stream], state.batch.valid
         past = self._past.get(stream) or Past.start(state)
         self._past[stream] = past.after(state, busy)
-        # A row may have peaks of a stream because other rows use it: its own passes count, not those.
+        # A row may have max_logits of a stream because other rows use it: its own passes count, not those.
         known = self._seen.get(stream, torch.zeros_like(valid))
         self._seen[stream] = known | (candidates & busy[:, None])
-        peaks = state.peaks.get(stream)  # [B, L], NaN where never seen
-        if peaks is None:
+        max_logits = state.max_logits.get(stream)  # [B, L], NaN where never seen
+        if max_logits is None:
             return CachePlan(logits=candidates)
         if self.compat:
-            low = low_peaks(peaks, ~peaks.isnan(), 1 - self.ratio)
+            low = low_max_logits(max_logits, ~max_logits.isnan(), 1 - self.ratio)
         else:
-            low = low_peaks(peaks, candidates & known, 1 - self.ratio)
+            low = low_max_logits(max_logits, candidates & known, 1 - self.ratio)
             low = low | (candidates & ~known) | (state.ids != past.seen)
         fresh = (full | (past.passes == 0))[:, None]
         return plan_rows(state, torch.where(fresh, valid, low) & busy[:, None], candidates)
 
 
-def low_peaks(peaks: Tensor, counted: Tensor, share: float) -> Tensor:
-    """bool `[B, L]`: counted positions not above the `share`-quantile of the row's counted peaks.
+def low_max_logits(max_logits: Tensor, counted: Tensor, share: float) -> Tensor:
+    """bool `[B, L]`: counted positions not above the `share`-quantile of the row's counted max_logits.
 
     The quantile interpolates linearly, in float32 as the reference does (in float64 a rank that should be whole may
     differ in the last bit, and with it the count). Peaks that differ from it by rounding alone count as equal to it: a row
     must choose alone as in a batch.
     """
-    values = torch.where(counted, peaks.float(), torch.nan)
+    values = torch.where(counted, max_logits.float(), torch.nan)
     threshold = values.nanquantile(share, dim=1, keepdim=True)  # NaN in a row that counts nothing
     return counted & (values <= threshold + ROUNDING * threshold.abs().clamp_min(1))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.cache.base import Policy, check_settings, check_whole
-from unidiff.decoding.cache.rows import alive_rows
 from unidiff.decoding.state import DecodeState
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
@@ -72,7 +71,7 @@ class BlockRefresh(Policy, ABC):
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         """See `RefreshPolicy.plan`."""
         region = candidates
-        for clock in state.clocks.values():
+        for clock in state.progress.values():
             region = region | self.region(state, clock.in_block)
         region = region & state.batch.valid
         alike = state.alike()
@@ -93,7 +92,7 @@ class BlockRefresh(Policy, ABC):
 
     def _plan(self, state: DecodeState, query: Tensor, fresh: Tensor, candidates: Tensor) -> CachePlan:
         """A full plan where every row that is not complete refreshes."""
-        flags = [(fresh | ~alive_rows(state)).all().long(), fresh.any().long(), query.sum(1).max()]
+        flags = [(fresh | ~state.unfinished).all().long(), fresh.any().long(), query.sum(1).max()]
         full, some, width = torch.stack(flags).tolist()
         if full:
             return CachePlan(logits=candidates)
@@ -105,9 +104,9 @@ class BlockRefresh(Policy, ABC):
         """What the rows `busy` `[B]` of a stream recompute: some positions `[B, L]`, or everything `[B]`."""
         if past is None:
             zero = torch.zeros_like(busy, dtype=torch.long)
-            past = Past(zero, zero, state.ids, {modality: zero - 1 for modality in state.clocks})
+            past = Past(zero, zero, state.ids, {modality: zero - 1 for modality in state.progress})
         fresh, blocks = past.passes <= max(0, self.warmup - 1), {}
-        for modality, clock in state.clocks.items():
+        for modality, clock in state.progress.items():
             fresh = fresh | (clock.running & (clock.block != past.blocks[modality]))
             blocks[modality] = torch.where(clock.running & busy, clock.block, past.blocks[modality])
         if self.interval is not None:

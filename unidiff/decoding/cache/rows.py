@@ -42,14 +42,6 @@ class Part(NamedTuple):
     rows: Tensor | None
 
 
-def alive_rows(state: DecodeState) -> Tensor:
-    """bool `[B]`: rows that are not complete."""
-    alive = state.open.any(1)
-    for clock in state.clocks.values():
-        alive = alive | clock.pending
-    return alive
-
-
 def merged(state: DecodeState, shown: Tensor, busy: Tensor, parts: Sequence[Part]) -> CachePlan:
     """One plan of what all parts recompute in the rows `busy` `[B]`; no position does what a part asks that it is not in."""
     query, verify = torch.zeros_like(shown), None
@@ -91,7 +83,7 @@ def plan_rows(
     Args:
         quota: how many of n compared positions a layer picks, int64 `[B]` to `[B]`, where that is known beforehand.
     """
-    whole = ((query == state.batch.valid).all(1) | ~alive_rows(state)).all()
+    whole = ((query == state.batch.valid).all(1) | ~state.unfinished).all()
     count = query.sum(1)
     numbers = [whole.long(), count.max()]
     if verify is not None:

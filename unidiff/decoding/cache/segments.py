@@ -14,7 +14,7 @@ from unidiff.decoding.cache.held import HeldGuidance
 from unidiff.decoding.cache.modality import ModalityCache
 from unidiff.decoding.cache.none import NoCache
 from unidiff.decoding.cache.rows import Part, merged
-from unidiff.decoding.state import Clock, DecodeState
+from unidiff.decoding.state import DecodeState, ModalityProgress
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.tokens import Modality, TokenBatch
@@ -37,9 +37,9 @@ class Segment(NamedTuple):
         """The decode as this segment's policy sees it: the targets and the clock of its own modality."""
         if self.modality is None:
             return state
-        clocks: dict[Modality, Clock] = {m: c for m, c in state.clocks.items() if m == self.modality}
+        progress: dict[Modality, ModalityProgress] = {m: c for m, c in state.progress.items() if m == self.modality}
         given = state.batch.given | (state.batch.valid & ~self.where)
-        return replace(state, batch=state.batch.replace(given=given), clocks=clocks)
+        return replace(state, batch=state.batch.replace(given=given), progress=progress)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class SegmentCache(Policy):
     def __post_init__(self) -> None:
         check_settings(self)
         for name, policy in self._policies().items():
-            if policy.appends or isinstance(policy, (HeldGuidance, ModalityCache, SegmentCache)):
+            if policy.append_only or isinstance(policy, (HeldGuidance, ModalityCache, SegmentCache)):
                 raise ValueError(f"{type(policy).__name__} decides for whole rows and cannot be the policy of {name!r}")
 
     @property
@@ -78,9 +78,9 @@ class SegmentCache(Policy):
         return StoreOptions.all_of(policy.store for policy in self._policies().values())
 
     @property
-    def peaks(self) -> str | None:  # type: ignore[override]
+    def max_logits(self) -> str | None:  # type: ignore[override]
         """The widest that any of the policies needs."""
-        wanted = {policy.peaks for policy in self._policies().values()}
+        wanted = {policy.max_logits for policy in self._policies().values()}
         return "everywhere" if "everywhere" in wanted else "candidates" if "candidates" in wanted else None
 
     def start(self, batch: TokenBatch, model: Any) -> SegmentCache:

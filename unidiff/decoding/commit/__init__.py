@@ -1,1 +1,1 @@
-"""Commit rules: which masked positions a pass fills."""
+"""Commit rules: which masked positions a pass fills. One file per rule, which `ModalityDecoding.rule` calls by its name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.choose import ROUNDING, progress, take_best
+from unidiff.decoding.commit.base import ROUNDING, progress, take_best
 from unidiff.diffusion.schedules import get_schedule
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.choose import take_best
+from unidiff.decoding.commit.base import take_best
 from unidiff.diffusion.schedules import get_schedule
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from unidiff.decoding.arguments import check_logits
 from unidiff.decoding.draw import UNMASK, RowNoise
-from unidiff.decoding.unusable import check_logits
 from unidiff.families.muddit.scheduler import Draws, MaskGitSchedule, starting_ratio
 from unidiff.families.muddit.text import ClipText, TextFeatures
 from unidiff.models.mmdit import MMDiT

@@ -1,0 +1,228 @@
+"""`NamedRule`: what a commit rule says of itself and decides. Every rule works on whole batches, row by row inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import ModalityDecoding
+from unidiff.schema import check_value
+from unidiff.tokens import Modality
+
+TOKENS_PER_PASS = 3
+"""Of rules that end by themselves: Fast-dLLM reports 3.3 at a threshold of 0.9."""
+ROUNDING = 1e-5
+"""How far logits may lie apart that are equal but for rounding: the order in which float32 adds them up is not the same
+in every batch."""
+Slack = Callable[[Tensor], Tensor]
+"""From a score to how far another may lie from it and still count as equal."""
+
+
+class CommitRule(Protocol):
+    """Which candidates of a pass are filled: a rule of one's own, in place of `ModalityDecoding.rule`.
+
+    Rows must not depend on each other, and the same arguments must give the same answer.
+    """
+
+    def __call__(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
+        """bool `[B, n]`, the candidates to fill; entries that are not real do not matter.
+
+        Args:
+            confidence: float64 `[B, n]`, how sure the model is of the token it chose.
+            score: float64 `[B, n]`, the same with the choice noise of the settings.
+            is_real: bool `[B, n]`, real candidates; the others are padding.
+            count: int64 `[B]`, how many the settings would fill: their quota, or all that is left of the block.
+            index: int64 `[B, n]`, positions in the row, ascending over the real ones.
+        """
+        ...
+
+
+class BlockPass(NamedTuple):
+    """Where each row stands in its block before a pass.
+
+    active: bool `[B, L]`, positions that may be filled. start, remaining: int64 `[B]`, how many were masked when the block
+    began, and are now. step, steps: int64 `[B]`, this pass, from 0, and passes of the block.
+    """
+
+    active: Tensor
+    start: Tensor
+    remaining: Tensor
+    step: Tensor
+    steps: Tensor
+
+
+class NamedRule:
+    """A commit rule that settings call by `name`; one object serves one modality of one request.
+
+    Attributes:
+        planned: it makes the `steps` passes of its settings, and diffusion time counts them. capped: never more than one
+            per token.
+        compares: it compares confidences, so that noise in their place means nothing.
+        has_threshold: `ModalityDecoding.threshold` is what it goes by.
+        adjusts: the setting by which it changes logits before tokens are drawn, if it does (`adjust`).
+    """
+
+    name = ""
+    planned = capped = has_threshold = False
+    compares = True
+    adjusts: str | None = None
+
+    def __init__(self, settings: ModalityDecoding, targets: Tensor) -> None:
+        """`targets`: bool `[B, L]`, those of the modality."""
+        self.settings, self.targets = settings, targets
+
+    @classmethod
+    def looks(cls, settings: ModalityDecoding) -> bool:
+        """Whether the model's answers decide which positions are filled; where not, `early` does."""
+        return True
+
+    @classmethod
+    def check(cls, settings: ModalityDecoding) -> None:
+        """Raise `ValueError` for settings that the rule cannot go by."""
+        if settings.remask == "remdm":
+            raise ValueError(f"remask='remdm' keeps the law of rule='ancestral' only, but rule is {cls.name!r}")
+        cls.check_looks(settings)
+
+    @classmethod
+    def check_looks(cls, settings: ModalityDecoding) -> None:
+        """The part of `check` about confidences and blocks in flight."""
+        if cls.compares and settings.confidence == "random":
+            raise ValueError(f"rule={cls.name!r} compares confidences, but confidence is 'random'; use 'probability'")
+        if settings.blocks_in_flight > 1 and not cls.looks(settings):
+            raise ValueError(
+                f"blocks_in_flight is {settings.blocks_in_flight}, but rule={cls.name!r} with "
+                f"confidence={settings.confidence!r} does not look at the model; use 1, or a rule that compares confidences"
+            )
+
+    @classmethod
+    def passes_of_a_block(cls, settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
+        """About how many passes a block of `block` of `size` targets takes; where planned, all blocks together make `steps`."""
+        if cls.planned:
+            return Fraction((min(settings.steps, size) if cls.capped else settings.steps) * block, size)
+        return math.ceil(block / TOKENS_PER_PASS)
+
+    @classmethod
+    def in_steps(cls, settings: ModalityDecoding, steps: int, schedule: str) -> ModalityDecoding:
+        """The same decoding in so many passes; where none are planned, a quota by `schedule`."""
+        if cls.planned:
+            return replace(settings, steps=steps)
+        whole = settings.blocks_in_flight > 1  # blocks that wait for confidence have no number of passes
+        length = None if whole else settings.block_length
+        return replace(settings, steps=steps, rule="quota", schedule=schedule, block_length=length, blocks_in_flight=1)
+
+    def count(self, now: BlockPass) -> Tensor:
+        """int64 `[B]`, how many positions to fill; all that remain where confidences decide."""
+        return now.remaining
+
+    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+        """bool `[B, L]` of the positions to fill where the model does not matter; None where it does.
+
+        Such rules need logits only at these positions, and no pass at all when there are none.
+
+        Args:
+            sigma: float64 `[B]`, chance that ReMDM masks a known token again in this pass.
+            noise: from one of the uses in `unidiff.decoding.draw` to uniforms `[B, L]`.
+        """
+        return None
+
+    def adjust(self, logits: Tensor, index: Tensor, is_real: Tensor) -> Tensor:
+        """Logits `[B, n, V]` at the positions of an index `[B, n]` as tokens are drawn from them."""
+        return logits
+
+    def forget(self, where: Tensor) -> None:
+        """Positions bool `[B, L]` were masked again."""
+
+    def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
+        """See `CommitRule`: bool `[B, n]`."""
+        return take_best(score, is_real, count, self.ranking_slack)
+
+    @property
+    def slack(self) -> Slack | None:
+        """Of the confidences that thresholds apply to."""
+        return slack_of(self.settings.confidence)
+
+    @property
+    def ranking_slack(self) -> Slack | None:
+        """Of the scores that a quota ranks by: with choice noise they have no ties."""
+        return None if self.settings.choice_temperature else self.slack
+
+
+class GuardedRule(NamedRule):
+    """A rule of one's own in place of the settings' choice of positions, with two promises: real candidates only, and at
+    least the best one of every row that has any. It gets copies, so that writing in its arguments does not reach the decode.
+    """
+
+    def __init__(self, named: NamedRule, own: CommitRule) -> None:
+        super().__init__(named.settings, named.targets)
+        self.planned, self.capped, self.adjusts = named.planned, named.capped, named.adjusts
+        self._named, self._own = named, own
+
+    def count(self, now: BlockPass) -> Tensor:
+        return self._named.count(now)
+
+    def adjust(self, logits: Tensor, index: Tensor, is_real: Tensor) -> Tensor:
+        return self._named.adjust(logits, index, is_real)
+
+    def forget(self, where: Tensor) -> None:
+        self._named.forget(where)
+
+    def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
+        """See `CommitRule`.
+
+        Raises:
+            ValueError: the rule returns no bool `[B, n]`.
+        """
+        pick = self._own(confidence.clone(), score.clone(), is_real.clone(), count.clone(), index.clone())
+        if not isinstance(pick, Tensor) or pick.shape != is_real.shape or pick.dtype != torch.bool:
+            found = f"{pick.dtype} {tuple(pick.shape)}" if isinstance(pick, Tensor) else type(pick).__name__
+            raise ValueError(f"the commit rule returned {found}; expected bool {tuple(is_real.shape)}")
+        pick = pick.to(is_real.device) & is_real
+        return pick | take_best(score, is_real, (~pick.any(1)).long(), self.ranking_slack)
+
+
+def check_rules(rules: Mapping[Modality, CommitRule] | None) -> dict[Modality, CommitRule]:
+    """The rules by modality; raises `ValueError` for other keys, or what cannot be called."""
+    check_value(rules, Mapping[Any, Any] | None, "rules")
+    if wrong := [rule for rule in (rules or {}).values() if not callable(rule)]:
+        raise ValueError(f"rules has {wrong[0]!r} as a rule; expected a function, see `CommitRule`")
+    if rules and (unknown := [key for key in rules if not isinstance(key, Modality)]):
+        raise ValueError(f"rules has the key {unknown[0]!r}; expected Modality.TEXT or Modality.IMAGE")
+    return dict(rules or {})
+
+
+def progress(step: Tensor, steps: Tensor) -> Tensor:
+    """step / steps as float64 in [0, 1]. (int / int is float32 in torch, which turns quotas of 4 into 3.)"""
+    return (step.double() / steps).clamp(max=1)
+
+
+def slack_of(measure: str) -> Slack | None:
+    """What `ROUNDING` of the logits means for a confidence measure; None for noise, which has no rounding."""
+    known: dict[str, Slack] = {
+        "probability": lambda p: ROUNDING * torch.minimum(p, 1 - p),
+        "margin": lambda m: ROUNDING * (1 - m),
+        "entropy": lambda h: ROUNDING * h.abs(),
+    }
+    return known.get(measure)
+
+
+def take_best(score: Tensor, is_real: Tensor, count: Tensor, slack: Slack | None = None) -> Tensor:
+    """bool `[B, n]`: the `count[b]` real positions of highest score; ties go to the earlier one.
+
+    Args:
+        slack: scores so close to the last one taken are ties as well. So positions that a model cannot tell apart (a row
+            with nothing given) are taken from the left, and not by rounding, which depends on batch and padding.
+    """
+    score = score.clamp_min(torch.finfo(score.dtype).min)  # a real -inf must still come before the others
+    ranked = torch.where(is_real, score, -math.inf)
+    if slack is not None and ranked.shape[1]:
+        last = (count - 1).clamp(0, ranked.shape[1] - 1)[:, None]
+        least = ranked.sort(dim=1, descending=True).values.gather(1, last)  # [B, 1]
+        ranked = torch.where((ranked - least).abs() <= slack(least), least, ranked)
+    rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(1)
+    return is_real & (rank < count[:, None])
