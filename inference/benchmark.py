@@ -4,98 +4,90 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from unidiff.errors import exit_status
-from unidiff.evaluation.benchmark.compare import contrast_tables
-from unidiff.evaluation.benchmark.decode import Options, run_suite
-from unidiff.evaluation.benchmark.report import check_path, tables, write
-from unidiff.evaluation.benchmark.settings import QUALITY
-from unidiff.evaluation.benchmark.suites import EMBEDDED, NAMES
+from unidiff.evaluation.benchmark.contrasts import contrast_tables
+from unidiff.evaluation.benchmark.random_weights import SuiteOptions, run_suite
+from unidiff.evaluation.benchmark.result import check_path, tables, write
+from unidiff.evaluation.benchmark.settings import TARGETS
+from unidiff.evaluation.benchmark.suites import SUITES
+from unidiff.evaluation.benchmark.trained import PARTS, TrainedOptions, run_trained
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import keep_freed_memory, parsed
-from unidiff.worlds.emoji.benchmark import PARTS, EmojiOptions, run_emoji
+from unidiff.world import WORLDS
+
+T = TypeVar("T")
 
 
 def arguments() -> argparse.ArgumentParser:
     """All options; those of another suite than the one that is run are left alone."""
     parser = argparse.ArgumentParser(description="Time caches against no cache, paired, with their bounds.")
-    several = {"action": "append", "default": []}
-    parser.add_argument("--suite", required=True, choices=NAMES)
+    several: dict[str, Any] = {"action": "append"}
+    parser.add_argument("--suite", required=True, choices=(*SUITES, *WORLDS))
     parser.add_argument("--json", type=Path, required=True, help="also writes .csv and .png beside it")
     parser.add_argument("--only", **several, metavar="POLICY", help="compare this one; repeatable")
-    parser.add_argument("--shape", **several, help="rows of this many text and image tokens, as 128+1024; repeatable")
+    parser.add_argument(
+        "--shape", **several, dest="shapes", help="rows of this many text and image tokens, as 128+1024; repeatable"
+    )
     parser.add_argument("--blocks", type=int, help="decode so many blocks of each row only, for a quick look")
     parser.add_argument("--runs", type=int, help="paired runs")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", help="in place of the suite's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs; not of the emoji suite")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs; not of trained models")
     parser.add_argument(
         "--cells",
         type=Path,
         help="folder of finished measurements, for going on after an interruption; default: beside the JSON",
     )
-    emoji = parser.add_argument_group("emoji", "the suite with a trained model; goes on where it was interrupted")
-    emoji.add_argument("--model", default="emoji", help="folder of the pipeline")
-    emoji.add_argument("--dtype", default="float32", help="how the model computes")
-    emoji.add_argument("--task", **several, choices=list(QUALITY), help="repeatable")
-    emoji.add_argument(
-        "--setting", **several, help="model, passes-16, threshold-0.9, factor-1, passes-16/8; repeatable"
+    world = parser.add_argument_group("worlds", "suites with a trained model, which go on where they were interrupted")
+    world.add_argument("--model", help="folder of the pipeline; default: the world's own")
+    world.add_argument("--dtype", default="float32", help="how the model computes")
+    world.add_argument("--task", **several, dest="tasks", choices=list(TARGETS), help="repeatable")
+    world.add_argument(
+        "--setting",
+        **several,
+        dest="settings",
+        help="model, passes-16, threshold-0.9, factor-1, passes-16/8; repeatable",
     )
-    emoji.add_argument("--batch", **several, type=int, help="rows at once for the timing; repeatable")
-    emoji.add_argument("--cases", type=int, default=2000, help="least number of cases of a task")
-    emoji.add_argument("--large", type=int, default=64, help="rows at once for the quality")
-    emoji.add_argument("--rows", type=int, default=8, help="rows in a timed run")
-    emoji.add_argument("--part", **several, choices=PARTS, help="measure this part only")
+    world.add_argument("--batch", **several, dest="batches", type=int, help="rows at once for the timing; repeatable")
+    world.add_argument("--cases", type=int, help="least number of cases of a task; default: 2000")
+    world.add_argument("--large", type=int, dest="quality_batch", help="rows at once for the quality; default: 64")
+    world.add_argument("--rows", type=int, help="rows in a timed run; default: 8")
+    world.add_argument("--part", **several, dest="parts", choices=PARTS, help="measure this part only")
     return parser
 
 
-def emoji_options(given: argparse.Namespace) -> EmojiOptions:
+def options_of(kind: type[T], given: argparse.Namespace) -> T:
     """What was asked for; the rest keeps its default."""
-    asked = {
-        "caches": tuple(given.only),
-        "tasks": tuple(given.task),
-        "settings": tuple(given.setting),
-        "batches": tuple(given.batch),
-        "parts": tuple(given.part),
-        "runs": given.runs,
-        "device": given.device,
-    }
-    return EmojiOptions(
-        given.cells or given.json.with_suffix(".cells"),
-        cases=given.cases,
-        quality_batch=given.large,
-        rows=given.rows,
-        threads=given.threads,
-        seed=given.seed,
-        **{name: value for name, value in asked.items() if value not in (None, ())},
-    )
+    asked = {**vars(given), "caches": given.only, "cells": given.cells or given.json.with_suffix(".cells")}
+    names = [field.name for field in fields(kind) if asked.get(field.name) is not None]  # type: ignore[arg-type]
+    return kind(**{name: tuple(v) if isinstance(v := asked[name], list) else v for name in names})
 
 
 def main() -> None:
     given, say = parsed(arguments()), Console(stderr=True).print
     keep_freed_memory()
     check_path(given.json)
-    if given.suite == EMBEDDED:
-        options = emoji_options(given)
-        result = run_emoji(UniDiffPipeline.from_pretrained(given.model, dtype=given.dtype), options, say)
+    if given.suite in WORLDS:
+        options = options_of(TrainedOptions, given)
+        pipe = UniDiffPipeline.from_pretrained(given.model or given.suite, dtype=given.dtype)
+        result = run_trained(given.suite, WORLDS[given.suite].benchmark(), pipe, options, say)
         if not result.rows:
             say(f"kept in {options.cells}; run again without --part for the table")
             return
+        shown = contrast_tables(result)
     else:
-        names = ("blocks", "runs", "threads", "device", "seed", "graphs")
-        cells = given.cells or given.json.with_suffix(".cells")
-        options = Options(
-            tuple(given.only), **{name: getattr(given, name) for name in names}, shapes=tuple(given.shape), cells=cells
-        )
-        result = run_suite(given.suite, options, say)
+        result = run_suite(given.suite, options_of(SuiteOptions, given), say)
+        shown = tables(result)
     for file in write(result, given.json):
         say(file)
-    emoji = given.suite == EMBEDDED
-    Console(width=180 if emoji else 110).print((contrast_tables if emoji else tables)(result))
+    Console(width=180 if given.suite in WORLDS else 110).print(shown)
 
 
 if __name__ == "__main__" and (status := exit_status(main, program="benchmark")):

@@ -11,7 +11,8 @@ from tiny_pipeline import tiny_pipeline
 from unidiff import hub
 from unidiff.decoding.cache.config import CACHES
 from unidiff.decoding.config import RULES
-from unidiff.evaluation.benchmark.suites import NAMES, POLICIES
+from unidiff.evaluation.benchmark.suites import SUITES, cache_named
+from unidiff.world import WORLDS
 
 NAME = "decoding.md"
 TEXT = (DOCS / NAME).read_text(encoding="utf-8")
@@ -37,8 +38,8 @@ def test_tables_are_complete():
 
 def test_commands_exist():
     suites = re.findall(r"--suite ([\w.-]+)", TEXT)
-    assert set(suites) <= set(NAMES) and {"cpu-25m", "gpu-1.4b", "gpu-8b", "emoji"} <= set(suites)
-    assert set(re.findall(r"--only ([\w-]+)", TEXT)) <= set(POLICIES)
+    assert set(suites) <= {*SUITES, *WORLDS} and {"cpu-25m", "gpu-1.4b", "gpu-8b", "emoji"} <= set(suites)
+    assert all(cache_named(name) for name in re.findall(r"--only ([\w-]+)", TEXT))
     files = ("inference/benchmark.py", "unidiff/cli/tools.py")
     source = "".join((DOCS.parent / file).read_text(encoding="utf-8") for file in files)
     for option in set(re.findall(r"(--(?!out|keep)[a-z][a-z-]+)", TEXT)):

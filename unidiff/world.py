@@ -21,6 +21,7 @@ class World:
         prompts: () -> sentences that its models can draw.
         demo: (pipe, folder, seed) -> the files it wrote; `demo_files` are their names.
         evaluate: (pipe, seed, n, per_task, tasks, progress, options of every decode) -> `Report`; `tasks` may name metrics.
+        benchmark: () -> `JudgedTasks`, what the benchmark of decodes asks.
         reward: (pipe, seed, kinds) -> a reward of prompts and pictures, and prompts by number.
         pictures: (profile, kinds, seed) -> a picture by number, float32 `[3, H, W]` in [0, 1].
         cells: (profile, factor) -> every cell of every object on all backgrounds, and the cells of these alone.
@@ -32,6 +33,7 @@ class World:
     demo: Callable[..., tuple[Path, ...]]
     demo_files: tuple[str, ...]
     evaluate: Callable[..., Any]
+    benchmark: Callable[[], Any]
     reward: Callable[..., tuple[Any, Callable[[int], str]]]
     pictures: Callable[..., Callable[[int], Any]]
     cells: Callable[..., tuple[Any, Any]]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from unidiff.evaluation.benchmark.cells import Cells
-from unidiff.evaluation.benchmark.decode import Options
-from unidiff.evaluation.benchmark.report import check_path
+from unidiff.evaluation.benchmark.random_weights import SuiteOptions
+from unidiff.evaluation.benchmark.result import check_path
 from unidiff.evaluation.benchmark.settings import Setting
+from unidiff.evaluation.benchmark.trained import TrainedOptions
 from unidiff.evaluation.paired import compare_reports
 from unidiff.evaluation.report import Estimate, Report
-from unidiff.worlds.emoji.benchmark import EmojiOptions
 
 WRONG: tuple[Any, ...] = (
     None,
@@ -117,9 +117,9 @@ def test_a_kept_measurement_that_was_changed_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(lambda: Options(runs=0), "runs is 0"), (lambda: Options(seed=-1), "seed is -1"), (lambda: Options(blocks=1.5), "whole number"),
-     (lambda: Options(only="none"), "a list"), (lambda: EmojiOptions(Path("c"), cases=10**30), "whole number"),
-     (lambda: EmojiOptions(Path("c"), batches=(True,)), "whole number"), (lambda: EmojiOptions(Path("c"), runs=10**9), "at most"),
+    [(lambda: SuiteOptions(runs=0), "runs is 0"), (lambda: SuiteOptions(seed=-1), "seed is -1"), (lambda: SuiteOptions(blocks=1.5), "whole number"),
+     (lambda: SuiteOptions(only="none"), "a list"), (lambda: TrainedOptions(Path("c"), cases=10**30), "whole number"),
+     (lambda: TrainedOptions(Path("c"), batches=(True,)), "whole number"), (lambda: TrainedOptions(Path("c"), runs=10**9), "from 1 to"),
      (lambda: Setting.parse("passes-nan"), "cannot be read"), (lambda: Setting.parse("passes-1.5"), "whole number"),
      (lambda: Setting.parse("passes-inf"), "cannot be read"), (lambda: Setting.parse("passes-8/0"), "blocks of 0"),
      (lambda: Setting.parse("passes-8/x"), "cannot be read"), (lambda: check_path(Path("/dev/full")), "must end in .json"),

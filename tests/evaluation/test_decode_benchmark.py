@@ -15,12 +15,11 @@ from PIL import Image
 
 from unidiff.decoding.cache.bounds import expected_passes
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.evaluation.benchmark import decode
-from unidiff.evaluation.benchmark import suites as suite_list
-from unidiff.evaluation.benchmark.decode import Benchmark, Options, Row, request, run_suite
-from unidiff.evaluation.benchmark.rates import MatmulRates, row_counts
-from unidiff.evaluation.benchmark.report import write
-from unidiff.evaluation.benchmark.suites import POLICIES, SUITES, Workload, spread
+from unidiff.evaluation.benchmark import random_weights
+from unidiff.evaluation.benchmark.random_weights import SuiteOptions, random_model, request, run_suite
+from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode, write
+from unidiff.evaluation.benchmark.speed import MatmulRates, row_counts
+from unidiff.evaluation.benchmark.suites import SUITES, DecodeShape, cache_named, spread
 from unidiff.tokens import Modality, Vocabulary
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"
@@ -51,7 +50,7 @@ def test_the_smoke_suite_runs_as_a_person_runs_it(tmp_path):
 
 
 def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
-    original, seen = decode._run_workload, []
+    original, seen = random_weights.measure_workload, []
 
     def measure(suite, workload, *rest):
         seen.append(workload)
@@ -59,15 +58,15 @@ def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(suite, workload, *rest)
 
-    monkeypatch.setattr(decode, "_run_workload", measure)
-    options = Options(only=("dual",), blocks=1, runs=1, cells=tmp_path / "kept")
+    monkeypatch.setattr(random_weights, "measure_workload", measure)
+    options = SuiteOptions(only=("dual",), blocks=1, runs=1, cells=tmp_path / "kept")
     with pytest.raises(KeyboardInterrupt):
         run_suite("smoke", options)
     resumed, workloads = run_suite("smoke", options), SUITES["smoke"].workloads
     assert seen == [workloads[0], workloads[1], workloads[1]]
     again = run_suite("smoke", options)
     assert again.to_dict() == resumed.to_dict() and len(seen) == 3
-    assert [m["workload"] for m in again.about["matmul"]] == [decode.describe(w) for w in workloads]
+    assert [m["workload"] for m in again.about["matmul"]] == [w.describe() for w in workloads]
     some = run_suite("smoke", replace(options, shapes=("8+0",)))
     assert [r.to_dict() for r in some.rows] == [r.to_dict() for r in again.rows if r.workload["image"] == 0]
     assert len(seen) == 3  # what was measured is taken, whatever shapes were asked for
@@ -77,37 +76,37 @@ def test_an_interrupted_suite_goes_on(tmp_path, monkeypatch):
 
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"unknown shape '8\+1'; expected some of 8\+16, 8\+0"):
-        run_suite("smoke", Options(shapes=("8+1",)))
+        run_suite("smoke", SuiteOptions(shapes=("8+1",)))
     with pytest.raises(ValueError, match="unknown policy 'dua'; expected some of none, prefix"):
-        run_suite("smoke", Options(only=("dua",)))
+        run_suite("smoke", SuiteOptions(only=("dua",)))
     with pytest.raises(ValueError, match="blocks is 0"):
-        run_suite("smoke", Options(blocks=0, runs=1))
+        run_suite("smoke", SuiteOptions(blocks=0, runs=1))
     with pytest.raises(ValueError, match="threads is 0"):
-        run_suite("smoke", Options(threads=0))
+        run_suite("smoke", SuiteOptions(threads=0))
     with pytest.raises(ValueError, match=r"must end in \.json"):
         write(Benchmark("smoke"), tmp_path / "x.txt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="'cuda', which is not there"):
-        run_suite("gpu-8b", Options())
+        run_suite("gpu-8b", SuiteOptions())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatch):
     calls = []
-    original = decode._decode
+    original = random_weights.decode_once
 
     def watched(model, vocabulary, policy, schedule, workload, seed, graphs):
         out = original(model, vocabulary, policy, schedule, workload, seed, graphs)
         calls.append((type(policy).__name__, schedule, seed, out))
         return out
 
-    monkeypatch.setattr(decode, "_decode", watched)
-    result = run_suite("smoke", Options(only=("dual", "adaptive"), runs=2))
+    monkeypatch.setattr(random_weights, "decode_once", watched)
+    result = run_suite("smoke", SuiteOptions(only=("dual", "adaptive"), runs=2))
     names = [name for name, *_ in calls[:9]]
     assert names == ["NoCache", "DualCache", "AdaptiveCache"] * 3  # warm-up, then two paired runs
     assert calls[3][2] == calls[4][2] != calls[6][2]  # the same rows inside a pair
     dual = result.rows[1]
-    passes = expected_passes(POLICIES["dual"].build(), calls[4][1], 2)
+    passes = expected_passes(cache_named("dual").build(), calls[4][1], 2)
     assert dual.stats["query_key_tokens"] == sum(w.qk for p in passes for w in p.layers)
     assert dual.bound == pytest.approx(result.rows[0].stats["flops"] / dual.stats["flops"], rel=0.02)
     assert result.rows[0].bound == result.rows[0].speedup == 1 and 0 < result.rows[0].outside_share < 1
@@ -121,7 +120,7 @@ def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatc
 def test_blocks_are_spread_over_the_row():
     assert spread(18, None) == frozenset(range(18)) == spread(18, 30)
     assert spread(18, 2) == {4, 13} and spread(4, 1) == {2} and spread(3, 3) == {0, 1, 2}
-    workload = Workload(8, (2, 6), 4, 3, "float32")
+    workload = DecodeShape(8, (2, 6), 4, 3, "float32")
     schedule = workload.schedule(VOCABULARY, 2)
     assert [(s.tokens, s.given) for s in schedule.segments] == [(4, True), (4, False), (4, True), (4, False), (4, True)]
     batch = request(schedule, workload.grid, VOCABULARY, 2, 0)
@@ -135,7 +134,7 @@ def test_blocks_are_spread_over_the_row():
 def test_random_models_tell_positions_apart():
     """Ties would make every position as sure as the others, and max-logit would recompute them all."""
     suite = SUITES["smoke"]
-    model = decode.random_model(suite, torch.device("cpu"), 0)
+    model = random_model(suite, torch.device("cpu"), 0)
     schedule = suite.workloads[0].schedule(suite.vocabulary, 4)
     batch = request(schedule, (4, 4), suite.vocabulary, 1, 0).hide_targets(suite.vocabulary)
     best = model(batch).amax(-1)[batch.targets]
@@ -151,12 +150,12 @@ def test_rates_are_interpolated():
 
 def test_all_suites_are_sound():
     for name, suite in SUITES.items():
-        assert set(suite.policies) <= set(POLICIES) and suite.policies[0] == "none", name
+        assert all(map(cache_named, suite.policies)) and suite.policies[0] == "none", name
         for workload in suite.workloads:
             schedule = workload.schedule(suite.vocabulary)
             assert schedule.targets == schedule.length == workload.text + workload.image
             for policy in suite.policies:
-                assert expected_passes(POLICIES[policy].build(), workload.schedule(suite.vocabulary, 1), 1)
+                assert expected_passes(cache_named(policy).build(), workload.schedule(suite.vocabulary, 1), 1)
     twenty_five = [w for w in SUITES["cpu-25m"].workloads if w.grid]
     assert {(w.passes, w.dtype) for w in twenty_five} == {(n, d) for n in (8, 16, 64) for d in ("float32", "bfloat16")}
     assert {(w.text + w.image, w.block, w.total_blocks) for w in twenty_five} == {(1152, 64, 18)}
@@ -164,6 +163,6 @@ def test_all_suites_are_sound():
 
 def test_unknown_numbers_stay_empty():
     workload = {"text": 4, "image": 0, "block": None, "passes": None, "rule": "quota", "dtype": "float32", "batch": 1}
-    row = Row("none", workload, 1, 1.0, [1.0], 1.0)
+    row = TimedDecode("none", workload, 1, 1.0, [1.0], 1.0)
     assert row.fraction_of_bound is None and row.to_dict()["text"] == 4 and "workload" not in row.to_dict()
-    assert suite_list.POLICIES["adaptive-upstream"] == CacheConfig("adaptive", {"compat": "upstream"})
+    assert cache_named("adaptive-upstream") == CacheConfig("adaptive", {"compat": "upstream"})

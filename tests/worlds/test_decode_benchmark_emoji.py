@@ -14,14 +14,15 @@ from rich.console import Console
 from tiny_pipeline import tiny_pipeline
 
 from unidiff.decoding import CacheConfig
-from unidiff.evaluation.benchmark.cells import Cells, model_hash, requests
-from unidiff.evaluation.benchmark.compare import KINDS, Measured, contrast_tables, contrasts
-from unidiff.evaluation.benchmark.report import write
-from unidiff.evaluation.benchmark.settings import QUALITY, SWEEP, Decode, Setting, cases_per_part, decodes
+from unidiff.evaluation.benchmark import trained
+from unidiff.evaluation.benchmark.cells import Cells, model_hash
+from unidiff.evaluation.benchmark.contrasts import KINDS, Trial, contrast_tables, contrasts
+from unidiff.evaluation.benchmark.result import write
+from unidiff.evaluation.benchmark.settings import Decode, Setting, decodes
+from unidiff.evaluation.benchmark.trained import TrainedOptions, run_trained
 from unidiff.evaluation.report import Estimate
 from unidiff.pipelines.settings import default_samplers
-from unidiff.worlds.emoji import benchmark as decode_benchmark_emoji
-from unidiff.worlds.emoji.benchmark import EmojiOptions, run_emoji
+from unidiff.worlds.emoji.benchmark import QUALITY, SWEEP, ask, cases_per_part, judged_tasks
 from unidiff.worlds.emoji.language import vocabulary_words
 from unidiff.worlds.emoji.scenes import get_profile
 
@@ -61,12 +62,15 @@ def test_settings_change_what_a_task_decodes():
 
 def test_settings_that_are_the_same_are_measured_once():
     for task in QUALITY:
-        found = decodes(task, default_samplers()[task])
+        found = decodes(task, default_samplers()[task], SWEEP[task])
         assert sorted(s.name for d in found for s in d.settings) == sorted(SWEEP[task])
         assert len({d.config for d in found}) == len(found) and [d.is_reference for d in found].count(True) == 1
     names = [d.name for d in decodes("caption", default_samplers()["caption"], (*SWEEP["caption"], "threshold-0.9"))]
     assert names[0] == "model = threshold-0.9" and len(names) == len(SWEEP["caption"])
-    assert decodes("text_to_image", default_samplers()["text_to_image"])[0].name == "model = passes-16"
+    assert (
+        decodes("text_to_image", default_samplers()["text_to_image"], SWEEP["text_to_image"])[0].name
+        == "model = passes-16"
+    )
     assert [cases_per_part(task, 2000) for task in QUALITY] == [334, 500, 2000, 2000, 2000]
 
 
@@ -107,7 +111,7 @@ class Listener:
 def test_timed_rows_are_as_many_as_asked_for(pipe):
     for rows in (1, 5):
         for task in QUALITY:
-            name, sizes = requests(pipe, task, rows, 0)(Listener())
+            name, sizes = ask(Listener(), pipe, task, rows, 0)
             assert name == task and set(sizes) == {rows}
 
 
@@ -117,13 +121,13 @@ SETTINGS = ("model", "passes-2", "passes-64")
 def test_suite_is_measured_kept_and_taken_up_again(pipe, tmp_path, monkeypatch):
     counts = {"quality": 0, "seconds": 0}
     for name in counts:
-        original = getattr(decode_benchmark_emoji, f"measure_{name}")
+        original = getattr(trained, f"measure_{name}")
 
         def counted(*args, name=name, original=original):
             counts[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(decode_benchmark_emoji, f"measure_{name}", counted)
+        monkeypatch.setattr(trained, f"measure_{name}", counted)
     options = dict(cells=tmp_path / "cells", caches=("interval", "dual"), tasks=("caption",), settings=SETTINGS)
     options |= dict(batches=(1, 3), cases=4, rows=1, runs=2, quality_batch=4)
 
@@ -132,13 +136,15 @@ def test_suite_is_measured_kept_and_taken_up_again(pipe, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_emoji(pipe, EmojiOptions(**options), interrupted)
+        run_trained("emoji", judged_tasks(), pipe, TrainedOptions(**options), interrupted)
     # three caches of two settings and one of the reference, the same for both batches; a warm-up and a run
     assert counts == {"quality": 7, "seconds": 2}
     said: list[str] = []
-    result = run_emoji(pipe, EmojiOptions(**options), said.append)
+    result = run_trained("emoji", judged_tasks(), pipe, TrainedOptions(**options), said.append)
     assert counts == {"quality": 7, "seconds": 2 + 2 + 3}
-    assert [r.to_dict() for r in run_emoji(pipe, EmojiOptions(**options)).rows] == [r.to_dict() for r in result.rows]
+    assert [r.to_dict() for r in run_trained("emoji", judged_tasks(), pipe, TrainedOptions(**options)).rows] == [
+        r.to_dict() for r in result.rows
+    ]
     assert counts["seconds"] == 7 and "timing of caption, 3 rows at once, run 1 of 2" in said
     assert not [p for p in (tmp_path / "cells").iterdir() if p.suffix != ".json"]
 
@@ -177,7 +183,7 @@ def measured(policy, name, seconds, right, task="caption"):
     decode = Decode(task, (setting,), setting.config(default_samplers()[task], task))
     outcomes = np.arange(1000) < right
     quality = Estimate.share(outcomes)
-    return Measured(decode, policy, 1, CacheConfig("none"), seconds=tuple(seconds), quality=quality, work={})
+    return Trial(decode, policy, 1, CacheConfig("none"), seconds=tuple(seconds), quality=quality)
 
 
 def test_contrasts_keep_caches_and_passes_apart():
@@ -211,15 +217,17 @@ def test_mistakes_are_one_sentence(pipe, tmp_path):
     folder = tmp_path / "cells"
     for options, words in (
         ({"caches": ("dua",)}, "unknown policy 'dua'; expected some of none, prefix"),
-        ({"tasks": ("sing",)}, "unknown task 'sing'"),
         ({"parts": ("all",)}, "unknown part 'all'"),
         ({"cases": 0}, "cases is 0"),
-        ({"batches": (0,)}, r"batches are \[0\]"),
+        ({"batches": (0,)}, "batches"),
+        ({"batches": ()}, r"batches are \[\]"),
     ):
         with pytest.raises(ValueError, match=words):
-            EmojiOptions(folder, **options)
+            TrainedOptions(folder, **options)
     with pytest.raises(ValueError, match="steps is 0"):
-        run_emoji(pipe, EmojiOptions(folder, settings=("passes-0",)))
+        run_trained("emoji", judged_tasks(), pipe, TrainedOptions(folder, settings=("passes-0",)))
+    with pytest.raises(ValueError, match="unknown task 'sing'"):
+        run_trained("emoji", judged_tasks(), pipe, TrainedOptions(folder, tasks=("sing",)))
     assert not folder.exists()
 
 
@@ -228,8 +236,9 @@ def test_recipe_takes_the_options_of_the_suite(tmp_path):
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     line = ["--suite", "emoji", "--json", str(tmp_path / "e.json")]
-    plain = recipe.emoji_options(recipe.arguments().parse_args(line))
-    assert plain == EmojiOptions(tmp_path / "e.cells")
+    given = lambda *more: recipe.options_of(TrainedOptions, recipe.arguments().parse_args([*line, *more]))  # noqa: E731
+    plain = given()
+    assert plain == TrainedOptions(tmp_path / "e.cells")
     more = [
         "--task",
         "answer",
@@ -244,7 +253,7 @@ def test_recipe_takes_the_options_of_the_suite(tmp_path):
         "--part",
         "timing",
     ]
-    own = recipe.emoji_options(recipe.arguments().parse_args([*line, *more, "--large", "5", "--setting", "passes-4"]))
+    own = given(*more, "--large", "5", "--setting", "passes-4")
     assert (own.tasks, own.caches, own.batches, own.cases) == (("answer", "caption"), ("dual",), (4,), 9)
     assert (own.parts, own.quality_batch, own.settings) == (("timing",), 5, ("passes-4",))
-    assert plain != recipe.emoji_options(recipe.arguments().parse_args([*line, "--seed", "1"]))
+    assert plain != given("--seed", "1")

@@ -6,7 +6,6 @@ scores apart: what is hard for both cancels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from unidiff.evaluation.report import Estimate, Report
-from unidiff.files import replace_text
+from unidiff.evaluation.report import Report, table_of, write_json
 
 RESAMPLES = 10_000
 SAME = ("yardstick", "profile", "seed", "n", "per_task")
@@ -63,20 +61,16 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file appears complete or not at all."""
-        replace_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict())
 
-    def table(self, title: str = "after - before", only_intervals: bool = False) -> Table:
+    def table(self, title: str = "after - before") -> Table:
         """A rich table: one line per number; a difference whose interval does not hold 0 has a star."""
-        table = Table(title=title)
-        for heading in ("measure", "before", "after", "difference", "95 % interval", "cases"):
-            table.add_column(heading, justify="left" if heading == "measure" else "right")
+        table = table_of(title, "measure", "before", "after", "difference", "95 % interval", "cases")
         for key, d in self.differences.items():
             cells = ("", "")
             if d.low is not None and d.high is not None:
                 star = " *" if d.low > 0 or d.high < 0 else ""
                 cells = (f"{d.low:+.3f} to {d.high:+.3f}{star}", str(d.n))
-            elif only_intervals:
-                continue
             table.add_row(key, f"{d.before:.3f}", f"{d.after:.3f}", f"{d.difference:+.3f}", *cells)
         return table
 
@@ -111,12 +105,15 @@ def compare_reports(before: Report, after: Report, resamples: int = RESAMPLES, s
     differences = {}
     for key in shared:
         a, b = before.values[key], after.values[key]
-        pair = [report.intervals[key] for report in (before, after) if key in report.intervals]
-        if len(pair) == 2 and all(e.cases for e in pair):
-            low, high = paired_interval(*_pairs(key, *pair), resamples, seed, key)
-            differences[key] = Difference(a, b, b - a, low, high, pair[0].n)
-        else:
-            differences[key] = Difference(a, b, b - a)
+        one, other = (report.intervals.get(key) for report in (before, after))
+        interval: tuple[Any, ...] = ()
+        if one is not None and other is not None and one.cases and other.cases:
+            if [len(p) for p in one.cases] != [len(p) for p in other.cases]:
+                raise ValueError(
+                    f"{key} has {one.n} cases in one evaluation and {other.n} in the other; evaluate the same cases"
+                )
+            interval = (*paired_interval(one.cases, other.cases, resamples, seed, key), one.n)
+        differences[key] = Difference(a, b, b - a, *interval)
     about = {name: before.about.get(name) for name in SAME}
     return Comparison(differences, {**about, "resamples": resamples, "bootstrap_seed": seed})
 
@@ -156,16 +153,3 @@ def _resampled_means(x: np.ndarray, resamples: int, rng: np.random.Generator) ->
     step = max(1, _CHUNK // len(x))
     starts = range(0, resamples, step)
     return np.concatenate([x[rng.integers(len(x), size=(min(step, resamples - s), len(x)))].mean(1) for s in starts])
-
-
-def _pairs(key: str, one: Estimate, other: Estimate) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-    """The cases of both, which must be as many.
-
-    Raises:
-        ValueError: they are not; the message names the key.
-    """
-    if [len(p) for p in one.cases] != [len(p) for p in other.cases]:
-        raise ValueError(
-            f"{key} has {one.n} cases in one evaluation and {other.n} in the other; evaluate the same cases"
-        )
-    return one.cases, other.cases

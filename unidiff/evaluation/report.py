@@ -48,10 +48,7 @@ class Estimate:
         p = sum(values) / n
         centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        low, high = (
-            (0.0 if p == 0 else centre - half),
-            (1.0 if p == 1 else centre + half),
-        )  # exactly, not up to rounding
+        low, high = 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half  # exactly, not up to rounding
         return cls(p, low, high, n, (np.array(values),))
 
     @classmethod
@@ -107,9 +104,8 @@ class Report:
             for part in path:
                 node = node.setdefault(part, {})
             node[last] = _finite(value)
-        data["intervals"] = {
-            key: {"low": _finite(e.low), "high": _finite(e.high), "n": e.n} for key, e in self.intervals.items()
-        }
+        ends = {key: (_finite(e.low), _finite(e.high), e.n) for key, e in self.intervals.items()}
+        data["intervals"] = {key: dict(zip(("low", "high", "n"), end, strict=True)) for key, end in ends.items()}
         if outcomes:
             known = {key: e.cases for key, e in self.intervals.items() if e.cases}
             data["outcomes"] = {key: [_written(part) for part in parts] for key, parts in known.items()}
@@ -126,9 +122,8 @@ class Report:
             if not isinstance(data, Mapping):
                 raise ValueError(f"it is {json_name(data)}")
             saved = from_data(_Saved, {name: data[name] for name in ENTRIES if name in data}, "the report:")
-            report = cls(
-                dict(_flat({key: part for key, part in data.items() if key not in ENTRIES})), about=dict(saved.about)
-            )
+            numbers = {key: part for key, part in data.items() if key not in ENTRIES}
+            report = cls(dict(_flat(numbers)), about=dict(saved.about))
             for key, entry in saved.intervals.items():
                 if key not in report.values:
                     raise ValueError(f"it has an interval of {key!r} and no number")
@@ -143,7 +138,7 @@ class Report:
 
     def save(self, path: str | Path, outcomes: bool = False) -> None:
         """Write JSON (see `to_dict`); the file appears complete or not at all."""
-        replace_text(path, json.dumps(self.to_dict(outcomes), indent=1) + "\n")
+        write_json(path, self.to_dict(outcomes))
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -158,16 +153,27 @@ class Report:
         except ValueError as error:
             raise ValueError(f"{str(path)!r} cannot be read as an evaluation: {error}") from error
 
-    def table(self, title: str = "EmojiEval", labels: Mapping[str, str] | None = None) -> Table:
+    def table(self, title: str = "evaluation") -> Table:
         """A rich table: one line per number."""
-        table = Table(title=title)
-        for heading in ("measure", "value", "95 % interval", "cases"):
-            table.add_column(heading, justify="left" if heading == "measure" else "right")
+        table = table_of(title, "measure", "value", "95 % interval", "cases")
         for key, value in self.values.items():
             interval = self.intervals.get(key)
             cells = (f"{interval.low:.3f} to {interval.high:.3f}", str(interval.n)) if interval else ("", "")
-            table.add_row((labels or {}).get(key, key), f"{value:.3f}", *cells)
+            table.add_row(key, f"{value:.3f}", *cells)
         return table
+
+
+def table_of(title: str, *heads: str, left: int = 1) -> Table:
+    """A rich table without rows; the first `left` columns are words, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < left else "right")
+    return table
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Data for programs; the file appears complete or not at all."""
+    replace_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def sources_hash(paths: Sequence[Path]) -> str:

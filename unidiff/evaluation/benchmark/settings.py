@@ -1,26 +1,15 @@
-"""How the tasks of EmojiEval are decoded in a benchmark: passes, thresholds, blocks, and the cases that judge them."""
+"""How the tasks of a trained model are decoded in a benchmark, and what a world adds: who judges, and on which cases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from unidiff.decoding import SamplerConfig
+from unidiff.evaluation.report import Report
 from unidiff.pipelines.settings import with_overrides
-from unidiff.worlds.emoji.cases import CATEGORIES
-from unidiff.worlds.emoji.scenes import KINDS
 
-QUALITY = {
-    "text_to_image": "text_to_image",
-    "caption": "caption_exact",
-    "answer": "answer_accuracy",
-    "inpaint": "inpainting",
-    "generate": "joint_agreement",
-}
-"""Tasks, and which number of the report is their quality."""
-USUAL = ("text_to_image", "caption", "answer", "inpaint")
-"""Measured where no task is asked for."""
 TARGETS = {
     "text_to_image": ("image",),
     "caption": ("text",),
@@ -32,15 +21,27 @@ TARGETS = {
 RULES = ("model", "passes", "threshold", "factor")
 REFERENCE = "passes-64"
 """As good as one token per pass: a rule commits at least one, and no row has more than 64 tokens to decode."""
-_TEXT = ("model", "threshold-0.5", "threshold-0.7", "passes-8", REFERENCE)
-SWEEP = {
-    "text_to_image": ("model", "passes-16", REFERENCE),
-    "caption": _TEXT,
-    "answer": _TEXT,
-    "inpaint": ("model", "passes-2", "passes-3", "passes-8", REFERENCE),
-    "generate": ("model", "passes-16", REFERENCE),
-}
-"""Settings of each task where none are asked for. Texts and holes are shorter than 32 tokens, so that 32 passes are 64."""
+
+
+@dataclass(frozen=True)
+class JudgedTasks:
+    """What a world gives to the benchmark.
+
+    Attributes:
+        quality: tasks, and which number of the report is their quality.
+        usual: tasks measured where none are asked for.
+        sweep: names of the settings of each task where none are asked for, see `Setting.parse`.
+        judge: (pipe, task, at least so many cases, seed, rows per decode, options) -> the report of one task.
+        decode: (pipe, task, rows, seed, rows per decode, on_output, options) decodes some of these cases.
+        yardstick: () -> a hash of all that the qualities depend on besides the model.
+    """
+
+    quality: Mapping[str, str]
+    usual: tuple[str, ...]
+    sweep: Mapping[str, tuple[str, ...]]
+    judge: Callable[..., Report]
+    decode: Callable[..., None]
+    yardstick: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,15 @@ class Setting:
     block: int | None = None
 
     def __post_init__(self) -> None:
+        value, what = self.value, f"a setting with rule {self.rule!r}"
         if self.rule not in RULES:
             raise ValueError(f"the rule of a setting is {self.rule!r}; expected one of {', '.join(RULES)}")
-        if (self.value is None) != (self.rule == "model"):
-            raise ValueError(
-                f"a setting with rule {self.rule!r} has the value {self.value}; write for instance passes-16"
-            )
-        if self.value is not None and not 0 <= self.value <= 2**20:
-            raise ValueError(f"a setting has the value {self.value}; expected a number from 0 to {2**20}")
-        if self.rule == "passes" and self.value is not None and self.value != int(self.value):
-            raise ValueError(f"a setting has {self.value} passes; expected a whole number")
+        if (value is None) != (self.rule == "model"):
+            raise ValueError(f"{what} has the value {value}; write for instance passes-16")
+        if value is not None and not 0 <= value <= 2**20:
+            raise ValueError(f"{what} has the value {value}; expected a number from 0 to {2**20}")
+        if self.rule == "passes" and value != int(value or 0):
+            raise ValueError(f"{what} has the value {value}; expected a whole number")
         if self.block is not None and not 1 <= self.block <= 2**20:
             raise ValueError(f"a setting has blocks of {self.block}; expected at least 1")
 
@@ -97,15 +97,14 @@ class Setting:
 
     def config(self, config: SamplerConfig, task: str) -> SamplerConfig:
         """A task's sampler with this setting for what the task decodes."""
-        targets = TARGETS[task]
+        targets, value = TARGETS[task], self.value
         changed = config
-        if self.rule == "passes" and self.value is not None:
-            changed = with_overrides(config, steps=int(self.value))
-        elif self.rule == "threshold" and self.value is not None:
-            changed = with_overrides(config, threshold={targets[0]: self.value})
-        elif self.rule == "factor":
-            own: dict[str, Any] = {"rule": "factor", "factor": self.value}
+        if value is not None and self.rule == "factor":
+            own: dict[str, Any] = {"rule": "factor", "factor": value}
             changed = replace(config, **{targets[0]: replace(getattr(config, targets[0]), **own)})
+        elif value is not None:
+            asked = {"steps": int(value)} if self.rule == "passes" else {"threshold": {targets[0]: value}}
+            changed = with_overrides(config, **asked)  # type: ignore[arg-type]
         if self.block is not None:
             changed = with_overrides(changed, block_length=dict.fromkeys(targets, self.block))
         return replace(config, **{modality: getattr(changed, modality) for modality in targets})
@@ -133,20 +132,14 @@ class Decode:
         return any(s.name == REFERENCE for s in self.settings)
 
 
-def decodes(task: str, config: SamplerConfig, names: Sequence[str] = ()) -> list[Decode]:
-    """The settings of these names, or of `SWEEP`, those that come to the same decode together.
+def decodes(task: str, config: SamplerConfig, names: Sequence[str]) -> list[Decode]:
+    """The settings of these names, those that come to the same decode together.
 
     Raises:
         ValueError: a name that cannot be read, or a value outside its range.
     """
     found: dict[SamplerConfig, tuple[Setting, ...]] = {}
-    for setting in map(Setting.parse, names or SWEEP[task]):
+    for setting in map(Setting.parse, names):
         own = setting.config(config, task)
         found[own] = (*found.get(own, ()), setting)
     return [Decode(task, settings, own) for own, settings in found.items()]
-
-
-def cases_per_part(task: str, prompts: int) -> int:
-    """EmojiEval's n for which a task's quality has at least so many cases: it counts per category, and per kind of scene."""
-    parts = {"text_to_image": len(CATEGORIES), "caption": len(KINDS)}.get(task, 1)
-    return -(-prompts // parts)

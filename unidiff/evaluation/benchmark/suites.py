@@ -1,33 +1,40 @@
-"""What `inference/benchmark.py` can run: shapes of models, decodes, caches."""
+"""What `inference/benchmark.py` can decode with random weights: shapes of models, rows, caches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from unidiff.decoding.cache.bounds import Schedule, Segment
-from unidiff.decoding.cache.config import CacheConfig
+from unidiff.decoding.cache.config import CACHES, CacheConfig
 from unidiff.tokens import Modality, Vocabulary
 
-POLICIES: dict[str, CacheConfig] = {
-    "none": CacheConfig("none"),
-    "prefix": CacheConfig("prefix"),
-    "dual": CacheConfig("dual"),
-    "vicinity": CacheConfig("vicinity"),
-    "interval": CacheConfig("interval"),
-    "adaptive": CacheConfig("adaptive"),
-    "max-logit": CacheConfig("max-logit"),
-    "adaptive-upstream": CacheConfig("adaptive", {"compat": "upstream"}),
-    "max-logit-upstream": CacheConfig("max-logit", {"compat": "upstream"}),
-}
-"""By the names of `--only`; `upstream` counts as the papers' reference implementations do."""
-
+UPSTREAM = "-upstream"
+"""Behind a policy's name: it counts as the paper's reference implementation does."""
 MAIN = ("none", "prefix", "dual", "adaptive", "max-logit")
 
 
+def cache_named(name: str) -> CacheConfig:
+    """A cache by a name of `--only`, with the settings it has when none are named.
+
+    Raises:
+        ValueError: no such name.
+    """
+    policy = name.removesuffix(UPSTREAM)
+    pick((policy,), CACHES, "policy")
+    return CacheConfig(policy, {"compat": "upstream"} if policy != name else {})
+
+
+def pick(asked: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises `ValueError` for names that are not known."""
+    if unknown := [name for name in asked if name not in set(known)]:
+        raise ValueError(f"unknown {what} {unknown[0]!r}; expected some of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
-class Workload:
+class DecodeShape:
     """A decode with random tokens and a fixed quota.
 
     Args:
@@ -57,138 +64,111 @@ class Workload:
     def total_blocks(self) -> int:
         return -(-self.text // self.block) - (-self.image // self.block)
 
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.dtype}, {self.text} text + {self.image} image tokens, blocks of {self.block}, "
+            f"{self.passes} passes each, {self.batch} row{'s' * (self.batch > 1)}"
+        )
+
     def schedule(self, vocabulary: Vocabulary, blocks: int | None = None, passes: int | None = None) -> Schedule:
         """Everything is decoded, or `blocks` blocks, evenly spread over the row, with the rest given."""
-        chosen = spread(self.total_blocks, blocks)
+        chosen, number = spread(self.total_blocks, blocks), 0
         segments: list[Segment] = []
-        number = 0
         for modality, tokens, ids in (
             (Modality.TEXT, self.text, vocabulary.text_size),
             (Modality.IMAGE, self.image, vocabulary.image_size),
         ):
             for start in range(0, tokens, self.block):
-                size = min(self.block, tokens - start)
-                segments.append(Segment(size, ids, modality, given=number not in chosen))
+                size, given = min(self.block, tokens - start), number not in chosen
+                if segments and (segments[-1].modality, segments[-1].given) == (modality, given):
+                    size += segments.pop().tokens  # neighbours that are alike become one
+                segments.append(Segment(size, ids, modality, given))
                 number += 1
-        return Schedule(tuple(_joined(segments)), self.block, passes or self.passes)
+        return Schedule(tuple(segments), self.block, passes or self.passes)
 
 
 @dataclass(frozen=True)
-class Suite:
+class ShapeSuite:
     """Random weights of a realistic shape, and what is decoded with them.
 
     Args:
+        about: one line for people.
         model: arguments of `MaskedTransformer` besides `vocab_size`.
         text_ids, image_ids: sizes of the two slices of the vocabulary.
         workloads: one after the other.
-        policies: names in `POLICIES`, compared with each other.
-        device: "cpu" or "cuda".
-        runs: paired runs of each.
+        policies: names of `cache_named`, compared with each other.
+        device: "cpu" or "cuda". runs: paired runs of each.
         peak_size: n of the n x n products that give the matmul peak.
         copy_bytes: what is copied to measure the bandwidth of the memory.
-        about: one line for people.
     """
 
+    about: str
     model: Mapping[str, Any]
     text_ids: int
     image_ids: int
-    workloads: tuple[Workload, ...]
+    workloads: tuple[DecodeShape, ...]
     policies: tuple[str, ...] = MAIN
     device: str = "cpu"
     runs: int = 3
     peak_size: int = 2048
     copy_bytes: int = 2**28
-    about: str = ""
 
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.unified(self.text_ids, self.image_ids)
 
 
-def _workloads(
-    passes: tuple[int, ...],
-    dtypes: tuple[str, ...],
-    blocks: tuple[int, ...] = (64,),
-    batches: tuple[int, ...] = (1,),
-) -> tuple[Workload, ...]:
+def _shapes(
+    passes: tuple[int, ...], dtypes: tuple[str, ...], blocks: tuple[int, ...] = (64,), batches: tuple[int, ...] = (1,)
+) -> tuple[DecodeShape, ...]:
     """128 text tokens with a 32 x 32 image, and 512 text tokens alone."""
-    return tuple(
-        Workload(text, grid, block, n, dtype, batch)
-        for dtype in dtypes
-        for text, grid in ((128, (32, 32)), (512, None))
-        for block in blocks
-        for n in passes
-        for batch in batches
-    )
+    every = product(dtypes, ((128, (32, 32)), (512, None)), blocks, passes, batches)
+    return tuple(DecodeShape(*row, block, n, dtype, batch) for dtype, row, block, n, batch in every)
 
 
-_PLAIN = dict(hidden_size=512, num_layers=8, num_heads=8)
+_BOTH, _BF16 = ("float32", "bfloat16"), ("bfloat16",)
 _UNIDISC = dict(qk_norm="head", activation="gelu_tanh", time_conditioning=True, sandwich_norm=True)
-SUITES: dict[str, Suite] = {
-    "smoke": Suite(
+_LLADA = dict(num_heads=32, ffn_size=12288, rope="1d", modality_embedding=False)
+_GPU = dict(device="cuda", peak_size=8192)
+SUITES: dict[str, ShapeSuite] = {
+    "smoke": ShapeSuite(
+        "seconds; shows that everything runs",
         dict(hidden_size=32, num_layers=2, num_heads=2),
-        50,
-        40,
-        (Workload(8, (4, 4), 4, 2, "float32"), Workload(8, None, 4, 4, "bfloat16", 2)),
+        *(50, 40, (DecodeShape(8, (4, 4), 4, 2, "float32"), DecodeShape(8, None, 4, 4, "bfloat16", 2))),
         ("none", "prefix", "dual", "vicinity", "adaptive", "max-logit"),
         runs=2,
         peak_size=64,
         copy_bytes=2**20,
-        about="seconds; shows that everything runs",
     ),
-    "cpu-25m": Suite(
-        _PLAIN, 8192, 8192, _workloads((8, 16, 64), ("float32", "bfloat16")), about="8 layers, d = 512, on a CPU"
+    "cpu-25m": ShapeSuite(
+        "8 layers, d = 512, on a CPU",
+        dict(hidden_size=512, num_layers=8, num_heads=8),
+        *(8192, 8192, _shapes((8, 16, 64), _BOTH)),
     ),
-    "unidisc-small": Suite(
+    "unidisc-small": ShapeSuite(
+        "12 layers, d = 768, as UniDisc small, on a CPU",
         dict(hidden_size=768, num_layers=12, num_heads=12, ffn_size=3072, **_UNIDISC),
-        32000,
-        16384,
-        _workloads((16,), ("float32", "bfloat16"), blocks=(32, 64)),
-        about="12 layers, d = 768, as UniDisc small, on a CPU",
+        *(32000, 16384, _shapes((16,), _BOTH, (32, 64))),
     ),
-    "gpu-1.4b": Suite(
+    "gpu-1.4b": ShapeSuite(
+        "24 layers, d = 2048, as UniDisc 1.4B",
         dict(hidden_size=2048, num_layers=24, num_heads=16, ffn_size=8192, **_UNIDISC),
-        32000,
-        16384,
-        _workloads((16, 64), ("bfloat16",), blocks=(32, 64), batches=(1, 8)),
-        device="cuda",
+        *(32000, 16384, _shapes((16, 64), _BF16, (32, 64), (1, 8))),
         runs=5,
-        peak_size=8192,
-        about="24 layers, d = 2048, as UniDisc 1.4B",
+        **_GPU,
     ),
-    "gpu-8b": Suite(
-        dict(hidden_size=4096, num_layers=32, num_heads=32, ffn_size=12288, rope="1d", modality_embedding=False),
-        126349,
-        8192,
-        _workloads((16, 64), ("bfloat16",), blocks=(32, 64), batches=(1, 8)),
-        device="cuda",
-        runs=3,
-        peak_size=8192,
-        about="32 layers, d = 4096, as LLaDA 8B and MMaDA",
+    "gpu-8b": ShapeSuite(
+        "32 layers, d = 4096, as LLaDA 8B and MMaDA",
+        dict(hidden_size=4096, num_layers=32, **_LLADA),
+        *(126349, 8192, _shapes((16, 64), _BF16, (32, 64), (1, 8))),
+        **_GPU,
     ),
 }
-EMBEDDED = "emoji"
-NAMES = (*SUITES, EMBEDDED)
 
 
 def spread(total: int, count: int | None) -> frozenset[int]:
-    """`count` of the numbers 0 ... total - 1, evenly spread; all for None.
-
-    Raises:
-        ValueError: fewer than one.
-    """
+    """`count` of the numbers 0 ... total - 1, evenly spread; all for None."""
     if count is None or count >= total:
         return frozenset(range(total))
-    if count < 1:
-        raise ValueError(f"blocks is {count}; expected at least 1")
     return frozenset(int((i + 0.5) * total / count) for i in range(count))
-
-
-def _joined(segments: list[Segment]) -> list[Segment]:
-    """Neighbours of the same modality that are both given or both not become one."""
-    out: list[Segment] = []
-    for s in segments:
-        if out and (out[-1].modality, out[-1].given) == (s.modality, s.given):
-            s = Segment(out.pop().tokens + s.tokens, s.ids, s.modality, s.given)
-        out.append(s)
-    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.table import Table
-from torch import Tensor
 
+from unidiff.decoding.cache.segments import SEGMENTS
 from unidiff.evaluation.cache_profile.advice import Advice, advise
 from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile, Watcher, watch
-from unidiff.evaluation.charts import heat_map, stack
-from unidiff.files import replace_text
+from unidiff.evaluation.charts import heat_map
+from unidiff.evaluation.report import table_of, write_json
 from unidiff.models.denoiser import DenoiserTraits
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.sheet import save_image
+from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
 
 TASKS = ("text_to_image", "caption", "inpaint")
 
@@ -72,11 +71,11 @@ def profile_pipeline(
 
 def write(folder: Path, model: str, traits: DenoiserTraits, profiles: dict[str, TaskProfile]) -> list[Path]:
     """`profile.json`, and a sheet of heat maps for every task and segment."""
-    data: dict[str, Any] = {"model": model, "tasks": {}}
+    data: dict[str, Any] = {}
     files = [folder / "profile.json"]
     for task, profile in profiles.items():
         advice = advise(profile, traits)
-        data["tasks"][task] = {
+        data[task] = {
             "keep": profile.keep,
             "passes": profile.similarity.shape[2] + 1,
             "layers": profile.similarity.shape[3],
@@ -85,19 +84,17 @@ def write(folder: Path, model: str, traits: DenoiserTraits, profiles: dict[str, 
             "bound": advice.bound,
             "reason": advice.reason,
         }
-        for index, segment in enumerate(profile.tokens):
-            if segment in profile.segments:
-                files.append(folder / f"{task}.{segment}.png")
-                save_image(_sheet(profile, index, f"{task}, {segment}"), files[-1])
-    replace_text(files[0], json.dumps(data, indent=1) + "\n")
+        for segment in profile.segments:
+            files.append(folder / f"{task}.{segment}.png")
+            save_image(_sheet(profile, SEGMENTS.index(segment), f"{task}, {segment}"), files[-1])
+    write_json(files[0], {"model": model, "tasks": data})
     return files
 
 
 def summary(profiles: dict[str, TaskProfile], traits: DenoiserTraits) -> tuple[Table, dict[str, Advice]]:
     """Mean similarities and correlations of every task and segment, and the advice for each task."""
-    table = Table(title="Mean cosine between successive passes; correlation of changes")
-    for number, head in enumerate(("task", "segment", "tokens", *FEATURES, *PAIRS)):
-        table.add_column(head, justify="left" if number < 2 else "right")
+    title = "Mean cosine between successive passes; correlation of changes"
+    table = table_of(title, "task", "segment", "tokens", *FEATURES, *PAIRS, left=2)
     for task, profile in profiles.items():
         for segment, numbers in profile.to_dict().items():
             mean = ["" if m is None else f"{m:.3f}" for m in numbers["mean"].values()]
@@ -106,18 +103,17 @@ def summary(profiles: dict[str, TaskProfile], traits: DenoiserTraits) -> tuple[T
 
 
 def _sheet(profile: TaskProfile, segment: int, title: str) -> Image.Image:
-    maps = []
-    for name, values in zip(FEATURES, profile.similarity[:, segment], strict=True):
-        maps.append(_map(values, f"{title}: cosine of {name}", min(0.9, _least(values)), 1.0))
-    for name, values in zip(PAIRS, profile.correlation[:, segment], strict=True):
-        maps.append(_map(values, f"{title}: correlation of changes, {name}", -1.0, 1.0))
-    return stack(maps, 2)
-
-
-def _map(values: Tensor, title: str, low: float, high: float) -> Image.Image:
-    return heat_map(values.T, title, "layers", "passes", low, high)
-
-
-def _least(values: Tensor) -> float:
-    known = values[~values.isnan()]
-    return float(known.min()) if known.numel() else 0.9
+    """Heat maps with layers down and passes across, two in a line."""
+    maps = [(f"cosine of {n}", v, None) for n, v in zip(FEATURES, profile.similarity[:, segment], strict=True)]
+    maps += [
+        (f"correlation of changes, {n}", v, -1.0) for n, v in zip(PAIRS, profile.correlation[:, segment], strict=True)
+    ]
+    cells = []
+    for name, values, least in maps:
+        low = min(0.9, float(values.nan_to_num(0.9).min())) if least is None else least
+        picture = heat_map(values.T, low, 1.0)
+        cells.append(Cell((picture,), f"{name}: dark {low:.3g}, bright 1, grey: none"))
+    side = max(300, *(cell.images[0].width for cell in cells))
+    return draw_sheet(
+        [cells[i : i + 2] for i in range(0, len(cells), 2)], side, f"{title}; down: layers, across: passes"
+    )

@@ -11,6 +11,7 @@ EMOJI = World(
     demo=later("unidiff.worlds.emoji.demo:run_demo"),
     demo_files=("demo.png", "demo.html"),
     evaluate=later("unidiff.worlds.emoji.evaluation:run_emoji_eval"),
+    benchmark=later("unidiff.worlds.emoji.benchmark:judged_tasks"),
     reward=later("unidiff.worlds.emoji.evaluation:oracle_reward"),
     pictures=later("unidiff.worlds.emoji.table:picture_source"),
     cells=later("unidiff.worlds.emoji.table:sprite_cells"),

@@ -1,0 +1,168 @@
+"""How fast this machine is: matrix products, memory, a model's own products and passes. The one place that times."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional as F
+
+from unidiff.decoding.cache.bounds import Schedule
+from unidiff.decoding.stats import RowWork
+from unidiff.models.partial import CachePlan
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.tokens import TokenBatch
+from unidiff.train.build import pick_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MatmulRates:
+    """FLOP/s at some numbers of rows; in between by the logarithm of the number, outside as at the nearest.
+
+    Args:
+        points: (rows, FLOP/s), ascending.
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    def __call__(self, rows: int) -> float:
+        """FLOP/s at `rows` rows."""
+        below = [p for p in self.points if p[0] <= rows]
+        above = [p for p in self.points if p[0] >= rows]
+        if not below or not above:
+            return (below or above[::-1])[-1][1]
+        (low, slow), (high, fast) = below[-1], above[0]
+        return slow if low == high else slow + (fast - slow) * math.log(rows / low) / math.log(high / low)
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What a call returns and its seconds, from one idle device to the next."""
+    _wait(device)
+    begun = time.perf_counter()
+    found = work()
+    _wait(device)
+    return found, time.perf_counter() - begun
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median time of a call, after one that does not count."""
+    return median([timed(work, device)[1] for _ in range(repeats + 1)][1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def row_counts(length: int, block: int) -> list[int]:
+    """Where to measure: powers of 4 up to the row, the block and the whole row."""
+    powers = [4**i for i in range(1 + int(math.log(length, 4)))]
+    return sorted({n for n in (*powers, block, length) if n <= length})
+
+
+@torch.no_grad()
+def measure_rates(model: MaskedTransformer, rows: Sequence[int]) -> MatmulRates:
+    """Rates of the linear layers of all blocks, one after the other as in a pass, with their own weights.
+
+    Args:
+        rows: numbers of rows, ascending.
+    """
+    blocks: list[Any] = list(model.blocks)
+    layers = [
+        layer for b in blocks for layer in (b.attention.qkv, b.attention.out, b.feed_forward.up, b.feed_forward.down)
+    ]
+    weights = [layer.weight for layer in layers]
+    points = []
+    for n in rows:
+        inputs = {w.shape[1]: torch.randn(n, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+        seconds = seconds_of(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights], model.device)  # noqa: B023
+        points.append((n, 2 * n * sum(w.numel() for w in weights) / seconds))
+    return MatmulRates(tuple(points))
+
+
+@torch.no_grad()
+def matmul_peak(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a product of two `size x size` matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, device)
+
+
+@torch.no_grad()
+def copy_bandwidth(size: int, device: torch.device) -> float:
+    """Bytes per second that a copy of `size` bytes moves, reading and writing counted."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds_of(lambda: target.copy_(source), device)
+
+
+@torch.no_grad()
+def measure_steps(
+    model: MaskedTransformer, batch: TokenBatch, schedule: Schedule, peak: float, bandwidth: float
+) -> dict[str, dict[str, float]]:
+    """A full pass, and a cached one that recomputes the first block, of all rows, without the head.
+
+    Args:
+        batch: the rows that `schedule` describes.
+        peak: FLOP/s. bandwidth: bytes per second.
+
+    Returns:
+        `full` and `cached`, each with its median `seconds`, its `roofline` (FLOPs over the matmul peak, or bytes of
+        weights and stored keys and values over the bandwidth, whichever is longer) and the `share` of it that was reached.
+    """
+    start, size, _ = schedule.blocks[0]
+    query = torch.zeros_like(batch.given)
+    query[:, start : start + size] = True
+    time, store = torch.ones(len(batch.ids), device=batch.ids.device), model.make_store(batch)
+    moved = store.key.nbytes + store.value.nbytes + sum(p.nbytes for p in model.blocks.parameters())
+    traits, found = model.traits, {}
+    for name, plan, queries in (
+        ("full", CachePlan(), schedule.length),
+        ("cached", CachePlan(query, query, full=False, width=size), size),
+    ):
+        seconds = seconds_of(partial(model.partial, batch.ids, plan, store, time), model.device)
+        flops = len(batch.ids) * RowWork.even(len(traits.layers), queries, schedule.length).flops(traits)
+        roofline = max(flops / peak, moved / bandwidth)
+        found[name] = {"seconds": seconds, "roofline": roofline, "share": roofline / seconds}
+    return found
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    try:
+        return pick_device(name)
+    except ValueError as error:
+        raise ValueError(
+            f"this suite runs on {name!r}, which is not there; name another device, for instance cpu"
+        ) from error
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
+    return about | {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+@contextmanager
+def thread_count(count: int | None) -> Iterator[None]:
+    """Torch's number of CPU threads inside the block; None leaves it alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
