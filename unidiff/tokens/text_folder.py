@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from unidiff.errors import DamagedFile, check_regular, read_json
 from unidiff.schema import check_value
 
+_STARTS = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat")
 _DEEPEST = 64  # nesting of settings; the library walks through them by recursion
 _TOKEN = str | dict[str, Any] | None
 _FLAG = bool | None
@@ -41,34 +42,19 @@ def check_tokenizer_folder(folder: str | Path) -> None:
         ValueError: one that is not; the message names the file.
     """
     for path in sorted(Path(folder).iterdir()):
-        if not path.is_dir() and path.name.startswith(
-            ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat")
-        ):
+        if path.name.startswith(_STARTS) and not path.is_dir():
             check_regular(path)
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
-        path = Path(folder) / name
-        if path.exists():
+    for name, check in _CHECKS.items():
+        if (path := Path(folder) / name).exists():
             content = read_json(path, "settings of a text tokenizer")
             try:
                 _check_depth(content)
-                _check(name, content)
+                check(content)
             except ValueError as error:
                 raise DamagedFile(f"{str(path)!r} cannot be read as a part of a text tokenizer: {error}") from error
 
 
-def _check(name: str, content: dict[str, Any]) -> None:
-    if name == "tokenizer.json":
-        added = content.get("added_tokens")
-        check_value(added, list[dict[str, Any]] | None, "added_tokens")
-        for token in added or ():
-            _check_token(token, "added_tokens")
-        model = content.get("model")
-        if isinstance(model, dict) and isinstance(model.get("vocab"), dict):  # a list in other kinds of model
-            check_value(model["vocab"], dict[str, int], "model vocab")
-        return
-    if name == "added_tokens.json":
-        check_value(content, dict[str, int], "the file")
-        return
+def _check_settings(content: dict[str, Any]) -> None:
     for key, annotation in SETTINGS.items():
         if key in content:
             check_value(content[key], annotation, key)
@@ -82,6 +68,23 @@ def _check(name: str, content: dict[str, Any]) -> None:
             raise ValueError(f"added_tokens_decoder has {key!r}; expected ids")
         check_value(token, dict[str, Any], f"added_tokens_decoder {key}")
         _check_token(token, f"added_tokens_decoder {key}")
+
+
+def _check_tokenizer(content: dict[str, Any]) -> None:
+    check_value(content.get("added_tokens"), list[dict[str, Any]] | None, "added_tokens")
+    for token in content.get("added_tokens") or ():
+        _check_token(token, "added_tokens")
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("vocab"), dict):  # a list in other kinds of model
+        check_value(model["vocab"], dict[str, int], "model vocab")
+
+
+_CHECKS: Mapping[str, Callable[[dict[str, Any]], None]] = {
+    "tokenizer_config.json": _check_settings,
+    "special_tokens_map.json": _check_settings,
+    "added_tokens.json": lambda content: check_value(content, dict[str, int], "the file"),
+    "tokenizer.json": _check_tokenizer,
+}
 
 
 def _check_token(token: Mapping[str, Any], name: str) -> None:

@@ -114,63 +114,53 @@ class Middle(nn.Module):
         return self.block_2(self.attention(self.block_1(x)))
 
 
-class ConvEncoder(nn.Module):
-    """Pixels `[B, 3, H, W]` to latents `[B, z, H/f, W/f]`, f = 2^(levels - 1).
+class ConvSide(nn.Module):
+    """One side of the autoencoder, with f = 2^(levels - 1): pixels `[B, 3, H, W]` to latents `[B, z, H/f, W/f]`, or back.
 
     Args:
         channels: width at multiplier 1.
         multipliers: width of each level, highest resolution first.
         depths: residual blocks of each level, in the same order.
-        z_channels: channels that come out.
+        z_channels: channels of the latents.
         attention: attention after every block of the lowest resolution (the middle always has one).
+        up: from latents to pixels; `levels` then start at the lowest resolution, in the order in which they run.
     """
 
     def __init__(
-        self, channels: int, multipliers: Sequence[int], depths: Sequence[int], z_channels: int, attention: bool
+        self,
+        channels: int,
+        multipliers: Sequence[int],
+        depths: Sequence[int],
+        z_channels: int,
+        attention: bool,
+        up: bool = False,
     ) -> None:
         super().__init__()
-        widths = [channels, *(channels * m for m in multipliers)]
         last = len(multipliers) - 1
-        self.conv_in = Conv(3, channels, 3, padding=1)
+        order = list(range(last, -1, -1) if up else range(last + 1))
+        lowest = channels * multipliers[-1]
+        widths = [lowest if up else channels, *(channels * multipliers[i] for i in order)]
+        self.up = up
+        self.conv_in = Conv(z_channels if up else 3, widths[0], 3, padding=1)
+        if up:
+            self.middle = Middle(lowest)
         self.levels = nn.ModuleList(
-            Level((widths[i], widths[i + 1]), depths[i], attention and i == last, "none" if i == last else "down")
-            for i in range(last + 1)
+            Level(
+                (widths[n], widths[n + 1]),
+                depths[i],
+                attention and i == last,
+                "none" if n == last else "up" if up else "down",
+            )
+            for n, i in enumerate(order)
         )
-        self.middle = Middle(widths[-1])
-        self.norm_out, self.conv_out = ImageNorm(widths[-1]), Conv(widths[-1], z_channels, 3, padding=1)
+        if not up:
+            self.middle = Middle(lowest)
+        self.norm_out, self.conv_out = ImageNorm(widths[-1]), Conv(widths[-1], 3 if up else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in self.levels:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
-
-
-class ConvDecoder(nn.Module):
-    """Latents `[B, z, h, w]` to pixels `[B, 3, f h, f w]`; arguments as `ConvEncoder`.
-
-    `multipliers` and `depths` start at the highest resolution too, but `levels` are in the order in which they run:
-    level 0 is the lowest resolution.
-    """
-
-    def __init__(
-        self, channels: int, multipliers: Sequence[int], depths: Sequence[int], z_channels: int, attention: bool
-    ) -> None:
-        super().__init__()
-        down = list(reversed(range(len(multipliers))))
-        widths = [channels * multipliers[-1], *(channels * multipliers[i] for i in down)]
-        self.conv_in = Conv(z_channels, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0])
-        self.levels = nn.ModuleList(
-            Level((widths[n], widths[n + 1]), depths[i], attention and n == 0, "up" if i else "none")
-            for n, i in enumerate(down)
-        )
-        self.norm_out, self.conv_out = ImageNorm(widths[-1]), Conv(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(x))
-        for level in self.levels:
-            x = level(x)
+        for part in (self.middle, *self.levels) if self.up else (*self.levels, self.middle):
+            x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -181,8 +171,8 @@ class ConvTokenizerModel(QuantizedAutoencoder):
     decoding too unless the weights are bfloat16, which cannot overflow.
     """
 
-    encoder: ConvEncoder
-    decoder: ConvDecoder
+    encoder: ConvSide
+    decoder: ConvSide
     quant_conv: Conv
     post_quant_conv: Conv
 
@@ -194,10 +184,10 @@ class ConvTokenizerModel(QuantizedAutoencoder):
                 f"decoder_multipliers {tuple(c.decoder_multipliers)} and decoder_depths {tuple(c.decoder_depths)} "
                 "must have one entry per level each"
             )
-        self.encoder = ConvEncoder(c.encoder_channels, *sides[0], c.z_channels, c.level_attention)
+        self.encoder = ConvSide(c.encoder_channels, *sides[0], c.z_channels, c.level_attention)
         self.quant_conv = Conv(c.z_channels, code_dim, 1)
         self.post_quant_conv = Conv(code_dim, c.z_channels, 1)
-        self.decoder = ConvDecoder(c.decoder_channels, *sides[1], c.z_channels, c.level_attention)
+        self.decoder = ConvSide(c.decoder_channels, *sides[1], c.z_channels, c.level_attention, up=True)
 
     @property
     def factor(self) -> int:
