@@ -12,9 +12,9 @@ from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
 from unidiff.models.trained_on import read_trained_on
 from unidiff.pipelines.settings import PipelineSettings
-from unidiff.saving import CONFIG, WEIGHTS
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
+from unidiff.weights.saving import CONFIG, WEIGHTS
 
 VOCABULARY = "vocabulary.json"
 INDEX = "model_index.json"

@@ -25,11 +25,11 @@ from unidiff.pipelines.released_folder import is_released, load_released_pipelin
 from unidiff.pipelines.rows import TextSlot, TextSlots, build_batch
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.pipelines.tasks import call_task
-from unidiff.saving import check_save_options
 from unidiff.schema import check_value
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
+from unidiff.weights.saving import check_save_options
 
 
 class UniDiffPipeline(SharedParts, DiffusionPipeline):

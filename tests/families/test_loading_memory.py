@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unidiff.families.checkpoint.files import WINDOW
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.llada import LLADA
+from unidiff.weights.files import WINDOW
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LIMIT = 1.15

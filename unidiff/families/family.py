@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.checked import build_on_meta
 from unidiff.families.checkpoint.keymap import PREFIXES, KeyMap, assemble, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.weights.checks import build_on_meta
 
 Config = Mapping[str, Any]
 Spelling = Mapping[str, Any]

@@ -16,11 +16,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.checked import CheckedModel
 from unidiff.models.conditioning import AdaLN, Condition
 from unidiff.models.layers import Norm
 from unidiff.models.mmdit_blocks import NORM_EPS, AxisTables, DoubleBlock, SingleBlock, axis_tables, plain_norm
 from unidiff.schema import Depth, Index, Layers, Positive, Rows, Width
+from unidiff.weights.model import CheckedModel
 
 MICRO_CONDITIONS = 5  # original width, original height, crop top, crop left (pixels), aesthetic score
 SINUSOID = 256

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.checked import CheckedModel, built_from
 from unidiff.models.attention import Attention, AttentionMask, block_causal_mask
 from unidiff.models.block import Block
 from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
@@ -19,6 +18,7 @@ from unidiff.models.rotary import RotaryTables, rotary_tables
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality
+from unidiff.weights.model import CheckedModel, built_from
 
 
 class MaskedTransformer(CheckedModel):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from unidiff.checked import check_dtype, check_shapes
 from unidiff.errors import read_json, reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_arguments
 from unidiff.train.config import TrainConfig
 from unidiff.train.lora import add_adapters
+from unidiff.weights.checks import check_dtype, check_shapes
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
 """Parts that change nothing until they are trained: weights without them can be warm-started from."""

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unidiff.checked import check_dtype
 from unidiff.errors import plain
-from unidiff.families.checkpoint.files import AnyTensor, in_memory
-from unidiff.saving import check_finite
+from unidiff.weights.checks import check_dtype, check_finite
+from unidiff.weights.files import AnyTensor, in_memory
 
 LAYER = "{i}"
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")

@@ -14,20 +14,19 @@ import yaml
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from unidiff.checked import check_model_dtype
 from unidiff.errors import check_regular, json_name, plain, read_json, reading
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
-from unidiff.families.checkpoint.files import in_memory, open_checkpoint, pick_entry, weight_file
 from unidiff.families.checkpoint.keymap import KeyMismatch, strip_prefixes, unwrap
 from unidiff.families.checkpoint.native import RECORD, load_native, read_record
 from unidiff.families.family import Family, Spelling
 from unidiff.families.registry import FAMILIES, recognise
 from unidiff.hub import ALL_FILES, locate
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.saving import check_finite
 from unidiff.schema import Depth, check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.weights.checks import check_finite, check_model_dtype
+from unidiff.weights.files import StoredTensor, in_memory, open_checkpoint, weight_file
 
 ENTRIES = ("ema", "model", "state_dict")  # of a file that holds more than weights
 LARGEST_YAML = 2**22  # bytes
@@ -206,7 +205,7 @@ def open_released(
     config_path = find_config(file) if config is None else None
     config = read_config(file) if config is None else config
     content = open_checkpoint(file)
-    state = pick_entry(content, entry, ENTRIES)
+    state = _entry(content, entry)
     tensors = {name: value for name, value in unwrap(state).items() if hasattr(value, "shape")}
     if not tensors:
         listed = sorted(map(str, content))[:5]
@@ -229,6 +228,29 @@ def open_released(
     # a Lightning file's averaged weights have no names; its family gives them theirs
     state = content if lightning else strip_prefixes(unwrap(state))
     return Checkpoint(file, chosen, config, state, tensors, config_path)
+
+
+def _entry(content: Mapping[str, Any], entry: str | None) -> Mapping[str, Any]:
+    """The weights inside a checkpoint that may nest them.
+
+    Args:
+        content: names to weights, or entries to such mappings.
+        entry: the entry to take; None for the first of `ENTRIES` that holds named weights, or `content` itself without any.
+
+    Raises:
+        ValueError: `entry` is not there.
+    """
+    there = [name for name, value in content.items() if isinstance(value, Mapping)]
+    if entry is not None:
+        if entry not in there:
+            raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
+        return content[entry]
+    return next((content[name] for name in ENTRIES if name in there and _named_weights(content[name])), content)
+
+
+def _named_weights(value: Mapping[str, Any]) -> bool:
+    """A Lightning `ema` holds a list of weights beside counters, which only its family can name."""
+    return any(isinstance(item, (Tensor, StoredTensor, Mapping)) for item in value.values())
 
 
 def find_config(file: Path) -> Path | None:

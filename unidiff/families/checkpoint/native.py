@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from unidiff.checked import build_on_meta
 from unidiff.errors import DamagedFile, read_json
 from unidiff.families.checkpoint.conv_names import conv_keymap
-from unidiff.families.checkpoint.files import open_checkpoint
 from unidiff.families.checkpoint.keymap import assemble
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_fields
 from unidiff.tokens.image.vq import IMAGE_TOKENIZERS
 from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.weights.checks import build_on_meta
+from unidiff.weights.files import open_checkpoint
 
 RECORD = "released.json"
 CONSTANTS = "constants.safetensors"

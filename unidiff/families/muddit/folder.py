@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.checked import check_dtype, load_checked
 from unidiff.errors import read_json
-from unidiff.families.checkpoint.files import check_tensor, load_torch
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.muddit.scheduler import Draws, RowDraws
 from unidiff.families.muddit.tasks import MudditSettings, generate_image, hide_codes, write_text
 from unidiff.families.muddit.text import CLIP_TYPES, ClipText, TextFeatures, question_rows, upstream_wording
 from unidiff.models.mmdit import MMDiT
-from unidiff.saving import check_finite
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.weights.checks import check_dtype, check_finite
+from unidiff.weights.files import check_tensor, load_torch
+from unidiff.weights.model import load_checked
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASK_EMBEDDING = "mask_token_embedding.pth"

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.checked import build_on_meta
 from unidiff.families.family import Family
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens.batch import Span, TokenBatch
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.weights.checks import build_on_meta
 
 TEXT_TOKENS, SIDE = 12, 4
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unidiff.checked import CheckedModel
 from unidiff.tokens.image.protocol import ImageTokenizerModel
+from unidiff.weights.model import CheckedModel
 
 
 @dataclass(frozen=True)

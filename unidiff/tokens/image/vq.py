@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidiff.checked import load_checked
 from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
-from unidiff.saving import save_model
 from unidiff.tokens.image.protocol import ImageTokenizerModel, check_codes, check_images
+from unidiff.weights.model import load_checked
+from unidiff.weights.saving import save_model
 
 
 def _saved_name(value: Any) -> str | None:

@@ -15,12 +15,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
-from unidiff.errors import few, first_line, is_out_of_memory, plain, read_json, reading, reason_of
-from unidiff.saving import check_finite, check_save_options, save_model
+from unidiff.errors import first_line, is_out_of_memory, plain, read_json, reading, reason_of
 from unidiff.schema import check_arguments, check_value
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""What weights can be: eight bits need scales, which are a format of their own."""
+from unidiff.weights.checks import build_on_meta, check_dtype, check_finite, check_model_dtype, check_shapes, refuse
+from unidiff.weights.files import open_checkpoint, weight_file
+from unidiff.weights.saving import check_save_options, save_model
 
 # diffusers warns about modules to be "kept in float32" at every `to(dtype)`, also where there are none
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -160,56 +159,13 @@ def load_checked(
         "misshaped": sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"]),
         "failed": [str(message).partition("\n")[0] for message in info["error_msgs"]],
     }
-    _refuse(where, problems)
+    refuse(where, problems)
     check_finite(model, where)
     return model, info
 
 
-def build_on_meta(cls: Any, config: Mapping[str, Any], where: str = "") -> Any:
-    """A model without memory for its weights, from constructor arguments or (of a config file) a whole config.
-
-    Raises:
-        ValueError: no such model can be made; the message starts with `where`.
-    """
-    try:
-        with torch.device("meta"):
-            return cls.from_config(dict(config)) if "_class_name" in config else cls(**config)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
-    except (TypeError, RuntimeError, ZeroDivisionError, KeyError, AttributeError, NotImplementedError) as error:
-        # a class of diffusers checks little of its config; our own check theirs before
-        said = f"{cls.__name__} cannot be made from its config ({first_line(error)}); check the sizes in it"
-        raise ValueError(f"{where}: {said}" if where else said) from error
-
-
-def check_model_dtype(dtype: Any) -> None:
-    """Raise `ValueError` for a dtype that weights cannot be cast to without losing something; None and names pass."""
-    if isinstance(dtype, torch.dtype) and dtype not in FLOATS:
-        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
-        raise ValueError(f"dtype is {str(dtype).removeprefix('torch.')}; weights can be loaded as {kinds}")
-
-
-def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
-    """Raise `ValueError` for a stored tensor of a dtype that its place cannot take over without losing something.
-
-    Args:
-        name, value: of the tensor, in memory or in a file; its `dtype` is looked at.
-        is_float: whether the place is for floating-point numbers; otherwise for whole ones.
-    """
-    if is_float and value.dtype not in FLOATS:
-        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in FLOATS)
-        raise ValueError(
-            f"weight {name!r} is stored as {str(value.dtype).removeprefix('torch.')}; expected one of {kinds} "
-            "(quantised weights are made after loading, with unidiff.families.checkpoint.small_memory)"
-        )
-    if not is_float and (value.dtype.is_floating_point or value.dtype.is_complex):
-        raise ValueError(f"weight {name!r} is stored as {value.dtype}; expected whole numbers")
-
-
 def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], variant: str | None) -> None:
     """Compare config and weight file of a local folder, reading headers only."""
-    from unidiff.families.checkpoint.files import open_checkpoint, weight_file  # that package imports this module
-
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{where}: no config.json with safetensors weights ({path} does not exist)")
@@ -238,30 +194,6 @@ def _look_through(cls: Any, folder: Path, where: str, types: Mapping[str, Any], 
     for copy, original in copies.items():
         if not torch.equal(stored[copy].read(), stored[original].read()):
             raise ValueError(f"{file}: {copy!r} differs from {original!r}, though the config ties them")
-
-
-def check_shapes(
-    where: str, wanted: Mapping[str, Any], stored: Mapping[str, Any], more: Mapping[str, Any] | None = None
-) -> None:
-    """Raise `ValueError` unless weights have the names and shapes that a model wants.
-
-    Args:
-        where: for the message. wanted, stored: anything with a `shape`, by name. more: what may be there besides.
-    """
-    known = {**wanted, **(more or {})}
-    problems = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - known.keys()),
-        "misshaped": sorted(n for n in stored.keys() & known.keys() if tuple(stored[n].shape) != tuple(known[n].shape)),
-    }
-    first = next(iter(problems["misshaped"]), None)
-    instead = f", {tuple(stored[first].shape)} instead of {tuple(known[first].shape)}" if first else ""
-    _refuse(where, problems, instead)
-
-
-def _refuse(where: str, problems: Mapping[str, list[str]], more: str = "") -> None:
-    if found := "; ".join(f"{len(v)} {k} ({few(map(plain, v))})" for k, v in problems.items() if v):
-        raise ValueError(f"{where}: the weights do not fit the config: {found}{more}; load a checkpoint of this model")
 
 
 def _chain_holds(error: BaseException | None, kind: type[BaseException]) -> bool:

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from unidiff.errors import few, plain, read_json
+from unidiff.errors import plain, read_json
 from unidiff.files import filling_folder, resolve_link
+from unidiff.weights.checks import check_finite
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of the weight files that diffusers writes."""
 
-_PART = 2**22  # elements looked at together
 _FIXED = {  # options of diffusers' `save_pretrained`, with the only value that the loaders here know
     "safe_serialization": (True, "weights are read from safetensors files only"),
     "variant": (None, "folders are read without variants; save each to a folder of its own"),
@@ -101,20 +101,3 @@ def _check_weights(model: torch.nn.Module, kind: str) -> None:
         if value.layout != torch.strided:
             raise ValueError(f"{kind}: {name} is sparse; call to_dense() on it before saving")
     check_finite(model, f"{kind}, which is to be saved")
-
-
-def check_finite(weights: torch.nn.Module | Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise `ValueError` naming the first weights (of a model, or by name) that hold NaN or infinity."""
-    named = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
-    bad = [name for name, value in named.items() if not _finite(value)]
-    if bad:
-        raise ValueError(
-            f"{where}: {len(bad)} weights hold NaN or infinity ({few(map(plain, bad))}); the checkpoint is damaged"
-        )
-
-
-def _finite(value: torch.Tensor) -> bool:
-    """In parts: `isfinite` of a whole embedding would need as much memory again."""
-    if value.is_meta or not value.is_floating_point():
-        return True
-    return all(bool(torch.isfinite(part).all()) for part in value.detach().reshape(-1).split(_PART))

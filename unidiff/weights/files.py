@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -53,32 +54,18 @@ _SAFE_DTYPES = {
 }
 
 
-class _Reader(Protocol):
-    def read(self, key: tuple[Any, ...]) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file that has not been read.
 
     Attributes:
         shape, dtype: as stored.
+        read: gives the tensor on the CPU, backed by the file: copy it before the file may change.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    _reader: _Reader
-    _key: tuple[Any, ...]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def read(self) -> Tensor:
-        """The tensor on the CPU, backed by the file: copy it before the file may change."""
-        return self._reader.read(self._key)
+    read: Callable[[], Tensor]
 
 
 AnyTensor = Tensor | StoredTensor
@@ -143,29 +130,6 @@ def _variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}{dot}{ending}"
 
 
-def pick_entry(content: Mapping[str, Any], entry: str | None, order: Sequence[str]) -> Mapping[str, Any]:
-    """The weights inside a checkpoint that may nest them.
-
-    Args:
-        content: names to weights, or entries to such mappings.
-        entry: the entry to take; None for the first of `order` that holds named weights, or `content` itself without any.
-
-    Raises:
-        ValueError: `entry` is not there.
-    """
-    there = [name for name, value in content.items() if isinstance(value, Mapping)]
-    if entry is not None:
-        if entry not in there:
-            raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
-        return content[entry]
-    return next((content[name] for name in order if name in there and _named_weights(content[name])), content)
-
-
-def _named_weights(value: Mapping[str, Any]) -> bool:
-    """A Lightning `ema` holds a list of weights beside counters, which only its family can name."""
-    return any(isinstance(item, (Tensor, StoredTensor, Mapping)) for item in value.values())
-
-
 class _SafeFile:
     """One safetensors file; a mapping is opened per read, so that what was read leaves the memory with its tensor."""
 
@@ -180,11 +144,13 @@ class _SafeFile:
             if dtype not in _SAFE_DTYPES:
                 kinds = sorted(_SAFE_DTYPES)
                 raise ValueError(f"{self.path} holds tensor {plain(name)!r} of type {dtype}; expected some of {kinds}")
-        return {n: StoredTensor(shape, _SAFE_DTYPES[dtype], self, (n,)) for n, (shape, dtype) in found.items()}
+        return {
+            n: StoredTensor(shape, _SAFE_DTYPES[dtype], partial(self.read, n)) for n, (shape, dtype) in found.items()
+        }
 
-    def read(self, key: tuple[Any, ...]) -> Tensor:
+    def read(self, name: str) -> Tensor:
         with reading(self.path, "safetensors", AGAIN), safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(key[0])
+            return file.get_tensor(name)
 
 
 class _TorchFile:
@@ -209,7 +175,7 @@ class _TorchFile:
         """The same nesting of mappings and lists with stored tensors; what occurs many times is looked at once."""
         if isinstance(value, Tensor):
             check_tensor(self.path, ".".join(map(str, key)), value)
-            return StoredTensor(value.shape, value.dtype, self, key)
+            return StoredTensor(value.shape, value.dtype, partial(self.read, key))
         if not isinstance(value, Mapping | list | tuple):
             return value
         if id(value) not in self._seen:
@@ -267,27 +233,21 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
                 f"{path} is damaged, or holds more than tensors and plain data, and reading that could run code; "
                 "convert it to safetensors where you trust it"
             ) from error
-        except (
-            RuntimeError,
-            EOFError,
-            OSError,
-        ) as error:  # the file was opened just now; torch says much about its own archives
+        except (RuntimeError, EOFError, OSError) as error:  # the file opened; torch says much about its archives
             said = "asks for more memory than there is, or is damaged" if is_out_of_memory(error) else "is damaged"
             raise DamagedFile(f"{path} {said}; download it again") from error
 
 
 def check_tensor(path: Path, name: str, value: Tensor) -> None:
     """Raise `ValueError` for a tensor that is not simply numbers in a file: sparse, quantised, without data, or repeated."""
-    kind = None
-    if value.layout != torch.strided:
-        kind = "sparse"
-    elif value.is_quantized:
-        kind = "quantised"
-    elif value.is_meta:
-        kind = "empty (on the meta device)"
-    elif value.is_nested:
-        kind = "nested"
-    elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    kinds = {
+        "sparse": value.layout != torch.strided,
+        "quantised": value.is_quantized,
+        "empty (on the meta device)": value.is_meta,
+        "nested": value.is_nested,
+    }
+    kind = next((kind for kind, found in kinds.items() if found), None)
+    if kind is None and value.nbytes > value.untyped_storage().nbytes():
         kind = "larger than its data"
     if kind is not None:
         raise DamagedFile(
