@@ -67,8 +67,7 @@ class Block(nn.Module):
         first, second = (None, None) if self.ada_ln is None else self.ada_ln(condition)
         h = modulate(self.attention_norm(x), first)
         if view is None:
-            q, k, v = self.attention.project(h, rotary)
-            h = self.attended(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+            h = self.attended(*self.attention.project(h, rotary), mask)
         else:
             h = view.attention(self, h, rotary, mask)
         x = x + gate(h, first if self.attention_gate else None)
@@ -76,8 +75,8 @@ class Block(nn.Module):
         return x + gate(h, second)
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """Output `[B, n, D]` of the attention branch from queries `[B, n, H, d]`, keys and values `[B, KV, L, d]`."""
-        mixed = attend(q.transpose(1, 2), k, v, mask)  # [B, H, n, d]
+        """Output `[B, n, D]` of the attention branch from queries `[B, n, H, d]`, keys and values `[B, L, KV, d]`."""
+        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, n, d]
         return self._leave(self.attention.out(mixed.transpose(1, 2).flatten(2)), self.attention_out_norm)
 
     def fed(self, h: Tensor) -> Tensor:

@@ -353,12 +353,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _seen(store: FeatureStore, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
-    k = store.keys(layer)
+    """Keys, rotated, and values of all positions, `[B, L, KV, d]`."""
+    k = store.keys(layer).transpose(1, 2)
     if not store.options.rotated:
-        tables = RotaryTables(*(table.transpose(1, 2) for table in _rotary_of(store.inputs)))  # [B, 1, L, d]
-        k = rotate(k, tables).to(k.dtype)
-    return k, store.values(layer)
+        k = rotate(k, _rotary_of(store.inputs)).to(k.dtype)
+    return k, store.values(layer).transpose(1, 2)
 
 
 def _rotary_of(inputs: Mapping[str, Tensor]) -> RotaryTables:
