@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from unidiff.train.image_tokenizer.cell_codes import CellCodes
-from unidiff.train.image_tokenizer.losses import VQModelConfig
 from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
 
 
@@ -22,14 +21,14 @@ def config(out: Path, **changes) -> ImageTokenizerConfig:
     """A run of seconds with everything that has a state: codes of cells first or not, revival, validation, best model."""
     values = dict(
         out=str(out), data=ImageData(world="emoji", validation_images=8), steps=30, batch_size=4, warmup_steps=3,
-        model=VQModelConfig(codebook_size=64, encoder_width=16, encoder_depth=1, decoder_widths=[16], decoder_depths=[1]),
+        model=dict(codebook_size=64, encoder_width=16, encoder_depth=1, decoder_widths=[16], decoder_depths=[1]),
         log_every=1, validate_every=6, checkpoint_every=4, threads=1, device="cpu",
     )  # fmt: skip
     return ImageTokenizerConfig(**{**values, **changes})
 
 
 def with_cells(out: Path) -> ImageTokenizerConfig:
-    model = VQModelConfig(encoder_width=16, encoder_depth=1, decoder_widths=[16], decoder_depths=[1])
+    model = dict(encoder_width=16, encoder_depth=1, decoder_widths=[16], decoder_depths=[1])
     return config(out, cells=CellCodes(10, 32), model=model, steps=14, validate_every=4)
 
 

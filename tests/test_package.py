@@ -10,6 +10,7 @@ import pytest
 
 import unidiff
 from unidiff.config import load_config
+from unidiff.tokens.image.vq import new_network
 from unidiff.train.config import read_config
 from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig
 
@@ -32,7 +33,7 @@ def test_import_is_light() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     if "tokenizer" in path.stem:
-        assert load_config(ImageTokenizerConfig, path).model.build() is not None
+        assert new_network(load_config(ImageTokenizerConfig, path).model) is not None
     else:
         assert read_config(path).steps > 0
 

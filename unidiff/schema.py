@@ -90,7 +90,8 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], wha
         types: what an argument has to be, where the function does not say it (well enough). An argument without either
             has to be of its default's type.
     """
-    hints = {**typing.get_type_hints(function, include_extras=True), **types}
+    declared = function.__init__ if isinstance(function, type) else function
+    hints = {**typing.get_type_hints(declared, include_extras=True), **types}
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = hints.get(name, Any if parameter.default is parameter.empty else type(parameter.default))
         if name in values:

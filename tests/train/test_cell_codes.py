@@ -17,7 +17,6 @@ from unidiff.train.image_tokenizer.cell_codes import (
     place_codes,
     train_cell_codes,
 )
-from unidiff.train.image_tokenizer.losses import VQModelConfig
 from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Scene, SceneObject, get_profile, render
 from unidiff.worlds.emoji.table import sprite_cells
@@ -99,7 +98,7 @@ def test_decoder_context_looks_at_the_whole_picture() -> None:
 def test_recipe_learns_codes_then_decoder(tmp_path: Path) -> None:
     config = ImageTokenizerConfig(
         out=str(tmp_path / "a"), data=ImageData(world="emoji", validation_images=8),
-        model=VQModelConfig(encoder_width=32, encoder_depth=1, decoder_widths=[16], decoder_depths=[1]),
+        model=dict(encoder_width=32, encoder_depth=1, decoder_widths=[16], decoder_depths=[1]),
         cells=CellCodes(3, 64), steps=4, batch_size=4, warmup_steps=1, validate_every=2, log_every=2,
     )  # fmt: skip
     report = train_image_tokenizer(config)

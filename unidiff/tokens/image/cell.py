@@ -79,6 +79,9 @@ class CellVQModel(QuantizedAutoencoder):
         decoder_context: whether the decoder also looks at the mean over the whole picture, after its first block.
     """
 
+    kind = "cell"
+    has_cell_codes = True
+
     @register_to_config
     def __init__(
         self,
@@ -87,8 +90,8 @@ class CellVQModel(QuantizedAutoencoder):
         code_dim: Width = 8,
         encoder_width: Width = 256,
         encoder_depth: Layers = 2,
-        decoder_widths: Sequence[Width] = (256, 96),
-        decoder_depths: Sequence[Layers] = (3, 1),
+        decoder_widths: Sequence[Width] = (192, 64),
+        decoder_depths: Sequence[Layers] = (3, 2),
         decoder_context: bool = False,
     ) -> None:
         super().__init__()
@@ -137,6 +140,10 @@ class CellVQModel(QuantizedAutoencoder):
         with torch.autocast(latents.device.type, enabled=False):
             codes = (latents.movedim(1, -1) @ self.codebook.float().T).argmax(-1)  # [B, h, w]
             return Quantized(codes, self.lookup(codes), latents)
+
+    def commitment(self, found: Quantized) -> Tensor:
+        """One minus the mean cosine; codes follow by averages, not by gradient."""
+        return (1 - (found.latents * found.vectors).sum(1)).mean()
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook.float()).movedim(-1, 1)

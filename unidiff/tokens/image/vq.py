@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inspect import isabstract
+from collections.abc import Callable, Mapping
+from inspect import isabstract, signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
+from unidiff.schema import check_arguments
 from unidiff.tokens.image.protocol import ImageTokenizerModel, check_codes, check_images
+from unidiff.tokens.image.quantized import TrainableTokenizer
 from unidiff.weights.model import load_checked
 from unidiff.weights.saving import save_model
 
@@ -28,6 +31,44 @@ IMAGE_TOKENIZERS: Registry[type[ImageTokenizerModel]] = Registry(
 """By the class name in a folder's config."""
 
 
+def coder_of(network: nn.Module) -> ImageTokenizerModel:
+    """The image tokenizer behind a network of ours or of another library. Raises `ValueError` for one that is none."""
+    kinds = [IMAGE_TOKENIZERS[cls.__name__] for cls in type(network).__mro__ if cls.__name__ in IMAGE_TOKENIZERS]
+    if not kinds or not isinstance(network, nn.Module):
+        raise ValueError(
+            f"the image tokenizer is a {type(network).__name__}; expected one of {', '.join(IMAGE_TOKENIZERS)}"
+        )
+    return kinds[0].adapt(network)
+
+
+def network_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a network to train: `kind`, and what that kind's `maker` takes.
+
+    Raises:
+        ValueError: a kind that cannot be trained, or settings that it does not know or of another type.
+    """
+    kind = given.get("kind", "cell")
+    maker = _maker(kind)
+    known = {name: p.default for name, p in signature(maker).parameters.items() if name != "self"}
+    if unknown := sorted(given.keys() - known.keys() - {"kind"}):
+        raise ValueError(f"model has settings that {kind!r} does not know: {unknown}; expected some of {sorted(known)}")
+    check_arguments(maker, given, "model.")
+    return {"kind": kind, **known, **given}
+
+
+def new_network(settings: Mapping[str, Any]) -> Any:
+    """A freshly initialised network (torch's global generator) of `network_settings`."""
+    return _maker(settings["kind"])(**{name: value for name, value in settings.items() if name != "kind"})
+
+
+def _maker(kind: Any) -> Callable[..., Any]:
+    found = [cls for cls in IMAGE_TOKENIZERS.values() if issubclass(cls, TrainableTokenizer) and cls.kind]
+    makers = {cls.kind: cls.maker() for cls in found}
+    if not isinstance(kind, str) or kind not in makers:
+        raise ValueError(f"model.kind is {kind!r:.80}; expected one of {', '.join(sorted(makers))}")
+    return makers[kind]
+
+
 class VQImageTokenizer:
     """Images to codes and back.
 
@@ -41,14 +82,8 @@ class VQImageTokenizer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = (IMAGE_TOKENIZERS.get(kind.__name__) for kind in type(model).__mro__)
-        kind = next((kind for kind in kinds if kind is not None), None)
-        if kind is None or not isinstance(model, nn.Module):
-            raise ValueError(
-                f"the image tokenizer is a {type(model).__name__}; expected one of {', '.join(IMAGE_TOKENIZERS)}"
-            )
+        self._coder = coder_of(model)
         self.model: Any = model.eval()
-        self._coder: ImageTokenizerModel = kind.adapt(model)
         self.factor, self.codebook_size = self._coder.factor, self._coder.codebook_size
 
     @property

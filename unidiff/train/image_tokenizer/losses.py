@@ -1,83 +1,23 @@
 """Training an image tokenizer: reconstruction loss with an edge-aware term, codebook by moving averages, revival.
 
-Works for `CellVQModel` (codebook as a moving average of its latents, van den Oord et al. 2017, appendix A.1) and for
-diffusers' `VQModel` (codebook by gradient, its own quantiser). No pre-trained network is involved.
+The codebook of `CellVQModel` is a moving average of its latents (van den Oord et al. 2017, appendix A.1), that of others
+learns by gradient. No pre-trained network is involved.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
 from torch import Tensor
 
 from unidiff.schema import check_fields
 from unidiff.tokens.image.cell import CellVQModel
-
-
-@dataclass(frozen=True)
-class VQModelConfig:
-    """Fields of `CellVQModel` (`kind: cell`) or of diffusers' `VQModel` (`kind: vqmodel`)."""
-
-    kind: str = "cell"
-    factor: int = 8
-    codebook_size: int = 2048
-    code_dim: int = 8
-    encoder_width: int = 256
-    encoder_depth: int = 2
-    decoder_widths: list[int] = field(default_factory=lambda: [192, 64])
-    decoder_depths: list[int] = field(default_factory=lambda: [3, 2])
-    decoder_context: bool = False  # cell only
-    norm_num_groups: int = 8  # vqmodel only
-
-    def __post_init__(self) -> None:
-        check_fields(self, "model")
-        if self.kind not in ("cell", "vqmodel"):
-            raise ValueError(f"tokenizer kind {self.kind!r} is unknown; expected 'cell' or 'vqmodel'")
-        if self.factor not in (1, 2, 4, 8, 16, 32, 64, 128):
-            raise ValueError(f"model.factor is {self.factor}; expected a power of two from 1 to 128")
-        sizes: dict[str, tuple[int, ...]] = {
-            "codebook_size": (self.codebook_size,),
-            "code_dim": (self.code_dim,),
-            "encoder_width": (self.encoder_width,),
-        }
-        sizes |= {"decoder_widths": tuple(self.decoder_widths), "norm_num_groups": (self.norm_num_groups,)}
-        for name, values in sizes.items():
-            if not values or min(values) < 1 or max(values) > 2**22:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; expected numbers from 1 to {2**22}")
-        for name, depths in {"encoder_depth": [self.encoder_depth], "decoder_depths": self.decoder_depths}.items():
-            if not depths or min(depths) < 0 or max(depths) > 1024:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; expected numbers from 0 to 1024")
-        if self.kind == "vqmodel" and (odd := [w for w in self.decoder_widths if w % self.norm_num_groups]):
-            raise ValueError(
-                f"model.decoder_widths holds {odd[0]}, which norm_num_groups={self.norm_num_groups} must divide"
-            )
-
-    def build(self) -> Any:
-        """A freshly initialised model (torch's global generator)."""
-        if self.kind == "cell":
-            return CellVQModel(
-                self.factor, self.codebook_size, self.code_dim, self.encoder_width, self.encoder_depth,
-                tuple(self.decoder_widths), tuple(self.decoder_depths), self.decoder_context,
-            )  # fmt: skip
-        levels = int(math.log2(self.factor)) + 1
-        if len(self.decoder_widths) != levels:
-            raise ValueError(
-                f"vqmodel with factor {self.factor} needs {levels} decoder_widths, got {self.decoder_widths}"
-            )
-        model: Any = VQModel(
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(self.decoder_widths), latent_channels=self.code_dim,
-            num_vq_embeddings=self.codebook_size, norm_num_groups=self.norm_num_groups,
-            mid_block_add_attention=False,
-        )  # fmt: skip
-        model.quantize.legacy = False  # diffusers puts beta on the codebook term otherwise
-        return model
+from unidiff.tokens.image.vq import coder_of
 
 
 @dataclass(frozen=True)
@@ -199,30 +139,16 @@ class CodebookAverage:
 
 
 def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -> tuple[VQStep, Tensor | None]:
-    """Encode, quantise in float32, decode, and the loss; also the latents for `CodebookAverage` (`CellVQModel` only)."""
+    """The forward and the loss of a step; also the latents for `CodebookAverage`, where the model has such a codebook."""
+    coder: Any = coder_of(model)
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
-    latents: Tensor | None = None
-    cycle: Tensor | float = 0.0
-    if isinstance(model, CellVQModel):
+    done = coder.reconstruct(images, autocast)
+    loss = reconstruction_loss(done.output, images, weights) + weights.commitment * done.commitment
+    if weights.cycle:
         with autocast:
-            latents = model.latents(images)  # [B, d, h, w] float32
-        quantized = model.quantize(latents)
-        vectors = latents + (quantized.vectors - latents).detach()  # straight-through gradient
-        with autocast:
-            output = model.decode_vectors(vectors)
-            if weights.cycle:
-                cycle = cycle_loss(model, output, quantized.codes)
-        commitment, codes = (1 - (latents * quantized.vectors).sum(1)).mean(), quantized.codes
-    else:  # diffusers' VQModel: its forward would quantise in bf16, so encode, quantise and decode apart
-        with autocast:
-            hidden = model.encode(images).latents
-        vectors, commitment, (_, _, flat) = model.quantize(hidden.float())
-        with autocast:
-            output = model.decode(vectors, force_not_quantize=True).sample
-        codes = flat.reshape(hidden.shape[0], *hidden.shape[-2:])
-    loss = reconstruction_loss(output, images, weights) + weights.commitment * commitment + weights.cycle * cycle
-    mse = F.mse_loss(output.detach().float(), images)
-    return VQStep(loss, mse, codes), latents.detach() if latents is not None else None
+            loss = loss + weights.cycle * cycle_loss(model, done.output, done.codes)
+    mse = F.mse_loss(done.output.detach().float(), images)
+    return VQStep(loss, mse, done.codes), done.latents
 
 
 def psnr(mse: float) -> float:

@@ -89,7 +89,8 @@ def flat_settings(config: Any) -> dict[str, Any]:
 def check_same(old: RunState, settings: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
     """Raise `ValueError` with both values where a run differs from the one that wrote a checkpoint."""
     for kind, before, now in (("", old.settings, settings), ("the content of ", old.facts, facts)):
-        for name in sorted({*before, *now} - set(FREE)):
+        there = {*now} if kind == "" else {*before, *now}  # settings that are no more changed nothing
+        for name in sorted(there - set(FREE)):
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"the run in {str(folder)!r} has {kind}{name} = {before.get(name)!r}, this one {now.get(name)!r}; "

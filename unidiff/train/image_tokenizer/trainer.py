@@ -20,12 +20,12 @@ from unidiff.errors import read_json
 from unidiff.files import locked, replace_text, replacing, replacing_folder
 from unidiff.process import free_memory
 from unidiff.schema import check_fields, from_data
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.quantized import TrainableTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer, coder_of, network_settings, new_network
 from unidiff.train.build import pick_device
 from unidiff.train.image_tokenizer.cell_codes import CellCodes, CellTrainer, place_codes
 from unidiff.train.image_tokenizer.data import ImageData, Pictures, open_pictures
-from unidiff.train.image_tokenizer.losses import CodebookAverage, VQLossWeights, VQModelConfig, psnr, vq_forward
+from unidiff.train.image_tokenizer.losses import CodebookAverage, VQLossWeights, psnr, vq_forward
 from unidiff.train.image_tokenizer.report import measure, reconstruction_sheet, ssim
 from unidiff.train.image_tokenizer.state import (
     RunState,
@@ -55,6 +55,9 @@ class ImageTokenizerConfig:
     a transformer trained on these codes stays valid. With `cells.steps` the encoder learns first, alone, to give the
     objects' cells the same codes on every background (`train_cell_codes`), and then the decoder with these codes.
 
+    `model` holds `kind` (`cell` for a `CellVQModel`, `vqmodel` for diffusers' `VQModel`, or another of `IMAGE_TOKENIZERS` that
+    can be trained) and the settings of that network; those left out are its defaults.
+
     `device` is auto, cpu or cuda, `threads` those of the CPU (0: all). A checkpoint is written every `checkpoint_every`
     steps, at the end, and on SIGTERM or Ctrl-C; `fallback` goes on from the one before where the newest is damaged.
     """
@@ -64,7 +67,7 @@ class ImageTokenizerConfig:
     decoder_only: bool = False
     cells: CellCodes = field(default_factory=CellCodes)
     data: ImageData = field(default_factory=ImageData)
-    model: VQModelConfig = field(default_factory=VQModelConfig)
+    model: dict[str, Any] = field(default_factory=dict)
     loss: VQLossWeights = field(default_factory=VQLossWeights)
     steps: int = 4000
     batch_size: int = 64
@@ -82,6 +85,7 @@ class ImageTokenizerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        object.__setattr__(self, "model", network_settings(self.model))
         for name in ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
             if not 1 <= getattr(self, name) <= 2**40:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -341,8 +345,13 @@ def _build(config: ImageTokenizerConfig, device: torch.device) -> tuple[Any, Cod
     loaded = VQImageTokenizer.from_pretrained(config.init_from).model if config.init_from else None
     if loaded is not None and (bad := [n for n, v in loaded.state_dict().items() if not bool(v.isfinite().all())]):
         raise ValueError(f"init_from={config.init_from!r} holds NaN or infinity in {bad[0]}; name other weights")
-    model: Any = (loaded or config.model.build()).float().to(device).train().to(memory_format=torch.channels_last)
-    cell = isinstance(model, CellVQModel)
+    model: Any = (loaded or new_network(config.model)).float().to(device).train().to(memory_format=torch.channels_last)
+    coder = coder_of(model)
+    if not isinstance(coder, TrainableTokenizer) or not coder.kind:
+        raise ValueError(
+            f"init_from={config.init_from!r} holds a {type(model).__name__}, which this recipe cannot train"
+        )
+    cell = coder.has_cell_codes
     if config.loss.cycle and not cell:
         raise ValueError(f"loss.cycle {config.loss.cycle} needs a CellVQModel; set it to 0 or model.kind to 'cell'")
     if config.decoder_only:
