@@ -234,7 +234,7 @@ def _checkpoint() -> Kind:
 def _record() -> Kind:
     def write(folder: Path) -> None:
         folder.mkdir()
-        TrainedOn((2, 3), 10, ("t2i", "caption")).save(folder)
+        TrainedOn((2, 3), 10, ("text_to_image", "caption")).save(folder)
 
     return Kind("record of training", write, lambda folder: str(read_trained_on(folder)), ("trained_on.json",))
 

@@ -163,7 +163,7 @@ def test_sizes_and_lengths_that_are_none(run, places):
 
 def test_info_lists_the_tasks_that_were_trained(run, places):
     assert "text_to_image, caption, answer, inpaint, generate" in table(run("info", "pipe")[1])["tasks"]
-    TrainedOn((2, 3), 10, ("t2i", "caption")).save(places / "t")
+    TrainedOn((2, 3), 10, ("text_to_image", "caption")).save(places / "t")
     assert run("pack", "t", "i", "x", "packed")[0] == 0
     lines = table(run("info", "packed")[1])
     assert lines["tasks"] == "text_to_image, caption, inpaint" and "24 x 16 pixels" in lines["picture"]

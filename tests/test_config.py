@@ -168,19 +168,33 @@ def test_overrides_that_cannot_be(word: str, words: str) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(("old", "new"), [("joint", "generate"), ("t2i", "text_to_image"), ("vqa", "answer")])
+def test_a_task_under_its_former_name_is_told_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"tasks:\n  {old}: {{weight: 2}}\n")
+    with pytest.raises(ValueError, match=f"line 2: the key 'tasks.{old}' has a new name: tasks.{new}$"):
+        load_config(TrainConfig, tmp_path / "c.yaml")
+    with pytest.raises(ValueError, match=f"the key 'tasks.{old}.weight' has a new name: tasks.{new}.weight$"):
+        load_config(TrainConfig, None, [f"tasks.{old}.weight=1"])
+
+
 def test_later_ones_count_and_mappings_are_merged(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("model: {hidden_size: 64, num_layers: 2}\ntasks:\n  t2i: {weight: 2}\n")
+    (tmp_path / "c.yaml").write_text("model: {hidden_size: 64, num_layers: 2}\ntasks:\n  text_to_image: {weight: 2}\n")
     words = [
         "model.num_layers=3",
         "model={dropout: 0.1}",
-        "tasks.t2i={rate: cosine}",
+        "tasks.text_to_image={rate: cosine}",
         "steps=1",
         "steps=2",
         "threads= 4 ",
     ]
     config = load_config(TrainConfig, tmp_path / "c.yaml", words)
     assert config.model == {"hidden_size": 64, "num_layers": 3, "dropout": 0.1}
-    assert (config.tasks.t2i.weight, config.tasks.t2i.rate, config.steps, config.threads) == (2, "cosine", 2, 4)
+    assert (config.tasks.text_to_image.weight, config.tasks.text_to_image.rate, config.steps, config.threads) == (
+        2,
+        "cosine",
+        2,
+        4,
+    )
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_model_folders(tmp_path):
     transformer, _, _, settings = tiny_parts()
     transformer.save_pretrained(tmp_path / "run" / "model")
     put(tmp_path / "run" / "model" / "vocabulary.json", json.dumps(settings.vocabulary.to_dict()))
-    TrainedOn((2, 3), 10, ("joint",)).save(tmp_path / "run" / "model")
+    TrainedOn((2, 3), 10, ("generate",)).save(tmp_path / "run" / "model")
     assert others_in_model(tmp_path / "run" / "model") == []
     put(tmp_path / "run" / "model" / "notes.txt")
     put(tmp_path / "run" / "model" / "vocabulary.json", '{"words": ["mine"]}')

@@ -20,7 +20,7 @@ from unidiff.pipelines.pack import pack_pipeline, settings_after, tasks_taught
 from unidiff.pipelines.settings import TASKS, PipelineSettings
 
 SIZE = (GRID[0] * 8, GRID[1] * 8)
-TRAINED = TrainedOn(GRID, TEXT_LENGTH, ("joint", "vqa"))
+TRAINED = TrainedOn(GRID, TEXT_LENGTH, ("generate", "answer"))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_values_that_are_none_are_refused(bare, tmp_path, wrong):
         ("trained_on.json", '{"grid": [2, 0], "text_length": 10, "tasks": []}'),
         ("trained_on.json", '{"grid": [2, 3], "text_length": 1e3, "tasks": []}'),
         ("trained_on.json", '{"grid": [2, 3], "text_length": 10, "tasks": ["paint"]}'),
-        ("trained_on.json", '{"grid": [2, 3], "text_length": 10, "tasks": "joint"}'),
+        ("trained_on.json", '{"grid": [2, 3], "text_length": 10, "tasks": "generate"}'),
         ("trained_on.json", '{"grid": [2, 3], "text_length": 10, "tasks": [], "more": 1}'),
         ("vocabulary.json", "[]"),
         ("vocabulary.json", "{}"),
@@ -148,12 +148,12 @@ def test_tokenizers_that_did_not_encode_the_data_are_refused(parts, tmp_path):
 def test_tasks_follow_from_training():
     for training, expected in {
         (): (),
-        ("joint",): ("text_to_image", "caption", "inpaint", "generate"),
-        ("t2i",): ("text_to_image", "inpaint"),
+        ("generate",): ("text_to_image", "caption", "inpaint", "generate"),
+        ("text_to_image",): ("text_to_image", "inpaint"),
         ("caption",): ("caption",),
-        ("vqa",): ("answer",),
+        ("answer",): ("answer",),
         ("text",): (),
-        ("t2i", "text"): ("text_to_image", "inpaint", "generate"),
+        ("text_to_image", "text"): ("text_to_image", "inpaint", "generate"),
         TRAINING_TASKS: TASKS,
     }.items():
         assert tasks_taught(training) == expected
@@ -187,7 +187,7 @@ def test_tasks_are_kept_in_the_folder_and_absent_ones_mean_all(tmp_path):
 
 def test_a_pipeline_after_further_training_has_the_rows_of_that(tmp_path):
     base = tiny_pipeline().settings
-    TrainedOn((4, 4), 32, ("vqa",)).save(tmp_path)
+    TrainedOn((4, 4), 32, ("answer",)).save(tmp_path)
     changed = settings_after(base, tmp_path)
     assert (changed.grid, changed.text_length, changed.tasks) == ((4, 4), 32, None)  # the base could do all already
     some = PipelineSettings.from_dict({**base.to_dict(), "tasks": ["text_to_image"]})
@@ -195,15 +195,22 @@ def test_a_pipeline_after_further_training_has_the_rows_of_that(tmp_path):
     assert settings_after(base, tmp_path / "none") == base
 
 
+def test_a_record_with_former_names_of_tasks_is_read(tmp_path):
+    (tmp_path / "trained_on.json").write_text(
+        '{"grid": [2, 2], "text_length": 8, "tasks": ["joint", "t2i", "caption", "vqa"]}'
+    )
+    assert read_trained_on(tmp_path) == TrainedOn((2, 2), 8, ("generate", "text_to_image", "caption", "answer"))
+
+
 def test_what_a_start_knew_counts_too(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    TrainedOn((2, 2), 8, ("t2i",)).save(tmp_path / "a")
-    TrainedOn((4, 4), 16, ("vqa",)).save(tmp_path / "b", started_from=tmp_path / "a")
-    assert read_trained_on(tmp_path / "b") == TrainedOn((4, 4), 16, ("t2i", "vqa"))
+    TrainedOn((2, 2), 8, ("text_to_image",)).save(tmp_path / "a")
+    TrainedOn((4, 4), 16, ("answer",)).save(tmp_path / "b", started_from=tmp_path / "a")
+    assert read_trained_on(tmp_path / "b") == TrainedOn((4, 4), 16, ("text_to_image", "answer"))
     assert read_trained_on(tmp_path) is None
-    TrainedOn((4, 4), 16, ("vqa",)).save(tmp_path / "b", started_from=tmp_path / "nowhere")
-    assert read_trained_on(tmp_path / "b") == TrainedOn((4, 4), 16, ("vqa",))
+    TrainedOn((4, 4), 16, ("answer",)).save(tmp_path / "b", started_from=tmp_path / "nowhere")
+    assert read_trained_on(tmp_path / "b") == TrainedOn((4, 4), 16, ("answer",))
 
 
 def test_other_folders_are_refused_before_anything_is_read(parts, tmp_path):

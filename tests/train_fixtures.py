@@ -25,10 +25,10 @@ TINY = [
     "logging.validate_every=0",
 ]
 MIXED = [
-    "tasks.joint.weight=1",
-    "tasks.t2i={weight: 2, rate: cosine, dropout: 0.25}",
+    "tasks.generate.weight=1",
+    "tasks.text_to_image={weight: 2, rate: cosine, dropout: 0.25}",
     "tasks.caption={weight: 1, loss: elbo, dropout: 0.5}",
-    "tasks.vqa.weight=1",
+    "tasks.answer.weight=1",
     "tasks.text.weight=1",
 ]
 

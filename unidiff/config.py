@@ -306,6 +306,8 @@ def _expected(annotation: Any) -> str:
 def _unknown(schema: type, key: str) -> str:
     """A sentence about an unknown key, with the nearest one that there is."""
     known, names = list(all_keys(schema)), key.split(".")
+    if new := _new_name(schema, names):
+        return f"the key {_short(key)} has a new name: {new}"
     last, place = names[-1], ""
     near = [k for k in known if k.rpartition(".")[2] == last]
     for number, name in enumerate(names):
@@ -321,6 +323,17 @@ def _unknown(schema: type, key: str) -> str:
         near = [ends[name] for name in difflib.get_close_matches(last, ends, 1, 0.6)]
     nearest = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(field_types(schema))}"
     return f"the key {_short(key)} is unknown{nearest}"
+
+
+def _new_name(schema: Any, names: list[str]) -> str | None:
+    """What a key is called now, where a dataclass on the way to it says so (`renamed`: former name to name)."""
+    for number, name in enumerate(names):
+        if not is_dataclass(schema):
+            return None
+        if new := getattr(schema, "renamed", {}).get(name):
+            return ".".join([*names[:number], new, *names[number + 1 :]])
+        schema = field_types(schema).get(name)
+    return None
 
 
 def all_keys(schema: type, before: str = "") -> Iterator[str]:

@@ -102,8 +102,8 @@ def test_own_photographs_from_shards_to_samples(tmp_path):
         "tokenizer": {"image": str(image_folder), "text": str(tmp_path / "text")},
         "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "rope": "2d"},
         "tasks": {
-            "joint": {"weight": 0.4, "loss": "elbo"}, "t2i": {"weight": 0.3}, "caption": {"weight": 0.2},
-            "vqa": {"weight": 0.1},
+            "generate": {"weight": 0.4, "loss": "elbo"}, "text_to_image": {"weight": 0.3}, "caption": {"weight": 0.2},
+            "answer": {"weight": 0.1},
         },
         "schedule": {"warmup": 2},
         "logging": {"validate_every": 6, "validation_draws": 1, "every": 2, "trackers": [], "progress": False},

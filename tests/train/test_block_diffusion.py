@@ -24,12 +24,12 @@ CAUSAL = f"model={{hidden_size: 32, num_layers: 2, num_heads: 2, qk_norm: head, 
 
 
 def mixer(tmp_path, *overrides):
-    config = tiny_config(tmp_path, "tasks.joint={weight: 1, loss: elbo}", "data.crop_fill=0.5", *overrides)
+    config = tiny_config(tmp_path, "tasks.generate={weight: 1, loss: elbo}", "data.crop_fill=0.5", *overrides)
     return TaskMixer(tiny_table(), config.tasks, config.objective, config.seed, config.data.crop_fill, BLOCK)
 
 
 def test_blocks_have_rates_of_their_own_and_exact_counts(tmp_path):
-    micro = mixer(tmp_path, "tasks.t2i={weight: 1, loss: elbo}").batch(0, 64)
+    micro = mixer(tmp_path, "tasks.text_to_image={weight: 1, loss: elbo}").batch(0, 64)
     hidden = micro.batch.targets & (micro.noise < micro.rate)
     block = micro.batch.positions[..., 0] // BLOCK
     for number in range(int(block.max()) + 1):
@@ -43,7 +43,7 @@ def test_blocks_have_rates_of_their_own_and_exact_counts(tmp_path):
         expected = (total / count.clamp_min(1))[:, None].expand_as(here)[hidden & here]
         torch.testing.assert_close(weights, expected.float())
         assert len(rate[rows].unique()) == int(rows.sum())
-    again = mixer(tmp_path, "tasks.t2i={weight: 1, loss: elbo}").batch(16, 3)
+    again = mixer(tmp_path, "tasks.text_to_image={weight: 1, loss: elbo}").batch(16, 3)
     assert torch.equal(again.rate, micro.rate[16:19]) and torch.equal(again.noise, micro.noise[16:19])
     assert bool(micro.weight.isfinite().all())
 
@@ -105,12 +105,12 @@ def test_validation_scores_blocks_given_clean_ones(tmp_path):
         torch.nn.init.normal_(p, std=0.3)
     source, rows = tiny_table(), 8
     report = validate(model, model.hidden, source, rows, 1, 3, bf16=False)
-    assert not [name for name in report if name.startswith(("caption", "vqa"))]
+    assert not [name for name in report if name.startswith(("caption", "answer"))]
     even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
     mix = TaskMixer(
         source, TasksConfig(even, even, off, off, even), ObjectiveConfig(), VALIDATION_SEED, block_length=BLOCK
     )
-    for number, name in enumerate(("joint", "t2i")):
+    for number, name in enumerate(("joint", "text_to_image")):
         micro = mix.of(torch.arange(rows), number)
         noisy, total = mask_tokens(micro.batch, micro.rate, VOCABULARY, micro.noise), 0.0
         block = micro.batch.positions[..., 0] // BLOCK

@@ -236,14 +236,14 @@ def test_scores_of_another_number_or_of_other_rows_are_not_compared(tmp_path):
 
     first = trained("joint_nelbo", held_out, 2)
     assert Trainer(first.config, table.seeded(0), held_out)._best == first._best < float("inf")
-    for best, rows in (("t2i_nelbo", held_out), ("joint_nelbo", other)):
+    for best, rows in (("text_to_image_nelbo", held_out), ("joint_nelbo", other)):
         config = tiny_config(tmp_path, *MIXED, "steps=2", f"checkpoint.best={best}")
         assert Trainer(config, table.seeded(0), rows)._best == float("inf")
     names = first._validate()
     for name in names:
         tiny = tiny_config(tmp_path / "new", f"checkpoint.best={name}")
         Trainer(tiny, table.seeded(0), held_out)
-    for name, rows in (("nelbo", held_out), ("joint_nelbo", None), ("t2i_nelbo_words", held_out)):
+    for name, rows in (("nelbo", held_out), ("joint_nelbo", None), ("text_to_image_nelbo_words", held_out)):
         with pytest.raises(ValueError, match="is not in the validation report"):
             Trainer(tiny_config(tmp_path / "new", f"checkpoint.best={name}"), table.seeded(0), rows)
 

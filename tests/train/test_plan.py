@@ -97,7 +97,7 @@ def test_mean_rates_and_the_hidden_share_of_a_mixture():
     for rate, mean in {"uniform": 1 / 2, "cosine": 2 / math.pi, "high": 5 / 6, "beta": 3 / 4}.items():
         task = TaskConfig(weight=1, rate=rate, beta=3.0)
         assert mean_rate(task) == pytest.approx(mean, abs=1e-6)
-    config = read_config(None, [*SMALL, "tasks.joint.weight=0", "tasks.t2i={weight: 1, rate: high}"])
+    config = read_config(None, [*SMALL, "tasks.generate.weight=0", "tasks.text_to_image={weight: 1, rate: high}"])
     row = row_shape(config, named_vocabulary("unidisc-magvit"))
     image, text = 64 * 8192, 32 * 32000
     assert row.hidden_share == pytest.approx(5 / 6 * image / (image + text))

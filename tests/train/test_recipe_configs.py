@@ -37,7 +37,7 @@ def test_unidisc_stages_are_the_published_ones():
     for stage in stages:
         plan = make_plan(stage, gpus=8)
         assert round(plan.size.total / 1e9, 3) == 1.407
-        assert {t.loss for t in (stage.tasks.joint, stage.tasks.t2i, stage.tasks.caption)} == {"softmin"}
+        assert {t.loss for t in (stage.tasks.generate, stage.tasks.text_to_image, stage.tasks.caption)} == {"softmin"}
         assert (stage.optimiser.lr, stage.optimiser.beta2, stage.optimiser.clip, stage.batch_size) == (
             1e-4,
             0.999,

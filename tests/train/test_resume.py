@@ -75,9 +75,9 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path):
         (["steps=0"], "steps is 0"),
         (["steps"], "key=value"),
         (["optimiser.name=sgd"], "optimiser.name is 'sgd'"),
-        (["tasks.joint.rate=slow"], "tasks.joint.rate = 'slow'"),
-        (["tasks.t2i.dropout=2"], "tasks.t2i.dropout"),
-        (["tasks.joint.weight=0"], "no task"),
+        (["tasks.generate.rate=slow"], "tasks.generate.rate = 'slow'"),
+        (["tasks.text_to_image.dropout=2"], "tasks.text_to_image.dropout"),
+        (["tasks.generate.weight=0"], "no task"),
         (["data.train=/nowhere/table.safetensors"], "does not exist"),
         (["data.validation_rows=72"], "leaves nothing"),
         (["checkpoint.init_from=/nowhere"], "/nowhere"),
@@ -110,4 +110,4 @@ def test_every_committed_training_config_loads():
     from unidiff.train.config import read_config
 
     config = read_config(RECIPE.parents[1] / "configs" / "emoji.yaml")
-    assert config.tasks.t2i.weight > 0 and config.model["hidden_size"] > 0
+    assert config.tasks.text_to_image.weight > 0 and config.model["hidden_size"] > 0

@@ -240,13 +240,21 @@ def test_checkpoints_from_before_contents_were_noted_compare_names(tmp_path):
             compare(state, changed(old, name, "elsewhere"), {}, WHERE)
 
 
+def test_a_checkpoint_with_former_names_of_tasks_is_the_same_run(tmp_path):
+    config = tiny_config(tmp_path)
+    old = asdict(config)
+    former = {"generate": "joint", "text_to_image": "t2i", "answer": "vqa"}
+    old["tasks"] = {former.get(name, name): value for name, value in old["tasks"].items()}
+    assert compare({"config": old, "facts": {}, "step": 0}, config, {}, WHERE) == []
+
+
 def test_notes_reach_the_person(tmp_path, caplog):
     start(tmp_path, "schedule.warmup=0")
     start(tmp_path, "schedule.warmup=0", "steps=4")
     assert "steps was 2, here 4: the rate of the cosine schedule goes from 0 to 0.0005 at step 2" in caplog.text
     caplog.clear()
-    start(tmp_path, "schedule.warmup=0", "steps=4", "tasks.t2i.weight=3", "checkpoint.changed=allow")
-    assert "which was made with tasks.t2i.weight = 2.0, here 3.0" in caplog.text
+    start(tmp_path, "schedule.warmup=0", "steps=4", "tasks.text_to_image.weight=3", "checkpoint.changed=allow")
+    assert "which was made with tasks.text_to_image.weight = 2.0, here 3.0" in caplog.text
     caplog.clear()
     start(tmp_path, "schedule.warmup=0", "steps=4")
     assert not caplog.text

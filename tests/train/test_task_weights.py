@@ -17,7 +17,7 @@ def mixer(tmp_path, *overrides):
 
 
 def test_softmin_is_the_capped_weight_at_the_share_that_is_hidden(tmp_path):
-    batch = mixer(tmp_path, "tasks.joint={weight: 1, loss: softmin}").batch(0, 32)
+    batch = mixer(tmp_path, "tasks.generate={weight: 1, loss: softmin}").batch(0, 32)
     total = batch.batch.targets.sum(1)
     share = (batch.rate * total).ceil() / total
     expected = time_weight("softmin_snr", get_schedule("linear"), share, gamma=5.0)
@@ -27,7 +27,7 @@ def test_softmin_is_the_capped_weight_at_the_share_that_is_hidden(tmp_path):
 
 @pytest.mark.parametrize("per_sample", ["false", "true"])
 def test_per_sample_makes_every_row_weigh_the_same(tmp_path, per_sample):
-    overrides = [f"tasks.text={{weight: 1, loss: elbo, per_sample: {per_sample}}}", "tasks.joint.weight=0"]
+    overrides = [f"tasks.text={{weight: 1, loss: elbo, per_sample: {per_sample}}}", "tasks.generate.weight=0"]
     batch = mixer(tmp_path, *overrides, "data.crop_fill=1.0").batch(0, 64)
     total = batch.batch.targets.sum(1)
     hidden = (batch.noise < batch.rate[:, None]) & batch.batch.targets

@@ -10,8 +10,9 @@ from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.diffusion.process import mask_tokens
 from unidiff.diffusion.schedules import SCHEDULES
+from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Modality
-from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.tasks import TaskBatch, TaskMixer, keep_fill
 
 JOINT, T2I, CAPTION, VQA, TEXT = range(5)
@@ -85,7 +86,7 @@ def test_hidden_count_is_the_ceiling_of_rate_times_targets(tmp_path):
 def test_elbo_weight_is_unbiased_for_every_rate(rate):
     """E[weight * sum over hidden of f_i] = sum over n of (1/n) E[sum of f_i | n hidden] = sum of f_i * H, H_9 here."""
     settings = TaskConfig(weight=1.0, rate=rate, loss="elbo")
-    source = TaskMixer(tiny_table(), TasksConfig(joint=TaskConfig(), t2i=settings), ObjectiveConfig(), 3)
+    source = TaskMixer(tiny_table(), TasksConfig(generate=TaskConfig(), text_to_image=settings), ObjectiveConfig(), 3)
     made = source.batch(0, 40_000)
     noisy = mask_tokens(made.batch, made.rate, VOCABULARY, made.noise)
     n = noisy.masked.sum(1)
@@ -123,7 +124,7 @@ def test_cropped_fill_is_batch_padding_and_keeps_one_eos(tmp_path):
 
 
 def test_modality_weights_and_scale_reach_the_loss(tmp_path):
-    made = mixer(tmp_path, "objective.image_weight=0.5", "tasks.t2i.scale=3").batch(0, 64)
+    made = mixer(tmp_path, "objective.image_weight=0.5", "tasks.text_to_image.scale=3").batch(0, 64)
     rows = made.task == T2I
     assert (made.weight[rows][:, :6] == 3).all() and (made.weight[rows][:, 6:] == 1.5).all()
 
@@ -136,4 +137,4 @@ def test_impossible_mixtures_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no questions"):
         TaskMixer(TokenTable(tensors, VOCABULARY), config.tasks, config.objective, 0)
     with pytest.raises(ValueError, match="rate that reaches 0"):
-        mixer(tmp_path, "tasks.t2i.rate=high", "tasks.t2i.loss=elbo")
+        mixer(tmp_path, "tasks.text_to_image.rate=high", "tasks.text_to_image.loss=elbo")

@@ -77,7 +77,7 @@ def test_services_get_every_line_and_picture_once(tmp_path, services):
         assert ("dir" in seen.options) == (name == "wandb")
         numbers = [line for line in seen.lines if "samples" not in line[1]]
         assert numbers == written(tmp_path) and len(numbers) == 4 + 2
-        assert "train/nll/t2i/image" in numbers[0][1] and "validation/joint_nelbo" in numbers[2][1]
+        assert "train/nll/text_to_image/image" in numbers[0][1] and "validation/joint_nelbo" in numbers[2][1]
         pictures = [(step, values["samples"]) for step, values in seen.lines if "samples" in values]
         assert [(step, kind, pixels.shape) for step, (kind, pixels) in pictures] == [
             (2, "picture", (4, 5, 3)),

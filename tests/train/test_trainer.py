@@ -43,9 +43,16 @@ def test_loss_falls_and_logs_tell_tasks_apart(tmp_path, optimiser):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(10, 151, 10))
-    for key in ("nll/t2i/image", "nll/caption/text", "nll/joint/image", "nll/text/text", "nll/vqa/text", "share/vqa"):
+    for key in (
+        "nll/text_to_image/image",
+        "nll/caption/text",
+        "nll/generate/image",
+        "nll/text/text",
+        "nll/answer/text",
+        "share/answer",
+    ):
         assert key in train[-1], key
-    assert train[-1]["nll/t2i/image"] < 0.6 * train[0]["nll/t2i/image"] < 0.6 * math.log(16) * 1.2
+    assert train[-1]["nll/text_to_image/image"] < 0.6 * train[0]["nll/text_to_image/image"] < 0.6 * math.log(16) * 1.2
     validation = [line for line in lines if line["kind"] == "validation"]
     assert [line["step"] for line in validation] == [75, 150]
     assert validation[-1]["joint_nelbo"] == report["joint_nelbo"]

@@ -12,8 +12,10 @@ from unidiff.errors import read_json
 from unidiff.schema import check_fields, from_data
 
 FILE = "trained_on.json"
-TASKS = ("joint", "t2i", "caption", "vqa", "text")
-"""Tasks of training. Documents are trained on as `joint` is."""
+TASKS = ("generate", "text_to_image", "caption", "answer", "text")
+"""Tasks of training: those of a pipeline, and captions alone. Documents are trained on as `generate` is."""
+FORMER_TASKS = {"joint": "generate", "t2i": "text_to_image", "vqa": "answer"}
+"""What records of older runs call them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def read_trained_on(folder: str | Path) -> TrainedOn | None:
         return None
     values = read_json(path, "a record of training")
     try:
+        if isinstance(tasks := values.get("tasks"), list):
+            values["tasks"] = [FORMER_TASKS.get(task, task) if isinstance(task, str) else task for task in tasks]
         return from_data(TrainedOn, values, "it")
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no record of training ({error}); export the model again") from error

@@ -20,11 +20,11 @@ from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 TASK_TOKENS = ("eos", "caption", "question", "answer")
-_TAUGHT = {  # what a training task teaches; with "joint" everything but questions and answers
-    "joint": ("text_to_image", "caption", "inpaint", "generate"),
-    "t2i": ("text_to_image", "inpaint"),
+_TAUGHT = {  # what a training task teaches; with "generate" everything but questions and answers
+    "generate": ("text_to_image", "caption", "inpaint", "generate"),
+    "text_to_image": ("text_to_image", "inpaint"),
     "caption": ("caption",),
-    "vqa": ("answer",),
+    "answer": ("answer",),
     "text": (),
 }
 
@@ -102,7 +102,7 @@ def tasks_taught(training: Iterable[str]) -> tuple[str, ...]:
     """Tasks of a pipeline that training tasks teach."""
     training = set(training)
     taught = {task for name in training for task in _TAUGHT[name]}
-    if {"text", "t2i"} <= training:  # words from nothing, then their picture
+    if {"text", "text_to_image"} <= training:  # words from nothing, then their picture
         taught.add("generate")
     return tuple(task for task in TASKS if task in taught)
 

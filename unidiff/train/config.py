@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from unidiff.config import load_config
 from unidiff.diffusion.schedules import Schedule, get_schedule
+from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.schema import Between, Positive
 
-TASKS = ("joint", "t2i", "caption", "vqa", "text")
 TokenWeight = Literal["elbo", "inverse_rate", "softmin", "ce"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 LoraTarget = Literal["qkv", "out", "up", "down"]
@@ -41,7 +42,7 @@ class DataConfig:
             training/plan.py and training/benchmark.py work before there is data.
         allow_missing: raw shards that do not exist are counted in OUTPUT/skipped.json in place of refused.
         documents: token shards of interleaved documents (tokenizers/encode_shards.py --documents), which take
-            `document_share` of the samples and are trained on as the joint task; weighted sets as in `train`.
+            `document_share` of the samples and are trained on as `generate` is; weighted sets as in `train`.
         pack: samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row.
     """
 
@@ -83,7 +84,7 @@ class TaskConfig:
         scale: factor of this task's loss.
         per_sample: weigh a row by the text length over its number of targets, so that short and long answers count the same
             (LLaDA's instruction tuning); otherwise every target token does.
-        dropout: probability that the condition is hidden entirely (guidance training); no meaning for `joint`.
+        dropout: probability that the condition is hidden entirely (guidance training); no meaning for `generate`.
     """
 
     weight: Amount = 0.0
@@ -104,12 +105,14 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """The mixture. `joint` hides text and image at one shared rate; the others hide one modality given the rest."""
+    """The mixture. `generate` hides text and image at one shared rate; `text_to_image`, `caption` and `answer` hide one
+    modality given the rest; `text` is captions beside a picture that is wholly hidden."""
 
-    joint: TaskConfig = field(default_factory=lambda: TaskConfig(weight=1.0, loss="elbo"))
-    t2i: TaskConfig = field(default_factory=TaskConfig)
+    renamed: ClassVar[Mapping[str, str]] = FORMER_TASKS
+    generate: TaskConfig = field(default_factory=lambda: TaskConfig(weight=1.0, loss="elbo"))
+    text_to_image: TaskConfig = field(default_factory=TaskConfig)
     caption: TaskConfig = field(default_factory=TaskConfig)
-    vqa: TaskConfig = field(default_factory=TaskConfig)
+    answer: TaskConfig = field(default_factory=TaskConfig)
     text: TaskConfig = field(default_factory=TaskConfig)
 
 

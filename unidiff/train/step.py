@@ -10,9 +10,10 @@ from torch import Tensor
 
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import NoisyBatch, mask_tokens
+from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
-from unidiff.train.config import TASKS, ParallelConfig
+from unidiff.train.config import ParallelConfig
 from unidiff.train.data.tasks import TaskBatch
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers

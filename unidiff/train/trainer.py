@@ -16,11 +16,11 @@ import torch
 
 from unidiff.config import dump_config
 from unidiff.files import replace_text
-from unidiff.models.trained_on import TrainedOn
+from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.block_diffusion import double_rows
 from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_flex
-from unidiff.train.config import TASKS, TrainConfig
+from unidiff.train.config import TrainConfig
 from unidiff.train.data.account import DataAccount
 from unidiff.train.data.documents import DocumentMixer, DocumentTokens
 from unidiff.train.data.packing import pack_tasks
@@ -379,7 +379,7 @@ class Trainer:
         if model is None:
             return
         own = self.config.tasks
-        tasks = tuple(t for t in TASKS if getattr(own, t).weight > 0 or (t == "joint" and self._documents))
+        tasks = tuple(t for t in TASKS if getattr(own, t).weight > 0 or (t == "generate" and self._documents))
         rows = TrainedOn((self.source.grid[0], self.source.grid[1]), self.source.text_length, tasks)
         write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
 
@@ -389,5 +389,12 @@ def _due(every: int, step: int) -> bool:
 
 
 def _validation_line(step: int, report: dict[str, float]) -> str:
-    shown = ("joint_nelbo", "joint_nelbo_text", "joint_nelbo_image", "t2i_nelbo", "caption_nelbo", "vqa_nelbo")
+    shown = (
+        "joint_nelbo",
+        "joint_nelbo_text",
+        "joint_nelbo_image",
+        "text_to_image_nelbo",
+        "caption_nelbo",
+        "answer_nelbo",
+    )
     return f"step {step} validation  " + "  ".join(f"{k} {report[k]:.3f}" for k in shown if k in report)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
+from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.block_diffusion import double_rows
-from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer, keep_fill
 from unidiff.train.run.distributed import Parallel
@@ -34,13 +35,17 @@ def report_names(source: TokenSource, block_length: int) -> set[str]:
     """
     names = {f"joint_nelbo_{part}" for part in ("text", "image", "per_token", "words")}
     seeing = _seeing(source, block_length)
-    names |= {f"{task}_nelbo{end}" for task in ("joint", "t2i", *seeing) for end in ("", "_error")}
-    return names | {f"{task}_nelbo_words" for task in seeing}
+    names |= {f"{_named(task)}{end}" for task in ("generate", "text_to_image", *seeing) for end in ("", "_error")}
+    return names | {f"{_named(task)}_words" for task in seeing}
+
+
+def _named(task: str) -> str:
+    return "joint_nelbo" if task == "generate" else f"{task}_nelbo"
 
 
 def _seeing(source: TokenSource, block_length: int) -> tuple[str, ...]:
     """Tasks whose targets are words about a picture; where the picture comes after its words, nothing can be said of it."""
-    return () if block_length else ("caption", *(("vqa",) if source.has_questions else ()))
+    return () if block_length else ("caption", *(("answer",) if source.has_questions else ()))
 
 
 @torch.no_grad()
@@ -55,9 +60,9 @@ def validate(
     chunk: int = 1024,
     parallel: Parallel | None = None,
 ) -> dict[str, float]:
-    """NELBOs in nats per row (`joint_nelbo`, its `_text` and `_image` parts, `t2i_nelbo`, `caption_nelbo`, `vqa_nelbo`).
+    """NELBOs in nats per row (`joint_nelbo`, its `_text` and `_image` parts, `text_to_image_nelbo`, `caption_nelbo`, `answer_nelbo`).
 
-    `joint` uses one shared rate over text and image and bounds -log p(text, image); the others are conditional, over
+    `joint_nelbo`, of the task `generate`, uses one shared rate over text and image and bounds -log p(text, image); the others are conditional, over
     their targets only, and there are none of captions and answers of a block-causal model. `*_words` leaves the EOS fill
     beyond the first EOS out. `*_error` is the standard error over rows.
 
@@ -75,13 +80,13 @@ def validate(
     even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
     block = model.config.block_length if model.config.attention == "block_causal" else 0
     seeing = _seeing(source, block)
-    described, asked = (even if name in seeing else off for name in ("caption", "vqa"))
-    tasks = TasksConfig(joint=even, t2i=even, caption=described, vqa=asked, text=even)
+    described, asked = (even if name in seeing else off for name in ("caption", "answer"))
+    tasks = TasksConfig(even, even, described, asked, even)
     mixer = TaskMixer(source, tasks, ObjectiveConfig(), VALIDATION_SEED, block_length=block)
     was_training = model.training
     model.eval()
     report: dict[str, float] = {}
-    for task in ("joint", "t2i", *seeing):
+    for task in ("generate", "text_to_image", *seeing):
         parts = []
         for first in range(0, rows * draws, share * size):
             index = torch.arange(first + rank * share, first + (rank + 1) * share) % (rows * draws)
@@ -90,13 +95,15 @@ def validate(
             parts.append(parallel.gather(scores) if parallel else scores)
         text, image, words = torch.cat(parts)[: rows * draws].T.contiguous().cpu()  # [rows * draws] each
         total = text + image
-        report[f"{task}_nelbo"] = float(total.mean())
-        report[f"{task}_nelbo_error"] = float(total.std() / math.sqrt(total.numel())) if total.numel() > 1 else math.inf
-        if task == "joint":
+        report[_named(task)] = float(total.mean())
+        report[f"{_named(task)}_error"] = (
+            float(total.std() / math.sqrt(total.numel())) if total.numel() > 1 else math.inf
+        )
+        if task == "generate":
             report["joint_nelbo_text"], report["joint_nelbo_image"] = float(text.mean()), float(image.mean())
             report["joint_nelbo_per_token"] = report["joint_nelbo"] / _target_count(mixer)
-        if task != "t2i":
-            report[f"{task}_nelbo_words"] = float((words + image).mean())
+        if task != "text_to_image":
+            report[f"{_named(task)}_words"] = float((words + image).mean())
     model.train(was_training)
     return report
 
@@ -125,5 +132,5 @@ def _score(
 
 
 def _target_count(mixer: TaskMixer) -> int:
-    batch = mixer.of(torch.zeros(1, dtype=torch.long), TASKS.index("joint")).batch
+    batch = mixer.of(torch.zeros(1, dtype=torch.long), TASKS.index("generate")).batch
     return int(batch.targets.sum())

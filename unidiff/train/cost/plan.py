@@ -16,8 +16,9 @@ import torch
 from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
 from unidiff.families.registry import named_vocabulary
 from unidiff.models.config import TransformerConfig
+from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Vocabulary
-from unidiff.train.config import TASKS, TaskConfig, TrainConfig
+from unidiff.train.config import TaskConfig, TrainConfig
 from unidiff.train.cost.flops import ModelSize, RowFlops, RowShape, block_causal_pairs, model_size, row_flops
 
 GIB = 2**30
@@ -135,8 +136,8 @@ def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:
     share = {"text": 0.0, "image": 0.0}
     for name, weight in weights.items():
         rate = mean_rate(getattr(config.tasks, name)) * weight / total
-        share["text"] += rate * (name != "t2i")
-        share["image"] += rate * (name in ("joint", "t2i"))
+        share["text"] += rate * (name != "text_to_image")
+        share["image"] += rate * (name in ("generate", "text_to_image"))
     row = RowShape(text, image, vocabulary.text_size, vocabulary.image_size)
     # one share of all positions, weighted by what each modality's slice costs
     costs = {"text": text * vocabulary.text_size, "image": image * vocabulary.image_size}

@@ -18,8 +18,8 @@ from unidiff.data.token_set import (
     open_token_set,
     stamp_of,
 )
+from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Span, TokenBatch, Vocabulary
-from unidiff.train.config import TASKS
 from unidiff.train.data.tasks import TaskBatch, TaskMixer
 
 
@@ -92,7 +92,7 @@ class DocumentTokens:
 class DocumentMixer:
     """`TaskMixer.batch` with documents among the pairs, by exact shares and a fixed order.
 
-    A document is trained on as the joint task is: text and pictures hidden at one rate, with that task's settings.
+    A document is trained on as `generate` is: text and pictures hidden at one rate, with that task's settings.
 
     Args:
         pairs: makes the batches of pairs. documents: the others. share: of the samples, in (0, 1).
@@ -119,7 +119,7 @@ class DocumentMixer:
         if len(pairs):
             parts.append(self._pairs.of(pairs))
         if len(documents):
-            joint = torch.full_like(documents, TASKS.index("joint"))
+            task = torch.full_like(documents, TASKS.index("generate"))
             batch = self._documents.fetch(documents)
-            parts.append(self._pairs.masked(-1 - documents, joint, batch))  # draws of their own: pairs count upwards
+            parts.append(self._pairs.masked(-1 - documents, task, batch))  # draws of their own: pairs count upwards
         return TaskBatch.cat(parts)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits, keyed_uniform
+from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary
-from unidiff.train.config import TASKS, ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.source import TokenRows, TokenSource
 
 _TASK_STREAM, _MASK_STREAM, _TIME_STREAM, _BLOCK_STREAM = 101, 102, 103, 104
@@ -80,7 +81,7 @@ class TaskMixer:
         block_length: every block of so many positions of a sample has a rate of its own (block diffusion); 0: one per row.
 
     Raises:
-        ValueError: the VQA task has a weight but the source has no questions, or `elbo` weights where the rate's
+        ValueError: the answer task has a weight but the source has no questions, or `elbo` weights where the rate's
             distribution does not reach every count.
     """
 
@@ -95,14 +96,16 @@ class TaskMixer:
     ) -> None:
         self.source, self.objective, self.seed, self.crop_fill = source, objective, seed, crop_fill
         self.block_length = block_length
-        if block_length and tasks.caption.weight + tasks.vqa.weight > 0:
+        if block_length and tasks.caption.weight + tasks.answer.weight > 0:
             raise ValueError(
                 "a block-causal model sees no later block, so a caption or answer cannot see the picture behind it; "
-                "set tasks.caption.weight and tasks.vqa.weight to 0"
+                "set tasks.caption.weight and tasks.answer.weight to 0"
             )
         self.settings: tuple[TaskConfig, ...] = tuple(getattr(tasks, name) for name in TASKS)
-        if tasks.vqa.weight > 0 and not source.has_questions:
-            raise ValueError("tasks.vqa.weight is above 0 but the data has no questions; set it to 0 or add questions")
+        if tasks.answer.weight > 0 and not source.has_questions:
+            raise ValueError(
+                "tasks.answer.weight is above 0 but the data has no questions; set it to 0 or add questions"
+            )
         for name, settings in zip(TASKS, self.settings, strict=True):
             if settings.loss == "elbo" and settings.rates.mask_rate(torch.zeros(())) > 0:
                 raise ValueError(f"tasks.{name}: loss elbo needs a rate that reaches 0; use uniform, cosine or beta")
@@ -184,15 +187,15 @@ class TaskMixer:
     def _lay_out(self, rows: TokenRows, task: Tensor, draw: Tensor) -> tuple[TokenBatch, Tensor]:
         """Clean ids with `given` per task, and the bool `[B, L]` condition that guidance training hides."""
         vocabulary, (height, width) = self.source.vocabulary, self.source.grid
-        joint, t2i, caption, vqa, text_only = (task == n for n in range(len(TASKS)))  # [B] each
+        together, to_image, caption, answer, text_only = (task == n for n in range(len(TASKS)))  # [B] each
         text, prefix = rows.captions, torch.full_like(task, self.source.text_prefix)
         if rows.questions is not None and rows.answer_start is not None:
-            text = torch.where(vqa[:, None], rows.questions, text)  # [B, T]
-            prefix = torch.where(vqa, rows.answer_start, prefix)
+            text = torch.where(answer[:, None], rows.questions, text)  # [B, T]
+            prefix = torch.where(answer, rows.answer_start, prefix)
         count, length = text.shape
         place = torch.arange(length)
-        given_text = (place < prefix[:, None]) | t2i[:, None]  # [B, T]
-        given_image = (caption | vqa | text_only)[:, None].expand(-1, height * width)  # [B, h*w]
+        given_text = (place < prefix[:, None]) | to_image[:, None]  # [B, T]
+        given_image = (caption | answer | text_only)[:, None].expand(-1, height * width)  # [B, h*w]
         ids = torch.cat([text + vocabulary.text[0], rows.codes.flatten(1) + vocabulary.image[0]], 1)  # [B, L]
         given = torch.cat([given_text, given_image], 1)
 
@@ -200,7 +203,7 @@ class TaskMixer:
         rates = torch.tensor([0.0, *(s.dropout for s in self.settings[1:4]), 1.0], dtype=torch.float64)
         dropped = draw[:, 1] < rates[task]  # [B]; text only = caption whose image is always hidden
         kept = place < self.source.text_prefix
-        hide = torch.cat([given_text & ~kept, given_image], 1) & dropped[:, None] & ~joint[:, None]
+        hide = torch.cat([given_text & ~kept, given_image], 1) & dropped[:, None] & ~together[:, None]
 
         valid = torch.ones_like(given)
         if self.crop_fill > 0:

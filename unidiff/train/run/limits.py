@@ -7,8 +7,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from unidiff.diffusion.schedules import SCHEDULES
+from unidiff.models.trained_on import TASKS
 from unidiff.schema import check_value
-from unidiff.train.config import TASKS, TrainConfig
+from unidiff.train.config import TrainConfig
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -69,6 +70,6 @@ def _check_together(config: TrainConfig) -> None:
     if config.spike_factor != 0 and config.spike_factor <= 1:
         raise ValueError(f"spike_factor = {config.spike_factor} must be above 1, or 0 to turn it off")
     if sum(getattr(config.tasks, t).weight for t in TASKS) <= 0:
-        raise ValueError("no task has a weight above 0; set tasks.joint.weight or another")
+        raise ValueError("no task has a weight above 0; set tasks.generate.weight or another")
     if config.objective.text_weight + config.objective.image_weight <= 0:
         raise ValueError("objective.text_weight and objective.image_weight are both 0; nothing would be learnt")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from unidiff.train.config import TASKS, TrainConfig
+from unidiff.models.trained_on import TASKS
+from unidiff.train.config import TrainConfig
 from unidiff.train.cost.flops import RowShape, block_causal_pairs, model_size, row_flops
 from unidiff.train.data.source import TokenSource
 from unidiff.train.step import TIME_BUCKETS, StepReport

@@ -12,6 +12,7 @@ from typing import Any
 
 from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
+from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.schema import from_data
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.documents import DocumentTokens
@@ -113,6 +114,8 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
     old, known = state.get("config"), state.get("facts")
     if not isinstance(old, dict) or not isinstance(known, dict | None) or not isinstance(old.get("model", {}), dict):
         raise ValueError(f"'{where / 'state.json'}' is damaged: its config, model or facts are no mapping")
+    if isinstance(tasks := old.get("tasks"), dict):
+        old = old | {"tasks": {FORMER_TASKS.get(name, name): value for name, value in tasks.items()}}
     defaults = flat(asdict(TrainConfig())) | {f"model.{name}": value for name, value in _model_defaults().items()}
     before, now = defaults | flat(old), defaults | flat(asdict(config))
     names = [*FIXED, *(_PLACES if known is None else ())]
