@@ -6,7 +6,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -62,6 +62,7 @@ class RowKind(Generic[Row]):
     decode: Callable[[dict[str, Any], TokenManifest], Row]
 
 
+@dataclass(eq=False)
 class TokenSet(Generic[Row]):
     """Rows of one list of token shards, addressed by draw number; shards are decoded when needed and kept for a while.
 
@@ -73,27 +74,25 @@ class TokenSet(Generic[Row]):
         account: gets an entry for every row that can no longer be read.
         kind: what the rows are.
         stamps: what each shard was known by when it was written (`token_stamp`); empty where that is unknown.
+        held_out: rows at the end that are not in use.
     """
 
-    def __init__(
-        self,
-        urls: list[str],
-        counts: list[int],
-        layout: TokenManifest,
-        seed: int,
-        account: SkipReport,
-        kind: RowKind[Row],
-        stamps: list[Stamp] | None = None,
-    ) -> None:
-        self.stamps = stamps or [{} for _ in urls]
-        self.kind: RowKind[Row] = kind
-        self.urls, self.counts, self.layout, self.seed, self.account = urls, counts, layout, seed, account
-        self.total = sum(counts)  # rows in use: `hold_out` takes some away at the end
-        self._starts = np.cumsum([0, *counts])
+    urls: list[str]
+    counts: list[int]
+    layout: TokenManifest
+    seed: int
+    account: SkipReport
+    kind: RowKind[Row]
+    stamps: list[Stamp]
+    held_out: int = 0
+    _reported: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.total = sum(self.counts) - self.held_out
+        self._starts = np.cumsum([0, *self.counts])
         self._shards: OrderedDict[int, list[Row]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._reported: set[int] = set()
 
     def draw(self, number: int) -> Row:
         """Row of draw `number`: every epoch permutes shards, and rows among `_TOGETHER` of them."""
@@ -132,15 +131,11 @@ class TokenSet(Generic[Row]):
         places = range(self.total - count, self.total)
         shards = [int(np.searchsorted(self._starts, place, side="right")) - 1 for place in places]
         rows = [self.row(shard, place - int(self._starts[shard])) for shard, place in zip(shards, places, strict=True)]
-        rest = self.seeded(self.seed)
-        rest.total -= count
-        return rest, rows
+        return replace(self, held_out=self.held_out + count), rows
 
     def seeded(self, seed: int) -> TokenSet[Row]:
         """The same rows in another order."""
-        other = TokenSet(self.urls, self.counts, self.layout, seed, self.account, self.kind, self.stamps)
-        other.total, other._reported = self.total, self._reported
-        return other
+        return replace(self, seed=seed)
 
     def _in_use(self, shard: int) -> int:
         """Rows of a shard that are not held out."""
@@ -236,26 +231,26 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
         FileNotFoundError: shards without `tokens.json`.
         ValueError: a refused source, shards of different layout or of another kind, or no rows.
     """
-    urls, counts, stamps, layout = [], [], [], None
     manifests: dict[str, TokenManifest] = {}
-    for url in token_shards(pattern):
+    counts: list[int] = []
+    stamps: list[Stamp] = []
+    urls = token_shards(pattern)
+    for url in urls:
         folder, name = folder_of(url), url.rsplit("/", 1)[-1]
-        if folder not in manifests:
-            manifests[folder] = TokenManifest.load(folder)
-        manifest = manifests[folder]
+        manifest = manifests.get(folder) or TokenManifest.load(folder)
         if manifest.kind != kind.name:
             where = {"pairs": "data.train", "documents": "data.documents"}[manifest.kind]
             raise ValueError(f"{url!r} holds {manifest.kind}, not {kind.name}; name it in {where}")
-        if layout is not None and manifest.layout() != layout.layout():
+        if manifests and manifest.layout() != next(iter(manifests.values())).layout():
             raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
         if name not in manifest.shards:
             raise ValueError(f"{url!r} is not listed in its folder's tokens.json; encode it again")
-        layout = replace(manifest, questions=sum(m.questions for m in manifests.values()))
-        urls.append(url)
+        manifests[folder] = manifest
         counts.append(manifest.shards[name])
         stamps.append(manifest.files.get(name, {}))
-    if layout is None or not sum(counts):
+    if not sum(counts):
         raise ValueError(f"{pattern!r} holds no rows")
+    layout = replace(manifests[folder_of(urls[-1])], questions=sum(m.questions for m in manifests.values()))
     return TokenSet(urls, counts, layout, seed, account, kind, stamps)
 
 
