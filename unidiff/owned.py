@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from unidiff.errors import few, plain, read_json, reading
-from unidiff.families.checkpoint.native import load_native
+from unidiff.families.checkpoint.own import load_own
 from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
 from unidiff.models.trained_on import read_trained_on
@@ -74,7 +74,7 @@ def others_in_model(folder: Path, exported: bool = True) -> list[str]:
     """
     try:
         with reading(folder, "a model"):
-            load_native(folder, device="meta")  # names and shapes of the weights are those that the config asks for
+            load_own(folder, device="meta")  # names and shapes of the weights are those that the config asks for
         known = {CONFIG, *(_notes_of_a_run(folder) if exported else ())}
         single, index = f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.safetensors.index.json"
         if (folder / single).is_file():

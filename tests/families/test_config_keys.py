@@ -175,6 +175,7 @@ def test_an_equal_copy_of_a_tied_head_is_accepted_and_written_back(family: str, 
         back = found.state_dict()
         assert set(back) == set(stored) and all(torch.equal(back[n], v) for n, v in stored.items())
         others = tmp_path / f"{folder.name} written"
+        (others / "back").mkdir(parents=True)
         save_released(found, others / "back")
         convert(folder, others / "own", vocabulary=FAMILIES[family].tiny.vocabulary)
         convert(others / "own", others / "again")

@@ -266,7 +266,7 @@ def test_configs_with_unknown_keys(tmp_path):
     convert(tmp_path / "a", tmp_path / "b")
     for name, message in (
         ("config.json", r"MaskedTransformer config has unknown keys \['hiden_size'\]"),
-        ("released.json", r"released\.json has unknown keys \['hiden_size'\]"),
+        ("released.json", r"released\.json is damaged: it has unknown settings \['hiden_size'\]"),
     ):
         copy = tmp_path / name
         shutil.copytree(tmp_path / "b", copy)

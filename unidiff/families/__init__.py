@@ -4,9 +4,9 @@
 commands `unidiff convert`, `info` and `verify`.
 """
 
-from unidiff.families.checkpoint.load import Released, load_released
+from unidiff.families.checkpoint.load import load_released
 from unidiff.families.checkpoint.small_memory import offload, quantise
-from unidiff.families.family import Family
+from unidiff.families.family import Family, Released
 from unidiff.families.registry import FAMILIES
 
 __all__ = ["FAMILIES", "Family", "Released", "load_released", "offload", "quantise"]

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unidiff.families.checkpoint.keymap import PREFIXES, KeyMap, assemble, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
@@ -178,6 +178,34 @@ class Family:
         if self.chosen_vocabulary and given.size != settings["vocab_size"]:
             raise ValueError(f"the vocabulary has {given.size} ids, but the config has {settings['vocab_size']}")
         return given
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released model, ready to run.
+
+    Attributes:
+        family: which it is.
+        model: the network in evaluation mode (for an image tokenizer, the autoencoder inside).
+        vocabulary: id layout; None for an image tokenizer.
+        config: upstream's configuration.
+        spelling: what else the released names of the weights need.
+        constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
+        images: the image tokenizer, where it is one.
+    """
+
+    family: Family
+    model: nn.Module
+    vocabulary: Vocabulary | None
+    config: Config
+    spelling: Spelling = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    images: VQImageTokenizer | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under released names; constants only where the checkpoint held them."""
+        weights = self.family.export(self.model, self.spelling)
+        return {n: v for n, v in weights.items() if n not in self.family.constants} | dict(self.constants)
 
 
 def config_names(config: Config, *architectures: str, model_type: str | None = None) -> bool:

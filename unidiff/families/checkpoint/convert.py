@@ -7,15 +7,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unidiff.families.checkpoint.load import Released, find_part, load_released
-from unidiff.families.checkpoint.native import CONSTANTS, RECORD, Record
+from unidiff.families.checkpoint.load import find_part, load_released
+from unidiff.families.checkpoint.own import RECORD, save_converted
+from unidiff.families.family import Released
 from unidiff.files import replacing_folder, resolve_link
 from unidiff.hub import ALL_FILES, locate
 from unidiff.tokens.vocabulary import Vocabulary
@@ -52,30 +52,27 @@ def convert(
     place = Path(target)
     _check_empty(place)
     root = Path(source) if Path(source).is_file() else locate(source, ALL_FILES)
-    _check_apart(root, place)
+    if root.is_dir() and _is_above(root.resolve(), place.resolve()):  # it would be copied into itself
+        raise ValueError(f"{place} lies inside of {root}, which is to be converted; name a folder elsewhere")
     held = find_part(root, subfolder)
     root = root / (subfolder or "")
-    part = None if held == root else held.name
     released = load_released(held, dtype, family=family, vocabulary=vocabulary)
     back = (held / RECORD).is_file()
     with replacing_folder(place) as folder:
-        if part is not None:
-            _copy_others(root, folder, part)
-        _write(released, folder if part is None else folder / part, back)
+        if held != root:
+            _copy_others(root, folder, held.name)
+            folder = folder / held.name
+            folder.mkdir()
+        (save_released if back else save_converted)(released, folder)
         _check_empty(place)  # a large model takes minutes to write
-    return _sentence(released, place, back)
+    layout = "the released layout" if back else "unidiff's layout"
+    return f"{place}: {released.family.name} in {layout}"
 
 
 def _check_empty(target: Path) -> None:
     place = resolve_link(target)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{target} is not an empty folder; name a new one")
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    """Raise `ValueError` where `target` lies inside of `source`: it would be copied into itself."""
-    if source.is_dir() and _is_above(source.resolve(), target.resolve()):
-        raise ValueError(f"{target} lies inside of {source}, which is to be converted; name a folder elsewhere")
 
 
 def _is_above(one: Path, other: Path) -> bool:
@@ -105,41 +102,12 @@ def _copy_others(root: Path, folder: Path, part: str) -> None:
         raise ValueError(f"{origin} cannot be copied ({reason})") from error
 
 
-def save_native(released: Released, folder: str | Path) -> None:
-    """Write unidiff's folder: the model as `save_pretrained` does, and the record of its origin.
-
-    Raises:
-        ValueError: `folder` is not empty.
-    """
-    folder = Path(folder)
-    _check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model: Any = released.model
-    model.save_pretrained(folder)
-    if released.constants:
-        save_file({name: value.contiguous() for name, value in released.constants.items()}, folder / CONSTANTS)
-    record = Record(
-        released.family.name,
-        released.config,
-        released.spelling,
-        released.vocabulary,
-        CONSTANTS if released.constants else None,
-    )
-    (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
-
-
-def save_released(released: Released, folder: str | Path) -> None:
-    """Write the released layout: `config.json` and safetensors, sharded above 5 GB.
-
-    Raises:
-        ValueError: `folder` is not empty.
-    """
-    folder = Path(folder)
-    _check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def save_released(released: Released, folder: Path) -> None:
+    """Write the released layout into an empty folder: `config.json` and safetensors, sharded above 5 GB."""
     if released.config:
         (folder / "config.json").write_text(json.dumps(released.config, indent=2) + "\n", encoding="utf-8")
-    save_shards(released.state_dict(), folder, "model" if _in_transformers(released) else "diffusion_pytorch_model")
+    diffusers = str(released.config.get("_class_name", "")).endswith(("Transformer2DModel", "VQModel"))
+    save_shards(released.state_dict(), folder, "diffusion_pytorch_model" if diffusers else "model")
 
 
 def save_shards(state: dict[str, Tensor], folder: Path, stem: str, shard_size: str = SHARD_SIZE) -> None:
@@ -151,16 +119,3 @@ def save_shards(state: dict[str, Tensor], folder: Path, stem: str, shard_size: s
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(released: Released, folder: Path, back: bool) -> None:
-    (save_released if back else save_native)(released, folder)
-
-
-def _in_transformers(released: Released) -> bool:
-    return not str(released.config.get("_class_name", "")).endswith(("Transformer2DModel", "VQModel"))
-
-
-def _sentence(released: Released, target: Path, back: bool) -> str:
-    layout = "the released layout" if back else "unidiff's layout"
-    return f"{target}: {released.family.name} in {layout}"

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from unidiff.families.checkpoint.load import Released, load_released
+from unidiff.families.checkpoint.load import load_released
+from unidiff.families.family import Released
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens.vocabulary import Vocabulary

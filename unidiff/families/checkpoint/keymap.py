@@ -5,8 +5,9 @@ Nothing may be left over on either side: a checkpoint with other weights than it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -103,6 +104,16 @@ class KeyMap:
     entries: Sequence[Entry]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: torch.nn.Module,
+        rename: Callable[[str], str] = str,
+        constants: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> KeyMap:
+        """One entry per weight of a model."""
+        return cls([Entry(name, rename(name)) for name in model.state_dict()], constants)
 
     def names(self) -> list[str]:
         """Their parameter names in upstream order: the order of a list of EMA weights."""

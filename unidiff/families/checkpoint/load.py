@@ -5,84 +5,32 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from unidiff.errors import check_regular, json_name, plain, read_json, reading
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
 from unidiff.families.checkpoint.keymap import KeyMismatch, strip_prefixes, unwrap
-from unidiff.families.checkpoint.native import RECORD, load_native, read_record
-from unidiff.families.family import Family, Spelling
+from unidiff.families.checkpoint.own import RECORD, load_converted, read_record
+from unidiff.families.family import Family, Released
 from unidiff.families.registry import FAMILIES, recognise
 from unidiff.hub import ALL_FILES, locate
-from unidiff.models.transformer import MaskedTransformer
-from unidiff.schema import Depth, check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
-from unidiff.weights.checks import check_finite, check_model_dtype
+from unidiff.weights.checks import check_model_dtype
 from unidiff.weights.files import StoredTensor, in_memory, open_checkpoint, weight_file
 
 ENTRIES = ("ema", "model", "state_dict")  # of a file that holds more than weights
-LARGEST_YAML = 2**22  # bytes
-LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
-SPELLING: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
-"""What else the released names of weights can need, see `Family.spelling`."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A released checkpoint that has been opened but not read.
-
-    Attributes:
-        path: of the weight file or index. config_path: of the configuration, where it lies beside.
-        family: which it is.
-        config: upstream's, empty where the family needs none.
-        state: what the file holds, as the family's loader takes it.
-        tensors: stored tensors by name, without prefixes.
-    """
-
-    path: Path
-    family: Family
-    config: Mapping[str, Any]
-    state: Mapping[str, Any]
-    tensors: Mapping[str, Any]
-    config_path: Path | None = None
-
-
-@dataclass(frozen=True)
-class Released:
-    """A released model, ready to run.
-
-    Attributes:
-        family: which it is.
-        model: the network in evaluation mode (for an image tokenizer, the autoencoder inside).
-        vocabulary: id layout; None for an image tokenizer.
-        config: upstream's configuration.
-        spelling: what else the released names of the weights need.
-        constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
-        images: the image tokenizer, where it is one.
-    """
-
-    family: Family
-    model: nn.Module
-    vocabulary: Vocabulary | None
-    config: Mapping[str, Any]
-    spelling: Spelling = field(default_factory=dict)
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
-    images: VQImageTokenizer | None = None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights under released names; constants only where the checkpoint held them."""
-        weights = self.family.export(self.model if self.images is None else self.images, self.spelling)
-        return {n: v for n, v in weights.items() if n not in self.family.constants} | dict(self.constants)
+LARGEST_YAML = 2**22  # bytes
+LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
+_TABLES = r"(vocab_embed\.embedding|wte\.weight|embed\.embeddings\.weight|quantize\.embedding\.weight)$"
 
 
 def load_released(
@@ -118,64 +66,50 @@ def load_released(
     """
     check_model_dtype(dtype)
     path = find_part(name, subfolder, **hub_options)
+    # 1. what unidiff wrote says everything itself
     if (path / RECORD).is_file():
         _check_unused(path, {"config": config, "vocabulary": vocabulary, "entry": entry}, family)
         return load_converted(path, dtype, device)
-    found = open_released(path, family, config, entry)
+    # 2. open and recognise; no weight is read
+    file = weight_file(path, any_name=True)
+    beside = find_config(file.parent) if config is None else None
+    config = read_config(beside) if config is None else config
+    content = open_checkpoint(file)
+    state = _entry(content, entry)
+    tensors = _stored(file, content, state)
     try:
-        model, ids = found.family.load(found.state, found.config, dtype=dtype, device=device, vocabulary=vocabulary)
+        check_names(config)
+        tensors = strip_prefixes(tensors)
+        found = recognise(config, tensors) if family is None else FAMILIES.get_or_refuse(family, "family")
+    except ValueError as error:
+        raise ValueError(f"{beside or 'config=' if isinstance(error, ConfigError) else file}: {error}") from error
+    if found.default_config is None and not config:
+        raise FileNotFoundError(f"{file.parent} holds no config.json, which {found.name} needs; add it or give config=")
+    # 3. build and fill; a Lightning file's averaged weights have no names, its family gives them theirs
+    lightning = entry is None and isinstance(content.get("ema"), Mapping) and "shadow_params" in content["ema"]
+    try:
+        model, ids = found.load(content if lightning else state, config, dtype, device, vocabulary)
     except KeyMismatch as error:
-        raise ValueError(f"{found.path} as {found.family.name}: {error}; {_would_fit(found)}") from error
+        raise ValueError(f"{file} as {found.name}: {error}; {_would_fit(found, tensors)}") from error
     except ConfigError as error:
-        hint = "" if found.family.has_keys(found.tensors) else f"; {_would_fit(found)}"
-        raise ValueError(f"{found.config_path or 'config='} as {found.family.name}: {error}{hint}") from error
+        hint = "" if found.has_keys(tensors) else f"; {_would_fit(found, tensors)}"
+        raise ValueError(f"{beside or 'config='} as {found.name}: {error}{hint}") from error
     except ValueError as error:
-        raise ValueError(f"{found.path} as {found.family.name}: {error}") from error
+        raise ValueError(f"{file} as {found.name}: {error}") from error
     images = model if isinstance(model, VQImageTokenizer) else None
-    return Released(
-        found.family,
-        model if images is None else images.model,
-        ids,
-        found.config,
-        found.family.spelling(found.tensors, found.config),
-        stored_constants(found),
-        images,
-    )
-
-
-def load_converted(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> Released:
-    """A folder that `convert` wrote; errors as in `load_released`."""
-    record = read_record(folder)
-    try:
-        family = FAMILIES.get_or_refuse(record.family, "family")
-        for name, value in record.layout.items():
-            check_value(value, SPELLING.get(name, None), f"layout {name}")
-        if (record.vocabulary is None) != (family.vocabulary is None):
-            raise ValueError(f"{family.name} {'has a' if family.vocabulary else 'has no'} vocabulary")
-    except ValueError as error:
-        raise ValueError(f"{folder / RECORD} is damaged: {error}; convert the checkpoint again") from error
-    model = load_native(folder, dtype, device)
-    rows = model.config.get("vocab_size")
-    if isinstance(model, MaskedTransformer) and record.vocabulary is not None and record.vocabulary.size != rows:
-        raise ValueError(f"{folder / RECORD} has {record.vocabulary.size} ids, but the model {rows}; convert it again")
-    constants = {}
-    if record.constants:
-        constants = {name: in_memory(value) for name, value in open_checkpoint(folder / record.constants).items()}
-        if unknown := sorted(constants.keys() - set(family.constants)):
-            raise ValueError(f"{folder / record.constants} holds {unknown}; expected some of {list(family.constants)}")
-        check_finite(constants, str(folder / record.constants))
-    images = VQImageTokenizer(model) if family.vocabulary is None else None
-    return Released(family, model, record.vocabulary, record.config, record.layout, constants, images)
+    network = model if images is None else images.model
+    constants = _constants(found, tensors)
+    return Released(found, network, ids, config, found.spelling(tensors, config), constants, images)
 
 
 def _check_unused(folder: Path, given: Mapping[str, Any], family: str | None) -> None:
     """Raise `ValueError` for arguments that contradict a converted folder, which says everything itself."""
     if unused := sorted(name for name, value in given.items() if value is not None):
         raise ValueError(f"{folder} was converted and brings its own {' and '.join(unused)}; leave {unused[0]}= out")
-    if family is not None and FAMILIES.get_or_refuse(family, "family").name != (found := read_record(folder).family):
-        raise ValueError(f"{folder} was converted from {found}, not {family}; leave the family out")
+    if family is not None:
+        wanted, found = FAMILIES.get_or_refuse(family, "family").name, read_record(folder).family
+        if wanted != found:
+            raise ValueError(f"{folder} was converted from {found}, not {family}; leave the family out")
 
 
 def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any) -> Path:
@@ -197,39 +131,6 @@ def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any
     return path
 
 
-def open_released(
-    path: Path, family: str | None = None, config: Mapping[str, Any] | None = None, entry: str | None = None
-) -> Checkpoint:
-    """Open and recognise a checkpoint without reading its weights; arguments and errors as in `load_released`."""
-    file = weight_file(path, any_name=True)
-    config_path = find_config(file) if config is None else None
-    config = read_config(file) if config is None else config
-    content = open_checkpoint(file)
-    state = _entry(content, entry)
-    tensors = {name: value for name, value in unwrap(state).items() if hasattr(value, "shape")}
-    if not tensors:
-        listed = sorted(map(str, content))[:5]
-        raise ValueError(f"{file} holds no named weights; name another file or entry (it has {listed})")
-    if strange := [name for name in tensors if not isinstance(name, str)]:
-        raise ValueError(f"{file} holds a weight under {plain(strange[0])}; expected names")
-    try:
-        check_names(config)
-        tensors = strip_prefixes(tensors)
-        chosen = recognise(config, tensors) if family is None else FAMILIES.get_or_refuse(family, "family")
-    except ConfigError as error:
-        raise ValueError(f"{config_path or 'config='}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if chosen.default_config is None and not config:
-        raise FileNotFoundError(
-            f"{file.parent} holds no config.json, which {chosen.name} needs; add it or give config="
-        )
-    lightning = isinstance(content.get("ema"), Mapping) and "shadow_params" in content["ema"] and entry is None
-    # a Lightning file's averaged weights have no names; its family gives them theirs
-    state = content if lightning else strip_prefixes(unwrap(state))
-    return Checkpoint(file, chosen, config, state, tensors, config_path)
-
-
 def _entry(content: Mapping[str, Any], entry: str | None) -> Mapping[str, Any]:
     """The weights inside a checkpoint that may nest them.
 
@@ -240,31 +141,38 @@ def _entry(content: Mapping[str, Any], entry: str | None) -> Mapping[str, Any]:
     Raises:
         ValueError: `entry` is not there.
     """
-    there = [name for name, value in content.items() if isinstance(value, Mapping)]
+    there = {name: value for name, value in content.items() if isinstance(value, Mapping)}
     if entry is not None:
         if entry not in there:
             raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
-        return content[entry]
-    return next((content[name] for name in ENTRIES if name in there and _named_weights(content[name])), content)
+        return there[entry]
+    # a Lightning `ema` holds a list of weights beside counters
+    named = (n for n in ENTRIES if any(isinstance(v, (StoredTensor, Mapping)) for v in there.get(n, {}).values()))
+    return there.get(next(named, ""), content)
 
 
-def _named_weights(value: Mapping[str, Any]) -> bool:
-    """A Lightning `ema` holds a list of weights beside counters, which only its family can name."""
-    return any(isinstance(item, (Tensor, StoredTensor, Mapping)) for item in value.values())
+def _stored(file: Path, content: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint by name; `ValueError` without any, or with names that are none."""
+    tensors = {name: value for name, value in unwrap(state).items() if hasattr(value, "shape")}
+    if not tensors:
+        listed = sorted(map(str, content))[:5]
+        raise ValueError(f"{file} holds no named weights; name another file or entry (it has {listed})")
+    if strange := [name for name in tensors if not isinstance(name, str)]:
+        raise ValueError(f"{file} holds a weight under {plain(strange[0])}; expected names")
+    return tensors
 
 
-def find_config(file: Path) -> Path | None:
-    """The configuration file beside a weight file, None without one."""
-    return next((file.parent / name for name in CONFIG_NAMES if os.path.lexists(file.parent / name)), None)
+def find_config(folder: Path) -> Path | None:
+    """The configuration file in a folder with weights, None without one."""
+    return next((folder / name for name in CONFIG_NAMES if os.path.lexists(folder / name)), None)
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The configuration beside a weight file; empty without one. Interpolations in YAML stay as they are written.
+def read_config(path: Path | None) -> dict[str, Any]:
+    """What a configuration file holds; empty for None. Interpolations in YAML stay as they are written.
 
     Raises:
         ValueError: one that is damaged or holds no mapping.
     """
-    path = find_config(file)
     if path is None:
         return {}
     if path.suffix == ".json":
@@ -274,7 +182,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has {size} bytes, too many for a config; it is damaged or another file")
     with reading(path, "a YAML config"):
         text = path.read_text(encoding="utf-8-sig")
-        if _nodes(yaml.safe_load(text), {}) > LARGEST_COUNT:  # aliases of aliases
+        if _count(yaml.safe_load(text), {}) > LARGEST_COUNT:  # aliases of aliases
             raise ValueError(f"it names more than {LARGEST_COUNT} values")
         config = OmegaConf.to_container(OmegaConf.create(text))
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
@@ -282,41 +190,31 @@ def read_config(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], config)
 
 
-def _nodes(value: Any, seen: dict[int, int]) -> int:
+def _count(value: Any, seen: dict[int, int]) -> int:
     """How many values a tree has when every alias is written out."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in seen:
         inner = value.values() if isinstance(value, dict) else value
-        seen[id(value)] = 1 + sum(_nodes(one, seen) for one in inner)
+        seen[id(value)] = 1 + sum(_count(one, seen) for one in inner)
     return seen[id(value)]
 
 
-def stored_constants(found: Checkpoint) -> dict[str, Tensor]:
+def _constants(family: Family, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Buffers of the checkpoint that the architecture fixes, under released names."""
-    stored = {}
-    for name in found.family.constants:
-        for candidate in (name, name.removeprefix("backbone.")):
-            if candidate in found.tensors:
-                stored[name] = in_memory(found.tensors[candidate]).clone()
-                break
-    return stored
+    held = {name: tensors.get(name, tensors.get(name.removeprefix(family.prefix))) for name in family.constants}
+    return {name: in_memory(value).clone() for name, value in held.items() if value is not None}
 
 
-def _would_fit(found: Checkpoint) -> str:
+def _would_fit(family: Family, tensors: Mapping[str, Any]) -> str:
     """What the weights themselves say about the model that they belong to."""
-    if not found.family.has_keys(found.tensors):
+    if not family.has_keys(tensors):
         try:
-            return f"the weights are those of {recognise({}, found.tensors).name}"
+            return f"the weights are those of {recognise({}, tensors).name}"
         except ValueError as error:
             return str(error)
-    layers = {int(m[1]) for name in found.tensors if (m := re.search(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.", name))}
+    layers = {int(m[1]) for name in tensors if (m := re.search(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.", name))}
+    tables = {name: tuple(value.shape) for name, value in tensors.items() if re.search(_TABLES, name)}
     facts = [f"{max(layers) + 1} layers"] if layers else []
-    facts += [
-        f"{name} of shape {tuple(value.shape)}"
-        for name, value in found.tensors.items()
-        if re.search(
-            r"(vocab_embed\.embedding|wte\.weight|embed\.embeddings\.weight|quantize\.embedding\.weight)$", name
-        )
-    ]
+    facts += [f"{name} of shape {shape}" for name, shape in tables.items()]
     return f"what would fit: a config for the weights' {', '.join(facts) or 'shapes'}"

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from unidiff.families.checkpoint.config_keys import ConfigKeys, Setting
-from unidiff.families.checkpoint.conv_names import conv_keymap, rename_with
+from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Tiny
+from unidiff.families.image_tokenizers.renaming import rename_with
 from unidiff.schema import Between, Depth, Rows, Width
 from unidiff.tokens.image.conv import ConvVQModel
 
@@ -102,7 +103,7 @@ LLAMAGEN = Family(
     keys=(r"^encoder\.conv_blocks\.0\.res\.0\.", r"^quantize\.embedding\.weight$"),
     fits=lambda config: bool(config) and set(config) <= {*KEYS.used, *KEYS.harmless},
     settings=llamagen_settings,
-    keymap=lambda model, spelling: conv_keymap(model, _rename),
+    keymap=lambda model, spelling: KeyMap.of(model, _rename),
     network=ConvVQModel,
     measured=_measured,
     default_config=_released,

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import torch
 
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys
-from unidiff.families.checkpoint.conv_names import conv_keymap, rename_with
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny
+from unidiff.families.image_tokenizers.renaming import rename_with
 from unidiff.schema import Between, Depth, Width
 from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_vectors
 
@@ -82,7 +82,7 @@ def _keymap(model: LFQModel, spelling: Spelling) -> KeyMap:
             (r"^post_quant_conv\.", "decoder.post_quant_conv."),
         ]
     )
-    return conv_keymap(model, rename, constants)
+    return KeyMap.of(model, rename, constants)
 
 
 _SIDE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": [1, 1], "z_channels": 4}

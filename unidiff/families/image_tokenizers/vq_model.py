@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import VQModel
 
-from unidiff.families.checkpoint.conv_names import conv_keymap
+from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Tiny, config_names
 from unidiff.tokens.image.diffusers_vq import DiffusersVQ
 
@@ -44,7 +44,7 @@ VQ_MODEL = Family(
     keys=(r"^encoder\.down_blocks\.0\.resnets\.0\.", r"^quantize\.embedding\.weight$"),
     fits=lambda config: config_names(config, "VQModel") or "num_vq_embeddings" in config,
     settings=vq_model_settings,
-    keymap=lambda model, spelling: conv_keymap(model),
+    keymap=lambda model, spelling: KeyMap.of(model),
     network=VQModel,
     releases=(Release("muddit-vq", _PUBLISHED),),
     unstated=("down_block_types", "up_block_types"),

@@ -1,14 +1,9 @@
-"""Names of released convolutional autoencoders; the renaming is the family's."""
+"""Names of released convolutional autoencoders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-
-from torch import Tensor, nn
-
-from unidiff.families.checkpoint.keymap import Entry, KeyMap
+from collections.abc import Callable, Iterable
 
 # our names inside a level, and the names that all of them use
 _PARTS = ((r"\.shortcut\.", ".nin_shortcut."), (r"\.out\.", ".proj_out."))
@@ -26,10 +21,3 @@ def rename_with(rules: Iterable[tuple[str, str | Callable[[re.Match[str]], str]]
         return name
 
     return rename
-
-
-def conv_keymap(
-    model: nn.Module, rename: Rename = str, constants: Mapping[str, Tensor] = MappingProxyType({})
-) -> KeyMap:
-    """One entry per weight of the model."""
-    return KeyMap([Entry(name, rename(name)) for name in model.state_dict()], constants)
