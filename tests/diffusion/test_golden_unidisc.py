@@ -6,13 +6,13 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import unidisc_batch
+from reference.times import sample_times
 from reference.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
+from reference.weights import time_weight
 from safetensors.torch import load_file
 
-from tests.reference.times import sample_times
 from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
-from unidiff.diffusion.objective import time_weight
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.weights import unidisc_interleaved
 from unidiff.tokens import Modality

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.weights import cosine_count, cosine_count_weight, time_weight
 
 from unidiff.diffusion import (
     condition_on,
@@ -16,9 +17,7 @@ from unidiff.diffusion import (
     keyed_uniform,
     mask_tokens,
     masked_nll,
-    time_weight,
 )
-from unidiff.diffusion.objective import cosine_count, cosine_count_weight
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.process import draw_token, posterior, reverse_step, unmask_probability
 
-from unidiff.diffusion import get_schedule, hide, keyed_uniform, mask_count, mask_tokens, posterior, reverse_step
-from unidiff.diffusion.process import draw_token, unmask_probability
+from unidiff.diffusion import get_schedule, hide, keyed_uniform, mask_count, mask_tokens
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary(20, (0, 8), (9, 18), mask_id=8, image_mask_id=18)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.times import importance_times, importance_weight, sample_times
 
-from tests.reference.times import importance_times, importance_weight, sample_times
 from unidiff.diffusion import keyed_uniform
 from unidiff.diffusion.schedules import SCHEDULES, get_schedule
 

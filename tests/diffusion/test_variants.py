@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference.process import posterior
 from reference.variants import (
     d3pm_loss,
     discrete_time,
@@ -12,7 +13,7 @@ from reference.variants import (
     unidisc_dropout,
 )
 
-from unidiff.diffusion import get_schedule, joint_elbo, posterior
+from unidiff.diffusion import get_schedule, joint_elbo
 from unidiff.tokens import Modality, Span, TokenBatch
 
 MASK = 5

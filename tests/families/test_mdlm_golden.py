@@ -9,12 +9,13 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import mdlm_batch
+from reference.subs import subs_log_probs
 from reference.variants import sedd_log_score
 from safetensors.torch import load_file
 
 from unidiff.families.mdlm import MDLM
 from unidiff.families.registry import named_vocabulary
-from unidiff.models import MaskedTransformer, subs_log_probs
+from unidiff.models import MaskedTransformer
 
 INPUTS = {"x0", "x_t", "sigma", "attention_mask"}
 

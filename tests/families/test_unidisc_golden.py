@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import unidisc_batch
+from reference.subs import subs_log_probs
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from unidiff.families.registry import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import unidisc_sampler
 from unidiff.families.unidisc.weights import unidisc_interleaved
-from unidiff.models import subs_log_probs
 from unidiff.models.image_spans import image_spans
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary

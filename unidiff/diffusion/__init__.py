@@ -2,11 +2,8 @@
 
 from unidiff.diffusion.likelihood import (
     Nelbo,
-    block_nelbo,
-    log_prob_scorer,
     mask_count_nelbo,
     model_scorer,
-    time_nelbo,
     without_eos_fill,
 )
 from unidiff.diffusion.noise import keyed_uniform
@@ -18,9 +15,8 @@ from unidiff.diffusion.objective import (
     joint_elbo,
     masked_nll,
     modality_nll,
-    time_weight,
 )
-from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens, posterior, reverse_step
+from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens
 from unidiff.diffusion.schedules import Schedule, get_schedule
 
 __all__ = [
@@ -29,23 +25,17 @@ __all__ = [
     "Nelbo",
     "NoisyBatch",
     "Schedule",
-    "block_nelbo",
     "condition_on",
     "gather_masked",
     "get_schedule",
     "hide",
     "joint_elbo",
     "keyed_uniform",
-    "log_prob_scorer",
     "mask_count",
     "mask_count_nelbo",
     "mask_tokens",
     "masked_nll",
     "modality_nll",
     "model_scorer",
-    "posterior",
-    "reverse_step",
-    "time_nelbo",
-    "time_weight",
     "without_eos_fill",
 ]

@@ -1,6 +1,5 @@
 """Models: the masked transformer, its parts, and the restricted heads."""
 
-from unidiff.models.heads import modality_logits, subs_log_probs
 from unidiff.models.partial import CachePlan, PartialHidden
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.models.transformer import MaskedTransformer
@@ -11,6 +10,4 @@ __all__ = [
     "MaskedTransformer",
     "PartialHidden",
     "StoreOptions",
-    "modality_logits",
-    "subs_log_probs",
 ]

@@ -1,8 +1,4 @@
-"""SUBS by slicing (MDLM, Sahoo et al. 2024, section 3.2.3): a head restricted to what a position may become.
-
-A position of a modality may take that modality's ids only, never [MASK]; a known position is a point mass on its own
-token. Slicing the head is the same distribution as masking a full-vocabulary softmax, at a fraction of the work.
-"""
+"""SUBS by slicing (MDLM, Sahoo et al. 2024, section 3.2.3): log p(x0 | x_t) over a whole vocabulary."""
 
 from __future__ import annotations
 
