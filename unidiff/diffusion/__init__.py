@@ -14,7 +14,6 @@ from unidiff.diffusion.objective import (
     gather_masked,
     joint_elbo,
     masked_nll,
-    modality_nll,
 )
 from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens
 from unidiff.diffusion.schedules import Schedule, get_schedule
@@ -35,7 +34,6 @@ __all__ = [
     "mask_count_nelbo",
     "mask_tokens",
     "masked_nll",
-    "modality_nll",
     "model_scorer",
     "without_eos_fill",
 ]

@@ -83,51 +83,27 @@ def masked_nll(
         ValueError: a masked target lies outside its modality's id range.
     """
     gathered = {m: gather_masked(masked & (x0.modality == m), x0.ids, count) for m in Modality}
-    if isinstance(head, LinearHead):
-        return _linear_nll(hidden, head, gathered, vocabulary, weight)
-    out = None
-    for modality in Modality:
-        nll = modality_nll(hidden, head, gathered[modality], vocabulary, modality)
-        if nll is not None:
-            out = nll if out is None else out + nll
-    return hidden.float().sum(-1) * 0 if out is None else out
-
-
-def modality_nll(
-    hidden: Tensor, head: Head, gathered: MaskedIndex, vocabulary: Vocabulary, modality: Modality
-) -> Tensor | None:
-    """As `masked_nll` for the gathered positions of one modality; None when there are none."""
-    if len(gathered.index) == 0:
-        return None
-    start, stop = vocabulary.range_of(modality)
-    target = _slice_targets(gathered, vocabulary, modality)
-    flat = hidden.reshape(-1, hidden.shape[-1])  # [B*L, D]
-    forbidden = list(vocabulary.forbidden(modality))
-    parts = [
-        _chunk_nll(head(flat[index], start, stop), chunk_target, forbidden)
-        for index, chunk_target in zip(gathered.index, target, strict=True)
-    ]
-    return _scatter(torch.cat(parts), gathered.slot, hidden)
-
-
-def _linear_nll(
-    hidden: Tensor,
-    head: LinearHead,
-    gathered: Mapping[Modality, MaskedIndex],
-    vocabulary: Vocabulary,
-    weight: Tensor | None,
-) -> Tensor:
-    used = {m: g for m, g in gathered.items() if len(g.index)}
+    used = {m: found for m, found in gathered.items() if len(found.index)}
     parts = tuple(
         HeadPart(
             g.index, _slice_targets(g, vocabulary, m), g.real, *vocabulary.range_of(m), tuple(vocabulary.forbidden(m))
         )
         for m, g in used.items()
     )
-    scale = None if weight is None else weight.reshape(-1)
-    nll = streamed_nll(hidden.reshape(-1, hidden.shape[-1]), *head.head_parameters(), parts, scale)
+    flat = hidden.reshape(-1, hidden.shape[-1])  # [B*L, D]
+    if isinstance(head, LinearHead):
+        nll = streamed_nll(flat, *head.head_parameters(), parts, None if weight is None else weight.reshape(-1))
+    else:
+        chunks = [
+            _chunk_nll(head(flat[index], part.start, part.stop), target, part.forbidden)
+            for part in parts
+            for index, target in zip(part.index, part.target, strict=True)
+        ]
+        nll = torch.cat(chunks) if chunks else flat[:0].float().sum(1)  # no numbers, but a part of the graph
+    # back to their places; padding goes to a slot that is cut off
     slots = [g.slot.reshape(-1) for g in used.values()]
-    return _scatter(nll, torch.cat(slots) if slots else nll.new_zeros(0, dtype=torch.long), hidden)
+    slot = torch.cat(slots) if slots else nll.new_zeros(0, dtype=torch.long)
+    return nll.new_zeros(masked.numel() + 1).scatter(0, slot, nll)[:-1].view(masked.shape)
 
 
 def _slice_targets(gathered: MaskedIndex, vocabulary: Vocabulary, modality: Modality) -> Tensor:
@@ -139,13 +115,7 @@ def _slice_targets(gathered: MaskedIndex, vocabulary: Vocabulary, modality: Moda
     return target
 
 
-def _scatter(nll: Tensor, slot: Tensor, hidden: Tensor) -> Tensor:
-    """Gathered values back to their places, `[B, L]`; padding goes to a slot that is cut off."""
-    rows, length = hidden.shape[:2]
-    return nll.new_zeros(rows * length + 1).scatter(0, slot.reshape(-1), nll)[:-1].view(rows, length)
-
-
-def _chunk_nll(logits: Tensor, target: Tensor, forbidden: list[int]) -> Tensor:
+def _chunk_nll(logits: Tensor, target: Tensor, forbidden: tuple[int, ...]) -> Tensor:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if forbidden:
         logits = logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf)
