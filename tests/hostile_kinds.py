@@ -224,7 +224,7 @@ def _checkpoint() -> Kind:
         save_checkpoint(folder, RunCheckpoint(weights, weights, weights, {"step": 1, "samples": 4, "config": {}}), 2)
 
     def load(folder: Path) -> Any:
-        found = load_checkpoint(folder)
+        found = load_checkpoint(folder, "config", False, "--fallback")
         return None if found is None else (found.model["w"], found.ema["w"], found.optimiser["w"], found.state)
 
     step = "step-00000001"

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from unidiff.train.image_tokenizer.cell_codes import CellCodes
-from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
+from unidiff.train.image_tokenizer.config import CellCodes, ImageData, ImageTokenizerConfig
+from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 
 
 def config(out: Path, **changes) -> ImageTokenizerConfig:

@@ -22,7 +22,7 @@ from train_fixtures import MIXED, TINY, tiny_table
 from unidiff.config import all_keys
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.source import TokenTable
-from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig
+from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
 from unidiff.worlds.emoji.demo import PROMPTS
 from unidiff.worlds.emoji.language import vocabulary_words
 from unidiff.worlds.emoji.scenes import get_profile

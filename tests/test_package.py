@@ -12,7 +12,7 @@ import unidiff
 from unidiff.config import load_config
 from unidiff.tokens.image.vq import new_network
 from unidiff.train.config import read_config
-from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig
+from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -18,6 +18,7 @@ import typer
 
 from unidiff.config import load_config
 from unidiff.errors import exit_status
+from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
 from unidiff.train.run.startup import set_up_process
 
 set_up_process(os.environ)
@@ -27,9 +28,10 @@ def main(
     config: Annotated[Path, typer.Argument(help="YAML file, see configs/emoji_tokenizer.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for instance steps=100")] = None,
 ) -> None:
-    from unidiff.train.image_tokenizer.trainer import ImageTokenizerConfig, train_image_tokenizer
+    settings = load_config(ImageTokenizerConfig, config, overrides or [])
+    from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 
-    train_image_tokenizer(load_config(ImageTokenizerConfig, config, overrides or []))
+    train_image_tokenizer(settings)
 
 
 if __name__ == "__main__":

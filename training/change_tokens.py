@@ -78,7 +78,8 @@ def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]
         prepare, source = ImagePreprocess(size), ShardSource(shards, ("image",), shuffle=1024, seed=seed, repeat=True)
         pictures = (prepare(sample["image"]) for sample in source)
         return (torch.stack(list(islice(pictures, BATCH))) for _ in count())
-    from unidiff.train.image_tokenizer.data import ImageData, world_images
+    from unidiff.train.image_tokenizer.config import ImageData
+    from unidiff.train.image_tokenizer.data import world_images
 
     scenes = ImageData(world="emoji", kinds=(0.25, 0.25, 0.25, 0.25))
     return (world_images(scenes, seed, start, BATCH) for start in count(0, BATCH))

@@ -191,7 +191,7 @@ def run(
     free = ("model", "output", "steps", "checkpoint_every", "track", "keep", "fallback", "prompts")
     about = {name: str(value) for name, value in vars(options).items() if name not in free}
     about |= {"the content of MODEL": content, "the content of --prompts": content_of(options.prompts)}
-    found = load_checkpoint(folder, options.fallback)
+    found = load_checkpoint(folder, "about", options.fallback, "--fallback")
     if found is not None:
         tuner.restore(found, about)
         print(f"resumed at step {tuner.steps} from {folder}")

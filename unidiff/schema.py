@@ -49,10 +49,11 @@ def check_fields(settings: Any, what: str) -> None:
     Numbers have to be finite and within 64 bits; `True` is no number; a whole number is a fine `float`. For `__post_init__`.
 
     Args:
-        what: the owner in the message, for instance "sampler text".
+        what: the owner in the message, for instance "sampler text"; one that ends with a dot is joined to the name.
     """
+    owner = what if not what or what.endswith(".") else f"{what} "
     for name, annotation in field_types(type(settings)).items():  # type: ignore[arg-type]
-        check_value(getattr(settings, name), annotation, f"{what} {name}" if what else name)
+        check_value(getattr(settings, name), annotation, f"{owner}{name}")
 
 
 def check_value(value: Any, annotation: Any, name: str) -> None:

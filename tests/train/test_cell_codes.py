@@ -11,13 +11,9 @@ import torch.nn.functional as F
 
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
-from unidiff.train.image_tokenizer.cell_codes import (
-    CellCodes,
-    contrast_loss,
-    place_codes,
-    train_cell_codes,
-)
-from unidiff.train.image_tokenizer.trainer import ImageData, ImageTokenizerConfig, train_image_tokenizer
+from unidiff.train.image_tokenizer.cell_codes import CellTrainer, contrast_loss, place_codes
+from unidiff.train.image_tokenizer.config import CellCodes, ImageData, ImageTokenizerConfig
+from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Scene, SceneObject, get_profile, render
 from unidiff.worlds.emoji.table import sprite_cells
 
@@ -76,9 +72,11 @@ def test_encoder_learns_to_ignore_the_background() -> None:
     cells, flat = sprite_cells("cpu", 8)
     some = cells[:: len(cells) // 60]
     untrained = place_codes(model(), some, flat)["cells_shared"]
-    trained = train_cell_codes(
-        model(), some, flat, CellCodes(150, 60), bf16=False, generator=torch.Generator().manual_seed(0)
-    )
+    settings, generator = CellCodes(150, 60), torch.Generator().manual_seed(0)
+    trainer = CellTrainer(model(), some, flat, settings, bf16=False, generator=generator)
+    for step in range(settings.steps):
+        trainer.step(step)
+    trained = place_codes(trainer.model, some, flat)
     assert trained["cells_shared"] > untrained + 0.3
 
 

@@ -35,11 +35,11 @@ from unidiff.train.run.checkpoint import (
     CheckpointChoice,
     RunCheckpoint,
     check_kind,
+    holds_checkpoints,
     pointed_name,
     read_state,
     score_of,
     settle,
-    step_names,
 )
 from unidiff.train.run.distributed import Parallel, whole
 from unidiff.train.run.export import write_export
@@ -86,7 +86,7 @@ class Trainer:
         documents: DocumentTokens | None = None,
     ) -> None:
         check_config(config)
-        check_run_folder(config)
+        check_run_folder(Path(config.output), "output", config.checkpoint.init_from)
         self.config, self.source, self.validation, self.sampler = config, source, validation, sampler
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -319,7 +319,7 @@ class Trainer:
     def _resume(self) -> bool:
         settings, state = self.config.checkpoint, self.state
         if not settings.resume:
-            if step_names(self.checkpoints) or (self.checkpoints / "latest").exists():
+            if holds_checkpoints(self.checkpoints):
                 raise ValueError(
                     f"{self.checkpoints} already holds a run; choose another output=, or checkpoint.resume=true to continue it"
                 )

@@ -10,81 +10,26 @@ show nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidiff.schema import check_fields
 from unidiff.tokens.image.cell import CellVQModel
+from unidiff.train.image_tokenizer.config import CellCodes
 
 SAME = 0.97
 """Cells whose latents have at least this cosine share a code."""
 
 
-@dataclass(frozen=True)
-class CellCodes:
-    """How the encoder learns its codes.
-
-    Args:
-        steps: of the optimiser; 0 leaves encoder and codebook to the training of the whole tokenizer.
-        batch: cells per step, each on all backgrounds.
-        learning_rate: highest, of AdamW; falls as a cosine.
-        temperature: of the softmax over cosines.
-    """
-
-    steps: int = 0
-    batch: int = 900
-    learning_rate: float = 2e-3
-    temperature: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_fields(self, "cells")
-        if not 0 <= self.steps <= 2**40 or not 1 <= self.batch <= 2**20:
-            raise ValueError(f"cells.steps is {self.steps} and cells.batch {self.batch}; expected at least 0 and 1")
-        if not (0 < self.learning_rate <= 1e3 and 1e-6 <= self.temperature <= 1e6):
-            raise ValueError(
-                f"cells.learning_rate is {self.learning_rate} and cells.temperature {self.temperature}; expected numbers above 0"
-            )
-
-
-def train_cell_codes(
-    model: CellVQModel,
-    cells: Tensor,
-    flat: Tensor,
-    config: CellCodes,
-    bf16: bool,
-    generator: torch.Generator,
-    say: Callable[[dict], None] = lambda line: None,
-) -> dict:
-    """Train the encoder of `model` and place its codebook, one code for each cell that looks like no other. In place.
+class CellTrainer:
+    """The encoder's training, step by step; `place_codes` comes after it.
 
     Args:
         cells: `[N, views, 3, f, f]`, the same cell in all its views. flat: `[M, 3, f, f]`, one cell of each background;
             see `World.cells`.
         generator: for the order of the cells.
-        say: takes a line of progress now and then.
-
-    Returns:
-        `cell_codes`: codes in use; `cells_shared`: the share of the cells that have one code in all views.
-
-    Raises:
-        ValueError: more different cells than codes.
     """
-    trainer = CellTrainer(model, cells, flat, config, bf16, generator)
-    for step in range(config.steps):
-        loss = trainer.step(step)
-        if step % 50 == 0 or step == config.steps - 1:
-            say({"cells": step, "loss": round(float(loss), 4)})
-    report = place_codes(model, trainer.cells, trainer.flat)
-    say(report)
-    return report
-
-
-class CellTrainer:
-    """The encoder's training, step by step; see `train_cell_codes` for the arguments."""
 
     def __init__(
         self, model: CellVQModel, cells: Tensor, flat: Tensor, config: CellCodes, bf16: bool, generator: torch.Generator
@@ -131,6 +76,9 @@ def contrast_loss(views: Tensor, ground: Tensor, temperature: float) -> Tensor:
 @torch.no_grad()
 def place_codes(model: CellVQModel, cells: Tensor, flat: Tensor) -> dict:
     """Write the codebook: the backgrounds, then the mean of each cell that is not `SAME` as an earlier one. In place.
+
+    Returns:
+        `cell_codes`: codes in use; `cells_shared`: the share of the cells that have one code in all views.
 
     Raises:
         ValueError: more different cells than codes.

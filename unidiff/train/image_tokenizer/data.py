@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from unidiff.data.images import ImagePreprocess
 from unidiff.data.shards import ShardSource
 from unidiff.files import file_stamp
-from unidiff.schema import check_fields
+from unidiff.train.image_tokenizer.config import ImageData
 from unidiff.world import WORLDS
 
 HELD_OUT = 256
@@ -25,35 +25,6 @@ HELD_OUT = 256
 _SHARE = 8  # else one picture in so many
 _WINDOW = 1024  # samples of shards that are shuffled together
 _MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no others
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Where pictures come from: the scenes of a world (`world`), or webdataset shards (`shards`).
-
-    Args:
-        world: name of a world. profile: which scenes of it.
-        kinds: relative frequencies of its kinds of scenes; those of emoji are single, count, pair and group.
-        shards: see `unidiff.data.tar.expand_shards`.
-        image_size: side of the square pictures of shards, in pixels.
-        validation_images: pictures that are never trained on; 0 takes 256, or one in eight of fewer than 2,048.
-    """
-
-    world: str | None = None
-    profile: str = "cpu"
-    kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
-    shards: list[str] = field(default_factory=list)
-    image_size: int = 256
-    validation_images: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data")
-        if min(self.kinds) < 0 or sum(self.kinds) <= 0:
-            raise ValueError(f"data.kinds is {self.kinds}; expected shares, none negative and not all 0")
-        if not 0 <= self.validation_images <= 2**20:
-            raise ValueError(f"data.validation_images is {self.validation_images}; expected a number from 0 to {2**20}")
-        if not 1 <= self.image_size <= 2**14:
-            raise ValueError(f"data.image_size is {self.image_size}; expected pixels from 1 to {2**14}")
 
 
 class PictureStream(Protocol):
@@ -202,6 +173,11 @@ def _content(shard: str) -> bytes:
         return shard.encode()
     stamp = file_stamp(shard)
     return f"{stamp['size']} {stamp['hash']}".encode()
+
+
+def stamp_of(path: Path) -> str:
+    """A hash of a file of weights, to know it again."""
+    return str(file_stamp(path)["hash"])
 
 
 def _joint(digests: Iterable[bytes]) -> str:

@@ -15,31 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidiff.schema import check_fields
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import coder_of
-
-
-@dataclass(frozen=True)
-class VQLossWeights:
-    """Weights of the reconstruction terms; `edge_focus` multiplies errors near strong gradients of the target.
-
-    `cycle` asks that an encoded reconstruction gets the codes it was decoded from (`CellVQModel` only): pictures that a
-    transformer draws are then read back as the tokens it drew.
-    """
-
-    l1: float = 1.0
-    l2: float = 2.0
-    gradient: float = 0.5
-    commitment: float = 0.25
-    edge_focus: float = 4.0
-    cycle: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "loss")
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1e9:
-                raise ValueError(f"loss.{name} is {value}; expected a weight from 0 to 1e9")
+from unidiff.train.image_tokenizer.config import VQLossWeights
 
 
 @dataclass(frozen=True)

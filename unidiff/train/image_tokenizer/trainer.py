@@ -9,94 +9,41 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unidiff.errors import read_json
 from unidiff.files import locked, replace_text, replacing, replacing_folder
 from unidiff.process import free_memory
-from unidiff.schema import check_fields, from_data
+from unidiff.schema import from_data
 from unidiff.tokens.image.quantized import TrainableTokenizer
-from unidiff.tokens.image.vq import VQImageTokenizer, coder_of, network_settings, new_network
+from unidiff.tokens.image.vq import VQImageTokenizer, coder_of, new_network
 from unidiff.train.build import pick_device
-from unidiff.train.image_tokenizer.cell_codes import CellCodes, CellTrainer, place_codes
-from unidiff.train.image_tokenizer.data import ImageData, Pictures, open_pictures
-from unidiff.train.image_tokenizer.losses import CodebookAverage, VQLossWeights, psnr, vq_forward
-from unidiff.train.image_tokenizer.report import measure, reconstruction_sheet, ssim
-from unidiff.train.image_tokenizer.state import (
-    RunState,
-    adamw_state,
-    check_same,
-    flat_settings,
-    load_adamw_state,
-    weights_stamp,
-)
-from unidiff.train.run.checkpoint import RunCheckpoint, check_kind, load_checkpoint, save_checkpoint
+from unidiff.train.config import ScheduleConfig
+from unidiff.train.image_tokenizer.cell_codes import CellTrainer, place_codes
+from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
+from unidiff.train.image_tokenizer.data import Pictures, open_pictures, stamp_of
+from unidiff.train.image_tokenizer.losses import CodebookAverage, psnr, vq_forward
+from unidiff.train.image_tokenizer.report import measure, reconstruction_sheet
+from unidiff.train.image_tokenizer.state import TokenizerRunState, adamw_state, load_adamw_state
+from unidiff.train.optim import learning_rate_factor
+from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog
-from unidiff.train.run.loop import StopOnSignals
-from unidiff.train.run.run_folder import check_output, check_replaceable, holds_something
+from unidiff.train.run.loop import begin, take_steps
+from unidiff.train.run.resume import check_same, fitting, flat, rate_notes
+from unidiff.train.run.run_folder import check_replaceable, check_run_folder
 from unidiff.world import WORLDS
 
-__all__ = ["ImageData", "ImageTokenizerConfig", "SpikeGuard", "ssim", "train_image_tokenizer"]
-_KEPT = 2  # checkpoints
-_KEPT_FILES = {"model": "a model", "report.json": "report.json", "reconstructions.png": "reconstructions.png"}
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
-
-
-@dataclass(frozen=True)
-class ImageTokenizerConfig:
-    """One tokenizer run; see `configs/emoji_tokenizer.yaml`. `steps` counts optimiser steps of `batch_size` images.
-
-    `decoder_only` (with `init_from`) sharpens the decoder of a `CellVQModel` and leaves its codes as they are, so that
-    a transformer trained on these codes stays valid. With `cells.steps` the encoder learns first, alone, to give the
-    objects' cells the same codes on every background (`train_cell_codes`), and then the decoder with these codes.
-
-    `model` holds `kind` (`cell` for a `CellVQModel`, `vqmodel` for diffusers' `VQModel`, or another of `IMAGE_TOKENIZERS` that
-    can be trained) and the settings of that network; those left out are its defaults.
-
-    `device` is auto, cpu or cuda, `threads` those of the CPU (0: all). A checkpoint is written every `checkpoint_every`
-    steps, at the end, and on SIGTERM or Ctrl-C; `fallback` goes on from the one before where the newest is damaged.
-    """
-
-    out: str = "runs/image_tokenizer"
-    init_from: str | None = None
-    decoder_only: bool = False
-    cells: CellCodes = field(default_factory=CellCodes)
-    data: ImageData = field(default_factory=ImageData)
-    model: dict[str, Any] = field(default_factory=dict)
-    loss: VQLossWeights = field(default_factory=VQLossWeights)
-    steps: int = 4000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    revive_until: float = 0.6
-    bf16: bool = True
-    log_every: int = 50
-    validate_every: int = 500
-    checkpoint_every: int = 500
-    fallback: bool = False
-    device: str = "auto"
-    threads: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "")
-        object.__setattr__(self, "model", network_settings(self.model))
-        for name in ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
-            if not 1 <= getattr(self, name) <= 2**40:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        bounds = {"warmup_steps": (0, 2**40), "revive_until": (0, 1), "threads": (0, 1024), "seed": (0, 2**62)}
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {low} to {high}")
-        if not 0 < self.learning_rate <= 1e3:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0 and at most 1000")
-        if not self.out.strip():
-            raise ValueError("out is empty; name a folder")
+_FREE = ("out", "steps", "device", "threads", "log_every", "validate_every", "checkpoint_every", "fallback")
+"""Settings that may be others when a run goes on."""
+_AGAIN = "out= (with init_from= to train its model on)"
 
 
 def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
@@ -111,7 +58,8 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
         OSError: a full or read-only disk.
     """
     out = Path(config.out)
-    check_output(out, "out", None)
+    start = None if holds_checkpoints(out / "checkpoints") else config.init_from
+    check_run_folder(out, "out", start, ("model", "report.json", "reconstructions.png"))
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -119,7 +67,6 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     model, average = _build(config, device)
     pictures = open_pictures(config.data, config.seed, VQImageTokenizer(model).factor)
     _check_batch(config, pictures.held_out.shape[-2:], VQImageTokenizer(model).factor)
-    check_replaceable(out / "model")
     with locked(out, "training"):
         return _Run(config, out, model.train(), average, pictures).go()
 
@@ -154,57 +101,50 @@ class _Run:
         self.device = next(model.parameters()).device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.guard, self.step, self.total = SpikeGuard(), 0, config.cells.steps + config.steps
+        self.schedule = ScheduleConfig(warmup=config.warmup_steps, floor=0.02)
         self.best, self.before, self.start = -math.inf, 0.0, time.monotonic()
         self.found: dict[str, Any] = {}
-        self.facts = {"init_from": weights_stamp(config.init_from), **pictures.facts}
+        weights = sorted(Path(config.init_from).glob("*.safetensors")) if config.init_from else []
+        self.facts = {"init_from": {path.name: stamp_of(path) for path in weights}, **pictures.facts}
         self.cells: CellTrainer | None = None
         if config.cells.steps:
-            shown, flat = WORLDS[config.data.world or ""].cells(config.data.profile, int(model.config.factor))
-            self.cells = CellTrainer(model, shown, flat, config.cells, config.bf16, self.generator)
+            world = WORLDS.get_or_refuse(config.data.world, "data.world")
+            shown, ground = world.cells(config.data.profile, int(model.config.factor))
+            self.cells = CellTrainer(model, shown, ground, config.cells, config.bf16, self.generator)
+            self.optimiser = self.cells.optimiser
         else:
             self._start_main()
 
     def go(self) -> dict:
         """To the last step or the next signal."""
         self._resume()
+        self.stream = iter(self.pictures.stream)
         log = RunLog(self.out, self.step)
         side = self.pictures.held_out.shape[-1]
         codes = self.config.batch_size * (side // VQImageTokenizer(self.model).factor) ** 2
         self.model.train()
         progress = Progress(self.total, self.step, codes, self.config.log_every, True)
-        stopped: list[bool] = []
-        try:
-            with StopOnSignals(lambda: stopped.append(True)):
-                stream = iter(self.pictures.stream)
-                while self.step < self.total and not stopped:
-                    values, factor = self._cell_step() if self.cells else self._main_step(stream)
-                    self.step += 1
-                    progress.step(self.step, f"loss {values.get('loss', math.nan):.4f}  lr x{factor:.3f}")
-                    if self.step % self.config.log_every == 0 or self.step == self.total:
-                        log.write(self.step, "train", {**values, "seconds": self._seconds()})
-                    self._finish_cells(log)
-                    self._validate(log, progress)
-                    if self.step % self.config.checkpoint_every == 0 or self.step == self.total or stopped:
-                        save_checkpoint(self.out / "checkpoints", self._checkpoint(), _KEPT)
-        finally:
-            progress.close()
-            log.close()
-        if stopped and self.step < self.total:
-            progress.say(f"stopped at step {self.step}; run the same command to go on")
+        take_steps(self, self.total, self.out, self.config.checkpoint_every, log, progress)
         return self._report()
 
-    def _cell_step(self) -> tuple[dict[str, float], float]:
-        assert self.cells is not None
-        return {"loss": float(self.cells.step(self.step))}, 1.0
-
-    def _finish_cells(self, log: RunLog) -> None:
-        """After the last step of the encoder alone: the codebook, which then stays as it is."""
+    def advance(self, log: RunLog, progress: Progress) -> None:
+        """One step, and what is due after it."""
+        values, factor = self._cell_step(self.cells) if self.cells else self._main_step(self.stream)
+        self.step += 1
+        progress.step(self.step, f"loss {values.get('loss', math.nan):.4f}  lr x{factor:.3f}")
+        if self.step % self.config.log_every == 0 or self.step == self.total:
+            log.write(self.step, "train", {**values, "seconds": self._seconds()})
         if self.cells is not None and self.step == self.config.cells.steps:
             self.found = place_codes(self.model, self.cells.cells, self.cells.flat)
             log.write(self.step, "cells", self.found)
             self._start_main()
+        self._validate(log, progress)
+
+    def _cell_step(self, cells: CellTrainer) -> tuple[dict[str, float], float]:
+        return {"loss": float(cells.step(self.step))}, 1.0
 
     def _start_main(self) -> None:
+        """The whole tokenizer from now on; after steps of the encoder alone, the codes stay as they are."""
         if self.cells is not None:
             self.cells = None
             self.model.encoder.requires_grad_(False)
@@ -212,12 +152,12 @@ class _Run:
         rate = self.config.learning_rate
         self.optimiser = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
 
-    def _main_step(self, stream: Any) -> tuple[dict[str, float], float]:
+    def _main_step(self, stream: Iterator[Tensor]) -> tuple[dict[str, float], float]:
         """One step of the whole tokenizer: values for the log, and the factor on the learning rate."""
         config, step = self.config, self.step - self.config.cells.steps
         # 1. reconstruct a batch, and the gradient of the loss
         images = torch.stack(list(islice(stream, config.batch_size))).to(self.device, memory_format=torch.channels_last)
-        factor = _schedule(step, config.warmup_steps, config.steps)
+        factor = learning_rate_factor(self.schedule, step, config.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * factor
         result, latents = vq_forward(self.model, images, config.loss, config.bf16)
@@ -277,67 +217,50 @@ class _Run:
     def _seconds(self) -> float:
         return round(self.before + time.monotonic() - self.start, 1)
 
-    def _checkpoint(self) -> RunCheckpoint:
-        optimiser = self.cells.optimiser if self.cells else self.optimiser
-        state = RunState(
-            step=self.step, settings=flat_settings(self.config), facts=self.facts, position=self.pictures.stream.state(),
-            random=self.generator.get_state().numpy().tobytes().hex(), found=self.found, seconds=self._seconds(),
-            level=None if math.isinf(self.guard.level) else self.guard.level, skipped=self.guard.skipped,
+    def checkpoint(self) -> RunCheckpoint:
+        """All of it."""
+        state = TokenizerRunState(
+            step=self.step, settings=flat(asdict(self.config)), facts=self.facts,
+            position=self.pictures.stream.state(), random=self.generator.get_state().numpy().tobytes().hex(),
+            found=self.found, seconds=self._seconds(), skipped=self.guard.skipped,
+            level=None if math.isinf(self.guard.level) else self.guard.level,
             best=None if math.isinf(self.best) else self.best,
         )  # fmt: skip
         codebook = self.average.state() if self.average else {}
-        return RunCheckpoint(dict(self.model.state_dict()), codebook, adamw_state(optimiser), asdict(state))
+        return RunCheckpoint(dict(self.model.state_dict()), codebook, adamw_state(self.optimiser), asdict(state))
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        folder = self.out / "checkpoints"
-        found = load_checkpoint(folder, self.config.fallback, "fallback=true")
+        config, folder = self.config, self.out / "checkpoints"
+        found = load_checkpoint(folder, "settings", config.fallback, "fallback=true")
         if found is None:
-            check_output(self.out, "out", self.config.init_from)
-            if kept := [said for name, said in _KEPT_FILES.items() if holds_something(self.out / name)]:
-                raise ValueError(
-                    f"{str(self.out)!r} holds {kept[0]} and no checkpoint to go on from; name another out= (it would be "
-                    "replaced)"
-                )
-            save_checkpoint(folder, self._checkpoint(), _KEPT)  # a run that is killed early knows its own files again
+            begin(self, self.out)  # a run that is killed early knows its own files again
             return
-        check_kind(found.state, "settings", folder)
-        state = from_data(RunState, found.state, f"the state in {folder}")
-        settings = flat_settings(self.config)
-        check_same(state, settings, self.facts, self.out)
+        state = from_data(TokenizerRunState, found.state, f"the state in {folder}")
+        pairs = ((state.settings, state.facts), (flat(asdict(config)), self.facts))
+        old, new = ({**settings, **{f"the content of {k}": v for k, v in facts.items()}} for settings, facts in pairs)
+        compared = [name for name in new if name not in _FREE]  # settings that are no more changed nothing
+        check_same(old, new, self.out, _AGAIN, compared)
         if state.best is not None and not ((self.out / "model").is_dir() and (self.out / "report.json").is_file()):
             raise ValueError(
                 f"{str(self.out)!r} lacks the model or report.json that its run has kept; bring them back, or name another out="
             )
-        if self.cells is not None and state.step >= self.config.cells.steps:
+        if self.cells is not None and state.step >= config.cells.steps:
             self._start_main()
-        try:
+        with fitting(folder, "out="):
             self.model.load_state_dict(found.model)
-            load_adamw_state(self.cells.optimiser if self.cells else self.optimiser, found.optimiser)
+            load_adamw_state(self.optimiser, found.optimiser)
             if self.average is not None:
                 self.average.load(found.ema)
-            random = bytearray.fromhex(state.random)
-            self.generator.set_state(torch.frombuffer(random, dtype=torch.uint8))
+            self.generator.set_state(torch.frombuffer(bytearray.fromhex(state.random), dtype=torch.uint8))
             self.pictures.stream.load(state.position)
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"the checkpoint in {str(folder)!r} does not fit this run ({reason}); name another out="
-            ) from error
         self.step, self.found, self.before = state.step, state.found, state.seconds
         self.guard.skipped, self.guard.level = state.skipped, math.inf if state.level is None else state.level
         self.best = -math.inf if state.best is None else state.best
         print(f"resumed at step {self.step} from {folder}", flush=True)
-        self._say_rate(state.settings.get("steps"))
-
-    def _say_rate(self, steps: Any) -> None:
-        """A run that becomes longer or shorter changes its schedule."""
-        done, now = self.step - self.config.cells.steps, self.config.steps
-        if type(steps) is int and steps != now and done > 0:
-            before, after = (
-                _schedule(done, self.config.warmup_steps, n) * self.config.learning_rate for n in (steps, now)
-            )
-            print(f"steps {steps} -> {now}: the learning rate goes from {before:.3g} to {after:.3g}", flush=True)
+        done, before = self.step - config.cells.steps, state.settings.get("steps")
+        for note in rate_notes(self.schedule, config.learning_rate, done, before, config.steps) if done > 0 else []:
+            print(note, flush=True)
 
 
 def _build(config: ImageTokenizerConfig, device: torch.device) -> tuple[Any, CodebookAverage | None]:
@@ -376,11 +299,3 @@ def _check_batch(config: ImageTokenizerConfig, sides: tuple[int, ...], factor: i
         raise ValueError(
             f"batch_size={config.batch_size} pictures of {sides[0]} x {sides[1]} pixels are too many{had}; lower it"
         )
-
-
-def _schedule(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then cosine to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))

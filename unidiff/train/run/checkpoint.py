@@ -71,6 +71,11 @@ def step_names(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: int(name.removeprefix("step-")))
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a run has begun here."""
+    return bool(step_names(folder)) or (folder / "latest").exists()
+
+
 def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> None:
     """Write `folder/step-N`, point `latest` at it, and delete all but the `keep` newest and the best.
 
@@ -251,17 +256,22 @@ def _score(folder: Path, name: str | None) -> tuple[float, str | None]:
     return score, scored
 
 
-def load_checkpoint(folder: Path, fallback: bool = False, setting: str = "--fallback") -> RunCheckpoint | None:
+def load_checkpoint(folder: Path, kind: str, fallback: bool, setting: str) -> RunCheckpoint | None:
     """The checkpoint that `choose` finds, written by one process, or None when there is none.
 
+    Args:
+        kind: of `KINDS`. fallback, setting: see `choose`.
+
     Raises:
-        DamagedFile: it is damaged; see `choose`.
+        DamagedFile: it is damaged. ValueError: it is of a run of another kind.
     """
     choice = choose(folder, fallback, setting=setting)
     if choice is None:
         return None
     settle(folder, choice)
-    return read_checkpoint(folder / choice.name)
+    found = read_checkpoint(folder / choice.name)
+    check_kind(found.state, kind, folder)
+    return found
 
 
 def read_checkpoint(target: Path) -> RunCheckpoint:
@@ -279,10 +289,14 @@ def read_state(target: Path) -> dict[str, Any]:
     return read_json(target / STATE, "the state of a checkpoint")
 
 
-def check_kind(state: Mapping[str, Any], expected: str, folder: Path) -> None:
-    """Raise ValueError for the state of another kind of run: `expected` is the key that a kind has its settings under."""
-    for key, name in {"config": "a model's training", "settings": "an image tokenizer's training"}.items():
-        if key != expected and key in state and expected not in state:
+KINDS = {"config": "a model's training", "settings": "an image tokenizer's training", "about": "reward tuning"}
+"""Kinds of runs, by the key that each has its settings under in `state.json`."""
+
+
+def check_kind(state: Mapping[str, Any], kind: str, folder: Path) -> None:
+    """Raise ValueError for the state of a run of another kind."""
+    for key, name in KINDS.items():
+        if key != kind and key in state and kind not in state:
             raise ValueError(f"{str(folder)!r} holds checkpoints of {name}; name another output folder")
 
 

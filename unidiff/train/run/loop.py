@@ -26,6 +26,11 @@ class SteppedRun(Protocol):
         """Everything that the next step needs."""
 
 
+def begin(run: SteppedRun, out: Path) -> None:
+    """The checkpoint before the first step."""
+    save_checkpoint(out / "checkpoints", run.checkpoint(), _KEPT)
+
+
 def take_steps(run: SteppedRun, last: int, out: Path, every: int, log: RunLog, progress: Progress) -> None:
     """Step until `run.step` is `last` or a signal came; checkpoints every `every` steps and at the end.
 

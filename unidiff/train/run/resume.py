@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.schema import from_data
-from unidiff.train.config import TrainConfig
+from unidiff.train.config import ScheduleConfig, TrainConfig
 from unidiff.train.data.documents import DocumentTokens
 from unidiff.train.data.shard_source import ShardTokens
 from unidiff.train.data.source import TokenSource, TokenTable
@@ -86,13 +87,10 @@ class Position:
 
 def restore(state: TrainState, found: RunCheckpoint, place: Position, where: Path) -> None:
     """Put a checkpoint into a fresh training. Raises ValueError where it is of another model or optimiser."""
-    try:
+    with fitting(where, "output="):
         state.model.load_state_dict(found.model)
         state.ema.load(found.ema, place.ema_updates)
         state.optimisers.load_state(found.optimiser)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where} is of another model or optimiser; choose another output= ({reason})") from error
     state.step, state.level = place.step, place.level
     state.bad_steps, state.skipped = place.bad_steps, place.skipped
 
@@ -122,7 +120,9 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
     names += sorted(name for name in {*before, *now} if name.startswith("model."))
     changed = differences(before, now, names)
     changed += [] if known is None else differences(known, facts)
-    notes = _schedule_notes(before["steps"], state["step"], config)
+    notes = rate_notes(config.schedule, config.optimiser.lr, state["step"], before["steps"], config.steps)
+    if notes and config.data.curriculum and state["step"] < config.steps:
+        notes.append(f"steps was {before['steps']}, here {config.steps}: the phases of data.curriculum move with it")
     if not changed:
         return notes
     listed = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
@@ -154,18 +154,40 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _schedule_notes(old: Any, step: int, config: TrainConfig) -> list[str]:
-    """What another number of steps does to the learning rate."""
-    if old == config.steps or isinstance(old, bool) or not isinstance(old, int) or old < 1:
+def check_same(
+    old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, setting: str, names: Iterable[str] | None = None
+) -> None:
+    """Raise ValueError, with both values, where a run is not the one that wrote the checkpoints in its `folder`.
+
+    Args:
+        setting: what a person names another folder by. names: those that are compared; None for all.
+    """
+    if changed := differences(old, new, names):
+        raise ValueError(
+            f"the run in {str(folder)!r} has {changed[0]}; use the same to continue it, or another {setting}"
+        )
+
+
+@contextmanager
+def fitting(where: Path, setting: str) -> Iterator[None]:
+    """Around putting a checkpoint into a run: what does not fit is one sentence. `setting` as in `check_same`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where} is of another model or optimiser; choose another {setting} ({reason})") from error
+
+
+def rate_notes(schedule: ScheduleConfig, rate: float, step: int, old: Any, steps: int) -> list[str]:
+    """What another number of steps than the `old` one does to the learning rate, whose peak is `rate`."""
+    if old == steps or type(old) is not int or old < 1:
         return []
-    said = f"steps was {old}, here {config.steps}"
-    if step >= config.steps:
+    said = f"steps was {old}, here {steps}"
+    if step >= steps:
         return [f"{said}; the checkpoint is at step {step} already, so nothing is left to do"]
-    before, after = (learning_rate_factor(config.schedule, step, steps) for steps in (old, config.steps))
-    rates = f"{config.optimiser.lr * before:.3g} to {config.optimiser.lr * after:.3g}"
-    rate = f": the rate of the {config.schedule.name} schedule goes from {rates} at step {step}"
-    notes = [said + (rate if before != after else "")]
-    return [*notes, f"{said}: the phases of data.curriculum move with it"] if config.data.curriculum else notes
+    before, after = (learning_rate_factor(schedule, step, number) for number in (old, steps))
+    change = f": the rate of the {schedule.name} schedule goes from {rate * before:.3g} to {rate * after:.3g}"
+    return [said + (f"{change} at step {step}" if before != after else "")]
 
 
 def facts_of(config: TrainConfig, source: TokenSource, documents: DocumentTokens | None) -> dict[str, Any]:

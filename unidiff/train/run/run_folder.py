@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from unidiff.owned import others_in_model
-from unidiff.train.config import TrainConfig
+from unidiff.train.run.checkpoint import holds_checkpoints
 
 MARK = "# Settings of the last start of this run, written by unidiff.\n"
-EXPORTS = ("model", "model-best")
-_REPLACED = (*EXPORTS, "pipeline")  # the last one by training/finetune.py
+SETTINGS = "config.yaml"
+WRITTEN = (SETTINGS, "model", "model-best")
+"""What a model's training replaces in its folder."""
+_REPLACED = (*WRITTEN[1:], "pipeline")  # the last one by training/finetune.py
 
 
-def check_run_folder(config: TrainConfig) -> None:
+def check_run_folder(out: Path, setting: str, started_from: str | None, written: Iterable[str] = WRITTEN) -> None:
     """Raise ValueError, naming it, for an output folder in which a run would spoil something else.
 
     That is a pipeline or the starting weights, a `config.yaml` of a person's own, exports with other files among them, or
     the model of a run whose checkpoints are gone.
+
+    Args:
+        setting: what a person types for `out`. started_from: folder of the starting weights, if any.
+        written: names that the run replaces in `out`, folders (of models) without an ending.
     """
-    out = Path(config.output)
-    check_output(out, "output", config.checkpoint.init_from)
-    checkpoints, settings = out / "checkpoints", out / "config.yaml"
-    ours = checkpoints.is_dir() or (out / "metrics.jsonl").is_file()
-    if settings.exists() and not ours and not (settings.is_file() and settings.read_bytes().startswith(MARK.encode())):
-        raise ValueError(f"'{settings}' is of no run and would be replaced; name another output=, or move it")
-    for name in EXPORTS:
-        check_replaceable(out / name)
-        if holds_something(out / name) and not holds_something(checkpoints):
+    check_output(out, setting, started_from)
+    checkpoints = out / "checkpoints"
+    for path in (out / name for name in written):
+        if path.name == SETTINGS:
+            ours = checkpoints.is_dir() or (out / "metrics.jsonl").is_file() or not path.exists()
+            if not ours and not (path.is_file() and path.read_bytes().startswith(MARK.encode())):
+                raise ValueError(f"'{path}' is of no run and would be replaced; name another {setting}=, or move it")
+            continue
+        if not path.suffix:
+            check_replaceable(path)
+        if holds_something(path) and not holds_checkpoints(checkpoints):
+            kind = path.name if path.suffix else f"a {path.name}"
             raise ValueError(
-                f"{str(out)!r} holds a {name} and no checkpoint to go on from; name another output= (the {name} would be "
-                "replaced)"
+                f"{str(out)!r} holds {kind} and no checkpoint to go on from; name another {setting}= (the {path.name} would "
+                "be replaced)"
             )
 
 

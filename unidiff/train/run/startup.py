@@ -94,7 +94,7 @@ def train(
     from unidiff.train.trainer import Trainer, TrainingAborted
 
     check_config(config)
-    check_run_folder(config)
+    check_run_folder(Path(config.output), "output", config.checkpoint.init_from)
     parallel = Parallel(pick_device(config.device), config.parallel, launch_of(environment))
     try:
         with parallel.locked(Path(config.output), "training"):  # before anything is written or read there
