@@ -239,7 +239,7 @@ class _Run:
         state = from_data(TokenizerRunState, found.state, f"the state in {folder}")
         pairs = ((state.settings, state.facts), (flat(asdict(config)), self.facts))
         old, new = ({**settings, **{f"the content of {k}": v for k, v in facts.items()}} for settings, facts in pairs)
-        compared = [name for name in new if name not in _FREE]  # settings that are no more changed nothing
+        compared = sorted(set(new) - set(_FREE))  # settings that are no more changed nothing
         check_same(old, new, self.out, _AGAIN, compared)
         if state.best is not None and not ((self.out / "model").is_dir() and (self.out / "report.json").is_file()):
             raise ValueError(
