@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from unidiff.families.checkpoint.config_keys import section
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Released
 from unidiff.models.mmdit import MMDiT
@@ -26,26 +27,27 @@ class Description:
     """What `info` prints.
 
     Attributes:
-        family: name.
-        parameters: number of them.
+        family: name. image_tokenizer: family of the codes that it reads.
         dtypes: number of parameters by dtype.
         weight_bytes: of weights and buffers, as stored or in the dtype asked for.
         tokens: length of the row that `pass_bytes` is for; None for an image tokenizer.
         pass_bytes: estimate of what one pass at batch 1 adds: the widest layer, and the logits of every token.
         vocabulary: id layout.
-        image_tokenizer: family of the codes that it reads.
         settings: of our model.
     """
 
     family: str
-    parameters: int
+    image_tokenizer: str | None
     dtypes: Mapping[str, int]
     weight_bytes: int
     tokens: int | None
     pass_bytes: int
     vocabulary: Vocabulary | None
-    image_tokenizer: str | None
     settings: Mapping[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.dtypes.values())
 
     def lines(self) -> dict[str, str]:
         """For people: names and values."""
@@ -62,9 +64,7 @@ class Description:
             images = f", image codes {v.image[0]}-{v.image[1] - 1}" if v.image_size else ", no images"
             masks = f"{v.mask_id}" if v.image_mask == v.mask_id else f"{v.mask_id} and {v.image_mask}"
             out["vocabulary"] = f"{v.size} ids: text {v.text[0]}-{v.text[1] - 1}{images}, [MASK] {masks}"
-        if self.image_tokenizer:
-            out["image tokenizer"] = self.image_tokenizer
-        return out
+        return out | ({"image tokenizer": self.image_tokenizer} if self.image_tokenizer else {})
 
 
 def describe(name: str | Path, **options: Any) -> Description:
@@ -82,33 +82,30 @@ def describe(name: str | Path, **options: Any) -> Description:
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     tokens = row_length(released)
     return Description(
-        released.family.name,
-        sum(dtypes.values()),
-        dict(dtypes.most_common()),
-        sum(value.nbytes for value in released.model.state_dict().values()),
-        tokens,
-        0 if tokens is None else pass_bytes(released.model, tokens),
-        released.vocabulary,
-        released.family.image_tokenizer,
-        plain_settings(released.model),
+        family=released.family.name,
+        image_tokenizer=released.family.image_tokenizer,
+        dtypes=dict(dtypes.most_common()),
+        weight_bytes=sum(value.nbytes for value in released.model.state_dict().values()),
+        tokens=tokens,
+        pass_bytes=0 if tokens is None else pass_bytes(released.model, tokens),
+        vocabulary=released.vocabulary,
+        settings=plain_settings(released.model),
     )
 
 
 def plain_settings(model: Any) -> dict[str, Any]:
     """The constructor arguments of a model; sequences as lists, as a saved config has them."""
-    settings = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    settings = ((name, value) for name, value in dict(model.config).items() if not name.startswith("_"))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings}
 
 
 def row_length(released: Released) -> int | None:
     """Tokens of the longest row that the config speaks of; `DEFAULT_TOKENS` where it does not."""
     if released.vocabulary is None:
         return None
-    inner = released.config.get("config")
-    inner = inner if isinstance(inner, Mapping) else released.config
-    sections = [section for section in (inner, inner.get("model")) if isinstance(section, Mapping)]
+    outer = section(released.config, "config") or released.config
     for key in ("max_sequence_length", "length", "max_position_embeddings"):
-        for value in (section.get(key) for section in sections):
+        for value in (outer.get(key), section(outer, "model").get(key)):
             if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LONGEST_TOKENS:
                 return value
     return DEFAULT_TOKENS

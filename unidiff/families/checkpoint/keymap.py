@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unidiff.errors import plain
+from unidiff.errors import few, plain
 from unidiff.weights.checks import check_dtype, check_finite
 from unidiff.weights.files import AnyTensor, in_memory
 
@@ -24,24 +24,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 class KeyMismatch(ValueError):
-    """The weights of a checkpoint are not those that its config describes.
-
-    Args:
-        missing, left_over: names in the checkpoint's spelling.
-        misshaped: name to (shape found, shape that the config asks for).
-    """
-
-    def __init__(
-        self,
-        missing: list[str],
-        left_over: list[str],
-        misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-    ) -> None:
-        shapes = [
-            f"{n!r} gives shape {found} and the config asks for {wanted}" for n, (found, wanted) in misshaped.items()
-        ]
-        counts = f"{_few('missing', missing)}, {_few('left over', left_over)}, {_few('misshaped', shapes)}"
-        super().__init__(f"checkpoint does not fit its config: {counts}; check the family and the config")
+    """The weights of a checkpoint are not those that its config describes."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +160,10 @@ class KeyMap:
         missing = [name for name in self.names() if name not in theirs]
         left_over = sorted(set(theirs) - set(wanted))
         if missing or left_over or misshaped:
-            raise KeyMismatch(missing, left_over, misshaped)
+            shapes = [f"{n!r} gives shape {a} and the config asks for {b}" for n, (a, b) in misshaped.items()]
+            kinds = {"missing": missing, "left over": left_over, "misshaped": shapes}
+            counts = ", ".join(f"{len(names)} {kind}{_named(names)}" for kind, names in kinds.items())
+            raise KeyMismatch(f"checkpoint does not fit its config: {counts}; check the family and the config")
 
     def to_theirs(self, ours: Mapping[str, Tensor], copies: bool = False) -> dict[str, Tensor]:
         """The inverse of `to_ours`; with `copies` also what is a copy of another weight."""
@@ -262,7 +248,5 @@ def _shape(value: Any) -> tuple[int | None, ...]:
     return tuple(getattr(value, "shape", (None,)))
 
 
-def _few(kind: str, names: list[str]) -> str:
-    return f"{len(names)} {kind}" + (
-        f" ({', '.join(map(plain, names[:3]))}{', ...' if len(names) > 3 else ''})" if names else ""
-    )
+def _named(names: list[str]) -> str:
+    return f" ({few(map(plain, names))})" if names else ""
