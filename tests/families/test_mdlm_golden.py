@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from unidiff.families.mdlm import MDLM
 from unidiff.families.registry import named_vocabulary
-from unidiff.models import MaskedTransformer
+from unidiff.models.transformer import MaskedTransformer
 
 INPUTS = {"x0", "x_t", "sigma", "attention_mask"}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference.subs import modality_logits, subs_log_probs
 
-from unidiff.models import CachePlan, MaskedTransformer
+from unidiff.models.partial import CachePlan
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 LAYOUTS = {

@@ -1,13 +1,1 @@
-"""Models: the masked transformer, its parts, and the restricted heads."""
-
-from unidiff.models.partial import CachePlan, PartialHidden
-from unidiff.models.store import FeatureStore, StoreOptions
-from unidiff.models.transformer import MaskedTransformer
-
-__all__ = [
-    "CachePlan",
-    "FeatureStore",
-    "MaskedTransformer",
-    "PartialHidden",
-    "StoreOptions",
-]
+"""Models: the masked transformer, its parts, and what a cached pass of it needs."""

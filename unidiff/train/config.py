@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from unidiff.config import load_config
-from unidiff.diffusion.schedules import Schedule, get_schedule
 from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.schema import Between, Positive
+
+if TYPE_CHECKING:
+    from unidiff.diffusion.schedules import Schedule
 
 TokenWeight = Literal["elbo", "inverse_rate", "softmin", "ce"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -98,6 +100,8 @@ class TaskConfig:
     @property
     def rates(self) -> Schedule:
         """The schedule whose `draw_rate` gives mask rates."""
+        from unidiff.diffusion.schedules import get_schedule  # with torch, which recipes load after `set_up_process`
+
         if self.rate == "beta":
             return get_schedule("polynomial", power=1 / self.beta)
         return get_schedule("linear" if self.rate == "uniform" else self.rate)
