@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from unidiff.families.unidisc import UNIDISC
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
-from unidiff.pipelines.released import ReleasedPipeline
 from unidiff.tokens.text import TextTokenizer
 
 FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "muddit")
@@ -62,9 +60,7 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
         made[family] = UniDiffPipeline.from_pretrained(
             ours, image_tokenizer=theirs / "image_tokenizer", text_tokenizer=theirs / "tokenizer"
         )
-    lumina = made["lumina"]
-    small = replace(lumina.tasks, pixels=64)
-    made["lumina"] = ReleasedPipeline(lumina.released, small, lumina.images, lumina.texts).sized(6, 6)
+    made["lumina"] = made["lumina"].sized(6, 6)
     for family in ("llada", "dream"):
         write_chat(folder / family, family)
         made[family] = UniDiffPipeline.from_pretrained(folder / family)

@@ -318,14 +318,11 @@ OPTIONS: dict[str, tuple[list[Make], list[Make]]] = {
     ),
     "output_type": (_values("pil", "pt", "np", "codes"), _values("jpeg", "", None, 5, "PIL", b"pil", ["pil"], {})),
     "callback_on_step_end": (_values(None, _stop, _spoil), _values(5, "f", [], {}, True)),
-    "record_trajectory": (_values(False), _values("yes", 1, None, [], 0.0)),
-}
-MORE_OPTIONS: dict[str, tuple[list[Make], list[Make]]] = {
+    "record_trajectory": (_values(False, True), _values("yes", 1, None, [], 0.0)),
     "guidance_hides": (_values(None, "given", "other", "text", "image"), _values("all", 5, "", [], b"text", True)),
     "num_candidates": (_values(None, 1, 2, 3), NOT_WHOLE),
     "graphs": (_values(False, True), _values("yes", 5, [], {})),
 }
-"""Of `UniDiffPipeline` alone."""
 COUNTS = (_values(1, 2, 3), [*NOT_WHOLE, *_values(None)])
 FLAGS = (_values(True, False), _values("yes", 1, 0, None, [], "", np.array([True, False])))
 TEXTS = _values("a dog", "a", ["a dog", "a cat"], ("a fox",), ["a", "an owl", "two"])

@@ -15,7 +15,7 @@ from tiny_pipeline import GRID, TEXT_LENGTH, tiny_parts, tiny_pipeline
 from unidiff.models.trained_on import TASKS as TRAINING_TASKS
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.checks import UntrainedTask
+from unidiff.pipelines.decode import UntrainedTask
 from unidiff.pipelines.pack import pack_pipeline, settings_after, tasks_taught
 from unidiff.pipelines.settings import TASKS, PipelineSettings
 

@@ -22,7 +22,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.folder import is_pipeline
 from unidiff.pipelines.pack import pack_pipeline
-from unidiff.pipelines.released_folder import load_texts
+from unidiff.pipelines.released import load_texts
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 

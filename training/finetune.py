@@ -61,14 +61,14 @@ def save_pipeline(settings, tokenizers, output: Path, dtype: str) -> None:
 
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.folder import load_transformer
+    from unidiff.pipelines.options import DecodeOptions
     from unidiff.pipelines.pack import settings_after
-    from unidiff.pipelines.settings import with_overrides
 
     transformer = load_transformer(output / "model", getattr(torch, dtype))
     settings = settings_after(settings, output / "model")
     if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
-        blocks = dict.fromkeys(("text", "image"), transformer.config.block_length)
-        samplers = {task: with_overrides(s, block_length=blocks) for task, s in settings.samplers.items()}
+        blocks = DecodeOptions(block_length=transformer.config.block_length)
+        samplers = {task: blocks.apply(sampler) for task, sampler in settings.samplers.items()}
         settings = replace(settings, samplers=samplers)
     images, texts = tokenizers
     pipeline = UniDiffPipeline(transformer, images, texts, settings)

@@ -218,22 +218,21 @@ def as_decoded(pipe: UniDiffPipeline, options: argparse.Namespace) -> UniDiffPip
     """The pipeline with the passes and the guidance of the run as its own, so that it is saved with them."""
     from dataclasses import replace
 
-    from unidiff.pipelines.settings import with_overrides
+    from unidiff.pipelines.options import DecodeOptions
 
     settings = pipe.settings
-    sampler = with_overrides(settings.sampler("text_to_image"), options.passes, options.guidance_scale)
+    asked = DecodeOptions(steps=options.passes, guidance_scale=options.guidance_scale)
+    sampler = asked.apply(settings.sampler("text_to_image"))
     settings = replace(settings, samplers={**settings.samplers, "text_to_image": sampler})
     return type(pipe)(pipe.transformer, pipe.image_tokenizer, pipe.text_tokenizer, settings)
 
 
 def prompt_rows(pipe: UniDiffPipeline, texts: list[str]):
     """Rows `[P, L]` with given text and a hidden picture, and what guidance hides of them."""
-    from unidiff.pipelines.decode import guidance_condition
-    from unidiff.pipelines.rows import build_batch
+    from unidiff.families.layout import TaskInputs
 
-    slots = [pipe.text_slots.prompt(text) for text in texts]
-    batch = build_batch(slots, None, None, pipe.settings)
-    return batch, guidance_condition(batch, pipe.settings.sampler("text_to_image").guidance.hide)
+    request = pipe.layout.request("text_to_image", TaskInputs(len(texts), texts))
+    return request.batch, request.condition(request.config.guidance.hide)
 
 
 def find_reward(options: argparse.Namespace, pipe: UniDiffPipeline) -> tuple[PictureReward, Prompts]:

@@ -24,7 +24,8 @@ from unidiff.decoding.cache import (
     VicinityCache,
 )
 from unidiff.decoding.cache.config import CACHES
-from unidiff.pipelines.settings import PipelineSettings, by_modality, with_overrides
+from unidiff.pipelines.options import DecodeOptions
+from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 WRONG = [
@@ -295,21 +296,15 @@ def test_overrides_check_what_they_are_given() -> None:
     for value in WRONG:
         if value is not None:
             with pytest.raises(ValueError, match="sampler is"):
-                with_overrides(value)
-        for name in ("steps", "guidance_scale", "guidance_hides", "temperature"):
+                DecodeOptions(sampler=value)
+        for name in ("steps", "guidance_scale", "guidance_hides", "temperature", "block_length", "threshold"):
             try:
-                made = with_overrides(base, **{name: value})
+                made = DecodeOptions(**{name: value}).apply(base)
             except ValueError:
                 continue
             assert isinstance(made, SamplerConfig)
-        for name in ("block_length", "threshold"):
-            try:
-                by = by_modality(name, value, ("text", "image"))
-                with_overrides(base, **{name: by})
-            except ValueError:
-                continue
     with pytest.raises(ValueError, match="threshold names"):
-        by_modality("threshold", {"sound": 1, 3: 2}, ())
+        DecodeOptions(threshold={"sound": 1, 3: 2}).apply(base)
 
 
 @pytest.mark.parametrize("rule", ["threshold", "factor", "hierarchical", "credit", "first_hitting"])
@@ -317,7 +312,7 @@ def test_steps_of_a_call_hold_for_both_modalities(model, rule: str) -> None:
     settings = ModalityDecoding(rule=rule, temperature=0.0)
     base = SamplerConfig(settings, replace(settings, schedule="cosine"), order="text_first", stop_at_eos=False)
     batch = rows()[0]  # 6 words and 9 codes
-    assert Sampler(model, VOCABULARY, with_overrides(base, steps=4))(batch, torch.tensor([1])).nfe == 8
+    assert Sampler(model, VOCABULARY, DecodeOptions(steps=4).apply(base))(batch, torch.tensor([1])).nfe == 8
 
 
 class Answers:

@@ -14,7 +14,8 @@ from unidiff.decoding import Sampler
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, NoCache, PrefixCache, VicinityCache
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.dream import DREAM
-from unidiff.families.dream.weights import RELEASED, dream_sampler
+from unidiff.families.dream.rows import dream_sampler
+from unidiff.families.dream.weights import RELEASED
 from unidiff.families.registry import recognise
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch

@@ -6,34 +6,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decode_layout import decode, decode_request, request_of
 from reference.batches import lumina_pair
 
-from unidiff.decoding import Guidance, ModalityDecoding
+from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.cache import DualCache, MaxLogitCache, NoCache
 from unidiff.families.llada import LLADA
 from unidiff.families.lumina.grid import lumina_grid
-from unidiff.families.lumina.rows import MARKS, LuminaRows, lumina_image_sampler
-from unidiff.families.tasks import run_task
+from unidiff.families.lumina.rows import MARKS, LuminaLayout, lumina_image_sampler
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Vocabulary
+from unidiff.tokens import Modality, Vocabulary
 
 NAMES = ("eos", "newline", "answer_pad", "boi", "eoi", "uncondition", "answer", "end_answer")
 SPECIALS = {name: 30 + i for i, name in enumerate(NAMES)}
 VOCABULARY = Vocabulary(60, (0, 40), (40, 56), 29, specials=SPECIALS)
 CONFIG = {"d_model": 16, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 24, "vocab_size": 60, "mask_token_id": 29}
-WORDS = {"a": 1, "red": 2, "fox": 3, "bluer": 4, "what": 5}
-SYSTEM = [9, 9]
+WORDS = {"a": [1], "red": [2], "fox": [3], "bluer": [4], "what": [5], "system": [9, 9]}
 
 
 def encode(text: str) -> list[int]:
-    return [WORDS[word] for word in text.split()]
+    return [i for word in text.split() for i in WORDS[word]]
 
 
-ROWS = LuminaRows(
+ROWS = LuminaLayout(
     VOCABULARY,
     encode,
     marks={name: [20 + i] for i, name in enumerate(MARKS)},
     image=lumina_image_sampler(steps=4),
+    edits=lumina_image_sampler(4, 1.5, 2.0),
+    systems=("system",) * 3,
 )
 
 
@@ -50,13 +51,13 @@ def codes_of(rows: int, height: int, width: int) -> torch.Tensor:
     return torch.arange(rows * height * width).view(rows, height, width) % 16
 
 
-def run(model, request, seeds, policy=None):
-    return run_task(model, VOCABULARY, request, seeds, policy)
+def run(model, task, seeds=(1, 2), policy=None, rows=ROWS, **inputs):
+    return decode(model, rows, task, seeds, policy, **inputs)
 
 
 def test_rows_are_the_references(model):
     s = SPECIALS
-    request = ROWS.text_to_image(["a red fox"], size=(2, 3), system=SYSTEM)
+    request = request_of(ROWS, "text_to_image", texts=["a red fox"], grid=(2, 3))
     lines = [*[29] * 3, s["newline"]] * 2
     prompt = [20, 9, 9, 21, 22, 1, 2, 3, 23]
     ids = torch.tensor([[*prompt, s["answer"], s["boi"], *lines, s["eoi"], s["end_answer"]]])
@@ -89,9 +90,8 @@ def test_the_crop_keeps_the_shape_of_a_picture(picture, pixels, grid):
 
 @pytest.mark.parametrize("size", [(2, 3), (4, 1)])
 def test_pictures_of_any_size(model, size):
-    result = run(model, ROWS.text_to_image(["a fox", "fox"], size=size, system=SYSTEM), [1, 2])
-    for (code,) in result.codes:
-        assert code.shape == size and 0 <= int(code.min()) <= int(code.max()) < 16
+    codes = run(model, "text_to_image", texts=["a fox", "fox"], grid=size).codes
+    assert codes.shape == (2, *size) and 0 <= int(codes.min()) <= int(codes.max()) < 16
 
 
 def test_painting_inside_and_around_keeps_the_rest(model):
@@ -99,9 +99,8 @@ def test_painting_inside_and_around_keeps_the_rest(model):
     inside = torch.zeros(2, 3, 4, dtype=torch.bool)
     inside[:, 1, 1:3] = True
     for holes in (inside, ~inside):
-        result = run(model, ROWS.text_to_image(["a fox", "fox"], codes=codes, holes=holes, system=SYSTEM), [1, 2])
-        for (painted,), given, hole in zip(result.codes, codes, holes, strict=True):
-            assert torch.equal(painted[~hole], given[~hole])
+        result = run(model, "inpaint", texts=["a fox", "fox"], codes=codes, holes=holes)
+        assert torch.equal(result.codes[~holes], codes[~holes])
 
 
 @torch.no_grad()
@@ -109,10 +108,9 @@ def test_editing_is_guided_in_two_directions(model):
     """One greedy pass equals c + a (c - no words) + b (c - no picture) from three separate forwards."""
     codes, a, b = codes_of(2, 2, 2), 2.5, 4.0
     greedy = ModalityDecoding(steps=1, temperature=0.0)
-    config = replace(lumina_image_sampler(guidance=a, image_guidance=b), image=greedy)
-    rows = replace(ROWS, image=config)
-    request = rows.edit(codes, ["a bluer fox", "red"], size=(2, 3), system=SYSTEM)
-    without_words = rows.text_to_image(["a"], size=(2, 3), system=SYSTEM)  # for its length only
+    rows = replace(ROWS, edits=replace(lumina_image_sampler(guidance=a, image_guidance=b), image=greedy))
+    request = request_of(rows, "edit", codes=codes, texts=["a bluer fox", "red"], grid=(2, 3))
+    without_words = request_of(rows, "text_to_image", texts=["a"], grid=(2, 3))  # for its length only
     assert len(request.unconditional) == 2 and request.batch.shape == request.unconditional[1].shape
     assert request.unconditional[1].valid[1].sum() == without_words.batch.valid[0].sum()  # the pictures are gone
 
@@ -123,82 +121,88 @@ def test_editing_is_guided_in_two_directions(model):
 
     cond, no_words, no_picture = (logits(x) for x in (request.batch, *request.unconditional))
     expected = (cond + a * (cond - no_words) + b * (cond - no_picture)).argmax(-1)
-    result = run(model, request, [1, 2])
-    assert torch.equal(torch.stack([c[-1].flatten() for c in result.codes]), expected)
-    assert all(torch.equal(c[0], given) for c, given in zip(result.codes, codes, strict=True))
-    only_words = run(
-        model, replace(request, config=replace(request.config, guidance=Guidance(1 + a, further=(1.0,)))), [1, 2]
-    )
-    assert torch.equal(
-        torch.stack([c[-1].flatten() for c in only_words.codes]), (cond + a * (cond - no_words)).argmax(-1)
-    )
+    assert torch.equal(decode_request(model, rows, request).codes.flatten(1), expected)
+    one_way = replace(request.config, guidance=Guidance(1 + a, further=(1.0,)))
+    only_words = decode_request(model, rows, request, config=one_way)
+    assert torch.equal(only_words.codes.flatten(1), (cond + a * (cond - no_words)).argmax(-1))
 
 
 def test_editing_a_part_with_a_reference_picture(model):
-    rows = replace(ROWS, image=lumina_image_sampler(steps=3, guidance=1.0, image_guidance=1.0))
+    rows = replace(ROWS, edits=lumina_image_sampler(steps=3, guidance=1.0, image_guidance=1.0))
     codes, holes = codes_of(1, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool)
     holes[0, 0] = True
-    result = run(model, rows.edit(codes, ["red"], references=codes_of(1, 2, 2), holes=holes, system=SYSTEM), [4])
-    assert [tuple(code.shape) for code in result.codes[0]] == [(3, 3), (2, 2), (3, 3)]
-    assert torch.equal(result.codes[0][2][1:], codes[0, 1:])
+    given = dict(codes=codes, texts=["red"], references=codes_of(1, 2, 2), holes=holes)
+    result = run(model, "edit", [4], rows=rows, **given)
+    pictures = result.request.batch.modality == Modality.IMAGE
+    assert int(pictures.sum()) == 9 + 4 + 9 and result.codes.shape == (1, 3, 3)
+    assert torch.equal(result.codes[0, 1:], codes[0, 1:])
 
 
 def test_answers_end_and_hold_text_only(model):
-    result = run(model, ROWS.understand(codes_of(2, 2, 3), ["what fox", "what"], 6, system=SYSTEM), [1, 2])
+    result = run(model, "answer", codes=codes_of(2, 2, 3), texts=["what fox", "what"], longest=6)
     for words in result.texts:
         assert len(words) <= 6 and all(i < 30 and i != 29 for i in words)
-    assert all(torch.equal(code, given) for (code,), given in zip(result.codes, codes_of(2, 2, 3), strict=True))
+    assert torch.equal(result.codes, codes_of(2, 2, 3))
 
 
 def test_words_and_picture_together(model):
     codes = codes_of(2, 2, 2)
     holes = torch.zeros_like(codes, dtype=torch.bool)
     holes[:, 0] = True
-    result = run(model, ROWS.inpaint([[1, 29, 3], [29]], codes, holes, system=SYSTEM), [1, 2])
+    result = run(model, "inpaint", texts=["a<mask>fox", "<mask>"], codes=codes, holes=holes)
     first, second = result.texts
     assert (first[0], first[2], len(first), len(second)) == (1, 3, 3, 1) and 29 not in first + second
-    assert all(torch.equal(code[1], given[1]) for (code,), given in zip(result.codes, codes, strict=True))
+    assert torch.equal(result.codes[:, 1], codes[:, 1])
 
 
-REQUESTS = {
-    "draw": lambda prompts, codes: ROWS.text_to_image(prompts, size=(2, 3), system=SYSTEM),
-    "edit": lambda prompts, codes: replace(ROWS, image=lumina_image_sampler(4, 1.5, 2.0)).edit(
-        codes, prompts, system=SYSTEM
-    ),
-    "ask": lambda prompts, codes: ROWS.understand(codes, prompts, 5, system=SYSTEM),
+def test_a_negative_prompt_takes_the_place_of_no_words(model):
+    given = dict(texts=["a fox", "red"], grid=(2, 2))
+    plain, away = (run(model, "text_to_image", negative=n, **given) for n in (["", ""], ["a red fox", ""]))
+    assert torch.equal(plain.codes, run(model, "text_to_image", **given).codes)
+    assert torch.equal(plain.codes[1], away.codes[1])
+    assert not torch.equal(plain.output.confidence, away.output.confidence)
+
+
+def test_a_callers_settings_lose_nothing_that_a_task_needs():
+    kept = request_of(ROWS, "answer", codes=codes_of(1, 2, 2), texts=["a"]).needs.keep_in(SamplerConfig(ends=(3,)))
+    ends = {SPECIALS["end_answer"], SPECIALS["answer_pad"]}
+    assert set(kept.ends) == {3, *ends} and set(kept.text.forbid) == set(SPECIALS.values()) - ends - {SPECIALS["eos"]}
+    holes = request_of(ROWS, "inpaint", codes=codes_of(1, 2, 2), texts=["<mask>"]).needs.keep_in(SamplerConfig())
+    assert {*ends, SPECIALS["eos"]} <= set(holes.text.forbid) and not holes.stop_at_eos
+
+
+TASKS = {
+    "text_to_image": lambda texts, codes: dict(texts=texts, grid=(2, 3)),
+    "edit": lambda texts, codes: dict(texts=texts, codes=codes),
+    "answer": lambda texts, codes: dict(texts=texts, codes=codes, longest=5),
 }
 
 
-@pytest.mark.parametrize("task", REQUESTS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "policy", [NoCache(), DualCache(interval=1), MaxLogitCache(interval=1)], ids=lambda p: type(p).__name__
 )
 def test_a_row_does_not_depend_on_the_batch_or_on_a_fresh_cache(model, task, policy):
-    prompts, codes = ["a red fox", "what"], codes_of(2, 2, 3)
-    together = run(model, REQUESTS[task](prompts, codes), [1, 2], policy)
+    texts, codes = ["a red fox", "what"], codes_of(2, 2, 3)
+    together = run(model, task, policy=policy, **TASKS[task](texts, codes))
     for row in range(2):
         one = slice(row, row + 1)
-        alone = run(model, REQUESTS[task](prompts[one], codes[one]), [row + 1])
-        assert alone.texts[0] == together.texts[row]
-        assert torch.equal(alone.codes[0][-1], together.codes[row][-1])
+        alone = run(model, task, [row + 1], **TASKS[task](texts[one], codes[one]))
+        assert alone.texts[0] == together.texts[row] and torch.equal(alone.codes[0], together.codes[row])
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("task", "given", "message"),
     [
-        (lambda r: r.text_to_image(["a"]), "give either the size"),
-        (lambda r: r.text_to_image(["a"], size=(0, 2), system=SYSTEM), "size is"),
-        (lambda r: r.text_to_image(["a"], codes=codes_of(1, 2, 2)), "holes given: False"),
-        (lambda r: r.text_to_image([" "], size=(2, 2), system=SYSTEM), "prompt is empty"),
-        (lambda r: r.edit(codes_of(2, 2, 2), ["a"]), "1 prompts for 2 pictures"),
-        (lambda r: r.edit(codes_of(1, 2, 2), ["a"], system=SYSTEM), "guided in two directions"),
-        (lambda r: r.understand(codes_of(2, 2, 2), ["a"]), "1 questions for 2 pictures"),
         (
-            lambda r: replace(r, marks=None, encode=None).understand(codes_of(1, 2, 2), [[1]], system=SYSTEM),
-            "needs ids",
+            "edit",
+            dict(texts=["a"], codes=codes_of(1, 2, 2), grid=(3, 3), holes=torch.ones(1, 2, 2, dtype=torch.bool)),
+            "give either the size",
         ),
+        ("inpaint", dict(codes=codes_of(1, 2, 2)), "needs the caption of the picture"),
+        ("chat", dict(turns=["a"]), "lumina cannot do 'chat'; it does text_to_image, caption, answer, inpaint, edit"),
     ],
 )
-def test_errors_are_one_clear_sentence(call, message):
+def test_errors_are_one_clear_sentence(task, given, message):
     with pytest.raises(ValueError, match=message):
-        call(ROWS)
+        request_of(ROWS, task, **given)

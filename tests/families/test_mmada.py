@@ -14,9 +14,10 @@ from reference.mmada_training import answer_loss, image_loss, training_mask
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.sampler import Sampler, SamplerOutput
+from unidiff.families.chat import answer_config
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
-from unidiff.families.mmada.sampling import ImageSettings, answer_config, image_config
+from unidiff.families.mmada.rows import ImageSettings, image_config
 from unidiff.families.mmada.weights import RELEASED, SPECIALS, mmada_vocabulary
 from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer

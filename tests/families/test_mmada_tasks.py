@@ -1,19 +1,17 @@
-"""MMaDA's tasks for `run_task`: the family's own rows and decoders, called in three lines."""
+"""MMaDA's tasks: the family's own rows and decoders through the one sampler."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from decode_layout import decode, request_of
 
 from unidiff.decoding import Sampler
+from unidiff.families.chat import answer_config
 from unidiff.families.mmada import MMADA
 from unidiff.families.mmada.prompts import QUESTION, MMaDAPrompts, mmada_batch
-from unidiff.families.mmada.rows import MMaDARows
-from unidiff.families.mmada.sampling import ImageSettings, answer_config, image_config
+from unidiff.families.mmada.rows import ImageSettings, MMaDALayout, image_config
 from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
-from unidiff.families.tasks import run_task
 from unidiff.models.transformer import MaskedTransformer
 
 TINY = {name: 20 + i for i, name in enumerate(SPECIALS)}
@@ -28,7 +26,7 @@ def encode(text: str) -> list[int]:
 
 
 TEXT = answer_config(VOCABULARY, steps=4, block_length=2)
-ROWS = MMaDARows(VOCABULARY, encode, text_length=6, side=2, image=ImageSettings(steps=3, temperature=0.0), text=TEXT)
+ROWS = MMaDALayout(VOCABULARY, encode, text_length=6, side=2, image=ImageSettings(steps=3, temperature=0.0), text=TEXT)
 CODES = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
 
 
@@ -41,8 +39,8 @@ def model() -> MaskedTransformer:
     return model
 
 
-def run(model, request, seeds=(5, 6)):
-    return run_task(model, VOCABULARY, request, seeds)
+def run(model, task, seeds=(5, 6), **inputs):
+    return decode(model, ROWS, task, seeds, **inputs)
 
 
 def test_pictures_are_those_of_the_familys_rows(model):
@@ -54,25 +52,31 @@ def test_pictures_are_those_of_the_familys_rows(model):
     sampler = Sampler(model, VOCABULARY, image_config(ROWS.image))
     done = sampler(batch, torch.tensor([5, 6]), unconditional=empty).batch.ids
     expected = (done[batch.targets] - VOCABULARY.image[0]).view(2, 4)
-    drawn = run(model, ROWS.text_to_image(["a fox", "fox"]))
-    assert torch.equal(torch.stack([code.flatten() for (code,) in drawn.codes]), expected)
-    assert drawn.texts == [[], []]
+    drawn = run(model, "text_to_image", texts=["a fox", "fox"])
+    assert torch.equal(drawn.codes.flatten(1), expected) and drawn.texts == words
+    for ours, theirs in ((drawn.request.batch, batch), (drawn.request.unconditional[0], empty)):
+        for own, other in zip(ours.ids, theirs.ids, strict=True):  # but for padding, the reference's rows
+            assert own[own != 0].tolist() == other[other != VOCABULARY.specials["ipad"]].tolist()
 
 
 def test_painting_keeps_known_codes(model):
     holes = torch.zeros_like(CODES, dtype=torch.bool)
     holes[:, 0] = True
-    painted = run(model, ROWS.text_to_image(["a fox", "fox"], CODES, holes))
-    assert all(torch.equal(code[1], given[1]) for (code,), given in zip(painted.codes, CODES, strict=True))
+    painted = run(model, "inpaint", texts=["a fox", "fox"], codes=CODES, holes=holes)
+    assert torch.equal(painted.codes[:, 1], CODES[:, 1])
 
 
 def test_answers_are_those_of_the_familys_decoder(model):
-    texts = [[1, 2, 3], [4]]
-    asked = MMaDAPrompts(VOCABULARY, 6).question(CODES.flatten(1) + VOCABULARY.image[0], texts, 4)
+    texts = ["what a fox", "fox"]
+    asked = MMaDAPrompts(VOCABULARY, 20).question(CODES.flatten(1) + VOCABULARY.image[0], [*map(ROWS.ids, texts)], 4)
     expected = Sampler(model, VOCABULARY, TEXT)(asked, torch.tensor([5, 6]))
-    result = run(model, ROWS.understand(CODES, texts, 4))
-    assert torch.equal(result.output.batch.ids, expected.batch.ids)
-    assert all(torch.equal(code, given) for (code,), given in zip(result.codes, CODES, strict=True))
+    result = run(model, "answer", codes=CODES, texts=texts, longest=4)
+    assert torch.equal(result.request.batch.ids, asked.ids)
+    ends = {VOCABULARY.specials["eos"], VOCABULARY.specials["eot"]}
+    for ids, own, n in zip(expected.batch.ids, result.texts, asked.valid.sum(1), strict=True):
+        answer = ids[int(n) - 4 : int(n)].tolist()
+        assert own == answer[: next((k for k, i in enumerate(answer) if i in ends), 4)]
+    assert torch.equal(result.codes, CODES)
 
 
 def test_questions_are_put_into_the_template(model):
@@ -81,46 +85,52 @@ def test_questions_are_put_into_the_template(model):
     assert ids == [s["bos"], s["start_header"], 4, s["end_header"], 6, 3, 7, s["start_header"], 5, s["end_header"], 6]
     written = QUESTION.format("what").replace("<|start_header_id|>", "").replace("<|end_header_id|>", "")
     assert encode(written.replace("<eot_id>", "<eot_id> ")) == [i for i in ids if i < 20]
-    chat = run(model, ROWS.chat(["what fox", [1, 2]], 4))
+    chat = run(model, "chat", turns=["what fox", "a"], longest=4)
     ends = {s["eos"], s["eot"]}
     assert all(len(words) <= 4 and not ends & set(words) for words in chat.texts)
 
 
 def test_a_row_does_not_depend_on_the_batch(model):
-    requests = {
-        "draw": lambda p, c: ROWS.text_to_image(p),
-        "ask": lambda p, c: ROWS.understand(c, p, 4),
-        "chat": lambda p, c: ROWS.chat(p, 4),
-    }
-    for build in requests.values():
-        together = run(model, build([[1, 2, 3], [2]], CODES))
+    texts = ["what a fox", "fox"]
+    for task, given in (
+        ("text_to_image", {"texts": texts}),
+        ("answer", {"texts": texts, "codes": CODES, "longest": 4}),
+        ("chat", {"turns": texts, "longest": 4}),
+    ):
+        together = run(model, task, **given)
         for row in range(2):
-            one = slice(row, row + 1)
-            alone = run(model, build([[1, 2, 3], [2]][one], CODES[one]), [5 + row])
-            assert alone.texts[0] == together.texts[row]
-            assert all(torch.equal(a, b) for a, b in zip(alone.codes[0], together.codes[row], strict=True))
+            own = {n: v if isinstance(v, int) else v[row : row + 1] for n, v in given.items()}
+            alone = run(model, task, [5 + row], **own)
+            assert alone.texts[0] == together.texts[row] and torch.equal(alone.codes[0], together.codes[row])
 
 
 def test_words_and_picture_together(model):
     holes = torch.zeros_like(CODES, dtype=torch.bool)
     holes[:, :, 1] = True
-    mask = VOCABULARY.mask_id
-    result = run(model, ROWS.inpaint([[1, mask, 3], [mask]], CODES, holes))
+    result = run(model, "inpaint", texts=["a<mask>fox", "<mask>"], codes=CODES, holes=holes)
     first, second = result.texts
-    assert (first[0], first[2], len(first), len(second)) == (1, 3, 3, 1)
-    assert mask not in first + second and not set(TINY.values()) & set(first + second)
-    assert all(torch.equal(code[:, 0], given[:, 0]) for (code,), given in zip(result.codes, CODES, strict=True))
+    assert (first[0], first[2], len(first), len(second)) == (1, 2, 3, 1)
+    assert VOCABULARY.mask_id not in first + second and not set(TINY.values()) & set(first + second)
+    assert torch.equal(result.codes[:, :, 0], CODES[:, :, 0])
+
+
+def test_a_callers_settings_lose_nothing_that_a_task_needs():
+    """Marks of prompts are never written, and answers end at an end of turn."""
+    s = VOCABULARY.specials
+    for task, given in (("answer", {"texts": ["fox"], "codes": CODES[:1]}), ("chat", {"turns": ["fox"]})):
+        kept = request_of(ROWS, task, **given).needs.keep_in(TEXT.from_dict({"ends": [3]}))
+        assert set(kept.ends) == {3, s["eot"]} and set(kept.text.forbid) == set(s.values()) - {s["eos"], s["eot"]}
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("task", "given", "message"),
     [
-        (lambda r: r.text_to_image(["a"], CODES), "codes and holes belong together"),
-        (lambda r: r.text_to_image([" "]), "prompt is empty"),
-        (lambda r: r.inpaint([[1]], CODES, torch.ones_like(CODES, dtype=torch.bool)), "codes have shape"),
-        (lambda r: replace(r, encode=None).chat(["fox"]), "have no tokenizer"),
+        ("inpaint", dict(texts=["a <mask>"], codes=CODES[:1, :1]), "codes have shape"),
+        ("text_to_image", dict(texts=["a " * 5]), "needs 7 tokens and 6 fit; shorten it"),
+        ("inpaint", dict(codes=CODES), "needs the caption of the picture"),
+        ("chat", dict(turns=[[1, 2]]), "answers one question at a time"),
     ],
 )
-def test_errors_are_one_clear_sentence(call, message):
+def test_errors_are_one_clear_sentence(task, given, message):
     with pytest.raises(ValueError, match=message):
-        call(ROWS)
+        request_of(ROWS, task, **given)

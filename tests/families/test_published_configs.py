@@ -16,14 +16,14 @@ from published_values import MUDDIT_TENSORS, PUBLISHED
 from reference.llada import LladaSettings
 
 from unidiff.decoding.cache import MaxLogitCache
-from unidiff.families.chat import llada_sampler
 from unidiff.families.family import Family, Release
+from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.lumina.rows import lumina_image_sampler
-from unidiff.families.mmada.rows import MMaDARows
+from unidiff.families.mmada.rows import MMaDALayout
 from unidiff.families.muddit.folder import TIME_OF
 from unidiff.families.muddit.tasks import MudditSettings, network_time
 from unidiff.families.registry import FAMILIES, named_vocabulary
-from unidiff.families.unidisc.rows import UniDiscRows, unidisc_sampler
+from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_sampler
 from unidiff.families.verify.published import closest_release, differences
 from unidiff.models import mmdit_blocks
 from unidiff.models.layers import Norm
@@ -224,7 +224,7 @@ def test_defaults_of_the_tasks_are_the_published_ones():
     assert ours.image.steps == ours.text.steps == unidisc["steps"]
     assert ours.guidance.scale == 1 + unidisc["cfg"] and ours.guidance.mode == "ramp"
     assert ours.image.choice_temperature == unidisc["r_temp"]
-    rows = UniDiscRows(ids_of("unidisc-1.4b"))
+    rows = UniDiscLayout(ids_of("unidisc-1.4b"), str.split)
     assert (rows.text_length, rows.side**2) == (128, 256)
     lumina, picture = PUBLISHED["lumina-dimoo"].sampling, lumina_image_sampler()
     assert picture.image.steps == lumina["timesteps"] and picture.guidance.scale == 1 + lumina["cfg_scale"]
@@ -275,6 +275,6 @@ def test_ids_of_mmada_are_those_that_the_set_records(folder):
     codes = (stored["image_token_offset"], stored["image_token_offset"] + stored["codebook_size"])
     assert vocabulary["size"] == stored["new_vocab_size"] and vocabulary["image"] == codes
     assert vocabulary["mask_id"] == stored["mask"] and vocabulary["text"] == (0, stored["text_tokenizer_len"])
-    assert MMaDARows(ids_of("mmada-8b")).side ** 2 == stored["num_vq_tokens"]
+    assert MMaDALayout(ids_of("mmada-8b"), str.split).side ** 2 == stored["num_vq_tokens"]
     ids = {v for k, v in stored.items() if isinstance(v, int) and 126080 <= v < 126349 and k != "mask"}
     assert ids == set(vocabulary["specials"].values())

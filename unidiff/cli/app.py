@@ -32,7 +32,7 @@ from unidiff.cli.common import (
 from unidiff.cli.outputs import check_outputs
 from unidiff.cli.tools import demo, eval_app, pack
 from unidiff.errors import exit_status, explain
-from unidiff.pipelines.holes import all_have_holes
+from unidiff.holes import all_have_holes
 from unidiff.process import keep_freed_memory
 
 app = typer.Typer(

@@ -24,7 +24,7 @@ def refused_sizes(pipe: Any, pictures: Mapping[int, Any], paths: Sequence[str], 
     """Pictures, by their numbers in `paths`, that the model does not take, where it takes one size."""
     refused: dict[int, Exception] = {}
     inputs = pipe.image_inputs  # refuses once for all where the model knows no pictures
-    if not getattr(pipe, "fixed_size", True):
+    if pipe.layout.any_size:
         return refused
     for number, picture in pictures.items():
         try:
@@ -46,10 +46,10 @@ def describe(
         return {}
     from unidiff.pipelines.seeds import row_seeds
 
-    seeds = row_seeds(flags.seed, count).tolist()
+    seeds = row_seeds(flags.options["generator"], count).tolist()
     groups: dict[object, list[int]] = {}
     for number, picture in pictures.items():  # a model for pictures of any size takes one size at a time
-        groups.setdefault(picture.size if not getattr(pipe, "fixed_size", True) else None, []).append(number)
+        groups.setdefault(picture.size if pipe.layout.any_size else None, []).append(number)
     words: dict[int, str] = {}
     for numbers in groups.values():
         asked = {**flags.options, "generator": [seeds[n] for n in numbers]}

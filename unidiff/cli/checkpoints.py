@@ -91,7 +91,7 @@ def verify(
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    from unidiff.pipelines.checks import read_dtype
+    from unidiff.pipelines.folder import read_dtype
 
     return None if name is None else read_dtype(name)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -14,6 +14,8 @@ import typer
 
 from unidiff.cli.outputs import numbered
 from unidiff.errors import first_line
+from unidiff.pipelines.arguments import MOST_ROWS, own_arguments
+from unidiff.pipelines.options import FLAGS, OPTIONS, Flag
 
 if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
@@ -23,87 +25,68 @@ Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: how the model computes.")]
 WorldName = Annotated[str, typer.Option("--world", help="Whose scenes to show.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Seed = Annotated[int, typer.Option(help=FLAGS["generator"].help)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg or webp); several get numbers.")]
 Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an animated GIF.")]
 Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a strip of pictures (PNG).")]
 Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
-CACHE_NAMES = (
-    *("auto", "none", "prefix", "dual", "vicinity", "interval", "adaptive", "max-logit", "modality", "block-causal"),
-)
-"""As `CACHES` has them, which this module cannot import: it would take torch's seconds."""
 Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
-MOST = 10_000
-"""Rows of one command, and cases of one category of an evaluation: more than that is a slip of the hand."""
-
-Steps = Annotated[int | None, typer.Option(help="Passes of the model; default: the model's own.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="How strictly to follow the input; 1 is off. Default: the model's own.")
-]
+MOST = MOST_ROWS
+Steps = Annotated[int | None, typer.Option(help=FLAGS["steps"].help)]
+Guidance = Annotated[float | None, typer.Option(help=FLAGS["guidance_scale"].help)]
+Candidates = Annotated[int | None, typer.Option(min=1, max=MOST, help=FLAGS["num_candidates"].help)]
+OTHER_FLAGS = {
+    "negative_prompt": "--negative",
+    "mask_image": "--mask",
+    "record_trajectory": "--gif or --filmstrip",
+    "num_images_per_prompt": "--count",
+}
 
 
 @dataclass(frozen=True)
 class DecodeFlags:
-    """Options that every decoding command has; see `with_decode_flags`."""
+    """What every decoding command was given: keyword arguments for a task, and which model runs it where."""
 
-    seed: Seed = 0
-    steps: Steps = None
-    guidance: Guidance = None
-    temperature: Annotated[float | None, typer.Option(help="Randomness of the draws; 0 takes the best token.")] = None
-    cache: Annotated[
-        str | None,
-        typer.Option(help=f"Cache between passes: {', '.join(CACHE_NAMES)}."),
-    ] = None
-    candidates: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST,
-            help="Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
-        ),
-    ] = None
-    model: Model = "emoji"
-    device: Device = "auto"
-    dtype: Dtype = "float32"
+    options: Mapping[str, Any]
+    model: str
+    device: str
+    dtype: str
 
     def load(self) -> UniDiffPipeline:
         """See `load_pipeline`."""
         return load_pipeline(self.model, self.device, self.dtype)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for a task of the pipeline: what was asked for, nothing else."""
-        asked = {
-            "steps": self.steps,
-            "guidance_scale": self.guidance,
-            "temperature": self.temperature,
-            "cache": self.cache,
-            "num_candidates": self.candidates,
-        }
-        return {"generator": self.seed} | {name: value for name, value in asked.items() if value is not None}
-
 
 def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `DecodeFlags`; it receives them as its argument `flags`."""
-    hints, flag_hints = (get_type_hints(of, include_extras=True) for of in (command, DecodeFlags))
-    own = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=p.default, annotation=hints[name])
+    """Give a command the options of `DecodeOptions` that have a flag, and those that name a model; it gets `DecodeFlags`."""
+    hints, keyword = get_type_hints(command, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    shared = {}
+    for option, own in FLAGS.items():
+        kind = own.kind if own.default is not None else own.kind | None
+        note = Annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]
+        shared[option] = inspect.Parameter(_name(own), keyword, default=own.default, annotation=note)
+    for name, note, default in (("model", Model, "emoji"), ("device", Device, "auto"), ("dtype", Dtype, "float32")):
+        shared[name] = inspect.Parameter(name, keyword, default=default, annotation=note)
+    own_ones = [
+        inspect.Parameter(name, keyword, default=p.default, annotation=hints[name])
         for name, p in inspect.signature(command).parameters.items()
         if name != "flags"
     ]
-    shared = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=flag_hints[f.name])
-        for f in fields(DecodeFlags)
-    ]
 
     def run(**values: Any) -> None:
-        flags = DecodeFlags(**{p.name: values.pop(p.name) for p in shared})
-        command(**values, flags=flags)
+        given = {option: values.pop(p.name) for option, p in shared.items()}
+        options = {name: given[name] for name in FLAGS if given[name] is not None}
+        command(**values, flags=DecodeFlags(options, given["model"], given["device"], given["dtype"]))
 
+    parameters = [*own_ones, *shared.values()]
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]  # typer reads it
-    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _name(own: Flag) -> str:
+    return own.name.strip("-").replace("-", "_")
 
 
 def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> UniDiffPipeline:
@@ -119,7 +102,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     transformers_logging.set_verbosity_error()
 
     from unidiff.pipeline import UniDiffPipeline
-    from unidiff.pipelines.checks import UntrainedTask
+    from unidiff.pipelines.decode import UntrainedTask
     from unidiff.tokens.known_words import UnknownWords
 
     for kind in (UnknownWords, UntrainedTask):
@@ -173,39 +156,23 @@ def call(method: Any, *inputs: Any, **asked: Any) -> Any:
     """A task of a pipeline with what was asked for on the command line; None and False ask for nothing.
 
     Raises:
-        ValueError: an option that the model's task does not have, and as the task does.
+        ValueError: an option that the task does not have, and as the task does.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value is not False}
-    from unidiff.pipeline import UniDiffPipeline
-
-    known = set(getattr(method, "arguments", asked))
-    if not isinstance(method.__self__, UniDiffPipeline):
-        known.discard("record_trajectory")
+    known = (*own_arguments(method), *getattr(method, "options", OPTIONS))
     if unknown := [name for name in asked if name not in known]:
-        flag = _FLAGS.get(unknown[0], f"--{unknown[0].replace('_', '-')}")
+        flag = OTHER_FLAGS.get(unknown[0], f"--{unknown[0].replace('_', '-')}")
         raise ValueError(f"{flag} does not go with {method.__name__} of this model; leave it out")
     return method(*inputs, **asked)
 
 
-_FLAGS = {
-    "guidance_scale": "--guidance",
-    "num_candidates": "--candidates",
-    "negative_prompt": "--negative",
-    "mask_image": "--mask",
-    "record_trajectory": "--gif or --filmstrip",
-    "num_images_per_prompt": "--count",
-}
-
-
-def own_pipeline(pipe: Any, what: str) -> UniDiffPipeline:
+def own_pipeline(pipe: UniDiffPipeline, what: str) -> UniDiffPipeline:
     """The pipeline, where it is one of unidiff's own models.
 
     Raises:
         ValueError: a released family.
     """
-    from unidiff.pipeline import UniDiffPipeline
-
-    if not isinstance(pipe, UniDiffPipeline):
+    if not hasattr(pipe, "settings"):
         raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
     return pipe
 

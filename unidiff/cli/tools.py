@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from unidiff.cli.common import (
     MOST,
+    Candidates,
     Device,
     Dtype,
     Guidance,
@@ -57,10 +58,7 @@ def evaluate(
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    candidates: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST, help="Decodes of each case, of which one is kept. Default: the model's own."),
-    ] = None,
+    candidates: Candidates = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     outcomes: Annotated[
         bool, typer.Option("--outcomes", help="Keep what came out of every case in the JSON, for comparisons.")
@@ -154,7 +152,7 @@ def pack(
 ) -> None:
     """Put a transformer and its tokenizers together into one model folder."""
     size = None if image_size is None else _height_and_width(image_size)
-    from unidiff.pipelines.checks import read_dtype
+    from unidiff.pipelines.folder import read_dtype
     from unidiff.pipelines.pack import pack_pipeline
 
     pack_pipeline(

@@ -1,8 +1,4 @@
-"""Chat with LLaDA and Dream: the family's template, hidden answers of a fixed length, rows of any lengths in a batch.
-
-    rows = ChatRows(vocabulary, LLADA_CHAT, encode)
-    result = run_task(model, vocabulary, rows.ask(["What is a fox?"], answer_length=128), seeds=[0])
-    tokenizer.decode(result.texts[0])
+"""Rows of the text families: texts that go on, holes, and conversations in LLaDA's and Dream's templates.
 
 An answer ends before its first end-of-text or end of turn. Words never become marks: they are encoded on their own.
 """
@@ -11,46 +7,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
-from unidiff.decoding.config import ModalityDecoding, SamplerConfig
-from unidiff.families.dream.weights import dream_sampler
-from unidiff.families.mmada.sampling import answer_config
-from unidiff.families.rows import Piece, hidden_text, pieces_batch, text_piece
-from unidiff.families.tasks import Encode, Prompt, TaskRequest, prompt_ids, text_targets
+from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.families.layout import (
+    MOST_TOKENS,
+    DecodeRequest,
+    Encode,
+    RowLayout,
+    TaskInputs,
+    TaskNeeds,
+    hidden_words,
+    lay_out,
+)
+from unidiff.holes import has_holes, short
+from unidiff.tokens.batch import Span
 from unidiff.tokens.vocabulary import Vocabulary
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]
-Turn = Prompt | Sequence[Message]
+Turn = str | Sequence[int] | Sequence[Message]
 
 
-def llada_sampler(
+def answer_config(
     vocabulary: Vocabulary,
-    steps: int = 128,
-    block_length: int = 32,
+    steps: int = 512,
+    block_length: int = 128,
     temperature: float = 0.0,
     guidance: float = 0.0,
-    threshold: float | None = None,
 ) -> SamplerConfig:
-    """LLaDA's semi-autoregressive decoding, or Fast-dLLM's in parallel.
+    """Sampler settings for understanding and text: LLaDA's fixed quota per block, ranked by probability.
+
+    Marks that only occur in prompts are never emitted.
 
     Args:
         steps: passes for the whole answer. block_length: tokens per block.
-        guidance: upstream `cfg_scale`.
-        threshold: commit every token whose confidence reaches it instead of a fixed number per pass.
+        guidance: upstream `cfg_scale`; the unconditional stream sees [MASK] for everything given.
     """
-    config = answer_config(vocabulary, steps, block_length, temperature, guidance)
-    if threshold is None:
-        return config
+    kept = {vocabulary.specials.get(name) for name in ("eos", "eot")}
+    marks = sorted(i for i in vocabulary.specials.values() if i not in kept)
     text = ModalityDecoding(
-        rule="threshold",
-        threshold=threshold,
+        steps=steps,
+        rule="quota",
+        schedule="fixed",
         temperature=temperature,
         block_length=block_length,
-        forbid=config.text.forbid,
+        forbid=tuple(marks),
     )
-    return replace(config, text=text)
+    return SamplerConfig(text=text, guidance=Guidance(scale=1 + guidance, hide="given"))
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class ChatTemplate:
         system: what the system says where a conversation does not begin with it; None for nothing.
         end: the mark that ends a turn.
         sampler: vocabulary to the family's sampler settings.
+        spelled: how the released tokenizers spell the marks.
     """
 
     marks: Mapping[str, int] = field(default_factory=dict)
@@ -71,77 +76,100 @@ class ChatTemplate:
     answer: tuple[str, ...] = ()
     system: str | None = None
     end: str = "eot"
-    sampler: Callable[[Vocabulary], SamplerConfig] = llada_sampler
-
-
-LLADA_CHAT = ChatTemplate(
-    marks={"bos": 126080, "start_header": 126346, "end_header": 126347, "eot": 126348},
-    opening=("<bos>",),
-    turn=("<start_header>", "{role}", "<end_header>", "\n\n{content}", "<eot>"),
-    answer=("<start_header>", "assistant", "<end_header>", "\n\n"),
-)
-DREAM_CHAT = ChatTemplate(
-    marks={"im_start": 151644, "im_end": 151645},
-    turn=("<im_start>", "{role}\n{content}", "<im_end>", "\n"),
-    answer=("<im_start>", "assistant\n"),
-    system="You are a helpful assistant.",
-    end="im_end",
-    sampler=lambda vocabulary: dream_sampler(),
-)
+    sampler: Callable[[Vocabulary], SamplerConfig] = answer_config
+    spelled: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class ChatRows:
-    """Builds chat requests.
+class TextLayout(RowLayout):
+    """Texts that go on, and texts with holes.
 
     Args:
         vocabulary: of the model.
-        template: `LLADA_CHAT` or `DREAM_CHAT`.
-        encode: text to ids without special ones (`TextTokenizer(...).encode`).
-        config: sampler settings; None for the template's.
+        encode: text to ids without special ones.
+        config: sampler settings; steps are one for each token, unless `paced`.
+        paced: the settings bring their number of passes.
         left: pad on the left, as the reference programs do, or on the right; the answers are the same.
+        family: its name.
     """
 
     vocabulary: Vocabulary
-    template: ChatTemplate
-    encode: Encode | None = None
-    config: SamplerConfig | None = None
+    encode: Encode
+    config: SamplerConfig
+    paced: bool = False
     left: bool = True
+    family: str = ""
 
-    def ask(self, turns: Sequence[Turn], answer_length: int = 128) -> TaskRequest:
-        """Answer questions or go on with conversations, one per row.
+    @property
+    def longest(self) -> int:
+        return 128
 
-        Args:
-            turns: each a question, or messages `{"role": ..., "content": ...}`, or ids that are taken as they are.
-            answer_length: tokens to decode, the end of the answer included.
+    def complete(self, inputs: TaskInputs) -> DecodeRequest:
+        return self._go_on([self.encode(text) for text in inputs.texts or ()], inputs.longest)
 
-        Raises:
-            ValueError: an empty question, an unknown key, or words without `encode`.
-        """
-        return self._request([self.ids(turn) for turn in turns], answer_length)
+    def infill(self, inputs: TaskInputs) -> DecodeRequest:
+        """End-of-text fills no hole, and holes are no blocks."""
+        for line in inputs.texts or ():
+            if not has_holes(line):
+                raise ValueError(f"text {short(line)} is known in full; hide words with <mask> or <mask:n>")
+        rows = [[Span.words(hidden_words(t, self.encode), self.vocabulary, read=True)] for t in inputs.texts or ()]
+        config = self._paced(MOST_TOKENS)  # whatever the row: a quota makes no more than its holes
+        config = replace(config, text=replace(config.text, block_length=None))
+        eos = self.vocabulary.specials.get("eos")
+        never = (*self.never, *self.ends, *(() if eos is None else (eos,)))
+        return lay_out(rows, config, TaskNeeds(never, stop_at_eos=False), left=self.left)
 
-    def complete(self, prompts: Sequence[Prompt], answer_length: int = 128) -> TaskRequest:
-        """Go on with texts as they are, without the template (base models)."""
-        return self._request([prompt_ids(prompt, self.encode) for prompt in prompts], answer_length)
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a text, besides end-of-text."""
+        return ()
 
-    def infill(self, texts: Sequence[Sequence[int]]) -> TaskRequest:
-        """Fill [MASK] in texts of ids, wherever it stands; end-of-text fills no hole."""
-        rows = []
-        for ids in texts:
-            given = [i != self.vocabulary.mask_id for i in ids]
-            piece = text_piece(ids)
-            rows.append([piece._replace(given=piece.given.new_tensor(given))])
-        never = {self.vocabulary.specials[n] for n in ("eos",) if n in self.vocabulary.specials} | {*self._ends}
-        config = self._settings()
-        text = replace(config.text, forbid=tuple(sorted({*config.text.forbid, *never})))
-        batch = pieces_batch(rows, self.left)
-        return TaskRequest(batch, replace(config, text=text, stop_at_eos=False, ends=()), batch.valid)
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Ids that are never written: what the family's settings forbid, and marks that only prompts have."""
+        return self.config.text.forbid
+
+    def _go_on(self, prompts: Sequence[Sequence[int]], longest: int) -> DecodeRequest:
+        hidden = Span.words([None] * longest, self.vocabulary, read=True)
+        rows = [[Span.text(prompt, True), hidden] for prompt in prompts]
+        return lay_out(rows, self._paced(longest), TaskNeeds(self.never, self.ends), left=self.left)
+
+    def _paced(self, steps: int) -> SamplerConfig:
+        """One pass per token, as upstream recommends, where the settings do not say more."""
+        return self.config if self.paced else replace(self.config, text=replace(self.config.text, steps=steps))
+
+
+@dataclass(frozen=True)
+class ChatLayout(TextLayout):
+    """LLaDA and Dream: conversations besides.
+
+    Args:
+        template: how turns are written; without marks the tokenizer has none, and nothing is asked.
+    """
+
+    template: ChatTemplate = field(default_factory=ChatTemplate)
+
+    def chat(self, inputs: TaskInputs) -> DecodeRequest:
+        if not self.template.marks:
+            raise ValueError(
+                f"the text tokenizer of this {self.family} has no marks for turns; give the one it was trained with "
+                "(text_tokenizer=), or use complete, which needs none"
+            )
+        return self._go_on([self.ids(turn) for turn in inputs.turns or ()], inputs.longest)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(i for name, i in self.template.marks.items() if name == self.template.end)
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        kept = (self.vocabulary.specials.get("eos"), *self.ends)
+        return (*self.config.text.forbid, *(i for i in self.template.marks.values() if i not in kept))
 
     def ids(self, turn: Turn) -> list[int]:
-        """A conversation in the template, up to where the answer begins."""
-        check_turns([turn])
+        """A conversation in the template, up to where the answer begins; ids are taken as they are."""
         if not isinstance(turn, str) and all(isinstance(part, int) for part in turn):
-            return prompt_ids(turn, None)  # type: ignore[arg-type]
+            return list(cast("list[int]", turn))
         said: list[object] = [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in cast("list[Message]", said)]
         if self.template.system is not None and messages[0]["role"] != "system":
@@ -151,10 +179,6 @@ class ChatRows:
             ids += self._parts(self.template.turn, message)
         return ids + self._parts(self.template.answer, {})
 
-    @property
-    def _ends(self) -> tuple[int, ...]:
-        return (self.template.marks[self.template.end],) if self.template.end in self.template.marks else ()
-
     def _parts(self, parts: Sequence[str], message: Message) -> list[int]:
         ids: list[int] = []
         for part in parts:
@@ -162,33 +186,24 @@ class ChatRows:
                 ids.append(self.template.marks[part[1:-1]])
             else:
                 words = part.replace("{role}", message.get("role", "")).replace("{content}", message.get("content", ""))
-                ids += self._encode(words)
+                ids += self.encode(words)
         return ids
 
-    def _encode(self, words: str) -> list[int]:
-        if self.encode is None:
-            raise ValueError("words need a tokenizer; pass encode=tokenizer.encode, or conversations as ids")
-        return list(self.encode(words))
 
-    def _settings(self) -> SamplerConfig:
-        if self.config is not None:
-            return replace(self.config, ends=(*self.config.ends, *self._ends))
-        plain = self.template.sampler(self.vocabulary)
-        never = {i for name, i in self.template.marks.items() if name != self.template.end}
-        never -= {self.vocabulary.specials.get("eos")}
-        text = replace(plain.text, forbid=tuple(sorted({*plain.text.forbid, *never})))
-        return replace(plain, text=text, ends=self._ends)
+def chat_layout(template: ChatTemplate, family: str) -> Callable[[Any, Any], ChatLayout]:
+    """What makes the layout of a loaded model and its tokenizer: with the tokenizer's ids of the marks, where it has them."""
 
-    def _request(self, prompts: Sequence[Sequence[int]], answer_length: int) -> TaskRequest:
-        if answer_length < 1:
-            raise ValueError(f"answer_length is {answer_length}; expected at least 1")
-        rows: list[list[Piece]] = []
-        for prompt in prompts:
-            if not prompt:
-                raise ValueError("the prompt is empty; write at least one word")
-            rows.append([text_piece(prompt), hidden_text(answer_length, self.vocabulary)])
-        batch = pieces_batch(rows, self.left)
-        return TaskRequest(batch, self._settings(), text_targets(batch))
+    def make(released: Any, texts: Any) -> ChatLayout:
+        known, vocabulary = texts.tokenizer.get_vocab(), released.vocabulary
+        ids = template.marks  # the released models'
+        if set(template.spelled.values()) <= set(known):
+            ids = {mark: known[word] for mark, word in template.spelled.items()}
+        elif max(ids.values()) >= vocabulary.text_size:
+            ids = {}
+        own = replace(template, marks=ids)
+        return ChatLayout(vocabulary, texts.encode, template.sampler(vocabulary), family=family, template=own)
+
+    return make
 
 
 def check_turns(turns: Sequence[object]) -> list[Turn]:

@@ -4,65 +4,30 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import numpy as np
-
-from unidiff.decoding import CacheConfig, SamplerConfig
-from unidiff.decoding.cache.config import CACHES
+from unidiff.holes import refuse_holes
 from unidiff.schema import short_value
 
-P = ParamSpec("P")
-S = TypeVar("S")
-T = TypeVar("T")
-
-OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 MOST_ROWS = 10_000
 """Rows of one call: results are kept in memory, so more than that is more likely a slip of the hand."""
-MOST_TOKENS = 4096
-"""Tokens to write in one row where the model sets no limit of its own."""
+_FILLED_BY = "generate, inpaint or infill fill <mask> holes, where the model can"
 
 
-def task_method(
-    options: Iterable[str],
-) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
-    """A task of a pipeline: names and types of its arguments are checked before it begins.
-
-    Args:
-        options: keyword arguments that it takes as `**options`, besides its own.
-    """
-
-    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-        signature = inspect.signature(method)
-
-        @wraps(method)
-        def call(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
-            check_keywords(method, kwargs, options)
-            try:
-                given = signature.bind(self, *args, **kwargs).arguments
-            except TypeError:
-                given = {}  # the call itself says what is missing
-            check_types({**given, **kwargs})
-            return method(self, *args, **kwargs)
-
-        call.arguments = (*_own(method), *options)  # type: ignore[attr-defined]  # for the command line
-        return call
-
-    return decorate
-
-
-def check_keywords(method: Callable[..., Any], given: Iterable[str], options: Iterable[str] = ()) -> None:
+def check_keywords(
+    method: Callable[..., Any], given: Iterable[str], options: Iterable[str] = (), owner: type | None = None
+) -> None:
     """Refuse keyword arguments that a public method does not have.
 
     Args:
         method: its own arguments count, besides `options`, which it takes as `**options`.
+        owner: the class whose method it is, where it is inherited.
 
     Raises:
         TypeError: as Python does, with the method's name and the nearest name that it has.
     """
-    known = [*_own(method), *options]
+    known = [*own_arguments(method), *options]
     for name in given:
         if name not in known:
             meant = [other for other in _ELSEWHERE.get(name, ()) if other in known]
@@ -72,7 +37,8 @@ def check_keywords(method: Callable[..., Any], given: Iterable[str], options: It
                 or [n for n in known if name.lower() in n.lower()]
             )
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {hint}")
+            called = f"{owner.__name__}.{method.__name__}" if owner else method.__qualname__
+            raise TypeError(f"{called}() has no argument {name!r}; {hint}")
 
 
 _ELSEWHERE = {  # as other programs call them
@@ -92,19 +58,20 @@ _ELSEWHERE = {  # as other programs call them
 }
 
 
-def _own(method: Callable[..., Any]) -> list[str]:
+def own_arguments(method: Callable[..., Any]) -> list[str]:
+    """Names of a method's arguments, without `self` and `**options`."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [name for name, p in inspect.signature(method).parameters.items() if p.kind in kinds and name != "self"]
 
 
-def texts_of(value: Any, what: str, empty: bool = False) -> list[str]:
+def texts_of(value: Any, what: str, empty: bool = False, holes: bool = False) -> list[str]:
     """One text or several as a list of strings.
 
     Args:
-        what: the argument, for the message. empty: whether a text without words is fine.
+        what: the argument, for the message. empty: whether a text without words is fine. holes: whether it may have holes.
 
     Raises:
-        ValueError: an empty list, something else than a text, or a text without words; the message says which.
+        ValueError: an empty list, something else than a text, a text without words or with holes; the message says which.
     """
     several = isinstance(value, list | tuple)
     texts = list(value) if several else [value]
@@ -119,25 +86,34 @@ def texts_of(value: Any, what: str, empty: bool = False) -> list[str]:
             raise ValueError(f"the {what} is empty{where}; write at least one word")
         if (bad := next((c for c in text if "\ud800" <= c <= "\udfff"), None)) is not None:
             raise ValueError(f"the {what} holds the lone surrogate {bad!r}{where}, which is no character; leave it out")
+    if not holes:
+        refuse_holes(texts, what, _FILLED_BY)
     return texts
 
 
 def whole(value: Any, name: str, least: int, most: int, note: str = "") -> int:
     """`value` where it is a whole number from `least` to `most`; else `ValueError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} is {_short(value)}; expected a whole number from {least} to {most}{note}")
+        raise ValueError(f"{name} is {short(value)}; expected a whole number from {least} to {most}{note}")
     return value
 
 
-def repeated(items: Sequence[Any], count: Any) -> tuple[list[Any], int]:
-    """Each item `count` (`num_images_per_prompt`) times in a row, and the count.
+def flag(value: Any, name: str) -> bool:
+    """`value` where it is True or False; else `ValueError`."""
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's is one
+        raise ValueError(f"{name} is {short(value)}; expected True or False")
+    return bool(value)
+
+
+def repeated(items: Sequence[Any], count: Any) -> list[Any]:
+    """Each item `count` (`num_images_per_prompt`) times in a row.
 
     Raises:
         ValueError: a count that is no whole number of at least 1, or more than `MOST_ROWS` rows.
     """
     whole(count, "num_images_per_prompt", 1, MOST_ROWS)
     check_rows(len(items) * count)
-    return [item for item in items for _ in range(count)], count
+    return [item for item in items for _ in range(count)]
 
 
 def check_rows(rows: int) -> None:
@@ -149,48 +125,6 @@ def check_rows(rows: int) -> None:
         )
 
 
-def longest_of(max_text_tokens: Any, default: int, most: int = MOST_TOKENS) -> int:
-    """`max_text_tokens`, or `default` for None; `ValueError` where it is no whole number from 1 to `most`."""
-    return default if max_text_tokens is None else whole(max_text_tokens, "max_text_tokens", 1, most)
-
-
-def check_types(given: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an argument of a task of a type or size that nobody can mean.
-
-    Texts, pictures and seeds are checked where they are read, the numbers of a decode by `SamplerConfig`.
-    """
-    for name in _FLAGS & set(given):
-        if not isinstance(given[name], bool | np.bool_):
-            raise ValueError(f"{name} is {_short(given[name])}; expected True or False")
-    for name in _COUNTS & set(given):
-        if given[name] is not None:
-            whole(given[name], name, 1, MOST_ROWS)
-    if given.get("max_text_tokens") is not None and given.get("text") is not None:
-        raise ValueError("max_text_tokens is for texts of unknown length, but text says its own; leave one of them out")
-    for name, (fits, expected) in _OBJECTS.items():
-        if given.get(name) is not None and not fits(given[name]):
-            raise ValueError(f"{name} is {_short(given[name])}; expected {expected}")
-    if isinstance(cache := given.get("cache"), str) or not isinstance(cache, CacheConfig | Mapping | None):
-        one_of(
-            cache, "cache", ("auto", *CACHES), " or a CacheConfig (for a policy object of your own there is policy=)"
-        )
-    if "output_type" in given:
-        one_of(given["output_type"], "output_type", OUTPUT_TYPES)
-
-
-_FLAGS = {"resize", "paste_back", "record_trajectory"}
-_COUNTS = {"steps", "num_candidates", "num_images_per_prompt"}
-_OBJECTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "sampler": (lambda value: isinstance(value, SamplerConfig), "a SamplerConfig"),
-    "policy": (
-        lambda value: not isinstance(value, type) and callable(getattr(value, "start", None)),
-        "a cache policy object, for instance DualCache()",
-    ),
-    "callback_on_step_end": (callable, "a function of (pipe, step, t, tensors)"),
-    "graphs": (lambda value: isinstance(value, bool) or callable(value), "True, False or a Record"),
-}
-
-
 def one_of(value: Any, name: str, allowed: Sequence[str], other: str = "") -> None:
     """Raise `ValueError` unless `value` is one of the names.
 
@@ -200,7 +134,7 @@ def one_of(value: Any, name: str, allowed: Sequence[str], other: str = "") -> No
     if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} is {_short(value)}; expected one of {', '.join(allowed)}{hint or other}")
+        raise ValueError(f"{name} is {short(value)}; expected one of {', '.join(allowed)}{hint or other}")
 
 
 def kind_of(value: Any) -> str:
@@ -211,7 +145,7 @@ def kind_of(value: Any) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value for a message: what it is where it is long or no plain value."""
     if value is None or isinstance(value, str | int | float | bool | complex):
         return short_value(value)

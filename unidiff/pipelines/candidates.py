@@ -16,31 +16,23 @@ from unidiff.decoding import SamplerOutput
 from unidiff.decoding.commit.base import ROUNDING
 from unidiff.decoding.score import fit_score
 from unidiff.diffusion.likelihood import model_scorer
-from unidiff.diffusion.noise import keyed_bits
 from unidiff.diffusion.process import mask_ids
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
-_CANDIDATE_STREAM, _LARGEST = 7, (1 << 62) - 1
-
-
-def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
-    """int64 `[B * count]`: each row's own seed, then `count - 1` hashes of it."""
-    numbers = torch.arange(1, count, device=seeds.device)
-    more = keyed_bits(0, seeds[:, None] + numbers * 0x9E3779B97F4A7C1, _CANDIDATE_STREAM, 1)[..., 0] & _LARGEST
-    return torch.cat([seeds[:, None], more], 1).flatten()
-
 
 @torch.no_grad()
-def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Tensor:
+def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch, words: Tensor) -> Tensor:
     """How much likelier the picture makes the words of complete rows, nats, float32 `[B]`.
 
     `fit_score` of the words beside the picture minus, where words were decoded, that beside a hidden picture: without
     that, short captions would win. Where all words were given, the drawn part of the picture must fit itself as well: plus
     its pseudo-log-likelihood in four interleaved parts (every other row and column), each beside the words and the other
-    three. The task token and end-of-text do not count; a row without words scores -inf.
+    three. End-of-text does not count; a row without words scores -inf.
+
+    Args:
+        words: bool `[B, L]`, the words to compare with the picture.
     """
-    words = batch.valid & (batch.modality == Modality.TEXT) & (batch.positions[..., 0] > 0)  # [B, L]
     if "eos" in vocabulary.specials:
         words = words & (batch.ids != vocabulary.specials["eos"])
     # the share that is hidden is the time, for models that look at it
@@ -62,12 +54,14 @@ def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch) -> Ten
     return torch.where(words.any(1), total, -torch.inf)
 
 
-def keep_best(out: SamplerOutput, model: Denoiser, vocabulary: Vocabulary, count: int) -> tuple[SamplerOutput, Tensor]:
+def keep_best(
+    out: SamplerOutput, model: Denoiser, vocabulary: Vocabulary, words: Tensor, count: int
+) -> tuple[SamplerOutput, Tensor]:
     """The best of every `count` neighbouring rows, and which rows these were (int64 `[B]`).
 
     The first wins ties, also those that rounding hides: the same tokens score the same but for that.
     """
-    scores = agreement(model, vocabulary, out.batch).unflatten(0, (-1, count))  # [B, count]
+    scores = agreement(model, vocabulary, out.batch, words).unflatten(0, (-1, count))  # [B, count]
     top = scores.amax(1, keepdim=True)
     equal = scores >= top - ROUNDING * top.abs().clamp_min(1)
     best = equal.long().argmax(1) + torch.arange(len(scores), device=scores.device) * count

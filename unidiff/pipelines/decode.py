@@ -1,74 +1,217 @@
-"""What surrounds a decode: the options every task takes, progress and callbacks, conditions, and the recorded way."""
+"""The one path of every task of every family: rows and options in, words and pixels out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding import CacheConfig, DecodeView, RefreshPolicy, SamplerConfig
-from unidiff.decoding.graphs import Record
+from unidiff.decoding import DecodeView, Sampler, SamplerConfig
+from unidiff.decoding.cache.auto import choose_cache
 from unidiff.decoding.state import declines
-from unidiff.pipelines.output import Trajectory, to_frames
-from unidiff.pipelines.rows import TextSlot, TextSlots
-from unidiff.pipelines.seeds import RowGenerator
-from unidiff.pipelines.settings import PipelineSettings
-from unidiff.tokens import Modality, TokenBatch
+from unidiff.families.layout import DecodeRequest, TaskInputs
+from unidiff.holes import letters_note
+from unidiff.pipelines.arguments import check_keywords, check_rows
+from unidiff.pipelines.candidates import keep_best
+from unidiff.pipelines.inputs import ImageInputs
+from unidiff.pipelines.options import OPTIONS, DecodeOptions
+from unidiff.pipelines.output import Trajectory, UniDiffOutput, to_frames
+from unidiff.pipelines.seeds import candidate_seeds, row_seeds
+from unidiff.tokens import TokenBatch
+from unidiff.tokens.known_words import notes_on
 
-StepCallback = Callable[[Any, int, float, dict[str, Tensor]], Any]
+P = ParamSpec("P")
 
 
-class DecodeOptions(TypedDict, total=False):
-    """Keyword arguments that every task of the pipeline takes.
+class UntrainedTask(UserWarning):
+    """The model was never trained for what it is asked to do."""
 
-    steps: passes per modality; default from the pipeline's settings for the task.
-    guidance_scale: classifier-free guidance, 1 is off.
-    guidance_hides: what the unconditional pass does not see: `given` tokens, the `other` modality, or given `text` or
-        `image`.
-    temperature: of token draws, 0 takes the best token.
-    sampler: a whole `SamplerConfig` in place of the task's default; the arguments above still apply on top.
-    cache: what is kept between passes: "auto", "none" (the default), "prefix", "dual", "vicinity", "interval", "adaptive",
-        "max-logit", "modality", "block-causal", or a `CacheConfig`, which says what each costs and gains. "auto" takes
-        what suits the task and none where rows are too short to gain (`choose_cache`); results say what was used.
-        Every cache but "block-causal" trades some quality for speed.
-    policy: a cache policy object of your own, in place of `cache`.
-    block_length: tokens per block, for both modalities or as `{"text": 16, "image": 64}`.
-    threshold: commit every token of at least this confidence, at least one per pass: of text, in text-to-image of the
-        image, or as `{"text": 0.9, "image": 0.5}`.
-    num_candidates: decodes of each row, of which the one whose words and picture agree best by the model's own
-        likelihoods is kept; costs that many times the time and memory. Left out, the model's own number for the task.
-    graphs: record the passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; without CUDA nothing changes.
-        A `Record` in place of True records by other means.
-    generator: None, an int, a torch.Generator, or a list with one of either per row.
-    output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`) or "codes" (int64 `[B, h, w]`).
-    callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass, with t the share
-        still open; returning False, or setting `pipe._interrupt`, fills the rest in one last pass.
-    record_trajectory: keep what the rows looked like after each pass.
+
+@dataclass(frozen=True)
+class TaskCall:
+    """A task's arguments as plain values.
+
+    Attributes:
+        inputs: of the rows.
+        per_entry: rows for each entry of the caller's list.
+        said: the caller's words, which the model should know.
+        images: of the size of the pictures; None for text alone.
+        shown: float `[B, 3, H, W]`, pictures to give back as they are, where none is drawn.
+        paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
     """
 
-    steps: int | None
-    guidance_scale: float | None
-    guidance_hides: str | None
-    temperature: float | None
-    sampler: SamplerConfig | None
-    cache: str | CacheConfig | None
-    policy: RefreshPolicy | None
-    block_length: int | Mapping[str, int] | None
-    threshold: float | Mapping[str, float] | None
-    num_candidates: int | None
-    graphs: bool | Record
-    generator: RowGenerator
-    output_type: str
-    callback_on_step_end: StepCallback | None
-    record_trajectory: bool
+    inputs: TaskInputs
+    per_entry: int = 1
+    said: list[str] = field(default_factory=list)
+    images: ImageInputs | None = None
+    shown: Tensor | None = None
+    paste: tuple[Tensor, Tensor] | None = None
+
+
+def task_method(
+    method: Callable[Concatenate[Any, P], TaskCall],
+) -> Callable[Concatenate[Any, P], UniDiffOutput]:
+    """A task of the pipeline: the method makes plain values of its arguments, `decode` does the rest.
+
+    Names of arguments are checked first, then whether the model can do the task at all.
+    """
+
+    @wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> UniDiffOutput:
+        check_keywords(method, kwargs, OPTIONS)
+        options = DecodeOptions(**{name: kwargs.pop(name) for name in OPTIONS if name in kwargs})
+        self.layout.need(method.__name__)
+        return decode(self, method.__name__, method(self, *args, **kwargs), options)
+
+    signature = inspect.signature(method)
+    call.__signature__ = signature.replace(return_annotation="UniDiffOutput")  # type: ignore[attr-defined]
+    return call
+
+
+@torch.no_grad()
+def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniDiffOutput:
+    """Decode the rows of a task.
+
+    Raises:
+        ValueError: nothing to decode, words that do not fit, seeds that do not go with the rows, or an option out of range.
+    """
+    inputs, layout, model = call.inputs, pipe.layout, pipe.transformer
+    # 1. rows of the task; its settings, the caller's on top, and then what the task itself needs
+    request = layout.request(task, inputs)
+    if not bool(request.batch.targets.any(1).all()):
+        raise ValueError(
+            "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
+        )
+    config = request.needs.keep_in(options.apply(request.config, request.drawn))
+    # 2. a seed for each row, several candidates of each
+    count = layout.candidates(task) if options.num_candidates is None else options.num_candidates
+    if count > 1 and call.images is None:
+        raise ValueError(f"num_candidates is {count}, but {task} has no pictures to compare words with; leave it out")
+    check_rows(inputs.count * count)
+    seeds = candidate_seeds(row_seeds(options.generator, inputs.count, call.per_entry), count)
+    request = request.repeated(count, pipe.device_of_rows)  # [B * count, L]
+    # 3. what guidance leads away from, what is kept between passes, what a person should know
+    condition, away = _guidance(task, request, inputs, config, options)
+    choice = choose_cache(options.cache, options.policy, request.batch, config, model)
+    notes = [*_untrained(layout.note(task)), *notes_on(call.said, pipe.texts), *letters_note(call.said)]
+    # 4. decode
+    pipe.interrupt = False
+    with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
+        watcher = StepWatcher(pipe, bar, options.callback_on_step_end)
+        run = Sampler(model, layout.vocabulary, config, choice.policy, graphs=options.graphs)
+        device = request.batch.ids.device
+        out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
+        watcher.finish()
+    # 5. of the candidates of a row, the one that agrees best with itself
+    if count > 1:
+        out, best = keep_best(out, model, layout.vocabulary, request.judged(), count)
+        seeds = seeds[best.cpu()]
+    # 6. back to words and pixels
+    done = request.finished(out.batch, count)
+    codes = done.picture_ids(done.batch.ids) - layout.vocabulary.image[0]  # [B, h, w]
+    text_ids = done.text_ids(done.batch.ids, layout.vocabulary, config.ends)
+    texts = [pipe.texts.decode([i for i in words if i < pipe.texts.size]).strip() for words in text_ids]
+    if inputs.texts is not None:  # texts that were known come back as they were given
+        written = (done.words & done.batch.targets).any(1).tolist()
+        texts = [own if new else given.strip() for own, new, given in zip(texts, written, inputs.texts, strict=True)]
+    trajectory = None if out.trajectory is None else _trajectory(pipe, done, out.trajectory, config)
+    return UniDiffOutput(
+        images=_pictures(pipe, call, codes, options.output_type),
+        texts=texts,
+        codes=codes,
+        text_ids=text_ids,
+        ids=done.batch.ids,
+        confidences=out.confidence.cpu(),
+        nfe=out.nfe,
+        seconds=out.seconds,
+        seeds=seeds,
+        trajectory=trajectory,
+        stats=out.stats,
+        cache=choice.config,
+        cache_note=choice.note,
+        notes=notes,
+    )
+
+
+def _guidance(
+    task: str, request: DecodeRequest, inputs: TaskInputs, config: SamplerConfig, options: DecodeOptions
+) -> tuple[Tensor | None, tuple[TokenBatch, ...] | None]:
+    """What the guidance stream does not see, or the rows of guidance streams."""
+    guidance, hides, away = config.guidance, options.guidance_hides, request.unconditional
+    if inputs.negative is not None:
+        if hides is not None:
+            raise ValueError(
+                f"negative_prompt and guidance_hides={hides!r} both say what guidance leads away from; give one of them"
+            )
+        scale = guidance.scale if guidance.image_scale is None else guidance.image_scale
+        if scale == 1 and any(text.strip() for text in inputs.negative):
+            raise ValueError("negative_prompt changes nothing at guidance_scale 1; choose a larger one")
+    elif hides is not None and away:
+        if len(away) > 1:
+            raise ValueError(
+                f"guidance_hides={hides!r} does not suit {task}, which is guided in {len(away)} directions; leave it out"
+            )
+        away = ()
+    return (None, away) if away else (request.condition(guidance.hide), None)
+
+
+def _untrained(note: str) -> list[str]:
+    """A note on the task for a result, also given as a warning, which shows once."""
+    if note:
+        warnings.warn(note, UntrainedTask, stacklevel=4)
+    return [note] if note else []
+
+
+def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any:
+    """Pictures of codes `[B, h, w]` as `output_type` says; None for text alone."""
+    if call.images is None or output_type == "codes":
+        return None if call.images is None else codes
+    images = pipe.images.decode(codes).cpu() if call.shown is None else call.shown  # [B, 3, H, W]
+    if call.paste is not None:
+        original, mask = call.paste
+        images = torch.where(mask[:, None], images, original)
+    return call.images.output(images, output_type)
+
+
+def _trajectory(pipe: Any, done: DecodeRequest, states: Sequence[Tensor], config: SamplerConfig) -> Trajectory:
+    """Pictures and words of every recorded state `[B, L]`."""
+    vocabulary = pipe.layout.vocabulary
+    ids = torch.stack(list(states)).cpu()  # [S, B, L]
+    pictures = done.picture_ids(ids)  # [S, B, h, w]
+    hidden, frames, seen = pictures == vocabulary.image_mask, [], None
+    # Open cells show the final codes under their cover, so that the decoder does not bleed wrong colours around them.
+    codes = torch.where(hidden, pictures[-1:], pictures) - vocabulary.image[0]
+    for now, cover in zip(codes, hidden, strict=True) if codes.numel() else ():
+        if seen is None or not torch.equal(now, seen[0]):
+            seen = (now, pipe.images.decode(now).cpu())
+        frames.append(to_frames(seen[1], cover))
+    texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, config.ends)] for s in ids]
+    return Trajectory(ids, torch.stack(frames) if frames else None, texts)
+
+
+def _shown_words(pipe: Any, ids: Sequence[int]) -> str:
+    """Words of an unfinished text, one ` _` per open token."""
+    hidden, parts, run = pipe.layout.vocabulary.mask_id - pipe.layout.vocabulary.text[0], list[str](), list[int]()
+    for i in ids:
+        if i == hidden:
+            parts += [pipe.texts.decode(run), " _"]
+            run = []
+        elif i < pipe.texts.size:
+            run.append(i)
+    return "".join([*parts, pipe.texts.decode(run)]).strip()
 
 
 class ProgressBar(Protocol):
     """The part of tqdm that is used."""
 
     disable: bool
+    total: int
 
     def update(self, n: int) -> Any: ...
 
@@ -76,74 +219,22 @@ class ProgressBar(Protocol):
 class StepWatcher:
     """The sampler's callback: moves the progress bar, calls the user's callback, carries an interruption over."""
 
-    def __init__(self, pipe: Any, bar: ProgressBar, targets: int, callback: StepCallback | None) -> None:
-        self.pipe, self.bar, self.targets, self.callback = pipe, bar, targets, callback
+    def __init__(self, pipe: Any, bar: ProgressBar, callback: Callable[..., Any] | None) -> None:
+        self.pipe, self.bar, self.callback = pipe, bar, callback
         self._done = 0
 
     def __call__(self, step: int, state: DecodeView) -> bool:
         if self.callback is None and self.bar.disable:
             return not self.pipe.interrupt
         left = int(state.open.sum())
-        self.bar.update(self.targets - left - self._done)
-        self._done = self.targets - left
+        self.bar.update(self.bar.total - left - self._done)
+        self._done = self.bar.total - left
         answer = None
         if self.callback is not None:
             tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}  # copies
-            answer = self.callback(self.pipe, step, left / self.targets, tensors)
+            answer = self.callback(self.pipe, step, left / self.bar.total, tensors)
         return not declines(answer) and not self.pipe.interrupt
 
     def finish(self) -> None:
         """The bar is full, also where end-of-text fill ended rows early."""
-        self.bar.update(self.targets - self._done)
-
-
-def guidance_condition(batch: TokenBatch, hides: str) -> Tensor | None:
-    """bool `[B, L]`: given positions that the unconditional pass does not see, or None to leave it to the sampler.
-
-    The task token at the head of a row stays visible, as in guidance training.
-    """
-    if hides == "other":
-        return None
-    condition = batch.given & batch.valid & (batch.positions[..., 0] > 0)
-    if hides == "given":
-        return condition
-    return condition & (batch.modality == (Modality.TEXT if hides == "text" else Modality.IMAGE))
-
-
-def trajectory_of(
-    ids: Sequence[Tensor],
-    slots: Sequence[TextSlot],
-    text_slots: TextSlots,
-    settings: PipelineSettings,
-    decode: Callable[[Tensor], Tensor],
-) -> Trajectory:
-    """Pictures and words of every recorded state `[B, L]`; `decode` maps codes `[B, h, w]` to images `[B, 3, H, W]`."""
-    vocabulary, (height, width) = settings.vocabulary, settings.grid
-    stacked = torch.stack(list(ids)).cpu()  # [S, B, L]
-    pictures = stacked[..., settings.text_length :].unflatten(-1, (height, width))  # [S, B, h, w]
-    hidden = pictures == vocabulary.image_mask
-    # Open cells show the final codes under their cover, so that the decoder does not bleed wrong colours around them.
-    codes = torch.where(hidden, pictures[-1:], pictures) - vocabulary.image[0]
-    frames, seen = [], None
-    for now, cover in zip(codes, hidden, strict=True):
-        if seen is None or not torch.equal(now, seen[0]):
-            seen = (now, decode(now).cpu())
-        frames.append(to_frames(seen[1], cover))
-    texts = [[_words(row, slot, text_slots, vocabulary.mask_id) for row, slot in zip(s, slots)] for s in stacked]
-    return Trajectory(stacked, torch.stack(frames), texts)
-
-
-def _words(ids: Tensor, slot: TextSlot, text_slots: TextSlots, mask_id: int) -> str:
-    """The text of one state: known words as far as the first end-of-text, one ` _` per open token."""
-    parts: list[str] = []
-    run: list[int] = []
-    start = text_slots.settings.vocabulary.text[0]
-    for i in ids[slot.start : slot.length].tolist():
-        if i == mask_id:
-            parts += [text_slots.tokenizer.decode(run), " _"]
-            run = []
-        elif i - start == text_slots.tokenizer.eos_id:
-            break
-        else:
-            run.append(i - start)
-    return "".join([*parts, text_slots.tokenizer.decode(run)]).strip()
+        self.bar.update(self.bar.total - self._done)

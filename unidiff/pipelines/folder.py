@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +13,42 @@ from unidiff.errors import DamagedFile, first_line, read_json, reading
 from unidiff.files import replacing_folder
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.owned import INDEX, PIPELINE_CLASS, check_replaceable, others_in_pipeline
+from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
-@dataclass(frozen=True)
-class LoadedParts:
-    """Everything a pipeline is made of."""
+def load_parts(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    image_tokenizer: str | Path | None = None,
+    text_tokenizer: str | Path | None = None,
+) -> LoadedParts:
+    """Read a pipeline folder, or that of a released family; any doubt about it is an error.
 
-    transformer: MaskedTransformer
-    image_tokenizer: VQImageTokenizer
-    text_tokenizer: TextTokenizer
-    settings: PipelineSettings
-
-
-def load_parts(folder: Path, dtype: torch.dtype) -> LoadedParts:
-    """Read a pipeline folder; any doubt about it is an error.
+    Args:
+        dtype: of the network; None for float32, or the checkpoint's own of a released family.
+        image_tokenizer, text_tokenizer: where they are, for a released family.
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: a pipeline of another family, unknown settings, weights that are missing, unexpected, misshaped or
+        ValueError: a pipeline of another kind, unknown settings, weights that are missing, unexpected, misshaped or
             NaN, or parts that do not fit together.
     """
+    if not is_pipeline(folder) and is_released(folder):
+        return load_released_parts(folder, dtype, image_tokenizer, text_tokenizer)
+    if image_tokenizer is not None or text_tokenizer is not None:
+        raise ValueError(f"{str(folder)!r} brings its own tokenizers; leave image_tokenizer and text_tokenizer out")
     index = read_index(folder)
     try:
         settings = PipelineSettings.from_dict(index.get("settings") or {})
     except ValueError as error:
         raise ValueError(f"{folder / INDEX}: {error}") from error
-    transformer = load_transformer(folder / "transformer", dtype)
+    transformer = load_transformer(folder / "transformer", dtype or torch.float32)
     return LoadedParts(transformer, *load_tokenizers(folder), settings)
 
 
@@ -130,3 +134,14 @@ def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
     with replacing_folder(target) as temporary:
         write(temporary)
         check_target(target)  # a large model takes minutes to write
+
+
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A torch dtype from itself or its name; float32 for None."""
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in (*_DTYPES.values(), torch.float64):
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(f"dtype is {dtype!r:.80}; expected one of {', '.join(_DTYPES)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +14,10 @@ from torch import Tensor
 
 from unidiff.families.muddit.folder import Muddit
 from unidiff.families.muddit.tasks import MudditSettings
-from unidiff.pipelines.arguments import check_rows, repeated, task_method, texts_of
-from unidiff.pipelines.checks import check_strength
-from unidiff.pipelines.components import SharedParts
-from unidiff.pipelines.holes import refuse_holes
+from unidiff.holes import refuse_holes
+from unidiff.pipelines.arguments import MOST_ROWS, check_keywords, check_rows, flag, one_of, repeated, texts_of, whole
 from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
+from unidiff.pipelines.options import OUTPUT_TYPES
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.schema import check_value
 from unidiff.tokens.known_words import notes_on
@@ -43,7 +44,25 @@ class MudditOutput:
     notes: list[str] = field(default_factory=list)
 
 
-class MudditPipeline(SharedParts):
+def task_method(options: Any) -> Any:
+    def decorate(method: Any) -> Any:
+        @wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check_keywords(method, kwargs, options)
+            flag(kwargs.get("resize", False), "resize")
+            one_of(kwargs.get("output_type", "pil"), "output_type", OUTPUT_TYPES)
+            for name in ("steps", "num_images_per_prompt"):
+                if kwargs.get(name) is not None:
+                    whole(kwargs[name], name, 1, MOST_ROWS)
+            return method(self, *args, **kwargs)
+
+        call.options = options
+        return call
+
+    return decorate
+
+
+class MudditPipeline:
     """A `Muddit` folder whose methods take pictures, seeds and settings as `UniDiffPipeline` does.
 
     Text is known or hidden as a whole, so there is no joint generation here; `inpaint` repaints pictures.
@@ -53,7 +72,16 @@ class MudditPipeline(SharedParts):
         image_size: (height, width) in pixels.
     """
 
-    _component_names = ("parts", "image_size")
+    interrupt = False
+    layout = SimpleNamespace(any_size=False)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"parts": self.parts, "image_size": self.image_size}
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **changes: Any) -> MudditPipeline:
+        return cls(**{**pipeline.components, **changes})
 
     def __init__(self, parts: Muddit, image_size: tuple[int, int] = (512, 512)) -> None:
         self.parts, self.image_size = parts, image_size
@@ -92,7 +120,7 @@ class MudditPipeline(SharedParts):
             ValueError: a prompt longer than the text encoder reads, or a setting out of range.
         """
         chosen, notes = self._settings(settings), self._notes(said := texts_of(prompt, "prompt"), "prompt")
-        prompts, _ = repeated(said, num_images_per_prompt)
+        prompts = repeated(said, num_images_per_prompt)
         away = self._away(negative_prompt, chosen, notes)
         seeds = row_seeds(generator, len(prompts), num_images_per_prompt)
         height, width = self.image_size
@@ -190,7 +218,8 @@ class MudditPipeline(SharedParts):
         """A negative prompt for all rows, "" for none; what it holds that the model does not know is added to `notes`."""
         said = "" if negative_prompt is None else texts_of((negative_prompt,), "negative_prompt", empty=True)[0]
         if said.strip():
-            check_strength(settings.guidance_scale <= 1)
+            if settings.guidance_scale <= 1:
+                raise ValueError("negative_prompt changes nothing at guidance_scale 1; choose a larger one")
             notes += [note for note in self._notes([said], "negative_prompt") if note not in notes]
         return said
 

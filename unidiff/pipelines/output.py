@@ -22,12 +22,12 @@ class Trajectory:
 
     Attributes:
         ids: int64 `[S, B, L]`, [MASK] where still open.
-        frames: uint8 `[S, B, H, W, 3]`, open cells in grey.
+        frames: uint8 `[S, B, H, W, 3]`, open cells in grey; None without pictures.
         texts: `[S][B]`, open tokens as underscores.
     """
 
     ids: Tensor
-    frames: Tensor
+    frames: Tensor | None
     texts: list[list[str]]
 
 
@@ -102,9 +102,8 @@ class UniDiffOutput:
 
     def _sheet(self, rows: Sequence[Sequence[tuple[int, int]]], columns: int | None = None) -> Image.Image:
         steps = self._trajectory()
-        lines = [
-            [Cell((Image.fromarray(steps.frames[s, b].numpy()),), steps.texts[s][b]) for s, b in row] for row in rows
-        ]
+        shown = lambda s, b: () if steps.frames is None else (Image.fromarray(steps.frames[s, b].numpy()),)  # noqa: E731
+        lines = [[Cell(shown(s, b), steps.texts[s][b]) for s, b in row] for row in rows]
         if columns is not None:
             flat = [cell for line in lines for cell in line]
             lines = [flat[i : i + columns] for i in range(0, len(flat), columns)]

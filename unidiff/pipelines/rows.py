@@ -1,17 +1,18 @@
-"""From words and image codes to rows: the text slot (task token, words, hidden tokens, end-of-text) and the batch."""
+"""The rows of unidiff's own models: a text span (task token, words, hidden tokens, end-of-text), then one image span."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from unidiff.pipelines.arguments import texts_of, whole
-from unidiff.pipelines.holes import refuse_holes, short, split_holes
+from unidiff.families.layout import DecodeRequest, Grid, RowLayout, TaskInputs, TaskNeeds, hidden_words, lay_out
+from unidiff.holes import short
 from unidiff.pipelines.settings import PipelineSettings
-from unidiff.tokens import Span, TokenBatch
+from unidiff.tokens import Span, Vocabulary
 from unidiff.tokens.known_words import note_on, unknown_words
 from unidiff.tokens.text import TextTokenizer
 
@@ -21,62 +22,114 @@ class TextSlot:
     """The text span of one row.
 
     Attributes:
-        ids: vocabulary ids `[T]`; [MASK] where hidden.
-        given: bool `[T]`.
-        length: positions that exist; the rest is padding that the model never sees.
+        ids: text ids from the first position on, None where hidden.
         start: first position of the words that the caller gets back.
-        closed: every hole has a fixed number of tokens, so end-of-text may not fill one.
+        filled: whether end-of-text, which is known, fills the span up; otherwise padding that the model never sees.
+        known: nothing is decoded; hidden words stay [MASK].
     """
 
-    ids: tuple[int, ...]
-    given: tuple[bool, ...]
-    length: int
+    ids: Sequence[int | None]
     start: int = 1
-    closed: bool = False
+    filled: bool = True
+    known: bool = False
 
 
-class TextSlots:
-    """Builds text slots; raises one clear sentence where the words do not fit.
+@dataclass(frozen=True)
+class NativeLayout(RowLayout):
+    """Every task that a picture with its caption or a question has; one clear sentence where words do not fit.
 
     Args:
-        tokenizer: with the task tokens of `settings`.
-        settings: row layout.
+        texts: with the task tokens of `settings`.
+        settings: spans, and settings of every task.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, settings: PipelineSettings) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
-        self._offset = settings.vocabulary.text[0]
-        self._eos = tokenizer.eos_id
-        self._task = {name: tokenizer.special(token) for name, token in settings.task_tokens.items()}
+    texts: TextTokenizer
+    settings: PipelineSettings
+    family: str = "a model of unidiff"
+    all_words: ClassVar[bool] = True
 
     @property
-    def room(self) -> int:
+    def vocabulary(self) -> Vocabulary:  # type: ignore[override]
+        return self.settings.vocabulary
+
+    @property
+    def grid(self) -> Grid:
+        return self.settings.grid
+
+    @property
+    def most(self) -> int:
         """Words (in tokens) that a caption can hold."""
         return self.settings.text_length - 1
 
-    def never(self, closed: bool) -> tuple[int, ...]:
-        """Vocabulary ids that no hidden text token may become: task tokens, and end-of-text in closed slots."""
-        ids = [i for i in self._task.values() if i != self._eos]
-        return tuple(i + self._offset for i in (*ids, *([self._eos] if closed else [])))
+    longest = most
 
-    def prompt(self, text: str, what: str = "prompt") -> TextSlot:
-        """A caption that is known in full: task token, words, end-of-text fill."""
-        words = self._words(text, what)
-        self._fits(len(words), text, what)
-        return self._slot([self._task["caption"], *words], [True] * (1 + len(words)))
+    def check_parts(self, transformer: Any, images: Any, texts: Any) -> None:
+        super().check_parts(transformer, images, texts)
+        own, size = transformer.config.vocab_size, self.vocabulary.size
+        if own != size:
+            raise ValueError(
+                f"the transformer has {own} ids but the vocabulary {size}; give the tokenizers it was trained with"
+            )
+        if texts.size > self.vocabulary.text_size:
+            raise ValueError(
+                f"the text tokenizer has {texts.size} ids, but the model {self.vocabulary.text_size}; give the one it was "
+                "trained with"
+            )
+        known = texts.specials()
+        if missing := [name for name in self.settings.task_tokens.values() if name not in known]:
+            raise ValueError(f"the text tokenizer has no special token {missing[0]!r}; it has {sorted(known)}")
 
-    def hidden(self, max_text_tokens: int | None = None) -> TextSlot:
-        """A caption of unknown words and length, at most `max_text_tokens` of them."""
-        length = 1 + self._limit(max_text_tokens)
-        return self._slot([self._task["caption"]] + [None] * (length - 1), [True] + [False] * (length - 1), length)
+    def candidates(self, task: str) -> int:
+        return self.settings.num_candidates.get(task, 1)
 
-    def unsaid(self) -> TextSlot:
-        """A caption of hidden words that nobody asks for, as guidance leads away from."""
-        return self._slot([self._task["caption"]] + [None] * self.room, [True] * self.settings.text_length)
+    def note(self, task: str) -> str:
+        if task in self.settings.trained:
+            return ""
+        others = ", ".join(self.settings.trained) or "nothing"
+        return f"the model was not trained for {task}, so the result is likely noise; it was trained for {others}"
 
-    def question(self, text: str, max_text_tokens: int | None = None) -> TextSlot:
-        """A known question and a hidden answer of at most `max_text_tokens`."""
-        words = self._words(text, "question")
+    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
+        slots = [self.caption_slot(text) for text in inputs.texts or ()]
+        away = None
+        if inputs.negative is not None:
+            unsaid = TextSlot([self._task["caption"], *[None] * self.most], known=True)
+            away = [self.caption_slot(t, "negative_prompt") if t.strip() else unsaid for t in inputs.negative]
+        return self._request("text_to_image", slots, inputs, away)
+
+    def caption(self, inputs: TaskInputs) -> DecodeRequest:
+        return self._request("caption", [self._hidden(inputs.longest)] * inputs.count, inputs)
+
+    def answer(self, inputs: TaskInputs) -> DecodeRequest:
+        slots = [self._question(text, inputs.longest) for text in inputs.texts or ()]
+        return self._request("answer", slots, inputs)
+
+    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
+        return self._holes("inpaint", inputs)
+
+    def generate(self, inputs: TaskInputs) -> DecodeRequest:
+        return self._holes("generate", inputs)
+
+    def caption_slot(self, text: str, what: str = "prompt") -> TextSlot:
+        """A caption: words, hidden tokens in place of its holes, end-of-text fill."""
+        ids = hidden_words(text.strip(), self.texts.encode, self.most)
+        if len(ids) > self.most:
+            raise ValueError(
+                f"{what} {short(text)} has {len(ids)} tokens, but this model holds at most {self.most}; shorten it"
+                f"{self._hint(text)}"
+            )
+        return TextSlot([self._task["caption"], *ids])
+
+    @cached_property
+    def _task(self) -> dict[str, int]:
+        return {name: self.texts.special(token) for name, token in self.settings.task_tokens.items()}
+
+    def _hidden(self, longest: int) -> TextSlot:
+        """A caption of unknown words."""
+        return TextSlot([self._task["caption"], *[None] * longest], filled=False)
+
+    def _question(self, text: str, longest: int) -> TextSlot:
+        """A known question and a hidden answer."""
+        words = self.texts.encode(text.strip())
         head = [self._task["question"], *words, self._task["answer"]]
         free = self.settings.text_length - len(head)
         if free < 1:
@@ -84,94 +137,57 @@ class TextSlots:
                 f"question {short(text)} has {len(words)} tokens, but this model holds questions of at most "
                 f"{self.settings.text_length - 3} tokens; shorten it{self._hint(text)}"
             )
-        length = len(head) + min(self._limit(max_text_tokens), free)
-        hidden = length - len(head)
-        return self._slot(head + [None] * hidden, [True] * len(head) + [False] * hidden, length, start=len(head))
-
-    def template(self, text: str) -> TextSlot:
-        """Words with holes: `<mask>` hides one token (with the space in front of it), `<mask:3>` three."""
-        texts_of(text, "text")
-        ids: list[int | None] = [self._task["caption"]]
-        for part in split_holes(text.strip(), self.room):
-            ids += [None] * part if isinstance(part, int) else self.tokenizer.encode(part)
-        self._fits(len(ids) - 1, text, "text")
-        return self._slot(ids, [i is not None for i in ids], closed=True)
-
-    def words(self, ids: Sequence[int], slot: TextSlot) -> list[int]:
-        """Text ids that a decoded slot (vocabulary ids `[T]`) says: from its start to before the first end-of-text."""
-        body = [int(i) - self._offset for i in ids[slot.start : slot.length]]
-        return body[: body.index(self._eos)] if self._eos in body else body
-
-    def _slot(
-        self,
-        ids: Sequence[int | None],
-        given: Sequence[bool],
-        length: int | None = None,
-        start: int = 1,
-        closed: bool = False,
-    ) -> TextSlot:
-        total = self.settings.text_length
-        mask = self.settings.vocabulary.mask_id
-        fill = total - len(ids)
-        laid = [mask if i is None else i + self._offset for i in ids] + [self._eos + self._offset] * fill
-        return TextSlot(tuple(laid), (*given, *[True] * fill), total if length is None else length, start, closed)
-
-    def _words(self, text: str, what: str) -> list[int]:
-        texts_of(text, what)
-        refuse_holes([text], what, "pipe.generate(text=...) and pipe.inpaint(...) fill <mask> holes")
-        return self.tokenizer.encode(text.strip())
-
-    def _fits(self, count: int, text: str, what: str) -> None:
-        if count > self.room:
-            raise ValueError(
-                f"{what} {short(text)} has {count} tokens, but this model holds at most {self.room}; shorten it"
-                f"{self._hint(text)}"
-            )
+        return TextSlot([*head, *[None] * min(longest, free)], start=len(head), filled=False)
 
     def _hint(self, text: str) -> str:
         """Words that were never taught are spelt letter by letter, which makes many tokens of a few."""
-        words = unknown_words([text], self.tokenizer)
-        return f" ({note_on(words, self.tokenizer.known_words)})" if words else ""
+        words = unknown_words([text], self.texts)
+        return f" ({note_on(words, self.texts.known_words)})" if words else ""
 
-    def _limit(self, max_text_tokens: int | None) -> int:
-        if max_text_tokens is None:
-            return self.room
-        return whole(max_text_tokens, "max_text_tokens", 1, self.room)
+    def _holes(self, task: str, inputs: TaskInputs) -> DecodeRequest:
+        if inputs.texts is None:
+            return self._request(task, [self._hidden(inputs.longest)] * inputs.count, inputs)
+        return self._request(task, [self.caption_slot(text, "text") for text in inputs.texts], inputs, closed=True)
 
+    def _request(
+        self,
+        task: str,
+        slots: Sequence[TextSlot],
+        inputs: TaskInputs,
+        away: Sequence[TextSlot] | None = None,
+        closed: bool = False,
+    ) -> DecodeRequest:
+        """Rows of text slots and pictures.
 
-def build_batch(
-    slots: Sequence[TextSlot], codes: Tensor | None, hidden: Tensor | None, settings: PipelineSettings
-) -> TokenBatch:
-    """Rows `text span, image span`.
+        Args:
+            closed: every hole has a fixed number of tokens, so that end-of-text may not fill one.
+        """
+        eos, start = self.texts.eos_id, self.vocabulary.text[0]
+        never = [*(i for i in self._task.values() if i != eos), *([eos] if closed else [])]
+        needs = TaskNeeds(tuple(i + start for i in never))
+        columns = [
+            [self._row(slot, number, inputs) for number, slot in enumerate(column)]
+            for column in (slots, *([] if away is None else [away]))
+        ]
+        drawn = task == "text_to_image"
+        request = lay_out(columns[0], self.settings.sampler(task), needs, columns[1:], drawn=drawn)
+        # the task token stays visible, as in guidance training
+        return replace(request, always_seen=request.batch.positions[..., 0] == 0)
 
-    Args:
-        slots: B text slots.
-        codes: int64 `[B, h, w]` from the image tokenizer, or None for pictures that are hidden entirely.
-        hidden: bool `[B, h, w]`, codes to decode again; None for no code (with `codes`).
-
-    Raises:
-        ValueError: a row without anything to decode.
-    """
-    vocabulary, (height, width) = settings.vocabulary, settings.grid
-    rows = []
-    for number, slot in enumerate(slots):
-        text = Span.text(slot.ids, torch.tensor(slot.given))
-        if codes is None:
-            image = Span.masked_image((height, width), vocabulary)
+    def _row(self, slot: TextSlot, number: int, inputs: TaskInputs) -> list[Span]:
+        vocabulary, total = self.vocabulary, self.settings.text_length
+        start, fill = vocabulary.text[0], total - len(slot.ids)
+        ids = [None if i is None else i + start for i in slot.ids]
+        spans = [Span.words(ids[: slot.start], vocabulary), Span.words(ids[slot.start :], vocabulary, read=True)]
+        if slot.known:
+            spans = [replace(span, given=True) for span in spans]
+        if slot.filled:
+            spans.append(Span.text([self.texts.eos_id + start] * fill, True))
         else:
-            ids = codes[number].cpu() + vocabulary.image[0]
-            known = torch.ones_like(ids, dtype=torch.bool) if hidden is None else ~hidden[number].cpu()
-            image = Span.image(torch.where(known, ids, vocabulary.image_mask), known)
-        rows.append((text, image))
-    batch = TokenBatch.from_spans(rows)
-    lengths = torch.tensor([slot.length for slot in slots])
-    place = torch.arange(batch.shape[1])
-    valid = (place < lengths[:, None]) | (place >= settings.text_length)  # [B, L]
-    batch = batch.replace(
-        valid=valid, given=batch.given | ~valid, sample_ids=torch.where(valid, 0, -1), ids=batch.ids * valid
-    )
-    if bool((~batch.targets.any(1)).any()):
-        raise ValueError(
-            "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
-        )
-    return batch
+            spans.append(replace(Span.text([0] * fill), exists=False))
+        return [*spans, self._picture(inputs.codes, inputs.holes, number)]
+
+    def _picture(self, codes: Tensor | None, holes: Tensor | None, number: int) -> Span:
+        if codes is None:
+            return replace(Span.masked_image(self.grid, self.vocabulary), read=True)
+        return Span.codes(codes[number], self.vocabulary, None if holes is None else holes[number], read=True)

@@ -13,6 +13,7 @@ from unidiff.pipelines.arguments import kind_of
 
 RowGenerator = int | torch.Generator | Sequence[int | torch.Generator] | None
 _LARGEST = (1 << 62) - 1
+_CANDIDATE_STREAM = 7
 
 
 def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
@@ -58,6 +59,13 @@ def _checked(seed: int) -> int:
 def derived_seeds(seed: int, rows: int) -> Tensor:
     """Row i's seed as a hash of (seed, i): rows of neighbouring seeds do not repeat each other."""
     return keyed_bits(seed, torch.arange(rows), 0, 1)[:, 0] & _LARGEST
+
+
+def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
+    """int64 `[B * count]`: each row's own seed, then `count - 1` hashes of it."""
+    numbers = torch.arange(1, count, device=seeds.device)
+    more = keyed_bits(0, seeds[:, None] + numbers * 0x9E3779B97F4A7C1, _CANDIDATE_STREAM, 1)[..., 0] & _LARGEST
+    return torch.cat([seeds[:, None], more], 1).flatten()
 
 
 def _draw(generator: torch.Generator) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.decoding.config import RULES
 from unidiff.schema import check_fields, check_value
 from unidiff.tokens import Vocabulary
 
@@ -132,66 +131,3 @@ class PipelineSettings:
         check_value(values.get("samplers", {}), Mapping[str, Any], "samplers")
         values["samplers"] = {t: SamplerConfig.from_dict(s) for t, s in values.get("samplers", {}).items()}
         return cls(**values)
-
-
-def with_overrides(
-    sampler: SamplerConfig,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    guidance_hides: str | None = None,
-    temperature: float | None = None,
-    forbid_text: tuple[int, ...] = (),
-    block_length: Mapping[str, int] | None = None,
-    threshold: Mapping[str, float] | None = None,
-) -> SamplerConfig:
-    """A sampler config with the everyday knobs changed.
-
-    Args:
-        steps: passes per modality; a rule that ends by itself (threshold, factor) becomes a quota of that many, and its
-            blocks that are in flight together become one.
-        guidance_scale: at full strength, for both modalities.
-        guidance_hides: see `Guidance.hide`.
-        temperature: of token draws in both modalities.
-        forbid_text: vocabulary ids no text position may become.
-        block_length: tokens per block by modality (`text`, `image`); those left out keep theirs.
-        threshold: confidence from which a token is committed, by modality, in blocks ahead as well; a rule without a
-            threshold becomes one.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-    check_value(sampler, SamplerConfig, "sampler")
-    text, image, guidance = sampler.text, sampler.image, sampler.guidance
-    if steps is not None:
-        text = RULES[text.rule].in_steps(text, steps, "linear")
-        image = RULES[image.rule].in_steps(image, steps, image.schedule)
-    if temperature is not None:
-        text, image = replace(text, temperature=temperature), replace(image, temperature=temperature)
-    if guidance_scale is not None:
-        guidance = replace(guidance, scale=guidance_scale, text_scale=None, image_scale=None)
-    if guidance_hides is not None:
-        guidance = replace(guidance, hide=guidance_hides)
-    text = replace(text, forbid=tuple(sorted({*text.forbid, *forbid_text})))
-    changed = {"text": text, "image": image}
-    for name, length in (block_length or {}).items():
-        changed[name] = replace(changed[name], block_length=length)
-    for name, least in (threshold or {}).items():
-        rule = changed[name].rule
-        rule = rule if RULES[rule].has_threshold else "threshold"
-        changed[name] = replace(changed[name], rule=rule, threshold=least, flight_threshold=least)
-    return replace(sampler, text=changed["text"], image=changed["image"], guidance=guidance)
-
-
-def by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:
-    """A setting per modality from one number, which goes to the modalities in `default`, or from a mapping.
-
-    Raises:
-        ValueError: a mapping that names anything but `text` and `image`.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(default, value)
-    if unknown := sorted(str(key) for key in set(value) - {"text", "image"}):
-        raise ValueError(f"{name} names {unknown}; expected some of ['image', 'text']")
-    return dict(value)

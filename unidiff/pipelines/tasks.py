@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unidiff.families.layout import TASKS as ALL_TASKS
+from unidiff.holes import all_have_holes
 from unidiff.pipelines.arguments import one_of, texts_of
-from unidiff.pipelines.holes import all_have_holes
 from unidiff.pipelines.settings import TASKS
 
 _INPUTS = {  # what a task needs, and what it takes besides
@@ -52,7 +53,15 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
 
 def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
     """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`."""
-    if prompt is not None and task is None and all_have_holes(texts_of(prompt, "prompt"), "prompt"):
+    if task is None and prompt is not None and "chat" in pipe.layout.tasks and pipe.images is None:
+        task = "chat"
+    if task is not None and one_of(task, "task", ALL_TASKS) is None and task not in _INPUTS:
+        first = {"image": inputs.get("image")} if task == "edit" else {}
+        first["prompt"] = prompt
+        if missing := [name for name, value in first.items() if value is None]:
+            raise ValueError(f"task {task!r} needs {' and '.join(missing)}")
+        return getattr(pipe, task)(*first.values(), **{n: v for n, v in inputs.items() if n not in first})
+    if prompt is not None and task is None and all_have_holes(texts_of(prompt, "prompt", holes=True), "prompt"):
         if inputs.get("text") is not None:
             raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
         prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters

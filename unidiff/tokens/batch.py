@@ -22,11 +22,17 @@ class Span:
         ids: int64 ids in the shared vocabulary, `[n]` for text or `[h, w]` for an image of any grid.
         modality: text or image.
         given: bool of the same shape, or one bool for all: True where the token is known and must not change.
+        newline: id that is laid after each row of an image (text, given); None for none.
+        exists: False for padding inside a row: its places are counted, but nothing sees them.
+        read: what a task reads back; see `read_mask`.
     """
 
     ids: Tensor
     modality: Modality
     given: Tensor | bool = False
+    newline: int | None = None
+    exists: bool = True
+    read: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "span")
@@ -48,6 +54,38 @@ class Span:
     @classmethod
     def image(cls, ids: Tensor, given: Tensor | bool = False) -> Span:
         return cls(_whole_numbers(ids, "image"), Modality.IMAGE, given)
+
+    @classmethod
+    def words(cls, ids: Sequence[int | None], vocabulary: Vocabulary, read: bool = False) -> Span:
+        """Text ids, None for a token to decode: the one place that puts text [MASK] into ids."""
+        known = torch.tensor([i is not None for i in ids], dtype=torch.bool)
+        return cls(
+            _whole_numbers([vocabulary.mask_id if i is None else i for i in ids], "text"),
+            Modality.TEXT,
+            known,
+            read=read,
+        )
+
+    @classmethod
+    def codes(
+        cls, codes: Tensor, vocabulary: Vocabulary, holes: Tensor | None = None, read: bool = False, **more: Any
+    ) -> Span:
+        """Image codes int64 `[h, w]` as ids, [MASK] in the holes (bool `[h, w]`; None for none).
+
+        Raises:
+            ValueError: a code outside the codebook, or holes of another shape.
+        """
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= vocabulary.image_size):
+            raise ValueError(f"image codes must lie in [0, {vocabulary.image_size}); these reach {int(codes.max())}")
+        ids, given = codes.cpu().long() + vocabulary.image[0], torch.ones_like(codes, dtype=torch.bool, device="cpu")
+        if holes is not None:
+            if holes.shape != codes.shape or holes.dtype != torch.bool:
+                raise ValueError(
+                    f"holes have shape {tuple(holes.shape)}, {holes.dtype}; expected bool {tuple(ids.shape)}"
+                )
+            given = ~holes.cpu()
+        ids = torch.where(given, ids, vocabulary.image_mask)
+        return cls(_whole_numbers(ids, "image"), Modality.IMAGE, given, read=read, **more)
 
     @classmethod
     def masked_text(cls, length: int, vocabulary: Vocabulary) -> Span:
@@ -86,18 +124,23 @@ class TokenBatch:
     sample_ids: Tensor
 
     @classmethod
-    def from_spans(cls, rows: Sequence[Sequence[Span]], length: int | None = None, pad_id: int = 0) -> TokenBatch:
-        """Lay out one row per list of spans; pad on the right to `length` or the longest row.
+    def from_spans(
+        cls, rows: Sequence[Sequence[Span]], length: int | None = None, pad_id: int = 0, left: bool = False
+    ) -> TokenBatch:
+        """Lay out one row per list of spans; pad to `length` or the longest row.
+
+        Args:
+            left: pad on the left, so that ends agree. Positions count from the first token of a row.
 
         Raises:
             ValueError: no rows, an empty row, or a row longer than `length`.
         """
         check_value(rows, Sequence[Sequence[Span]], "rows")
-        return cls.from_packed([[row] for row in rows], length, pad_id)
+        return cls.from_packed([[row] for row in rows], length, pad_id, left)
 
     @classmethod
     def from_packed(
-        cls, rows: Sequence[Sequence[Sequence[Span]]], length: int | None = None, pad_id: int = 0
+        cls, rows: Sequence[Sequence[Sequence[Span]]], length: int | None = None, pad_id: int = 0, left: bool = False
     ) -> TokenBatch:
         """As `from_spans`, with several samples packed into each row: `rows[b][sample]` is a list of spans."""
         check_value(rows, Sequence[Sequence[Sequence[Span]]], "rows")
@@ -111,11 +154,8 @@ class TokenBatch:
         if longest > length:
             raise ValueError(f"a row has {longest} tokens, more than the batch length {length}; shorten it")
         fills = (pad_id, int(Modality.TEXT), True, False, 0, -1)
-        columns = []
-        for column, fill in enumerate(fills):
-            padded = [_pad(r[column], length, fill) for r in laid]
-            columns.append(torch.stack(padded))
-        return cls(*columns)
+        columns = [[_pad(r[column], length, fill, left) for r in laid] for column, fill in enumerate(fills)]
+        return cls(*map(torch.stack, columns))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -192,31 +232,42 @@ def _whole_numbers(ids: Any, what: str) -> Tensor:
     return numbers.long()
 
 
+def read_mask(rows: Sequence[Sequence[Span]], length: int, left: bool = False) -> Tensor:
+    """bool `[B, length]`: the tokens of spans with `read` in rows that `from_spans` lays out, newlines not among them."""
+    laid = [torch.cat([_with_newlines(torch.full(s.ids.shape, s.read), s, False) for s in row]) for row in rows]
+    return torch.stack([_pad(row, length, False, left) for row in laid])
+
+
 def _lay_out_row(samples: Sequence[Sequence[Span]]) -> tuple[Tensor, ...]:
-    ids, modality, given, positions, sample_ids = [], [], [], [], []
+    ids, modality, given, valid, positions, sample_ids = [], [], [], [], [], []
     for sample_id, spans in enumerate(samples):
         start = 0
         for span in spans:
-            n = span.ids.numel()
-            known = torch.as_tensor(span.given, dtype=torch.bool).expand(span.ids.shape).reshape(-1)
+            ids.append(_with_newlines(span.ids, span, span.newline or 0))
+            n = len(ids[-1])
+            known = torch.as_tensor(span.given | (not span.exists), dtype=torch.bool).expand(span.ids.shape)
+            given.append(_with_newlines(known, span, True))
+            modality.append(_with_newlines(torch.full(span.ids.shape, int(span.modality)), span, int(Modality.TEXT)))
             place = torch.zeros(n, 3, dtype=torch.long)
             place[:, 0] = torch.arange(start, start + n)
             if span.modality == Modality.IMAGE:
-                height, width = span.ids.shape
-                place[:, 1] = torch.arange(height).repeat_interleave(width)
-                place[:, 2] = torch.arange(width).repeat(height)
-            ids.append(span.ids.reshape(-1))
-            modality.append(torch.full((n,), int(span.modality)))
-            given.append(known)
+                rows, columns = torch.meshgrid(*(torch.arange(side) for side in span.ids.shape), indexing="ij")
+                place[:, 1], place[:, 2] = _with_newlines(rows, span, 0), _with_newlines(columns, span, 0)
             positions.append(place)
-            sample_ids.append(torch.full((n,), sample_id))
+            valid.append(torch.full((n,), span.exists))
+            sample_ids.append(torch.full((n,), sample_id if span.exists else -1))
             start += n
-    total = sum(len(x) for x in ids)
-    valid = torch.ones(total, dtype=torch.bool)
-    return torch.cat(ids), torch.cat(modality), torch.cat(given), valid, torch.cat(positions), torch.cat(sample_ids)
+    return tuple(torch.cat(column) for column in (ids, modality, given, valid, positions, sample_ids))
 
 
-def _pad(values: Tensor, length: int, fill: int | bool) -> Tensor:
+def _with_newlines(values: Tensor, span: Span, fill: int) -> Tensor:
+    """Values of a span as one row, with `fill` after each line of an image that has newlines."""
+    if span.newline is not None:
+        values = torch.cat((values, values.new_full((len(values), 1), fill)), 1)
+    return values.reshape(-1)
+
+
+def _pad(values: Tensor, length: int, fill: int | bool, left: bool = False) -> Tensor:
     out = values.new_full((length, *values.shape[1:]), fill)
-    out[: len(values)] = values
+    out[slice(length - len(values), None) if left else slice(len(values))] = values
     return out

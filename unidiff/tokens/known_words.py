@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 
 from unidiff.errors import few
+from unidiff.holes import split_holes
 from unidiff.tokens.text import TextTokenizer
 
 # words, and signs that do more than part them: pictures, #, /
@@ -25,6 +26,12 @@ class UnknownWords(UserWarning):
 def words_of(text: str) -> list[str]:
     """The words of a text in order, without the punctuation of sentences."""
     return _WORD.findall(text)
+
+
+def between_holes(texts: Sequence[str]) -> list[str]:
+    """The words of texts, without their holes and the signs between two of them; errors as of `split_holes`."""
+    parts = [split_holes(text) for text in texts]
+    return [part for row in parts for part in row if isinstance(part, str) and (len(row) == 1 or words_of(part))]
 
 
 def unknown_words(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:

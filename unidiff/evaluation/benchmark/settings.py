@@ -8,7 +8,7 @@ from typing import Any
 
 from unidiff.decoding import SamplerConfig
 from unidiff.evaluation.report import Report
-from unidiff.pipelines.settings import with_overrides
+from unidiff.pipelines.options import DecodeOptions
 
 TARGETS = {
     "text_to_image": ("image",),
@@ -104,9 +104,9 @@ class Setting:
             changed = replace(config, **{targets[0]: replace(getattr(config, targets[0]), **own)})
         elif value is not None:
             asked = {"steps": int(value)} if self.rule == "passes" else {"threshold": {targets[0]: value}}
-            changed = with_overrides(config, **asked)  # type: ignore[arg-type]
+            changed = DecodeOptions(**asked).apply(config)  # type: ignore[arg-type]
         if self.block is not None:
-            changed = with_overrides(changed, block_length=dict.fromkeys(targets, self.block))
+            changed = DecodeOptions(block_length=dict.fromkeys(targets, self.block)).apply(changed)
         return replace(config, **{modality: getattr(changed, modality) for modality in targets})
 
 

@@ -1,5 +1,7 @@
 """Dream, and DiffuCoder and Dream-Coder, which have its network."""
 
+from unidiff.families.chat import chat_layout
+from unidiff.families.dream.rows import DREAM_CHAT
 from unidiff.families.dream.weights import RELEASED, dream_keymap, dream_settings, dream_vocabulary
 from unidiff.families.family import Family, Release, Tiny, config_names, copied_head
 
@@ -25,4 +27,5 @@ DREAM = Family(
     releases=(Release("dream-7b", RELEASED, 7_000_000_000, 0.1),),
     tiny=Tiny(_TINY, (-0.00032345, 0.655732, 0.520323, -0.905635)),
     spelling=lambda names, config: copied_head(names, bool(config.get("tie_word_embeddings")), "lm_head.weight"),
+    layout=chat_layout(DREAM_CHAT, "dream"),
 )

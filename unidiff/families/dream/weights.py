@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, plain_rope_theta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear, per_layer
 from unidiff.families.family import Config, Spelling
@@ -129,19 +128,3 @@ def dream_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
         *(() if config["tie_head"] else [Entry("output_weight", "lm_head.weight")]),
     ]
     return KeyMap(entries, copies=COPIES if config["tie_head"] else {})
-
-
-def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:
-    """Upstream's recommended settings: a linear schedule, positions ranked by the entropy of their distribution.
-
-    (Confidences are those of the model here, upstream those after temperature and top_p.)
-    """
-    text = ModalityDecoding(
-        steps=steps,
-        rule="quota",
-        schedule="linear",
-        confidence="entropy",
-        temperature=temperature,
-        top_p=top_p,
-    )
-    return SamplerConfig(text=text)

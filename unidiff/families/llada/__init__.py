@@ -1,7 +1,9 @@
 """LLaDA."""
 
+from unidiff.families.chat import chat_layout
 from unidiff.families.family import Family, Tiny
 from unidiff.families.llada.published import RELEASES, TINY_CONFIG
+from unidiff.families.llada.rows import LLADA_CHAT
 from unidiff.families.llada.weights import LLADA_NAMES, llada_settings, llada_vocabulary
 
 LLADA = Family(
@@ -14,4 +16,5 @@ LLADA = Family(
     releases=RELEASES,
     tiny=Tiny({"model_type": "llada", **TINY_CONFIG}, (0.00893976, 0.593655, 0.795968, -0.763248)),
     **LLADA_NAMES,
+    layout=chat_layout(LLADA_CHAT, "llada"),
 )

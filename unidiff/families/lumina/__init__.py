@@ -6,6 +6,7 @@ An image of h x w codes is h rows of w codes, each followed by a newline id, in 
 from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.llada.published import CONFIG, EIGHT_BILLION, TINY_CONFIG
 from unidiff.families.llada.weights import LLADA_NAMES, llada_settings
+from unidiff.families.lumina.rows import LuminaLayout
 from unidiff.tokens.vocabulary import Vocabulary
 
 # image codes behind LLaDA's text ids; the specials in between are prompt tokens, never targets
@@ -41,4 +42,5 @@ LUMINA = Family(
         Vocabulary(40, (0, 20), (24, 40), 21, specials={"eos": 19}),
     ),
     **LLADA_NAMES,
+    layout=LuminaLayout.of,
 )

@@ -1,4 +1,4 @@
-"""Lumina-DiMOO's tasks: pictures of any size, in- and outpainting, editing with two-way guidance, questions.
+"""Lumina-DiMOO's rows: pictures of any size, in- and outpainting, editing with two-way guidance, questions.
 
     prompt      <system> ... </system><user> words </user>        pictures go before the last id of the prompt
     picture     boi, then each row of codes and a newline, eoi
@@ -10,16 +10,27 @@ The reference decodes one row at a time; here rows of any lengths and sizes go t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.families.mmada.sampling import answer_config
-from unidiff.families.rows import Piece, hidden_text, image_piece, pieces_batch, text_piece
-from unidiff.families.tasks import Encode, Prompt, TaskRequest, hide_codes, image_ids, prompt_ids, text_targets
-from unidiff.tokens import TokenBatch, Vocabulary
+from unidiff.families.chat import answer_config
+from unidiff.families.layout import (
+    DESCRIBE,
+    DecodeRequest,
+    Encode,
+    Grid,
+    RowLayout,
+    TaskInputs,
+    TaskNeeds,
+    hidden_words,
+    lay_out,
+)
+from unidiff.families.lumina.grid import lumina_grid
+from unidiff.holes import all_have_holes
+from unidiff.tokens import Span, Vocabulary
 
 MARKS = ("<system>", "</system>", "<user>", "</user>")
 DRAW = "Generate an image according to the text prompt."
@@ -28,6 +39,7 @@ ASK = (
     "You are a multimodal model that can process both text and images. Answer the following question based on the "
     "provided images. Analyze each image and combine relevant details to answer."
 )
+Words = Sequence[int | None]
 
 
 def lumina_image_sampler(steps: int = 64, guidance: float = 4.0, image_guidance: float | None = None) -> SamplerConfig:
@@ -42,205 +54,159 @@ def lumina_image_sampler(steps: int = 64, guidance: float = 4.0, image_guidance:
 
 
 @dataclass(frozen=True)
-class LuminaRows:
-    """Builds the requests of a Lumina-DiMOO model; a prompt is a string or ids of the words.
+class LuminaLayout(RowLayout):
+    """Pictures of any size from words, edits, and questions about pictures; a caption is an answer.
 
     Args:
         vocabulary: of the model.
         encode: text to ids without special ones.
         marks: ids of each of `MARKS`, where the tokenizer has ids of their own for them; None for `encode`.
-        image, text: sampler settings; None for upstream's.
+        image, edits, text: sampler settings of pictures, edits and answers.
+        systems: what the system says before drawing, editing and answering.
+        pixels: side of the largest square that pictures of other shapes are brought to.
+        fixed: rows and columns of codes of every picture; None for any.
     """
 
     vocabulary: Vocabulary
-    encode: Encode | None = None
+    encode: Encode
     marks: Mapping[str, Sequence[int]] | None = None
-    image: SamplerConfig | None = None
+    image: SamplerConfig = field(default_factory=lumina_image_sampler)
+    edits: SamplerConfig = field(default_factory=lambda: lumina_image_sampler(guidance=2.5, image_guidance=4.0))
     text: SamplerConfig | None = None
+    systems: tuple[str, str, str] = (DRAW, EDIT, ASK)
+    pixels: int = 1024
+    fixed: Grid | None = None
+    family: str = "lumina"
+    sizes: ClassVar[bool] = True
 
-    def text_to_image(
-        self,
-        prompts: Sequence[Prompt],
-        size: tuple[int, int] | None = None,
-        codes: Tensor | None = None,
-        holes: Tensor | None = None,
-        system: Prompt = DRAW,
-    ) -> TaskRequest:
-        """Draw pictures, or paint the `holes` of given ones: inside (inpainting) or around (outpainting).
+    @classmethod
+    def of(cls, released: Any, texts: Any) -> LuminaLayout:
+        """Of a loaded model."""
+        known = texts.tokenizer.get_vocab()
+        marks = {m: [known[m]] for m in MARKS} if all(m in known for m in MARKS) else None
+        return cls(released.vocabulary, texts.encode, marks)
 
-        Args:
-            size: (rows, columns) of codes, a sixteenth of the pixels; any.
-            codes: int64 `[B, h, w]` instead of a size. holes: bool `[B, h, w]`, what to paint.
+    @property
+    def grid(self) -> Grid:
+        return self.fit(self.pixels, self.pixels) if self.fixed is None else self.fixed
 
-        Raises:
-            ValueError: neither or both of size and codes, codes without holes, or a prompt that is empty.
-        """
-        ids, given = self._canvas(len(prompts), size, codes, holes)
-        conditional = [self._prompt(system, self._words(prompt), ()) for prompt in prompts]
-        nothing = self._prompt(system, [self.vocabulary.specials["uncondition"]], ())
-        return self._picture(conditional, [[nothing] * len(prompts)], ids, given, self.image or lumina_image_sampler())
+    @property
+    def any_size(self) -> bool:
+        return self.fixed is None
 
-    def edit(
-        self,
-        codes: Tensor,
-        prompts: Sequence[Prompt],
-        size: tuple[int, int] | None = None,
-        references: Tensor | None = None,
-        holes: Tensor | None = None,
-        system: Prompt = EDIT,
-    ) -> TaskRequest:
-        """Change pictures as told, guided in two directions: without the words and without the input pictures.
+    def fit(self, height: int, width: int) -> Grid:
+        return lumina_grid(height, width, self.pixels)
 
-        Args:
-            codes: int64 `[B, h, w]`. references: further pictures `[B, h', w']` (a style, a subject).
-            size: of the result; None for that of `codes`.
-            holes: bool `[B, h, w]`: the result is `codes` outside of them; None for all of it.
-        """
-        pictures = [image_ids(part, self.vocabulary) for part in (codes, references) if part is not None]
-        if len(prompts) != len(codes):
-            raise ValueError(f"{len(prompts)} prompts for {len(codes)} pictures; give one per picture")
-        if holes is None:
-            height, width = codes.shape[1:]
-            ids, given = self._canvas(len(codes), size or (height, width), None, None)
-        else:
-            ids, given = self._canvas(len(codes), size, codes, holes)
-        words = [self._words(prompt) for prompt in prompts]
-        shown = [[part[row] for part in pictures] for row in range(len(codes))]
+    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
+        """Also the holes of given pictures: inside (inpainting) or around (outpainting)."""
+        system = self.systems[0]
+        words = [self._words(text) for text in inputs.texts or ()]
         nothing = [self.vocabulary.specials["uncondition"]]
-        conditional = [self._prompt(system, own, seen) for own, seen in zip(words, shown, strict=True)]
+        away = [self._words(text) if text.strip() else nothing for text in inputs.negative or [""] * inputs.count]
+        prompts, others = ([self._prompt(system, own) for own in column] for column in (words, away))
+        return self._picture(prompts, [others], self._answers(inputs), self.image)
+
+    def edit(self, inputs: TaskInputs) -> DecodeRequest:
+        """Guided in two directions: without the words and without the input pictures."""
+        assert inputs.codes is not None  # the pipeline gives them
+        if inputs.holes is not None and inputs.grid is not None:
+            raise ValueError("give either the size of a new picture, or a mask of the one that is changed")
+        pictures = [part for part in (inputs.codes, inputs.references) if part is not None]
+        shown = [[part[row] for part in pictures] for row in range(inputs.count)]
+        words, system = [self._words(text) for text in inputs.texts or ()], self.systems[1]
+        nothing = [self.vocabulary.specials["uncondition"]]
+        prompts = [self._prompt(system, own, seen) for own, seen in zip(words, shown, strict=True)]
         no_words = [self._prompt(system, nothing, seen) for seen in shown]
-        no_picture = [self._prompt(system, own, ()) for own in words]
-        config = self.image or lumina_image_sampler(guidance=2.5, image_guidance=4.0)
-        if not config.guidance.further:
-            raise ValueError(
-                "editing is guided in two directions; pass image=lumina_image_sampler(..., image_guidance=...)"
-            )
-        return self._picture(conditional, [no_words, no_picture], ids, given, config)
+        no_picture = [self._prompt(system, own) for own in words]
+        if inputs.holes is None:
+            height, width = inputs.codes.shape[1:]
+            inputs = replace(inputs, codes=None, grid=inputs.grid or (height, width))
+        return self._picture(prompts, [no_words, no_picture], self._answers(inputs), self.edits)
 
-    def understand(
-        self, codes: Tensor, questions: Sequence[Prompt], answer_length: int = 256, system: Prompt = ASK
-    ) -> TaskRequest:
-        """Answer questions about pictures int64 `[B, h, w]`; a caption is the answer to a question for one."""
-        if len(questions) != len(codes):
-            raise ValueError(f"{len(questions)} questions for {len(codes)} pictures; give one per picture")
-        ids, s = image_ids(codes, self.vocabulary), self.vocabulary.specials
-        rows = []
-        for question, picture in zip(questions, ids, strict=True):
-            prompt = self._prompt(system, self._words(question), [picture])
-            answer = [
-                text_piece([s["answer"]]),
-                hidden_text(answer_length, self.vocabulary),
-                text_piece([s["end_answer"]]),
-            ]
-            rows.append([*prompt, *answer])
-        batch = pieces_batch(rows, left=True)
-        return TaskRequest(batch, self._text_settings(), text_targets(batch))
+    def caption(self, inputs: TaskInputs) -> DecodeRequest:
+        return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
 
-    def inpaint(
-        self,
-        prompts: Sequence[Sequence[int]],
-        codes: Tensor,
-        holes: Tensor,
-        system: Prompt = DRAW,
-    ) -> TaskRequest:
-        """Fill [MASK] in prompts of ids and holes in pictures together, free-form and without guidance.
+    def answer(self, inputs: TaskInputs) -> DecodeRequest:
+        assert inputs.codes is not None and inputs.texts is not None  # the pipeline gives both
+        s, rows = self.vocabulary.specials, []
+        for question, picture in zip(inputs.texts, inputs.codes, strict=True):
+            prompt = self._prompt(self.systems[2], self._words(question), [picture], read=True)
+            hidden = Span.words([None] * inputs.longest, self.vocabulary, read=True)
+            rows.append([*prompt, Span.text([s["answer"]], True), hidden, Span.text([s["end_answer"]], True)])
+        return lay_out(rows, self._text_settings(), TaskNeeds(self._never(), self._ends()), left=True)
 
-        The model was not trained for it: it was trained on either part alone, with the same [MASK].
+    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
+        """Holes in prompts and pictures are filled together free-form and without guidance: the model was trained on
+        either part alone, with the same [MASK].
         """
-        ids, given = self._canvas(len(prompts), None, codes, holes)
-        rows = [
-            [*self._prompt(system, list(prompt), ()), *self._answer(*pair)]
-            for prompt, pair in zip(prompts, zip(ids, given, strict=True), strict=True)
-        ]
-        batch = pieces_batch(rows, left=True)
-        start = len(self._mark("<system>")) + len(self._words(system)) + len(self._mark("</system>"))
-        start += len(self._mark("<user>"))
-        stop = start + torch.tensor([len(prompt) for prompt in prompts])[:, None]
-        place = batch.positions[..., 0]
-        words = batch.valid & (place >= start) & (place < stop)
-        text, image = self._text_settings(), self.image or lumina_image_sampler()
-        never = {self.vocabulary.specials["eos"], *text.ends}
-        text = replace(
-            text, text=replace(text.text, forbid=tuple(sorted({*text.text.forbid, *never})), block_length=None)
-        )
-        return TaskRequest(batch, SamplerConfig(text.text, image.image, stop_at_eos=False), words)
+        if inputs.texts is None:
+            raise ValueError("lumina needs the caption of the picture; give text=, with <mask> for holes")
+        if not all_have_holes(inputs.texts):
+            return self.text_to_image(inputs)
+        text = replace(self._text_settings().text, block_length=None)
+        needs = TaskNeeds((*self._never(), *self._ends(), self.vocabulary.specials["eos"]), stop_at_eos=False)
+        answers = self._answers(inputs)
+        words, system = [self._words(text) for text in inputs.texts], self.systems[0]
+        rows = [[*self._prompt(system, own), *answer] for own, answer in zip(words, answers, strict=True)]
+        return lay_out(rows, SamplerConfig(text, self.image.image), needs, left=True)
 
     def _picture(
         self,
-        conditional: Sequence[list[Piece]],
-        others: Sequence[Sequence[list[Piece]]],
-        ids: Tensor,
-        given: Tensor,
+        prompts: Sequence[list[Span]],
+        others: Sequence[Sequence[list[Span]]],
+        answers: Sequence[list[Span]],
         config: SamplerConfig,
-    ) -> TaskRequest:
-        answers = [self._answer(*pair) for pair in zip(ids, given, strict=True)]
+    ) -> DecodeRequest:
         streams = [
-            [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-            for prompts in (conditional, *others)
+            [[*prompt, *answer] for prompt, answer in zip(own, answers, strict=True)] for own in (prompts, *others)
         ]
-        length = max(sum(len(piece.ids) for piece in row) for rows in streams for row in rows)
-        batch, *rest = (pieces_batch(rows, left=True, length=length) for rows in streams)
-        return TaskRequest(batch, config, torch.zeros_like(batch.given), _unguided(config, rest))
+        return lay_out(streams[0], config, others=streams[1:], left=True, drawn=True)
 
-    def _answer(self, ids: Tensor, given: Tensor) -> list[Piece]:
-        s = self.vocabulary.specials
-        picture = image_piece(ids, given, s["newline"])
-        return [text_piece([s["answer"], s["boi"]]), picture, text_piece([s["eoi"], s["end_answer"]])]
+    def _answers(self, inputs: TaskInputs) -> list[list[Span]]:
+        """The picture of each row: new of a size, or a given one with holes."""
+        s, answers = self.vocabulary.specials, []
+        for row in range(inputs.count):
+            image = replace(
+                Span.masked_image(inputs.grid or self.grid, self.vocabulary), newline=s["newline"], read=True
+            )
+            if inputs.codes is not None:
+                holes = None if inputs.holes is None else inputs.holes[row]
+                image = Span.codes(inputs.codes[row], self.vocabulary, holes, newline=s["newline"], read=True)
+            front, back = [s["answer"], s["boi"]], [s["eoi"], s["end_answer"]]
+            answers.append([Span.text(front, True), image, Span.text(back, True)])
+        return answers
 
-    def _prompt(self, system: Prompt, words: Sequence[int], pictures: Sequence[Tensor]) -> list[Piece]:
-        """The template with pictures (ids `[h, w]`) before its last id; [MASK] among the words is to be filled."""
-        s = self.vocabulary.specials
-        front = [*self._mark("<system>"), *self._words(system), *self._mark("</system>"), *self._mark("<user>")]
-        ids = [*front, *words, *self._mark("</user>")]
-        given = torch.tensor([i != self.vocabulary.mask_id for i in ids])
+    def _prompt(self, system: str, words: Words, pictures: Sequence[Tensor] = (), read: bool = False) -> list[Span]:
+        """The template with pictures (codes `[h, w]`) before its last id.
+
+        Args:
+            read: the picture is read back, not the words.
+        """
+        s, last = self.vocabulary.specials, self._mark("</user>")
+        front = [*self._mark("<system>"), *self.encode(system), *self._mark("</system>"), *self._mark("<user>")]
         shown = []
         for picture in pictures:
-            shown += [text_piece([s["boi"]]), image_piece(picture, True, s["newline"]), text_piece([s["eoi"]])]
-        return [text_piece(ids[:-1], given[:-1]), *shown, text_piece(ids[-1:])]
+            codes = Span.codes(picture, self.vocabulary, newline=s["newline"], read=read)
+            shown += [Span.text([s["boi"]], True), codes, Span.text([s["eoi"]], True)]
+        said = Span.words(words, self.vocabulary, read=not read)
+        return [Span.text(front, True), said, Span.text(last[:-1], True), *shown, Span.text(last[-1:], True)]
 
     def _mark(self, name: str) -> list[int]:
-        if self.marks is not None:
-            return list(self.marks[name])
-        if self.encode is None:
-            raise ValueError(f"the template needs ids for {name}; pass marks, or encode=tokenizer.encode")
-        return list(self.encode(name))
+        return list(self.encode(name) if self.marks is None else self.marks[name])
 
-    def _words(self, prompt: Prompt) -> list[int]:
-        words = prompt_ids(prompt, self.encode)
-        if not words:
-            raise ValueError("the prompt is empty; write at least one word")
-        return words
+    def _words(self, text: str) -> list[int | None]:
+        return hidden_words(text, self.encode)
 
-    def _canvas(
-        self, rows: int, size: tuple[int, int] | None, codes: Tensor | None, holes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and given of the pictures to decode, `[B, h, w]`."""
-        if (size is None) == (codes is None):
-            raise ValueError("give either the size (rows, columns) of a new picture, or codes and holes of a known one")
-        if codes is None:
-            assert size is not None
-            if min(size) < 1 or holes is not None:
-                raise ValueError(
-                    f"size is {size} with holes {holes is not None}; expected at least (1, 1), without holes"
-                )
-            return torch.full((rows, *size), self.vocabulary.image_mask), torch.zeros(rows, *size, dtype=torch.bool)
-        if len(codes) != rows or holes is None:
-            raise ValueError(
-                f"{len(codes)} pictures for {rows} prompts, holes given: {holes is not None}; give one each"
-            )
-        return hide_codes(image_ids(codes, self.vocabulary), holes, self.vocabulary)
+    def _ends(self) -> tuple[int, ...]:
+        return self.vocabulary.specials["end_answer"], self.vocabulary.specials["answer_pad"]
+
+    def _never(self) -> tuple[int, ...]:
+        """Marks that only prompts have."""
+        ends = ("eos", "eot", "end_answer", "answer_pad")
+        return tuple(i for name, i in self.vocabulary.specials.items() if name not in ends)
 
     def _text_settings(self) -> SamplerConfig:
         if self.text is not None:
             return self.text
-        s = self.vocabulary.specials
-        ends = (s["end_answer"], s["answer_pad"])
         config = answer_config(self.vocabulary, steps=128, block_length=128)
-        text = replace(config.text, forbid=tuple(i for i in config.text.forbid if i not in ends))
-        return replace(config, text=text, ends=ends)
-
-
-def _unguided(config: SamplerConfig, rest: Sequence[TokenBatch]) -> tuple[TokenBatch, ...]:
-    """The unconditional rows that a config has a use for."""
-    guidance = config.guidance
-    return tuple(rest) if guidance.further or guidance.scale != 1 else ()
+        return replace(config, text=replace(config.text, forbid=()))  # the task says what is never written

@@ -2,6 +2,7 @@
 
 from unidiff.families.checkpoint.dit import DIT_KEY, TINY_SHAPE, dit_section, has_images
 from unidiff.families.family import Config, Family, Release, Tiny, config_names
+from unidiff.families.mdlm.rows import mdlm_layout
 from unidiff.families.mdlm.weights import mdlm_keymap, mdlm_measured, mdlm_settings, mdlm_vocabulary
 
 
@@ -25,4 +26,5 @@ MDLM = Family(
     measured=mdlm_measured,
     averaged=True,
     constants=("backbone.rotary_emb.inv_freq",),
+    layout=mdlm_layout,
 )

@@ -3,6 +3,7 @@
 from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.llada.published import EIGHT_BILLION, TINY_CONFIG
 from unidiff.families.llada.weights import LLADA_NAMES
+from unidiff.families.mmada.rows import MMaDALayout
 from unidiff.families.mmada.weights import RELEASED, mmada_settings, mmada_vocabulary
 
 MMADA = Family(
@@ -20,4 +21,5 @@ MMADA = Family(
         mmada_vocabulary(40, 24, 16, 21, {"eos": 19}),
     ),
     **LLADA_NAMES,
+    layout=MMaDALayout.of,
 )

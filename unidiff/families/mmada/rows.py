@@ -1,31 +1,69 @@
-"""MMaDA's tasks for `run_task`: pictures from words, questions about pictures, text, and any part of both.
+"""MMaDA's rows: pictures from words, questions about pictures, text, and any part of both.
 
-    rows = MMaDARows(vocabulary, encode)
-    result = run_task(model, vocabulary, rows.text_to_image(["a red fox"]), seeds=[0])
-    tokenizer.decode(result.codes[0][0][None])
+    picture     <t2i> bos words eos soi codes eoi          padded on the left
+    question    <mmu> soi codes eoi bos words answer       filled with eos, which is real: visible and a target
+    chat        bos words answer
 
-The rows are those of `MMaDAPrompts`; pictures are squares.
+Pictures are squares. Questions are put into the chat template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
-from unidiff.decoding.config import SamplerConfig
-from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
-from unidiff.families.mmada.sampling import ImageSettings, answer_config, image_config
-from unidiff.families.rows import hidden_text, pieces_batch, text_piece
-from unidiff.families.tasks import Encode, Prompt, TaskRequest, hide_codes, image_ids, prompt_ids, text_targets
-from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.diffusion.schedules import get_schedule
+from unidiff.families.chat import answer_config
+from unidiff.families.layout import (
+    DESCRIBE,
+    DecodeRequest,
+    Encode,
+    Grid,
+    RowLayout,
+    TaskInputs,
+    TaskNeeds,
+    hidden_words,
+    lay_out,
+    square_side,
+)
+from unidiff.holes import all_have_holes
+from unidiff.schema import Between, check_fields
+from unidiff.tokens import Span, Vocabulary
 
 
 @dataclass(frozen=True)
-class MMaDARows:
-    """Builds the requests of an MMaDA model; a prompt is a string or ids.
+class ImageSettings:
+    """Settings of text-to-image decoding.
+
+    Args:
+        steps: passes. guidance: g in (1 + g) conditional - g unconditional; 0 for none.
+        temperature: of the Gumbel noise on log p(code), which decides what stays. schedule: see `ModalityDecoding`.
+    """
+
+    steps: Annotated[int, Between(1, 100_000)] = 15
+    guidance: Annotated[float, Between(0, 1e6)] = 3.5
+    temperature: Annotated[float, Between(0, 1e30)] = 1.0
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "image")
+        get_schedule(self.schedule)
+
+
+def image_config(settings: ImageSettings) -> SamplerConfig:
+    """Sampler settings for images; give the sampler the rows without captions as `unconditional`.
+
+    The temperature of the choice noise falls from T to T / S; the reference's from T (1 - 1 / S) to 0.
+    """
+    image = ModalityDecoding(steps=settings.steps, schedule=settings.schedule, choice_temperature=settings.temperature)
+    return SamplerConfig(image=image, guidance=Guidance(scale=1 + settings.guidance, hide="text"))
+
+
+@dataclass(frozen=True)
+class MMaDALayout(RowLayout):
+    """Pictures from words, questions about pictures, and text alone; a caption is an answer.
 
     Args:
         vocabulary: of the model.
@@ -36,95 +74,109 @@ class MMaDARows:
     """
 
     vocabulary: Vocabulary
-    encode: Encode | None = None
+    encode: Encode
     text_length: int = 128
     side: int = 32
     image: ImageSettings | None = None
     text: SamplerConfig | None = None
+    family: str = "mmada"
 
-    def text_to_image(
-        self, prompts: Sequence[Prompt], codes: Tensor | None = None, holes: Tensor | None = None
-    ) -> TaskRequest:
-        """Draw pictures, or with `codes` `[B, h, w]` paint their `holes` (bool, same shape)."""
-        if (codes is None) != (holes is None):
-            raise ValueError("codes and holes belong together; give both to paint a part of known pictures")
-        words = [self._words(prompt) for prompt in prompts]
-        image = self._canvas(len(words), codes, holes)
-        nothing: list[list[int]] = [[]] * len(words)
-        batch, empty = self._rows(words, image), self._rows(nothing, image)
-        settings = self.image or ImageSettings()
-        others = (empty,) if settings.guidance > 0 else ()
-        return TaskRequest(batch, image_config(settings), torch.zeros_like(batch.given), others)
+    @classmethod
+    def of(cls, released: Any, texts: Any) -> MMaDALayout:
+        """Of a loaded model, with the size of its config."""
+        side = square_side(released.config.get("num_vq_tokens", 1024))
+        return cls(released.vocabulary, texts.encode, side=side)
 
-    def understand(self, codes: Tensor, questions: Sequence[Prompt], answer_length: int = 256) -> TaskRequest:
-        """Answer questions about pictures int64 `[B, h, w]`; strings are put into the chat template."""
-        texts = [self.ids(question) for question in questions]
-        longest = max((len(text) for text in texts), default=0)
-        prompts = MMaDAPrompts(self.vocabulary, max(longest, self.text_length))
-        batch = prompts.question(image_ids(codes, self.vocabulary).flatten(1), texts, answer_length)
-        return TaskRequest(batch, self._answers(answer_length), text_targets(batch))
+    @property
+    def grid(self) -> Grid:
+        return self.side, self.side
 
-    def chat(self, questions: Sequence[Prompt], answer_length: int = 256) -> TaskRequest:
-        """Answer in text alone; strings are put into the chat template."""
-        rows = [[text_piece(self.ids(question)), hidden_text(answer_length, self.vocabulary)] for question in questions]
-        batch = pieces_batch(rows)
-        return TaskRequest(batch, self._answers(answer_length), text_targets(batch))
+    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
+        config = image_config(self.image or ImageSettings())
+        return self._picture(inputs, config)
 
-    def inpaint(self, prompts: Sequence[Sequence[int]], codes: Tensor, holes: Tensor) -> TaskRequest:
-        """Fill [MASK] in captions of ids and `holes` in pictures together, free-form and without guidance.
-
-        The model was trained on either part alone, with the same [MASK].
+    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
+        """Holes in captions and pictures are filled together free-form and without guidance: the model was trained on
+        either part alone, with the same [MASK].
         """
-        image = self._canvas(len(prompts), codes, holes)
-        batch = self._rows([list(prompt) for prompt in prompts], image)
+        if inputs.texts is None:
+            raise ValueError("mmada needs the caption of the picture; give text=, with <mask> for holes")
+        if not all_have_holes(inputs.texts):
+            return self.text_to_image(inputs)
+        text = replace(self._answers(1).text, block_length=None)
+        image = image_config(replace(self.image or ImageSettings(), guidance=0.0)).image
         s = self.vocabulary.specials
-        marks = torch.tensor([s[name] for name in ("t2i", "bos", "eos", "soi", "eoi", "ipad")])
-        words = batch.is_modality(Modality.TEXT) & ~torch.isin(batch.ids, marks)
-        text = self._answers(1).text
-        text = replace(text, forbid=tuple(sorted({*text.forbid, s["eos"], s["eot"]})), block_length=None)
-        image_settings = image_config(replace(self.image or ImageSettings(), guidance=0.0)).image
-        return TaskRequest(batch, SamplerConfig(text, image_settings, stop_at_eos=False), words)
+        needs = TaskNeeds((*self._never(), s["eos"], s["eot"]), stop_at_eos=False)
+        return self._picture(inputs, SamplerConfig(text, image), needs)
 
-    def ids(self, question: Prompt) -> list[int]:
-        """A question in the chat template, with bos; ids are taken as they are."""
-        if not isinstance(question, str):
-            return prompt_ids(question, None)
-        if not question.strip():
-            raise ValueError("the question is empty; write at least one word")
+    def caption(self, inputs: TaskInputs) -> DecodeRequest:
+        return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
+
+    def answer(self, inputs: TaskInputs) -> DecodeRequest:
+        assert inputs.codes is not None and inputs.texts is not None  # the pipeline gives both
+        s = self.vocabulary.specials
+        rows = [
+            [
+                Span.text([s["mmu"], s["soi"]], True),
+                Span.codes(codes, self.vocabulary, read=True),
+                Span.text([s["eoi"], *self.ids(question)], True),
+                Span.words([None] * inputs.longest, self.vocabulary, read=True),
+            ]
+            for codes, question in zip(inputs.codes, inputs.texts, strict=True)
+        ]
+        return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), (s["eot"],)))
+
+    def chat(self, inputs: TaskInputs) -> DecodeRequest:
+        if not all(isinstance(turn, str) for turn in inputs.turns or ()):
+            raise ValueError("mmada answers one question at a time; give strings, not conversations")
+        hidden = Span.words([None] * inputs.longest, self.vocabulary, read=True)
+        rows = [[Span.text(self.ids(str(turn)), True), hidden] for turn in inputs.turns or ()]
+        needs = TaskNeeds(self._never(), (self.vocabulary.specials["eot"],))
+        return lay_out(rows, self._answers(inputs.longest), needs)
+
+    def ids(self, question: str) -> list[int]:
+        """A question in the chat template, with bos."""
         s = self.vocabulary.specials
         ids = [s["bos"]]
-        for role, words in (
-            ("user", f"\n{question}<eot_id>"),
-            ("assistant", "\n"),
-        ):  # "<eot_id>" is upstream's spelling
-            ids += [s["start_header"], *prompt_ids(role, self.encode), s["end_header"], *self._plain(words)]
+        # "<eot_id>" is upstream's spelling
+        for role, words in (("user", f"\n{question}<eot_id>"), ("assistant", "\n")):
+            ids += [s["start_header"], *self.encode(role), s["end_header"], *self.encode(words)]
         return ids
 
-    def _plain(self, words: str) -> list[int]:
-        assert self.encode is not None  # prompt_ids has refused otherwise
-        return list(self.encode(words))
+    def _picture(self, inputs: TaskInputs, config: SamplerConfig, needs: TaskNeeds | None = None) -> DecodeRequest:
+        texts = [self._words(text) for text in inputs.texts or ()]
+        away = [self._words(text) if text.strip() else [] for text in inputs.negative or [""] * len(texts)]
+        rows, others = ([self._row(text, n, inputs) for n, text in enumerate(column)] for column in (texts, away))
+        return lay_out(rows, config, needs, [] if needs else [others], left=True, drawn=needs is None)
 
-    def _words(self, prompt: Prompt) -> list[int]:
-        words = prompt_ids(prompt, self.encode)
-        if not words:
-            raise ValueError("the prompt is empty; write at least one word")
+    def _words(self, text: str) -> list[int | None]:
+        words = hidden_words(text, self.encode)
+        if len(words) + 2 > self.text_length:
+            raise ValueError(f"the text needs {len(words) + 2} tokens and {self.text_length} fit; shorten it")
         return words
 
-    def _canvas(self, rows: int, codes: Tensor | None, holes: Tensor | None) -> Tensor:
-        """Image ids `[B, N]`, [MASK] where to decode."""
-        if codes is None:
-            return torch.full((rows, self.side**2), self.vocabulary.image_mask)
-        if codes.shape != (rows, self.side, self.side):
-            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected {(rows, self.side, self.side)}")
-        return hide_codes(image_ids(codes, self.vocabulary), holes, self.vocabulary)[0].flatten(1)
+    def _row(self, words: Sequence[int | None], number: int, inputs: TaskInputs) -> list[Span]:
+        s = self.vocabulary.specials
+        image = replace(Span.masked_image(self.grid, self.vocabulary), read=True)
+        if inputs.codes is not None:
+            if tuple(inputs.codes.shape[1:]) != self.grid:
+                raise ValueError(f"codes have shape {tuple(inputs.codes.shape[1:])}; expected {self.grid}")
+            holes = None if inputs.holes is None else inputs.holes[number]
+            image = Span.codes(inputs.codes[number], self.vocabulary, holes, read=True)
+        text = Span.words(words, self.vocabulary, read=True)
+        return [
+            Span.text([s["t2i"], s["bos"]], True),
+            text,
+            Span.text([s["eos"], s["soi"]], True),
+            image,
+            Span.text([s["eoi"]], True),
+        ]
 
-    def _rows(self, texts: Sequence[Sequence[int]], image: Tensor) -> TokenBatch:
-        rows = MMaDAPrompts(self.vocabulary, self.text_length).text_to_image(texts, image)
-        return mmada_batch(rows.ids, self.vocabulary, rows.visible)
-
-    def _answers(self, answer_length: int) -> SamplerConfig:
+    def _answers(self, length: int) -> SamplerConfig:
         if self.text is not None:
             return self.text
-        steps, block_length = max(1, answer_length // 2), max(1, answer_length // 4)  # upstream's
-        config = answer_config(self.vocabulary, steps, block_length)
-        return replace(config, ends=(self.vocabulary.specials["eot"],))
+        return answer_config(self.vocabulary, max(1, length // 2), max(1, length // 4))  # upstream's
+
+    def _never(self) -> tuple[int, ...]:
+        """Marks that only prompts have."""
+        return tuple(i for name, i in self.vocabulary.specials.items() if name not in ("eos", "eot"))

@@ -3,6 +3,7 @@
 from unidiff.families.checkpoint.dit import DIT_KEY, TINY_SHAPE, has_images
 from unidiff.families.family import Family, Tiny
 from unidiff.families.unidisc.published import RELEASES
+from unidiff.families.unidisc.rows import UniDiscLayout
 from unidiff.families.unidisc.weights import unidisc_keymap, unidisc_settings, unidisc_vocabulary
 
 _TINY = {
@@ -29,4 +30,5 @@ UNIDISC = Family(
     releases=RELEASES,
     unstated=("cond_dim", "dropout"),
     tiny=Tiny({"model": _TINY}, (0.845297, 1.50554, 0.790528, -1.35141)),
+    layout=UniDiscLayout.of,
 )

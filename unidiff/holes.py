@@ -41,14 +41,6 @@ def split_holes(text: str, most: int = MOST, what: str = "text") -> list[str | i
     return [part for part in [*parts, _words(text[place:], what)] if part != ""]
 
 
-def between_holes(texts: Sequence[str]) -> list[str]:
-    """The words of texts, without their holes and the signs between two of them; errors as of `split_holes`."""
-    from unidiff.tokens.known_words import words_of  # that package imports torch, which `--help` does without
-
-    parts = [split_holes(text) for text in texts]
-    return [part for row in parts for part in row if isinstance(part, str) and (len(row) == 1 or words_of(part))]
-
-
 def has_holes(text: str, what: str = "text") -> bool:
     """Whether a text has holes; errors as of `split_holes`."""
     return any(isinstance(part, int) for part in split_holes(text, what=what))

@@ -9,7 +9,8 @@ from PIL import Image
 from tiny_pipeline import GRID, SIZE, TEXT_LENGTH, tiny_pipeline
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, SamplerConfig
-from unidiff.tokens import Modality
+from unidiff.families.layout import TaskInputs
+from unidiff.tokens import Modality, TokenBatch
 
 HEIGHT, WIDTH = SIZE
 
@@ -219,7 +220,7 @@ def test_callback_watches_and_interrupts(pipe):
     assert [c[1] for c in calls] == sorted((c[1] for c in calls), reverse=True) and calls[-1][1:] == (0.0, 0)
 
     def stop(p, step, t, tensors):
-        p._interrupt = True
+        p.interrupt = True
 
     for callback in (stop, lambda *_: False):
         result = pipe.text_to_image("a dog", steps=6, guidance_scale=1.0, callback_on_step_end=callback)
@@ -246,10 +247,8 @@ def test_bfloat16_runs(pictures):
 
 
 def test_rows_lay_text_first_and_place_the_picture(pipe, pictures):
-    from unidiff.pipelines.rows import build_batch
-
-    slots = [pipe.text_slots.hidden(2), pipe.text_slots.hidden()]
-    batch = build_batch(slots, None, None, pipe.settings)
+    batches = [pipe.layout.request("generate", TaskInputs(1, longest=n)).batch for n in (2, TEXT_LENGTH - 1)]
+    batch = TokenBatch.cat(batches)
     assert batch.valid.sum(1).tolist() == [3 + 6, TEXT_LENGTH + 6]  # cut text is padding; the picture stays in place
     assert (batch.modality[:, TEXT_LENGTH:] == Modality.IMAGE).all()
     assert batch.positions[0, TEXT_LENGTH:, 1].tolist() == [0, 0, 0, 1, 1, 1]

@@ -15,7 +15,8 @@ from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, S
 from unidiff.decoding.cache import CacheByRow
 from unidiff.decoding.cache.auto import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.settings import TASKS, by_modality, with_overrides
+from unidiff.pipelines.options import DecodeOptions
+from unidiff.pipelines.settings import TASKS
 from unidiff.pipelines.tasks import choose_task
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -196,17 +197,21 @@ def test_block_length_and_threshold_reach_the_sampler(pipe, inputs):
 
 def test_overrides_keep_the_rest():
     base = SamplerConfig(text=ModalityDecoding(rule="hierarchical", block_length=8), image=ModalityDecoding(steps=5))
-    changed = with_overrides(base, block_length={"image": 4}, threshold={"text": 0.7, "image": 0.3})
+    changed = DecodeOptions(block_length={"image": 4}, threshold={"text": 0.7, "image": 0.3}).apply(base)
     assert (changed.text.rule, changed.text.threshold, changed.text.block_length) == ("hierarchical", 0.7, 8)
     assert (changed.image.rule, changed.image.threshold, changed.image.block_length) == ("threshold", 0.3, 4)
-    steps = with_overrides(base, steps=3, threshold={"text": 0.7})
+    steps = DecodeOptions(steps=3, threshold={"text": 0.7}).apply(base)
     assert (steps.text.rule, steps.image.rule, steps.image.steps) == ("threshold", "quota", 3)
     ahead = ModalityDecoding(rule="threshold", block_length=2, blocks_in_flight=9, flight_threshold=0.9)
-    surer = with_overrides(replace(base, text=ahead), threshold={"text": 0.7}).text
+    surer = DecodeOptions(threshold={"text": 0.7}).apply(replace(base, text=ahead)).text
     assert (surer.blocks_in_flight, surer.threshold, surer.flight_threshold) == (9, 0.7, 0.7)
-    counted = with_overrides(replace(base, text=ahead), steps=3).text
+    counted = DecodeOptions(steps=3).apply(replace(base, text=ahead)).text
     assert (counted.rule, counted.steps, counted.block_length, counted.blocks_in_flight) == ("quota", 3, None, 1)
-    assert by_modality("threshold", 0.5, ("text",)) == {"text": 0.5} and by_modality("threshold", None, ("text",)) == {}
+    for drawn in (False, True):  # one number is of what the task decodes
+        once = DecodeOptions(threshold=0.5).apply(SamplerConfig(), drawn)
+        assert (once.image.rule == "threshold") == drawn and (once.text.threshold == 0.5) == (not drawn)
+    entropy = DecodeOptions(threshold=0.5).apply(SamplerConfig(text=ModalityDecoding(confidence="entropy")))
+    assert entropy.text.confidence == "probability"
 
 
 def test_a_call_finds_its_task(pipe, inputs, picture):

@@ -11,9 +11,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
 from unidiff.decoding.cache import IntervalCache
+from unidiff.families.layout import TaskInputs
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.released import ReleasedPipeline
-from unidiff.pipelines.released_folder import load_texts
+from unidiff.pipelines.released import load_texts
 
 TALK = [
     {"role": "user", "content": "owls?"},
@@ -30,7 +30,7 @@ def pipe(request, tmp_path_factory):
 
 
 def test_a_row_of_a_batch_is_the_row_alone(pipe):
-    assert isinstance(pipe, ReleasedPipeline) and pipe.images is None
+    assert type(pipe) is UniDiffPipeline and pipe.images is None
     told = pipe.chat(["a fox?", TALK, "two red owls on a hill?"], 6, generator=3)
     assert len(told.texts) == 3 and max(map(len, told.text_ids)) <= 6 and told.images is None
     assert told.nfe == 6 and told.codes.shape == (3, 0, 0)  # a pass per token unless steps say otherwise
@@ -47,7 +47,9 @@ def test_a_row_of_a_batch_is_the_row_alone(pipe):
 @pytest.mark.parametrize("length", [33, 40, 50, 65])
 def test_an_answer_takes_a_pass_per_token_or_the_steps_asked_for(pipe, length):
     """Also where the last block is short: of 33 tokens in blocks of 32 for instance."""
-    whole = replace(pipe.tasks.chat(["a fox?"], length).config, stop_at_eos=False)  # no early end
+    request = pipe.layout.request("chat", TaskInputs(1, turns=["a fox?"], longest=length))
+    never = (*request.needs.ends, pipe.vocabulary.specials["eos"])  # no early end
+    whole = replace(request.config, text=replace(request.config.text, forbid=never))
     for steps, passes in (
         (None, length),
         (length // 2, length // 2),
@@ -64,10 +66,10 @@ def test_the_marks_of_the_turns_come_from_the_tokenizer(pipe):
     asked = pipe.chat("a fox?", 4, generator=0)
     prompt = asked.ids[0, :-4].tolist()
     own = {"llada": "<|startoftext|><|start_header_id|>user", "dream": "<|im_start|>system\nYou are a helpful"}
-    assert words.decode(prompt, keep_specials=True).startswith(own[pipe.tasks.family])
+    assert words.decode(prompt, keep_specials=True).startswith(own[pipe.layout.family])
     assert "a fox?" in words.decode(prompt)
-    never = {words.special(name) for name in TURNS[pipe.tasks.family][1:3]} - {words.special("eos")}
-    assert not never & set(asked.ids[0, -4:].tolist()) or pipe.tasks.family == "dream"
+    never = {words.special(name) for name in TURNS[pipe.layout.family][1:3]} - {words.special("eos")}
+    assert not never & set(asked.ids[0, -4:].tolist()) or pipe.layout.family == "dream"
 
 
 def test_holes_are_filled_and_the_rest_stays(pipe):
@@ -76,7 +78,7 @@ def test_holes_are_filled_and_the_rest_stays(pipe):
     first, second = filled.text_ids
     assert first[: len(encode("a"))] == encode("a") and first[len(encode("a")) + 2 :] == encode(" fox")
     assert len(second) == len(encode("two")) + 1 + len(encode(" on a")) + 3
-    assert pipe.released.vocabulary.mask_id not in first + second
+    assert pipe.vocabulary.mask_id not in first + second
     alone = pipe.infill("a <mask:2> fox", generator=[int(filled.seeds[0])])
     assert alone.text_ids == [first]
     with pytest.raises(ValueError, match="known in full"):
@@ -113,9 +115,9 @@ def test_knobs_caches_and_callbacks(pipe):
     pipe.chat("a red fox?", callback_on_step_end=watch, **asked)
     assert seen[0][0] is pipe and [n for _, _, n in seen[:3]] == [7, 6, 5] and len(seen) == 4
     assert [t for _, t, _ in seen] == [7 / 8, 6 / 8, 5 / 8, 0]
-    with pytest.raises(ValueError, match="record_trajectory is for unidiff's own models"):
-        pipe.chat("a", record_trajectory=True)
-    with pytest.raises(TypeError, match=r"^ReleasedPipeline.chat\(\) has no argument 'stpes'; did you mean 'steps'\?$"):
+    with pytest.raises(ValueError, match="num_candidates is 2, but chat has no pictures to compare words with"):
+        pipe.chat("a", num_candidates=2)
+    with pytest.raises(TypeError, match=r"^UniDiffPipeline.chat\(\) has no argument 'stpes'; did you mean 'steps'\?$"):
         pipe.chat("a", stpes=3)
     with pytest.raises(ValueError, match="cache and policy both"):
         pipe.chat("a", cache="dual", policy=IntervalCache(2), **asked)
@@ -125,8 +127,16 @@ def test_knobs_caches_and_callbacks(pipe):
         pipe.chat("a", image_guidance_scale=2.0, **asked)
 
 
+def test_the_way_of_a_text_is_recorded(pipe, tmp_path):
+    told = pipe.chat(["a fox?", TALK], 5, generator=3, record_trajectory=True)
+    assert told.trajectory.frames is None and len(told.trajectory.texts) == told.nfe + 1
+    assert told.trajectory.texts[0] == ["_ _ _ _ _"] * 2 and told.trajectory.texts[-1] == told.texts
+    told.save_gif(tmp_path / "way.gif")
+    told.save_filmstrip(tmp_path / "way.png", 3)
+
+
 def test_what_a_text_model_cannot_do(pipe):
-    family = pipe.tasks.family
+    family = pipe.layout.family
     for task, inputs in (
         ("text_to_image", ("a fox",)),
         ("caption", (None,)),

@@ -12,8 +12,7 @@ from tiny_pipeline import tiny_pipeline
 
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
-from unidiff.pipelines.released import ReleasedPipeline
-from unidiff.pipelines.released_folder import load_released_pipeline
+from unidiff.pipelines.released import load_released_parts
 
 
 def released(folder: Path, kind: str):
@@ -21,9 +20,9 @@ def released(folder: Path, kind: str):
         write_folder(folder / "512")
         return MudditPipeline.from_folder(folder / "512")
     if kind in ("mmada", "lumina"):
-        return load_released_pipeline(folder, vocabulary=write_pictures(folder, kind))
+        return UniDiffPipeline(*load_released_parts(folder, vocabulary=write_pictures(folder, kind)))
     write_chat(folder, kind)
-    return load_released_pipeline(folder)
+    return UniDiffPipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", ["mmada", "lumina", "llada", "dream", "muddit"])
@@ -36,8 +35,7 @@ def test_released_pipelines(tmp_path, kind):
         for name, part in pipe.components.items():
             assert again.components[name] is part or again.components[name] == part
         if kind != "muddit":
-            assert again.transformer is pipe.transformer and again.grid == pipe.grid
-            assert again.fixed_size == pipe.fixed_size
+            assert again.transformer is pipe.transformer and again.layout is pipe.layout
         else:
             assert again.image_size == pipe.image_size
     if kind == "llada":
@@ -47,13 +45,15 @@ def test_released_pipelines(tmp_path, kind):
 
 def test_classes_do_not_mix(tmp_path):
     chat, ours = released(tmp_path, "llada"), tiny_pipeline()
-    for cls, pipe in (
-        (UniDiffPipeline, chat),
-        (ReleasedPipeline, ours),
-        (MudditPipeline, ours),
-        (MudditPipeline, chat),
-    ):
-        with pytest.raises(ValueError, match=f"got a {type(pipe).__name__}; expected a {cls.__name__}"):
-            cls.from_pipe(pipe)
-    with pytest.raises(TypeError, match="unexpected argument 'text'; did you mean 'texts'"):
-        ReleasedPipeline.from_pipe(chat, text=1)
+
+    class Own(UniDiffPipeline):
+        pass
+
+    assert Own.from_pipe(Own.from_pipe(Own(**ours.components))).transformer is ours.transformer
+    for pipe in (chat, ours):
+        with pytest.raises(ValueError, match="got a UniDiffPipeline; expected a Own"):
+            Own.from_pipe(pipe)
+    with pytest.raises(TypeError, match="unexpected argument 'layot'; did you mean 'layout'"):
+        UniDiffPipeline.from_pipe(chat, layot=1)
+    with pytest.raises(ValueError, match="llada is not saved as a pipeline; `unidiff convert` writes"):
+        chat.save_pretrained(tmp_path / "new")

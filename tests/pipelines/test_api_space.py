@@ -20,7 +20,6 @@ from api_values import (
     FLAGS,
     HOLES,
     MASKS,
-    MORE_OPTIONS,
     NOT_MASKS,
     NOT_PICTURES,
     NOT_TEXTS,
@@ -110,7 +109,7 @@ def arguments_of(family: str, task: str) -> dict[str, Argument]:
         text = Argument(TEXTS, [*NOT_TEXTS[:4], *NOT_TEXTS[6:]] if family == "muddit" else NOT_TEXTS, True)
         own |= {"text": text} if family == "muddit" else {"text": _FILLED, "paste_back": _FLAG}
         own |= {} if family == "muddit" else {"num_images_per_prompt": _COUNT}
-    if task == "text_to_image" and family in ("native", "muddit"):
+    if task == "text_to_image":
         wrong = [make for n, make in enumerate(NOT_TEXTS) if n not in (4, 5, 10)]  # "" and " " mean hidden words
         own["negative_prompt"] = Argument(_constant(None, "", "a fox"), wrong)
     return own
@@ -119,16 +118,13 @@ def arguments_of(family: str, task: str) -> dict[str, Argument]:
 def tasks_of(family: str, pipe: Any) -> tuple[str, ...]:
     if family == "muddit":
         return "text_to_image", "caption", "answer", "inpaint"
-    if family == "native":
-        return "text_to_image", "caption", "answer", "inpaint", "generate"
-    return pipe.tasks.names
+    return pipe.layout.tasks
 
 
 def options_of(family: str, task: str) -> dict[str, Argument]:
     options = {name: Argument(*values) for name, values in OPTIONS.items()}
-    if family == "native":
-        options |= {name: Argument(*values) for name, values in MORE_OPTIONS.items()}
-        options["record_trajectory"] = Argument(_constant(False, True), OPTIONS["record_trajectory"][1])
+    if task in ("chat", "complete", "infill"):
+        options["num_candidates"] = Argument(_constant(None, 1), OPTIONS["num_candidates"][1])
     if family == "muddit":
         names = ("steps", "generator", "output_type", "guidance_scale")
         options = {name: options[name] for name in names}
@@ -241,7 +237,6 @@ _CLASH = (  # right values that do not go together
     "do not go with",
     "known in full",
     "nothing is left to decode",
-    "record_trajectory is for",
     "changes nothing at guidance_scale 1",
     "cache and policy both",
     "only edit is guided",
@@ -282,7 +277,7 @@ def check_result(call: Call, pipe: Any, result: Any, space: Space) -> None:
             assert tuple(result.images.shape) == shape and result.images.min() >= 0 and result.images.max() <= 1
     if call.family == "muddit":
         return
-    vocabulary = pipe.settings.vocabulary if call.family == "native" else pipe.released.vocabulary
+    vocabulary = pipe.vocabulary
     hidden = {vocabulary.mask_id, vocabulary.image_mask}
     valid = result.ids if call.family == "native" else result.ids[result.ids != 0]
     assert not hidden & set(valid.flatten().tolist()), f"{call}: [MASK] is left"

@@ -10,9 +10,11 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from unidiff.decoding import ModalityDecoding, SamplerConfig
+from unidiff.families.layout import TaskInputs
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.candidates import agreement, candidate_seeds
+from unidiff.pipelines.candidates import agreement
+from unidiff.pipelines.seeds import candidate_seeds
 from unidiff.tokens import Modality, TokenBatch
 
 
@@ -36,8 +38,9 @@ def test_the_kept_row_is_the_candidate_that_agrees_best(pipe) -> None:
     for row, prompt in enumerate(prompts):
         seeds = candidate_seeds(torch.tensor([3 + row]), count).tolist()
         all_of_it = pipe.text_to_image([prompt] * count, generator=seeds)
-        batch = pipe._rows([pipe.text_slots.prompt(prompt)] * count, None, None).replace(ids=all_of_it.ids)
-        scores = agreement(pipe.transformer, pipe.settings.vocabulary, batch)
+        request = pipe.layout.request("text_to_image", TaskInputs(count, [prompt] * count))
+        batch = request.batch.replace(ids=all_of_it.ids)
+        scores = agreement(pipe.transformer, pipe.settings.vocabulary, batch, request.judged())
         best = int(scores.argmax())
         assert scores.unique().numel() > 1
         assert int(kept.seeds[row]) == seeds[best]
@@ -49,15 +52,16 @@ def test_the_kept_row_is_the_candidate_that_agrees_best(pipe) -> None:
 def test_a_picture_that_does_not_fit_itself_scores_less(pipe) -> None:
     """With the words given, changing one drawn code to the model's least likely one lowers the score of that row alone."""
     drawn = pipe.text_to_image(["a dog"] * 2, generator=[3, 3])
-    batch = pipe._rows([pipe.text_slots.prompt("a dog")] * 2, None, None).replace(ids=drawn.ids)
+    request = pipe.layout.request("text_to_image", TaskInputs(2, ["a dog"] * 2))
+    batch, words = request.batch.replace(ids=drawn.ids), request.judged()
     vocabulary, last = pipe.settings.vocabulary, drawn.ids.shape[1] - 1
-    before = agreement(pipe.transformer, vocabulary, batch)
+    before = agreement(pipe.transformer, vocabulary, batch, words)
     assert before[0] == before[1]
     scores = []
     for code in range(*vocabulary.image):
         ids = drawn.ids.clone()
         ids[1, last] = code
-        after = agreement(pipe.transformer, vocabulary, batch.replace(ids=ids))
+        after = agreement(pipe.transformer, vocabulary, batch.replace(ids=ids), words)
         assert after[0] == before[0]
         scores.append(float(after[1]))
     assert min(scores) < float(before[1]) - 0.1
@@ -87,16 +91,18 @@ def test_candidates_of_mixed_rows_do_not_depend_on_the_batch(pipe) -> None:
 
 def test_agreement_of_a_row_is_its_own(pipe) -> None:
     """Rows whose words were given or decoded, a row without words, and padding: the score of each is that alone."""
-    slots = [pipe.text_slots.template(t) for t in TEXTS]
-    batch = pipe._rows(slots, None, None)
+    batch = pipe.layout.request("generate", TaskInputs(len(TEXTS), TEXTS)).batch
     ids = torch.where(batch.targets, batch.ids * 0 + torch.arange(batch.shape[1]) % 8, batch.ids)
     image = batch.modality == Modality.IMAGE
     batch = batch.replace(ids=torch.where(image, pipe.settings.vocabulary.image[0] + ids % 8, ids))
     batch = TokenBatch.cat([batch, batch.rows([0]).replace(valid=image[:1], given=~image[:1])])
-    scores = agreement(pipe.transformer, pipe.settings.vocabulary, batch.pad_to(batch.shape[1] + 3))
+    padded, vocabulary = batch.pad_to(batch.shape[1] + 3), pipe.settings.vocabulary
+    words = lambda rows: rows.is_modality(Modality.TEXT) & (rows.positions[..., 0] > 0)  # noqa: E731
+    scores = agreement(pipe.transformer, vocabulary, padded, words(padded))
     assert float(scores[-1]) == -torch.inf and scores[:-1].isfinite().all()
     for row in range(len(batch.ids)):
-        own = agreement(pipe.transformer, pipe.settings.vocabulary, batch.rows([row]))
+        one = batch.rows([row])
+        own = agreement(pipe.transformer, vocabulary, one, words(one))
         torch.testing.assert_close(own[0], scores[row])
 
 

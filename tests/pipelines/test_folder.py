@@ -169,7 +169,7 @@ DAMAGE = {
     "damaged weights": (lambda f: (f / "transformer" / WEIGHTS).write_bytes(b"12345"), "weight file is damaged"),
     "another codebook": (
         lambda f: shutil.rmtree(f / "image_tokenizer") or _other_codebook(f / "image_tokenizer"),
-        "the image tokenizer has 8 codes but the vocabulary 16",
+        "the image tokenizer has 8 codes, but the model 16",
     ),
 }
 

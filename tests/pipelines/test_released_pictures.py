@@ -13,7 +13,6 @@ from unidiff.decoding import CacheConfig
 from unidiff.decoding.cache import IntervalCache
 from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.released import ReleasedPipeline
 
 FAMILIES = ("mmada", "lumina")
 QUICK = {"steps": 2, "generator": 5}
@@ -36,9 +35,8 @@ def pipes(tmp_path_factory):
         convert(folder / "theirs", folder / "ours", vocabulary=vocabulary)
         parts = {f"{kind}_tokenizer": folder / "theirs" / name for kind, name in PLACES.items()}
         made[family] = UniDiffPipeline.from_pretrained(folder / "ours", **parts)
-    lumina = made["lumina"]
-    small = replace(lumina.tasks, pixels=64)  # 4 x 4 codes where nothing else is asked for
-    made["any size"] = ReleasedPipeline(lumina.released, small, lumina.images, lumina.texts)
+    small = replace(made["lumina"].layout, pixels=64)  # 4 x 4 codes where nothing else is asked for
+    made["any size"] = UniDiffPipeline.from_pipe(made["lumina"], layout=small)
     made["lumina"] = made["any size"].sized(6, 6)
     return made
 
@@ -110,6 +108,29 @@ def test_holes_are_filled_and_the_rest_stays(pipes, family):
         pipe.inpaint(picture, None, "a fox", **QUICK)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_unidiffs_own_models_do_with_options(pipes, family, tmp_path):
+    """Candidates, negative prompts, what guidance hides, the recorded way."""
+    pipe, words = pipes[family], ["a fox", "two owls on a hill"]
+    best = pipe.text_to_image(words, num_candidates=3, generator=[5, 6], steps=2, record_trajectory=True)
+    assert len(best.images) == 2 and best.trajectory.frames.shape[1:] == (2, 6, 6, 3)
+    assert best.trajectory.texts[0] == words and torch.equal(best.trajectory.ids[-1], best.ids)
+    best.save_gif(tmp_path / "way.gif")
+    alone = pipe.text_to_image(words[1], generator=[int(best.seeds[1])], steps=2)
+    assert torch.equal(alone.codes[0], best.codes[1])
+    plain, away, hidden, text = (
+        pipe.text_to_image(words, generator=[5, 6], steps=2, **more)
+        for more in ({}, {"negative_prompt": "owls"}, {"negative_prompt": ""}, {"guidance_hides": "text"})
+    )
+    assert torch.equal(plain.ids, hidden.ids)
+    assert not torch.equal(plain.confidences, away.confidences)
+    assert not torch.equal(plain.confidences, text.confidences)
+    with pytest.raises(ValueError, match="give one of them"):
+        pipe.text_to_image(words, negative_prompt="owls", guidance_hides="text")
+    with pytest.raises(ValueError, match="changes nothing at guidance_scale 1"):
+        pipe.text_to_image(words, negative_prompt="owls", guidance_scale=1.0)
+
+
 def test_what_a_family_cannot_do(pipes):
     can = {
         "mmada": "text_to_image, caption, answer, inpaint, chat",
@@ -150,7 +171,7 @@ def test_lumina_draws_and_reads_any_size(pipes):
     odd = Image.new("RGB", (21, 7), "red")
     with pytest.raises(ValueError, match="image size 7x21 must be a positive multiple of 2"):
         pipe.caption(odd)
-    rows, columns = pipe.tasks.fit(7, 21)
+    rows, columns = pipe.layout.fit(7, 21)
     assert columns > rows  # the shape of the picture is kept
     assert pipe.caption(odd, 3, resize=True, generator=1).codes.shape == (1, rows, columns)
     assert pipe.sized(6, 6).caption(odd, 3, resize=True, generator=1).codes.shape == (1, 3, 3)  # a size asked for
@@ -178,5 +199,7 @@ def test_lumina_edits_with_references_masks_and_two_scales(pipes):
     assert torch.equal(kept.codes[0][:, 1:], given[:, 1:])
     with pytest.raises(ValueError, match="give either the size"):
         pipe.edit(pictures[0], "make it red", mask_image=_left(6, 4), height=8, width=8)
+    with pytest.raises(ValueError, match="does not suit edit, which is guided in 2 directions"):
+        pipe.edit(pictures[0], "make it red", guidance_hides="text")
     with pytest.raises(ValueError, match="2 prompts do not go with 3"):
         pipe.edit(pictures + pictures[:1], ["a", "b"])

@@ -1,0 +1,288 @@
+"""What a pipeline asks of a family: rows for a task, its settings, what the task needs of any settings, how it is read back.
+
+A `RowLayout` knows the tasks that it has methods for. A method takes `TaskInputs` and returns a `DecodeRequest`, mostly by
+`lay_out` from rows of spans. A family's entry names what makes its layout: `Family(layout=...)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.config import SamplerConfig
+from unidiff.holes import split_holes
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
+from unidiff.tokens.batch import read_mask
+
+Grid = tuple[int, int]
+Encode = Callable[[str], Sequence[int]]
+LONGEST = 64
+MOST_TOKENS = 4096
+"""Tokens to write in one row where the model sets no limit of its own."""
+DESCRIBE = "Please describe this image in detail."
+TASKS = ("text_to_image", "caption", "answer", "inpaint", "edit", "generate", "chat", "complete", "infill")
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a task was given, checked: plain values, one entry for each of B rows.
+
+    Attributes:
+        count: B.
+        texts: prompts, questions, captions (with `<mask>` holes where the task fills them) or texts to go on with; None
+            for unknown words.
+        negative: what guidance leads away from, "" for what the family hides without one.
+        turns: questions and conversations of a chat.
+        codes: int64 `[B, h, w]`, pictures; None for unknown ones. holes: bool of that shape, codes to decode again.
+        references: int64 `[B, h', w']`, further pictures of an edit.
+        grid: (rows, columns) of codes of the picture to draw, where the family draws any.
+        longest: most tokens of a text to write.
+    """
+
+    count: int
+    texts: Sequence[str] | None = None
+    negative: Sequence[str] | None = None
+    turns: Sequence[Any] | None = None
+    codes: Tensor | None = None
+    holes: Tensor | None = None
+    references: Tensor | None = None
+    grid: Grid | None = None
+    longest: int = LONGEST
+
+
+@dataclass(frozen=True)
+class TaskNeeds:
+    """What a task asks of any settings, a caller's own too: applied last, so that nothing undoes it.
+
+    Attributes:
+        forbid: text ids that are never written. ends: further ids that end a text. fill: see `SamplerConfig`.
+        stop_at_eos: whether a text ends at its end; False where every hole is filled.
+    """
+
+    forbid: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    fill: int | None = None
+    stop_at_eos: bool = True
+
+    def keep_in(self, config: SamplerConfig) -> SamplerConfig:
+        """The settings with what the task needs."""
+        return replace(
+            config,
+            text=replace(config.text, forbid=tuple(sorted({*config.text.forbid, *self.forbid}))),
+            ends=tuple(dict.fromkeys((*config.ends, *self.ends))),
+            fill=config.fill if self.fill is None else self.fill,
+            stop_at_eos=self.stop_at_eos,
+        )
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """B rows of a task, ready for the sampler.
+
+    Attributes:
+        batch: what is given and what is to be decoded.
+        config: the family's settings for the task. needs: what the task asks of any settings.
+        words: bool `[B, L]`, positions that the text of a row is read from.
+        picture: bool `[B, L]`, codes of the picture that is given back, as many in each row.
+        unconditional: rows of the guidance streams where hiding given tokens does not make them.
+        always_seen: bool `[B, L]`, given tokens that guidance never hides; None leaves hiding to the sampler.
+        drawn: pictures are decoded and no text, so that a threshold is one of image codes.
+    """
+
+    batch: TokenBatch
+    config: SamplerConfig
+    needs: TaskNeeds
+    words: Tensor
+    picture: Tensor
+    unconditional: tuple[TokenBatch, ...] = ()
+    always_seen: Tensor | None = None
+    drawn: bool = False
+
+    def condition(self, hide: str) -> Tensor | None:
+        """bool `[B, L]`: given positions that the guidance stream does not see; None leaves it to the sampler."""
+        if self.always_seen is None or hide == "other":
+            return None
+        hidden = self.batch.given & self.batch.valid & ~self.always_seen
+        if hide == "given":
+            return hidden
+        return hidden & (self.batch.modality == (Modality.TEXT if hide == "text" else Modality.IMAGE))
+
+    def judged(self) -> Tensor:
+        """bool `[B, L]`: the words that pictures are compared with, where one of several decodes is kept."""
+        if self.always_seen is None:
+            return self.words
+        return self.batch.is_modality(Modality.TEXT) & ~self.always_seen
+
+    def repeated(self, count: int, device: torch.device | str) -> DecodeRequest:
+        """Each row `count` times in a row, on a device."""
+        tries = torch.arange(len(self.batch.ids)).repeat_interleave(count)
+        return replace(
+            self,
+            batch=self.batch.rows(tries).to(device),
+            words=self.words[tries].to(device),
+            picture=self.picture[tries].to(device),
+            unconditional=tuple(rows.rows(tries).to(device) for rows in self.unconditional),
+            always_seen=None if self.always_seen is None else self.always_seen[tries].to(device),
+        )
+
+    def finished(self, batch: TokenBatch, count: int) -> DecodeRequest:
+        """The row that was kept of every `count`, decoded, in the host's memory."""
+        words, picture = self.words[::count].cpu(), self.picture[::count].cpu()
+        return DecodeRequest(batch.to("cpu"), self.config, self.needs, words, picture)
+
+    def text_ids(self, ids: Tensor, vocabulary: Vocabulary, ends: Sequence[int]) -> list[list[int]]:
+        """The texts of rows `[B, L]` as the tokenizer's ids, each up to before its first end."""
+        stop, start = {*ends, vocabulary.specials.get("eos")}, vocabulary.text[0]
+        texts = [row[chosen].tolist() for row, chosen in zip(ids, self.words, strict=True)]
+        return [[i - start for i in row[: next((n for n, i in enumerate(row) if i in stop), None)]] for row in texts]
+
+    def picture_ids(self, ids: Tensor) -> Tensor:
+        """Ids of the pictures of rows `[..., B, L]`: int64 `[..., B, h, w]`, with h = w = 0 where there are none."""
+        if not bool(self.picture.any()):
+            return ids.new_zeros(*ids.shape[:-1], 0, 0)
+        height, width = (self.batch.positions[self.picture][:, 1:].amax(0) + 1).tolist()
+        return ids[..., self.picture].unflatten(-1, (len(self.picture), height, width))
+
+
+def lay_out(
+    rows: Sequence[Sequence[Span]],
+    config: SamplerConfig,
+    needs: TaskNeeds | None = None,
+    others: Sequence[Sequence[Sequence[Span]]] = (),
+    left: bool = False,
+    **more: Any,
+) -> DecodeRequest:
+    """A request of rows of spans, of which those with `read` are given back, and of the rows of guidance streams.
+
+    Args:
+        others: rows for each stream, all padded to one length. left: on the left, so that their ends agree.
+    """
+    streams = [rows, *others]
+    length = max((sum(_size(span) for span in row) for stream in streams for row in stream), default=0)
+    batch, *rest = (TokenBatch.from_spans(stream, length, left=left) for stream in streams)
+    read = read_mask(rows, length, left)
+    words, picture = (read & batch.is_modality(modality) for modality in (Modality.TEXT, Modality.IMAGE))
+    return DecodeRequest(batch, config, needs or TaskNeeds(), words, picture, tuple(rest), **more)
+
+
+def unseen(row: Sequence[Span], vocabulary: Vocabulary) -> list[Span]:
+    """A row with [MASK] for everything given, as a guidance stream that hides all of it sees it."""
+    hidden = []
+    for span in row:
+        mask = vocabulary.mask_of(span.modality)
+        hidden.append(replace(span, ids=torch.where(torch.as_tensor(span.given), mask, span.ids)))
+    return hidden
+
+
+def _size(span: Span) -> int:
+    return span.ids.numel() + (0 if span.newline is None else len(span.ids))
+
+
+class RowLayout:
+    """The rows of a family. Subclasses are frozen dataclasses with a method for each task that the model can do.
+
+    Attributes:
+        family: its name. vocabulary: its ids.
+        sizes: whether a pipeline may be made for pictures of one size or another.
+        all_words: whether the text tokenizer has all text ids.
+    """
+
+    family: str
+    vocabulary: Vocabulary
+    sizes: ClassVar[bool] = False
+    all_words: ClassVar[bool] = False
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the model can do, names of `TASKS`."""
+        return tuple(task for task in TASKS if hasattr(self, task))
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of codes of a picture, the usual ones where there are others; (0, 0) without pictures."""
+        return 0, 0
+
+    @property
+    def any_size(self) -> bool:
+        """Whether pictures of any size are taken as they are."""
+        return False
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text where nothing else is asked for."""
+        return LONGEST
+
+    @property
+    def most(self) -> int:
+        """Most tokens of a text that may be asked for."""
+        return MOST_TOKENS
+
+    def check_parts(self, transformer: Any, images: Any, texts: Any) -> None:
+        """Raise `ValueError` unless network and tokenizers (None for no pictures) have the ids of the vocabulary."""
+        codes, vocabulary = 0 if images is None else images.codebook_size, self.vocabulary
+        if codes != vocabulary.image_size:
+            raise ValueError(
+                f"the image tokenizer has {codes or 'no'} codes, but the model {vocabulary.image_size}; give the one it was "
+                "trained with"
+            )
+        least = vocabulary.text_size if self.all_words else 0
+        if not least <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
+            raise ValueError(
+                f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
+                "trained with"
+            )
+
+    def candidates(self, task: str) -> int:
+        """Decodes of each row of a task, of which the best is kept, where nothing else is asked for."""
+        return 1
+
+    def note(self, task: str) -> str:
+        """What a person should know about a task that the weights do not do well; "" for nothing."""
+        return ""
+
+    def fit(self, height: int, width: int) -> Grid:
+        """Rows and columns of codes that a picture of any size in pixels is best brought to."""
+        return self.grid
+
+    def need(self, task: str) -> None:
+        """Raise `ValueError` unless the model does the task."""
+        if not hasattr(self, task):
+            raise ValueError(f"{self.family} cannot do {task!r}; it does {', '.join(self.tasks)}")
+
+    def request(self, task: str, inputs: TaskInputs) -> DecodeRequest:
+        """The rows of a task.
+
+        Raises:
+            ValueError: a task that the model cannot do, words that do not fit, or codes outside the codebook.
+        """
+        self.need(task)
+        made: DecodeRequest = getattr(self, task)(inputs)
+        return made
+
+
+def hidden_words(text: str, encode: Encode, most: int = MOST_TOKENS, strip: bool = False) -> list[int | None]:
+    """Ids of a text, None for each hidden token; errors as of `split_holes`.
+
+    Args:
+        strip: every piece is encoded by itself, for tokenizers that put a space before each.
+    """
+    ids: list[int | None] = []
+    for part in split_holes(text, most):
+        if isinstance(part, int):
+            ids += [None] * part
+        elif part.strip() or not strip:
+            ids += encode(part.strip() if strip else part)
+    return ids
+
+
+def square_side(count: int) -> int:
+    """Rows of a square picture of so many codes; `ValueError` for another number."""
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(f"the config names {count} image codes; expected a square number")
+    return side

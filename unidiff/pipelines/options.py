@@ -1,0 +1,205 @@
+"""`DecodeOptions`: everything a caller may say about a decode, its checks, its place on the command line, its effect.
+
+This module imports no torch, so that the command line can list its options at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from unidiff.pipelines.arguments import MOST_ROWS, flag, one_of, short, whole
+
+if TYPE_CHECKING:
+    from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
+    from unidiff.decoding.graphs import Record
+    from unidiff.pipelines.seeds import RowGenerator
+
+OUTPUT_TYPES = ("pil", "pt", "np", "codes")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option on the command line.
+
+    Attributes:
+        name: with its dashes. kind: of its value. help: a sentence. default, least, most: of the value.
+    """
+
+    name: str
+    kind: Any
+    help: str
+    default: Any = None
+    least: int | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Keyword arguments that every task of every family takes, as far as its weights allow; None keeps the model's own.
+
+    Args:
+        steps: passes per modality.
+        guidance_scale: classifier-free guidance, 1 is off.
+        guidance_hides: what the unconditional pass does not see: `given` tokens, the `other` modality, or given `text` or
+            `image`.
+        image_guidance_scale: strength of the second direction of an edit, away from what comes without the pictures.
+        temperature: of token draws, 0 takes the best token.
+        sampler: a whole `SamplerConfig` in place of the task's default; the other arguments still apply on top, and then
+            what the task itself needs (ids that are never written, ends of texts).
+        cache: what is kept between passes: "auto", "none" (the default), "prefix", "dual", "vicinity", "interval",
+            "adaptive", "max-logit", "modality", "block-causal", or a `CacheConfig`, which says what each costs and gains.
+            "auto" takes what suits the task and none where rows are too short to gain (`choose_cache`); results say what
+            was used. Every cache but "block-causal" trades some quality for speed.
+        policy: a cache policy object of your own, in place of `cache`.
+        block_length: tokens per block, for both modalities or as `{"text": 16, "image": 64}`.
+        threshold: commit every token of at least this probability, at least one per pass: of text, in tasks that decode
+            pictures alone of the image, or as `{"text": 0.9, "image": 0.5}`.
+        num_candidates: decodes of each row, of which the one whose words and picture agree best by the model's own
+            likelihoods is kept; costs that many times the time and memory.
+        graphs: record the passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; without CUDA nothing
+            changes. A `Record` in place of True records by other means.
+        generator: None, an int, a torch.Generator, or a list with one of either per row.
+        output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`) or "codes" (int64 `[B, h, w]`).
+        callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass, with t the share
+            still open; returning False, or setting `pipe.interrupt`, fills the rest in one last pass.
+        record_trajectory: keep what the rows looked like after each pass.
+
+    Raises:
+        ValueError: a value of a kind or size that nobody can mean; `apply` refuses numbers out of range.
+    """
+
+    steps: int | None = field(
+        default=None, metadata={"flag": Flag("--steps", int, "Passes of the model; default: the model's own.")}
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "flag": Flag("--guidance", float, "How strictly to follow the input; 1 is off. Default: the model's own.")
+        },
+    )
+    guidance_hides: str | None = None
+    image_guidance_scale: float | None = None
+    temperature: float | None = field(
+        default=None,
+        metadata={"flag": Flag("--temperature", float, "Randomness of the draws; 0 takes the best token.")},
+    )
+    sampler: SamplerConfig | None = None
+    cache: str | CacheConfig | None = field(
+        default=None,
+        metadata={
+            "flag": Flag(
+                "--cache", str, "Cache between passes: auto, none or a policy such as dual; a wrong name lists all."
+            )
+        },
+    )
+    policy: RefreshPolicy | None = None
+    block_length: int | Mapping[str, int] | None = field(
+        default=None, metadata={"flag": Flag("--block-length", int, "Tokens per block, decoded one after the other.")}
+    )
+    threshold: float | Mapping[str, float] | None = field(
+        default=None, metadata={"flag": Flag("--threshold", float, "Commit every token of at least this probability.")}
+    )
+    num_candidates: int | None = field(
+        default=None,
+        metadata={
+            "flag": Flag(
+                "--candidates",
+                int,
+                "Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
+                least=1,
+                most=MOST_ROWS,
+            )
+        },
+    )
+    graphs: bool | Record = False
+    generator: RowGenerator = field(
+        default=None, metadata={"flag": Flag("--seed", int, "The same seed gives the same result.", default=0)}
+    )
+    output_type: str = "pil"
+    callback_on_step_end: Callable[..., Any] | None = None
+    record_trajectory: bool = False
+
+    def __post_init__(self) -> None:
+        from unidiff.decoding import CacheConfig, SamplerConfig
+        from unidiff.decoding.cache.config import CACHES
+
+        for name in ("steps", "num_candidates"):
+            if getattr(self, name) is not None:
+                whole(getattr(self, name), name, 1, MOST_ROWS)
+        flag(self.record_trajectory, "record_trajectory")
+        policy = lambda value: not isinstance(value, type) and callable(getattr(value, "start", None))  # noqa: E731
+        for name, fits, expected in (
+            ("sampler", lambda value: isinstance(value, SamplerConfig), "a SamplerConfig"),
+            ("policy", policy, "a cache policy object, for instance DualCache()"),
+            ("callback_on_step_end", callable, "a function of (pipe, step, t, tensors)"),
+            ("graphs", lambda value: isinstance(value, bool) or callable(value), "True, False or a Record"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name} is {short(value)}; expected {expected}")
+        if isinstance(self.cache, str) or not isinstance(self.cache, CacheConfig | Mapping | None):
+            names = ("auto", *CACHES)
+            one_of(self.cache, "cache", names, " or a CacheConfig (for a policy object of your own there is policy=)")
+        one_of(self.output_type, "output_type", OUTPUT_TYPES)
+
+    def apply(self, config: SamplerConfig, drawn: bool = False) -> SamplerConfig:
+        """Sampler settings with these options on top.
+
+        `steps`: a rule that ends by itself (threshold, factor) becomes a quota of that many, and its blocks that are in
+        flight together become one. `threshold`: a rule without a threshold becomes one, and compares probabilities.
+
+        Args:
+            config: of the task; `sampler` takes its place. drawn: the task decodes pictures alone.
+
+        Raises:
+            ValueError: a value outside its range, or a second direction of guidance where there is none.
+        """
+        from unidiff.decoding.config import RULES
+
+        further = config.guidance.further
+        config = config if self.sampler is None else self.sampler
+        changed: dict[str, ModalityDecoding] = {"text": config.text, "image": config.image}
+        guidance = config.guidance
+        if further and not guidance.further:  # the task has a stream for each
+            guidance = replace(guidance, further=further)
+        if self.steps is not None:
+            for name, schedule in (("text", "linear"), ("image", config.image.schedule)):
+                changed[name] = RULES[changed[name].rule].in_steps(changed[name], self.steps, schedule)
+        if self.temperature is not None:
+            changed = {name: replace(own, temperature=self.temperature) for name, own in changed.items()}
+        if self.guidance_scale is not None:
+            guidance = replace(guidance, scale=self.guidance_scale, text_scale=None, image_scale=None)
+        if self.guidance_hides is not None:
+            guidance = replace(guidance, hide=self.guidance_hides)
+        if self.image_guidance_scale is not None:
+            if not further:
+                raise ValueError(
+                    f"image_guidance_scale is {short(self.image_guidance_scale)}, but only edit is guided in a second "
+                    "direction; leave it out"
+                )
+            guidance = replace(guidance, further=(self.image_guidance_scale, *further[1:]))
+        for name, length in _by_modality("block_length", self.block_length, ("text", "image")).items():
+            changed[name] = replace(changed[name], block_length=length)
+        for name, least in _by_modality("threshold", self.threshold, ("image",) if drawn else ("text",)).items():
+            own = changed[name]
+            rule = own.rule if RULES[own.rule].has_threshold else "threshold"
+            confidence = "probability" if own.confidence == "entropy" else own.confidence
+            changed[name] = replace(own, rule=rule, confidence=confidence, threshold=least, flight_threshold=least)
+        return replace(config, **changed, guidance=guidance)
+
+
+OPTIONS = tuple(f.name for f in fields(DecodeOptions))
+FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(DecodeOptions) if "flag" in f.metadata}
+
+
+def _by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:
+    """A setting per modality from one number, which goes to the modalities in `default`, or from a mapping."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(default, value)
+    if unknown := sorted(str(key) for key in set(value) - {"text", "image"}):
+        raise ValueError(f"{name} names {unknown}; expected some of ['image', 'text']")
+    return dict(value)
