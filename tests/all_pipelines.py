@@ -40,7 +40,7 @@ def write_unidisc(folder: Path) -> None:
     texts.save_pretrained(folder / "text_tokenizer")
     config = {"model": {**UNIDISC_CONFIG, "text_vocab_size": texts.size + 1}}
     torch.manual_seed(0)
-    model = MaskedTransformer(**UNIDISC_CONFIG.settings(config))
+    model = MaskedTransformer(**UNIDISC.settings(config))
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.3)
     (folder / "config.json").write_text(json.dumps(config))

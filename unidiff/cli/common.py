@@ -161,7 +161,8 @@ def call(method: Any, *inputs: Any, **asked: Any) -> Any:
     asked = {name: value for name, value in asked.items() if value is not None and value is not False}
     known = (*own_arguments(method), *getattr(method, "options", OPTIONS))
     if unknown := [name for name in asked if name not in known]:
-        flag = OTHER_FLAGS.get(unknown[0], f"--{unknown[0].replace('_', '-')}")
+        name = unknown[0]
+        flag = FLAGS[name].name if name in FLAGS else OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{flag} does not go with {method.__name__} of this model; leave it out")
     return method(*inputs, **asked)
 
