@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen2Tokenizer
 
 from unidiff.errors import read_json
-from unidiff.families.checkpoint.load import PIPELINE_PARTS, load_released, read_config
-from unidiff.families.checkpoint.native import RECORD
+from unidiff.families.checkpoint.load import PIPELINE_PARTS, find_config, load_released, read_config
+from unidiff.families.checkpoint.own import RECORD
 from unidiff.families.layout import RowLayout
 from unidiff.families.registry import FAMILIES, fitting
 from unidiff.pipelines.settings import PipelineSettings
@@ -28,7 +28,7 @@ def is_released(folder: Path) -> bool:
     for part in (folder, *(folder / name for name in PIPELINE_PARTS[:1])):
         if (part / RECORD).is_file():
             return True
-        config = read_config(part / "weights")
+        config = read_config(find_config(part))
         if any(family.vocabulary is not None for family in fitting(config)):
             return True
     return False
