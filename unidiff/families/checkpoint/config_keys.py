@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Setting:
+class Argument:
     """A key that becomes an argument of our network as it is.
 
     Args:
@@ -49,7 +49,7 @@ class ConfigKeys:
 
     Args:
         what: whose, for messages.
-        used: keys that are read: types, or a `Setting`.
+        used: keys that are read: types, or an `Argument`.
         needed: keys without a default besides.
         fixed: options that would change the computation, with the values that are built here.
         harmless: keys that change nothing here, with the reason.
@@ -67,7 +67,7 @@ class ConfigKeys:
         """Raise `ConfigError` for the first key that is missing, of another type, or not built here; else `config`."""
         if not isinstance(config, Mapping):
             raise ConfigError(f"{self.what} is {json_name(config)}; expected named settings")
-        needed = (key for key, value in self.used.items() if isinstance(value, Setting) and value.default is ...)
+        needed = (key for key, value in self.used.items() if isinstance(value, Argument) and value.default is ...)
         for key in (*needed, *self.needed):
             if key not in config:
                 raise ConfigError(f"its config has no {key!r}, which {self.what} needs")
@@ -77,7 +77,7 @@ class ConfigKeys:
                 raise ConfigError(f"config has the key {key!r}; expected names")
             if key in self.used:
                 kind = self.used[key]
-                self._checked(key, value, kind.kind if isinstance(kind, Setting) else kind)
+                self._checked(key, value, kind.kind if isinstance(kind, Argument) else kind)
             elif key in self.fixed:
                 self._allowed(key, value, self.fixed[key])
             elif key in self.harmless or (key.startswith("_") and key not in _NAMES):
@@ -94,9 +94,9 @@ class ConfigKeys:
         return config
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of our network: the keys with a `Setting`, or upstream's defaults; checked before."""
+        """Arguments of our network: the keys with an `Argument`, or upstream's defaults; checked before."""
         self.check(config)
-        settings = {key: value for key, value in self.used.items() if isinstance(value, Setting)}
+        settings = {key: value for key, value in self.used.items() if isinstance(value, Argument)}
         return {setting.ours: config.get(key, setting.default) for key, setting in settings.items()}
 
     def _checked(self, key: str, value: Any, annotation: Any) -> None:

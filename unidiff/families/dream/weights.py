@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, plain_rope_theta
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear, per_layer
 from unidiff.families.family import Config, Spelling
 from unidiff.models.transformer import MaskedTransformer
@@ -37,14 +37,14 @@ COPIES = {"lm_head.weight": "model.embed_tokens.weight"}  # of a tied head
 KEYS = ConfigKeys(
     "dream",
     used={
-        "hidden_size": Setting("hidden_size", Width),
-        "num_hidden_layers": Setting("num_layers", Depth),
-        "num_attention_heads": Setting("num_heads", Depth),
+        "hidden_size": Argument("hidden_size", Width),
+        "num_hidden_layers": Argument("num_layers", Depth),
+        "num_attention_heads": Argument("num_heads", Depth),
         "num_key_value_heads": Depth | None,
         "head_dim": Width | None,
-        "intermediate_size": Setting("ffn_size", Width),
-        "vocab_size": Setting("vocab_size", Rows),
-        "rms_norm_eps": Setting("norm_eps", Epsilon, 1e-6),
+        "intermediate_size": Argument("ffn_size", Width),
+        "vocab_size": Argument("vocab_size", Rows),
+        "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-6),
         "rope_theta": Positive | None,
         "rope_scaling": Any,  # `plain_rope_theta` looks at these two
         "rope_parameters": Any,

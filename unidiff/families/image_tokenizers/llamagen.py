@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from unidiff.families.checkpoint.config_keys import ConfigKeys, Setting
+from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Tiny
 from unidiff.families.image_tokenizers.renaming import rename_with
@@ -32,12 +32,12 @@ _LEVELS = list[Depth] | tuple[Depth, ...]
 KEYS = ConfigKeys(
     "LlamaGen tokenizer",
     used={
-        "ch": Setting("encoder_channels", Width),
+        "ch": Argument("encoder_channels", Width),
         "num_res_blocks": Annotated[int, Between(1, 128)],
-        "z_channels": Setting("z_channels", Width),
-        "codebook_size": Setting("codebook_size", Rows),
-        "codebook_embed_dim": Setting("code_dim", Width),
-        "codebook_l2_norm": Setting("l2_norm", bool),
+        "z_channels": Argument("z_channels", Width),
+        "codebook_size": Argument("codebook_size", Rows),
+        "codebook_embed_dim": Argument("code_dim", Width),
+        "codebook_l2_norm": Argument("l2_norm", bool),
         "encoder_ch_mult": _LEVELS,
         "decoder_ch_mult": _LEVELS,
     },

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, plain_rope_theta
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear
 from unidiff.families.family import Config, Spelling, copied_head
 from unidiff.models.transformer import MaskedTransformer
@@ -27,16 +27,16 @@ _COST = "how fast, not what"
 KEYS = ConfigKeys(
     "llada",
     used={
-        "d_model": Setting("hidden_size", Width),
-        "n_heads": Setting("num_heads", Depth),
+        "d_model": Argument("hidden_size", Width),
+        "n_heads": Argument("num_heads", Depth),
         "n_kv_heads": Depth | None,
         "multi_query_attention": bool | None,
-        "n_layers": Setting("num_layers", Depth),
+        "n_layers": Argument("num_layers", Depth),
         "mlp_hidden_size": Width | None,
         "mlp_ratio": Annotated[float, Between(1e-3, 1e3)],
         "vocab_size": Rows,
         "embedding_size": Index | None,
-        "rms_norm_eps": Setting("norm_eps", Epsilon, 1e-5),
+        "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-5),
         "rope_theta": Positive,
         "rope_scaling": Any,  # `plain_rope_theta` looks at these two
         "rope_parameters": Any,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 
-from unidiff.families.checkpoint.config_keys import ConfigKeys, Setting
+from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys
 from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, per_layer
 from unidiff.families.family import Config, Spelling
@@ -20,12 +20,12 @@ from unidiff.tokens.vocabulary import Vocabulary
 
 ROPE_THETA = 1e4
 _SIZES = {
-    "hidden_size": Setting("hidden_size", Width, 768),
+    "hidden_size": Argument("hidden_size", Width, 768),
     "hidden_dim": Width,  # the same in the Hugging Face config
-    "n_blocks": Setting("num_layers", Depth, 12),
-    "n_heads": Setting("num_heads", Depth, 12),
-    "cond_dim": Setting("cond_dim", Width, 128),
-    "dropout": Setting("dropout", Annotated[float, Between(0, 0.999)], 0.1),
+    "n_blocks": Argument("num_layers", Depth, 12),
+    "n_heads": Argument("num_heads", Depth, 12),
+    "cond_dim": Argument("cond_dim", Width, 128),
+    "dropout": Argument("dropout", Annotated[float, Between(0, 0.999)], 0.1),
     **dict.fromkeys(("length", "model_length"), Index | None),
 }
 _FIXED = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
 from unidiff.families.checkpoint.keymap import LAYER, Entry, KeyMap, joined, linear, per_layer
 from unidiff.families.family import Config, Spelling
 from unidiff.models.mmdit import MMDiT
@@ -21,18 +21,18 @@ CLIP_SIZE = 49408  # ids of the CLIP tokenizer; <|startoftext|> and <|endoftext|
 KEYS = ConfigKeys(
     "Muddit",
     used={
-        "vocab_size": Setting("vocab_size", Rows, 8256),
-        "codebook_size": Setting("codebook_size", Rows, 8192),
-        "tokenizer_vocab_size": Setting("text_vocab_size", Rows | None, None),
-        "num_layers": Setting("num_layers", Layers, 19),
-        "num_single_layers": Setting("num_single_layers", Layers, 38),
-        "num_attention_heads": Setting("num_heads", Depth, 24),
-        "attention_head_dim": Setting("head_dim", Width, 128),
-        "joint_attention_dim": Setting("text_dim", Width, 4096),
-        "pooled_projection_dim": Setting("pooled_dim", Width, 768),
-        "axes_dims_rope": Setting("rope_axes", list[Index] | tuple[Index, ...], (16, 56, 56)),
-        "t5_dim": Setting("adapter_dim", Width | None, None),
-        "downsample": Setting("downsample", bool, False),
+        "vocab_size": Argument("vocab_size", Rows, 8256),
+        "codebook_size": Argument("codebook_size", Rows, 8192),
+        "tokenizer_vocab_size": Argument("text_vocab_size", Rows | None, None),
+        "num_layers": Argument("num_layers", Layers, 19),
+        "num_single_layers": Argument("num_single_layers", Layers, 38),
+        "num_attention_heads": Argument("num_heads", Depth, 24),
+        "attention_head_dim": Argument("head_dim", Width, 128),
+        "joint_attention_dim": Argument("text_dim", Width, 4096),
+        "pooled_projection_dim": Argument("pooled_dim", Width, 768),
+        "axes_dims_rope": Argument("rope_axes", list[Index] | tuple[Index, ...], (16, 56, 56)),
+        "t5_dim": Argument("adapter_dim", Width | None, None),
+        "downsample": Argument("downsample", bool, False),
         "upsample": bool,
     },
     fixed={"guidance_embeds": (False, None), "patch_size": (1, None)},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from unidiff.families.checkpoint.config_keys import ConfigError, ConfigKeys, Setting, section
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, section
 from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
 from unidiff.families.family import Config, Spelling
@@ -31,11 +31,11 @@ _HUGE = 2**26
 MODEL_KEYS = ConfigKeys(
     "unidisc (model)",
     used={
-        "hidden_size": Setting("hidden_size", Width, 768),
-        "n_blocks": Setting("num_layers", Depth, 12),
-        "n_heads": Setting("num_heads", Depth, 12),
-        "cond_dim": Setting("cond_dim", Width, 128),
-        "dropout": Setting("dropout", Annotated[float, Between(0, 0.999)], 0.1),
+        "hidden_size": Argument("hidden_size", Width, 768),
+        "n_blocks": Argument("num_layers", Depth, 12),
+        "n_heads": Argument("num_heads", Depth, 12),
+        "cond_dim": Argument("cond_dim", Width, 128),
+        "dropout": Argument("dropout", Annotated[float, Between(0, 0.999)], 0.1),
         "norm_type": Literal["layernorm", "rms"],
         "qk_norm": bool | None,
         "sandwich_normalization": bool | None,

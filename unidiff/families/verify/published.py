@@ -13,7 +13,7 @@ _IDS = ("size", "text", "image", "mask_id", "image_mask_id")
 
 
 @dataclass(frozen=True)
-class Difference:
+class OtherSetting:
     """A setting that is not the published one."""
 
     name: str
@@ -26,7 +26,7 @@ class Difference:
 
 def differences(
     family: Family, release: Release, settings: Mapping[str, Any], vocabulary: Vocabulary | None = None
-) -> list[Difference]:
+) -> list[OtherSetting]:
     """Where a model differs from a published one: settings first, then the vocabulary.
 
     Args:
@@ -39,12 +39,12 @@ def differences(
         ids = family.vocabulary(release.config)
         pairs += [(f"vocabulary.{name}", getattr(ids, name), getattr(vocabulary, name)) for name in _IDS]
         pairs += [(f"vocabulary.{name}", i, vocabulary.specials.get(name)) for name, i in ids.specials.items()]
-    return [Difference(name, value, found) for name, value, found in pairs if _plain(found) != _plain(value)]
+    return [OtherSetting(name, value, found) for name, value, found in pairs if _plain(found) != _plain(value)]
 
 
 def closest_release(
     family: Family, settings: Mapping[str, Any], vocabulary: Vocabulary | None = None
-) -> tuple[Release, list[Difference]] | None:
+) -> tuple[Release, list[OtherSetting]] | None:
     """The published model of a family that differs least, and how; None where nothing of the family is published."""
     found = [(release, differences(family, release, settings, vocabulary)) for release in family.releases]
     return min(found, key=lambda pair: len(pair[1])) if found else None

@@ -1,0 +1,68 @@
+"""A family is one package: nothing of unidiff names it, and info, verify, convert and loading find it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = """
+from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.family import Family, Release, Tiny
+from unidiff.tokens.vocabulary import Vocabulary
+
+
+def settings(config):
+    shape = {"hidden_size": config["toy_width"], "num_layers": 1, "num_heads": 2, "modality_embedding": False}
+    return {**shape, "vocab_size": config["toy_words"] + 1, "rope": "1d"}
+
+
+TOY = Family(
+    name="toy",
+    keys=(r"^toy_embed_tokens",),
+    fits=lambda config: "toy_width" in config,
+    settings=settings,
+    keymap=lambda model, spelling: KeyMap.of(model, lambda name: f"toy_{name}"),
+    vocabulary=lambda config: Vocabulary(config["toy_words"] + 1, (0, config["toy_words"]), (config["toy_words"],) * 2, config["toy_words"]),
+    releases=(Release("toy-1", {"toy_width": 8, "toy_words": 10}),),
+    tiny=Tiny({"toy_width": 8, "toy_words": 10}, (0.0, 1.0, 0.0, 0.0)),
+)
+"""
+RUN = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from unidiff.families import FAMILIES, load_released
+from unidiff.families.checkpoint.convert import convert
+from unidiff.families.checkpoint.describe import describe
+from unidiff.families.verify.smoke import formula_weights
+from unidiff.families.verify.verify import verify
+
+here, toy = Path(sys.argv[1]), FAMILIES["toy"]
+released = here / "released"
+released.mkdir()
+save_file(formula_weights(toy), released / "model.safetensors")
+(released / "config.json").write_text(json.dumps(toy.tiny.config))
+assert load_released(released).family is toy
+assert describe(released).family == "toy" and describe(released).vocabulary.mask_id == 10
+found = verify(released)
+assert (found.family, found.release) == ("toy", "toy-1")
+assert [check.name for check in found.checks if not check.passed] == ["known answer"]  # which was made up
+convert(released, here / "own")
+convert(here / "own", here / "back")
+one, two = (load_file(here / name / "model.safetensors") for name in ("released", "back"))
+assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+"""
+
+
+def test_a_family_of_another_package(tmp_path):
+    (tmp_path / "toy_family.py").write_text(PACKAGE)
+    about = tmp_path / "toy_family-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-family\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[unidiff.families]\ntoy = toy_family\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
