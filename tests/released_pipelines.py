@@ -50,10 +50,14 @@ def write_pictures(folder: Path, family: str) -> Vocabulary:
 
 
 def write_chat(folder: Path, family: str, marks: bool = True) -> TextTokenizer:
-    """LLaDA or Dream beside a text tokenizer with the marks of its turns, or without; returns that."""
-    texts = TextTokenizer.train(CORPUS, 300, TURNS[family] if marks else ("eos",))
+    """LLaDA, Dream or MDLM beside a text tokenizer with the marks of its turns, or without; returns that."""
+    texts = TextTokenizer.train(CORPUS, 300, TURNS.get(family, ("eos",)) if marks else ("eos",))
     texts.save_pretrained(folder)
     size = texts.size + 1
-    more = {"embedding_size": size} if family == "llada" else {"pad_token_id": 0}
-    write_model(folder, family, vocab_size=size, mask_token_id=size - 1, eos_token_id=0, **more)
+    more = {
+        "llada": {"embedding_size": size, "mask_token_id": size - 1},
+        "dream": {"pad_token_id": 0, "mask_token_id": size - 1},
+        "mdlm": {},
+    }[family]
+    write_model(folder, family, vocab_size=size, eos_token_id=0, **more)
     return texts

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,12 @@ from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
 from released_pipelines import write_chat, write_pictures
 from safetensors.torch import save_file
-from tiny_families import DREAM_CONFIG, LLADA_CONFIG, LUMINA_IDS, MMADA_CONFIG, UNIDISC_CONFIG, lively
+from tiny_families import UNIDISC_CONFIG, lively
 
-from unidiff.families import chat
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
-from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.families.registry import FAMILIES as EVERY
 from unidiff.families.unidisc import UNIDISC
-from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
 
 NAME = "released.md"
@@ -67,64 +60,29 @@ def write_unidisc(folder: Path) -> None:
 def shelf(tmp_path_factory) -> Path:
     """A folder with `checkpoints/`, in which the snippets are run."""
     root = tmp_path_factory.mktemp("shelf")
-    for family in ("mdlm", "llada", "magvit"):
-        write_tiny(root / "checkpoints" / family, family)
-    write_unidisc(root / "checkpoints" / "unidisc")
-    write_tiny(root / "checkpoints" / "vqvae", "vq_model", "diffusion_pytorch_model.safetensors")
-    write_tiny(root / "checkpoints" / "llamagen", "llamagen")
-    (root / "checkpoints" / "llamagen" / "model.safetensors").unlink()
-    torch.save({"model": tiny_weights("llamagen")}, root / "checkpoints" / "llamagen" / "vq_ds16_c2i.pt")
-    write_network(root / "checkpoints" / "mmada", MMADA_CONFIG, MMADA.settings(MMADA_CONFIG))
-    write_network(
-        root / "checkpoints" / "dream",
-        {"model_type": "Dream", **DREAM_CONFIG},
-        DREAM.settings(DREAM_CONFIG),
-        DREAM.export,
-    )
-    lumina = {**LLADA_CONFIG, "vocab_size": 60, "mask_token_id": 35, "architectures": ["LLaDAForMultiModalGeneration"]}
-    write_network(root / "checkpoints" / "lumina", lumina, LLADA.settings(lumina))
-    write_folder(root / "checkpoints" / "muddit" / "512")
-    write_chat(root / "checkpoints" / "llada-8b-instruct", "llada")
-    vocabulary = write_pictures(root / "lumina", "lumina")
-    convert(root / "lumina", root / "checkpoints" / "lumina-dimoo", vocabulary=vocabulary)
-    for part in ("image_tokenizer", "tokenizer"):
-        shutil.copytree(root / "lumina" / part, root / "checkpoints" / "lumina-dimoo" / part)
+    shelf = root / "checkpoints"
+    write_tiny(shelf / "magvit", "magvit")
+    write_unidisc(shelf / "unidisc")
+    write_tiny(shelf / "vqvae", "vq_model", "diffusion_pytorch_model.safetensors")
+    write_tiny(shelf / "llamagen", "llamagen")
+    (shelf / "llamagen" / "model.safetensors").unlink()
+    torch.save({"model": tiny_weights("llamagen")}, shelf / "llamagen" / "vq_ds16_c2i.pt")
+    write_folder(shelf / "muddit" / "512")
+    for family, name in (("llada", "llada-8b-instruct"), ("dream", "dream-7b"), ("mdlm", "mdlm")):
+        write_chat(shelf / name, family)
+    for family, name in (("mmada", "mmada-8b"), ("lumina", "lumina-dimoo")):
+        convert(root / family, shelf / name, vocabulary=write_pictures(root / family, family))
+        for part in ("image_tokenizer", "tokenizer"):
+            shutil.copytree(root / family / part, shelf / name / part)
     return root
 
 
-def encode(words: str) -> list[int]:
-    """Ids from 3 to 12, the same for the same word."""
-    return [3 + zlib.crc32(word.encode()) % 10 for word in words.split()]
-
-
-def layouts(family: str) -> dict:
-    """What a snippet finds defined: the id layout of the tiny checkpoint, where the released one is the default."""
-    if family == "MMaDA":
-        return {"vocabulary": mmada_vocabulary(60, 41, 16, 40, {name: 20 + i for i, name in enumerate(SPECIALS)})}
-    if family == "Lumina-DiMOO":
-        specials = {"eos": 34, "uncondition": 29, "answer_pad": 30, **LUMINA_IDS}
-        return {"vocabulary": Vocabulary(60, (0, 36), (36, 52), 35, specials=specials)}
-    return {}
-
-
-@pytest.fixture
-def tiny_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chat templates with marks that the tiny vocabularies have."""
-    for name, marks in (
-        ("LLADA_CHAT", ("bos", "start_header", "end_header", "eot")),
-        ("DREAM_CHAT", ("im_start", "im_end")),
-    ):
-        template = getattr(chat, name)
-        monkeypatch.setattr(chat, name, replace(template, marks={mark: 20 + i for i, mark in enumerate(marks)}))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.usefixtures("tiny_marks")
 def test_the_snippet_of_a_family_runs(family: str, shelf: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(shelf)
     own = [block for block in blocks(NAME) if block.heading == family]
     assert own, f"{family} has no example"
-    space: dict = {"__name__": "snippet", "encode": encode, **layouts(family)}
+    space: dict = {"__name__": "snippet"}
     for block in own:
         run(block, NAME, space)
     made = [value for name, value in space.items() if name.startswith(("picture", "pixels"))]

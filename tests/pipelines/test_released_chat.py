@@ -163,6 +163,22 @@ def test_a_base_model_without_marks_goes_on_with_texts(tmp_path):
         UniDiffPipeline.from_pretrained(tmp_path, image_tokenizer=tmp_path)
 
 
+def test_mdlm_goes_on_with_texts_and_fills_holes(tmp_path):
+    write_chat(tmp_path, "mdlm")
+    pipe = UniDiffPipeline.from_pretrained(tmp_path)
+    assert pipe.layout.tasks == ("complete", "infill")
+    more = pipe.complete(["a red", "two owls on a"], 6, steps=4, generator=3)
+    assert len(more.texts) == 2 and more.nfe <= 4 and max(map(len, more.text_ids)) <= 6
+    assert more.text_ids[1] == pipe.complete("two owls on a", 6, steps=4, generator=[int(more.seeds[1])]).text_ids[0]
+    filled = pipe.infill(["a <mask:2> fox", "two<mask>"], generator=1)
+    assert (
+        filled.text_ids[0][-1:] == pipe.texts.encode(" fox")[-1:] and pipe.vocabulary.mask_id not in filled.text_ids[0]
+    )
+    assert filled.text_ids[1] == pipe.infill("two<mask>", generator=[int(filled.seeds[1])]).text_ids[0]
+    with pytest.raises(ValueError, match="mdlm cannot do 'chat'; it does complete, infill"):
+        pipe.chat("a fox?")
+
+
 def test_dreams_tokenizer_runs_without_its_code(tmp_path):
     letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     (tmp_path / "vocab.json").write_text(json.dumps(letters))
