@@ -52,7 +52,7 @@ def test_segments_by_name():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CacheConfig("duel"), "cache policy is 'duel'; expected one of none, prefix"),
+        (lambda: CacheConfig("duel"), "cache policy is 'duel'; expected one of adaptive, block-causal"),
         (lambda: CacheConfig("dual", {"intervall": 3}), "'dual' has no settings \\['intervall'\\]; expected some of"),
         (lambda: CacheConfig("none", {"interval": 3}), "'none' has no settings \\['interval'\\]"),
         (lambda: CacheConfig("dual", {"_past": {}}), "no settings \\['_past'\\]"),

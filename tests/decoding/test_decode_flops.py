@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.decoding.cache import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, PrefixCache, VicinityCache
-from unidiff.decoding.cache.bounds import Schedule, Segment, expected_passes, moments, reference_bound, speedup_bound
-from unidiff.decoding.stats import RowWork
+from unidiff.decoding.cache import (
+    AdaptiveCache,
+    DualCache,
+    IntervalCache,
+    MaxLogitCache,
+    Policy,
+    PrefixCache,
+    VicinityCache,
+)
+from unidiff.decoding.cache.bounds import expected_passes, speedup_bound
+from unidiff.decoding.row_decode import RowDecode, RowWork, TokenRun, moments
 from unidiff.models.partial import LayerWork
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -32,15 +40,15 @@ POLICIES = {
 IMAGE = Modality.IMAGE
 
 
-def prompt(tokens: int) -> Segment:
-    return Segment(tokens, given=True)
+def prompt(tokens: int) -> TokenRun:
+    return TokenRun(tokens, given=True)
 
 
 SCHEDULES = {
-    "text": Schedule((prompt(3), Segment(14, 11)), block=4, passes=3),
-    "text, then image": Schedule((prompt(2), Segment(8, 11), Segment(6, 7, IMAGE)), block=4, passes=4),
-    "short prompt": Schedule((prompt(1), Segment(13, 11)), block=8, passes=4),
-    "holes": Schedule((prompt(1), Segment(4, 11), prompt(2), Segment(5, 11), prompt(1)), block=4, passes=3),
+    "text": RowDecode((prompt(3), TokenRun(14, 11)), block=4, passes=3),
+    "text, then image": RowDecode((prompt(2), TokenRun(8, 11), TokenRun(6, 7, IMAGE)), block=4, passes=4),
+    "short prompt": RowDecode((prompt(1), TokenRun(13, 11)), block=8, passes=4),
+    "holes": RowDecode((prompt(1), TokenRun(4, 11), prompt(2), TokenRun(5, 11), prompt(1)), block=4, passes=3),
 }
 
 
@@ -53,7 +61,7 @@ def make_model(**kwargs) -> MaskedTransformer:
     return model
 
 
-def decode(model, policy, schedule: Schedule, guidance: float = 1.0, rows: int = 1):
+def decode(model, policy, schedule: RowDecode, guidance: float = 1.0, rows: int = 1):
     """The decode that a schedule describes."""
     spans = [
         Span.masked_image((2, s.tokens // 2), VOCABULARY)
@@ -165,35 +173,35 @@ with torch.device("meta"):
 
 
 def test_reference_bounds_are_the_papers_numbers():
-    every = Schedule((Segment(128, 1000), Segment(1024, 1000, IMAGE)), block=64, passes=16)
-    picture = Schedule((prompt(128), Segment(1024, 1000, IMAGE)), block=64, passes=16)
+    every = RowDecode((TokenRun(128, 1000), TokenRun(1024, 1000, IMAGE)), block=64, passes=16)
+    picture = RowDecode((prompt(128), TokenRun(1024, 1000, IMAGE)), block=64, passes=16)
     assert len(every.blocks) == 18 and every.length == picture.length == 1152
-    assert reference_bound(DualCache(), every, WIDE) == pytest.approx(16 / (1 + 15 * 64 / 1152))
-    assert reference_bound(DualCache(), every, WIDE) == pytest.approx(8.73, abs=0.01)
-    assert reference_bound(PrefixCache(), every, WIDE) == pytest.approx(1.79, abs=0.01)
+    assert DualCache().reference_bound(every, WIDE) == pytest.approx(16 / (1 + 15 * 64 / 1152))
+    assert DualCache().reference_bound(every, WIDE) == pytest.approx(8.73, abs=0.01)
+    assert PrefixCache().reference_bound(every, WIDE) == pytest.approx(1.79, abs=0.01)
     adaptive = AdaptiveCache(50, 7, 0.25, full_layers=())
-    assert reference_bound(adaptive, picture, WIDE) == pytest.approx(2.72, abs=0.01)
-    assert reference_bound(AdaptiveCache(50, 7, 0.25), picture, WIDE) == pytest.approx(2.24, abs=0.01)
-    sixty_four = Schedule((Segment(64, 10),), block=64, passes=64)
-    assert reference_bound(MaxLogitCache(), sixty_four, WIDE) == pytest.approx(2.03, abs=0.005)
-    assert reference_bound(NoCache(), every, WIDE) is None
-    assert reference_bound(DualCache(interval=4), every, WIDE) is None
+    assert adaptive.reference_bound(picture, WIDE) == pytest.approx(2.72, abs=0.01)
+    assert AdaptiveCache(50, 7, 0.25).reference_bound(picture, WIDE) == pytest.approx(2.24, abs=0.01)
+    sixty_four = RowDecode((TokenRun(64, 10),), block=64, passes=64)
+    assert MaxLogitCache().reference_bound(sixty_four, WIDE) == pytest.approx(2.03, abs=0.005)
+    assert NoCache().reference_bound(every, WIDE) is None
+    assert DualCache(interval=4).reference_bound(every, WIDE) is None
 
 
 def test_bounds_of_flops_meet_the_reference_where_only_tokens_count():
     """Without a head, work is proportional to the tokens, attention included."""
-    schedule = Schedule((Segment(128), Segment(1024, 0, IMAGE)), block=64, passes=16)
+    schedule = RowDecode((TokenRun(128), TokenRun(1024, 0, IMAGE)), block=64, passes=16)
     for policy in (DualCache(), PrefixCache()):
         bound = speedup_bound(policy, schedule, WIDE)
-        assert bound == pytest.approx(reference_bound(policy, schedule, WIDE), rel=1e-9)
+        assert bound == pytest.approx(policy.reference_bound(schedule, WIDE), rel=1e-9)
     assert speedup_bound(NoCache(), schedule, WIDE) == 1
-    with_head = Schedule((Segment(128, 30000), Segment(1024, 30000, IMAGE)), block=64, passes=16)
+    with_head = RowDecode((TokenRun(128, 30000), TokenRun(1024, 30000, IMAGE)), block=64, passes=16)
     assert speedup_bound(DualCache(), with_head, WIDE) < speedup_bound(DualCache(), schedule, WIDE)
 
 
 def test_slower_small_products_lower_the_bound():
     """64 rows at half the rate count double: 16 / (1 + 15 x 64 / 1152 x 2)."""
-    schedule = Schedule((Segment(1152),), block=64, passes=16)
+    schedule = RowDecode((TokenRun(1152),), block=64, passes=16)
     rate = lambda rows: 1e9 if rows > 64 else 0.5e9  # noqa: E731
     assert speedup_bound(DualCache(), schedule, WIDE, rate) == pytest.approx(16 / (1 + 15 * 64 / 1152 * 2))
     assert speedup_bound(DualCache(), schedule, WIDE, lambda rows: 3e9) == pytest.approx(8.73, abs=0.01)
@@ -203,8 +211,8 @@ def test_what_cannot_be_foretold_is_refused():
     with pytest.raises(ValueError, match="drift"):
         expected_passes(DualCache(drift=0.5), SCHEDULES["text"], 2)
 
-    class Own(NoCache):
-        pass
+    class Own(Policy):
+        """Says nothing of its work."""
 
     with pytest.raises(ValueError, match="Own cannot be foretold"):
         expected_passes(Own(), SCHEDULES["text"], 2)
@@ -213,17 +221,17 @@ def test_what_cannot_be_foretold_is_refused():
 @pytest.mark.parametrize("value", ["x", None, [], -1, 2**70, float("nan"), True, 1.5, 10**9], ids=str)
 def test_schedules_of_other_values_are_refused(value):
     with pytest.raises(ValueError, match="segment tokens is"):
-        Segment(value)
+        TokenRun(value)
     for name in ("segments", "block", "passes"):
         if (name, value) != ("passes", 10**9):
-            with pytest.raises(ValueError, match=f"schedule {name} is"):
-                Schedule(**({"segments": (Segment(4),), "block": 2, "passes": 1} | {name: value}))
+            with pytest.raises(ValueError, match=f"row decode {name} is"):
+                RowDecode(**({"segments": (TokenRun(4),), "block": 2, "passes": 1} | {name: value}))
 
 
 @pytest.mark.parametrize(("steps", "block"), [(63, 63), (64, 10), (7, 20), (3, 5), (40, 7)])
 def test_a_schedule_of_so_many_steps_is_a_decode_of_so_many(steps, block):
     """With a fraction for the passes of a block, as the choice of a cache asks for."""
-    schedule = Schedule((prompt(3), Segment(64, 11)), block, Fraction(steps * block, 64))
+    schedule = RowDecode((prompt(3), TokenRun(64, 11)), block, Fraction(steps * block, 64))
     blocks = -(-64 // block)
     assert schedule.steps(Modality.TEXT) == steps
     assert len(list(moments(schedule))) == sum(schedule.passes_of(Modality.TEXT)) == max(steps, blocks)
@@ -236,10 +244,10 @@ def test_a_schedule_of_so_many_steps_is_a_decode_of_so_many(steps, block):
 
 
 def test_schedules_know_their_blocks():
-    schedule = Schedule((prompt(2), Segment(4, 7, IMAGE), Segment(7, 11)), block=4, passes=2)
+    schedule = RowDecode((prompt(2), TokenRun(4, 7, IMAGE), TokenRun(7, 11)), block=4, passes=2)
     assert schedule.blocks == [(6, 4, 11), (10, 3, 11), (2, 4, 7)]  # text first
     assert [schedule.steps(m) for m in Modality] == [4, 2] and (schedule.length, schedule.prompt) == (13, 2)
     with pytest.raises(ValueError, match="a segment of 3 tokens is no whole number of blocks of 4"):
-        Schedule((Segment(3), prompt(1), Segment(4)), block=4, passes=2)
+        RowDecode((TokenRun(3), prompt(1), TokenRun(4)), block=4, passes=2)
     with pytest.raises(ValueError, match="not given"):
-        Schedule((prompt(3),), block=4, passes=2)
+        RowDecode((prompt(3),), block=4, passes=2)

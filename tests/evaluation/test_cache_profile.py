@@ -13,8 +13,8 @@ from tiny_pipeline import tiny_pipeline
 from torch.nn import functional as F
 
 from unidiff.decoding import DecodeState, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
+from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.decoding.cache.segments import SEGMENTS
 from unidiff.evaluation.cache_profile.advice import LONGEST, advise
 from unidiff.evaluation.cache_profile.profile import FEATURES, TaskProfile, Watcher, pearson, segments_of, watch
 from unidiff.evaluation.cache_profile.report import profile_pipeline, write

@@ -13,7 +13,7 @@ from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import CacheByRow
-from unidiff.decoding.cache.auto import AUTO, LEAST_GAIN, OVERHEAD_TOKENS, choose_cache
+from unidiff.decoding.cache.auto import LEAST_GAIN, OVERHEAD_TOKENS, choose_cache, suited
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.settings import TASKS
@@ -55,7 +55,7 @@ CACHES = [
     CacheConfig("adaptive", {"full_layers": ()}),  # the model has one layer
     "max-logit",
     CacheConfig("dual", {"drift": 0.3}),
-    AUTO["both"],
+    suited("both"),
 ]
 
 
@@ -99,10 +99,10 @@ def test_auto_says_what_it_took(pipe, inputs):
     large = tiny_pipeline(grid=(16, 16))
     options = dict(cache="auto", generator=[3], output_type="codes", temperature=1.0)
     drawn = large.text_to_image("a dog", **options)
-    assert drawn.cache == AUTO["image"] and drawn.cache_note.startswith("interval: makes decodes")
+    assert drawn.cache == suited("image") and drawn.cache_note.startswith("interval: makes decodes")
     assert drawn.stats.partial_passes > 0
     both = large.generate(**options, guidance_scale=2.0)
-    assert both.cache == AUTO["both"] and both.cache_note.startswith("segments: makes decodes")
+    assert both.cache == suited("both") and both.cache_note.startswith("segments: makes decodes")
     assert both.stats.partial_passes > 0
 
 
@@ -118,7 +118,7 @@ def test_auto_follows_length_rows_and_passes():
     prompt = Span.text([1] * 256, True)
     batch = TokenBatch.from_spans([[prompt, Span.masked_text(12, VOCABULARY)]])
     quota = SamplerConfig(text=ModalityDecoding(steps=12))
-    assert choose(batch, quota).config == AUTO["text"]
+    assert choose(batch, quota).config == suited("text")
     fixed = OVERHEAD_TOKENS
     expected = 12 * (268 + fixed) / (2 * (268 + fixed) + 10 * (12 + fixed))
     assert f"{expected:.2f} times" in choose(batch, quota).note
@@ -141,12 +141,12 @@ def test_auto_chooses_row_by_row():
     parts, seeds = [short, long, drawn, long], torch.tensor([3, 4, 5, 6])
     batch = TokenBatch.cat(parts)
     mixed = choose_cache("auto", None, batch, config, net)
-    assert isinstance(mixed.policy, CacheByRow) and mixed.config == AUTO["text"]
+    assert isinstance(mixed.policy, CacheByRow) and mixed.config == suited("text")
     assert [n in mixed.note for n in ("1 of 4 rows none", "2 of 4 rows dual", "1 of 4 rows interval")] == [True] * 3
     together = Sampler(net, VOCABULARY, config, mixed.policy)(batch, seeds)
     for number, part in enumerate(parts):
         own = choose_cache("auto", None, part, config, net)
-        assert own.config == [CacheConfig("none"), AUTO["text"], AUTO["image"], AUTO["text"]][number]
+        assert own.config == [CacheConfig("none"), suited("text"), suited("image"), suited("text")][number]
         alone = Sampler(net, VOCABULARY, config, own.policy)(part, seeds[number : number + 1])
         assert torch.equal(together.batch.ids[number, : part.shape[1]], alone.batch.ids[0])
 
@@ -167,9 +167,9 @@ def test_auto_counts_the_passes_that_evaluate_guidance():
     work, fixed = 0, OVERHEAD_TOKENS
     for n in range(256):  # the whole row every few passes, and all that is open in between
         streams = 2 if n % 2 == 0 or n < 2 else 1
-        work += streams * (272 if n % AUTO["image"].options["interval"] == 0 else 257 - n) + fixed
+        work += streams * (272 if n % suited("image").options["interval"] == 0 else 257 - n) + fixed
     gain = 256 * (2 * 272 + fixed) / work
-    assert choose(batch, guided).config == AUTO["image"] and f"{gain:.2f} times" in choose(batch, guided).note
+    assert choose(batch, guided).config == suited("image") and f"{gain:.2f} times" in choose(batch, guided).note
 
 
 def test_auto_knows_what_models_can_do():
@@ -231,7 +231,10 @@ def test_a_call_finds_its_task(pipe, inputs, picture):
         (lambda pipe: pipe("a dog", question="what?"), "no task takes prompt and question together"),
         (lambda pipe: pipe("a dog", task="caption"), "task 'caption' was given \\['prompt'\\]; it needs \\['image'\\]"),
         (lambda pipe: pipe("a dog", task="draw"), "task is 'draw'; expected one of text_to_image"),
-        (lambda pipe: pipe("a dog", cache="duel"), "cache is 'duel'; expected one of auto, none.*did you mean 'dual'"),
+        (
+            lambda pipe: pipe("a dog", cache="duel"),
+            "cache is 'duel'; expected one of auto, adaptive.*did you mean 'dual'",
+        ),
         (lambda pipe: pipe("a dog", cache="dual", policy=NoCache()), "cache and policy both"),
         (lambda pipe: pipe("a dog", cache=NoCache()), "cache is a NoCache"),
         (lambda pipe: pipe("a dog", block_length=0), "block_length is 0"),

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.arguments import check_features, check_head
-from unidiff.decoding.cache.base import RefreshPolicy
+from unidiff.decoding.cache.base import RefreshPolicy, by_whole_rows, stacked, stacks
 from unidiff.decoding.cache.none import NoCache
-from unidiff.decoding.cache.plans import by_whole_rows, stacked, stacks
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.denoiser import Denoiser, PartialDenoiser

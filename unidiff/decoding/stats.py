@@ -10,31 +10,6 @@ from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.partial import LayerWork
 
 
-@dataclass(frozen=True)
-class RowWork:
-    """What one pass of one row does.
-
-    Attributes:
-        layers: positions through the matrices, one entry per layer. keys: keys that every query looks at.
-        head: positions whose logits are wanted. ids: over how many ids.
-    """
-
-    layers: tuple[LayerWork, ...]
-    keys: int
-    head: int = 0
-    ids: int = 0
-
-    @classmethod
-    def even(cls, layers: int, queries: int, keys: int, head: int = 0, ids: int = 0) -> RowWork:
-        """The same positions in every layer; `queries = keys` is a full pass."""
-        return cls((LayerWork(queries, queries, queries),) * layers, keys, head, ids)
-
-    def flops(self, traits: DenoiserTraits) -> int:
-        """Layers, attention and head."""
-        pairs = zip(traits.layers, self.layers, strict=True)
-        return sum(f.linear(w) + f.attention(w, self.keys) for f, w in pairs) + traits.head_flops(self.head, self.ids)
-
-
 @dataclass
 class DecodeStats:
     """Work of one request; a guidance stream counts as rows.

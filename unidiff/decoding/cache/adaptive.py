@@ -7,17 +7,20 @@ renews the values V of the response and compares them with the stored ones (V-ve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import COMPAT, Policy, check_settings, check_whole
-from unidiff.decoding.cache.rows import Past, plan_rows
+from unidiff.decoding.cache.base import Compat, Policy, StreamPlan, check_settings
 from unidiff.decoding.commit.base import take_best
+from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import DenoiserTraits
+from unidiff.models.partial import LayerWork
 from unidiff.models.store import StoreOptions
+from unidiff.schema import Between
 
 
 @dataclass
@@ -37,42 +40,19 @@ class AdaptiveCache(Policy):
         compat: None, or "upstream" for the reference implementation: the share is taken of the whole response, decoded
             tokens and later blocks included, and tokens that changed are not recomputed for that reason. By default
             only undecoded positions are compared and count, and changed tokens are always recomputed.
-
-    Raises:
-        ValueError: a setting outside its range.
     """
 
-    prompt_interval: int = 50
-    response_interval: int = 7
-    ratio: float = 0.25
-    full_layers: tuple[int, ...] = (0,)
-    compat: str | None = None
+    name = "adaptive"
     store = StoreOptions(outputs=True)
-    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
+    prompt_interval: Annotated[int, Between(1)] = 50
+    response_interval: Annotated[int, Between(1)] = 7
+    ratio: Annotated[float, Between(0, 1)] = 0.25
+    full_layers: tuple[int, ...] = (0,)
+    compat: Compat = None
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name in ("prompt_interval", "response_interval"):
-            check_whole(name, getattr(self, name), 1)
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio!r}; expected a number between 0 and 1")
-        if self.compat not in COMPAT:
-            raise ValueError(f"compat is {self.compat!r}; expected one of {COMPAT}")
         self.full_layers = tuple(self.full_layers)
-
-    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
-        begin = self._past.get(0)
-        own = self._stream_plan(0, state, candidates)
-        others: dict[int, CachePlan] = {}
-        for stream in state.streams:
-            if stream == 0:
-                continue
-            if self._past.get(stream) is begin and torch.equal(state.users[stream], state.users[0]):
-                self._past[stream] = self._past[0]  # in step with the conditional stream: they run together
-            else:
-                others[stream] = self._stream_plan(stream, state, candidates)
-        return own.with_streams(others) if others else own
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row.
@@ -94,20 +74,39 @@ class AdaptiveCache(Policy):
         share = (n.double() * self.ratio).floor().long()
         return share if self.compat else torch.maximum(share, (n > 0).long())
 
-    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """What the rows of one stream recompute in their next pass, by their own counters."""
-        batch, busy = state.batch, state.users[stream]
-        past = self._past.get(stream) or Past.start(state)
-        self._past[stream] = past.after(state, busy)
+    def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
+        """See `Policy`."""
+        batch, past = state.batch, self.past(state, stream)
         prompt, response = batch.valid & batch.given, batch.targets
         whole_prompt, whole_response = (
-            (busy & (past.passes % interval == 0))[:, None]
+            (rows & (past.passes % interval == 0))[:, None]
             for interval in (self.prompt_interval, self.response_interval)
         )
         query = (prompt & whole_prompt) | (response & whole_response)
         if self.compat is None:
-            query = query | ((batch.ids != past.seen) & busy[:, None])
+            query = query | ((batch.ids != past.seen) & rows[:, None])
         verify = None
         if self.ratio > 0:
-            verify = (response if self.compat else state.masked) & ~whole_response & busy[:, None]
-        return plan_rows(state, query, candidates, verify, self.full_layers, self.quota)
+            verify = (response if self.compat else state.masked) & ~whole_response & rows[:, None]
+        return StreamPlan(query, None, verify, self.full_layers, self.quota)
+
+    def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
+        """See `Policy`."""
+        prompt = decode.prompt if now.number % self.prompt_interval == 0 else 0
+        if now.number % self.response_interval == 0:
+            queries = values = prompt + decode.targets
+        else:
+            known = prompt + (0 if self.compat else now.changed)
+            compared = (decode.targets if self.compat else now.left) if self.ratio > 0 else 0
+            queries, values = known + int(self.quota(torch.tensor(compared))), known + compared
+        whole, some = LayerWork(*(decode.length,) * 3), LayerWork(queries, values, queries)
+        work = tuple(whole if layer in self.full_layers else some for layer in range(layers))
+        return RowWork(work, decode.length, now.masked, now.ids)
+
+    def reference_bound(self, decode: RowDecode, traits: DenoiserTraits) -> float | None:
+        """S / (P / Kp + G / Kr + G (1 - 1 / Kr) (rho + (1 - rho) v)) with v = 2 d d_kv / c, in all layers but the full ones."""
+        layer, answer, rho = traits.layers[0], decode.targets, self.ratio
+        between = answer * (1 - 1 / self.response_interval) * (rho + (1 - rho) * layer.value / layer.token)
+        share = (decode.prompt / self.prompt_interval + answer / self.response_interval + between) / decode.length
+        full = len(self.full_layers) / len(traits.layers)
+        return 1 / (full + (1 - full) * share)

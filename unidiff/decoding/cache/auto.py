@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache as once
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from unidiff.decoding import CacheConfig, RefreshPolicy, SamplerConfig
-from unidiff.decoding.cache import CacheByRow, HeldGuidance
-from unidiff.decoding.cache.bounds import Schedule, Segment, expected_passes
-from unidiff.decoding.config import RULES
+from unidiff.decoding.cache.base import RefreshPolicy
+from unidiff.decoding.cache.bounds import expected_passes
+from unidiff.decoding.cache.combined import CacheByRow, HeldGuidance
+from unidiff.decoding.cache.config import CACHES, CacheConfig
+from unidiff.decoding.config import RULES, SamplerConfig
+from unidiff.decoding.row_decode import RowDecode, TokenRun
 from unidiff.models.denoiser import PartialDenoiser
 from unidiff.tokens import Modality, TokenBatch
 
@@ -21,27 +24,25 @@ draws. From the embedded model, which drew 1 and 16 rows at once with and withou
 LEAST_GAIN = 1.5
 """Decodes that a cache would make faster by less than this are not worth its approximation."""
 
-AUTO = {
-    "text": CacheConfig("dual", {"interval": 8}),
-    "text beside a picture": CacheConfig("none"),
-    "image": CacheConfig("interval", {"interval": 8}, guidance_interval=2, guidance_warmup=2),
-    "both": CacheConfig(
-        segments={
-            "prompt": CacheConfig("interval", {"interval": 8}),
-            "text": CacheConfig("dual", {"interval": 8}),
-            "image": CacheConfig("interval", {"interval": 8}),
-        },
-        guidance_interval=2,
-        guidance_warmup=2,
-    ),
-}
-"""What "auto" takes by what there is to decode. Text: only the block, everything every 8 passes. (Fast-dLLM,
-which refreshes once per block of 32, reports 1.3 and 3.5 points of GSM8K lost with LLaDA; not measured here.)
-Beside a picture (captions, answers) nothing is kept: a picture that is kept while its caption is written costs the
-embedded model 14 of 100 captions at a refresh every 8 passes, and 5 at every second.
-Pictures: open positions and those just written, everything every 8 passes, and guidance evaluated in every second.
-`max-logit` loses too much there: it skips open positions whose logits are low.
-Both (inpainting, joint generation): the same for each, and what is given every 8 passes."""
+
+@once
+def suited(kind: str) -> CacheConfig:
+    """What "auto" takes for the `kind` of a row: each part the policy that says it suits it (`Policy.auto`).
+
+    Beside a picture (captions, answers) nothing is kept: a picture that is kept while its caption is written costs the
+    embedded model 14 of 100 captions at a refresh every 8 passes, and 5 at every second. With pictures to decode,
+    guidance is evaluated in every second pass. `max-logit` loses too much there: it skips open positions whose logits
+    are low. Both (inpainting, joint generation): the same for each, and for what is given.
+    """
+    found = {part: CacheConfig(name, own.auto[part]) for name, own in CACHES.items() for part in own.auto}
+    if kind == "text":
+        return found["text"]
+    image = found["image"]
+    if kind == "image":
+        return CacheConfig(image.policy, image.options, guidance_interval=2, guidance_warmup=2)
+    return (
+        CacheConfig(segments=found, guidance_interval=2, guidance_warmup=2) if kind == "both" else CacheConfig("none")
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def choose_cache(
 ) -> CacheChoice:
     """The cache of a call.
 
-    "auto" takes `block-causal` for block-causal weights, which is exact, and otherwise what `AUTO` says for each row, as
+    "auto" takes what is exact for the model, if anything is, and otherwise what is `suited` to each row, as
     long as `expected_gain` reaches `LEAST_GAIN` for the row alone: what a row gets does not depend on the others. The note
     tells which and by how much. Rows of one batch that differ are decoded together, each by its own policy.
 
@@ -83,18 +84,20 @@ def choose_cache(
     if cache != "auto":
         named = CacheConfig.of("none" if cache is None else cache)
         return CacheChoice(named.build(), named)
-    none = CacheConfig("none")
+    none = suited("none")
     if not isinstance(model, PartialDenoiser):
         return CacheChoice(none.build(), none, f"none: {type(model).__name__} computes whole rows only")
-    if model.traits.block_length is not None:
-        if model.traits.timed:
-            return CacheChoice(none.build(), none, "none: features of this model change with the time")
-        exact = CacheConfig("block-causal")
-        return CacheChoice(exact.build(), exact, "block-causal: exact for these weights")
+    traits = model.traits
+    for name, own in CACHES.items():
+        if own.exact_for(traits):
+            exact = CacheConfig(name)
+            return CacheChoice(exact.build(), exact, f"{name}: exact for these weights")
+    if traits.block_length is not None:
+        return CacheChoice(none.build(), none, "none: features of this model change with the time")
     rows = [_choose(row, config) for row in _shapes(batch)]
     found = list(dict.fromkeys(choice for choice, _ in rows))  # in the order of the rows
     notes = {choice: note for choice, note in reversed(rows)}
-    builds = [AUTO.get(kind, none) for kind in found]
+    builds = [suited(kind) for kind in found]
     if len(found) == 1:
         return CacheChoice(builds[0].build(), builds[0], notes[found[0]])
     order = [found.index(choice) for choice, _ in rows]
@@ -113,7 +116,7 @@ class RowShape(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Key of `AUTO`."""
+        """See `suited`."""
         if self.text and self.image:
             return "both"
         return "image" if self.image else "text beside a picture" if self.pictured else "text"
@@ -128,16 +131,16 @@ def _shapes(batch: TokenBatch) -> list[RowShape]:
 
 @lru_cache(maxsize=256)
 def _choose(row: RowShape, config: SamplerConfig) -> tuple[str, str]:
-    """What suits a row: a key of `AUTO` or "none", and why."""
+    """What suits a row: its kind or "none", and why."""
     if not (row.text or row.image):
         return "none", "none: nothing is left to decode"
-    if AUTO[row.kind] == CacheConfig("none"):
+    chosen = suited(row.kind)
+    if chosen == suited("none"):
         return "none", "none: texts lose too much where the picture that they describe is kept"
     gain = expected_gain(row, config)
     if gain < LEAST_GAIN:
         short = f"none: at {row.length} tokens per row a cache makes decodes {gain:.2f} times as fast"
         return "none", f"{short}, less than {LEAST_GAIN}"
-    chosen = AUTO[row.kind]
     name = "segments" if chosen.segments else chosen.policy
     return row.kind, f"{name}: makes decodes about {gain:.2f} times as fast, at some approximation"
 
@@ -148,14 +151,14 @@ def expected_gain(row: RowShape, config: SamplerConfig) -> float:
     modality = Modality.IMAGE if row.image else Modality.TEXT
     settings, size = (config.image, row.image) if row.image else (config.text, row.text)
     block = min(settings.block_length or size, size)
-    known = (Segment(row.length - size, given=True),) if row.length > size else ()
-    schedule = Schedule(
-        (*known, Segment(size, 1, modality)), block, RULES[settings.rule].passes_of_a_block(settings, size, block)
+    known = (TokenRun(row.length - size, given=True),) if row.length > size else ()
+    decode = RowDecode(
+        (*known, TokenRun(size, 1, modality)), block, RULES[settings.rule].passes_of_a_block(settings, size, block)
     )
-    policy = AUTO["image" if row.image else "text"].build()
+    policy = suited("image" if row.image else "text").build()
     scales = {config.guidance.scale, config.guidance.text_scale, config.guidance.image_scale}
     guided, work = bool(scales - {None, 1.0}), 0
-    for number, w in enumerate(passes := expected_passes(policy, schedule, 1)):
+    for number, w in enumerate(passes := expected_passes(policy, decode, 1)):
         held = isinstance(policy, HeldGuidance) and not policy.renews(number)
         work += (2 if guided and not held else 1) * w.layers[0].out + OVERHEAD_TOKENS
     return len(passes) * ((2 if guided else 1) * row.length + OVERHEAD_TOKENS) / work

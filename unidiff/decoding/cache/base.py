@@ -1,19 +1,30 @@
-"""`RefreshPolicy`: decides what each pass recomputes. A cache is a policy; the sampler does not know which."""
+"""`RefreshPolicy`: decides what each pass recomputes. A cache is a policy; the sampler does not know which.
+
+`Policy` keeps what all of them need, for every guidance stream and row apart: a row in a batch does what it does alone. A
+cache says in `plan_stream` what the rows of one stream recompute.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
+from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.schema import check_arguments
 from unidiff.tokens import TokenBatch
 
-COMPAT = (None, "upstream")
+Compat = Literal["upstream"] | None
+"""`upstream`: the behaviour of the reference implementation where it differs."""
+Quota = Callable[[Tensor], Tensor]
+"""How many of n compared positions a layer recomputes, int64 `[B]` to `[B]`."""
 
 
 @runtime_checkable
@@ -65,15 +76,92 @@ class RefreshPolicy(Protocol):
         ...
 
 
-class Policy:
-    """Defaults of a `RefreshPolicy`. A dataclass whose state fields have `init=False` starts as a fresh copy."""
+class StreamPast(NamedTuple):
+    """What the rows of a guidance stream did so far.
 
+    passes: int64 `[B]`, those that the row had a use for. seen: int64 `[B, L]`, the ids in the last of them.
+    notes: what the policy noted in its last plan of the stream.
+    """
+
+    passes: Tensor
+    seen: Tensor
+    notes: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What the rows of one guidance stream recompute in a pass. See `CachePlan` for `query`, `verify` and `full_layers`.
+
+    Attributes:
+        fresh: bool `[B]`, rows that recompute everything, apart from the others; None where `query` says that too.
+        quota: how many of the compared positions are recomputed.
+        notes: what the policy wants to know of the stream in its next pass.
+    """
+
+    query: Tensor
+    fresh: Tensor | None = None
+    verify: Tensor | None = None
+    full_layers: tuple[int, ...] = ()
+    quota: Quota | None = None
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Policy:
+    """A `RefreshPolicy` without anything to say. A cache is a dataclass, whose state fields have `init=False`.
+
+    Attributes:
+        name: what `CacheConfig.policy` calls it; none where it is not made by name.
+        whole_rows: it speaks for whole rows, and not for a segment of them.
+        by_stream: streams differ even where their rows do the same.
+        auto: settings with which "auto" takes it for a `text`, an `image`, or what is given beside them (`prompt`).
+    """
+
+    name = ""
     store: StoreOptions | None = None
     max_logits: str | None = None
-    append_only: bool = False
+    append_only = whole_rows = by_stream = False
+    auto: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    _past: dict[int, StreamPast]
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
-        return replace(self) if is_dataclass(self) else self
+        request = replace(self) if is_dataclass(self) else self
+        request._past = {}
+        return request
+
+    @classmethod
+    def exact_for(cls, traits: DenoiserTraits) -> bool:
+        """Whether it changes nothing for such a model."""
+        return False
+
+    def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
+        """Before the streams are planned: what they share. Returns the candidates whose logits are shown, bool `[B, L]`."""
+        return candidates
+
+    def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
+        """What the rows bool `[B]` that have a use for a stream recompute in it: everything, unless a cache knows better."""
+        return StreamPlan(state.batch.valid & rows[:, None])
+
+    def past(self, state: DecodeState, stream: int = 0) -> StreamPast:
+        """What the rows of a stream did before this pass."""
+        return self._past.get(stream) or StreamPast(torch.zeros_like(state.ids[:, 0]), state.ids, {})
+
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
+        """See `RefreshPolicy.plan`. Streams that did the same so far and serve the same rows share a plan, and run together."""
+        shown = self.begin_pass(state, candidates)
+        alike = [False] * len(state.streams) if self.by_stream else state.alike()
+        made: dict[object, tuple[CachePlan, StreamPast]] = {}
+        found: dict[int, tuple[CachePlan, StreamPast]] = {}
+        for stream, same in zip(state.streams, alike, strict=True):
+            key = id(self._past.get(stream)) if same else ("apart", stream)
+            if key not in made:
+                rows, past = state.users[stream], self.past(state, stream)
+                own = self.plan_stream(state, candidates, stream, rows)
+                seen = torch.where(rows[:, None], state.ids, past.seen)
+                plan = plan_rows(state, own.query, shown, own.fresh, own.verify, own.full_layers, own.quota)
+                made[key] = plan, StreamPast(past.passes + rows.long(), seen, own.notes)
+            found[stream] = made[key]
+        self._past |= {stream: past for stream, (_, past) in found.items()}
+        return joined({stream: plan for stream, (plan, _) in found.items()})
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         return None
@@ -81,14 +169,108 @@ class Policy:
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
         return None
 
+    def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
+        """What a pass computes in a row without guidance. (Index padding, where rows run together, is not in it.)
+
+        Raises:
+            ValueError: that depends on the model's answers, or nobody has said it.
+        """
+        raise ValueError(f"the work of {type(self).__name__} cannot be foretold; use a policy that defines row_work")
+
+    def reference_bound(self, decode: RowDecode, traits: DenoiserTraits) -> float | None:
+        """The closed formula of the paper for P prompt and G response tokens, S = P + G, n passes per block of B, if any."""
+        return None
+
+
+class StoringPolicy(Policy):
+    """Keeps keys and values. `rotated` (a setting): keys after rotary, the same result with less work per pass."""
+
+    rotated: bool
+
+    @property
+    def store(self) -> StoreOptions:  # type: ignore[override]
+        return StoreOptions(rotated=self.rotated)
+
+
+def joined(plans: dict[int, CachePlan | None]) -> CachePlan:
+    """The plan of all streams: that of the conditional one, with those of the others where they differ."""
+    first = plans[0]
+    assert first is not None  # no policy leaves the conditional stream out
+    others = {stream: plan for stream, plan in plans.items() if plan is not first}
+    return first.with_streams(others) if others else first
+
+
+def plan_rows(
+    state: DecodeState,
+    query: Tensor,
+    candidates: Tensor,
+    fresh: Tensor | None = None,
+    verify: Tensor | None = None,
+    full_layers: tuple[int, ...] = (),
+    quota: Quota | None = None,
+) -> CachePlan:
+    """A plan of one stream; a full one where every row that is not complete recomputes everything. See `StreamPlan`.
+
+    Reads all the numbers that it needs from the device in one go.
+    """
+    whole = (query == state.batch.valid).all(1) if fresh is None else fresh
+    count = query.sum(1)
+    numbers = [(whole | ~state.unfinished).all().long(), count.max(), whole.any().long()]
+    if verify is not None:
+        compared = (verify & ~query).sum(1)
+        numbers += [compared.max(), (count + compared).max()]
+        if quota is not None:
+            numbers.append((count + quota(compared)).max())
+    full, width, some, *rest = torch.stack(numbers).tolist()
+    if full:
+        return CachePlan(logits=candidates)
+    if not any(rest[:1]):  # nothing to compare
+        apart = fresh if some else None
+        return CachePlan(query, candidates, full=False, full_layers=full_layers, width=width, fresh=apart)
+    return CachePlan(query, candidates, False, verify, full_layers, width, rest[1], rest[2] if quota else None)
+
+
+def stacks(a: CachePlan, b: CachePlan) -> bool:
+    """Whether streams with these plans run as rows of one call.
+
+    Plans that refresh layer by layer differ in size when they differ at all; joined, each would pay for the larger.
+    """
+    if a.full or b.full:
+        return a.full and b.full
+    if a.query is b.query and a.verify is b.verify and a.full_rows is b.full_rows:
+        return (a.full_layers, a.width) == (b.full_layers, b.width)
+    plain = all(p.verify is None and not p.full_layers and p.query is not None for p in (a, b))
+    return plain and a.width == b.width
+
+
+def stacked(plans: Sequence[CachePlan]) -> CachePlan:
+    """The plan of all rows, stream by stream."""
+    first = plans[0]
+    if first.full or len(plans) == 1:
+        return first
+    query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
+    verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
+    fresh = None
+    if query is not None and any(p.fresh is not None for p in plans):
+        none = torch.zeros_like(query[: len(query) // len(plans), 0])
+        fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
+    full_rows = None if first.full_rows is None else first.full_rows.repeat(1, len(plans))
+    return replace(first, query=query, verify=verify, fresh=fresh, full_rows=full_rows, others={})
+
+
+def by_whole_rows(plan: CachePlan) -> CachePlan:
+    """A plan for models that cannot go layer by layer: rows that would do so recompute everything, others their query."""
+    if plan.query is None or (plan.full_layers and plan.full_rows is None):
+        return CachePlan()
+    deep = torch.zeros_like(plan.query[:, 0])
+    if plan.verify is not None:
+        deep = deep | (plan.verify & ~plan.query).any(1)
+    if plan.full_rows is not None:
+        deep = deep | plan.full_rows.any(0)
+    return CachePlan(plan.query | deep[:, None], plan.logits, full=False, rows=plan.rows)
+
 
 def check_settings(policy: Any) -> None:
     """Raise `ValueError` unless the settings of a policy, a dataclass, have their declared types."""
     values = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
     check_arguments(type(policy), values, type(policy).__name__)
-
-
-def check_whole(name: str, value: object, low: int) -> None:
-    """Raise `ValueError` unless `value` is a whole number of at least `low`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {low}")

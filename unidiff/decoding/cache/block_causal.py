@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import Policy
+from unidiff.decoding.cache.base import StoringPolicy, StreamPlan
 from unidiff.decoding.state import DecodeState
-from unidiff.models.denoiser import PartialDenoiser
-from unidiff.models.partial import CachePlan
-from unidiff.models.store import StoreOptions
+from unidiff.models.denoiser import DenoiserTraits, PartialDenoiser
 from unidiff.tokens import TokenBatch
 
 
 @dataclass
-class BlockCausalCache(Policy):
+class BlockCausalCache(StoringPolicy):
     """Recomputes exactly what a changed token can reach, and nothing beyond the blocks being decoded.
 
     A token of an attention block sees its own and earlier blocks of its sample. Features therefore stay right until a
@@ -26,21 +24,16 @@ class BlockCausalCache(Policy):
     Guidance streams that skip passes catch up when they are used again.
     """
 
+    name = "block-causal"
+    append_only = whole_rows = True
     rotated: bool = True
-    _blocks: Tensor | None = field(default=None, init=False, repr=False)  # [B, L], attention block of every position
-    _known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _blocks: Tensor = field(init=False, repr=False, compare=False)  # [B, L], attention block of every position
 
-    @property
-    def store(self) -> StoreOptions:  # type: ignore[override]
-        """Keys and values."""
-        return StoreOptions(rotated=self.rotated)
+    @classmethod
+    def exact_for(cls, traits: DenoiserTraits) -> bool:
+        return traits.block_length is not None and not traits.timed
 
-    @property
-    def append_only(self) -> bool:  # type: ignore[override]
-        """Later blocks are computed when they are reached."""
-        return True
-
-    def start(self, batch: TokenBatch, model: Any) -> BlockCausalCache:
+    def start(self, batch: TokenBatch, model: Any) -> Self:
         """See `RefreshPolicy.start`.
 
         Raises:
@@ -53,34 +46,16 @@ class BlockCausalCache(Policy):
             )
         if traits.timed:
             raise ValueError("BlockCausalCache is exact only for models that ignore the time; use PrefixCache")
-        request = BlockCausalCache(self.rotated)
+        request = super().start(batch, model)
         request._blocks = torch.div(batch.positions[..., 0], traits.block_length, rounding_mode="floor")
         return request
 
-    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
-        made: dict[int, tuple[CachePlan, tuple[Tensor, Tensor]]] = {}
-        plans: dict[int, CachePlan] = {}
-        for stream in state.streams:
-            known = self._known.get(stream)
-            if id(known) not in made:  # streams that were computed together stay together
-                made[id(known)] = self._stream_plan(state, candidates, known)
-            plans[stream], self._known[stream] = made[id(known)]
-        first = plans.pop(0)
-        others = {stream: plan for stream, plan in plans.items() if plan is not first}
-        return first.with_streams(others) if others else first
-
-    def _stream_plan(
-        self, state: DecodeState, candidates: Tensor, known: tuple[Tensor, Tensor] | None
-    ) -> tuple[CachePlan, tuple[Tensor, Tensor]]:
-        """The plan of a stream, and (positions with right features `[B, L]`, ids they were computed with `[B, L]`)."""
-        assert self._blocks is not None
-        blocks, valid, far = self._blocks, state.batch.valid, torch.iinfo(torch.long).max
-        right = torch.zeros_like(valid)
-        if known is not None:
-            changed = (state.ids != known[1]) & valid
-            first_changed = torch.where(changed, blocks, far).amin(1, keepdim=True)  # [B, 1]
-            right = known[0] & (blocks < first_changed)
-        last_wanted = torch.where(candidates, blocks, -1).amax(1, keepdim=True)
-        query = valid & (blocks <= last_wanted) & ~right
-        return CachePlan(query, candidates, full=False, width=int(query.sum(1).max())), (right | query, state.ids)
+    def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
+        """See `Policy`. All rows go on together: what is right of a row is known by place, not by pass."""
+        notes, valid, far = self.past(state, stream).notes, state.batch.valid, torch.iinfo(torch.long).max
+        changed = (state.ids != notes.get("ids", state.ids)) & valid
+        first_changed = torch.where(changed, self._blocks, far).amin(1, keepdim=True)  # [B, 1]
+        right = notes.get("right", torch.zeros_like(valid)) & (self._blocks < first_changed)
+        last_wanted = torch.where(candidates, self._blocks, -1).amax(1, keepdim=True)
+        query = valid & (self._blocks <= last_wanted) & ~right
+        return StreamPlan(query, torch.zeros_like(rows), notes={"right": right | query, "ids": state.ids})

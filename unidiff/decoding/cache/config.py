@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any
 
-from unidiff.decoding import cache as policies
-from unidiff.decoding.cache import RefreshPolicy, SegmentCache
-from unidiff.decoding.cache.segments import SEGMENTS
+from unidiff.decoding.cache.base import Policy, RefreshPolicy
+from unidiff.decoding.cache.combined import SEGMENTS, HeldGuidance, SegmentCache
+from unidiff.registry import Registry
 from unidiff.schema import Between, check_fields, check_value, from_data
 
-_POLICIES: dict[str, Callable[..., RefreshPolicy]] = {
-    "none": policies.NoCache,
-    "prefix": policies.PrefixCache,
-    "dual": policies.DualCache,
-    "vicinity": policies.VicinityCache,
-    "interval": policies.IntervalCache,
-    "adaptive": policies.AdaptiveCache,
-    "max-logit": policies.MaxLogitCache,
-    "modality": policies.ModalityCache,
-    "block-causal": policies.BlockCausalCache,
-}
-CACHES = tuple(_POLICIES)
+
+def _name_of(value: object) -> str | None:
+    return vars(value).get("name") or None if isinstance(value, type) and issubclass(value, Policy) else None
+
+
+CACHES: Registry[type[Policy]] = Registry("caches", "unidiff.decoding.cache", _name_of)
+"""Policies by name."""
 _PARTS = {"prompt": ("text_prompt", "image_prompt")}
 
 
@@ -30,20 +25,8 @@ _PARTS = {"prompt": ("text_prompt", "image_prompt")}
 class CacheConfig:
     """A cache policy and its settings; `build` makes it.
 
-    S tokens in a row, B in the block or blocks being decoded, n passes per block. All but `none` and `block-causal` are
-    approximations; `unidiff profile-cache` measures for a model how much changes between passes.
-
-    | policy | recomputed in a pass | passes of a block cost, in full passes | suits |
-    |---|---|---|---|
-    | `none` | everything | n | short rows; the reference |
-    | `prefix` | the block and all behind it, which begins at s | 1 + (n - 1) (S - s) / S | late blocks |
-    | `dual` | the block | 1 + (n - 1) B / S | short blocks in long rows: captions, answers |
-    | `vicinity` | the block and its neighbourhood | between `dual` and `none` | text |
-    | `interval` | what is open, and just written | depends on what is open | long prompts |
-    | `adaptive` | the least similar share of the response (dLLM-Cache) | see `AdaptiveCache` | long prompts |
-    | `max-logit` | open positions of low best logit (ML-Cache) | see `MaxLogitCache` | pictures |
-    | `modality` | one modality, the other every few passes (UniDisc) | see `ModalityCache` | joint decodes |
-    | `block-causal` | what a changed token can reach; exact | see `BlockCausalCache` | block-causal weights only |
+    All but `none` and `block-causal` are approximations: docs/decoding.md has what each recomputes and costs, and
+    `unidiff profile-cache` measures for a model how much changes between passes.
 
     Args:
         policy: one of `CACHES`; with `segments`, of those that are not named there.
@@ -65,7 +48,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_value(self.policy, str, "cache policy")
-        if self.policy not in _POLICIES:
+        if self.policy not in CACHES:
             raise ValueError(
                 f"cache policy is {self.policy!r}; expected one of {', '.join(CACHES)}; pipelines take auto as well"
             )
@@ -95,19 +78,20 @@ class CacheConfig:
             "object of your own there is policy=)"
         )
 
-    def build(self) -> RefreshPolicy:
+    def build(self) -> Policy:
         """The policy, ready for `Sampler`."""
-        held = policies.HeldGuidance(self._build_rows(), self.guidance_interval, self.guidance_warmup)
-        return held.policy if self.guidance_interval == 1 else held
-
-    def _build_rows(self) -> RefreshPolicy:
-        own = self._build_own()
-        if not self.segments:
-            return own
-        chosen = dict.fromkeys(SEGMENTS, own)
-        for name in sorted(self.segments, key=lambda segment: segment not in _PARTS):  # single segments win
-            chosen |= dict.fromkeys(_PARTS.get(name, (name,)), self.segments[name].build())
-        return SegmentCache(**chosen)
+        make = CACHES[self.policy]
+        known = [f.name for f in fields(make) if f.init] if is_dataclass(make) else []
+        if unknown := sorted(set(self.options) - set(known)):
+            raise ValueError(f"cache policy {self.policy!r} has no settings {unknown}; expected some of {known}")
+        policy = make(**self.options)
+        if self.segments:
+            chosen: dict[str, RefreshPolicy] = dict.fromkeys(SEGMENTS, policy)
+            for name in sorted(self.segments, key=lambda segment: segment not in _PARTS):  # single segments win
+                chosen |= dict.fromkeys(_PARTS.get(name, (name,)), self.segments[name].build())
+            policy = SegmentCache(**chosen)
+        held = HeldGuidance(policy, self.guidance_interval, self.guidance_warmup)
+        return policy if self.guidance_interval == 1 else held
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back."""
@@ -123,13 +107,6 @@ class CacheConfig:
             _check_flat(segments)
             data = {**data, "segments": {name: cls.of(value) for name, value in segments.items()}}
         return from_data(cls, data, "cache")
-
-    def _build_own(self) -> RefreshPolicy:
-        make = _POLICIES[self.policy]
-        known = [] if self.policy == "none" else [f.name for f in fields(make) if f.init]  # type: ignore[arg-type]
-        if unknown := sorted(set(self.options) - set(known)):
-            raise ValueError(f"cache policy {self.policy!r} has no settings {unknown}; expected some of {known}")
-        return make(**self.options)
 
 
 def _check_flat(segments: Mapping[str, Any]) -> None:

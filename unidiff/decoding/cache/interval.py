@@ -1,21 +1,22 @@
-"""Interval cache: what is open is recomputed in every pass, what is known every few passes."""
+"""Interval cache: what is masked is recomputed in every pass, what is known every few passes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import Policy, check_settings, check_whole
-from unidiff.decoding.cache.rows import plan_rows
+from unidiff.decoding.cache.base import StoringPolicy, StreamPlan, check_settings
+from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
-from unidiff.models.partial import CachePlan
-from unidiff.models.store import StoreOptions
+from unidiff.schema import Between
 
 
 @dataclass
-class IntervalCache(Policy):
+class IntervalCache(StoringPolicy):
     """Known tokens keep keys and values for `interval` passes of their row (dKV-Cache, Ma et al. 2025, arXiv 2505.15781).
 
     A token is recomputed once more in the pass after it changed, and may be kept from then on: its features before
@@ -28,42 +29,39 @@ class IntervalCache(Policy):
     Args:
         interval: passes between two refreshes of a row; 1 is no cache.
         rotated: keep keys after rotary (the same result, less work per pass).
-
-    Raises:
-        ValueError: `interval` is not a whole number of at least 1.
     """
 
-    interval: int = 20
+    name = "interval"
+    auto: ClassVar[Mapping[str, Mapping[str, Any]]] = {"image": {"interval": 8}, "prompt": {"interval": 8}}
+    interval: Annotated[int, Between(1)] = 20
     rotated: bool = True
-    # of a request: passes of its rows, int64 [B]; by stream the pass of its last refresh [B], and its ids in the last one [B, L]
-    _passes: Tensor | None = field(default=None, init=False, repr=False)
-    _refreshed: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _fresh: Tensor = field(init=False, repr=False, compare=False)  # bool [B], rows that refresh in this pass
+    _query: Tensor = field(init=False, repr=False, compare=False)  # bool [B, L]
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_whole("interval", self.interval, 1)
 
-    @property
-    def store(self) -> StoreOptions:  # type: ignore[override]
-        """Keys and values."""
-        return StoreOptions(rotated=self.rotated)
+    def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
+        """Guidance streams of a pass do the same, so that they run as rows of one call."""
+        self._fresh, changed = torch.zeros_like(state.masked[:, 0]), torch.zeros_like(state.masked)
+        for stream in state.streams:
+            rows = state.users[stream]
+            self._fresh = self._fresh | (rows & (self._since(state, stream) >= self.interval))
+            changed = changed | (rows[:, None] & (state.ids != self.past(state, stream).seen))
+        self._query = state.batch.valid & (self._fresh[:, None] | candidates | changed)
+        return candidates
 
-    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`. Guidance streams of a pass do the same, so that they run as rows of one call."""
-        valid, busy = state.batch.valid, {s: state.users[s] for s in state.streams}
-        now = torch.zeros_like(state.ids[:, 0]) if self._passes is None else self._passes
-        fresh, changed = torch.zeros_like(valid[:, 0]), torch.zeros_like(valid)
-        for stream, rows in busy.items():
-            last = self._refreshed.setdefault(stream, now - self.interval)
-            fresh |= rows & (now - last >= self.interval)
-            changed |= rows[:, None] & (state.ids != self._seen.setdefault(stream, state.ids))
-        query = valid & (fresh[:, None] | candidates | changed)
-        plans = {}
-        for stream, rows in busy.items():
-            plans[stream] = plan_rows(state, query & rows[:, None], candidates)
-            self._refreshed[stream] = torch.where(rows & fresh, now, self._refreshed[stream])
-            self._seen[stream] = torch.where(rows[:, None], state.ids, self._seen[stream])
-        self._passes = now + torch.stack(list(busy.values())).any(0).long()
-        own = plans.pop(0)
-        return own.with_streams(plans) if plans else own
+    def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
+        """See `Policy`."""
+        refreshed = self.past(state).passes - torch.where(rows & self._fresh, 0, self._since(state, stream))
+        return StreamPlan(self._query & rows[:, None], notes={"refreshed": refreshed})
+
+    def _since(self, state: DecodeState, stream: int) -> Tensor:
+        """int64 `[B]`: passes of a row, whatever the stream, since it recomputed everything in this one."""
+        passes = self.past(state).passes
+        return passes - self.past(state, stream).notes.get("refreshed", passes - self.interval)
+
+    def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
+        """See `Policy`."""
+        queries = decode.length if now.number % self.interval == 0 else now.masked + now.changed
+        return RowWork.even(layers, queries, decode.length, now.masked, now.ids)

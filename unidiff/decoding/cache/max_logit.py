@@ -7,24 +7,28 @@ at their last computation) is low; the others keep keys, values and logits. Ever
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import COMPAT, Policy, check_settings, check_whole
-from unidiff.decoding.cache.rows import Past, plan_rows
+from unidiff.decoding.cache.base import Compat, Policy, StreamPlan, check_settings
 from unidiff.decoding.commit.base import ROUNDING
+from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.store import StoreOptions
+from unidiff.schema import Between
+from unidiff.tokens import Modality
 
 
 @dataclass
 class MaxLogitCache(Policy):
     """ML-Cache as a refresh policy. Each guidance stream ranks its own logits and keeps its own features.
 
-    With T planned passes of a row (`steps`, or one per token where those are fewer), w = int(T warmup) and pass i of a row from 0, a pass is full where i <= w or (i - w) is a multiple of
-    `interval`; the defaults make 28 of 64 passes full, so at most a speed-up of 2.03.
+    With T planned passes of a row (`steps`, or one per token where those are fewer), w = int(T warmup) and pass i of a row
+    from 0, a pass is full where i <= w or (i - w) is a multiple of `interval`; the defaults make 28 of 64 passes full, so
+    at most a speed-up of 2.03.
 
     Args:
         ratio: share of the positions that keep their features in a partial pass.
@@ -33,56 +37,64 @@ class MaxLogitCache(Policy):
         compat: None, or "upstream" for the reference implementation: the share is taken of the whole row, prompt and
             decoded tokens included, and a just-revealed token whose logit was high is not recomputed. By default only
             undecoded positions that may be filled now count, and changed tokens are always recomputed.
-
-    Raises:
-        ValueError: a setting outside its range.
     """
 
-    ratio: float = 0.9
-    warmup: float = 0.3
-    interval: int = 5
-    compat: str | None = None
+    name = "max-logit"
     store = StoreOptions()
-    _past: dict[int, Past] = field(default_factory=dict, init=False, repr=False)  # by stream
-    _seen: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # [B, L], candidates so far
+    by_stream = True
+    ratio: Annotated[float, Between(0, 1)] = 0.9
+    warmup: Annotated[float, Between(0, 1)] = 0.3
+    interval: Annotated[int, Between(1)] = 5
+    compat: Compat = None
+    _full: Tensor = field(init=False, repr=False, compare=False)  # bool [B], rows whose pass is full
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_whole("interval", self.interval, 1)
-        for name in ("ratio", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number between 0 and 1")
-        if self.compat not in COMPAT:
-            raise ValueError(f"compat is {self.compat!r}; expected one of {COMPAT}")
         self.max_logits = "everywhere" if self.compat else "candidates"
 
-    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
-        planned = [torch.where(c.targets.any(1), c.shares.total, 0) for c in state.progress.values()]  # [B] each
+    def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
+        """See `Policy`."""
+        planned = [torch.where(p.targets.any(1), p.shares.total, 0) for p in state.progress.values()]  # [B] each
         begin = (torch.stack(planned).amax(0).double() * self.warmup).floor().long()
-        step = (self._past.get(0) or Past.start(state)).passes
-        full = (step <= begin) | ((step - begin) % self.interval == 0)  # [B]
-        plans = {stream: self._stream_plan(stream, state, candidates, full) for stream in state.streams}
-        own = plans.pop(0)
-        return own.with_streams(plans) if plans else own
+        step = self.past(state).passes
+        self._full = (step <= begin) | ((step - begin) % self.interval == 0)
+        return candidates
 
-    def _stream_plan(self, stream: int, state: DecodeState, candidates: Tensor, full: Tensor) -> CachePlan:
-        busy, valid = state.users[stream], state.batch.valid
-        past = self._past.get(stream) or Past.start(state)
-        self._past[stream] = past.after(state, busy)
-        # A row may have max_logits of a stream because other rows use it: its own passes count, not those.
-        known = self._seen.get(stream, torch.zeros_like(valid))
-        self._seen[stream] = known | (candidates & busy[:, None])
-        max_logits = state.max_logits.get(stream)  # [B, L], NaN where never seen
-        if max_logits is None:
-            return CachePlan(logits=candidates)
+    def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
+        """See `Policy`."""
+        past, valid = self.past(state, stream), state.batch.valid
+        # A row may have logits of a stream because other rows use it: its own passes count, not those.
+        known = past.notes.get("known", torch.zeros_like(valid))  # candidates so far
+        notes = {"known": known | (candidates & rows[:, None])}
+        top = state.max_logits.get(stream)  # [B, L], NaN where never seen
+        if top is None:
+            return StreamPlan(valid, torch.ones_like(rows), notes=notes)
         if self.compat:
-            low = low_max_logits(max_logits, ~max_logits.isnan(), 1 - self.ratio)
+            low = low_max_logits(top, ~top.isnan(), 1 - self.ratio)
         else:
-            low = low_max_logits(max_logits, candidates & known, 1 - self.ratio)
+            low = low_max_logits(top, candidates & known, 1 - self.ratio)
             low = low | (candidates & ~known) | (state.ids != past.seen)
-        fresh = (full | (past.passes == 0))[:, None]
-        return plan_rows(state, torch.where(fresh, valid, low) & busy[:, None], candidates)
+        fresh = (self._full | (past.passes == 0))[:, None]
+        return StreamPlan(torch.where(fresh, valid, low) & rows[:, None], notes=notes)
+
+    def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
+        """See `Policy`."""
+        begin = int(max(sum(decode.passes_of(modality)) for modality in Modality) * self.warmup)
+        queries, head = decode.length, now.masked + (decode.length if self.compat else 0)  # logits everywhere
+        if now.number > begin and (now.number - begin) % self.interval:
+            counted = decode.length if self.compat else now.masked
+            rank = torch.tensor(1 - self.ratio, dtype=torch.float32) * (counted - 1)  # as nanquantile counts
+            queries = int(rank) + 1
+            if not self.compat:  # candidates of a new block have no logits yet
+                queries = (queries if now.inside else now.masked) + now.changed
+        return RowWork.even(layers, queries, decode.length, head, now.ids)
+
+    def reference_bound(self, decode: RowDecode, traits: DenoiserTraits) -> float | None:
+        """n / (full + (n - full) (1 - ratio))."""
+        total = sum(decode.steps(modality) for modality in Modality)
+        begin = int(total * self.warmup)
+        full = sum(i <= begin or (i - begin) % self.interval == 0 for i in range(total))
+        return total / (full + (total - full) * (1 - self.ratio))
 
 
 def low_max_logits(max_logits: Tensor, counted: Tensor, share: float) -> Tensor:

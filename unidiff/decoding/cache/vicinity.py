@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from unidiff.decoding.cache.base import check_whole
-from unidiff.decoding.cache.refresh import BlockRefresh, first_and_last, places
+from unidiff.decoding.cache.block_refresh import BlockRefresh, first_and_last, places
+from unidiff.decoding.row_decode import RowDecode
 from unidiff.decoding.state import DecodeState
+from unidiff.schema import Between
 
 
 @dataclass
@@ -23,16 +25,15 @@ class VicinityCache(BlockRefresh):
         warmup: dInfer makes the first 4 passes without a cache.
     """
 
-    warmup: int = 4
-    look_back: int = 16
-    look_ahead: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("look_back", self.look_back, 0)
-        check_whole("look_ahead", self.look_ahead, 0)
+    name = "vicinity"
+    warmup: Annotated[int, Between(0)] = 4
+    look_back: Annotated[int, Between(0)] = 16
+    look_ahead: Annotated[int, Between(0)] = 16
 
     def region(self, state: DecodeState, block: Tensor) -> Tensor:
         place = places(block)
         first, last = first_and_last(block)
         return (place >= first - self.look_back) & (place <= last + self.look_ahead) & (last >= 0)
+
+    def row_region(self, decode: RowDecode, first: int, last: int) -> tuple[int, int]:
+        return max(first - self.look_back, 0), min(last + self.look_ahead, decode.length)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from unidiff.decoding import ModalityDecoding, RefreshPolicy, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.cache.bounds import Schedule, reference_bound, speedup_bound
+from unidiff.decoding.cache.bounds import speedup_bound
+from unidiff.decoding.row_decode import RowDecode
 from unidiff.evaluation.benchmark.cells import Cells, code_hash
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
 from unidiff.evaluation.benchmark.speed import (
@@ -111,7 +112,7 @@ def random_model(suite: ShapeSuite, device: torch.device, seed: int) -> MaskedTr
 
 
 def request(
-    schedule: Schedule, grid: tuple[int, int] | None, vocabulary: Vocabulary, rows: int, seed: int
+    schedule: RowDecode, grid: tuple[int, int] | None, vocabulary: Vocabulary, rows: int, seed: int
 ) -> TokenBatch:
     """Rows of random tokens, with the segments of a schedule to be decoded."""
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +148,7 @@ def measure_workload(
     names = dict.fromkeys(("none", *(options.only or suite.policies)))
     policies = {name: cache_named(name).build() for name in names}
 
-    def decode(policy: RefreshPolicy, schedule: Schedule, seed: int) -> SamplerOutput:
+    def decode(policy: RefreshPolicy, schedule: RowDecode, seed: int) -> SamplerOutput:
         return decode_once(model, vocabulary, policy, schedule, workload, seed, options.graphs)
 
     for policy in policies.values():  # warm-up
@@ -167,7 +168,7 @@ def measure_workload(
         row = TimedDecode(
             *(name, shape, outputs[name].nfe, median(own), own),
             *(median(a / b for a, b in zip(plain, own, strict=True)), *bounds),
-            reference_bound(policy, schedule, model.traits),
+            policy.reference_bound(schedule, model.traits),
             outside_share=1 - stats.forward_seconds / own[-1] if on_cpu else None,
             peak_share=stats.flops / stats.forward_seconds / peak if on_cpu else None,
             stats=stats.to_dict(),
@@ -180,7 +181,7 @@ def decode_once(
     model: MaskedTransformer,
     vocabulary: Vocabulary,
     policy: RefreshPolicy,
-    schedule: Schedule,
+    schedule: RowDecode,
     workload: DecodeShape,
     seed: int,
     graphs: bool,

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import functional as F
 
-from unidiff.decoding.cache.bounds import Schedule
-from unidiff.decoding.stats import RowWork
+from unidiff.decoding.row_decode import RowDecode, RowWork
 from unidiff.models.partial import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch
@@ -107,7 +106,7 @@ def copy_bandwidth(size: int, device: torch.device) -> float:
 
 @torch.no_grad()
 def measure_steps(
-    model: MaskedTransformer, batch: TokenBatch, schedule: Schedule, peak: float, bandwidth: float
+    model: MaskedTransformer, batch: TokenBatch, schedule: RowDecode, peak: float, bandwidth: float
 ) -> dict[str, dict[str, float]]:
     """A full pass, and a cached one that recomputes the first block, of all rows, without the head.
 

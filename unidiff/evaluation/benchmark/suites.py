@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from unidiff.decoding.cache.bounds import Schedule, Segment
 from unidiff.decoding.cache.config import CACHES, CacheConfig
+from unidiff.decoding.row_decode import RowDecode, TokenRun
 from unidiff.tokens import Modality, Vocabulary
 
 UPSTREAM = "-upstream"
@@ -71,10 +71,10 @@ class DecodeShape:
             f"{self.passes} passes each, {self.batch} row{'s' * (self.batch > 1)}"
         )
 
-    def schedule(self, vocabulary: Vocabulary, blocks: int | None = None, passes: int | None = None) -> Schedule:
+    def schedule(self, vocabulary: Vocabulary, blocks: int | None = None, passes: int | None = None) -> RowDecode:
         """Everything is decoded, or `blocks` blocks, evenly spread over the row, with the rest given."""
         chosen, number = spread(self.total_blocks, blocks), 0
-        segments: list[Segment] = []
+        segments: list[TokenRun] = []
         for modality, tokens, ids in (
             (Modality.TEXT, self.text, vocabulary.text_size),
             (Modality.IMAGE, self.image, vocabulary.image_size),
@@ -83,9 +83,9 @@ class DecodeShape:
                 size, given = min(self.block, tokens - start), number not in chosen
                 if segments and (segments[-1].modality, segments[-1].given) == (modality, given):
                     size += segments.pop().tokens  # neighbours that are alike become one
-                segments.append(Segment(size, ids, modality, given))
+                segments.append(TokenRun(size, ids, modality, given))
                 number += 1
-        return Schedule(tuple(segments), self.block, passes or self.passes)
+        return RowDecode(tuple(segments), self.block, passes or self.passes)
 
 
 @dataclass(frozen=True)

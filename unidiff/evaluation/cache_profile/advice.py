@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.decoding.cache.segments import SEGMENTS
 from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile
 from unidiff.models.denoiser import DenoiserTraits
 

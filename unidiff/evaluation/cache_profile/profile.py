@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unidiff.decoding import DecodeState, NoCache
-from unidiff.decoding.cache.segments import SEGMENTS
+from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.models.partial import CachePlan, cosine
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality

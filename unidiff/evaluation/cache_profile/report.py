@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from unidiff.decoding.cache.segments import SEGMENTS
+from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.evaluation.cache_profile.advice import Advice, advise
 from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile, Watcher, watch
 from unidiff.evaluation.charts import heat_map
