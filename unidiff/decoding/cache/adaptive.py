@@ -51,8 +51,9 @@ class AdaptiveCache(Policy):
     compat: Compat = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.full_layers, list):
+            self.full_layers = tuple(self.full_layers)
         check_settings(self)
-        self.full_layers = tuple(self.full_layers)
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row.

@@ -18,7 +18,7 @@ from unidiff.decoding.state import DecodeState
 from unidiff.models.denoiser import DenoiserTraits
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
-from unidiff.schema import check_arguments
+from unidiff.schema import check_value, field_types
 from unidiff.tokens import TokenBatch
 
 Compat = Literal["upstream"] | None
@@ -272,5 +272,7 @@ def by_whole_rows(plan: CachePlan) -> CachePlan:
 
 def check_settings(policy: Any) -> None:
     """Raise `ValueError` unless the settings of a policy, a dataclass, have their declared types."""
-    values = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
-    check_arguments(type(policy), values, type(policy).__name__)
+    types = field_types(type(policy))
+    for f in fields(policy):
+        if f.init:
+            check_value(getattr(policy, f.name), types[f.name], f"{type(policy).__name__} {f.name}")
