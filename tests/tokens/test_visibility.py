@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Visibility
-from unidiff.train.block_diffusion import block_visibility
-from unidiff.train.data.packing import pack_batch
+from unidiff.train.data.batch import block_visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 rows_of_samples = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
 
 
 def packed(lengths: list[list[int]]) -> TokenBatch:
-    spans = [[Span.text(torch.arange(n) + 1)] for row in lengths for n in row]
-    return pack_batch(TokenBatch.from_spans(spans), 40)
+    return TokenBatch.from_packed([[[Span.text(torch.arange(n) + 1)] for n in row] for row in lengths], 40)
 
 
 @given(rows_of_samples)

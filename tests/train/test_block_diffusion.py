@@ -12,9 +12,9 @@ from unidiff.diffusion.objective import masked_nll
 from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
-from unidiff.train.block_diffusion import double_rows
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.tasks import TaskMixer
+from unidiff.train.step import TokenNLL
 from unidiff.train.trainer import Trainer
 from unidiff.train.validation import VALIDATION_SEED, validate
 
@@ -29,7 +29,7 @@ def mixer(tmp_path, *overrides):
 
 
 def test_blocks_have_rates_of_their_own_and_exact_counts(tmp_path):
-    micro = mixer(tmp_path, "tasks.text_to_image={weight: 1, loss: elbo}").batch(0, 64)
+    micro = mixer(tmp_path, "tasks.text_to_image={weight: 1, loss: elbo}").of(torch.arange(64))
     hidden = micro.batch.targets & (micro.noise < micro.rate)
     block = micro.batch.positions[..., 0] // BLOCK
     for number in range(int(block.max()) + 1):
@@ -43,7 +43,7 @@ def test_blocks_have_rates_of_their_own_and_exact_counts(tmp_path):
         expected = (total / count.clamp_min(1))[:, None].expand_as(here)[hidden & here]
         torch.testing.assert_close(weights, expected.float())
         assert len(rate[rows].unique()) == int(rows.sum())
-    again = mixer(tmp_path, "tasks.text_to_image={weight: 1, loss: elbo}").batch(16, 3)
+    again = mixer(tmp_path, "tasks.text_to_image={weight: 1, loss: elbo}").of(torch.arange(16, 19))
     assert torch.equal(again.rate, micro.rate[16:19]) and torch.equal(again.noise, micro.noise[16:19])
     assert bool(micro.weight.isfinite().all())
 
@@ -53,8 +53,8 @@ def test_one_doubled_pass_equals_every_block_after_its_clean_past(tmp_path):
     model = MaskedTransformer(VOCABULARY.size, 32, 2, 2, attention="block_causal", block_length=BLOCK).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    micro = mixer(tmp_path).batch(0, 6)
-    double = double_rows(micro, BLOCK)
+    mixed = mixer(tmp_path)
+    micro, double = mixed.of(torch.arange(6)), mixed.batch(0, 6)
     noisy = mask_tokens(double.batch, double.rate, VOCABULARY, double.noise)
     length = micro.batch.shape[1]
     assert not noisy.masked[:, :length].any() and torch.equal(noisy.batch.ids[:, :length], micro.batch.ids)
@@ -104,7 +104,7 @@ def test_validation_scores_blocks_given_clean_ones(tmp_path):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     source, rows = tiny_table(), 8
-    report = validate(model, model.hidden, source, rows, 1, 3, bf16=False)
+    report = validate(TokenNLL(model, VOCABULARY, 16), source, rows, 1, 3)
     assert not [name for name in report if name.startswith(("caption", "answer"))]
     even, off = TaskConfig(weight=1.0, loss="elbo"), TaskConfig()
     mix = TaskMixer(

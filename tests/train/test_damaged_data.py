@@ -17,7 +17,7 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import ParallelConfig
-from unidiff.train.data.account import DataAccount
+from unidiff.train.data.data_losses import DataLosses
 from unidiff.train.data.datasets import open_sources
 from unidiff.train.data.shard_source import open_shards
 from unidiff.train.run.distributed import Parallel
@@ -105,20 +105,20 @@ def test_rows_lost_later_count_once_over_restarts(tmp_path, token_shards):
 
     first = run("steps=2")  # 16 of 80 rows: some shards have not been read
     first.train()
-    early = json.loads(first.account.path.read_text())["counts"]
+    early = json.loads(first.data_losses.path.read_text())["counts"]
     assert sum(early.values()) < 3 and early.items() <= LOST.items()
     second = run("steps=12")
-    assert second.resumed and second.account.counts() == early
+    assert second.resumed and second.data_losses.counts() == early
     second.train()
     third = run("steps=12")  # has read nothing
-    assert third.account.counts() == LOST and not third.source.report.counts
-    content = json.loads(third.account.path.read_text())
+    assert third.data_losses.counts() == LOST and not third.source.report.counts
+    content = json.loads(third.data_losses.path.read_text())
     assert content["counts"] == LOST and {entry[0] for entry in content["reading"]} == set(LOST)
-    assert "skipped 3 of the data (1 bad_array, 1 missing_shard, 1 truncated_shard)" in third.account.line()
+    assert "skipped 3 of the data (1 bad_array, 1 missing_shard, 1 truncated_shard)" in third.data_losses.line()
 
 
 def test_what_several_processes_meet_counts_once(tmp_path, token_shards):
-    accounts = [DataAccount(tmp_path / str(n), [open_shards(str(token_shards)), None]) for n in range(3)]
+    accounts = [DataLosses(tmp_path / str(n), [open_shards(str(token_shards)), None]) for n in range(3)]
     for account, rows in zip(accounts, (torch.arange(40), torch.arange(40, 80), torch.arange(80)), strict=True):
         account._shards[0].fetch(rows)
     parts = [sum(account.counts().values()) for account in accounts]

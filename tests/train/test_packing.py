@@ -12,8 +12,7 @@ from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
-from unidiff.train.data.packing import Packer, pack_batch, pack_lengths, pack_tasks
-from unidiff.train.data.tasks import TaskBatch
+from unidiff.train.data.batch import TaskBatch, pack_lengths, pack_tasks
 from unidiff.train.trainer import Trainer
 
 VOCABULARY = Vocabulary.unified(20, 12, {"eos": 0})
@@ -102,7 +101,7 @@ def test_loss_and_gradients_equal_the_unpacked_batch(attention):
 
 
 def test_no_sample_feels_another():
-    model, packed = network(), pack_batch(samples(3), 40)
+    model, packed = network(), pack_tasks(task_batch(samples(3), 0), 40).batch
     seen = {}
 
     def keep(module, args):
@@ -125,12 +124,11 @@ def test_no_sample_feels_another():
     assert shared > 3  # rows did hold several samples
 
 
-def test_packing_twice_keeps_samples_apart_and_counts_its_waste():
+def test_packing_twice_keeps_samples_apart():
     batch = samples(5, 9)
-    once = pack_batch(batch, 30)
-    packer = Packer(once, 64)
-    twice = pack_batch(once, 64, packer)
-    assert packer.waste == pytest.approx(1 - int(batch.valid.sum()) / twice.ids.numel())
+    once = pack_tasks(task_batch(batch, 0), 30)
+    twice = pack_tasks(once, 64).batch
+    assert int(twice.valid.sum()) == int(batch.valid.sum())
     pieces = [
         twice.ids[r][twice.sample_ids[r] == s].tolist()
         for r in range(len(twice.ids))

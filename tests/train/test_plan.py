@@ -12,10 +12,10 @@ import torch
 from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
-from unidiff.train.block_diffusion import block_visibility
 from unidiff.train.config import LoraConfig, TaskConfig, read_config
 from unidiff.train.cost.flops import block_causal_pairs
 from unidiff.train.cost.plan import GIB, adapter_parameters, block_activation_bytes, make_plan, mean_rate, row_shape
+from unidiff.train.data.batch import block_visibility
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model={hidden_size: 64, num_layers: 3, num_heads: 2, ffn_size: 128, activation: gelu}", "batch_size=16"]

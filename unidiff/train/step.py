@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 from unidiff.train.config import ParallelConfig
-from unidiff.train.data.tasks import TaskBatch
+from unidiff.train.data.batch import TaskBatch
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers
 from unidiff.train.run.distributed import Parallel, local
@@ -23,14 +23,41 @@ TIME_BUCKETS = 5  # of (0, 1], the time of a row being its mask rate
 _MEMORY = 0.98  # of the moving average of losses that spikes are measured against
 
 
+@dataclass(frozen=True)
+class TokenNLL:
+    """The forward pass of training and validation: -log p(x0 | x_t) at hidden positions, `[B, L]` nats.
+
+    Args:
+        chunk: masked positions per call of the head.
+        bf16: under autocast.
+        flex: masks of packed, padded or doubled rows are FlexAttention's.
+    """
+
+    model: MaskedTransformer
+    vocabulary: Vocabulary
+    chunk: int
+    bf16: bool = False
+    flex: bool = False
+
+    def __call__(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
+        x_t = noisy.batch
+        visible = clean.visible or x_t.visibility()
+        mask = None if visible is None else visible.flex() if self.flex else visible.dense()
+        with torch.autocast(x_t.ids.device.type, torch.bfloat16, enabled=self.bf16):
+            # 2. transformer: hidden states of x_t
+            hidden = self.model.hidden(
+                x_t.ids, x_t.modality, x_t.positions, attention_mask=mask, time=clean.rate.float()
+            )  # [B, L, D]
+            # 3. NLL at hidden positions only, each through its modality's slice of the head
+            return masked_nll(hidden, self.model, noisy.masked, clean.batch, self.vocabulary, self.chunk, clean.weight)
+
+
 @dataclass
 class TrainState:
     """What a step changes, and what it needs to change it.
 
     Attributes:
-        model: its parameters are what `optimisers` and `ema` hold.
-        hidden: `model.hidden`, possibly compiled.
-        flex: masks of packed, padded or doubled rows are FlexAttention's.
+        token_nll: of the model whose parameters `optimisers` and `ema` hold.
         parallel: the processes of the run; alone by default.
         step: optimiser steps taken, skipped ones included.
         spike_factor: a loss above this many times `level` is a spike; 0 allows all.
@@ -39,14 +66,9 @@ class TrainState:
         skipped: all such steps of the run.
     """
 
-    model: MaskedTransformer
-    hidden: Callable[..., Tensor]
-    vocabulary: Vocabulary
+    token_nll: TokenNLL
     optimisers: Optimisers
     ema: EMA
-    bf16: bool
-    chunk: int
-    flex: bool = False
     step: int = 0
     bad_steps: int = 0
     skipped: int = 0
@@ -55,23 +77,16 @@ class TrainState:
     parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
 
     def __post_init__(self) -> None:
-        self.token_nll = self.parallel.forward(self.model, self._token_nll)
+        self.averaged_nll = self.parallel.forward(self.model, self.token_nll)  # its gradients, over processes
+
+    @property
+    def model(self) -> MaskedTransformer:
+        return self.token_nll.model
 
     def finite(self) -> bool:
         """Whether weights and averages, of this process, hold neither NaN nor infinity."""
         held = [*self.model.parameters(), *self.ema.average.values()]
         return all(bool(torch.isfinite(local(value.detach())).all()) for value in held)
-
-    def _token_nll(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
-        x_t = noisy.batch
-        # 2. transformer: hidden states of x_t
-        visible = clean.visible or x_t.visibility()
-        mask = None if visible is None else visible.flex() if self.flex else visible.dense()
-        hidden = self.hidden(
-            x_t.ids, x_t.modality, x_t.positions, attention_mask=mask, time=clean.rate.float()
-        )  # [B, L, D]
-        # 3. NLL at hidden positions only, each through its modality's slice of the head
-        return masked_nll(hidden, self.model, noisy.masked, clean.batch, self.vocabulary, self.chunk, clean.weight)
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,8 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
     for micro in batches:
         with parallel.accumulating(last=micro is batches[-1]):
             # 1. hide: x_t, with exactly ceil(rate * targets) hidden per row
-            noisy = mask_tokens(micro.batch, micro.rate, state.vocabulary, micro.noise)
-            with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
-                nll = state.token_nll(noisy, micro)  # steps 2 and 3
+            noisy = mask_tokens(micro.batch, micro.rate, state.token_nll.vocabulary, micro.noise)
+            nll = state.averaged_nll(noisy, micro)  # steps 2 and 3
             # 4. loss: weighted, normalised by the valid targets of the whole step
             terms = joint_elbo(nll, micro.weight, micro.batch, normalizer=normalizer)
             # 5. backward

@@ -18,14 +18,12 @@ from unidiff.config import dump_config
 from unidiff.files import replace_text
 from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.train.block_diffusion import double_rows
 from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_flex
 from unidiff.train.config import TrainConfig
-from unidiff.train.data.account import DataAccount
-from unidiff.train.data.documents import DocumentMixer, DocumentTokens
-from unidiff.train.data.packing import pack_tasks
+from unidiff.train.data.data_losses import DataLosses
+from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
-from unidiff.train.data.tasks import TaskBatch, TaskMixer
+from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.ema import EMA
 from unidiff.train.finetune import check_start
 from unidiff.train.lora import add_adapters, merge_adapters
@@ -50,7 +48,7 @@ from unidiff.train.run.meters import SpeedMeter, TaskMeter
 from unidiff.train.run.resume import Position, compare, facts_of, restore, scored_as
 from unidiff.train.run.run_folder import MARK, check_run_folder
 from unidiff.train.run.sharded_checkpoint import CheckpointSaver, choose_together, load_placed
-from unidiff.train.step import StepReport, TrainState, train_step
+from unidiff.train.step import StepReport, TokenNLL, TrainState, train_step
 from unidiff.train.validation import report_names, validate
 
 _LOG = logging.getLogger(__name__)
@@ -94,30 +92,26 @@ class Trainer:
         self.parallel.check(config)
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
-        crop = config.data.crop_fill
-        self.block_length = int(config.model.get("block_length") or 0)
-        pairs = TaskMixer(source, config.tasks, config.objective, config.seed, crop, self.block_length)
-        share = config.data.document_share
-        self.mixer = pairs if documents is None else DocumentMixer(pairs, documents, share)
+        data, self.block_length = config.data, int(config.model.get("block_length") or 0)
+        self.mixer = TaskMixer(
+            source, config.tasks, config.objective, config.seed, data.crop_fill, self.block_length, documents,
+            data.document_share, data.pack,
+        )  # fmt: skip
         check_start(config.checkpoint.init_from, source)
         model = build_model(config, source.vocabulary.size)
         set_up_blocks(model, config.activation_checkpointing, config.compile)
         self.parallel.prepare(model)
+        flex, bf16 = uses_flex(config.attention_kernel, self.parallel.device), config.precision == "bf16"
         self.state = TrainState(
-            model,
-            model.hidden,
-            source.vocabulary,
+            TokenNLL(model, source.vocabulary, config.objective.chunk, bf16, flex),
             Optimisers(model, config.optimiser),
             EMA(model, config.ema.decay, config.ema.warmup),
-            bf16=config.precision == "bf16",
-            chunk=config.objective.chunk,
-            flex=uses_flex(config.attention_kernel, self.parallel.device),
             spike_factor=config.spike_factor,
             parallel=self.parallel,
         )
         self.samples, self._documents = 0, documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
-        self.account = DataAccount(self.folder, [source, validation, documents])
+        self.data_losses = DataLosses(self.folder, [source, validation, documents])
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
         self._scored = scored_as(config, validation)
@@ -167,7 +161,7 @@ class Trainer:
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
                     extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
-                    extra["data_skipped"] = float(sum(self.account.counts().values()))
+                    extra["data_skipped"] = float(sum(self.data_losses.counts().values()))
                     log.write(state.step, "train", meter.take() | self.speed.take() | extra)
                 better = False
                 if validating:
@@ -190,7 +184,7 @@ class Trainer:
                 if last or validating or overdue:
                     progress.restart_clock()
             self._saver.wait()
-            if lost := self.account.line():
+            if lost := self.data_losses.line():
                 progress.say(lost)
             if stopped:
                 progress.say(f"stopped at step {state.step}; run the same command to go on")
@@ -221,23 +215,15 @@ class Trainer:
         config, state, parallel, began = self.config, self.state, self.parallel, time.perf_counter()
         # dropout inside the model; ranks must not repeat each other's
         torch.manual_seed((config.seed * 1_000_003 + state.step + (parallel.rank << 40)) & 0x7FFFFFFFFFFFFFFF)
-        slices = [
-            parallel.rows(self.samples + number * config.batch_size, config.batch_size)
-            for number in range(config.accumulate)
-        ]
-        batches = [self._batch(first, count) for first, count in slices]
+        firsts = range(self.samples, self.samples + config.rows_per_step, config.batch_size)
+        slices = [parallel.rows(first, config.batch_size) for first in firsts]
+        batches = [self.mixer.batch(first, count).to(parallel.device) for first, count in slices]
         self.samples += config.rows_per_step
         waited = time.perf_counter() - began
         report = train_step(state, batches, factor)
         tokens = parallel.size * sum(int(b.batch.valid.sum()) for b in batches) if self._documents else None
         self.speed.add(report, time.perf_counter() - began, waited, tokens)
         return report
-
-    def _batch(self, first: int, count: int) -> TaskBatch:
-        micro, capacity = self.mixer.batch(first, count), self.config.data.pack
-        if self.block_length:
-            micro = double_rows(micro, self.block_length)
-        return (pack_tasks(micro, capacity) if capacity else micro).to(self.parallel.device)
 
     def _overdue(self) -> bool:
         minutes = self.config.checkpoint.minutes
@@ -279,12 +265,10 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
-        config, state, rows = self.config, self.state, self._validation_rows
-        with state.ema.applied():
-            report = validate(
-                state.model, state.hidden, self.validation, rows, config.logging.validation_draws,
-                min(config.batch_size, rows * config.logging.validation_draws), state.bf16, state.chunk, self.parallel,
-            )  # fmt: skip
+        draws, rows = self.config.logging.validation_draws, self._validation_rows
+        batch_size = min(self.config.batch_size, rows * draws)
+        with self.state.ema.applied():
+            report = validate(self.state.token_nll, self.validation, rows, draws, batch_size, self.parallel)
             self.parallel.rest()
         return report
 
@@ -311,7 +295,7 @@ class Trainer:
         plain |= {"config": asdict(self.config), "facts": self.facts}
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
             plain |= {"score": self._score[1], "scored": self._scored}
-        self.account.save(self.parallel)
+        self.data_losses.save(self.parallel)
         self.parallel.rest()
         content = RunCheckpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
         self._saver.save(content)

@@ -25,7 +25,7 @@ from unidiff.train.data.source import TokenTable
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.ema import EMA
 from unidiff.train.optim import Optimisers
-from unidiff.train.step import TrainState, train_step
+from unidiff.train.step import TokenNLL, TrainState, train_step
 
 _USED = 0.8  # of the free memory; allocators waste some
 _DENSE = 20  # bytes for each logit of the log-softmax over all ids: bf16 and float32, forward and backward
@@ -187,11 +187,10 @@ def measure_step(work: Workload, config: TrainConfig, steps: int = 5, warmup: in
     watch = _Stopwatch(work.device)
     optimisers = Optimisers(model, config.optimiser)
     hidden = watch.around_hidden(torch.compile(model.hidden) if config.compile else model.hidden)
-    state = TrainState(
-        model, hidden, work.vocabulary, watch.around_clip(optimisers), EMA(model, config.ema.decay),
-        bf16=work.bf16, chunk=work.chunk,
-    )  # fmt: skip
-    uniform = TasksConfig(joint=TaskConfig(weight=1.0, loss="elbo"))
+    model.hidden = hidden  # type: ignore[method-assign]
+    token_nll = TokenNLL(model, work.vocabulary, work.chunk, work.bf16)
+    state = TrainState(token_nll, watch.around_clip(optimisers), EMA(model, config.ema.decay))
+    uniform = TasksConfig(generate=TaskConfig(weight=1.0, loss="elbo"))
     mixer = TaskMixer(_random_table(work), uniform, ObjectiveConfig(), seed=0)
     totals, splits, peaks = [], [], []
     _reset_peak(work.device)

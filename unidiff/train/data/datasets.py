@@ -13,8 +13,7 @@ from unidiff.families.registry import named_vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
-from unidiff.train.data.documents import DocumentTokens
-from unidiff.train.data.shard_source import ShardTokens, is_tokenised, open_shards
+from unidiff.train.data.shard_source import DocumentTokens, ShardTokens, is_tokenised, open_shards
 from unidiff.train.data.source import TokenTable
 
 

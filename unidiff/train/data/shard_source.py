@@ -1,4 +1,5 @@
-"""`ShardTokens`: pre-tokenised shards as a `TokenSource`, so that a position is a number and resuming needs no state."""
+"""Pre-tokenised shards, of pairs (`ShardTokens`, a `TokenSource`) and of documents: a position is a number, so resuming needs
+no state."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -18,7 +19,11 @@ from unidiff.data.mixture import MixtureSchedule, parse_sources
 from unidiff.data.report import SkipReport
 from unidiff.data.shard_names import check_exist, expand_shards
 from unidiff.data.token_set import (
+    DOCUMENTS,
     PAIRS,
+    DocumentRow,
+    Row,
+    RowKind,
     TokenRow,
     TokenSet,
     encoding_reports,
@@ -29,7 +34,7 @@ from unidiff.data.token_set import (
     token_shards,
 )
 from unidiff.diffusion.noise import keyed_bits
-from unidiff.tokens import Vocabulary
+from unidiff.tokens import Span, TokenBatch, Vocabulary
 from unidiff.tokens.image.protocol import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.data.source import TokenRows, TokenTable
@@ -38,49 +43,45 @@ _LOG = logging.getLogger(__name__)
 _PICK_STREAM = 0x5EED_0002
 
 
-class ShardTokens:
-    """Pre-tokenised shards, one set or several weighted ones, as a `TokenSource`.
+class WeightedShards(Generic[Row]):
+    """Token shards of one kind, one set or several weighted ones.
 
     Sample i comes from the set that `MixtureSchedule` names, at that set's own draw number; its shards are permuted every
-    epoch and rows are shuffled among 8 shards at a time. So sample i does not depend on batch size, rank or history.
-    A row without questions gives its caption in place of one. A row that was lost since the shards were written (a
-    cut or vanished tar) is reported in `report` and replaced by another one.
+    epoch and rows are shuffled among 8 shards at a time. So sample i does not depend on batch size, rank or history. A row
+    that was lost since the shards were written (a cut or vanished tar) is named in `report`, and another takes its place.
 
     Args:
         sets: (shard pattern, weight) of each set, see `parse_sources`.
-        seed: of the order, and of the question picked.
+        seed: of the order.
+        kind: what the rows are.
 
     Attributes:
-        report: rows and shards that could not be read so far.
-        encoding: what the encoding of raw shards left out, by folder of token shards.
+        report: rows and shards that could not be read so far. encoding: what the encoding of raw shards left out, by
+            folder of token shards.
 
     Raises:
         FileNotFoundError: shards without `tokens.json`.
-        ValueError: refused sources, sets of different layout, or a set without rows.
+        ValueError: refused sources, sets of different layout, or a set without rows of this kind.
     """
 
-    def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
-        self.report = full_report()
-        self._sets: list[TokenSet[TokenRow]] = []
-        weights: list[float] = []
-        for pattern, weight in sets:
-            self._sets.append(open_token_set(pattern, seed, self.report, PAIRS))
-            weights.append(weight)
+    def __init__(self, sets: Sequence[tuple[str, float]], seed: int, kind: RowKind[Row]) -> None:
+        self.report, self.seed = full_report(), seed
+        self._sets: list[TokenSet[Row]] = [open_token_set(pattern, seed, self.report, kind) for pattern, _ in sets]
+        self._schedule = MixtureSchedule(tuple(weight for _, weight in sets), seed)
         first = self._sets[0].layout
-        for other in self._sets[1:]:
-            if other.layout.layout() != first.layout():
-                raise ValueError(
-                    f"the sets {[p for p, _ in sets]} differ in vocabulary, grid or text length; encode them alike"
-                )
+        if any(self._alike(other.layout) != self._alike(first) for other in self._sets[1:]):
+            raise ValueError(f"the sets {[p for p, _ in sets]} differ in {self._must_agree}; encode them alike")
         self.encoding = encoding_reports(self._sets)
-        self.vocabulary = Vocabulary.from_dict(first.vocabulary)
-        self.text_prefix = first.text_prefix
-        self.seed = seed
-        self._schedule = MixtureSchedule(tuple(weights), seed)
+        self.vocabulary, self.grid = Vocabulary.from_dict(first.vocabulary), first.grid
+
+    _must_agree = "vocabulary or grid"
+
+    def _alike(self, layout: TokenManifest) -> Any:
+        return layout.vocabulary, layout.grid
 
     def __len__(self) -> int:
         """Rows of all sets."""
-        return sum(s.total for s in self._sets)
+        return sum(part.total for part in self._sets)
 
     @property
     def rows(self) -> int:
@@ -88,21 +89,62 @@ class ShardTokens:
         return len(self)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Image tokens (height, width)."""
-        return self._sets[0].layout.grid
-
-    @property
     def text_length(self) -> int:
-        return self._sets[0].layout.text_length
-
-    @property
-    def has_questions(self) -> bool:
-        return any(s.layout.questions for s in self._sets)
+        """Tokens of the longest row of text."""
+        return max(part.layout.text_length for part in self._sets)
 
     def stamp(self) -> list[Any]:
         """What the rows are known by later, as plain data; see `stamp_of`."""
         return [*map(stamp_of, self._sets), list(self._schedule.weights)]
+
+    def draw(self, index: Tensor) -> list[Row]:
+        """The rows of the samples `index` (int64 `[B]`, unbounded)."""
+        places = [self._schedule.locate(i) for i in index.tolist()]
+        return [self._sets[part].draw(number) for part, number in places]
+
+
+class DocumentTokens(WeightedShards[DocumentRow]):
+    """Pre-tokenised interleaved documents by number; see `WeightedShards`."""
+
+    def __init__(self, spec: str | Sequence[str], seed: int = 0) -> None:
+        super().__init__(parse_sources(spec), seed, DOCUMENTS)
+
+    def fetch(self, index: Tensor) -> TokenBatch:
+        """The documents `index` (int64 `[B]`, unbounded): all tokens are targets; `[B, length]`, batch padding behind them.
+
+        Every picture has rows and columns of its own; the first position counts through the document.
+        """
+        return TokenBatch.from_spans([self._spans(row) for row in self.draw(index)], self.text_length)
+
+    def _spans(self, row: DocumentRow) -> list[Span]:
+        vocabulary, size, place = self.vocabulary, self.grid[0] * self.grid[1], 0
+        tokens, spans = row.tokens.long(), []
+        for start in [*row.images.tolist(), len(tokens)]:
+            if start > place:
+                spans.append(Span.text(tokens[place:start] + vocabulary.text[0]))
+            if start < len(tokens):
+                codes = tokens[start : start + size].view(self.grid)
+                spans.append(Span.image(codes + vocabulary.image[0]))
+            place = start + size
+        return spans
+
+
+class ShardTokens(WeightedShards[TokenRow]):
+    """Pre-tokenised pairs as a `TokenSource`; see `WeightedShards`. `seed` also picks the question of a sample; one without
+    questions gives its caption in place of one."""
+
+    _must_agree = "vocabulary, grid or text length"
+
+    def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
+        super().__init__(sets, seed, PAIRS)
+        self.text_prefix = self._sets[0].layout.text_prefix
+
+    def _alike(self, layout: TokenManifest) -> Any:
+        return layout.layout()
+
+    @property
+    def has_questions(self) -> bool:
+        return any(s.layout.questions for s in self._sets)
 
     def contents(self) -> set[str]:
         """Hashes of the token shards, and of the raw shards behind folders whose token shards are all in use."""
@@ -144,11 +186,7 @@ class ShardTokens:
 
     def fetch(self, index: Tensor) -> TokenRows:
         """See `TokenSource.fetch`."""
-        rows = []
-        for i in index.tolist():
-            part, number = self._schedule.locate(i)
-            rows.append(self._sets[part].draw(number))
-        return self._stack(rows, index)
+        return self._stack(self.draw(index), index)
 
     def _stack(self, rows: list[TokenRow], index: Tensor) -> TokenRows:
         codes = torch.stack([row.codes for row in rows]).long()  # [B, h, w]

@@ -8,16 +8,18 @@ independent coin flips with weight 1 / r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from unidiff.data.mixture import MixtureSchedule
 from unidiff.diffusion.noise import keyed_bits, keyed_uniform
+from unidiff.diffusion.process import hide
 from unidiff.models.trained_on import TASKS
-from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
+from unidiff.train.data.batch import TaskBatch, double_rows, pack_tasks
+from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenRows, TokenSource
 
 _TASK_STREAM, _MASK_STREAM, _TIME_STREAM, _BLOCK_STREAM = 101, 102, 103, 104
@@ -25,64 +27,23 @@ SOFTMIN_GAMMA = 5.0  # UniDisc's softmin_snr
 _STEP = -7046029254386353131  # 2^64 / golden ratio: the additive step of a low-discrepancy sequence
 
 
-@dataclass(frozen=True)
-class TaskBatch:
-    """A batch of mixed tasks, ready to be masked.
-
-    Attributes:
-        batch: clean ids with `given` set per task; a dropped condition is given as [MASK].
-        task: int64 `[B]`, index into `config.TASKS`; `[B, L]` where samples share rows.
-        rate: float64 `[B]`, share of the targets to hide; `[B, L]` where samples share rows.
-        noise: float64 `[B, L]`; a target is hidden where `noise < rate`, which hides exactly ceil(rate * targets).
-        weight: float32 `[B, L]`, loss weight of a position if it is hidden.
-        visible: which keys a query may see, where that is not the batch's own `visibility()`.
-    """
-
-    batch: TokenBatch
-    task: Tensor
-    rate: Tensor
-    noise: Tensor
-    weight: Tensor
-    visible: Visibility | None = None
-
-    def to(self, device: torch.device) -> TaskBatch:
-        if device.type == "cpu":
-            return self
-        task, rate, noise, weight = (
-            x.to(device, non_blocking=True) for x in (self.task, self.rate, self.noise, self.weight)
-        )
-        visible = None if self.visible is None else self.visible.to(device)
-        return TaskBatch(self.batch.to(device), task, rate, noise, weight, visible)
-
-    @classmethod
-    def cat(cls, parts: Sequence[TaskBatch]) -> TaskBatch:
-        """Stack batches of any lengths along rows, with padding behind the shorter ones; all of one sample per row."""
-        if len(parts) == 1:
-            return parts[0]
-        batch = TokenBatch.cat([part.batch for part in parts])
-
-        def stacked(name: str, fill: float) -> Tensor:
-            values = [getattr(part, name) for part in parts]
-            return torch.cat([torch.nn.functional.pad(v, (0, batch.shape[1] - v.shape[1]), value=fill) for v in values])
-
-        task, rate = (torch.cat([getattr(part, name) for part in parts]) for name in ("task", "rate"))
-        return cls(batch, task, rate, stacked("noise", 1.0), stacked("weight", 0.0))
-
-
 class TaskMixer:
-    """Makes `TaskBatch`es from a `TokenSource`.
+    """Makes the batches of a run from samples: the only place that does.
 
     Args:
-        source: tokens by global sample index.
+        source: tokens of pairs by global sample index.
         tasks: weights and settings of the five tasks.
         objective: modality weights.
         seed: of every draw.
         crop_fill: probability that the EOS fill is cut to a random length.
         block_length: every block of so many positions of a sample has a rate of its own (block diffusion); 0: one per row.
+        documents: take `document_share` of the samples, by exact shares and a fixed order. Text and pictures of a document
+            are hidden at one rate, with the settings of `generate`.
+        pack: tokens of a row that samples share; 0 gives each a row of its own.
 
     Raises:
-        ValueError: the answer task has a weight but the source has no questions, or `elbo` weights where the rate's
-            distribution does not reach every count.
+        ValueError: a task that the data or a block-causal model cannot have, `elbo` weights where the rate's distribution
+            does not reach every count, or documents of another vocabulary or grid.
     """
 
     def __init__(
@@ -93,13 +54,22 @@ class TaskMixer:
         seed: int,
         crop_fill: float = 0.0,
         block_length: int = 0,
+        documents: DocumentTokens | None = None,
+        document_share: float = 0.5,
+        pack: int = 0,
     ) -> None:
         self.source, self.objective, self.seed, self.crop_fill = source, objective, seed, crop_fill
-        self.block_length = block_length
+        self.block_length, self.documents, self.pack = block_length, documents, pack
         if block_length and tasks.caption.weight + tasks.answer.weight > 0:
             raise ValueError(
                 "a block-causal model sees no later block, so a caption or answer cannot see the picture behind it; "
                 "set tasks.caption.weight and tasks.answer.weight to 0"
+            )
+        if documents is not None and (documents.vocabulary, documents.grid) != (source.vocabulary, source.grid):
+            raise ValueError("data.documents has another vocabulary or grid than data.train; encode them alike")
+        if documents is not None and block_length:
+            raise ValueError(
+                "documents have no blocks, so a block-causal model cannot train on them; empty data.documents"
             )
         self.settings: tuple[TaskConfig, ...] = tuple(getattr(tasks, name) for name in TASKS)
         if tasks.answer.weight > 0 and not source.has_questions:
@@ -111,21 +81,37 @@ class TaskMixer:
                 raise ValueError(f"tasks.{name}: loss elbo needs a rate that reaches 0; use uniform, cosine or beta")
         weights = torch.tensor([s.weight for s in self.settings], dtype=torch.float64)
         self._edges = (weights / weights.sum()).cumsum(0)
+        self._schedule = MixtureSchedule((1 - document_share, document_share), seed) if documents is not None else None
 
     def batch(self, first: int, count: int) -> TaskBatch:
-        """The samples `first .. first + count - 1`. See `of`."""
-        return self.of(torch.arange(first, first + count))
+        """The samples `first .. first + count - 1` as the model sees them, pairs before documents."""
+        if self._schedule is None or self.documents is None:
+            return self.ready(self.of(torch.arange(first, first + count)))
+        places = [self._schedule.locate(i) for i in range(first, first + count)]
+        pairs, documents = (torch.tensor([n for kind, n in places if kind == wanted]) for wanted in (0, 1))
+        parts = [self.of(pairs)] if len(pairs) else []
+        if len(documents):
+            task = torch.full_like(documents, TASKS.index("generate"))
+            # draws of their own: pairs count upwards
+            parts.append(self._masked(-1 - documents, task, self.documents.fetch(documents)))
+        return self.ready(TaskBatch.cat(parts))
+
+    def ready(self, micro: TaskBatch) -> TaskBatch:
+        """Rows of one sample each, doubled for a block-causal model or packed where the run packs."""
+        if self.block_length:
+            return double_rows(micro, self.block_length)
+        return pack_tasks(micro, self.pack) if self.pack else micro
 
     def of(self, index: Tensor, task: int | None = None) -> TaskBatch:
-        """The samples `index` (int64 `[B]`); `task` overrides the drawn task (validation)."""
+        """The pairs `index` (int64 `[B]`), one per row; `task` overrides the drawn task (validation)."""
         draw = keyed_uniform(self.seed, index, _TASK_STREAM, 4)  # [B, 4]: task, dropout, crop?, crop where
         chosen = torch.searchsorted(self._edges, draw[:, 0].contiguous(), right=True).clamp_max(len(TASKS) - 1)
         if task is not None:
             chosen = torch.full_like(chosen, task)
-        batch, hide = self._lay_out(self.source.fetch(index), chosen, draw)
-        return self.masked(index, chosen, drop_condition(batch, hide, self.source.vocabulary))
+        batch, uncond_mask = self._lay_out(self.source.fetch(index), chosen, draw)
+        return self._masked(index, chosen, drop_condition(batch, uncond_mask, self.source.vocabulary))
 
-    def masked(self, index: Tensor, chosen: Tensor, batch: TokenBatch) -> TaskBatch:
+    def _masked(self, index: Tensor, chosen: Tensor, batch: TokenBatch) -> TaskBatch:
         """Clean rows with what is hidden of them: rates, noise and weights of the tasks `chosen` (int64 `[B]`).
 
         Args:
@@ -149,7 +135,7 @@ class TaskMixer:
         """Noise ranked within each block, the block's rate, and its weight, at every position."""
         block = torch.div(batch.positions[..., 0], self.block_length, rounding_mode="floor")  # [B, L]
         count = int(block.max()) + 1
-        members = torch.nn.functional.one_hot(block, count).bool() & batch.targets[..., None]  # [B, L, K]
+        members = F.one_hot(block, count).bool() & batch.targets[..., None]  # [B, L, K]
         ranked, total = rank_noise(
             noise[:, None].expand(-1, count, -1).flatten(0, 1), members.transpose(1, 2).flatten(0, 1)
         )
@@ -186,7 +172,7 @@ class TaskMixer:
 
     def _lay_out(self, rows: TokenRows, task: Tensor, draw: Tensor) -> tuple[TokenBatch, Tensor]:
         """Clean ids with `given` per task, and the bool `[B, L]` condition that guidance training hides."""
-        vocabulary, (height, width) = self.source.vocabulary, self.source.grid
+        vocabulary, grid = self.source.vocabulary, self.source.grid
         together, to_image, caption, answer, text_only = (task == n for n in range(len(TASKS)))  # [B] each
         text, prefix = rows.captions, torch.full_like(task, self.source.text_prefix)
         if rows.questions is not None and rows.answer_start is not None:
@@ -195,7 +181,7 @@ class TaskMixer:
         count, length = text.shape
         place = torch.arange(length)
         given_text = (place < prefix[:, None]) | to_image[:, None]  # [B, T]
-        given_image = (caption | answer | text_only)[:, None].expand(-1, height * width)  # [B, h*w]
+        given_image = (caption | answer | text_only)[:, None].expand(-1, grid[0] * grid[1])  # [B, h*w]
         ids = torch.cat([text + vocabulary.text[0], rows.codes.flatten(1) + vocabulary.image[0]], 1)  # [B, L]
         given = torch.cat([given_text, given_image], 1)
 
@@ -203,30 +189,22 @@ class TaskMixer:
         rates = torch.tensor([0.0, *(s.dropout for s in self.settings[1:4]), 1.0], dtype=torch.float64)
         dropped = draw[:, 1] < rates[task]  # [B]; text only = caption whose image is always hidden
         kept = place < self.source.text_prefix
-        hide = torch.cat([given_text & ~kept, given_image], 1) & dropped[:, None] & ~together[:, None]
+        uncond_mask = torch.cat([given_text & ~kept, given_image], 1) & dropped[:, None] & ~together[:, None]
 
         valid = torch.ones_like(given)
         if self.crop_fill > 0:
             eos = vocabulary.specials["eos"] - vocabulary.text[0]
             valid[:, :length] = keep_fill(text, eos, draw[:, 2] < self.crop_fill, draw[:, 3])
-        total = length + height * width
-        positions = torch.zeros(total, 3, dtype=torch.long)
-        positions[:, 0] = torch.arange(total)
-        positions[length:, 1] = torch.arange(height).repeat_interleave(width)
-        positions[length:, 2] = torch.arange(width).repeat(height)
-        modality = torch.zeros(total, dtype=torch.long)
-        modality[length:] = int(Modality.IMAGE)
-        sample_ids = torch.where(valid, 0, -1)
-        batch = TokenBatch(
-            ids, modality.expand(count, -1), given | ~valid, valid, positions.expand(count, -1, -1), sample_ids
-        )
-        return batch, hide & valid
+        spans = [Span.masked_text(length, vocabulary), Span.masked_image(grid, vocabulary)]
+        layout = TokenBatch.from_spans([spans])  # of every row
+        modality, positions = layout.modality.expand(count, -1), layout.positions.expand(count, -1, -1)
+        batch = TokenBatch(ids, modality, given | ~valid, valid, positions, torch.where(valid, 0, -1))
+        return batch, uncond_mask & valid
 
 
-def drop_condition(batch: TokenBatch, hide: Tensor, vocabulary: Vocabulary) -> TokenBatch:
-    """`hide` positions (bool `[B, L]`) become given [MASK]: seen by the model as hidden, never a target."""
-    mask = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
-    return batch.replace(ids=torch.where(hide, mask, batch.ids), given=batch.given | hide)
+def drop_condition(batch: TokenBatch, uncond_mask: Tensor, vocabulary: Vocabulary) -> TokenBatch:
+    """Positions of a condition (bool `[B, L]`) become given [MASK]: seen by the model as hidden, never a target."""
+    return hide(batch, uncond_mask, vocabulary).batch.replace(given=batch.given | uncond_mask)
 
 
 def rank_noise(noise: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,7 @@ from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.schema import from_data
 from unidiff.train.config import ScheduleConfig, TrainConfig
-from unidiff.train.data.documents import DocumentTokens
-from unidiff.train.data.shard_source import ShardTokens
+from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
 from unidiff.train.data.source import TokenSource, TokenTable
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint
@@ -219,8 +218,8 @@ def scored_as(config: TrainConfig, validation: TokenSource | None) -> str:
 def _about(source: TokenSource | DocumentTokens) -> dict[str, Any]:
     vocabulary = _digest(source.vocabulary.to_dict())[:8]
     about = {"grid": list(source.grid), "vocabulary": f"{source.vocabulary.size} ids ({vocabulary})"}
-    if isinstance(source, DocumentTokens | ShardTokens):
-        about["rows"] = len(source) if isinstance(source, DocumentTokens) else source.rows
+    if isinstance(source, WeightedShards):
+        about["rows"] = source.rows
         return {**about, "content": _digest(source.stamp())[:16]}
     about |= {"text length": source.text_length, "text prefix": source.text_prefix, "rows": source.rows}
     content = source.digest() if isinstance(source, TokenTable) else hashlib.sha256().hexdigest()

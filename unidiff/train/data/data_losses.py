@@ -1,4 +1,4 @@
-"""`DataAccount`: what of a run's data could not be used, over all its processes and restarts."""
+"""`DataLosses`: what of a run's data could not be used, over all its processes and restarts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from unidiff.data.report import Skip, SkipReport
 from unidiff.errors import read_json
 from unidiff.files import replace_text
 from unidiff.schema import check_value
-from unidiff.train.data.documents import DocumentTokens
-from unidiff.train.data.shard_source import ShardTokens
+from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
 from unidiff.train.data.source import TokenSource
 from unidiff.train.run.distributed import Parallel
 
 FILE = "skipped.json"
 
 
-class DataAccount:
+class DataLosses:
     """OUTPUT/skipped.json: `counts` by reason, and what they are made of.
 
     `encoding` is what the encoding of raw shards left out, as the token shards' manifests say (its first 1000 per reason by
@@ -35,10 +34,10 @@ class DataAccount:
 
     def __init__(self, folder: Path, sources: Sequence[TokenSource | DocumentTokens | None]) -> None:
         self.path = folder / FILE
-        self._shards = [s for s in sources if isinstance(s, ShardTokens | DocumentTokens)]
+        self._shards = [s for s in sources if isinstance(s, WeightedShards)]
         self._met: set[Skip] = set()  # by any process, before a restart or since
         if self.path.is_file():
-            entries = read_json(self.path, "an account of skipped data").get("reading")
+            entries = read_json(self.path, "a record of skipped data").get("reading")
             fix = f"{str(self.path)!r}: reading, which remembers what was skipped before (remove the file to forget it)"
             check_value(entries, list[list[str]], fix)
             for entry in entries:
