@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, inpaint_cases, prompt_cases, question_cases
-from unidiff.worlds.emoji.language import caption_distribution, draw_caption
+from unidiff.worlds.emoji.language import NUMBERS, ZONES, article, caption_distribution, draw_caption, plural
 from unidiff.worlds.emoji.model import Drawn, Hole
 from unidiff.worlds.emoji.oracle import Oracle
-from unidiff.worlds.emoji.scenes import Profile, SceneGenerator, render_batch
+from unidiff.worlds.emoji.scenes import BACKGROUNDS, Profile, SceneGenerator, render_batch
+
+
+def vocabulary_words(profile: Profile) -> list[str]:
+    """Every phrase the grammar is made of."""
+    return [*BACKGROUNDS, *NUMBERS.values(), *ZONES.values(), *(f(n) for n in profile.names for f in (article, plural))]
 
 
 class PerfectModel:

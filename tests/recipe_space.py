@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from emoji_fakes import vocabulary_words
 from shard_samples import write_samples
 from tiny_pipeline import tiny_pipeline
 from train_fixtures import MIXED, TINY, tiny_table
@@ -24,7 +25,6 @@ from unidiff.train.config import TrainConfig
 from unidiff.train.data.source import TokenTable
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
 from unidiff.worlds.emoji.demo import PROMPTS
-from unidiff.worlds.emoji.language import vocabulary_words
 from unidiff.worlds.emoji.scenes import get_profile
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from emoji_fakes import vocabulary_words
 from tiny_pipeline import tiny_pipeline
 
 from unidiff import hub
 from unidiff.worlds.emoji.demo import PROMPTS
-from unidiff.worlds.emoji.language import vocabulary_words
 from unidiff.worlds.emoji.scenes import get_profile
 
 RECIPES = Path(__file__).resolve().parents[1] / "inference"

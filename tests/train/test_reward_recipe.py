@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emoji_fakes import vocabulary_words
 from tiny_pipeline import GRID, TEXT_LENGTH, tiny_pipeline
 
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.train.run.checkpoint import load_checkpoint
 from unidiff.worlds.emoji.evaluation import run_emoji_eval
-from unidiff.worlds.emoji.language import vocabulary_words
 from unidiff.worlds.emoji.scenes import get_profile
 
 pytestmark = pytest.mark.training

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from emoji_fakes import vocabulary_words
 from PIL import Image
 from rich.console import Console
 from tiny_pipeline import tiny_pipeline
@@ -23,7 +24,6 @@ from unidiff.evaluation.benchmark.trained import TrainedOptions, run_trained
 from unidiff.evaluation.report import Estimate
 from unidiff.pipelines.settings import default_samplers
 from unidiff.worlds.emoji.benchmark import QUALITY, SWEEP, ask, cases_per_part, judged_tasks
-from unidiff.worlds.emoji.language import vocabulary_words
 from unidiff.worlds.emoji.scenes import get_profile
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"

@@ -7,11 +7,12 @@ import io
 import re
 
 import pytest
+from emoji_fakes import vocabulary_words
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
 from unidiff.worlds.emoji.demo import PROMPTS, run_demo
-from unidiff.worlds.emoji.language import caption_distribution, vocabulary_words
+from unidiff.worlds.emoji.language import caption_distribution
 from unidiff.worlds.emoji.scenes import get_profile, held_out
 
 

@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from itertools import permutations
 
-from unidiff.worlds.emoji.scenes import BACKGROUNDS, LARGE, UNITS, Profile, Scene, SceneObject
+from unidiff.worlds.emoji.scenes import LARGE, UNITS, Profile, Scene, SceneObject
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 # Names that are plural or a mass already: no article, and the same word for any number.
@@ -19,6 +19,13 @@ UNCOUNTED = {
     "cherries", "grapes", "bread", "bacon", "broccoli", "garlic", "peanuts", "pancakes", "french fries", "popcorn",
     "sushi", "chocolate", "tennis", "american football", "bowling", "ping pong", "books", "soap", "glasses", "fire",
     "high voltage",
+}  # fmt: skip
+IRREGULAR = {
+    "butterfly": "butterflies", "candy": "candies", "strawberry": "strawberries", "trophy": "trophies", "deer": "deer",
+    "tropical fish": "tropical fish", "wolf": "wolves", "maple leaf": "maple leaves", "cactus": "cacti", "die": "dice",
+    "game die": "game dice", "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "volcano": "volcanoes",
+    "teacup without handle": "teacups without handle",
+    "globe showing Europe-Africa": "globes showing Europe-Africa",
 }  # fmt: skip
 ZONES = {
     (0, 0): "top left", (0, 1): "top", (0, 2): "top right",
@@ -61,19 +68,8 @@ def plural(name: str) -> str:
     if name in UNCOUNTED:
         return name
     head, of, rest = name.partition(" of ")
-    irregular = {"butterfly": "butterflies", "candy": "candies", "strawberry": "strawberries", "fox": "foxes",
-                 "wolf": "wolves", "maple leaf": "maple leaves", "tropical fish": "tropical fish", "ewe": "ewes",
-                 "four leaf clover": "four leaf clovers", "deer": "deer", "bus": "buses", "cactus": "cacti",
-                 "octopus": "octopuses", "compass": "compasses", "hibiscus": "hibiscuses", "die": "dice",
-                 "game die": "game dice", "torch": "torches", "watch": "watches", "peach": "peaches",
-                 "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "volcano": "volcanoes",
-                 "dress": "dresses", "kiwi fruit": "kiwi fruits", "cherry blossom": "cherry blossoms",
-                 "lady beetle": "lady beetles", "snowflake": "snowflakes", "radio": "radios", "trophy": "trophies",
-                 "puzzle piece": "puzzle pieces", "teacup without handle": "teacups without handle",
-                 "globe showing Europe-Africa": "globes showing Europe-Africa", "teddy bear": "teddy bears"}  # fmt: skip
-    if head.endswith(("s", "x", "ch", "sh")) and head not in irregular:
-        irregular[head] = head + "es"
-    return irregular.get(head, head + "s") + of + rest
+    regular = head + ("es" if head.endswith(("s", "x", "ch", "sh")) else "s")
+    return IRREGULAR.get(head, regular) + of + rest
 
 
 def counted(name: str, n: int) -> str:
@@ -190,11 +186,3 @@ def draw_question(scene: Scene, profile: Profile, rng: random.Random) -> tuple[s
         return question, "yes" if true else "no"
     place = {"left of": "on the left", "right of": "on the right", "above": "at the top", "below": "at the bottom"}
     return f"what is {place[side]}?", first.name
-
-
-def vocabulary_words(profile: Profile) -> list[str]:
-    """Every phrase the grammar is made of; handy for tests and for training the text tokenizer."""
-    words = [*BACKGROUNDS, *NUMBERS.values(), *ZONES.values()]
-    for name in profile.names:
-        words += [article(name), plural(name)]
-    return words

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from unidiff.worlds.emoji.scenes import BACKGROUNDS, LARGE, MEDIUM, SMALL, UNITS, Profile, Scene, SceneObject
+from unidiff.worlds.emoji.scenes import BACKGROUNDS, SIZES, UNITS, Profile, Scene, SceneObject
 
+COLOURS = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255.0
+"""Of the backgrounds, `[8, 3]`."""
 READ_UNIT = 8
 """Pictures are averaged down to so many pixels per unit before they are read."""
 
@@ -46,12 +50,11 @@ MAX_CELL = 0.006
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle saw.
+    """What a reader saw.
 
     Attributes:
         background: its name, or None where no background colour prevails.
-        objects: in reading order.
-        distances: squared error per covered pixel of each object.
+        objects: in reading order. distances: squared error per covered pixel of each object.
         unreadable: connected regions that are neither background nor a sprite.
     """
 
@@ -59,6 +62,15 @@ class Reading:
     objects: tuple[SceneObject, ...]
     distances: tuple[float, ...]
     unreadable: int
+
+    @classmethod
+    def of(cls, background: str, chosen: Sequence[tuple[SceneObject, float]], shown: np.ndarray) -> Reading:
+        """Disjoint objects with their distances; units that show something (bool `[8, 8]`) outside them are unreadable."""
+        found, strange = sorted(chosen, key=lambda c: (c[0].row, c[0].col)), shown.copy()
+        for item, _ in found:
+            strange[item.units] = False
+        objects, distances = zip(*found) if found else ((), ())
+        return cls(background, objects, distances, _regions(strange))
 
     @property
     def scene(self) -> Scene | None:
@@ -85,14 +97,13 @@ class Oracle:
             )
         if profile.unit % READ_UNIT:
             raise ValueError(f"the oracle needs units of a multiple of {READ_UNIT} px, but they are {profile.unit} px")
-        self.profile = profile
-        self._colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255.0  # [8, 3]
-        self._sprites = {size: self._read_sprites(size) for size in (LARGE, MEDIUM, SMALL)}
+        self.profile, self._shrink = profile, profile.unit // READ_UNIT
+        self._sprites = {size: self._read_sprites(size) for size in SIZES}
         self._templates: dict[tuple[int, int], _Templates] = {}
 
     def _read_sprites(self, size: int) -> Tensor:
         sprites = torch.from_numpy(self.profile.atlas.scaled(size * self.profile.unit)[: self.profile.num_objects])
-        return _shrink(sprites.movedim(-1, 1), self.profile.unit // READ_UNIT)  # [N, 4, S, S]
+        return F.avg_pool2d(sprites.movedim(-1, 1), self._shrink)  # [N, 4, S, S]
 
     def read(self, images: np.ndarray | Tensor, chunk: int = 64) -> list[Reading]:
         """Read pictures.
@@ -108,31 +119,22 @@ class Oracle:
         size = self.profile.image_size
         if pictures.shape[1:] != (3, size, size):
             raise ValueError(f"the oracle reads pictures of {size} x {size}, got {tuple(pictures.shape[2:])}")
-        pictures = _shrink(pictures, self.profile.unit // READ_UNIT)  # [B, 3, 64, 64]
-        grounds = self._backgrounds(pictures)
-        readings: list[Reading | None] = [None] * len(pictures)
-        for ground in grounds.unique().tolist():
-            rows = (grounds == ground).nonzero()[:, 0]
-            for part in rows.split(chunk):
-                found = self._read_on(pictures[part], ground) if ground >= 0 else [Reading(None, (), (), 1)] * len(part)
-                for row, reading in zip(part.tolist(), found, strict=True):
-                    readings[row] = reading
-        return readings  # type: ignore[return-value]
-
-    def _backgrounds(self, pictures: Tensor) -> Tensor:
-        """Index of the background colour shown by most pixels, or -1. `[B, 3, H, W]` -> `[B]`."""
-        flat = pictures.flatten(2).movedim(1, 2)  # [B, P, 3]
-        distance = (flat[:, :, None] - self._colours).square().sum(-1)  # [B, P, 8]
-        nearest, index = distance.min(-1)
-        votes = torch.nn.functional.one_hot(index, len(self._colours)) * (nearest < MAX_BACKGROUND)[..., None]
-        share, best = votes.float().mean(1).max(1)
-        return torch.where(share >= MIN_BACKGROUND_SHARE, best, -1)
+        pictures = F.avg_pool2d(pictures, self._shrink)  # [B, 3, 64, 64]
+        nearest, index = ground_distance(pictures).flatten(2).min(1)  # [B, P]
+        votes = F.one_hot(index, len(BACKGROUNDS)) * (nearest < MAX_BACKGROUND)[..., None]
+        share, grounds = votes.float().mean(1).max(1)  # the background colour that most pixels show
+        grounds = torch.where(share >= MIN_BACKGROUND_SHARE, grounds, -1)
+        readings = {row: Reading(None, (), (), 1) for row in range(len(pictures))}
+        for ground in set(grounds.tolist()) - {-1}:
+            for part in (grounds == ground).nonzero()[:, 0].split(chunk):
+                readings |= zip(part.tolist(), self._read_on(pictures[part], ground), strict=True)
+        return list(readings.values())
 
     def _read_on(self, pictures: Tensor, ground: int) -> list[Reading]:
-        rest = pictures - self._colours[ground][:, None, None]  # zero on background
-        cells = rest.square().sum(1).unfold(1, READ_UNIT, READ_UNIT).unfold(2, READ_UNIT, READ_UNIT)
-        energy = cells.sum((-1, -2))  # [B, 8, 8]
-        matches = [self._match(rest, energy, size, ground) for size in (LARGE, MEDIUM, SMALL)]
+        rest = pictures - COLOURS[ground][:, None, None]  # zero on background
+        units = rest.square().sum(1).unfold(1, READ_UNIT, READ_UNIT).unfold(2, READ_UNIT, READ_UNIT)
+        energy = units.sum((-1, -2))  # [B, 8, 8]
+        matches = [self._match(rest, energy, size, ground) for size in SIZES]
         return [self._assemble(b, energy[b].numpy(), matches, ground) for b in range(len(pictures))]
 
     def _match(self, rest: Tensor, energy: Tensor, size: int, ground: int) -> _Matches:
@@ -145,12 +147,12 @@ class Oracle:
         gains, best = (2 * boxes @ templates.pixels.T - templates.energy).max(-1)  # energy explained
         distance = (inside - gains).clamp_min(0) / templates.area[best]
         near = (distance <= templates.limit[best]) & (gains > 0)
-        return _Matches(size, best.numpy(), gains.numpy(), distance.numpy(), near.numpy())
+        return _Matches(size, best, gains, distance, near)
 
     def _template(self, size: int, ground: int) -> _Templates:
         if (size, ground) not in self._templates:
             sprites = self._sprites[size]
-            pixels = (sprites[:, :3] - sprites[:, 3:] * self._colours[ground][:, None, None]).flatten(1)
+            pixels = (sprites[:, :3] - sprites[:, 3:] * COLOURS[ground][:, None, None]).flatten(1)
             energy, area = pixels.square().sum(1), 3 * sprites[:, 3].flatten(1).sum(1)
             limit = (MAX_SHARE * energy / area).clamp_max(MAX_DISTANCE)
             self._templates[size, ground] = _Templates(pixels, energy, area, limit)
@@ -159,34 +161,28 @@ class Oracle:
     def _assemble(self, b: int, energy: np.ndarray, matches: Sequence[_Matches], ground: int) -> Reading:
         candidates = []
         for m in matches:
-            for row, col in zip(*np.nonzero(m.near[b])):
-                item = SceneObject(self.profile.names[m.best[b, row, col]], int(row), int(col), m.size)
-                candidates.append((float(m.gains[b, row, col]), _box(item), item, float(m.distance[b, row, col])))
-        candidates.sort(key=lambda c: -c[0])
-        chosen = [candidates[i] for i in _best_disjoint([(c[0], c[1]) for c in candidates[:24]])]
-        chosen.sort(key=lambda c: (c[2].row, c[2].col))
-        strange = energy > MAX_CELL * 3 * READ_UNIT**2
-        for _, _, item, _ in chosen:
-            strange[item.row : item.row + item.size, item.col : item.col + item.size] = False
-        objects, distances = tuple(c[2] for c in chosen), tuple(c[3] for c in chosen)
-        return Reading(list(BACKGROUNDS)[ground], objects, distances, _regions(strange))
+            for row, col in m.near[b].nonzero().tolist():
+                item = SceneObject(self.profile.names[int(m.best[b, row, col])], row, col, m.size)
+                candidates.append((float(m.gains[b, row, col]), item, float(m.distance[b, row, col])))
+        candidates = sorted(candidates, key=lambda c: -c[0])[:24]
+        chosen = _best_disjoint([(gain, _box(item)) for gain, item, _ in candidates])
+        shown = energy > MAX_CELL * 3 * READ_UNIT**2
+        return Reading.of(list(BACKGROUNDS)[ground], [candidates[i][1:] for i in chosen], shown)
 
 
-@dataclass(frozen=True)
-class _Templates:
+class _Templates(NamedTuple):
     pixels: Tensor  # [N, 3 S S], difference to the background
     energy: Tensor  # [N]
     area: Tensor  # [N], covered pixels times channels
     limit: Tensor  # [N]
 
 
-@dataclass(frozen=True)
-class _Matches:
+class _Matches(NamedTuple):
     size: int
-    best: np.ndarray  # [B, R, C]
-    gains: np.ndarray
-    distance: np.ndarray
-    near: np.ndarray
+    best: Tensor  # [B, R, C]
+    gains: Tensor
+    distance: Tensor
+    near: Tensor
 
 
 def as_float_images(images: np.ndarray | Tensor) -> Tensor:
@@ -196,13 +192,12 @@ def as_float_images(images: np.ndarray | Tensor) -> Tensor:
         raise ValueError(
             f"pictures have shape {tuple(pictures.shape)}; expected uint8 [B, H, W, 3] or float [B, 3, H, W]"
         )
-    if pictures.dtype == torch.uint8:
-        return pictures.movedim(-1, 1).float() / 255.0
-    return pictures.float()
+    return pictures.movedim(-1, 1).float() / 255.0 if pictures.dtype == torch.uint8 else pictures.float()
 
 
-def _shrink(pictures: Tensor, factor: int) -> Tensor:
-    return pictures if factor == 1 else torch.nn.functional.avg_pool2d(pictures, factor)
+def ground_distance(pictures: Tensor) -> Tensor:
+    """Squared distance of every pixel to every background colour, `[B, 3, H, W]` -> `[B, 8, H, W]`."""
+    return (pictures[:, None] - COLOURS[:, :, None, None]).square().sum(2)
 
 
 def _box(item: SceneObject) -> int:
@@ -213,9 +208,7 @@ def _box(item: SceneObject) -> int:
 
 def _best_disjoint(candidates: list[tuple[float, int]]) -> list[int]:
     """Indices of the disjoint candidates (gain, cells) of largest total gain; branch and bound, gains descending."""
-    tails = [0.0] * (len(candidates) + 1)
-    for i in range(len(candidates) - 1, -1, -1):
-        tails[i] = tails[i + 1] + candidates[i][0]
+    tails = [sum(gain for gain, _ in reversed(candidates[i:])) for i in range(len(candidates) + 1)]
     best: tuple[float, list[int]] = (0.0, [])
 
     def search(i: int, gain: float, used: int, chosen: list[int]) -> None:
@@ -234,15 +227,12 @@ def _best_disjoint(candidates: list[tuple[float, int]]) -> list[int]:
 
 def _regions(strange: np.ndarray) -> int:
     """Number of 4-connected regions of a boolean grid."""
-    left = set(map(tuple, np.argwhere(strange).tolist()))
-    count = 0
+    left, count = set(map(tuple, np.argwhere(strange).tolist())), 0
     while left:
-        count += 1
-        stack = [left.pop()]
+        stack, count = [left.pop()], count + 1
         while stack:
             row, col = stack.pop()
-            for place in ((row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1)):
-                if place in left:
-                    left.remove(place)
-                    stack.append(place)
+            near = left & {(row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1)}
+            left -= near
+            stack += near
     return count

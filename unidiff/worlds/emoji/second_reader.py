@@ -19,21 +19,19 @@ from torch import Tensor
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.evaluation.report import Estimate, Report
 from unidiff.worlds.emoji.cases import scenes
-from unidiff.worlds.emoji.oracle import READ_UNIT, Oracle, Reading, as_float_images
+from unidiff.worlds.emoji.oracle import READ_UNIT, Oracle, Reading, as_float_images, ground_distance
 from unidiff.worlds.emoji.parse import facts_correct, parse_caption
 from unidiff.worlds.emoji.scenes import (
     BACKGROUNDS,
     KINDS,
-    LARGE,
-    MEDIUM,
-    SMALL,
+    SIZES,
     UNITS,
     Profile,
     Scene,
     SceneGenerator,
     SceneObject,
+    render_batch,
 )
-from unidiff.worlds.emoji.table import render_batch
 
 GRID = READ_UNIT  # features per side of a box: one per `size` pixels
 CHANNELS = 6
@@ -45,7 +43,6 @@ GROUND_DISTANCE = 0.01
 STRANGE_SHARE = 0.25
 """Share of foreground pixels from which on a unit outside all sprites is unreadable."""
 TRUE_SCENES = 200
-_SIZES = (LARGE, MEDIUM, SMALL)
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class SecondReader:
     def _labelled(self, drawn: Sequence[Scene], boxes: _Boxes, names: dict[str, int], start: int, seed: int):
         """Features and classes: every box with a sprite, and a few others (shifted, cut, empty) of each picture."""
         none = len(names)
-        for number, (size, features) in enumerate(zip(_SIZES, boxes.features, strict=True)):
+        for number, (size, features) in enumerate(zip(SIZES, boxes.features, strict=True)):
             places = UNITS - size + 1
             labels = torch.full(features.shape[:3], none)
             for b, scene in enumerate(drawn):
@@ -122,17 +119,16 @@ class SecondReader:
         return torch.cat([mixed, x, torch.ones_like(x[..., :1])], -1)
 
     def _describe(self, pictures: Tensor) -> _Boxes:
-        colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255.0
         small = F.avg_pool2d(pictures, self.profile.unit // READ_UNIT)  # [B, 3, 64, 64]
-        distance = (small[:, None] - colours[:, :, None, None]).square().sum(2)  # [B, 8, 64, 64]
-        index = (distance < GROUND_DISTANCE).sum((-1, -2)).argmax(1)  # [B], the commonest colour
-        seen = (distance[torch.arange(len(small)), index] >= GROUND_DISTANCE).float()[:, None]  # [B, 1, 64, 64]
+        ground = ground_distance(small) < GROUND_DISTANCE  # [B, 8, 64, 64]
+        index = ground.sum((-1, -2)).argmax(1)  # [B], the commonest colour
+        seen = (~ground[torch.arange(len(small)), index]).float()[:, None]  # [B, 1, 64, 64]
         grey = small.mean(1, keepdim=True)
         down = F.pad((grey[:, :, 1:] - grey[:, :, :-1]).abs(), (0, 0, 0, 1))
         across = F.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1))
         maps = torch.cat([seen, small * seen, 2 * down, 2 * across], 1)  # [B, 6, 64, 64]
         features = []
-        for size in _SIZES:
+        for size in SIZES:
             places = torch.arange(UNITS - size + 1)
             pixels = (places[:, None] * READ_UNIT + torch.arange(GRID) * size).flatten()  # [R GRID]
             coarse = F.avg_pool2d(maps, size, 1)[:, :, pixels[:, None], pixels]  # [B, 6, R GRID, R GRID]
@@ -142,22 +138,16 @@ class SecondReader:
 
     def _assemble(self, b: int, scores: list[Tensor], boxes: _Boxes) -> Reading:
         found = []
-        for size, score in zip(_SIZES, scores, strict=True):
+        for size, score in zip(SIZES, scores, strict=True):
             value, best = score[b].max(-1)  # [R, C]
             for row, col in ((value > ACCEPT) & (best < self.profile.num_objects)).nonzero().tolist():
                 name = self.profile.names[int(best[row, col])]
                 found.append((float(value[row, col]), SceneObject(name, row, col, size)))
-        taken = np.zeros((UNITS, UNITS), bool)
         chosen: list[tuple[SceneObject, float]] = []
         for confidence, item in sorted(found, key=lambda f: -f[0]):
-            place = taken[item.row : item.row + item.size, item.col : item.col + item.size]
-            if not place.any():
-                place[:] = True
+            if not any(item.overlaps(other) for other, _ in chosen):
                 chosen.append((item, max(0.0, 1.0 - confidence)))
-        chosen.sort(key=lambda c: (c[0].row, c[0].col))
-        strange = (boxes.foreground[b].numpy() > STRANGE_SHARE) & ~taken
-        ground = list(BACKGROUNDS)[boxes.grounds[b]]
-        return Reading(ground, tuple(c[0] for c in chosen), tuple(c[1] for c in chosen), int(strange.sum()))
+        return Reading.of(list(BACKGROUNDS)[boxes.grounds[b]], chosen, boxes.foreground[b].numpy() > STRANGE_SHARE)
 
 
 def _worn(pictures: Tensor, start: int, seed: int) -> Tensor:
