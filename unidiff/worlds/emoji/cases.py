@@ -19,7 +19,15 @@ from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, S
 
 CATEGORIES = ("single_object", "two_objects", "counting", "background", "position", "composition")
 HELD_OUT = "held_out_composition"
-QUESTION_KINDS = ("exists", "number", "colour", "what", "related", "where", "side")
+_STARTS = {
+    "is there ": "exists",
+    "how many ": "number",
+    "what colour ": "colour",
+    "what is in the picture": "what",
+    "is the ": "related",
+    "where is ": "where",
+}
+QUESTION_KINDS = (*_STARTS.values(), "side")
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,7 @@ class InpaintCase:
     """A picture of two objects with one repainted, and its caption.
 
     Attributes:
-        scene: two objects.
-        hole: the object to be repainted.
+        scene: two objects. hole: the one to be repainted.
         caption: the whole caption; it names the object in the hole.
         before, name, after: the caption around the name of the *visible* object, which is hidden too; `name` is empty
             where the caption is given in full.
@@ -61,22 +68,16 @@ class InpaintCase:
     after: str
 
 
-@dataclass(frozen=True)
-class _Category:
-    kinds: tuple[str, ...]
-    wanted: Callable[[Facts, int], bool]
-    split: str = "train"
-
-
-_CATEGORIES = {
-    "single_object": _Category(("single",), lambda f, i: f.zone is None and f.size is None),
-    "two_objects": _Category(("pair",), lambda f, i: f.relation is None),
-    "counting": _Category(("count",), lambda f, i: True),
-    "background": _Category(KINDS, lambda f, i: f.background is not None),
-    "position": _Category(("single", "pair"), lambda f, i: f.zone is not None or f.relation is not None),
-    "composition": _Category(("pair", "group"), lambda f, i: f.background is not None),
-    HELD_OUT: _Category(KINDS, lambda f, i: f.background is not None, "held_out"),
+_CATEGORIES: dict[str, tuple[tuple[str, ...], Callable[[Facts], bool]]] = {
+    "single_object": (("single",), lambda f: f.zone is None and f.size is None),
+    "two_objects": (("pair",), lambda f: f.relation is None),
+    "counting": (("count",), lambda f: True),
+    "background": (KINDS, lambda f: f.background is not None),
+    "position": (("single", "pair"), lambda f: f.zone is not None or f.relation is not None),
+    "composition": (("pair", "group"), lambda f: f.background is not None),
+    HELD_OUT: (KINDS, lambda f: f.background is not None),
 }
+"""Kinds of scenes, and what a caption has to state."""
 
 
 def task_seed(task: str, seed: int) -> int:
@@ -98,17 +99,21 @@ def prompt_cases(category: str, n: int, seed: int, profile: Profile) -> list[Pro
     """
     if category not in _CATEGORIES:
         raise ValueError(f"unknown category {category!r}; expected one of {', '.join(_CATEGORIES)}")
-    rule = _CATEGORIES[category]
+    (kinds, wanted), split = _CATEGORIES[category], "held_out" if category == HELD_OUT else "train"
     cases = []
-    for i, scene in enumerate(scenes(category, rule.kinds, n, seed, profile, rule.split)):
-        rng = random.Random(f"prompt|{category}|{seed}|{i}")
-        while True:
-            prompt = draw_caption(scene, rng)
-            facts = parse_caption(prompt, profile.names)
-            if facts is not None and rule.wanted(facts, i):
-                break
+    for i, scene in enumerate(scenes(category, kinds, n, seed, profile, split)):
+        prompt, facts = _stating(scene, random.Random(f"prompt|{category}|{seed}|{i}"), wanted, profile)
         cases.append(PromptCase(prompt, facts, scene))
     return cases
+
+
+def _stating(scene: Scene, rng: random.Random, wanted: Callable[[Facts], bool], profile: Profile) -> tuple[str, Facts]:
+    """A caption that states what is wanted, and its facts."""
+    while True:
+        caption = draw_caption(scene, rng)
+        facts = parse_caption(caption, profile.names)
+        if facts is not None and wanted(facts):
+            return caption, facts
 
 
 def caption_scenes(kind: str, n: int, seed: int, profile: Profile) -> list[Scene]:
@@ -147,17 +152,7 @@ def _wanted_answer(kind: str, turn: int) -> tuple[str | None, tuple[str, ...]]:
 
 def question_kind(question: str) -> str:
     """Which of `QUESTION_KINDS` a question is."""
-    for start, kind in (
-        ("is there ", "exists"),
-        ("is the ", "related"),
-        ("how many ", "number"),
-        ("where is ", "where"),
-        ("what colour ", "colour"),
-        ("what is in the picture", "what"),
-    ):
-        if question.startswith(start):
-            return kind
-    return "side"
+    return next((kind for start, kind in _STARTS.items() if question.startswith(start)), "side")
 
 
 def inpaint_cases(n: int, seed: int, profile: Profile) -> list[InpaintCase]:
@@ -166,11 +161,7 @@ def inpaint_cases(n: int, seed: int, profile: Profile) -> list[InpaintCase]:
     for i, scene in enumerate(scenes("inpaint", ("pair",), n, seed, profile)):
         rng = random.Random(f"inpaint|{seed}|{i}")
         hole, seen = rng.sample(scene.objects, 2)
-        while True:
-            caption = draw_caption(scene, rng)
-            facts = parse_caption(caption, profile.names)
-            if facts is not None and facts.relation is not None:
-                break
+        caption, _ = _stating(scene, rng, lambda f: f.relation is not None, profile)
         before, name, after = caption, "", ""
         if i % 2:
             head, phrase, after = _around(caption, article(seen.name), article(hole.name))

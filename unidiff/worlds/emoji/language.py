@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from itertools import permutations
+from itertools import permutations, product
 
 from unidiff.worlds.emoji.scenes import LARGE, UNITS, Profile, Scene, SceneObject
 
@@ -49,7 +49,6 @@ RELATIONS = {
     "above": ("above", "on top of"),
     "below": ("below", "under"),
 }
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 OPENERS = ("", "a picture of ", "an image of ")
 GROUND_PHRASES = ("on a {} background", "on {}", "against a {} background", "with a {} background")
 _NO_GROUND = 0.1  # share of captions that leave the background out
@@ -61,6 +60,11 @@ def article(name: str) -> str:
         return name
     vowel = name[0] in "aeiou" and name not in {"unicorn", "ewe"}
     return f"{'an' if vowel else 'a'} {name}"
+
+
+def sized(name: str, size: str) -> str:
+    """`a small dog face`, `large cherries`; the size is `large ` or `small `."""
+    return size + name if name in UNCOUNTED else f"a {size}{name}"
 
 
 def plural(name: str) -> str:
@@ -95,13 +99,10 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 def caption_distribution(scene: Scene) -> dict[str, float]:
     """Every caption the grammar may give for a scene, with its probability; they sum to one."""
     result: dict[str, float] = defaultdict(float)
-    grounds = [("", _NO_GROUND)]
     share = (1.0 - _NO_GROUND) / len(GROUND_PHRASES)
-    grounds += [(" " + phrase.format(scene.background), share) for phrase in GROUND_PHRASES]
-    for core, p_core in _cores(scene).items():
-        for opener in OPENERS:
-            for ground, p_ground in grounds:
-                result[opener + core + ground] += p_core * p_ground / len(OPENERS)
+    grounds = {"": _NO_GROUND} | {f" {phrase.format(scene.background)}": share for phrase in GROUND_PHRASES}
+    for (core, p_core), opener, (ground, p_ground) in product(_cores(scene).items(), OPENERS, grounds.items()):
+        result[opener + core + ground] += p_core * p_ground / len(OPENERS)
     return dict(result)
 
 
@@ -120,11 +121,8 @@ def _cores(scene: Scene) -> dict[str, float]:
     objects, counts = scene.objects, scene.counts
     if len(objects) == 1:
         return _single_cores(objects[0])
-    if len(counts) == 1:
-        name, n = next(iter(counts.items()))
-        return {counted(name, n): 1.0}
     cores: dict[str, float] = defaultdict(float)
-    if len(objects) == 2:
+    if len(objects) == len(counts) == 2:
         for first, second in permutations(objects, 2):
             for phrase in RELATIONS[relation(first, second)]:
                 cores[f"{article(first.name)} {phrase} {article(second.name)}"] += 0.8 / 4
@@ -132,24 +130,16 @@ def _cores(scene: Scene) -> dict[str, float]:
         return cores
     orders = list(permutations(counts.items()))
     for order in orders:
-        phrases = [counted(name, n) for name, n in order]
-        cores[", ".join(phrases[:-1]) + " and " + phrases[-1]] += 1.0 / len(orders)
+        *most, last = [counted(name, n) for name, n in order]
+        cores[" and ".join([", ".join(most), last] if most else [last])] += 1.0 / len(orders)
     return cores
 
 
 def _single_cores(item: SceneObject) -> dict[str, float]:
     sizes = {"": 0.8, "large ": 0.2} if item.size == LARGE else {"": 0.4, "small ": 0.6}
     places = {"": 0.4, **{" " + phrase: 0.6 / 2 for phrase in ZONE_PHRASES[zone(item)]}}
-    cores = {}
-    for size, p_size in sizes.items():
-        name = article(item.name) if not size else _sized(item.name, size)
-        for place, p_place in places.items():
-            cores[name + place] = p_size * p_place
-    return cores
-
-
-def _sized(name: str, size: str) -> str:
-    return size + name if name in UNCOUNTED else f"a {size}{name}"
+    names = {size: sized(item.name, size) if size else article(item.name) for size in sizes}
+    return {names[size] + place: sizes[size] * places[place] for size in sizes for place in places}
 
 
 def draw_question(scene: Scene, profile: Profile, rng: random.Random) -> tuple[str, str]:
@@ -184,5 +174,5 @@ def draw_question(scene: Scene, profile: Profile, rng: random.Random) -> tuple[s
         claimed = side if true else rng.choice([r for r in RELATIONS if r != side])
         question = f"is the {first.name} {RELATIONS[claimed][0]} the {other.name}?"
         return question, "yes" if true else "no"
-    place = {"left of": "on the left", "right of": "on the right", "above": "at the top", "below": "at the bottom"}
-    return f"what is {place[side]}?", first.name
+    place = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}[side]
+    return f"what is {ZONE_PHRASES[place][0]}?", first.name

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
+from unidiff.worlds.emoji import language as grammar
 from unidiff.worlds.emoji.atlas import default_atlas
-from unidiff.worlds.emoji.language import (
-    GROUND_PHRASES,
-    NUMBERS,
-    OPENERS,
-    RELATIONS,
-    UNCOUNTED,
-    ZONE_PHRASES,
-    article,
-    counted,
-    relation,
-    zone,
-)
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, LARGE, Scene
-
-SIZES = ("large", "small")
 
 
 @dataclass(frozen=True)
@@ -30,10 +17,8 @@ class Facts:
 
     Attributes:
         counts: (name, number) pairs in the order they are named.
-        size: `large` or `small`, of a single object.
-        zone: one of nine places, of a single object.
-        relation: (first, where it is, second).
-        background: its colour.
+        size: `large` or `small`, zone: one of nine places, both of a single object.
+        relation: (first, where it is, second). background: its colour.
     """
 
     counts: tuple[tuple[str, int], ...]
@@ -49,7 +34,7 @@ class Facts:
 
 
 def parse_caption(text: str, names: tuple[str, ...] | None = None) -> Facts | None:
-    """Read a caption of the grammar in `emoji_language`.
+    """Read a caption of the grammar in `language`.
 
     Args:
         text: one caption, exactly as the grammar writes it; surrounding white space is ignored.
@@ -59,11 +44,15 @@ def parse_caption(text: str, names: tuple[str, ...] | None = None) -> Facts | No
         Its facts, or None if the sentence is not in the grammar.
     """
     text = text.strip()
-    opener = max((o for o in OPENERS if text.startswith(o)), key=len)
-    core, background = _split_ground(text.removeprefix(opener))
+    opener = max((o for o in grammar.OPENERS if text.startswith(o)), key=len)
+    core, background = text.removeprefix(opener), None
+    for colour in BACKGROUNDS:  # `a fox on red` -> `a fox`, `red`
+        for phrase in grammar.GROUND_PHRASES:
+            if background is None and core.endswith(ending := " " + phrase.format(colour)):
+                core, background = core.removesuffix(ending), colour
     phrases = _phrases(tuple(names) if names is not None else default_atlas().names)
     facts = _single(core, phrases) or _related(core, phrases) or _listed(core, phrases)
-    return None if facts is None else Facts(facts.counts, facts.size, facts.zone, facts.relation, background)
+    return None if facts is None else replace(facts, background=background)
 
 
 def facts_hold(facts: Facts, scene: Scene) -> bool:
@@ -76,12 +65,12 @@ def facts_hold(facts: Facts, scene: Scene) -> bool:
     named = [o for o in scene.objects if o.name == facts.counts[0][0]]
     if facts.size is not None and any((o.size == LARGE) != (facts.size == "large") for o in named):
         return False
-    if facts.zone is not None and any(zone(o) != facts.zone for o in named):
+    if facts.zone is not None and any(grammar.zone(o) != facts.zone for o in named):
         return False
     if facts.relation is not None:
         first, where, second = facts.relation
         pairs = [(a, b) for a in scene.objects for b in scene.objects if a.name == first and b.name == second]
-        return bool(pairs) and all(relation(a, b) == where for a, b in pairs)
+        return bool(pairs) and all(grammar.relation(a, b) == where for a, b in pairs)
     return True
 
 
@@ -95,8 +84,7 @@ def facts_correct(facts: Facts | None, scene: Scene | None) -> bool:
     return facts is not None and scene is not None and facts_hold(facts, scene) and facts_complete(facts, scene)
 
 
-@dataclass(frozen=True)
-class _Phrases:
+class _Phrases(NamedTuple):
     single: dict[str, str]  # "a dog face" -> name
     sized: dict[str, tuple[str, str]]  # "a small dog face" -> (name, size)
     counted: dict[str, tuple[str, int]]  # "a dog face", "three dog faces" -> (name, number)
@@ -104,25 +92,16 @@ class _Phrases:
 
 @lru_cache(maxsize=8)
 def _phrases(names: tuple[str, ...]) -> _Phrases:
-    single = {article(name): name for name in names}
-    sized = {f"{'' if name in UNCOUNTED else 'a '}{size} {name}": (name, size) for name in names for size in SIZES}
-    numbered = {counted(name, n): (name, n) for name in names for n in NUMBERS}
-    return _Phrases(single, sized, numbered)
-
-
-def _split_ground(text: str) -> tuple[str, str | None]:
-    """`a fox on red` -> (`a fox`, `red`)."""
-    for colour in BACKGROUNDS:
-        for phrase in GROUND_PHRASES:
-            suffix = " " + phrase.format(colour)
-            if text.endswith(suffix):
-                return text.removesuffix(suffix), colour
-    return text, None
+    return _Phrases(
+        {grammar.article(name): name for name in names},
+        {grammar.sized(name, f"{size} "): (name, size) for name in names for size in ("large", "small")},
+        {grammar.counted(name, n): (name, n) for name in names for n in grammar.NUMBERS},
+    )
 
 
 def _single(core: str, phrases: _Phrases) -> Facts | None:
     place, head = None, core
-    for name, options in ZONE_PHRASES.items():
+    for name, options in grammar.ZONE_PHRASES.items():
         for option in options:
             if core.endswith(" " + option):
                 place, head = name, core.removesuffix(" " + option)
@@ -135,7 +114,7 @@ def _single(core: str, phrases: _Phrases) -> Facts | None:
 
 
 def _related(core: str, phrases: _Phrases) -> Facts | None:
-    for where, options in RELATIONS.items():
+    for where, options in grammar.RELATIONS.items():
         for option in options:
             first, found, second = core.partition(f" {option} ")
             if found and first in phrases.single and second in phrases.single:
@@ -151,4 +130,4 @@ def _listed(core: str, phrases: _Phrases) -> Facts | None:
     if any(part not in phrases.counted for part in parts):
         return None
     counts = tuple(phrases.counted[part] for part in parts)
-    return Facts(counts) if max(Counter(name for name, _ in counts).values()) == 1 else None
+    return Facts(counts) if len(dict(counts)) == len(counts) else None
