@@ -118,7 +118,7 @@ def _pipeline() -> Kind:
 def _chat(family: str) -> Kind:
     def load(folder: Path) -> Any:
         pipe = UniDiffPipeline.from_pretrained(folder)
-        model = answer(pipe.released.model, pipe.released.vocabulary)
+        model = answer(pipe.transformer, pipe.vocabulary)
         return model, pipe.texts.encode(SENTENCE), pipe.texts.specials()
 
     def write(folder: Path) -> None:

@@ -148,7 +148,7 @@ def _about_pipeline(name: str) -> dict[str, str]:
         "memory": f"{gigabytes(weights)} of weights in {str(pipe.transformer.dtype).removeprefix('torch.')} "
         f"+ about {gigabytes(pass_bytes(pipe.transformer, tokens))} for a pass over {tokens} tokens at batch 1",
         "picture": f"{width} x {height} pixels, {codes} codes",
-        "text": f"at most {pipe.text_slots.room} tokens",
+        "text": f"at most {pipe.layout.most} tokens",
         **({} if known is None else {"knows": f"{len(known)} words: {', '.join(sorted(known))}"}),
         "tasks": ", ".join(settings.trained) or "none",
     }
