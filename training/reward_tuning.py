@@ -129,7 +129,7 @@ def check_options(options: argparse.Namespace) -> None:
 def tune(options: argparse.Namespace) -> None:
     import torch
 
-    from unidiff.decoding.cache.auto import choose_cache
+    from unidiff.decoding.cache.config import choose_cache
     from unidiff.evaluation.benchmark.cells import model_hash
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.config import LoraConfig, OptimiserConfig

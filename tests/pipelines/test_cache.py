@@ -13,7 +13,7 @@ from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import CacheByRow
-from unidiff.decoding.cache.auto import LEAST_GAIN, OVERHEAD_TOKENS, choose_cache, suited
+from unidiff.decoding.cache.config import LEAST_GAIN, OVERHEAD_TOKENS, choose_cache, suited
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.settings import TASKS

@@ -250,7 +250,7 @@ def choose_blended(
 
 
 def _fuses(values: Tensor, settings: ModalityDecoding) -> bool:
-    return usable(values, settings.temperature, settings.top_k, settings.top_p)
+    return values.is_cuda and usable(values, settings.temperature, settings.top_k, settings.top_p)
 
 
 def _fused(

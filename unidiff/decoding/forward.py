@@ -193,7 +193,7 @@ class StreamedModel:
     def _keep(self, fresh: Tensor, plan: CachePlan, streams: list[int], rows: Tensor | None) -> None:
         """Features `[n, L, D]` of whole rows, those of int64 `[n]` or all, become those of the streams where the plan says."""
         n = len(streams)
-        self._count(n, len(fresh) // n, len(fresh) // n * self._tokens, self._whole_work)
+        self._count(n, len(fresh), len(fresh) * self._tokens, self._whole_work)
         if rows is not None:
             fresh = torch.cat([self._features[s] for s in streams]).index_copy(0, rows, fresh)
         asked = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
@@ -213,10 +213,9 @@ class StreamedModel:
         else:
             out = self._partial.partial(ids, plan, store, times, select)
             work, apart = out.work, out.fresh
-        self._count(n, size, size * sum(w.out for w in work) // len(work), work)
+        self._count(n, n * size, n * (size * sum(w.out for w in work) // len(work)), work)
         if apart:  # rows computed in features of their own
-            self.stats.model_tokens += apart * self._tokens
-            self.stats.count_layers(self._traits, self._whole_work, apart, self._tokens)
+            self._count(0, apart, apart * self._tokens, self._whole_work)
             held = self.store.nbytes
             self.stats.store_bytes = max(self.stats.store_bytes, held + held * apart // self.store.shape[0])
         for i, stream in enumerate(streams):
@@ -234,11 +233,17 @@ class StreamedModel:
         return (LayerWork(*(self._tokens,) * 3),) * layers
 
     def _count(self, streams: int, rows: int, tokens: int, work: Sequence[LayerWork]) -> None:
-        """A call with `rows` rows of each stream; `tokens` of a stream went through the layers."""
-        self.stats.evaluations += streams
-        self.stats.model_tokens += streams * tokens
-        if self._traits is not None:
-            self.stats.count_layers(self._traits, work, streams * rows, self._tokens)
+        """A call with `rows` rows, of `streams` streams; `tokens` of all went through the layers, see `DecodeStats`."""
+        stats = self.stats
+        stats.evaluations += streams
+        stats.model_tokens += tokens
+        for layer, w in zip(() if self._traits is None else self._traits.layers, work, strict=True):
+            stats.query_key_tokens += rows * w.qk
+            stats.value_tokens += rows * w.v
+            stats.output_tokens += rows * w.out
+            stats.ffn_tokens += rows * w.out
+            stats.linear_flops += rows * layer.linear(w)
+            stats.attention_flops += rows * layer.attention(w, self._tokens)
 
     def features(self, stream: int) -> Tensor:
         """`[B, L, D]`, final hidden states at their last computation."""

@@ -1,13 +1,9 @@
-"""What a pass costs in FLOPs, and what a decode cost, counted where the work is done."""
+"""What a decode cost, counted where the work is done."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from unidiff.models.denoiser import DenoiserTraits
-from unidiff.models.partial import LayerWork
 
 
 @dataclass
@@ -49,16 +45,6 @@ class DecodeStats:
     def flops(self) -> int:
         """Layers, attention and head together."""
         return self.linear_flops + self.attention_flops + self.head_flops
-
-    def count_layers(self, traits: DenoiserTraits, work: Sequence[LayerWork], rows: int, keys: int) -> None:
-        """Add a pass of `rows` rows whose queries look at `keys` keys each; `work` has one entry per layer."""
-        for layer, w in zip(traits.layers, work, strict=True):
-            self.query_key_tokens += rows * w.qk
-            self.value_tokens += rows * w.v
-            self.output_tokens += rows * w.out
-            self.ffn_tokens += rows * w.out
-            self.linear_flops += rows * layer.linear(w)
-            self.attention_flops += rows * layer.attention(w, keys)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data, the sum of all FLOPs included."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import DecodeView, Sampler, SamplerConfig
-from unidiff.decoding.cache.auto import choose_cache
+from unidiff.decoding.cache.config import choose_cache
 from unidiff.decoding.state import declines
 from unidiff.families.layout import DecodeRequest, TaskInputs
 from unidiff.holes import letters_note
