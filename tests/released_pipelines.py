@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from released_parts import write_tiny
@@ -22,9 +23,22 @@ TURNS = {
 }
 
 
-def write_model(folder: Path, family: str, **changes: int) -> None:
-    """`config.json` and random weights of the tiny model with changes of its config."""
-    config = {**FAMILIES[family].tiny.config, **changes}
+UNIDISC_MODEL = {
+    "hidden_size": 16,
+    "n_blocks": 1,
+    "n_heads": 2,
+    "norm_type": "rms",
+    "qk_norm": True,
+    "modality_embed": True,
+    "rope_2d": True,
+    "txt_length": 10,
+    "img_length": 9,
+    "image_vocab_size": 12,
+}
+
+
+def write_network(folder: Path, family: str, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """`config.json` and random weights; returns those."""
     torch.manual_seed(0)
     model = FAMILIES[family].make(config)
     for value in model.parameters():
@@ -33,6 +47,26 @@ def write_model(folder: Path, family: str, **changes: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     weights = {n: v.contiguous() for n, v in FAMILIES[family].export(model).items()}
     save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def write_unidisc(folder: Path, **changes: int) -> None:
+    """UniDisc beside LlamaGen's tokenizer (factor 2, 12 codes) and a text tokenizer: 3 x 3 codes, 6 x 6 pixels.
+
+    The weights are in a torch file, as a training program with a compiled model writes it.
+    """
+    texts = TextTokenizer.train(CORPUS, 300)
+    texts.save_pretrained(folder / "text_tokenizer")
+    model = {**UNIDISC_MODEL, **changes, "text_vocab_size": texts.size + 1}
+    weights = write_network(folder, "unidisc", {"model": model})
+    torch.save({"model": {f"_orig_mod.{name}": value for name, value in weights.items()}}, folder / "unidisc.pt")
+    (folder / "model.safetensors").unlink()
+    write_tiny(folder / "image_tokenizer", "llamagen")
+
+
+def write_model(folder: Path, family: str, **changes: int) -> None:
+    """The tiny model with changes of its config."""
+    write_network(folder, family, {**FAMILIES[family].tiny.config, **changes})
 
 
 def write_pictures(folder: Path, family: str) -> Vocabulary:

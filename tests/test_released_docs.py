@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,10 @@ import torch
 from doc_code import DOCS, blocks, run
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
-from released_pipelines import write_chat, write_pictures
-from safetensors.torch import save_file
-from tiny_families import UNIDISC_CONFIG, lively
+from released_pipelines import write_chat, write_pictures, write_unidisc
 
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.llada import LLADA
 from unidiff.families.registry import FAMILIES as EVERY
-from unidiff.families.unidisc import UNIDISC
-from unidiff.tokens.text import TextTokenizer
 
 NAME = "released.md"
 TEXT = (DOCS / NAME).read_text(encoding="utf-8")
@@ -38,31 +31,13 @@ FAMILIES = [
 ]
 
 
-def write_network(folder: Path, config: dict, network: dict, export: Callable = LLADA.export) -> None:
-    """A checkpoint of a `MaskedTransformer` with lively weights."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    state = export(lively(network).float())
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
-
-
-def write_unidisc(folder: Path) -> None:
-    """A network for 4 x 4 codes behind ten text tokens, with both tokenizers."""
-    texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
-    image = {"image_vocab_size": 12, "img_length": 16, "txt_length": 10}
-    config = {"model": {**UNIDISC_CONFIG["model"], **image, "text_vocab_size": texts.size + 1}}
-    write_network(folder, config, UNIDISC.settings(config), UNIDISC.export)
-    write_tiny(folder / "image_tokenizer", "llamagen")
-    texts.save_pretrained(folder / "text_tokenizer")
-
-
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory) -> Path:
     """A folder with `checkpoints/`, in which the snippets are run."""
     root = tmp_path_factory.mktemp("shelf")
     shelf = root / "checkpoints"
     write_tiny(shelf / "magvit", "magvit")
-    write_unidisc(shelf / "unidisc")
+    write_unidisc(shelf / "unidisc", img_length=16)  # 4 x 4 codes
     write_tiny(shelf / "vqvae", "vq_model", "diffusion_pytorch_model.safetensors")
     write_tiny(shelf / "llamagen", "llamagen")
     (shelf / "llamagen" / "model.safetensors").unlink()

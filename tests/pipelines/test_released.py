@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -10,48 +9,23 @@ import torch
 from muddit_parts import write_folder
 from PIL import Image
 from released_parts import write_tiny
+from released_pipelines import write_unidisc
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from unidiff.cli import app
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.unidisc import UNIDISC
-from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.muddit import MudditPipeline
 from unidiff.pipelines.released import is_released
 from unidiff.tokens.text import TextTokenizer
-
-CONFIG = {
-    "model": {
-        "hidden_size": 16,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "norm_type": "rms",
-        "qk_norm": True,
-        "modality_embed": True,
-        "rope_2d": True,
-        "txt_length": 10,
-        "img_length": 9,
-        "image_vocab_size": 12,
-    }
-}
 
 
 @pytest.fixture(scope="module")
 def unidisc(tmp_path_factory):
     """UniDisc beside LlamaGen's tokenizer (factor 2, 12 codes) and a text tokenizer: 3 x 3 codes, 6 x 6 pixels."""
     folder = tmp_path_factory.mktemp("unidisc")
-    texts = TextTokenizer.train(["a red fox on a hill", "two owls"], 300)
-    texts.save_pretrained(folder / "text_tokenizer")
-    config = {"model": {**CONFIG["model"], "text_vocab_size": texts.size + 1}}
-    torch.manual_seed(0)
-    model = MaskedTransformer(**UNIDISC.settings(config))
-    for value in model.parameters():
-        torch.nn.init.normal_(value, std=0.3)
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save({"model": {f"_orig_mod.{n}": v for n, v in UNIDISC.export(model).items()}}, folder / "unidisc.pt")
-    write_tiny(folder / "image_tokenizer", "llamagen")
+    write_unidisc(folder)
     return folder
 
 
