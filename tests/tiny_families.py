@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
 from reference.batches import llada_batch, lumina_batch, lumina_pair, mdlm_batch, unidisc_batch
+from reference.mmada_prompts import MMaDAPrompts, mmada_batch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
@@ -16,7 +17,6 @@ from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
 from unidiff.families.mdlm import MDLM
 from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.families.unidisc import UNIDISC

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from golden import golden_folders
+from reference.mmada_prompts import MMaDAPrompts, mmada_batch
 from reference.mmada_sampling import generate_codes, generate_text, masked_after, step_temperature
 from reference.mmada_training import answer_loss, image_loss, training_mask
 
@@ -16,7 +17,6 @@ from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.families.chat import answer_config
 from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.prompts import MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.rows import ImageSettings, image_config
 from unidiff.families.mmada.weights import RELEASED, SPECIALS, mmada_vocabulary
 from unidiff.families.registry import named_vocabulary

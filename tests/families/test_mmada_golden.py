@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from golden import golden_folders
+from reference.mmada_prompts import MMaDAPrompts, PromptRows, mmada_batch
 from reference.mmada_sampling import generate_codes, generate_text
 from reference.mmada_training import answer_loss, image_loss, mask_answers, mask_image, training_mask
 from safetensors.torch import load_file
@@ -15,7 +16,6 @@ from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.commit.quota import quota
 from unidiff.families.chat import answer_config
 from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.prompts import MMaDAPrompts, PromptRows, mmada_batch
 from unidiff.families.mmada.rows import ImageSettings
 from unidiff.families.mmada.weights import mmada_vocabulary
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_layout import decode, request_of
+from reference.mmada_prompts import QUESTION, MMaDAPrompts, mmada_batch
 
 from unidiff.decoding import Sampler
 from unidiff.families.chat import answer_config
 from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.prompts import QUESTION, MMaDAPrompts, mmada_batch
 from unidiff.families.mmada.rows import ImageSettings, MMaDALayout, image_config
 from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidiff.families.mmada.prompts import IGNORED
+from reference.mmada_prompts import IGNORED
 
 
 @dataclass(frozen=True)
