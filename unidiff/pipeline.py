@@ -16,7 +16,7 @@ from unidiff.pipelines.inputs import as_list, broadcast, opened
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.parts import PipelineParts
 from unidiff.pipelines.tasks import call_task
-from unidiff.tokens.known_words import between_holes
+from unidiff.words import between_holes
 
 
 class UniDiffPipeline(PipelineParts):

@@ -10,8 +10,8 @@ import pytest
 from all_pipelines import make_pipelines
 from PIL import Image
 
-from unidiff.holes import MOST, all_have_holes, split_holes
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.words import MOST, all_have_holes, split_holes
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from unidiff.cli.common import (
 from unidiff.cli.outputs import check_outputs
 from unidiff.cli.tools import demo, eval_app, pack
 from unidiff.errors import exit_status, explain
-from unidiff.holes import all_have_holes
 from unidiff.process import keep_freed_memory
+from unidiff.words import all_have_holes
 
 app = typer.Typer(
     name="unidiff",

@@ -103,7 +103,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
 
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.decode import UntrainedTask
-    from unidiff.tokens.known_words import UnknownWords
+    from unidiff.words import UnknownWords
 
     for kind in (UnknownWords, UntrainedTask):
         warnings.simplefilter("ignore", kind)  # `say_notes` says it

@@ -20,9 +20,9 @@ from unidiff.families.layout import (
     hidden_words,
     lay_out,
 )
-from unidiff.holes import has_holes, short
 from unidiff.tokens.batch import Span
 from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.words import has_holes, short
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import SamplerConfig
-from unidiff.holes import split_holes
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.batch import read_mask
+from unidiff.words import split_holes
 
 Grid = tuple[int, int]
 Encode = Callable[[str], Sequence[int]]

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from unidiff.holes import refuse_holes
 from unidiff.schema import short_value
+from unidiff.words import refuse_holes
 
 MOST_ROWS = 10_000
 """Rows of one call: results are kept in memory, so more than that is more likely a slip of the hand."""

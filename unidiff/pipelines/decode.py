@@ -16,7 +16,6 @@ from unidiff.decoding import DecodeView, Sampler, SamplerConfig
 from unidiff.decoding.cache.config import choose_cache
 from unidiff.decoding.state import declines
 from unidiff.families.layout import DecodeRequest, TaskInputs
-from unidiff.holes import letters_note
 from unidiff.pipelines.arguments import check_keywords, check_rows
 from unidiff.pipelines.candidates import keep_best
 from unidiff.pipelines.inputs import ImageInputs
@@ -24,7 +23,7 @@ from unidiff.pipelines.options import OPTIONS, DecodeOptions
 from unidiff.pipelines.output import Trajectory, UniDiffOutput, to_frames
 from unidiff.pipelines.seeds import candidate_seeds, row_seeds
 from unidiff.tokens import TokenBatch
-from unidiff.tokens.known_words import notes_on
+from unidiff.words import letters_note, notes_on
 
 P = ParamSpec("P")
 

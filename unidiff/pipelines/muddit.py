@@ -14,14 +14,13 @@ from torch import Tensor
 
 from unidiff.families.muddit.folder import Muddit
 from unidiff.families.muddit.tasks import MudditSettings
-from unidiff.holes import refuse_holes
 from unidiff.pipelines.arguments import MOST_ROWS, check_keywords, check_rows, flag, one_of, repeated, texts_of, whole
 from unidiff.pipelines.inputs import ImageInputs, broadcast, opened
 from unidiff.pipelines.options import OUTPUT_TYPES
 from unidiff.pipelines.seeds import RowGenerator, row_seeds
 from unidiff.schema import check_value
-from unidiff.tokens.known_words import notes_on
 from unidiff.tokens.text import TextTokenizer
+from unidiff.words import notes_on, refuse_holes
 
 _SETTINGS = tuple(MudditSettings.__dataclass_fields__)
 _FILL = "text is known or hidden as a whole to this model"

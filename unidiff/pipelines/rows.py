@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unidiff.families.layout import DecodeRequest, Grid, RowLayout, TaskInputs, TaskNeeds, hidden_words, lay_out
-from unidiff.holes import short
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Span, Vocabulary
-from unidiff.tokens.known_words import note_on, unknown_words
 from unidiff.tokens.text import TextTokenizer
+from unidiff.words import note_on, short, unknown_words
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from unidiff.families.layout import TASKS as ALL_TASKS
-from unidiff.holes import all_have_holes
 from unidiff.pipelines.arguments import one_of, texts_of
 from unidiff.pipelines.settings import TASKS
+from unidiff.words import all_have_holes
 
 _INPUTS = {  # what a task needs, and what it takes besides
     "text_to_image": ({"prompt"}, set()),

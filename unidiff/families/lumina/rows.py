@@ -29,8 +29,8 @@ from unidiff.families.layout import (
     lay_out,
 )
 from unidiff.families.lumina.grid import lumina_grid
-from unidiff.holes import all_have_holes
 from unidiff.tokens import Span, Vocabulary
+from unidiff.words import all_have_holes
 
 MARKS = ("<system>", "</system>", "<user>", "</user>")
 DRAW = "Generate an image according to the text prompt."

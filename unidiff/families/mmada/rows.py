@@ -28,9 +28,9 @@ from unidiff.families.layout import (
     lay_out,
     square_side,
 )
-from unidiff.holes import all_have_holes
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
+from unidiff.words import all_have_holes
 
 
 @dataclass(frozen=True)
