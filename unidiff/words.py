@@ -18,7 +18,7 @@ from unidiff.errors import few
 if TYPE_CHECKING:
     from unidiff.tokens.text import TextTokenizer
 
-MOST = 4096
+MOST_TOKENS = 4096
 """Tokens of a hole where the model sets no limit of its own."""
 
 _HOLE = re.compile(r" ?<mask(?::([^<>]*))?>")
@@ -33,7 +33,7 @@ class UnknownWords(UserWarning):
     """The model draws or answers something else than these words say."""
 
 
-def split_holes(text: str, most: int = MOST, what: str = "text") -> list[str | int]:
+def split_holes(text: str, most: int = MOST_TOKENS, what: str = "text") -> list[str | int]:
     """The words between holes, and for each hole its number of tokens, in order; words without holes are one entry.
 
     A hole takes the space in front of it with it. Empty strings are left out.

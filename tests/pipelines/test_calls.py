@@ -11,7 +11,7 @@ from all_pipelines import make_pipelines
 from PIL import Image
 
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.words import MOST, all_have_holes, split_holes
+from unidiff.words import MOST_TOKENS, all_have_holes, split_holes
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_an_argument_far_from_all_lists_them(pipes):
         ("a<mask:2><mask>", ["a", 2, 1]),
         ("a  <mask: 4 >.", ["a ", 4, "."]),
         ("no holes", ["no holes"]),
-        (f"<mask:{MOST}>", [MOST]),
+        (f"<mask:{MOST_TOKENS}>", [MOST_TOKENS]),
     ],
 )
 def test_holes(text, parts):
@@ -196,7 +196,7 @@ MALFORMED = (
         "<mask::2>",
         "<mask:\u00b2>",
         "<mask:\u0663>",
-        f"<mask:{MOST + 1}>",
+        f"<mask:{MOST_TOKENS + 1}>",
         "<mask:2 2>",
     ),
 )

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.layout import (
-    MOST_TOKENS,
     DecodeRequest,
     Encode,
     RowLayout,
@@ -22,7 +21,7 @@ from unidiff.families.layout import (
 )
 from unidiff.tokens.batch import Span
 from unidiff.tokens.vocabulary import Vocabulary
-from unidiff.words import has_holes, short
+from unidiff.words import MOST_TOKENS, has_holes, short
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]

@@ -17,13 +17,11 @@ from torch import Tensor
 from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.batch import read_mask
-from unidiff.words import split_holes
+from unidiff.words import MOST_TOKENS, split_holes
 
 Grid = tuple[int, int]
 Encode = Callable[[str], Sequence[int]]
 LONGEST = 64
-MOST_TOKENS = 4096
-"""Tokens to write in one row where the model sets no limit of its own."""
 DESCRIBE = "Please describe this image in detail."
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "edit", "generate", "chat", "complete", "infill")
 

@@ -35,7 +35,9 @@ class Span:
     read: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "span")
+        known = isinstance(self.given, bool | Tensor) and isinstance(self.newline, int | None)
+        if not (known and isinstance(self.ids, Tensor) and isinstance(self.modality, Modality)):
+            check_fields(self, "span")  # says which
         dims = 2 if self.modality == Modality.IMAGE else 1
         if self.ids.ndim != dims or self.ids.is_floating_point() or self.ids.dtype == torch.bool:
             raise ValueError(
@@ -135,7 +137,7 @@ class TokenBatch:
         Raises:
             ValueError: no rows, an empty row, or a row longer than `length`.
         """
-        check_value(rows, Sequence[Sequence[Span]], "rows")
+        _check_rows(rows, Sequence[Sequence[Span]], 2)
         return cls.from_packed([[row] for row in rows], length, pad_id, left)
 
     @classmethod
@@ -143,7 +145,7 @@ class TokenBatch:
         cls, rows: Sequence[Sequence[Sequence[Span]]], length: int | None = None, pad_id: int = 0, left: bool = False
     ) -> TokenBatch:
         """As `from_spans`, with several samples packed into each row: `rows[b][sample]` is a list of spans."""
-        check_value(rows, Sequence[Sequence[Sequence[Span]]], "rows")
+        _check_rows(rows, Sequence[Sequence[Sequence[Span]]], 3)
         check_value(length, Index | None, "length")
         check_value(pad_id, Index, "pad_id")
         if not rows or any(not row or any(not sample for sample in row) for row in rows):
@@ -219,6 +221,17 @@ class TokenBatch:
         """Every target replaced by its modality's [MASK]: the state at t = 1."""
         mask = torch.where(self.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
         return self.replace(ids=torch.where(self.targets, mask, self.ids))
+
+
+def _check_rows(rows: Any, kind: Any, depth: int) -> None:
+    """Raise `ValueError` unless `rows` are lists, so deep, of spans; the schema is asked only for its sentence."""
+    level = [rows]
+    for _ in range(depth):
+        if not all(isinstance(part, Sequence) and not isinstance(part, str | bytes) for part in level):
+            break
+        level = [inner for part in level for inner in part]
+    if not all(isinstance(part, Span) for part in level):
+        check_value(rows, kind, "rows")
 
 
 def _whole_numbers(ids: Any, what: str) -> Tensor:
