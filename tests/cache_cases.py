@@ -56,13 +56,13 @@ def make_model(vocabulary: Vocabulary = VOCABULARY, **kwargs) -> MaskedTransform
     return model
 
 
-def rows() -> list[TokenBatch]:
-    """Requests of 17, 11 and 14 tokens; the last packs two samples."""
+def rows(words: tuple[int, ...] = (5, 9, 9, 4)) -> list[TokenBatch]:
+    """Requests of 17, 11 and 14 tokens, the second ending with `words`; the last packs two samples."""
     image = Span.masked_image((3, 3), VOCABULARY)
     half = Span.image(torch.tensor([[12, 14], [15, 16]]), torch.tensor([[True, False], [False, True]]))
     return [
         TokenBatch.from_spans([[Span.text([3, 1], True), Span.masked_text(6, VOCABULARY), image]]),
-        TokenBatch.from_spans([[half, Span.masked_text(3, VOCABULARY), Span.text([5, 9, 9, 4], True)]]),
+        TokenBatch.from_spans([[half, Span.masked_text(3, VOCABULARY), Span.text(words, True)]]),
         TokenBatch.from_packed(
             [[[Span.text([3], True), Span.masked_text(5, VOCABULARY)], [half, Span.masked_text(4, VOCABULARY)]]]
         ),

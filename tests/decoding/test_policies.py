@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cache_cases
 import pytest
 import torch
+from cache_cases import make_model, same
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
@@ -43,15 +45,6 @@ CONFIGS = {
 }
 
 
-def make_model(vocabulary: Vocabulary = VOCABULARY, **kwargs) -> MaskedTransformer:
-    torch.manual_seed(2)
-    settings = dict(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2) | kwargs
-    model = MaskedTransformer(vocabulary.size, **settings).eval().double()
-    for p in model.parameters():
-        p.data.add_(torch.randn_like(p) * 0.35)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model() -> MaskedTransformer:
     return make_model()
@@ -63,26 +56,11 @@ def config(request) -> SamplerConfig:
 
 
 def rows() -> list[TokenBatch]:
-    """Requests of 17, 11 and 14 tokens; the last packs two samples."""
-    image = Span.masked_image((3, 3), VOCABULARY)
-    half = Span.image(torch.tensor([[12, 14], [15, 16]]), torch.tensor([[True, False], [False, True]]))
-    return [
-        TokenBatch.from_spans([[Span.text([3, 1], True), Span.masked_text(6, VOCABULARY), image]]),
-        TokenBatch.from_spans([[half, Span.masked_text(3, VOCABULARY), Span.text([5, 2, 2, 4], True)]]),
-        TokenBatch.from_packed(
-            [[[Span.text([3], True), Span.masked_text(5, VOCABULARY)], [half, Span.masked_text(4, VOCABULARY)]]]
-        ),
-    ]
+    return cache_cases.rows((5, 2, 2, 4))
 
 
 def decode(model, config, policy, batch: TokenBatch, seeds: list[int], **kwargs):
     return Sampler(model, VOCABULARY, config, policy)(batch, torch.tensor(seeds), record=True, **kwargs)
-
-
-def same(a, b) -> None:
-    assert len(a.trajectory) == len(b.trajectory)
-    assert all(torch.equal(x, y) for x, y in zip(a.trajectory, b.trajectory, strict=True))
-    torch.testing.assert_close(a.confidence, b.confidence)
 
 
 @pytest.mark.parametrize("name", POLICIES)
