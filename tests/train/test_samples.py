@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from train_fixtures import SPECIALS, VOCABULARY, tiny_config, tiny_table
 
-from unidiff.train.data.samples import SheetSampler, draw_sheet, sheet_sampler
+from unidiff.train.data.samples import SheetSampler, sheet_sampler
 from unidiff.train.trainer import Trainer
 
 
@@ -60,12 +60,6 @@ def test_sheets_are_written_while_training_and_repeat_for_equal_weights(tmp_path
     assert np.array_equal(written, first.permute(1, 2, 0).numpy())
     guided = SheetSampler(config_guided, table, GreyDecoder(), LetterTokenizer(), tmp_path / "guided")(trainer.model, 1)
     assert guided.shape == first.shape
-
-
-def test_a_sheet_shows_every_picture_at_its_place():
-    pictures = torch.stack([torch.full((3, 24, 24), v) for v in (0.0, 0.5, 1.0)])
-    sheet = np.asarray(draw_sheet(pictures, ["x", "y", "z"], columns=2, side=64))
-    assert (sheet[32, 32] == 0).all() and (sheet[32, 68 + 32] == 128).all() and (sheet[82 + 32, 32] == 255).all()
 
 
 def test_no_sheets_without_prompts_or_tokenizers_and_wrong_ones_are_refused(tmp_path, caplog):

@@ -59,10 +59,6 @@ class Schedule(ABC):
         """-alpha'(t) / (1 - alpha(t)): the NELBO weight of the masked positions (MDLM, arXiv 2406.07524, eq. 10)."""
         return -self.dalpha(t) / self.mask_rate(t)
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        """The t at which alpha(t) equals `alpha`."""
-        return self.inverse_rate(1 - alpha)
-
     def sigma(self, t: Tensor) -> Tensor:
         """Total noise -log alpha(t), the input of time-conditioned networks; infinite where alpha is 0."""
         rate = self.mask_rate(t)

@@ -35,9 +35,6 @@ class Cosine(Schedule):
     def inverse_rate(self, rate: Tensor) -> Tensor:
         return 2 / math.pi * torch.asin(rate)
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        return 1 - 4 / math.pi * torch.asin(torch.sqrt(alpha / 2))
-
 
 @dataclass(frozen=True)
 class ArcCosine(Schedule):

@@ -84,9 +84,6 @@ class _FromTheEnd(Schedule):
     def inverse_rate(self, rate: Tensor) -> Tensor:
         return -torch.expm1(torch.log1p((1 - self.start - rate) / self.start) / self.power)
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        return 1 - (alpha / self.start) ** (1 / self.power)
-
 
 @dataclass(frozen=True)
 class Square(_FromTheEnd):

@@ -42,9 +42,6 @@ class _SigmaSchedule(Schedule):
     def inverse_rate(self, rate: Tensor) -> Tensor:
         return self.inverse_sigma(-torch.log1p(-rate))
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        return self.inverse_sigma(-torch.log(alpha))
-
 
 @dataclass(frozen=True)
 class Geometric(_SigmaSchedule):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from unidiff.data.collate import caption_row
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.sampler import Sampler
-from unidiff.files import replacing
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
 from unidiff.tokens import Span, TokenBatch
 from unidiff.tokens.image.protocol import PixelDecoder
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -24,7 +25,7 @@ from unidiff.train.data.source import TokenSource
 
 _LOG = logging.getLogger(__name__)
 
-_CAPTION_HEIGHT = 14
+COLUMNS = 8  # pictures of a line
 
 
 class SheetSampler:
@@ -70,14 +71,12 @@ class SheetSampler:
         seeds = torch.arange(len(self.prompts), device=device)
         output = Sampler(model, self.vocabulary, self.settings)(batch, seeds, condition=words)
         codes = output.batch.ids[:, self.words.shape[1] :] - self.vocabulary.image[0]
-        pictures = self.decoder.decode(codes.view(-1, *self.grid).cpu())
-        sheet = draw_sheet(pictures, self.prompts)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / f"step-{step:08d}.png") as temporary:
-            sheet.save(temporary, format="PNG")
-        return (
-            torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(*sheet.size[::-1], 3).permute(2, 0, 1)
-        )
+        pictures = self.decoder.decode(codes.view(-1, *self.grid).cpu()).clamp(0, 1)  # [P, 3, h, w]
+        images = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        cells = [Cell((Image.fromarray(x),), words) for x, words in zip(images, self.prompts, strict=True)]
+        sheet = draw_sheet([cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)])
+        save_image(sheet, self.folder / f"step-{step:08d}.png")
+        return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
 def sheet_sampler(config: TrainConfig, source: TokenSource) -> Callable[[MaskedTransformer, int], Tensor] | None:
@@ -96,18 +95,3 @@ def sheet_sampler(config: TrainConfig, source: TokenSource) -> Callable[[MaskedT
     decoder = VQImageTokenizer.from_pretrained(config.tokenizer.image)
     text = TextTokenizer.from_pretrained(config.tokenizer.text)
     return SheetSampler(config, source, decoder, text, Path(config.output) / "samples")
-
-
-def draw_sheet(pictures: Tensor, captions: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
-    """A grid of pictures (float `[N, 3, H, W]` in [0, 1]), enlarged to `side` pixels, each with its caption below."""
-    columns = min(columns, len(pictures))
-    lines = -(-len(pictures) // columns)
-    cell = side + _CAPTION_HEIGHT
-    sheet = Image.new("RGB", (columns * (side + 4), lines * (cell + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        array = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-        left, top = number % columns * (side + 4), number // columns * (cell + 4)
-        sheet.paste(Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        draw.text((left + 2, top + side + 1), caption[:22], fill="black")
-    return sheet
