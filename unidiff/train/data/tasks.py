@@ -80,6 +80,9 @@ class TaskMixer:
             if settings.loss == "elbo" and settings.rates.mask_rate(torch.zeros(())) > 0:
                 raise ValueError(f"tasks.{name}: loss elbo needs a rate that reaches 0; use uniform, cosine or beta")
         weights = torch.tensor([s.weight for s in self.settings], dtype=torch.float64)
+        spans = [Span.masked_text(source.text_length, source.vocabulary)]
+        spans.append(Span.masked_image(source.grid, source.vocabulary))
+        self._layout = TokenBatch.from_spans([spans])  # of every row
         self._edges = (weights / weights.sum()).cumsum(0)
         self._schedule = MixtureSchedule((1 - document_share, document_share), seed) if documents is not None else None
 
@@ -195,9 +198,7 @@ class TaskMixer:
         if self.crop_fill > 0:
             eos = vocabulary.specials["eos"] - vocabulary.text[0]
             valid[:, :length] = keep_fill(text, eos, draw[:, 2] < self.crop_fill, draw[:, 3])
-        spans = [Span.masked_text(length, vocabulary), Span.masked_image(grid, vocabulary)]
-        layout = TokenBatch.from_spans([spans])  # of every row
-        modality, positions = layout.modality.expand(count, -1), layout.positions.expand(count, -1, -1)
+        modality, positions = self._layout.modality.expand(count, -1), self._layout.positions.expand(count, -1, -1)
         batch = TokenBatch(ids, modality, given | ~valid, valid, positions, torch.where(valid, 0, -1))
         return batch, uncond_mask & valid
 
