@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from all_pipelines import write_unidisc
 from muddit_parts import write_folder
 from PIL import Image
 from released_parts import write_tiny
