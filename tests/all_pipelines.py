@@ -11,7 +11,6 @@ from tiny_pipeline import tiny_pipeline
 
 from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.muddit import MudditPipeline
 
 FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "muddit")
 
@@ -33,8 +32,7 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
         made[family] = UniDiffPipeline.from_pretrained(folder / family)
     (folder / "muddit").mkdir()
     write_folder(folder / "muddit" / "512")
-    made["muddit"] = MudditPipeline(UniDiffPipeline.from_pretrained(folder / "muddit" / "512").parts, (8, 8))
+    made["muddit"] = UniDiffPipeline.from_pretrained(folder / "muddit" / "512").sized(8, 8)
     for pipe in made.values():
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(disable=True)
+        pipe.set_progress_bar_config(disable=True)
     return made

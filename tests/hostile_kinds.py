@@ -133,11 +133,12 @@ def _muddit() -> Kind:
     tokens = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
 
     def load(folder: Path) -> Any:
-        parts = UniDiffPipeline.from_pretrained(folder / "512").parts
-        ids = torch.tensor(parts.tokenizer("a b", padding="max_length", max_length=6).input_ids)[None]
-        features = parts.encoder(ids)
-        image = parts.images.decode(torch.arange(16).reshape(1, 4, 4))
-        return answer(parts.model, parts.vocabulary), features.sequence, features.pooled, image, str(parts.settings)
+        pipe = UniDiffPipeline.from_pretrained(folder / "512")
+        ids = torch.tensor(pipe.text_tokenizer("a b", padding="max_length", max_length=6).input_ids)[None]
+        features, layout = pipe.layout.encoder(ids), pipe.layout
+        image = pipe.images.decode(torch.arange(16).reshape(1, 4, 4))
+        said = str((layout.config, layout.told, layout.marks))
+        return answer(pipe.transformer, layout.vocabulary), features.sequence, features.pooled, image, said
 
     return Kind(
         "muddit folder",

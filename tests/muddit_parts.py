@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unidiff.families.muddit import MUDDIT
-from unidiff.families.muddit.folder import MASK_EMBEDDING, WEIGHTS
-from unidiff.families.muddit.text import ClipText
+from unidiff.families.muddit.text import MASK_EMBEDDING, ClipText
 from unidiff.models.mmdit import MMDiT
 from unidiff.tokens.image.vq import VQImageTokenizer
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLIP = dict(
     vocab_size=48,
     hidden_size=16,

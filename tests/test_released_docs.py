@@ -92,9 +92,9 @@ def test_the_table_lists_every_release_with_the_memory_of_its_weights():
 def test_names_in_the_text_exist():
     """Modules and compat switches that the page tells of."""
     from unidiff.decoding.cache import AdaptiveCache, MaxLogitCache
-    from unidiff.families.muddit.tasks import MudditSettings
+    from unidiff.families.muddit.rows import MudditLayout
 
-    for thing in (AdaptiveCache, MaxLogitCache, MudditSettings):
+    for thing in (AdaptiveCache, MaxLogitCache, MudditLayout):
         assert thing.__name__ in TEXT
     for path in re.findall(r"`((?:tests|unidiff)/[\w/]+\.py)`", TEXT):
         assert (DOCS.parent / path).is_file(), path

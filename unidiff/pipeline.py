@@ -16,6 +16,7 @@ from unidiff.pipelines.inputs import as_list, broadcast, opened
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.parts import PipelineParts
 from unidiff.pipelines.tasks import call_task
+from unidiff.schema import check_value
 from unidiff.words import between_holes
 
 
@@ -132,6 +133,8 @@ class UniDiffPipeline(PipelineParts):
         mask_image: Any = None,
         text: str | Sequence[str] | None = None,
         max_text_tokens: int | None = None,
+        strength: float = 1.0,
+        negative_prompt: str | Sequence[str] | None = None,
         paste_back: bool = False,
         resize: bool = False,
         num_images_per_prompt: int = 1,
@@ -146,6 +149,9 @@ class UniDiffPipeline(PipelineParts):
             text: captions with `<mask>` holes; without holes the caption guides the picture. None: a caption of unknown
                 words, where the family writes one.
             max_text_tokens: longest caption, when `text` is None.
+            strength: share of the steps to run, in (0, 1], where the family can redraw a picture in part of them: codes
+                are hidden by a coin each, as many as the steps before would leave.
+            negative_prompt: what guidance leads away from, where the family is guided by other words.
             paste_back: put the picture's own pixels back outside the mask (its codes are exact without that).
             resize: accept pictures of other sizes.
 
@@ -153,18 +159,33 @@ class UniDiffPipeline(PipelineParts):
             ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
         """
         flag(paste_back, "paste_back")
-        longest, said = self._longest(max_text_tokens, text), self._captions(text)
+        longest, said, away = self._longest(max_text_tokens, text), self._captions(text), None
+        check_value(strength, float, "strength")
+        if not 0 < strength <= 1 or (strength < 1 and not self.layout.strengths):
+            most = "a number in (0, 1]" if self.layout.strengths else f"1, as {self.layout.family} runs all its steps"
+            raise ValueError(f"strength is {strength}; expected {most}")
+        if negative_prompt is not None:
+            away = texts_of(negative_prompt, "negative_prompt", empty=True)
         images = self._fitting(image := opened(image), resize)
         pixels = images.images(image, resize)  # [B, 3, H, W]
         holes = torch.zeros(1, *images.size, dtype=torch.bool)
         if mask_image is not None:
             holes = images.masks(mask_image, image, resize)  # [B, H, W]
-        codes = list(self._encode(pixels))
-        rows = _columns(num_images_per_prompt, image=list(pixels), mask_image=list(holes), text=said, codes=codes)
-        cells = images.cells(rows["mask_image"])
-        inputs = TaskInputs(len(cells), rows.get("text"), codes=rows["codes"], holes=cells, longest=longest)
+        columns = {"image": list(pixels), "mask_image": list(holes), "codes": list(self._encode(pixels))}
+        rows = _columns(num_images_per_prompt, **columns, text=said, negative_prompt=away)
+        cells = None if mask_image is None else images.cells(rows["mask_image"])
+        inputs = TaskInputs(
+            len(rows["image"]),
+            rows.get("text"),
+            rows.get("negative_prompt"),
+            codes=rows["codes"],
+            holes=cells,
+            strength=strength,
+            longest=longest,
+        )
         paste = (rows["image"], rows["mask_image"]) if paste_back else None
-        return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()), images, paste=paste)
+        told = [*between_holes(said or ()), *(away or ())]
+        return TaskCall(inputs, num_images_per_prompt, told, images, paste=paste)
 
     @task_method
     def edit(

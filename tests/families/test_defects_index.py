@@ -105,16 +105,19 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Muddit and Meissonic": {
         "a fully known row loses a token": (
-            OWN_MUDDIT,
-            "test_known_tokens_stay_and_a_fully_known_row_keeps_all",
+            MUDDIT,
+            "test_no_known_code_is_lost_in_any_precision",
         ),
-        "float16 noise masks given tokens again": (OWN_MUDDIT, "test_given_tokens_survive_in_half_precision"),
+        "float16 noise masks given tokens again": (MUDDIT, "test_no_known_code_is_lost_in_any_precision"),
         "known codes in any precision": (MUDDIT, "test_no_known_code_is_lost_in_any_precision"),
-        "starting ratios are averaged over the batch": (OWN_MUDDIT, "test_starting_ratios_are_per_row"),
+        "starting ratios are averaged over the batch": (
+            MUDDIT,
+            "test_rows_with_other_numbers_of_hidden_codes_do_not_depend_on_each_other",
+        ),
         "several images per prompt": (MUDDIT, "test_several_images_of_one_prompt"),
         "prompt features only": (MUDDIT, "test_prompt_features_alone_are_enough"),
         "other sizes": (MUDDIT, "test_any_size_that_the_downsampling_divides"),
-        "questions too long": (OWN_MUDDIT, "test_text_that_does_not_fit_is_refused"),
+        "questions too long": ("families/test_muddit_folder.py", "test_texts_and_sizes_that_do_not_fit_are_refused"),
         "a missing mask embedding only prints": (
             "families/test_muddit_folder.py",
             "test_meissonic_draws_but_does_not_write",

@@ -1,4 +1,4 @@
-"""A folder in the released layout loads as one object, runs its tasks, and is refused where something is wrong."""
+"""A folder in the released layout is a pipeline that does its tasks, and is refused where something is wrong."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from muddit_parts import released_config, tiny_model, write_folder
+from muddit_parts import WEIGHTS, released_config, tiny_model, write_folder
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.muddit import MUDDIT
-from unidiff.families.muddit.folder import MASK_EMBEDDING, WEIGHTS, Muddit
-from unidiff.families.muddit.scheduler import GeneratorDraws, RowDraws
+from unidiff.families.muddit.denoiser import MudditConditions
+from unidiff.families.muddit.text import MASK_EMBEDDING, ClipText
+from unidiff.pipeline import UniDiffPipeline
 
-SEEDS = torch.tensor([1, 2])
+SEEDS = [1, 2]
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -35,85 +37,135 @@ def folder(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def muddit(source):
-    return Muddit.from_folder(source).with_settings(steps=3, guidance_scale=2.0)
+    return load(source)
+
+
+def load(folder, **more) -> UniDiffPipeline:
+    pipe = UniDiffPipeline.from_pretrained(folder, **more).sized(8, 8)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def test_parts_and_family_defaults(source, muddit):
-    assert muddit.encoder.reads_masks and muddit.encoder.mask_id == 48
-    assert (muddit.settings.masking, muddit.settings.time, muddit.settings.steps) == ("linear", "fraction", 3)
+    layout = muddit.layout
+    assert (
+        layout.encoder.reads_masks
+        and layout.encoder.mask_id == 48
+        and layout.tasks
+        == (
+            "text_to_image",
+            "caption",
+            "answer",
+            "inpaint",
+        )
+    )
+    assert (layout.config.image.schedule, layout.config.image.steps) == ("linear", 48)
+    assert layout.told == MudditConditions("fraction") and layout.usual == (32, 32)
     assert muddit.images.factor == 2 and muddit.vocabulary.image_mask == 49 + 19
-    half = Muddit.from_folder(source, dtype=torch.bfloat16)
-    assert half.model.dtype == torch.bfloat16 and half.encoder.encoder.dtype == torch.bfloat16
-    assert half.images.dtype == torch.float32
-    assert half.with_settings(steps=2).text_to_image(["ab"], SEEDS[:1], 8, 8).isfinite().all()
+    half = load(source, dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16 and half.text_encoder.dtype == torch.bfloat16
+    assert half.image_tokenizer.dtype == torch.float32
+    assert half.text_to_image("ab", steps=2, output_type="pt").images.isfinite().all()
     for name, value in MUDDIT.export(tiny_model()).items():
-        assert torch.equal(MUDDIT.export(muddit.model)[name], value), name
+        assert torch.equal(MUDDIT.export(muddit.transformer)[name], value), name
+    muddit.to(torch.float64)
+    assert muddit.text_encoder.dtype == torch.float64
+    muddit.to(torch.float32)
 
 
 def test_text_to_image_row_by_row_equals_the_batch(muddit):
-    images = muddit.text_to_image(["ab", "cab"], SEEDS, 8, 12)
-    assert images.shape == (2, 3, 8, 12) and images.min() >= 0 and images.max() <= 1
-    alone = muddit.text_to_image(["cab"], SEEDS[1:], 8, 12)
-    torch.testing.assert_close(alone[0], images[1])
-    assert not torch.equal(muddit.text_to_image(["ab"], SEEDS[:1], 8, 12, negative_prompt="cab")[0], images[0])
+    draw = lambda prompt, seeds, **more: muddit.text_to_image(  # noqa: E731
+        prompt, generator=seeds, steps=3, guidance_scale=2.0, output_type="pt", **more
+    )
+    both = draw(["ab", "cab"], SEEDS, height=8, width=12)
+    assert both.images.shape == (2, 3, 8, 12) and both.images.min() >= 0 and both.images.max() <= 1
+    alone = draw("cab", SEEDS[1:], height=8, width=12)
+    torch.testing.assert_close(alone.images[0], both.images[1])
+    led, plain = draw(["ab"], [1], negative_prompt="cab"), draw(["ab"], [1])
+    assert not torch.equal(led.confidences, plain.confidences)
+    mixed = draw(["ab", "ab"], [1, 1], negative_prompt=["cab", ""])  # rows with other words to be led away from
+    torch.testing.assert_close(mixed.confidences, torch.cat((led.confidences, plain.confidences)))
 
 
-def test_inpainting_keeps_the_known_codes(muddit, monkeypatch):
-    codes = torch.full((1, 4, 4), 5)
-    codes[:, :2] = 19
-    decoded = []
-    monkeypatch.setattr(muddit.images, "decode", lambda codes: decoded.append(codes) or torch.zeros(1, 3, 8, 8))
-    muddit.text_to_image(["ab"], SEEDS[:1], 8, 8, codes=codes)
-    assert (decoded[0][:, 2:] == 5).all() and decoded[0].max() < 16
-    muddit.text_to_image(["ab"], SEEDS[:1], 8, 8, codes=codes, draws=RowDraws(SEEDS[1:], 16))
-    assert torch.equal(decoded[1][:, 2:], decoded[0][:, 2:]) and not torch.equal(decoded[1], decoded[0])
-    with pytest.raises(ValueError, match=r"codes have shape \(1, 4, 4\); expected \(1, 4, 6\)"):
-        muddit.text_to_image(["ab"], SEEDS[:1], 8, 12, codes=codes)
+@pytest.mark.parametrize("cache", ["interval", "max-logit", "adaptive"])
+def test_caches_save_work(muddit, cache):
+    plain, cached = (
+        muddit.text_to_image("ab", generator=1, steps=6, cache=name, output_type="codes") for name in (None, cache)
+    )
+    assert cached.stats.partial_passes and cached.stats.linear_flops < 0.9 * plain.stats.linear_flops
+    assert cached.nfe == plain.nfe and cached.cache.policy == cache
 
 
-def test_redrawing_and_inpainting_images(muddit, monkeypatch):
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    codes = muddit.images.encode(images)
-    changed = muddit.redraw(images, ["ab", "cab"], SEEDS, strength=0.7)
-    assert changed.shape == images.shape
-    torch.testing.assert_close(muddit.redraw(images[1:], ["cab"], SEEDS[1:], strength=0.7)[0], changed[1])
-    decoded = []
-    monkeypatch.setattr(muddit.images, "decode", lambda codes: decoded.append(codes) or torch.zeros(2, 3, 8, 8))
-    mask = torch.zeros(2, 8, 8)
-    mask[:, :3] = 1.0  # the second row of cells is touched
-    muddit.redraw(images, ["ab", "cab"], SEEDS, 1.0, mask)
-    assert torch.equal(decoded[0][:, 2:], codes[:, 2:]) and not torch.equal(decoded[0][:, :2], codes[:, :2])
-    with pytest.raises(ValueError, match=r"mask has shape \(1, 8, 8\); expected \(2, 8, 8\)"):
-        muddit.redraw(images, ["ab", "cab"], SEEDS, 1.0, mask[:1])
-    with pytest.raises(ValueError, match="1 prompts for 2 images"):
-        muddit.redraw(images, ["ab"], SEEDS)
+def test_inpainting_keeps_the_known_codes(muddit):
+    codes, mask = muddit.images.encode(IMAGES), torch.zeros(8, 8, dtype=torch.bool)
+    mask[:3] = True  # the second row of cells is touched
+    paint = lambda **more: muddit.inpaint(  # noqa: E731
+        IMAGES, mask.numpy(), ["ab", "cab"], steps=3, guidance_scale=2.0, output_type="codes", **more
+    )
+    first, second = paint(generator=SEEDS), paint(generator=[3, 4])
+    for out in (first, second):
+        assert torch.equal(out.codes[:, 2:], codes[:, 2:]) and not torch.equal(out.codes[:, :2], codes[:, :2])
+    assert not torch.equal(first.codes, second.codes) and first.texts == ["ab", "cab"]
+    words = muddit.inpaint(IMAGES[:1], mask.numpy(), "a <mask> b", generator=1, steps=3, output_type="codes")
+    assert torch.equal(words.codes[:, 2:], codes[:1, 2:]) and "<mask>" not in words.texts[0]
+    with pytest.raises(ValueError, match="strength is for pictures whose words are known"):
+        muddit.inpaint(IMAGES[:1], mask.numpy(), "a <mask>", strength=0.5)
+
+
+def test_redrawing_starts_in_the_middle(muddit):
+    """Without a mask the whole picture may change; a coin for each code says whether it does."""
+    wide, codes = muddit.sized(40, 40), torch.randint(16, (3, 20, 20), generator=torch.Generator().manual_seed(0))
+    wide.set_progress_bar_config(disable=True)
+    pixels = wide.images.decode(codes)
+    codes = wide.images.encode(pixels)
+    seen: list[torch.Tensor] = []
+    look = lambda pipe, step, t, tensors: seen.append(tensors["open"].sum(1))  # noqa: E731
+    redraw = lambda pictures, seeds, **more: wide.inpaint(  # noqa: E731
+        pictures, text="ab", generator=seeds, steps=8, guidance_scale=1.0, output_type="codes", **more
+    )
+    out = redraw(pixels, [1, 2, 3], strength=0.5, callback_on_step_end=look)
+    assert out.nfe == len(seen) == 4
+    hidden = (out.confidences != 1).sum(1)
+    assert bool(((hidden / 400 - 0.5).abs() < 0.1).all()), "half of the codes at half the steps of a linear schedule"
+    for passes, left in enumerate(seen, 1):  # the rest of the schedule, from there
+        assert torch.equal(left, hidden * (4 - passes) // 4)
+    assert torch.equal(redraw(pixels[1:2], [2], strength=0.5).codes[0], out.codes[1])
+    assert int((redraw(pixels, [1, 2, 3], strength=0.25).codes != codes).sum()) < int((out.codes != codes).sum())
+    for strength in (0.0, 0.1, 1.5, float("nan"), "x"):
+        with pytest.raises(ValueError, match="strength"):
+            redraw(pixels[:1], [1], strength=strength)
 
 
 def test_answers_and_captions(muddit):
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    answers = muddit.answer(images, SEEDS, ["ab", "cab"])
-    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
-    assert muddit.answer(images[1:], SEEDS[1:], ["cab"]) == answers[1:]
-    assert len(muddit.answer(images, SEEDS)) == 2
-    compat = replace(muddit.settings, compat="upstream")
-    draws = GeneratorDraws(torch.Generator().manual_seed(0))
-    assert len(muddit.answer(images, SEEDS, ["ab", "cab"], compat, draws)) == 2
+    answers = muddit.answer(IMAGES, ["ab", "cab"], generator=SEEDS, steps=3)
+    assert len(answers.texts) == 2 and all(isinstance(a, str) for a in answers.texts)
+    assert muddit.answer(IMAGES[1:], "cab", generator=SEEDS[1:], steps=3).texts == answers.texts[1:]
+    captions = muddit.caption(IMAGES, generator=SEEDS, steps=3)
+    assert len(captions.texts) == 2 and captions.nfe == 3, "text is not guided"
+    short = muddit.caption(IMAGES, generator=SEEDS, steps=3, max_text_tokens=2)
+    assert all(len(ids) <= 2 for ids in short.text_ids)
+
+
+def test_the_references_commit_rule_is_asked_for_by_name(muddit):
+    upstream = muddit.from_pipe(muddit, layout=replace(muddit.layout, compat="upstream"))
+    upstream.set_progress_bar_config(disable=True)
+    ours, theirs = (
+        pipe.text_to_image(["ab", "cab"], generator=SEEDS, steps=4, output_type="codes") for pipe in (muddit, upstream)
+    )
+    assert ours.nfe == theirs.nfe == 8 and not torch.equal(ours.codes, theirs.codes)
+    with pytest.raises(ValueError, match="compat = 'old'"):
+        replace(muddit.layout, compat="old")
 
 
 def test_texts_and_sizes_that_do_not_fit_are_refused(muddit):
-    image = torch.rand(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="leaves no room for an answer in 10"):
-        muddit.answer(image, SEEDS[:1], ["abcdefghij"])
-    with pytest.raises(ValueError, match="1 questions for 2 images"):
-        muddit.answer(image.expand(2, -1, -1, -1), SEEDS, ["ab"])
+    with pytest.raises(ValueError, match="leaves no room for an answer in 10; shorten it to 9"):
+        muddit.answer(IMAGES[:1], "abcdefghij")
     with pytest.raises(ValueError, match="a prompt has 12 tokens, start and end included; the encoder reads 10"):
-        muddit.text_to_image(["abcdefghij"], SEEDS[:1], 8, 8)
-    compat = replace(muddit.settings, compat="upstream")
-    assert (
-        len(muddit.text_to_image(["abcdefghij"], SEEDS[:1], 8, 8, settings=compat)) == 1
-    )  # cut, as the reference does
-    with pytest.raises(ValueError, match="8x10 must be a positive multiple of 4"):
-        muddit.text_to_image(["ab"], SEEDS[:1], 8, 10)
+        muddit.text_to_image("abcdefghij")
+    with pytest.raises(ValueError, match="4x5 codes cannot be halved; use even sides"):
+        muddit.text_to_image("ab", height=8, width=10)
+    with pytest.raises(ValueError, match="muddit cannot do 'generate'"):
+        muddit.generate()
 
 
 def test_meissonic_draws_but_does_not_write(folder):
@@ -121,12 +173,22 @@ def test_meissonic_draws_but_does_not_write(folder):
     config = {k: v for k, v in released_config(model).items() if k not in ("t5_dim", "tokenizer_vocab_size")}
     (folder / "transformer" / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
     save_file(MUDDIT.export(model), folder / "transformer" / WEIGHTS)
+    meissonic = load(folder)
+    assert meissonic.layout.told.time == "index" and meissonic.layout.tasks == ("text_to_image", "inpaint")
+    assert meissonic.text_to_image("ab", steps=2, output_type="pt").images.shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="meissonic cannot do 'caption'"):
+        meissonic.caption(IMAGES[:1])
+    with pytest.raises(ValueError, match="meissonic reads words and writes none"):
+        meissonic.inpaint(IMAGES[:1], text="a <mask>")
+
+
+def test_without_a_mask_embedding_nothing_is_written(folder):
     (folder.parent / MASK_EMBEDDING).unlink()
-    meissonic = Muddit.from_folder(folder).with_settings(steps=2)
-    assert meissonic.settings.time == "index"
-    assert meissonic.text_to_image(["ab"], SEEDS[:1], 8, 8).shape == (1, 3, 8, 8)
-    with pytest.raises(ValueError, match="no mask embedding was given"):
-        meissonic.answer(torch.rand(1, 3, 8, 8), SEEDS[:1])
+    muddit = load(folder)
+    assert muddit.text_to_image("ab", steps=2, output_type="codes").codes.max() < 16
+    for call in (lambda: muddit.caption(IMAGES[:1]), lambda: muddit.inpaint(IMAGES[:1], text="a <mask>")):
+        with pytest.raises(ValueError, match=r"there is no mask embedding; put mask_token_embedding.pth"):
+            call()
 
 
 def test_sharded_weights_load(folder):
@@ -139,11 +201,11 @@ def test_sharded_weights_load(folder):
     index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
     (folder / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     path.unlink()
-    back = MUDDIT.export(Muddit.from_folder(folder).model)
+    back = MUDDIT.export(load(folder).transformer)
     assert set(back) == set(weights) and all(torch.equal(back[k], v) for k, v in weights.items())
     (folder / "transformer" / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b.safetensors does not exist; download the whole checkpoint"):
-        Muddit.from_folder(folder)
+        load(folder)
 
 
 def test_damaged_folders_are_refused(folder):
@@ -152,26 +214,37 @@ def test_damaged_folders_are_refused(folder):
     weights.pop("text_projection.weight")
     save_file(weights, encoder, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 missing \(text_projection.weight\)"):
-        Muddit.from_folder(folder)
+        load(folder)
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(FileNotFoundError, match="has no text_encoder; name a Muddit or Meissonic folder"):
+        load(folder)
     raw = (folder / "transformer" / WEIGHTS).read_bytes()
     (folder / "transformer" / WEIGHTS).write_bytes(raw[:100])
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        Muddit.from_folder(folder)
+        load(folder)
     (folder / "transformer" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json' cannot be read as a JSON config"):
-        Muddit.from_folder(folder)
+        load(folder)
+
+
+def test_other_schedules_and_absent_parts_are_refused(folder):
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"masking_schedule": "square"}))
+    with pytest.raises(ValueError, match=r"masking_schedule is 'square'; expected one of \['cosine', 'linear'\]"):
+        load(folder)
+    shutil.rmtree(folder / "scheduler")
+    assert load(folder).layout.config.image.schedule == "cosine"
     shutil.rmtree(folder / "vqvae")
-    with pytest.raises(FileNotFoundError, match="has no vqvae; name a Muddit or Meissonic folder"):
-        Muddit.from_folder(folder)
+    with pytest.raises(FileNotFoundError, match="has no image tokenizer"):
+        load(folder)
 
 
 def test_bad_mask_embeddings_are_refused(source, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.pth does not exist"):
-        Muddit.from_folder(source, mask_embedding=tmp_path / "nowhere.pth")
+        ClipText.from_folder(source, mask_embedding=tmp_path / "nowhere.pth")
     path = tmp_path / "row.pth"
     torch.save({"row": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="holds a dict; expected one tensor"):
-        Muddit.from_folder(source, mask_embedding=path)
+        ClipText.from_folder(source, mask_embedding=path)
     path.write_bytes(pickle.dumps(print, protocol=2))  # a pickle that would run code
     with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
-        Muddit.from_folder(source, mask_embedding=path)
+        ClipText.from_folder(source, mask_embedding=path)

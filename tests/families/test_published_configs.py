@@ -20,8 +20,8 @@ from unidiff.families.family import Family, Release
 from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.lumina.rows import lumina_image_sampler
 from unidiff.families.mmada.rows import MMaDALayout
-from unidiff.families.muddit.folder import TIME_OF
-from unidiff.families.muddit.tasks import MudditSettings, network_time
+from unidiff.families.muddit.denoiser import MudditConditions
+from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout, muddit_sampler
 from unidiff.families.registry import FAMILIES, named_vocabulary
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_sampler
 from unidiff.families.verify.published import closest_release, differences
@@ -204,9 +204,12 @@ def test_the_vq_model_of_muddit_meissonic_and_lumina():
 
 
 def test_sampler_defaults_are_the_published_ones():
-    muddit, ours = PUBLISHED["muddit"].sampling, MudditSettings()
-    assert {name: getattr(ours, name) for name in muddit} == dict(muddit)
-    assert 48 <= ours.steps <= 64
+    muddit, drawn, told = PUBLISHED["muddit"].sampling, muddit_sampler(), MudditConditions()
+    assert {name: getattr(told, name) for name in ("aesthetic_score", "crop")} == {
+        name: muddit[name] for name in ("aesthetic_score", "crop")
+    }
+    assert (drawn.image.choice_temperature, 0.0) == muddit["temperature"]  # falls to 0 with the time
+    assert drawn.guidance.scale == muddit["guidance_scale"] and 48 <= drawn.image.steps <= 64
     llada, text = PUBLISHED["llada-8b-base"].sampling, LladaSettings()
     assert {n: getattr(text, n) for n in ("steps", "gen_length", "block_length", "cfg_scale")} == {
         n: llada[n] for n in ("steps", "gen_length", "block_length", "cfg_scale")
@@ -247,11 +250,8 @@ def test_group_norms_of_the_image_tokenizers_have_32_groups_and_epsilon_1e_6():
 
 
 def test_time_conventions_of_the_mm_dits():
-    """Muddit tells (N - 1 - k) / N, Meissonic N - 1 - k, and the training script 1000 times the masked share."""
-    hidden = torch.tensor([[True, True, False, False]])
-    told = {name: float(network_time(name, 3, 12, hidden)) for name in ("fraction", "index", "training")}
-    assert told == {"fraction": pytest.approx(8 / 12), "index": 8.0, "training": 500.0}
-    assert TIME_OF == {"muddit": "fraction", "meissonic": "index"}
+    """Muddit tells (N - 1 - k) / N, Meissonic N - 1 - k; see `test_muddit_denoiser`."""
+    assert (MudditLayout.time, MeissonicLayout.time) == ("fraction", "index")
 
 
 def test_the_closest_release_is_found():

@@ -83,7 +83,7 @@ _TURNS = Argument(
 
 def arguments_of(family: str, task: str) -> dict[str, Argument]:
     """Arguments of a task by name, without the options that all tasks have."""
-    longest = {} if family == "muddit" else {"max_text_tokens": _LONGEST}
+    longest = {"max_text_tokens": _LONGEST}
     table: dict[str, dict[str, Argument]] = {
         "text_to_image": {"prompt": _WORDS, "num_images_per_prompt": _COUNT},
         "caption": {"image": _PICTURE, **longest, "resize": _FLAG},
@@ -106,30 +106,17 @@ def arguments_of(family: str, task: str) -> dict[str, Argument]:
     }
     own = dict(table[task])
     if task == "inpaint":
-        text = Argument(TEXTS, [*NOT_TEXTS[:4], *NOT_TEXTS[6:]] if family == "muddit" else NOT_TEXTS, True)
-        own |= {"text": text} if family == "muddit" else {"text": _FILLED, "paste_back": _FLAG}
-        own |= {} if family == "muddit" else {"num_images_per_prompt": _COUNT}
+        own |= {"text": _FILLED, "paste_back": _FLAG, "num_images_per_prompt": _COUNT}
     if task == "text_to_image":
         wrong = [make for n, make in enumerate(NOT_TEXTS) if n not in (4, 5, 10)]  # "" and " " mean hidden words
         own["negative_prompt"] = Argument(_constant(None, "", "a fox"), wrong)
     return own
 
 
-def tasks_of(family: str, pipe: Any) -> tuple[str, ...]:
-    if family == "muddit":
-        return "text_to_image", "caption", "answer", "inpaint"
-    return pipe.layout.tasks
-
-
 def options_of(family: str, task: str) -> dict[str, Argument]:
     options = {name: Argument(*values) for name, values in OPTIONS.items()}
     if task in ("chat", "complete", "infill"):
         options["num_candidates"] = Argument(_constant(None, 1), OPTIONS["num_candidates"][1])
-    if family == "muddit":
-        names = ("steps", "generator", "output_type", "guidance_scale")
-        options = {name: options[name] for name in names}
-        options["steps"] = Argument(_constant(1, 2), NOT_WHOLE)
-        options["guidance_scale"] = Argument(_constant(1.0, 3), OPTIONS["guidance_scale"][1][1:-1])
     return options
 
 
@@ -152,7 +139,7 @@ class Call:
 def make_call(number: int, pipes: dict[str, Any], spaces: dict[str, Space]) -> Call:
     rng = random.Random(number)
     family = rng.choice(FAMILIES)
-    task = rng.choice(tasks_of(family, pipes[family]))
+    task = rng.choice(pipes[family].layout.tasks)
     own, options = arguments_of(family, task), options_of(family, task)
     both = own | options
     chosen = [name for name, a in own.items() if a.always or rng.random() < 0.5]
@@ -275,8 +262,6 @@ def check_result(call: Call, pipe: Any, result: Any, space: Space) -> None:
         else:
             shape = (rows, 3, *space.size) if kind == "pt" else (rows, *space.size, 3)
             assert tuple(result.images.shape) == shape and result.images.min() >= 0 and result.images.max() <= 1
-    if call.family == "muddit":
-        return
     vocabulary = pipe.vocabulary
     hidden = {vocabulary.mask_id, vocabulary.image_mask}
     valid = result.ids if call.family == "native" else result.ids[result.ids != 0]

@@ -109,8 +109,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
         warnings.simplefilter("ignore", kind)  # `say_notes` says it
     device = usable_device(device)
     pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(device)
-    if hasattr(pipe, "set_progress_bar_config"):  # Muddit shows no progress
-        pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipe
 
 

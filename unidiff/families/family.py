@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -192,6 +193,7 @@ class Released:
         spelling: what else the released names of the weights need.
         constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
         images: the image tokenizer, where it is one.
+        folder: of the whole checkpoint, for families that have more parts in it.
     """
 
     family: Family
@@ -201,6 +203,7 @@ class Released:
     spelling: Spelling = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     images: VQImageTokenizer | None = None
+    folder: Path | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under released names; constants only where the checkpoint held them."""

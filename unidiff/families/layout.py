@@ -7,13 +7,15 @@ A `RowLayout` knows the tasks that it has methods for. A method takes `TaskInput
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unidiff.decoding.commit.base import CommitRule
 from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.batch import read_mask
@@ -39,6 +41,7 @@ class TaskInputs:
         codes: int64 `[B, h, w]`, pictures; None for unknown ones. holes: bool of that shape, codes to decode again.
         references: int64 `[B, h', w']`, further pictures of an edit.
         grid: (rows, columns) of codes of the picture to draw, where the family draws any.
+        strength: share of the steps in which a picture is redrawn; less leaves more of it.
         longest: most tokens of a text to write.
     """
 
@@ -50,6 +53,7 @@ class TaskInputs:
     holes: Tensor | None = None
     references: Tensor | None = None
     grid: Grid | None = None
+    strength: float = 1.0
     longest: int = LONGEST
 
 
@@ -181,6 +185,15 @@ def _size(span: Span) -> int:
     return span.ids.numel() + (0 if span.newline is None else len(span.ids))
 
 
+class Prepared(NamedTuple):
+    """What decodes a request, see `RowLayout.prepared`; rules: commit rules of the family's own, by modality."""
+
+    model: Any
+    request: DecodeRequest
+    config: SamplerConfig
+    rules: Mapping[Modality, CommitRule] = MappingProxyType({})
+
+
 class RowLayout:
     """The rows of a family. Subclasses are frozen dataclasses with a method for each task that the model can do.
 
@@ -188,17 +201,24 @@ class RowLayout:
         family: its name. vocabulary: its ids.
         sizes: whether a pipeline may be made for pictures of one size or another.
         all_words: whether the text tokenizer has all text ids.
+        strengths: whether a picture can be redrawn in a part of the steps.
     """
 
     family: str
     vocabulary: Vocabulary
     sizes: ClassVar[bool] = False
     all_words: ClassVar[bool] = False
+    strengths: ClassVar[bool] = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """What the model can do, names of `TASKS`."""
         return tuple(task for task in TASKS if hasattr(self, task))
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """Further networks that read the rows, by name; they move with the pipeline."""
+        return {}
 
     @property
     def grid(self) -> Grid:
@@ -246,6 +266,14 @@ class RowLayout:
     def fit(self, height: int, width: int) -> Grid:
         """Rows and columns of codes that a picture of any size in pixels is best brought to."""
         return self.grid
+
+    def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
+        """The denoiser, rows and settings of one decode, where they depend on its number of passes or its seeds.
+
+        Args:
+            pipe: with the network, `transformer`. config: the caller's options in it. seeds: int64 `[B]`.
+        """
+        return Prepared(pipe.transformer, request, config)
 
     def need(self, task: str) -> None:
         """Raise `ValueError` unless the model does the task."""

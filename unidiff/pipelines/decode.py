@@ -80,7 +80,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     Raises:
         ValueError: nothing to decode, words that do not fit, seeds that do not go with the rows, or an option out of range.
     """
-    inputs, layout, model = call.inputs, pipe.layout, pipe.transformer
+    inputs, layout = call.inputs, pipe.layout
     # 1. rows of the task; its settings, the caller's on top, and then what the task itself needs
     request = layout.request(task, inputs)
     if not bool(request.batch.targets.any(1).all()):
@@ -95,6 +95,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     check_rows(inputs.count * count)
     seeds = candidate_seeds(row_seeds(options.generator, inputs.count, call.per_entry), count)
     request = request.repeated(count, pipe.device_of_rows)  # [B * count, L]
+    model, request, config, rules = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know
     condition, away = _guidance(task, request, inputs, config, options)
     choice = choose_cache(options.cache, options.policy, request.batch, config, model)
@@ -103,7 +104,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
         watcher = StepWatcher(pipe, bar, options.callback_on_step_end)
-        run = Sampler(model, layout.vocabulary, config, choice.policy, graphs=options.graphs)
+        run = Sampler(model, layout.vocabulary, config, choice.policy, rules, options.graphs)
         device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
         watcher.finish()
@@ -149,6 +150,8 @@ def _guidance(
                 f"negative_prompt and guidance_hides={hides!r} both say what guidance leads away from; give one of them"
             )
         scale = guidance.scale if guidance.image_scale is None else guidance.image_scale
+        if not away:
+            raise ValueError(f"negative_prompt does not go with {task} of this family as it is asked; leave it out")
         if scale == 1 and any(text.strip() for text in inputs.negative):
             raise ValueError("negative_prompt changes nothing at guidance_scale 1; choose a larger one")
     elif hides is not None and away:

@@ -52,7 +52,8 @@ class PipelineParts(DiffusionPipeline):
         self.images: Any = images
         self.texts = texts if isinstance(texts, TextTokenizer) else TextTokenizer(texts)
         parts = {"image_tokenizer": images and images.model, "text_tokenizer": self.texts.tokenizer}
-        self.register_modules(transformer=transformer.eval(), **parts)
+        others = {} if layout is None else layout.modules
+        self.register_modules(transformer=transformer.eval(), **parts, **others)
         if layout is None:
             if not isinstance(settings, PipelineSettings):
                 settings = PipelineSettings.from_dict({} if settings is None else settings)
@@ -148,10 +149,6 @@ class PipelineParts(DiffusionPipeline):
         chosen = dtype if torch_dtype is None else torch_dtype
         check_value(subfolder, str | None, "subfolder")
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
-        if (folder / "text_encoder").is_dir() and (folder / "transformer").is_dir():
-            from unidiff.pipelines.muddit import MudditPipeline  # until its rows are a layout
-
-            return MudditPipeline.from_folder(folder, None if chosen is None else read_dtype(chosen))  # type: ignore
         parts = load_parts(folder, None if chosen is None else read_dtype(chosen), image_tokenizer, text_tokenizer)
         try:
             return cls(*parts)
@@ -193,6 +190,13 @@ class PipelineParts(DiffusionPipeline):
             ValueError: a family of one size, or a side that the image tokenizer's factor does not divide.
         """
         return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid(height, width)))  # type: ignore[type-var]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """See `DiffusionPipeline.to`; what else reads the rows follows the network."""
+        super().to(*args, **kwargs)
+        for module in self.layout.modules.values():
+            module.to(self.transformer.device, self.transformer.dtype)
+        return self
 
     @property
     def device_of_rows(self) -> torch.device:

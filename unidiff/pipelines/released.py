@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,8 @@ def load_released_parts(
         raise ValueError(f"{family.name} knows no pictures; leave image_tokenizer out")
     images = None if family.image_tokenizer is None else load_images(folder, image_tokenizer)
     texts = load_texts(folder, text_tokenizer)
-    return LoadedParts(released.model, images, texts, layout=family.layout(released, texts))
+    layout = family.layout(replace(released, folder=folder), texts)
+    return LoadedParts(released.model, images, texts, layout=layout)
 
 
 def load_texts(folder: Path, place: str | Path | None = None) -> TextTokenizer:

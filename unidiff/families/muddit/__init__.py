@@ -3,6 +3,7 @@
 from typing import Any
 
 from unidiff.families.family import Config, Family, Release, Tiny, config_names
+from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout
 from unidiff.families.muddit.weights import PUBLISHED, muddit_keymap, muddit_settings, muddit_vocabulary
 from unidiff.models.mmdit import MMDiT
 
@@ -40,6 +41,7 @@ MUDDIT = Family(
     keys=(*_KEYS, r"^text_decoder\.1\.weight$"),
     fits=lambda config: _fits(config, "SymmetricTransformer2DModel", words=True),
     vocabularies={"muddit": muddit_vocabulary({})},
+    layout=MudditLayout.of,
     releases=(Release("muddit", {**_CLASS, **PUBLISHED["muddit"]}, 1_057_540_096),),
     tiny=Tiny({**_CLASS, **_TINY, "tokenizer_vocab_size": 48}, (-0.00928485, 0.446267, -0.15253, -0.515088)),
     **_BOTH,
@@ -48,6 +50,7 @@ MEISSONIC = Family(
     name="meissonic",
     keys=_KEYS,
     fits=lambda config: _fits(config, "Transformer2DModel", words=False),
+    layout=MeissonicLayout.of,
     releases=(Release("meissonic", {**_OTHER, **PUBLISHED["meissonic"]}),),
     tiny=Tiny({**_OTHER, **_TINY}, (-0.00921213, 0.157625, -0.15253, -0.218056)),
     **_BOTH,

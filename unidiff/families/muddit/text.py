@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from unidiff.errors import read_json
 from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width
+from unidiff.weights.checks import check_dtype, check_finite
+from unidiff.weights.files import check_tensor, load_torch
+from unidiff.weights.model import load_checked
+
+MASK_EMBEDDING = "mask_token_embedding.pth"
+MASKING_SCHEDULES = ("cosine", "linear")
 
 _TOKEN_ID = Index | None
 CLIP_TYPES: Mapping[str, Any] = {
@@ -30,12 +39,6 @@ class TextFeatures(NamedTuple):
 
     sequence: Tensor
     pooled: Tensor
-
-    def rows(self, count: int) -> TextFeatures:
-        """A single text for `count` rows; more than one is returned as it is."""
-        if len(self.pooled) != 1:
-            return self
-        return TextFeatures(self.sequence.expand(count, -1, -1), self.pooled.expand(count, -1))
 
 
 class ClipText:
@@ -71,6 +74,41 @@ class ClipText:
             grown = torch.cat((table.weight.detach(), row[None].to(table.weight)))
             encoder.set_input_embeddings(nn.Embedding.from_pretrained(grown, freeze=False))
 
+    @classmethod
+    def from_folder(
+        cls, folder: Path, dtype: torch.dtype | None = None, mask_embedding: Path | None = None
+    ) -> ClipText:
+        """Of a released folder: its `text_encoder`, with text [MASK]'s row where there is one.
+
+        Args:
+            dtype: of the weights; None keeps the checkpoint's.
+            mask_embedding: the file of the row; None looks for `mask_token_embedding.pth` in the folder and beside it.
+
+        Raises:
+            FileNotFoundError: no text encoder, or no such file.
+            ValueError: weights that do not fit, or a row of another size.
+        """
+        from transformers import CLIPTextModelWithProjection
+
+        if not (folder / "text_encoder").is_dir():
+            raise FileNotFoundError(f"{folder} has no text_encoder; name a Muddit or Meissonic folder")
+        encoder, _ = load_checked(
+            CLIPTextModelWithProjection.from_pretrained,
+            "CLIPTextModelWithProjection",
+            str(folder / "text_encoder"),
+            types=CLIP_TYPES,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",  # a config may name a kernel on the hub, which is code of others
+        )
+        places = [mask_embedding] if mask_embedding else [folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING]
+        row = next((_read_row(place) for place in places if mask_embedding or os.path.lexists(place)), None)
+        try:
+            return cls(encoder, row)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
     @property
     def device(self) -> torch.device:
         return self.encoder.get_input_embeddings().weight.device
@@ -93,35 +131,39 @@ class ClipText:
         return TextFeatures(out.hidden_states[-2], out.text_embeds)
 
 
-def question_rows(questions: Sequence[Sequence[int]], length: int, mask_id: int) -> Tensor:
-    """Rows `[B, length]` that start with a question and are [MASK] from there on.
+class TextMarks(NamedTuple):
+    """Ids that begin and end a text, and that it is filled up with."""
 
-    Args:
-        questions: ids per row without the end token; empty for a caption.
+    bos: int
+    eos: int
+    pad: int
 
-    Raises:
-        ValueError: no row, or a question that leaves no room for an answer.
-    """
-    if not questions:
-        raise ValueError("no questions given; pass one list of ids per image, empty for a caption")
-    rows = torch.full((len(questions), length), mask_id)
-    for row, ids in zip(rows, questions, strict=True):
-        if len(ids) >= length:
-            raise ValueError(
-                f"a question has {len(ids)} tokens and leaves no room for an answer in {length}; shorten it to {length - 1} at most"
-            )
-        row[: len(ids)] = torch.as_tensor(ids, dtype=torch.long)
-    return rows
+    @classmethod
+    def of(cls, folder: Path, tokenizer: Any) -> TextMarks:
+        """Of the tokenizer in a folder; `ValueError` where it names one of them not."""
+        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in cls._fields}
+        if absent := [name for name, i in ids.items() if i is None]:
+            raise ValueError(f"{folder / 'tokenizer'} names no {absent[0]}_token, which CLIP's texts need; name one")
+        return cls(**ids)
 
 
-def upstream_wording(text: str) -> str:
-    """What the reference does to an answer: drops "such" phrases and repeated words, cuts after the last full stop."""
-    for phrase in ("is such is", "such is", "such as", "such"):
-        text = text.replace(phrase, "")
-    words = text.split()
-    if words:
-        text = " ".join(word for word, before in zip(words, [None, *words], strict=False) if word != before)
-    for stop in ("。", "."):
-        if stop in text:
-            return text[: text.rindex(stop) + 1]
-    return text
+def scheduler_masking(folder: Path) -> str:
+    """The schedule that a folder's `scheduler` names; cosine where there is none."""
+    path, name = folder / "scheduler" / "scheduler_config.json", "cosine"
+    if os.path.lexists(path):
+        name = read_json(path, "a scheduler's config").get("masking_schedule", name)
+    if name not in MASKING_SCHEDULES:
+        raise ValueError(f"{folder}: masking_schedule is {name!r:.80}; expected one of {list(MASKING_SCHEDULES)}")
+    return name
+
+
+def _read_row(path: Path) -> Tensor:
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path} does not exist; name the file of the mask embedding")
+    row = load_torch(path)
+    if not isinstance(row, Tensor):
+        raise ValueError(f"{path} holds a {type(row).__name__}; expected one tensor")
+    check_tensor(path, "the mask embedding", row)
+    check_dtype(f"the mask embedding of {path}", row)
+    check_finite({"the mask embedding": row}, str(path))
+    return row

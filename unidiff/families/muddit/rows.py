@@ -1,0 +1,250 @@
+"""Muddit's and Meissonic's rows: a text of the encoder's length, then the grid of codes; all rows of a call are alike.
+
+    picture     bos words eos pad...      codes, hidden or with holes; guided away from the empty or a negative prompt
+    caption     hidden words              codes
+    answer      bos question hidden words codes
+
+Padding is ordinary text that the encoder reads. Text is never guided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.decoding.draw import UNMASK, RowNoise
+from unidiff.diffusion.schedules import get_schedule
+from unidiff.families.layout import (
+    DecodeRequest,
+    Encode,
+    Grid,
+    Prepared,
+    RowLayout,
+    TaskInputs,
+    TaskNeeds,
+    hidden_words,
+    lay_out,
+)
+from unidiff.families.muddit.commit import MaskGit
+from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
+from unidiff.families.muddit.text import ClipText, TextMarks, scheduler_masking
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
+
+
+def muddit_sampler(
+    steps: int = 48, guidance: float = 9.0, temperature: float = 2.0, masking: str = "cosine"
+) -> SamplerConfig:
+    """The published settings: MaskGIT with a Gumbel noise on the ranking that falls from `temperature` to 0."""
+    decoding = ModalityDecoding(steps=steps, schedule=masking, choice_temperature=temperature)
+    return SamplerConfig(decoding, decoding, Guidance(guidance, hide="text", text_scale=1.0))
+
+
+@dataclass(frozen=True)
+class MudditRequest(DecodeRequest):
+    """Rows of a picture that is redrawn in part of the steps, see `TaskInputs.strength`; hidden codes keep their ids."""
+
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class MeissonicLayout(RowLayout):
+    """Pictures from words, and pictures repainted as told.
+
+    Args:
+        vocabulary: of the model.
+        encode: text to ids without special ones.
+        encoder: the text encoder.
+        marks: ids around texts and behind them.
+        told: time convention and micro conditions.
+        config: sampler settings.
+        usual: rows and columns of codes of a picture. fixed: those of every picture; None for the usual ones.
+        compat: None, or "upstream" for the reference's commit rule with its defects, see `MaskGit`.
+    """
+
+    vocabulary: Vocabulary
+    encode: Encode
+    encoder: ClipText
+    marks: TextMarks
+    told: MudditConditions = field(default_factory=MudditConditions)
+    config: SamplerConfig = field(default_factory=muddit_sampler)
+    usual: Grid = (32, 32)
+    fixed: Grid | None = None
+    compat: str | None = None
+    family: str = "meissonic"
+    time: ClassVar[str] = "index"
+    sizes: ClassVar[bool] = True
+    strengths: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.compat not in (None, "upstream"):
+            raise ValueError(f"compat = {self.compat!r:.80}; expected None or 'upstream'")
+
+    @classmethod
+    def of(cls, released: Any, texts: Any) -> RowLayout:
+        """Of a loaded folder, which holds the text encoder; one called `1024` is for pictures of that size."""
+        folder = released.folder
+        if folder is None:
+            raise ValueError(f"{released.family.name} needs its whole folder, with the text encoder; name that")
+        encoder = ClipText.from_folder(folder, released.model.dtype)
+        side = 64 if folder.resolve().name == "1024" else 32
+        config = muddit_sampler(masking=scheduler_masking(folder))
+        marks, told = TextMarks.of(folder, texts.tokenizer), MudditConditions(cls.time)
+        return cls(released.vocabulary, texts.encode, encoder, marks, told, config, (side, side))
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {"text_encoder": self.encoder.encoder}
+
+    @property
+    def grid(self) -> Grid:
+        return self.usual if self.fixed is None else self.fixed
+
+    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
+        assert inputs.texts is not None  # the pipeline gives them
+        rows, away = (self._texts(texts) for texts in (inputs.texts, inputs.negative or [""] * inputs.count))
+        images = [self._image(number, inputs) for number in range(inputs.count)]
+        streams = [[[*text, image] for text, image in zip(texts, images, strict=True)] for texts in (rows, away)]
+        return lay_out(streams[0], self.config, others=streams[1:], drawn=True)
+
+    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
+        """Without a mask the whole picture. Holes in the words are filled with those in the picture, without guidance."""
+        inputs = replace(inputs, texts=[""] * inputs.count if inputs.texts is None else inputs.texts)
+        if not any(None in hidden_words(text, self.encode) for text in inputs.texts or ()):
+            return MudditRequest(**vars(self.text_to_image(inputs)), strength=inputs.strength)
+        if inputs.strength < 1:
+            raise ValueError("strength is for pictures whose words are known; leave it out, or the holes in the text")
+        return self._joint(inputs)
+
+    def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
+        image = bool((request.batch.targets & request.batch.is_modality(Modality.IMAGE)).any())
+        text = bool((request.batch.targets & request.batch.is_modality(Modality.TEXT)).any())
+        steps = max(config.image.steps if image else 1, config.text.steps if text else 1)
+        passes, rules = steps, {}
+        if isinstance(request, MudditRequest) and request.strength < 1:
+            passes = int(steps * request.strength)
+            if passes < 1:
+                raise ValueError(f"strength = {request.strength} runs none of {steps} steps; give more of either")
+            request, config, rules = self._begun(request, config, seeds, steps, passes)
+        elif self.compat is not None:
+            rules = {
+                modality: self._reference(request.batch, modality, own)
+                for modality, own, decoded in (
+                    (Modality.TEXT, config.text, text),
+                    (Modality.IMAGE, config.image, image),
+                )
+                if decoded
+            }
+        empty = torch.tensor(self._known([]))
+        parts = pipe.transformer, self.encoder, self.vocabulary
+        model = MudditDenoiser(*parts, steps, passes, self.told, pipe.images.factor, empty)
+        return Prepared(model, request, config, rules)
+
+    def _begun(
+        self, request: MudditRequest, config: SamplerConfig, seeds: Tensor, steps: int, passes: int
+    ) -> tuple[DecodeRequest, SamplerConfig, dict[Modality, Any]]:
+        """The last passes of so many steps: codes are hidden by a coin each, as many as the steps before would leave."""
+        first, batch, own = steps - passes, request.batch, config.image
+        image = batch.is_modality(Modality.IMAGE)
+        coins = RowNoise(seeds.to(image.device), image)(first, UNMASK)
+        share = get_schedule(own.schedule).masked_share(torch.tensor(first / steps, dtype=torch.float64))
+        kept = image & (coins >= share)
+        batch, *others = (rows.replace(given=rows.given | kept) for rows in (batch, *request.unconditional))
+        rules = {Modality.IMAGE: MaskGit(steps, first, own.schedule)} if own.rule == self.config.image.rule else {}
+        own = replace(own, steps=passes, choice_temperature=own.choice_temperature * passes / steps)
+        return replace(request, batch=batch, unconditional=tuple(others)), replace(config, image=own), rules
+
+    def _reference(self, batch: TokenBatch, modality: Modality, own: ModalityDecoding) -> MaskGit:
+        count, text = int((batch.modality[0] == modality).sum()), modality == Modality.TEXT
+        return MaskGit(own.steps, 0, own.schedule, count, text, own.choice_temperature)
+
+    def _joint(self, inputs: TaskInputs) -> DecodeRequest:
+        raise ValueError(f"{self.family} reads words and writes none; give texts without <mask> holes")
+
+    def _texts(self, texts: Sequence[str]) -> list[list[Span]]:
+        """Prompts as spans of the encoder's length, one list for each row."""
+        return [[Span.words(self._known(hidden_words(text, self.encode)), self.vocabulary)] for text in texts]
+
+    def _known(self, words: Sequence[int | None]) -> list[int | None]:
+        """bos, words, eos and padding."""
+        bos, eos, pad = self.marks
+        length = self.encoder.length
+        if len(words) + 2 > length:
+            raise ValueError(
+                f"a prompt has {len(words) + 2} tokens, start and end included; the encoder reads {length}; shorten it"
+            )
+        return [bos, *words, eos, *[pad] * (length - 2 - len(words))]
+
+    def _image(self, number: int, inputs: TaskInputs) -> Span:
+        if inputs.codes is None:
+            grid = inputs.grid or self.grid
+            return replace(Span.masked_image(grid, self.vocabulary), read=True)
+        span = Span.codes(inputs.codes[number], self.vocabulary, read=True)
+        holes = None if inputs.holes is None else inputs.holes[number].cpu()
+        return replace(span, given=torch.zeros_like(span.ids, dtype=torch.bool) if holes is None else ~holes)
+
+
+@dataclass(frozen=True)
+class MudditLayout(MeissonicLayout):
+    """Besides, captions and answers about pictures."""
+
+    family: str = "muddit"
+    time: ClassVar[str] = "fraction"
+
+    @property
+    def longest(self) -> int:
+        return self.encoder.length
+
+    @property
+    def most(self) -> int:
+        return self.encoder.length
+
+    def caption(self, inputs: TaskInputs) -> DecodeRequest:
+        return self._written([[]] * inputs.count, inputs)
+
+    def answer(self, inputs: TaskInputs) -> DecodeRequest:
+        assert inputs.texts is not None  # the pipeline gives them
+        length = self.encoder.length
+        questions = [[self.marks.bos, *self.encode(text)] for text in inputs.texts]
+        if (most := max(map(len, questions), default=0)) >= length:
+            raise ValueError(
+                f"a question has {most} tokens and leaves no room for an answer in {length}; shorten it to {length - 1} at "
+                "most"
+            )
+        return self._written(questions, inputs)
+
+    def _written(self, fronts: Sequence[Sequence[int]], inputs: TaskInputs) -> DecodeRequest:
+        """Hidden words behind the beginning of each text; known padding behind the longest text that was asked for."""
+        assert inputs.codes is not None  # the pipeline gives them
+        self._can_write()
+        rows = []
+        for number, front in enumerate(fronts):
+            count = min(inputs.longest, self.encoder.length - len(front))
+            rest = [self.marks.eos, *[self.marks.pad] * self.encoder.length]
+            words = Span.words([None] * count, self.vocabulary, read=True)
+            fill = Span.text(rest[: self.encoder.length - len(front) - count], True)
+            image = Span.codes(inputs.codes[number], self.vocabulary, read=True)
+            rows.append([span for span in (Span.text(front, True), words, fill) if span.ids.numel()] + [image])
+        return lay_out(rows, self.config, TaskNeeds(ends=(self.encoder.end_id,)))
+
+    def _joint(self, inputs: TaskInputs) -> DecodeRequest:
+        self._can_write()
+        rows = []
+        for number, text in enumerate(inputs.texts or ()):
+            words = hidden_words(text, self.encode)
+            back = Span.words(self._known(words)[1 + len(words) :], self.vocabulary)
+            spans = [Span.text([self.marks.bos], True), Span.words(words, self.vocabulary, read=True), back]
+            rows.append([span for span in spans if span.ids.numel()] + [self._image(number, inputs)])
+        config = replace(self.config, guidance=Guidance())
+        return lay_out(rows, config, TaskNeeds(self.marks[:2], stop_at_eos=False))
+
+    def _can_write(self) -> None:
+        if not self.encoder.reads_masks:
+            raise ValueError(
+                "writing needs the row of [MASK] in the text encoder, but there is no mask embedding; put "
+                "mask_token_embedding.pth into the folder or beside it"
+            )
