@@ -41,12 +41,14 @@ class Block(nn.Module):
         qk_eps = c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps
         biased = c.linear_bias if c.ffn_bias is None else c.ffn_bias
         self.attention_gate, self.dropout = c.attention_gate, c.dropout
-        norms = [Norm(size, c.norm, c.norm_eps) for _ in range(4 if c.sandwich_norm else 2)] + [None, None]
         self.attention = Attention(
             size, c.num_heads, c.kv_heads, c.qk_norm, c.qk_norm_type, qk_eps, c.linear_bias, c.qkv_bias
         )
         self.feed_forward = FeedForward(size, c.inner_size, c.activation, biased)
-        self.attention_norm, self.ffn_norm, self.attention_out_norm, self.ffn_out_norm = norms[:4]
+        self.attention_norm, self.ffn_norm = (Norm(size, c.norm, c.norm_eps) for _ in range(2))
+        self.attention_out_norm, self.ffn_out_norm = (
+            Norm(size, c.norm, c.norm_eps) if c.sandwich_norm else None for _ in range(2)
+        )
         self.ada_ln = AdaLN(c.cond_dim, size, branches=2) if c.time_conditioning else None
 
     def forward(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class TaskBatch:
     visible: Visibility | None = None
 
     def to(self, device: torch.device) -> TaskBatch:
-        values = [getattr(self, field.name) for field in fields(self)]
+        values: list[Any] = [getattr(self, field.name) for field in fields(self)]
         return TaskBatch(*(None if value is None else value.to(device) for value in values))
 
     @classmethod

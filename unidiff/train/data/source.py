@@ -31,6 +31,7 @@ from unidiff.files import replacing
 from unidiff.tokens import Vocabulary
 
 _PICK_STREAM = 0x5EED_0001
+_DIMENSIONS = {"codes": 3, "captions": 3, "questions": 3, "answer_start": 2, "levels": 1}
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -194,15 +195,12 @@ class TokenTable:
         """See `TokenSource.fetch`."""
         row = torch.tensor([self._row_of(int(i)) for i in index])
         picks = keyed_bits(self.seed, index, _PICK_STREAM, 2) & 0x7FFFFFFF  # [B, 2]
-        captions = self.tensors["captions"]
-        questions = self.tensors.get("questions")
-        which = picks[:, 0] % captions.shape[1]
-        rows = TokenRows(self.tensors["codes"][row].long(), captions[row, which].long(), None, None)
+        captions, questions = self.tensors["captions"], self.tensors.get("questions")
+        found = [self.tensors["codes"][row].long(), captions[row, picks[:, 0] % captions.shape[1]].long()]
         if questions is None:
-            return rows
+            return TokenRows(*found, None, None)
         which = picks[:, 1] % questions.shape[1]
-        start = self.tensors["answer_start"][row, which].long()
-        return TokenRows(rows.codes, rows.captions, questions[row, which].long(), start)
+        return TokenRows(*found, questions[row, which].long(), self.tensors["answer_start"][row, which].long())
 
     def _row_of(self, index: int) -> int:
         number = max(p for p, (start, _) in enumerate(self._phases) if start <= index)
@@ -231,40 +229,32 @@ class TokenTable:
 
 
 def _check_tensors(tensors: dict[str, Tensor], vocabulary: Vocabulary) -> dict[str, Tensor]:
-    known = {"codes", "captions", "questions", "answer_start", "levels"}
-    if unknown := set(tensors) - known:
-        raise ValueError(f"token table holds unknown tensors {sorted(unknown)}; expected some of {sorted(known)}")
+    if unknown := set(tensors) - set(_DIMENSIONS):
+        raise ValueError(f"token table holds unknown tensors {sorted(unknown)}; expected some of {sorted(_DIMENSIONS)}")
     if missing := {"codes", "captions"} - set(tensors):
         raise ValueError(f"token table lacks {sorted(missing)}")
     if ("questions" in tensors) != ("answer_start" in tensors):
         raise ValueError("token table must hold `questions` and `answer_start` together")
     tensors = dict(tensors)
-    for name, ndim in {"codes": 3, "captions": 3, "questions": 3, "answer_start": 2, "levels": 1}.items():
-        if name not in tensors:
-            continue
-        if name not in ("codes", "levels") and tensors[name].ndim == ndim - 1:
-            tensors[name] = tensors[name][:, None]
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
+        ndim = _DIMENSIONS[name]
+        if name not in ("codes", "levels") and tensor.ndim == ndim - 1:
+            tensor = tensors[name] = tensor[:, None]
+        found = f"token table has {name} {tuple(tensor.shape)}"
         if tensor.ndim != ndim or tensor.dtype not in _WHOLE:
-            raise ValueError(
-                f"token table has {name} {tuple(tensor.shape)} of {tensor.dtype}; expected whole numbers in {ndim} dimensions"
-            )
+            raise ValueError(f"{found} of {tensor.dtype}; expected whole numbers in {ndim} dimensions")
         if not tensor.numel():
-            raise ValueError(f"token table has {name} {tuple(tensor.shape)}; expected at least one number")
-    count = len(tensors["codes"])
-    if any(len(v) != count for v in tensors.values()):
+            raise ValueError(f"{found}; expected at least one number")
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
         raise ValueError(f"token table rows disagree: { {k: tuple(v.shape) for k, v in tensors.items()} }")
-    if "questions" in tensors and tensors["questions"].shape[:2] != tensors["answer_start"].shape:
+    length, questions = tensors["captions"].shape[-1], tensors.get("questions")
+    if questions is not None and questions.shape[:2] != tensors["answer_start"].shape:
         raise ValueError("token table must hold one `answer_start` for every question")
-    if "questions" in tensors and tensors["questions"].shape[-1] != tensors["captions"].shape[-1]:
+    if questions is not None and questions.shape[-1] != length:
         raise ValueError("captions and questions must have the same length T")
-    for name, size in (
-        ("codes", vocabulary.image_size),
-        ("captions", vocabulary.text_size),
-        ("questions", vocabulary.text_size),
-        ("answer_start", tensors["captions"].shape[-1]),
-    ):
-        if name in tensors and not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < size:
-            low, high = int(tensors[name].min()), int(tensors[name].max())
+    sizes = {"codes": vocabulary.image_size, "captions": vocabulary.text_size, "questions": vocabulary.text_size}
+    for name, size in {**sizes, "answer_start": length}.items():
+        low, high = (int(end) for end in tensors[name].aminmax()) if name in tensors else (0, 0)
+        if not 0 <= low <= high < size:
             raise ValueError(f"{name} has ids {low}..{high}, outside the vocabulary's 0..{size - 1}")
     return tensors
