@@ -11,7 +11,7 @@ from reference.variants import unidisc_block_dropout, unidisc_capped_total, unid
 from reference.weights import time_weight
 from safetensors.torch import load_file
 
-from unidiff.diffusion import NoisyBatch, get_schedule, hide, joint_elbo, mask_tokens, masked_nll
+from unidiff.diffusion import NoisyBatch, get_schedule, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.weights import unidisc_interleaved
@@ -53,7 +53,7 @@ def close(actual, expected, rtol=1e-4, atol=0.0):
 
 def token_nll(golden, batch, masked):
     """-log p of the clean ids at masked positions; attention sees everything, padding included, as upstream."""
-    noisy = hide(batch, masked, golden.vocabulary).batch
+    noisy = batch.hide(masked, golden.vocabulary)
     hidden = golden.model.hidden(noisy.ids, noisy.modality, noisy.positions, noisy.attention_mask())
     return masked_nll(hidden, golden.model.head, masked, batch, golden.vocabulary, count=32)
 
@@ -169,7 +169,7 @@ def test_gradient_norms(golden):
 def test_configured_loss(golden):
     stored = golden.load("forward_loss")
     batch = unidisc_batch(stored["x0"], stored["modality"], sample_ids=stored.get("sample_ids"))
-    noisy = hide(batch, stored["move_indices"].bool(), golden.vocabulary).batch
+    noisy = batch.hide(stored["move_indices"].bool(), golden.vocabulary)
     assert torch.equal(noisy.ids, stored["input_ids"])
     with torch.no_grad():
         compared = set().union(*(check_variant(golden, stored, name) for name in variants(stored)))
@@ -189,7 +189,7 @@ def test_interleaved_corruption(golden):
     dropped = unidisc_block_dropout(plain, batch, probability, stored["u_block"][:, 0])
     actual = {
         "move_indices": dropped.masked,
-        "xt": hide(batch, dropped.masked, golden.vocabulary).batch.ids,
+        "xt": batch.hide(dropped.masked, golden.vocabulary).ids,
         "ignore_metrics": dropped.rows,
     }
     for key, value in actual.items():
@@ -217,7 +217,7 @@ def test_corruption(golden):
             "drop_img": dropped.image[:, None],
             "ignore_metrics": (dropped.text | dropped.image)[:, None],
             "move_indices": dropped.masked,
-            "xt": hide(batch, dropped.masked, golden.vocabulary).batch.ids,
+            "xt": batch.hide(dropped.masked, golden.vocabulary).ids,
         }
         for key, value in actual.items():
             assert torch.equal(value.long(), stored[f"{case}.{key}"].long()), f"{case}.{key}"
@@ -253,7 +253,7 @@ def test_sequence_scores(golden):
         def draws(weighted=weighted):
             for t, u in zip(stored["times"], stored["u"], strict=True):
                 where = u < SCHEDULE.mask_rate(t)  # padding is masked too, and seen, but not counted
-                noisy = NoisyBatch(hide(batch, where, golden.vocabulary).batch, where & attended)
+                noisy = NoisyBatch(batch.hide(where, golden.vocabulary), where & attended)
                 yield noisy, ones * (SCHEDULE.weight(t) if weighted else 1.0)
 
         nelbo = average_nelbo(score, batch, draws())

@@ -12,7 +12,6 @@ from unidiff.diffusion import (
     condition_on,
     gather_masked,
     get_schedule,
-    hide,
     joint_elbo,
     keyed_uniform,
     mask_tokens,
@@ -200,7 +199,7 @@ class CopiedBit:
         where = torch.zeros(batch.shape, dtype=torch.bool)
         where[:, : hidden_counts[0]] = True
         where[:, 1 : 1 + hidden_counts[1]] = True
-        x_t = hide(batch, where, self.vocabulary).batch
+        x_t = batch.hide(where, self.vocabulary)
         unknown = (x_t.ids == self.vocabulary.mask_id).all(1, keepdim=True)
         nll = torch.where(where & unknown, math.log(2.0), 0.0)
         return joint_elbo(nll, torch.full((2,), weight), batch)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.process import draw_token, posterior, reverse_step, unmask_probability
 
-from unidiff.diffusion import get_schedule, hide, keyed_uniform, mask_count, mask_tokens
+from unidiff.diffusion import get_schedule, keyed_uniform, mask_count, mask_tokens
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary(20, (0, 8), (9, 18), mask_id=8, image_mask_id=18)
@@ -106,7 +106,7 @@ def test_noise_does_not_depend_on_batch_or_padding():
 
 def test_hide_drops_a_condition():
     batch = make_batch()
-    hidden = hide(batch, batch.given & batch.valid, VOCABULARY).batch
+    hidden = batch.hide(batch.given & batch.valid, VOCABULARY)
     assert (hidden.ids[:, 0] == 8).all() and torch.equal(hidden.targets, batch.targets)
 
 

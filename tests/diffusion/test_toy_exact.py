@@ -12,7 +12,6 @@ from reference.times import importance_times, importance_weight
 from toy_table import ToyExample
 
 from unidiff.diffusion.likelihood import mask_count_nelbo
-from unidiff.diffusion.process import hide
 from unidiff.diffusion.schedules import get_schedule
 
 pytestmark = pytest.mark.golden
@@ -152,7 +151,7 @@ def literal_sum(scorer, batch, alpha, toy):
     for where in all_masks(batch):
         hidden = int(where.sum())
         chance = alpha ** (batch.shape[1] - hidden) * (1 - alpha) ** hidden
-        total += chance * scorer(hide(batch, where, toy.vocabulary).batch, batch, ~where).sum()
+        total += chance * scorer(batch.hide(where, toy.vocabulary), batch, ~where).sum()
     return total
 
 

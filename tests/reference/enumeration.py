@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference.nelbo import block_batches
 from unidiff.diffusion.likelihood import Scorer
-from unidiff.diffusion.process import hide
+from unidiff.diffusion.process import NoisyBatch
 from unidiff.tokens import TokenBatch, Vocabulary
 
 _LIMIT = 16
@@ -74,7 +74,7 @@ def mask_moments(score: Scorer, batch: TokenBatch, vocabulary: Vocabulary) -> Ma
     first = torch.zeros(len(batch.ids), n + 1, dtype=torch.float64)
     second = torch.zeros_like(first)
     for where in all_masks(batch):
-        noisy = hide(batch, where, vocabulary)
+        noisy = NoisyBatch(batch.hide(where, vocabulary), where)
         total = score(noisy.batch, batch, where).double().sum(1)
         first[:, int(where[0].sum())] += total
         second[:, int(where[0].sum())] += total.square()
@@ -91,7 +91,7 @@ def leave_one_out_sums(score: Scorer, batch: TokenBatch, vocabulary: Vocabulary)
                 continue
             one = torch.zeros_like(where)
             one[:, column] = True
-            x_t = hide(batch, where | one, vocabulary).batch
+            x_t = batch.hide(where | one, vocabulary)
             out[:, int(where[0].sum())] += score(x_t, batch, one).double().sum(1)
     return out
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unidiff.diffusion.likelihood import Nelbo, Scorer, average_nelbo, mask_count_nelbo
 from unidiff.diffusion.noise import keyed_uniform
-from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens
+from unidiff.diffusion.process import NoisyBatch, mask_count, mask_tokens
 from unidiff.diffusion.schedules import Schedule
 from unidiff.tokens import TokenBatch, Vocabulary
 
@@ -70,7 +70,7 @@ def leave_one_out_nelbo(
             noisy = mask_tokens(batch, schedule.mask_rate(t), vocabulary, u_mask)
             visible = batch.targets & ~noisy.masked
             chosen = mask_count(batch.replace(given=~visible), torch.ones_like(keys), vocabulary, u_choice).masked
-            x_t = hide(noisy.batch, chosen, vocabulary).batch
+            x_t = noisy.batch.hide(chosen, vocabulary)
             yield NoisyBatch(x_t, chosen), schedule.dsigma(t) * visible.sum(1)
 
     return average_nelbo(score, batch, draws())
@@ -88,7 +88,7 @@ def block_batches(batch: TokenBatch, blocks: Tensor, vocabulary: Vocabulary) -> 
     out = []
     for block in range(int(blocks[batch.targets].max()) + 1):
         later = batch.targets & (blocks > block)
-        hidden = hide(batch, later, vocabulary).batch
+        hidden = batch.hide(later, vocabulary)
         out.append(hidden.replace(given=batch.given | (blocks != block)))
     return out
 

@@ -82,7 +82,7 @@ class StreamedModel:
         self._tokens = batch.shape[1] - images + images // share  # of a row, in the layers
         self.denoiser, self._vocabulary, self._layout = model, vocabulary, batch
         self._policy: RefreshPolicy = NoCache() if policy is None else policy
-        self._mask_ids = torch.where(batch.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
+        self._mask_ids = batch.mask_ids(vocabulary)
         nothing = torch.zeros_like(batch.given)
         self._uncond_masks = [nothing, *([nothing] * len(unconditional) if unconditional else uncond_masks)]
         self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._uncond_masks)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.likelihood import Scorer
-from unidiff.diffusion.process import mask_ids
 from unidiff.tokens import TokenBatch, Vocabulary
 
 
@@ -35,7 +34,7 @@ def fit_score(
     if least < 2:
         raise ValueError(f"parts is {int(least)}; expected at least 2")
     part = (wanted.long().cumsum(1) - 1) % number_of[:, None]  # [B, L]
-    masks, total = mask_ids(batch, vocabulary), torch.zeros(len(batch.ids), device=batch.ids.device)
+    masks, total = batch.mask_ids(vocabulary), torch.zeros(len(batch.ids), device=batch.ids.device)
     for hidden in (wanted, *(wanted & (part == number) for number in range(int(most)))):
         x_t = batch.replace(ids=torch.where(hidden, masks, batch.ids))
         total -= 0.5 * torch.where(hidden, score(x_t, batch, hidden), 0).float().sum(1)

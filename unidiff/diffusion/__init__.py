@@ -15,7 +15,7 @@ from unidiff.diffusion.objective import (
     joint_elbo,
     masked_nll,
 )
-from unidiff.diffusion.process import NoisyBatch, hide, mask_count, mask_tokens
+from unidiff.diffusion.process import NoisyBatch, mask_count, mask_tokens
 from unidiff.diffusion.schedules import Schedule, get_schedule
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "condition_on",
     "gather_masked",
     "get_schedule",
-    "hide",
     "joint_elbo",
     "keyed_uniform",
     "mask_count",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import joint_elbo, masked_nll
-from unidiff.diffusion.process import NoisyBatch, mask_count, mask_ids
+from unidiff.diffusion.process import NoisyBatch, mask_count
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -36,7 +36,7 @@ def model_scorer(
     def score(x_t: TokenBatch, x0: TokenBatch, where: Tensor) -> Tensor:
         moment = None
         if time is not None:
-            unknown = x0.targets & (x_t.ids == mask_ids(x_t, vocabulary))
+            unknown = x0.targets & (x_t.ids == x_t.mask_ids(vocabulary))
             moment = time(unknown.sum(1) / x0.targets.sum(1).clamp_min(1))
         hidden = model.hidden(x_t.ids, x_t.modality, x_t.positions, x_t.attention_mask(), moment)
         return masked_nll(hidden, model.head, where, x0, vocabulary, count)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.tokens import TokenBatch, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def mask_tokens(batch: TokenBatch, rate: Tensor, vocabulary: Vocabulary, noise: 
         noise: uniforms `[B, L]`.
     """
     rate = rate[:, None] if rate.ndim == 1 else rate
-    return hide(batch, batch.targets & (noise < rate), vocabulary)
+    masked = batch.targets & (noise < rate)
+    return NoisyBatch(batch.hide(masked, vocabulary), masked)
 
 
 def mask_count(batch: TokenBatch, count: Tensor, vocabulary: Vocabulary, noise: Tensor) -> NoisyBatch:
@@ -49,15 +50,5 @@ def mask_count(batch: TokenBatch, count: Tensor, vocabulary: Vocabulary, noise: 
     """
     ranked = noise.masked_fill(~batch.targets, torch.inf)
     rank = ranked.argsort(dim=1, stable=True).argsort(dim=1, stable=True)  # [B, L]
-    return hide(batch, batch.targets & (rank < count[:, None]), vocabulary)
-
-
-def hide(batch: TokenBatch, where: Tensor, vocabulary: Vocabulary) -> NoisyBatch:
-    """Replace the ids at `where`, bool `[B, L]`, with their modality's [MASK]; also for dropping a condition."""
-    return NoisyBatch(batch.replace(ids=torch.where(where, mask_ids(batch, vocabulary), batch.ids)), where)
-
-
-def mask_ids(batch: TokenBatch, vocabulary: Vocabulary) -> Tensor:
-    """int64 `[B, L]`: the [MASK] id of each position."""
-    mask = torch.full_like(batch.ids, vocabulary.mask_id)
-    return mask.masked_fill_(batch.modality == Modality.IMAGE, vocabulary.image_mask)
+    masked = batch.targets & (rank < count[:, None])
+    return NoisyBatch(batch.hide(masked, vocabulary), masked)

@@ -16,7 +16,6 @@ from unidiff.decoding import SamplerOutput
 from unidiff.decoding.commit.base import ROUNDING
 from unidiff.decoding.score import fit_score
 from unidiff.diffusion.likelihood import model_scorer
-from unidiff.diffusion.process import mask_ids
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -42,14 +41,14 @@ def agreement(model: Denoiser, vocabulary: Vocabulary, batch: TokenBatch, words:
     written = (batch.targets & (batch.modality == Modality.TEXT)).any(1)  # [B], rows whose words were decoded
     if bool(written.any()):
         unseen = batch.modality == Modality.IMAGE
-        blind = batch.replace(ids=torch.where(unseen, mask_ids(batch, vocabulary), batch.ids))
+        blind = batch.hide(unseen, vocabulary)
         total = total - torch.where(written, fit_score(score, vocabulary, blind, words, parts), 0)
     if not bool(written.all()):
         drawn = batch.targets & (batch.modality == Modality.IMAGE) & ~written[:, None]
         part = batch.positions[..., 1] % 2 * 2 + batch.positions[..., 2] % 2  # [B, L]
         for number in range(4):
             hidden = drawn & (part == number)
-            x_t = batch.replace(ids=torch.where(hidden, mask_ids(batch, vocabulary), batch.ids))
+            x_t = batch.hide(hidden, vocabulary)
             total = total - torch.where(hidden, score(x_t, batch, hidden), 0).float().sum(1)
     return torch.where(words.any(1), total, -torch.inf)
 

@@ -217,10 +217,17 @@ class TokenBatch:
         padded = [b if b.shape[1] == length else b.pad_to(length) for b in batches]
         return cls(*(torch.cat([getattr(b, f.name) for b in padded]) for f in fields(cls)))
 
+    def mask_ids(self, vocabulary: Vocabulary) -> Tensor:
+        """int64 `[B, L]`: the [MASK] id of each position."""
+        return torch.where(self.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
+
+    def hide(self, where: Tensor, vocabulary: Vocabulary) -> TokenBatch:
+        """The ids at `where`, bool `[B, L]`, replaced by their modality's [MASK]."""
+        return self.replace(ids=torch.where(where, self.mask_ids(vocabulary), self.ids))
+
     def hide_targets(self, vocabulary: Vocabulary) -> TokenBatch:
-        """Every target replaced by its modality's [MASK]: the state at t = 1."""
-        mask = torch.where(self.modality == Modality.IMAGE, vocabulary.image_mask, vocabulary.mask_id)
-        return self.replace(ids=torch.where(self.targets, mask, self.ids))
+        """Every target hidden: the state at t = 1."""
+        return self.hide(self.targets, vocabulary)
 
 
 def _check_rows(rows: Any, kind: Any, depth: int) -> None:

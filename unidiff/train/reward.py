@@ -24,7 +24,7 @@ from torch import Tensor
 from unidiff.decoding import CacheConfig, Sampler, SamplerConfig, SamplerOutput
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import masked_nll
-from unidiff.diffusion.process import NoisyBatch, hide, mask_ids, mask_tokens
+from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
@@ -305,7 +305,8 @@ class RewardTuner:
         if seen is not None:
             passes = (u * len(seen)).long().clamp_max(len(seen) - 1).to(device)  # u may round up to 1
             state = seen[passes, torch.arange(len(u), device=device)]  # [B, L]
-            return hide(finished, finished.targets & (state == mask_ids(finished, self.vocabulary)), self.vocabulary)
+            masked = finished.targets & (state == finished.mask_ids(self.vocabulary))
+            return NoisyBatch(finished.hide(masked, self.vocabulary), masked)
         noise = keyed_uniform(config.seed, keys, _MASK_STREAM + number, finished.shape[1]).to(device)
         noise, _ = rank_noise(noise, finished.targets)
         rate = (config.low + (config.high - config.low) * u).to(device)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from unidiff.data.mixture import MixtureSchedule
 from unidiff.diffusion.noise import keyed_bits, keyed_uniform
-from unidiff.diffusion.process import hide
 from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
@@ -205,7 +204,7 @@ class TaskMixer:
 
 def drop_condition(batch: TokenBatch, uncond_mask: Tensor, vocabulary: Vocabulary) -> TokenBatch:
     """Positions of a condition (bool `[B, L]`) become given [MASK]: seen by the model as hidden, never a target."""
-    return hide(batch, uncond_mask, vocabulary).batch.replace(given=batch.given | uncond_mask)
+    return batch.hide(uncond_mask, vocabulary).replace(given=batch.given | uncond_mask)
 
 
 def rank_noise(noise: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
