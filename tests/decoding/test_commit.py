@@ -153,7 +153,7 @@ def test_margin_decides_by_the_gap_to_the_second_best() -> None:
     is_real, zeros = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 0.5, dtype=torch.float64)
     for measure, expected in (("margin", [False, True]), ("probability", [True, True])):
         own = replace(rule, confidence=measure)
-        choice = choose(p.log(), is_real, own, zeros, zeros)
+        choice = choose(p.log()[None], is_real, own, zeros, zeros)
         index, count = torch.tensor([[3, 7]]), torch.tensor([1])
         assert pick(own, choice.confidence, is_real, count, index)[0].tolist() == expected
 

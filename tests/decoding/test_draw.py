@@ -147,8 +147,8 @@ def test_confidence_measures() -> None:
 
 def test_confidence_ignores_temperature_and_filters() -> None:
     logits = torch.tensor([[[2.0, 1.0, 0.0]]])
-    u, live = torch.tensor([[0.5]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    hot = choose(logits, live, ModalityDecoding(temperature=5.0, top_k=1), u, u)
+    u, is_real = torch.tensor([[0.5]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    hot = choose(logits[None], is_real, ModalityDecoding(temperature=5.0, top_k=1), u, u)
     assert hot.token.item() == 0
     assert hot.probability.item() == pytest.approx(logits.softmax(-1)[0, 0, 0].item())
 
@@ -156,10 +156,10 @@ def test_confidence_ignores_temperature_and_filters() -> None:
 def test_choosing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(3, 17, 5, generator=torch.Generator().manual_seed(0))
     u = torch.rand(3, 17, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    live = torch.ones(3, 17, dtype=torch.bool)
-    whole = choose(logits, live, ModalityDecoding(), u, u)
+    is_real = torch.ones(3, 17, dtype=torch.bool)
+    whole = choose(logits[None], is_real, ModalityDecoding(), u, u)
     monkeypatch.setattr("unidiff.decoding.draw._CHUNK", 30)
-    parts = choose(logits, live, ModalityDecoding(), u, u)
+    parts = choose(logits[None], is_real, ModalityDecoding(), u, u)
     assert torch.equal(whole.token, parts.token) and torch.equal(whole.confidence, parts.confidence)
 
 

@@ -47,11 +47,12 @@ class Replayed:
     def __init__(self, sample: Tensor, ranking: Tensor) -> None:
         self.sample, self.ranking, self.step = sample, ranking, 0
 
-    def __call__(self, logits, live, settings, u, noise) -> draw.Choice:
-        n, temperature = int(live.sum()), settings.temperature
+    def __call__(self, values, is_real, settings, u, noise, blend) -> draw.Choice:
+        logits = blend(values)
+        n, temperature = int(is_real.sum()), settings.temperature
         noise, ranking = (x[self.step][:, :n].double() for x in (self.sample, self.ranking))
         self.step += 1
-        token = torch.zeros_like(live, dtype=torch.long)
+        token = torch.zeros_like(is_real, dtype=torch.long)
         token[:, :n] = (logits[:, :n] / temperature + noise).argmax(-1)
         p = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
         confidence = p.log()

@@ -149,10 +149,11 @@ class Replayed:
         self.stored, self.open, self.vocabulary, self.steps = stored, targets, vocabulary, steps
         self.step = 0
 
-    def __call__(self, logits, live, settings, u, noise) -> draw.Choice:
+    def __call__(self, values, is_real, settings, u, noise, blend) -> draw.Choice:
+        logits = blend(values)
         index, _ = gather_positions(self.open, logits.shape[1])
         codes, gumbel = (self.stored[f"traj_maskgit.{n}.{self.step}"].gather(1, index) for n in ("pred_code", "gumbel"))
-        token = torch.where(live, codes - self.vocabulary.image[0], 0)
+        token = torch.where(is_real, codes - self.vocabulary.image[0], 0)
         p = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
         t = torch.linspace(1, 1e-5, self.steps + 1)[self.step]
         self.step += 1

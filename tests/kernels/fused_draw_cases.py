@@ -101,16 +101,16 @@ def cases() -> dict[str, Case]:
 
 
 def run_kernel(case: Case) -> FusedDraw:
-    """`choose_blended` as it runs on CUDA, with small blocks; needs Triton's interpreter."""
+    """`choose` as it runs on CUDA, with small blocks; needs Triton's interpreter."""
     seen = []
 
     def in_small_blocks(*arguments) -> FusedDraw:
         seen.append(fused_draw(*arguments, block=BLOCK))
         return seen[-1]
 
-    live = torch.ones_like(case.u, dtype=torch.bool)
-    with patch.object(draw, "usable", return_value=True), patch.object(draw, "fused_draw", in_small_blocks):
-        choice = draw.choose_blended(case.values, case.blend, live, case.settings, case.u, case.u)
+    is_real = torch.ones_like(case.u, dtype=torch.bool)
+    with patch.object(draw, "fuses", return_value=True), patch.object(draw, "fused_draw", in_small_blocks):
+        choice = draw.choose(case.values, is_real, case.settings, case.u, case.u, case.blend)
     (kernel,) = seen
     assert choice.is_finite.item() == kernel.is_finite.all().item()
     return FusedDraw(choice.token, choice.probability, choice.confidence, kernel.is_finite)

@@ -27,8 +27,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
 def twin(case: Case) -> tuple[draw.Choice, torch.Tensor]:
     """The torch path, and which positions are finite."""
     logits = case.blend(case.values)
-    live = torch.ones_like(case.u, dtype=torch.bool)
-    return draw.choose(logits, live, case.settings, case.u, case.u), logits.amax(-1).isfinite()
+    is_real = torch.ones_like(case.u, dtype=torch.bool)
+    return draw.choose(logits[None], is_real, case.settings, case.u, case.u), logits.amax(-1).isfinite()
 
 
 def check(case: Case, found: FusedDraw) -> None:
@@ -88,8 +88,8 @@ def test_refuses_what_it_does_not_fuse() -> None:
 
 def test_blending_is_mixing_then_banning() -> None:
     case = CASES["banned"]
-    live = torch.ones_like(case.u, dtype=torch.bool)
-    blended = draw.choose_blended(case.values, case.blend, live, case.settings, case.u, case.u)
+    is_real = torch.ones_like(case.u, dtype=torch.bool)
+    blended = draw.choose(case.values, is_real, case.settings, case.u, case.u, case.blend)
     plain, _ = twin(case)
     assert all(torch.equal(a, b) for a, b in zip(vars(blended).values(), vars(plain).values(), strict=True))
     assert not torch.isin(blended.token, case.blend.banned).any()
@@ -109,14 +109,14 @@ def test_importing_the_library_leaves_triton_alone() -> None:
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_draws_what_the_cpu_draws(name: str) -> None:
-    """The whole path of the sampler: `choose_blended` on CUDA goes through the kernel."""
-    case, live = CASES[name], torch.ones_like(CASES[name].u, dtype=torch.bool)
+    """The whole path of the sampler: `choose` on CUDA goes through the kernel."""
+    case, is_real = CASES[name], torch.ones_like(CASES[name].u, dtype=torch.bool)
     there = case.to("cuda")
     s = there.settings
     if fusible(case.values.dtype, s.temperature, s.top_k, s.top_p):
         assert usable(there.values, s.temperature, s.top_k, s.top_p)
     expected, is_finite = twin(case)
-    got = draw.choose_blended(there.values, there.blend, live.cuda(), s, there.u, there.u)
+    got = draw.choose(there.values, is_real.cuda(), s, there.u, there.u, there.blend)
     assert torch.equal(got.token.cpu()[is_finite], expected.token[is_finite]) and bool(got.is_finite) == bool(
         expected.is_finite
     )
@@ -135,7 +135,7 @@ def test_gpu_draws_from_a_wide_vocabulary() -> None:
         case = Case(values, u, settings, blend)
         expected, _ = twin(case)
         there = case.to("cuda")
-        live = torch.ones_like(there.u, dtype=torch.bool)
-        got = draw.choose_blended(there.values, there.blend, live, settings, there.u, there.u)
+        is_real = torch.ones_like(there.u, dtype=torch.bool)
+        got = draw.choose(there.values, is_real, settings, there.u, there.u, there.blend)
         assert torch.equal(got.token.cpu(), expected.token)
         torch.testing.assert_close(got.confidence.cpu(), expected.confidence, rtol=1e-10, atol=1e-13)

@@ -162,36 +162,6 @@ class Choice:
         return Choice(token, probability, confidence, self.is_finite)
 
 
-def choose(logits: Tensor, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor) -> Choice:
-    """Draw a token at every position and say how sure the model is of it.
-
-    Args:
-        logits: float `[B, n, V]`, guided, with -inf at forbidden tokens.
-        is_real: bool `[B, n]`; the others are padding of the index.
-        settings: temperature, filters and confidence measure.
-        u, noise: float64 `[B, n]`, for the token and for `random` confidence.
-
-    On CUDA one kernel does it where it is the same draw, see `unidiff.kernels.fused_draw`.
-    """
-    if _fuses(logits, settings):
-        return _fused(logits[None], is_real, settings, u, noise)
-    rows, _, width = logits.shape
-    size = max(1, _CHUNK // max(1, rows * width))
-    plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
-    parts = []
-    for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
-        p = part.double().softmax(-1)
-        if plain:
-            token = inverse_cdf(p, u_part)
-        else:
-            token = draw_tokens(part, u_part, settings.temperature, settings.top_k, settings.top_p)
-        probability = p.gather(-1, token[..., None])[..., 0]
-        parts.append((token, probability, confidence_of(p, probability, settings.confidence, noise_part)))
-    token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
-    is_finite = (logits.amax(-1).isfinite() | ~is_real).all()
-    return Choice(token, probability, confidence, is_finite)
-
-
 def mix(
     conditional: Tensor,
     unconditional: Tensor,
@@ -240,21 +210,46 @@ class Blend:
         return mixed if self.banned is None else mixed.index_fill(-1, self.banned, -torch.inf)
 
 
-def choose_blended(
-    values: Tensor, blend: Blend, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor
+def choose(
+    values: Tensor, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor, blend: Blend | None = None
 ) -> Choice:
-    """`choose` from the logits of all streams `[S, B, n, V]`; on CUDA the blend is part of the one kernel."""
-    if not _fuses(values, settings):
-        return choose(blend(values), is_real, settings, u, noise)
-    return _fused(values, is_real, settings, u, noise, blend)
+    """Draw a token at every position and say how sure the model is of it.
+
+    Args:
+        values: logits of all guidance streams, float `[S, B, n, V]`; without `blend` one, with -inf at forbidden tokens.
+        is_real: bool `[B, n]`; the others are padding of the index.
+        settings: temperature, filters and confidence measure.
+        u, noise: float64 `[B, n]`, for the token and for `random` confidence.
+
+    On CUDA one kernel does it where it is the same draw, see `unidiff.kernels.fused_draw`.
+    """
+    if fuses(values, settings):
+        return _fused(values, is_real, settings, u, noise, blend)
+    logits = values[0] if blend is None else blend(values)  # [B, n, V]
+    rows, _, width = logits.shape
+    size = max(1, _CHUNK // max(1, rows * width))
+    plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
+    parts = []
+    for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
+        p = part.double().softmax(-1)
+        if plain:
+            token = inverse_cdf(p, u_part)
+        else:
+            token = draw_tokens(part, u_part, settings.temperature, settings.top_k, settings.top_p)
+        probability = p.gather(-1, token[..., None])[..., 0]
+        parts.append((token, probability, confidence_of(p, probability, settings.confidence, noise_part)))
+    token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    is_finite = (logits.amax(-1).isfinite() | ~is_real).all()
+    return Choice(token, probability, confidence, is_finite)
 
 
-def _fuses(values: Tensor, settings: ModalityDecoding) -> bool:
+def fuses(values: Tensor, settings: ModalityDecoding) -> bool:
+    """Whether the kernel draws; see `unidiff.kernels.fused_draw.usable`."""
     return values.is_cuda and usable(values, settings.temperature, settings.top_k, settings.top_p)
 
 
 def _fused(
-    values: Tensor, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor, blend: Blend | None = None
+    values: Tensor, is_real: Tensor, settings: ModalityDecoding, u: Tensor, noise: Tensor, blend: Blend | None
 ) -> Choice:
     weights = banned = None
     if blend is not None and len(values) > 1:

@@ -41,7 +41,7 @@ class PositionLogits:
 
 
 def gather_positions(targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The targets positions `[B, L]` of each row as an index `[B, count]` in ascending order, and which entries are real."""
+    """The target positions `[B, L]` of each row as an index `[B, count]` in ascending order, and which entries are real."""
     index = (~targets).long().argsort(dim=1, stable=True)[:, :count]
     return index, targets.gather(1, index)
 
@@ -258,12 +258,12 @@ class StreamedModel:
         weights: Tensor | None = None,
         unfinished: Tensor | None = None,
     ) -> PositionLogits:
-        """The head of `modality`, at the targets positions `[B, L]` only (at most `count` per row).
+        """The head of `modality`, at the target positions `[B, L]` only (at most `count` per row).
 
         Args:
             weights: `[S, B]`, of the streams in the sum that the caller draws from. Where logits are affine in the features
                 that sum comes back as the only stream, from one call of the head.
-            unfinished: int64 `[R]`, the only rows with targets positions; None for all. A policy that looks at the largest
+            unfinished: int64 `[R]`, the only rows with target positions; None for all. A policy that looks at the largest
                 logits gets all.
         """
         index, is_real = gather_positions(targets, count)

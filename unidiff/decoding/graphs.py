@@ -125,13 +125,7 @@ class PassGraphs:
         return self(kind, work, ids, time, *masks)
 
     def hidden(
-        self,
-        model: Denoiser,
-        ids: Tensor,
-        layout: TokenBatch,
-        mask: Tensor | None,
-        time: Tensor,
-        place: Hashable,
+        self, model: Denoiser, ids: Tensor, layout: TokenBatch, mask: Tensor | None, time: Tensor, place: Hashable
     ) -> Tensor:
         """`model.hidden` for rows of a layout that stays the same for the same `place`; in memory of its own."""
 

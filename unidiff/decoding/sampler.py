@@ -193,10 +193,10 @@ class Sampler:
         )  # [B, n]
         is_real, noises = logits.select_rows(logits.is_real), map(logits.select_rows, (token_noise, order_noise))
         if rule.adjusts is None:
-            choice = draw.choose_blended(logits.values, blend, is_real, settings, *noises)
+            choice = draw.choose(logits.values, is_real, settings, *noises, blend)
         else:
             values = rule.adjust(blend(logits.values), logits.index, is_real)  # [B, n, V]
-            choice = draw.choose(values, is_real, settings, *noises)
+            choice = draw.choose(values[None], is_real, settings, *noises)
         choice = choice.scatter_rows(logits.rows, len(state.masked))
         request.is_finite &= choice.is_finite
         pick = logits.is_real

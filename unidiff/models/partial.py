@@ -233,12 +233,7 @@ class SameView:
 
 
 def _layered(
-    model: BlockModel,
-    ids: Tensor,
-    plan: CachePlan,
-    store: FeatureStore,
-    time: Tensor | None,
-    select: Select | None,
+    model: BlockModel, ids: Tensor, plan: CachePlan, store: FeatureStore, time: Tensor | None, select: Select | None
 ) -> PartialHidden:
     """Other positions in every layer: the residual stream holds all, with stored branch outputs where not recomputed."""
     x = model.embed(ids, store.inputs["modality"], store.inputs.get("grid_index"))  # [B, L, D]

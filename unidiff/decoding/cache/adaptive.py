@@ -76,7 +76,6 @@ class AdaptiveCache(Policy):
         return share if self.compat else torch.maximum(share, (n > 0).long())
 
     def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
-        """See `Policy`."""
         batch, past = state.batch, self.past(state, stream)
         prompt, response = batch.valid & batch.given, batch.targets
         whole_prompt, whole_response = (
@@ -92,7 +91,6 @@ class AdaptiveCache(Policy):
         return StreamPlan(query, None, verify, self.full_layers, self.quota)
 
     def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
-        """See `Policy`."""
         prompt = decode.prompt if now.number % self.prompt_interval == 0 else 0
         if now.number % self.response_interval == 0:
             queries = values = prompt + decode.targets

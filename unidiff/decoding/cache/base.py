@@ -29,51 +29,24 @@ Quota = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class RefreshPolicy(Protocol):
-    """Settings, and in what `start` returns the state of one request."""
+    """What a decode asks of a cache; `Policy` says what each means."""
 
     @property
-    def store(self) -> StoreOptions | None:
-        """What has to be kept between passes; None where no pass will be partial."""
-        ...
+    def store(self) -> StoreOptions | None: ...
 
     @property
-    def max_logits(self) -> str | None:
-        """Whether `state.max_logits` is kept: for the `candidates` of each pass, `everywhere`, or None."""
-        ...
+    def max_logits(self) -> str | None: ...
 
     @property
-    def append_only(self) -> bool:
-        """True where partial passes make sense although some positions were never computed (block-causal models)."""
-        ...
+    def append_only(self) -> bool: ...
 
-    def start(self, batch: TokenBatch, model: Any) -> RefreshPolicy:
-        """A policy of the same settings with fresh state, for one request.
+    def start(self, batch: TokenBatch, model: Any) -> RefreshPolicy: ...
 
-        Raises:
-            ValueError: the policy does not suit the model.
-        """
-        ...
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan: ...
 
-    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """What the coming pass computes.
+    def select(self, layer: int, similarity: Tensor) -> Tensor | None: ...
 
-        Args:
-            state: the decode so far; `state.streams` are those that the pass mixes in.
-            candidates: bool `[B, L]`, positions whose logits the commit rules would like to see.
-        Returns:
-            `query`: positions to recompute (others keep their last features; an empty one makes no pass);
-            `logits`: candidates that may be committed now, None for all. `with_streams` for streams that differ.
-        """
-        ...
-
-    def select(self, layer: int, similarity: Tensor) -> Tensor | None:
-        """Positions bool `[B, L]` that a layer recomputes besides the query, given how alike new and stored values are
-        at `plan.verify` `[B, L]` (NaN elsewhere). B counts the rows of all streams that run together."""
-        ...
-
-    def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        """After commit and remask: `state.just_unmasked` holds what the pass filled."""
-        ...
+    def observe(self, state: DecodeState, plan: CachePlan) -> None: ...
 
 
 class StreamPast(NamedTuple):
@@ -110,6 +83,9 @@ class Policy:
     """A `RefreshPolicy` without anything to say. A cache is a dataclass, whose state fields have `init=False`.
 
     Attributes:
+        store: what has to be kept between passes; None where no pass will be partial.
+        max_logits: whether `state.max_logits` is kept: for the `candidates` of each pass, `everywhere`, or None.
+        append_only: partial passes make sense although some positions were never computed (block-causal models).
         name: what `CacheConfig.policy` calls it; none where it is not made by name.
         whole_rows: it speaks for whole rows, and not for a segment of them.
         by_stream: streams differ even where their rows do the same.
@@ -124,6 +100,11 @@ class Policy:
     _past: dict[int, StreamPast]
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
+        """A policy of the same settings with fresh state, for one request.
+
+        Raises:
+            ValueError: the policy does not suit the model.
+        """
         request = replace(self) if is_dataclass(self) else self
         request._past = {}
         return request
@@ -146,7 +127,15 @@ class Policy:
         return self._past.get(stream) or StreamPast(torch.zeros_like(state.ids[:, 0]), state.ids, {})
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`. Streams that did the same so far and serve the same rows share a plan, and run together."""
+        """What the coming pass computes. Streams that did the same so far and serve the same rows share a plan, and run together.
+
+        Args:
+            state: the decode so far; `state.streams` are those that the pass mixes in.
+            candidates: bool `[B, L]`, positions whose logits the commit rules would like to see.
+        Returns:
+            `query`: positions to recompute (others keep their last features; an empty one makes no pass);
+            `logits`: candidates that may be committed now, None for all. `with_streams` for streams that differ.
+        """
         shown = self.begin_pass(state, candidates)
         alike = [False] * len(state.streams) if self.by_stream else state.alike()
         made: dict[object, tuple[CachePlan, StreamPast]] = {}
@@ -164,10 +153,12 @@ class Policy:
         return joined({stream: plan for stream, (plan, _) in found.items()})
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
+        """Positions bool `[B, L]` that a layer recomputes besides the query, given how alike new and stored values are
+        at `plan.verify` `[B, L]` (NaN elsewhere). B counts the rows of all streams that run together."""
         return None
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        return None
+        """After commit and remask: `state.just_unmasked` holds what the pass filled."""
 
     def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
         """What a pass computes in a row without guidance. (Index padding, where rows run together, is not in it.)

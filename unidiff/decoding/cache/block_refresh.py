@@ -47,7 +47,6 @@ class BlockRefresh(StoringPolicy, ABC):
         """The same for a block from place `first` to before `last` of a row: first place, and the one behind the last."""
 
     def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
-        """See `Policy`."""
         past, query = self.past(state, stream), candidates
         notes, since = dict(past.notes), past.notes.get("since", torch.zeros_like(past.passes))
         fresh = past.passes <= max(0, self.warmup - 1)
@@ -68,7 +67,6 @@ class BlockRefresh(StoringPolicy, ABC):
         return StreamPlan(query & state.batch.valid & (rows & ~fresh)[:, None], fresh, notes=notes)
 
     def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
-        """See `Policy`."""
         if self.drift is not None:
             raise ValueError("with drift, the number of refreshes depends on what is decoded; no bound is known")
         first, last = 0, decode.length

@@ -68,7 +68,6 @@ class Combined(Policy):
         return next((kind for kind in ("everywhere", "candidates") if kind in asked), None)
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
         plans, shown = [], torch.zeros_like(candidates)
         for part in self._parts:
             own = candidates & part.where
@@ -136,7 +135,6 @@ class Combined(Policy):
         return chosen
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        """See `RefreshPolicy.observe`."""
         for part in self._parts:
             part.policy.observe(part.view(state), plan)
 
@@ -175,7 +173,6 @@ class SegmentCache(Combined):
         return [getattr(self, name) for name in SEGMENTS]
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
-        """See `RefreshPolicy.start`."""
         started = [policy.start(batch, model) for policy in self.members]
         request = type(self)(*started)
         known, parts = batch.valid & batch.given, []
@@ -224,7 +221,6 @@ class CacheByRow(Combined):
         return self.policies
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
-        """See `RefreshPolicy.start`."""
         if len(self.choice) != len(batch.ids):
             raise ValueError(f"there are policies for {len(self.choice)} rows, but the batch has {len(batch.ids)}")
         request = type(self)([policy.start(batch, model) for policy in self.policies], self.choice)
@@ -282,13 +278,11 @@ class HeldGuidance(Policy):
         return number % self.interval == 0 or number < self.warmup
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
-        """See `RefreshPolicy.start`."""
         request = replace(self, policy=self.policy.start(batch, model))
         request._passes, request._known = torch.zeros_like(batch.ids[:, 0]), {}
         return request
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
         passes = self._passes
         self._passes = passes + state.users[0].long()
         if self.interval == 1 or state.streams == (0,):
@@ -311,11 +305,9 @@ class HeldGuidance(Policy):
         return own.with_streams(others)
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
-        """See `RefreshPolicy.select`."""
         return self.policy.select(layer, similarity)
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        """See `RefreshPolicy.observe`."""
         self.policy.observe(state, plan)
 
     def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:

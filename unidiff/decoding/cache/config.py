@@ -167,11 +167,7 @@ class CacheChoice:
 
 
 def choose_cache(
-    cache: str | CacheConfig | None,
-    policy: RefreshPolicy | None,
-    batch: TokenBatch,
-    config: SamplerConfig,
-    model: Any,
+    cache: str | CacheConfig | None, policy: RefreshPolicy | None, batch: TokenBatch, config: SamplerConfig, model: Any
 ) -> CacheChoice:
     """The cache of a call.
 

@@ -52,7 +52,6 @@ class IntervalCache(StoringPolicy):
         return candidates
 
     def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
-        """See `Policy`."""
         refreshed = self.past(state).passes - torch.where(rows & self._fresh, 0, self._since(state, stream))
         return StreamPlan(self._query & rows[:, None], notes={"refreshed": refreshed})
 
@@ -62,6 +61,5 @@ class IntervalCache(StoringPolicy):
         return passes - self.past(state, stream).notes.get("refreshed", passes - self.interval)
 
     def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
-        """See `Policy`."""
         queries = decode.length if now.number % self.interval == 0 else now.masked + now.changed
         return RowWork.even(layers, queries, decode.length, now.masked, now.ids)

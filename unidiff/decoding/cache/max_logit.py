@@ -53,7 +53,6 @@ class MaxLogitCache(Policy):
         self.max_logits = "everywhere" if self.compat else "candidates"
 
     def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
-        """See `Policy`."""
         planned = [torch.where(p.targets.any(1), p.shares.total, 0) for p in state.progress.values()]  # [B] each
         begin = (torch.stack(planned).amax(0).double() * self.warmup).floor().long()
         step = self.past(state).passes
@@ -61,7 +60,6 @@ class MaxLogitCache(Policy):
         return candidates
 
     def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
-        """See `Policy`."""
         past, valid = self.past(state, stream), state.batch.valid
         # A row may have logits of a stream because other rows use it: its own passes count, not those.
         known = past.notes.get("known", torch.zeros_like(valid))  # candidates so far
@@ -78,7 +76,6 @@ class MaxLogitCache(Policy):
         return StreamPlan(torch.where(fresh, valid, low) & rows[:, None], notes=notes)
 
     def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
-        """See `Policy`."""
         begin = int(max(sum(decode.passes_of(modality)) for modality in Modality) * self.warmup)
         queries, head = decode.length, now.masked + (decode.length if self.compat else 0)  # logits everywhere
         if now.number > begin and (now.number - begin) % self.interval:

@@ -47,14 +47,12 @@ class ModalityCache(StoringPolicy):
             raise ValueError(f"joint is {self.joint}, more than the {self.interval} passes of a cycle; lower it")
 
     def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
-        """See `Policy`."""
         self._held = state.batch.modality == (Modality.IMAGE if self.held == "image" else Modality.TEXT)
         moving = (candidates & ~self._held).any(1)  # [B]
         self._together = (self.past(state).passes % self.interval < self.joint) | ~moving
         return candidates & (~self._held | self._together[:, None])
 
     def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
-        """See `Policy`."""
         past = self.past(state, stream)
         whole = self._together | (past.passes == 0)  # a stream that joins late computes everything once
         query = whole[:, None] | ~self._held | (state.ids != past.seen)
