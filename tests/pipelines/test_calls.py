@@ -51,7 +51,7 @@ def test_a_negative_prompt_of_muddit_is_read_as_a_prompt_is(pipes):
 @pytest.mark.parametrize("value", [b"x", [1], np.zeros(3), 5, object()], ids=lambda value: type(value).__name__)
 def test_a_wrong_cache_or_task_is_one_sentence_that_lists_all(pipes, value):
     for call in (pipes["native"].text_to_image, pipes["llada"].complete):
-        with pytest.raises(ValueError, match=r"cache is .*; expected one of auto, none, .* or a CacheConfig"):
+        with pytest.raises(ValueError, match=r"cache is .*; expected one of auto, .*none, .* or a CacheConfig"):
             call("a", cache=value)
     for family in ("native", "llada", "lumina"):
         with pytest.raises(ValueError, match=r"task is .*; expected one of"):
@@ -85,9 +85,9 @@ BAD = [
     ("mmada", ("a",), {"height": 8}, "leave height and width out"),
     ("lumina", ("a",), {"height": 7.5}, "height is 7.5"),
     ("lumina", ("a",), {"height": 10**9}, "height is 1000000000"),
-    ("lumina", ("a",), {"task": "edit"}, "task 'edit' needs image"),
-    ("lumina", (), {"task": "edit"}, "task 'edit' needs image and prompt"),
-    ("llada", (), {"task": "chat"}, "task 'chat' needs prompt"),
+    ("lumina", ("a",), {"task": "edit"}, "task 'edit' was given ['prompt']; it needs ['image', 'prompt']"),
+    ("lumina", (), {"task": "edit"}, "task 'edit' was given []; it needs ['image', 'prompt']"),
+    ("llada", (), {"task": "chat"}, "task 'chat' was given []; it needs ['prompt']"),
     ("llada", ("a",), {"max_text_tokens": 10**6}, "max_text_tokens is 1000000"),
     ("dream", ("<mask:4096>" * 2,), {"task": "infill"}, "hides 8192 tokens in all"),
 ]
