@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ class ConfigKeys:
         used: keys that are read: types, or an `Argument`.
         needed: keys without a default besides.
         fixed: options that would change the computation, with the values that are built here.
-        harmless: keys that change nothing here, with the reason.
+        harmless: keys that change nothing here.
         closed: refuse keys that are in no table. Otherwise only those whose names speak of the computation are.
     """
 
@@ -60,54 +60,53 @@ class ConfigKeys:
     used: Mapping[str, Any]
     needed: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    harmless: Mapping[str, str] = field(default_factory=dict)
+    harmless: Collection[str] = ()
     closed: bool = False
 
-    def check(self, config: Any) -> Mapping[str, Any]:
-        """Raise `ConfigError` for the first key that is missing, of another type, or not built here; else `config`."""
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` for the first key that is missing, of another type, or not built here."""
         if not isinstance(config, Mapping):
             raise ConfigError(f"{self.what} is {json_name(config)}; expected named settings")
-        needed = (key for key, value in self.used.items() if isinstance(value, Argument) and value.default is ...)
+        needed = (key for key, kind in self.used.items() if isinstance(kind, Argument) and kind.default is ...)
         for key in (*needed, *self.needed):
             if key not in config:
                 raise ConfigError(f"its config has no {key!r}, which {self.what} needs")
-        known = {*self.used, *self.fixed, *self.harmless}
         for key, value in config.items():
             if not isinstance(key, str):
                 raise ConfigError(f"config has the key {key!r}; expected names")
-            if key in self.used:
-                kind = self.used[key]
-                self._checked(key, value, kind.kind if isinstance(kind, Argument) else kind)
-            elif key in self.fixed:
-                self._allowed(key, value, self.fixed[key])
-            elif key in self.harmless or (key.startswith("_") and key not in _NAMES):
-                continue
-            elif key in _NAMES:
-                self._checked(key, value, _NAMES[key])
-            elif self.closed:
-                raise ConfigError(f"unknown {self.what} config keys [{plain(key)!r}]; expected some of {sorted(known)}")
-            elif _COMPUTING.search(key.lower()) and not _TRAINING.search(key.lower()) and not is_neutral(value):
-                raise ConfigError(
-                    f"config has {plain(key)} = {_short(value)}, which may change what the network computes and is not built "
-                    f"for {self.what}; if it changes nothing, remove it from the config"
-                )
-        return config
+            kind = self.used.get(key, _NAMES.get(key))
+            if key in self.fixed:
+                allowed = self.fixed[key]
+                if not any(type(value) is type(one) and value == one for one in allowed):
+                    raise ConfigError(f"config has {key} = {_short(value)}; only {allowed[0]!r} is supported")
+            elif kind is not None:
+                check_setting(key, value, kind.kind if isinstance(kind, Argument) else kind)
+            elif key not in self.harmless and not key.startswith("_"):
+                self._check_unknown(key, value)
 
-    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def _check_unknown(self, key: str, value: Any) -> None:
+        if self.closed:
+            known = sorted({*self.used, *self.fixed, *self.harmless})
+            raise ConfigError(f"unknown {self.what} config keys [{plain(key)!r}]; expected some of {known}")
+        if _COMPUTING.search(key.lower()) and not _TRAINING.search(key.lower()) and not is_neutral(value):
+            raise ConfigError(
+                f"config has {plain(key)} = {_short(value)}, which may change what the network computes and is not built "
+                f"for {self.what}; if it changes nothing, remove it from the config"
+            )
+
+    def read(self, config: Any) -> dict[str, Any]:
         """Arguments of our network: the keys with an `Argument`, or upstream's defaults; checked before."""
         self.check(config)
-        settings = {key: value for key, value in self.used.items() if isinstance(value, Argument)}
-        return {setting.ours: config.get(key, setting.default) for key, setting in settings.items()}
+        taken = {key: kind for key, kind in self.used.items() if isinstance(kind, Argument)}
+        return {argument.ours: config.get(key, argument.default) for key, argument in taken.items()}
 
-    def _checked(self, key: str, value: Any, annotation: Any) -> None:
-        try:
-            check_value(value, annotation, f"config {key}")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
-    def _allowed(self, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-        if not any(type(value) is type(one) and value == one for one in allowed):
-            raise ConfigError(f"config has {key} = {_short(value)}; only {allowed[0]!r} is supported")
+def check_setting(key: str, value: Any, kind: Any) -> None:
+    """Raise `ConfigError` unless a value is of a type."""
+    try:
+        check_value(value, kind, f"config {key}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def is_neutral(value: Any) -> bool:
@@ -119,7 +118,8 @@ def is_neutral(value: Any) -> bool:
 
 def check_names(config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` where what tells families apart is not text."""
-    ConfigKeys("config", {}, harmless=dict.fromkeys(config.keys() - _NAMES.keys(), "")).check(config)
+    for key, kind in _NAMES.items():
+        check_setting(key, config.get(key), kind)
 
 
 def plain_rope_theta(config: Mapping[str, Any], default: float) -> float:
@@ -140,7 +140,7 @@ def plain_rope_theta(config: Mapping[str, Any], default: float) -> float:
             raise ConfigError(f"config has {name} = {_short(dict(rope))}; only plain rotary positions are supported")
         inner = rope.get("rope_theta", theta)
         if "rope_theta" in rope:
-            ConfigKeys("rope", {"rope_theta": Positive}).check({"rope_theta": inner})
+            check_setting("rope_theta", inner, Positive)
         if theta is not None and inner != theta:
             raise ConfigError(f"config has rope_theta = {theta!r} and {inner!r}; keep one")
         theta = inner

@@ -29,13 +29,7 @@ class KeyMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight of ours and the weight (or several, stacked along dim 0) that it is in the checkpoint.
-
-    Args:
-        ours: our name.
-        theirs: their name, or names in stacking order.
-        rows: rows of each part where there are several; sums to the rows of ours.
-    """
+    """One weight of ours, and the names in the checkpoint that it is (stacked along dim 0 with so many `rows` each)."""
 
     ours: str
     theirs: str | tuple[str, ...]
@@ -48,29 +42,24 @@ class Entry:
 
 def linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
     """The entries of a layer with a weight and perhaps a bias."""
-    return [Entry(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")[: 1 + bias]]
+    return joined(ours, [theirs], (), bias)
 
 
 def joined(ours: str, theirs: Sequence[str], rows: tuple[int, ...], bias: bool = False) -> list[Entry]:
-    """The entries of a layer of ours that is several of theirs, or already one (`theirs` of length 1)."""
-    parts = ("weight", "bias")[: 1 + bias]
+    """The entries of a layer of ours that is several of theirs, or one (then `rows` does not matter)."""
     return [
         Entry(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), rows if len(theirs) > 1 else ())
-        for part in parts
+        for part in ("weight", "bias")[: 1 + bias]
     ]
 
 
 def per_layer(count: int, entries: Sequence[Entry]) -> list[Entry]:
     """Entries whose names hold `{i}` for every layer, layer by layer."""
-    return [
-        Entry(
-            entry.ours.replace(LAYER, str(layer)),
-            tuple(name.replace(LAYER, str(layer)) for name in entry.parts),
-            entry.rows,
-        )
-        for layer in range(count)
-        for entry in entries
-    ]
+
+    def at(name: str, layer: int) -> str:
+        return name.replace(LAYER, str(layer))
+
+    return [Entry(at(e.ours, n), tuple(at(p, n) for p in e.parts), e.rows) for n in range(count) for e in entries]
 
 
 @dataclass(frozen=True)
@@ -109,29 +98,18 @@ class KeyMap:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> dict[str, Tensor]:
-        """Rename a checkpoint; every tensor goes straight to its place, one at a time.
+        """Rename a checkpoint; every tensor (in memory, or a `StoredTensor`) goes straight to its place, one at a time.
 
         Args:
-            theirs: their weights (tensors, or `StoredTensor` of a file).
-            shapes: the expected shape of every weight of ours.
-            dtype: of the floating-point weights; None keeps the checkpoint's.
-            device: where to; None for where they are.
+            shapes: of every weight of ours. dtype, device: as in `Family.load`.
 
         Raises:
             KeyMismatch: missing, left-over or misshaped weights.
-            ValueError: a constant of another value.
+            ValueError: a constant of another value, a copy that is none, or a dtype that is no place's.
         """
-        self.check(theirs, shapes)
+        self._check_names(theirs, shapes)
         for name, value in theirs.items():
             check_dtype(name, value, is_float=name not in self.constants or self.constants[name].is_floating_point())
-        self._check_equal(theirs)
-        return {
-            entry.ours: _place([theirs[name] for name in entry.parts], shapes[entry.ours], dtype, device)
-            for entry in self.entries
-        }
-
-    def _check_equal(self, theirs: Mapping[str, Any]) -> None:
-        """Constants have their value, copies that of their original."""
         for name, constant in self.constants.items():
             if name in theirs and not torch.allclose(
                 in_memory(theirs[name]).float(), constant.float(), rtol=1e-3, atol=1e-6
@@ -143,8 +121,9 @@ class KeyMap:
                     f"checkpoint weight {copy!r} differs from {original!r}, though the config ties them; "
                     "set the tying off in the config, or load a checkpoint of this config"
                 )
+        return {e.ours: _place([theirs[name] for name in e.parts], shapes[e.ours], dtype, device) for e in self.entries}
 
-    def check(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    def _check_names(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise `KeyMismatch` unless `theirs` holds exactly the weights of these shapes."""
         wanted = {name: tuple(value.shape) for name, value in self.constants.items()}
         wanted |= {copy: _shape(theirs.get(original)) for copy, original in self.copies.items()}
@@ -152,16 +131,15 @@ class KeyMap:
             whole = tuple(shapes[entry.ours])
             parts = [(rows, *whole[1:]) for rows in entry.rows] if len(entry.parts) > 1 else [whole]
             wanted |= zip(entry.parts, parts, strict=True)
-        misshaped = {
-            name: (_shape(theirs[name]), shape)
-            for name, shape in wanted.items()
-            if name in theirs and _shape(theirs[name]) != shape
+        wrong = {name: shape for name, shape in wanted.items() if name in theirs and _shape(theirs[name]) != shape}
+        kinds = {
+            "missing": [name for name in self.names() if name not in theirs],
+            "left over": sorted(set(theirs) - set(wanted)),
+            "misshaped": [
+                f"{n!r} gives shape {_shape(theirs[n])} and the config asks for {s}" for n, s in wrong.items()
+            ],
         }
-        missing = [name for name in self.names() if name not in theirs]
-        left_over = sorted(set(theirs) - set(wanted))
-        if missing or left_over or misshaped:
-            shapes = [f"{n!r} gives shape {a} and the config asks for {b}" for n, (a, b) in misshaped.items()]
-            kinds = {"missing": missing, "left over": left_over, "misshaped": shapes}
+        if any(kinds.values()):
             counts = ", ".join(f"{len(names)} {kind}{_named(names)}" for kind, names in kinds.items())
             raise KeyMismatch(f"checkpoint does not fit its config: {counts}; check the family and the config")
 
@@ -171,14 +149,10 @@ class KeyMap:
         theirs = {name: value.clone() for name, value in self.constants.items()}
         for entry in self.entries:
             value = rest.pop(entry.ours)
-            split = (value,) if len(entry.parts) == 1 else value.split(entry.rows)
-            theirs.update(zip(entry.parts, split, strict=True))
+            theirs |= zip(entry.parts, value.split(entry.rows) if entry.rows else (value,), strict=True)
         if rest:
             raise ValueError(f"weights {sorted(rest)[:3]} have no name in this family; the model has other options on")
-        for copy, original in self.copies.items():
-            if copies:
-                theirs[copy] = theirs[original].clone()
-        return theirs
+        return theirs | ({copy: theirs[name].clone() for copy, name in self.copies.items()} if copies else {})
 
 
 def assemble(
@@ -199,17 +173,15 @@ def _place(
     parts: Sequence[AnyTensor], shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
     """The parts of a weight stacked along dim 0. A tensor in memory that is one already is taken over as it is."""
-    first = parts[0]
-    kinds = {part.dtype for part in parts}
+    first, kinds = parts[0], {part.dtype for part in parts}
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"weights that belong together are stored as {sorted(map(str, kinds))}; give a dtype")
     wanted = first.dtype if dtype is None or not first.dtype.is_floating_point else dtype
     if len(parts) == 1 and isinstance(first, Tensor):
         return first.to(device=device, dtype=wanted)
-    place = torch.device("cpu") if device is None else device
-    if device is None and isinstance(first, Tensor):
-        place = first.device
-    out, start = torch.empty(tuple(shape), dtype=wanted, device=place), 0
+    if device is None:
+        device = first.device if isinstance(first, Tensor) else "cpu"
+    out, start = torch.empty(tuple(shape), dtype=wanted, device=device), 0
     if out.ndim == 0:
         return out.copy_(in_memory(first))
     for part in parts:
@@ -220,23 +192,16 @@ def _place(
 
 def unwrap(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights inside a checkpoint that nests them under a top-level `model` or `state_dict`."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            return unwrap(state[wrapper])
-    return state
+    inner = next((state[name] for name in ("model", "state_dict") if isinstance(state.get(name), Mapping)), None)
+    return state if inner is None else unwrap(inner)
 
 
 def strip_prefixes(state: Mapping[str, Any], prefixes: Iterable[str] = PREFIXES) -> dict[str, Any]:
-    """Names without leading `prefixes`, removed as often as they occur.
-
-    Raises:
-        ValueError: two names become one.
-    """
+    """Names without leading `prefixes`, removed as often as they occur; `ValueError` where two names become one."""
     prefixes = tuple(prefixes)
     out: dict[str, Any] = {}
-    for key, value in state.items():
-        name = key
-        while prefixes and name.startswith(prefixes):
+    for name, value in state.items():
+        while name.startswith(prefixes):
             name = next(name.removeprefix(p) for p in prefixes if name.startswith(p))
         if name in out:
             raise ValueError(f"checkpoint holds {name!r} twice, under different prefixes; keep one copy")

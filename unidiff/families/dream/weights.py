@@ -40,34 +40,28 @@ KEYS = ConfigKeys(
         "hidden_size": Argument("hidden_size", Width),
         "num_hidden_layers": Argument("num_layers", Depth),
         "num_attention_heads": Argument("num_heads", Depth),
-        "num_key_value_heads": Depth | None,
-        "head_dim": Width | None,
         "intermediate_size": Argument("ffn_size", Width),
         "vocab_size": Argument("vocab_size", Rows),
         "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-6),
+        "num_key_value_heads": Depth | None,
+        "head_dim": Width | None,
         "rope_theta": Positive | None,
-        "rope_scaling": Any,  # `plain_rope_theta` looks at these two
-        "rope_parameters": Any,
+        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
         "tie_word_embeddings": bool | None,
         "max_position_embeddings": Index | None,
         **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
     },
     fixed={  # first the value that is built
         "hidden_act": ("silu",),
-        "use_sliding_window": (False, None),
-        "use_mrope": (False, None),
         "full_attn_mask": (None, False, True),
         "attention_bias": (True, None),  # of queries, keys and values
-        "mlp_bias": (False, None),
+        **dict.fromkeys(("use_sliding_window", "use_mrope", "mlp_bias"), (False, None)),
     },
-    harmless={
-        "sliding_window": "without use_sliding_window",
-        "max_window_layers": "without use_sliding_window",
-        "layer_types": "without use_sliding_window",
-        "attention_dropout": "dropout is off when a model is used",
-        "initializer_range": "only before training",
-        "use_cache": "how fast, not what",
-    },
+    harmless=(
+        *("sliding_window", "max_window_layers", "layer_types"),  # without use_sliding_window
+        *("attention_dropout", "initializer_range"),  # of training
+        "use_cache",  # how fast, not what
+    ),
 )
 
 

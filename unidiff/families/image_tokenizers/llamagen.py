@@ -27,7 +27,6 @@ RELEASED: dict[str, dict[str, Any]] = {
     "VQ-16": {**_COMMON, "encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)},
     "VQ-8": {**_COMMON, "encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)},
 }
-_TRAINING = ("commit_loss_beta", "entropy_loss_ratio", "dropout_p", "codebook_show_usage")  # change no result
 _LEVELS = list[Depth] | tuple[Depth, ...]
 KEYS = ConfigKeys(
     "LlamaGen tokenizer",
@@ -41,7 +40,7 @@ KEYS = ConfigKeys(
         "encoder_ch_mult": _LEVELS,
         "decoder_ch_mult": _LEVELS,
     },
-    harmless=dict.fromkeys(_TRAINING, "changes no result"),
+    harmless=("commit_loss_beta", "entropy_loss_ratio", "dropout_p", "codebook_show_usage"),  # of training
     closed=True,
 )
 _USAGE = "quantize.codebook_used"

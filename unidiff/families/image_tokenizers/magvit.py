@@ -28,11 +28,7 @@ SIDES: dict[str, Any] = dict(
     used={"ch": Width, "ch_mult": _LEVELS, "num_res_blocks": _LEVELS, "z_channels": Width},
     needed=("ch", "ch_mult", "num_res_blocks", "z_channels"),
     fixed={"in_ch": (3,), "out_ch": (3,), "double_z": (False, None)},
-    harmless={
-        "attn_resolutions": "[5] never matches: there is attention in the middle only",
-        "resolution": "only places attention",
-        "dropout": "off when a tokenizer is used",
-    },
+    harmless=("attn_resolutions", "resolution", "dropout"),  # attention is in the middle only: [5] never matches
     closed=True,
 )
 KEYS = ConfigKeys(
@@ -52,7 +48,8 @@ def magvit_settings(config: Config) -> dict[str, Any]:
     KEYS.check(config)
     kwargs: dict[str, Any] = {"code_dim": config["codebook_dim"]}
     for name in ("encoder", "decoder"):
-        side = ConfigKeys(f"MAGVIT-v2 {name}", **SIDES).check(config[name])
+        side = config[name]
+        ConfigKeys(f"MAGVIT-v2 {name}", **SIDES).check(side)
         kwargs[f"{name}_channels"] = side["ch"]
         kwargs[f"{name}_multipliers"] = tuple(side["ch_mult"])
         kwargs[f"{name}_depths"] = tuple(side["num_res_blocks"])

@@ -21,35 +21,23 @@ ROWS_8B = 126464
 EOT_8B = 126348  # end of turn; in no released config
 MLP_RATIO = 4  # upstream's default
 COPIES = {"transformer.ff_out.weight": "transformer.wte.weight"}  # of a tied head
-_DROPPED = "dropout is off when a model is used"
-_INIT = "only before training"
-_COST = "how fast, not what"
 KEYS = ConfigKeys(
     "llada",
     used={
         "d_model": Argument("hidden_size", Width),
         "n_heads": Argument("num_heads", Depth),
-        "n_kv_heads": Depth | None,
-        "multi_query_attention": bool | None,
         "n_layers": Argument("num_layers", Depth),
+        "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-5),
         "mlp_hidden_size": Width | None,
         "mlp_ratio": Annotated[float, Between(1e-3, 1e3)],
-        "vocab_size": Rows,
-        "embedding_size": Index | None,
-        "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-5),
         "rope_theta": Positive,
-        "rope_scaling": Any,  # `plain_rope_theta` looks at these two
-        "rope_parameters": Any,
-        "attention_layer_norm": bool | None,
-        "weight_tying": bool | None,
-        "include_bias": bool | None,
-        "include_qkv_bias": bool | None,
-        "block_group_size": Depth | None,
-        "max_sequence_length": Index | None,
+        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
+        **dict.fromkeys(("vocab_size", "new_vocab_size"), Rows),
+        **dict.fromkeys(("n_kv_heads", "block_group_size"), Depth | None),
+        **dict.fromkeys(("embedding_size", "max_sequence_length", "num_vq_tokens"), Index | None),
         **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "eot", "bos")},
-        # of MMaDA
-        "new_vocab_size": Rows,
-        "num_vq_tokens": Index | None,
+        **dict.fromkeys(("multi_query_attention", "attention_layer_norm"), bool | None),
+        **dict.fromkeys(("weight_tying", "include_bias", "include_qkv_bias"), bool | None),
     },
     fixed={  # first the value that is built
         "activation_type": ("silu",),  # silu(ff_proj) * up_proj, nothing halved
@@ -57,24 +45,20 @@ KEYS = ConfigKeys(
         "layer_norm_type": ("rms",),
         "layer_norm_with_affine": (True,),
         "attention_layer_norm_with_affine": (True, None),
-        "bias_for_layer_norm": (False, None),
         "rope": (True,),
-        "alibi": (False, None),
-        "input_emb_norm": (False, None),
-        "scale_logits": (False, None),
         "clip_qkv": (None,),
+        **dict.fromkeys(("bias_for_layer_norm", "alibi", "input_emb_norm", "scale_logits"), (False, None)),
     },
-    harmless={
-        "alibi_bias_max": "without alibi",
-        **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), _DROPPED),
-        **dict.fromkeys(("init_fn", "init_std", "init_cutoff_factor", "init_device"), _INIT),
-        **dict.fromkeys(("flash_attention", "use_cache"), _COST),
-        "precision": "of training",
-        "rope_full_precision": "positions are always turned in float32 here",
-        "tie_word_embeddings": "upstream ties by weight_tying alone",
-        "llm_vocab_size": "of the text part, which the id layout says",
-        "w_clip_vit": "a second input of training runs; the network is the same",
-    },
+    harmless=(
+        *("attention_dropout", "residual_dropout", "embedding_dropout"),  # off when a model is used
+        *("init_fn", "init_std", "init_cutoff_factor", "init_device"),  # only before training
+        *("flash_attention", "use_cache", "precision"),  # how fast, not what
+        "alibi_bias_max",  # without alibi
+        "rope_full_precision",  # positions are always turned in float32 here
+        "tie_word_embeddings",  # upstream ties by weight_tying alone
+        "llm_vocab_size",  # of the text part, which the id layout says
+        "w_clip_vit",  # a second input of training runs; the network is the same
+    ),
 )
 
 

@@ -47,7 +47,7 @@ KEYS = ConfigKeys(
         "eos_token_id": Index | None,
     },
     fixed=_FIXED,
-    harmless={"scale_by_sigma": "of another parameterisation"},
+    harmless=("scale_by_sigma",),  # of another parameterisation
 )
 
 

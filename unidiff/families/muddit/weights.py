@@ -36,7 +36,7 @@ KEYS = ConfigKeys(
         "upsample": bool,
     },
     fixed={"guidance_embeds": (False, None), "patch_size": (1, None)},
-    harmless={"in_channels": "of the network that this one was made from; codes have a table"},
+    harmless=("in_channels",),  # of the network that this one was made from; codes have a table
     closed=True,
 )
 # What the published `transformer/config.json` files hold, under upstream's names.

@@ -26,7 +26,6 @@ RMS_NORM_EPS = 1e-6
 SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
 INTERLEAVED_SIDES = (16, 32, 48, 64)  # rows and columns of the images that upstream has rotary tables for
 INTERLEAVED_IMAGES = 16  # images of a sample that have a vector of their own
-_OFF = (False, None)
 _HUGE = 2**26
 MODEL_KEYS = ConfigKeys(
     "unidisc (model)",
@@ -37,30 +36,22 @@ MODEL_KEYS = ConfigKeys(
         "cond_dim": Argument("cond_dim", Width, 128),
         "dropout": Argument("dropout", Annotated[float, Between(0, 0.999)], 0.1),
         "norm_type": Literal["layernorm", "rms"],
-        "qk_norm": bool | None,
-        "sandwich_normalization": bool | None,
-        "rope_2d": bool | None,
         "linear_factor": Positive | None,
-        "modality_embed": bool | None,
-        "force_time_conditioning": bool | None,
-        "text_vocab_size": Rows | None,
-        "image_vocab_size": Rows | None,
+        **dict.fromkeys(("qk_norm", "sandwich_normalization", "rope_2d"), bool | None),
+        **dict.fromkeys(("modality_embed", "force_time_conditioning"), bool | None),
+        **dict.fromkeys(("text_vocab_size", "image_vocab_size"), Rows | None),
         "length": Annotated[int, Between(-1, _HUGE)] | None,
     },
     fixed={  # other networks under the same class
-        "use_pretrained_img_emb": _OFF,
-        "img_cond": _OFF,
-        "cond_label": _OFF,
+        **dict.fromkeys(("use_pretrained_img_emb", "img_cond", "cond_label", "tie_word_embeddings"), (False, None)),
         "full_attention": (True, None),
-        "tie_word_embeddings": _OFF,
         "type": ("ddit", "dit", None),
     },
-    harmless={
-        "scale_by_sigma": "of another parameterisation",
-        "codebook_embed_dim": "of the image tokenizer",
-        "zero_linear_init": "only before training",
-        "downscale_ratio": "of the image tokenizer",
-    },
+    harmless=(
+        "scale_by_sigma",  # of another parameterisation
+        "zero_linear_init",  # only before training
+        *("codebook_embed_dim", "downscale_ratio"),  # of the image tokenizer
+    ),
 )
 FULL_KEYS = ConfigKeys(
     "unidisc",
