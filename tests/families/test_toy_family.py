@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from toy_packages import run_with
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = """
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Family, Release, Tiny
@@ -58,11 +54,4 @@ assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name 
 
 
 def test_a_family_of_another_package(tmp_path):
-    (tmp_path / "toy_family.py").write_text(PACKAGE)
-    about = tmp_path / "toy_family-1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-family\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[unidiff.families]\ntoy = toy_family\n")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
-    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_with(tmp_path, "families", PACKAGE, RUN)
