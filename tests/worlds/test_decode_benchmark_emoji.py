@@ -216,7 +216,7 @@ def test_contrasts_keep_caches_and_passes_apart():
 def test_mistakes_are_one_sentence(pipe, tmp_path):
     folder = tmp_path / "cells"
     for options, words in (
-        ({"caches": ("dua",)}, "unknown policy 'dua'; expected some of none, prefix"),
+        ({"caches": ("dua",)}, "unknown policy 'dua'; expected some of adaptive"),
         ({"parts": ("all",)}, "unknown part 'all'"),
         ({"cases": 0}, "cases is 0"),
         ({"batches": (0,)}, "batches"),

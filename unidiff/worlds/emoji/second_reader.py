@@ -8,8 +8,8 @@ oracle judges; this reader tells how much of its judgement depends on the way it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,8 +45,7 @@ STRANGE_SHARE = 0.25
 TRUE_SCENES = 200
 
 
-@dataclass(frozen=True)
-class _Boxes:
+class _Boxes(NamedTuple):
     """Features of all boxes of some pictures, one entry per size."""
 
     features: list[Tensor]  # [B, R, C, F]
@@ -58,10 +57,8 @@ class SecondReader:
     """Fits itself when made.
 
     Args:
-        profile: which sprites, and the picture size.
-        training_scenes: per sprite of the profile.
-        hidden: random features.
-        seed: of the training scenes and random features.
+        profile: which sprites, and the picture size. training_scenes: per sprite of the profile.
+        hidden: random features. seed: of these and the training scenes.
     """
 
     def __init__(self, profile: Profile, training_scenes: int = 40, hidden: int = 1200, seed: int = 0) -> None:
@@ -87,27 +84,27 @@ class SecondReader:
         source = SceneGenerator(self.profile, seed=(1 << 40) + seed, split="all")
         width, classes = sum(self._lift.shape) + 1, self.profile.num_objects + 1
         gram, cross = torch.zeros(width, width), torch.zeros(width, classes)
-        names = {name: i for i, name in enumerate(self.profile.names)}
         for start in range(0, n, 256):
             drawn = [source.scene(start + i) for i in range(min(256, n - start))]
             boxes = self._describe(_worn(render_batch(drawn, self.profile), start, seed))
-            for x, y in self._labelled(drawn, boxes, names, start, seed):
+            for x, y in self._labelled(drawn, boxes, start, seed):
                 lifted = self._lifted(x)
                 gram += lifted.T @ lifted
                 cross.index_add_(1, y, lifted.T)
         gram.diagonal().add_(RIDGE)
         return torch.linalg.solve(gram.double(), cross.double()).float()
 
-    def _labelled(self, drawn: Sequence[Scene], boxes: _Boxes, names: dict[str, int], start: int, seed: int):
+    def _labelled(
+        self, drawn: Sequence[Scene], boxes: _Boxes, start: int, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and classes: every box with a sprite, and a few others (shifted, cut, empty) of each picture."""
-        none = len(names)
+        none, placed = self.profile.num_objects, [(b, o) for b, scene in enumerate(drawn) for o in scene.objects]
         for number, (size, features) in enumerate(zip(SIZES, boxes.features, strict=True)):
             places = UNITS - size + 1
             labels = torch.full(features.shape[:3], none)
-            for b, scene in enumerate(drawn):
-                for o in scene.objects:
-                    if o.size == size:
-                        labels[b, o.row, o.col] = names[o.name]
+            for b, o in placed:
+                if o.size == size:
+                    labels[b, o.row, o.col] = self.profile.names.index(o.name)
             keys = torch.arange(start, start + len(drawn))
             u = keyed_uniform(seed, keys, 10 + number, places * places).view(labels.shape)
             keep = (labels != none) | (u < 4 / places**2)

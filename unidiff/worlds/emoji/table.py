@@ -53,16 +53,11 @@ class QuestionMix:
             raise ValueError(f"{counts} plain, yes/no and lookup questions; expected none below 0 and one in all")
 
 
-@dataclass(frozen=True)
-class SceneTexts:
-    """What is said about one scene: captions drawn from its distribution, and (question, answer) pairs."""
-
-    captions: list[str]
-    questions: list[tuple[str, str]]
-
-
-def scene_texts(scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: QuestionMix) -> SceneTexts:
-    """Texts of scene `index`, drawn independently of each other; the same for the same generator and index."""
+def scene_texts(
+    scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: QuestionMix
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Captions of scene `index` from its distribution, and (question, answer) pairs, drawn independently of each other; the
+    same for the same generator and index."""
     rng = scenes.rng(index, "texts")
     options = caption_distribution(scene)
     drawn = rng.choices(list(options), list(options.values()), k=captions)
@@ -70,7 +65,7 @@ def scene_texts(scenes: SceneGenerator, index: int, scene: Scene, captions: int,
     for number in range(questions.plain, len(asked)):
         while asked[number][1] not in ("yes", "no"):
             asked[number] = draw_question(scene, scenes.profile, rng)
-    return SceneTexts(drawn, asked + [_lookup(scene, rng) for _ in range(questions.lookup)])
+    return drawn, asked + [_lookup(scene, rng) for _ in range(questions.lookup)]
 
 
 def _lookup(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -84,20 +79,18 @@ def _lookup(scene: Scene, rng: random.Random) -> tuple[str, str]:
 def corpus(scenes: SceneGenerator, count: int) -> Iterator[str]:
     """Captions, questions and answers of `count` scenes, for training a text tokenizer."""
     for index in range(count):
-        texts = scene_texts(scenes, index, scenes.scene(index), 1, QuestionMix(1))
-        yield texts.captions[0]
-        yield from texts.questions[0]
+        captions, questions = scene_texts(scenes, index, scenes.scene(index), 1, QuestionMix(1))
+        yield from (*captions, *questions[0])
 
 
 def raw_samples(scenes: SceneGenerator, count: int) -> Iterator[tuple[str, dict]]:
     """`(key, members)` for a shard writer: a PNG, one caption, and questions with answers in the json."""
     for index in range(count):
-        scene = scenes.scene(index)
-        texts = scene_texts(scenes, index, scene, 1, QuestionMix(2))
-        buffer = io.BytesIO()
+        scene, key, buffer = scenes.scene(index), f"{index:09d}", io.BytesIO()
+        (caption,), questions = scene_texts(scenes, index, scene, 1, QuestionMix(2))
         Image.fromarray(render(scene, scenes.profile)).save(buffer, format="PNG")
-        metadata = {"key": f"{index:09d}", "caption": texts.captions[0], "qa": [list(q) for q in texts.questions]}
-        yield f"{index:09d}", {"png": buffer.getvalue(), "txt": texts.captions[0], "json": metadata}
+        metadata = {"key": key, "caption": caption, "qa": [list(q) for q in questions]}
+        yield key, {"png": buffer.getvalue(), "txt": caption, "json": metadata}
 
 
 def emoji_vocabulary(text: TextTokenizer, codebook_size: int) -> Vocabulary:
@@ -154,32 +147,15 @@ def token_rows(
     """
     drawn = [scenes.scene(start + i) for i in range(count)]
     codes = torch.cat([image.encode(render_batch(drawn[i : i + 256], scenes.profile)) for i in range(0, count, 256)])
+    found: dict[str, list] = {"captions": [], "questions": [], "answer_start": []}
+    for number, scene in enumerate(drawn, start):
+        said, asked = scene_texts(scenes, number, scene, captions, questions)
+        rows = [caption_row(text, caption, text_length) for caption in said]
+        answers = [row for q, a in asked if (row := question_row(text, q, a, text_length)) is not None]
+        if any(row.cut for row in rows) or len(answers) < len(asked):
+            raise ValueError(f"scene {number} needs more than {text_length} text tokens; raise text_length")
+        found["captions"].append([row.ids for row in rows])
+        found["questions"].append([row.ids for row in answers])
+        found["answer_start"].append([row.answer_start for row in answers])
     levels = torch.tensor([len(scene.objects) for scene in drawn])
-    return {"codes": codes, "levels": levels, **text_rows(scenes, start, drawn, text, text_length, captions, questions)}
-
-
-def text_rows(
-    scenes: SceneGenerator,
-    start: int,
-    drawn: list[Scene],
-    text: TextTokenizer,
-    text_length: int,
-    captions: int,
-    questions: QuestionMix,
-) -> dict[str, Tensor]:
-    """The part of `token_rows` that needs no pictures: captions, questions, answer_start; `drawn` are the scenes."""
-    caption_ids, question_ids, starts = [], [], []
-    for offset, scene in enumerate(drawn):
-        texts = scene_texts(scenes, start + offset, scene, captions, questions)
-        rows = [caption_row(text, caption, text_length) for caption in texts.captions]
-        asked = [question_row(text, q, a, text_length) for q, a in texts.questions]
-        if any(row.cut for row in rows) or any(row is None for row in asked):
-            raise ValueError(f"scene {start + offset} needs more than {text_length} text tokens; raise text_length")
-        caption_ids.append([row.ids for row in rows])
-        question_ids.append([row.ids for row in asked if row])
-        starts.append([row.answer_start for row in asked if row])
-    return {
-        "captions": torch.tensor(caption_ids),
-        "questions": torch.tensor(question_ids),
-        "answer_start": torch.tensor(starts),
-    }
+    return {"codes": codes, "levels": levels, **{name: torch.tensor(rows) for name, rows in found.items()}}
