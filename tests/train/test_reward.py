@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from train_fixtures import VOCABULARY
 from unidiff.decoding import CacheConfig, ModalityDecoding, SamplerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
-from unidiff.train.config import OptimiserConfig
-from unidiff.train.reward import STATES, RewardConfig, RewardTuner, _states, advantages, policy_terms
+from unidiff.train.reward import RewardConfig, RewardTuner, States, advantages, decoded_states, policy_terms
 
 pytestmark = pytest.mark.training
 
@@ -54,7 +54,7 @@ def test_the_gradient_at_the_old_weights_is_the_policy_gradient():
     torch.testing.assert_close(got, expected)
 
 
-def tuner(beta: float, seed: int = 0, **changes) -> tuple[RewardTuner, TokenBatch]:
+def tuner(beta: float, seed: int = 0, cache: CacheConfig | None = None, **changes) -> tuple[RewardTuner, TokenBatch]:
     torch.manual_seed(0)
     model = MaskedTransformer(VOCABULARY.size, hidden_size=32, num_layers=1, num_heads=2)
 
@@ -62,14 +62,13 @@ def tuner(beta: float, seed: int = 0, **changes) -> tuple[RewardTuner, TokenBatc
         return (finished.ids[:, 2:] == VOCABULARY.image[0] + 3).float().mean(1)  # pictures made of code 3
 
     settings = SamplerConfig(image=ModalityDecoding(steps=3))
-    config = RewardConfig(group=8, beta=beta, chunk=64, seed=seed, **changes)
-    optimiser = OptimiserConfig(lr=2e-2, weight_decay=0.0)
+    config = RewardConfig(group=8, beta=beta, chunk=64, seed=seed, lr=2e-2, **changes)
     words = Span.text(torch.tensor([1, 9]), True)
     prompts = TokenBatch.from_spans([[words, Span.masked_image((2, 3), VOCABULARY)] for _ in range(4)])
-    return RewardTuner(model, VOCABULARY, settings, reward, config, optimiser), prompts
+    return RewardTuner(model, VOCABULARY, settings, reward, config, cache), prompts
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", get_args(States))
 def test_the_reward_rises_and_the_prompt_stays(states):
     run, prompts = tuner(beta=0.01, states=states)
     reports = [run.step(prompts) for _ in range(25)]
@@ -92,11 +91,11 @@ def test_the_divergence_holds_the_model_back_and_runs_repeat():
 def test_decoded_states_are_what_the_decode_saw():
     run, prompts = tuner(beta=0.0, states="decoded")
     index = torch.arange(4).repeat_interleave(8)
-    finished, seen = run._decode(prompts.rows(index), torch.arange(32), None)
+    finished, seen = run.decode(prompts.rows(index), torch.arange(32), None)
     assert seen.shape == (3, 32, 8) and not bool((finished.ids == VOCABULARY.image_mask).any())
     chosen = []
     for number in range(20):
-        noisy = run._state(finished, seen, torch.arange(32), number)
+        noisy = run.state(finished, seen, torch.arange(32), number)
         same = (seen == noisy.batch.ids).all(-1)  # [passes, B]
         assert bool(same.any(0).all()) and bool(noisy.masked.any(1).all())
         assert torch.equal(noisy.masked, noisy.batch.ids == VOCABULARY.image_mask)
@@ -108,11 +107,11 @@ def test_decoded_states_are_what_the_decode_saw():
 def test_rows_that_finish_early_repeat_their_last_state():
     full, short = torch.arange(12).view(3, 2, 2), torch.arange(4).view(2, 1, 2) + 50
     outs = [SimpleNamespace(trajectory=[*part, part[-1] * 0]) for part in (full, short)]
-    states = _states(outs)
+    states = decoded_states(outs)
     assert torch.equal(states[:, :2], full) and states[:, 2].tolist() == [[50, 51], [52, 53], [52, 53]]
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", get_args(States))
 def test_pieces_change_nothing_but_rounding(states):
     (whole, prompts), (pieces, _) = (tuner(beta=0.1, states=states, rows=rows) for rows in (64, 5))
     for _ in range(2):
@@ -130,9 +129,9 @@ def test_a_cache_that_is_exact_gives_the_same_run():
 def test_bad_settings_and_rewards_are_refused():
     with pytest.raises(ValueError, match="rows is 0"):
         RewardConfig(rows=0)
-    with pytest.raises(ValueError, match="states is 'all'; expected one of random, decoded"):
+    with pytest.raises(ValueError, match="states is 'all'; expected one of 'random', 'decoded'"):
         RewardConfig(states="all")
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="group is 1; expected a whole number from 2"):
         RewardConfig(group=1)
     with pytest.raises(ValueError, match="low <= high"):
         RewardConfig(low=0.9, high=0.1)

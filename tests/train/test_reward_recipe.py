@@ -17,6 +17,7 @@ from emoji_fakes import vocabulary_words
 from tiny_pipeline import GRID, TEXT_LENGTH, tiny_pipeline
 
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.train.reward_run import prompt_rows
 from unidiff.train.run.checkpoint import load_checkpoint
 from unidiff.worlds.emoji.evaluation import run_emoji_eval
 from unidiff.worlds.emoji.scenes import get_profile
@@ -116,7 +117,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, capsys
     assert all(torch.equal(p, cut.get_parameter(n)) for n, p in whole.named_parameters())
     assert any(not torch.equal(p, first.get_parameter(n)) for n, p in cut.named_parameters())
     assert run("base", "cut", *command, "--lr", "1e-4") == 2
-    assert "has lr = 0.001, this one 0.0001" in capsys.readouterr().err
+    assert 'has lr = "0.001", here "0.0001"' in capsys.readouterr().err
 
 
 def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
@@ -140,7 +141,7 @@ def test_tuned_with_the_oracle_and_scored(tmp_path, monkeypatch):
 
 def test_prompt_rows_are_the_pipelines_own():
     pipe = tiny_pipeline()
-    batch, condition = recipe().prompt_rows(pipe, ["a dog", "two cats"])
+    batch, condition = prompt_rows(pipe, ["a dog", "two cats"])
     assert batch.shape == (2, TEXT_LENGTH + GRID[0] * GRID[1])
     assert bool(batch.given[:, :TEXT_LENGTH].all()) and not bool(batch.given[:, TEXT_LENGTH:].any())
     assert condition is None or not bool(condition[:, 0].any())
@@ -162,15 +163,15 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     assert run("base", "out", *own, "--cache", "some") == 2
     assert "cache policy is 'some'; expected one of" in capsys.readouterr().err
     assert run("base", "out", *own, "--states", "all") == 2
-    assert "states is 'all'; expected one of random, decoded" in capsys.readouterr().err
+    assert "states is 'all'; expected one of 'random', 'decoded'" in capsys.readouterr().err
     assert run("base", "out", *own, "--keep", "0") == 2
-    assert "--keep is 0.0; expected a share above 0" in capsys.readouterr().err
+    assert "keep is 0.0; expected a finite number from 1e-09 to 1" in capsys.readouterr().err
     assert run("base", "out", *own, "--guidance-scale", "-1") == 2
     assert "guidance scale is -1.0" in capsys.readouterr().err
     assert run("base", "out", *own, "--rows", "0") == 2
-    assert "--rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
+    assert "rows is 0; expected a whole number from 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--passes", "0") == 2
-    assert "--passes, --rows and --checkpoint-every must be at least 1" in capsys.readouterr().err
+    assert "passes is 0; expected a whole number from 1" in capsys.readouterr().err
     assert run("base", "out", "--reward", "oracle", "--kinds", "0", "0", "0", "0") == 2
     assert "--kinds is [0.0, 0.0, 0.0, 0.0]; expected four shares" in capsys.readouterr().err
 
@@ -212,9 +213,9 @@ def test_what_would_be_lost_or_is_another_run_is_refused(tmp_path, capsys, monke
         (("base", "out", "--prompts", "latin.txt", "--reward", "odd_reward:flat"), "latin.txt"),
         (("base", "out", "--prompts", "empty.txt", "--reward", "odd_reward:flat"), "holds no prompts"),
         (("base", "out", "--prompts", ".", "--reward", "odd_reward:flat"), "a folder"),
-        (("base", "out", *own, "--lr", "nan"), "--lr is nan"),
-        (("base", "out", *own, "--keep", "nan"), "--keep is nan"),
-        (("base", "out", *own, "--seed", str(2**70)), "--seed is"),
+        (("base", "out", *own, "--lr", "nan"), "lr is nan"),
+        (("base", "out", *own, "--keep", "nan"), "keep is nan"),
+        (("base", "out", *own, "--seed", str(2**70)), "seed is"),
         (("base", "out", "--reward", "oracle", "--kinds", "nan", "1", "1", "1"), "--kinds is [nan"),
         (("base", "out", "--reward", "oracle", "--prompts", "prompts.txt"), "does not go with --reward oracle"),
     ):

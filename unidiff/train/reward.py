@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -26,18 +28,19 @@ from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import masked_nll
 from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.schema import check_fields
+from unidiff.schema import Between, Positive, check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
-from unidiff.train.config import OptimiserConfig
+from unidiff.train.config import Count, OptimiserConfig, Share
 from unidiff.train.data.tasks import rank_noise
 from unidiff.train.lora import merge_adapters
 from unidiff.train.optim import Optimisers
 from unidiff.train.run.checkpoint import RunCheckpoint
+from unidiff.train.run.resume import check_same, fitting
 
 Reward = Callable[[TokenBatch], Tensor]
 """Finished rows `[B, L]` to one number each, float `[B]`."""
 
-STATES = ("random", "decoded")
+States = Literal["random", "decoded"]
 _SEED_STREAM, _RATE_STREAM, _MASK_STREAM = 201, 10_000, 20_000  # the last two plus the mask's number
 
 
@@ -52,36 +55,30 @@ class RewardConfig:
         low, high: range of the mask rate of random masks.
         clip: epsilon of the ratio's range.
         beta: weight of the divergence from the starting model.
+        lr: learning rate of AdamW.
         chunk: masked positions per piece of the head.
         rows: completions per decode, and per forward and backward pass. More are split; results change by rounding only.
-        cache: of the decodes. One that approximates makes them faster, and is tuned for.
         seed: of decodes and masks.
         bf16: completions are decoded in bfloat16 and learnt from under autocast, which is faster.
     """
 
-    group: int = 8
-    masks: int = 2
-    states: str = "random"
-    low: float = 0.1
-    high: float = 0.9
-    clip: float = 0.2
-    beta: float = 0.01
-    chunk: int = 512
-    rows: int = 192
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    seed: int = 0
+    group: Annotated[int, Between(2, 2**16)] = 8
+    masks: Annotated[int, Between(1, 2**16)] = 2
+    states: States = "random"
+    low: Share = 0.1
+    high: Share = 0.9
+    clip: Positive = 0.2
+    beta: Annotated[float, Between(0, 1e9)] = 0.01
+    lr: Annotated[float, Between(1e-30, 1e3)] = 1e-5
+    chunk: Count = 512
+    rows: Count = 192
+    seed: Annotated[int, Between(0, 2**40)] = 0
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "reward tuning:")
-        if self.group < 2 or self.masks < 1:
-            raise ValueError(f"group = {self.group} must be at least 2 and masks = {self.masks} at least 1")
-        if self.rows < 1 or self.chunk < 1:
-            raise ValueError(f"rows is {self.rows} and chunk {self.chunk}; expected at least 1")
-        if self.states not in STATES:
-            raise ValueError(f"states is {self.states!r}; expected one of {', '.join(STATES)}")
-        if not 0 < self.low <= self.high <= 1 or self.clip <= 0 or self.beta < 0:
-            raise ValueError(f"expected 0 < low <= high <= 1, clip above 0 and beta not negative, got {self}")
+        check_fields(self, "")
+        if not 0 < self.low <= self.high:
+            raise ValueError(f"low is {self.low} and high {self.high}; expected 0 < low <= high <= 1")
 
 
 @dataclass(frozen=True)
@@ -153,13 +150,8 @@ def keep_share(model: MaskedTransformer, start: MaskedTransformer, share: float)
 
     Args:
         model: tuned, without adapters. start: of the same shape.
-        share: 1 changes nothing.
-
-    Raises:
-        ValueError: a share that is not above 0 and at most 1.
+        share: above 0; 1 changes nothing.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; expected a number above 0 and at most 1")
     if share < 1:
         for weight, old in zip(model.parameters(), start.parameters(), strict=True):
             weight.copy_(old.lerp(weight, share))
@@ -173,7 +165,7 @@ class RewardTuner:
         vocabulary: its id layout.
         sampler: how completions are decoded.
         reward: see `Reward`.
-        config, optimiser: settings.
+        config: settings. cache: of the decodes. One that approximates makes them faster, and is tuned for.
     """
 
     def __init__(
@@ -183,11 +175,11 @@ class RewardTuner:
         sampler: SamplerConfig,
         reward: Reward,
         config: RewardConfig,
-        optimiser: OptimiserConfig,
+        cache: CacheConfig | None = None,
     ) -> None:
         self.model, self.vocabulary, self.sampler = model, vocabulary, sampler
-        self.reward, self.config = reward, config
-        self.optimisers = Optimisers(model, optimiser)
+        self.reward, self.config, self.cache = reward, config, cache or CacheConfig()
+        self.optimisers = Optimisers(model, OptimiserConfig(lr=config.lr, weight_decay=0.0))
         self.reference = copy.deepcopy(model).eval()
         merge_adapters(self.reference)
         self.reference.requires_grad_(False)
@@ -208,7 +200,7 @@ class RewardTuner:
         index = torch.arange(prompts.shape[0]).repeat_interleave(config.group)
         rows = prompts.rows(index)
         keys = self.steps * len(index) + torch.arange(len(index))
-        finished, seen = self._decode(rows, keys, None if condition is None else condition[index])
+        finished, seen = self.decode(rows, keys, None if condition is None else condition[index])
         # 2. rewards and advantages
         rewards = self.reward(finished).to(torch.float32)
         if rewards.shape != (len(index),) or not bool(rewards.isfinite().all()):
@@ -216,7 +208,7 @@ class RewardTuner:
         grouped = rewards.view(-1, config.group)
         advantage = advantages(grouped).flatten().to(finished.ids.device)  # [B]
         # 3. the same masks for all models; the old model is the one that decoded
-        noisy = [self._state(finished, seen, keys, number) for number in range(config.masks)]
+        noisy = [self.state(finished, seen, keys, number) for number in range(config.masks)]
         with torch.no_grad():
             old = [self._log_probs(self.model, finished, x) for x in noisy]
             reference = [self._log_probs(self.reference, finished, x) for x in noisy]
@@ -259,31 +251,22 @@ class RewardTuner:
         state = {"step": self.steps, "about": dict(about)}
         return RunCheckpoint(dict(self.model.state_dict()), {}, self.optimisers.state(), state)
 
-    def restore(self, found: RunCheckpoint, about: Mapping[str, str]) -> None:
-        """Continue from a checkpoint, with a model that is as it was when the run began.
+    def restore(self, found: RunCheckpoint, about: Mapping[str, str], folder: Path) -> None:
+        """Continue from a checkpoint in the run's `folder`, with a model that is as it was when the run began.
 
         Raises:
             ValueError: it is of a run with other settings, or of another model.
         """
-        old = found.state.get("about", {})
-        for name in sorted({*old, *about}):
-            if old.get(name) != about.get(name):
-                raise ValueError(
-                    f"the checkpoint's run has {name} = {old.get(name)}, this one {about.get(name)}; choose another "
-                    "output folder, or the same settings to continue it"
-                )
-        try:
+        check_same(found.state.get("about", {}), about, folder, "output folder")
+        with fitting(folder, "output folder"):
             self.model.load_state_dict(found.model)
             self.optimisers.load_state(found.optimiser)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the checkpoint is of another model; choose another output folder ({reason})") from error
         self.steps = found.state["step"]
 
     def _pieces(self, count: int) -> list[slice]:
         return [slice(first, first + self.config.rows) for first in range(0, count, self.config.rows)]
 
-    def _decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> tuple[TokenBatch, Tensor | None]:
+    def decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> tuple[TokenBatch, Tensor | None]:
         """Finished rows, and the ids before each pass `[passes, B, L]` where states come from there."""
         config = self.config
         model = copy.deepcopy(self.model)  # decoding may run parts of layers, which adapters do not cover
@@ -293,12 +276,12 @@ class RewardTuner:
         seeds = (keyed_uniform(config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
         record, outs = config.states == "decoded", []
         for part in self._pieces(len(seeds)):
-            sampler = Sampler(model.eval(), self.vocabulary, self.sampler, config.cache.build())
+            sampler = Sampler(model.eval(), self.vocabulary, self.sampler, self.cache.build())
             hidden = None if condition is None else condition[part]
             outs.append(sampler(rows.rows(part), seeds[part], hidden, record=record))
-        return TokenBatch.cat([out.batch for out in outs]), _states(outs) if record else None
+        return TokenBatch.cat([out.batch for out in outs]), decoded_states(outs) if record else None
 
-    def _state(self, finished: TokenBatch, seen: Tensor | None, keys: Tensor, number: int) -> NoisyBatch:
+    def state(self, finished: TokenBatch, seen: Tensor | None, keys: Tensor, number: int) -> NoisyBatch:
         """What completions are scored from: some of their targets hidden again."""
         config, device = self.config, finished.ids.device
         u = keyed_uniform(config.seed, keys, _RATE_STREAM + number, 1)[:, 0]
@@ -324,7 +307,7 @@ class RewardTuner:
         return torch.cat(parts)
 
 
-def _states(outs: list[SamplerOutput]) -> Tensor:
+def decoded_states(outs: list[SamplerOutput]) -> Tensor:
     """Ids before each pass, `[passes, B, L]`; rows that took fewer passes repeat their last ones."""
     kept = [torch.stack(out.trajectory[:-1]) for out in outs if out.trajectory is not None]
     most = max(len(ids) for ids in kept)

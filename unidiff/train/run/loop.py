@@ -17,7 +17,9 @@ _KEPT = 2  # checkpoints
 class SteppedRun(Protocol):
     """What changes from step to step."""
 
-    step: int
+    @property
+    def step(self) -> int:
+        """Steps taken."""
 
     def advance(self, log: RunLog, progress: Progress) -> None:
         """One step, after which `step` is one more; says what there is to say."""
