@@ -12,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
@@ -22,8 +23,6 @@ from unidiff.errors import DamagedFile, check_regular, first_line, reading
 from unidiff.schema import check_value, describe, field_types, from_data
 
 T = TypeVar("T")
-_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
-_NUMBER = re.compile(r"[+-]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][+-]?[0-9]+)?")
 _TRUTH = {word: truth for truth in (True, False) for word in (str(truth), str(truth).lower(), str(truth).upper())}
 _NOTHING = ("null", "Null", "NULL", "~", "")
 _HOME = re.compile(r"(^|::)~[^/\s]*(/|$)")
@@ -254,18 +253,16 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
             below[name] = value
 
 
-def _typed(text: str, annotation: Any) -> Any:
+def _typed(text: str, kind: Any) -> Any:
     """A number or a truth, or None where the text is none; whole numbers may be written as 1e3."""
-    if annotation is bool:
+    if kind is bool:
         return _TRUTH.get(text)
-    if len(text) > 400:
-        return None
-    if annotation is int and _WHOLE.fullmatch(text):
-        return int(text.replace("_", ""))
-    if annotation in (int, float) and _NUMBER.fullmatch(text):
-        number = float(text.replace("_", ""))
-        whole = annotation is int and number.is_integer() and abs(number) < 2**53
-        return int(number) if whole else number if annotation is float else None
+    if kind in (int, float) and text.isascii() and text.lstrip("+-")[:3].lower() not in ("nan", "inf"):
+        with suppress(ValueError):
+            return kind(text)
+        with suppress(ValueError):
+            number = float(text)
+            return int(number) if number.is_integer() and abs(number) < 2**53 else None
     return None
 
 
@@ -273,11 +270,9 @@ def _guess(text: str) -> Any:
     """An unquoted value of a field that takes anything, by the rules of YAML 1.2: nothing, truth, number, or text."""
     if text in _NOTHING:
         return None
-    for kind in (bool, int, float):
-        plain = kind is not int or _WHOLE.fullmatch(text)
-        if plain and (value := _typed(text, kind)) is not None:
-            return value
-    return text
+    whole = _typed(text, int) if text.lstrip("+-").replace("_", "").isdecimal() else None
+    found = (value for value in (_TRUTH.get(text), whole, _typed(text, float)) if value is not None)
+    return next(found, text)
 
 
 def _alternatives(annotation: Any) -> list[Any]:
