@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import mdlm_batch, unidisc_batch
-from reference.reference_steps import (
+from reference.reverse_steps import (
     analytic_weights,
     clean_probabilities,
     maskgit_step,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import mdlm_batch
+from reference.objectives import d3pm_loss, discrete_time, sedd_log_score, sedd_loss
 from reference.times import importance_times, importance_weight, sample_times
-from reference.variants import d3pm_loss, discrete_time, sedd_log_score, sedd_loss
 from safetensors.torch import load_file
 
 from unidiff.diffusion import get_schedule, joint_elbo, mask_tokens, masked_nll

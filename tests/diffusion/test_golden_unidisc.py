@@ -6,9 +6,9 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import unidisc_batch
+from reference.loss_weights import time_weight
+from reference.objectives import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
 from reference.times import sample_times
-from reference.variants import unidisc_block_dropout, unidisc_capped_total, unidisc_dropout
-from reference.weights import time_weight
 from safetensors.torch import load_file
 
 from unidiff.diffusion import NoisyBatch, get_schedule, joint_elbo, mask_tokens, masked_nll

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.weights import cosine_count, cosine_count_weight, time_weight
+from reference.loss_weights import cosine_count, cosine_count_weight, time_weight
 
 from unidiff.diffusion import (
     condition_on,

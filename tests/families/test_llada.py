@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference.batches import llada_batch
-from reference.llada import LladaCompat, LladaSettings, generate, select
+from reference.llada_decoding import LladaCompat, LladaSettings, generate, select
 
 from unidiff.families.llada import LLADA
 from unidiff.families.registry import named_vocabulary

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden_folders
-from reference import llada as reference
+from reference import llada_decoding as reference
 from reference.batches import llada_batch
-from reference.llada import LladaCompat, LladaSettings
+from reference.llada_decoding import LladaCompat, LladaSettings
 from safetensors.torch import load_file
 from torch import Tensor
 

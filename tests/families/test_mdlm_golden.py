@@ -9,8 +9,8 @@ import pytest
 import torch
 from golden import golden_folders
 from reference.batches import mdlm_batch
+from reference.objectives import sedd_log_score
 from reference.subs import subs_log_probs
-from reference.variants import sedd_log_score
 from safetensors.torch import load_file
 
 from unidiff.families.mdlm import MDLM

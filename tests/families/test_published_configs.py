@@ -13,7 +13,7 @@ import pytest
 import torch
 from golden import golden_folders
 from published_values import MUDDIT_TENSORS, PUBLISHED
-from reference.llada import LladaSettings
+from reference.llada_decoding import LladaSettings
 
 from unidiff.decoding.cache import MaxLogitCache
 from unidiff.families.family import Family, Release

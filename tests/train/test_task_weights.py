@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.weights import time_weight
+from reference.loss_weights import time_weight
 from train_fixtures import tiny_config, tiny_table
 
 from unidiff.diffusion.schedules import get_schedule

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from reference.process import posterior
-from reference.variants import (
+from reference.objectives import (
     d3pm_loss,
     discrete_time,
     plain_cross_entropy,
@@ -12,6 +11,7 @@ from reference.variants import (
     unidisc_capped_total,
     unidisc_dropout,
 )
+from reference.process import posterior
 
 from unidiff.diffusion import get_schedule, joint_elbo
 from unidiff.tokens import Modality, Span, TokenBatch
