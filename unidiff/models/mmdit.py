@@ -195,8 +195,10 @@ class MMDiT(CheckedModel):
         return 2 if self.config.downsample else 1
 
     def cells(self, codes: Tensor) -> Tensor:
-        """`[B, H, W]` to `[B, N, c]`, the codes of each cell; both in raster order."""
-        side = self.cell_side
+        """`[B, H, W]` to `[B, N, c]`, the codes of each cell; both in raster order. `ValueError`: no whole cells."""
+        side, (height, width) = self.cell_side, codes.shape[1:]
+        if height % side or width % side:
+            raise ValueError(f"a grid of {height}x{width} codes cannot be halved; use even sides")
         return codes.unfold(1, side, side).unfold(2, side, side).flatten(3).flatten(1, 2)
 
     def grid(self, of_cells: Tensor, size: Sequence[int]) -> Tensor:
@@ -267,8 +269,6 @@ class MMDiT(CheckedModel):
     def _check_inputs(self, codes: Tensor, text: Tensor, pooled: Tensor) -> None:
         if codes.ndim != 3:
             raise ValueError(f"codes have shape {tuple(codes.shape)}; expected a grid [B, H, W]")
-        if self.config.downsample and (codes.shape[1] % 2 or codes.shape[2] % 2):
-            raise ValueError(f"a grid of {codes.shape[1]}x{codes.shape[2]} codes cannot be halved; use even sides")
         if not len(codes) == len(text) == len(pooled):
             raise ValueError(
                 f"{len(codes)} images, {len(text)} texts and {len(pooled)} pooled vectors; expected as many of each"
