@@ -23,7 +23,7 @@ from unidiff.tokens import TokenBatch
 
 Compat = Literal["upstream"] | None
 """`upstream`: the behaviour of the reference implementation where it differs."""
-Quota = Callable[[Tensor], Tensor]
+Count = Callable[[Tensor], Tensor]
 """How many of n compared positions a layer recomputes, int64 `[B]` to `[B]`."""
 
 
@@ -75,7 +75,7 @@ class StreamPlan:
     fresh: Tensor | None = None
     verify: Tensor | None = None
     full_layers: tuple[int, ...] = ()
-    quota: Quota | None = None
+    quota: Count | None = None
     notes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -198,7 +198,7 @@ def plan_rows(
     fresh: Tensor | None = None,
     verify: Tensor | None = None,
     full_layers: tuple[int, ...] = (),
-    quota: Quota | None = None,
+    quota: Count | None = None,
 ) -> CachePlan:
     """A plan of one stream; a full one where every row that is not complete recomputes everything. See `StreamPlan`.
 

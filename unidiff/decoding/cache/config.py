@@ -211,7 +211,7 @@ def choose_cache(
     return CacheChoice(CacheByRow([own.build() for own in builds], order), builds[counts.index(max(counts))], note)
 
 
-class RowShape(NamedTuple):
+class DecodeShape(NamedTuple):
     """What "auto" knows of a row: its tokens, how many of them are hidden by modality, and whether it has a picture."""
 
     length: int
@@ -227,15 +227,15 @@ class RowShape(NamedTuple):
         return "image" if self.image else "text beside a picture" if self.pictured else "text"
 
 
-def _shapes(batch: TokenBatch) -> list[RowShape]:
+def _shapes(batch: TokenBatch) -> list[DecodeShape]:
     picture = batch.valid & (batch.modality == Modality.IMAGE)
     hidden = [(batch.targets & (batch.modality == m)).sum(1) for m in (Modality.TEXT, Modality.IMAGE)]
     columns = torch.stack([batch.valid.sum(1), *hidden, picture.any(1).long()], 1)
-    return [RowShape(length, text, image, bool(pictured)) for length, text, image, pictured in columns.tolist()]
+    return [DecodeShape(length, text, image, bool(pictured)) for length, text, image, pictured in columns.tolist()]
 
 
 @lru_cache(maxsize=256)
-def _choose(row: RowShape, config: SamplerConfig) -> tuple[str, str]:
+def _choose(row: DecodeShape, config: SamplerConfig) -> tuple[str, str]:
     """What suits a row: its kind or "none", and why."""
     if not (row.text or row.image):
         return "none", "none: nothing is left to decode"
@@ -250,7 +250,7 @@ def _choose(row: RowShape, config: SamplerConfig) -> tuple[str, str]:
     return row.kind, f"{name}: makes decodes about {gain:.2f} times as fast, at some approximation"
 
 
-def expected_gain(row: RowShape, config: SamplerConfig) -> float:
+def expected_gain(row: DecodeShape, config: SamplerConfig) -> float:
     """Time of a decode without a cache over that with the cache of the row's kind, for the row alone, from the tokens of each
     pass and `OVERHEAD_TOKENS`. Where both modalities are decoded, that of the image alone."""
     modality = Modality.IMAGE if row.image else Modality.TEXT
