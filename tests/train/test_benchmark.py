@@ -10,7 +10,7 @@ import pytest
 
 from unidiff.train.config import read_config
 from unidiff.train.cost.benchmark import (
-    Workload,
+    TrainingLoad,
     fit_to_memory,
     head_flops_ratio,
     matmul_peak,
@@ -23,7 +23,7 @@ from unidiff.train.cost.plan import declared_vocabulary
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
-TINY = Workload(
+TINY = TrainingLoad(
     {"hidden_size": 32, "num_layers": 1, "num_heads": 2}, text_size=3000, image_size=2000, text_length=16, grid=4,
     batch_size=4, chunk=16,
 )  # fmt: skip
@@ -50,7 +50,7 @@ def test_the_two_heads_are_measured_side_by_side():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of /proc")
 def test_the_streamed_head_needs_far_less_memory():
-    big = Workload({"hidden_size": 16}, 30000, 10000, text_length=128, grid=16, batch_size=2, chunk=64)
+    big = TrainingLoad({"hidden_size": 16}, 30000, 10000, text_length=128, grid=16, batch_size=2, chunk=64)
     report = measure_head(big, repeats=1)
     assert report.dense_memory_mib > 200  # 768 x 40,001 logits, several times
     assert report.memory_ratio > 8
@@ -104,7 +104,9 @@ def test_what_does_not_fit_is_cut_and_said():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of /proc")
 def test_the_estimate_of_the_dense_head_is_near_what_it_takes():
-    work = Workload({"hidden_size": 32, "num_heads": 2}, 20000, 10000, text_length=64, grid=8, batch_size=8, chunk=64)
+    work = TrainingLoad(
+        {"hidden_size": 32, "num_heads": 2}, 20000, 10000, text_length=64, grid=8, batch_size=8, chunk=64
+    )
     measured = measure_head(work, repeats=1).dense_memory_mib * 2**20
     logits = work.batch_size * work.length * work.vocabulary.size
     assert 8 * logits < measured < 30 * logits

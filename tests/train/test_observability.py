@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_fixtures import MIXED, tiny_config, tiny_table
 
-from unidiff.train.cost.flops import RowShape, model_size, row_flops
+from unidiff.train.cost.flops import TrainingRow, model_size, row_flops
 from unidiff.train.run.meters import SpeedMeter, TaskMeter
 from unidiff.train.step import TIME_BUCKETS, StepReport
 from unidiff.train.trainer import Trainer, TrainingAborted
@@ -54,7 +54,7 @@ def test_speed_counts_useful_work():
     assert values["tokens_per_second"] == 2 * 8 * 15 / 2
     assert values["data_wait"] == pytest.approx(0.1)
     size = model_size(config.model, source.vocabulary.size)
-    body = row_flops(size, RowShape(6, 9, 32, 16, 0.0)).total
+    body = row_flops(size, TrainingRow(6, 9, 32, 16, 0.0)).total
     work = 2 * 8 * body + 2 * 6 * 32 * (10 * 32 + 20 * 16)  # 6 D per hidden token and column of its slice
     assert values["tflops"] == pytest.approx(work / 2 / 1e12)
     assert values["mfu"] == pytest.approx(work / 2 / (2 * 2e12))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from unidiff.diffusion.objective import masked_nll
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.process import free_memory
-from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
+from unidiff.tokens import Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
-from unidiff.train.cost.flops import RowShape, dense_head_flops, model_size, row_flops
+from unidiff.train.cost.flops import TrainingRow, model_size, row_flops
 from unidiff.train.cost.plan import GIB, make_plan
 from unidiff.train.data.source import TokenTable
 from unidiff.train.data.tasks import TaskMixer
@@ -33,7 +34,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingLoad:
     """A model and the shape of its rows; tokens are random.
 
     Attributes:
@@ -65,13 +66,13 @@ class Workload:
         return self.text_length + self.grid**2
 
     @property
-    def row(self) -> RowShape:
-        return RowShape(self.text_length, self.grid**2, self.text_size, self.image_size)
+    def row(self) -> TrainingRow:
+        return TrainingRow(self.text_length, self.grid**2, self.text_size, self.image_size)
 
 
-def workload_of(config: TrainConfig, vocabulary: Vocabulary, grid: int, device: str) -> Workload:
+def workload_of(config: TrainConfig, vocabulary: Vocabulary, grid: int, device: str) -> TrainingLoad:
     """The shapes of a run, with random tokens in place of its data."""
-    return Workload(
+    return TrainingLoad(
         dict(config.model),
         vocabulary.text_size,
         vocabulary.image_size,
@@ -98,7 +99,7 @@ def matmul_peak(device: str, bf16: bool, seconds: float = 1.0) -> float:
 
 
 @dataclass(frozen=True)
-class HeadReport:
+class HeadTiming:
     """Forward and backward of head and loss. Seconds are the best of the repeats; memory is above what was there before."""
 
     seconds: float
@@ -115,7 +116,7 @@ class HeadReport:
         return self.dense_memory_mib / max(self.memory_mib, 1e-9)
 
 
-def measure_head(work: Workload, repeats: int = 3) -> HeadReport:
+def measure_head(work: TrainingLoad, repeats: int = 3) -> HeadTiming:
     """Head and loss of one step, by `masked_nll` and by a log-softmax over all ids at all positions, turn by turn.
 
     Half the positions of each modality are masked, what uniform times give on average.
@@ -123,7 +124,8 @@ def measure_head(work: Workload, repeats: int = 3) -> HeadReport:
     torch.manual_seed(0)
     size = model_size(work.model, work.vocabulary.size)
     model = _HeadOnly(work.vocabulary.size, size.hidden_size).to(work.device)
-    batch, masked = _random_batch(work)
+    batch = _random_rows(work).batch(0, work.batch_size).batch.to(work.device)
+    masked = (torch.arange(work.length, device=work.device) % 2 == 0).expand(batch.shape)
     hidden = torch.randn(*batch.shape, model.weight.shape[1], device=work.device, requires_grad=True)
     vocabulary, ones = work.vocabulary, torch.ones(batch.shape, device=work.device)
 
@@ -146,11 +148,11 @@ def measure_head(work: Workload, repeats: int = 3) -> HeadReport:
             before = _reset_peak(work.device)
             seconds[number].append(_timed(step, work.device))
             memory[number].append(_peak(work.device) - before)
-    return HeadReport(min(seconds[0]), min(seconds[1]), max(memory[0]) / 2**20, max(memory[1]) / 2**20)
+    return HeadTiming(min(seconds[0]), min(seconds[1]), max(memory[0]) / 2**20, max(memory[1]) / 2**20)
 
 
 @dataclass(frozen=True)
-class StepReport:
+class StepTiming:
     """Whole optimiser steps.
 
     Attributes:
@@ -178,7 +180,7 @@ class StepReport:
         return self.flops_per_step / self.seconds / self.peak_flops
 
 
-def measure_step(work: Workload, config: TrainConfig, steps: int = 5, warmup: int = 1) -> StepReport:
+def measure_step(work: TrainingLoad, config: TrainConfig, steps: int = 5, warmup: int = 1) -> StepTiming:
     """Run `warmup + steps` steps of joint training on random tokens; optimiser and average as in `config`."""
     torch.manual_seed(0)
     device = torch.device(work.device)
@@ -190,8 +192,7 @@ def measure_step(work: Workload, config: TrainConfig, steps: int = 5, warmup: in
     model.hidden = hidden  # type: ignore[method-assign]
     token_nll = TokenNLL(model, work.vocabulary, work.chunk, work.bf16)
     state = TrainState(token_nll, watch.around_clip(optimisers), EMA(model, config.ema.decay))
-    uniform = TasksConfig(generate=TaskConfig(weight=1.0, loss="elbo"))
-    mixer = TaskMixer(_random_table(work), uniform, ObjectiveConfig(), seed=0)
+    mixer = _random_rows(work)
     totals, splits, peaks = [], [], []
     _reset_peak(work.device)
     for step in range(warmup + steps):
@@ -204,28 +205,28 @@ def measure_step(work: Workload, config: TrainConfig, steps: int = 5, warmup: in
             totals.append(sum(watch.parts.values()))
             splits.append(watch.parts)
             peaks.append(matmul_peak(work.device, work.bf16, 0.3))  # beside the step: shared machines drift
-    seconds = _median(totals)
-    return StepReport(
+    seconds = median_high(totals)
+    return StepTiming(
         seconds=seconds,
         parts=splits[totals.index(seconds)],
         tokens_per_second=work.batch_size * work.length / seconds,
         flops_per_step=work.batch_size * row_flops(model_size(work.model, work.vocabulary.size), work.row).total,
-        peak_flops=_median(peaks),
+        peak_flops=median_high(peaks),
         memory_mib=_peak(work.device) / 2**20,
         parameters=sum(p.numel() for p in model.parameters()),
     )
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedLoads:
     """What of a workload fits into memory: `head` for `measure_head`, `step` for `measure_step`, and `notes` on what was cut."""
 
-    head: Workload
-    step: Workload
+    head: TrainingLoad
+    step: TrainingLoad
     notes: tuple[str, ...]
 
 
-def fit_to_memory(work: Workload, config: TrainConfig, free: int | None) -> Fit:
+def fit_to_memory(work: TrainingLoad, config: TrainConfig, free: int | None) -> FittedLoads:
     """Fewer rows where the estimated memory of a measurement is more than is free.
 
     Args:
@@ -235,26 +236,28 @@ def fit_to_memory(work: Workload, config: TrainConfig, free: int | None) -> Fit:
         ValueError: not even one row fits.
     """
     if free is None:
-        return Fit(work, work, ())
+        return FittedLoads(work, work, ())
     usable, size = free * _USED, model_size(work.model, work.vocabulary.size)
-    head = _Need(16 * work.vocabulary.size * size.hidden_size, _DENSE * work.length * work.vocabulary.size)
     layout = make_plan(replace(config, batch_size=1), 1).layouts[0]
-    step = _Need(layout.weights + layout.head, layout.activations)
+    needs = {  # bytes whatever the rows, and bytes of each row
+        "head and loss": (16 * work.vocabulary.size * size.hidden_size, _DENSE * work.length * work.vocabulary.size),
+        "step": (layout.weights + layout.head, layout.activations),
+    }
     works, notes = [], []
-    for name, need in (("head and loss", head), ("step", step)):
-        rows = int((usable - need.fixed) // max(need.per_row, 1))
+    for name, (fixed, per_row) in needs.items():
+        rows = int((usable - fixed) // max(per_row, 1))
         if rows < 1:
             raise ValueError(
-                f"one row of the measurement of {name} needs {(need.fixed + need.per_row) / GIB:.1f} GiB of memory, and "
+                f"one row of the measurement of {name} needs {(fixed + per_row) / GIB:.1f} GiB of memory, and "
                 f"{free / GIB:.1f} are free; use a smaller model, fewer tokens, or another machine"
             )
         works.append(replace(work, batch_size=min(work.batch_size, rows)))
         if rows < work.batch_size:
-            asked = (need.fixed + work.batch_size * need.per_row) / GIB
+            asked = (fixed + work.batch_size * per_row) / GIB
             notes.append(
                 f"{name}: {rows} of {work.batch_size} rows, which would need {asked:.1f} GiB; {free / GIB:.1f} GiB are free"
             )
-    return Fit(works[0], works[1], tuple(notes))
+    return FittedLoads(works[0], works[1], tuple(notes))
 
 
 def free_bytes(device: str) -> int | None:
@@ -262,18 +265,11 @@ def free_bytes(device: str) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_memory()
 
 
-@dataclass(frozen=True)
-class _Need:
-    """Bytes whatever the rows, and bytes of each row."""
-
-    fixed: int
-    per_row: int
-
-
-def head_flops_ratio(work: Workload) -> float:
+def head_flops_ratio(work: TrainingLoad) -> float:
     """Operations of the head over the whole vocabulary at all positions, per operation that the loss needs."""
-    size = model_size(work.model, work.vocabulary.size)
-    return dense_head_flops(size, work.row) / row_flops(size, work.row).head
+    row, size = work.row, model_size(work.model, work.vocabulary.size)
+    dense = 3 * 2 * size.hidden_size * row.length * (row.text_slice + row.image_slice)
+    return dense / row_flops(size, row).head
 
 
 class _HeadOnly(nn.Module):
@@ -296,10 +292,10 @@ class _Stopwatch:
 
     def start(self) -> None:
         self.parts = {}
-        self._last = self._now()
+        self._last = _now(self.device)
 
     def mark(self, name: str) -> None:
-        now = self._now()
+        now = _now(self.device)
         self.parts[name] = self.parts.get(name, 0.0) + now - self._last
         self._last = now
 
@@ -322,47 +318,28 @@ class _Stopwatch:
         optimisers.clip = timed  # type: ignore[method-assign]
         return optimisers
 
-    def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
-
-def _random_batch(work: Workload) -> tuple[TokenBatch, Tensor]:
-    generator, vocabulary = torch.Generator().manual_seed(0), work.vocabulary
-    start = vocabulary.image[0]
-    rows = [
-        [
-            Span.text(torch.randint(0, work.text_size, (work.text_length,), generator=generator)),
-            Span.image(start + torch.randint(0, work.image_size, (work.grid, work.grid), generator=generator)),
-        ]
-        for _ in range(work.batch_size)
-    ]
-    batch = TokenBatch.from_spans(rows)
-    masked = torch.zeros(batch.shape, dtype=torch.bool)
-    for modality in Modality:
-        where = (batch.modality == modality).reshape(-1).nonzero()[:, 0]
-        masked.view(-1)[where[torch.randperm(len(where), generator=generator)[: len(where) // 2]]] = True
-    return batch.to(work.device), masked.to(work.device)
-
-
-def _random_table(work: Workload, rows: int = 64) -> TokenTable:
+def _random_rows(work: TrainingLoad, rows: int = 64) -> TaskMixer:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "codes": torch.randint(0, work.image_size, (rows, work.grid, work.grid), generator=generator),
         "captions": torch.randint(1, work.text_size, (rows, work.text_length), generator=generator),
     }
-    return TokenTable(tensors, work.vocabulary)
+    uniform = TasksConfig(generate=TaskConfig(weight=1.0, loss="elbo"))
+    return TaskMixer(TokenTable(tensors, work.vocabulary), uniform, ObjectiveConfig(), seed=0)
+
+
+def _now(device: str) -> float:
+    """Seconds, when all work that was handed to the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _timed(run: Callable[[], object], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = _now(device)
     run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return _now(device) - start
 
 
 def _reset_peak(device: str) -> float:
@@ -386,7 +363,3 @@ def _status_bytes(name: str) -> float:
         return 0.0
     line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(name + ":"))
     return int(line.split()[1]) * 1024.0
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

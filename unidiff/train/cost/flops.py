@@ -1,9 +1,7 @@
 """What a model costs, counted from its config: parameters, and floating-point operations of a training step.
 
-A matmul `[m, k] x [k, n]` counts 2 m k n. Per row of L tokens (D width, N weights of the blocks' linear layers):
-
-    blocks      2 L N                    attention   4 D (visible query-key pairs) per layer
-    head        2 D n per position that the loss needs, n the size of its modality's slice
+Layers count as in `unidiff.models.denoiser.LayerFlops`: 2 L N for L tokens and N weights of linear layers, and attention 4 D
+for each visible query-key pair and layer. The head adds 2 D n per position that the loss needs, n the size of its slice.
 
 The backward pass counts twice the forward pass. Operations done again (recomputed logits, activation checkpoints) are not
 counted: utilisation measures useful work.
@@ -16,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from unidiff.errors import first_line
 from unidiff.models.transformer import MaskedTransformer
@@ -29,6 +26,7 @@ class ModelSize:
     Attributes:
         total: all parameters.
         block_linear: weights of the linear layers inside all blocks, which every token passes through.
+        pair_flops: attention of one query to one key, all layers together, forward.
         blocks: all parameters inside blocks.
         embedding: token and modality embeddings.
         head: the output matrix and bias, 0 where it is the embedding.
@@ -37,6 +35,7 @@ class ModelSize:
 
     total: int
     block_linear: int
+    pair_flops: int
     blocks: int
     embedding: int
     head: int
@@ -55,14 +54,13 @@ def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
             model = MaskedTransformer(vocab_size=vocab_size, **settings)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model settings: {first_line(error).partition('() ')[2] or error}") from error
-    linear = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
-    if model.embed_time is not None:  # adaLN runs once per row, not once per token
-        linear -= sum(m.weight.numel() for n, m in model.blocks.named_modules() if n.endswith("ada_ln.linear"))
     embeddings = [m.weight.numel() for m in (model.embed_tokens, model.embed_modality) if m is not None]
     outputs = [p.numel() for p in (model.output_weight, model.output_bias) if p is not None]
     return ModelSize(
         total=sum(p.numel() for p in model.parameters()),
-        block_linear=linear,
+        block_linear=sum(layer.token for layer in model.traits.layers)
+        // 2,  # a weight is a product and a sum per token
+        pair_flops=sum(layer.pair for layer in model.traits.layers),
         blocks=sum(p.numel() for p in model.blocks.parameters()),
         embedding=sum(embeddings),
         head=sum(outputs),
@@ -72,7 +70,7 @@ def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
 
 
 @dataclass(frozen=True)
-class RowShape:
+class TrainingRow:
     """Tokens of one row and what the loss needs of them.
 
     Attributes:
@@ -109,13 +107,13 @@ class RowFlops:
         return self.blocks + self.attention + self.head
 
 
-def row_flops(size: ModelSize, row: RowShape) -> RowFlops:
+def row_flops(size: ModelSize, row: TrainingRow) -> RowFlops:
     """Training operations of one row; see the module's formulas."""
     pairs = row.length**2 if row.pairs is None else row.pairs
     scored = row.hidden_share * (row.text * row.text_slice + row.image * row.image_slice)
     return RowFlops(
         blocks=3 * 2 * row.length * row.copies * size.block_linear,
-        attention=3 * 4 * size.hidden_size * pairs * size.num_layers,
+        attention=3 * size.pair_flops * pairs,
         head=3 * 2 * size.hidden_size * scored,
     )
 
@@ -124,9 +122,3 @@ def block_causal_pairs(length: int, block_length: int) -> int:
     """Query-key pairs of one sample in which a query sees its own block and earlier ones."""
     whole, rest = divmod(length, block_length)
     return block_length**2 * whole * (whole + 1) // 2 + rest * length
-
-
-def dense_head_flops(size: ModelSize, row: RowShape) -> float:
-    """Training operations of a head over the whole vocabulary at every position, for comparison."""
-    vocabulary = row.text_slice + row.image_slice
-    return 3 * 2 * size.hidden_size * row.length * vocabulary

@@ -19,7 +19,7 @@ from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TaskConfig, TrainConfig
-from unidiff.train.cost.flops import ModelSize, RowFlops, RowShape, block_causal_pairs, model_size, row_flops
+from unidiff.train.cost.flops import ModelSize, RowFlops, TrainingRow, block_causal_pairs, model_size, row_flops
 
 GIB = 2**30
 GPUS_PER_MACHINE = 8
@@ -73,7 +73,7 @@ class Plan:
     """
 
     size: ModelSize
-    row: RowShape
+    row: TrainingRow
     flops: RowFlops
     rows_per_step: int
     rows_per_gpu: int
@@ -108,15 +108,10 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     size = model_size(config.model, vocabulary.size)
     row = row_shape(config, vocabulary)
     rows = config.batch_size // gpus
-    kept = block_activation_bytes(config.model, bf16=config.precision == "bf16")
-    layouts = []
-    for mode, replicas in _modes(config, gpus):
-        for checkpointing in (False, True):
-            layouts.append(_layout(config, size, row, rows, gpus, mode, replicas, checkpointing, kept))
-    return Plan(
-        size, row, row_flops(size, row), config.rows_per_step, rows, config.steps, state_bytes(config, size),
-        tuple(layouts),
-    )  # fmt: skip
+    ways = [(mode, replicas, again) for mode, replicas in _modes(config, gpus) for again in (False, True)]
+    layouts = tuple(_layout(config, size, row, rows, gpus, *way) for way in ways)
+    state = state_bytes(config, size)
+    return Plan(size, row, row_flops(size, row), config.rows_per_step, rows, config.steps, state, layouts)
 
 
 def declared_vocabulary(config: TrainConfig) -> Vocabulary:
@@ -128,7 +123,7 @@ def declared_vocabulary(config: TrainConfig) -> Vocabulary:
     return named_vocabulary(config.data.vocabulary)
 
 
-def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:
+def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> TrainingRow:
     """A mean row of the task mixture: targets of each task, half of them hidden at uniform rates (1 - 2/pi off it with cosine)."""
     text, image = config.data.text_length, config.data.grid**2
     weights = {name: getattr(config.tasks, name).weight for name in TASKS}
@@ -138,7 +133,7 @@ def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> RowShape:
         rate = mean_rate(getattr(config.tasks, name)) * weight / total
         share["text"] += rate * (name != "text_to_image")
         share["image"] += rate * (name in ("generate", "text_to_image"))
-    row = RowShape(text, image, vocabulary.text_size, vocabulary.image_size)
+    row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size)
     # one share of all positions, weighted by what each modality's slice costs
     costs = {"text": text * vocabulary.text_size, "image": image * vocabulary.image_size}
     hidden = sum(share[m] * costs[m] for m in costs) / sum(costs.values())
@@ -192,9 +187,8 @@ def block_activation_bytes(model: Mapping[str, Any], bf16: bool = True) -> int:
     attention = low * (d + 2 * kv) + low * (d + kv) + low * d  # qkv (v is a view of it), rotated q and k, the output
     if bf16 and c.qk_norm != "none":
         attention += 4 * (d + kv)  # float32 copies of the two norms' inputs
-    feed_forward = (
-        low * c.inner_size * (4 if c.activation == "swiglu" else 2)
-    )  # gate, up, silu(gate), product | up, gelu(up)
+    # gate, up, silu(gate), product | up, gelu(up)
+    feed_forward = low * c.inner_size * (4 if c.activation == "swiglu" else 2)
     sandwich = 2 * 4 * d if c.sandwich_norm else 0
     dropout = 2 * d if c.dropout else 0  # bool masks
     return norms + matmuls + attention + feed_forward + sandwich + dropout
@@ -210,8 +204,8 @@ def _modes(config: TrainConfig, gpus: int) -> list[tuple[str, int]]:
 
 
 def _layout(
-    config: TrainConfig, size: ModelSize, row: RowShape, rows: int, gpus: int, mode: str, replicas: int,
-    checkpointing: bool, kept: int,
+    config: TrainConfig, size: ModelSize, row: TrainingRow, rows: int, gpus: int, mode: str, replicas: int,
+    checkpointing: bool,
 ) -> Layout:  # fmt: skip
     low = 2 if config.precision == "bf16" else 0
     one_block = size.blocks // size.num_layers
@@ -222,6 +216,7 @@ def _layout(
         gathered = 2 * 4 * one_block + 2 * 4 * (size.total - size.blocks)  # two blocks; embeddings, head, gradients
         weights = state_bytes(config, size) // shards + gathered + low * one_block
     tokens = rows * row.length * row.copies
+    kept = block_activation_bytes(config.model, bf16=config.precision == "bf16")
     if checkpointing:
         activations = tokens * (4 * size.hidden_size * size.num_layers + kept)
     else:

@@ -6,7 +6,7 @@ import torch
 
 from unidiff.models.trained_on import TASKS
 from unidiff.train.config import TrainConfig
-from unidiff.train.cost.flops import RowShape, block_causal_pairs, model_size, row_flops
+from unidiff.train.cost.flops import TrainingRow, block_causal_pairs, model_size, row_flops
 from unidiff.train.data.source import TokenSource
 from unidiff.train.step import TIME_BUCKETS, StepReport
 
@@ -70,7 +70,7 @@ class SpeedMeter:
         vocabulary, size = source.vocabulary, model_size(config.model, source.vocabulary.size)
         block = config.model.get("block_length")
         pairs = block_causal_pairs(text + image, block) if block else None
-        row = RowShape(text, image, vocabulary.text_size, vocabulary.image_size, 0.0, pairs)
+        row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size, 0.0, pairs)
         self._row_flops = row_flops(size, row).total  # without the head, whose share the masks decide
         self._token_flops = tuple(6.0 * size.hidden_size * n for n in (vocabulary.text_size, vocabulary.image_size))
         self._tokens, self._rows = config.rows_per_step * (text + image), config.rows_per_step
