@@ -184,11 +184,11 @@ def test_info_and_pack(run, tmp_path):
 
 
 def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
-    from unidiff.evaluation.report import Estimate, Report
+    from unidiff.evaluation.report import Estimate, EvaluationReport
 
     def evaluate(pipe, seed, n, progress, **options):
         progress("captions")
-        report = Report(about={"seed": seed, "n": n, **options})
+        report = EvaluationReport(about={"seed": seed, "n": n, **options})
         report.add("categories.single_object", Estimate.share([True] * 3 + [False]))
         return report
 

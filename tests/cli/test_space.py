@@ -106,10 +106,10 @@ def fill(folder: Path, parts: Path) -> None:
     for link, file in (("hard.png", "in.png"), ("hard-old.png", "old.png")):
         os.link(folder / file, folder / link)
     os.mkfifo(folder / "fifo.png")
-    from unidiff.evaluation.report import Estimate, Report
+    from unidiff.evaluation.report import Estimate, EvaluationReport
 
     for name, cases in (("report", [True, True, False]), ("other", [True, False, False])):
-        report = Report(about={"seed": 0, "n": 3})
+        report = EvaluationReport(about={"seed": 0, "n": 3})
         report.add("categories.single_object", Estimate.share(cases))
         report.save(folder / f"{name}.json", True)
     os.link(folder / "report.json", folder / "hard-report.json")

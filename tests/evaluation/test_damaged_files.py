@@ -17,7 +17,7 @@ from unidiff.evaluation.benchmark.result import check_path
 from unidiff.evaluation.benchmark.settings import Setting
 from unidiff.evaluation.benchmark.trained import TrainedOptions
 from unidiff.evaluation.paired import compare_reports
-from unidiff.evaluation.report import Estimate, Report
+from unidiff.evaluation.report import Estimate, EvaluationReport
 
 WRONG: tuple[Any, ...] = (
     None,
@@ -57,7 +57,7 @@ def replaced(data: Any, path: tuple, value: Any) -> Any:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    report = Report(about={"yardstick": "ab", "profile": "cpu", "seed": 0, "n": 4})
+    report = EvaluationReport(about={"yardstick": "ab", "profile": "cpu", "seed": 0, "n": 4})
     report.add("caption_exact", Estimate.share([True, False, True, True]))
     report.add("parts.mean", Estimate.mean(np.array([1.0, 2.0, 4.0])))
     report.add("seconds", 3.0)
@@ -67,14 +67,14 @@ def saved(folder: Path) -> dict[str, Any]:
 
 def test_every_value_of_a_report_replaced_by_every_wrong_type(tmp_path):
     data, cases, refused = saved(tmp_path), 0, 0
-    whole, path = Report.load(tmp_path / "whole.json"), tmp_path / "r.json"
+    whole, path = EvaluationReport.load(tmp_path / "whole.json"), tmp_path / "r.json"
     for place in places(data):
         for value in WRONG:
             path.write_text(json.dumps(replaced(data, place, value)))
             cases += 1
             try:
-                compare_reports(whole, Report.load(path), 10).table()
-                Report.load(path).table()
+                compare_reports(whole, EvaluationReport.load(path), 10).table()
+                EvaluationReport.load(path).table()
             except ValueError as error:
                 assert "\n" not in str(error) and len(str(error)) < 600
                 refused += 1
@@ -82,15 +82,15 @@ def test_every_value_of_a_report_replaced_by_every_wrong_type(tmp_path):
     for key in ("intervals", "about"):
         path.write_text(json.dumps({k: v for k, v in data.items() if k != key}))
         with pytest.raises(ValueError, match=r"r\.json"):
-            Report.load(path)
+            EvaluationReport.load(path)
     for content in (b"", b"{", b"\xff", b"[" * 100_000, b'{"a": NaN', b"null", b"3"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"r\.json"):
-            Report.load(path)
+            EvaluationReport.load(path)
     with pytest.raises(ValueError, match="folder"):
-        Report.load(tmp_path)
+        EvaluationReport.load(tmp_path)
     with pytest.raises(FileNotFoundError):
-        Report.load(tmp_path / "gone.json")
+        EvaluationReport.load(tmp_path / "gone.json")
 
 
 def test_a_kept_measurement_that_was_changed_is_refused(tmp_path):

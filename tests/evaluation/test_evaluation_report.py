@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from unidiff.evaluation.report import Estimate, Report, sources_hash
+from unidiff.evaluation.report import Estimate, EvaluationReport, sources_hash
 
 
 def test_wilson_interval_of_known_cases() -> None:
@@ -45,7 +45,7 @@ def test_no_cases_is_an_error() -> None:
 
 
 def test_report_nests_keys_and_is_written_whole(tmp_path: Path) -> None:
-    report = Report(about={"seed": 3})
+    report = EvaluationReport(about={"seed": 3})
     report.add("psnr", 24.5)
     report.add("categories.counting", Estimate(0.5, 0.4, 0.6, 9))
     report.add("lost", math.nan)
@@ -62,7 +62,7 @@ def test_report_nests_keys_and_is_written_whole(tmp_path: Path) -> None:
 
 
 def test_table_shows_every_number() -> None:
-    report = Report()
+    report = EvaluationReport()
     report.add("oracle_true", Estimate(0.998, 0.99, 1.0, 1200))
     report.add("seconds", 12.0)
     console = Console(width=100, record=True, file=None, quiet=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unidiff.evaluation.metrics.likelihood import RowLikelihood, captioned_rows
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.worlds.emoji.evaluation import captioned_scenes, captions
 from unidiff.worlds.emoji.language import caption_distribution
@@ -53,8 +53,8 @@ class ExactModel:
         return nll
 
 
-def judged(score, samples: int) -> Report:
-    report = Report()
+def judged(score, samples: int) -> EvaluationReport:
+    report = EvaluationReport()
     judge = RowLikelihood(score, VOCABULARY, samples=samples)
     for key, value in judge.numbers(ROWS, 1, DRAWN.surprises, DRAWN.entropies).items():
         report.add(key, value)
@@ -62,11 +62,11 @@ def judged(score, samples: int) -> Report:
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> EvaluationReport:
     return judged(ExactModel(), samples=40)
 
 
-def test_an_exact_model_reaches_the_entropy_and_not_less(report: Report) -> None:
+def test_an_exact_model_reaches_the_entropy_and_not_less(report: EvaluationReport) -> None:
     gap = report.intervals["caption_gap"]
     half = gap.high - gap.value
     assert half < 0.4
@@ -82,7 +82,7 @@ def test_a_model_that_sees_its_target_falls_below_the_entropy() -> None:
     assert report.intervals["caption_gap"].high < 0
 
 
-def test_joint_nelbo_is_split_by_modality(report: Report) -> None:
+def test_joint_nelbo_is_split_by_modality(report: EvaluationReport) -> None:
     values = report.values
     assert values["image_nelbo"] == pytest.approx(4 * math.log(CODES), rel=1e-6)  # exact: every mask costs the same
     assert values["joint_nelbo"] == pytest.approx(values["joint_nelbo_text"] + values["joint_nelbo_image"])
@@ -90,7 +90,7 @@ def test_joint_nelbo_is_split_by_modality(report: Report) -> None:
     assert interval.low <= 4 * math.log(CODES) <= interval.high
 
 
-def test_without_the_fill_nothing_is_paid_for_the_length(report: Report) -> None:
+def test_without_the_fill_nothing_is_paid_for_the_length(report: EvaluationReport) -> None:
     assert report.values["caption_nelbo_words"] < report.values["caption_nelbo"]
 
 

@@ -13,7 +13,7 @@ from emoji_fakes import PerfectModel, ShuffledModel
 from rich.console import Console
 
 from unidiff.evaluation.paired import compare_reports, paired_interval
-from unidiff.evaluation.report import Estimate, Report
+from unidiff.evaluation.report import Estimate, EvaluationReport
 from unidiff.worlds.emoji.judge import EmojiEval
 from unidiff.worlds.emoji.scenes import get_profile
 
@@ -34,7 +34,7 @@ class Worse(PerfectModel):
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
+def reports() -> dict[str, EvaluationReport]:
     models = {m.__name__: m(SMALL, 0, 5) for m in (PerfectModel, ShuffledModel, Worse)}
     return {name: EmojiEval(model, SMALL, 0, 5).run(TASKS) for name, model in models.items()}
 
@@ -67,7 +67,7 @@ def test_saved_evaluations_compare_alike(reports, tmp_path: Path):
     report.add("nelbo", Estimate.mean([1.25, 3.5, 9.0]))
     report.add("lost", math.nan)
     report.save(tmp_path / "made" / "a.json", outcomes=True)
-    loaded = Report.load(tmp_path / "made" / "a.json")
+    loaded = EvaluationReport.load(tmp_path / "made" / "a.json")
     assert loaded.values.keys() == report.values.keys() and loaded.about == report.about
     assert all(loaded.values[k] == v for k, v in report.values.items() if k != "lost")
     for key, estimate in report.intervals.items():
@@ -137,7 +137,7 @@ def test_mistakes_are_one_sentence(reports, tmp_path: Path):
     report.save(tmp_path / "plain.json")
     assert "outcomes" not in json.loads((tmp_path / "plain.json").read_text())
     with pytest.raises(ValueError, match="second evaluation was saved without the outcome of each case"):
-        compare_reports(report, Report.load(tmp_path / "plain.json"))
+        compare_reports(report, EvaluationReport.load(tmp_path / "plain.json"))
     with pytest.raises(ValueError, match="no number in common"):
         compare_reports(report, replace(report, values={"other": 1.0}))
     shorter = dict(report.intervals, caption_exact=Estimate.share([True] * 3))
@@ -147,9 +147,9 @@ def test_mistakes_are_one_sentence(reports, tmp_path: Path):
     (tmp_path / "text.json").write_text("{")
     for name in ("list", "text"):
         with pytest.raises(ValueError, match=rf"{name}\.json' cannot be read as an evaluation"):
-            Report.load(tmp_path / f"{name}.json")
+            EvaluationReport.load(tmp_path / f"{name}.json")
     with pytest.raises(FileNotFoundError):
-        Report.load(tmp_path / "none.json")
+        EvaluationReport.load(tmp_path / "none.json")
 
 
 def test_table_stars_what_changed(reports):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unidiff.evaluation.paired import compare_reports
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.families.layout import hidden_words
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
@@ -66,11 +66,11 @@ def pipe() -> UniDiffPipeline:
 
 
 @pytest.fixture(scope="module")
-def report(pipe: UniDiffPipeline) -> Report:
+def report(pipe: UniDiffPipeline) -> EvaluationReport:
     return run_emoji_eval(pipe, seed=1, n=4, batch_size=3, steps=2, profile=get_profile("cpu", num_objects=12))
 
 
-def test_report_has_all_keys(report: Report) -> None:
+def test_report_has_all_keys(report: EvaluationReport) -> None:
     data = report.to_dict()
     assert not [key for key in KEYS if key not in data]
     assert len(data["categories"]) == 6 and len(data["captions"]) == 4
@@ -78,7 +78,7 @@ def test_report_has_all_keys(report: Report) -> None:
     json.dumps(data)
 
 
-def test_an_untrained_model_scores_nothing_but_keeps_given_tokens(report: Report) -> None:
+def test_an_untrained_model_scores_nothing_but_keeps_given_tokens(report: EvaluationReport) -> None:
     assert report.values["oracle_true"] == 1.0
     assert report.values["text_to_image"] <= 0.2 and report.values["inpainting"] == 0.0
     assert report.values["inpainting_untouched"] == 1.0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.scenes import (
     KINDS,
@@ -66,7 +66,7 @@ def test_comparison_counts_where_the_readers_differ(reader: SecondReader) -> Non
     pictures = render_batch(scenes, FEW)
     pictures[3] = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1))
     prompts = ["a dog face", "a cat face on white", "a bear", "a bear"]  # right, right, wrong, unreadable
-    report = Report()
+    report = EvaluationReport()
     compare_readers(prompts, pictures, FEW, report, reader)
     values = {key.removeprefix("readers."): value for key, value in report.values.items()}
     assert values["oracle_right"] == values["second_right"] == 0.5

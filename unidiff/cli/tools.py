@@ -80,9 +80,9 @@ def evaluate(
     from rich.console import Console
 
     from unidiff.evaluation.paired import compare_reports
-    from unidiff.evaluation.report import Report
+    from unidiff.evaluation.report import EvaluationReport
 
-    before = None if against is None else Report.load(against)
+    before = None if against is None else EvaluationReport.load(against)
     name = str(context.info_name)
     pipe = own_pipeline(load_pipeline(model, device, dtype), f"eval {name}")
     asked = {"steps": steps, "guidance_scale": guidance, "num_candidates": candidates, "per_task": per_task}
@@ -109,9 +109,9 @@ def compare(
     from rich.console import Console
 
     from unidiff.evaluation.paired import compare_reports
-    from unidiff.evaluation.report import Report
+    from unidiff.evaluation.report import EvaluationReport
 
-    found = compare_reports(Report.load(before), Report.load(after))
+    found = compare_reports(EvaluationReport.load(before), EvaluationReport.load(after))
     if json_path is not None:
         found.save(json_path)
     Console().print(found.table(f"{after} - {before}"))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from unidiff.evaluation.report import Report, table_of, write_json
+from unidiff.evaluation.report import EvaluationReport, table_of, write_json
 
 RESAMPLES = 10_000
 SAME = ("yardstick", "profile", "seed", "n", "per_task")
@@ -24,7 +24,7 @@ _FEW = 8  # different values up to which counts are drawn in place of cases: the
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreDifference:
     """A number before and after.
 
     Attributes:
@@ -50,7 +50,7 @@ class Comparison:
         about: what the cases are, and how the intervals were made.
     """
 
-    differences: Mapping[str, Difference]
+    differences: Mapping[str, ScoreDifference]
     about: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +75,9 @@ class Comparison:
         return table
 
 
-def compare_reports(before: Report, after: Report, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare_reports(
+    before: EvaluationReport, after: EvaluationReport, resamples: int = RESAMPLES, seed: int = 0
+) -> Comparison:
     """The difference of every number that two reports share, with intervals where both know the outcome of each case.
 
     Args:
@@ -113,7 +115,7 @@ def compare_reports(before: Report, after: Report, resamples: int = RESAMPLES, s
                     f"{key} has {one.n} cases in one evaluation and {other.n} in the other; evaluate the same cases"
                 )
             interval = (*paired_interval(one.cases, other.cases, resamples, seed, key), one.n)
-        differences[key] = Difference(a, b, b - a, *interval)
+        differences[key] = ScoreDifference(a, b, b - a, *interval)
     about = {name: before.about.get(name) for name in SAME}
     return Comparison(differences, {**about, "resamples": resamples, "bootstrap_seed": seed})
 

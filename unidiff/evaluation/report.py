@@ -72,7 +72,7 @@ class Estimate:
 
 
 @dataclass
-class Report:
+class EvaluationReport:
     """What an evaluation found.
 
     Attributes:
@@ -112,7 +112,7 @@ class Report:
         return {**data, "about": self.about}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+    def from_dict(cls, data: Mapping[str, Any]) -> EvaluationReport:
         """Inverse of `to_dict`; None becomes NaN.
 
         Raises:
@@ -141,7 +141,7 @@ class Report:
         write_json(path, self.to_dict(outcomes))
 
     @classmethod
-    def load(cls, path: str | Path) -> Report:
+    def load(cls, path: str | Path) -> EvaluationReport:
         """Read what `save` wrote.
 
         Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unidiff.decoding import SamplerConfig
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipelines.options import DecodeOptions
 
 TARGETS = {
@@ -39,7 +39,7 @@ class JudgedTasks:
     quality: Mapping[str, str]
     usual: tuple[str, ...]
     sweep: Mapping[str, tuple[str, ...]]
-    judge: Callable[..., Report]
+    judge: Callable[..., EvaluationReport]
     decode: Callable[..., None]
     yardstick: Callable[[], str]
 

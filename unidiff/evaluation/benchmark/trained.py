@@ -29,7 +29,7 @@ from unidiff.evaluation.benchmark.speed import (
     usable_device,
 )
 from unidiff.evaluation.benchmark.suites import cache_named, pick
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.schema import Between, check_fields
@@ -195,7 +195,7 @@ def qualities(run: TrainedRun, groups: Sequence[Sequence[Trial]]) -> list[list[T
         key |= {} if run.what["dtype"] == "float32" else {"rows": options.quality_batch}
         run.progress(f"{name} ({number} of {len(distinct)})")
         data = run.cells.measured(name, key, lambda: measure_quality(run, trial))  # noqa: B023
-        found[which(trial)] = Report.from_dict(data["report"]).intervals[judged.quality[decode.task]]
+        found[which(trial)] = EvaluationReport.from_dict(data["report"]).intervals[judged.quality[decode.task]]
         run.codes.add(data["code"])
     return [[replace(trial, quality=found[which(trial)]) for trial in group] for group in groups]
 

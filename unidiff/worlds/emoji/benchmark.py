@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from unidiff.evaluation.benchmark.settings import REFERENCE, JudgedTasks
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.worlds.emoji.cases import CATEGORIES, caption_scenes, inpaint_cases, prompt_cases, question_cases
@@ -44,7 +44,7 @@ def cases_per_part(task: str, cases: int) -> int:
     return -(-cases // {"text_to_image": len(CATEGORIES), "caption": len(KINDS)}.get(task, 1))
 
 
-def judge(pipe: UniDiffPipeline, task: str, cases: int, seed: int, batch: int, **options: Any) -> Report:
+def judge(pipe: UniDiffPipeline, task: str, cases: int, seed: int, batch: int, **options: Any) -> EvaluationReport:
     """EmojiEval's report of one task."""
     model = PipelineModel(pipe, batch, **options)
     judged = EmojiEval(model, profile_of(pipe), seed, cases_per_part(task, cases))

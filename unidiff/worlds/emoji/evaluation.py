@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures
-from unidiff.evaluation.report import Report
+from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.worlds.emoji.cases import CATEGORIES, task_seed
 from unidiff.worlds.emoji.judge import TASKS, EmojiEval
@@ -44,7 +44,7 @@ def run_emoji_eval(
     profile: Profile | None = None,
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
-) -> Report:
+) -> EvaluationReport:
     """Evaluate a pipeline on emoji scenes.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits
-from unidiff.evaluation.report import Estimate, Report, sources_hash
+from unidiff.evaluation.report import Estimate, EvaluationReport, sources_hash
 from unidiff.worlds.emoji.atlas import ATLAS_FOLDER
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
@@ -51,7 +51,7 @@ class EmojiEval:
     seed: int = 0
     n: int = 300
     progress: Callable[[str], None] = lambda what: None
-    report: Report = field(default_factory=Report)
+    report: EvaluationReport = field(default_factory=EvaluationReport)
     drawn: list[tuple[str, Tensor]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class EmojiEval:
             raise ValueError(f"n is {self.n}; an evaluation needs at least one case")
         self.oracle = Oracle(self.profile)
 
-    def run(self, tasks: Sequence[str] = TASKS) -> Report:
+    def run(self, tasks: Sequence[str] = TASKS) -> EvaluationReport:
         """Run the named parts; each adds its numbers to the report."""
         if unknown := [t for t in tasks if t not in TASKS]:
             raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_uniform
-from unidiff.evaluation.report import Estimate, Report
+from unidiff.evaluation.report import Estimate, EvaluationReport
 from unidiff.worlds.emoji.cases import scenes
 from unidiff.worlds.emoji.oracle import READ_UNIT, Oracle, Reading, as_float_images, ground_distance
 from unidiff.worlds.emoji.parse import facts_correct, parse_caption
@@ -158,7 +158,11 @@ def _worn(pictures: Tensor, start: int, seed: int) -> Tensor:
 
 
 def compare_readers(
-    prompts: Sequence[str], pictures: Tensor, profile: Profile, report: Report, second: SecondReader | None = None
+    prompts: Sequence[str],
+    pictures: Tensor,
+    profile: Profile,
+    report: EvaluationReport,
+    second: SecondReader | None = None,
 ) -> None:
     """Judge drawn pictures with both readers, all facts of the prompt asked for, and note where they differ.
 
