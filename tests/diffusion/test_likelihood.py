@@ -6,9 +6,9 @@ import pytest
 import torch
 from reference.enumeration import all_masks, exact_block_nelbo, leave_one_out_sums, mask_moments
 from reference.loss_weights import cosine_count, cosine_count_weight
-from reference.nelbo import block_batches, block_nelbo, leave_one_out_nelbo, log_prob_scorer, time_nelbo
+from reference.nelbo import block_batches, block_nelbo, condition_on, leave_one_out_nelbo, log_prob_scorer, time_nelbo
 
-from unidiff.diffusion import condition_on, get_schedule, keyed_uniform, mask_count
+from unidiff.diffusion import get_schedule, keyed_uniform, mask_count
 from unidiff.diffusion.likelihood import average_nelbo, mask_count_nelbo, model_scorer, without_eos_fill
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary

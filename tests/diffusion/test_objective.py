@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.loss_weights import cosine_count, cosine_count_weight, time_weight
+from reference.nelbo import condition_on
 
 from unidiff.diffusion import (
-    condition_on,
     gather_masked,
     get_schedule,
     joint_elbo,

@@ -11,7 +11,7 @@ from unidiff.diffusion.likelihood import Nelbo, Scorer, average_nelbo, mask_coun
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.process import NoisyBatch, mask_count, mask_tokens
 from unidiff.diffusion.schedules import Schedule
-from unidiff.tokens import TokenBatch, Vocabulary
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
 def log_prob_scorer(log_probs: Callable[[TokenBatch], Tensor]) -> Scorer:
@@ -114,3 +114,9 @@ def block_nelbo(
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def condition_on(batch: TokenBatch, modality: Modality, rows: Tensor | None = None) -> TokenBatch:
+    """Declare every token of `modality` given (in `rows`, bool `[B]`, or all): the NELBO of the rest given it."""
+    known = batch.modality == modality
+    return batch.replace(given=batch.given | (known if rows is None else known & rows[:, None]))

@@ -10,7 +10,6 @@ from unidiff.diffusion.noise import keyed_uniform
 from unidiff.diffusion.objective import (
     ElboTerms,
     MaskedIndex,
-    condition_on,
     gather_masked,
     joint_elbo,
     masked_nll,
@@ -24,7 +23,6 @@ __all__ = [
     "Nelbo",
     "NoisyBatch",
     "Schedule",
-    "condition_on",
     "gather_masked",
     "get_schedule",
     "joint_elbo",

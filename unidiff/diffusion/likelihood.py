@@ -1,7 +1,7 @@
 """The NELBO estimator of evaluation, mask-count: the mean NLL over uniformly random generation orders.
 
 Its variance is far below that of random times (on the toy 0.02 against 1.36). Targets decide what is bounded: everything for the
-joint NELBO, one modality with the other given (`condition_on`) for a conditional one. The text part of a joint NELBO is
+joint NELBO, one modality with the other given for a conditional one. The text part of a joint NELBO is
 not a bound on -log p(text).
 """
 

@@ -146,9 +146,6 @@ class ElboTerms:
         """`[B]`, nats of each row over both modalities: the one-sample NELBO estimate when `weight` was the ELBO's."""
         return self.row_text + self.row_image
 
-    def detach(self) -> ElboTerms:
-        return ElboTerms(**{name: value.detach() for name, value in vars(self).items()})
-
 
 def joint_elbo(
     nll: Tensor,
@@ -161,7 +158,7 @@ def joint_elbo(
 
     Args:
         nll: `[B, L]`, 0 where not masked.
-        weight: `[B]` or `[B, L]`, see `time_weight`.
+        weight: `[B]` or `[B, L]`, for instance `Schedule.weight` at the times of the rows.
         batch: clean or noisy batch; its `targets` are what is counted.
         modality_weights: default 1 for both, which is the joint NELBO.
         normalizer: divides the total in place of the number of targets: a global count divided by the number of
@@ -179,9 +176,3 @@ def joint_elbo(
         normalizer = (counts[0] + counts[1]).sum().clamp_min(1)
     total = (weights[Modality.TEXT] * rows[0].sum() + weights[Modality.IMAGE] * rows[1].sum()) / normalizer
     return ElboTerms(total, means[0], means[1], rows[0], rows[1], counts[0], counts[1])
-
-
-def condition_on(batch: TokenBatch, modality: Modality, rows: Tensor | None = None) -> TokenBatch:
-    """Declare every token of `modality` given (in `rows`, bool `[B]`, or all): the NELBO of the rest given it."""
-    known = batch.modality == modality
-    return batch.replace(given=batch.given | (known if rows is None else known & rows[:, None]))
