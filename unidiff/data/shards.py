@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,9 +25,10 @@ from unidiff.data.members import (
 from unidiff.data.report import Skip, SkipReport
 from unidiff.data.shard_names import check_exist, expand_shards
 from unidiff.data.tar import read_shard
-from unidiff.schema import from_data
+from unidiff.schema import Between, from_data
 
 _LOG = logging.getLogger(__name__)
+Count = Annotated[int, Between(0)]
 _IN_ORDER = 64  # samples read at a time without shuffling, so that threads have some to decode
 
 
@@ -120,11 +121,8 @@ class ShardSource:
             raise ValueError(
                 "the saved position belongs to other shards, members, seed or shuffle window; start without it"
             )
-        where = from_data(_Position, plain.position, "the saved position")
-        if min(where.epoch, where.shard, where.entry, where.window, where.offset, where.used) < 0:
-            raise ValueError(f"the saved position {plain.position} has a negative number")
         before, decoding = SkipReport.from_state_dict(plain.before), SkipReport.from_state_dict(plain.decoding)
-        self._where, self._before, self._decoding = where, before, decoding
+        self._where, self._before, self._decoding = plain.position, before, decoding
         self._reading = SkipReport()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -207,9 +205,7 @@ class ShardSource:
                 if name == "images":
                     kinds = [found for found in raw if member_type(found) in IMAGE_TYPES]
                     sample[name] = {found: decode_member(found, raw[found]) for found in kinds}
-                elif (
-                    found := find_member(raw, name)
-                ) is not None:  # else optional: `read_shard` has checked the others
+                elif (found := find_member(raw, name)) is not None:  # `read_shard` has checked those that are required
                     sample[name] = decode_member(found, raw[found])
             if "txt" in self.require and is_blank(sample["txt"]):
                 raise MemberError(report.EMPTY_CAPTION, "txt: no words")
@@ -231,12 +227,12 @@ class ShardSource:
 class _Position:
     """Where the next sample is: the window's first entry, and how many of the window have been handed out."""
 
-    epoch: int = 0
-    shard: int = 0
-    entry: int = 0
-    window: int = 0
-    offset: int = 0
-    used: int = 0
+    epoch: Count = 0
+    shard: Count = 0
+    entry: Count = 0
+    window: Count = 0
+    offset: Count = 0
+    used: Count = 0
     finished: bool = False
 
 
@@ -245,6 +241,6 @@ class _SourceState:
     """What `ShardSource.state_dict` gives."""
 
     fingerprint: str
-    position: dict[str, Any]
+    position: _Position
     before: dict[str, Any]
     decoding: dict[str, Any]
