@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from unidiff.addresses import Unreachable, fetch, is_remote, local_path
 from unidiff.data.report import SkipReport
@@ -13,12 +13,12 @@ from unidiff.data.shard_names import check_scheme, is_shard_name
 from unidiff.data.stamps import Stamp
 from unidiff.errors import DamagedFile, first_line, reading
 from unidiff.files import replace_text
-from unidiff.schema import check_fields, from_data
+from unidiff.schema import Between, Index, Width, check_fields, from_data
 from unidiff.tokens import Vocabulary
 
 MANIFEST = "tokens.json"
 _MOST_BYTES = 2**28
-MOST_SAMPLES = 10**6  # of one shard
+Samples = Annotated[int, Between(0, 10**6)]  # of one shard
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class TokenManifest:
     """
 
     vocabulary: dict[str, Any]
-    text_prefix: int
-    text_length: int
-    grid: tuple[int, int]
-    shards: dict[str, int]
+    text_prefix: Index
+    text_length: Annotated[int, Between(1)]
+    grid: tuple[Width, Width]
+    shards: dict[str, Samples]
     questions: int = 0
     cut_captions: int = 0
     long_questions: int = 0
@@ -66,15 +66,11 @@ class TokenManifest:
     def __post_init__(self) -> None:
         check_fields(self, "")
         Vocabulary.from_dict(self.vocabulary)
-        if min(self.grid) < 1 or not 0 <= self.text_prefix <= self.text_length or self.text_length < 1:
-            raise ValueError(f"grid {self.grid}, text_prefix {self.text_prefix} or text_length {self.text_length}")
+        if self.text_prefix > self.text_length:
+            raise ValueError(f"text_prefix {self.text_prefix} is larger than text_length {self.text_length}")
         for name in (*self.shards, *self.files):
             if "/" in name or not is_shard_name(name):
                 raise ValueError(f"{name!r} is no name of a token shard")
-        if min(self.shards.values(), default=0) < 0:
-            raise ValueError("a shard with a negative number of samples")
-        if max(self.shards.values(), default=0) > MOST_SAMPLES:
-            raise ValueError(f"a shard with more than {MOST_SAMPLES} samples, which no encoding writes")
         if self.skipped:
             SkipReport.from_state_dict(self.skipped)
 
