@@ -33,7 +33,7 @@ from unidiff.families.layout import (
 from unidiff.families.muddit.commit import MaskGit
 from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
 from unidiff.families.muddit.text import ClipText, TextMarks, scheduler_masking
-from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
+from unidiff.tokens import Modality, Span, Vocabulary
 
 
 def muddit_sampler(
@@ -106,39 +106,39 @@ class MeissonicLayout(RowLayout):
 
     def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.texts is not None  # the pipeline gives them
-        rows, away = (self._texts(texts) for texts in (inputs.texts, inputs.negative or [""] * inputs.count))
-        images = [self._image(number, inputs) for number in range(inputs.count)]
-        streams = [[[*text, image] for text, image in zip(texts, images, strict=True)] for texts in (rows, away)]
-        return lay_out(streams[0], self.config, others=streams[1:], drawn=True)
+        away = self._rows(inputs.negative or [""] * inputs.count, inputs)
+        return lay_out(self._rows(inputs.texts, inputs), self.config, others=[away], drawn=True)
 
     def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
         """Without a mask the whole picture. Holes in the words are filled with those in the picture, without guidance."""
-        inputs = replace(inputs, texts=[""] * inputs.count if inputs.texts is None else inputs.texts)
-        if not any(None in hidden_words(text, self.encode) for text in inputs.texts or ()):
-            return MudditRequest(**vars(self.text_to_image(inputs)), strength=inputs.strength)
+        texts = [""] * inputs.count if inputs.texts is None else inputs.texts
+        if not any(None in hidden_words(text, self.encode) for text in texts):
+            return MudditRequest(**vars(self.text_to_image(replace(inputs, texts=texts))), strength=inputs.strength)
         if inputs.strength < 1:
             raise ValueError("strength is for pictures whose words are known; leave it out, or the holes in the text")
-        return self._joint(inputs)
+        self.check_writes()
+        config, needs = replace(self.config, guidance=Guidance()), TaskNeeds(self.marks[:2], stop_at_eos=False)
+        return lay_out(self._rows(texts, inputs), config, needs)
+
+    def check_writes(self) -> None:
+        """Raise `ValueError` unless words can be decoded."""
+        raise ValueError(f"{self.family} reads words and writes none; give texts without <mask> holes")
 
     def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
-        image = bool((request.batch.targets & request.batch.is_modality(Modality.IMAGE)).any())
-        text = bool((request.batch.targets & request.batch.is_modality(Modality.TEXT)).any())
-        steps = max(config.image.steps if image else 1, config.text.steps if text else 1)
-        passes, rules = steps, {}
+        settings, targets = {Modality.TEXT: config.text, Modality.IMAGE: config.image}, request.batch.targets
+        decoded = {m: own for m, own in settings.items() if bool((targets & request.batch.is_modality(m)).any())}
+        steps = passes = max(own.steps for own in decoded.values())
+        rules = {}
         if isinstance(request, MudditRequest) and request.strength < 1:
             passes = int(steps * request.strength)
             if passes < 1:
                 raise ValueError(f"strength = {request.strength} runs none of {steps} steps; give more of either")
             request, config, rules = self._begun(request, config, seeds, steps, passes)
         elif self.compat is not None:
-            rules = {
-                modality: self._reference(request.batch, modality, own)
-                for modality, own, decoded in (
-                    (Modality.TEXT, config.text, text),
-                    (Modality.IMAGE, config.image, image),
-                )
-                if decoded
-            }
+            for modality, own in decoded.items():
+                count = int((request.batch.modality[0] == modality).sum())
+                text = modality == Modality.TEXT
+                rules[modality] = MaskGit(own.steps, 0, own.schedule, count, text, own.choice_temperature)
         empty = torch.tensor(self._known([]))
         parts = pipe.transformer, self.encoder, self.vocabulary
         model = MudditDenoiser(*parts, steps, passes, self.told, pipe.images.factor, empty)
@@ -158,16 +158,15 @@ class MeissonicLayout(RowLayout):
         own = replace(own, steps=passes, choice_temperature=own.choice_temperature * passes / steps)
         return replace(request, batch=batch, unconditional=tuple(others)), replace(config, image=own), rules
 
-    def _reference(self, batch: TokenBatch, modality: Modality, own: ModalityDecoding) -> MaskGit:
-        count, text = int((batch.modality[0] == modality).sum()), modality == Modality.TEXT
-        return MaskGit(own.steps, 0, own.schedule, count, text, own.choice_temperature)
-
-    def _joint(self, inputs: TaskInputs) -> DecodeRequest:
-        raise ValueError(f"{self.family} reads words and writes none; give texts without <mask> holes")
-
-    def _texts(self, texts: Sequence[str]) -> list[list[Span]]:
-        """Prompts as spans of the encoder's length, one list for each row."""
-        return [[Span.words(self._known(hidden_words(text, self.encode)), self.vocabulary)] for text in texts]
+    def _rows(self, texts: Sequence[str], inputs: TaskInputs) -> list[list[Span]]:
+        """Texts of the encoder's length beside the pictures."""
+        rows = []
+        for number, text in enumerate(texts):
+            words = hidden_words(text, self.encode)
+            back = Span.words(self._known(words)[1 + len(words) :], self.vocabulary)
+            own = [Span.words(words, self.vocabulary, read=True)] if words else []
+            rows.append([Span.text([self.marks.bos], True), *own, back, self._image(number, inputs)])
+        return rows
 
     def _known(self, words: Sequence[int | None]) -> list[int | None]:
         """bos, words, eos and padding."""
@@ -220,7 +219,7 @@ class MudditLayout(MeissonicLayout):
     def _written(self, fronts: Sequence[Sequence[int]], inputs: TaskInputs) -> DecodeRequest:
         """Hidden words behind the beginning of each text; known padding behind the longest text that was asked for."""
         assert inputs.codes is not None  # the pipeline gives them
-        self._can_write()
+        self.check_writes()
         rows = []
         for number, front in enumerate(fronts):
             count = min(inputs.longest, self.encoder.length - len(front))
@@ -231,18 +230,7 @@ class MudditLayout(MeissonicLayout):
             rows.append([span for span in (Span.text(front, True), words, fill) if span.ids.numel()] + [image])
         return lay_out(rows, self.config, TaskNeeds(ends=(self.encoder.end_id,)))
 
-    def _joint(self, inputs: TaskInputs) -> DecodeRequest:
-        self._can_write()
-        rows = []
-        for number, text in enumerate(inputs.texts or ()):
-            words = hidden_words(text, self.encode)
-            back = Span.words(self._known(words)[1 + len(words) :], self.vocabulary)
-            spans = [Span.text([self.marks.bos], True), Span.words(words, self.vocabulary, read=True), back]
-            rows.append([span for span in spans if span.ids.numel()] + [self._image(number, inputs)])
-        config = replace(self.config, guidance=Guidance())
-        return lay_out(rows, config, TaskNeeds(self.marks[:2], stop_at_eos=False))
-
-    def _can_write(self) -> None:
+    def check_writes(self) -> None:
         if not self.encoder.reads_masks:
             raise ValueError(
                 "writing needs the row of [MASK] in the text encoder, but there is no mask embedding; put "
