@@ -24,7 +24,7 @@ from unidiff.families.muddit.denoiser import MudditConditions
 from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout, muddit_sampler
 from unidiff.families.registry import FAMILIES, named_vocabulary
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_sampler
-from unidiff.families.verify.published import closest_release, differences
+from unidiff.families.verify.verify import closest_release, differences
 from unidiff.models import mmdit_blocks
 from unidiff.models.layers import Norm
 from unidiff.models.mmdit import MMDiT

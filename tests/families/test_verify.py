@@ -16,9 +16,8 @@ from unidiff.families.checkpoint.load import load_released
 from unidiff.families.llada import LLADA
 from unidiff.families.registry import FAMILIES
 from unidiff.families.verify import verify as module
-from unidiff.families.verify.published import closest_release
 from unidiff.families.verify.smoke import agrees, answer, formula_weights, known_answer
-from unidiff.families.verify.verify import verify
+from unidiff.families.verify.verify import closest_release, verify
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -75,8 +75,9 @@ def offload(model: M, device: torch.device | str, folder: str | Path | None = No
             cpu_offload(layer, execution)
         else:
             disk_offload(layer, str(Path(folder) / name), execution)
-    for value in _resident(model, set(layers)):
-        value.data = value.data.to(execution)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name.rpartition(".")[0] not in layers:
+            value.data = value.data.to(execution)
     return model
 
 
@@ -90,11 +91,6 @@ def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
     if not found:
         raise ValueError(f"{type(model).__name__} has no blocks with linear layers; expected a denoiser of unidiff")
     return found
-
-
-def _resident(model: nn.Module, away: set[str]) -> list[torch.Tensor]:
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [value for name, value in named if name.rpartition(".")[0] not in away]
 
 
 def _int4(device: torch.device, group_size: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 
 from unidiff.families.checkpoint.describe import plain_settings
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.family import Family
-from unidiff.families.verify.published import closest_release
+from unidiff.families.family import Family, Release
 from unidiff.families.verify.smoke import agrees, answer, known_answer
+from unidiff.tokens.vocabulary import Vocabulary
+
+_IDS = ("size", "text", "image", "mask_id", "image_mask_id")
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,27 @@ class Verification:
         return all(check.passed for check in self.checks)
 
 
+@dataclass(frozen=True)
+class OtherSetting:
+    """A setting that is not the published one."""
+
+    name: str
+    published: Any
+    found: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.found!r}, published {self.published!r}"
+
+
 def verify(
     name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, **options: Any
 ) -> Verification:
     """Load a checkpoint completely, compare it with its family's published values, and let it compute.
 
     1. Every weight is there, in shape and finite (loading raises otherwise).
-    2. Its settings and id layout are those of the closest published model.
-    3. Its number of parameters is the stated one.
-    4. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`Family.tiny`).
-    5. One small pass of the checkpoint itself is finite and not constant.
+    2. Its settings and id layout are those of the closest published model, and the stated number of parameters.
+    3. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`Family.tiny`).
+    4. One small pass of the checkpoint itself is finite and not constant.
 
     Args:
         name, dtype, device, options: as in `load_released`.
@@ -63,29 +77,56 @@ def verify(
         FileNotFoundError, ValueError: as `load_released`.
     """
     released = load_released(name, dtype, device, **options)
+    family = released.family
     count = sum(p.numel() for p in released.model.parameters())
     checks = [Check("weights", True, f"{count:,} parameters, all there and finite")]
-    found = closest_release(released.family, plain_settings(released.model), released.vocabulary)
-    if found is not None:
-        release, differences = found
-        shown = "; ".join(str(d) for d in differences[:5]) + ("; ..." if len(differences) > 5 else "")
-        detail = f"as {release.name}" if not differences else f"{len(differences)} differ from {release.name}: {shown}"
-        checks.append(Check("published settings", not differences, detail))
+    closest = closest_release(family, plain_settings(released.model), released.vocabulary)
+    if closest is not None:
+        release, others = closest
+        shown = "; ".join(map(str, others[:5])) + ("; ..." if len(others) > 5 else "")
+        detail = f"{len(others)} differ from {release.name}: {shown}" if others else f"as {release.name}"
+        checks.append(Check("published settings", not others, detail))
         if release.parameters is not None:
             off = abs(count - release.parameters) / release.parameters
             detail = f"{count:,} here, {release.parameters:,} stated"
             checks.append(Check("number of parameters", off <= release.tolerance, detail))
-    checks.append(_known(released.family))
-    values = answer(released.model if released.images is None else released.images, released.vocabulary)
-    alive = bool(torch.isfinite(values).all()) and float(values.std()) > 0
-    detail = f"{values.numel()} values, mean {float(values.mean()):.4g}, deviation {float(values.std()):.4g}"
-    checks.append(Check("a pass of this checkpoint", alive, detail))
-    return Verification(released.family.name, None if found is None else found[0].name, tuple(checks))
-
-
-def _known(family: Family) -> Check:
     expected, found = family.tiny.answer, known_answer(family)
     detail = "a tiny model answers as recorded"
     if not agrees(found, expected):
         detail = f"a tiny model answers {found}, recorded {expected}; the arithmetic here differs"
-    return Check("known answer", agrees(found, expected), detail)
+    checks.append(Check("known answer", agrees(found, expected), detail))
+    values = answer(released.model if released.images is None else released.images, released.vocabulary)
+    alive = bool(torch.isfinite(values).all()) and float(values.std()) > 0
+    detail = f"{values.numel()} values, mean {float(values.mean()):.4g}, deviation {float(values.std()):.4g}"
+    checks.append(Check("a pass of this checkpoint", alive, detail))
+    return Verification(family.name, None if closest is None else closest[0].name, tuple(checks))
+
+
+def closest_release(
+    family: Family, settings: Mapping[str, Any], vocabulary: Vocabulary | None = None
+) -> tuple[Release, list[OtherSetting]] | None:
+    """The published model of a family that differs least, and how; None where nothing of the family is published."""
+    found = [(release, differences(family, release, settings, vocabulary)) for release in family.releases]
+    return min(found, key=lambda pair: len(pair[1])) if found else None
+
+
+def differences(
+    family: Family, release: Release, settings: Mapping[str, Any], vocabulary: Vocabulary | None = None
+) -> list[OtherSetting]:
+    """Where a model differs from a published one: settings first, then the vocabulary.
+
+    Args:
+        settings: the configuration of our model; a setting that it does not name differs.
+        vocabulary: its id layout, where the family has one.
+    """
+    published = family.settings(release.config)
+    pairs = [(name, value, settings.get(name)) for name, value in published.items() if name not in family.unstated]
+    if vocabulary is not None and family.vocabulary is not None:
+        ids = family.vocabulary(release.config)
+        pairs += [(f"vocabulary.{name}", getattr(ids, name), getattr(vocabulary, name)) for name in _IDS]
+        pairs += [(f"vocabulary.{name}", i, vocabulary.specials.get(name)) for name, i in ids.specials.items()]
+    return [OtherSetting(name, value, found) for name, value, found in pairs if _plain(found) != _plain(value)]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
