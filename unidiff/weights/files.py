@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from unidiff.errors import DamagedFile, check_regular, is_out_of_memory, plain, read_json, reading
+from unidiff.errors import DamagedFile, check_regular, few, is_out_of_memory, plain, read_json, reading
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFE_SUFFIX = ".safetensors"
@@ -35,6 +36,7 @@ FOLDER_NAMES = tuple(
     )
     for index in ("", INDEX_ENDING)
 )
+_SHARD = re.compile(r"[^\\\0]+\.(safetensors|pt|pth|bin|ckpt)")
 AGAIN = "the weight file is damaged or of another kind; download it again"
 WINDOW = 16 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
 _SAFE_DTYPES = {
@@ -92,7 +94,7 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.name.endswith(INDEX_ENDING):
         return _open_shards(path)
     if path.suffix == SAFE_SUFFIX:
-        return _SafeFile(path).content()
+        return _open_safe(path)
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"{path} has suffix {path.suffix!r}; expected {SAFE_SUFFIX} or one of {TORCH_SUFFIXES}")
     return _TorchFile(path).content()
@@ -130,27 +132,23 @@ def _variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}{dot}{ending}"
 
 
-class _SafeFile:
-    """One safetensors file; a mapping is opened per read, so that what was read leaves the memory with its tensor."""
+def _open_safe(path: Path) -> dict[str, Any]:
+    with reading(path, "safetensors", AGAIN), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        found = {name: (torch.Size(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    for name, (_, dtype) in found.items():
+        if dtype not in _SAFE_DTYPES:
+            kinds = sorted(_SAFE_DTYPES)
+            raise ValueError(f"{path} holds tensor {plain(name)!r} of type {dtype}; expected some of {kinds}")
+    return {
+        n: StoredTensor(shape, _SAFE_DTYPES[kind], partial(_read_safe, path, n)) for n, (shape, kind) in found.items()
+    }
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def content(self) -> dict[str, Any]:
-        with reading(self.path, "safetensors", AGAIN), safe_open(self.path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            found = {name: (torch.Size(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        for name, (_, dtype) in found.items():
-            if dtype not in _SAFE_DTYPES:
-                kinds = sorted(_SAFE_DTYPES)
-                raise ValueError(f"{self.path} holds tensor {plain(name)!r} of type {dtype}; expected some of {kinds}")
-        return {
-            n: StoredTensor(shape, _SAFE_DTYPES[dtype], partial(self.read, n)) for n, (shape, dtype) in found.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        with reading(self.path, "safetensors", AGAIN), safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+def _read_safe(path: Path, name: str) -> Tensor:
+    """A mapping is opened per read, so that what was read leaves the memory with its tensor."""
+    with reading(path, "safetensors", AGAIN), safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 class _TorchFile:
@@ -165,11 +163,17 @@ class _TorchFile:
             self.mapped = file.read(4) == TORCH_MAGIC[0]
 
     def content(self) -> dict[str, Any]:
-        content = _read_torch(self.path, self.mapped)
+        content = self._load()
         if not self.mapped:  # the older format is read whole, once
             self._content = content
         with reading(self.path, "a torch file", AGAIN):
             return self._stored(content, ())
+
+    def _load(self) -> dict[str, Any]:
+        content = load_torch(self.path, self.mapped)
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.path} holds a {type(content).__name__}; expected named weights")
+        return content
 
     def _stored(self, value: Any, key: tuple[Any, ...]) -> Any:
         """The same nesting of mappings and lists with stored tensors; what occurs many times is looked at once."""
@@ -180,17 +184,16 @@ class _TorchFile:
             return value
         if id(value) not in self._seen:
             self._seen[id(value)] = None  # until it is done
-            if isinstance(value, Mapping):
-                self._seen[id(value)] = {k: self._stored(v, (*key, k)) for k, v in value.items()}
-            else:
-                self._seen[id(value)] = [self._stored(v, (*key, n)) for n, v in enumerate(value)]
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            inner = {k: self._stored(v, (*key, k)) for k, v in pairs}
+            self._seen[id(value)] = inner if isinstance(value, Mapping) else list(inner.values())
         if self._seen[id(value)] is None:
             raise ValueError("an entry holds itself")
         return self._seen[id(value)]
 
     def read(self, key: tuple[Any, ...]) -> Tensor:
         if self._content is None:
-            self._content, self._left = _read_torch(self.path, self.mapped), WINDOW
+            self._content, self._left = self._load(), WINDOW
         value: Any = self._content
         for part in key:
             value = value[part]
@@ -198,13 +201,6 @@ class _TorchFile:
         if self.mapped and self._left <= 0:
             self._content = None
         return value.detach()
-
-
-def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
-    content = load_torch(path, mapped)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected named weights")
-    return content
 
 
 def load_torch(path: Path, mapped: bool = False) -> Any:
@@ -223,7 +219,6 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
                     raise ValueError("it is compressed, which torch files never are")  # it could grow without end
-    with reading(path, "a torch file", AGAIN):
         try:
             # training scripts save their command line next to the weights; the class only holds attributes
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -255,12 +250,6 @@ def check_tensor(path: Path, name: str, value: Tensor) -> None:
         )
 
 
-def _is_shard(name: str) -> bool:
-    """A plain name of a weight file beside its index."""
-    plain = Path(name).name == name and "\\" not in name and "\0" not in name
-    return plain and Path(name).suffix in (SAFE_SUFFIX, *TORCH_SUFFIXES)
-
-
 def _open_shards(index: Path) -> dict[str, Any]:
     """All tensors of the files that an index names."""
     listed = read_json(index, "an index of weights").get("weight_map")
@@ -268,7 +257,7 @@ def _open_shards(index: Path) -> dict[str, Any]:
         raise ValueError(f"{index} is damaged or no index with a weight_map of file names; download it again")
     shards = sorted(set(listed.values()))
     paths = [index.parent / name for name in shards]
-    if outside := [name for name in shards if not _is_shard(name)]:
+    if outside := [name for name in shards if Path(name).name != name or not _SHARD.fullmatch(name)]:
         raise ValueError(f"{index} names {plain(outside[0])!r}; expected plain file names beside it")
     if absent := [path for path in paths if not path.exists()]:
         raise FileNotFoundError(
@@ -281,9 +270,7 @@ def _open_shards(index: Path) -> dict[str, Any]:
         wrong = sorted(name for name in part if listed.get(name) != path.name)
         lacking = sorted(name for name, shard in listed.items() if shard == path.name and name not in part)
         if wrong or lacking:
-            raise ValueError(
-                f"{path} does not hold what {index.name} says: {len(lacking)} missing ({', '.join(map(plain, lacking[:3]))}), "
-                f"{len(wrong)} unexpected ({', '.join(map(plain, wrong[:3]))}); download both again"
-            )
+            said = f"{len(lacking)} missing ({few(map(plain, lacking))}), {len(wrong)} unexpected ({few(map(plain, wrong))})"
+            raise ValueError(f"{path} does not hold what {index.name} says: {said}; download both again")
         content |= part
     return content
