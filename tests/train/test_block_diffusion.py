@@ -81,7 +81,7 @@ def test_a_converted_model_learns_and_decodes_with_an_exact_cache(tmp_path):
     overrides = [CAUSAL, f"checkpoint.init_from={tmp_path / 'full' / 'model'}", "steps=80", "batch_size=32"]
     overrides += ["optimiser.lr=5e-3", "ema.decay=0.5", "checkpoint.export_dtype=float32", "logging.every=10"]
     trainer = Trainer(tiny_config(tmp_path / "causal", *overrides), tiny_table())
-    losses = [trainer._step(1.0) for _ in range(60)]
+    losses = [trainer.step(1.0) for _ in range(60)]
     nats = [float(r.nll.sum() / r.hidden.sum()) for r in losses]
     assert sum(nats[-8:]) < 0.8 * sum(nats[:8])
     assert float(losses[0].rows.sum()) == 32

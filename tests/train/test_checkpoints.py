@@ -235,11 +235,11 @@ def test_scores_of_another_number_or_of_other_rows_are_not_compared(tmp_path):
         return trainer
 
     first = trained("joint_nelbo", held_out, 2)
-    assert Trainer(first.config, table.seeded(0), held_out)._best == first._best < float("inf")
+    assert Trainer(first.config, table.seeded(0), held_out).best == first.best < float("inf")
     for best, rows in (("text_to_image_nelbo", held_out), ("joint_nelbo", other)):
         config = tiny_config(tmp_path, *MIXED, "steps=2", f"checkpoint.best={best}")
-        assert Trainer(config, table.seeded(0), rows)._best == float("inf")
-    names = first._validate()
+        assert Trainer(config, table.seeded(0), rows).best == float("inf")
+    names = first.validate()
     for name in names:
         tiny = tiny_config(tmp_path / "new", f"checkpoint.best={name}")
         Trainer(tiny, table.seeded(0), held_out)

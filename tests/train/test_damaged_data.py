@@ -118,9 +118,10 @@ def test_rows_lost_later_count_once_over_restarts(tmp_path, token_shards):
 
 
 def test_what_several_processes_meet_counts_once(tmp_path, token_shards):
-    accounts = [DataLosses(tmp_path / str(n), [open_shards(str(token_shards)), None]) for n in range(3)]
-    for account, rows in zip(accounts, (torch.arange(40), torch.arange(40, 80), torch.arange(80)), strict=True):
-        account._shards[0].fetch(rows)
+    sources = [open_shards(str(token_shards)) for _ in range(3)]
+    accounts = [DataLosses(tmp_path / str(n), [source, None]) for n, source in enumerate(sources)]
+    for source, rows in zip(sources, (torch.arange(40), torch.arange(40, 80), torch.arange(80)), strict=True):
+        source.fetch(rows)
     parts = [sum(account.counts().values()) for account in accounts]
     assert parts[2] == 3 <= parts[0] + parts[1]
     texts = []
@@ -130,7 +131,7 @@ def test_what_several_processes_meet_counts_once(tmp_path, token_shards):
         parallel.rank = 1
         account.save(parallel)
         assert not account.path.exists()  # rank 0 writes
-    texts = [json.dumps([[s.reason, s.shard, s.key, s.detail] for s in account._own()]) for account in accounts[1:]]
+    texts = [json.dumps([[s.reason, s.shard, s.key, s.detail] for s in account.met()]) for account in accounts[1:]]
     parallel.rank = 0
     accounts[0].save(parallel)
     assert json.loads(accounts[0].path.read_text())["counts"] == LOST

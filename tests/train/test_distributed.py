@@ -136,7 +136,7 @@ def test_gradients_travel_once_per_step(tmp_path, group):
     run.parallel._replica.register_comm_hook(None, count)
     for _ in range(3):
         sent.clear()
-        run._step(1.0)
+        run.step(1.0)
         assert sent and len(sent) == len(set(sent))  # each bucket once, after the fourth micro-batch
 
 
@@ -151,10 +151,10 @@ def test_a_checkpoint_of_either_kind_continues_in_the_other(tmp_path, group, mod
             assert run.resumed == (number == 1)
             if number == 0:
                 for _ in range(4):
-                    run._step(0.5)  # the same steps, at whatever rate
+                    run.step(0.5)  # the same steps, at whatever rate
                 run.save()
-                if run._saver is not None:
-                    run._saver.wait()
+                if run.saver is not None:
+                    run.saver.wait()
                 reference = average(run)
             else:
                 assert run.state.step == 4 and run.samples == 4 * 16 and run.state.ema.updates == 4
@@ -169,13 +169,13 @@ def test_a_checkpoint_of_either_kind_continues_in_the_other(tmp_path, group, mod
 @pytest.mark.training
 def test_a_background_save_holds_the_state_at_the_call(tmp_path, group):
     run = trainer(tmp_path, "steps=20", parallel=group(mode="fsdp"))
-    run._step(1.0)
+    run.step(1.0)
     before = {name: value.clone() for name, value in average(run).items()}
     run.save()
     assert pointed_name(run.checkpoints) is None  # nothing counts before it is complete
     for _ in range(3):
-        run._step(1.0)
-    run._saver.wait()
+        run.step(1.0)
+    run.saver.wait()
     assert pointed_name(run.checkpoints) == "step-00000001"
     run.parallel.close()
     again = trainer(tmp_path, "steps=20")
@@ -190,7 +190,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, group, grouped):
     overrides += ["logging.validate_every=3", "checkpoint.export_dtype=float32"]
     run = trainer(tmp_path, *overrides, parallel=group(mode="fsdp") if grouped else None)
     scores = iter([5.0, 4.0, math.inf, 4.5])  # at steps 3, 6, 9, 12
-    run._validate = lambda: {"joint_nelbo": next(scores)}
+    run.validate = lambda: {"joint_nelbo": next(scores)}
     run.train()
     assert pointed_name(run.checkpoints) == "step-00000012"
     assert pointed_name(run.checkpoints, "best") == "step-00000006"
@@ -199,9 +199,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, group, grouped):
     assert (tmp_path / "model-best" / "config.json").is_file()
     run.parallel.close()
     again = trainer(tmp_path, *overrides)
-    assert again._best == 4.0
+    assert again.best == 4.0
     with pytest.raises(ValueError, match=r"checkpoint.best = 'nelbo' is not in the validation report"):
-        trainer(tmp_path / "other", *overrides, "checkpoint.best=nelbo")._judge({"joint_nelbo": 1.0})
+        trainer(tmp_path / "other", *overrides, "checkpoint.best=nelbo").judge({"joint_nelbo": 1.0})
 
 
 def test_an_incomplete_sharded_checkpoint_is_refused(tmp_path):

@@ -128,14 +128,14 @@ def test_a_run_and_its_continuation(tmp_path, documents, pack):
         config = tiny_config(tmp_path / name, *settings, "steps=6")
         trainer = Trainer(config, tiny_table(), documents=documents)
         if steps < 6:
-            train, count = trainer._step, iter(range(steps))
+            train, count = trainer.step, iter(range(steps))
 
             def stopping(factor):
                 if next(count, None) is None:
                     raise KeyboardInterrupt
                 return train(factor)
 
-            trainer._step = stopping
+            trainer.step = stopping
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
             return None

@@ -91,7 +91,7 @@ def test_a_run_trains_adapters_alone_resumes_and_exports_plain_weights(tmp_path,
 
     first = Trainer(config("cut", 6), tiny_table())
     for _ in range(3):
-        first._step(learning_rate_factor(first.config.schedule, first.state.step, 6))
+        first.step(learning_rate_factor(first.config.schedule, first.state.step, 6))
     first.save()
     second = Trainer(config("cut", 6), tiny_table())
     assert second.resumed and second.state.step == 3

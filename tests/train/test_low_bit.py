@@ -86,7 +86,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 def test_a_quarter_of_the_bytes_trains_nearly_alike(tmp_path):
     runs = {bits: trainer(tmp_path / str(bits), bits, "optimiser.clip=0.5") for bits in (32, 8)}
     start = [p.detach().clone() for p in runs[8].model.parameters()]
-    reports = {bits: [run._step(1.0) for _ in range(12)] for bits, run in runs.items()}
+    reports = {bits: [run.step(1.0) for _ in range(12)] for bits, run in runs.items()}
     assert all(report.grad_norm > 0.5 for report in reports[8])  # clipping had something to do
     assert held_bytes(runs[8]) < 0.265 * held_bytes(runs[32])  # 0.257 measured
     assert saved_bytes(runs[8]) < 0.265 * saved_bytes(runs[32])  # 0.256 measured
@@ -108,10 +108,10 @@ def test_saved_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, optimiser,
     assert len(codes) == sum(p.numel() >= 4096 for p in owned) > 0
     first = trainer(tmp_path / "cut", 8, name, parallel=group() if grouped else None)
     for step in range(3):
-        first._step(learning_rate_factor(first.config.schedule, step, first.config.steps))
+        first.step(learning_rate_factor(first.config.schedule, step, first.config.steps))
     first.save()
-    if first._saver is not None:
-        first._saver.wait()
+    if first.saver is not None:
+        first.saver.wait()
     second = trainer(tmp_path / "cut", 8, name, parallel=group() if grouped else None)
     assert second.resumed and second.state.step == 3
     assert_same(held(second), held(first))
@@ -123,7 +123,7 @@ def test_saved_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, optimiser,
 @pytest.mark.parametrize(("saved", "wanted"), [(8, 32), (32, 8)])
 def test_a_state_of_other_bits_is_refused(tmp_path, saved, wanted):
     run = trainer(tmp_path, saved)
-    run._step(1.0)
+    run.step(1.0)
     run.save()
     with pytest.raises(ValueError, match=f"set optimiser.state_bits={saved}"):
         trainer(tmp_path, wanted)
@@ -179,8 +179,8 @@ def test_compiled_updates_are_the_same_and_follow_the_rate(monkeypatch):
 def test_compiled_updates_on_a_gpu_follow_the_rate(tmp_path):
     runs = {bits: trainer(tmp_path / str(bits), bits, "device=cuda") for bits in (32, 8)}
     for factor in (1.0, 0.5, 0.25):
-        reports = {bits: run._step(factor) for bits, run in runs.items()}
+        reports = {bits: run.step(factor) for bits, run in runs.items()}
         assert reports[8].loss == pytest.approx(reports[32].loss, rel=1e-2)
     held = [p.detach().clone() for p in runs[8].model.parameters()]
-    runs[8]._step(0.0)
+    runs[8].step(0.0)
     assert all(torch.equal(p, q) for p, q in zip(runs[8].model.parameters(), held, strict=True))

@@ -21,11 +21,11 @@ def resident_megabytes() -> float:
 def growth(tmp_path, warm: int, steps: int, *overrides: str) -> float:
     trainer = Trainer(tiny_config(tmp_path, *MIXED, *overrides), tiny_table(length=8, side=4))
     for _ in range(warm):
-        trainer._step(1.0)
+        trainer.step(1.0)
     gc.collect()
     before = resident_megabytes()
     for _ in range(steps):
-        trainer._step(1.0)
+        trainer.step(1.0)
     gc.collect()
     return resident_megabytes() - before
 

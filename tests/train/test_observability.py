@@ -24,7 +24,7 @@ def lines(folder, kind):
 
 def test_loss_by_mask_rate_adds_up_to_all_hidden_tokens(tmp_path):
     trainer = Trainer(tiny_config(tmp_path, *MIXED, "batch_size=32", "precision=fp32"), tiny_table())
-    report = trainer._step(1.0)
+    report = trainer.step(1.0)
     assert report.by_time.shape == (TIME_BUCKETS, 2)
     torch.testing.assert_close(report.by_time.sum(0), torch.stack([report.nll.sum(), report.hidden.sum()]))
     batch = trainer.mixer.batch(0, 32)
@@ -76,7 +76,7 @@ def test_a_loss_spike_is_skipped_and_its_samples_are_recorded(tmp_path):
 
     trainer.mixer.batch = batch
     taken = {}
-    step = trainer._step
+    step = trainer.step
 
     def watched(factor):
         report = step(factor)
@@ -86,7 +86,7 @@ def test_a_loss_spike_is_skipped_and_its_samples_are_recorded(tmp_path):
             assert report.loss > 4 * held["level"] == 4 * trainer.state.level
         return report
 
-    trainer._step = watched
+    trainer.step = watched
     trainer.train()
     assert all(torch.equal(taken[n], held[n]) for n in taken) and taken
     assert trainer.state.skipped == 1 and trainer.state.bad_steps == 0
@@ -104,7 +104,7 @@ def test_a_loss_spike_is_skipped_and_its_samples_are_recorded(tmp_path):
 def test_spikes_without_an_end_abort_the_run(tmp_path):
     settings = ["steps=20", "spike_factor=1.5", "max_bad_steps=3", "logging.every=1"]
     trainer = Trainer(tiny_config(tmp_path, *MIXED, *settings), tiny_table())
-    trainer._step(1.0)
+    trainer.step(1.0)
     trainer.state.level = 1e-3
     with pytest.raises(TrainingAborted, match="3 steps in a row"):
         trainer.train()

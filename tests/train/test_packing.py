@@ -146,7 +146,7 @@ def test_a_packed_run_takes_the_steps_of_an_unpacked_one(tmp_path):
         for name, pack in (("a", "data.pack=0"), ("b", "data.pack=48"))
     ]
     for _ in range(4):
-        one, other = (run._step(1.0) for run in runs)
+        one, other = (run.step(1.0) for run in runs)
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         for name in ("nll", "hidden", "rows", "by_time"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-4)

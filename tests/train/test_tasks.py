@@ -108,7 +108,7 @@ def test_rate_distribution_matches_its_samples(rate):
 
 
 def test_times_cover_any_run_of_samples_evenly(tmp_path):
-    times = mixer(tmp_path)._times(torch.arange(1000, 1256)).sort().values
+    times = mixer(tmp_path).times(torch.arange(1000, 1256)).sort().values
     gaps = (times - (torch.arange(256) + 0.5) / 256).abs().max()
     assert gaps < 0.02
 

@@ -92,7 +92,7 @@ def test_muon_state_resumes_bit_for_bit(tmp_path):
     config, table = tiny_config(tmp_path / "cut", *common), tiny_table(72).split(8)[0]
     first = Trainer(config, table.seeded(config.seed))
     for _ in range(3):
-        first._step(learning_rate_factor(config.schedule, first.state.step, config.steps))
+        first.step(learning_rate_factor(config.schedule, first.state.step, config.steps))
     first.save()
     second = Trainer(config, table.seeded(config.seed))
     assert second.resumed and second.state.step == 3
@@ -118,16 +118,16 @@ def test_warm_start_begins_from_the_given_weights(tmp_path):
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
     table = tiny_table()
     trainer = Trainer(tiny_config(tmp_path, "steps=20", "max_bad_steps=3"), table)
-    trainer._step(1.0)
+    trainer.step(1.0)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     average = {n: p.clone() for n, p in trainer.state.ema.average.items()}
     handle = trainer.model.final_norm.register_forward_hook(lambda module, args, out: out * math.nan)
-    report = trainer._step(1.0)
+    report = trainer.step(1.0)
     assert not report.finite and trainer.state.bad_steps == 1
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
     assert all(torch.equal(p, average[n]) for n, p in trainer.state.ema.average.items())
     handle.remove()
-    assert trainer._step(1.0).finite and trainer.state.bad_steps == 0 and trainer.state.skipped == 1
+    assert trainer.step(1.0).finite and trainer.state.bad_steps == 0 and trainer.state.skipped == 1
     trainer.model.final_norm.register_forward_hook(lambda module, args, out: out * math.nan)
     with pytest.raises(TrainingAborted, match="3 steps in a row"):
         trainer.train()

@@ -120,8 +120,8 @@ class Trainer:
         self._notes: list[str] = []
         self.resumed = self._resume()
         settings = config.checkpoint
-        self._saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
-        self._best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"), self._scored)
+        self.saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
+        self.best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"), self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
         self._saved_at, self._stop = time.monotonic(), False
 
@@ -150,7 +150,7 @@ class Trainer:
             while state.step < settings.steps and not stopped:
                 # 1. a step
                 factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
-                step = self._step(factor)
+                step = self.step(factor)
                 self._guard(step, log)
                 meter.add(step)
                 progress.step(state.step, f"loss {step.loss:.4f}  lr x{factor:.3f}")
@@ -165,8 +165,8 @@ class Trainer:
                     log.write(state.step, "train", meter.take() | self.speed.take() | extra)
                 better = False
                 if validating:
-                    report = self._validate()
-                    better = self._judge(report)
+                    report = self.validate()
+                    better = self.judge(report)
                     log.write(state.step, "validation", report)
                     progress.say(_validation_line(state.step, report))
                 if self.sampler is not None and _due(settings.logging.sample_every, state.step):
@@ -180,10 +180,10 @@ class Trainer:
                         self.export(self.folder / "model-best")
                     self._saved_at = time.monotonic()
                 else:
-                    self._saver.poll()
+                    self.saver.poll()
                 if last or validating or overdue:
                     progress.restart_clock()
-            self._saver.wait()
+            self.saver.wait()
             if lost := self.data_losses.line():
                 progress.say(lost)
             if stopped:
@@ -211,7 +211,8 @@ class Trainer:
             progress.say(f"resumed at step {self.state.step} from {self.checkpoints}")
         return log, progress
 
-    def _step(self, factor: float) -> StepReport:
+    def step(self, factor: float) -> StepReport:
+        """The next step, with `factor` on the peak learning rate."""
         config, state, parallel, began = self.config, self.state, self.parallel, time.perf_counter()
         # dropout inside the model; ranks must not repeat each other's
         torch.manual_seed((config.seed * 1_000_003 + state.step + (parallel.rank << 40)) & 0x7FFFFFFFFFFFFFFF)
@@ -235,13 +236,13 @@ class Trainer:
         if name and name not in known:
             raise ValueError(f"checkpoint.best = {name!r} is not in the validation report; it has {sorted(known)}")
 
-    def _judge(self, report: dict[str, float]) -> bool:
+    def judge(self, report: dict[str, float]) -> bool:
         """Whether a validation is the best so far, by the number that `checkpoint.best` names."""
         if not (name := self.config.checkpoint.best):
             return False
         self._score = self.state.step, report[name]
-        better = report[name] < self._best
-        self._best = min(self._best, report[name])
+        better = report[name] < self.best
+        self.best = min(self.best, report[name])
         return better
 
     def _guard(self, step: StepReport, log: RunLog) -> None:
@@ -252,7 +253,7 @@ class Trainer:
         keys = {"first_sample": float(self.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
         log.write(self.state.step, "skipped", keys | numbers)
         if self.state.bad_steps >= self.config.max_bad_steps:
-            self._saver.wait()
+            self.saver.wait()
             raise TrainingAborted(
                 f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
                 f"(step {self.state.step}); {_LOWER}"
@@ -263,7 +264,8 @@ class Trainer:
         wanted = self.config.data.validation_rows
         return 0 if self.validation is None else min(wanted, self.validation.rows or wanted)
 
-    def _validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
+        """The report of `validate` on the averaged weights."""
         assert self.validation is not None
         draws, rows = self.config.logging.validation_draws, self._validation_rows
         batch_size = min(self.config.batch_size, rows * draws)
@@ -298,7 +300,7 @@ class Trainer:
         self.data_losses.save(self.parallel)
         self.parallel.rest()
         content = RunCheckpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
-        self._saver.save(content)
+        self.saver.save(content)
 
     def _resume(self) -> bool:
         settings, state = self.config.checkpoint, self.state

@@ -49,7 +49,7 @@ class DataLosses:
 
     def counts(self) -> dict[str, int]:
         """Events by reason, as far as this process knows."""
-        return dict(Counter(self._encoding.counts) + Counter(skip.reason for skip in self._met | self._own()))
+        return dict(Counter(self._encoding.counts) + Counter(skip.reason for skip in self._met | self.met()))
 
     def line(self) -> str:
         """One line for a person; empty when nothing was left out."""
@@ -59,12 +59,13 @@ class DataLosses:
 
     def save(self, parallel: Parallel) -> None:
         """Join what all processes met, all of which must call this; rank 0 writes."""
-        own = json.dumps([astuple(skip) for skip in self._own()])
+        own = json.dumps([astuple(skip) for skip in self.met()])
         self._met |= {Skip(*entry) for text in parallel.collect(own) for entry in json.loads(text)}
         if parallel.main:
             content: dict[str, Any] = {"counts": dict(sorted(self.counts().items()))}
             content |= {"encoding": self._encoding.state_dict(), "reading": sorted(astuple(s) for s in self._met)}
             replace_text(self.path, json.dumps(content, indent=1))
 
-    def _own(self) -> set[Skip]:
+    def met(self) -> set[Skip]:
+        """What this process could not read so far."""
         return {skip for source in self._shards for skips in source.report.examples.values() for skip in skips}

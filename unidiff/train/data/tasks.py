@@ -128,7 +128,7 @@ class TaskMixer:
             weight = (weight * modality_weight).float()
             return TaskBatch(batch, chosen[:, None].expand_as(rate), rate, noise, weight)
         noise, total = rank_noise(noise, batch.targets)
-        rate, row_weight = self._rates(self._times(index), chosen, total)  # [B], [B]
+        rate, row_weight = self._rates(self.times(index), chosen, total)  # [B], [B]
         return TaskBatch(batch, chosen, rate, noise, (row_weight[:, None] * modality_weight).float())
 
     def _block_rates(
@@ -146,8 +146,8 @@ class TaskMixer:
         rate, weight = self._rates(times, task[:, None], total.view(-1, count).clamp_min(1))
         return noise, rate.gather(1, block), weight.gather(1, block)
 
-    def _times(self, index: Tensor) -> Tensor:
-        # A low-discrepancy sequence over the sample index: any run of samples covers (0, 1) evenly.
+    def times(self, index: Tensor) -> Tensor:
+        """float64 `[B]`, a low-discrepancy sequence over the sample index: any run of samples covers (0, 1) evenly."""
         offset = keyed_bits(self.seed, torch.zeros((), dtype=torch.long), _TIME_STREAM, 1)
         bits = ((index * _STEP + offset) >> 11) & ((1 << 53) - 1)
         return (bits.double() + 0.5) * 2.0**-53
