@@ -26,8 +26,17 @@ def namespace() -> dict:
 
 def test_every_part_has_its_example(namespace: dict):
     headings = [block.heading for block in BLOCKS]
-    assert headings[1:] == ["A backbone", "An image tokenizer", "A commit rule", "A refresh policy", "A schedule"]
-    assert {"Recurrent", "Mosaic", "SureAndApart", "EveryNth", "Logarithmic"} <= set(namespace)
+    parts = [
+        "A backbone",
+        "An image tokenizer",
+        "A commit rule",
+        "A refresh policy",
+        "A schedule",
+        "A metric",
+        "A world",
+    ]
+    assert headings[1:] == parts
+    assert {"Recurrent", "Mosaic", "SureAndApart", "EveryNth", "Logarithmic", "CODES_USED"} <= set(namespace)
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda b: b.heading)
