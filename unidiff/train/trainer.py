@@ -40,13 +40,12 @@ from unidiff.train.run.checkpoint import (
     settle,
 )
 from unidiff.train.run.distributed import Parallel, whole
-from unidiff.train.run.export import write_export
 from unidiff.train.run.limits import check_config
 from unidiff.train.run.logs import Progress, RunLog
 from unidiff.train.run.loop import StopOnSignals
 from unidiff.train.run.meters import SpeedMeter, TaskMeter
 from unidiff.train.run.resume import Position, compare, facts_of, restore, scored_as
-from unidiff.train.run.run_folder import MARK, check_run_folder
+from unidiff.train.run.run_folder import MARK, check_run_folder, write_export
 from unidiff.train.run.sharded_checkpoint import CheckpointSaver, choose_together, load_placed
 from unidiff.train.step import StepReport, TokenNLL, TrainState, train_step
 from unidiff.train.validation import report_names, validate
@@ -121,7 +120,7 @@ class Trainer:
         self.resumed = self._resume()
         settings = config.checkpoint
         self.saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
-        self.best = score_of(self.checkpoints, pointed_name(self.checkpoints, "best"), self._scored)
+        self.best = score_of(self.checkpoints, self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
         self._saved_at, self._stop = time.monotonic(), False
 

@@ -17,9 +17,9 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,16 +52,14 @@ class RunCheckpoint:
     state: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CheckpointChoice:
+class CheckpointChoice(NamedTuple):
     """The checkpoint that a run goes on from, and what a person should know about how it was chosen."""
 
     name: str
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def step_name(step: int) -> str:
-    """Folder name of a checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -147,9 +145,8 @@ def damage(target: Path, share: tuple[int, int] = (0, 1)) -> str:
 
 def _damage_without_sums(target: Path) -> str:
     """Of a checkpoint from before there were checksums: missing and cut files."""
-    files = [target / f"{part}.safetensors" for part in PARTS]
-    if (target / SHARDS).is_dir():
-        files = sorted((target / SHARDS).glob("*.safetensors"))
+    sharded = (target / SHARDS).is_dir()
+    files = sorted((target / SHARDS).glob("*.safetensors")) if sharded else [target / f"{p}.safetensors" for p in PARTS]
     if missing := [path.name for path in files if not path.is_file()]:
         return f"checkpoint {target} lacks {', '.join(missing)}"
     for path in files:
@@ -207,7 +204,7 @@ def publish(folder: Path, name: str, keep: int) -> None:
     """Let the complete folder `name` be the newest: pointers, then the deletion of what is no longer kept."""
     flush_to_disk(folder)
     score, scored = _score(folder, name)
-    if score < score_of(folder, pointed_name(folder, "best"), scored):
+    if score < score_of(folder, scored):
         replace_text(folder / "best", name + "\n")
     replace_text(folder / "latest", name + "\n")
     for stray in folder.glob(".step-*.*"):  # of processes that were killed
@@ -235,13 +232,13 @@ def pointed_name(folder: Path, pointer: str = "latest") -> str | None:
     return name
 
 
-def score_of(folder: Path, name: str | None, scored: str | None = None) -> float:
-    """The validation number saved with a checkpoint; infinity where there is none.
+def score_of(folder: Path, scored: str | None) -> float:
+    """The validation number of the best checkpoint; infinity where there is none.
 
     Args:
         scored: which number on which rows is asked for; another one cannot be compared and does not count.
     """
-    score, own = _score(folder, name)
+    score, own = _score(folder, pointed_name(folder, "best"))
     return score if None in (scored, own) or own == scored else math.inf
 
 

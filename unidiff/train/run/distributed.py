@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,8 +29,7 @@ from unidiff.train.config import ParallelConfig, TrainConfig
 _PATIENCE = timedelta(days=2)  # ranks wait this long while rank 0 encodes raw shards, or for a slow disk
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Where a process stands among those of a run, as `torchrun` tells it (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*)."""
 
     rank: int
@@ -130,25 +128,20 @@ class Parallel:
             model.to(self.device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
             return
         replicas, kind = self.settings.replicas, self.device.type
-        if replicas > 1:
-            mesh = init_device_mesh(
-                kind, (replicas, self.size // replicas), mesh_dim_names=("replicate", "shard")
-            )  # hybrid: sharded within a group, replicated across groups
-        else:
-            mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
+        # hybrid: sharded within a group, replicated across groups
+        sides = (replicas, self.size // replicas) if replicas > 1 else (self.size,)
+        mesh = init_device_mesh(kind, sides, mesh_dim_names=("replicate", "shard")[-len(sides) :])
+        param, summed = getattr(torch, self.settings.param_dtype), getattr(torch, self.settings.reduce_dtype)
+        # Inputs keep their type: the residual stream stays float32, autocast casts for the matrix products.
+        inner = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=summed, cast_forward_inputs=False)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.settings.reshard, mp_policy=self._precision())
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.settings.reshard, mp_policy=inner)
         # The root holds embeddings and head: whole from `hidden` to the end of the backward pass, so `head` needs no hook,
         # and in float32, in which the head's gradient is summed over chunks.
         reduce = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=reduce)
         register_fsdp_forward_method(model, "hidden")
         self._sharded = model
-
-    def _precision(self) -> MixedPrecisionPolicy:
-        param, reduce = getattr(torch, self.settings.param_dtype), getattr(torch, self.settings.reduce_dtype)
-        # Inputs keep their type: the residual stream stays float32, autocast casts for the matrix products.
-        return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, cast_forward_inputs=False)
 
     def forward(self, model: nn.Module, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`compute`, which calls `model`, such that gradients of its result are averaged over ranks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 
 from unidiff.models.trained_on import TASKS
@@ -38,10 +40,7 @@ class TaskMeter:
         `nll/<task>/<modality>`, and `nll_at/<from>-<to>` by mask rate."""
         if not self._losses:
             return {}
-        out = {
-            "loss": sum(self._losses) / len(self._losses),
-            "grad_norm": sum(self._norms) / len(self._norms),
-        }
+        out = {"loss": fmean(self._losses), "grad_norm": fmean(self._norms)}
         for number, task in enumerate(TASKS):
             if self._rows[number] > 0:
                 out[f"share/{task}"] = float(self._rows[number] / self._rows.sum())
@@ -78,7 +77,7 @@ class SpeedMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._steps, self._seconds, self._waited, self._scored = 0, 0.0, 0.0, torch.zeros(2, dtype=torch.float64)
+        self._seconds, self._waited, self._scored = 0.0, 0.0, torch.zeros(2, dtype=torch.float64)
         self._done = 0  # tokens
 
     def add(self, report: StepReport, seconds: float, waited: float, tokens: int | None = None) -> None:
@@ -89,13 +88,13 @@ class SpeedMeter:
                 as many tokens of pairs.
         """
         self._done += self._tokens if tokens is None else tokens
-        self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + seconds, self._waited + waited
+        self._seconds, self._waited = self._seconds + seconds, self._waited + waited
         self._scored += report.hidden.double().sum(0)
 
     def take(self) -> dict[str, float]:
         """Since the last call: `tokens_per_second`; `data_wait`, the share of time without data; `tflops`, useful
         10^12 operations per second of all processes; `mfu`, their share of the peak where `logging.peak_tflops` says it."""
-        if not self._steps:
+        if not self._done:
             return {}
         scored = sum(n * f for n, f in zip(self._scored.tolist(), self._token_flops, strict=True))
         flops = (self._done / self._tokens * self._rows * self._row_flops + scored) / self._seconds

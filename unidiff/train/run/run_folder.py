@@ -1,11 +1,18 @@
-"""The folder of a run: what may be in it when a run begins, and what an export may replace."""
+"""The folder of a run: what may be in it when a run begins, and the exports that are written into it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from unidiff.files import flush_to_disk, replacing_folder
+from unidiff.models.trained_on import TrainedOn
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.owned import others_in_model
+from unidiff.tokens import Vocabulary
 from unidiff.train.run.checkpoint import holds_checkpoints
 
 MARK = "# Settings of the last start of this run, written by unidiff.\n"
@@ -25,7 +32,7 @@ def check_run_folder(out: Path, setting: str, started_from: str | None, written:
         setting: what a person types for `out`. started_from: folder of the starting weights, if any.
         written: names that the run replaces in `out`, folders (of models) without an ending.
     """
-    check_output(out, setting, started_from)
+    _check_place(out, setting, started_from)
     checkpoints = out / "checkpoints"
     for path in (out / name for name in written):
         if path.name == SETTINGS:
@@ -43,12 +50,8 @@ def check_run_folder(out: Path, setting: str, started_from: str | None, written:
             )
 
 
-def check_output(out: Path, setting: str, started_from: str | None) -> None:
-    """Raise ValueError for the output of a run that is a file, in a pipeline, or among its own starting weights.
-
-    Args:
-        setting: what a person types for `out`. started_from: folder of the starting weights, if any.
-    """
+def _check_place(out: Path, setting: str, started_from: str | None) -> None:
+    """Raise ValueError for the output of a run that is a file, in a pipeline, or among its own starting weights."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{setting}={str(out)!r} is a file or a device; name a folder")
     checkpoints, place = out / "checkpoints", out.resolve()
@@ -83,3 +86,31 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(
             f"{str(folder)!r} holds {', '.join(foreign[:3])}, which the run's export would remove; move it elsewhere"
         )
+
+
+def write_export(
+    folder: Path, model: MaskedTransformer, vocabulary: Vocabulary, trained: TrainedOn, started_from: str = ""
+) -> None:
+    """Write `folder` for `MaskedTransformer.from_pretrained`, with `vocabulary.json`; it appears whole or not at all.
+
+    Args:
+        trained: what the rows were. started_from: folder of the starting weights, if any.
+
+    Raises:
+        ValueError: weights that are not finite, or a folder that holds something else than an export.
+        OSError: a full or read-only disk and the like.
+    """
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            hint = "set checkpoint.export_dtype=bfloat16, or " if value.dtype == torch.float16 else ""
+            raise ValueError(
+                f"the averaged weights {name} are not finite in {str(value.dtype)[6:]}, so nothing is exported; "
+                f"{hint}lower optimiser.lr"
+            )
+    check_replaceable(folder)
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1), encoding="utf-8")
+        trained.save(temporary, started_from=started_from or None)
+        for path in temporary.iterdir():
+            flush_to_disk(path)

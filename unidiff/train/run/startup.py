@@ -1,6 +1,6 @@
-"""How a training recipe starts and ends: threads and memory, the processes of `torchrun`, errors as one line. Free of torch until needed.
+"""How a training recipe starts and ends: threads and memory, the processes of `torchrun`, errors as one line.
 
-Recipes hand over `os.environ`; nothing in here looks at it by itself.
+Free of torch until needed. Recipes hand over `os.environ`; nothing in here looks at it by itself.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
     """
     from unidiff.train.run.distributed import Launch
 
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in environment for name in names):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    if not all(name in environment for name in (*names, "MASTER_ADDR")):
         return None
     for name in names:
-        if name != "MASTER_ADDR" and not (environment[name].isascii() and environment[name].isdigit()):
+        if not (environment[name].isascii() and environment[name].isdigit()):
             raise ValueError(f"{name} is {environment[name]!r}; torchrun sets it to a number")
-    rank, size, local, port = (int(environment[name]) for name in names if name != "MASTER_ADDR")
+    rank, size, local, port = (int(environment[name]) for name in names)
     if not (rank < size and local < size and 0 < port < 2**16):
         raise ValueError(
             f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {size} and MASTER_PORT {port} do not fit together"
