@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
-from unidiff.families.layout import TaskInputs
-from unidiff.pipelines.arguments import flag, repeated, texts_of, whole
+from unidiff.families.layout import RowLayout, TaskInputs
+from unidiff.pipelines.arguments import flag, texts_of, whole
 from unidiff.pipelines.decode import TaskCall, task_method
-from unidiff.pipelines.inputs import as_list, broadcast, opened
+from unidiff.pipelines.folder import PipelineFolder
+from unidiff.pipelines.inputs import ImageInputs, PictureSizes, as_list, columns_of, opened
 from unidiff.pipelines.output import UniDiffOutput
-from unidiff.pipelines.parts import PipelineParts
+from unidiff.pipelines.rows import NativeLayout
+from unidiff.pipelines.settings import PipelineSettings
 from unidiff.pipelines.tasks import call_task
 from unidiff.schema import check_value
+from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.text import TextTokenizer
+from unidiff.tokens.vocabulary import Vocabulary
 from unidiff.words import between_holes
 
 
-class UniDiffPipeline(PipelineParts):
+class UniDiffPipeline(PipelineFolder, DiffusionPipeline):
     """One masked diffusion model over text and image tokens, with everything around it, of whatever family.
 
     All tasks are the same decode with other tokens known. They share the keyword arguments of `DecodeOptions`, and return a
@@ -38,6 +44,86 @@ class UniDiffPipeline(PipelineParts):
     Raises:
         ValueError: parts that do not fit together.
     """
+
+    transformer: Any
+    image_tokenizer: Any
+    text_tokenizer: Any
+    model_cpu_offload_seq = "transformer->image_tokenizer"  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        transformer: Any,
+        image_tokenizer: Any,
+        text_tokenizer: Any,
+        settings: PipelineSettings | Mapping[str, Any] | None = None,
+        layout: RowLayout | None = None,
+    ) -> None:
+        super().__init__()
+        check_value(transformer, torch.nn.Module, "transformer")
+        images, texts = image_tokenizer, text_tokenizer
+        if images is not None and not isinstance(images, VQImageTokenizer):
+            images = VQImageTokenizer(images)
+        self.images: Any = images
+        self.texts = texts if isinstance(texts, TextTokenizer) else TextTokenizer(texts)
+        parts = {"image_tokenizer": images and images.model, "text_tokenizer": self.texts.tokenizer}
+        others = {} if layout is None else layout.modules
+        self.register_modules(transformer=transformer.eval(), **parts, **others)
+        if layout is None:
+            if not isinstance(settings, PipelineSettings):
+                settings = PipelineSettings.from_dict({} if settings is None else settings)
+            self.settings = settings
+            self.register_to_config(settings=settings.to_dict())
+            layout = NativeLayout(self.texts, settings)
+        self.layout: RowLayout = layout
+        layout.check_parts(transformer, images, self.texts)
+        self.pictures = PictureSizes(images, layout)
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """True once a callback has asked the running decode to finish; a callback may set it."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids of text and image tokens."""
+        return self.layout.vocabulary
+
+    @property
+    def image_inputs(self) -> ImageInputs:
+        """What turns pictures into tensors and back; `ValueError` for a model of text alone."""
+        return self.pictures.of()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, the usual one where there are others; `ValueError` for a model of text alone."""
+        return self.image_inputs.size
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The arguments of the constructor: `type(pipe)(**pipe.components)` is the same pipeline again."""
+        names = ("transformer", "image_tokenizer", "text_tokenizer")
+        own = {"settings": self.settings} if hasattr(self, "settings") else {"layout": self.layout}
+        return {name: getattr(self, name) for name in names} | own
+
+    def sized(self, height: int, width: int) -> Self:
+        """The same for pictures of another size in pixels, where the family draws any.
+
+        Raises:
+            ValueError: a family of one size, or a side that the image tokenizer's factor does not divide.
+        """
+        return self.from_pipe(self, layout=replace(self.layout, fixed=self.pictures.grid(height, width)))  # type: ignore[type-var]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """See `DiffusionPipeline.to`; what else reads the rows follows the network."""
+        super().to(*args, **kwargs)
+        for module in self.layout.modules.values():
+            module.to(self.transformer.device, self.transformer.dtype)
+        return self
 
     def __call__(
         self, prompt: str | Sequence[str] | None = None, task: str | None = None, **inputs: Any
@@ -83,10 +169,10 @@ class UniDiffPipeline(PipelineParts):
         said, away = texts_of(prompt, "prompt"), None
         if negative_prompt is not None:
             away = texts_of(negative_prompt, "negative_prompt", empty=True)
-        rows = _columns(num_images_per_prompt, prompt=said, negative_prompt=away)
-        grid = self._grid(height, width)
+        rows = columns_of(num_images_per_prompt, prompt=said, negative_prompt=away)
+        grid = self.pictures.grid(height, width)
         inputs = TaskInputs(len(rows["prompt"]), rows["prompt"], rows.get("negative_prompt"), grid=grid)
-        return TaskCall(inputs, num_images_per_prompt, [*said, *(away or ())], self._image_inputs(grid))
+        return TaskCall(inputs, num_images_per_prompt, [*said, *(away or ())], self.pictures.of(grid))
 
     @task_method
     def caption(self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Any) -> TaskCall:
@@ -100,9 +186,9 @@ class UniDiffPipeline(PipelineParts):
         Raises:
             ValueError: a picture of another size, dtype or range, or an option out of range.
         """
-        longest, images = self._longest(max_text_tokens), self._fitting(image := opened(image), resize)
+        longest, images = self._longest(max_text_tokens), self.pictures.fitting(image := opened(image), resize)
         pixels = images.images(image, resize)
-        codes = self._encode(pixels)
+        codes = self.pictures.encode(pixels)
         return TaskCall(TaskInputs(len(codes), codes=codes, longest=longest), images=images, shown=pixels)
 
     @task_method
@@ -120,9 +206,9 @@ class UniDiffPipeline(PipelineParts):
             ValueError: as for `caption`; an empty or too long question; lists of different lengths.
         """
         said, longest = texts_of(question, "question"), self._longest(max_text_tokens)
-        images = self._fitting(image := opened(image), resize)
+        images = self.pictures.fitting(image := opened(image), resize)
         pixels = images.images(image, resize)  # [B, 3, H, W]
-        rows = _columns(1, image=list(pixels), codes=list(self._encode(pixels)), question=said)
+        rows = columns_of(1, image=list(pixels), codes=list(self.pictures.encode(pixels)), question=said)
         inputs = TaskInputs(len(rows["question"]), rows["question"], codes=rows["codes"], longest=longest)
         return TaskCall(inputs, said=said, images=images, shown=rows["image"])
 
@@ -133,11 +219,11 @@ class UniDiffPipeline(PipelineParts):
         mask_image: Any = None,
         text: str | Sequence[str] | None = None,
         max_text_tokens: int | None = None,
-        strength: float = 1.0,
-        negative_prompt: str | Sequence[str] | None = None,
         paste_back: bool = False,
         resize: bool = False,
         num_images_per_prompt: int = 1,
+        negative_prompt: str | Sequence[str] | None = None,
+        strength: float = 1.0,
         **options: Any,
     ) -> TaskCall:
         """Fill holes in pictures and in their captions together. Every other token stays exactly as it was.
@@ -166,13 +252,13 @@ class UniDiffPipeline(PipelineParts):
             raise ValueError(f"strength is {strength}; expected {most}")
         if negative_prompt is not None:
             away = texts_of(negative_prompt, "negative_prompt", empty=True)
-        images = self._fitting(image := opened(image), resize)
+        images = self.pictures.fitting(image := opened(image), resize)
         pixels = images.images(image, resize)  # [B, 3, H, W]
         holes = torch.zeros(1, *images.size, dtype=torch.bool)
         if mask_image is not None:
             holes = images.masks(mask_image, image, resize)  # [B, H, W]
-        columns = {"image": list(pixels), "mask_image": list(holes), "codes": list(self._encode(pixels))}
-        rows = _columns(num_images_per_prompt, **columns, text=said, negative_prompt=away)
+        columns = {"image": list(pixels), "mask_image": list(holes), "codes": list(self.pictures.encode(pixels))}
+        rows = columns_of(num_images_per_prompt, **columns, text=said, negative_prompt=away)
         cells = None if mask_image is None else images.cells(rows["mask_image"])
         inputs = TaskInputs(
             len(rows["image"]),
@@ -213,21 +299,21 @@ class UniDiffPipeline(PipelineParts):
             ValueError: an empty prompt, a size together with a mask, or as for `caption`.
         """
         said = texts_of(prompt, "prompt")
-        images = self._fitting(image := opened(image), resize)
-        columns: dict[str, Any] = {"image": list(self._encode(images.images(image, resize))), "prompt": said}
+        images = self.pictures.fitting(image := opened(image), resize)
+        columns: dict[str, Any] = {"image": list(self.pictures.encode(images.images(image, resize))), "prompt": said}
         if reference is not None:
-            other = self._fitting(reference := opened(reference, "reference"), resize)
-            columns["reference"] = list(self._encode(other.images(reference, resize)))
+            other = self.pictures.fitting(reference := opened(reference, "reference"), resize)
+            columns["reference"] = list(self.pictures.encode(other.images(reference, resize)))
         if mask_image is not None:
             columns["mask_image"] = list(images.cells(images.masks(mask_image, image, resize)))
-        rows = _columns(num_images_per_prompt, **columns)
+        rows = columns_of(num_images_per_prompt, **columns)
         inputs = TaskInputs(
             len(rows["prompt"]),
             rows["prompt"],
             codes=rows["image"],
             holes=rows.get("mask_image"),
             references=rows.get("reference"),
-            grid=self._grid(height, width),
+            grid=self.pictures.grid(height, width),
         )
         return TaskCall(inputs, num_images_per_prompt, said, images)
 
@@ -255,9 +341,9 @@ class UniDiffPipeline(PipelineParts):
         flag(resize, "resize")
         images, codes = self.image_inputs, None
         if image is not None:
-            images = self._fitting(image := opened(image), resize)
-            codes = list(self._encode(images.images(image, resize)))
-        rows = _columns(num_images_per_prompt, rows=[0], image=codes, text=said)
+            images = self.pictures.fitting(image := opened(image), resize)
+            codes = list(self.pictures.encode(images.images(image, resize)))
+        rows = columns_of(num_images_per_prompt, rows=[0], image=codes, text=said)
         inputs = TaskInputs(len(rows["rows"]), rows.get("text"), codes=rows.get("image"), longest=longest)
         return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()), images)
 
@@ -309,10 +395,3 @@ class UniDiffPipeline(PipelineParts):
 
     def _captions(self, text: str | Sequence[str] | None) -> list[str] | None:
         return None if text is None else texts_of(text, "text", holes=True)
-
-
-def _columns(count: int, **columns: Sequence[Any] | None) -> dict[str, Any]:
-    """Columns of one common length, each entry `count` times; tensors are stacked, and columns that are None left out."""
-    given = {name: column for name, column in columns.items() if column is not None}
-    rows = {name: repeated(column, count) for name, column in zip(given, broadcast(**given), strict=True)}
-    return {name: torch.stack(row) if isinstance(row[0], Tensor) else row for name, row in rows.items()}

@@ -14,7 +14,7 @@ from unidiff.families.layout import TaskInputs
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.candidates import agreement
-from unidiff.pipelines.seeds import candidate_seeds
+from unidiff.pipelines.decode import candidate_seeds
 from unidiff.tokens import Modality, TokenBatch
 
 

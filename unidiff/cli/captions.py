@@ -44,7 +44,7 @@ def describe(
     """
     if not pictures:
         return {}
-    from unidiff.pipelines.seeds import row_seeds
+    from unidiff.pipelines.decode import row_seeds
 
     seeds = row_seeds(flags.options["generator"], count).tolist()
     groups: dict[object, list[int]] = {}

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from unidiff.errors import DamagedFile, first_line, read_json, reading
 from unidiff.files import replacing_folder
+from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.owned import INDEX, PIPELINE_CLASS, check_replaceable, others_in_pipeline
+from unidiff.pipelines.arguments import check_keywords
 from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
 from unidiff.pipelines.settings import PipelineSettings
+from unidiff.schema import check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
+from unidiff.weights.saving import check_save_options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
@@ -145,3 +151,95 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
     raise ValueError(f"dtype is {dtype!r:.80}; expected one of {', '.join(_DTYPES)}")
+
+
+class PipelineFolder:
+    """Gives a pipeline its folders: loading, saving, and sharing the parts of a loaded one."""
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **changes: Any) -> Self:
+        """A new pipeline with the parts of another one, which share their weights.
+
+        Args:
+            pipeline: of this class.
+            changes: parts or settings to take instead, by their name in `components`.
+
+        Raises:
+            ValueError: a pipeline of another class, or a part that does not fit.
+            TypeError: an unknown name.
+        """
+        if not isinstance(pipeline, cls):
+            raise ValueError(f"from_pipe got a {type(pipeline).__name__}; expected a {cls.__name__}")
+        parts = pipeline.components
+        for name in changes:
+            if name not in parts:
+                near = difflib.get_close_matches(name, parts, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected some of {list(parts)}"
+                raise TypeError(f"{cls.__name__}.from_pipe got an unexpected argument {name!r}; {hint}")
+        return cls(**{**parts, **changes})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        subfolder: str | None = None,
+        image_tokenizer: str | Path | None = None,
+        text_tokenizer: str | Path | None = None,
+        **hub_options: Any,
+    ) -> Self:
+        """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), of any family, strictly.
+
+        Args:
+            name: where.
+            dtype: of the weights in memory; `torch_dtype` is the same. Left out: float32, or the checkpoint's own for a
+                released family.
+            subfolder: below `name`, for instance Muddit's `512`.
+            image_tokenizer, text_tokenizer: where they are, for a released family that comes without.
+            hub_options: revision, cache_dir, token, local_files_only, force_download.
+
+        Raises:
+            FileNotFoundError: nothing there, or a part is missing.
+            ValueError: an unknown family, unknown settings, or weights that are missing, unexpected, misshaped or NaN.
+            TypeError: an unknown argument.
+        """
+        check_keywords(cls.from_pretrained, hub_options, HUB_OPTIONS, cls)
+        if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
+            raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}, which mean the same; give one of them")
+        chosen = dtype if torch_dtype is None else torch_dtype
+        check_value(subfolder, str | None, "subfolder")
+        folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
+        parts = load_parts(folder, None if chosen is None else read_dtype(chosen), image_tokenizer, text_tokenizer)
+        try:
+            return cls(*parts)
+        except ValueError as error:
+            raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, max_shard_size: int | str | None = None, **options: Any
+    ) -> None:
+        """Write the whole folder (safetensors, in the dtype of the weights), or nothing.
+
+        A pipeline that was saved there before is replaced; a link is written through.
+
+        Args:
+            max_shard_size: bytes, or text such as "5GB"; larger weights become several files. None: 10 GB.
+            options: diffusers' others, of which only the defaults are taken.
+
+        Raises:
+            ValueError: a released family; a folder that holds anything that is no part of a pipeline of ours, an argument
+                that `from_pretrained` could not follow, or weights that hold NaN or have no values.
+            OSError: a full or read-only disk; the message names the folder.
+        """
+        check_save_options(options, max_shard_size)
+        if not hasattr(self, "settings"):
+            raise ValueError(
+                f"{self.layout.family} is not saved as a pipeline; `unidiff convert` writes its checkpoint in both layouts"
+            )
+
+        def write(folder: Path) -> None:
+            DiffusionPipeline.save_pretrained(self, str(folder), max_shard_size=max_shard_size)
+            forget_origins(folder)
+
+        write_folder(save_directory, write)

@@ -13,11 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from unidiff.families.layout import Grid, RowLayout
 from unidiff.pictures import MAX_PIXELS, open_picture
-from unidiff.pipelines.arguments import kind_of, one_of
+from unidiff.pipelines.arguments import flag, kind_of, one_of, repeated, whole
 from unidiff.pipelines.masks import fit_white, white_pixels
 
 _KINDS = "a PIL image, a path or address of one, a numpy array or a torch tensor"
+_LONGEST_SIDE = 16_384
 _PIXELS = ("pil", "pt", "np")
 
 
@@ -106,6 +108,57 @@ class ImageInputs:
         return self.processor.numpy_to_pt(self.processor.pil_to_numpy(resized))
 
 
+class PictureSizes:
+    """What reads and writes pictures of a pipeline: of its size, of one asked for, or of the pictures' own.
+
+    Args:
+        images: the image tokenizer; None for a model of text alone. layout: of the family.
+    """
+
+    def __init__(self, images: Any, layout: RowLayout) -> None:
+        self.images, self.layout = images, layout
+
+    def of(self, grid: Grid | None = None) -> ImageInputs:
+        """For rows and columns of codes, the pipeline's own when left out; `ValueError` for a model of text alone."""
+        if self.images is None:
+            raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")
+        rows, columns = grid or self.layout.grid
+        return ImageInputs((rows * self.images.factor, columns * self.images.factor), self.images.factor)
+
+    def grid(self, height: int | None, width: int | None) -> Grid | None:
+        """Rows and columns of codes of a size in pixels; None where none was asked for.
+
+        Raises:
+            ValueError: a family of one size, or a side that the image tokenizer's factor does not divide.
+        """
+        if height is None and width is None:
+            return None
+        if not self.layout.sizes:
+            raise ValueError(f"{self.layout.family} draws pictures of one size; leave height and width out")
+        (usual_height, usual_width), factor = self.of().size, self.images.factor
+        height, width = usual_height if height is None else height, usual_width if width is None else width
+        for name, side in (("height", height), ("width", width)):
+            whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
+        if height % factor or width % factor:
+            raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
+        return height // factor, width // factor
+
+    def fitting(self, image: Sequence[Any], resize: bool) -> ImageInputs:
+        """For opened pictures: of the pipeline's size, or of their own where the family takes any."""
+        flag(resize, "resize")
+        if not self.layout.any_size:
+            return self.of()
+        sizes = sorted({size_of(part) for part in image})
+        if len(sizes) > 1:
+            raise ValueError(f"the pictures have the sizes {sizes} (height, width); give those of one size at a time")
+        return self.of(self.layout.fit(*sizes[0]) if resize else self.grid(*sizes[0]))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures float `[B, 3, H, W]` to codes int64 `[B, h, w]` in the host's memory."""
+        codes: Tensor = self.images.encode(pixels).cpu()
+        return codes
+
+
 def as_list(value: Any, what: str) -> list[Any]:
     """One thing or several as a list; a 4-D array counts as several.
 
@@ -178,6 +231,13 @@ def broadcast(**columns: Sequence[Any]) -> list[list[Any]]:
         other = max(lengths, key=lambda name: lengths[name])
         raise ValueError(f"{lengths[bad[0]]} {bad[0]}s do not go with {longest} {other}s; give one, or as many of each")
     return [list(column) * (longest if len(column) == 1 else 1) for column in columns.values()]
+
+
+def columns_of(count: int, **columns: Sequence[Any] | None) -> dict[str, Any]:
+    """Columns of one common length, each entry `count` times; tensors are stacked, and columns that are None left out."""
+    given = {name: column for name, column in columns.items() if column is not None}
+    rows = {name: repeated(column, count) for name, column in zip(given, broadcast(**given), strict=True)}
+    return {name: torch.stack(row) if isinstance(row[0], Tensor) else row for name, row in rows.items()}
 
 
 def _number(what: str, number: int, count: int) -> str:

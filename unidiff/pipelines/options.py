@@ -14,7 +14,7 @@ from unidiff.pipelines.arguments import MOST_ROWS, flag, one_of, short, whole
 if TYPE_CHECKING:
     from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
     from unidiff.decoding.graphs import Record
-    from unidiff.pipelines.seeds import RowGenerator
+    from unidiff.pipelines.decode import RowGenerator
 
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 

@@ -82,7 +82,7 @@ class NativeLayout(RowLayout):
         return self.settings.num_candidates.get(task, 1)
 
     def note(self, task: str) -> str:
-        if task in self.settings.trained:
+        if self.settings.tasks is None or task in self.settings.tasks:
             return ""
         others = ", ".join(self.settings.trained) or "nothing"
         return f"the model was not trained for {task}, so the result is likely noise; it was trained for {others}"
@@ -169,7 +169,7 @@ class NativeLayout(RowLayout):
             for column in (slots, *([] if away is None else [away]))
         ]
         drawn = task == "text_to_image"
-        request = lay_out(columns[0], self.settings.sampler(task), needs, columns[1:], drawn=drawn)
+        request = lay_out(columns[0], self.settings.samplers[task], needs, columns[1:], drawn=drawn)
         # the task token stays visible, as in guidance training
         return replace(request, always_seen=request.batch.positions[..., 0] == 0)
 
