@@ -56,6 +56,19 @@ class TaskInputs:
     strength: float = 1.0
     longest: int = LONGEST
 
+    def picture(self, row: int, vocabulary: Vocabulary, grid: Grid | None, newline: int | None = None) -> Span:
+        """The picture of a row, which is read back: codes with holes, or a grid of unknown ones.
+
+        Args:
+            grid: rows and columns that it has; None for those of the codes. newline: see `Span`.
+        """
+        if self.codes is None:
+            return Span(torch.full(grid or (0, 0), vocabulary.image_mask), Modality.IMAGE, False, newline, read=True)
+        if grid is not None and tuple(self.codes.shape[1:]) != grid:
+            raise ValueError(f"codes have shape {tuple(self.codes.shape[1:])}; expected {grid}")
+        holes = None if self.holes is None else self.holes[row]
+        return Span.codes(self.codes[row], vocabulary, holes, newline=newline, read=True)
+
 
 @dataclass(frozen=True)
 class TaskNeeds:

@@ -86,7 +86,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     """
     inputs, layout = call.inputs, pipe.layout
     # 1. rows of the task; its settings, the caller's on top, and then what the task itself needs
-    request = layout.request(task, inputs)
+    request: DecodeRequest = getattr(layout, task)(inputs)
     if not bool(request.batch.targets.any(1).all()):
         raise ValueError(
             "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from unidiff.families.layout import DecodeRequest, Grid, RowLayout, TaskInputs, TaskNeeds, hidden_words, lay_out
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Span, Vocabulary
@@ -164,12 +162,9 @@ class NativeLayout(RowLayout):
         eos, start = self.texts.eos_id, self.vocabulary.text[0]
         never = [*(i for i in self._task.values() if i != eos), *([eos] if closed else [])]
         needs = TaskNeeds(tuple(i + start for i in never))
-        columns = [
-            [self._row(slot, number, inputs) for number, slot in enumerate(column)]
-            for column in (slots, *([] if away is None else [away]))
-        ]
-        drawn = task == "text_to_image"
-        request = lay_out(columns[0], self.settings.samplers[task], needs, columns[1:], drawn=drawn)
+        rows = [self._row(slot, number, inputs) for number, slot in enumerate(slots)]
+        others = [] if away is None else [[self._row(slot, number, inputs) for number, slot in enumerate(away)]]
+        request = lay_out(rows, self.settings.samplers[task], needs, others, drawn=task == "text_to_image")
         # the task token stays visible, as in guidance training
         return replace(request, always_seen=request.batch.positions[..., 0] == 0)
 
@@ -184,9 +179,4 @@ class NativeLayout(RowLayout):
             spans.append(Span.text([self.texts.eos_id + start] * fill, True))
         else:
             spans.append(replace(Span.text([0] * fill), exists=False))
-        return [*spans, self._picture(inputs.codes, inputs.holes, number)]
-
-    def _picture(self, codes: Tensor | None, holes: Tensor | None, number: int) -> Span:
-        if codes is None:
-            return replace(Span.masked_image(self.grid, self.vocabulary), read=True)
-        return Span.codes(codes[number], self.vocabulary, None if holes is None else holes[number], read=True)
+        return [*spans, inputs.picture(number, vocabulary, self.grid)]

@@ -146,8 +146,9 @@ class TokenBatch:
     ) -> TokenBatch:
         """As `from_spans`, with several samples packed into each row: `rows[b][sample]` is a list of spans."""
         _check_rows(rows, Sequence[Sequence[Sequence[Span]]], 3)
-        check_value(length, Index | None, "length")
-        check_value(pad_id, Index, "pad_id")
+        for name, value in (("length", length), ("pad_id", pad_id)):
+            if type(value) is not int or value < 0:  # the schema is asked only for its sentence
+                check_value(value, Index | None if name == "length" else Index, name)
         if not rows or any(not row or any(not sample for sample in row) for row in rows):
             raise ValueError("a TokenBatch needs at least one row, each with at least one span")
         laid = [_lay_out_row(row) for row in rows]

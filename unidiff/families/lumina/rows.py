@@ -165,13 +165,9 @@ class LuminaLayout(RowLayout):
     def _answers(self, inputs: TaskInputs) -> list[list[Span]]:
         """The picture of each row: new of a size, or a given one with holes."""
         s, answers = self.vocabulary.specials, []
+        grid = None if inputs.codes is not None else inputs.grid or self.grid
         for row in range(inputs.count):
-            image = replace(
-                Span.masked_image(inputs.grid or self.grid, self.vocabulary), newline=s["newline"], read=True
-            )
-            if inputs.codes is not None:
-                holes = None if inputs.holes is None else inputs.holes[row]
-                image = Span.codes(inputs.codes[row], self.vocabulary, holes, newline=s["newline"], read=True)
+            image = inputs.picture(row, self.vocabulary, grid, s["newline"])
             front, back = [s["answer"], s["boi"]], [s["eoi"], s["end_answer"]]
             answers.append([Span.text(front, True), image, Span.text(back, True)])
         return answers

@@ -157,12 +157,7 @@ class MMaDALayout(RowLayout):
 
     def _row(self, words: Sequence[int | None], number: int, inputs: TaskInputs) -> list[Span]:
         s = self.vocabulary.specials
-        image = replace(Span.masked_image(self.grid, self.vocabulary), read=True)
-        if inputs.codes is not None:
-            if tuple(inputs.codes.shape[1:]) != self.grid:
-                raise ValueError(f"codes have shape {tuple(inputs.codes.shape[1:])}; expected {self.grid}")
-            holes = None if inputs.holes is None else inputs.holes[number]
-            image = Span.codes(inputs.codes[number], self.vocabulary, holes, read=True)
+        image = inputs.picture(number, self.vocabulary, self.grid)
         text = Span.words(words, self.vocabulary, read=True)
         return [
             Span.text([s["t2i"], s["bos"]], True),

@@ -180,8 +180,7 @@ class MeissonicLayout(RowLayout):
 
     def _image(self, number: int, inputs: TaskInputs) -> Span:
         if inputs.codes is None:
-            grid = inputs.grid or self.grid
-            return replace(Span.masked_image(grid, self.vocabulary), read=True)
+            return inputs.picture(number, self.vocabulary, inputs.grid or self.grid)
         span = Span.codes(inputs.codes[number], self.vocabulary, read=True)
         holes = None if inputs.holes is None else inputs.holes[number].cpu()
         return replace(span, given=torch.zeros_like(span.ids, dtype=torch.bool) if holes is None else ~holes)

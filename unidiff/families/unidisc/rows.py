@@ -130,13 +130,7 @@ class UniDiscLayout(RowLayout):
         s, known = self.vocabulary.specials, slot is not None
         words = [None] * inputs.longest if slot is None else slot
         text = Span.words(words, self.vocabulary, read=True)
-        if inputs.codes is None:
-            image = replace(Span.masked_image(self.grid, self.vocabulary), read=True)
-        else:
-            if tuple(inputs.codes.shape[1:]) != self.grid:
-                raise ValueError(f"codes have shape {tuple(inputs.codes.shape[1:])}; expected {self.grid}")
-            holes = None if inputs.holes is None else inputs.holes[number]
-            image = Span.codes(inputs.codes[number], self.vocabulary, holes, read=True)
+        image = inputs.picture(number, self.vocabulary, self.grid)
         if self.interleaved:
             front = [s["bos"], *self.encode(self.system), s["eos"]]
             return [Span.text(front, True), text, Span.text([s["image"]], True), image, Span.text([s["eos"]], True)]
