@@ -18,8 +18,7 @@ from unidiff.files import replace_text
 from unidiff.schema import check_value, from_data
 
 Z95 = 1.959963984540054
-ENTRIES = ("intervals", "outcomes", "about")
-"""Keys of a report's JSON that are no numbers."""
+ENTRIES = ("intervals", "outcomes", "about")  # keys of a report's JSON that are no numbers
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,13 @@ class TaskProfile:
         data: dict[str, Any] = {}
         for name in self.segments:
             s = SEGMENTS.index(name)
-            own = {f: _listed(self.similarity[i, s]) for i, f in enumerate(FEATURES)}
-            pairs = {p: _listed(self.correlation[i, s]) for i, p in enumerate(PAIRS)}
-            means = {f: _mean(self.similarity[i, s]) for i, f in enumerate(FEATURES)}
+            own = dict(zip(FEATURES, self.similarity[:, s], strict=True))  # [passes, layers] each
+            pairs = dict(zip(PAIRS, self.correlation[:, s], strict=True))
             data[name] = {
                 "tokens": self.tokens[name],
-                "mean": means | {p: _mean(self.correlation[i, s]) for i, p in enumerate(PAIRS)},
-                "similarity": own,
-                "correlation": pairs,
+                "mean": {key: _known(float(values.nanmean())) for key, values in (own | pairs).items()},
+                "similarity": {key: _listed(values) for key, values in own.items()},
+                "correlation": {key: _listed(values) for key, values in pairs.items()},
                 "moved": _listed(self.moved[s]),
             }
         return data
@@ -183,10 +182,9 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
     return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).float()
 
 
-def _mean(values: Tensor) -> float | None:
-    mean = float(values.nanmean())
-    return None if mean != mean else mean
+def _known(value: float) -> float | None:
+    return None if value != value else value
 
 
 def _listed(values: Tensor) -> list[list[float | None]]:
-    return [[None if v != v else round(v, 6) for v in line] for line in values.tolist()]
+    return [[_known(round(v, 6)) for v in line] for line in values.tolist()]

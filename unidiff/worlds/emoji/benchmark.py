@@ -14,7 +14,7 @@ from unidiff.pipelines.output import UniDiffOutput
 from unidiff.worlds.emoji.cases import CATEGORIES, caption_scenes, inpaint_cases, prompt_cases, question_cases
 from unidiff.worlds.emoji.evaluation import profile_of
 from unidiff.worlds.emoji.judge import EmojiEval, yardstick
-from unidiff.worlds.emoji.model import EvalModel, Hole, PipelineModel
+from unidiff.worlds.emoji.model import Hole, PipelineModel
 from unidiff.worlds.emoji.scenes import KINDS, render_batch
 
 QUALITY = {
@@ -64,7 +64,7 @@ def decode(
     ask(PipelineModel(pipe, batch, on_output, **options), pipe, task, rows, seed)
 
 
-def ask(model: EvalModel, pipe: UniDiffPipeline, task: str, rows: int, seed: int) -> Any:
+def ask(model: PipelineModel, pipe: UniDiffPipeline, task: str, rows: int, seed: int) -> Any:
     """A model for so many rows of a task."""
     profile, seeds, each = profile_of(pipe), list(range(seed, seed + rows)), cases_per_part(task, rows)
     if task == "generate":

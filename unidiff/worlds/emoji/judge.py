@@ -26,7 +26,7 @@ from unidiff.worlds.emoji.cases import (
     scenes,
     task_seed,
 )
-from unidiff.worlds.emoji.model import Drawn, EvalModel, Hole
+from unidiff.worlds.emoji.model import Drawn, Hole, PipelineModel
 from unidiff.worlds.emoji.oracle import Oracle, Reading
 from unidiff.worlds.emoji.parse import facts_correct, parse_caption
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, render_batch
@@ -46,7 +46,7 @@ class EmojiEval:
         drawn: prompts, and the pictures that were drawn for them, uint8 `[H, W, 3]`.
     """
 
-    model: EvalModel
+    model: PipelineModel
     profile: Profile
     seed: int = 0
     n: int = 300

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,30 +44,10 @@ class Hole:
         return f"{self.before}<mask:{whole - before - after}>{self.after}"
 
 
-class EvalModel(Protocol):
-    """The tasks that are scored. Pictures are float `[B, 3, H, W]` in [0, 1]; there is one seed per row."""
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Through the image tokenizer and back."""
-        ...
-
-    def text_to_image(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor: ...
-
-    def caption(self, images: Tensor, seeds: Sequence[int]) -> list[str]: ...
-
-    def answer(self, images: Tensor, questions: Sequence[str], seeds: Sequence[int]) -> list[str]: ...
-
-    def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[Hole], seeds: Sequence[int]) -> Drawn:
-        """Repaint where `masks` (bool `[B, H, W]`) is True and fill the holes of the texts."""
-        ...
-
-    def generate(self, seeds: Sequence[int]) -> Drawn:
-        """A picture and its caption for each seed, from nothing."""
-        ...
-
-
 class PipelineModel:
-    """A pipeline, run in batches with its own settings for each task.
+    """A pipeline, run in batches with its own settings for each task: all that EmojiEval asks of a model.
+
+    Pictures are float `[B, 3, H, W]` in [0, 1]; there is one seed per row.
 
     Args:
         pipe: the pipeline.
@@ -87,6 +67,7 @@ class PipelineModel:
         self.options = {"output_type": "pt", **options}
 
     def reconstruct(self, images: Tensor) -> Tensor:
+        """Through the image tokenizer and back."""
         through = lambda part: self.pipe.images.decode(self.pipe.images.encode(part)).cpu()  # noqa: E731
         return torch.cat([through(part) for part in images.split(self.batch_size)])
 
@@ -100,6 +81,8 @@ class PipelineModel:
         return self._decode(seeds, lambda p, **how: self.pipe.answer(images[p], list(questions[p]), **how)).texts
 
     def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[Hole], seeds: Sequence[int]) -> Drawn:
+        """Repaint where `masks` (bool `[B, H, W]`) is True and fill the holes of the texts."""
+
         def fill(p: slice, **how: Any) -> UniDiffOutput:
             templates = [hole.template(self.pipe.texts.encode) for hole in texts[p]]
             return self.pipe.inpaint(list(images[p]), list(masks[p]), templates, **how)
@@ -113,6 +96,7 @@ class PipelineModel:
         return self._decode(seeds, fill, untouched)
 
     def generate(self, seeds: Sequence[int]) -> Drawn:
+        """A picture and its caption for each seed, from nothing."""
         return self._decode(
             seeds, lambda p, **how: self.pipe.generate(num_images_per_prompt=len(how["generator"]), **how)
         )
