@@ -133,7 +133,7 @@ def test_gradients_travel_once_per_step(tmp_path, group):
         future.set_result(bucket.buffer())
         return future
 
-    run.parallel._replica.register_comm_hook(None, count)
+    run.parallel.replica.register_comm_hook(None, count)
     for _ in range(3):
         sent.clear()
         run.step(1.0)

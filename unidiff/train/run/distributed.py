@@ -50,6 +50,7 @@ class Parallel:
     Attributes:
         rank, size: of this process, and how many there are.
         device: of this process.
+        replica: the model as DDP wraps it, in that mode.
         saving: a gloo group for nothing but checkpoints, which are written while the other groups are in use; or None.
     """
 
@@ -58,7 +59,7 @@ class Parallel:
         self.rank, self.size = (launch.rank, launch.world_size) if launch else (0, 1)
         self.saving: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
-        self._replica: DistributedDataParallel | None = None
+        self.replica: DistributedDataParallel | None = None
         self._sharded: MaskedTransformer | None = None
         self._held: set[Path] = set()
         if launch:
@@ -147,8 +148,8 @@ class Parallel:
         """`compute`, which calls `model`, such that gradients of its result are averaged over ranks."""
         if not self.grouped or self._sharded is not None:
             return compute
-        self._replica = DistributedDataParallel(_Compute(model, compute), gradient_as_bucket_view=True)
-        return self._replica
+        self.replica = DistributedDataParallel(_Compute(model, compute), gradient_as_bucket_view=True)
+        return self.replica
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -156,7 +157,7 @@ class Parallel:
         if self._sharded is not None:
             assert isinstance(self._sharded, FSDPModule)
             self._sharded.set_requires_gradient_sync(last)
-        with self._replica.no_sync() if self._replica is not None and not last else nullcontext():
+        with self.replica.no_sync() if self.replica is not None and not last else nullcontext():
             yield
 
     def rest(self) -> None:
