@@ -1,17 +1,20 @@
-"""Settings of a run that starts from a finished model: its architecture, its weights, its tokenizers."""
+"""A run that starts from a finished model: its architecture, its weights, its tokenizers; and the pipeline that it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unidiff.errors import read_json, reading
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TokenizerConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
+
+if TYPE_CHECKING:
+    from unidiff.pipelines.settings import PipelineSettings
 
 WEIGHTS = "transformer"  # part of a pipeline folder
 LOOSE = ("attention", "block_length", "dropout")  # what may differ from the base: it changes no weight's shape
@@ -87,35 +90,76 @@ def finetune_config(base: BaseModel, config: TrainConfig) -> TrainConfig:
 def check_start(init_from: str, source: TokenSource) -> None:
     """Raise ValueError where the starting weights' folder says that its ids mean something else than the data's."""
     path = Path(init_from) / "vocabulary.json"
-    if not init_from or not path.is_file():
-        return
-    with reading(path, "a vocabulary"):
-        start = Vocabulary.from_dict(read_json(path))
+    if init_from and path.is_file():
+        with reading(path, "a vocabulary"):
+            start = Vocabulary.from_dict(read_json(path))
+        check_ids(start, source, f"{str(path)!r} is")
+
+
+def check_ids(start: Vocabulary, source: TokenSource, what: str) -> None:
+    """Raise ValueError where ids of the starting weights mean something else in the data. `what` opens the sentence."""
     data = source.vocabulary
-    same = (start.size, start.text, start.image, start.mask_id, start.image_mask) == (
-        data.size, data.text, data.image, data.mask_id, data.image_mask,
-    )  # fmt: skip
-    if not same or any(data.specials.get(name, number) != number for name, number in start.specials.items()):
+    names = ("size", "text", "image", "mask_id", "image_mask")
+    changed = [
+        f"{n} is {getattr(data, n)}, not {getattr(start, n)}" for n in names if getattr(data, n) != getattr(start, n)
+    ]
+    changed += [
+        f"{n} is {data.specials[n]}, not {i}" for n, i in start.specials.items() if data.specials.get(n, i) != i
+    ]
+    if changed:
         raise ValueError(
-            f"{str(path)!r} is another vocabulary than the data's; encode the data with the tokenizers of these weights"
+            f"{what} another vocabulary than the data's, where {changed[0]}; encode the data with the tokenizers of these "
+            "weights"
         )
 
 
-def check_vocabulary(base: BaseModel, source: TokenSource, vocabulary: Vocabulary | None) -> None:
-    """Raise ValueError where the data's ids are not the model's.
+def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) -> int:
+    """Train the model in `folder` on, as `unidiff.train.run.startup.train` does, and save it as a pipeline again.
 
-    Args:
-        vocabulary: of the base, where it says; only its size is known otherwise.
+    All that can be wrong with the pipeline is said before hours of training.
     """
-    found = source.vocabulary
-    if found.size != base.vocab_size:
-        raise ValueError(
-            f"the data has {found.size} ids, the model {base.vocab_size}; encode it with the model's tokenizers"
-        )
-    if vocabulary is not None and (found.text, found.image, found.mask_id) != (
-        vocabulary.text, vocabulary.image, vocabulary.mask_id,
-    ):  # fmt: skip
-        raise ValueError(
-            f"the data has text ids {found.text}, image ids {found.image} and [MASK] {found.mask_id}; the model "
-            f"{vocabulary.text}, {vocabulary.image} and {vocabulary.mask_id}; encode the data with the model's tokenizers"
-        )
+    from unidiff.pipelines.folder import check_target, load_tokenizers, read_index
+    from unidiff.pipelines.settings import PipelineSettings
+    from unidiff.train.run.startup import train
+
+    base, output = open_base(folder), Path(config.output)
+    config = finetune_config(base, config)
+
+    def check_size(source: TokenSource) -> None:
+        if source.vocabulary.size != base.vocab_size:
+            size = source.vocabulary.size
+            raise ValueError(
+                f"the data has {size} ids, the model {base.vocab_size}; encode it with the model's tokenizers"
+            )
+
+    if not base.pipeline:
+        return train(config, environment, check_size)
+    settings = PipelineSettings.from_dict(read_index(folder).get("settings") or {})
+    check_target(output / "pipeline")
+    tokenizers = load_tokenizers(folder)
+
+    def check(source: TokenSource) -> None:
+        check_size(source)
+        check_ids(settings.vocabulary, source, f"{str(folder)!r} has")
+
+    def finish() -> None:
+        save_pipeline(settings, tokenizers, output, config.checkpoint.export_dtype)
+
+    return train(config, environment, check, finish)
+
+
+def save_pipeline(settings: PipelineSettings, tokenizers: tuple[Any, Any], output: Path, dtype: str) -> None:
+    """`output/pipeline`: the tokenizers and settings of a pipeline with the weights of `output/model`."""
+    import torch
+
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.pipelines.folder import load_transformer
+    from unidiff.pipelines.options import DecodeOptions
+    from unidiff.pipelines.pack import settings_after
+
+    transformer = load_transformer(output / "model", getattr(torch, dtype))
+    settings = settings_after(settings, output / "model")
+    if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
+        blocks = DecodeOptions(block_length=transformer.config.block_length)
+        settings = replace(settings, samplers={task: blocks.apply(s) for task, s in settings.samplers.items()})
+    UniDiffPipeline(transformer, *tokenizers, settings).save_pretrained(output / "pipeline")
