@@ -102,9 +102,8 @@ def _entries(
     entries: list[Group | Skip] = []
     for sample in groups:
         lost = _why_lost(url, sample, require)
-        at_end = any(file is last for _, file in sample.members)
-        if failure and last and at_end and (lost or last.end > index.size):  # part of the damage, not a second case
-            failure = replace(failure, key=sample.key)
+        if failure and last and (lost or last.end > index.size) and any(file is last for _, file in sample.members):
+            failure = replace(failure, key=sample.key)  # part of the damage, not a second case
         else:
             entries += lost or [sample]
     return entries + [failure] * (failure is not None)
