@@ -12,7 +12,7 @@ from tiny_pipeline import tiny_pipeline
 from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
 
-FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "muddit")
+FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "mdlm", "muddit")
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             ours, image_tokenizer=theirs / "image_tokenizer", text_tokenizer=theirs / "tokenizer"
         )
     made["lumina"] = made["lumina"].sized(6, 6)
-    for family in ("llada", "dream"):
+    for family in ("llada", "dream", "mdlm"):
         write_chat(folder / family, family)
         made[family] = UniDiffPipeline.from_pretrained(folder / family)
     (folder / "muddit").mkdir()

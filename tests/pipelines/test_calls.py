@@ -7,10 +7,13 @@ import pickle
 
 import numpy as np
 import pytest
-from all_pipelines import make_pipelines
+from all_pipelines import FAMILIES, make_pipelines
 from PIL import Image
 
+from unidiff.decoding import ModalityDecoding, SamplerConfig
+from unidiff.families.layout import TaskNeeds
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines import decode
 from unidiff.words import MOST_TOKENS, all_have_holes, split_holes
 
 
@@ -152,6 +155,38 @@ def test_pipelines_and_vocabularies_can_be_copied(pipes):
     again = copy.deepcopy(pipe)
     assert pickle.loads(pickle.dumps(pipe.settings)) == pipe.settings == again.settings
     assert again.text_to_image("a dog", generator=1).ids.equal(pipe.text_to_image("a dog", generator=1).ids)
+
+
+PICTURES = {"native": (24, 16), "muddit": (8, 8)}
+CALLS = {  # of each task that writes words
+    "caption": lambda pipe, picture, **more: pipe.caption(picture, 3, **more),
+    "answer": lambda pipe, picture, **more: pipe.answer(picture, "a", 3, **more),
+    "inpaint": lambda pipe, picture, **more: pipe.inpaint(picture, None, "a <mask>", **more),
+    "generate": lambda pipe, picture, **more: pipe.generate("a <mask>", **more),
+    "chat": lambda pipe, picture, **more: pipe.chat("a", 3, **more),
+    "complete": lambda pipe, picture, **more: pipe.complete("a", 3, **more),
+    "infill": lambda pipe, picture, **more: pipe.infill("a <mask>", **more),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_callers_sampler_keeps_what_each_task_needs(pipes, family, monkeypatch):
+    """Forbidden ids, ends, fill and stopping come after the caller's settings."""
+    pipe, asked, needed = pipes[family], [], []
+    make, keep = decode.Sampler, TaskNeeds.keep_in
+    monkeypatch.setattr(
+        decode, "Sampler", lambda model, ids, config, *rest: asked.append(config) or make(model, ids, config, *rest)
+    )
+    monkeypatch.setattr(TaskNeeds, "keep_in", lambda self, config: needed.append(self) or keep(self, config))
+    few = ModalityDecoding(steps=2, forbid=(3,))
+    own = SamplerConfig(few, ModalityDecoding(steps=2), ends=(4,), stop_at_eos=False)
+    for task in set(CALLS) & set(pipe.layout.tasks):
+        picture = Image.new("RGB", PICTURES.get(family, (6, 6)))
+        result = CALLS[task](pipe, picture, sampler=own, generator=1)
+        config, needs = asked[-1], needed[-1]
+        assert {3, *needs.forbid} == set(config.text.forbid) and {4, *needs.ends} == set(config.ends), task
+        assert config.stop_at_eos == needs.stop_at_eos and config.fill == needs.fill, task
+        assert not set(needs.forbid) & set(result.text_ids[0]), task
 
 
 def test_an_argument_far_from_all_lists_them(pipes):

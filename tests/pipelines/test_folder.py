@@ -129,13 +129,13 @@ DAMAGE = {
         "describes a StableDiffusionPipeline, not a UniDiffPipeline",
     ),
     "index is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
-    "no settings": (lambda f: edit_json(f / "model_index.json", settings=None), "settings lack"),
+    "no settings": (lambda f: edit_json(f / "model_index.json", settings=None), "settings lacks"),
     "unknown settings": (
         lambda f: edit_json(
             f / "model_index.json",
             settings={**json.loads((f / "model_index.json").read_text())["settings"], "tex_length": 3},
         ),
-        "unknown pipeline settings ['tex_length']",
+        "pipeline settings has unknown settings ['tex_length']",
     ),
     "another transformer": (
         lambda f: edit_json(f / "transformer" / "config.json", _class_name="UNet2DModel"),
@@ -231,7 +231,7 @@ def test_parts_that_do_not_fit(saved):
         "grid is": {**data, "grid": [0, 2]},
         "unknown tasks": {**data, "samplers": {"paint": {}}},
         "no special token 'cap'": {**data, "task_tokens": {**data["task_tokens"], "caption": "cap"}},
-        "settings lack": None,
+        "settings lacks": None,
     }
     for words, changed in bad.items():
         with pytest.raises(ValueError, match=words):

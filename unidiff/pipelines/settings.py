@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.schema import check_fields, check_value
+from unidiff.schema import Between, check_fields, from_data
 from unidiff.tokens import Vocabulary
 
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "generate")
 LONGEST_ROW = 2**20
 """Tokens of one row, text and picture together: no model here is anywhere near."""
-
-
-def check_candidates(count: int) -> None:
-    """Raises ValueError unless `count` is a whole number of at least 1."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"num_candidates is {count!r}; expected a whole number of at least 1")
 
 
 def default_samplers() -> dict[str, SamplerConfig]:
@@ -57,13 +51,13 @@ class PipelineSettings:
     """
 
     vocabulary: Vocabulary
-    text_length: int
-    grid: tuple[int, int]
+    text_length: Annotated[int, Between(3)]
+    grid: tuple[Annotated[int, Between(1)], Annotated[int, Between(1)]]
     task_tokens: Mapping[str, str] = field(
         default_factory=lambda: {name: name for name in ("caption", "question", "answer")}
     )
     samplers: Mapping[str, SamplerConfig] = field(default_factory=dict)
-    num_candidates: Mapping[str, int] = field(default_factory=dict)
+    num_candidates: Mapping[str, Annotated[int, Between(1)]] = field(default_factory=dict)
     tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -71,10 +65,6 @@ class PipelineSettings:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self, "")
-        if self.text_length < 3:
-            raise ValueError(f"text_length is {self.text_length}; expected a whole number of at least 3")
-        if min(self.grid) < 1:
-            raise ValueError(f"grid is {self.grid}; expected (height, width) in image codes")
         if (tokens := self.text_length + self.grid[0] * self.grid[1]) > LONGEST_ROW:
             raise ValueError(
                 f"text_length {self.text_length} and grid {self.grid} make rows of {tokens} tokens; "
@@ -87,8 +77,6 @@ class PipelineSettings:
         for name, per_task in (("samplers", self.samplers), ("num_candidates", self.num_candidates)):
             if unknown := set(per_task) - set(TASKS):
                 raise ValueError(f"{name} name unknown tasks {sorted(unknown)}; expected some of {list(TASKS)}")
-        for count in self.num_candidates.values():
-            check_candidates(count)
         object.__setattr__(self, "task_tokens", dict(self.task_tokens))
         object.__setattr__(self, "samplers", {**default_samplers(), **self.samplers})
         object.__setattr__(self, "num_candidates", dict(self.num_candidates))
@@ -119,15 +107,4 @@ class PipelineSettings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PipelineSettings:
         """Inverse of `to_dict`; an unknown or missing key is an error."""
-        if not isinstance(data, Mapping):
-            raise ValueError(f"pipeline settings are {type(data).__name__}; expected a mapping")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(str(key) for key in set(data) - known):
-            raise ValueError(f"unknown pipeline settings {unknown}; expected some of {sorted(known)}")
-        if missing := sorted({"vocabulary", "text_length", "grid"} - set(data)):
-            raise ValueError(f"pipeline settings lack {missing}")
-        values = dict(data)
-        values["vocabulary"] = Vocabulary.from_dict(values["vocabulary"])
-        check_value(values.get("samplers", {}), Mapping[str, Any], "samplers")
-        values["samplers"] = {t: SamplerConfig.from_dict(s) for t, s in values.get("samplers", {}).items()}
-        return cls(**values)
+        return from_data(cls, data, "pipeline settings")
