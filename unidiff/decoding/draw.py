@@ -42,18 +42,17 @@ class RowNoise:
         self._block, self._drawn = -1, torch.empty(0)  # [steps, uses, B, L]
 
     def __call__(self, step: int, use: int) -> Tensor:
-        """float64 `[B, L]` in (0, 1)."""
+        """float64 `[B, L]` in (0, 1). All uses of several steps are drawn at once: many small calls cost more than one."""
         block, within = divmod(step, self._steps)
         if block != self._block:
-            self._block, self._drawn = block, self._draw(block * self._steps)
+            steps = torch.arange(block * self._steps, (block + 1) * self._steps, device=self.seeds.device)
+            streams = (steps[:, None] * _USES + torch.arange(_USED, device=steps.device))[..., None]  # [steps, uses, 1]
+            u = keyed_uniform(_DOMAIN, self.seeds.expand(*streams.shape[:2], -1), streams, self.place.shape[1])
+            drawn = u.gather(-1, self.place.expand(u.shape)).clamp_max(
+                1 - 2**-53
+            )  # 53 bits plus a half may round up to 1
+            self._block, self._drawn = block, drawn
         return self._drawn[within, use]
-
-    def _draw(self, first: int) -> Tensor:
-        """All uses of the steps that begin with `first`: many small calls cost more than one."""
-        steps = torch.arange(first, first + self._steps, device=self.seeds.device)
-        streams = (steps[:, None] * _USES + torch.arange(_USED, device=steps.device))[..., None]  # [steps, uses, 1]
-        u = keyed_uniform(_DOMAIN, self.seeds.expand(*streams.shape[:2], -1), streams, self.place.shape[1])
-        return u.gather(-1, self.place.expand(u.shape)).clamp_max(1 - 2**-53)  # 53 bits plus a half may round up to 1
 
 
 def gumbel(u: Tensor) -> Tensor:

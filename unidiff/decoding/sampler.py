@@ -188,15 +188,14 @@ class Sampler:
         rows = request.unfinished if rule.adjusts is None else None  # what changes logits looks at all rows
         logits = request.model.logits(modality, targets, work.width, streams, blend.weights(len(streams)), rows)
         blend = replace(blend, scale=logits.select_rows(blend.scale))
-        token_noise, order_noise, choice_noise = (
-            request.noise(state.step, use).gather(1, logits.index) for use in (draw.TOKEN, draw.ORDER, draw.CHOICE)
-        )  # [B, n]
-        is_real, noises = logits.select_rows(logits.is_real), map(logits.select_rows, (token_noise, order_noise))
+        noise, index = partial(request.noise, state.step), logits.index  # [B, n]
+        is_real, u = logits.select_rows(logits.is_real), logits.select_rows(noise(draw.TOKEN).gather(1, index))
+        order_noise, choice_noise = logits.select_rows(noise(draw.ORDER).gather(1, index)), noise(draw.CHOICE)
         if rule.adjusts is None:
-            choice = draw.choose(logits.values, is_real, settings, *noises, blend)
+            choice = draw.choose(logits.values, is_real, settings, u, order_noise, blend)
         else:
-            values = rule.adjust(blend(logits.values), logits.index, is_real)  # [B, n, V]
-            choice = draw.choose(values[None], is_real, settings, *noises)
+            values = rule.adjust(blend(logits.values), index, is_real)  # [B, n, V]
+            choice = draw.choose(values[None], is_real, settings, u, order_noise)
         choice = choice.scatter_rows(logits.rows, len(state.masked))
         request.is_finite &= choice.is_finite
         pick = logits.is_real
@@ -204,15 +203,17 @@ class Sampler:
             confidence = score = choice.confidence
             if settings.choice_temperature:
                 base = score.log() if settings.confidence == "probability" else score
-                score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(choice_noise)
+                score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(
+                    choice_noise.gather(1, index)
+                )
             if settings.blocks_in_flight == 1:
-                pick = rule.pick(confidence, score, pick, work.quota, logits.index)
+                pick = rule.pick(confidence, score, pick, work.quota, index)
             else:  # by a threshold of their own in blocks ahead
-                ahead = pick & progress.ahead.gather(1, logits.index)
-                pick = rule.pick(confidence, score, pick & ~ahead, work.quota, logits.index)
+                ahead = pick & progress.ahead.gather(1, index)
+                pick = rule.pick(confidence, score, pick & ~ahead, work.quota, index)
                 pick = pick | (ahead & (confidence >= settings.flight_threshold))
         start, _ = self.vocabulary.range_of(modality)
-        state.write(logits.index, pick, choice.token + start, choice.probability)
+        state.write(index, pick, choice.token + start, choice.probability)
 
     def _remask(self, request: Request, work: PassWork) -> None:
         """Mask committed tokens of one modality again, where its settings ask for it."""
