@@ -25,7 +25,8 @@ from unidiff.decoding.cache import (
     SegmentCache,
     VicinityCache,
 )
-from unidiff.decoding.config import BLOCK_ORDERS, CONFIDENCES, ORDERS, RULES, SCHEDULES
+from unidiff.decoding.config import BLOCK_ORDERS, CONFIDENCES, ORDERS, RULES
+from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -220,7 +221,7 @@ def modality_of(r: Random, modality: Modality) -> ModalityDecoding:
         values: dict[str, Any] = dict(
             steps=r.randint(1, 9),
             rule=r.choice(list(RULES)),
-            schedule=r.choice(SCHEDULES),
+            schedule=r.choice(["fixed", *SCHEDULES]),
             confidence=r.choice(CONFIDENCES),
             temperature=r.choice([0.0, 0.0, 0.7, 1.0]),
             choice_temperature=r.choice([0.0, 0.0, 0.8]),
