@@ -7,7 +7,7 @@ in it: leave a tenth of the memory free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,7 +169,7 @@ def adapter_parameters(config: TrainConfig) -> int:
     d, kv, inner = c.hidden_size, c.head_dim * c.kv_heads, c.inner_size
     up = 2 * inner if c.activation == "swiglu" else inner
     shapes = {"qkv": (d, d + 2 * kv), "out": (d, d), "up": (d, up), "down": (inner, d)}
-    wanted = config.lora.targets or list(shapes)
+    wanted: Sequence[str] = config.lora.targets or list(shapes)
     per_block = sum(rank * sum(shapes[name]) + (shapes[name][1] if config.lora.dora else 0) for name in wanted)
     return per_block * c.num_layers
 

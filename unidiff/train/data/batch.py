@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,10 @@ class TaskBatch:
     visible: Visibility | None = None
 
     def to(self, device: torch.device) -> TaskBatch:
-        values: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        return TaskBatch(*(None if value is None else value.to(device) for value in values))
+        moved: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return TaskBatch(**moved)
 
     @classmethod
     def cat(cls, parts: Sequence[TaskBatch]) -> TaskBatch:

@@ -63,12 +63,7 @@ def check_declared(config: TrainConfig, source: TokenTable | ShardTokens) -> Non
     name, side = config.data.vocabulary, config.data.grid
     if name:
         wanted, found = named_vocabulary(name), source.vocabulary
-        if (wanted.size, wanted.text, wanted.image, wanted.mask_id) != (
-            found.size,
-            found.text,
-            found.image,
-            found.mask_id,
-        ):
+        if any(getattr(wanted, key) != getattr(found, key) for key in ("size", "text", "image", "mask_id")):
             raise ValueError(
                 f"data.vocabulary is {name!r} (text {wanted.text}, image {wanted.image}), {config.data.train!r} has text "
                 f"{found.text}, image {found.image}; encode the data with the tokenizers of {name!r} or change the setting"

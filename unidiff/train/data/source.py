@@ -196,7 +196,7 @@ class TokenTable:
         row = torch.tensor([self._row_of(int(i)) for i in index])
         picks = keyed_bits(self.seed, index, _PICK_STREAM, 2) & 0x7FFFFFFF  # [B, 2]
         captions, questions = self.tensors["captions"], self.tensors.get("questions")
-        found = [self.tensors["codes"][row].long(), captions[row, picks[:, 0] % captions.shape[1]].long()]
+        found = self.tensors["codes"][row].long(), captions[row, picks[:, 0] % captions.shape[1]].long()
         if questions is None:
             return TokenRows(*found, None, None)
         which = picks[:, 1] % questions.shape[1]
