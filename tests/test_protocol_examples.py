@@ -34,9 +34,10 @@ def test_every_part_has_its_example(namespace: dict):
         "A schedule",
         "A metric",
         "A world",
+        "A family",
     ]
     assert headings[1:] == parts
-    assert {"Recurrent", "Mosaic", "SureAndApart", "EveryNth", "Logarithmic", "CODES_USED"} <= set(namespace)
+    assert {"Recurrent", "Mosaic", "SureAndApart", "EveryNth", "Logarithmic", "CODES_USED", "Parrot"} <= set(namespace)
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda b: b.heading)
