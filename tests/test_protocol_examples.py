@@ -35,9 +35,11 @@ def test_every_part_has_its_example(namespace: dict):
         "A metric",
         "A world",
         "A family",
+        "A family of checkpoints",
     ]
     assert headings[1:] == parts
-    assert {"Recurrent", "Mosaic", "SureAndApart", "EveryNth", "Logarithmic", "CODES_USED", "Parrot"} <= set(namespace)
+    parts = {"Recurrent", "Mosaic", "SureAndApart", "EveryNth", "Logarithmic", "CODES_USED", "Parrot", "RND"}
+    assert parts <= set(namespace)
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda b: b.heading)
