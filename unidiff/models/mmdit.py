@@ -70,7 +70,7 @@ class CellConv(nn.Conv2d):
 class CellSpread(nn.ConvTranspose2d):
     """The transposed form: `[B, n, D]` to `[B, n, c, D]`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.linear(x, self.weight.permute(2, 3, 1, 0).flatten(0, 2)).unflatten(-1, (-1, self.weight.shape[1]))
 
 

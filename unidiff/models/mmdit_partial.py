@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from unidiff.models.attention import attend
 from unidiff.models.conditioning import Condition, Modulation, modulate
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.mmdit_blocks import AxisTables, DoubleBlock, SingleBlock, plain_norm, turn
+from unidiff.models.mmdit_blocks import AxisTables, DoubleBlock, SingleBlock, Stream, plain_norm, turn
 from unidiff.models.partial import CachePlan, LayerWork, Select, check_plan, compare_values, query_index
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, gather_rows
 
@@ -117,7 +117,7 @@ def _layered(
     work = []
     for layer, block in enumerate((*model.double_blocks, *model.single_blocks)):
         assert isinstance(block, DoubleBlock | SingleBlock)
-        streams = block.streams
+        streams: tuple[Stream | SingleBlock, ...] = block.streams
         if len(streams) < len(parts):
             parts = (torch.cat(parts, dim=1),)
         modulations = [stream.ada_ln(inputs.condition) for stream in streams]
@@ -146,10 +146,10 @@ def _layered(
             out = torch.cat([stream.attended(mix, x) for stream, mix, x in of_streams], dim=1)
             store.output(layer, 0, index.at, index.all, out)
         parts = _add(parts, store.all_outputs(layer, 0), modulations, 0)
-        if len(streams) == 2:
+        if isinstance(block, DoubleBlock):
             if index.at.shape[1]:
-                own = index.parts(_at(_entered(parts, modulations, 1), index, store), 2)
-                out = torch.cat([s.feed_forward(x) for s, x in zip(block.streams, own, strict=True)], dim=1)
+                words, image = index.parts(_at(_entered(parts, modulations, 1), index, store), 2)
+                out = torch.cat((block.text.feed_forward(words), block.image.feed_forward(image)), dim=1)
                 store.output(layer, 1, index.at, index.all, out)
             parts = _add(parts, store.all_outputs(layer, 1), modulations, 1)
         work.append(LayerWork(index.at.shape[1], values.at.shape[1], index.at.shape[1]))

@@ -128,7 +128,7 @@ class MeissonicLayout(RowLayout):
         settings, targets = {Modality.TEXT: config.text, Modality.IMAGE: config.image}, request.batch.targets
         decoded = {m: own for m, own in settings.items() if bool((targets & request.batch.is_modality(m)).any())}
         steps = passes = max(own.steps for own in decoded.values())
-        rules = {}
+        rules: dict[Modality, Any] = {}
         if isinstance(request, MudditRequest) and request.strength < 1:
             passes = int(steps * request.strength)
             if passes < 1:
