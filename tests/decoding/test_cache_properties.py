@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -93,21 +94,23 @@ def test_rows_stop_at_end_of_text(name):
 
 @pytest.mark.parametrize("kind", ["the best token is [MASK]", "only [MASK] has mass", "ties"])
 @pytest.mark.parametrize("name", [*POLICIES, "none"])
-def test_decodes_end_whatever_the_logits(kind, name):
-    vocabulary = Vocabulary(12, (0, 12), (12, 12), 5)  # [MASK] among the text ids
+@pytest.mark.parametrize("inside", [False, True], ids=["mask behind the text", "mask among the text"])
+def test_decodes_end_whatever_the_logits(kind, name, inside):
+    vocabulary = Vocabulary(12, (0, 12), (12, 12), 5) if inside else Vocabulary(12, (0, 11), (11, 11), 11)
     net = make_model(vocabulary, head_bias=True, rope="1d")
     with torch.no_grad():
         net.output_weight.zero_()
         if kind != "ties":
             net.output_bias[vocabulary.mask_id] = 700.0 if kind == "only [MASK] has mass" else 1e4
     batch = TokenBatch.from_spans([[Span.text([1, 2], True), Span.masked_text(9, vocabulary)]] * 2)
-    for rule in ("threshold", "hierarchical", "credit", "quota"):
+    strengths = (1.0, 0.0, 3.0) if name in ("prefix", "dual", "vicinity", "none") else (1.0,)
+    for rule, strength in product(("threshold", "factor", "quota", "hierarchical", "credit"), strengths):
         text = ModalityDecoding(
             steps=5, rule=rule, temperature=0.0, block_length=4, blocks_in_flight=2, confidence="margin"
         )
         policy = NoCache() if name == "none" else POLICIES[name]()
-
-        out = Sampler(net, vocabulary, SamplerConfig(text=text), policy)(batch, torch.tensor([0, 1]))
+        config = SamplerConfig(text=text, guidance=Guidance(strength))
+        out = Sampler(net, vocabulary, config, policy)(batch, torch.tensor([0, 1]))
         assert (out.batch.ids != vocabulary.mask_id).all()
         assert out.steps <= 9 + 3
 
@@ -118,7 +121,7 @@ def test_nan_and_infinity_are_refused(name, value):
     net = make_model(head_bias=True)
     with torch.no_grad():
         net.output_bias[4] = value
-    for rule in ("threshold", "credit"):
+    for rule in ("threshold", "credit", "quota"):
         config = SamplerConfig(text=ModalityDecoding(rule=rule))
         with pytest.raises(ValueError, match="NaN or infinite"):
             decode(net, config, POLICIES[name](), rows()[0], [0])

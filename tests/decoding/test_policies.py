@@ -252,44 +252,6 @@ def test_a_guidance_stream_refreshes_when_it_joins(model):
     assert out.stats.model_tokens == (10 + 7 * 8) + (10 + 3 * 8)
 
 
-EVIL = {
-    "mask": "the best token is [MASK]",
-    "ties": "all tokens are equally good",
-    "flat": "only [MASK] has any probability at all",
-}
-
-
-@pytest.mark.parametrize("kind", EVIL)
-@pytest.mark.parametrize("name", [*POLICIES, "none"])
-@pytest.mark.parametrize("inside", [False, True], ids=["mask behind the text", "mask among the text"])
-def test_decodes_end_whatever_the_logits(kind, name, inside):
-    vocabulary = Vocabulary(12, (0, 12), (12, 12), 5) if inside else Vocabulary(12, (0, 11), (11, 11), 11)
-    net = make_model(vocabulary, head_bias=True, rope="1d")
-    with torch.no_grad():
-        net.output_weight.zero_()
-        if kind != "ties":
-            net.output_bias[vocabulary.mask_id] = 1e4 if kind == "mask" else 700.0
-    batch = TokenBatch.from_spans([[Span.text([1, 2], True), Span.masked_text(9, vocabulary)]])
-    for rule in ("threshold", "factor", "quota"):
-        text = ModalityDecoding(steps=5, rule=rule, temperature=0.0, block_length=4)
-        for guidance in (Guidance(), Guidance(0.0), Guidance(3.0)):
-            policy = NoCache() if name == "none" else POLICIES[name]()
-            config = SamplerConfig(text=text, guidance=guidance)
-            out = Sampler(net, vocabulary, config, policy)(batch, torch.tensor([0]))
-            assert (out.batch.ids != vocabulary.mask_id).all()
-            assert out.steps <= 9 + 3
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_and_infinity_are_refused(name, value):
-    net = make_model(head_bias=True)
-    with torch.no_grad():
-        net.output_bias[2] = value
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        decode(net, CONFIGS["quota"], POLICIES[name](), rows()[0], [0])
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
