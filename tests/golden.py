@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 
 _DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -27,6 +28,21 @@ def golden_folders(name: str) -> list[Path]:
         return []
     folders = [root, *sorted(p for p in root.rglob("*") if p.is_dir())]
     return [f for f in folders if any(p.suffix in {".json", ".safetensors"} for p in f.iterdir())]
+
+
+def golden_cases(name: str, *more: Any, having: str = "") -> list[Any]:
+    """The folders of a set as parameters of tests, those that hold a file `having`; one that is skipped if absent.
+
+    Args:
+        more: further arguments of a skipped case.
+    """
+    found = [pytest.param(f, id=f.name) for f in golden_folders(name) if (f / having).exists()]
+    return found or [absent_set(name, *more)]
+
+
+def absent_set(name: str, *more: Any) -> Any:
+    """A case that is skipped because its set is not there."""
+    return pytest.param(None, *more, marks=pytest.mark.skip(reason=f"golden set {name} is not there"))
 
 
 # ------------------------------------------------------------------------------------------------- what tests have read

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from diffusers import VQModel
-from golden import golden_folders
+from golden import golden_cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -49,10 +48,7 @@ VQ = dict(block_out_channels=(4, 4), latent_channels=4, num_vq_embeddings=16, no
 
 def muddit_sets() -> list[Any]:
     """One pytest parameter per golden folder with a configuration, or one that skips."""
-    found = [f for f in golden_folders("muddit") if (f / "config.json").is_file()]
-    if not found:
-        return [pytest.param(None, marks=pytest.mark.skip(reason="golden set muddit is not there"))]
-    return [pytest.param(f, id=f.name) for f in found]
+    return golden_cases("muddit", having="config.json")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import golden_folders
+from golden import absent_set, golden_folders
 from reference import llada_decoding as reference
 from reference.batches import llada_batch
 from reference.llada_decoding import LladaCompat, LladaSettings
@@ -54,7 +54,6 @@ INPUTS = {
 REASONS = {"padded.logits_mask_ignored": "a defect: the Fast-dLLM model ignores the padding mask it is given"}
 
 FOLDERS = [f for f in golden_folders("llada") if (f / "weights.safetensors").is_file()]
-ABSENT = pytest.mark.skip(reason="golden set llada is not there")
 
 
 def read_config(folder: Path) -> dict:
@@ -63,7 +62,7 @@ def read_config(folder: Path) -> dict:
 
 def case_params() -> list:
     found = [pytest.param(f, name, id=f"{f.name}-{name}") for f in FOLDERS for name in read_config(f)["cases"]]
-    return found or [pytest.param(None, "", marks=ABSENT)]
+    return found or [absent_set("llada", "")]
 
 
 @lru_cache(maxsize=1)
@@ -102,7 +101,7 @@ class Stored:
         assert not rest, f"stored tensors that nothing compares: {sorted(rest)}"
 
 
-@pytest.fixture(params=[pytest.param(f, id=f.name) for f in FOLDERS] or [pytest.param(None, marks=ABSENT)])
+@pytest.fixture(params=[pytest.param(f, id=f.name) for f in FOLDERS] or [absent_set("llada")])
 def folder(request) -> Path:
     return request.param
 

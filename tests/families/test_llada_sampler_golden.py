@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import golden_folders
+from golden import absent_set, golden_folders
 from reference.batches import llada_batch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -71,7 +71,7 @@ def case_params() -> list:
         for name, case in config["cases"].items():  # the others: test_llada_golden
             if quirk(case, stored[f"{name}.prompt"], stored[f"{name}.trace"]) is None:
                 found.append(pytest.param(folder, name, id=f"{folder.name}-{name}"))
-    return found or [pytest.param(None, "", marks=pytest.mark.skip(reason="golden set llada is not there"))]
+    return found or [absent_set("llada", "")]
 
 
 @pytest.mark.parametrize(("folder", "name"), case_params())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 import pytest
 import torch
 from conv_tokenizers import check_float16, check_sizes
-from golden import golden_folders
+from golden import golden_cases
 from reference.image_tokenizer_losses import codebook_usage, vq_losses
+from released_parts import Payload
 from safetensors.torch import load_file
 
 from unidiff.families.checkpoint.load import load_released
@@ -27,13 +27,6 @@ TINY = {
     "encoder_ch_mult": (1, 2),
     "decoder_ch_mult": (1, 1),
 }
-
-
-def folders() -> list:
-    found = golden_folders("llamagen_vq")
-    if not found:
-        return [pytest.param(None, marks=pytest.mark.skip(reason="golden set llamagen_vq is not there"))]
-    return [pytest.param(f, id=f.name) for f in found]
 
 
 def read(folder, name: str) -> dict[str, torch.Tensor]:
@@ -56,7 +49,7 @@ def tiny() -> VQImageTokenizer:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("llamagen_vq"))
 def test_every_weight_maps_both_ways_from_every_entry(folder, tmp_path):
     stored = read(folder, "weights")
     wrong = {name: torch.zeros_like(value) for name, value in stored.items()}
@@ -82,7 +75,7 @@ def test_every_weight_maps_both_ways_from_every_entry(folder, tmp_path):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("llamagen_vq"))
 @torch.no_grad()
 def test_every_stored_tensor_matches_the_reference(folder):
     inputs, stored, config = read(folder, "inputs"), read(folder, "outputs"), config_of(folder)
@@ -121,7 +114,7 @@ def test_every_stored_tensor_matches_the_reference(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("llamagen_vq"))
 @torch.no_grad()
 def test_the_stored_float16_weights_give_the_same_without_a_cast(folder):
     """Weights stay float16 in memory and every layer computes in float32."""
@@ -135,7 +128,7 @@ def test_the_stored_float16_weights_give_the_same_without_a_cast(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("llamagen_vq"))
 def test_published_sizes(folder):
     published = json.loads((folder / "config.json").read_text())["released_reference"]
     assert set(published) == set(RELEASED)
@@ -191,16 +184,6 @@ def test_released_defaults_and_which_of_the_two_is_found_from_the_weights():
         assert state["quantize.embedding.weight"].shape == (16384, 8)
         state = {k: torch.zeros((), dtype=torch.float16).expand(v.shape) for k, v in state.items()}
         assert LLAMAGEN.load(state)[0].factor == factor
-
-
-class Payload:
-    """Unpickling it would create a folder."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_bad_files_are_refused(tiny, tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
-from released_parts import tiny_weights, write_tiny
+from released_parts import Payload, tiny_weights, write_tiny
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_shards
@@ -16,16 +15,6 @@ from unidiff.families.checkpoint.load import load_released
 from unidiff.families.registry import FAMILIES, fitting, recognise
 
 LLADA = FAMILIES["llada"].tiny.config
-
-
-class Payload:
-    """Unpickling it would create a folder."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conv_tokenizers import check_float16, check_sizes
-from golden import golden_folders
+from golden import golden_cases
 from reference.image_tokenizer_losses import lfq_losses
 from safetensors.torch import load_file, save_file
 
@@ -22,13 +22,6 @@ TINY = {
     "encoder": {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": (1, 2), "z_channels": 5},
     "decoder": {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": (2, 1), "z_channels": 5},
 }
-
-
-def folders() -> list:
-    found = golden_folders("magvitv2")
-    if not found:
-        return [pytest.param(None, marks=pytest.mark.skip(reason="golden set magvitv2 is not there"))]
-    return [pytest.param(f, id=f.name) for f in found]
 
 
 def config_of(folder) -> dict:
@@ -51,7 +44,7 @@ def tiny() -> VQImageTokenizer:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("magvitv2"))
 def test_every_weight_maps_both_ways(folder):
     stored = load_file(folder / "weights.safetensors")
     back = MAGVIT.export(load(folder))
@@ -61,7 +54,7 @@ def test_every_weight_maps_both_ways(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("magvitv2"))
 @torch.no_grad()
 def test_every_stored_tensor_matches_the_reference(folder):
     inputs, stored = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
@@ -102,7 +95,7 @@ def test_every_stored_tensor_matches_the_reference(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("magvitv2"))
 @torch.no_grad()
 def test_weights_in_float16_decode_without_overflow(folder):
     inputs, stored = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
@@ -174,7 +167,7 @@ def test_released_defaults():
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", golden_cases("magvitv2"))
 def test_published_sizes(folder):
     published = json.loads((folder / "config.json").read_text())["released_reference"]
     assert published["codebook_dim"] == RELEASED["codebook_dim"]

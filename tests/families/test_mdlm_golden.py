@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from golden import golden_folders
+from golden import golden_cases
 from reference.batches import mdlm_batch
 from reference.objectives import sedd_log_score
 from reference.subs import subs_log_probs
@@ -18,13 +18,6 @@ from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 
 INPUTS = {"x0", "x_t", "sigma", "attention_mask"}
-
-
-def sets() -> list:
-    found = [f for f in golden_folders("mdlm") if (f / "backbone.safetensors").is_file()]
-    if not found:
-        return [pytest.param(None, marks=pytest.mark.skip(reason="golden set mdlm is not there"))]
-    return [pytest.param(f, id=f.name) for f in found]
 
 
 def read(folder, name: str) -> dict[str, torch.Tensor]:
@@ -40,7 +33,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", sets())
+@pytest.mark.parametrize("folder", golden_cases("mdlm", having="backbone.safetensors"))
 def test_every_weight_maps_both_ways(folder):
     weights, config = read(folder, "weights"), config_of(folder)
     del config["model"]["cond_dim"]  # found from the weights
@@ -54,7 +47,7 @@ def test_every_weight_maps_both_ways(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", sets())
+@pytest.mark.parametrize("folder", golden_cases("mdlm", having="backbone.safetensors"))
 def test_ema_weights_of_a_lightning_checkpoint_are_used(folder):
     weights, config = read(folder, "weights"), config_of(folder)
     order = config["ema_parameter_order"]
@@ -73,7 +66,7 @@ def test_ema_weights_of_a_lightning_checkpoint_are_used(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", sets())
+@pytest.mark.parametrize("folder", golden_cases("mdlm", having="backbone.safetensors"))
 def test_hugging_face_field_names_give_the_same_model(folder):
     config = config_of(folder)
     renamed = {hub: config["model"][hydra] for hydra, hub in config["huggingface_names"].items()}
@@ -81,7 +74,7 @@ def test_hugging_face_field_names_give_the_same_model(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", sets())
+@pytest.mark.parametrize("folder", golden_cases("mdlm", having="backbone.safetensors"))
 @torch.no_grad()
 def test_forward_and_parameterisations_match_the_reference(folder):
     stored, weights = read(folder, "backbone"), read(folder, "weights")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from golden import golden_folders
+from golden import golden_cases
 from reference.mmada_prompts import MMaDAPrompts, PromptRows, mmada_batch
 from reference.mmada_sampling import generate_codes, generate_text
 from reference.mmada_training import answer_loss, image_loss, mask_answers, mask_image, training_mask
@@ -87,12 +87,7 @@ class Golden:
         return sorted(path.stem for path in self.folder.glob(pattern))
 
 
-def folders() -> list:
-    found = golden_folders("mmada")
-    return found or [pytest.param(None, marks=pytest.mark.skip(reason="golden set mmada is not there"))]
-
-
-@pytest.fixture(scope="module", params=folders(), ids=lambda f: getattr(f, "name", "absent"))
+@pytest.fixture(scope="module", params=golden_cases("mmada"), ids=lambda f: getattr(f, "name", "absent"))
 def golden(request) -> Golden:
     return Golden(request.param)
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from golden import golden_folders
+from golden import golden_cases
 from published_values import MUDDIT_TENSORS, PUBLISHED
 from reference.llada_decoding import LladaSettings
 
@@ -266,7 +266,7 @@ def test_the_closest_release_is_found():
 @pytest.mark.golden
 @pytest.mark.parametrize(
     "folder",
-    golden_folders("mmada") or [pytest.param(None, marks=pytest.mark.skip(reason="golden set mmada is not there"))],
+    golden_cases("mmada"),
     ids=lambda f: getattr(f, "name", "absent"),
 )
 def test_ids_of_mmada_are_those_that_the_set_records(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import golden_folders
+from golden import golden_cases
 from reference.batches import unidisc_batch
 from reference.subs import subs_log_probs
 from safetensors.torch import load_file
@@ -32,13 +32,6 @@ INPUTS = {
 OBJECTIVE = ("t", "move_indices", "as_config.")  # the training objective: compared by the objective's golden tests
 
 
-def sets() -> list:
-    found = [f for f in golden_folders("unidisc") if (f / "weights.safetensors").is_file()]
-    if not found:
-        return [pytest.param(None, marks=pytest.mark.skip(reason="golden set unidisc is not there"))]
-    return [pytest.param(f, id=f.name) for f in found]
-
-
 def read_config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
@@ -49,7 +42,7 @@ def forward_file(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", sets())
+@pytest.mark.parametrize("folder", golden_cases("unidisc", having="weights.safetensors"))
 def test_every_weight_maps_both_ways(folder):
     weights = load_file(folder / "weights.safetensors")
     for prefix in ("", "module.", "_orig_mod.", "module._orig_module."):
@@ -61,7 +54,7 @@ def test_every_weight_maps_both_ways(folder):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", sets())
+@pytest.mark.parametrize("folder", golden_cases("unidisc", having="weights.safetensors"))
 @torch.no_grad()
 def test_forward_matches_the_reference(folder):
     stored, config = forward_file(folder), read_config(folder)
@@ -125,7 +118,14 @@ def half_tables(model, positions, modality):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder", [p for p in sets() if p.values[0] and (p.values[0] / "rope.safetensors").is_file()])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        p
+        for p in golden_cases("unidisc", having="weights.safetensors")
+        if p.values[0] and (p.values[0] / "rope.safetensors").is_file()
+    ],
+)
 def test_every_image_size_has_its_own_rotary_table(folder):
     stored, config = load_file(folder / "rope.safetensors"), read_config(folder)
     with torch.device("meta"):
@@ -165,7 +165,12 @@ class Replayed:
 
 @pytest.mark.golden
 @pytest.mark.parametrize(
-    "folder", [p for p in sets() if p.values[0] and (p.values[0] / "sampling.safetensors").is_file()]
+    "folder",
+    [
+        p
+        for p in golden_cases("unidisc", having="weights.safetensors")
+        if p.values[0] and (p.values[0] / "sampling.safetensors").is_file()
+    ],
 )
 def test_the_sampler_makes_the_references_maskgit_run(folder, monkeypatch):
     """The one sampler, guided by a ramp, with the reference's quotas, codes and noise: the same state after each pass."""
