@@ -123,7 +123,7 @@ def test_a_touched_token_is_noticed(pipe: UniDiffPipeline, monkeypatch: pytest.M
 def test_progress_is_told_and_the_bar_is_given_back(pipe: UniDiffPipeline, tmp_path: Path) -> None:
     said: list[str] = []
     pipe.set_progress_bar_config(desc="mine")
-    report = run_emoji_eval(pipe, n=1, tasks=("joint", "likelihood"), steps=1, progress=said.append)
+    report = run_emoji_eval(pipe, n=1, tasks=("generate", "likelihood"), steps=1, progress=said.append)
     assert said == ["joint generation", "likelihood"]
     assert pipe._progress_bar_config == {"desc": "mine"}
     assert "oracle_true" not in report.values and "joint_agreement" in report.values

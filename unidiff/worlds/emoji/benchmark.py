@@ -48,7 +48,7 @@ def judge(pipe: UniDiffPipeline, task: str, cases: int, seed: int, batch: int, *
     """EmojiEval's report of one task."""
     model = PipelineModel(pipe, batch, **options)
     judged = EmojiEval(model, profile_of(pipe), seed, cases_per_part(task, cases))
-    return judged.run(["joint" if task == "generate" else task])
+    return judged.run([task])
 
 
 def decode(

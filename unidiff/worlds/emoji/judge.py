@@ -31,7 +31,7 @@ from unidiff.worlds.emoji.oracle import Oracle, Reading
 from unidiff.worlds.emoji.parse import facts_correct, parse_caption
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, render_batch
 
-TASKS = ("reader", "text_to_image", "caption", "answer", "inpaint", "joint")
+TASKS = ("reader", "text_to_image", "caption", "answer", "inpaint", "generate")
 """Parts of the evaluation, each of which can be left out."""
 
 
@@ -146,7 +146,7 @@ class EmojiEval:
         for key, values in (("", whole), ("_there", there), ("_agrees", agrees), ("_untouched", out.untouched)):
             self._share(f"inpainting{key}", values)
 
-    def run_joint(self) -> None:
+    def run_generate(self) -> None:
         """Pictures with captions from nothing: they agree, and are as varied as training scenes."""
         self.progress("joint generation")
         readings, agrees = self._agreement(self.model.generate(self._seeds("joint", self.n)))
