@@ -68,7 +68,7 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     pictures = open_pictures(config.data, config.seed, VQImageTokenizer(model).factor)
     _check_batch(config, pictures.held_out.shape[-2:], VQImageTokenizer(model).factor)
     with locked(out, "training"):
-        return _Run(config, out, model.train(), average, pictures).go()
+        return _TokenizerRun(config, out, model.train(), average, pictures).go()
 
 
 class SpikeGuard:
@@ -91,7 +91,7 @@ class SpikeGuard:
         return True
 
 
-class _Run:
+class _TokenizerRun:
     """Everything that changes from step to step. Steps of the encoder alone come first and count, too."""
 
     def __init__(
