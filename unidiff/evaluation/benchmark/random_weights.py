@@ -14,19 +14,9 @@ from torch import nn
 from unidiff.decoding import ModalityDecoding, RefreshPolicy, Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.cache.bounds import speedup_bound
 from unidiff.decoding.row_decode import RowDecode
+from unidiff.evaluation.benchmark import speed
 from unidiff.evaluation.benchmark.cells import Cells, code_hash
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
-from unidiff.evaluation.benchmark.speed import (
-    copy_bandwidth,
-    machine,
-    matmul_peak,
-    measure_rates,
-    measure_steps,
-    row_counts,
-    thread_count,
-    timed,
-    usable_device,
-)
 from unidiff.evaluation.benchmark.suites import SUITES, DecodeShape, ShapeSuite, cache_named, pick
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, check_fields
@@ -77,9 +67,9 @@ def run_suite(name: str, options: SuiteOptions, progress: Progress = lambda what
     for policy in options.only:
         cache_named(policy)
     pick(options.shapes, dict.fromkeys(w.shape for w in suite.workloads), "shape")
-    device = usable_device(options.device or suite.device)
-    with thread_count(options.threads):
-        here, runs = machine(device), options.runs or suite.runs
+    device = speed.usable_device(options.device or suite.device)
+    with speed.thread_count(options.threads):
+        here, runs = speed.machine(device), options.runs or suite.runs
         about = {"model": dict(suite.model), "what": suite.about, **here, "blocks": options.blocks or "all"}
         result = Benchmark(name, about=about | {"runs": runs, "graphs": options.graphs, "matmul": []})
         model = random_model(suite, device, options.seed)
@@ -134,16 +124,16 @@ def measure_workload(
     vocabulary, device, rows = suite.vocabulary, model.device, workload.batch
     schedule = workload.schedule(vocabulary, options.blocks)
     short = workload.schedule(vocabulary, 1, min(workload.passes, 3))
-    peak = matmul_peak(suite.peak_size, model.dtype, device)
-    rates = measure_rates(model, row_counts(schedule.length * rows, schedule.block * rows))
-    bandwidth = copy_bandwidth(suite.copy_bytes, device)
+    peak = speed.matmul_peak(suite.peak_size, model.dtype, device)
+    rates = speed.measure_rates(model, speed.row_counts(schedule.length * rows, schedule.block * rows))
+    bandwidth = speed.copy_bandwidth(suite.copy_bytes, device)
     hidden = request(schedule, workload.grid, vocabulary, rows, options.seed).to(device).hide_targets(vocabulary)
     about = {
         "workload": workload.describe(),
         "peak": peak,
         "bandwidth": bandwidth,
         "rates": {str(n): rate for n, rate in rates.points},
-        "steps": measure_steps(model, hidden, schedule, peak, bandwidth),
+        "steps": speed.measure_steps(model, hidden, schedule, peak, bandwidth),
     }
     names = dict.fromkeys(("none", *(options.only or suite.policies)))
     policies = {name: cache_named(name).build() for name in names}
@@ -157,7 +147,7 @@ def measure_workload(
     outputs: dict[str, SamplerOutput] = {}
     for run in range(options.runs or suite.runs):
         for name, policy in policies.items():
-            outputs[name], spent = timed(lambda: decode(policy, schedule, options.seed + run), device)  # noqa: B023
+            outputs[name], spent = speed.timed(lambda: decode(policy, schedule, options.seed + run), device)  # noqa: B023
             seconds[name].append(spent)
     plain, on_cpu, shape = seconds["none"], device.type == "cpu", asdict(workload)
     shape |= {"grid": list(workload.grid or ()), "image": workload.image, "rule": "quota"}
