@@ -33,9 +33,7 @@ class SuiteOptions:
     Args:
         only: policies to compare with `none`; all of the suite's when empty.
         blocks: blocks to decode of each row, evenly spread; None for all.
-        runs: paired runs; None for the suite's number.
-        threads: of the CPU; None leaves it as it is.
-        device: another device than the suite's.
+        runs: paired runs, device: where; None for the suite's. threads: of the CPU; None leaves it as it is.
         seed: of weights, tokens and decodes.
         graphs: record passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; nothing on a CPU.
         shapes: tokens of the rows to decode, as `128+1024` for text and image; all of the suite's when empty.

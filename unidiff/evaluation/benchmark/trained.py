@@ -43,18 +43,13 @@ class TrainedOptions:
     """How much to measure.
 
     Args:
-        cells: folder of finished measurements.
+        cells: folder of finished measurements. parts: some of `PARTS`.
         caches: compared with `none`: "auto", or names of `cache_named`.
         tasks: some of the world's; those it measures usually when empty.
         settings: see `Setting.parse`; the world's of each task when empty.
-        batches: rows per decode, for the timing.
-        cases: least number of cases behind the quality of a task.
-        quality_batch: rows per decode, for the quality.
-        rows: timed in each run; at least the batch.
-        runs: of the timing.
-        parts: some of `PARTS`.
-        threads: of the CPU; None leaves it as it is.
-        device: where. seed: of cases and decodes.
+        cases: least number behind the quality of a task. quality_batch: rows per decode, for the quality.
+        batches: rows per decode, for the timing. rows: timed in each of `runs`; at least the batch.
+        threads: of the CPU; None leaves it as it is. device: where. seed: of cases and decodes.
 
     Raises:
         ValueError: an unknown name, or a number below 1.
@@ -116,8 +111,7 @@ def run_trained(
     """Every task in every way, without a cache and with those asked for: what is not kept in `options.cells` is measured.
 
     Args:
-        world: its name. judged: its tasks. pipe: trained on its scenes.
-        progress: told what comes next.
+        world: its name. judged: its tasks. pipe: trained on its scenes. progress: told what comes next.
 
     Returns:
         Rows, and the contrasts in `about`, where both parts are asked for; else no rows.

@@ -9,7 +9,7 @@ import torch
 
 from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.evaluation.cache_profile.profile import FEATURES, PAIRS, TaskProfile
+from unidiff.evaluation.cache_profile.profile import PAIRS, TaskProfile
 from unidiff.models.denoiser import DenoiserTraits
 
 LONGEST = 100
@@ -65,25 +65,17 @@ def advise(profile: TaskProfile, traits: DenoiserTraits) -> Advice:
 
 def _interval(profile: TaskProfile, names: tuple[str, str]) -> int:
     """Passes that the fastest of the features of these segments can be kept; the longest where there are none."""
-    cosines = [
-        float(profile.similarity[f, SEGMENTS.index(name)].nanmean())
-        for name in names
-        if name in profile.segments
-        for f in range(len(FEATURES))
-    ]
-    if not cosines:
-        return LONGEST
-    angle = math.acos(min(1.0, max(-1.0, min(cosines))))
+    found = [profile.similarity[:, SEGMENTS.index(name)] for name in names if name in profile.segments]
+    cosines = [float(feature.nanmean()) for segment in found for feature in segment]
+    angle = math.acos(min(1.0, max(-1.0, min(cosines, default=1.0))))
     return LONGEST if angle == 0 else max(1, min(LONGEST, int(math.acos(profile.keep) / angle)))
 
 
 def _targets(profile: TaskProfile, values: torch.Tensor) -> float:
     """Mean of `[segments, passes, layers]` over the generated tokens; layer 0, whose values never change alone, apart."""
     later = values[..., 1:] if values.shape[-1] > 1 else values
-    means, weights = [], []
-    for name in ("text", "image"):
-        mean = float(later[SEGMENTS.index(name)].nanmean())
-        if name in profile.segments and not math.isnan(mean):
-            means.append(mean)
-            weights.append(profile.tokens[name])
-    return sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights) if weights else 0.0
+    means = {
+        name: float(later[SEGMENTS.index(name)].nanmean()) for name in ("text", "image") if name in profile.segments
+    }
+    weights = {name: profile.tokens[name] for name, mean in means.items() if not math.isnan(mean)}
+    return sum(means[name] * w for name, w in weights.items()) / sum(weights.values()) if weights else 0.0

@@ -35,11 +35,12 @@ class Atlas:
             FileNotFoundError: one of the two files is missing. ValueError: one is damaged, or they do not belong together.
         """
         index_path, image_path = folder / "atlas.json", folder / "atlas.png"
+        recipe = "make it with training/make_emoji_atlas.py"
         for path in (index_path, image_path):
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; make it with training/make_emoji_atlas.py")
+                raise FileNotFoundError(f"{path} is missing; {recipe}")
         index = read_json(index_path, "the index of an atlas")
-        with reading(index_path, "the index of an atlas", "make it with training/make_emoji_atlas.py"):
+        with reading(index_path, "the index of an atlas", recipe):
             size, columns = int(index["sprite_size"]), int(index["columns"])
             names = tuple(s["name"].replace("’", "'") for s in index["sprites"])
             if size < 1 or columns < 1 or not names:
@@ -49,11 +50,8 @@ class Atlas:
             raise ValueError(
                 f"{str(image_path)!r} has no room for {len(names)} sprites of {size} pixels; make both anew"
             )
-        tiles = [
-            sheet[i // columns * size : (i // columns + 1) * size, i % columns * size : (i % columns + 1) * size]
-            for i in range(len(names))
-        ]
-        return cls(names, np.stack(tiles))
+        corners = [(i // columns * size, i % columns * size) for i in range(len(names))]
+        return cls(names, np.stack([sheet[top : top + size, left : left + size] for top, left in corners]))
 
     def scaled(self, size: int) -> np.ndarray:
         """float32 `[N, size, size, 4]` in [0, 1], premultiplied alpha, Lanczos-filtered from the full-size sprites."""

@@ -54,9 +54,8 @@ def run_emoji_eval(
         per_task: in place of `n`, at least so many cases of every task, spread evenly over its categories; the full
             yardstick has 2,000.
         tasks: some of `ALL_TASKS`, and names of metrics.
-        batch_size: rows per decode; results do not depend on it.
+        batch_size: rows per decode; results do not depend on it. progress: called with what is done next.
         profile: which scenes; by default the one of the pipeline's picture size.
-        progress: called with what is done next.
         options: for every decode, for instance `steps`; by default the pipeline's own settings for each task.
 
     Raises:

@@ -50,7 +50,6 @@ class PipelineModel:
     Pictures are float `[B, 3, H, W]` in [0, 1]; there is one seed per row.
 
     Args:
-        pipe: the pipeline.
         batch_size: rows per decode; results do not depend on it.
         on_output: told what came out of every decode.
         options: keyword arguments for every decode, for instance `steps`.

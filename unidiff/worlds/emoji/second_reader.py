@@ -183,7 +183,7 @@ def compare_readers(
     pairs = list(zip(mine, theirs, strict=True))
     right = [facts_correct(f, s) for f, s in zip(facts, mine, strict=True)]
     also = [facts_correct(f, s) for f, s in zip(facts, theirs, strict=True)]
-    for key, values in {
+    shares = {
         "oracle_right": right,
         "second_right": also,
         "same_judgement": [a == b for a, b in zip(right, also, strict=True)],
@@ -191,5 +191,6 @@ def compare_readers(
         "contradiction": [a is not None and b is not None and a != b for a, b in pairs],
         "only_oracle_reads": [a is not None and b is None for a, b in pairs],
         "only_second_reads": [a is None and b is not None for a, b in pairs],
-    }.items():
+    }
+    for key, values in shares.items():
         report.add(f"readers.{key}", Estimate.share(values))
