@@ -17,6 +17,7 @@ from train_fixtures import MIXED, TINY, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.train.build import build_model
 from unidiff.train.config import ParallelConfig
+from unidiff.train.run.checkpoint import pointed_name
 from unidiff.train.run.distributed import Parallel
 from unidiff.train.run.sharded_checkpoint import load_placed
 
@@ -41,7 +42,8 @@ def curve(folder: Path, *names: str) -> dict[str, list[float]]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Trained weights, averages and the export, by name."""
-    found = load_placed(folder / "checkpoints", lambda part, name: None, ALONE)
+    checkpoints = folder / "checkpoints"
+    found = load_placed(checkpoints / str(pointed_name(checkpoints)), lambda part, name: None, ALONE)
     assert found is not None and found.state["step"] == STEPS
     exported = load_file(next((folder / "model").glob("*.safetensors")))
     parts = {"model": found.model, "ema": found.ema, "export": exported}
