@@ -7,7 +7,7 @@ import torch
 from muddit_parts import MODEL, tiny_model
 
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.mmdit_blocks import axis_tables, turn
+from unidiff.models.mmdit_blocks import WholeView, axis_tables, turn
 
 
 def inputs(rows: int = 3, grid: tuple[int, int] = (4, 6), length: int = 5) -> tuple[torch.Tensor, ...]:
@@ -68,10 +68,9 @@ def test_a_new_model_learns_and_its_blocks_start_as_identities():
     model = MMDiT(**MODEL)
     text, image = torch.randn(2, 3, 24), torch.randn(2, 6, 24)
     condition = model.condition(*inputs(rows=2)[2:])
-    rotary = model.rotary(3, (4, 6))
-    after = model.double_blocks[0](text, image, condition, rotary)
+    after = model.double_blocks[0](text, image, condition, WholeView(model.rotary(3, (4, 6))))
     assert torch.equal(after[0], text) and torch.equal(after[1], image)
-    assert torch.equal(model.single_blocks[0](text, condition, model.rotary(3, (0, 0))), text)
+    assert torch.equal(model.single_blocks[0](text, condition, WholeView(model.rotary(3, (0, 0)))), text)
     output = model(*inputs())
     (output.image.logsumexp(-1).sum() + output.text.logsumexp(-1).sum()).backward()
     silent = {n for n, p in model.named_parameters() if p.grad is None}

@@ -7,8 +7,7 @@ and image ids have tables of their own. Meissonic: arXiv 2410.08261; Muddit: arX
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,16 @@ from torch.nn import functional as F
 
 from unidiff.models.conditioning import AdaLN, Condition
 from unidiff.models.layers import Norm
-from unidiff.models.mmdit_blocks import NORM_EPS, AxisTables, DoubleBlock, SingleBlock, axis_tables, plain_norm
+from unidiff.models.mmdit_blocks import (
+    NORM_EPS,
+    AxisTables,
+    DoubleBlock,
+    SingleBlock,
+    StreamView,
+    WholeView,
+    axis_tables,
+    plain_norm,
+)
 from unidiff.schema import Depth, Index, Layers, Positive, Rows, Width
 from unidiff.weights.model import CheckedModel
 
@@ -158,7 +166,7 @@ class MMDiT(CheckedModel):
         words, image = self.read_text(text), self.read_codes(self.cells(codes))  # [B, T, D], [B, N, D]
         # 2. blocks
         rotary = self.rotary(words.shape[1], codes.shape[1:], image.device)
-        joined = self.run_blocks(words, image, condition, rotary)
+        joined = self.run_blocks(words, image, condition, [WholeView(rotary)] * self.num_blocks)
         # 3. image tokens back to the grid of the codes
         words, image = joined.split((words.shape[1], image.shape[1]), dim=1)
         return MMDiTFeatures(words, self.grid(self.leave_cells(image), codes.shape[1:]))
@@ -168,21 +176,15 @@ class MMDiT(CheckedModel):
         text: Tensor,
         image: Tensor,
         condition: Condition,
-        rotary: AxisTables,
-        keep: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        views: Sequence[StreamView],
     ) -> Tensor:
-        """All blocks: `[B, t, D]` and `[B, n, D]` to `[B, t + n, D]`.
-
-        Args:
-            rotary: tables that fit `[B, t + n, H, d]`.
-            keep: called with the number of the layer besides what `Keep` is called with; None where all tokens are there.
-        """
-        keeps = (None if keep is None else partial(keep, layer) for layer in range(self.num_blocks))
-        for block in self.double_blocks:
-            text, image = block(text, image, condition, rotary, next(keeps))
+        """All blocks, with a view for each: `[B, t, D]` and `[B, n, D]` to `[B, t + n, D]`."""
+        count = len(self.double_blocks)
+        for block, view in zip(self.double_blocks, views[:count], strict=True):
+            text, image = block(text, image, condition, view)
         joined = torch.cat((text, image), dim=1)
-        for block in self.single_blocks:
-            joined = block(joined, condition, rotary, next(keeps))
+        for block, view in zip(self.single_blocks, views[count:], strict=True):
+            joined = block(joined, condition, view)
         return joined
 
     @property

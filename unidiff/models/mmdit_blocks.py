@@ -1,13 +1,14 @@
 """Blocks of the MM-DiT: joint attention over a text and an image stream, then over both as one sequence.
 
-Streams are `[B, T, D]` for text and `[B, N, D]` for the image; text comes first wherever they are joined. A pass over some
-positions only runs the same blocks: its `Keep` adds the keys and values of the others.
+Streams are `[B, T, D]` for text and `[B, N, D]` for the image; text comes first wherever they are joined. Whole passes and those
+over some tokens run the same blocks, with another `StreamView` of the tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from unidiff.models.conditioning import AdaLN, Condition, modulate
 from unidiff.models.layers import FeedForward, Norm
 
 NORM_EPS = 1e-6
-Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From rotated keys and values `[B, n, H, d]` of a pass to those that its queries attend to, `[B, H, L, d]`."""
 
 
 class AxisTables(NamedTuple):
@@ -113,22 +112,14 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.text, self.image = Stream(size, head_dim), Stream(size, head_dim)
 
-    @property
-    def streams(self) -> tuple[Stream, ...]:
-        return self.text, self.image
-
-    def forward(
-        self, text: Tensor, image: Tensor, condition: Condition, rotary: AxisTables, keep: Keep | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams to the same; `rotary` fits `[B, T + N, H, d]`."""
-        first, second = run(self.streams, (text, image), condition, rotary, keep)
-        return first, second
+    def forward(self, text: Tensor, image: Tensor, condition: Condition, view: StreamView) -> tuple[Tensor, Tensor]:
+        """Both streams to the same."""
+        text, image = _run((self.text, self.image), (text, image), condition, view)
+        return text, image
 
 
 class SingleBlock(nn.Module):
     """One sequence, attention and feed-forward side by side: x += gate out([attention(n), gelu(up(n))])."""
-
-    feed_forward = None  # not a branch of its own
 
     def __init__(self, size: int, head_dim: int) -> None:
         super().__init__()
@@ -137,39 +128,72 @@ class SingleBlock(nn.Module):
         self.up = nn.Linear(size, 4 * size)
         self.out = nn.Linear(5 * size, size)
 
-    @property
-    def streams(self) -> tuple[SingleBlock, ...]:
-        return (self,)
-
     def attended(self, mixed: Tensor, entered: Tensor) -> Tensor:
         """See `Stream.attended`."""
         return self.out(torch.cat((mixed, F.gelu(self.up(entered), approximate="tanh")), dim=-1))
 
-    def forward(self, x: Tensor, condition: Condition, rotary: AxisTables, keep: Keep | None = None) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition, view: StreamView) -> Tensor:
         """`[B, T + N, D]` to the same."""
-        return run(self.streams, (x,), condition, rotary, keep)[0]
+        return _run((self,), (x,), condition, view)[0]
 
 
-def run(
-    streams: Sequence[Stream | SingleBlock],
-    parts: Sequence[Tensor],
-    condition: Condition,
-    rotary: AxisTables,
-    keep: Keep | None,
-) -> list[Tensor]:
-    """A block on the parts `[B, n, D]` of its streams, which attend together."""
+Streams = Sequence[Stream | SingleBlock]
+
+
+class StreamView(Protocol):
+    """What the branches of a block see and compute; inputs and outputs `[B, n, D]` of each stream."""
+
+    def attention(self, streams: Streams, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The first branch, before gate and residual add."""
+        ...
+
+    def feed_forward(self, streams: Streams, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The second branch, where there is one."""
+        ...
+
+
+@dataclass
+class WholeView:
+    """`StreamView` of a pass over all tokens; `rotary` fits their queries and keys `[B, n, H, d]`."""
+
+    rotary: AxisTables
+
+    def attention(self, streams: Streams, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        projected = zip(*(stream.heads(h) for stream, h in zip(streams, entered, strict=True)), strict=True)
+        q, k, v = (joined(part) for part in projected)  # [B, n, H, d]
+        seen = self.seen(turn(k, self.rotary), v)
+        return attended(streams, turn(q, self.rotary), *seen, entered)
+
+    def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """From rotated keys and values `[B, n, H, d]` of this pass to those attended to, `[B, H, L, d]`."""
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def feed_forward(self, streams: Streams, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        return fed(streams, entered)
+
+
+def _run(streams: Streams, parts: Sequence[Tensor], condition: Condition, view: StreamView) -> Sequence[Tensor]:
+    """A block on the parts `[B, n, D]` of its streams."""
     modulations = [stream.ada_ln(condition) for stream in streams]
-    entered = [modulate(plain_norm(x), m[0]) for x, m in zip(parts, modulations, strict=True)]
-    projected = zip(*(stream.heads(h) for stream, h in zip(streams, entered, strict=True)), strict=True)
-    q, k, v = (part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in projected)  # [B, n, H, d]
-    q, k = turn(q, rotary), turn(k, rotary)
-    k, v = (k.transpose(1, 2), v.transpose(1, 2)) if keep is None else keep(k, v)  # [B, H, L, d]
+    for branch, compute in enumerate((view.attention, view.feed_forward)[: len(modulations[0])]):
+        own = [m[branch] for m in modulations]
+        outputs = compute(streams, [modulate(plain_norm(x), m) for x, m in zip(parts, own, strict=True)])
+        parts = [x + m.gate * out for x, m, out in zip(parts, own, outputs, strict=True)]
+    return parts
+
+
+def attended(streams: Streams, q: Tensor, k: Tensor, v: Tensor, entered: Sequence[Tensor]) -> list[Tensor]:
+    """First branch of each stream from queries `[B, n, H, d]`, and keys and values `[B, H, L, d]`."""
     mixed = attend(q.transpose(1, 2), k, v, None).transpose(1, 2).flatten(2)  # [B, n, D]
-    out = []
-    sizes = [x.shape[1] for x in parts]
-    for stream, x, h, mix, m in zip(streams, parts, entered, mixed.split(sizes, dim=1), modulations, strict=True):
-        x = x + m[0].gate * stream.attended(mix, h)
-        if stream.feed_forward is not None:
-            x = x + m[1].gate * stream.feed_forward(modulate(plain_norm(x), m[1]))
-        out.append(x)
-    return out
+    own = mixed.split([h.shape[1] for h in entered], dim=1)
+    return [stream.attended(part, h) for stream, part, h in zip(streams, own, entered, strict=True)]
+
+
+def fed(streams: Streams, entered: Sequence[Tensor]) -> list[Tensor]:
+    """Second branch of each stream that has one."""
+    return [s.feed_forward(h) for s, h in zip(streams, entered, strict=True) if isinstance(s, Stream)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Streams `[B, n, ...]` one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)

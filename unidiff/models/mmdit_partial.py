@@ -6,17 +6,17 @@ keeps at the end of the blocks is ready for the heads: the text's features, and 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.models.attention import attend
-from unidiff.models.conditioning import Condition, Modulation, modulate
+from unidiff.models.conditioning import Condition
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.mmdit_blocks import AxisTables, DoubleBlock, SingleBlock, Stream, plain_norm, turn
+from unidiff.models.mmdit_blocks import AxisTables, Streams, WholeView, attended, fed, joined, turn
 from unidiff.models.partial import CachePlan, LayerWork, Select, check_plan, compare_values, query_index
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, gather_rows
 
@@ -44,10 +44,6 @@ class _Index(NamedTuple):
     at: Tensor
     split: int
     all: bool = False
-
-    def parts(self, x: Tensor, streams: int) -> tuple[Tensor, ...]:
-        """`[B, n, ...]` by stream."""
-        return x.split((self.split, x.shape[1] - self.split), dim=1) if streams == 2 else (x,)
 
 
 def mmdit_store(
@@ -95,14 +91,23 @@ def _narrow(model: MMDiT, inputs: MMDiTInputs, query: Tensor | None, store: Feat
     store.begin(index.at, index.all)
     count = index.at.shape[1]
     if count:
-
-        def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            store.write(layer, index.at, index.all, key=key, value=value)
-            return store.keys(layer), store.values(layer)
-
-        joined = model.run_blocks(model.read_text(text), model.read_codes(cells), condition, rotary, keep)
-        store.write_hidden(index.at, index.all, _finish(model, joined, index.split))
+        views = [SameTokens(rotary, store, layer, index) for layer in range(model.num_blocks)]
+        x = model.run_blocks(model.read_text(text), model.read_codes(cells), condition, views)
+        store.write_hidden(index.at, index.all, _finish(model, x, index.split))
     return (LayerWork(count, count, count),) * model.num_blocks
+
+
+@dataclass
+class SameTokens(WholeView):
+    """`StreamView` of a pass that computes the same tokens, of one index, in every layer."""
+
+    store: FeatureStore
+    layer: int
+    index: _Index
+
+    def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.store.write(self.layer, self.index.at, self.index.all, key=key, value=value)
+        return self.store.keys(self.layer), self.store.values(self.layer)
 
 
 def _layered(
@@ -112,52 +117,75 @@ def _layered(
     everything, length = _everything(store, inputs.text), inputs.text.shape[1]
     known = everything if plan.query is None else _index(plan.query, length)
     query = torch.ones_like(everything.at, dtype=torch.bool) if plan.query is None else plan.query
-    parts: tuple[Tensor, ...] = (model.read_text(inputs.text), model.read_codes(inputs.cells))
     store.begin(known.at, known.all)
-    work = []
-    for layer, block in enumerate((*model.double_blocks, *model.single_blocks)):
-        assert isinstance(block, DoubleBlock | SingleBlock)
-        streams: tuple[Stream | SingleBlock, ...] = block.streams
-        if len(streams) < len(parts):
-            parts = (torch.cat(parts, dim=1),)
-        modulations = [stream.ada_ln(inputs.condition) for stream in streams]
-        h = _entered(parts, modulations, 0)  # [B, T + N, D]
-        # 1. values, and from them which tokens to recompute
-        rows = plan.refreshed_in(layer)
-        wanted = query if isinstance(rows, bool) else query | rows[:, None]
-        index = everything if rows is True else known if wanted is query else _index(wanted, length)
-        compares = plan.verify is not None and select is not None and rows is not True
-        values = _index(plan.verify | wanted, length) if compares and plan.verify is not None else index
-        own = values.parts(_at(h, values, store), len(streams))
-        fresh = torch.cat([stream.heads.value(x) for stream, x in zip(streams, own, strict=True)], dim=1)
-        if compares and plan.verify is not None and select is not None:
-            index = _index(compare_values(fresh, layer, values.at, plan.verify, wanted, store, select), length)
-        else:
-            store.write(layer, values.at, values.all, value=fresh)
-        # 2. branches: attention, and where it is one of its own the feed-forward
-        if index.at.shape[1]:
-            own = index.parts(_at(h, index, store), len(streams))
-            both = zip(*(stream.heads.query_key(x) for stream, x in zip(streams, own, strict=True)), strict=True)
-            rotary = AxisTables(**(store.inputs if index.all else store.inputs_at(index.at)))
-            q, k = (turn(torch.cat(part, dim=1), rotary) for part in both)  # [B, n, H, d]
-            store.write(layer, index.at, index.all, key=k)
-            mixed = attend(q.transpose(1, 2), store.keys(layer), store.values(layer), None).transpose(1, 2).flatten(2)
-            of_streams = zip(streams, index.parts(mixed, len(streams)), own, strict=True)
-            out = torch.cat([stream.attended(mix, x) for stream, mix, x in of_streams], dim=1)
-            store.output(layer, 0, index.at, index.all, out)
-        parts = _add(parts, store.all_outputs(layer, 0), modulations, 0)
-        if isinstance(block, DoubleBlock):
-            if index.at.shape[1]:
-                words, image = index.parts(_at(_entered(parts, modulations, 1), index, store), 2)
-                out = torch.cat((block.text.feed_forward(words), block.image.feed_forward(image)), dim=1)
-                store.output(layer, 1, index.at, index.all, out)
-            parts = _add(parts, store.all_outputs(layer, 1), modulations, 1)
-        work.append(LayerWork(index.at.shape[1], values.at.shape[1], index.at.shape[1]))
-    x = _finish(model, torch.cat(parts, dim=1), length)
+    views = [OwnTokens(store, n, plan, query, known, everything, select) for n in range(model.num_blocks)]
+    text, image = model.read_text(inputs.text), model.read_codes(inputs.cells)
+    x = _finish(model, model.run_blocks(text, image, inputs.condition, views), length)
     if (working := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
         x = torch.where(working[:, None, None], x, store.hidden[:, :-1])
     store.write_hidden(everything.at, True, x)
-    return tuple(work)
+    return tuple(LayerWork(n := view.index.at.shape[1], view.values.at.shape[1], n) for view in views)
+
+
+@dataclass
+class OwnTokens:
+    """`StreamView` of a pass in which every layer computes tokens of its own.
+
+    Attributes:
+        query, known: bool `[B, T + N]`, what every layer computes, and its index. everything: the index of all tokens.
+        index, values: what this layer computed, and where it renewed values.
+    """
+
+    store: FeatureStore
+    layer: int
+    plan: CachePlan
+    query: Tensor
+    known: _Index
+    everything: _Index
+    select: Select | None
+
+    def attention(self, streams: Streams, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        store, h = self.store, joined(entered)  # [B, T + N, D]
+        self._choose(streams, h)
+        if self.index.at.shape[1]:
+            own = self._own(h, self.index, streams)
+            both = zip(*(stream.heads.query_key(x) for stream, x in zip(streams, own, strict=True)), strict=True)
+            rotary = AxisTables(**(store.inputs if self.index.all else store.inputs_at(self.index.at)))
+            q, k = (turn(joined(part), rotary) for part in both)  # [B, n, H, d]
+            store.write(self.layer, self.index.at, self.index.all, key=k)
+            self._keep(0, attended(streams, q, store.keys(self.layer), store.values(self.layer), own))
+        return self._all(0, entered)
+
+    def feed_forward(self, streams: Streams, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.index.at.shape[1]:
+            self._keep(1, fed(streams, self._own(joined(entered), self.index, streams)))
+        return self._all(1, entered)
+
+    def _choose(self, streams: Streams, h: Tensor) -> None:
+        """New values, and from them which tokens to recompute."""
+        plan, rows, length = self.plan, self.plan.refreshed_in(self.layer), self.everything.split
+        wanted = self.query if isinstance(rows, bool) else self.query | rows[:, None]
+        self.index = self.everything if rows is True else self.known if wanted is self.query else _index(wanted, length)
+        verify = None if rows is True or self.select is None else plan.verify
+        self.values = self.index if verify is None else _index(verify | wanted, length)
+        own = self._own(h, self.values, streams)
+        fresh = joined([stream.heads.value(x) for stream, x in zip(streams, own, strict=True)])
+        if verify is None or self.select is None:
+            self.store.write(self.layer, self.values.at, self.values.all, value=fresh)
+            return
+        chosen = compare_values(fresh, self.layer, self.values.at, verify, wanted, self.store, self.select)
+        self.index = _index(chosen, length)
+
+    def _own(self, h: Tensor, index: _Index, streams: Streams) -> tuple[Tensor, ...]:
+        """The tokens of an index by stream."""
+        x = h if index.all else self.store.gather(h, index.at)
+        return x.split((index.split, x.shape[1] - index.split), dim=1) if len(streams) == 2 else (x,)
+
+    def _keep(self, branch: int, outputs: Sequence[Tensor]) -> None:
+        self.store.output(self.layer, branch, self.index.at, self.index.all, joined(outputs))
+
+    def _all(self, branch: int, entered: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.store.all_outputs(self.layer, branch).split([h.shape[1] for h in entered], dim=1)
 
 
 def _index(where: Tensor, text_length: int) -> _Index:
@@ -171,24 +199,6 @@ def _index(where: Tensor, text_length: int) -> _Index:
 
 def _everything(store: FeatureStore, text: Tensor) -> _Index:
     return _Index(store.everywhere(), text.shape[1], True)
-
-
-def _at(h: Tensor, index: _Index, store: FeatureStore) -> Tensor:
-    return h if index.all else store.gather(h, index.at)
-
-
-def _entered(parts: tuple[Tensor, ...], modulations: list[list[Modulation]], branch: int) -> Tensor:
-    """Input of a branch at every token."""
-    entered = [modulate(plain_norm(x), m[branch]) for x, m in zip(parts, modulations, strict=True)]
-    return entered[0] if len(entered) == 1 else torch.cat(entered, dim=1)
-
-
-def _add(
-    parts: tuple[Tensor, ...], outputs: Tensor, modulations: list[list[Modulation]], branch: int
-) -> tuple[Tensor, ...]:
-    """The gated residual of a branch at every token."""
-    of_parts = outputs.split([x.shape[1] for x in parts], dim=1)
-    return tuple(x + m[branch].gate * out for x, out, m in zip(parts, of_parts, modulations, strict=True))
 
 
 def _finish(model: MMDiT, joined: Tensor, split: int) -> Tensor:
