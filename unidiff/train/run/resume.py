@@ -217,7 +217,7 @@ def scored_as(config: TrainConfig, validation: TokenSource | None) -> str:
 
 def _about(source: TokenSource | DocumentTokens) -> dict[str, Any]:
     vocabulary = _digest(source.vocabulary.to_dict())[:8]
-    about = {"grid": list(source.grid), "vocabulary": f"{source.vocabulary.size} ids ({vocabulary})"}
+    about: dict[str, Any] = {"grid": list(source.grid), "vocabulary": f"{source.vocabulary.size} ids ({vocabulary})"}
     if isinstance(source, WeightedShards):
         about["rows"] = source.rows
         return {**about, "content": _digest(source.stamp())[:16]}
