@@ -348,11 +348,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _seen(store: FeatureStore, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values of all positions, `[B, L, KV, d]`."""
-    k = store.keys(layer).transpose(1, 2)
+    """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
+    k = store.keys(layer)
     if not store.options.rotated:
-        k = rotate(k, _rotary_of(store.inputs)).to(k.dtype)
-    return k, store.values(layer).transpose(1, 2)
+        k = rotate(k.transpose(1, 2), _rotary_of(store.inputs)).to(k.dtype).transpose(1, 2)
+    return k, store.values(layer)
 
 
 def _rotary_of(inputs: Mapping[str, Tensor]) -> RotaryTables:
