@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
 from unidiff.families.layout import RowLayout, TaskInputs
@@ -26,7 +25,7 @@ from unidiff.tokens.vocabulary import Vocabulary
 from unidiff.words import between_holes
 
 
-class UniDiffPipeline(PipelineFolder, DiffusionPipeline):
+class UniDiffPipeline(PipelineFolder):
     """One masked diffusion model over text and image tokens, with everything around it, of whatever family.
 
     All tasks are the same decode with other tokens known. They share the keyword arguments of `DecodeOptions`, and return a

@@ -60,10 +60,11 @@ class DecodeFlags:
 def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of `DecodeOptions` that have a flag, and those that name a model; it gets `DecodeFlags`."""
     hints, keyword = get_type_hints(command, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    annotated: Any = Annotated  # of a type that is only known now
     shared = {}
     for option, own in FLAGS.items():
         kind = own.kind if own.default is not None else own.kind | None
-        note = Annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]
+        note = annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]
         shared[option] = inspect.Parameter(_name(own), keyword, default=own.default, annotation=note)
     for name, note, default in (("model", Model, "emoji"), ("device", Device, "auto"), ("dtype", Dtype, "float32")):
         shared[name] = inspect.Parameter(name, keyword, default=default, annotation=note)

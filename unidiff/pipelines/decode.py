@@ -68,7 +68,8 @@ def task_method(
     @wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> UniDiffOutput:
         check_keywords(method, kwargs, OPTIONS)
-        options = DecodeOptions(**{name: kwargs.pop(name) for name in OPTIONS if name in kwargs})
+        given: dict[str, Any] = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        options = DecodeOptions(**given)
         self.layout.need(method.__name__)
         return decode(self, method.__name__, method(self, *args, **kwargs), options)
 

@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from unidiff.errors import DamagedFile, first_line, read_json, reading
+from unidiff.families.layout import RowLayout
 from unidiff.files import replacing_folder
 from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
 from unidiff.models.transformer import MaskedTransformer
@@ -153,8 +154,10 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     raise ValueError(f"dtype is {dtype!r:.80}; expected one of {', '.join(_DTYPES)}")
 
 
-class PipelineFolder:
+class PipelineFolder(DiffusionPipeline):
     """Gives a pipeline its folders: loading, saving, and sharing the parts of a loaded one."""
+
+    layout: RowLayout
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **changes: Any) -> Self:
@@ -212,7 +215,7 @@ class PipelineFolder:
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
         parts = load_parts(folder, None if chosen is None else read_dtype(chosen), image_tokenizer, text_tokenizer)
         try:
-            return cls(*parts)
+            return cls(*parts)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
         except ValueError as error:
             raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
 

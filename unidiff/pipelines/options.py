@@ -187,7 +187,7 @@ class DecodeOptions:
             rule = own.rule if RULES[own.rule].has_threshold else "threshold"
             confidence = "probability" if own.confidence == "entropy" else own.confidence
             changed[name] = replace(own, rule=rule, confidence=confidence, threshold=least, flight_threshold=least)
-        return replace(config, **changed, guidance=guidance)
+        return replace(config, text=changed["text"], image=changed["image"], guidance=guidance)
 
 
 OPTIONS = tuple(f.name for f in fields(DecodeOptions))
