@@ -125,7 +125,7 @@ class KeyMap:
 
     def _check_names(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise `KeyMismatch` unless `theirs` holds exactly the weights of these shapes."""
-        wanted = {name: tuple(value.shape) for name, value in self.constants.items()}
+        wanted: dict[str, tuple[Any, ...]] = {name: tuple(value.shape) for name, value in self.constants.items()}
         wanted |= {copy: _shape(theirs.get(original)) for copy, original in self.copies.items()}
         for entry in self.entries:
             whole = tuple(shapes[entry.ours])

@@ -5,7 +5,7 @@ UniDisc and others use them too. Upstream images are in [-1, 1]; here they are i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys
@@ -77,7 +77,7 @@ def llamagen_settings(config: Config) -> dict[str, Any]:
 
 
 def _measured(weights: Mapping[str, Any]) -> dict[str, Any]:
-    shape = getattr(weights.get(_USAGE), "shape", ())
+    shape: Sequence[int] = getattr(weights.get(_USAGE), "shape", ())
     return {"usage_window": shape[0]} if len(shape) else {}
 
 

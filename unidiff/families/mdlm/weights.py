@@ -5,7 +5,7 @@ The network's time is sigma = -log alpha(t); a model trained without time condit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -53,7 +53,7 @@ KEYS = ConfigKeys(
 
 def mdlm_measured(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The width of the condition, which is not in every config."""
-    shape = getattr(weights.get("sigma_map.mlp.0.weight"), "shape", ())
+    shape: Sequence[int] = getattr(weights.get("sigma_map.mlp.0.weight"), "shape", ())
     return {"cond_dim": shape[0]} if len(shape) else {}
 
 
