@@ -204,8 +204,8 @@ def _override(schema: type, word: str) -> dict[str, Any]:
     annotation: Any = schema
     for number, name in enumerate(names):
         origin = get_origin(annotation)
-        if is_dataclass(annotation) and name in field_types(annotation):
-            annotation = field_types(annotation)[name]
+        if is_dataclass(annotation) and name in field_types(annotation):  # type: ignore[arg-type]
+            annotation = field_types(annotation)[name]  # type: ignore[arg-type]
         elif name and (annotation is Any or origin in (dict, Mapping)):  # keys of its own
             annotation = Any if annotation is Any else get_args(annotation)[1]
         elif name and number and not is_dataclass(annotation):
@@ -327,7 +327,7 @@ def _new_name(schema: Any, names: list[str]) -> str | None:
             return None
         if new := getattr(schema, "renamed", {}).get(name):
             return ".".join([*names[:number], new, *names[number + 1 :]])
-        schema = field_types(schema).get(name)
+        schema = field_types(schema).get(name)  # type: ignore[arg-type]
     return None
 
 

@@ -91,7 +91,7 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], wha
         types: what an argument has to be, where the function does not say it (well enough). An argument without either
             has to be of its default's type.
     """
-    declared = function.__init__ if isinstance(function, type) else function
+    declared: Any = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     hints = {**typing.get_type_hints(declared, include_extras=True), **types}
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = hints.get(name, Any if parameter.default is parameter.empty else type(parameter.default))

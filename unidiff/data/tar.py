@@ -106,7 +106,7 @@ def _entries(
             failure = replace(failure, key=sample.key)  # part of the damage, not a second case
         else:
             entries += lost or [sample]
-    return entries + [failure] * (failure is not None)
+    return entries if failure is None else [*entries, failure]
 
 
 def _why_lost(url: str, sample: Group, require: Sequence[Sequence[str]]) -> list[Skip]:
