@@ -72,10 +72,9 @@ class ModalityProgress:
         rule: NamedRule = RULES[settings.rule](settings, self.targets)
         self.rule = rule if own is None else GuardedRule(rule, own)
         length, size = settings.block_length, self.targets.sum(1)
-        whole = length is None
-        self.blocks = (
-            torch.zeros_like(batch.ids) if whole else block_ids(batch, self.targets, length, settings.block_order)
-        )
+        self.blocks = torch.zeros_like(batch.ids)
+        if length is not None:
+            self.blocks = block_ids(batch, self.targets, length, settings.block_order)
         self.shares = BlockShares(settings.steps, size, length, rule.capped)
         self.in_flight = min(settings.blocks_in_flight, batch.shape[1])
         zero = torch.zeros_like(size)

@@ -263,7 +263,8 @@ def by_whole_rows(plan: CachePlan) -> CachePlan:
 
 def check_settings(policy: Any) -> None:
     """Raise `ValueError` unless the settings of a policy, a dataclass, have their declared types."""
-    types = field_types(type(policy))
+    kind: Any = type(policy)
+    types = field_types(kind)
     for f in fields(policy):
         if f.init:
-            check_value(getattr(policy, f.name), types[f.name], f"{type(policy).__name__} {f.name}")
+            check_value(getattr(policy, f.name), types[f.name], f"{kind.__name__} {f.name}")
