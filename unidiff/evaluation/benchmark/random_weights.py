@@ -110,8 +110,8 @@ def request(
         if own:
             given = torch.cat(own)
             ids = torch.randint(*vocabulary.range_of(modality), given.shape, generator=generator)
-            image = modality == Modality.IMAGE and grid
-            spans.append(Span.image(ids.view(grid), given.view(grid)) if image else Span.text(ids, given))
+            image = grid if modality == Modality.IMAGE else None
+            spans.append(Span.text(ids, given) if image is None else Span.image(ids.view(image), given.view(image)))
     return TokenBatch.from_spans([spans] * rows)
 
 
@@ -154,8 +154,14 @@ def measure_workload(
         own, stats = seconds[name], outputs[name].stats
         bounds = [speedup_bound(policy, schedule, model.traits, rate) for rate in (None, lambda n: rates(n * rows))]
         row = TimedDecode(
-            *(name, shape, outputs[name].nfe, median(own), own),
-            *(median(a / b for a, b in zip(plain, own, strict=True)), *bounds),
+            name,
+            shape,
+            outputs[name].nfe,
+            median(own),
+            own,
+            median(a / b for a, b in zip(plain, own, strict=True)),
+            bounds[0],
+            bounds[1],
             policy.reference_bound(schedule, model.traits),
             outside_share=1 - stats.forward_seconds / own[-1] if on_cpu else None,
             peak_share=stats.flops / stats.forward_seconds / peak if on_cpu else None,

@@ -130,7 +130,7 @@ def _shapes(
 _BOTH, _BF16 = ("float32", "bfloat16"), ("bfloat16",)
 _UNIDISC = dict(qk_norm="head", activation="gelu_tanh", time_conditioning=True, sandwich_norm=True)
 _LLADA = dict(num_heads=32, ffn_size=12288, rope="1d", modality_embedding=False)
-_GPU = dict(device="cuda", peak_size=8192)
+_GPU: dict[str, Any] = dict(device="cuda", peak_size=8192)
 SUITES: dict[str, ShapeSuite] = {
     "smoke": ShapeSuite(
         "seconds; shows that everything runs",

@@ -104,15 +104,14 @@ def summary(profiles: dict[str, TaskProfile], traits: DenoiserTraits) -> tuple[T
 
 def _sheet(profile: TaskProfile, segment: int, title: str) -> Image.Image:
     """Heat maps with layers down and passes across, two in a line."""
-    maps = [(f"cosine of {n}", v, None) for n, v in zip(FEATURES, profile.similarity[:, segment], strict=True)]
-    maps += [
-        (f"correlation of changes, {n}", v, -1.0) for n, v in zip(PAIRS, profile.correlation[:, segment], strict=True)
+    least = lambda values: min(0.9, float(values.nan_to_num(0.9).min()))  # noqa: E731
+    maps = [(f"cosine of {n}", v, least(v)) for n, v in zip(FEATURES, profile.similarity[:, segment], strict=True)]
+    related = zip(PAIRS, profile.correlation[:, segment], strict=True)
+    maps += [(f"correlation of changes, {name}", values, -1.0) for name, values in related]
+    cells = [
+        Cell((heat_map(values.T, low, 1.0),), f"{name}: dark {low:.3g}, bright 1, grey: none")
+        for name, values, low in maps
     ]
-    cells = []
-    for name, values, least in maps:
-        low = min(0.9, float(values.nan_to_num(0.9).min())) if least is None else least
-        picture = heat_map(values.T, low, 1.0)
-        cells.append(Cell((picture,), f"{name}: dark {low:.3g}, bright 1, grey: none"))
     side = max(300, *(cell.images[0].width for cell in cells))
     return draw_sheet(
         [cells[i : i + 2] for i in range(0, len(cells), 2)], side, f"{title}; down: layers, across: passes"

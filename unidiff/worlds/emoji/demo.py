@@ -39,7 +39,7 @@ _DRAWN: tuple[tuple[Any, ...], ...] = (
     ),
 )
 PROMPTS: tuple[tuple[str, Scene], ...] = tuple(
-    (prompt, Scene(tuple(SceneObject(*item, size) for item in placed), ground))
+    (prompt, Scene(tuple(SceneObject(name, row, col, size) for name, row, col in placed), ground))
     for prompt, ground, size, *placed in _DRAWN
 )
 

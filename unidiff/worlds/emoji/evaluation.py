@@ -125,7 +125,8 @@ def oracle_reward(
     """
     profile = profile_of(pipe)
     oracle = Oracle(profile)
-    scenes = SceneGenerator(profile if kinds is None else replace(profile, kinds=tuple(kinds)), seed)
+    changes: dict[str, Any] = {} if kinds is None else {"kinds": tuple(kinds)}
+    scenes = SceneGenerator(replace(profile, **changes), seed)
 
     def reward(texts: list[str], pictures: Tensor) -> Tensor:
         pairs = zip(texts, oracle.read(pictures), strict=True)

@@ -107,7 +107,8 @@ class PipelineModel:
         untouched: Callable[[slice, UniDiffOutput], Iterator[bool]] = lambda p, out: (True for _ in out.texts),
     ) -> Drawn:
         """All rows, batch by batch; `call` takes the slice of the rows and the options of the decode."""
-        pictures, texts, whole = [], [], []
+        pictures, texts = list[Tensor](), list[str]()
+        whole: list[bool] = []
         for start in range(0, len(seeds), self.batch_size):
             part = slice(start, start + self.batch_size)
             out = call(part, generator=list(seeds[part]), **self.options)

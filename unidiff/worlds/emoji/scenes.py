@@ -186,7 +186,7 @@ class SceneGenerator:
         placed = {"single": _single, "count": _count, "pair": _pair, "group": _group}[kind](rng, self.profile.names)
         jitter = self.profile.free_jitter
         if jitter:
-            placed = [replace(o, offset=tuple(rng.randint(-jitter, jitter) for _ in range(2))) for o in placed]
+            placed = [replace(o, offset=(rng.randint(-jitter, jitter), rng.randint(-jitter, jitter))) for o in placed]
         return Scene(tuple(placed), background)
 
 
