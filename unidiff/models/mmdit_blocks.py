@@ -177,8 +177,8 @@ def _run(streams: Streams, parts: Sequence[Tensor], condition: Condition, view: 
     modulations = [stream.ada_ln(condition) for stream in streams]
     for branch, compute in enumerate((view.attention, view.feed_forward)[: len(modulations[0])]):
         own = [m[branch] for m in modulations]
-        outputs = compute(streams, [modulate(plain_norm(x), m) for x, m in zip(parts, own, strict=True)])
-        parts = [x + m.gate * out for x, m, out in zip(parts, own, outputs, strict=True)]
+        entered = [modulate(plain_norm(x), m) for x, m in zip(parts, own, strict=True)]
+        parts = [x + m.gate * out for x, m, out in zip(parts, own, compute(streams, entered), strict=True)]
     return parts
 
 
