@@ -19,7 +19,7 @@ from unidiff.evaluation.benchmark import random_weights
 from unidiff.evaluation.benchmark.random_weights import SuiteOptions, random_model, request, run_suite
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode, write
 from unidiff.evaluation.benchmark.speed import MatmulRates, row_counts
-from unidiff.evaluation.benchmark.suites import SUITES, DecodeShape, cache_named, spread
+from unidiff.evaluation.benchmark.suites import SUITES, RandomDecode, cache_named, spread
 from unidiff.tokens import Modality, Vocabulary
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"
@@ -120,7 +120,7 @@ def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatc
 def test_blocks_are_spread_over_the_row():
     assert spread(18, None) == frozenset(range(18)) == spread(18, 30)
     assert spread(18, 2) == {4, 13} and spread(4, 1) == {2} and spread(3, 3) == {0, 1, 2}
-    workload = DecodeShape(8, (2, 6), 4, 3, "float32")
+    workload = RandomDecode(8, (2, 6), 4, 3, "float32")
     schedule = workload.schedule(VOCABULARY, 2)
     assert [(s.tokens, s.given) for s in schedule.segments] == [(4, True), (4, False), (4, True), (4, False), (4, True)]
     batch = request(schedule, workload.grid, VOCABULARY, 2, 0)

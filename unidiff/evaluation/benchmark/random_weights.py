@@ -17,7 +17,7 @@ from unidiff.decoding.row_decode import RowDecode
 from unidiff.evaluation.benchmark import speed
 from unidiff.evaluation.benchmark.cells import Cells, code_hash
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
-from unidiff.evaluation.benchmark.suites import SUITES, DecodeShape, ShapeSuite, cache_named, pick
+from unidiff.evaluation.benchmark.suites import SUITES, RandomDecode, ShapeSuite, cache_named, pick
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -116,7 +116,7 @@ def request(
 
 
 def measure_workload(
-    suite: ShapeSuite, workload: DecodeShape, model: MaskedTransformer, options: SuiteOptions
+    suite: ShapeSuite, workload: RandomDecode, model: MaskedTransformer, options: SuiteOptions
 ) -> dict[str, Any]:
     """All policies of one decode, run after run in turn: `rows` (fields of `TimedDecode`) and `matmul`, the rates."""
     vocabulary, device, rows = suite.vocabulary, model.device, workload.batch
@@ -176,7 +176,7 @@ def decode_once(
     vocabulary: Vocabulary,
     policy: RefreshPolicy,
     schedule: RowDecode,
-    workload: DecodeShape,
+    workload: RandomDecode,
     seed: int,
     graphs: bool,
 ) -> SamplerOutput:

@@ -34,7 +34,7 @@ def pick(asked: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 @dataclass(frozen=True)
-class DecodeShape:
+class RandomDecode:
     """A decode with random tokens and a fixed quota.
 
     Args:
@@ -107,7 +107,7 @@ class ShapeSuite:
     model: Mapping[str, Any]
     text_ids: int
     image_ids: int
-    workloads: tuple[DecodeShape, ...]
+    workloads: tuple[RandomDecode, ...]
     policies: tuple[str, ...] = MAIN
     device: str = "cpu"
     runs: int = 3
@@ -121,10 +121,10 @@ class ShapeSuite:
 
 def _shapes(
     passes: tuple[int, ...], dtypes: tuple[str, ...], blocks: tuple[int, ...] = (64,), batches: tuple[int, ...] = (1,)
-) -> tuple[DecodeShape, ...]:
+) -> tuple[RandomDecode, ...]:
     """128 text tokens with a 32 x 32 image, and 512 text tokens alone."""
     every = product(dtypes, ((128, (32, 32)), (512, None)), blocks, passes, batches)
-    return tuple(DecodeShape(*row, block, n, dtype, batch) for dtype, row, block, n, batch in every)
+    return tuple(RandomDecode(*row, block, n, dtype, batch) for dtype, row, block, n, batch in every)
 
 
 _BOTH, _BF16 = ("float32", "bfloat16"), ("bfloat16",)
@@ -135,7 +135,7 @@ SUITES: dict[str, ShapeSuite] = {
     "smoke": ShapeSuite(
         "seconds; shows that everything runs",
         dict(hidden_size=32, num_layers=2, num_heads=2),
-        *(50, 40, (DecodeShape(8, (4, 4), 4, 2, "float32"), DecodeShape(8, None, 4, 4, "bfloat16", 2))),
+        *(50, 40, (RandomDecode(8, (4, 4), 4, 2, "float32"), RandomDecode(8, None, 4, 4, "bfloat16", 2))),
         ("none", "prefix", "dual", "vicinity", "adaptive", "max-logit"),
         runs=2,
         peak_size=64,
