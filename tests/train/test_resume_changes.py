@@ -19,10 +19,9 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.schema import Between
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
-from unidiff.train.config import TrainConfig
+from unidiff.train.config import TrainConfig, check_config, leaves
 from unidiff.train.data.shard_source import open_shards
 from unidiff.train.data.source import TokenTable
-from unidiff.train.run.limits import check_config, leaves
 from unidiff.train.run.resume import FIXED, FREE, compare, facts_of
 from unidiff.train.trainer import Trainer
 

@@ -17,7 +17,9 @@ from unidiff.errors import read_json, reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_arguments
+from unidiff.tokens import Vocabulary
 from unidiff.train.config import TrainConfig
+from unidiff.train.data.source import TokenSource
 from unidiff.train.lora import add_adapters
 from unidiff.weights.checks import check_dtype, check_shapes
 
@@ -154,3 +156,29 @@ def uses_flex(kernel: str, device: torch.device) -> bool:
             f"attention_kernel = 'flex' on {device.type}: torch has no backward pass of FlexAttention there; use attention_kernel=sdpa"
         )
     return kernel == "flex"
+
+
+def check_start(init_from: str, source: TokenSource) -> None:
+    """Raise ValueError where the starting weights' folder says that its ids mean something else than the data's."""
+    path = Path(init_from) / "vocabulary.json"
+    if init_from and path.is_file():
+        with reading(path, "a vocabulary"):
+            start = Vocabulary.from_dict(read_json(path))
+        check_ids(start, source, f"{str(path)!r} is")
+
+
+def check_ids(start: Vocabulary, source: TokenSource, what: str) -> None:
+    """Raise ValueError where ids of the starting weights mean something else in the data. `what` opens the sentence."""
+    data = source.vocabulary
+    names = ("size", "text", "image", "mask_id", "image_mask")
+    changed = [
+        f"{n} is {getattr(data, n)}, not {getattr(start, n)}" for n in names if getattr(data, n) != getattr(start, n)
+    ]
+    changed += [
+        f"{n} is {data.specials[n]}, not {i}" for n, i in start.specials.items() if data.specials.get(n, i) != i
+    ]
+    if changed:
+        raise ValueError(
+            f"{what} another vocabulary than the data's, where {changed[0]}; encode the data with the tokenizers of these "
+            "weights"
+        )

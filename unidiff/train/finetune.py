@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unidiff.errors import read_json, reading
+from unidiff.errors import read_json
 from unidiff.schema import check_value
-from unidiff.tokens import Vocabulary
+from unidiff.train.build import check_ids
 from unidiff.train.config import TokenizerConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
 
@@ -85,32 +85,6 @@ def finetune_config(base: BaseModel, config: TrainConfig) -> TrainConfig:
     settings = {k: v for k, v in {**base.settings, **config.model}.items() if v is not None}
     checkpoint = replace(config.checkpoint, init_from=str(base.weights))
     return replace(config, model=settings, tokenizer=tokenizer, checkpoint=checkpoint)
-
-
-def check_start(init_from: str, source: TokenSource) -> None:
-    """Raise ValueError where the starting weights' folder says that its ids mean something else than the data's."""
-    path = Path(init_from) / "vocabulary.json"
-    if init_from and path.is_file():
-        with reading(path, "a vocabulary"):
-            start = Vocabulary.from_dict(read_json(path))
-        check_ids(start, source, f"{str(path)!r} is")
-
-
-def check_ids(start: Vocabulary, source: TokenSource, what: str) -> None:
-    """Raise ValueError where ids of the starting weights mean something else in the data. `what` opens the sentence."""
-    data = source.vocabulary
-    names = ("size", "text", "image", "mask_id", "image_mask")
-    changed = [
-        f"{n} is {getattr(data, n)}, not {getattr(start, n)}" for n in names if getattr(data, n) != getattr(start, n)
-    ]
-    changed += [
-        f"{n} is {data.specials[n]}, not {i}" for n, i in start.specials.items() if data.specials.get(n, i) != i
-    ]
-    if changed:
-        raise ValueError(
-            f"{what} another vocabulary than the data's, where {changed[0]}; encode the data with the tokenizers of these "
-            "weights"
-        )
 
 
 def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) -> int:

@@ -18,14 +18,13 @@ from unidiff.config import dump_config
 from unidiff.files import replace_text
 from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.train.build import build_model, pick_device, set_up_blocks, uses_flex
-from unidiff.train.config import TrainConfig
+from unidiff.train.build import build_model, check_start, pick_device, set_up_blocks, uses_flex
+from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.data.data_losses import DataLosses
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.ema import EMA
-from unidiff.train.finetune import check_start
 from unidiff.train.lora import add_adapters, merge_adapters
 from unidiff.train.optim import Optimisers, learning_rate_factor
 from unidiff.train.run.checkpoint import (
@@ -40,7 +39,6 @@ from unidiff.train.run.checkpoint import (
     settle,
 )
 from unidiff.train.run.distributed import Parallel, whole
-from unidiff.train.run.limits import check_config
 from unidiff.train.run.logs import Progress, RunLog
 from unidiff.train.run.loop import StopOnSignals
 from unidiff.train.run.meters import SpeedMeter, TaskMeter

@@ -15,12 +15,11 @@ from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.schema import from_data
-from unidiff.train.config import ScheduleConfig, TrainConfig
+from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
 from unidiff.train.data.source import TokenSource, TokenTable
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint
-from unidiff.train.run.limits import leaves
 from unidiff.train.step import TrainState
 
 _REASONS = {

@@ -86,10 +86,10 @@ def train(
         ValueError, FileNotFoundError: settings, data or a checkpoint that do not fit.
     """
     from unidiff.train.build import pick_device
+    from unidiff.train.config import check_config
     from unidiff.train.data.datasets import open_documents, open_sources
     from unidiff.train.data.samples import sheet_sampler
     from unidiff.train.run.distributed import Parallel, lost_peer
-    from unidiff.train.run.limits import check_config
     from unidiff.train.run.run_folder import check_run_folder
     from unidiff.train.trainer import Trainer, TrainingAborted
 
