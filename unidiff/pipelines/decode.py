@@ -21,13 +21,12 @@ from unidiff.families.layout import DecodeRequest, TaskInputs
 from unidiff.pipelines.arguments import check_keywords, check_rows, kind_of
 from unidiff.pipelines.candidates import keep_best
 from unidiff.pipelines.inputs import ImageInputs
-from unidiff.pipelines.options import OPTIONS, DecodeOptions
+from unidiff.pipelines.options import OPTIONS, DecodeOptions, RowGenerator
 from unidiff.pipelines.output import Trajectory, UniDiffOutput, to_frames
 from unidiff.tokens import TokenBatch
 from unidiff.words import letters_note, notes_on
 
 P = ParamSpec("P")
-RowGenerator = int | torch.Generator | Sequence[int | torch.Generator] | None
 _LARGEST = (1 << 62) - 1
 _CANDIDATE_STREAM = 7
 

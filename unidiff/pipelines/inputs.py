@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from unidiff.families.layout import Grid, RowLayout
 from unidiff.pictures import MAX_PIXELS, open_picture
 from unidiff.pipelines.arguments import flag, kind_of, one_of, repeated, whole
-from unidiff.pipelines.masks import fit_white, white_pixels
+from unidiff.pipelines.masks import fit_white, plain_tensor, white_pixels
 
 _KINDS = "a PIL image, a path or address of one, a numpy array or a torch tensor"
 _LONGEST_SIDE = 16_384
@@ -201,22 +201,6 @@ def mask_list(masks: Any, images: int) -> list[Any]:
             f"mask_image has shape {tuple(masks.shape)} for {images} images; expected [H, W], or one for each as [B, H, W]"
         )
     return list(plain_tensor(masks, "mask_image") if isinstance(masks, Tensor) else masks)
-
-
-def plain_tensor(values: Tensor, what: str) -> Tensor:
-    """A tensor without gradient in the host's memory, its values one after another.
-
-    Raises:
-        ValueError: a sparse, quantised or complex tensor, or one on the meta device, which has no values.
-    """
-    if values.is_meta:
-        raise ValueError(f"{what} is a tensor on the meta device, which holds no values; give one on cpu or cuda")
-    if values.layout != torch.strided:
-        raise ValueError(f"{what} is a tensor of layout {values.layout}; make it dense with to_dense()")
-    if values.is_quantized or values.is_complex():
-        raise ValueError(f"{what} has dtype {values.dtype}; expected uint8, bool or floats in [0, 1]")
-    values = values.detach().cpu().resolve_neg()
-    return values.float() if values.is_floating_point() else values  # numpy has no bfloat16 or float8
 
 
 def broadcast(**columns: Sequence[Any]) -> list[list[Any]]:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -80,6 +81,22 @@ def _cover(length: int, wanted: int, scaled: int, start: int) -> np.ndarray:
     return ((place * length < (pixel + 1) * scaled) & ((place + 1) * length > pixel * scaled)).astype(np.float32)
 
 
+def plain_tensor(values: Tensor, what: str) -> Tensor:
+    """A tensor without gradient in the host's memory, its values one after another.
+
+    Raises:
+        ValueError: a sparse, quantised or complex tensor, or one on the meta device, which has no values.
+    """
+    if values.is_meta:
+        raise ValueError(f"{what} is a tensor on the meta device, which holds no values; give one on cpu or cuda")
+    if values.layout != torch.strided:
+        raise ValueError(f"{what} is a tensor of layout {values.layout}; make it dense with to_dense()")
+    if values.is_quantized or values.is_complex():
+        raise ValueError(f"{what} has dtype {values.dtype}; expected uint8, bool or floats in [0, 1]")
+    values = values.detach().cpu().resolve_neg()
+    return values.float() if values.is_floating_point() else values  # numpy has no bfloat16 or float8
+
+
 def _values(mask: Any, what: str) -> np.ndarray:
     """The mask as an array `[h, w]` of bool, whole numbers or floats."""
     if isinstance(mask, str | bytes | os.PathLike):
@@ -88,8 +105,6 @@ def _values(mask: Any, what: str) -> np.ndarray:
         return _of_picture(mask, what)
     array = mask
     if isinstance(mask, Tensor):
-        from unidiff.pipelines.inputs import plain_tensor  # which reads masks with this module
-
         array = plain_tensor(mask, what).numpy()
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{what} is {kind_of(mask)}; expected a PIL image, a path, a numpy array or a torch tensor")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unidiff.pipelines.arguments import MOST_ROWS, flag, one_of, short, whole
 
 if TYPE_CHECKING:
+    import torch
+
     from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
     from unidiff.decoding.graphs import Record
-    from unidiff.pipelines.decode import RowGenerator
 
+RowGenerator: TypeAlias = "int | torch.Generator | Sequence[int | torch.Generator] | None"
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 
 

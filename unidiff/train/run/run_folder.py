@@ -11,7 +11,7 @@ import torch
 from unidiff.files import flush_to_disk, replacing_folder
 from unidiff.models.trained_on import TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.owned import others_in_model
+from unidiff.pipelines.owned import others_in_model
 from unidiff.tokens import Vocabulary
 from unidiff.train.run.checkpoint import holds_checkpoints
 
