@@ -1,0 +1,1 @@
+"""A package beside unidiff with one entry of every kind."""
