@@ -125,22 +125,6 @@ def check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
         )
 
 
-def check_logits(logits: Tensor, alone: Tensor, setting: str) -> None:
-    """For loops of their own: raise `ValueError` where nothing can be drawn from `logits` `[..., V]`.
-
-    Args:
-        alone: those of the streams before guidance. setting: the guidance and its value, for the message.
-    """
-    if bool(logits.amax(-1).isfinite().all()):
-        return
-    if not bool(alone.amax(-1).isfinite().all()):
-        raise ValueError(UNUSABLE)
-    dtype = str(logits.dtype).removeprefix("torch.")
-    raise ValueError(
-        f"{setting} takes logits beyond what {dtype} holds, although the model's own are finite; lower it, or use a wider dtype"
-    )
-
-
 def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
     if not isinstance(batch, TokenBatch):
         raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")

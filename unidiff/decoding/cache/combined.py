@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
     def view(self, state: DecodeState) -> DecodeState:
         """The decode as this part's policy sees it."""
-        if self.apart:
+        if self.apart and self.rows is not None:
             state = replace(state, users={stream: rows & self.rows for stream, rows in state.users.items()})
         if self.modality is None:
             return state

@@ -95,7 +95,7 @@ class CacheConfig:
     def build(self) -> Policy:
         """The policy, ready for `Sampler`."""
         make = CACHES[self.policy]
-        known = [f.name for f in fields(make) if f.init] if is_dataclass(make) else []
+        known: list[str] = [f.name for f in fields(make) if f.init] if is_dataclass(make) else []
         if unknown := sorted(set(self.options) - set(known)):
             raise ValueError(f"cache policy {self.policy!r} has no settings {unknown}; expected some of {known}")
         policy = make(**self.options)

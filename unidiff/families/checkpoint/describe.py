@@ -116,7 +116,8 @@ def pass_bytes(model: nn.Module, tokens: int) -> int:
     width = next(model.parameters()).element_size()
     if isinstance(model, MaskedTransformer):
         c = model.config
-        inner = model.blocks[0].feed_forward.up.weight.shape[0]
+        first: Any = model.blocks[0]
+        inner = first.feed_forward.up.weight.shape[0]
         return tokens * (width * (6 * c.hidden_size + 2 * inner) + 4 * c.vocab_size)
     assert isinstance(model, MMDiT)
     size = model.config.num_heads * model.config.head_dim

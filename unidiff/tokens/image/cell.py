@@ -133,7 +133,7 @@ class CellVQModel(QuantizedAutoencoder):
 
     def latents(self, images: Tensor) -> Tensor:
         """Unit vectors `[B, d, h, w]`, float32 whatever autocast says: nearest codes must not depend on bf16 rounding."""
-        return F.normalize(self.encoder(images.to(self.encoder[0].weight.dtype) * 2 - 1).float(), dim=1)
+        return F.normalize(self.encoder(images.to(next(self.encoder.parameters()).dtype) * 2 - 1).float(), dim=1)
 
     def quantize(self, latents: Tensor) -> Quantized:
         """Nearest codes by cosine, in float32."""
@@ -149,4 +149,4 @@ class CellVQModel(QuantizedAutoencoder):
         return F.embedding(codes, self.codebook.float()).movedim(-1, 1)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        return self.decoder(vectors.to(self.encoder[0].weight.dtype)) * 0.5 + 0.5
+        return self.decoder(vectors.to(next(self.encoder.parameters()).dtype)) * 0.5 + 0.5
