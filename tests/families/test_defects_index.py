@@ -76,7 +76,7 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "the dual cache leaves masks behind": (LLADA, "test_no_mask_is_left_however_few_the_steps"),
         "thresholds hang where the best token is [MASK]": (
-            POLICIES,
+            "decoding/test_cache_properties.py",
             "test_decodes_end_whatever_the_logits",
         ),
         "the head runs at all positions": (LLADA, "test_the_head_sees_candidates_of_the_block_only"),
@@ -99,7 +99,7 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "dInfer": {
         "nothing is accepted where every best token is [MASK]": (
-            POLICIES,
+            "decoding/test_cache_properties.py",
             "test_decodes_end_whatever_the_logits",
         )
     },

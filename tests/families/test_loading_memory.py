@@ -110,7 +110,8 @@ def test_a_small_checkpoint(small, kind):
 
 def test_a_cast_takes_the_memory_of_its_result(small):
     weights, peak = small["cast"]
-    assert weights > 0.9e8 and weights * 0.9 < peak < weights * LIMIT
+    kept = 4 * 2**20  # by the allocator; it varies by that much from run to run
+    assert weights > 0.9e8 and weights * 0.9 < peak < weights * LIMIT + kept
 
 
 @pytest.mark.slow

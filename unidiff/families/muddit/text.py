@@ -151,7 +151,10 @@ def scheduler_masking(folder: Path) -> str:
     """The schedule that a folder's `scheduler` names; cosine where there is none."""
     path, name = folder / "scheduler" / "scheduler_config.json", "cosine"
     if os.path.lexists(path):
-        name = read_json(path, "a scheduler's config").get("masking_schedule", name)
+        config = read_json(path, "a scheduler's config")
+        if not {"_class_name", "masking_schedule"} & set(config):
+            raise ValueError(f"{path} is no scheduler's config: it names neither _class_name nor masking_schedule")
+        name = config.get("masking_schedule", name)
     if name not in MASKING_SCHEDULES:
         raise ValueError(f"{folder}: masking_schedule is {name!r:.80}; expected one of {list(MASKING_SCHEDULES)}")
     return name
