@@ -56,8 +56,10 @@ class Attention(nn.Module):
             both, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((heads + kv, kv), dim=-2)
             q, k = rotate(both, rotary).split((heads, kv), dim=-2)
             return q, k, v
-        q, k, v = self.heads(x)
-        return rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype), v
+        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
+        q, k, v = self.qkv(x).split((heads * d, kv * d, kv * d), dim=-1)
+        q, k = self._normed(q, k)
+        return rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype), v.unflatten(-1, (kv, d))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `project`, before rotary."""

@@ -68,14 +68,14 @@ class Block(nn.Module):
         """
         first, second = (None, None) if self.ada_ln is None else self.ada_ln(condition)
         h = modulate(self.attention_norm(x), first)
-        h = self._attend(h, rotary, mask) if view is None else view.attention(self, h, rotary, mask)
+        if view is None:
+            q, k, v = self.attention.project(h, rotary)
+            h = self.attended(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+        else:
+            h = view.attention(self, h, rotary, mask)
         x = x + gate(h, first if self.attention_gate else None)
         h = self.fed(modulate(self.ffn_norm(x), second)) if view is None else view.feed_forward(self, x, second)
         return x + gate(h, second)
-
-    def _attend(self, h: Tensor, rotary: RotaryTables, mask: AttentionMask) -> Tensor:
-        q, k, v = self.attention.project(h, rotary)
-        return self.attended(q, k.transpose(1, 2), v.transpose(1, 2), mask)
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """Output `[B, n, D]` of the attention branch from queries `[B, n, H, d]`, keys and values `[B, KV, L, d]`."""
