@@ -158,7 +158,7 @@ def test_choosing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     u = torch.rand(3, 17, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     is_real = torch.ones(3, 17, dtype=torch.bool)
     whole = choose(logits[None], is_real, ModalityDecoding(), u, u)
-    monkeypatch.setattr("unidiff.decoding.draw._CHUNK", 30)
+    monkeypatch.setattr("unidiff.decoding.draw.CHUNK", 30)
     parts = choose(logits[None], is_real, ModalityDecoding(), u, u)
     assert torch.equal(whole.token, parts.token) and torch.equal(whole.confidence, parts.confidence)
 

@@ -20,7 +20,7 @@ TOKEN, UNMASK, CHOICE, ORDER, REMASK = range(_USED := 5)  # independent uses of 
 _USES = 8
 _AHEAD = 1 << 14  # uniforms that are drawn at once: those of several steps of a small batch
 _DOMAIN = 0x5A17  # keeps the sampler's noise apart from training's
-_CHUNK = 1 << 24  # float64 numbers held at once per intermediate
+CHUNK = 1 << 24  # float64 numbers held at once per intermediate
 
 
 class RowNoise:
@@ -226,7 +226,7 @@ def choose(
         return _fused(values, is_real, settings, u, noise, blend)
     logits = values[0] if blend is None else blend(values)  # [B, n, V]
     rows, _, width = logits.shape
-    size = max(1, _CHUNK // max(1, rows * width))
+    size = max(1, CHUNK // max(1, rows * width))
     plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
     parts = []
     for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
