@@ -36,7 +36,7 @@ from unidiff.errors import DamagedFile
 
 FAST, SLOW = 80, 2400
 NAMES = {  # how a sentence may call an argument
-    "image": ("image", "picture", "cannot be downloaded"),
+    "image": ("image", "picture", "cannot be downloaded", "is no address"),
     "mask_image": ("mask",),
     "generator": ("generator", "seed"),
     "guidance_scale": ("guidance",),
