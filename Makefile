@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/unidiff demo --out out
 
 # Two processes of one thread each: on two cores in half the time. The second one's report is shown when both are done.
-HALF := tests/train tests/data tests/evaluation
+HALF := tests/train tests/data tests/evaluation tests/worlds
 test: setup
 	@log=$$(mktemp); export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest $(HALF) > $$log 2>&1 & half=$$!; \
