@@ -71,6 +71,7 @@ class Block(nn.Module):
         if view is None:
             q, k, v = self.attention.project(h, rotary)
             h = self.attended(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+            del q, k, v  # the feed-forward takes their memory
         else:
             h = view.attention(self, h, rotary, mask)
         x = x + gate(h, first if self.attention_gate else None)
