@@ -21,6 +21,7 @@ _USES = 8
 _AHEAD = 1 << 14  # uniforms that are drawn at once: those of several steps of a small batch
 _DOMAIN = 0x5A17  # keeps the sampler's noise apart from training's
 CHUNK = 1 << 24  # float64 numbers held at once per intermediate
+CPU_CHUNK = 1 << 16  # the same on a CPU: half a megabyte stays in its cache, and is never handed back to the system
 
 
 class RowNoise:
@@ -224,21 +225,23 @@ def choose(
     """
     if fuses(values, settings):
         return _fused(values, is_real, settings, u, noise, blend)
-    logits = values[0] if blend is None else blend(values)  # [B, n, V]
-    rows, _, width = logits.shape
-    size = max(1, CHUNK // max(1, rows * width))
+    _, rows, _, width = values.shape
+    most = CHUNK if values.is_cuda else CPU_CHUNK
+    size = max(1, most // max(1, rows * width))
     plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
-    parts = []
-    for part, u_part, noise_part in zip(logits.split(size, 1), u.split(size, 1), noise.split(size, 1), strict=True):
-        p = part.double().softmax(-1)
+    parts, is_finite = [], torch.ones((), dtype=torch.bool, device=values.device)
+    columns = values.split(size, 2), is_real.split(size, 1), u.split(size, 1), noise.split(size, 1)
+    for part, real_part, u_part, noise_part in zip(*columns, strict=True):
+        logits = part[0] if blend is None else blend(part)  # [B, c, V]
+        p = logits.double().softmax(-1)
         if plain:
             token = inverse_cdf(p, u_part)
         else:
-            token = draw_tokens(part, u_part, settings.temperature, settings.top_k, settings.top_p)
+            token = draw_tokens(logits, u_part, settings.temperature, settings.top_k, settings.top_p)
         probability = p.gather(-1, token[..., None])[..., 0]
         parts.append((token, probability, confidence_of(p, probability, settings.confidence, noise_part)))
+        is_finite = is_finite & (logits.amax(-1).isfinite() | ~real_part).all()
     token, probability, confidence = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
-    is_finite = (logits.amax(-1).isfinite() | ~is_real).all()
     return Choice(token, probability, confidence, is_finite)
 
 
