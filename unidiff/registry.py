@@ -12,13 +12,13 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
-    """Entries by name. The modules are imported at the first look, not before.
+class Registry(dict[str, T]):
+    """Entries by name, a dict that fills itself: the modules are imported at the first look, not before.
 
     Args:
         kind: what an entry is, for messages and the entry point group, for instance "commit_rules".
@@ -29,16 +29,25 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, kind: str, package: str | tuple[str, ...], name_of: Callable[[Any], str | None]) -> None:
         self.kind, self._name_of = kind, name_of
         self.packages = (package,) if isinstance(package, str) else package
-        self._entries: dict[str, T] | None = None
+        self._searched = False
 
-    def __getitem__(self, name: str) -> T:
-        return self._found()[name]
+    def __missing__(self, name: str) -> T:
+        if self._searched:
+            raise KeyError(name)
+        self._search()
+        return self[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found())
+        self._search()
+        return dict.__iter__(self)
 
     def __len__(self) -> int:
-        return len(self._found())
+        self._search()
+        return dict.__len__(self)
+
+    if not TYPE_CHECKING:  # a dict's own know only what is in it already; these ask the three above
+        __contains__, get = Mapping.__contains__, Mapping.get
+        keys, values, items = Mapping.keys, Mapping.values, Mapping.items
 
     def get_or_refuse(self, name: object, what: str) -> T:
         """The entry of a name.
@@ -46,27 +55,27 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ValueError: no such entry; the sentence says what `what` is and lists the names.
         """
-        found = self._found()
-        if isinstance(name, str) and name in found:
-            return found[name]
-        near = difflib.get_close_matches(name, found, 1) if isinstance(name, str) else []
+        if isinstance(name, str) and name in self:
+            return self[name]
+        near = difflib.get_close_matches(name, self, 1) if isinstance(name, str) else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} is {name!r:.80}; expected one of {', '.join(found)}{hint}")
+        raise ValueError(f"{what} is {name!r:.80}; expected one of {', '.join(self)}{hint}")
 
-    def _found(self) -> dict[str, T]:
-        if self._entries is None:
-            entries: dict[str, T] = {}
-            for module in self._modules():
-                for value in list(vars(module).values()):
-                    if isinstance(value, type) and value.__module__ != module.__name__:
-                        continue  # imported from elsewhere
-                    name = self._name_of(value)
-                    if name is None:
-                        continue
-                    if entries.setdefault(name, value) is not value:
-                        raise ValueError(f"two {self.kind} are called {name!r}; the second is in {module.__name__}")
-            self._entries = entries
-        return self._entries
+    def _search(self) -> None:
+        if self._searched:
+            return
+        entries: dict[str, T] = {}
+        for module in self._modules():
+            for value in list(vars(module).values()):
+                if isinstance(value, type) and value.__module__ != module.__name__:
+                    continue  # imported from elsewhere
+                name = self._name_of(value)
+                if name is None:
+                    continue
+                if entries.setdefault(name, value) is not value:
+                    raise ValueError(f"two {self.kind} are called {name!r}; the second is in {module.__name__}")
+        self.update(entries)
+        self._searched = True
 
     def _modules(self) -> Iterator[ModuleType]:
         for package in self.packages:

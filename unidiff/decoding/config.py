@@ -102,13 +102,15 @@ class ModalityDecoding:
     def __post_init__(self) -> None:
         _tuples(self, "forbid")
         check_fields(self, "")
-        _one_of("schedule", self.schedule, ("fixed", *SCHEDULES))
+        if self.schedule not in SCHEDULES:
+            _one_of("schedule", self.schedule, ("fixed", *SCHEDULES))
         _one_of("confidence", self.confidence, CONFIDENCES)
         _one_of("block_order", self.block_order, BLOCK_ORDERS)
         _one_of("remask", self.remask, REMASKING)
         if self.top_p == 0:
             raise ValueError("top_p is 0; expected a number in (0, 1], or None to keep every token")
-        RULES.get_or_refuse(self.rule, "rule").check(self)
+        rule = RULES[self.rule] if self.rule in RULES else RULES.get_or_refuse(self.rule, "rule")
+        rule.check(self)
         if self.blocks_in_flight > 1 and self.block_length is None:
             raise ValueError(f"blocks_in_flight is {self.blocks_in_flight}, but there is one block; set block_length")
 
