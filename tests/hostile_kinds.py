@@ -20,8 +20,8 @@ from unidiff.data.report import SkipReport
 from unidiff.data.token_set import PAIRS, open_token_set
 from unidiff.families.checkpoint.convert import convert, save_shards
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.registry import FAMILIES
-from unidiff.families.verify.smoke import answer
+from unidiff.families.checkpoint.verify import answer
+from unidiff.families.family import FAMILIES
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline

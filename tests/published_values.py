@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.family import named_vocabulary
 
 Settings = Mapping[str, Any]
 

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidiff.families.image_tokenizers.llamagen import KEYS
-from unidiff.families.mmada.weights import mmada_vocabulary
-from unidiff.families.registry import FAMILIES
+from unidiff.families.family import FAMILIES
+from unidiff.families.image_tokenizers import LLAMAGEN_KEYS
+from unidiff.families.mmada import mmada_vocabulary
 from unidiff.tokens.vocabulary import Vocabulary
 
 
@@ -108,7 +108,7 @@ def _golden(path: Path) -> GoldenCheckpoint:
         return GoldenCheckpoint(path, full.get(path.stem, full.get("model_config")))
     if "d_model" in full.get("model", {}):
         return GoldenCheckpoint(path, full["model"])
-    for known in ((*KEYS.used, *KEYS.harmless), ("codebook_dim", "encoder", "decoder")):
+    for known in ((*LLAMAGEN_KEYS.used, *LLAMAGEN_KEYS.harmless), ("codebook_dim", "encoder", "decoder")):
         if known[0] in full:
             return GoldenCheckpoint(path, {key: full[key] for key in known if key in full})
     return GoldenCheckpoint(path, full)

@@ -10,8 +10,8 @@ import torch
 from released_parts import write_tiny
 from safetensors.torch import save_file
 
-from unidiff.families.mmada.weights import SPECIALS as MMADA
-from unidiff.families.registry import FAMILIES
+from unidiff.families.family import FAMILIES
+from unidiff.families.mmada import SPECIALS as MMADA
 from unidiff.tokens.text import TextTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
 

@@ -15,7 +15,7 @@ from released_parts import tiny_weights, write_tiny
 from safetensors.torch import save_file
 
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.registry import FAMILIES
+from unidiff.families.family import FAMILIES
 from unidiff.models.transformer import MaskedTransformer
 
 

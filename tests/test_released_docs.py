@@ -14,7 +14,7 @@ from released_parts import tiny_weights, write_tiny
 from released_pipelines import write_chat, write_pictures, write_unidisc
 
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.registry import FAMILIES as EVERY
+from unidiff.families.family import FAMILIES as EVERY
 
 NAME = "released.md"
 TEXT = (DOCS / NAME).read_text(encoding="utf-8")

@@ -133,7 +133,7 @@ import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
 from unidiff.families import FAMILIES
-from unidiff.families.verify.smoke import formula_weights
+from unidiff.families.checkpoint.verify import formula_weights
 from released_parts import word_tokenizer
 
 folder, lab = Path(sys.argv[1]), FAMILIES["lab"]

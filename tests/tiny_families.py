@@ -16,8 +16,7 @@ from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
 from unidiff.families.mdlm import MDLM
-from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
+from unidiff.families.mmada import MMADA, SPECIALS, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.families.unidisc import UNIDISC
 from unidiff.models.transformer import MaskedTransformer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from unidiff.diffusion import NoisyBatch, get_schedule, joint_elbo, mask_tokens, masked_nll
 from unidiff.diffusion.likelihood import average_nelbo, model_scorer
 from unidiff.families.unidisc import UNIDISC
-from unidiff.families.unidisc.weights import unidisc_interleaved
+from unidiff.families.unidisc.rows import unidisc_interleaved
 from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden

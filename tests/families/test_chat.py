@@ -11,10 +11,10 @@ from decode_layout import decode, decode_request, request_of
 from unidiff.decoding import SamplerConfig
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache
 from unidiff.families.chat import ChatLayout
-from unidiff.families.dream.rows import DREAM_CHAT
+from unidiff.families.dream import DREAM_CHAT
+from unidiff.families.family import named_vocabulary
 from unidiff.families.llada import LLADA
 from unidiff.families.llada.rows import LLADA_CHAT, llada_sampler
-from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 

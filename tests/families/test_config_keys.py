@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_released
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.registry import FAMILIES
-from unidiff.families.verify.smoke import answer
+from unidiff.families.checkpoint.verify import answer
+from unidiff.families.family import FAMILIES
 from unidiff.models.transformer import MaskedTransformer
 
 LLADA_LIKE = ("llada", "mmada", "lumina")

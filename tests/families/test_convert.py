@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_shards
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.registry import FAMILIES
+from unidiff.families.family import FAMILIES
 
 GOLDEN = golden_checkpoints()
 FAMILIES_OF_SETS = {
@@ -67,7 +67,7 @@ def test_golden_sets_cover_the_families():
 
 
 def load_family(checkpoint) -> str:
-    from unidiff.families.registry import recognise
+    from unidiff.families.family import recognise
 
     return recognise(checkpoint.config, load_file(checkpoint.path)).name
 

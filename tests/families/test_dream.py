@@ -13,10 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from unidiff.decoding import Sampler
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, NoCache, PrefixCache, VicinityCache
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.dream import DREAM
-from unidiff.families.dream.rows import dream_sampler
-from unidiff.families.dream.weights import RELEASED
-from unidiff.families.registry import recognise
+from unidiff.families.dream import DREAM, RELEASED, dream_sampler
+from unidiff.families.family import recognise
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import TokenBatch
 

@@ -7,8 +7,8 @@ import torch
 from reference.batches import llada_batch
 from reference.llada_decoding import LladaCompat, LladaSettings, generate, select
 
+from unidiff.families.family import named_vocabulary
 from unidiff.families.llada import LLADA
-from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 

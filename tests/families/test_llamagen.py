@@ -14,7 +14,7 @@ from released_parts import Payload
 from safetensors.torch import load_file
 
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.image_tokenizers.llamagen import KEYS, LLAMAGEN, RELEASED
+from unidiff.families.image_tokenizers import LLAMAGEN, LLAMAGEN_KEYS, LLAMAGEN_RELEASED
 from unidiff.tokens.image.conv import ConvVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
 
@@ -35,7 +35,7 @@ def read(folder, name: str) -> dict[str, torch.Tensor]:
 
 def config_of(folder) -> dict:
     config = json.loads((folder / "config.json").read_text())
-    return {key: config[key] for key in (*KEYS.used, *KEYS.harmless) if key in config}
+    return {key: config[key] for key in (*LLAMAGEN_KEYS.used, *LLAMAGEN_KEYS.harmless) if key in config}
 
 
 def load(path, config: dict, **options) -> VQImageTokenizer:
@@ -131,9 +131,9 @@ def test_the_stored_float16_weights_give_the_same_without_a_cast(folder):
 @pytest.mark.parametrize("folder", golden_cases("llamagen_vq"))
 def test_published_sizes(folder):
     published = json.loads((folder / "config.json").read_text())["released_reference"]
-    assert set(published) == set(RELEASED)
+    assert set(published) == set(LLAMAGEN_RELEASED)
     for name, values in published.items():
-        ours = {k: list(v) if isinstance(v, tuple) else v for k, v in RELEASED[name].items()}
+        ours = {k: list(v) if isinstance(v, tuple) else v for k, v in LLAMAGEN_RELEASED[name].items()}
         assert ours == values, name
 
 
@@ -177,7 +177,7 @@ def test_folder_round_trip(tiny, tmp_path):
 def test_released_defaults_and_which_of_the_two_is_found_from_the_weights():
     for name, factor in (("VQ-16", 16), ("VQ-8", 8)):
         with torch.device("meta"):
-            model = ConvVQModel(**LLAMAGEN.settings(RELEASED[name]))
+            model = ConvVQModel(**LLAMAGEN.settings(LLAMAGEN_RELEASED[name]))
         assert (model.factor, model.codebook_size) == (factor, 16384)
         state = LLAMAGEN.export(VQImageTokenizer(model))
         assert state["decoder.conv_blocks.0.res.2.conv1.weight"].shape == (512, 512, 3, 3)
@@ -226,7 +226,7 @@ def test_bad_files_are_refused(tiny, tmp_path):
         ({**TINY, "num_res_blocks": 2}, r"missing \(encoder.conv_blocks.0.res.1"),
         ({**TINY, "ch": 64}, r"gives shape .* the config asks for"),
         ({**TINY, "codebook_size": 41}, r"'quantize.embedding.weight' gives shape \(40, 4\)"),
-        (RELEASED["VQ-8"], "does not fit its config"),
+        (LLAMAGEN_RELEASED["VQ-8"], "does not fit its config"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(tiny, config, message):

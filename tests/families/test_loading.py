@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.convert import convert, save_shards
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.registry import FAMILIES, fitting, recognise
+from unidiff.families.family import FAMILIES, fitting, recognise
 
 LLADA = FAMILIES["llada"].tiny.config
 

@@ -12,8 +12,7 @@ from reference.batches import lumina_pair
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.cache import DualCache, MaxLogitCache, NoCache
 from unidiff.families.llada import LLADA
-from unidiff.families.lumina.grid import lumina_grid
-from unidiff.families.lumina.rows import MARKS, LuminaLayout, lumina_image_sampler
+from unidiff.families.lumina import MARKS, LuminaLayout, lumina_grid, lumina_image_sampler
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 

@@ -12,7 +12,7 @@ from reference.image_tokenizer_losses import lfq_losses
 from safetensors.torch import load_file, save_file
 
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.image_tokenizers.magvit import MAGVIT, RELEASED
+from unidiff.families.image_tokenizers import MAGVIT, MAGVIT_RELEASED
 from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_codes, lfq_vectors
 from unidiff.tokens.image.protocol import ImageEncoder, PixelDecoder
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -154,7 +154,7 @@ def test_commitment_moves_the_encoder_only_by_beta_and_the_straight_through_part
 
 
 def test_released_defaults():
-    kwargs = MAGVIT.settings(RELEASED)
+    kwargs = MAGVIT.settings(MAGVIT_RELEASED)
     assert kwargs["code_dim"] == 13 and kwargs["z_channels"] == 13
     with torch.device("meta"):
         model, default = LFQModel(**kwargs), LFQModel()
@@ -170,9 +170,9 @@ def test_released_defaults():
 @pytest.mark.parametrize("folder", golden_cases("magvitv2"))
 def test_published_sizes(folder):
     published = json.loads((folder / "config.json").read_text())["released_reference"]
-    assert published["codebook_dim"] == RELEASED["codebook_dim"]
+    assert published["codebook_dim"] == MAGVIT_RELEASED["codebook_dim"]
     for side in ("encoder", "decoder"):
-        for key, value in RELEASED[side].items():
+        for key, value in MAGVIT_RELEASED[side].items():
             assert published[side][key] == (list(value) if isinstance(value, tuple) else value), (side, key)
 
 

@@ -13,8 +13,8 @@ from reference.objectives import sedd_log_score
 from reference.subs import subs_log_probs
 from safetensors.torch import load_file
 
+from unidiff.families.family import named_vocabulary
 from unidiff.families.mdlm import MDLM
-from unidiff.families.registry import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 
 INPUTS = {"x0", "x_t", "sigma", "attention_mask"}

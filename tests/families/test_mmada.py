@@ -16,10 +16,8 @@ from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, Pref
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.sampler import Sampler, SamplerOutput
 from unidiff.families.chat import answer_config
-from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.rows import ImageSettings, image_config
-from unidiff.families.mmada.weights import RELEASED, SPECIALS, mmada_vocabulary
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.family import named_vocabulary
+from unidiff.families.mmada import MMADA, RELEASED, SPECIALS, ImageSettings, image_config, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality
 

@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.commit.quota import quota
 from unidiff.families.chat import answer_config
-from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.rows import ImageSettings
-from unidiff.families.mmada.weights import mmada_vocabulary
+from unidiff.families.mmada import MMADA, ImageSettings, mmada_vocabulary
 
 pytestmark = pytest.mark.golden
 NAMES = {

@@ -9,9 +9,7 @@ from reference.mmada_prompts import QUESTION, MMaDAPrompts, mmada_batch
 
 from unidiff.decoding import Sampler
 from unidiff.families.chat import answer_config
-from unidiff.families.mmada import MMADA
-from unidiff.families.mmada.rows import ImageSettings, MMaDALayout, image_config
-from unidiff.families.mmada.weights import SPECIALS, mmada_vocabulary
+from unidiff.families.mmada import MMADA, SPECIALS, ImageSettings, MMaDALayout, image_config, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 
 TINY = {name: 20 + i for i, name in enumerate(SPECIALS)}

@@ -9,12 +9,10 @@ import torch
 from muddit_parts import released_config, tiny_clip, tiny_model
 
 from unidiff.diffusion.schedules import get_schedule
-from unidiff.families.muddit import MUDDIT
-from unidiff.families.muddit.commit import MaskGit
+from unidiff.families.family import named_vocabulary
+from unidiff.families.muddit import MUDDIT, PUBLISHED
 from unidiff.families.muddit.denoiser import MudditConditions
-from unidiff.families.muddit.rows import muddit_sampler
-from unidiff.families.muddit.weights import PUBLISHED
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.muddit.rows import MaskGit, muddit_sampler
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_blocks import NORM_EPS
 

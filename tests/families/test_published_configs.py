@@ -16,15 +16,14 @@ from published_values import MUDDIT_TENSORS, PUBLISHED
 from reference.llada_decoding import LladaSettings
 
 from unidiff.decoding.cache import MaxLogitCache
-from unidiff.families.family import Family, Release
+from unidiff.families.checkpoint.verify import closest_release, differences
+from unidiff.families.family import FAMILIES, Family, Release, named_vocabulary
 from unidiff.families.llada.rows import llada_sampler
-from unidiff.families.lumina.rows import lumina_image_sampler
-from unidiff.families.mmada.rows import MMaDALayout
+from unidiff.families.lumina import lumina_image_sampler
+from unidiff.families.mmada import MMaDALayout
 from unidiff.families.muddit.denoiser import MudditConditions
 from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout, muddit_sampler
-from unidiff.families.registry import FAMILIES, named_vocabulary
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_sampler
-from unidiff.families.verify.verify import closest_release, differences
 from unidiff.models import mmdit_blocks
 from unidiff.models.layers import Norm
 from unidiff.models.mmdit import MMDiT

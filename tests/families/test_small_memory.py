@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from unidiff.families.checkpoint.small_memory import block_layers, offload, quantise
+from unidiff.families.checkpoint.verify import answer
+from unidiff.families.family import FAMILIES
 from unidiff.families.llada import LLADA
-from unidiff.families.registry import FAMILIES
-from unidiff.families.verify.smoke import answer
 from unidiff.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(600, (0, 600), (600, 600), 599)

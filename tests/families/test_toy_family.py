@@ -46,8 +46,8 @@ from unidiff import UniDiffPipeline
 from unidiff.cli.app import app
 from unidiff.families import FAMILIES, load_released
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.verify.smoke import formula_weights
-from unidiff.families.verify.verify import verify
+from unidiff.families.checkpoint.verify import formula_weights
+from unidiff.families.checkpoint.verify import verify
 from unidiff.tokens.text import TextTokenizer
 
 here, toy = Path(sys.argv[1]), FAMILIES["toy"]

@@ -16,10 +16,9 @@ from torch import Tensor
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig, draw
 from unidiff.decoding.commit import quota
 from unidiff.decoding.forward import gather_positions
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.family import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
-from unidiff.families.unidisc.rows import unidisc_sampler
-from unidiff.families.unidisc.weights import unidisc_interleaved
+from unidiff.families.unidisc.rows import unidisc_interleaved, unidisc_sampler
 from unidiff.models.image_spans import image_spans
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary

@@ -10,14 +10,13 @@ import torch
 from released_parts import write_tiny
 from safetensors.torch import save_file
 
+from unidiff.families.checkpoint import verify as module
 from unidiff.families.checkpoint.convert import convert
 from unidiff.families.checkpoint.describe import describe, pass_bytes
 from unidiff.families.checkpoint.load import load_released
+from unidiff.families.checkpoint.verify import agrees, answer, closest_release, formula_weights, known_answer, verify
+from unidiff.families.family import FAMILIES
 from unidiff.families.llada import LLADA
-from unidiff.families.registry import FAMILIES
-from unidiff.families.verify import verify as module
-from unidiff.families.verify.smoke import agrees, answer, formula_weights, known_answer
-from unidiff.families.verify.verify import closest_release, verify
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

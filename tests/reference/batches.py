@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from unidiff.families.unidisc.weights import INTERLEAVED_IMAGES, INTERLEAVED_SIDES
+from unidiff.families.unidisc import INTERLEAVED_IMAGES, INTERLEAVED_SIDES
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality, Vocabulary
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unidiff.decoding import Sampler, SamplerConfig, SamplerOutput
 from unidiff.diffusion.schedules import get_schedule
-from unidiff.families.mmada.rows import ImageSettings
+from unidiff.families.mmada import ImageSettings
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 

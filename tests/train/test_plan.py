@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.family import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.train.config import LoraConfig, TaskConfig, read_config

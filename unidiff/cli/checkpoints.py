@@ -78,7 +78,7 @@ def verify(
     subfolder: Subfolder = None,
 ) -> None:
     """Compare a released checkpoint with its published values and let it compute; status 1 where something is off."""
-    from unidiff.families.verify.verify import verify as run
+    from unidiff.families.checkpoint.verify import verify as run
 
     _quiet()
     _check_released(source, subfolder)

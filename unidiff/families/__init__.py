@@ -6,7 +6,6 @@ commands `unidiff convert`, `info` and `verify`.
 
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.checkpoint.small_memory import offload, quantise
-from unidiff.families.family import Family, Released
-from unidiff.families.registry import FAMILIES
+from unidiff.families.family import FAMILIES, Family, Released
 
 __all__ = ["FAMILIES", "Family", "Released", "load_released", "offload", "quantise"]

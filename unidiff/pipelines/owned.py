@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from unidiff.errors import few, plain, read_json, reading
-from unidiff.families.checkpoint.own import load_own
+from unidiff.families.checkpoint.load import load_own
 from unidiff.files import resolve_link
 from unidiff.models.trained_on import FILE as TRAINED_ON
 from unidiff.models.trained_on import read_trained_on

@@ -11,10 +11,9 @@ import torch
 from transformers import Qwen2Tokenizer
 
 from unidiff.errors import read_json
-from unidiff.families.checkpoint.load import PIPELINE_PARTS, find_config, load_released, read_config
-from unidiff.families.checkpoint.own import RECORD
+from unidiff.families.checkpoint.load import PIPELINE_PARTS, RECORD, find_config, load_released, read_config
+from unidiff.families.family import FAMILIES, fitting
 from unidiff.families.layout import RowLayout
-from unidiff.families.registry import FAMILIES, fitting
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer

@@ -13,8 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unidiff.families.checkpoint.load import find_part, load_released
-from unidiff.families.checkpoint.own import RECORD, save_converted
+from unidiff.families.checkpoint.load import RECORD, find_part, load_released, save_converted
 from unidiff.families.family import Released
 from unidiff.files import replacing_folder, resolve_link
 from unidiff.hub import ALL_FILES, locate

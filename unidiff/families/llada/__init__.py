@@ -1,10 +1,212 @@
-"""LLaDA."""
+"""LLaDA (Nie et al. 2025, arXiv 2502.09992): checkpoints of its bidirectional Llama network, and what descends from it.
+
+Conventions of the family: pre-norm, RMSNorm, rotary by index in the row, no time, the logit at a position predicts the
+token at that position; end-of-text fill is visible and a target. MMaDA and Lumina-DiMOO use the same names and add image
+codes to the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from unidiff.families.chat import chat_layout
-from unidiff.families.family import Family, Tiny
-from unidiff.families.llada.published import RELEASES, TINY_CONFIG
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear
+from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head
 from unidiff.families.llada.rows import LLADA_CHAT
-from unidiff.families.llada.weights import LLADA_NAMES, llada_settings, llada_vocabulary
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
+from unidiff.tokens.vocabulary import Vocabulary
+
+ROWS_8B = 126464
+EOT_8B = 126348  # end of turn; in no released config
+MLP_RATIO = 4  # upstream's default
+COPIES = {"transformer.ff_out.weight": "transformer.wte.weight"}  # of a tied head
+KEYS = ConfigKeys(
+    "llada",
+    used={
+        "d_model": Argument("hidden_size", Width),
+        "n_heads": Argument("num_heads", Depth),
+        "n_layers": Argument("num_layers", Depth),
+        "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-5),
+        "mlp_hidden_size": Width | None,
+        "mlp_ratio": Annotated[float, Between(1e-3, 1e3)],
+        "rope_theta": Positive,
+        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
+        **dict.fromkeys(("vocab_size", "new_vocab_size"), Rows),
+        **dict.fromkeys(("n_kv_heads", "block_group_size"), Depth | None),
+        **dict.fromkeys(("embedding_size", "max_sequence_length", "num_vq_tokens"), Index | None),
+        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "eot", "bos")},
+        **dict.fromkeys(("multi_query_attention", "attention_layer_norm"), bool | None),
+        **dict.fromkeys(("weight_tying", "include_bias", "include_qkv_bias"), bool | None),
+    },
+    fixed={  # first the value that is built
+        "activation_type": ("silu",),  # silu(ff_proj) * up_proj, nothing halved
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "attention_layer_norm_with_affine": (True, None),
+        "rope": (True,),
+        "clip_qkv": (None,),
+        **dict.fromkeys(("bias_for_layer_norm", "alibi", "input_emb_norm", "scale_logits"), (False, None)),
+    },
+    harmless=(
+        *("attention_dropout", "residual_dropout", "embedding_dropout"),  # off when a model is used
+        *("init_fn", "init_std", "init_cutoff_factor", "init_device"),  # only before training
+        *("flash_attention", "use_cache", "precision"),  # how fast, not what
+        "alibi_bias_max",  # without alibi
+        "rope_full_precision",  # positions are always turned in float32 here
+        "tie_word_embeddings",  # upstream ties by weight_tying alone
+        "llm_vocab_size",  # of the text part, which the id layout says
+        "w_clip_vit",  # a second input of training runs; the network is the same
+    ),
+)
+
+
+def llada_spelling(names: Iterable[str], config: Config) -> Spelling:
+    """Layers as `blocks.N` or `block_groups.G.N`, projections apart or fused (`att_proj`), a tied head left out or not."""
+    names = list(names)
+    grouped = any("transformer.block_groups." in name for name in names)
+    return {
+        "block_group_size": (config.get("block_group_size") or 1) if grouped else None,
+        "fused": any(name.endswith(".att_proj.weight") for name in names),
+        **copied_head(names, bool(config.get("weight_tying")), "transformer.ff_out.weight"),
+    }
+
+
+def llada_vocabulary(config: Config) -> Vocabulary:
+    """Text ids only, with [MASK] inside the range."""
+    KEYS.check(config)
+    size = _rows(config)
+    specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "eot") if config.get(f"{n}_token_id") is not None}
+    if size == ROWS_8B:
+        specials.setdefault("eot", EOT_8B)
+    mask_id = config.get("mask_token_id")
+    if mask_id is None:
+        raise ConfigError("the config has no mask_token_id; expected the id of [MASK] (126336 in the 8B models)")
+    return Vocabulary(size, (0, size), (size, size), mask_id, specials=specials)
+
+
+def llada_settings(config: Config) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for an upstream configuration.
+
+    Raises:
+        ValueError: an option that is not built, with its value.
+    """
+    taken = KEYS.read(config)
+    bias = bool(config.get("include_bias", False))
+    if bool(config.get("include_qkv_bias", False)) and not bias:
+        raise ConfigError("config has include_qkv_bias without include_bias; only both or neither are supported")
+    kv_heads = config.get("n_kv_heads")
+    if kv_heads is None:
+        kv_heads = 1 if config.get("multi_query_attention") else taken["num_heads"]
+    ffn_size = config.get("mlp_hidden_size")
+    return {
+        **taken,
+        "vocab_size": _rows(config),
+        "num_kv_heads": kv_heads,
+        "ffn_size": int(config.get("mlp_ratio", MLP_RATIO) * taken["hidden_size"]) if ffn_size is None else ffn_size,
+        "norm": "rms",
+        "qk_norm": "width" if config.get("attention_layer_norm") else "none",
+        "activation": "swiglu",
+        "rope": "1d",
+        "rope_theta": plain_rope_theta(config, 1e4),
+        "modality_embedding": False,
+        "tie_head": bool(config.get("weight_tying", False)),
+        "head_bias": bias and not config.get("weight_tying", False),
+        "linear_bias": bias,
+    }
+
+
+def llada_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
+    """Names of a network with `llada_settings`."""
+    config, group = model.config, spelling.get("block_group_size")
+    entries = [Entry("embed_tokens.weight", "transformer.wte.weight")]
+    for layer in range(config["num_layers"]):
+        where = f"blocks.{layer}" if group is None else f"block_groups.{layer // group}.{layer % group}"
+        entries += _layer(config, f"blocks.{layer}.", f"transformer.{where}.", bool(spelling.get("fused")))
+    entries.append(Entry("final_norm.weight", "transformer.ln_f.weight"))
+    if not config["tie_head"]:
+        entries.append(Entry("output_weight", "transformer.ff_out.weight"))
+    if config["head_bias"]:
+        entries.append(Entry("output_bias", "transformer.ff_out.bias"))
+    return KeyMap(entries, copies=COPIES if config["tie_head"] else {})
+
+
+def _layer(config: Config, ours: str, theirs: str, fused: bool) -> list[Entry]:
+    size, heads, bias = config["hidden_size"], config["num_heads"], config["linear_bias"]
+    kv, inner = size // heads * (config["num_kv_heads"] or heads), config["ffn_size"]
+    qkv = ("att",) if fused else ("q", "k", "v")
+    return [
+        Entry(f"{ours}attention_norm.weight", f"{theirs}attn_norm.weight"),
+        *joined(f"{ours}attention.qkv", [f"{theirs}{n}_proj" for n in qkv], (size, kv, kv), bias),
+        *linear(f"{ours}attention.out", f"{theirs}attn_out", bias),
+        *joined(f"{ours}feed_forward.up", [f"{theirs}{n}_proj" for n in ("ff", "up")], (inner, inner), bias),
+        *linear(f"{ours}feed_forward.down", f"{theirs}ff_out", bias),
+        *(
+            Entry(f"{ours}attention.{n}_norm.weight", f"{theirs}{n}_norm.weight")
+            for n in "qk"
+            if config["qk_norm"] != "none"
+        ),
+        Entry(f"{ours}ffn_norm.weight", f"{theirs}ff_norm.weight"),
+    ]
+
+
+# of every family whose weights have LLaDA's names
+LLADA_NAMES: dict[str, Any] = {
+    "keys": (r"transformer\.wte\.weight$", r"transformer\.(blocks\.0|block_groups\.0\.0)\.ff_proj\.weight$"),
+    "keymap": llada_keymap,
+    "spelling": llada_spelling,
+    "prefix": "model.",
+    "chosen_vocabulary": True,
+}
+
+
+def _rows(config: Config) -> int:
+    rows = config.get("embedding_size") or config.get("vocab_size")
+    if rows is None:
+        raise ConfigError("its config has no 'vocab_size', which llada needs")
+    return rows
+
+
+CONFIG = {
+    "activation_type": "silu",
+    "block_type": "llama",
+    "d_model": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "mask_token_id": 126336,
+    "eos_token_id": 126081,
+    "pad_token_id": 126081,
+    "rope": True,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "layer_norm_type": "rms",
+    "max_sequence_length": 4096,
+    "weight_tying": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+}
+EIGHT_BILLION = (8_000_000_000, 5e-2)  # the number that the models' names state
+RELEASES = tuple(Release(name, CONFIG, *EIGHT_BILLION) for name in ("llada-8b-base", "llada-8b-instruct", "llada-1.5"))
+TINY_CONFIG = {
+    "d_model": 16,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "mlp_hidden_size": 24,
+    "vocab_size": 40,
+    "embedding_size": 40,
+    "mask_token_id": 30,
+    "eos_token_id": 29,
+    "rope_theta": 5e5,
+}
+
 
 LLADA = Family(
     name="llada",

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.families.checkpoint.config_keys import ConfigError, section
+from unidiff.families.family import Config
 from unidiff.families.layout import (
     DecodeRequest,
     Encode,
@@ -25,7 +27,6 @@ from unidiff.families.layout import (
     square_side,
     unseen,
 )
-from unidiff.families.unidisc.weights import unidisc_interleaved
 from unidiff.tokens import Span, Vocabulary
 
 SYSTEM = "You are a highly intelligent multimodal AI with the ability to analyze and generate images."
@@ -43,6 +44,14 @@ def unidisc_sampler(steps: int = 50, guidance: float = 3.0, ramp: bool = True) -
     decoding = ModalityDecoding(steps=steps, rule="quota", schedule="cosine", choice_temperature=4.5)
     mode = "ramp" if ramp else "constant"
     return SamplerConfig(decoding, decoding, Guidance(scale=1 + guidance, mode=mode, hide="given"))
+
+
+def unidisc_interleaved(config: Config) -> bool:
+    """Whether a configuration is of the interleaved layout."""
+    packed = section(config.get("config", config), "data").get("require_sample_ids")
+    if not (packed is None or isinstance(packed, bool)):
+        raise ConfigError(f"config data.require_sample_ids is {packed!r}; expected true or false")
+    return bool(packed)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.family import named_vocabulary
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Vocabulary

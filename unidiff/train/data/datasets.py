@@ -9,7 +9,7 @@ from unidiff.addresses import is_remote
 from unidiff.data.encode import EncodeSettings
 from unidiff.data.mixture import parse_sources
 from unidiff.data.shard_names import expand_shards
-from unidiff.families.registry import named_vocabulary
+from unidiff.families.family import named_vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig

@@ -1,21 +1,24 @@
-"""MMaDA's rows: pictures from words, questions about pictures, text, and any part of both.
+"""MMaDA (Yang et al. 2025, arXiv 2505.15809): LLaDA's network with text and image codes in one vocabulary.
 
     picture     <t2i> bos words eos soi codes eoi          padded on the left
     question    <mmu> soi codes eoi bos words answer       filled with eos, which is real: visible and a target
     chat        bos words answer
 
-Pictures are squares. Questions are put into the chat template.
+Code c is id offset + c with offset 126349 in the 8B checkpoints, the number of text ids: declared here, never found
+from a tokenizer's length. Text and images share one [MASK]. Images are squares of MAGVIT-v2 codes. Questions are put into
+the chat template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.diffusion.schedules import get_schedule
 from unidiff.families.chat import answer_config
+from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.layout import (
     DESCRIBE,
     DecodeRequest,
@@ -28,9 +31,57 @@ from unidiff.families.layout import (
     lay_out,
     square_side,
 )
+from unidiff.families.llada import EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
 from unidiff.words import all_have_holes
+
+SPECIALS: Mapping[str, int] = {
+    "bos": 126080,
+    "eos": 126081,
+    "soi": 126084,
+    "eoi": 126085,
+    "sov": 126086,
+    "eov": 126087,
+    "t2i": 126088,
+    "mmu": 126089,
+    "t2v": 126090,
+    "v2v": 126091,
+    "lvg": 126092,
+    "ipad": 126093,
+    "r2i": 126094,
+    "start_header": 126346,
+    "end_header": 126347,
+    "eot": 126348,
+}
+# upstream's LLaDA fields of the 8B checkpoints
+RELEASED: Mapping[str, Any] = {
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "mlp_hidden_size": 12288,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "new_vocab_size": 134656,
+}
+
+
+def mmada_vocabulary(
+    size: int = 134656,
+    offset: int = 126349,
+    codebook_size: int = 8192,
+    mask_id: int = 126336,
+    specials: Mapping[str, int] = SPECIALS,
+) -> Vocabulary:
+    """Text ids below `offset`, image codes from it on; rows past the last code are unused."""
+    return Vocabulary(size, (0, offset), (offset, offset + codebook_size), mask_id, specials=specials)
+
+
+def mmada_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for LLaDA's fields and `new_vocab_size`; those left out are the 8B checkpoints'."""
+    fields = {**RELEASED, **config}
+    return llada_settings({**fields, "embedding_size": fields["new_vocab_size"]})
 
 
 @dataclass(frozen=True)
@@ -175,3 +226,22 @@ class MMaDALayout(RowLayout):
     def _never(self) -> tuple[int, ...]:
         """Marks that only prompts have."""
         return tuple(i for name, i in self.vocabulary.specials.items() if name not in ("eos", "eot"))
+
+
+MMADA = Family(
+    name="mmada",
+    fits=lambda config: config_names(config, "MMadaModelLM", model_type="mmada") or "new_vocab_size" in config,
+    settings=mmada_settings,
+    default_config=lambda names: RELEASED,
+    vocabulary=lambda config: mmada_vocabulary(),
+    vocabularies={"mmada": mmada_vocabulary()},
+    image_tokenizer="magvit",
+    releases=(Release("mmada-8b", RELEASED, *EIGHT_BILLION),),
+    tiny=Tiny(
+        {**TINY_CONFIG, "new_vocab_size": 40},
+        (0.0315275, 0.731748, 0.736357, 0.731374),
+        mmada_vocabulary(40, 24, 16, 21, {"eos": 19}),
+    ),
+    **LLADA_NAMES,
+    layout=MMaDALayout.of,
+)

@@ -1,4 +1,4 @@
-"""MDLM (Sahoo et al. 2024, arXiv 2406.07524): text-only checkpoints of its `DIT` network.
+"""MDLM (Sahoo et al. 2024, arXiv 2406.07524): text-only checkpoints of its `DIT` network, which UniDisc has too.
 
 The network's time is sigma = -log alpha(t); a model trained without time conditioning always sees sigma = 0.
 """
@@ -10,13 +10,49 @@ from typing import Annotated, Any
 
 import torch
 
-from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys
-from unidiff.families.checkpoint.dit import TIME_ENTRIES, block_entries, head_entries
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, per_layer
-from unidiff.families.family import Config, Spelling
+from unidiff.decoding.config import ModalityDecoding, SamplerConfig
+from unidiff.families.chat import TextLayout
+from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys, section
+from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
+from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Rows, Width
 from unidiff.tokens.vocabulary import Vocabulary
+
+TINY_SHAPE = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8}
+DIT_KEY = r"^(backbone\.)?vocab_embed\.embedding$"
+TIME_ENTRIES = [*linear("embed_time.up", "sigma_map.mlp.0"), *linear("embed_time.down", "sigma_map.mlp.2")]
+
+
+def dit_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `model` section of an upstream experiment configuration, empty without one."""
+    return section(config, "config", "model") or section(config, "model")
+
+
+def has_images(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of a network with image codes, which UniDisc's is."""
+    return any(key in dit_section(config) for key in ("image_vocab_size", "img_length", "modality_embed"))
+
+
+def block_entries(time: bool) -> list[Entry]:
+    """The second half of a block, after its second norm."""
+    block = "blocks.{i}."
+    return [
+        *linear(f"{block}feed_forward.up", f"{block}mlp.0"),
+        *linear(f"{block}feed_forward.down", f"{block}mlp.2"),
+        *(linear(f"{block}ada_ln.linear", f"{block}adaLN_modulation") if time else ()),
+    ]
+
+
+def head_entries(time: bool) -> list[Entry]:
+    """The final layer."""
+    return [
+        Entry("final_norm.weight", "output_layer.norm_final.weight"),
+        Entry("output_weight", "output_layer.linear.weight"),
+        Entry("output_bias", "output_layer.linear.bias"),
+        *(linear("final_ada_ln.linear", "output_layer.adaLN_modulation") if time else ()),
+    ]
+
 
 ROPE_THETA = 1e4
 _SIZES = {
@@ -114,3 +150,39 @@ def mdlm_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     head_dim = config["hidden_size"] // config["num_heads"]
     inv_freq = ROPE_THETA ** -(torch.arange(0, head_dim, 2).float() / head_dim)
     return KeyMap(entries, {"rotary_emb.inv_freq": inv_freq})
+
+
+def mdlm_sampler(steps: int = 128) -> SamplerConfig:
+    """Ancestral sampling with alpha_t = 1 - t (the log-linear noise of the paper) in so many steps, each of which is a pass
+    only where it unmasks something.
+    """
+    return SamplerConfig(ModalityDecoding(steps=steps, rule="ancestral", schedule="linear"))
+
+
+def mdlm_layout(released: Any, texts: Any) -> TextLayout:
+    """Of a loaded model and its tokenizer."""
+    return TextLayout(released.vocabulary, texts.encode, mdlm_sampler(), paced=True, left=False, family="mdlm")
+
+
+def _fits(config: Config) -> bool:
+    named = config_names(config, "MDLM", model_type="mdlm")
+    return named or ("n_blocks" in dit_section(config) and not has_images(config))
+
+
+MDLM = Family(
+    name="mdlm",
+    keys=(DIT_KEY, r"^(backbone\.)?blocks\.0\.attn_qkv\.weight$"),
+    fits=_fits,
+    settings=mdlm_settings,
+    keymap=mdlm_keymap,
+    vocabulary=mdlm_vocabulary,
+    vocabularies={"mdlm": mdlm_vocabulary({"vocab_size": 50258})},
+    releases=(Release("mdlm", {"vocab_size": 50258}),),
+    unstated=("hidden_size", "num_layers", "num_heads", "ffn_size", "cond_dim", "dropout"),
+    tiny=Tiny({"model": TINY_SHAPE, "vocab_size": 24}, (1.01626, 2.68254, -3.26117, -0.327203)),
+    prefix="backbone.",
+    measured=mdlm_measured,
+    averaged=True,
+    constants=("backbone.rotary_emb.inv_freq",),
+    layout=mdlm_layout,
+)

@@ -1,4 +1,4 @@
-"""Lumina-DiMOO's rows: pictures of any size, in- and outpainting, editing with two-way guidance, questions.
+"""Lumina-DiMOO (arXiv 2510.06308): LLaDA's network under LLaDA's names; pictures of any size, editing, questions.
 
     prompt      <system> ... </system><user> words </user>        pictures go before the last id of the prompt
     picture     boi, then each row of codes and a newline, eoi
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.chat import answer_config
+from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.layout import (
     DESCRIBE,
     DecodeRequest,
@@ -28,9 +29,41 @@ from unidiff.families.layout import (
     hidden_words,
     lay_out,
 )
-from unidiff.families.lumina.grid import lumina_grid
+from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
 from unidiff.tokens import Span, Vocabulary
 from unidiff.words import all_have_holes
+
+UNIT, FACTOR = 32, 16  # pixels: of a crop's steps, of a code
+LARGEST_RATIO = 4
+
+
+def lumina_grid(height: int, width: int, pixels: int = 1024) -> tuple[int, int]:
+    """Rows and columns of codes for a picture of any size: the crop that upstream chooses.
+
+    Crops have sides in multiples of 32 pixels (two codes), at most `pixels`^2 in all and a ratio of at most 4. Of those
+    on the border of what fits, the one that keeps the most of the picture's shape is taken; of equals the wider one.
+
+    Args:
+        height, width: in pixels. pixels: side of the largest square, a multiple of 32 (1024 to read, 512 to edit).
+
+    Raises:
+        ValueError: a size that is not positive, or `pixels` that is no multiple of 32.
+    """
+    if min(height, width) < 1 or pixels < UNIT or pixels % UNIT:
+        raise ValueError(
+            f"picture of {height}x{width} pixels in at most {pixels}^2; expected positive sizes and a multiple of {UNIT}"
+        )
+    most = (pixels // UNIT) ** 2
+    border = {(w, h) for w in range(1, most + 1) for h in range(most // (w + 1), most // w + 1) if h}
+    shapes = [shape for shape in border if max(shape) <= LARGEST_RATIO * min(shape)]
+
+    def fit(shape: tuple[int, int]) -> tuple[float, int, int]:
+        scales = shape[0] / width, shape[1] / height
+        return min(scales) / max(scales), *shape
+
+    columns, rows = max(shapes, key=fit)
+    return rows * UNIT // FACTOR, columns * UNIT // FACTOR
+
 
 MARKS = ("<system>", "</system>", "<user>", "</user>")
 DRAW = "Generate an image according to the text prompt."
@@ -206,3 +239,40 @@ class LuminaLayout(RowLayout):
             return self.text
         config = answer_config(self.vocabulary, steps=128, block_length=128)
         return replace(config, text=replace(config.text, forbid=()))  # the task says what is never written
+
+
+# image codes behind LLaDA's text ids; the specials in between are prompt tokens, never targets
+LUMINA_VOCABULARY = Vocabulary(
+    size=134656,
+    text=(0, 126356),
+    image=(126356, 134548),
+    mask_id=126336,
+    specials={
+        "eos": 126081,
+        "newline": 126084,
+        "answer_pad": 126339,
+        "boi": 126349,
+        "eoi": 126350,
+        "uncondition": 126351,
+        "answer": 126354,
+        "end_answer": 126355,
+    },
+)
+_CONFIG = {**CONFIG, "vocab_size": LUMINA_VOCABULARY.size, "embedding_size": LUMINA_VOCABULARY.size}
+
+LUMINA = Family(
+    name="lumina",
+    fits=lambda config: config_names(config, "LLaDAForMultiModalGeneration"),
+    settings=llada_settings,
+    vocabulary=lambda config: LUMINA_VOCABULARY,
+    vocabularies={"lumina": LUMINA_VOCABULARY},
+    image_tokenizer="vq_model",
+    releases=(Release("lumina-dimoo", _CONFIG, *EIGHT_BILLION),),
+    tiny=Tiny(
+        {"architectures": ["LLaDAForMultiModalGeneration"], **TINY_CONFIG},
+        (0.0689936, 0.748344, 0.741017, 0.978048),
+        Vocabulary(40, (0, 20), (24, 40), 21, specials={"eos": 19}),
+    ),
+    **LLADA_NAMES,
+    layout=LuminaLayout.of,
+)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unidiff.decoding.config import ModalityDecoding, SamplerConfig
+from unidiff.families.chat import ChatTemplate, chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear, per_layer
-from unidiff.families.family import Config, Spelling
+from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names, copied_head
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens.vocabulary import Vocabulary
@@ -122,3 +124,56 @@ def dream_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
         *(() if config["tie_head"] else [Entry("output_weight", "lm_head.weight")]),
     ]
     return KeyMap(entries, copies=COPIES if config["tie_head"] else {})
+
+
+def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:
+    """Upstream's recommended settings: a linear schedule, positions ranked by the entropy of their distribution.
+
+    (Confidences are those of the model here, upstream those after temperature and top_p.)
+    """
+    text = ModalityDecoding(
+        steps=steps,
+        rule="quota",
+        schedule="linear",
+        confidence="entropy",
+        temperature=temperature,
+        top_p=top_p,
+    )
+    return SamplerConfig(text=text)
+
+
+DREAM_CHAT = ChatTemplate(
+    marks={"im_start": 151644, "im_end": 151645},
+    turn=("<im_start>", "{role}\n{content}", "<im_end>", "\n"),
+    answer=("<im_start>", "assistant\n"),
+    system="You are a helpful assistant.",
+    end="im_end",
+    sampler=lambda vocabulary: dream_sampler(),
+    spelled={"im_start": "<|im_start|>", "im_end": "<|im_end|>"},
+)
+
+
+_TINY = {
+    "model_type": "Dream",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+    "mask_token_id": 30,
+    "eos_token_id": 29,
+}
+
+DREAM = Family(
+    name="dream",
+    keys=(r"^model\.layers\.0\.self_attn\.q_proj\.bias$", r"^model\.layers\.0\.mlp\.gate_proj\.weight$"),
+    fits=lambda config: config_names(config, "DreamModel", model_type="Dream"),
+    settings=dream_settings,
+    keymap=dream_keymap,
+    vocabulary=dream_vocabulary,
+    releases=(Release("dream-7b", RELEASED, 7_000_000_000, 0.1),),
+    tiny=Tiny(_TINY, (-0.00032345, 0.655732, 0.520323, -0.905635)),
+    spelling=lambda names, config: copied_head(names, bool(config.get("tie_word_embeddings")), "lm_head.weight"),
+    layout=chat_layout(DREAM_CHAT, "dream"),
+)

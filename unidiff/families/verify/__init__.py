@@ -1,1 +1,0 @@
-"""Checks of a released checkpoint against what its authors published."""
