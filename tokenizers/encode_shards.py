@@ -41,7 +41,7 @@ def main(
     """Encode shards into codes.npy and text.npy members, skipping and listing what is damaged."""
 
     def run() -> None:
-        from unidiff.data.shard_names import check_exist, expand_shards
+        from unidiff.data.sources import check_exist, expand_shards
 
         found = expand_shards(shards)  # a mistyped or refused source fails before the slow imports
         if not allow_missing:

@@ -57,7 +57,7 @@ def _all_documents(config: TextTokenizerConfig) -> Iterator[str]:
     for name in config.text:
         yield from _lines(name)
     if config.shards:
-        from unidiff.data.collate import qa_pairs
+        from unidiff.data.rows import qa_pairs
         from unidiff.data.shards import ShardSource
 
         source = ShardSource(config.shards, require=("txt",), optional=("json",), allow_missing=config.allow_missing)

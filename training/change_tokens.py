@@ -72,8 +72,7 @@ def _batches(shards: list[str] | None, size: int, seed: int) -> Iterator[Tensor]
     if shards:
         import torch
 
-        from unidiff.data.images import ImagePreprocess
-        from unidiff.data.shards import ShardSource
+        from unidiff.data.shards import ImagePreprocess, ShardSource
 
         prepare, source = ImagePreprocess(size), ShardSource(shards, ("image",), shuffle=1024, seed=seed, repeat=True)
         pictures = (prepare(sample["image"]) for sample in source)

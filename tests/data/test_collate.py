@@ -1,6 +1,6 @@
 import pytest
 
-from unidiff.data.collate import TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
+from unidiff.data.rows import TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
 from unidiff.tokens.text import TextTokenizer
 
 

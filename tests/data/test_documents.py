@@ -9,12 +9,12 @@ import torch
 from shard_samples import MeanColourTokenizer, picture, skipped_keys
 
 from unidiff.data import report
-from unidiff.data.documents import document_parts, lay_out
 from unidiff.data.encode import EncodeSettings, encode_shards
-from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest
 from unidiff.data.members import MemberError, encode_member
 from unidiff.data.report import SkipReport
+from unidiff.data.rows import document_parts, lay_out
+from unidiff.data.shards import ImagePreprocess
 from unidiff.data.tar import ShardWriter
 from unidiff.data.token_set import DOCUMENTS, PAIRS, open_token_set
 from unidiff.tokens.text import TextTokenizer

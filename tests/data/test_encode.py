@@ -7,10 +7,10 @@ from shard_samples import MeanColourTokenizer, sample, skipped_keys, truncate, w
 
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
-from unidiff.data.images import ImagePreprocess
 from unidiff.data.manifest import MANIFEST, TokenManifest
 from unidiff.data.members import decode_member
-from unidiff.data.shard_names import expand_shards
+from unidiff.data.shards import ImagePreprocess
+from unidiff.data.sources import expand_shards
 from unidiff.data.tar import read_shard
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode, v2
 
-from unidiff.data.images import ImagePreprocess
+from unidiff.data.shards import ImagePreprocess
 
 
 def noise(height, width):

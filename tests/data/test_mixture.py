@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidiff.data.mixture import BLOCK, MixtureSchedule, parse_sources
+from unidiff.data.sources import BLOCK, MixtureSchedule, parse_sources
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,8 +19,7 @@ from shard_samples import MeanColourTokenizer, truncate, write_samples
 from unidiff import addresses
 from unidiff.data import report
 from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
-from unidiff.data.manifest import MANIFEST, TokenManifest
-from unidiff.data.stamps import changes, source_stamps
+from unidiff.data.manifest import MANIFEST, TokenManifest, changes, source_stamps
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.data.shard_source import open_shards
 

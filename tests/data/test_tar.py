@@ -7,7 +7,7 @@ from shard_samples import sample, truncate, write_samples, write_tar
 
 from unidiff.data import report
 from unidiff.data.report import Skip
-from unidiff.data.shard_names import expand_shards
+from unidiff.data.sources import expand_shards
 from unidiff.data.tar import ShardWriter, read_shard
 
 PAIR = (("png", "jpg", "webp"), ("txt",))

@@ -18,8 +18,7 @@ from unidiff.train.cost.benchmark import (
     measure_step,
     workload_of,
 )
-from unidiff.train.cost.flops import model_size, row_flops
-from unidiff.train.cost.plan import declared_vocabulary
+from unidiff.train.cost.plan import declared_vocabulary, model_size, row_flops
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,7 @@ from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import ParallelConfig
-from unidiff.train.data.data_losses import DataLosses
-from unidiff.train.data.datasets import open_sources
+from unidiff.train.data.datasets import DataLosses, open_sources
 from unidiff.train.data.shard_source import open_shards
 from unidiff.train.run.distributed import Parallel
 from unidiff.train.trainer import Trainer

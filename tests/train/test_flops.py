@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.train.cost.flops import TrainingRow, block_causal_pairs, model_size, row_flops
+from unidiff.train.cost.plan import TrainingRow, block_causal_pairs, model_size, row_flops
 
 UNIDISC = dict(norm="rms", qk_norm="width", qk_norm_type="layer_bias", qk_norm_eps=1e-5, activation="gelu_tanh")
 UNIDISC |= dict(attention_gate=False, sandwich_norm=True, head_bias=True, ffn_bias=True)

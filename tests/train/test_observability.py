@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_fixtures import MIXED, tiny_config, tiny_table
 
-from unidiff.train.cost.flops import TrainingRow, model_size, row_flops
+from unidiff.train.cost.plan import TrainingRow, model_size, row_flops
 from unidiff.train.run.meters import SpeedMeter, TaskMeter
 from unidiff.train.step import TIME_BUCKETS, StepReport
 from unidiff.train.trainer import Trainer, TrainingAborted

@@ -13,8 +13,15 @@ from unidiff.families.family import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.train.config import LoraConfig, TaskConfig, read_config
-from unidiff.train.cost.flops import block_causal_pairs
-from unidiff.train.cost.plan import GIB, adapter_parameters, block_activation_bytes, make_plan, mean_rate, row_shape
+from unidiff.train.cost.plan import (
+    GIB,
+    adapter_parameters,
+    block_activation_bytes,
+    block_causal_pairs,
+    make_plan,
+    mean_rate,
+    row_shape,
+)
 from unidiff.train.data.batch import block_visibility
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ import torch
 
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer, network_settings, new_network
+from unidiff.train.image_tokenizer.codebook import CodebookAverage
 from unidiff.train.image_tokenizer.config import ImageData, ImageTokenizerConfig, VQLossWeights
 from unidiff.train.image_tokenizer.data import world_images
-from unidiff.train.image_tokenizer.losses import CodebookAverage, cycle_loss, psnr, reconstruction_loss, vq_forward
-from unidiff.train.image_tokenizer.report import ssim
+from unidiff.train.image_tokenizer.losses import cycle_loss, psnr, reconstruction_loss, ssim, vq_forward
 from unidiff.train.image_tokenizer.trainer import SpikeGuard, train_image_tokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "tokenizers" / "train_image_tokenizer.py"

@@ -16,13 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.data.collate import TASK_TOKENS, TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
-from unidiff.data.documents import document_parts, lay_out
-from unidiff.data.images import ImagePreprocess
-from unidiff.data.manifest import MANIFEST, TokenManifest, write_json
+from unidiff.data.manifest import (
+    MANIFEST,
+    Stamp,
+    TokenManifest,
+    changes,
+    damage,
+    source_stamps,
+    token_stamp,
+    write_json,
+)
 from unidiff.data.report import SkipReport
-from unidiff.data.shards import ShardSource
-from unidiff.data.stamps import Stamp, changes, damage, source_stamps, token_stamp
+from unidiff.data.rows import (
+    TASK_TOKENS,
+    TEXT_PREFIX,
+    caption_row,
+    check_task_tokens,
+    document_parts,
+    lay_out,
+    qa_pairs,
+    question_row,
+)
+from unidiff.data.shards import ImagePreprocess, ShardSource
 from unidiff.data.tar import ShardWriter
 from unidiff.errors import read_json, reading, writing
 from unidiff.files import locked, remove_leftovers

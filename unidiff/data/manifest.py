@@ -1,24 +1,30 @@
-"""`tokens.json`: what a folder of pre-tokenised shards holds. It is written last, so its presence means complete."""
+"""`tokens.json`: what a folder of pre-tokenised shards holds, written last, and what shards are known by later."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from unidiff.addresses import Unreachable, fetch, is_remote, local_path
+from unidiff.addresses import Unreachable, fetch, is_remote, local_path, remote_stamp
 from unidiff.data.report import SkipReport
-from unidiff.data.shard_names import check_scheme, is_shard_name
-from unidiff.data.stamps import Stamp
-from unidiff.errors import DamagedFile, first_line, reading
-from unidiff.files import replace_text
+from unidiff.data.sources import check_scheme, is_shard_name, refuse_missing
+from unidiff.errors import DamagedFile, few, first_line, reading
+from unidiff.files import file_stamp, replace_text
 from unidiff.schema import Between, Index, Width, check_fields, from_data
 from unidiff.tokens import Vocabulary
 
 MANIFEST = "tokens.json"
 _MOST_BYTES = 2**28
 Samples = Annotated[int, Between(0, 10**6)]  # of one shard
+Stamp = dict[str, int | str]
+"""size in bytes (-1: there is no such shard), time of change and hash, as far as they are known."""
+_ASKING = 16  # addresses at a time
 
 
 @dataclass(frozen=True)
@@ -121,3 +127,64 @@ class TokenManifest:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     replace_text(path, json.dumps(content, indent=1))
+
+
+def source_stamps(urls: Sequence[str], allow_missing: bool = False) -> dict[str, Stamp]:
+    """The stamp of every shard; of an address what its server says, which may be nothing.
+
+    Raises:
+        FileNotFoundError: shards that do not exist, unless they are allowed. OSError: one that cannot be read.
+    """
+    with ThreadPoolExecutor(_ASKING) as pool:
+        remote = [url for url in urls if is_remote(url)]
+        stamps = dict(zip(remote, pool.map(_ask, remote), strict=True))
+    for url in urls:
+        if url not in stamps:
+            stamps[url] = dict(file_stamp(url)) if os.path.isfile(url) else {"size": -1}
+    if not allow_missing:
+        refuse_missing([url for url in urls if stamps[url].get("size") == -1])
+    return {url: stamps[url] for url in urls}
+
+
+def changes(then: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str:
+    """What differs between two sets of stamps, in words; empty where nothing is known to."""
+    found = []
+    for url, stamp in now.items():
+        before = then.get(url, {})
+        both = [name for name in ("size", "time", "hash") if name in before and name in stamp]
+        if other := [name for name in both if before[name] != stamp[name]]:
+            found.append(f"{url} ({', '.join(_difference(name, before, stamp) for name in other)})")
+    return few(found)
+
+
+def token_stamp(path: str | Path) -> Stamp:
+    """Size and SHA-256 of a whole token shard: folders of them are moved about, so their time says nothing."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"size": os.fstat(file.fileno()).st_size, "hash": digest.hexdigest()}
+
+
+def damage(folder: Path, files: Mapping[str, Stamp]) -> str:
+    """Which token shards of a folder are not as they were written, in words."""
+    found = []
+    for name, stamp in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} (missing)")
+        elif token_stamp(path) != stamp:
+            found.append(f"{name} (other content)")
+    return few(found)
+
+
+def _ask(url: str) -> Stamp:
+    try:
+        return remote_stamp(url)
+    except Unreachable as error:
+        return {"size": -1} if error.gone else {}
+
+
+def _difference(name: str, before: Stamp, now: Stamp) -> str:
+    if name == "size":
+        sizes = ["missing" if stamp["size"] == -1 else stamp["size"] for stamp in (before, now)]
+        return f"size {sizes[0]} -> {sizes[1]}"
+    return {"time": "changed at another time", "hash": "other content"}[name]

@@ -1,4 +1,5 @@
-"""`ShardSource`: decoded samples of many tar shards, shuffled, with an exact position and an account of what is skipped."""
+"""`ShardSource`: decoded samples of many tar shards, shuffled, with an exact position and an account of what is skipped; and
+`ImagePreprocess`, which makes their pictures what an image tokenizer takes."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 
 from unidiff.data import report
 from unidiff.data.members import (
@@ -23,7 +27,7 @@ from unidiff.data.members import (
     member_type,
 )
 from unidiff.data.report import Skip, SkipReport
-from unidiff.data.shard_names import check_exist, expand_shards
+from unidiff.data.sources import check_exist, expand_shards
 from unidiff.data.tar import read_shard
 from unidiff.schema import Between, from_data
 
@@ -244,3 +248,46 @@ class _SourceState:
     position: _Position
     before: dict[str, Any]
     decoding: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ImagePreprocess:
+    """uint8 `[3, H, W]` -> float32 `[3, h, w]` in [0, 1], with sides that `factor` divides.
+
+    Args:
+        size: side of the square that comes out, the shorter side being resized to it; None keeps the picture's own
+            size and crops each side to the multiple of `factor` below it.
+        factor: pixels per code of the image tokenizer.
+
+    Raises:
+        ValueError: `size` is not a positive multiple of `factor`.
+    """
+
+    size: int | None
+    factor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or (self.size is not None and (self.size < 1 or self.size % self.factor)):
+            raise ValueError(
+                f"image size {self.size} must be a positive multiple of the tokenizer factor {self.factor}"
+            )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"expected a uint8 image [3, H, W], got {image.dtype} {tuple(image.shape)}")
+        height, width = int(image.shape[1]), int(image.shape[2])
+        if self.size is None:
+            crop = (height // self.factor * self.factor, width // self.factor * self.factor)
+            if not min(crop):
+                raise ValueError(f"image {height}x{width} is smaller than the tokenizer factor {self.factor}")
+        else:
+            crop = (self.size, self.size)
+            # A 1 x 10,000 strip would be resized to gigabytes first; twice the kept square leaves the result the same.
+            height, width = min(height, 2 * width), min(width, 2 * height)
+            image = v2.functional.center_crop(image, [height, width])
+            if min(height, width) != self.size:
+                scale = self.size / min(height, width)
+                resized = [max(self.size, round(side * scale)) for side in (height, width)]
+                image = v2.functional.resize(image, resized, InterpolationMode.BICUBIC, antialias=True)
+        image = v2.functional.center_crop(image, list(crop))
+        return v2.functional.to_dtype(image, torch.float32, scale=True)

@@ -20,7 +20,7 @@ from unidiff.addresses import Unreachable, download, is_remote, local_path
 from unidiff.data import report
 from unidiff.data.members import encode_member
 from unidiff.data.report import Skip, printable
-from unidiff.data.shard_names import check_scheme
+from unidiff.data.sources import check_scheme
 from unidiff.data.tar_index import READ_ERRORS, Group, Index, group, read, scan
 from unidiff.errors import first_line, writing
 from unidiff.files import replacing

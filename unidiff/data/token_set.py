@@ -15,11 +15,10 @@ from torch import Tensor
 
 from unidiff.addresses import is_remote, local_path
 from unidiff.data import report
-from unidiff.data.manifest import TokenManifest
+from unidiff.data.manifest import Stamp, TokenManifest, token_stamp
 from unidiff.data.members import MemberError, decode_member
 from unidiff.data.report import Skip, SkipReport, printable
-from unidiff.data.shard_names import check_scheme, expand_shards, is_shard_name, split_patterns
-from unidiff.data.stamps import Stamp, token_stamp
+from unidiff.data.sources import check_scheme, expand_shards, is_shard_name, split_patterns
 from unidiff.data.tar import read_shard
 from unidiff.tokens import Vocabulary
 

@@ -20,7 +20,7 @@ from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.build import build_model, check_start, pick_device, set_up_blocks, uses_flex
 from unidiff.train.config import TrainConfig, check_config
-from unidiff.train.data.data_losses import DataLosses
+from unidiff.train.data.datasets import DataLosses
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer

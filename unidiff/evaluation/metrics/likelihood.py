@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.data.collate import TEXT_PREFIX, caption_row
+from unidiff.data.rows import TEXT_PREFIX, caption_row
 from unidiff.diffusion.likelihood import Nelbo, Scorer, mask_count_nelbo, model_scorer, without_eos_fill
 from unidiff.evaluation.metrics.base import CaptionedPictures, Metric
 from unidiff.evaluation.report import Estimate

@@ -20,8 +20,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.process import free_memory
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
-from unidiff.train.cost.flops import TrainingRow, model_size, row_flops
-from unidiff.train.cost.plan import GIB, make_plan
+from unidiff.train.cost.plan import GIB, TrainingRow, make_plan, model_size, row_flops
 from unidiff.train.data.source import TokenTable
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.ema import EMA
@@ -160,7 +159,7 @@ class StepTiming:
         parts: seconds of `data`, `forward`, `head_and_loss` (forward and backward), `backward` (of the blocks) and
             `optimiser` (clipping, update, moving average) in the step of that median, so that they add up to it.
         tokens_per_second: text and image tokens.
-        flops_per_step: useful operations, see `unidiff.train.cost.flops`.
+        flops_per_step: useful operations, see `unidiff.train.cost.plan`.
         peak_flops: the matmul rate measured beside it.
         memory_mib: peak of the process (CPU) or of the allocator (GPU).
         parameters: of the model.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unidiff.data.collate import caption_row
+from unidiff.data.rows import caption_row
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.sampler import Sampler
 from unidiff.models.transformer import MaskedTransformer

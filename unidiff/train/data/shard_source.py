@@ -15,9 +15,8 @@ from torch import Tensor
 
 from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
 from unidiff.data.manifest import TokenManifest
-from unidiff.data.mixture import MixtureSchedule, parse_sources
 from unidiff.data.report import SkipReport
-from unidiff.data.shard_names import check_exist, expand_shards
+from unidiff.data.sources import MixtureSchedule, check_exist, expand_shards, parse_sources
 from unidiff.data.token_set import (
     DOCUMENTS,
     PAIRS,

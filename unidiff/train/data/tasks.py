@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.data.mixture import MixtureSchedule
+from unidiff.data.sources import MixtureSchedule
 from unidiff.diffusion.noise import keyed_bits, keyed_uniform
 from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary

@@ -19,7 +19,7 @@ class ImageData:
     Args:
         world: name of a world. profile: which scenes of it.
         kinds: relative frequencies of its kinds of scenes; those of emoji are single, count, pair and group.
-        shards: see `unidiff.data.tar.expand_shards`.
+        shards: see `unidiff.data.sources.expand_shards`.
         image_size: side of the square pictures of shards, in pixels.
         validation_images: pictures that are never trained on; 0 takes 256, or one in eight of fewer than 2,048.
     """
@@ -58,7 +58,7 @@ class VQLossWeights:
 
 @dataclass(frozen=True)
 class CellCodes:
-    """How the encoder learns its codes, alone; see `unidiff.train.image_tokenizer.cell_codes`.
+    """How the encoder learns its codes, alone; see `unidiff.train.image_tokenizer.codebook`.
 
     Args:
         steps: of the optimiser; 0 leaves encoder and codebook to the training of the whole tokenizer.

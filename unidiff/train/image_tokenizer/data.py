@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unidiff.data.images import ImagePreprocess
-from unidiff.data.shards import ShardSource
+from unidiff.data.shards import ImagePreprocess, ShardSource
 from unidiff.files import file_stamp
 from unidiff.train.image_tokenizer.config import ImageData
 from unidiff.world import WORLDS

@@ -1,23 +1,23 @@
-"""Training an image tokenizer: reconstruction loss with an edge-aware term, codebook by moving averages, revival.
-
-The codebook of `CellVQModel` is a moving average of its latents (van den Oord et al. 2017, appendix A.1), that of others
-learns by gradient. No pre-trained network is involved.
-"""
+"""What an image tokenizer is trained by, a reconstruction loss with an edge-aware term, and what it is worth on other pictures.
+No pre-trained network is involved."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import coder_of
+from unidiff.tokens.image.vq import VQImageTokenizer, coder_of
 from unidiff.train.image_tokenizer.config import VQLossWeights
+
+_ROWS = 64  # pictures at once
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -53,69 +53,6 @@ def cycle_loss(model: CellVQModel, output: Tensor, codes: Tensor, temperature: f
     return F.cross_entropy(cosine / temperature, codes.flatten())
 
 
-class CodebookAverage:
-    """Moving averages of the latents assigned to each code, and revival of codes that nothing chooses.
-
-    Args:
-        model: its `codebook` buffer is rewritten in place.
-        decay: of the averages, per step.
-        revive_below: a code whose average share of a step's cells falls below this fraction of a uniform share is
-            moved onto a latent of the step, the likelier the farther that latent is from its own code.
-    """
-
-    def __init__(self, model: CellVQModel, decay: float = 0.98, revive_below: float = 0.05) -> None:
-        self.model, self.decay, self.revive_below = model, decay, revive_below
-        self.counts = torch.ones(len(model.codebook), device=model.codebook.device)
-        self.sums = model.codebook.clone().float()
-        self.started = False
-
-    def state(self) -> dict[str, Tensor]:
-        """What `load` goes on from."""
-        return {"counts": self.counts, "sums": self.sums, "started": torch.tensor(self.started)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`. Raises ValueError where it is of another codebook."""
-        for name in ("counts", "sums"):
-            if name not in state or state[name].shape != getattr(self, name).shape:
-                raise ValueError(f"the codebook's {name} are missing, or of another codebook")
-            getattr(self, name).copy_(state[name])
-        self.started = bool(state.get("started", True))
-
-    @torch.no_grad()
-    def update(self, codes: Tensor, latents: Tensor, generator: torch.Generator, revive: bool) -> int:
-        """Take one step's assignments `codes [B, h, w]`, `latents [B, d, h, w]`; returns the number of revived codes."""
-        flat = latents.movedim(1, -1).reshape(-1, latents.shape[1])  # [N, d]
-        chosen = codes.reshape(-1)
-        fit = (flat * self.model.codebook[chosen]).sum(-1)  # [N] cosine to the own code
-        if not self.started:  # data initialisation: codes start on latents
-            self.started = True
-            self._place(torch.ones_like(self.counts, dtype=torch.bool), flat, torch.zeros_like(fit), generator)
-            self._write()
-            return len(self.counts)
-        ones = torch.ones(len(chosen), device=chosen.device)
-        counts = torch.zeros_like(self.counts).index_add_(0, chosen, ones)
-        sums = torch.zeros_like(self.sums).index_add_(0, chosen, flat)
-        self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        dead = self.counts < self.revive_below * len(chosen) / len(self.counts)
-        revived = int(dead.sum()) if revive else 0
-        if revived:
-            self._place(dead, flat, fit, generator)
-        self._write()
-        return revived
-
-    def _place(self, where: Tensor, flat: Tensor, fit: Tensor, generator: torch.Generator) -> None:
-        """Move the marked codes onto latents drawn by their misfit, with a share of use that lets them prove themselves."""
-        misfit = (1 - fit).clamp(min=1e-5).cpu()  # where the generator is
-        pick = torch.multinomial(misfit, int(where.sum()), replacement=True, generator=generator).to(flat.device)
-        share = len(flat) / len(self.counts) * 0.3
-        self.sums[where] = flat[pick] * share
-        self.counts[where] = share
-
-    def _write(self) -> None:
-        self.model.codebook.copy_(F.normalize(self.sums, dim=-1).to(self.model.codebook.dtype))
-
-
 def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -> tuple[VQStep, Tensor | None]:
     """The forward and the loss of a step; also the latents for `CodebookAverage`, where the model has such a codebook."""
     coder: Any = coder_of(model)
@@ -132,3 +69,54 @@ def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error, for images in [0, 1]."""
     return -10 * math.log10(max(mse, 1e-12))
+
+
+@torch.no_grad()
+def measure(model, validation: Tensor) -> dict:
+    """PSNR (dB), SSIM (7 x 7 uniform window), the share of codes used, and the share of codes that stay the same when a
+    reconstruction is encoded again, on `validation` `[N, 3, H, W]`. The model computes where it is."""
+    tokenizer = VQImageTokenizer(model)
+    codes, outputs, kept = [], [], []
+    for chunk in validation.split(_ROWS):
+        own = tokenizer.encode(chunk)
+        output = tokenizer.decode(own)
+        kept.append((tokenizer.encode(output) == own).float().cpu())
+        codes.append(own.cpu())
+        outputs.append(output.cpu())
+    output, used = torch.cat(outputs), torch.cat(codes).unique().numel()
+    return {
+        "codes_kept": round(float(torch.cat(kept).mean()), 4),
+        "psnr": round(psnr(float((output - validation).square().mean())), 3),
+        "ssim": round(float(ssim(output, validation)), 4),
+        "codes_used": used,
+        "code_usage": round(used / tokenizer.codebook_size, 4),
+    }
+
+
+def ssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
+    """Mean structural similarity (Wang et al. 2004, eq. 13) of images `[N, 3, H, W]` in [0, 1], uniform window.
+
+    The window is as large as the picture where that is smaller.
+    """
+    window = min(window, *x.shape[-2:])
+
+    def mean(v: Tensor) -> Tensor:
+        return F.avg_pool2d(v, window, stride=1)
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (score / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
+
+
+def reconstruction_sheet(model, validation: Tensor) -> Image.Image:
+    """The first pictures of `validation` `[N, 3, H, W]` above, their reconstructions below."""
+    tokenizer = VQImageTokenizer(model)
+    shown = validation[:_SHOWN]
+    pair = torch.cat([shown, tokenizer.decode(tokenizer.encode(shown)).cpu()], 2)
+    sheet = torch.cat(list(pair), 2).permute(1, 2, 0).mul(255).round().byte().numpy()
+    picture = Image.fromarray(sheet)
+    scale = max(1, 128 // shown.shape[-1])
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from unidiff.errors import read_json
 from unidiff.files import locked, replace_text, replacing, replacing_folder
@@ -26,12 +27,10 @@ from unidiff.tokens.image.quantized import TrainableTokenizer
 from unidiff.tokens.image.vq import VQImageTokenizer, coder_of, new_network
 from unidiff.train.build import pick_device
 from unidiff.train.config import ScheduleConfig
-from unidiff.train.image_tokenizer.cell_codes import CellTrainer, place_codes
+from unidiff.train.image_tokenizer.codebook import CellTrainer, CodebookAverage, place_codes
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
 from unidiff.train.image_tokenizer.data import Pictures, open_pictures, stamp_of
-from unidiff.train.image_tokenizer.losses import CodebookAverage, psnr, vq_forward
-from unidiff.train.image_tokenizer.report import measure, reconstruction_sheet
-from unidiff.train.image_tokenizer.state import TokenizerRunState, adamw_state, load_adamw_state
+from unidiff.train.image_tokenizer.losses import measure, psnr, reconstruction_sheet, vq_forward
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog
@@ -89,6 +88,32 @@ class SpikeGuard:
             return False
         self.level = mse if math.isinf(self.level) else 0.98 * self.level + 0.02 * mse
         return True
+
+
+@dataclass(frozen=True)
+class TokenizerRunState:
+    """Plain data of a checkpoint.
+
+    Attributes:
+        step: taken so far, those of the encoder alone (`cells.steps`) included.
+        settings: of the run by dotted name. facts: about its data and its first weights.
+        position: in the pictures. random: state of the generator, in hexadecimal.
+        level: of the spike guard, None before its first step; skipped: steps that it left out.
+        best: PSNR of the kept model, None before the first. found: about the codes of single cells. seconds: of work.
+        sums: named by checkpoints themselves.
+    """
+
+    step: int
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    position: dict[str, Any]
+    random: str
+    level: float | None
+    skipped: int
+    best: float | None
+    found: dict[str, Any]
+    seconds: float
+    sums: str = ""
 
 
 class _TokenizerRun:
@@ -150,7 +175,7 @@ class _TokenizerRun:
             self.model.encoder.requires_grad_(False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         rate = self.config.learning_rate
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self.optimiser = AdamW(self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
 
     def _main_step(self, stream: Iterator[Tensor]) -> tuple[dict[str, float], float]:
         """One step of the whole tokenizer: values for the log, and the factor on the learning rate."""
@@ -299,3 +324,28 @@ def _check_batch(config: ImageTokenizerConfig, sides: tuple[int, ...], factor: i
         raise ValueError(
             f"batch_size={config.batch_size} pictures of {sides[0]} x {sides[1]} pixels are too many{had}; lower it"
         )
+
+
+def adamw_state(optimiser: AdamW) -> dict[str, Tensor]:
+    """Every state tensor, named `parameter number.field`."""
+    state = optimiser.state_dict()["state"]
+    return {f"{n}.{key}": torch.as_tensor(value) for n, entry in state.items() for key, value in entry.items()}
+
+
+def load_adamw_state(optimiser: AdamW, flat: Mapping[str, Tensor]) -> None:
+    """Inverse of `adamw_state`. Moments get their parameters' strides, with which they were computed.
+
+    Raises:
+        ValueError, LookupError: the state is of other parameters.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    expected = {f"{name.partition('.')[0]}.{key}" for name in flat for key in ("exp_avg", "exp_avg_sq", "step")}
+    if set(flat) != expected:
+        raise ValueError("the checkpoint holds no state of AdamW")
+    for name, value in flat.items():
+        number, _, key = name.partition(".")
+        parameter = parameters[int(number)]
+        if key != "step" and value.shape != parameter.shape:
+            raise ValueError("the checkpoint holds AdamW's state of another model")
+        kept = value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
+        optimiser.state[parameter][key] = kept.detach()

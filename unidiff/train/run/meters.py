@@ -8,7 +8,7 @@ import torch
 
 from unidiff.models.trained_on import TASKS
 from unidiff.train.config import TrainConfig
-from unidiff.train.cost.flops import TrainingRow, block_causal_pairs, model_size, row_flops
+from unidiff.train.cost.plan import TrainingRow, block_causal_pairs, model_size, row_flops
 from unidiff.train.data.source import TokenSource
 from unidiff.train.step import TIME_BUCKETS, StepReport
 

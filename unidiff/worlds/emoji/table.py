@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unidiff.data.collate import caption_row, question_row
+from unidiff.data.rows import caption_row, question_row
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.protocol import ImageEncoder
 from unidiff.tokens.text import TextTokenizer

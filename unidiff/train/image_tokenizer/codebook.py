@@ -1,4 +1,5 @@
-"""Codes of single cells that say what an object looks like there and nothing of the background behind it.
+"""How a `CellVQModel` gets its codebook: a moving average of its latents, or codes of single cells that say what an object looks
+like there and nothing of the background behind it.
 
 A cell at the edge of an object has other pixels on every background. If it has other codes as well, a transformer has to
 learn each object once per background, and an object on a background that it was never seen on needs codes that were
@@ -10,6 +11,7 @@ show nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -103,3 +105,66 @@ def place_codes(model: CellVQModel, cells: Tensor, flat: Tensor) -> dict:
 def _latents(model: CellVQModel, cells: Tensor) -> Tensor:
     """Unit latents `[N, d]` of single cells `[N, 3, f, f]`."""
     return model.latents(cells)[..., 0, 0]
+
+
+class CodebookAverage:
+    """Moving averages of the latents assigned to each code, and revival of codes that nothing chooses.
+
+    Args:
+        model: its `codebook` buffer is rewritten in place.
+        decay: of the averages, per step.
+        revive_below: a code whose average share of a step's cells falls below this fraction of a uniform share is
+            moved onto a latent of the step, the likelier the farther that latent is from its own code.
+    """
+
+    def __init__(self, model: CellVQModel, decay: float = 0.98, revive_below: float = 0.05) -> None:
+        self.model, self.decay, self.revive_below = model, decay, revive_below
+        self.counts = torch.ones(len(model.codebook), device=model.codebook.device)
+        self.sums = model.codebook.clone().float()
+        self.started = False
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load` goes on from."""
+        return {"counts": self.counts, "sums": self.sums, "started": torch.tensor(self.started)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`. Raises ValueError where it is of another codebook."""
+        for name in ("counts", "sums"):
+            if name not in state or state[name].shape != getattr(self, name).shape:
+                raise ValueError(f"the codebook's {name} are missing, or of another codebook")
+            getattr(self, name).copy_(state[name])
+        self.started = bool(state.get("started", True))
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, latents: Tensor, generator: torch.Generator, revive: bool) -> int:
+        """Take one step's assignments `codes [B, h, w]`, `latents [B, d, h, w]`; returns the number of revived codes."""
+        flat = latents.movedim(1, -1).reshape(-1, latents.shape[1])  # [N, d]
+        chosen = codes.reshape(-1)
+        fit = (flat * self.model.codebook[chosen]).sum(-1)  # [N] cosine to the own code
+        if not self.started:  # data initialisation: codes start on latents
+            self.started = True
+            self._place(torch.ones_like(self.counts, dtype=torch.bool), flat, torch.zeros_like(fit), generator)
+            self._write()
+            return len(self.counts)
+        ones = torch.ones(len(chosen), device=chosen.device)
+        counts = torch.zeros_like(self.counts).index_add_(0, chosen, ones)
+        sums = torch.zeros_like(self.sums).index_add_(0, chosen, flat)
+        self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        dead = self.counts < self.revive_below * len(chosen) / len(self.counts)
+        revived = int(dead.sum()) if revive else 0
+        if revived:
+            self._place(dead, flat, fit, generator)
+        self._write()
+        return revived
+
+    def _place(self, where: Tensor, flat: Tensor, fit: Tensor, generator: torch.Generator) -> None:
+        """Move the marked codes onto latents drawn by their misfit, with a share of use that lets them prove themselves."""
+        misfit = (1 - fit).clamp(min=1e-5).cpu()  # where the generator is
+        pick = torch.multinomial(misfit, int(where.sum()), replacement=True, generator=generator).to(flat.device)
+        share = len(flat) / len(self.counts) * 0.3
+        self.sums[where] = flat[pick] * share
+        self.counts[where] = share
+
+    def _write(self) -> None:
+        self.model.codebook.copy_(F.normalize(self.sums, dim=-1).to(self.model.codebook.dtype))
