@@ -11,12 +11,10 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from unidiff.errors import exit_status
-from unidiff.evaluation.benchmark.contrasts import contrast_tables
-from unidiff.evaluation.benchmark.random_weights import SuiteOptions, run_suite
+from unidiff.evaluation.benchmark.random_weights import SUITES, SuiteOptions, run_suite
 from unidiff.evaluation.benchmark.result import check_path, tables, write
-from unidiff.evaluation.benchmark.settings import TARGETS
-from unidiff.evaluation.benchmark.suites import SUITES
 from unidiff.evaluation.benchmark.trained import PARTS, TrainedOptions, run_trained
+from unidiff.evaluation.benchmark.trials import TARGETS, contrast_tables
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import keep_freed_memory, parsed
 from unidiff.world import WORLDS

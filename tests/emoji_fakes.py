@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, inpaint_cases, prompt_cases, question_cases
+from unidiff.worlds.emoji.judge import Drawn, Hole
 from unidiff.worlds.emoji.language import NUMBERS, ZONES, article, caption_distribution, draw_caption, plural
-from unidiff.worlds.emoji.model import Drawn, Hole
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Profile, SceneGenerator, render_batch
 

@@ -11,7 +11,7 @@ from tiny_pipeline import tiny_pipeline
 from unidiff import hub
 from unidiff.decoding.cache.config import CACHES
 from unidiff.decoding.config import RULES
-from unidiff.evaluation.benchmark.suites import SUITES, cache_named
+from unidiff.evaluation.benchmark.random_weights import SUITES, cache_named
 from unidiff.world import WORLDS
 
 NAME = "decoding.md"

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.worlds.emoji.atlas import ATLAS_FOLDER
+from unidiff.worlds.emoji.language import parse_caption
 from unidiff.worlds.emoji.oracle import Oracle
-from unidiff.worlds.emoji.parse import parse_caption
-from unidiff.worlds.emoji.scenes import LARGE, Scene, SceneObject, get_profile, render_batch
+from unidiff.worlds.emoji.scenes import ATLAS_FOLDER, LARGE, Scene, SceneObject, get_profile, render_batch
 
 MEGABYTE = 1e6
 CASES = [("fox", "green"), ("octopus", "blue"), ("pizza", "purple"), ("red apple", "gray"), ("penguin", "red")]

@@ -78,7 +78,7 @@ def tune(options: argparse.Namespace) -> None:
     if options.kinds is not None and not (all(0 <= k < 1e9 for k in options.kinds) and sum(options.kinds) > 0):
         raise ValueError(f"--kinds is {options.kinds}; expected four shares, none negative and not all 0")
 
-    from unidiff.evaluation.benchmark.cells import model_hash
+    from unidiff.evaluation.benchmark.measure import model_hash
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.train.reward_run import RewardRun, check_places, prompts_of, reward_of, tune_pipeline
 

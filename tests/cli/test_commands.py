@@ -158,7 +158,7 @@ def test_a_fault_of_ours_shows_where_it_is(run, model, monkeypatch):
     monkeypatch.setattr("unidiff.pipeline.UniDiffPipeline.caption", lambda *_: {}["no"])
     status, _, error = run("caption", "none.png", "--model", model)
     assert status == 1  # a missing picture is no fault
-    monkeypatch.setattr("unidiff.cli.captions.open_image", lambda path: Image.new("RGB", (24, 16)))
+    monkeypatch.setattr(sys.modules["unidiff.cli.app"], "open_image", lambda path: Image.new("RGB", (24, 16)))
     status, _, error = run("caption", "a.png", "--model", model)
     assert status == 70 and "Traceback" in error and "Please report it" in error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unidiff.cli.outputs import check_folder, check_outputs, numbered
+from unidiff.cli.common import check_folder, check_outputs, numbered
 
 
 @pytest.fixture(autouse=True)

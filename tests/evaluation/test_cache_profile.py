@@ -15,10 +15,20 @@ from torch.nn import functional as F
 from unidiff.decoding import DecodeState, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.evaluation.cache_profile.advice import LONGEST, advise
-from unidiff.evaluation.cache_profile.profile import FEATURES, TaskProfile, Watcher, pearson, segments_of, watch
-from unidiff.evaluation.cache_profile.report import profile_pipeline, write
-from unidiff.evaluation.charts import heat_map, scatter
+from unidiff.evaluation.benchmark.result import scatter
+from unidiff.evaluation.cache_profile import (
+    FEATURES,
+    LONGEST,
+    TaskProfile,
+    Watcher,
+    advise,
+    heat_map,
+    pearson,
+    profile_pipeline,
+    segments_of,
+    watch,
+    write,
+)
 from unidiff.models.partial import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer

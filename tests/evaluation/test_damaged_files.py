@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unidiff.evaluation.benchmark.cells import Cells
+from unidiff.evaluation.benchmark.measure import Cells
 from unidiff.evaluation.benchmark.random_weights import SuiteOptions
 from unidiff.evaluation.benchmark.result import check_path
-from unidiff.evaluation.benchmark.settings import Setting
 from unidiff.evaluation.benchmark.trained import TrainedOptions
-from unidiff.evaluation.paired import compare_reports
-from unidiff.evaluation.report import Estimate, EvaluationReport
+from unidiff.evaluation.benchmark.trials import Setting
+from unidiff.evaluation.report import Estimate, EvaluationReport, compare_reports
 
 WRONG: tuple[Any, ...] = (
     None,

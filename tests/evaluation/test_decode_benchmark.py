@@ -16,10 +16,18 @@ from PIL import Image
 from unidiff.decoding.cache.bounds import expected_passes
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.evaluation.benchmark import random_weights
-from unidiff.evaluation.benchmark.random_weights import SuiteOptions, random_model, request, run_suite
+from unidiff.evaluation.benchmark.measure import MatmulRates, row_counts
+from unidiff.evaluation.benchmark.random_weights import (
+    SUITES,
+    RandomDecode,
+    SuiteOptions,
+    cache_named,
+    random_model,
+    request,
+    run_suite,
+    spread,
+)
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode, write
-from unidiff.evaluation.benchmark.speed import MatmulRates, row_counts
-from unidiff.evaluation.benchmark.suites import SUITES, RandomDecode, cache_named, spread
 from unidiff.tokens import Modality, Vocabulary
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"

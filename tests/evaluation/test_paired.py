@@ -12,8 +12,7 @@ import pytest
 from emoji_fakes import PerfectModel, ShuffledModel
 from rich.console import Console
 
-from unidiff.evaluation.paired import compare_reports, paired_interval
-from unidiff.evaluation.report import Estimate, EvaluationReport
+from unidiff.evaluation.report import Estimate, EvaluationReport, compare_reports, paired_interval
 from unidiff.worlds.emoji.judge import EmojiEval
 from unidiff.worlds.emoji.scenes import get_profile
 

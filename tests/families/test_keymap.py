@@ -7,7 +7,7 @@ import torch
 
 from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble, per_layer, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.weights.checks import build_on_meta
+from unidiff.weights.files import build_on_meta
 
 CONFIG = dict(vocab_size=11, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=24, rope="1d")
 CONFIG["modality_embedding"] = False

@@ -16,14 +16,13 @@ from tiny_pipeline import tiny_pipeline
 
 from unidiff.decoding import CacheConfig
 from unidiff.evaluation.benchmark import trained
-from unidiff.evaluation.benchmark.cells import Cells, model_hash
-from unidiff.evaluation.benchmark.contrasts import KINDS, Trial, contrast_tables, contrasts
+from unidiff.evaluation.benchmark.measure import Cells, model_hash
 from unidiff.evaluation.benchmark.result import write
-from unidiff.evaluation.benchmark.settings import Decode, Setting, decodes
 from unidiff.evaluation.benchmark.trained import TrainedOptions, run_trained
+from unidiff.evaluation.benchmark.trials import KINDS, Decode, Setting, Trial, contrast_tables, contrasts, decodes
 from unidiff.evaluation.report import Estimate
 from unidiff.pipelines.settings import default_samplers
-from unidiff.worlds.emoji.benchmark import QUALITY, SWEEP, ask, cases_per_part, judged_tasks
+from unidiff.worlds.emoji.evaluation import QUALITY, SWEEP, ask, cases_per_part, judged_tasks
 from unidiff.worlds.emoji.scenes import get_profile
 
 RECIPE = Path(__file__).resolve().parents[2] / "inference" / "benchmark.py"

@@ -15,7 +15,7 @@ from unidiff.worlds.emoji.cases import (
     prompt_cases,
     question_cases,
 )
-from unidiff.worlds.emoji.parse import facts_correct
+from unidiff.worlds.emoji.language import facts_correct
 from unidiff.worlds.emoji.scenes import get_profile, held_out
 
 CPU = get_profile("cpu")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unidiff.evaluation.paired import compare_reports
-from unidiff.evaluation.report import EvaluationReport
+from unidiff.evaluation.report import EvaluationReport, compare_reports
 from unidiff.families.layout import hidden_words
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
@@ -18,7 +17,7 @@ from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.text import TextTokenizer
 from unidiff.worlds.emoji.cases import inpaint_cases, prompt_cases
 from unidiff.worlds.emoji.evaluation import profile_of, run_emoji_eval
-from unidiff.worlds.emoji.model import Hole, PipelineModel
+from unidiff.worlds.emoji.judge import Hole, PipelineModel
 from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile, render_batch
 from unidiff.worlds.emoji.table import corpus, emoji_vocabulary
 

@@ -6,8 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from unidiff.worlds.emoji.language import caption_distribution
-from unidiff.worlds.emoji.parse import Facts, facts_complete, facts_correct, facts_hold, parse_caption
+from unidiff.worlds.emoji.language import (
+    Facts,
+    caption_distribution,
+    facts_complete,
+    facts_correct,
+    facts_hold,
+    parse_caption,
+)
 from unidiff.worlds.emoji.scenes import KINDS, LARGE, MEDIUM, Scene, SceneGenerator, SceneObject, get_profile
 
 FOX = Scene((SceneObject("fox", 0, 4, LARGE),), "red")

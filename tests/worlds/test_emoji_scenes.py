@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unidiff.worlds.emoji.atlas import default_atlas
 from unidiff.worlds.emoji.scenes import (
     BACKGROUNDS,
     KINDS,
@@ -15,6 +14,7 @@ from unidiff.worlds.emoji.scenes import (
     Scene,
     SceneGenerator,
     SceneObject,
+    default_atlas,
     get_profile,
     held_out,
     render,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from unidiff.evaluation.benchmark.settings import JudgedTasks
+from unidiff.evaluation.benchmark.trials import JudgedTasks
 from unidiff.evaluation.report import Estimate, EvaluationReport
 from unidiff.world import World, later
 

@@ -18,10 +18,11 @@ from unidiff.cli.common import (
     Seed,
     Steps,
     WorldName,
+    check_folder,
+    check_outputs,
     load_pipeline,
     own_pipeline,
 )
-from unidiff.cli.outputs import check_folder, check_outputs
 from unidiff.world import WORLDS
 
 
@@ -79,8 +80,7 @@ def evaluate(
         raise ValueError("--outcomes goes with --json, which names the file to keep them in")
     from rich.console import Console
 
-    from unidiff.evaluation.paired import compare_reports
-    from unidiff.evaluation.report import EvaluationReport
+    from unidiff.evaluation.report import EvaluationReport, compare_reports
 
     before = None if against is None else EvaluationReport.load(against)
     name = str(context.info_name)
@@ -108,8 +108,7 @@ def compare(
     check_outputs(json_file=json_path, inputs=(before, after))
     from rich.console import Console
 
-    from unidiff.evaluation.paired import compare_reports
-    from unidiff.evaluation.report import EvaluationReport
+    from unidiff.evaluation.report import EvaluationReport, compare_reports
 
     found = compare_reports(EvaluationReport.load(before), EvaluationReport.load(after))
     if json_path is not None:
@@ -173,3 +172,43 @@ def _height_and_width(image_size: str) -> tuple[int, int]:
     if len(sides) not in (1, 2) or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
         raise ValueError(f"--image-size is {image_size!r}; expected a number of pixels, or WIDTHxHEIGHT")
     return int(sides[-1]), int(sides[0])
+
+
+def profile_cache(
+    model: Annotated[str, typer.Argument(help="Model folder, hub model owner/name, or the embedded 'emoji'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and heat maps.")] = Path(
+        "out/profile-cache"
+    ),
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to draw; repeatable. Default: those of the demo.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="text_to_image, caption or inpaint; repeatable. Default: all.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Cosine down to which a feature counts as unchanged.")] = 0.95,
+    steps: Steps = None,
+    world: WorldName = "emoji",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure how little a model's features change from pass to pass, and recommend a cache."""
+    check_folder(out, ["profile.json"])
+    pipe = own_pipeline(load_pipeline(model, device, dtype), "profile-cache")
+    pipe.set_progress_bar_config(disable=True)
+    from rich.console import Console
+
+    from unidiff.evaluation.cache_profile import TASKS, profile_pipeline, summary, write
+    from unidiff.world import WORLDS
+
+    prompts = prompt or WORLDS.get_or_refuse(world, "--world").prompts()
+    with Console(stderr=True).status("profile") as status:
+        profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, status.update)
+    traits = pipe.transformer.traits
+    table, advice = summary(profiles, traits)
+    Console().print(table)
+    for name, chosen in advice.items():
+        options = ", ".join(f"{k}={v}" for k, v in chosen.cache.options.items())
+        typer.echo(f"{name}: {chosen.cache.policy}{f' ({options})' if options else ''}; {chosen.reason}")
+    for path in write(out, model, traits, profiles):
+        typer.echo(path)

@@ -17,7 +17,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.registry import Registry
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
-from unidiff.weights.checks import build_on_meta
+from unidiff.weights.files import build_on_meta
 
 Config = Mapping[str, Any]
 Spelling = Mapping[str, Any]

@@ -23,7 +23,7 @@ from unidiff.pipelines.settings import PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.weights.saving import check_save_options
+from unidiff.weights.model import check_save_options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")

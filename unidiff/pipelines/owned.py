@@ -14,7 +14,7 @@ from unidiff.models.trained_on import read_trained_on
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
-from unidiff.weights.saving import CONFIG, WEIGHTS
+from unidiff.weights.model import CONFIG, WEIGHTS
 
 VOCABULARY = "vocabulary.json"
 INDEX = "model_index.json"

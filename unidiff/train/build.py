@@ -21,7 +21,7 @@ from unidiff.tokens import Vocabulary
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.source import TokenSource
 from unidiff.train.lora import add_adapters
-from unidiff.weights.checks import check_dtype, check_shapes
+from unidiff.weights.files import check_dtype, check_shapes
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
 """Parts that change nothing until they are trained: weights without them can be warm-started from."""

@@ -15,20 +15,20 @@ from statistics import median
 from typing import Annotated, Any
 
 from unidiff.decoding import CacheConfig
-from unidiff.evaluation.benchmark.cells import Cells, code_hash, model_hash
-from unidiff.evaluation.benchmark.contrasts import AUTO, Trial, contrasts
-from unidiff.evaluation.benchmark.random_weights import Progress
-from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
-from unidiff.evaluation.benchmark.settings import Decode, JudgedTasks, decodes
-from unidiff.evaluation.benchmark.speed import (
+from unidiff.evaluation.benchmark.measure import (
+    Cells,
     MatmulRates,
+    code_hash,
     machine,
     measure_rates,
+    model_hash,
     row_counts,
     thread_count,
     usable_device,
 )
-from unidiff.evaluation.benchmark.suites import cache_named, pick
+from unidiff.evaluation.benchmark.random_weights import Progress, cache_named, pick
+from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
+from unidiff.evaluation.benchmark.trials import AUTO, Decode, JudgedTasks, Trial, contrasts, decodes
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.output import UniDiffOutput

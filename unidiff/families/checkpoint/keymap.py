@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from unidiff.errors import few, plain
-from unidiff.weights.checks import check_dtype, check_finite
-from unidiff.weights.files import AnyTensor, in_memory
+from unidiff.weights.files import AnyTensor, check_dtype, check_finite, in_memory
 
 LAYER = "{i}"
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")

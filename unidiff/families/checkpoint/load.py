@@ -26,8 +26,15 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, check_value, from_data
 from unidiff.tokens.image.vq import IMAGE_TOKENIZERS, VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
-from unidiff.weights.checks import build_on_meta, check_finite, check_model_dtype
-from unidiff.weights.files import StoredTensor, in_memory, open_checkpoint, weight_file
+from unidiff.weights.files import (
+    StoredTensor,
+    build_on_meta,
+    check_finite,
+    check_model_dtype,
+    in_memory,
+    open_checkpoint,
+    weight_file,
+)
 
 ENTRIES = ("ema", "model", "state_dict")  # of a file that holds more than weights
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")

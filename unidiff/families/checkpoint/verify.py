@@ -19,7 +19,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens.batch import Span, TokenBatch
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.vocabulary import Vocabulary
-from unidiff.weights.checks import build_on_meta
+from unidiff.weights.files import build_on_meta
 
 _IDS = ("size", "text", "image", "mask_id", "image_mask_id")
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from unidiff.errors import read_json
 from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width
-from unidiff.weights.checks import check_dtype, check_finite
-from unidiff.weights.files import check_tensor, load_torch
+from unidiff.weights.files import check_dtype, check_finite, check_tensor, load_torch
 from unidiff.weights.model import load_checked
 
 MASK_EMBEDDING = "mask_token_embedding.pth"

@@ -16,8 +16,7 @@ from unidiff.registry import Registry
 from unidiff.schema import check_arguments
 from unidiff.tokens.image.protocol import ImageTokenizerModel, check_codes, check_images
 from unidiff.tokens.image.quantized import TrainableTokenizer
-from unidiff.weights.model import load_checked
-from unidiff.weights.saving import save_model
+from unidiff.weights.model import load_checked, save_model
 
 
 def _saved_name(value: Any) -> str | None:

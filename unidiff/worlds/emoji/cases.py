@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from unidiff.worlds.emoji.language import NUMBERS, article, draw_caption, draw_question
-from unidiff.worlds.emoji.parse import Facts, parse_caption
+from unidiff.worlds.emoji.language import NUMBERS, Facts, article, draw_caption, draw_question, parse_caption
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, SceneObject
 
 CATEGORIES = ("single_object", "two_objects", "counting", "background", "position", "composition")

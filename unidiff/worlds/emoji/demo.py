@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from unidiff.files import replace_text
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image, stack
 from unidiff.worlds.emoji.cases import caption_scenes, inpaint_cases, question_cases
-from unidiff.worlds.emoji.demo_page import Section, write_page
+from unidiff.worlds.emoji.judge import Hole
 from unidiff.worlds.emoji.language import draw_caption
-from unidiff.worlds.emoji.model import Hole
 from unidiff.worlds.emoji.scenes import LARGE, MEDIUM, SMALL, Profile, Scene, SceneObject, get_profile, render
 
 # Sentences of the training grammar, each with one scene that it describes: background, size, and what is where.
@@ -138,3 +143,51 @@ def picture_of(scene: Scene, profile: Profile) -> Image.Image:
 def _section(title: str, cells: list[Cell], result: Any) -> Section:
     cost = f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
     return Section(title, tuple(cells), cost)
+
+
+_STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1e24 }
+h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } p.cost { margin: 0 0 .8rem; color: #6e727c; font-size: .85rem }
+.grid { display: flex; flex-wrap: wrap; gap: 1.2rem } figure { margin: 0 }
+.images { display: flex; gap: 4px } img { width: 128px; image-rendering: pixelated; border-radius: 3px }
+figcaption { font-size: .92rem } figcaption small { display: block; color: #6e727c }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, its cells, and what they cost."""
+
+    title: str
+    cells: tuple[Cell, ...]
+    cost: str = ""
+
+    def lines(self, per_line: int) -> list[tuple[Cell, ...]]:
+        """The cells in lines of at most `2 * per_line` pictures."""
+        pictures = max(len(cell.images) for cell in self.cells)
+        count = max(1, 2 * per_line // pictures)
+        return [self.cells[i : i + count] for i in range(0, len(self.cells), count)]
+
+
+def write_page(sections: Sequence[Section], path: str | Path, title: str) -> None:
+    """One HTML page with its pictures in it, complete or not at all."""
+    said, parts = html.escape(title), []
+    for section in sections:
+        parts.append(f'<h2>{html.escape(section.title)}</h2>\n<p class="cost">{html.escape(section.cost)}</p>')
+        parts += ['<div class="grid">', *map(_figure, section.cells), "</div>"]
+    head = f'<meta charset="utf-8"><title>{said}</title><style>{_STYLE}</style>'
+    body = "\n".join([f"<h1>{said}</h1>", *parts])
+    replace_text(path, f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}\n</body></html>\n')
+
+
+def _figure(cell: Cell) -> str:
+    files = [io.BytesIO() for _ in cell.images]
+    for image, file in zip(cell.images, files, strict=True):
+        image.save(file, "PNG", optimize=True)
+    coded = [base64.b64encode(file.getvalue()).decode("ascii") for file in files]
+    images = "".join(f'<img alt="" src="data:image/png;base64,{data}">' for data in coded)
+    note = f"<small>{html.escape(cell.note)}</small>" if cell.note else ""
+    return (
+        f'<figure style="width:{len(files) * 132}px"><div class="images">{images}</div>'
+        f"<figcaption>{html.escape(cell.text)}{note}</figcaption></figure>"
+    )

@@ -19,8 +19,8 @@ from torch import Tensor
 from unidiff.diffusion.noise import keyed_uniform
 from unidiff.evaluation.report import Estimate, EvaluationReport
 from unidiff.worlds.emoji.cases import scenes
+from unidiff.worlds.emoji.language import facts_correct, parse_caption
 from unidiff.worlds.emoji.oracle import READ_UNIT, Oracle, Reading, as_float_images, ground_distance
-from unidiff.worlds.emoji.parse import facts_correct, parse_caption
 from unidiff.worlds.emoji.scenes import (
     BACKGROUNDS,
     KINDS,

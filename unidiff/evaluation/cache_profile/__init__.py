@@ -1,1 +1,0 @@
-"""How much features change between passes, and which cache that suits."""
