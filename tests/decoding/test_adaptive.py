@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.cache import AdaptiveCache, DualCache, HeldGuidance, IntervalCache, NoCache
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

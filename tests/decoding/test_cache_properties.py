@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache import ModalityCache
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
 REMASKING = {

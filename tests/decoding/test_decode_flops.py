@@ -17,9 +17,9 @@ from unidiff.decoding.cache import (
     PrefixCache,
     VicinityCache,
 )
-from unidiff.decoding.cache.bounds import expected_passes, speedup_bound
+from unidiff.decoding.cache.base import expected_passes, speedup_bound
 from unidiff.decoding.row_decode import RowDecode, RowWork, TokenRun, moments
-from unidiff.models.partial import LayerWork
+from unidiff.models.denoiser import LayerWork
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

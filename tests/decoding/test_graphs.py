@@ -13,7 +13,7 @@ from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, Sampl
 from unidiff.decoding.cache import AdaptiveCache, BlockCausalCache, HeldGuidance, RefreshPolicy
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, bucket, recordable, widened
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary

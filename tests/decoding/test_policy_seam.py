@@ -8,7 +8,7 @@ from torch import Tensor
 from toy_model import TableModel
 
 from unidiff.decoding import DecodeState, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

@@ -29,7 +29,7 @@ from unidiff.evaluation.cache_profile import (
     watch,
     write,
 )
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unidiff.decoding.cache.bounds import expected_passes
+from unidiff.decoding.cache.base import expected_passes
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.evaluation.benchmark import random_weights
 from unidiff.evaluation.benchmark.measure import MatmulRates, row_counts

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unidiff.decoding.commit.quota import quota
 from unidiff.families.llada import LLADA
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary

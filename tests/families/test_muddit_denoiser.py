@@ -8,7 +8,7 @@ from muddit_parts import tiny_clip, tiny_model
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference.subs import modality_logits, subs_log_probs
 
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

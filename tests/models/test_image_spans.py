@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.image_spans import image_spans
-from unidiff.models.partial import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unidiff.models.attention import Attention
-from unidiff.models.partial import CachePlan, query_index
-from unidiff.models.rotary import RotaryTables
+from unidiff.models.block import Attention, RotaryTables
+from unidiff.models.denoiser import CachePlan
+from unidiff.models.partial import query_index
 from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary

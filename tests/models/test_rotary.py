@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from unidiff.models.rotary import rotary_tables, rotate
+from unidiff.models.block import rotary_tables, rotate
 
 
 def scores(positions: torch.Tensor, modality: int, kind: str, theta: float = 50.0) -> torch.Tensor:

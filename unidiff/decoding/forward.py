@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.arguments import check_features, check_head
-from unidiff.decoding.cache.base import RefreshPolicy, by_whole_rows, stacked, stacks
-from unidiff.decoding.cache.none import NoCache
+from unidiff.decoding.cache.base import NoCache, RefreshPolicy
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
-from unidiff.models.denoiser import Denoiser, PartialDenoiser
-from unidiff.models.partial import CachePlan, LayerWork
-from unidiff.models.store import FeatureStore, gather_rows
+from unidiff.models.block import gather_rows
+from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
+from unidiff.models.store import FeatureStore
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
@@ -118,7 +117,7 @@ class StreamedModel:
         begun = wall.perf_counter()
         for group in self._groups(plans):
             rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S B, L]
-            together, times = stacked([plans[s] for s in group]), time.float().repeat(len(group))
+            together, times = CachePlan.stacked([plans[s] for s in group]), time.float().repeat(len(group))
             if self.store is not None:
                 self._run_partial(rows, together, group, times)
                 continue
@@ -166,7 +165,7 @@ class StreamedModel:
             return own
         by_layer = own.verify is not None or bool(own.full_layers)
         if by_layer and self.store is None:
-            return by_whole_rows(own)
+            return own.by_whole_rows()
         idle = not by_layer and own.query is not None and own.width is None and not bool(own.query.any())
         nothing = own.width == 0 and own.fresh is None and not by_layer
         return None if idle or nothing else own
@@ -177,7 +176,7 @@ class StreamedModel:
         for stream, own in plans.items():
             if groups:
                 together = self.store is None or groups[-1][-1] + 1 == stream
-                if together and stacks(own, plans[groups[-1][0]]):
+                if together and own.stacks_with(plans[groups[-1][0]]):
                     groups[-1].append(stream)
                     continue
             groups.append([stream])

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.models.denoiser import Denoiser, PartialDenoiser
-from unidiff.models.partial import CachePlan, LayerWork, Select
+from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser, Select
 from unidiff.models.store import FeatureStore
 from unidiff.tokens import TokenBatch
 

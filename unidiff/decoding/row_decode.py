@@ -11,8 +11,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from unidiff.decoding.state import BlockShares
-from unidiff.models.denoiser import DenoiserTraits
-from unidiff.models.partial import LayerWork
+from unidiff.models.denoiser import DenoiserTraits, LayerWork
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality
 

@@ -28,8 +28,8 @@ from unidiff.decoding import DecodeState, NoCache
 from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.evaluation.report import table_of, write_json
-from unidiff.models.denoiser import DenoiserTraits
-from unidiff.models.partial import CachePlan, cosine
+from unidiff.models.denoiser import CachePlan, DenoiserTraits
+from unidiff.models.partial import cosine
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image

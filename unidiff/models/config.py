@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width, check_fields
@@ -102,21 +103,21 @@ class TransformerConfig:
         if self.rope_grid is not None and (self.rope != "2d" or self.rope_linear_factor != 1):
             raise ValueError(f"rope_grid = {self.rope_grid} needs rope '2d' and rope_linear_factor 1")
 
-    @property
+    @cached_property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    @property
+    @cached_property
     def inner_size(self) -> int:
         """Width inside the feed-forward: 4 D, or for SwiGLU the same number of weights, 8/3 D in multiples of 64."""
         swiglu = self.activation == "swiglu"
         return self.ffn_size or (-(-8 * self.hidden_size // 3 // 64) * 64 if swiglu else 4 * self.hidden_size)
 
-    @property
+    @cached_property
     def timed(self) -> bool:
         """Whether features depend on the time."""
         return self.time_conditioning and self.constant_time is None

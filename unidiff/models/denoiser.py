@@ -2,14 +2,158 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from unidiff.models.partial import CachePlan, LayerWork, PartialHidden, Select
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.tokens.batch import TokenBatch
+
+Select = Callable[[int, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which positions a pass recomputes and where logits are wanted.
+
+    Attributes:
+        query: bool `[B, L]`, positions whose features are recomputed in every layer; None for all of them.
+        logits: bool `[B, L]`, positions whose logits the caller reads; None for all of them.
+        full: True when every feature is computed afresh, so nothing stored from earlier passes is used.
+        verify: bool `[B, L]`, positions whose values every layer recomputes, replaces and compares with the stored ones;
+            the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
+        full_layers: layers that recompute every position. Needs a store with `outputs`.
+        full_rows: bool `[len(full_layers), B]`, the rows in which each of them does so; None for all.
+        width: most `query` positions in a row where the caller knows it; saves reading it from the device. More than
+            there are is padding, which changes nothing.
+        compared, chosen: the same for what a layer compares (`query` and `verify` together) and for what it recomputes
+            after `select`.
+        fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
+            apart from rows that do little, so that none of these pays for the padding.
+        others: what guidance streams do that do not follow this plan; see `with_streams`.
+        every_row: finished rows are computed as well, for those who look at features.
+        rows: bool `[B]`, of a guidance stream: rows that are evaluated in this pass. The others keep their difference
+            from the conditional logits, see `with_streams`. None for all.
+    """
+
+    query: Tensor | None = None
+    logits: Tensor | None = None
+    full: bool = True
+    verify: Tensor | None = None
+    full_layers: tuple[int, ...] = ()
+    width: int | None = None
+    compared: int | None = None
+    chosen: int | None = None
+    fresh: Tensor | None = None
+    others: Mapping[int, CachePlan | None] = field(default_factory=dict)
+    every_row: bool = False
+    full_rows: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
+            if positions is not None and (positions.ndim != 2 or positions.dtype.is_floating_point):
+                raise ValueError(
+                    f"CachePlan.{name} has shape {tuple(positions.shape)} and dtype {positions.dtype}; expected bool [B, L]"
+                )
+        if self.full and not (self.query is self.verify is self.fresh is None and not self.full_layers):
+            raise ValueError("a full CachePlan recomputes every position; leave all but logits out or set full=False")
+        if self.fresh is not None and (self.query is None or self.verify is not None or self.full_layers):
+            raise ValueError("CachePlan.fresh goes with query, and not with verify or full_layers")
+
+    def with_streams(self, others: Mapping[int, CachePlan | None]) -> CachePlan:
+        """This plan, with plans of their own for some guidance streams.
+
+        None leaves a stream out of the pass: its difference from the conditional logits stays what it was when it was
+        last evaluated.
+        """
+        return replace(self, others=dict(others))
+
+    def of(self, stream: int) -> CachePlan | None:
+        """What a stream does; the conditional one is 0."""
+        return self.others.get(stream, self)
+
+    def working_rows(self) -> Tensor | None:
+        """bool `[B]`: rows in which anything is recomputed; None where that is said of all."""
+        if self.query is None or (self.full_layers and self.full_rows is None):
+            return None
+        rows = self.query.any(1)
+        if self.verify is not None:
+            rows = rows | self.verify.any(1)
+        return rows if self.full_rows is None else rows | self.full_rows.any(0)
+
+    def by_whole_rows(self) -> CachePlan:
+        """For models that cannot go layer by layer: rows that would do so recompute everything, others their query."""
+        if self.query is None or (self.full_layers and self.full_rows is None):
+            return CachePlan()
+        deep = torch.zeros_like(self.query[:, 0])
+        if self.verify is not None:
+            deep = deep | (self.verify & ~self.query).any(1)
+        if self.full_rows is not None:
+            deep = deep | self.full_rows.any(0)
+        return CachePlan(self.query | deep[:, None], self.logits, full=False, rows=self.rows)
+
+    def stacks_with(self, other: CachePlan) -> bool:
+        """Whether streams with these plans run as rows of one call.
+
+        Plans that refresh layer by layer differ in size when they differ at all; joined, each would pay for the larger.
+        """
+        if self.full or other.full:
+            return self.full and other.full
+        if self.query is other.query and self.verify is other.verify and self.full_rows is other.full_rows:
+            return (self.full_layers, self.width) == (other.full_layers, other.width)
+        plain = all(p.verify is None and not p.full_layers and p.query is not None for p in (self, other))
+        return plain and self.width == other.width
+
+    @classmethod
+    def stacked(cls, plans: Sequence[CachePlan]) -> CachePlan:
+        """The plan of all rows, stream by stream, of plans that stack."""
+        first, count = plans[0], len(plans)
+        if first.full or count == 1:
+            return first
+        query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
+        verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
+        fresh = None
+        if query is not None and any(p.fresh is not None for p in plans):
+            none = torch.zeros_like(query[: len(query) // count, 0])
+            fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
+        full_rows = None if first.full_rows is None else first.full_rows.repeat(1, count)
+        return replace(first, query=query, verify=verify, fresh=fresh, full_rows=full_rows, others={})
+
+    def refreshed_in(self, layer: int) -> Tensor | bool:
+        """Whether a layer recomputes every position: in all rows, in none, or in those of a bool `[B]`."""
+        if layer not in self.full_layers or self.full_rows is None:
+            return self.query is None or layer in self.full_layers
+        return self.full_rows[self.full_layers.index(layer)]
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Positions per row that one layer sent through its matrices, padding of the index included."""
+
+    qk: int
+    v: int
+    out: int
+
+
+@dataclass(frozen=True)
+class PartialHidden:
+    """What a pass computed.
+
+    Attributes:
+        hidden: `[B, n, D]`, final hidden states ready for the head. (The store keeps them for all positions.)
+        index: int64 `[B, n]`, their positions; L on padding of the index, and in rows that were computed afresh.
+        work: one entry per layer.
+        fresh: rows that were computed afresh.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    work: tuple[LayerWork, ...]
+    fresh: int = 0
 
 
 class Denoiser(Protocol):

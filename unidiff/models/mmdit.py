@@ -15,8 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.models.conditioning import AdaLN, Condition
-from unidiff.models.layers import Norm
+from unidiff.models.block import AdaLN, Condition, Norm
 from unidiff.models.mmdit_blocks import (
     NORM_EPS,
     AxisTables,

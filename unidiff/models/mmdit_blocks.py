@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.models.attention import attend
-from unidiff.models.conditioning import AdaLN, Condition, modulate
-from unidiff.models.layers import FeedForward, Norm
+from unidiff.models.block import AdaLN, Condition, FeedForward, Norm, attend, modulate
 
 NORM_EPS = 1e-6
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.models.conditioning import Condition
+from unidiff.models.block import Condition, gather_rows
+from unidiff.models.denoiser import CachePlan, LayerWork, Select
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_blocks import AxisTables, Streams, WholeView, attended, fed, joined, turn
-from unidiff.models.partial import CachePlan, LayerWork, Select, check_plan, compare_values, query_index
-from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, gather_rows
+from unidiff.models.partial import check_plan, compare_values, query_index
+from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions
 
 
 class MMDiTInputs(NamedTuple):

@@ -8,125 +8,28 @@ recomputes the same positions in every layer (prefix and dual caches, Fast-dLLM,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.models.attention import AttentionMask
-from unidiff.models.block import Block
-from unidiff.models.conditioning import Condition, Modulation, modulate
-from unidiff.models.rotary import RotaryTables, rotate
-from unidiff.models.store import FeatureStore, gather_rows
+from unidiff.models.block import (
+    AttentionMask,
+    Block,
+    Condition,
+    Modulation,
+    RotaryTables,
+    gather_rows,
+    modulate,
+    rotate,
+)
+from unidiff.models.denoiser import CachePlan, LayerWork, PartialHidden, Select
+from unidiff.models.store import FeatureStore
 
-Select = Callable[[int, Tensor], Tensor | None]
 ATTENTION, FEED_FORWARD = range(2)  # branches of a block, in the order in which a store keeps their outputs
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """Which positions a pass recomputes and where logits are wanted.
-
-    Attributes:
-        query: bool `[B, L]`, positions whose features are recomputed in every layer; None for all of them.
-        logits: bool `[B, L]`, positions whose logits the caller reads; None for all of them.
-        full: True when every feature is computed afresh, so nothing stored from earlier passes is used.
-        verify: bool `[B, L]`, positions whose values every layer recomputes, replaces and compares with the stored ones;
-            the caller's `select` then names those that the layer recomputes altogether. Needs a store with `outputs`.
-        full_layers: layers that recompute every position. Needs a store with `outputs`.
-        full_rows: bool `[len(full_layers), B]`, the rows in which each of them does so; None for all.
-        width: most `query` positions in a row where the caller knows it; saves reading it from the device. More than
-            there are is padding, which changes nothing.
-        compared, chosen: the same for what a layer compares (`query` and `verify` together) and for what it recomputes
-            after `select`.
-        fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
-            apart from rows that do little, so that none of these pays for the padding.
-        others: what guidance streams do that do not follow this plan; see `with_streams`.
-        every_row: finished rows are computed as well, for those who look at features.
-        rows: bool `[B]`, of a guidance stream: rows that are evaluated in this pass. The others keep their difference
-            from the conditional logits, see `with_streams`. None for all.
-    """
-
-    query: Tensor | None = None
-    logits: Tensor | None = None
-    full: bool = True
-    verify: Tensor | None = None
-    full_layers: tuple[int, ...] = ()
-    width: int | None = None
-    compared: int | None = None
-    chosen: int | None = None
-    fresh: Tensor | None = None
-    others: Mapping[int, CachePlan | None] = field(default_factory=dict)
-    every_row: bool = False
-    full_rows: Tensor | None = None
-    rows: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
-            if positions is not None and (positions.ndim != 2 or positions.dtype.is_floating_point):
-                raise ValueError(
-                    f"CachePlan.{name} has shape {tuple(positions.shape)} and dtype {positions.dtype}; expected bool [B, L]"
-                )
-        if self.full and not (self.query is self.verify is self.fresh is None and not self.full_layers):
-            raise ValueError("a full CachePlan recomputes every position; leave all but logits out or set full=False")
-        if self.fresh is not None and (self.query is None or self.verify is not None or self.full_layers):
-            raise ValueError("CachePlan.fresh goes with query, and not with verify or full_layers")
-
-    def with_streams(self, others: Mapping[int, CachePlan | None]) -> CachePlan:
-        """This plan, with plans of their own for some guidance streams.
-
-        None leaves a stream out of the pass: its difference from the conditional logits stays what it was when it was
-        last evaluated.
-        """
-        return replace(self, others=dict(others))
-
-    def of(self, stream: int) -> CachePlan | None:
-        """What a stream does; the conditional one is 0."""
-        return self.others.get(stream, self)
-
-    def working_rows(self) -> Tensor | None:
-        """bool `[B]`: rows in which anything is recomputed; None where that is said of all."""
-        if self.query is None or (self.full_layers and self.full_rows is None):
-            return None
-        rows = self.query.any(1)
-        if self.verify is not None:
-            rows = rows | self.verify.any(1)
-        return rows if self.full_rows is None else rows | self.full_rows.any(0)
-
-    def refreshed_in(self, layer: int) -> Tensor | bool:
-        """Whether a layer recomputes every position: in all rows, in none, or in those of a bool `[B]`."""
-        if layer not in self.full_layers or self.full_rows is None:
-            return self.query is None or layer in self.full_layers
-        return self.full_rows[self.full_layers.index(layer)]
-
-
-@dataclass(frozen=True)
-class LayerWork:
-    """Positions per row that one layer sent through its matrices, padding of the index included."""
-
-    qk: int
-    v: int
-    out: int
-
-
-@dataclass(frozen=True)
-class PartialHidden:
-    """What a pass computed.
-
-    Attributes:
-        hidden: `[B, n, D]`, final hidden states ready for the head. (The store keeps them for all positions.)
-        index: int64 `[B, n]`, their positions; L on padding of the index, and in rows that were computed afresh.
-        work: one entry per layer.
-        fresh: rows that were computed afresh.
-    """
-
-    hidden: Tensor
-    index: Tensor
-    work: tuple[LayerWork, ...]
-    fresh: int = 0
 
 
 def query_index(query: Tensor, width: int | None = None) -> Tensor:
@@ -193,7 +96,7 @@ def _narrow(
     condition, inputs = model.condition(store.inputs["modality"], time), store.inputs
     if not whole:
         ids, inputs = ids.gather(1, index.clamp_max(ids.shape[1] - 1)), store.inputs_at(index)
-        condition = _condition_at(condition, index)
+        condition = None if condition is None else condition.at(index)
     x = model.embed(ids, inputs["modality"], inputs.get("grid_index"))  # [B, n, D]
     store.begin(index, whole)
     n = index.shape[1]
@@ -357,9 +260,3 @@ def _seen(store: FeatureStore, layer: int) -> tuple[Tensor, Tensor]:
 
 def _rotary_of(inputs: Mapping[str, Tensor]) -> RotaryTables:
     return RotaryTables(inputs["cos"], inputs["signed_sin"])
-
-
-def _condition_at(condition: Condition | None, index: Tensor) -> Condition | None:
-    if condition is None or condition.shifted is None or condition.gated is None:
-        return condition
-    return Condition(condition.vector, gather_rows(condition.shifted, index), gather_rows(condition.gated, index))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unidiff.models.block import gather_rows
+
 
 @dataclass(frozen=True)
 class StoreOptions:
@@ -251,18 +253,3 @@ class FeatureStore:
             start = torch.arange(rows * count, device=index.device).view(rows, count, 1) * places
             known = self._flat[id(index), use] = index, (at + start).flatten()  # the index stays alive with its id
         return known[1]
-
-
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`[B, L, D]` and int64 `[B, n]` to `[B, n, D]`; padding of the index (L or more) takes the last position."""
-    rows, length, width = x.shape
-    if not index.numel():
-        return x.new_zeros(rows, index.shape[1], width)
-    index = index.clamp_max(length - 1)
-    apart = x.stride(0) // width if x.stride()[1:] == (width, 1) and x.stride(0) % width == 0 else 0
-    if not apart or x.requires_grad:
-        return x.gather(1, index[..., None].expand(-1, -1, width))
-    # whole rows of memory, also where every row of the batch has a spare position behind it
-    start = torch.arange(rows, device=x.device)[:, None] * apart
-    flat = x.as_strided(((rows - 1) * apart + length, width), (width, 1))
-    return flat.index_select(0, (index + start).flatten()).view(rows, -1, width)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.models.attention import Attention, AttentionMask, block_causal_mask
-from unidiff.models.block import Block
-from unidiff.models.conditioning import AdaLN, Condition, TimeEmbedding, modulate
+from unidiff.models.block import (
+    AdaLN,
+    Attention,
+    AttentionMask,
+    Block,
+    Condition,
+    FeedForward,
+    Norm,
+    RotaryTables,
+    TimeEmbedding,
+    block_causal_mask,
+    modulate,
+    rotary_tables,
+)
 from unidiff.models.config import TransformerConfig
-from unidiff.models.denoiser import DenoiserTraits, LayerFlops
+from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.image_spans import image_spans
-from unidiff.models.layers import FeedForward, Norm
-from unidiff.models.partial import CachePlan, PartialHidden, Select, partial_hidden
-from unidiff.models.rotary import RotaryTables, rotary_tables
+from unidiff.models.partial import partial_hidden
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions
 from unidiff.tokens.batch import TokenBatch
 from unidiff.tokens.vocabulary import Modality
@@ -92,7 +103,7 @@ class MaskedTransformer(CheckedModel):
         is block-causal."""
         return partial_hidden(self, ids, plan, store, time, select)
 
-    @property
+    @cached_property
     def traits(self) -> DenoiserTraits:
         """See `PartialDenoiser`."""
         c, d = self.settings, self.settings.hidden_size

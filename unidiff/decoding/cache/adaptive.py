@@ -17,8 +17,7 @@ from unidiff.decoding.cache.base import Compat, Policy, StreamPlan, check_settin
 from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
-from unidiff.models.denoiser import DenoiserTraits
-from unidiff.models.partial import LayerWork
+from unidiff.models.denoiser import DenoiserTraits, LayerWork
 from unidiff.models.store import StoreOptions
 from unidiff.schema import Between
 

@@ -6,17 +6,16 @@ cache says in `plan_stream` what the rows of one stream recompute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
+from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork, moments
 from unidiff.decoding.state import DecodeState
-from unidiff.models.denoiser import DenoiserTraits
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan, DenoiserTraits
 from unidiff.models.store import StoreOptions
 from unidiff.schema import check_value, field_types
 from unidiff.tokens import TokenBatch
@@ -25,6 +24,8 @@ Compat = Literal["upstream"] | None
 """`upstream`: the behaviour of the reference implementation where it differs."""
 Count = Callable[[Tensor], Tensor]
 """How many of n compared positions a layer recomputes, int64 `[B]` to `[B]`."""
+Rate = Callable[[int], float]
+"""FLOP/s of the model's matrix products at a number of rows."""
 
 
 @runtime_checkable
@@ -173,6 +174,21 @@ class Policy:
         return None
 
 
+class NoCache(Policy):
+    """Full passes, logits at the candidates."""
+
+    name = "none"
+
+    def start(self, batch: TokenBatch, model: Any) -> Self:
+        return self
+
+    def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
+        return CachePlan(logits=candidates)
+
+    def row_work(self, decode: RowDecode, now: RowMoment, layers: int) -> RowWork:
+        return RowWork.even(layers, decode.length, decode.length, now.masked, now.ids)
+
+
 class StoringPolicy(Policy):
     """Keeps keys and values. `rotated` (a setting): keys after rotary, the same result with less work per pass."""
 
@@ -221,46 +237,6 @@ def plan_rows(
     return CachePlan(query, candidates, False, verify, full_layers, width, rest[1], rest[2] if quota else None)
 
 
-def stacks(a: CachePlan, b: CachePlan) -> bool:
-    """Whether streams with these plans run as rows of one call.
-
-    Plans that refresh layer by layer differ in size when they differ at all; joined, each would pay for the larger.
-    """
-    if a.full or b.full:
-        return a.full and b.full
-    if a.query is b.query and a.verify is b.verify and a.full_rows is b.full_rows:
-        return (a.full_layers, a.width) == (b.full_layers, b.width)
-    plain = all(p.verify is None and not p.full_layers and p.query is not None for p in (a, b))
-    return plain and a.width == b.width
-
-
-def stacked(plans: Sequence[CachePlan]) -> CachePlan:
-    """The plan of all rows, stream by stream."""
-    first = plans[0]
-    if first.full or len(plans) == 1:
-        return first
-    query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
-    verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
-    fresh = None
-    if query is not None and any(p.fresh is not None for p in plans):
-        none = torch.zeros_like(query[: len(query) // len(plans), 0])
-        fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
-    full_rows = None if first.full_rows is None else first.full_rows.repeat(1, len(plans))
-    return replace(first, query=query, verify=verify, fresh=fresh, full_rows=full_rows, others={})
-
-
-def by_whole_rows(plan: CachePlan) -> CachePlan:
-    """A plan for models that cannot go layer by layer: rows that would do so recompute everything, others their query."""
-    if plan.query is None or (plan.full_layers and plan.full_rows is None):
-        return CachePlan()
-    deep = torch.zeros_like(plan.query[:, 0])
-    if plan.verify is not None:
-        deep = deep | (plan.verify & ~plan.query).any(1)
-    if plan.full_rows is not None:
-        deep = deep | plan.full_rows.any(0)
-    return CachePlan(plan.query | deep[:, None], plan.logits, full=False, rows=plan.rows)
-
-
 def check_settings(policy: Any) -> None:
     """Raise `ValueError` unless the settings of a policy, a dataclass, have their declared types."""
     kind: Any = type(policy)
@@ -268,3 +244,40 @@ def check_settings(policy: Any) -> None:
     for f in fields(policy):
         if f.init:
             check_value(getattr(policy, f.name), types[f.name], f"{kind.__name__} {f.name}")
+
+
+def expected_passes(policy: Policy, decode: RowDecode, layers: int) -> list[RowWork]:
+    """What each pass has to compute in a row without guidance.
+
+    Raises:
+        ValueError: a policy whose work depends on the model's answers, or is not known.
+    """
+    return [policy.row_work(decode, moment, layers) for moment in moments(decode)]
+
+
+def speedup_bound(policy: Policy, decode: RowDecode, traits: DenoiserTraits, rate: Rate | None = None) -> float:
+    """Time without a cache over time with it, if all time were spent in matrix products.
+
+    Args:
+        traits: of the model.
+        rate: FLOP/s at a number of rows, for the corrected bound; None takes the same for all numbers.
+    """
+    plain, cached = (
+        sum(pass_seconds(p, traits, rate) for p in expected_passes(kind, decode, len(traits.layers)))
+        for kind in (NoCache(), policy)
+    )
+    return plain / cached
+
+
+def pass_seconds(work: RowWork, traits: DenoiserTraits, rate: Rate | None = None) -> float:
+    """FLOPs of a pass over the rate at the rows of each product; attention counts at the rate of its query rows."""
+    at = (lambda rows: 1.0) if rate is None else rate
+    total = traits.head_flops(work.head, work.ids) / at(work.head) if work.head else 0.0
+    for layer, w in zip(traits.layers, work.layers, strict=True):
+        parts = (
+            (w.qk, layer.query_key + work.keys * layer.pair),
+            (w.v, layer.value),
+            (w.out, layer.output + layer.feed_forward),
+        )
+        total += sum(rows * each / at(rows) for rows, each in parts if rows)
+    return total

@@ -9,11 +9,10 @@ from typing import Annotated, Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import Policy, RefreshPolicy, check_settings, joined, plan_rows
-from unidiff.decoding.cache.none import NoCache
+from unidiff.decoding.cache.base import NoCache, Policy, RefreshPolicy, check_settings, joined, plan_rows
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import StoreOptions
 from unidiff.schema import Between
 from unidiff.tokens import Modality, TokenBatch

@@ -10,8 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from unidiff.decoding.cache.base import Policy, RefreshPolicy
-from unidiff.decoding.cache.bounds import expected_passes
+from unidiff.decoding.cache.base import Policy, RefreshPolicy, expected_passes
 from unidiff.decoding.cache.combined import SEGMENTS, CacheByRow, HeldGuidance, SegmentCache
 from unidiff.decoding.config import RULES, SamplerConfig
 from unidiff.decoding.row_decode import RowDecode, TokenRun

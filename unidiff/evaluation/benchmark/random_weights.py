@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unidiff.decoding import ModalityDecoding, RefreshPolicy, Sampler, SamplerConfig, SamplerOutput
-from unidiff.decoding.cache.bounds import speedup_bound
+from unidiff.decoding.cache.base import speedup_bound
 from unidiff.decoding.cache.config import CACHES, CacheConfig
 from unidiff.decoding.row_decode import RowDecode, TokenRun
 from unidiff.evaluation.benchmark.measure import (

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from unidiff.families.muddit.text import ClipText, TextFeatures
-from unidiff.models.conditioning import Condition
-from unidiff.models.denoiser import DenoiserTraits, LayerFlops
+from unidiff.models.block import Condition
+from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_partial import MMDiTInputs, mmdit_store, partial_mmdit
-from unidiff.models.partial import CachePlan, PartialHidden, Select
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
