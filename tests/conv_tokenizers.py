@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unidiff.tokens.image.conv_autoencoder import ConvTokenizerModel
+from unidiff.tokens.image.conv import ConvTokenizerModel
 from unidiff.tokens.image.vq import VQImageTokenizer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from unidiff.families.family import FAMILIES
 from unidiff.families.image_tokenizers import LLAMAGEN_KEYS
 from unidiff.families.mmada import mmada_vocabulary
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 
 def tiny_weights(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

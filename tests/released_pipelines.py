@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from unidiff.families.family import FAMILIES
 from unidiff.families.mmada import SPECIALS as MMADA
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.text import TextTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
 
 CORPUS = ["a red fox on a hill", "two owls"]
 LUMINA = ("eos", "newline", "answer_pad", "boi", "eoi", "uncondition", "answer", "end_answer")

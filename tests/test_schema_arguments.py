@@ -15,10 +15,9 @@ from unidiff.models.config import TransformerConfig
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Width, check_arguments, check_value, field_types
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.conv import ConvVQModel
-from unidiff.tokens.image.lfq import LFQModel
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens.image.conv import ConvVQModel, LFQModel
 
 MODELS = {
     MaskedTransformer: {"vocab_size": 12, "hidden_size": 16, "num_layers": 1, "num_heads": 2},

@@ -19,9 +19,9 @@ from unidiff.pipelines.rows import NativeLayout
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.pipelines.tasks import call_task
 from unidiff.schema import check_value
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
 from unidiff.words import between_holes
 
 

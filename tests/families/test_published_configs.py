@@ -29,7 +29,7 @@ from unidiff.models.block import Norm
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image import conv_autoencoder
+from unidiff.tokens.image import conv
 from unidiff.tokens.image.vq import VQImageTokenizer
 
 RELEASES = {release.name: (family, release) for family in FAMILIES.values() for release in family.releases}
@@ -237,10 +237,10 @@ def test_defaults_of_the_tasks_are_the_published_ones():
 
 def test_group_norms_of_the_image_tokenizers_have_32_groups_and_epsilon_1e_6():
     """LlamaGen and MAGVIT-v2 share them. On an input of variance 1e-6 the epsilon halves the variance that is left."""
-    norm = conv_autoencoder.ImageNorm(64)
+    norm = conv.ImageNorm(64)
     x = 1e-3 * torch.randn(1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
     out = norm(x)
-    assert conv_autoencoder.NORM_GROUPS == 32
+    assert conv.NORM_GROUPS == 32
     grouped = x.view(1, 32, -1)
     expected = (grouped - grouped.mean(-1, keepdim=True)) / (
         grouped.var(-1, unbiased=False, keepdim=True) + 1e-6

@@ -19,7 +19,7 @@ from unidiff.families.checkpoint.small_memory import block_layers, offload, quan
 from unidiff.families.checkpoint.verify import answer
 from unidiff.families.family import FAMILIES
 from unidiff.families.llada import LLADA
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 VOCABULARY = Vocabulary(600, (0, 600), (600, 600), 599)
 

@@ -9,7 +9,7 @@ from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import TextLayout
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Family, Release, Tiny
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 
 def settings(config):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from unidiff.families.unidisc import INTERLEAVED_IMAGES, INTERLEAVED_SIDES
-from unidiff.tokens.batch import TokenBatch
-from unidiff.tokens.vocabulary import Modality, Vocabulary
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
 def llada_batch(ids: Tensor, given: Tensor | None = None, attended: Tensor | None = None) -> TokenBatch:

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unidiff.tokens.batch import Span, TokenBatch
-from unidiff.tokens.vocabulary import Modality, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 IGNORED = -100
 QUESTION = "<|start_header_id|>user<|end_header_id|>\n{}<eot_id><|start_header_id|>assistant<|end_header_id|>\n"

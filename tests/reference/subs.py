@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from unidiff.models.denoiser import Denoiser
-from unidiff.tokens.batch import TokenBatch
-from unidiff.tokens.vocabulary import Modality, Vocabulary
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
 def modality_logits(model: Denoiser, hidden: Tensor, modality: Modality | int, vocabulary: Vocabulary) -> Tensor:

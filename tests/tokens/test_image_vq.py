@@ -10,8 +10,7 @@ from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
 from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.protocol import ImageEncoder, PixelDecoder
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.vq import ImageEncoder, PixelDecoder, VQImageTokenizer
 
 
 def cell_model(factor: int = 4) -> CellVQModel:

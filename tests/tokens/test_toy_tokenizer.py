@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from unidiff.tokens.image.quantized import Quantized, QuantizedAutoencoder
+from unidiff.tokens.image.vq import Quantized, QuantizedAutoencoder
 
 
 class ToyTokenizer(QuantizedAutoencoder):

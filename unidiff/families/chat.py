@@ -19,8 +19,7 @@ from unidiff.families.layout import (
     hidden_words,
     lay_out,
 )
-from unidiff.tokens.batch import Span
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Span, Vocabulary
 from unidiff.words import MOST_TOKENS, has_holes, short
 
 ROLES = ("system", "user", "assistant")

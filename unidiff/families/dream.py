@@ -17,7 +17,7 @@ from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear, pe
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names, copied_head
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 # upstream's fields of the 7B checkpoints
 RELEASED: Mapping[str, Any] = {

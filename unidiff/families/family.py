@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from unidiff.families.checkpoint.keymap import PREFIXES, KeyMap, assemble, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.registry import Registry
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
 from unidiff.weights.files import build_on_meta
 
 Config = Mapping[str, Any]

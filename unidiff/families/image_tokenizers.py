@@ -16,9 +16,8 @@ from unidiff.families.checkpoint.config_keys import Argument, ConfigError, Confi
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
 from unidiff.schema import Between, Depth, Rows, Width
-from unidiff.tokens.image.conv import ConvVQModel
+from unidiff.tokens.image.conv import ConvVQModel, LFQModel, bit_values, lfq_vectors
 from unidiff.tokens.image.diffusers_vq import DiffusersVQ
-from unidiff.tokens.image.lfq import LFQModel, bit_values, lfq_vectors
 
 # our names inside a level, and the names that all of them use
 _PARTS = ((r"\.shortcut\.", ".nin_shortcut."), (r"\.out\.", ".proj_out."))

@@ -17,7 +17,7 @@ from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Rows, Width
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 TINY_SHAPE = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8}
 DIT_KEY = r"^(backbone\.)?vocab_embed\.embedding$"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unidiff.models.config import TransformerConfig
-from unidiff.tokens.vocabulary import Modality
+from unidiff.tokens import Modality
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

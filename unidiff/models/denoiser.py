@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unidiff.models.store import FeatureStore, StoreOptions
-from unidiff.tokens.batch import TokenBatch
+from unidiff.tokens import TokenBatch
 
 Select = Callable[[int, Tensor], Tensor | None]
 

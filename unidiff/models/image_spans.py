@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unidiff.tokens.vocabulary import Modality
+from unidiff.tokens import Modality
 
 
 class ImageSpans(NamedTuple):

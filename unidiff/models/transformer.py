@@ -27,8 +27,7 @@ from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, Parti
 from unidiff.models.image_spans import image_spans
 from unidiff.models.partial import partial_hidden
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions
-from unidiff.tokens.batch import TokenBatch
-from unidiff.tokens.vocabulary import Modality
+from unidiff.tokens import Modality, TokenBatch
 from unidiff.weights.model import CheckedModel, built_from
 
 

@@ -15,9 +15,9 @@ from unidiff.families.checkpoint.load import PIPELINE_PARTS, RECORD, find_config
 from unidiff.families.family import FAMILIES, fitting
 from unidiff.families.layout import RowLayout
 from unidiff.pipelines.settings import PipelineSettings
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
 
 IMAGE_PLACES = ("image_tokenizer", "vqvae", "magvitv2", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt")
 TEXT_PLACES = ("text_tokenizer", "tokenizer", ".")

@@ -17,7 +17,7 @@ from unidiff.families.checkpoint.load import RECORD, find_part, load_released, s
 from unidiff.families.family import Released
 from unidiff.files import replacing_folder, resolve_link
 from unidiff.hub import ALL_FILES, locate
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 SHARD_SIZE = "5GB"
 

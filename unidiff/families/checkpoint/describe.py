@@ -15,7 +15,7 @@ from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Released
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 DEFAULT_TOKENS = 1024
 LONGEST_TOKENS = 2**24

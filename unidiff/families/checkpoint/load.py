@@ -24,8 +24,8 @@ from unidiff.hub import ALL_FILES, locate
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, check_value, from_data
+from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import IMAGE_TOKENIZERS, VQImageTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
 from unidiff.weights.files import (
     StoredTensor,
     build_on_meta,

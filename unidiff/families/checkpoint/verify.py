@@ -16,9 +16,8 @@ from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Family, Release
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens.batch import Span, TokenBatch
+from unidiff.tokens import Span, TokenBatch, Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
-from unidiff.tokens.vocabulary import Vocabulary
 from unidiff.weights.files import build_on_meta
 
 _IDS = ("size", "text", "image", "mask_id", "image_mask_id")

@@ -17,7 +17,7 @@ from unidiff.families.family import Config, Family, Release, Spelling, Tiny, cop
 from unidiff.families.llada.rows import LLADA_CHAT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 ROWS_8B = 126464
 EOT_8B = 126348  # end of turn; in no released config

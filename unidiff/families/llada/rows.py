@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import ChatTemplate, answer_config
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 
 def llada_sampler(

@@ -15,7 +15,7 @@ from unidiff.families.family import Config, Family, Release, Spelling, Tiny, con
 from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout
 from unidiff.models.mmdit import MMDiT
 from unidiff.schema import Depth, Index, Layers, Rows, Width
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 CLASSES = {"SymmetricTransformer2DModel": "muddit", "Transformer2DModel": "meissonic"}
 CLIP_SIZE = 49408  # ids of the CLIP tokenizer; <|startoftext|> and <|endoftext|> are the last two

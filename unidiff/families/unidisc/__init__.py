@@ -18,7 +18,7 @@ from unidiff.families.mdlm import DIT_KEY, TIME_ENTRIES, TINY_SHAPE, block_entri
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_interleaved
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
-from unidiff.tokens.vocabulary import Vocabulary
+from unidiff.tokens import Vocabulary
 
 TEXT_VOCAB_SIZE = 32001  # LLaMA-2's ids and [MASK]
 NORM_TYPES = {"layernorm": "layer", "rms": "rms"}

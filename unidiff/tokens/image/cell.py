@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from unidiff.schema import Between, Layers, Rows, Width
-from unidiff.tokens.image.quantized import Quantized, QuantizedAutoencoder
+from unidiff.tokens.image.vq import Quantized, QuantizedAutoencoder
 
 
 class ChannelNorm(nn.Module):

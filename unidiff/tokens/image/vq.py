@@ -1,22 +1,164 @@
-"""`VQImageTokenizer`: one small interface over every image tokenizer, and the registry that finds them."""
+"""What an image tokenizer is, the registry that finds them all, and `VQImageTokenizer`, the one interface over them."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from inspect import isabstract, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
-from unidiff.schema import check_arguments
-from unidiff.tokens.image.protocol import ImageTokenizerModel, check_codes, check_images
-from unidiff.tokens.image.quantized import TrainableTokenizer
-from unidiff.weights.model import load_checked, save_model
+from unidiff.schema import check_arguments, check_value
+from unidiff.weights.model import CheckedModel, load_checked, save_model
+
+
+class HasCodes(Protocol):
+    @property
+    @abstractmethod
+    def factor(self) -> int:
+        """Pixels per code along each side."""
+
+    @property
+    @abstractmethod
+    def codebook_size(self) -> int:
+        """Codes are in `[0, codebook_size)`."""
+
+
+@runtime_checkable
+class ImageEncoder(HasCodes, Protocol):
+    """Pixels to codes."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """float `[B, 3, H, W]` in [0, 1], H and W multiples of `factor` -> int64 codes `[B, H/factor, W/factor]`."""
+
+
+@runtime_checkable
+class PixelDecoder(HasCodes, Protocol):
+    """Codes to pixels; may be stochastic."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 codes `[B, h, w]` -> float `[B, 3, h * factor, w * factor]` in [0, 1]."""
+
+
+class ImageTokenizerModel(ImageEncoder, PixelDecoder):
+    """The network of an image tokenizer, an entry of `IMAGE_TOKENIZERS`.
+
+    Adding one is a module in `unidiff.tokens.image` with a `CheckedModel` that is also of this class: a folder's config names
+    it. Images and codes are checked before it sees them. It chooses its precision; pixels need not be clipped.
+    """
+
+    @classmethod
+    def network_class(cls) -> Any:
+        """What is saved and loaded: this class itself, or the class of another library that it adapts."""
+        return cls
+
+    @classmethod
+    def adapt(cls, network: nn.Module) -> Any:
+        """An instance for a network of `network_class`."""
+        return network
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for a config that no such network has, where its own constructor does not."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A training step's forward.
+
+    Attributes:
+        output: images `[B, 3, H, W]`, not clipped.
+        codes: int64 `[B, h, w]`.
+        commitment: scalar, small where latents lie near their codes.
+        latents: `[B, d, h, w]` without gradient, for a codebook of averages; None where the codebook learns by gradient.
+    """
+
+    output: Tensor
+    codes: Tensor
+    commitment: Tensor
+    latents: Tensor | None = None
+
+
+class TrainableTokenizer(ImageTokenizerModel):
+    """A network that `train_image_tokenizer` can train.
+
+    Attributes:
+        kind: its name in the configs of runs (`model.kind`); "" for one that is only loaded.
+        has_cell_codes: a code is a function of one cell of pixels, and its vector a row of the buffer `codebook`, of unit
+            length, that training keeps as the average of the latents.
+    """
+
+    kind: ClassVar[str] = ""
+    has_cell_codes: ClassVar[bool] = False
+
+    @classmethod
+    def maker(cls) -> Callable[..., Any]:
+        """Makes a fresh network (torch's global generator) from the other settings of `model`."""
+        return cls
+
+    @abstractmethod
+    def reconstruct(self, images: Tensor, autocast: AbstractContextManager) -> Reconstruction:
+        """Encode and decode `[B, 3, H, W]` under `autocast`, quantise in float32, with gradients for all weights."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes int64 `[B, h, w]`, their vectors `[B, d, h, w]`, and the latents `[B, d, h, w]` that were compared with these."""
+
+    codes: Tensor
+    vectors: Tensor
+    latents: Tensor
+
+
+class QuantizedAutoencoder(CheckedModel, TrainableTokenizer):
+    """Images `[B, 3, H, W]` in [0, 1] to codes and back, in four steps that training and tests use one by one."""
+
+    @abstractmethod
+    def latents(self, images: Tensor) -> Tensor:
+        """Images to latents `[B, d, h, w]` before quantization."""
+
+    @abstractmethod
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Codes of latents `[B, d, h, w]`."""
+
+    @abstractmethod
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Vectors float32 `[B, d, h, w]` of codes `[B, h, w]`, as the decoder sees them."""
+
+    @abstractmethod
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Code vectors `[B, d, h, w]` to images `[B, 3, H, W]`, 0 to 1 but not clipped."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantize(self.latents(images)).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.decode_vectors(self.lookup(codes))
+
+    def reconstruct(self, images: Tensor, autocast: AbstractContextManager) -> Reconstruction:
+        with autocast:
+            latents = self.latents(images)
+        found = self.quantize(latents)
+        with autocast:  # straight-through: the vectors' values, the latents' gradient
+            output = self.decode_vectors(latents + (found.vectors - latents).detach())
+        kept = latents.detach() if self.has_cell_codes else None
+        return Reconstruction(output, found.codes, self.commitment(found), kept)
+
+    def commitment(self, found: Quantized) -> Tensor:
+        """Mean squared distance of latents and vectors; a quarter of it moves the encoder, the rest the codebook."""
+        encoder = F.mse_loss(found.latents, found.vectors.detach())
+        return 0.25 * encoder + F.mse_loss(found.vectors, found.latents.detach())
 
 
 def _saved_name(value: Any) -> str | None:
@@ -152,3 +294,28 @@ class VQImageTokenizer:
             raise ValueError(f"{path}: {error}") from error
         model, _ = load_checked(kind.network_class().from_pretrained, name, str(folder), torch_dtype=dtype)
         return cls(model)
+
+
+def check_images(images: Tensor, factor: int) -> None:
+    """Raise one clear sentence unless `images` is float `[B, 3, H, W]` in [0, 1] with sides that `factor` divides."""
+    check_value(images, Tensor, "the batch of images")
+    if not images.is_floating_point():
+        raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1], so divide 8-bit values by 255")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 3, H, W] (RGB)")
+    height, width = images.shape[-2:]
+    if height % factor or width % factor or not height or not width:
+        raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}; resize or crop it")
+    low, high = images.amin().item(), images.amax().item()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"image values span [{low:.3g}, {high:.3g}]; expected finite values in [0, 1]")
+
+
+def check_codes(codes: Tensor, codebook_size: int) -> None:
+    """Raise one clear sentence unless `codes` is integer `[B, h, w]` with values below `codebook_size`."""
+    check_value(codes, Tensor, "the batch of codes")
+    if codes.ndim != 3 or codes.is_floating_point() or codes.is_complex() or not codes.numel():
+        raise ValueError(f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected int64 [B, h, w]")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"codes span [{low}, {high}]; expected values in [0, {codebook_size})")

@@ -34,7 +34,7 @@ from unidiff.data.token_set import (
 )
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.tokens import Span, TokenBatch, Vocabulary
-from unidiff.tokens.image.protocol import ImageEncoder
+from unidiff.tokens.image.vq import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.data.source import TokenRows, TokenTable
 

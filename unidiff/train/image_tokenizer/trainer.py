@@ -23,8 +23,7 @@ from unidiff.errors import read_json
 from unidiff.files import locked, replace_text, replacing, replacing_folder
 from unidiff.process import free_memory
 from unidiff.schema import from_data
-from unidiff.tokens.image.quantized import TrainableTokenizer
-from unidiff.tokens.image.vq import VQImageTokenizer, coder_of, new_network
+from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of, new_network
 from unidiff.train.build import pick_device
 from unidiff.train.config import ScheduleConfig
 from unidiff.train.image_tokenizer.codebook import CellTrainer, CodebookAverage, place_codes
