@@ -18,8 +18,8 @@ import typer
 
 from unidiff.config import load_config
 from unidiff.errors import exit_status
+from unidiff.process import set_up_process
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
-from unidiff.train.run.startup import set_up_process
 
 set_up_process(os.environ)
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.files import check_writable, replace_text
-from unidiff.process import parsed
+from unidiff.process import exit_status, parsed, set_up_process
 from unidiff.train.config import read_config
-from unidiff.train.run.startup import exit_status, set_up_process
 
 set_up_process(os.environ)
 _HERE = Path(__file__).resolve().parent.parent / "configs"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unidiff.files import check_writable
-from unidiff.train.run.startup import exit_status
+from unidiff.process import exit_status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def image(
     """Replace the image tokenizer; codes start as what the old tokenizer says of the same cells."""
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.tokens.image.vq import VQImageTokenizer
-    from unidiff.train.new_tokens import with_image_tokenizer
+    from unidiff.train.finetune import with_image_tokenizer
 
     if emoji == bool(shards):
         raise ValueError("name the pictures by --shards (at least one tar) or by --emoji, one of them")
@@ -60,7 +60,7 @@ def text(
 ) -> None:
     """Add text tokens; each starts as the mean of its pieces."""
     from unidiff.pipeline import UniDiffPipeline
-    from unidiff.train.new_tokens import with_text_tokens
+    from unidiff.train.finetune import with_text_tokens
 
     check_writable(out / "model_index.json")
     with_text_tokens(UniDiffPipeline.from_pretrained(model), add).save_pretrained(out)

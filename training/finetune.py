@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import sys
 
+from unidiff.process import asks_for_help, exit_status, set_up_process
 from unidiff.train.config import read_config
-from unidiff.train.run.startup import asks_for_help, exit_status, set_up_process
 
 set_up_process(os.environ)
 

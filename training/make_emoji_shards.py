@@ -17,7 +17,7 @@ import typer
 from rich.progress import track
 
 from unidiff.files import check_writable
-from unidiff.train.run.startup import exit_status
+from unidiff.process import exit_status
 from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
 from unidiff.worlds.emoji.table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from unidiff.process import parsed
+from unidiff.process import exit_status, parsed
 from unidiff.train.config import read_config
-from unidiff.train.run.startup import exit_status
 
 
 def main(arguments: list[str]) -> int:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import sys
 
+from unidiff.process import asks_for_help, exit_status, set_up_process
 from unidiff.train.config import read_config
-from unidiff.train.run.startup import asks_for_help, exit_status, set_up_process, train
 
 set_up_process(os.environ)
 
@@ -24,7 +24,14 @@ set_up_process(os.environ)
 def main(arguments: list[str]) -> int:
     if asks_for_help(arguments, __doc__):
         return 0 if arguments else 2
-    return exit_status(lambda: train(read_config(arguments[0], arguments[1:]), os.environ))
+
+    def run() -> int:
+        config = read_config(arguments[0], arguments[1:])
+        from unidiff.train.trainer import train
+
+        return train(config, os.environ)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

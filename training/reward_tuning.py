@@ -20,9 +20,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from unidiff.files import file_stamp
-from unidiff.process import parsed
+from unidiff.process import exit_status, parsed, set_up_process
 from unidiff.train.config import TRACKERS
-from unidiff.train.run.startup import exit_status, set_up_process
 from unidiff.world import WORLDS
 
 set_up_process(os.environ)

@@ -1,13 +1,33 @@
-"""What a process that computes on a CPU sets up once. Commands and recipes call it; importing unidiff does not."""
+"""What a command or a recipe sets up once before torch loads, and how it ends. Importing unidiff does none of it."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import MutableMapping
+from functools import partial
 from pathlib import Path
 
+from unidiff import errors
+
+exit_status = partial(errors.exit_status, failed=2)
+"""`unidiff.errors.exit_status` with the recipes' own status after a sentence."""
+
+_READ_ONCE = {
+    # threads that wait on a shared machine must sleep, not spin: three times the throughput when other work runs
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",  # bf16 kernels are cached per shape
+}
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt(3)
+
+
+def set_up_process(environment: MutableMapping[str, str]) -> None:
+    """Fill in what torch reads when it loads, where the person has not, and keep freed memory; to be called before that."""
+    keep_freed_memory()
+    for name, value in _READ_ONCE.items():
+        environment.setdefault(name, value)
 
 
 def keep_freed_memory() -> bool:
@@ -49,3 +69,11 @@ def parsed(parser: ArgumentParser, words: list[str] | None = None) -> Namespace:
         if word.startswith("-") and word.endswith("=--"):
             parser.error(f"{word.removesuffix('=--')} has no value")
     return parser.parse_intermixed_args(words)
+
+
+def asks_for_help(arguments: list[str], text: str | None) -> bool:
+    """Print the recipe's own docstring when it is called with nothing or with `--help`."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        return False
+    print((text or "").strip())
+    return True

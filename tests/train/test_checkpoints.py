@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from train_fixtures import MIXED, tiny_config, tiny_table
 
 from unidiff.train.config import ParallelConfig
-from unidiff.train.run.checkpoint import SUMS, choose, damage, pointed_name, step_names
+from unidiff.train.run.checkpoint import SUMS, choose, damage, pointed_name, step_names, write_sums
 from unidiff.train.run.distributed import Launch, Parallel
 from unidiff.train.trainer import Trainer
 
@@ -164,20 +164,9 @@ def test_going_back_by_hand_is_possible_and_said(cut, caplog):
     assert "names step-00000002; step-00000006, which lies there too, is not used" in caplog.text
 
 
-def test_checkpoints_from_before_there_were_checksums_still_load(cut):
-    folder = cut()
-    target = folder / "checkpoints" / "step-00000006"
+def sum_anew(target: Path) -> None:
     (target / SUMS).unlink()
-    assert f"lacks {SUMS}" in damage(target)  # it is one that had them
-    state = json.loads((target / "state.json").read_text())
-    for name in ("sums", "facts", "level"):
-        del state[name]
-    (target / "state.json").write_text(json.dumps(state))
-    assert run(folder).resumed
-    weights = target / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"model\.safetensors' cannot be read.*step-00000004 is whole"):
-        run(folder)
+    write_sums(target)
 
 
 WRONG = [None, True, -1, 1.5, float("nan"), float("inf"), 2**63, "x", [], {}, [1], {"a": 1}]
@@ -185,24 +174,25 @@ WRONG = [None, True, -1, 1.5, float("nan"), float("inf"), 2**63, "x", [], {}, [1
 
 @pytest.mark.parametrize("name", ["step", "samples", "ema_updates", "bad_steps", "skipped", "level", "config", "facts"])
 def test_every_wrong_value_of_the_state_is_a_sentence(cut, name):
-    """Without checksums, which notice it before."""
+    """With checksums of the wrong state, which else are what is noticed."""
     folder = cut()
     path = folder / "checkpoints" / "step-00000006" / "state.json"
-    (path.parent / SUMS).unlink()
-    state = {key: value for key, value in json.loads(path.read_text()).items() if key != "sums"}
+    state = json.loads(path.read_text())
     for value in [*WRONG, ...]:
         changed = {key: old for key, old in state.items() if key != name or value is not ...}
         if value is not ...:
             changed[name] = value
         path.write_text(json.dumps(changed))
+        sum_anew(path.parent)
         try:
             Trainer(tiny_config(folder, *SETTINGS), tiny_table())
         except ValueError as error:
             assert str(path.parent) in str(error) and "\n" not in str(error), (value, error)
         else:
-            assert (name == "level" and value in (1.5, ...)) or (name == "facts" and value in (None, ...)), value
+            assert name == "level" and value == 1.5, value
     for content in ("{}", "[]", "null", "3", "", '{"step":', "[" * 5000, "\ufeff{}"):
         path.write_text(content)
+        sum_anew(path.parent)
         with pytest.raises(ValueError, match=r"state\.json"):
             Trainer(tiny_config(folder, *SETTINGS), tiny_table())
 

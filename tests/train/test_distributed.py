@@ -157,7 +157,7 @@ def test_a_checkpoint_of_either_kind_continues_in_the_other(tmp_path, group, mod
                     run.saver.wait()
                 reference = average(run)
             else:
-                assert run.state.step == 4 and run.samples == 4 * 16 and run.state.ema.updates == 4
+                assert run.state.step == 4 and run.state.samples == 4 * 16 and run.state.ema.updates == 4
                 assert all(torch.equal(value, reference[k]) for k, value in average(run).items())
                 held = run.state.optimisers.state()
                 assert {float(whole(v)) for k, v in held.items() if k.endswith("step")} == {4.0}

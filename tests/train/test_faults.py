@@ -19,7 +19,7 @@ from train_fixtures import MIXED, TINY, tiny_config, tiny_table
 from unidiff.files import locked
 from unidiff.train.run.checkpoint import step_names
 from unidiff.train.run.logs import RunLog
-from unidiff.train.run.run_folder import MARK
+from unidiff.train.run.resume import MARK
 from unidiff.train.trainer import Trainer, TrainingAborted
 
 pytestmark = pytest.mark.training

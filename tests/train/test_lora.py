@@ -9,9 +9,9 @@ import torch
 from train_fixtures import tiny_config, tiny_table
 
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.train.build import LAYERS, add_adapters, merge_adapters
 from unidiff.train.config import LoraConfig
 from unidiff.train.cost.plan import adapter_parameters
-from unidiff.train.lora import LAYERS, add_adapters, merge_adapters
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.trainer import Trainer
 

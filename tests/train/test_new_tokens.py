@@ -16,7 +16,7 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.train.new_tokens import code_overlap, with_image_tokenizer, with_text_tokens
+from unidiff.train.finetune import code_overlap, with_image_tokenizer, with_text_tokens
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "change_tokens.py"
 

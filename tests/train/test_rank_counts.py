@@ -17,9 +17,8 @@ from train_fixtures import MIXED, TINY, VOCABULARY, tiny_config, tiny_table
 
 from unidiff.train.build import build_model
 from unidiff.train.config import ParallelConfig
-from unidiff.train.run.checkpoint import pointed_name
+from unidiff.train.run.checkpoint import pointed_name, read_checkpoint
 from unidiff.train.run.distributed import Parallel
-from unidiff.train.run.sharded_checkpoint import load_placed
 
 pytestmark = [pytest.mark.slow, pytest.mark.training]
 STEPS = 20
@@ -43,7 +42,7 @@ def curve(folder: Path, *names: str) -> dict[str, list[float]]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Trained weights, averages and the export, by name."""
     checkpoints = folder / "checkpoints"
-    found = load_placed(checkpoints / str(pointed_name(checkpoints)), lambda part, name: None, ALONE)
+    found = read_checkpoint(checkpoints / str(pointed_name(checkpoints)), lambda part, name: None, ALONE)
     assert found is not None and found.state["step"] == STEPS
     exported = load_file(next((folder / "model").glob("*.safetensors")))
     parts = {"model": found.model, "ema": found.ema, "export": exported}

@@ -229,16 +229,6 @@ def test_other_starting_weights_are_refused_wherever_they_lie(tmp_path):
     assert trainer.state.step == 3 and start(tmp_path / "run", first, "steps=3").resumed
 
 
-def test_checkpoints_from_before_contents_were_noted_compare_names(tmp_path):
-    old = TrainConfig()
-    state = state_of(old)
-    del state["facts"]
-    assert compare(state, old, {"data.train rows": 3}, WHERE) == []
-    for name in ("data.train", "data.documents", "checkpoint.init_from"):
-        with pytest.raises(ValueError, match=f'{name} = "", here "elsewhere"'):
-            compare(state, changed(old, name, "elsewhere"), {}, WHERE)
-
-
 def test_a_checkpoint_with_former_names_of_tasks_is_the_same_run(tmp_path):
     config = tiny_config(tmp_path)
     old = asdict(config)

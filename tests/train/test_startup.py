@@ -8,14 +8,16 @@ import sys
 import pytest
 from train_fixtures import tiny_config, tiny_table
 
-from unidiff.train.run.startup import asks_for_help, exit_status, launch_of, set_up_process, train
+from unidiff.process import asks_for_help, exit_status, set_up_process
+from unidiff.train.run.distributed import launch_of
+from unidiff.train.trainer import train
 
 
 def test_threads_are_set_up_before_torch_and_what_the_person_set_stays():
     environment = {"OMP_WAIT_POLICY": "active"}
     set_up_process(environment)
     assert environment["OMP_WAIT_POLICY"] == "active" and environment["GOMP_SPINCOUNT"] == "0"
-    program = "import sys, unidiff.train.run.startup, unidiff.train.config; sys.exit('torch' in sys.modules)"
+    program = "import sys, unidiff.process, unidiff.train.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 

@@ -15,8 +15,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
 from unidiff.train.data.source import TokenTable
-from unidiff.train.ema import EMA
-from unidiff.train.optim import Optimisers, learning_rate_factor
+from unidiff.train.optim import EMA, Optimisers, learning_rate_factor
 from unidiff.train.trainer import Trainer, TrainingAborted
 
 pytestmark = pytest.mark.training
@@ -69,7 +68,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         # Adam turns rounding noise of tiny gradients into steps, so compare far below the learning rate only mostly
         assert (a - b).abs().mean() < 2e-5, name
-    assert whole.samples == parts.samples == 48
+    assert whole.state.samples == parts.state.samples == 48
 
 
 def test_export_holds_the_average_and_loads_strictly(tmp_path):

@@ -25,7 +25,7 @@ from unidiff.train.image_tokenizer import trainer as vq_trainer
 from unidiff.train.image_tokenizer.config import ImageData
 from unidiff.train.image_tokenizer.data import digest, open_pictures
 from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
-from unidiff.train.run import loop
+from unidiff.train.run import logs
 
 KILLED = Path(__file__).resolve().parents[1] / "killed_tokenizer.py"
 
@@ -74,7 +74,7 @@ class Crash(BaseException):
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
-    module = loop if name == "save_checkpoint" else vq_trainer
+    module = logs if name == "save_checkpoint" else vq_trainer
     real, count = getattr(module, name), iter(range(10**6))
 
     def failing(*args, **kwargs):

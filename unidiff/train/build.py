@@ -8,9 +8,11 @@ import re
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from unidiff.errors import read_json, reading
@@ -18,9 +20,8 @@ from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_arguments
 from unidiff.tokens import Vocabulary
-from unidiff.train.config import TrainConfig
+from unidiff.train.config import LORA_TARGETS, LoraConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
-from unidiff.train.lora import add_adapters
 from unidiff.weights.files import check_dtype, check_shapes
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
@@ -182,3 +183,62 @@ def check_ids(start: Vocabulary, source: TokenSource, what: str) -> None:
             f"{what} another vocabulary than the data's, where {changed[0]}; encode the data with the tokenizers of these "
             "weights"
         )
+
+
+_PLACES = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+LAYERS = dict(zip(LORA_TARGETS, _PLACES, strict=True))
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters of `config.rank` into every block and freeze all else. In place; rank 0 leaves the model as it is.
+
+    Fresh adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator.
+
+    Raises:
+        ValueError: peft is not installed, a target that no block has, or DoRA on weights with a row of zeros.
+    """
+    if config.rank == 0:
+        return
+    names = list(config.targets or LAYERS)
+    if unknown := [name for name in names if name not in LAYERS]:
+        raise ValueError(f"lora.targets has {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
+    peft = _peft()
+    if config.dora:
+        _check_columns(model, names)
+    layers = "|".join(re.escape(LAYERS[name]) for name in names)
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_dora=config.dora,
+        target_modules=rf"blocks\.\d+\.({layers})",
+    )  # fmt: skip
+    peft.inject_adapter_in_model(settings, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Fold adapters into the weights and remove them. In place; a model without adapters stays as it is."""
+    adapted = [(name, m) for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    for name, layer in adapted:
+        layer.merge()
+        owner, _, child = name.rpartition(".")
+        setattr(model.get_submodule(owner), child, layer.get_base_layer())
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _check_columns(model: nn.Module, names: list[str]) -> None:
+    """DoRA divides by the length of every output's weights."""
+    for name, layer in model.named_modules():
+        chosen = any(name.endswith("." + LAYERS[n]) for n in names)
+        if chosen and not layer.weight.is_meta and bool((layer.weight == 0).all(1).any()):
+            raise ValueError(
+                f"lora.dora needs trained weights, {name} has outputs that are all zero; set checkpoint.init_from"
+            )
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("lora.rank is set but peft is not installed; run pip install 'unidiff[finetune]'") from error
+    return peft

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
-from unidiff.train.low_bit import adamw_8bit, packed, uncompiled, unpacked
-from unidiff.train.run.distributed import whole
+from unidiff.train.run.distributed import local, whole
 
 _INSIDE_BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+\.")
 
@@ -37,7 +39,7 @@ class Optimisers:
 
     Muon takes the matrices inside blocks (names with `blocks.N.` or `layers.N.`); AdamW takes the rest, with weight decay
     on matrices only, never on norms, biases and embeddings' one-dimensional companions. With `state_bits` 8, AdamW's moments
-    are torchao's (see `unidiff.train.low_bit`) and Muon's stay in 32 bits.
+    are torchao's (see `unidiff.train.optim`) and Muon's stay in 32 bits.
 
     Raises:
         ValueError: torchao is missing, or does not go with how the model is spread.
@@ -127,3 +129,108 @@ class Optimisers:
             if self.low_bit and name == "adamw":
                 state = {number: packed(entry, owned[number]) for number, entry in state.items()}
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+class EMA:
+    """float32 averages of a model's parameters, sharded where they are.
+
+    After update n (counted from 0) the decay is min(decay, (1 + n) / (warmup + n)), so early averages follow the model.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: float = 10.0) -> None:
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self._source = dict(model.named_parameters())
+        self.average: dict[str, Tensor] = {n: p.detach().clone().float() for n, p in self._source.items()}
+
+    @torch.no_grad()
+    def update(self) -> float:
+        """Fold the current weights in; returns the decay used."""
+        decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
+        current = [local(p.detach()).float() for p in self._source.values()]
+        torch._foreach_lerp_([local(a) for a in self.average.values()], current, 1 - decay)
+        self.updates += 1
+        return decay
+
+    @torch.no_grad()
+    def load(self, average: dict[str, Tensor], updates: int) -> None:
+        """Take over saved averages. Raises ValueError when names disagree."""
+        if set(average) != set(self.average):
+            raise ValueError(f"saved averages name other parameters: {sorted(set(average) ^ set(self.average))[:4]}")
+        for name, value in average.items():
+            self.average[name].copy_(value)
+        self.updates = updates
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model holds the averages; afterwards the exact training weights again."""
+        kept = {n: local(p.detach()).clone() for n, p in self._source.items()}
+        try:
+            with torch.no_grad():
+                for name, parameter in self._source.items():
+                    local(parameter).copy_(local(self.average[name]))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._source.items():
+                    local(parameter).copy_(kept[name])
+
+
+_BLOCK, _SMALLEST = 256, 4096
+_PARTS = ("codes", "scale")  # uint8, of the parameter's shape; float32, one per block. The table of levels is fixed.
+
+
+def adamw_8bit(groups: list[dict[str, Any]], config: OptimiserConfig) -> Optimizer:
+    """torchao's optimiser over parameter groups.
+
+    Raises:
+        ValueError: torchao is not installed, or parameters are sharded: blocks would not fit another number of shards.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimiser.state_bits = 8 needs torchao; run pip install 'unidiff[quantise]' or set optimiser.state_bits=32"
+        ) from error
+    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+        raise ValueError(
+            "optimiser.state_bits = 8 does not go with parallel.mode=fsdp, which shards the state already; "
+            "set parallel.mode=ddp or optimiser.state_bits=32"
+        )
+    return AdamW8bit(groups, config.lr, (config.beta1, config.beta2), config.eps, block_size=_BLOCK)
+
+
+def uncompiled(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
+    """Around `step`: torchao compiles the update, which is wanted on CUDA and needs a C++ compiler on the CPU."""
+    if any(p.device.type == "cuda" for p in parameters):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def unpacked(entry: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's state with plain tensors only: `exp_avg` in 8 bits becomes `exp_avg.codes` and `exp_avg.scale`."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    plain: dict[str, Any] = {}
+    for key, value in entry.items():
+        if isinstance(value, OptimState8bit):
+            plain |= {f"{key}.{part}": getattr(value, part) for part in _PARTS}
+        else:
+            plain[key] = value
+    return plain
+
+
+def packed(entry: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Any]:
+    """Inverse of `unpacked` for the state of `parameter`. Raises ValueError where its moments were kept in 32 bits."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    large = parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0
+    if large and "exp_avg" in entry:
+        raise ValueError("the checkpoint's AdamW state has 32 bits, this run's 8; set optimiser.state_bits=32")
+    state: dict[str, Any] = {key: value for key, value in entry.items() if "." not in key}
+    for key in {key.split(".")[0] for key in entry} - set(state):
+        # the first moment has a sign, the second has none
+        value = OptimState8bit.zeros(parameter.shape, key == "exp_avg", _BLOCK, parameter.device, parameter.dtype)
+        for part in _PARTS:
+            getattr(value, part).copy_(entry[f"{key}.{part}"])
+        state[key] = value
+    return state

@@ -30,9 +30,9 @@ from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Positive, check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
+from unidiff.train.build import merge_adapters
 from unidiff.train.config import Count, OptimiserConfig, Share
 from unidiff.train.data.tasks import rank_noise
-from unidiff.train.lora import merge_adapters
 from unidiff.train.optim import Optimisers
 from unidiff.train.run.checkpoint import RunCheckpoint
 from unidiff.train.run.resume import check_same, fitting

@@ -22,12 +22,11 @@ from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.schema import Between
 from unidiff.tokens import TokenBatch
+from unidiff.train.build import add_adapters, merge_adapters
 from unidiff.train.config import Count, LoraConfig, Steps
-from unidiff.train.lora import add_adapters, merge_adapters
 from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint
-from unidiff.train.run.logs import Progress, RunLog
-from unidiff.train.run.loop import take_steps
+from unidiff.train.run.logs import Progress, RunLog, take_steps
 
 PictureReward = Callable[[list[str], Tensor], Tensor]
 """Texts and float pictures `[B, 3, H, W]` in [0, 1] to a number each."""
@@ -96,7 +95,7 @@ def tune_pipeline(
 
 
 class _Run:
-    """See `unidiff.train.run.loop.SteppedRun`."""
+    """See `unidiff.train.run.logs.SteppedRun`."""
 
     def __init__(
         self, pipe: UniDiffPipeline, reward: PictureReward, prompts: Prompts, run: RewardRun, about: Mapping[str, str]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,37 +18,29 @@ from unidiff.config import dump_config
 from unidiff.files import replace_text
 from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.train.build import build_model, check_start, pick_device, set_up_blocks, uses_flex
+from unidiff.train.build import (
+    add_adapters,
+    build_model,
+    check_start,
+    merge_adapters,
+    pick_device,
+    set_up_blocks,
+    uses_flex,
+)
 from unidiff.train.config import TrainConfig, check_config
-from unidiff.train.data.datasets import DataLosses
+from unidiff.train.data.datasets import DataLosses, open_documents, open_sources
+from unidiff.train.data.samples import sheet_sampler
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer
-from unidiff.train.ema import EMA
-from unidiff.train.lora import add_adapters, merge_adapters
-from unidiff.train.optim import Optimisers, learning_rate_factor
-from unidiff.train.run.checkpoint import (
-    STATE,
-    CheckpointChoice,
-    RunCheckpoint,
-    check_kind,
-    holds_checkpoints,
-    pointed_name,
-    read_state,
-    score_of,
-    settle,
-)
-from unidiff.train.run.distributed import Parallel, whole
-from unidiff.train.run.logs import Progress, RunLog
-from unidiff.train.run.loop import StopOnSignals
-from unidiff.train.run.meters import SpeedMeter, TaskMeter
-from unidiff.train.run.resume import Position, compare, facts_of, restore, scored_as
-from unidiff.train.run.run_folder import MARK, check_run_folder, write_export
-from unidiff.train.run.sharded_checkpoint import CheckpointSaver, choose_together, load_placed
-from unidiff.train.step import StepReport, TokenNLL, TrainState, train_step
+from unidiff.train.optim import EMA, Optimisers, learning_rate_factor
+from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
+from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
+from unidiff.train.run.logs import Progress, RunLog, StopOnSignals
+from unidiff.train.run.resume import MARK, Position, check_run_folder, facts_of, resume, scored_as, write_export
+from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TokenNLL, TrainState, train_step
 from unidiff.train.validation import report_names, validate
 
-_LOG = logging.getLogger(__name__)
 _LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
 
@@ -106,21 +98,23 @@ class Trainer:
             spike_factor=config.spike_factor,
             parallel=self.parallel,
         )
-        self.samples, self._documents = 0, documents is not None
+        self._documents = documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
         self.data_losses = DataLosses(self.folder, [source, validation, documents])
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
         self._scored = scored_as(config, validation)
         self._check_best()
-        self._choice: CheckpointChoice | None = None
-        self._notes: list[str] = []
-        self.resumed = self._resume()
+        self._choice = resume(self.state, self.checkpoints, config, self.facts)
         settings = config.checkpoint
         self.saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
         self.best = score_of(self.checkpoints, self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
         self._saved_at, self._stop = time.monotonic(), False
+
+    @property
+    def resumed(self) -> bool:
+        return self._choice is not None
 
     @property
     def model(self) -> MaskedTransformer:
@@ -157,7 +151,7 @@ class Trainer:
                 validating = self._validation_rows > 0 and (_due(settings.logging.validate_every, state.step) or last)
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
-                    extra |= {"skipped": float(state.skipped), "samples": float(self.samples)}
+                    extra |= {"skipped": float(state.skipped), "samples": float(self.state.samples)}
                     extra["data_skipped"] = float(sum(self.data_losses.counts().values()))
                     log.write(state.step, "train", meter.take() | self.speed.take() | extra)
                 better = False
@@ -192,11 +186,9 @@ class Trainer:
     def _open_logs(self, stack: ExitStack) -> tuple[RunLog, Progress]:
         config, main = self.config, self.parallel.main
         length = self.source.text_length + self.source.grid[0] * self.source.grid[1]
+        if main and self._choice is not None:
+            settle(self.checkpoints, self._choice)
         if main:
-            if self._choice is not None:
-                settle(self.checkpoints, self._choice)
-            for note in self._notes:
-                _LOG.warning("%s", note)
             replace_text(self.folder / "config.yaml", MARK + dump_config(config))
         names, project = config.logging.trackers, config.logging.project
         log = RunLog(self.folder, self.state.step, names, project, asdict(config), silent=not main)
@@ -213,10 +205,10 @@ class Trainer:
         config, state, parallel, began = self.config, self.state, self.parallel, time.perf_counter()
         # dropout inside the model; ranks must not repeat each other's
         torch.manual_seed((config.seed * 1_000_003 + state.step + (parallel.rank << 40)) & 0x7FFFFFFFFFFFFFFF)
-        firsts = range(self.samples, self.samples + config.rows_per_step, config.batch_size)
+        firsts = range(state.samples, state.samples + config.rows_per_step, config.batch_size)
         slices = [parallel.rows(first, config.batch_size) for first in firsts]
         batches = [self.mixer.batch(first, count).to(parallel.device) for first, count in slices]
-        self.samples += config.rows_per_step
+        state.samples += config.rows_per_step
         waited = time.perf_counter() - began
         report = train_step(state, batches, factor)
         tokens = parallel.size * sum(int(b.batch.valid.sum()) for b in batches) if self._documents else None
@@ -247,7 +239,11 @@ class Trainer:
             return
         # the samples' numbers are their keys: the source gives the same rows for them again
         rows, numbers = self.config.rows_per_step, {"loss": step.loss, "grad_norm": step.grad_norm}
-        keys = {"first_sample": float(self.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
+        keys = {
+            "first_sample": float(self.state.samples - rows),
+            "sample_count": float(rows),
+            "spike": float(step.spike),
+        }
         log.write(self.state.step, "skipped", keys | numbers)
         if self.state.bad_steps >= self.config.max_bad_steps:
             self.saver.wait()
@@ -290,7 +286,7 @@ class Trainer:
         state = self.state
         if self.parallel.agree(not state.finite())[0]:
             raise TrainingAborted(f"the weights are no longer finite at step {state.step}; {_LOWER}")
-        plain: dict[str, Any] = asdict(Position.now(state, self.samples))
+        plain: dict[str, Any] = asdict(Position.now(state))
         plain |= {"config": asdict(self.config), "facts": self.facts}
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
             plain |= {"score": self._score[1], "scored": self._scored}
@@ -298,33 +294,6 @@ class Trainer:
         self.parallel.rest()
         content = RunCheckpoint(dict(state.model.state_dict()), state.ema.average, state.optimisers.state(), plain)
         self.saver.save(content)
-
-    def _resume(self) -> bool:
-        settings, state = self.config.checkpoint, self.state
-        if not settings.resume:
-            if holds_checkpoints(self.checkpoints):
-                raise ValueError(
-                    f"{self.checkpoints} already holds a run; choose another output=, or checkpoint.resume=true to continue it"
-                )
-            return False
-        self._choice = choose_together(self.checkpoints, settings.fallback, self.parallel)
-        if self._choice is None:
-            return False
-        target = self.checkpoints / self._choice.name
-        plain = read_state(target)
-        check_kind(plain, "config", self.checkpoints)
-        place = Position.of(plain, target / STATE)
-        self._notes = compare(plain, self.config, self.facts, target)
-        restore(state, load_placed(target, self._template, self.parallel), place, target)
-        if self.parallel.agree(not state.finite())[0]:
-            raise ValueError(f"{target} holds weights that are not finite; delete it to go on from the one before")
-        self.samples = place.samples
-        return True
-
-    def _template(self, part: str, name: str) -> torch.Tensor | None:
-        if part == "optimiser":
-            return self.state.optimisers.owner(name)
-        return self.state.ema.average.get(name)
 
     def averaged(
         self, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -365,6 +334,46 @@ class Trainer:
         tasks = tuple(t for t in TASKS if getattr(own, t).weight > 0 or (t == "generate" and self._documents))
         rows = TrainedOn((self.source.grid[0], self.source.grid[1]), self.source.text_length, tasks)
         write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
+
+
+def train(
+    config: TrainConfig,
+    environment: Mapping[str, str],
+    check: Callable[[TokenSource], None] | None = None,
+    finish: Callable[[], None] | None = None,
+) -> int:
+    """A run of `config` on its data, by this process and those that `torchrun` started with it; see `Trainer`.
+
+    Args:
+        check: sees the training tokens first, and raises ValueError for those that do not fit.
+        finish: called by one process when the run is at its end or was stopped.
+
+    Returns:
+        0, or 1 after one line when the run had to be aborted.
+    """
+    check_config(config)
+    check_run_folder(Path(config.output), "output", config.checkpoint.init_from)
+    parallel = Parallel(pick_device(config.device), config.parallel, launch_of(environment))
+    try:
+        with parallel.locked(Path(config.output), "training"):  # before anything is written or read there
+            with parallel.main_first():  # raw shards are encoded once
+                source, validation = open_sources(config)
+            if check is not None:
+                check(source)
+            documents = open_documents(config)
+            Trainer(config, source, validation, sheet_sampler(config, source), parallel, documents).train()
+            if finish is not None and parallel.main:
+                finish()
+    except TrainingAborted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if parallel.size > 1 and lost_peer(error):
+            raise ValueError("another process of this run has ended; it says why") from error
+        raise
+    finally:
+        parallel.close()
+    return 0
 
 
 def _due(every: int, step: int) -> bool:

@@ -23,8 +23,7 @@ from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, Train
 from unidiff.train.cost.plan import GIB, TrainingRow, make_plan, model_size, row_flops
 from unidiff.train.data.source import TokenTable
 from unidiff.train.data.tasks import TaskMixer
-from unidiff.train.ema import EMA
-from unidiff.train.optim import Optimisers
+from unidiff.train.optim import EMA, Optimisers
 from unidiff.train.step import TokenNLL, TrainState, train_step
 
 _USED = 0.8  # of the free memory; allocators waste some

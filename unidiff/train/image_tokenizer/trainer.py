@@ -32,10 +32,8 @@ from unidiff.train.image_tokenizer.data import Pictures, open_pictures, stamp_of
 from unidiff.train.image_tokenizer.losses import measure, psnr, reconstruction_sheet, vq_forward
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
-from unidiff.train.run.logs import Progress, RunLog
-from unidiff.train.run.loop import begin, take_steps
-from unidiff.train.run.resume import check_same, fitting, flat, rate_notes
-from unidiff.train.run.run_folder import check_replaceable, check_run_folder
+from unidiff.train.run.logs import Progress, RunLog, begin, take_steps
+from unidiff.train.run.resume import check_replaceable, check_run_folder, check_same, fitting, flat, rate_notes
 from unidiff.world import WORLDS
 
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more

@@ -1,11 +1,12 @@
 """Checkpoints without pickle: safetensors and JSON in a folder that appears by one rename; a `latest` pointer after it.
 
 <run>/checkpoints/step-00001000/{model,ema,optimiser}.safetensors  state.json  SHA256SUMS   written by one process
-<run>/checkpoints/step-00001000/shards/*.safetensors               state.json  SHA256SUMS   by several (`unidiff.train.run.sharded_checkpoint`)
+<run>/checkpoints/step-00001000/shards/*.safetensors               state.json  SHA256SUMS   by several, each its shards
 <run>/checkpoints/latest, best  names of the newest complete folder, and of the one with the best validation
 
-Either kind can be continued by any number of processes. `sha256sum -c SHA256SUMS` in a checkpoint's folder checks it, too;
-checkpoints from before there were checksums still load.
+Either kind can be continued by any number of processes. `sha256sum -c SHA256SUMS` in a checkpoint's folder checks it, too.
+Shards are `torch.distributed.checkpoint`'s safetensors: tensors are named `model.X`, `ema.X`, `optimiser.X`, and the place
+of every piece is in the file's header.
 """
 
 from __future__ import annotations
@@ -16,23 +17,34 @@ import logging
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from unidiff.errors import DamagedFile, explain, read_json, reading
 from unidiff.files import flush_to_disk, remove_leftovers, replace_text, replacing_folder
+from unidiff.train.run.distributed import Parallel, placed_like
 
 _LOG = logging.getLogger(__name__)
 PARTS = ("model", "ema", "optimiser")
-SHARDS = "shards"
-STATE = "state.json"
-SUMS = "SHA256SUMS"
+SHARDS, STATE, SUMS = "shards", "state.json", "SHA256SUMS"
+KINDS = {"config": "a model's training", "settings": "an image tokenizer's training", "about": "reward tuning"}
+"""Kinds of runs, by the key that each has its settings under in `state.json`."""
+Template = Callable[[str, str], Tensor | None]
+"""(part, name) to a tensor of this run, or None. Where it is sharded, and of the saved shape, the loaded one is sharded alike."""
 _STEP = re.compile(r"step-(\d{8,})")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
@@ -50,13 +62,6 @@ class RunCheckpoint:
     ema: dict[str, Tensor]
     optimiser: dict[str, Tensor]
     state: dict[str, Any]
-
-
-class CheckpointChoice(NamedTuple):
-    """The checkpoint that a run goes on from, and what a person should know about how it was chosen."""
-
-    name: str
-    notes: list[str]
 
 
 def step_name(step: int) -> str:
@@ -94,6 +99,78 @@ def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> None:
     publish(folder, name, keep)
 
 
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Ends, on one process and when all have written, with the checksums of the whole checkpoint."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        write_sums(Path(self.path).parent)
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run into `folder`, which all of its processes must see.
+
+    A checkpoint counts, and the pointer moves, when every process has written its part.
+
+    Args:
+        keep: newest checkpoints kept, besides the best.
+        background: in a process group, `save` returns when the state is copied, and a thread writes.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: bool, parallel: Parallel) -> None:
+        self.folder, self.keep, self.background, self.parallel = folder, keep, background, parallel
+        self._pending: tuple[Future[Any], str, ExitStack] | None = None
+
+    def save(self, checkpoint: RunCheckpoint) -> None:
+        """Start writing; all processes must call this with their part of the same step.
+
+        Raises:
+            OSError, ValueError: a full or read-only disk and the like, for this checkpoint or the one before it.
+        """
+        if not self.parallel.grouped:
+            save_checkpoint(self.folder, checkpoint, self.keep)
+            return
+        self.wait()
+        name, place = step_name(checkpoint.state["step"]), ExitStack()
+        temporary = self.parallel.collect(self._prepare(name, place, checkpoint.state))[0]
+        if not temporary:
+            return
+        tensors = {f"{part}.{k}": v.detach() for part in PARTS for k, v in getattr(checkpoint, part).items()}
+        writer = _Writer(str(Path(temporary) / SHARDS), save_distributed=True)
+        pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.parallel.saving)
+        assert isinstance(pending, Future)
+        self._pending = pending, name, place
+        if not self.background:
+            self.wait()
+
+    def _prepare(self, name: str, place: ExitStack, state: dict[str, Any]) -> str:
+        """The main process's folder for a new checkpoint; empty when it is on the disk already."""
+        if not self.parallel.main or pointed_name(self.folder) == name:
+            return ""
+        temporary = place.enter_context(replacing_folder(self.folder / name))
+        (temporary / SHARDS).mkdir()
+        write_state(temporary, state)
+        return str(temporary)
+
+    def poll(self) -> None:
+        """Publish what is complete; to be called now and then."""
+        if self._pending is not None and self._pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint in the making, if any, is complete. Raises what its writing raised."""
+        if self._pending is None:
+            return
+        (pending, name, place), self._pending = self._pending, None
+        with place:
+            try:
+                pending.result()  # on rank 0 this means that all ranks have written: the writing ends with a message to it
+            except CheckpointException as error:  # of whichever process
+                raise next(iter(error.failures.values()))[0] from error
+        if self.parallel.main:
+            publish(self.folder, name, self.keep)
+
+
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """`state.json`, which says that checksums belong to it."""
     (folder / STATE).write_text(json.dumps({**state, "sums": SUMS}, indent=1), encoding="utf-8")
@@ -117,12 +194,11 @@ def damage(target: Path, share: tuple[int, int] = (0, 1)) -> str:
     if not target.is_dir():
         return f"checkpoint {target} is not there"
     try:
-        state = read_json(target / STATE, "the state of a checkpoint")
-        flagged, step = state.get("sums"), state.get("step")
+        step = read_state(target).get("step")
         if type(step) is int and step >= 0 and step_name(step) != target.name:
             return f"checkpoint {target} is of step {step}, as its {STATE} says: it was renamed or copied"
         if not (target / SUMS).is_file():
-            return f"checkpoint {target} lacks {SUMS}" if flagged else _damage_without_sums(target)
+            return f"checkpoint {target} lacks {SUMS}"
         text = (target / SUMS).read_bytes().decode("utf-8", "replace")
         listed = {name: digest for digest, name in _LINE.findall(text)}
         if text != "".join(f"{digest}  {name}\n" for name, digest in listed.items()) or not listed:
@@ -143,16 +219,11 @@ def damage(target: Path, share: tuple[int, int] = (0, 1)) -> str:
     return ""
 
 
-def _damage_without_sums(target: Path) -> str:
-    """Of a checkpoint from before there were checksums: missing and cut files."""
-    sharded = (target / SHARDS).is_dir()
-    files = sorted((target / SHARDS).glob("*.safetensors")) if sharded else [target / f"{p}.safetensors" for p in PARTS]
-    if missing := [path.name for path in files if not path.is_file()]:
-        return f"checkpoint {target} lacks {', '.join(missing)}"
-    for path in files:
-        with reading(path, "a safetensors file"), safe_open(path, "pt"):
-            pass
-    return ""
+class CheckpointChoice(NamedTuple):
+    """The checkpoint that a run goes on from, and what a person should know about how it was chosen."""
+
+    name: str
+    notes: list[str]
 
 
 def choose(
@@ -161,10 +232,8 @@ def choose(
     """The checkpoint that `latest` names; without that file the newest one; None when there is none at all.
 
     Args:
-        folder: `<run>/checkpoints`.
-        fallback: take the newest whole one where that one is damaged.
-        damaged: says what is wrong with a checkpoint.
-        setting: what a person types for `fallback`, for the message.
+        fallback: take the newest whole one where that one is damaged. setting: what a person types for it.
+        damaged: says what is wrong with a checkpoint, as `damage` does.
 
     Raises:
         DamagedFile: it is damaged; the message names the newest whole one besides it, and how to go on from there.
@@ -190,6 +259,16 @@ def choose(
     if not fallback:
         raise DamagedFile(f"{wrong}; {whole} is whole: go on from there with {setting}")
     return CheckpointChoice(whole, [*notes, f"{wrong}; going on from {whole}"])
+
+
+def choose_together(folder: Path, fallback: bool, parallel: Parallel) -> CheckpointChoice | None:
+    """As `choose`, each process looking at its share of the files; all must call this and get the same."""
+
+    def damaged(target: Path) -> str:
+        found = parallel.collect(damage(target, (parallel.rank, parallel.size)))
+        return next((text for text in found if text), "")
+
+    return choose(folder, fallback, damaged)
 
 
 def settle(folder: Path, choice: CheckpointChoice) -> None:
@@ -246,7 +325,7 @@ def _score(folder: Path, name: str | None) -> tuple[float, str | None]:
     path = folder / (name or "") / STATE
     if not name or not path.is_file():
         return math.inf, None
-    state = read_json(path, "the state of a checkpoint")
+    state = read_state(path.parent)
     score, scored = state.get("score", math.inf), state.get("scored")
     if isinstance(score, bool) or not isinstance(score, int | float) or not isinstance(scored, str | None):
         raise DamagedFile(f"{str(path)!r} is damaged: score is {score!r}; delete {str(folder / 'best')!r} to go on")
@@ -254,40 +333,59 @@ def _score(folder: Path, name: str | None) -> tuple[float, str | None]:
 
 
 def load_checkpoint(folder: Path, kind: str, fallback: bool, setting: str) -> RunCheckpoint | None:
-    """The checkpoint that `choose` finds, written by one process, or None when there is none.
-
-    Args:
-        kind: of `KINDS`. fallback, setting: see `choose`.
+    """The checkpoint that `choose` finds, or None when there is none.
 
     Raises:
-        DamagedFile: it is damaged. ValueError: it is of a run of another kind.
+        DamagedFile: it is damaged. ValueError: it is of a run of another kind than `kind` (of `KINDS`).
     """
     choice = choose(folder, fallback, setting=setting)
     if choice is None:
         return None
     settle(folder, choice)
-    found = read_checkpoint(folder / choice.name)
-    check_kind(found.state, kind, folder)
-    return found
+    check_kind(read_state(folder / choice.name), kind, folder)
+    return read_checkpoint(folder / choice.name)
 
 
-def read_checkpoint(target: Path) -> RunCheckpoint:
-    """A checkpoint's folder that one process wrote. Raises DamagedFile where it cannot be read."""
-    parts = {}
-    for part in PARTS:
-        path = target / f"{part}.safetensors"
-        with reading(path, "a part of a checkpoint"):
-            parts[part] = load_file(path)
+def read_checkpoint(
+    target: Path, template: Template = lambda part, name: None, parallel: Parallel | None = None
+) -> RunCheckpoint:
+    """The checkpoint in `target`, placed as this run needs it. Raises DamagedFile where it cannot be read."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    if (target / SHARDS).is_dir():
+        with reading(target / SHARDS, "a sharded checkpoint"):
+            tensors = _read_shards(target / SHARDS, template, parallel)
+        for key, value in tensors.items():
+            part, name = key.split(".", 1)
+            parts[part][name] = value
+    else:
+        for part in PARTS:
+            path = target / f"{part}.safetensors"
+            with reading(path, "a part of a checkpoint"):
+                whole = load_file(path)
+            parts[part] = {name: placed_like(value, template(part, name)) for name, value in whole.items()}
     return RunCheckpoint(**parts, state=read_state(target))
+
+
+def _read_shards(folder: Path, template: Template, parallel: Parallel | None) -> dict[str, Tensor]:
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for key, meta in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(meta, TensorStorageMetadata)  # the safetensors format holds nothing else
+        like, dtype = template(*key.split(".", 1)), meta.properties.dtype
+        if isinstance(like, DTensor) and like.shape == meta.size:
+            tensors[key] = torch.zeros_like(like.detach(), dtype=dtype)
+        else:
+            tensors[key] = torch.empty(meta.size, dtype=dtype)
+    group = parallel.saving if parallel else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that one process is one process
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    return tensors
 
 
 def read_state(target: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint. Raises DamagedFile, or FileNotFoundError when it is not there."""
     return read_json(target / STATE, "the state of a checkpoint")
-
-
-KINDS = {"config": "a model's training", "settings": "an image tokenizer's training", "about": "reward tuning"}
-"""Kinds of runs, by the key that each has its settings under in `state.json`."""
 
 
 def check_kind(state: Mapping[str, Any], kind: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ global number of valid targets over the number of ranks. Torch does the work: DD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,26 @@ class Launch(NamedTuple):
     local_rank: int
     address: str
     port: int
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch | None:
+    """This process among those that `torchrun` started; None when it did not.
+
+    Raises:
+        ValueError: numbers that are none, or do not fit each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    if not all(name in environment for name in (*names, "MASTER_ADDR")):
+        return None
+    for name in names:
+        if not (environment[name].isascii() and environment[name].isdigit()):
+            raise ValueError(f"{name} is {environment[name]!r}; torchrun sets it to a number")
+    rank, size, local, port = (int(environment[name]) for name in names)
+    if not (rank < size and local < size and 0 < port < 2**16):
+        raise ValueError(
+            f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {size} and MASTER_PORT {port} do not fit together"
+        )
+    return Launch(rank, size, local, environment["MASTER_ADDR"], port)
 
 
 class Parallel:

@@ -11,15 +11,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from unidiff.errors import reading
+from unidiff.files import flush_to_disk, replacing_folder
 from unidiff.models.config import TransformerConfig
-from unidiff.models.trained_on import FORMER_TASKS
+from unidiff.models.trained_on import FORMER_TASKS, TrainedOn
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.owned import others_in_model
 from unidiff.schema import from_data
+from unidiff.tokens import Vocabulary
 from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
 from unidiff.train.data.source import TokenSource, TokenTable
 from unidiff.train.optim import learning_rate_factor
-from unidiff.train.run.checkpoint import RunCheckpoint
+from unidiff.train.run.checkpoint import (
+    STATE,
+    CheckpointChoice,
+    check_kind,
+    choose_together,
+    holds_checkpoints,
+    read_checkpoint,
+    read_state,
+)
 from unidiff.train.step import TrainState
 
 _REASONS = {
@@ -53,9 +68,6 @@ FREE = {name: reason for reason, names in _REASONS.items() for name in names.spl
 FIXED = tuple(name for name, _, _ in leaves(TrainConfig()) if name not in FREE)
 """All others: they decide what is learnt. `checkpoint.changed=allow` goes on with another value."""
 
-_PLACES = ("data.train", "data.documents", "checkpoint.init_from")
-"""Compared by name with checkpoints from before contents were noted."""
-
 
 @dataclass(frozen=True)
 class Position:
@@ -66,12 +78,12 @@ class Position:
     ema_updates: int
     bad_steps: int
     skipped: int
-    level: float = 0.0  # older checkpoints have none
+    level: float
 
     @classmethod
-    def now(cls, state: TrainState, samples: int) -> Position:
+    def now(cls, state: TrainState) -> Position:
         """Of a running training."""
-        return cls(state.step, samples, state.ema.updates, state.bad_steps, state.skipped, state.level)
+        return cls(state.step, state.samples, state.ema.updates, state.bad_steps, state.skipped, state.level)
 
     @classmethod
     def of(cls, state: Mapping[str, Any], where: Path) -> Position:
@@ -83,14 +95,40 @@ class Position:
         return found
 
 
-def restore(state: TrainState, found: RunCheckpoint, place: Position, where: Path) -> None:
-    """Put a checkpoint into a fresh training. Raises ValueError where it is of another model or optimiser."""
+def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[str, Any]) -> CheckpointChoice | None:
+    """Put the checkpoint to go on from in `folder`, if there is one, into a fresh training; all processes must call this.
+
+    Raises:
+        ValueError: it is damaged, of another run (see `compare`), model or optimiser, or not asked for.
+    """
+    settings, parallel = config.checkpoint, state.parallel
+    if not settings.resume:
+        if holds_checkpoints(folder):
+            raise ValueError(
+                f"{folder} already holds a run; choose another output=, or checkpoint.resume=true to continue it"
+            )
+        return None
+    choice = choose_together(folder, settings.fallback, parallel)
+    if choice is None:
+        return None
+
+    def template(part: str, name: str) -> Tensor | None:
+        return state.optimisers.owner(name) if part == "optimiser" else state.ema.average.get(name)
+
+    where = folder / choice.name
+    plain = read_state(where)
+    check_kind(plain, "config", folder)
+    place, notes = Position.of(plain, where / STATE), compare(plain, config, facts, where)
+    found = read_checkpoint(where, template, parallel)
     with fitting(where, "output="):
         state.model.load_state_dict(found.model)
         state.ema.load(found.ema, place.ema_updates)
         state.optimisers.load_state(found.optimiser)
-    state.step, state.level = place.step, place.level
+    state.step, state.samples, state.level = place.step, place.samples, place.level
     state.bad_steps, state.skipped = place.bad_steps, place.skipped
+    if parallel.agree(not state.finite())[0]:
+        raise ValueError(f"{where} holds weights that are not finite; delete it to go on from the one before")
+    return choice._replace(notes=[*choice.notes, *notes])
 
 
 def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, Any], where: Path) -> list[str]:
@@ -108,16 +146,14 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
         ValueError: something of `FIXED`, the data or the starting weights differ; the message names each with both values.
     """
     old, known = state.get("config"), state.get("facts")
-    if not isinstance(old, dict) or not isinstance(known, dict | None) or not isinstance(old.get("model", {}), dict):
+    if not isinstance(old, dict) or not isinstance(known, dict) or not isinstance(old.get("model", {}), dict):
         raise ValueError(f"'{where / 'state.json'}' is damaged: its config, model or facts are no mapping")
     if isinstance(tasks := old.get("tasks"), dict):
         old = old | {"tasks": {FORMER_TASKS.get(name, name): value for name, value in tasks.items()}}
     defaults = flat(asdict(TrainConfig())) | {f"model.{name}": value for name, value in _model_defaults().items()}
     before, now = defaults | flat(old), defaults | flat(asdict(config))
-    names = [*FIXED, *(_PLACES if known is None else ())]
-    names += sorted(name for name in {*before, *now} if name.startswith("model."))
-    changed = differences(before, now, names)
-    changed += [] if known is None else differences(known, facts)
+    names = [*FIXED, *sorted(name for name in {*before, *now} if name.startswith("model."))]
+    changed = differences(before, now, names) + differences(known, facts)
     notes = rate_notes(config.schedule, config.optimiser.lr, state["step"], before["steps"], config.steps)
     if notes and config.data.curriculum and state["step"] < config.steps:
         notes.append(f"steps was {before['steps']}, here {config.steps}: the phases of data.curriculum move with it")
@@ -232,3 +268,104 @@ def _digest(content: Any) -> str:
 @cache
 def _model_defaults() -> dict[str, Any]:
     return {field.name: field.default for field in fields(TransformerConfig) if field.name != "vocab_size"}
+
+
+MARK = "# Settings of the last start of this run, written by unidiff.\n"
+SETTINGS = "config.yaml"
+WRITTEN = (SETTINGS, "model", "model-best")
+"""What a model's training replaces in its folder."""
+_REPLACED = (*WRITTEN[1:], "pipeline")  # the last one by training/finetune.py
+
+
+def check_run_folder(out: Path, setting: str, started_from: str | None, written: Iterable[str] = WRITTEN) -> None:
+    """Raise ValueError, naming it, for an output folder in which a run would spoil something else.
+
+    That is a pipeline or the starting weights, a `config.yaml` of a person's own, exports with other files among them, or
+    the model of a run whose checkpoints are gone.
+
+    Args:
+        setting: what a person types for `out`. started_from: folder of the starting weights, if any.
+        written: names that the run replaces in `out`, folders (of models) without an ending.
+    """
+    _check_place(out, setting, started_from)
+    checkpoints = out / "checkpoints"
+    for path in (out / name for name in written):
+        if path.name == SETTINGS:
+            ours = checkpoints.is_dir() or (out / "metrics.jsonl").is_file() or not path.exists()
+            if not ours and not (path.is_file() and path.read_bytes().startswith(MARK.encode())):
+                raise ValueError(f"'{path}' is of no run and would be replaced; name another {setting}=, or move it")
+            continue
+        if not path.suffix:
+            check_replaceable(path)
+        if holds_something(path) and not holds_checkpoints(checkpoints):
+            kind = path.name if path.suffix else f"a {path.name}"
+            raise ValueError(
+                f"{str(out)!r} holds {kind} and no checkpoint to go on from; name another {setting}= (the {path.name} would "
+                "be replaced)"
+            )
+
+
+def _check_place(out: Path, setting: str, started_from: str | None) -> None:
+    """Raise ValueError for the output of a run that is a file, in a pipeline, or among its own starting weights."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{setting}={str(out)!r} is a file or a device; name a folder")
+    checkpoints, place = out / "checkpoints", out.resolve()
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise ValueError(f"{str(checkpoints)!r} is a file where the run puts its checkpoints; move it")
+    for folder in (place, *place.parents):
+        if (folder / "model_index.json").exists():
+            raise ValueError(f"{setting}={str(out)!r} is in the pipeline folder {str(folder)!r}; name another folder")
+    if not started_from:
+        return
+    start = Path(started_from).resolve()
+    if place == start or start in place.parents:
+        raise ValueError(f"{setting}={str(out)!r} is in the folder of the starting weights; name another folder")
+    for name in _REPLACED:
+        target = (place / name).resolve()
+        if target == start or target in start.parents:
+            raise ValueError(
+                f"the starting weights, {started_from!r}, would be replaced by this run's own {name}; name another {setting}="
+            )
+
+
+def holds_something(path: Path) -> bool:
+    """Whether `path` is a file, or a folder that is not empty."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError where `folder` holds anything that is no export of a run."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file where the run puts its model; move it")
+    if folder.exists() and (foreign := others_in_model(folder)):
+        raise ValueError(
+            f"{str(folder)!r} holds {', '.join(foreign[:3])}, which the run's export would remove; move it elsewhere"
+        )
+
+
+def write_export(
+    folder: Path, model: MaskedTransformer, vocabulary: Vocabulary, trained: TrainedOn, started_from: str = ""
+) -> None:
+    """Write `folder` for `MaskedTransformer.from_pretrained`, with `vocabulary.json`; it appears whole or not at all.
+
+    Args:
+        trained: what the rows were. started_from: folder of the starting weights, if any.
+
+    Raises:
+        ValueError: weights that are not finite, or a folder that holds something else than an export.
+        OSError: a full or read-only disk and the like.
+    """
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            hint = "set checkpoint.export_dtype=bfloat16, or " if value.dtype == torch.float16 else ""
+            raise ValueError(
+                f"the averaged weights {name} are not finite in {str(value.dtype)[6:]}, so nothing is exported; "
+                f"{hint}lower optimiser.lr"
+            )
+    check_replaceable(folder)
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1), encoding="utf-8")
+        trained.save(temporary, started_from=started_from or None)
+        for path in temporary.iterdir():
+            flush_to_disk(path)
