@@ -20,7 +20,7 @@ MOST_FILES, MOST_LINES, MOST_LINES_IN_ALL = 16, 400, 35_640
 MOST_FILES_OF_A_PROMPT, DEEPEST = 42, 9  # 20 files are wanted, and 29,000 lines: these hold what is reached
 # from the cellar up; everything else at the root of the package is the cellar
 FLOORS = (
-    ("tokens", "kernels", "words"),
+    ("tokens", "kernels"),
     ("models", "data", "diffusion"),
     ("decoding",),
     ("families",),

@@ -8,8 +8,7 @@ import pytest
 from tiny_pipeline import tiny_parts, tiny_pipeline
 
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.tokens.text import TextTokenizer
-from unidiff.words import UnknownWords, notes_on, unknown_words, words_of
+from unidiff.tokens.text import TextTokenizer, UnknownWords, notes_on, unknown_words, words_of
 
 WORDS = ["a", "dog", "cat", "on", "the", "fox's", "what"]
 

@@ -59,8 +59,7 @@ def text(
     seed: Seed = 0,
 ) -> None:
     """Train the byte-level BPE on the generator's own captions, questions and answers."""
-    from unidiff.tokens.text import TextTokenizer
-    from unidiff.words import words_of
+    from unidiff.tokens.text import TextTokenizer, words_of
 
     texts = list(corpus(SceneGenerator(get_profile(profile), seed), count))
     tokenizer = TextTokenizer.train(texts, vocab_size)

@@ -10,10 +10,10 @@ import torch
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
 from unidiff.families.layout import RowLayout, TaskInputs
-from unidiff.pipelines.arguments import flag, texts_of, whole
 from unidiff.pipelines.decode import TaskCall, task_method
 from unidiff.pipelines.folder import PipelineFolder
-from unidiff.pipelines.inputs import ImageInputs, PictureSizes, as_list, columns_of, opened
+from unidiff.pipelines.inputs import ImageInputs, PictureSizes, as_list, columns_of, opened, texts_of
+from unidiff.pipelines.options import flag, whole
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.rows import NativeLayout
 from unidiff.pipelines.settings import PipelineSettings
@@ -21,8 +21,7 @@ from unidiff.pipelines.tasks import call_task
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
-from unidiff.tokens.text import TextTokenizer
-from unidiff.words import between_holes
+from unidiff.tokens.text import TextTokenizer, between_holes
 
 
 class UniDiffPipeline(PipelineFolder):

@@ -14,7 +14,7 @@ from unidiff.decoding import ModalityDecoding, SamplerConfig
 from unidiff.families.layout import TaskNeeds
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines import decode
-from unidiff.words import MOST_TOKENS, all_have_holes, split_holes
+from unidiff.tokens.text import MOST_TOKENS, all_have_holes, split_holes
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_a_name_of_the_hub_is_downloaded_without_weights_or_code_and_then_a_fold
         assert not any(Path(file).match(pattern) for pattern in wanted for file in ("m.safetensors", "m.bin", "tok.py"))
         return tmp_path / "hub"
 
-    monkeypatch.setattr("unidiff.tokens.text.download", download)
+    monkeypatch.setattr("unidiff.hub.download", download)
     found = TextTokenizer.from_pretrained("owner/name", revision="main", subfolder="words")
     assert found.decode(found.encode("a b c")) == "a b c"
     assert asked == [("owner/name", "tokenizer", {"revision": "main"})]

@@ -11,7 +11,7 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from unidiff import Span, TextTokenizer, TokenBatch, UniDiffPipeline, VQImageTokenizer
-from unidiff.pipelines.arguments import whole
+from unidiff.pipelines.options import whole
 
 WRONG: tuple[Any, ...] = (
     *(None, 1.5, float("nan"), "x", b"x", {"a": 1}, {1}, object(), int, len, 1 + 2j, Exception("x")),

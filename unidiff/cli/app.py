@@ -32,7 +32,7 @@ from unidiff.cli.common import (
 from unidiff.cli.tools import demo, eval_app, pack, profile_cache
 from unidiff.errors import exit_status, explain
 from unidiff.process import keep_freed_memory
-from unidiff.words import all_have_holes
+from unidiff.tokens.text import all_have_holes
 
 app = typer.Typer(
     name="unidiff",

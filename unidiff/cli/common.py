@@ -18,8 +18,7 @@ import typer
 
 from unidiff.errors import first_line
 from unidiff.files import resolve_link
-from unidiff.pipelines.arguments import MOST_ROWS, own_arguments
-from unidiff.pipelines.options import FLAGS, OPTIONS, Flag
+from unidiff.pipelines.options import FLAGS, MOST_ROWS, OPTIONS, Flag, own_arguments
 
 if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
@@ -108,7 +107,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
 
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.decode import UntrainedTask
-    from unidiff.words import UnknownWords
+    from unidiff.tokens.text import UnknownWords
 
     for kind in (UnknownWords, UntrainedTask):
         warnings.simplefilter("ignore", kind)  # `say_notes` says it

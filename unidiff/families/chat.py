@@ -20,7 +20,7 @@ from unidiff.families.layout import (
     lay_out,
 )
 from unidiff.tokens import Span, Vocabulary
-from unidiff.words import MOST_TOKENS, has_holes, short
+from unidiff.tokens.text import MOST_TOKENS, has_holes, short
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]

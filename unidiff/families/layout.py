@@ -19,7 +19,7 @@ from unidiff.decoding.commit.base import CommitRule
 from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.batch import read_mask
-from unidiff.words import MOST_TOKENS, split_holes
+from unidiff.tokens.text import MOST_TOKENS, split_holes
 
 Grid = tuple[int, int]
 Encode = Callable[[str], Sequence[int]]

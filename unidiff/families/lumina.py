@@ -31,7 +31,7 @@ from unidiff.families.layout import (
 )
 from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
 from unidiff.tokens import Span, Vocabulary
-from unidiff.words import all_have_holes
+from unidiff.tokens.text import all_have_holes
 
 UNIT, FACTOR = 32, 16  # pixels: of a crop's steps, of a code
 LARGEST_RATIO = 4

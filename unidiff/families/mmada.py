@@ -34,7 +34,7 @@ from unidiff.families.layout import (
 from unidiff.families.llada import EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
-from unidiff.words import all_have_holes
+from unidiff.tokens.text import all_have_holes
 
 SPECIALS: Mapping[str, int] = {
     "bos": 126080,

@@ -18,13 +18,12 @@ from unidiff.decoding.cache.config import choose_cache
 from unidiff.decoding.state import declines
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.families.layout import DecodeRequest, TaskInputs
-from unidiff.pipelines.arguments import check_keywords, check_rows, kind_of
 from unidiff.pipelines.candidates import keep_best
-from unidiff.pipelines.inputs import ImageInputs
-from unidiff.pipelines.options import OPTIONS, DecodeOptions, RowGenerator
+from unidiff.pipelines.inputs import ImageInputs, check_rows
+from unidiff.pipelines.options import OPTIONS, DecodeOptions, RowGenerator, check_keywords, kind_of
 from unidiff.pipelines.output import Trajectory, UniDiffOutput, to_frames
 from unidiff.tokens import TokenBatch
-from unidiff.words import letters_note, notes_on
+from unidiff.tokens.text import letters_note, notes_on
 
 P = ParamSpec("P")
 _LARGEST = (1 << 62) - 1

@@ -16,7 +16,7 @@ from unidiff.families.layout import RowLayout
 from unidiff.files import replacing_folder
 from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.arguments import check_keywords
+from unidiff.pipelines.options import check_keywords
 from unidiff.pipelines.owned import INDEX, PIPELINE_CLASS, check_replaceable, others_in_pipeline
 from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
 from unidiff.pipelines.settings import PipelineSettings

@@ -1,4 +1,4 @@
-"""Pictures and masks as people have them (PIL, numpy, torch; one or a list) to tensors the tokenizer takes."""
+"""Texts, pictures and masks as people have them (PIL, numpy, torch; one or a list) to columns of one entry for each row."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch.nn import functional as F
 
 from unidiff.families.layout import Grid, RowLayout
 from unidiff.pictures import MAX_PIXELS, open_picture
-from unidiff.pipelines.arguments import flag, kind_of, one_of, repeated, whole
 from unidiff.pipelines.masks import fit_white, plain_tensor, white_pixels
+from unidiff.pipelines.options import MOST_ROWS, flag, kind_of, one_of, whole
+from unidiff.tokens.text import refuse_holes
 
 _KINDS = "a PIL image, a path or address of one, a numpy array or a torch tensor"
 _LONGEST_SIDE = 16_384
 _PIXELS = ("pil", "pt", "np")
+_FILLED_BY = "generate, inpaint or infill fill <mask> holes, where the model can"
 
 
 class ImageInputs:
@@ -159,6 +161,33 @@ class PictureSizes:
         return codes
 
 
+def texts_of(value: Any, what: str, empty: bool = False, holes: bool = False) -> list[str]:
+    """One text or several as a list of strings.
+
+    Args:
+        what: the argument, for the message. empty: whether a text without words is fine. holes: whether it may have holes.
+
+    Raises:
+        ValueError: an empty list, something else than a text, a text without words or with holes; the message says which.
+    """
+    several = isinstance(value, list | tuple)
+    texts = list(value) if several else [value]
+    if not texts:
+        raise ValueError(f"the list of {what}s is empty; give at least one")
+    for number, text in enumerate(texts):
+        where = f" (number {number + 1} of {len(texts)})" if len(texts) > 1 else ""
+        if not isinstance(text, str):
+            expected = "a string" if several else "a string, or a list of them"
+            raise ValueError(f"the {what} is {kind_of(text)}{where}; expected {expected}")
+        if not text.strip() and not empty:
+            raise ValueError(f"the {what} is empty{where}; write at least one word")
+        if (bad := next((c for c in text if "\ud800" <= c <= "\udfff"), None)) is not None:
+            raise ValueError(f"the {what} holds the lone surrogate {bad!r}{where}, which is no character; leave it out")
+    if not holes:
+        refuse_holes(texts, what, _FILLED_BY)
+    return texts
+
+
 def as_list(value: Any, what: str) -> list[Any]:
     """One thing or several as a list; a 4-D array counts as several.
 
@@ -222,6 +251,26 @@ def columns_of(count: int, **columns: Sequence[Any] | None) -> dict[str, Any]:
     given = {name: column for name, column in columns.items() if column is not None}
     rows = {name: repeated(column, count) for name, column in zip(given, broadcast(**given), strict=True)}
     return {name: torch.stack(row) if isinstance(row[0], Tensor) else row for name, row in rows.items()}
+
+
+def repeated(items: Sequence[Any], count: Any) -> list[Any]:
+    """Each item `count` (`num_images_per_prompt`) times in a row.
+
+    Raises:
+        ValueError: a count that is no whole number of at least 1, or more than `MOST_ROWS` rows.
+    """
+    whole(count, "num_images_per_prompt", 1, MOST_ROWS)
+    check_rows(len(items) * count)
+    return [item for item in items for _ in range(count)]
+
+
+def check_rows(rows: int) -> None:
+    """Raise `ValueError` for more rows than `MOST_ROWS`."""
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"this call would decode {rows} rows (num_images_per_prompt and num_candidates multiply); expected at most "
+            f"{MOST_ROWS}, so make several calls"
+        )
 
 
 def _number(what: str, number: int, count: int) -> str:

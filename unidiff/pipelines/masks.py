@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiff.pictures import decode_picture
-from unidiff.pipelines.arguments import kind_of
+from unidiff.pipelines.options import kind_of
 
 _LEVELS = (1, 255, 65535)
 """White, by the largest value of a mask of whole numbers."""

@@ -1,15 +1,17 @@
-"""`DecodeOptions`: everything a caller may say about a decode, its checks, its place on the command line, its effect.
+"""`DecodeOptions`: what a caller may say about a decode, its place on the command line, its effect; checks of arguments.
 
 This module imports no torch, so that the command line can list its options at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from unidiff.pipelines.arguments import MOST_ROWS, flag, one_of, short, whole
+from unidiff.schema import short_value
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 RowGenerator: TypeAlias = "int | torch.Generator | Sequence[int | torch.Generator] | None"
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
+MOST_ROWS = 10_000
+"""Rows of one call: results are kept in memory, so more than that is more likely a slip of the hand."""
 
 
 @dataclass(frozen=True)
@@ -205,3 +209,93 @@ def _by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any
     if unknown := sorted(str(key) for key in set(value) - {"text", "image"}):
         raise ValueError(f"{name} names {unknown}; expected some of ['image', 'text']")
     return dict(value)
+
+
+def check_keywords(
+    method: Callable[..., Any], given: Iterable[str], options: Iterable[str] = (), owner: type | None = None
+) -> None:
+    """Refuse keyword arguments that a public method does not have.
+
+    Args:
+        method: its own arguments count, besides `options`, which it takes as `**options`.
+        owner: the class whose method it is, where it is inherited.
+
+    Raises:
+        TypeError: as Python does, with the method's name and the nearest name that it has.
+    """
+    known = [*own_arguments(method), *options]
+    for name in given:
+        if name not in known:
+            meant = [other for other in _ELSEWHERE.get(name, ()) if other in known]
+            near = (
+                meant
+                or difflib.get_close_matches(name, known, 1, 0.5)
+                or [n for n in known if name.lower() in n.lower()]
+            )
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            called = f"{owner.__name__}.{method.__name__}" if owner else method.__qualname__
+            raise TypeError(f"{called}() has no argument {name!r}; {hint}")
+
+
+_ELSEWHERE = {  # as other programs call them
+    "seed": ("generator",),
+    "seeds": ("generator",),
+    "num_inference_steps": ("steps",),
+    "num_steps": ("steps",),
+    "cfg_scale": ("guidance_scale",),
+    "cfg": ("guidance_scale",),
+    "max_new_tokens": ("max_text_tokens",),
+    "callback": ("callback_on_step_end",),
+    "mask": ("mask_image",),
+    "prompt": ("text", "messages", "question"),
+    "text": ("prompt", "messages", "question"),
+    "question": ("prompt", "messages"),
+    "torch_dtype": ("dtype",),
+}
+
+
+def own_arguments(method: Callable[..., Any]) -> list[str]:
+    """Names of a method's arguments, without `self` and `**options`."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in inspect.signature(method).parameters.items() if p.kind in kinds and name != "self"]
+
+
+def whole(value: Any, name: str, least: int, most: int, note: str = "") -> int:
+    """`value` where it is a whole number from `least` to `most`; else `ValueError`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} is {short(value)}; expected a whole number from {least} to {most}{note}")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """`value` where it is True or False; else `ValueError`."""
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's is one
+        raise ValueError(f"{name} is {short(value)}; expected True or False")
+    return bool(value)
+
+
+def one_of(value: Any, name: str, allowed: Sequence[str], other: str = "") -> None:
+    """Raise `ValueError` unless `value` is one of the names.
+
+    Args:
+        other: what may stand there besides, for the message.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} is {short(value)}; expected one of {', '.join(allowed)}{hint or other}")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for messages: `an int`, `None`."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def short(value: Any) -> str:
+    """A value for a message: what it is where it is long or no plain value."""
+    if value is None or isinstance(value, str | int | float | bool | complex):
+        return short_value(value)
+    return kind_of(value)

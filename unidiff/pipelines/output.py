@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, DecodeStats
-from unidiff.pipelines.arguments import whole
+from unidiff.pipelines.options import whole
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_gif, save_image
 
 

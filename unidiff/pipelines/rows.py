@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from unidiff.families.layout import DecodeRequest, Grid, RowLayout, TaskInputs, TaskNeeds, hidden_words, lay_out
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Span, Vocabulary
-from unidiff.tokens.text import TextTokenizer
-from unidiff.words import note_on, short, unknown_words
+from unidiff.tokens.text import TextTokenizer, note_on, short, unknown_words
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from unidiff.families.layout import TASKS
-from unidiff.pipelines.arguments import one_of, texts_of
-from unidiff.words import all_have_holes
+from unidiff.pipelines.inputs import texts_of
+from unidiff.pipelines.options import one_of
+from unidiff.tokens.text import all_have_holes
 
 _INPUTS: dict[
     str, tuple[set[str], set[str]]

@@ -1,37 +1,181 @@
-"""`TextTokenizer`: strings to text ids and back, over any Hugging Face tokenizer; trains a byte-level BPE of its own."""
+"""Text: `<mask>` and `<mask:3>` for hidden tokens, words that a model was never taught, and `TextTokenizer`, to ids and back.
+
+A model whose tokenizer carries a list of known words (`TextTokenizer.known_words`) was trained on these and no others; models
+of free text have no list, and only words that their tokenizer has no ids for are reported.
+
+Hugging Face's libraries are imported where they are used, so that the command line can look at its texts at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from unidiff.errors import DamagedFile, read_json, reading, reason_of
+from unidiff.errors import DamagedFile, few, reading, reason_of
 from unidiff.files import filling_folder, path_of, resolve_link
-from unidiff.hub import download
 from unidiff.schema import check_value
-from unidiff.tokens.text_folder import check_tokenizer_folder
+from unidiff.tokens.text_folder import check_same_kind, check_tokenizer_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_TOKENS = 4096  # of a hole where the model sets no limit of its own
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+_HOLE = re.compile(r" ?<mask(?::([^<>]*))?>")
+_MEANT = re.compile(r"<\s*/?\s*mask|\[MASK\]", re.IGNORECASE)  # what a person who writes a hole may have typed
+# words, and signs that do more than part them: pictures, #, /
+_WORD = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*|(?:[^\w\s.,;:!?\"'()\u2010-\u2027-]|_)")
+_LISTED = 8  # words that a message lists
+
+
+class UnknownWords(UserWarning):
+    """The model draws or answers something else than these words say."""
+
+
+def split_holes(text: str, most: int = MOST_TOKENS, what: str = "text") -> list[str | int]:
+    """The words between holes, and for each hole its number of tokens, in order; words without holes are one entry.
+
+    A hole takes the space in front of it with it. Empty strings are left out.
+
+    Args:
+        most: tokens that the holes may have. what: the argument, for the message.
+
+    Raises:
+        ValueError: `<mask:x>`, `<mask:0>`, `<mask` without its end, `<MASK>`, `[MASK]` and the like, or more than `most`
+            hidden tokens in all.
+    """
+    parts: list[str | int] = []
+    place = 0
+    for hole in _HOLE.finditer(text):
+        count = "1" if hole[1] is None else hole[1].strip()
+        if not (count.isascii() and count.isdecimal() and len(count) < 10 and 1 <= int(count) <= most):
+            raise ValueError(
+                f"{hole[0].strip()!r} is no hole ({what} {short(text)}); write <mask> or <mask:n> with n from 1 to {most} "
+                "tokens"
+            )
+        parts += [_words(text[place : hole.start()], what), int(count)]
+        place = hole.end()
+    if (total := sum(part for part in parts if isinstance(part, int))) > most:
+        raise ValueError(f"{what} {short(text)} hides {total} tokens in all; at most {most} fit")
+    return [part for part in [*parts, _words(text[place:], what)] if part != ""]
+
+
+def has_holes(text: str, what: str = "text") -> bool:
+    """Whether a text has holes; errors as of `split_holes`."""
+    return any(isinstance(part, int) for part in split_holes(text, what=what))
+
+
+def all_have_holes(texts: Sequence[str], what: str = "text") -> bool:
+    """Whether texts have holes: all or none, since only those without are guided.
+
+    Raises:
+        ValueError: some do, or as for `split_holes`.
+    """
+    holes = [has_holes(text, what) for text in texts]
+    if any(holes) and not all(holes):
+        raise ValueError(
+            f"some {what}s have <mask> holes and some have none, which are decoded apart; run them apart, one call for "
+            "each kind"
+        )
+    return any(holes)
+
+
+def refuse_holes(texts: Sequence[str], what: str, instead: str) -> None:
+    """Raise `ValueError` where a text has holes, well formed or not, and says `instead` what fills them."""
+    for text in texts:
+        if found := _MEANT.search(text):
+            raise ValueError(
+                f"{what} {short(text)} holds {found[0]!r}, but holes are not filled there; {instead}, or leave it out"
+            )
+
+
+def letters_note(texts: Sequence[str]) -> list[str]:
+    """A note where a task that takes any text was given what looks like a hole."""
+    found = next((match[0] for text in texts if (match := _MEANT.search(text))), None)
+    return [] if found is None else [f"{found!r} is read as letters there; infill fills <mask> holes"]
+
+
+def short(text: str) -> str:
+    """A text for a message, cut where it is long."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _words(text: str, what: str) -> str:
+    if found := _MEANT.search(text):
+        raise ValueError(
+            f"{what} {short(text.strip())} holds {found[0]!r}, an unfinished <mask> or another spelling of it; write "
+            "<mask> or <mask:n>"
+        )
+    return text
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, without punctuation."""
+    return _WORD.findall(text)
+
+
+def between_holes(texts: Sequence[str]) -> list[str]:
+    """The words of texts, without their holes and the signs between two of them; errors as of `split_holes`."""
+    parts = [split_holes(text) for text in texts]
+    return [part for row in parts for part in row if isinstance(part, str) and (len(row) == 1 or words_of(part))]
+
+
+def unknown_words(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
+    """Words that the model does not know, each once, in the order of the texts."""
+    known = tokenizer.known_words
+    found = {word: None for text in texts for word in words_of(text)}
+    if known is not None:
+        return [word for word in found if word not in known]
+    unknown = tokenizer.tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    return [word for word in found if unknown in tokenizer.encode(word)]
+
+
+def note_on(words: Sequence[str], known: Collection[str] | None) -> str:
+    """One sentence about words that a model does not know."""
+    small = [word for word in words if known is not None and word.lower() in known]
+    new = [word for word in words if word not in small]
+    parts = []
+    if new:
+        parts.append(f"the model does not know {_listed(new)}, so the result may show something else")
+    if small:
+        parts.append(f"the model knows {_listed(small)} in small letters only")
+    if new and known is not None:
+        parts.append("`unidiff info` lists all that it knows")
+    return "; ".join(parts)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"the word{'s' if len(words) > 1 else ''} {few([short(word) for word in words], _LISTED)}"
+
+
+def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
+    """Notes for a result, also given as a warning of Python's, which shows the same one once."""
+    texts, known, notes = list(texts), tokenizer.known_words, list[str]()
+    if words := unknown_words(texts, tokenizer):
+        notes.append(note_on(words, known))
+    if known is not None and (bare := [text for text in texts if text.strip() and not words_of(text)]):
+        notes.append(f"{bare[0][:40]!r} holds no words, so the result may show anything")
+    for note in notes:
+        warnings.warn(note, UnknownWords, stacklevel=4)
+    return notes
 
 
 class TextTokenizer:
-    """A thin wrapper round a Hugging Face tokenizer with the three promises unidiff needs.
+    """A loaded Hugging Face tokenizer with three promises.
 
     1. `decode(encode(s)) == s` for every Unicode string, when the tokenizer came from `train`: byte-level, no
        normaliser, no prefix space, no clean-up. A tokenizer from the hub keeps its own rules.
     2. Text never becomes a control token: `<|eos|>` typed by a person is encoded as the characters it is made of.
     3. Special tokens have short names: `special("caption")` is the id of `<|caption|>`.
-
-    Args:
-        tokenizer: a loaded Hugging Face tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,6 +183,7 @@ class TextTokenizer:
             raise ValueError(f"the text tokenizer is {tokenizer!r:.80}; expected a Hugging Face tokenizer")
         self.tokenizer = tokenizer
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self.size = 1 + max(self._vocabulary.values(), default=-1)  # the width of the text range in a `Vocabulary`
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str] = DEFAULT_SPECIALS) -> TextTokenizer:
@@ -56,14 +201,16 @@ class TextTokenizer:
         check_value(specials, Sequence[str], "specials")
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise ValueError(f"texts are {texts!r:.80}; expected a list of strings, one for each document")
-        specials = list(specials)
         if "eos" not in specials or len(set(specials)) != len(specials) or not all(specials):
-            raise ValueError(f"specials {specials} must be distinct names that include 'eos'")
+            raise ValueError(f"specials {list(specials)} must be distinct names that include 'eos'")
         smallest = 256 + len(specials)
         if vocab_size < smallest:
             raise ValueError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} specials need at least {smallest}"
             )
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -98,17 +245,15 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub_options: Any) -> TextTokenizer:
-        """Load a folder, or what lies on the hub under a name. A folder is never looked up on the network.
+        """Load a folder, which is never looked up on the network, or what lies on the hub under a name.
 
-        Code that lies in a folder or on the hub (`auto_map`) is never run, nor is anybody asked about it.
+        Code that lies there (`auto_map`) is never run, nor is anybody asked about it.
 
         Args:
             hub_options: revision, cache_dir, token, local_files_only, force_download, subfolder.
 
         Raises:
-            FileNotFoundError: the folder holds no tokenizer that can be read, or `name` is neither a folder nor a
-                reachable hub name.
-            ValueError: another option.
+            FileNotFoundError: no tokenizer that can be read there, nor a reachable hub name. ValueError: another option.
         """
         if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
             raise ValueError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(_HUB_OPTIONS)}")
@@ -117,6 +262,8 @@ class TextTokenizer:
             raise FileNotFoundError(f"text tokenizer folder {str(name)!r} does not exist")
         inside = str(hub_options.pop("subfolder", None) or "")
         if not folder.is_dir():
+            from unidiff.hub import download
+
             folder = download(str(name), _PATTERNS, "tokenizer", **hub_options)
         folder = folder / inside
         if not any((folder / file).is_file() for file in _FILES):
@@ -124,6 +271,8 @@ class TextTokenizer:
                 f"{str(folder)!r} holds no text tokenizer (no tokenizer.json); "
                 "train one with tokenizers/train_text_tokenizer.py"
             )
+        from transformers import AutoTokenizer
+
         options = {"trust_remote_code": False, "local_files_only": True}
         return cls.read(folder, lambda: AutoTokenizer.from_pretrained(str(folder), **options))
 
@@ -150,22 +299,17 @@ class TextTokenizer:
         """Write tokenizer.json and tokenizer_config.json; each file appears complete or not at all.
 
         Raises:
-            ValueError: `folder` is a file, or holds a tokenizer of another kind. OSError: a full or read-only disk; the
-                message names the folder.
+            ValueError: `folder` is a file, or holds a tokenizer of another kind. OSError: a full or read-only disk.
         """
         folder = resolve_link(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is a file; name a folder to save the tokenizer in")
         with filling_folder(folder) as temporary:
             self.tokenizer.save_pretrained(temporary)
-            _check_same_kind(folder, temporary)
+            check_same_kind(folder, temporary)
 
     def encode(self, text: str) -> list[int]:
-        """Text ids of a string, without any special token.
-
-        Raises:
-            ValueError: not a string, or lone surrogates, which no UTF-8 text can hold.
-        """
+        """Text ids of a string, without special tokens; `ValueError` for lone surrogates and for no string."""
         _check_unicode(text)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -188,11 +332,6 @@ class TextTokenizer:
         return text
 
     @property
-    def size(self) -> int:
-        """One more than the largest id: the width of the text range in a `Vocabulary`."""
-        return max(self._vocabulary.values()) + 1
-
-    @property
     def eos_id(self) -> int:
         """The end-of-text id, which also fills a text span."""
         return self.special("eos")
@@ -211,18 +350,13 @@ class TextTokenizer:
         self.tokenizer.init_kwargs["known_words"] = sorted(set(words))
 
     def special(self, name: str) -> int:
-        """The id of a special token by its short name (`eos`, `caption`, ...) or its full text.
-
-        Raises:
-            ValueError: this tokenizer has no such token.
-        """
-        check_value(name, str, "the name of a special token")
-        for candidate in (special_token(name), name):
+        """The id of a special token by its short name (`eos`, `caption`, ...) or its full text; `ValueError` for none."""
+        for candidate in (special_token(name), str(name)):
             if candidate in self._vocabulary and self._vocabulary[candidate] in self.tokenizer.all_special_ids:
                 return self._vocabulary[candidate]
         named = getattr(self.tokenizer, f"{name}_token_id", None) if name in ("eos", "bos", "pad", "unk") else None
         if named is None:
-            raise ValueError(f"the tokenizer has no special token {name!r}; it has {sorted(self.specials())}")
+            raise ValueError(f"the tokenizer has no special token {name!r:.80}; it has {sorted(self.specials())}")
         return int(named)
 
     def specials(self) -> dict[str, int]:
@@ -237,24 +371,6 @@ class TextTokenizer:
 def special_token(name: str) -> str:
     """The text form of a special token: `caption` becomes `<|caption|>`."""
     return f"<|{name}|>"
-
-
-def _check_same_kind(folder: Path, written: Path) -> None:
-    """Raise `ValueError` where files of another tokenizer would be overwritten."""
-    there = [file.name for file in written.iterdir() if (folder / file.name).exists()]
-    if there and _kind(folder) != _kind(written):
-        raise ValueError(
-            f"{str(folder)!r} holds another tokenizer ({there[0]}), which would be lost; name another folder"
-        )
-
-
-def _kind(folder: Path) -> tuple[Any, Any] | None:
-    """Class and end-of-text of a saved tokenizer, None where nothing says them."""
-    try:
-        values = read_json(folder / "tokenizer_config.json", "tokenizer settings")
-    except (ValueError, OSError):
-        return None
-    return values.get("tokenizer_class"), values.get("eos_token")
 
 
 def _check_unicode(text: Any) -> None:

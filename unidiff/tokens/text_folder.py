@@ -104,3 +104,21 @@ def _check_depth(value: Any, depth: int = 0) -> None:
         for one in value.values() if isinstance(value, dict) else value:
             if isinstance(one, dict | list):
                 _check_depth(one, depth + 1)
+
+
+def check_same_kind(folder: Path, written: Path) -> None:
+    """Raise `ValueError` where files of another tokenizer would be overwritten."""
+    there = [file.name for file in written.iterdir() if (folder / file.name).exists()]
+    if there and _kind(folder) != _kind(written):
+        raise ValueError(
+            f"{str(folder)!r} holds another tokenizer ({there[0]}), which would be lost; name another folder"
+        )
+
+
+def _kind(folder: Path) -> tuple[Any, Any] | None:
+    """Class and end-of-text of a saved tokenizer, None where nothing says them."""
+    try:
+        values = read_json(folder / "tokenizer_config.json", "tokenizer settings")
+    except (ValueError, OSError):
+        return None
+    return values.get("tokenizer_class"), values.get("eos_token")
