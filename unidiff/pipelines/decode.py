@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import DecodeView, Sampler, SamplerConfig
-from unidiff.decoding.cache.config import choose_cache
+from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.state import declines
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.families.layout import DecodeRequest, TaskInputs
@@ -101,7 +101,8 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     model, request, config, rules = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know
     condition, away = _guidance(task, request, inputs, config, options)
-    choice = choose_cache(options.cache, options.policy, request.batch, config, model)
+    plain = options.cache is None and options.policy is None
+    choice = no_cache() if plain else choose_cache(options.cache, options.policy, request.batch, config, model)
     notes = [*_untrained(layout.note(task)), *notes_on(call.said, pipe.texts), *letters_note(call.said)]
     # 4. decode
     pipe.interrupt = False

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache as once
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from unidiff.decoding.cache.base import Policy, RefreshPolicy, expected_passes
+from unidiff.decoding.cache.base import NoCache, Policy, RefreshPolicy, expected_passes
 from unidiff.decoding.cache.combined import SEGMENTS, CacheByRow, HeldGuidance, SegmentCache
 from unidiff.decoding.config import RULES, SamplerConfig
 from unidiff.decoding.row_decode import RowDecode, TokenRun
@@ -165,6 +165,12 @@ class CacheChoice:
     note: str = ""
 
 
+@once
+def no_cache() -> CacheChoice:
+    """For a call that says nothing of a cache."""
+    return CacheChoice(NoCache(), CacheConfig())
+
+
 def choose_cache(
     cache: str | CacheConfig | None, policy: RefreshPolicy | None, batch: TokenBatch, config: SamplerConfig, model: Any
 ) -> CacheChoice:
@@ -186,18 +192,18 @@ def choose_cache(
             raise ValueError("cache and policy both say what is kept between passes; give one of them")
         return CacheChoice(policy, None)
     if cache != "auto":
-        named = CacheConfig.of("none" if cache is None else cache)
+        named = CacheConfig() if cache is None else CacheConfig.of(cache)
         return CacheChoice(named.build(), named)
-    none = suited("none")
+    none = no_cache()
     if not isinstance(model, PartialDenoiser):
-        return CacheChoice(none.build(), none, f"none: {type(model).__name__} computes whole rows only")
+        return replace(none, note=f"none: {type(model).__name__} computes whole rows only")
     traits = model.traits
     for name, own in CACHES.items():
         if own.exact_for(traits):
             exact = CacheConfig(name)
             return CacheChoice(exact.build(), exact, f"{name}: exact for these weights")
     if traits.block_length is not None:
-        return CacheChoice(none.build(), none, "none: features of this model change with the time")
+        return replace(none, note="none: features of this model change with the time")
     rows = [_choose(row, config) for row in _shapes(batch)]
     found = list(dict.fromkeys(choice for choice, _ in rows))  # in the order of the rows
     notes = {choice: note for choice, note in reversed(rows)}
