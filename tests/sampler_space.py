@@ -101,13 +101,18 @@ class Case:
     others: tuple[tuple[TokenBatch, ...], ...]
     conditions: tuple[Tensor, ...] | None
 
-    def decode(self, model: Any, order: list[int], pads: list[int], length: int, watch: Any = None) -> list[Tensor]:
+    def decode(
+        self, model: Any, order: list[int], pads: list[int], length: int, watch: Any = None, device: Any = "cpu"
+    ) -> list[Tensor]:
         """Ids of the rows in `order`, `[n]` each without padding; row i has `pads[i]` places on its left."""
-        batch = TokenBatch.cat([placed(self.rows[i], pads[i], length) for i in order])
-        others = [TokenBatch.cat([placed(self.others[i][k], pads[i], length) for i in order]) for k in self._streams]
+        batch = TokenBatch.cat([placed(self.rows[i], pads[i], length) for i in order]).to(device)
+        others = [
+            TokenBatch.cat([placed(self.others[i][k], pads[i], length) for i in order]).to(device)
+            for k in self._streams
+        ]
         condition = None
         if self.conditions is not None:
-            condition = torch.zeros_like(batch.given)
+            condition = torch.zeros(batch.shape, dtype=torch.bool)
             for at, i in enumerate(order):
                 condition[at, pads[i] : pads[i] + self.rows[i].shape[1]] = self.conditions[i][0]
         kinds = {id(p): p for p in self.policies}
@@ -115,7 +120,8 @@ class Case:
         if len(kinds) > 1 and len(order) > 1:
             policy = CacheByRow(list(kinds.values()), [list(kinds).index(id(self.policies[i])) for i in order])
         sampler = Sampler(model, VOCABULARY, self.config, policy)
-        seeds = torch.tensor([self.seeds[i] for i in order])
+        seeds = torch.tensor([self.seeds[i] for i in order]).to(device)
+        condition = None if condition is None else condition.to(device)
         out = sampler(batch, seeds, condition, watch, unconditional=others or None)
         return [out.batch.ids[at, pads[i] : pads[i] + self.rows[i].shape[1]] for at, i in enumerate(order)]
 
