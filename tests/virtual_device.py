@@ -30,7 +30,6 @@ import unidiff
 
 DEVICE = torch.device("privateuseone", 0)
 PACKAGE = str(Path(unidiff.__file__).parent)
-HERE = __file__
 _KINDS = (DEVICE.type, "meta")  # operations made of others are asked for `meta`
 aten = torch.ops.aten
 READS = {
@@ -112,7 +111,11 @@ class VirtualTensor(Tensor):
         return _run(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
+        _read("repr")
         return f"VirtualTensor({self.inside})"
+
+    def __format__(self, spec: str) -> str:
+        return self.item().__format__(spec) if self.dim() == 0 else repr(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
@@ -284,13 +287,13 @@ def _refuse(func: Any, name: str, args: tuple[Any, ...], here: list[Tensor]) -> 
     """Raise `RuntimeError` where the operation may not take CPU tensors beside those of the device."""
     if any(x.device.type == "meta" for x in here):
         raise RuntimeError(f"{func} got a tensor of `meta`, without values, beside tensors on {DEVICE}")
-    if torch.Tag.pointwise in func.tags and not any(x.dim() for x in here):
-        return  # a number
-    if name in INDEXED and isinstance(args[0], VirtualTensor) and not any(x is y for x in here for y in args[2:3]):
-        _upload(f"{name} with a CPU index")
+    numbers = not any(x.dim() for x in here)
+    if numbers and (torch.Tag.pointwise in func.tags or name.startswith(("_fused_adam", "_foreach"))):
         return
-    if name.startswith(("_fused_adam", "_foreach")):  # counters of steps, and numbers
-        if not any(x.dim() for x in here):
+    if name in INDEXED and isinstance(args[0], VirtualTensor):
+        values = [x for x in args[2:3] if isinstance(x, Tensor) and not isinstance(x, VirtualTensor)]
+        if not any(x.dim() for x in values):
+            _upload(f"{name} with a CPU index")
             return
     shapes = ", ".join(str(tuple(x.shape)) for x in here)
     raise RuntimeError(f"{func}: expected all tensors on {DEVICE}, but those of shape {shapes} are on the CPU")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from device_cases import plainly
 from sampler_space import MODELS, case_of, layouts, model_of
-
 from virtual_device import DEVICE, virtual_device
 
 FAST, SLOW = range(36), range(36, 1236)
