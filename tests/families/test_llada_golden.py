@@ -17,7 +17,7 @@ from reference.llada_decoding import LladaCompat, LladaSettings
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unidiff.decoding.commit.quota import quota
+from unidiff.decoding.commit.base import quota
 from unidiff.families.llada import LLADA
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import StoreOptions

@@ -12,8 +12,7 @@ from reference.mmada_sampling import generate_codes, generate_text
 from reference.mmada_training import answer_loss, image_loss, mask_answers, mask_image, training_mask
 from safetensors.torch import load_file
 
-from unidiff.decoding.commit.base import take_best
-from unidiff.decoding.commit.quota import quota
+from unidiff.decoding.commit.base import quota, take_best
 from unidiff.families.chat import answer_config
 from unidiff.families.mmada import MMADA, ImageSettings, mmada_vocabulary
 

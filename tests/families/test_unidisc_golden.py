@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig, draw
-from unidiff.decoding.commit import quota
+from unidiff.decoding.commit import base
 from unidiff.decoding.forward import gather_positions
 from unidiff.families.family import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
@@ -181,7 +181,7 @@ def test_the_sampler_makes_the_references_maskgit_run(folder, monkeypatch):
     replayed = Replayed(stored, batch.targets, vocabulary, steps)
     monkeypatch.setattr(draw, "choose", replayed)
     schedule = stored["traj_maskgit.schedule"].long()
-    monkeypatch.setattr(quota, "quota", lambda *about: schedule.gather(1, about[3][:, None].clamp_max(steps - 1))[:, 0])
+    monkeypatch.setattr(base, "quota", lambda *about: schedule.gather(1, about[3][:, None].clamp_max(steps - 1))[:, 0])
     image = ModalityDecoding(steps=steps)
     config = SamplerConfig(image=image, guidance=unidisc_sampler(guidance=3.0).guidance)
     sampler = Sampler(model, vocabulary, config)

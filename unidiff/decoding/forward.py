@@ -5,17 +5,18 @@ from __future__ import annotations
 import time as wall
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unidiff.decoding.arguments import check_features, check_head
 from unidiff.decoding.cache.base import NoCache, RefreshPolicy
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.block import gather_rows
 from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
 from unidiff.models.store import FeatureStore
+from unidiff.schema import short_value
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
@@ -133,7 +134,7 @@ class StreamedModel:
                 rows, modality, positions, times = (x[kept] for x in (rows, modality, positions, times))
                 mask = None if mask is None else mask[kept]
             fresh = self.denoiser.hidden(rows, modality, positions, mask, times)  # [n, L, D]
-            check_features(fresh, rows)
+            _check_features(fresh, rows)
             self._keep(fresh, together, group, kept)
         full = all(p.full for p in plans.values())
         self.stats.full_passes += full and bool(plans)
@@ -312,7 +313,7 @@ class StreamedModel:
             picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)
         tokens = len(picked) * index.numel()
         logits = self.denoiser.head(picked, start, stop)
-        check_head(logits, picked, start, stop)
+        _check_head(logits, picked, start, stop)
         self.stats.head_tokens += tokens
         if self._traits is not None:
             self.stats.head_flops += self._traits.head_flops(tokens, stop - start)
@@ -342,3 +343,23 @@ class StreamedModel:
             if stream and weights is not None:
                 fresh = fresh & (weights[i] != 0)[:, None]
             self._max_logits[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
+
+
+def _check_features(features: Any, ids: Tensor) -> None:
+    """Raise `ValueError` unless a model returned features `[B, L, D]` for ids `[B, L]`."""
+    good = isinstance(features, Tensor) and features.is_floating_point()
+    if not good or features.ndim != 3 or features.shape[:2] != ids.shape:
+        raise ValueError(f"the model's hidden returned {_kind(features)}; expected floats {[*ids.shape, 'D']}")
+
+
+def _check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
+    """Raise `ValueError` unless a model's head returned a logit for each of the ids from `start` to before `stop`."""
+    shape = [*features.shape[:-1], stop - start]
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or list(logits.shape) != shape:
+        raise ValueError(
+            f"the model's head returned {_kind(logits)} for the ids {start} to {stop - 1}; expected floats {shape}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else short_value(value)

@@ -1,7 +1,8 @@
-"""The sampler: one loop that unmasks any part of a sequence, text or image or both."""
+"""The sampler: one loop that unmasks any part of a sequence, text or image or both, and what one call of it owns."""
 
 from __future__ import annotations
 
+import math
 import time as wall
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,17 +12,30 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import draw
-from unidiff.decoding.arguments import banned_offsets, check_ends, check_request, check_sampler
 from unidiff.decoding.cache import NoCache, RefreshPolicy
-from unidiff.decoding.commit.base import CommitRule, check_rules
-from unidiff.decoding.commit.remask import remdm_sigma, unsure_tokens
-from unidiff.decoding.config import SamplerConfig
+from unidiff.decoding.commit.base import CommitRule, check_rules, unsure_tokens
+from unidiff.decoding.commit.exact import remdm_sigma
+from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
+from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
-from unidiff.decoding.request import PassWork, Request
-from unidiff.decoding.state import Callback, DecodeView, ModalityProgress, declines, own_copy
+from unidiff.decoding.state import (
+    Callback,
+    DecodeState,
+    DecodeView,
+    EndOfText,
+    ModalityProgress,
+    PassWork,
+    declines,
+    own_copy,
+)
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
+
+UNUSABLE = "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
+_AT_ONCE = 256  # positions whose logits are looked at for a complaint
+_PATIENCE = 64  # passes in a row in which a policy may withhold every logit
+_WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation
 
 
 @dataclass(frozen=True)
@@ -57,14 +71,13 @@ class Sampler:
         config: see `SamplerConfig`.
         policy: what each pass recomputes; no cache when left out.
         rules: commit rules of one's own, by modality, in place of the settings' `rule`.
-        graphs: record the passes of a `PartialDenoiser` as CUDA graphs and replay them, see `unidiff.decoding.graphs`;
+        graphs: on CUDA, record the passes of a `PartialDenoiser` as graphs and replay them, see `unidiff.decoding.graphs`;
             the tokens are the same. Worth it where starting kernels takes longer than running them: deep models,
-            few rows, many passes. Every request records its own. Without CUDA nothing is recorded. A `Record`
-            in place of True records by other means, on any device.
+            few rows, many passes. A `Record` in place of True records by other means, on any device.
 
     Raises:
-        ValueError: an argument of another kind; `forbid` or `ends` names an id outside the vocabulary; `forbid` leaves a modality
-            without tokens; `fill` is no text id.
+        ValueError: an argument of another kind; `forbid` or `ends` names an id outside the vocabulary; `forbid` leaves a
+            modality without tokens; `fill` is no text id.
     """
 
     def __init__(
@@ -80,11 +93,7 @@ class Sampler:
         self.model, self.vocabulary, self.config = model, vocabulary, config
         self.policy: RefreshPolicy = NoCache() if policy is None else policy
         self.rules, self.graphs = check_rules(rules), graphs
-        self.banned = {
-            Modality.TEXT: banned_offsets(vocabulary, Modality.TEXT, config.text.forbid),
-            Modality.IMAGE: banned_offsets(vocabulary, Modality.IMAGE, config.image.forbid),
-        }
-        check_ends(vocabulary, config)
+        self.banned = {m: banned_offsets(vocabulary, m, config.of(m).forbid) for m in Modality}
 
     @torch.no_grad()
     def __call__(
@@ -116,19 +125,14 @@ class Sampler:
         """
         begun = wall.perf_counter()
         others = check_request(self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional)
-        batch, seeds = own_copy(batch), seeds.clone()  # nothing the caller does meanwhile reaches the decode
         # 1. hide the targets; open the progress of each modality, the guidance streams and the noise
-        policy, graphs = self.policy.start(batch, self.model), self._graphs(batch)
-        request = Request(
-            self.model, self.vocabulary, self.config, batch, seeds, condition, policy, others, graphs, self.rules
-        )
-        state, model = request.state, request.model
-        blame = partial(request.complaint, self.vocabulary, self.config.guidance, self.banned)
+        request = Request(self, batch, seeds, condition, others)
+        state, model, policy = request.state, request.model, request.policy
         trajectory = [state.ids.clone()] if record else None
         while True:
             # 2. which positions may be filled now: blocks, order, and rules that need no look at the model
             work = [self._begin(request, progress) for progress in state.progress.values()]
-            if not request.synchronise(work, blame):  # the only host synchronisation of a pass
+            if not request.synchronise(work):  # the only host synchronisation of a pass
                 break
             busy = [w for w in work if w.width]
             state.just_unmasked = torch.zeros_like(state.masked)
@@ -141,7 +145,7 @@ class Sampler:
                 state.nfe = model.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:
-                    self._fill(request, w, w.shown(plan.logits))
+                    self._fill(request, w, plan.logits)
             # 6. remask: committed tokens become fresh work
             for w in work:
                 self._remask(request, w)
@@ -156,16 +160,10 @@ class Sampler:
         seconds = wall.perf_counter() - begun
         return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, model.stats)
 
-    def _graphs(self, batch: TokenBatch) -> PassGraphs | None:
-        """What records the passes of a request, if anything does."""
-        if self.graphs is True:
-            return PassGraphs(CudaRecorder(batch.ids.device)) if batch.ids.is_cuda else None
-        return PassGraphs(self.graphs) if self.graphs else None
-
     def _begin(self, request: Request, progress: ModalityProgress) -> PassWork:
         """What one modality may fill in this pass, and all at once where the model does not matter."""
         state, settings, rule = request.state, progress.settings, progress.rule
-        now = progress.begin_pass(state.masked, request.waiting(progress.modality))
+        now = progress.begin_pass(state.masked, request.waiting(progress))
         time = progress.time(state.masked)  # [B]
         sigma = torch.zeros_like(time)
         if settings.remask == "remdm":
@@ -179,41 +177,42 @@ class Sampler:
         scale = self.config.guidance.scale_at(progress.modality, time)
         return PassWork(progress, candidates, decided is not None, count, sigma, time, scale)
 
-    def _fill(self, request: Request, work: PassWork, targets: Tensor) -> None:
-        """Draw tokens at the targets bool `[B, L]` of one modality and commit those that its rule picks."""
+    def _fill(self, request: Request, work: PassWork, shown: Tensor | None) -> None:
+        """Draw tokens at the candidates of one modality that the policy shows, `[B, L]`, and commit those that its rule picks."""
         state, progress, rule = request.state, work.progress, work.progress.rule
         settings, modality, streams = progress.settings, progress.modality, request.streams_of(work)
+        targets = work.candidates
+        if shown is not None:
+            targets = targets & shown
+            progress.hold(work.candidates.any(1) & ~targets.any(1))
         banned = self.banned[modality] = self.banned[modality].to(targets.device)
         blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
         rows = request.unfinished if rule.adjusts is None else None  # what changes logits looks at all rows
         logits = request.model.logits(modality, targets, work.width, streams, blend.weights(len(streams)), rows)
         blend = replace(blend, scale=logits.select_rows(blend.scale))
-        noise, index = partial(request.noise, state.step), logits.index  # [B, n]
-        is_real, u = logits.select_rows(logits.is_real), logits.select_rows(noise(draw.TOKEN).gather(1, index))
-        order_noise, choice_noise = logits.select_rows(noise(draw.ORDER).gather(1, index)), noise(draw.CHOICE)
+        index, real = logits.index, logits.is_real  # [B, n]
+        noise = partial(request.noise, state.step)
+        token_noise, order_noise = (noise(use).gather(1, index) for use in (draw.TOKEN, draw.ORDER))
+        own_real, u, order = (logits.select_rows(x) for x in (real, token_noise, order_noise))
         if rule.adjusts is None:
-            choice = draw.choose(logits.values, is_real, settings, u, order_noise, blend)
+            choice = draw.choose(logits.values, own_real, settings, u, order, blend)
         else:
-            values = rule.adjust(blend(logits.values), index, is_real)  # [B, n, V]
-            choice = draw.choose(values[None], is_real, settings, u, order_noise)
+            values = rule.adjust(blend(logits.values), index, own_real)  # [B, n, V]
+            choice = draw.choose(values[None], own_real, settings, u, order)
         choice = choice.scatter_rows(logits.rows, len(state.masked))
         request.is_finite &= choice.is_finite
-        pick = logits.is_real
+        pick = real
         if not work.decided:
             confidence = score = choice.confidence
             if settings.choice_temperature:
                 base = score.log() if settings.confidence == "probability" else score
-                score = base + settings.choice_temperature * work.time[:, None] * draw.gumbel(
-                    choice_noise.gather(1, index)
-                )
-            if settings.blocks_in_flight == 1:
-                pick = rule.pick(confidence, score, pick, work.quota, index)
-            else:  # by a threshold of their own in blocks ahead
-                ahead = pick & progress.ahead.gather(1, index)
-                pick = rule.pick(confidence, score, pick & ~ahead, work.quota, index)
+                gumbel = draw.gumbel(noise(draw.CHOICE).gather(1, index))
+                score = base + settings.choice_temperature * work.time[:, None] * gumbel
+            ahead = None if settings.blocks_in_flight == 1 else real & progress.ahead.gather(1, index)
+            pick = rule.pick(confidence, score, real if ahead is None else real & ~ahead, work.quota, index)
+            if ahead is not None:  # by a threshold of their own
                 pick = pick | (ahead & (confidence >= settings.flight_threshold))
-        start, _ = self.vocabulary.range_of(modality)
-        state.write(index, pick, choice.token + start, choice.probability)
+        state.write(index, pick, choice.token + self.vocabulary.range_of(modality)[0], choice.probability)
 
     def _remask(self, request: Request, work: PassWork) -> None:
         """Mask committed tokens of one modality again, where its settings ask for it."""
@@ -230,3 +229,171 @@ class Sampler:
         progress.remasked = progress.remasked + again.sum(1)
         progress.rule.forget(again)
         state.mask_again(again, self.vocabulary.mask_of(progress.modality))
+
+
+class Request:
+    """Everything one call of the sampler owns: nothing of it lives in the sampler, the model or the process.
+
+    Attributes:
+        stream_of: unconditional stream of each modality with targets. further: those that are mixed in besides.
+        is_finite: bool scalar, False once a model returned logits that cannot be used.
+        unfinished: int64, rows that are not finished, and some that are so that their number takes few values; None for all.
+    """
+
+    def __init__(
+        self, sampler: Sampler, batch: TokenBatch, seeds: Tensor, condition: Tensor | None, others: Sequence[TokenBatch]
+    ) -> None:
+        batch = own_copy(batch)  # nothing the caller does meanwhile reaches the decode
+        config, vocabulary = sampler.config, sampler.vocabulary
+        self.sampler, self.noise = sampler, draw.RowNoise(seeds.clone(), batch.valid)
+        self.policy = sampler.policy.start(batch, sampler.model)
+        found: dict[Modality, ModalityProgress] = {}
+        self._block_size: dict[Modality, int] = {}  # most positions of a block
+        uncond_masks: list[Tensor] = []
+        self._most_passes = 0  # that may write: one per token, those of the plan, and one per token masked again
+        for modality in Modality:
+            settings = config.of(modality)
+            progress = ModalityProgress(modality, settings, batch, sampler.rules.get(modality))
+            size = progress.targets.sum(1)
+            most, total, planned = torch.stack([size.max(), size.sum(), progress.shares.total.max()]).tolist()
+            if not most:
+                continue
+            start, stop = vocabulary.range_of(modality)
+            if start == stop:
+                raise ValueError(f"the batch has {modality.name.lower()} targets, but the vocabulary has no such ids")
+            found[modality], self._block_size[modality] = progress, min(most, settings.block_length or most)
+            uncond_masks.append(config.guidance.uncond_mask(modality, batch, condition))
+            self._most_passes += total + planned + len(size) * settings.remask_budget
+        self.stream_of = {modality: number for number, modality in enumerate(found, 1)}
+        if len(found) == 2 and (others or bool((uncond_masks[0] == uncond_masks[1]).all())):  # one serves both
+            uncond_masks.pop()
+            self.stream_of = dict.fromkeys(found, 1)
+        guided = any(config.guidance.full_scale(modality) != 1 for modality in found)
+        if not guided and not config.guidance.further:  # no memory for unused streams
+            uncond_masks, others = [], ()
+        self.further = tuple(range(2, 1 + len(others)))
+        self.state = DecodeState.start(batch.hide_targets(vocabulary), found)
+        ends = [i for i in (vocabulary.specials.get("eos"), *config.ends) if i is not None]
+        fills = config.stop_at_eos and Modality.TEXT in found and bool(ends)
+        self._end_of_text = EndOfText(batch, ends, ends[0] if config.fill is None else config.fill) if fills else None
+        recorder = CudaRecorder(batch.ids.device) if sampler.graphs is True and batch.ids.is_cuda else sampler.graphs
+        graphs, peaks = PassGraphs(recorder) if callable(recorder) else None, self.state.max_logits
+        streams = sampler.model, vocabulary, batch, uncond_masks, self.policy, peaks, others, graphs
+        self.model = StreamedModel(*streams)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=batch.ids.device)
+        self.unfinished: Tensor | None = None
+        self._wrote = 0  # passes that wrote tokens
+        self._stalled = 0  # passes in a row that asked for logits and wrote nothing
+        self._busy = False  # the coming pass asks for logits
+
+    def waiting(self, own: ModalityProgress) -> Tensor:
+        """bool `[B]`: rows whose other modality goes first, or is behind, and is not complete."""
+        state, order = self.state, self.sampler.config.order
+        leader = next((p for p in state.progress.values() if p is not own), None)
+        if leader is not None and not state.finishing:
+            if order == "level":
+                return own.left(state.masked) < leader.left(state.masked)
+            if order == f"{leader.modality.name.lower()}_first":
+                return (state.masked & leader.targets).any(1) | leader.pending
+        return torch.zeros_like(own.running)
+
+    def synchronise(self, work: Sequence[PassWork]) -> bool:
+        """Read the flags of a pass from the device in one go; False when nothing is left to do.
+
+        Raises:
+            ValueError: the last pass met logits that cannot be used.
+            RuntimeError: a policy withholds every logit, pass after pass.
+        """
+        state = self.state
+        alive = state.masked.any(1) if state.finishing else state.unfinished  # [B]
+        flags = [alive.sum(), self.is_finite, state.just_unmasked.any()]
+        for w in work:
+            flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]
+        left, is_finite, wrote, *rest = torch.stack([f.long() for f in flags]).tolist()
+        if not is_finite:
+            raise ValueError(self._complaint())
+        self._stalled = 0 if wrote or not self._busy else self._stalled + 1
+        self._wrote += wrote
+        if self._wrote > self._most_passes:
+            raise ValueError(
+                f"more than {self._most_passes} passes wrote tokens, which no settings ask for; a cache policy of your own "
+                "writes in the state of the decode, which it may only read"
+            )
+        for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
+            unit = math.ceil(self._block_size[w.progress.modality] / _WIDTHS)
+            w.width = min(unit * math.ceil(most / unit), state.masked.shape[1])
+            w.guided = bool(guided) or bool(self.further)
+        self._busy = any(w.width for w in work)
+        if left and self._stalled > _PATIENCE:
+            raise RuntimeError(
+                f"nothing was decoded in {self._stalled} passes; the cache policy never asks for logits at the open positions"
+            )
+        rows, unit = len(alive), math.ceil(len(alive) / _WIDTHS)
+        kept = unit * math.ceil(left / unit)
+        self.unfinished = (~alive).long().argsort(stable=True)[:kept] if kept < rows else None
+        return bool(left)
+
+    def streams_of(self, work: PassWork) -> list[int]:
+        """The conditional stream, and the unconditional ones that are mixed in for one modality."""
+        return [0, self.stream_of[work.progress.modality], *self.further] if work.guided else [0]
+
+    def open_streams(self, work: Sequence[PassWork]) -> None:
+        """Tell the state which streams this pass mixes in, and bool `[B]` for each which rows have a use for it."""
+        users: dict[int, Tensor] = {}
+        for w in work:
+            own = w.candidates.any(1)  # [B]
+            guided = own if self.further else own & (w.scale != 1)
+            for stream in self.streams_of(w):
+                rows = guided if stream else own
+                users[stream] = users[stream] | rows if stream in users else rows
+        self.state.streams, self.state.users = tuple(sorted(users)), users
+
+    def time(self, work: Sequence[PassWork]) -> Tensor:
+        """Diffusion time `[B]` for time-conditioned models: that of the row's modality which is furthest behind.
+
+        A modality of which a row has nothing to fill, or nothing left, does not count.
+        """
+        busy = [(self.state.masked & w.progress.targets).any(1) | w.progress.pending for w in work]
+        return torch.stack([torch.where(row, w.time, 0.0) for row, w in zip(busy, work, strict=True)]).amax(0)
+
+    def end_pass(self) -> None:
+        """Close finished texts and move on."""
+        state = self.state
+        if self._end_of_text is not None:
+            state.freeze(self._end_of_text.closed(state.ids, state.masked), self._end_of_text.fill)
+        for progress in state.progress.values():
+            progress.end_pass()
+        state.step += 1
+
+    def _complaint(self) -> str:
+        """The sentence for a pass that met unusable logits: looks at each guidance stream alone, without settings."""
+        state, model, guidance = self.state, self.model, self.sampler.config.guidance
+        for modality, progress in state.progress.items():
+            start, stop = self.sampler.vocabulary.range_of(modality)
+            for stream in state.streams:
+                for features in model.features(stream)[progress.targets].split(_AT_ONCE):  # [n, D]
+                    logits = model.denoiser.head(features, start, stop)  # [n, V]
+                    top = logits.amax(-1)
+                    if bool((top.isnan() | (top == torch.inf)).any()):
+                        return UNUSABLE
+                    left = logits.index_fill(-1, self.sampler.banned[modality].to(logits.device), -torch.inf).amax(-1)
+                    if stream == 0 and bool((left == -torch.inf).any()):
+                        return (
+                            f"the model gives no {modality.name.lower()} id that may be emitted any probability at some position; "
+                            "check the weights, and what `forbid` excludes"
+                        )
+        blamed = []
+        if state.streams != (0,):
+            scales = {name: getattr(guidance, name) for name in ("scale", "text_scale", "image_scale")}
+            blamed = [f"guidance.{name} = {value:g}" for name, value in scales.items() if value is not None]
+            blamed += [f"guidance.further = {guidance.further}"] if guidance.further else []
+        for modality, progress in state.progress.items():
+            if (name := progress.rule.adjusts) is not None:
+                blamed.append(f"{modality.name.lower()}.{name} = {getattr(progress.settings, name):g}")
+        if not blamed:
+            return UNUSABLE
+        dtype = str(model.features(0).dtype).removeprefix("torch.")
+        return (
+            f"the settings take logits beyond what {dtype} holds, although the model's own are finite: "
+            f"{', '.join(blamed)}; lower them, or use a wider dtype"
+        )

@@ -151,6 +151,28 @@ class ModalityProgress:
 
 
 @dataclass
+class PassWork:
+    """What one modality does in one pass.
+
+    Attributes:
+        candidates: bool `[B, L]`, positions whose logits are asked for.
+        decided: all candidates are filled whatever the model says (rules that do not look at confidences).
+        quota: int64 `[B]`. sigma: float64 `[B]`, ReMDM's chance. time: float64 `[B]`. scale: guidance `[B]`.
+        width: most candidates in a row, rounded up so that few different shapes occur. guided: some row has scale != 1.
+    """
+
+    progress: ModalityProgress
+    candidates: Tensor
+    decided: bool
+    quota: Tensor
+    sigma: Tensor
+    time: Tensor
+    scale: Tensor
+    width: int = 0
+    guided: bool = False
+
+
+@dataclass
 class DecodeState:
     """The decode between two passes. Policies read it, callbacks see a `DecodeView` of it; only the sampler writes.
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from unidiff.decoding import SamplerOutput
 from unidiff.decoding.commit.base import ROUNDING
-from unidiff.decoding.score import fit_score
-from unidiff.diffusion.likelihood import model_scorer
+from unidiff.diffusion.likelihood import fit_score, model_scorer
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 

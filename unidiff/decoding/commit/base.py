@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.draw import ORDER
+from unidiff.diffusion.schedules import get_schedule
 from unidiff.schema import check_value
 from unidiff.tokens import Modality
 
@@ -186,6 +188,24 @@ class GuardedRule(NamedRule):
         return pick | take_best(score, is_real, (~pick.any(1)).long(), self.ranking_slack)
 
 
+class Quota(NamedRule):
+    """The surest positions, as many as `schedule` says; random ones with confidence "random"."""
+
+    name = "quota"
+    planned = capped = True
+    compares = False
+
+    @classmethod
+    def looks(cls, settings: ModalityDecoding) -> bool:
+        return settings.confidence != "random"
+
+    def count(self, now: BlockPass) -> Tensor:
+        return quota(self.settings.schedule, now.start, now.remaining, now.step, now.steps)
+
+    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+        return None if self.looks(self.settings) else take_best(noise(ORDER), now.active, count)
+
+
 def check_rules(rules: Mapping[Modality, CommitRule] | None) -> dict[Modality, CommitRule]:
     """The rules by modality; raises `ValueError` for other keys, or what cannot be called."""
     check_value(rules, Mapping[Any, Any] | None, "rules")
@@ -226,3 +246,41 @@ def take_best(score: Tensor, is_real: Tensor, count: Tensor, slack: Slack | None
         ranked = torch.where((ranked - least).abs() <= slack(least), least, ranked)
     rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(1)
     return is_real & (rank < count[:, None])
+
+
+def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: Tensor) -> Tensor:
+    """How many positions a row commits in this pass, int64 `[B]`; at least one while any remain, all in the last pass.
+
+    Where there are enough, one is left for each pass to come, so that a block of no fewer tokens than passes makes all of them.
+
+    Args:
+        schedule: of `unidiff.diffusion.schedules`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
+        start, remaining, step, steps: see `BlockPass`. What remains differs from the plan after remasking, and the quota
+            catches up.
+    """
+    last = step + 1 >= steps
+    if schedule == "fixed":
+        taken = (step + 1) * (start // steps) + torch.minimum(step + 1, start % steps)
+        keep = start - taken
+    else:
+        keep = (start * get_schedule(schedule).rate_after(progress(step + 1, steps)) + 1e-9).floor().long()
+    keep = torch.maximum(keep, steps - step - 1)  # `root` would be done early
+    count = torch.where(last, remaining, remaining - keep)
+    return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
+
+
+def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budget: Tensor) -> Tensor:
+    """bool `[B, L]`: committed tokens with confidence below `threshold`, the least sure first, at most `budget` per row.
+
+    Args:
+        confidence: `[B, L]`, of each token when it was committed.
+        candidates: bool `[B, L]`, tokens committed in earlier passes. Those of the last pass are left out: at least one
+            token more than they knew must be there before a second look can pay.
+        budget: int64 `[B]`, remaskings the row has left; bounds the number of passes.
+    """
+    return take_best(-confidence, candidates & (confidence < threshold), budget, _equally_unsure)
+
+
+def _equally_unsure(score: Tensor) -> Tensor:
+    """Slack of a negative probability in float32."""
+    return ROUNDING * torch.minimum(-score, 1 + score) + torch.finfo(score.dtype).eps

@@ -7,12 +7,74 @@ the derivative of alpha. Training (`tasks.*.rate`) and decoding (`schedule`) the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
-from unidiff.diffusion.schedules.base import Schedule
+import torch
+from torch import Tensor
+
 from unidiff.registry import Registry
 
-__all__ = ["SCHEDULES", "Schedule", "get_schedule"]
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """A noise schedule. Every method is elementwise, keeps shape and dtype, and differentiates.
+
+    Formulas have no cancellation at either end of (0, 1).
+
+    Attributes:
+        name: what settings call it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def mask_rate(self, t: Tensor) -> Tensor:
+        """1 - alpha(t), accurate for small t."""
+
+    @abstractmethod
+    def dalpha(self, t: Tensor) -> Tensor:
+        """alpha'(t) <= 0."""
+
+    @abstractmethod
+    def inverse_rate(self, rate: Tensor) -> Tensor:
+        """The t at which the mask rate equals `rate`."""
+
+    def rate_after(self, done: Tensor) -> Tensor:
+        """Mask rate at t = 1 - done, accurate for small `done`."""
+        return self.mask_rate(1 - done)
+
+    def masked_share(self, done: Tensor) -> Tensor:
+        """Share still masked after a share `done` of a decode: `rate_after`, and exactly 0 at 1."""
+        return torch.where(done >= 1, 0.0, self.rate_after(done))
+
+    def draw_rate(self, u: Tensor) -> Tensor:
+        """A mask rate from a uniform `u`, which stands for t (or for 1 - t, where the field writes it so)."""
+        return self.mask_rate(u)
+
+    def chance_below(self, rate: Tensor) -> Tensor:
+        """P(mask rate <= rate) where t is uniform: the distribution of `draw_rate`."""
+        lowest, highest = (self.mask_rate(torch.full_like(rate, end)) for end in (0, 1))
+        return self.inverse_rate(torch.minimum(torch.maximum(rate, lowest), highest))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Chance that a token is still visible at t."""
+        return 1 - self.mask_rate(t)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """-alpha'(t) / (1 - alpha(t)): the NELBO weight of the masked positions (MDLM, arXiv 2406.07524, eq. 10)."""
+        return -self.dalpha(t) / self.mask_rate(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise -log alpha(t), the input of time-conditioned networks; infinite where alpha is 0."""
+        rate = self.mask_rate(t)
+        return -torch.where(rate < 0.5, torch.log1p(-rate), torch.log(self.alpha(t)))  # accurate at both ends
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        """d sigma / dt = -alpha' / alpha."""
+        return -self.dalpha(t) / self.alpha(t)
 
 
 def _name_of(value: object) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unidiff.diffusion.schedules.base import Schedule
+from unidiff.diffusion.schedules import Schedule
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from toy_model import TableModel, joint_tensor
 
-from unidiff.decoding.score import fit_score
-from unidiff.diffusion.likelihood import model_scorer
+from unidiff.diffusion.likelihood import fit_score, model_scorer
 
 JOINT = {"00": 0.4, "01": 0.1, "10": 0.2, "11": 0.3}
 

@@ -1,0 +1,85 @@
+"""Rules whose law is exactly the model's: `first_hitting`, one position at a time, and `ancestral`, the reverse process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from unidiff.decoding.commit.base import BlockPass, NamedRule, progress, take_best
+from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.draw import ORDER, UNMASK
+from unidiff.diffusion.schedules import get_schedule
+
+
+class FirstHitting(NamedRule):
+    """Which position is next does not depend on the model, so logits are needed there alone."""
+
+    name = "first_hitting"
+    compares = False
+
+    @classmethod
+    def looks(cls, settings: ModalityDecoding) -> bool:
+        return False
+
+    @classmethod
+    def passes_of_a_block(cls, settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
+        return block
+
+    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+        return take_best(noise(ORDER), now.active, torch.ones_like(count))
+
+
+class Ancestral(NamedRule):
+    """A coin of `unmask_chance` for every position."""
+
+    name = "ancestral"
+    planned = True
+    compares = False
+
+    @classmethod
+    def looks(cls, settings: ModalityDecoding) -> bool:
+        return False
+
+    @classmethod
+    def check(cls, settings: ModalityDecoding) -> None:
+        if settings.remask == "confidence":
+            raise ValueError(
+                "remask='confidence' does not go with rule='ancestral'; use remask='remdm' or another rule"
+            )
+        if settings.schedule == "fixed":
+            raise ValueError(
+                "rule='ancestral' needs a schedule of times, but schedule is 'fixed'; use 'linear' or 'cosine'"
+            )
+        cls.check_looks(settings)
+
+    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+        chance = unmask_chance(self.settings.schedule, now.step, now.steps, sigma)
+        return now.active & (noise(UNMASK) < chance[:, None])
+
+
+def unmask_chance(schedule: str, step: Tensor, steps: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    """Chance that a masked position is revealed between t = 1 - step/steps and s = t - 1/steps, float64 `[B]`.
+
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma = 0 is the reverse process (MDLM), sigma > 0 ReMDM. In and
+    after the last step it is 1.
+    """
+    times = get_schedule(schedule)
+    alpha_t = 1 - times.masked_share(progress(step, steps))
+    alpha_s = 1 - times.masked_share(progress(step + 1, steps))
+    chance = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+    return torch.where(step + 1 >= steps, 1.0, chance)
+
+
+def remdm_sigma(schedule: str, step: Tensor, steps: Tensor, cap: float) -> Tensor:
+    """ReMDM's sigma_t = min(cap, (1 - alpha_s) / alpha_t) `[B]`, the chance to mask a known token again.
+
+    With `unmask_chance(..., sigma)` for the masked ones every marginal keeps alpha_s (arXiv 2503.00307, eq. 5); sigma
+    is 0 in the last step, so the decode ends.
+    """
+    times = get_schedule(schedule)
+    alpha_t = 1 - times.masked_share(progress(step, steps))
+    rate_s = times.masked_share(progress(step + 1, steps))
+    return torch.where(alpha_t > 0, rate_s / alpha_t, torch.inf).clamp_max(cap)
