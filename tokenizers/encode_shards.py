@@ -47,9 +47,9 @@ def main(
         if not allow_missing:
             check_exist(found)
         from unidiff.data.encode import EncodeSettings, encode_shards
+        from unidiff.process import pick_device
         from unidiff.tokens.image.vq import VQImageTokenizer
         from unidiff.tokens.text import TextTokenizer
-        from unidiff.train.build import pick_device
 
         settings = EncodeSettings(image_size, text_length, batch_size, samples_per_shard, workers, documents)
         place = pick_device(device)

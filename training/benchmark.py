@@ -53,7 +53,7 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
 
     import torch
 
-    from unidiff.train.build import pick_device
+    from unidiff.process import pick_device
     from unidiff.train.cost.benchmark import (
         fit_to_memory,
         free_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what disks of a network may answer
 _PART = "part"
 _HOLDER = re.compile(rb"process \d+ on [^\n]* \([^\n]*\)\n")  # what a lock file says; after a kill it stays
+_LONGEST_NAME = 255  # bytes, of nearly all file systems
 _HASHED = 2**20  # bytes at either end of a file that its stamp looks at
 
 
@@ -42,7 +44,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = resolve_link(path)
     temporary = beside(path, "tmp")
     with writing(path, temporary):
-        _check_kind(path)
+        _check_kind(path, f"output {str(path)!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -59,6 +61,11 @@ def replace_text(path: str | Path, text: str) -> None:
     """Write a whole text file (UTF-8) as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write data for programs and people as `replacing` does."""
+    replace_text(path, json.dumps(data, indent=1) + "\n")
 
 
 @contextmanager
@@ -125,22 +132,31 @@ def _scratch_folder(target: Path, near: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_writable(path: str | Path | None) -> None:
+def check_writable(path: str | Path | None, flag: str = "") -> None:
     """Before any work: raise where a file cannot be written later; None is a file that nobody asked for.
 
+    Args:
+        flag: the option that names it, for the message.
+
     Raises:
-        ValueError: a folder, a device, a pipe, or a path below a file. OSError: no permission.
+        ValueError: a folder, a device, a pipe, a path below a file, or a place that may not be written.
+        OSError: a name that is too long, links that go round in circles.
     """
     if path is None:
         return
-    path = resolve_link(path)
-    with writing(path):
-        _check_kind(path)
-        parent = next(p for p in path.absolute().parents if p.exists())
+    name = f"output {str(path)!r:.80}" + (f" ({flag})" if flag else "")
+    if "\0" in str(path):
+        raise ValueError(f"{name} holds a zero byte, which no file name has")
+    target = resolve_link(path)
+    with writing(target):
+        _check_kind(target, name)
+        if len(os.fsencode(beside(target, "tmp").name)) > _LONGEST_NAME:
+            raise ValueError(f"{name} has too long a name; shorten it")
+        parent = next(p for p in target.absolute().parents if p.exists() or p.is_symlink())
         if not parent.is_dir():
-            raise ValueError(f"output {str(path)!r} lies under {str(parent)!r}, which is a file")
+            raise ValueError(f"{name} lies under {str(parent)!r}, which is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+            raise ValueError(f"{name} cannot be written: {str(parent)!r} is read-only or belongs to somebody else")
 
 
 def _keep_mode(old: Path, new: Path) -> None:
@@ -149,10 +165,10 @@ def _keep_mode(old: Path, new: Path) -> None:
         shutil.copymode(old, new)
 
 
-def _check_kind(path: Path) -> None:
+def _check_kind(path: Path, name: str) -> None:
     if path.exists() and not path.is_file():  # a rename would put a file in the place of a device
-        kind = "a folder" if path.is_dir() else "a device or a pipe"
-        raise ValueError(f"output {str(path)!r} is {kind}; name a file")
+        kind = "a folder; name a file" if path.is_dir() else "a device or a pipe, no ordinary file; name another"
+        raise ValueError(f"{name} is {kind}")
 
 
 def path_of(value: Any) -> Path:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import MutableMapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 from unidiff import errors
 
@@ -56,6 +61,29 @@ def free_memory() -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        ValueError: another name, or a device that is not there.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    found = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,4}))?", name)
+    if found is None:
+        raise ValueError(f"device {name!r} cannot be used here; use auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' cannot be used here; use cpu")
+    if name.startswith("cuda") and int(found[1] or 0) >= count:
+        raise ValueError(
+            f"device {name!r} cannot be used here: CUDA sees {count} devices, numbered from 0; use another, for instance cpu"
+        )
+    return torch.device(name)
 
 
 def parsed(parser: ArgumentParser, words: list[str] | None = None) -> Namespace:

@@ -94,7 +94,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"must end in \.json"):
         write(Benchmark("smoke"), tmp_path / "x.txt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="'cuda', which is not there"):
+    with pytest.raises(ValueError, match="'cuda' cannot be used here"):
         run_suite("gpu-8b", SuiteOptions())
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unidiff.cli.common import Device, Model, load_pipeline, usable_device
+from unidiff.cli.common import Device, Model, load_pipeline
+from unidiff.process import pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ def verify(
 
     _quiet()
     _check_released(source, subfolder)
-    result = run(source, _dtype(dtype), usable_device(device), family=family, subfolder=subfolder)
+    result = run(source, _dtype(dtype), str(pick_device(device)), family=family, subfolder=subfolder)
     typer.echo(f"{source}: {result.family}" + (f", closest to {result.release}" if result.release else ""))
     for check in result.checks:
         typer.echo(str(check))

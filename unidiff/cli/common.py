@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import socket
-import stat
 import sys
 import unicodedata
 import warnings
@@ -16,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from unidiff.errors import first_line
-from unidiff.files import resolve_link
+from unidiff.files import check_writable
 from unidiff.pipelines.options import FLAGS, MOST_ROWS, OPTIONS, Flag, own_arguments
+from unidiff.process import pick_device
 
 if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
@@ -109,31 +107,12 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     from unidiff.pipelines.decode import UntrainedTask
     from unidiff.tokens.text import UnknownWords
 
+    place = pick_device(device)
     for kind in (UnknownWords, UntrainedTask):
         warnings.simplefilter("ignore", kind)  # `say_notes` says it
-    device = usable_device(device)
-    pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(device)
+    pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(place)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipe
-
-
-def usable_device(device: str) -> str:
-    """`device`, or for `auto` the GPU where there is one.
-
-    Raises:
-        ValueError: one that is not there.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("it holds no values")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error).partition(". ")[0][:160]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
-    return device
 
 
 Picture = Annotated[str, typer.Argument(help="The picture: a file, or an address (http, https).")]
@@ -212,7 +191,6 @@ def report(result: UniDiffOutput, paths: Sequence[Path], gif: Path | None, films
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _ENDINGS = {"--out": PICTURES, "--filmstrip": PICTURES, "--gif": (".gif",), "--json": (".json",)}
-_LONGEST_NAME = 255  # bytes, of nearly all file systems
 
 
 def check_outputs(
@@ -260,7 +238,11 @@ def check_files(wanted: Sequence[tuple[str, Path]], inputs: Iterable[Path | None
     read = {mark: path for path in inputs if path is not None for mark in _marks(path)}
     written: dict[object, tuple[str, Path]] = {}
     for flag, path in wanted:
-        _check_place(path, flag)
+        check_writable(path, flag)
+        if path.exists() and not path.stat().st_mode & 0o222:
+            raise ValueError(
+                f"output {str(path)!r} ({flag}) is write-protected; name another, or change its permissions"
+            )
         for mark in _marks(path):
             if mark in read:
                 raise ValueError(
@@ -280,29 +262,6 @@ def numbered(path: Path, count: int) -> list[Path]:
         return [path]
     width = len(str(count))
     return [path.with_name(f"{path.stem}-{i + 1:0{width}d}{path.suffix}") for i in range(count)]
-
-
-def _check_place(path: Path, flag: str) -> None:
-    name = f"output {str(path)!r} ({flag})"
-    if "\0" in str(path):
-        raise ValueError(f"{name} holds a zero byte, which no file name has")
-    if path.is_dir():
-        raise ValueError(f"{name} is a folder; name a file")
-    target = resolve_link(path)
-    if target.exists():
-        status = target.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{name} is no ordinary file; name another")
-        if not status.st_mode & 0o222:
-            raise ValueError(f"{name} is write-protected; name another, or change its permissions")
-    aside = f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp"  # as `replacing` writes it first
-    if len(os.fsencode(aside)) > _LONGEST_NAME:
-        raise ValueError(f"output {str(path)[:60]!r}... ({flag}) has too long a name; shorten it")
-    folder = next(parent for parent in target.absolute().parents if parent.exists() or parent.is_symlink())
-    if not folder.is_dir():
-        raise ValueError(f"{name} lies under {str(folder)!r}, which is a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} cannot be written: {str(folder)!r} is read-only or belongs to somebody else")
 
 
 def _marks(path: Path) -> Iterator[object]:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from unidiff.decoding import DecodeState, NoCache
 from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.evaluation.report import table_of, write_json
+from unidiff.evaluation.report import table_of
+from unidiff.files import write_json
 from unidiff.models.denoiser import CachePlan, DenoiserTraits
 from unidiff.models.partial import cosine
 from unidiff.models.transformer import MaskedTransformer

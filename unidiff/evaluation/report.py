@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from unidiff.errors import first_line, json_name, read_json
-from unidiff.files import replace_text
+from unidiff.files import write_json
 from unidiff.schema import check_value, from_data
 
 Z95 = 1.959963984540054
@@ -168,11 +167,6 @@ def table_of(title: str, *heads: str, left: int = 1) -> Table:
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number < left else "right")
     return table
-
-
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Data for programs; the file appears complete or not at all."""
-    replace_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def sources_hash(paths: Sequence[Path]) -> str:

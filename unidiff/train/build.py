@@ -127,29 +127,6 @@ def set_up_blocks(model: MaskedTransformer, recompute: str, compiled: bool) -> N
             block.forward = torch.compile(block.forward)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a run: `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:N`, `mps`.
-
-    Raises:
-        ValueError: another name, or a device that is not there.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    found = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,4}))?", name)
-    if found is None:
-        raise ValueError(f"device = {name!r} is unknown here; use auto, cpu, cuda, cuda:N or mps")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device = 'mps' but no Apple GPU is there; use device=cpu")
-    if name in ("cpu", "mps"):
-        return torch.device(name)
-    if count == 0:
-        raise ValueError(f"device = {name!r} but no CUDA device is there; use device=cpu")
-    if int(found[1] or 0) >= count:
-        raise ValueError(f"device = {name!r} but there are {count} CUDA devices, numbered from 0; use another one")
-    return torch.device(name)
-
-
 def uses_flex(kernel: str, device: torch.device) -> bool:
     """Whether masks are FlexAttention's. Raises ValueError where a run could not train with it."""
     if kernel == "flex" and device.type != "cuda":

@@ -18,12 +18,12 @@ from unidiff.config import dump_config
 from unidiff.files import replace_text
 from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.process import pick_device
 from unidiff.train.build import (
     add_adapters,
     build_model,
     check_start,
     merge_adapters,
-    pick_device,
     set_up_blocks,
     uses_flex,
 )

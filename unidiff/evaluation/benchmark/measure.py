@@ -23,12 +23,11 @@ import unidiff.models
 from unidiff.decoding.row_decode import RowDecode, RowWork
 from unidiff.errors import read_json
 from unidiff.evaluation.report import sources_hash
-from unidiff.files import replace_text
+from unidiff.files import write_json
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import TokenBatch
-from unidiff.train.build import pick_device
 
 T = TypeVar("T")
 
@@ -144,20 +143,6 @@ def measure_steps(
     return found
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    try:
-        return pick_device(name)
-    except ValueError as error:
-        raise ValueError(
-            f"this suite runs on {name!r}, which is not there; name another device, for instance cpu"
-        ) from error
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -208,7 +193,7 @@ class Cells:
             return kept
         found = json.loads(json.dumps(measure()))
         data = {"key": key, "found": found, "sum": _hash(found)[:16]}  # the sum: a file that was changed is noticed
-        replace_text(self.path(name, key), json.dumps(data, indent=1) + "\n")
+        write_json(self.path(name, key), data)
         return found
 
 

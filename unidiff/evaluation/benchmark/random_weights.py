@@ -27,10 +27,10 @@ from unidiff.evaluation.benchmark.measure import (
     row_counts,
     thread_count,
     timed,
-    usable_device,
 )
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.process import pick_device
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -77,7 +77,7 @@ def run_suite(name: str, options: SuiteOptions, progress: Progress = lambda what
     for policy in options.only:
         cache_named(policy)
     pick(options.shapes, dict.fromkeys(w.shape for w in suite.workloads), "shape")
-    device = usable_device(options.device or suite.device)
+    device = pick_device(options.device or suite.device)
     with thread_count(options.threads):
         here, runs = machine(device), options.runs or suite.runs
         about = {"model": dict(suite.model), "what": suite.about, **here, "blocks": options.blocks or "all"}

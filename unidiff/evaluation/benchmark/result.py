@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Group
 from rich.table import Table
 
-from unidiff.evaluation.report import table_of, write_json
-from unidiff.files import check_writable, replacing
+from unidiff.evaluation.report import table_of
+from unidiff.files import check_writable, replacing, write_json
 from unidiff.pipelines.sheet import INK, PAPER, Cell, draw_sheet, save_image
 
 ENDINGS = (".json", ".csv", ".png")

@@ -24,7 +24,6 @@ from unidiff.evaluation.benchmark.measure import (
     model_hash,
     row_counts,
     thread_count,
-    usable_device,
 )
 from unidiff.evaluation.benchmark.random_weights import Progress, cache_named, pick
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
@@ -32,6 +31,7 @@ from unidiff.evaluation.benchmark.trials import AUTO, Decode, JudgedTasks, Trial
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.output import UniDiffOutput
+from unidiff.process import pick_device
 from unidiff.schema import Between, check_fields
 
 PARTS = ("quality", "timing")
@@ -120,7 +120,7 @@ def run_trained(
         ValueError: an unknown task or device, a setting that cannot be read, or pictures of another size.
     """
     pick(options.tasks, judged.quality, "task")
-    device, dtype = usable_device(options.device), str(pipe.transformer.dtype).removeprefix("torch.")
+    device, dtype = pick_device(options.device), str(pipe.transformer.dtype).removeprefix("torch.")
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     with thread_count(options.threads):

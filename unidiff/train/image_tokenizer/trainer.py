@@ -21,10 +21,9 @@ from torch.optim import AdamW
 
 from unidiff.errors import read_json
 from unidiff.files import locked, replace_text, replacing, replacing_folder
-from unidiff.process import free_memory
+from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of, new_network
-from unidiff.train.build import pick_device
 from unidiff.train.config import ScheduleConfig
 from unidiff.train.image_tokenizer.codebook import CellTrainer, CodebookAverage, place_codes
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
