@@ -362,9 +362,11 @@ def virtual_device() -> Iterator[Ledger]:
     ledger = Ledger()
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, DEVICE.type, _Module, create=True))
-        stack.enter_context(patch.dict(sys.modules, {f"torch.{DEVICE.type}": _Module}))
-        for name in ("tensor", "as_tensor", "asarray"):
-            stack.enter_context(patch.object(torch, name, _made_from_data(getattr(torch, name))))
+        name = f"torch.{DEVICE.type}"  # only this one: what is imported meanwhile stays imported
+        stack.callback(sys.modules.__setitem__ if name in sys.modules else sys.modules.pop, name, _Module)
+        sys.modules[name] = _Module  # type: ignore[assignment]
+        for make in (torch.tensor, torch.as_tensor, torch.asarray):
+            stack.enter_context(patch.object(torch, make.__name__, _made_from_data(make)))
         _ledgers.append(ledger)
         stack.callback(_ledgers.remove, ledger)
         stack.enter_context(_Mode())
