@@ -138,8 +138,8 @@ def test_a_folder_in_which_a_run_would_spoil_something_is_refused(tmp_path, pret
         ("own", "config.yaml' is of no run"),
         ("pipe", "is in the pipeline folder"),
         ("sd/unet/run", "is in the pipeline folder"),
-        ("run", "holds unet/, which the run's export would remove"),
-        ("notes", "holds notes.txt"),
+        ("run", "holds no model that unidiff wrote; unet/ would be lost"),
+        ("notes", "notes.txt would be lost"),
         ("file", "is a file"),
     ):
         status, message = pretrain(f"output={tmp_path / output}")
@@ -176,7 +176,7 @@ def test_a_file_that_was_put_into_the_export_meanwhile_stays(tmp_path):
         (tmp_path / "model" / "notes.txt").write_text("keep me")
 
     trainer.save = save_and_note
-    with pytest.raises(ValueError, match=r"holds notes\.txt, which the run's export would remove"):
+    with pytest.raises(ValueError, match=r"holds no model that unidiff wrote; notes\.txt would be lost"):
         trainer.train()
     assert (tmp_path / "model" / "notes.txt").read_text() == "keep me"
     assert step_names(tmp_path / "checkpoints") == ["step-00000001"]

@@ -37,7 +37,7 @@ from unidiff.train.optim import EMA, Optimisers, learning_rate_factor
 from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
 from unidiff.train.run.logs import Progress, RunLog, StopOnSignals
-from unidiff.train.run.resume import MARK, Position, check_run_folder, facts_of, resume, scored_as, write_export
+from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as, write_export
 from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TokenNLL, TrainState, train_step
 from unidiff.train.validation import report_names, validate
 
@@ -286,7 +286,7 @@ class Trainer:
         state = self.state
         if self.parallel.agree(not state.finite())[0]:
             raise TrainingAborted(f"the weights are no longer finite at step {state.step}; {_LOWER}")
-        plain: dict[str, Any] = asdict(Position.now(state))
+        plain = position(state)
         plain |= {"config": asdict(self.config), "facts": self.facts}
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
             plain |= {"score": self._score[1], "scored": self._scored}

@@ -21,6 +21,7 @@ from torch.optim import AdamW
 
 from unidiff.errors import read_json
 from unidiff.files import locked, replace_text, replacing, replacing_folder
+from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of, new_network
@@ -32,7 +33,7 @@ from unidiff.train.image_tokenizer.losses import measure, psnr, reconstruction_s
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog, begin, take_steps
-from unidiff.train.run.resume import check_replaceable, check_run_folder, check_same, fitting, flat, rate_notes
+from unidiff.train.run.resume import check_run_folder, check_same, fitting, flat, rate_notes
 from unidiff.world import WORLDS
 
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
@@ -215,7 +216,7 @@ class _TokenizerRun:
         """Replace `<out>/model` as a whole, then the sheet and the report."""
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise ValueError(f"weights are no numbers any more after step {self.step}; lower learning_rate")
-        check_replaceable(self.out / "model")
+        check_replaceable(self.out / "model", others_in_model, "model")
         with replacing_folder(self.out / "model") as temporary:
             self.model.save_pretrained(temporary)
         sheet = reconstruction_sheet(self.model, self.pictures.held_out)

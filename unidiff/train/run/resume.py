@@ -1,4 +1,4 @@
-"""What a run may change when it goes on from a checkpoint, and what makes it another run."""
+"""What a run's folder may hold when it begins, and what the run may change when it goes on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import cache
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from unidiff.errors import reading
-from unidiff.files import flush_to_disk, replacing_folder
+from unidiff.files import replacing_folder
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.owned import others_in_model
-from unidiff.schema import from_data
+from unidiff.pipelines.owned import check_replaceable, others_in_model
+from unidiff.schema import Between, check_value
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
@@ -69,30 +68,13 @@ FIXED = tuple(name for name, _, _ in leaves(TrainConfig()) if name not in FREE)
 """All others: they decide what is learnt. `checkpoint.changed=allow` goes on with another value."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands, as `state.json` says: see `unidiff.train.step.TrainState` and `RunCheckpoint`."""
+_COUNTS = dict.fromkeys(("step", "samples", "bad_steps", "skipped"), Annotated[int, Between(0)])
+_POSITION = {**_COUNTS, "level": Annotated[float, Between(0)]}
 
-    step: int
-    samples: int
-    ema_updates: int
-    bad_steps: int
-    skipped: int
-    level: float
 
-    @classmethod
-    def now(cls, state: TrainState) -> Position:
-        """Of a running training."""
-        return cls(state.step, state.samples, state.ema.updates, state.bad_steps, state.skipped, state.level)
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any], where: Path) -> Position:
-        """Raises ValueError, naming the file, for values that are missing or of another type."""
-        own = {entry.name: state[entry.name] for entry in fields(cls) if entry.name in state}
-        found = from_data(cls, own, f"{str(where)!r} is damaged: it")
-        if negative := [name for name, value in asdict(found).items() if value < 0]:
-            raise ValueError(f"{str(where)!r} is damaged: {negative[0]} is negative")
-        return found
+def position(state: TrainState) -> dict[str, Any]:
+    """Where a run stands, as `state.json` says: attributes of `state`, and the updates of its moving averages."""
+    return {"ema_updates": state.ema.updates, **{name: getattr(state, name) for name in _POSITION}}
 
 
 def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[str, Any]) -> CheckpointChoice | None:
@@ -118,29 +100,27 @@ def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[
     where = folder / choice.name
     plain = read_state(where)
     check_kind(plain, "config", folder)
-    place, notes = Position.of(plain, where / STATE), compare(plain, config, facts, where)
+    for name, kind in {**_POSITION, "ema_updates": _COUNTS["step"]}.items():
+        check_value(plain.get(name), kind, f"{str(where / STATE)!r} is damaged: its {name}")
+    notes = compare(plain, config, facts, where)
     found = read_checkpoint(where, template, parallel)
     with fitting(where, "output="):
         state.model.load_state_dict(found.model)
-        state.ema.load(found.ema, place.ema_updates)
+        state.ema.load(found.ema, plain["ema_updates"])
         state.optimisers.load_state(found.optimiser)
-    state.step, state.samples, state.level = place.step, place.samples, place.level
-    state.bad_steps, state.skipped = place.bad_steps, place.skipped
+    for name in _POSITION:
+        setattr(state, name, plain[name])
     if parallel.agree(not state.finite())[0]:
         raise ValueError(f"{where} holds weights that are not finite; delete it to go on from the one before")
     return choice._replace(notes=[*choice.notes, *notes])
 
 
 def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, Any], where: Path) -> list[str]:
-    """What a run does differently from the one that made a checkpoint, one sentence each.
+    """What a run does differently from the one that made a checkpoint, one sentence each: notes on what may change, and
+    what `checkpoint.changed=allow` lets through.
 
     Args:
-        state: of the checkpoint.
-        config, facts: of this run; see `facts_of`.
-        where: the checkpoint's folder, for messages.
-
-    Returns:
-        Notes on what may change, and what `checkpoint.changed=allow` lets through.
+        state: of the checkpoint in the folder `where`. config, facts: of this run; see `facts_of`.
 
     Raises:
         ValueError: something of `FIXED`, the data or the starting weights differ; the message names each with both values.
@@ -150,7 +130,8 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
         raise ValueError(f"'{where / 'state.json'}' is damaged: its config, model or facts are no mapping")
     if isinstance(tasks := old.get("tasks"), dict):
         old = old | {"tasks": {FORMER_TASKS.get(name, name): value for name, value in tasks.items()}}
-    defaults = flat(asdict(TrainConfig())) | {f"model.{name}": value for name, value in _model_defaults().items()}
+    model = {field.name: field.default for field in fields(TransformerConfig) if field.name != "vocab_size"}
+    defaults = flat(asdict(TrainConfig()) | {"model": model})
     before, now = defaults | flat(old), defaults | flat(asdict(config))
     names = [*FIXED, *sorted(name for name in {*before, *now} if name.startswith("model."))]
     changed = differences(before, now, names) + differences(known, facts)
@@ -251,30 +232,22 @@ def scored_as(config: TrainConfig, validation: TokenSource | None) -> str:
 
 
 def _about(source: TokenSource | DocumentTokens) -> dict[str, Any]:
-    vocabulary = _digest(source.vocabulary.to_dict())[:8]
-    about: dict[str, Any] = {"grid": list(source.grid), "vocabulary": f"{source.vocabulary.size} ids ({vocabulary})"}
+    vocabulary = f"{source.vocabulary.size} ids ({_digest(source.vocabulary.to_dict())[:8]})"
+    about = {"grid": list(source.grid), "vocabulary": vocabulary, "rows": source.rows}
     if isinstance(source, WeightedShards):
-        about["rows"] = source.rows
         return {**about, "content": _digest(source.stamp())[:16]}
-    about |= {"text length": source.text_length, "text prefix": source.text_prefix, "rows": source.rows}
     content = source.digest() if isinstance(source, TokenTable) else hashlib.sha256().hexdigest()
-    return {**about, "content": content[:16]}
+    return {**about, "text length": source.text_length, "text prefix": source.text_prefix, "content": content[:16]}
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@cache
-def _model_defaults() -> dict[str, Any]:
-    return {field.name: field.default for field in fields(TransformerConfig) if field.name != "vocab_size"}
-
-
 MARK = "# Settings of the last start of this run, written by unidiff.\n"
 SETTINGS = "config.yaml"
 WRITTEN = (SETTINGS, "model", "model-best")
 """What a model's training replaces in its folder."""
-_REPLACED = (*WRITTEN[1:], "pipeline")  # the last one by training/finetune.py
 
 
 def check_run_folder(out: Path, setting: str, started_from: str | None, written: Iterable[str] = WRITTEN) -> None:
@@ -296,8 +269,9 @@ def check_run_folder(out: Path, setting: str, started_from: str | None, written:
                 raise ValueError(f"'{path}' is of no run and would be replaced; name another {setting}=, or move it")
             continue
         if not path.suffix:
-            check_replaceable(path)
-        if holds_something(path) and not holds_checkpoints(checkpoints):
+            check_replaceable(path, others_in_model, "model")
+        lost = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        if lost and not holds_checkpoints(checkpoints):
             kind = path.name if path.suffix else f"a {path.name}"
             raise ValueError(
                 f"{str(out)!r} holds {kind} and no checkpoint to go on from; name another {setting}= (the {path.name} would "
@@ -315,32 +289,14 @@ def _check_place(out: Path, setting: str, started_from: str | None) -> None:
     for folder in (place, *place.parents):
         if (folder / "model_index.json").exists():
             raise ValueError(f"{setting}={str(out)!r} is in the pipeline folder {str(folder)!r}; name another folder")
-    if not started_from:
-        return
-    start = Path(started_from).resolve()
-    if place == start or start in place.parents:
+    start = Path(started_from).resolve() if started_from else None
+    if start in (place, *place.parents):
         raise ValueError(f"{setting}={str(out)!r} is in the folder of the starting weights; name another folder")
-    for name in _REPLACED:
-        target = (place / name).resolve()
-        if target == start or target in start.parents:
+    for name in ("model", "model-best", "pipeline"):
+        if start and (place / name).resolve() in (start, *start.parents):
             raise ValueError(
                 f"the starting weights, {started_from!r}, would be replaced by this run's own {name}; name another {setting}="
             )
-
-
-def holds_something(path: Path) -> bool:
-    """Whether `path` is a file, or a folder that is not empty."""
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise ValueError where `folder` holds anything that is no export of a run."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file where the run puts its model; move it")
-    if folder.exists() and (foreign := others_in_model(folder)):
-        raise ValueError(
-            f"{str(folder)!r} holds {', '.join(foreign[:3])}, which the run's export would remove; move it elsewhere"
-        )
 
 
 def write_export(
@@ -353,7 +309,6 @@ def write_export(
 
     Raises:
         ValueError: weights that are not finite, or a folder that holds something else than an export.
-        OSError: a full or read-only disk and the like.
     """
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
@@ -362,10 +317,8 @@ def write_export(
                 f"the averaged weights {name} are not finite in {str(value.dtype)[6:]}, so nothing is exported; "
                 f"{hint}lower optimiser.lr"
             )
-    check_replaceable(folder)
+    check_replaceable(folder, others_in_model, "model")
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         (temporary / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1), encoding="utf-8")
         trained.save(temporary, started_from=started_from or None)
-        for path in temporary.iterdir():
-            flush_to_disk(path)
