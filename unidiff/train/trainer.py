@@ -36,7 +36,7 @@ from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.optim import EMA, Optimisers, learning_rate_factor
 from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
-from unidiff.train.run.logs import Progress, RunLog, StopOnSignals
+from unidiff.train.run.logs import Progress, RunLog, stop_on_signals
 from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as, write_export
 from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TokenNLL, TrainState, train_step
 from unidiff.train.validation import report_names, validate
@@ -110,7 +110,7 @@ class Trainer:
         self.saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
         self.best = score_of(self.checkpoints, self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
-        self._saved_at, self._stop = time.monotonic(), False
+        self._saved_at = time.monotonic()
 
     @property
     def resumed(self) -> bool:
@@ -134,7 +134,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self.parallel.locked(self.folder, "training"))
             log, progress = self._open_logs(stack)
-            stack.enter_context(StopOnSignals(self._request_stop))
+            asked = stack.enter_context(stop_on_signals())
             name = self._choice.name if self._choice else ""
             if self.parallel.agree(name == pointed_name(self.checkpoints, "best"))[0]:  # killed before it was exported?
                 self.export(self.folder / "model-best")
@@ -147,7 +147,7 @@ class Trainer:
                 progress.step(state.step, f"loss {step.loss:.4f}  lr x{factor:.3f}")
                 # 2. what is due now, on all ranks alike
                 last = state.step == settings.steps
-                stopped, overdue = self.parallel.agree(self._stop, self._overdue())
+                stopped, overdue = self.parallel.agree(bool(asked), self._overdue())
                 validating = self._validation_rows > 0 and (_due(settings.logging.validate_every, state.step) or last)
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
@@ -273,9 +273,6 @@ class Trainer:
         if model is not None:
             with torch.no_grad():
                 log.image(self.state.step, "samples", self.sampler(model, self.state.step))
-
-    def _request_stop(self) -> None:
-        self._stop = True
 
     def save(self) -> None:
         """Write a checkpoint of this very state; several processes may still be writing when this returns.

@@ -1,4 +1,4 @@
-"""What a run says while it goes: JSON lines, trackers, and one progress line."""
+"""What a run says while it goes (JSON lines, trackers, one progress line), and the steps of a run of one process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -28,15 +28,15 @@ class RunLog:
     """`metrics.jsonl` in the run's folder, one object per line with `step`, and the trackers.
 
     Args:
-        folder: the run's folder.
-        start_step: lines of later steps, left by a killed run, are dropped.
+        start_step: lines of later steps, left by a killed run, are dropped. TensorBoard forgets them too; W&B and trackio
+            keep them and get nothing twice.
         trackers: where else numbers and pictures go, names of `unidiff.train.config.TRACKERS`.
-        project: of the trackers that have projects.
+        project: in W&B and trackio; the run there is named after the folder, and a killed one goes on in the same.
         about: the run's settings, for the trackers that show them.
         silent: write nothing (all processes of a run but one).
 
     Raises:
-        ValueError: a tracker is not installed or does not start.
+        ValueError: a tracker is not installed, or does not start (no login, for instance).
     """
 
     def __init__(
@@ -50,11 +50,15 @@ class RunLog:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._file: BinaryIO | None = None
-        self._trackers: list[Tracker] = []
+        self._trackers: list[_TensorBoard | _Service] = []
         if silent:
             return
         last = _truncate(self.path, start_step)
-        self._trackers = open_trackers(trackers, folder, start_step, last, project, about or {})
+        for name in trackers:
+            tensorboard = name == "tensorboard"
+            self._trackers.append(
+                _TensorBoard(folder, start_step) if tensorboard else _Service(name, folder, last, project, about or {})
+            )
         with writing(self.path):
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
@@ -106,15 +110,12 @@ def _append(file: BinaryIO, line: bytes) -> None:
         raise
 
 
-_OPENING = b'{"step": '
-"""How every line begins that a run writes."""
+_OPENING = b'{"step": '  # of every line that a run writes
 
 
 def _truncate(path: Path, step: int) -> int:
-    """Drop the lines of steps after `step`, which come again, and a last line that was cut; returns the last step there was.
-
-    What is no line of a run is left as it is.
-    """
+    """Drop the lines of steps after `step`, which come again, and a last line that was cut; what is no line of a run stays.
+    Returns the last step there was."""
     if not path.exists():
         return 0
     with reading(path, "the log of a run"):
@@ -193,44 +194,6 @@ _RUNS = "trackers.json"
 _NUMBERS = itertools.count()  # of event files of this process
 
 
-class Tracker(Protocol):
-    """What `unidiff.train.run.logs.RunLog` needs of one."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Finite numbers of a step."""
-
-    def image(self, step: int, name: str, picture: torch.Tensor) -> None:
-        """A uint8 `[3, H, W]` picture."""
-
-    def close(self) -> None:
-        """All is sent when this returns."""
-
-
-def open_trackers(
-    names: Sequence[str], folder: Path, start_step: int, last_step: int, project: str, about: Mapping[str, Any]
-) -> list[Tracker]:
-    """The named trackers of the run in `folder`; one that was killed goes on in the same W&B or trackio run.
-
-    Args:
-        names: of `unidiff.train.config.TRACKERS`.
-        start_step: the run continues after this step.
-        last_step: steps up to this one were sent before it was killed. TensorBoard forgets them, the others keep them and
-            get nothing twice.
-        project: in W&B and trackio; the run there is named after the folder.
-        about: the settings, shown next to the run.
-
-    Raises:
-        ValueError: a package is not installed, or a service does not start (no login, for instance).
-    """
-    trackers: list[Tracker] = []
-    for name in names:
-        if name == "tensorboard":
-            trackers.append(_TensorBoard(folder, start_step))
-        else:
-            trackers.append(_Service(name, folder, last_step, project, about))
-    return trackers
-
-
 class _TensorBoard:
     """An event file in `folder/tensorboard`.
 
@@ -241,19 +204,16 @@ class _TensorBoard:
         self._summary = _imported("tensorboard", "torch.utils.tensorboard").summary
         self._events = _imported("tensorboard", "tensorboard.compat.proto.event_pb2")
         records = _imported("tensorboard", "tensorboard.summary.writer.record_writer")
-        name = (
-            f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
-        )
-        self.path = folder / "tensorboard" / name
+        made = f"{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self.path = folder / "tensorboard" / f"events.out.tfevents.{made}"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "wb")  # noqa: SIM115 (closed by close)
         self._writer = records.RecordWriter(self._file)
-        start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(start_step + 1, file_version="brain.Event:2")
-        self._write(
-            start_step + 1, session_log=start
-        )  # events of steps from here on that a killed run left are dropped
+        # events of steps from here on that a killed run left are dropped
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._write(start_step + 1, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -283,14 +243,10 @@ class _Service:
         old = known.get(name)
         if not isinstance(old, str | None):
             raise ValueError(f"{str(path)!r} is damaged: {name} is {old!r}; delete it to begin a new run there")
-        if name == "wandb":
-            named: dict[str, Any] = {"name": title, "id": old, "dir": str(folder)}
-        else:
-            named = {"name": old or title}
+        named = {"name": title, "id": old, "dir": str(folder)} if name == "wandb" else {"name": old or title}
+        resume = "allow" if old else "never"
         try:
-            self._run = self._module.init(
-                project=project, config=dict(about), resume="allow" if old else "never", **named
-            )
+            self._run = self._module.init(project=project, config=dict(about), resume=resume, **named)
         except Exception as error:  # each service has errors of its own
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -326,7 +282,7 @@ _KEPT = 2  # checkpoints
 
 
 class SteppedRun(Protocol):
-    """What changes from step to step."""
+    """A run of one process: what changes from step to step."""
 
     @property
     def step(self) -> int:
@@ -350,37 +306,23 @@ def take_steps(run: SteppedRun, last: int, out: Path, every: int, log: RunLog, p
     Args:
         out: the run's folder. log, progress: closed at the end, however it comes.
     """
-    stopped: list[bool] = []
-    try:
-        with StopOnSignals(lambda: stopped.append(True)):
-            while run.step < last and not stopped:
-                run.advance(log, progress)
-                if run.step % every == 0 or run.step == last or stopped:
-                    save_checkpoint(out / "checkpoints", run.checkpoint(), _KEPT)
-    finally:
-        progress.close()
-        log.close()
+    with closing(log), closing(progress), stop_on_signals() as stopped:
+        while run.step < last and not stopped:
+            run.advance(log, progress)
+            if run.step % every == 0 or run.step == last or stopped:
+                save_checkpoint(out / "checkpoints", run.checkpoint(), _KEPT)
     if stopped and run.step < last:
         progress.say(f"stopped at step {run.step}; run the same command to go on")
 
 
-class StopOnSignals:
-    """While open, SIGTERM and SIGINT call `request` instead of ending the process; only in the main thread."""
-
-    def __init__(self, request: Callable[[], None]) -> None:
-        self._request = request
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        def handle(number: int, frame: FrameType | None) -> None:
-            self._request()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[number] = signal.signal(number, handle)
-            except ValueError:  # not the main thread: the caller owns the signals
-                return
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """Inside, SIGTERM and SIGINT are added to the list instead of ending the process; only in the main thread."""
+    asked: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # in others the caller owns the signals
+    old = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
