@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from unidiff.config import dump_config
-from unidiff.files import replace_text
+from unidiff.files import replace_text, replacing_folder
 from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.process import pick_device
 from unidiff.train.build import (
     add_adapters,
@@ -37,7 +38,7 @@ from unidiff.train.optim import EMA, Optimisers, learning_rate_factor
 from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
 from unidiff.train.run.logs import Progress, RunLog, stop_on_signals
-from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as, write_export
+from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as
 from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TokenNLL, TrainState, train_step
 from unidiff.train.validation import report_names, validate
 
@@ -52,9 +53,7 @@ class Trainer:
     """One run in `config.output`. `train` returns when the last step is done or SIGTERM / Ctrl-C arrived, both saved.
 
     Args:
-        config: checked settings.
-        source: training tokens.
-        validation: held-out tokens, or None to train without validation.
+        source: training tokens. validation: held-out ones, or None to train without validation.
         sampler: called as `sampler(model, step) -> uint8 [3, H, W]` every `logging.sample_every` steps (by rank 0).
         parallel: the processes that share the run, all of which make a `Trainer`; None for this one alone.
         documents: take `data.document_share` of the samples.
@@ -104,7 +103,10 @@ class Trainer:
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
         self._scored = scored_as(config, validation)
-        self._check_best()
+        best, rows = config.checkpoint.best, validation if self._validation_rows else None
+        known = set() if rows is None else report_names(rows, self.block_length)
+        if best and best not in known:
+            raise ValueError(f"checkpoint.best = {best!r} is not in the validation report; it has {sorted(known)}")
         self._choice = resume(self.state, self.checkpoints, config, self.facts)
         settings = config.checkpoint
         self.saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
@@ -147,7 +149,8 @@ class Trainer:
                 progress.step(state.step, f"loss {step.loss:.4f}  lr x{factor:.3f}")
                 # 2. what is due now, on all ranks alike
                 last = state.step == settings.steps
-                stopped, overdue = self.parallel.agree(bool(asked), self._overdue())
+                waited, most = time.monotonic() - self._saved_at, 60 * settings.checkpoint.minutes
+                stopped, overdue = self.parallel.agree(bool(asked), 0 < most < waited)
                 validating = self._validation_rows > 0 and (_due(settings.logging.validate_every, state.step) or last)
                 if _due(settings.logging.every, state.step) or last:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
@@ -160,8 +163,10 @@ class Trainer:
                     better = self.judge(report)
                     log.write(state.step, "validation", report)
                     progress.say(_validation_line(state.step, report))
-                if self.sampler is not None and _due(settings.logging.sample_every, state.step):
-                    self._sample_sheet(log)
+                sampler = self.sampler if _due(settings.logging.sample_every, state.step) else None
+                if sampler is not None and (model := self.averaged()) is not None:
+                    with torch.no_grad():
+                        log.image(state.step, "samples", sampler(model, state.step))
                 # 3. save
                 if _due(settings.checkpoint.every, state.step) or overdue or last or better or stopped:
                     log.flush()
@@ -192,10 +197,10 @@ class Trainer:
             replace_text(self.folder / "config.yaml", MARK + dump_config(config))
         names, project = config.logging.trackers, config.logging.project
         log = RunLog(self.folder, self.state.step, names, project, asdict(config), silent=not main)
-        stack.callback(log.close)
+        stack.enter_context(closing(log))
         tokens, shown = config.rows_per_step * length, config.logging.progress and main
         progress = Progress(config.steps, self.state.step, tokens, config.logging.every, shown)
-        stack.callback(progress.close)
+        stack.enter_context(closing(progress))
         if self.resumed:
             progress.say(f"resumed at step {self.state.step} from {self.checkpoints}")
         return log, progress
@@ -215,16 +220,6 @@ class Trainer:
         self.speed.add(report, time.perf_counter() - began, waited, tokens)
         return report
 
-    def _overdue(self) -> bool:
-        minutes = self.config.checkpoint.minutes
-        return minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
-
-    def _check_best(self) -> None:
-        name, rows = self.config.checkpoint.best, self.validation if self._validation_rows else None
-        known = set() if rows is None else report_names(rows, self.block_length)
-        if name and name not in known:
-            raise ValueError(f"checkpoint.best = {name!r} is not in the validation report; it has {sorted(known)}")
-
     def judge(self, report: dict[str, float]) -> bool:
         """Whether a validation is the best so far, by the number that `checkpoint.best` names."""
         if not (name := self.config.checkpoint.best):
@@ -237,19 +232,15 @@ class Trainer:
     def _guard(self, step: StepReport, log: RunLog) -> None:
         if step.taken:
             return
+        state, rows = self.state, self.config.rows_per_step
         # the samples' numbers are their keys: the source gives the same rows for them again
-        rows, numbers = self.config.rows_per_step, {"loss": step.loss, "grad_norm": step.grad_norm}
-        keys = {
-            "first_sample": float(self.state.samples - rows),
-            "sample_count": float(rows),
-            "spike": float(step.spike),
-        }
-        log.write(self.state.step, "skipped", keys | numbers)
-        if self.state.bad_steps >= self.config.max_bad_steps:
+        numbers = {"first_sample": float(state.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
+        log.write(state.step, "skipped", numbers | {"loss": step.loss, "grad_norm": step.grad_norm})
+        if state.bad_steps >= self.config.max_bad_steps:
             self.saver.wait()
             raise TrainingAborted(
-                f"{self.state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
-                f"(step {self.state.step}); {_LOWER}"
+                f"{state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
+                f"(step {state.step}); {_LOWER}"
             )
 
     @property
@@ -267,13 +258,6 @@ class Trainer:
             self.parallel.rest()
         return report
 
-    def _sample_sheet(self, log: RunLog) -> None:
-        assert self.sampler is not None
-        model = self.averaged()
-        if model is not None:
-            with torch.no_grad():
-                log.image(self.state.step, "samples", self.sampler(model, self.state.step))
-
     def save(self) -> None:
         """Write a checkpoint of this very state; several processes may still be writing when this returns.
 
@@ -283,8 +267,7 @@ class Trainer:
         state = self.state
         if self.parallel.agree(not state.finite())[0]:
             raise TrainingAborted(f"the weights are no longer finite at step {state.step}; {_LOWER}")
-        plain = position(state)
-        plain |= {"config": asdict(self.config), "facts": self.facts}
+        plain = position(state) | {"config": asdict(self.config), "facts": self.facts}
         if self._score is not None and self._score[0] == state.step and math.isfinite(self._score[1]):
             plain |= {"score": self._score[1], "scored": self._scored}
         self.data_losses.save(self.parallel)
@@ -300,15 +283,13 @@ class Trainer:
         Args:
             dtype, device: of the model; None for the run's device.
         """
-        main, average, adapted = self.parallel.main, {}, self.config.lora.rank > 0
+        average, adapted = {}, self.config.lora.rank > 0
         for name, value in self.state.ema.average.items():
             full = whole(value)
-            if main:
-                # a copy where adapters will be folded in, which changes weights in place
-                average[name] = (
-                    full.to(device or full.device, torch.float32, copy=True) if adapted else full.to(device, dtype)
-                )
-        if not main:
+            if self.parallel.main:  # a copy where adapters will be folded in, which changes weights in place
+                kept = torch.float32 if adapted else dtype
+                average[name] = full.to(device or full.device, kept, copy=adapted)
+        if not self.parallel.main:
             return None
         with torch.device("meta"):  # neither memory nor random draws
             model = MaskedTransformer.from_config(dict(self.model.config))
@@ -320,17 +301,33 @@ class Trainer:
         return model.eval()
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`; see `write_export`.
+        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, which appears whole or not at all.
 
         Rank 0 writes; all ranks must call it.
+
+        Raises:
+            ValueError: weights that are not finite, or a folder that holds something else than an export.
         """
-        model = self.averaged(getattr(torch, self.config.checkpoint.export_dtype), torch.device("cpu"))
+        settings, source = self.config.checkpoint, self.source
+        model = self.averaged(getattr(torch, settings.export_dtype), torch.device("cpu"))
         if model is None:
             return
+        for name, value in model.state_dict().items():
+            if not torch.isfinite(value).all():
+                hint = "set checkpoint.export_dtype=bfloat16, or " if value.dtype == torch.float16 else ""
+                raise ValueError(
+                    f"the averaged weights {name} are not finite in {settings.export_dtype}, so nothing is exported; "
+                    f"{hint}lower optimiser.lr"
+                )
         own = self.config.tasks
         tasks = tuple(t for t in TASKS if getattr(own, t).weight > 0 or (t == "generate" and self._documents))
-        rows = TrainedOn((self.source.grid[0], self.source.grid[1]), self.source.text_length, tasks)
-        write_export(folder, model, self.source.vocabulary, rows, self.config.checkpoint.init_from)
+        trained = TrainedOn((source.grid[0], source.grid[1]), source.text_length, tasks)
+        check_replaceable(folder, others_in_model, "model")
+        with replacing_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            words = json.dumps(source.vocabulary.to_dict(), indent=1)
+            (temporary / "vocabulary.json").write_text(words, encoding="utf-8")
+            trained.save(temporary, started_from=settings.init_from or None)
 
 
 def train(

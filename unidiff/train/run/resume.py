@@ -10,17 +10,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 
 from unidiff.errors import reading
-from unidiff.files import replacing_folder
 from unidiff.models.config import TransformerConfig
-from unidiff.models.trained_on import FORMER_TASKS, TrainedOn
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.schema import Between, check_value
-from unidiff.tokens import Vocabulary
 from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
 from unidiff.train.data.source import TokenSource, TokenTable
@@ -297,28 +293,3 @@ def _check_place(out: Path, setting: str, started_from: str | None) -> None:
             raise ValueError(
                 f"the starting weights, {started_from!r}, would be replaced by this run's own {name}; name another {setting}="
             )
-
-
-def write_export(
-    folder: Path, model: MaskedTransformer, vocabulary: Vocabulary, trained: TrainedOn, started_from: str = ""
-) -> None:
-    """Write `folder` for `MaskedTransformer.from_pretrained`, with `vocabulary.json`; it appears whole or not at all.
-
-    Args:
-        trained: what the rows were. started_from: folder of the starting weights, if any.
-
-    Raises:
-        ValueError: weights that are not finite, or a folder that holds something else than an export.
-    """
-    for name, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            hint = "set checkpoint.export_dtype=bfloat16, or " if value.dtype == torch.float16 else ""
-            raise ValueError(
-                f"the averaged weights {name} are not finite in {str(value.dtype)[6:]}, so nothing is exported; "
-                f"{hint}lower optimiser.lr"
-            )
-    check_replaceable(folder, others_in_model, "model")
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        (temporary / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1), encoding="utf-8")
-        trained.save(temporary, started_from=started_from or None)
