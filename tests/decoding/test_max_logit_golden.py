@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig, draw
 from unidiff.decoding.cache.max_logit import MaxLogitCache
-from unidiff.diffusion.schedules.cosine import Cosine
+from unidiff.diffusion.schedules.known import Cosine
 from unidiff.families.llada import LLADA
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary

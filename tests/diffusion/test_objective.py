@@ -82,17 +82,18 @@ def test_masked_nll_equals_the_dense_formula_for_any_chunk_size(count, rate, see
 @settings(max_examples=60, deadline=None)
 def test_gather_drops_nothing(count, bits):
     masked = torch.tensor([bits >> i & 1 for i in range(20)], dtype=torch.bool).view(4, 5)
-    x0 = torch.arange(100, 120).view(4, 5)
-    gathered = gather_masked(masked, x0, count)
+    ids = torch.arange(100, 120).view(4, 5)
+    x0 = TokenBatch.from_spans([[Span.text(row)] for row in ids])
+    gathered = gather_masked(masked, x0, Vocabulary(200, (90, 200), (0, 90), mask_id=40), Modality.TEXT, count)
     assert gathered.index.shape[1] == count and gathered.index.shape == gathered.real.shape
     assert torch.equal(gathered.index[gathered.real], masked.flatten().nonzero()[:, 0])
-    assert torch.equal(gathered.target[gathered.real], x0[masked])
+    assert torch.equal(gathered.target[gathered.real] + 90, ids[masked])
     assert bool((gathered.slot[~gathered.real] == 20).all())
 
 
 def test_gather_refuses_a_count_of_zero():
     with pytest.raises(ValueError, match="at least 1"):
-        gather_masked(torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long), 0)
+        gather_masked(torch.ones(2, 5, dtype=torch.bool), make_batch(), VOCABULARY, Modality.TEXT, 0)
 
 
 def test_nothing_masked_is_zero_and_still_differentiable():

@@ -68,13 +68,7 @@ def test_values_and_gradients_equal_the_plain_formula(count, bias, hint, seed):
 
 
 def parts_of(batch: TokenBatch, masked: torch.Tensor, count: int) -> tuple[streamed_nll.HeadPart, ...]:
-    parts = []
-    for m in Modality:
-        g = gather_masked(masked & (batch.modality == m), batch.ids, count)
-        start, stop = VOCABULARY.range_of(m)
-        target = torch.where(g.real, g.target - start, 0)
-        parts.append(streamed_nll.HeadPart(g.index, target, g.real, start, stop, VOCABULARY.forbidden(m)))
-    return tuple(parts)
+    return tuple(gather_masked(masked, batch, VOCABULARY, m, count) for m in Modality)
 
 
 def test_gradcheck():

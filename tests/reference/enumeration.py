@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference.nelbo import block_batches
 from unidiff.diffusion.likelihood import Scorer
-from unidiff.diffusion.process import NoisyBatch
+from unidiff.diffusion.noise import NoisyBatch
 from unidiff.tokens import TokenBatch, Vocabulary
 
 _LIMIT = 16

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.likelihood import Nelbo, Scorer, average_nelbo, mask_count_nelbo
-from unidiff.diffusion.noise import keyed_uniform
-from unidiff.diffusion.process import NoisyBatch, mask_count, mask_tokens
+from unidiff.diffusion.noise import NoisyBatch, keyed_uniform, mask_count, mask_tokens
 from unidiff.diffusion.schedules import Schedule
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 

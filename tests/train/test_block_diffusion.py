@@ -8,8 +8,8 @@ from train_fixtures import VOCABULARY, tiny_config, tiny_table
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
 from unidiff.decoding.cache.block_causal import BlockCausalCache
+from unidiff.diffusion.noise import mask_tokens
 from unidiff.diffusion.objective import masked_nll
-from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_fixtures import MIXED, tiny_config, tiny_table
 
+from unidiff.diffusion.noise import mask_tokens
 from unidiff.diffusion.objective import joint_elbo, masked_nll
-from unidiff.diffusion.process import mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 from unidiff.train.data.batch import TaskBatch, pack_lengths, pack_tasks

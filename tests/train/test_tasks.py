@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
 
-from unidiff.diffusion.process import mask_tokens
+from unidiff.diffusion.noise import mask_tokens
 from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Modality

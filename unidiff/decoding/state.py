@@ -48,8 +48,6 @@ class ModalityProgress:
     """Where each row stands in the decode of one modality.
 
     Args:
-        modality, settings: what is decoded, and how.
-        batch: the request.
         own: a commit rule of the caller's own in place of the settings' choice of positions.
     Attributes:
         targets: bool `[B, L]`, the modality's. rule: decides which of them a pass fills.
@@ -61,7 +59,6 @@ class ModalityProgress:
             take part in it.
         remasked: int64 `[B]`, how many tokens of the row were masked again.
         joined: int64 `[B]`, blocks in flight behind the current one. ahead: bool `[B, L]`, their masked positions.
-        in_flight: most blocks at once.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class ModalityProgress:
         if length is not None:
             self.blocks = block_ids(batch, self.targets, length, settings.block_order)
         self.shares = BlockShares(settings.steps, size, length, rule.capped)
-        self.in_flight = min(settings.blocks_in_flight, batch.shape[1])
+        self._joining = min(settings.blocks_in_flight, batch.shape[1]) - 1  # most blocks besides the current one
         zero = torch.zeros_like(size)
         self.block = self.reached = zero - 1
         self.made = self.start = self.remasked = self.joined = zero
@@ -86,9 +83,8 @@ class ModalityProgress:
     def begin_pass(self, masked: Tensor, waiting: Tensor) -> BlockPass:
         """Find the block each row works on: the lowest with a masked position. Rows in `waiting` `[B]` pause."""
         own = masked & self.targets & ~waiting[:, None]
-        block = torch.where(own, self.blocks, torch.iinfo(torch.long).max).amin(
-            1
-        )  # a large number where none is masked
+        none = torch.iinfo(torch.long).max
+        block = torch.where(own, self.blocks, none).amin(1)  # [B]
         pending = self.pending & ~waiting
         block = torch.where(pending, self.block, block)
         self.active = own & (self.blocks == block[:, None])
@@ -98,9 +94,9 @@ class ModalityProgress:
         self.reached = torch.where(begun, block, self.reached)
         self.made = torch.where(begun, 0, self.made)
         self.start = torch.where(begun, remaining, self.start)
-        if self.in_flight > 1:
-            most, share = self.in_flight - 1, self.settings.flight_share
-            self.joined = joined_blocks(self.blocks, self.targets, own, block, most, share)
+        if self._joining > 0:
+            share = self.settings.flight_share
+            self.joined = joined_blocks(self.blocks, self.targets, own, block, self._joining, share)
             self.ahead = own & ~self.active & (self.blocks <= (block + self.joined)[:, None])
         return BlockPass(self.active, self.start, remaining, self.step, self.steps)
 
@@ -178,8 +174,7 @@ class DecodeState:
 
     Attributes:
         batch: current tokens, [MASK] at masked positions.
-        masked: bool `[B, L]`, targets still masked.
-        frozen: bool `[B, L]`, targets that may not be masked again (end-of-text fill).
+        masked: bool `[B, L]`, targets still masked. frozen: those that may not be masked again (end-of-text fill).
         just_unmasked: bool `[B, L]`, filled in the last pass.
         confidence: float32 `[B, L]`, probability of each decoded token when it was committed; 1 at known tokens
             and end-of-text fill, 0 while masked.
@@ -246,16 +241,17 @@ class DecodeState:
 
     def mask_again(self, where: Tensor, mask_id: int) -> None:
         """Committed tokens at `where` bool `[B, L]` become masked."""
-        self.batch = self.batch.replace(ids=torch.where(where, mask_id, self.ids))
-        self.confidence = torch.where(where, 0.0, self.confidence)
+        self._put(where, mask_id, 0.0)
         self.masked = self.masked | where
 
     def freeze(self, where: Tensor, token: int) -> None:
         """Fill masked positions at `where` for good, with a token that was not decoded."""
+        self._put(where, token, 1.0)
+        self.masked, self.frozen = self.masked & ~where, self.frozen | where
+
+    def _put(self, where: Tensor, token: int, confidence: float) -> None:
         self.batch = self.batch.replace(ids=torch.where(where, token, self.ids))
-        self.confidence = torch.where(where, 1.0, self.confidence)
-        self.masked = self.masked & ~where
-        self.frozen = self.frozen | where
+        self.confidence = torch.where(where, confidence, self.confidence)
 
 
 class EndOfText:
@@ -299,12 +295,8 @@ class DecodeView:
     Copies are made when they are asked for; a view that is kept does not change with the passes to come.
 
     Attributes:
-        batch: current tokens `[B, L]`, [MASK] at open positions. ids: int64 `[B, L]`, the tokens alone.
-        open: bool `[B, L]`, targets still masked. written: those filled in the last pass. settled: those that may not be
-            masked again (end-of-text fill). committed: decoded ones, which remasking may revise.
-        confidence: float32 `[B, L]`, see `DecodeState`.
-        step: passes made, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
-        finishing: the next pass fills everything that is open.
+        open: targets still masked. written: those filled in the last pass. settled: those that may not be masked again.
+        The others as in `DecodeState`.
     """
 
     __slots__ = ("_state",)

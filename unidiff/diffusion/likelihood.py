@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unidiff.diffusion.noise import keyed_uniform
+from unidiff.diffusion.noise import NoisyBatch, keyed_uniform, mask_count
 from unidiff.diffusion.objective import joint_elbo, masked_nll
-from unidiff.diffusion.process import NoisyBatch, mask_count
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 

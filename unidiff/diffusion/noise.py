@@ -1,14 +1,19 @@
-"""Keyed noise: a uniform draw is a pure function of (seed, key, stream, index), not of call order or batch shape.
+"""Keyed noise, and the masking process q(x_t | x) = Cat(alpha_t x + (1 - alpha_t) m), independently per position.
 
-Training keys its times and masks by global sample index, the sampler by row seed and step; so neither batch size,
-padding, worker count nor rank count changes a draw. The mixer is SplitMix64 (Steele, Lea, Flood 2014), in int64
-tensor arithmetic that wraps the same way on every device.
+A uniform draw is a pure function of (seed, key, stream, index), not of call order or batch shape. Training keys its times
+and masks by global sample index, the sampler by row seed and step; so neither batch size, padding, worker count nor rank
+count changes a draw. The mixer is SplitMix64 (Steele, Lea, Flood 2014), in int64 tensor arithmetic that wraps the same way
+on every device.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from unidiff.tokens import TokenBatch, Vocabulary
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -24,10 +29,7 @@ def keyed_bits(seed: int | Tensor, keys: Tensor, stream: int | Tensor, count: in
         stream: separates independent uses, for instance a step number; an int, or int64 broadcastable to `keys`.
         count: draws per key; draw `i` does not depend on `count`.
     """
-    if isinstance(seed, int):
-        seed = torch.tensor(_signed(seed), device=keys.device)
-    if isinstance(stream, int):
-        stream = torch.tensor(_signed(stream), device=keys.device)
+    seed, stream = (torch.tensor(_signed(x)) if isinstance(x, int) else x for x in (seed, stream))
     state = _mix(seed.to(keys.device) + _GOLDEN)
     state = _mix(state ^ (keys * _MIX_1 + _GOLDEN))
     state = _mix(state ^ (stream.to(keys.device) * _MIX_2 + _GOLDEN))
@@ -50,3 +52,35 @@ def _mix(x: Tensor) -> Tensor:
 def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """x_t: `batch` with hidden ids replaced by their modality's [MASK], and `masked`, bool `[B, L]`, where it is hidden."""
+
+    batch: TokenBatch
+    masked: Tensor
+
+
+def mask_tokens(batch: TokenBatch, rate: Tensor, vocabulary: Vocabulary, noise: Tensor) -> NoisyBatch:
+    """Draw x_t ~ q(x_t | x): hide each target (valid, not given) where `noise < rate`.
+
+    Args:
+        batch: clean ids `[B, L]`.
+        rate: mask rates 1 - alpha(t), `[B]` (one shared t per row) or `[B, L]` (per modality, block or task).
+        noise: uniforms `[B, L]`.
+    """
+    rate = rate[:, None] if rate.ndim == 1 else rate
+    masked = batch.targets & (noise < rate)
+    return NoisyBatch(batch.hide(masked, vocabulary), masked)
+
+
+def mask_count(batch: TokenBatch, count: Tensor, vocabulary: Vocabulary, noise: Tensor) -> NoisyBatch:
+    """Hide exactly `count[b]`, int64 `[B]`, uniformly chosen targets of row b (all of them where it has fewer).
+
+    The uniforms `noise` `[B, L]` rank the targets.
+    """
+    ranked = noise.masked_fill(~batch.targets, torch.inf)
+    rank = ranked.argsort(dim=1, stable=True).argsort(dim=1, stable=True)  # [B, L]
+    masked = batch.targets & (rank < count[:, None])
+    return NoisyBatch(batch.hide(masked, vocabulary), masked)

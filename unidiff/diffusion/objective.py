@@ -22,36 +22,24 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 Head = Callable[[Tensor, int, int], Tensor]  # (hidden [n, D], start, stop) -> logits [n, stop - start]
 
 
-@dataclass(frozen=True)
-class MaskedIndex:
-    """Masked positions in chunks of one fixed size, because varying matmul sizes leak memory in bf16 on CPU.
+def gather_masked(masked: Tensor, x0: TokenBatch, vocabulary: Vocabulary, modality: Modality, count: int) -> HeadPart:
+    """The positions of `masked` (bool `[B, L]`) with that modality, in as many chunks of `count` as needed; none is dropped.
 
-    Attributes:
-        index: int64 `[chunks, count]`, flat positions in B*L; padding points at position 0.
-        slot: int64 `[chunks, count]`, the same with padding pointing at B*L, a place to throw results away.
-        target: int64 `[chunks, count]`, the clean ids.
-        real: bool `[chunks, count]`, False on padding.
-    """
-
-    index: Tensor
-    slot: Tensor
-    target: Tensor
-    real: Tensor
-
-
-def gather_masked(masked: Tensor, x0: Tensor, count: int) -> MaskedIndex:
-    """Index the True positions of `masked` (bool `[B, L]`) and their clean ids, in as many chunks of `count` as needed.
-
-    Nothing is dropped: more masked positions than `count` give more chunks.
+    Raises:
+        ValueError: a target lies outside the modality's ids, or `count` is below 1.
     """
     if count < 1:
         raise ValueError(f"gather count is {count}; expected at least 1")
-    index = masked.reshape(-1).nonzero()[:, 0]  # [n]
+    start, stop = vocabulary.range_of(modality)
+    index = (masked & (x0.modality == modality)).reshape(-1).nonzero()[:, 0]  # [n]
     chunks = -(-len(index) // count)
     slot = F.pad(index, (0, chunks * count - len(index)), value=masked.numel()).view(chunks, count)
     real = slot < masked.numel()
     index = slot.masked_fill(~real, 0)
-    return MaskedIndex(index, slot, x0.reshape(-1)[index], real)
+    target = torch.where(real, x0.ids.reshape(-1)[index] - start, 0)
+    if chunks and bool(((target < 0) | (target >= stop - start)).any()):
+        raise ValueError(f"a masked {modality.name.lower()} target lies outside ids [{start}, {stop}); check the batch")
+    return HeadPart(index, slot, target, real, start, stop, tuple(vocabulary.forbidden(modality)))
 
 
 def masked_nll(
@@ -82,14 +70,7 @@ def masked_nll(
     Raises:
         ValueError: a masked target lies outside its modality's id range.
     """
-    gathered = {m: gather_masked(masked & (x0.modality == m), x0.ids, count) for m in Modality}
-    used = {m: found for m, found in gathered.items() if len(found.index)}
-    parts = tuple(
-        HeadPart(
-            g.index, _slice_targets(g, vocabulary, m), g.real, *vocabulary.range_of(m), tuple(vocabulary.forbidden(m))
-        )
-        for m, g in used.items()
-    )
+    parts = [part for m in Modality if len((part := gather_masked(masked, x0, vocabulary, m, count)).index)]
     flat = hidden.reshape(-1, hidden.shape[-1])  # [B*L, D]
     if isinstance(head, LinearHead):
         nll = streamed_nll(flat, *head.head_parameters(), parts, None if weight is None else weight.reshape(-1))
@@ -101,18 +82,9 @@ def masked_nll(
         ]
         nll = torch.cat(chunks) if chunks else flat[:0].float().sum(1)  # no numbers, but a part of the graph
     # back to their places; padding goes to a slot that is cut off
-    slots = [g.slot.reshape(-1) for g in used.values()]
+    slots = [part.slot.reshape(-1) for part in parts]
     slot = torch.cat(slots) if slots else nll.new_zeros(0, dtype=torch.long)
     return nll.new_zeros(masked.numel() + 1).scatter(0, slot, nll)[:-1].view(masked.shape)
-
-
-def _slice_targets(gathered: MaskedIndex, vocabulary: Vocabulary, modality: Modality) -> Tensor:
-    """Targets counted from the start of the modality's ids, `[chunks, count]`, 0 on padding."""
-    start, stop = vocabulary.range_of(modality)
-    target = torch.where(gathered.real, gathered.target - start, 0)
-    if bool(((target < 0) | (target >= stop - start)).any()):
-        raise ValueError(f"a masked {modality.name.lower()} target lies outside ids [{start}, {stop}); check the batch")
-    return target
 
 
 def _chunk_nll(logits: Tensor, target: Tensor, forbidden: tuple[int, ...]) -> Tensor:

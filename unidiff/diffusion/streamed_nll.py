@@ -13,9 +13,9 @@ Two ways to the gradients, both without `[n, V]` for all n positions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,19 @@ class LinearHead(Protocol):
 
 @dataclass(frozen=True)
 class HeadPart:
-    """Gathered positions that share one slice of the head.
+    """Gathered positions that share one slice of the head, in chunks of one size: varying ones leak memory in bf16 on CPU.
 
     Attributes:
         index: int64 `[chunks, count]`, rows of the hidden states; padding points at row 0.
-        target: int64 `[chunks, count]`, ids counted from `start`.
+        slot: int64 `[chunks, count]`, the same with padding pointing behind the last row, a place to throw results away.
+        target: int64 `[chunks, count]`, ids counted from `start`, 0 on padding.
         real: bool `[chunks, count]`, False on padding, whose gradient is 0.
         start, stop: the slice.
         forbidden: offsets in the slice that are no candidates.
     """
 
     index: Tensor
+    slot: Tensor
     target: Tensor
     real: Tensor
     start: int
@@ -56,7 +58,7 @@ class HeadPart:
 
 
 def streamed_nll(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[HeadPart, ...], scale: Tensor | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[HeadPart], scale: Tensor | None = None
 ) -> Tensor:
     """-log softmax at the targets of every part, one after the other, flat `[sum of chunks * count]`.
 
@@ -74,34 +76,52 @@ def streamed_nll(
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    if scale is not None and torch.is_grad_enabled() and parts:
-        return _WeightedNLL.apply(hidden, weight, bias, parts, dtype, scale.to(device=hidden.device))
-    return _StreamedNLL.apply(hidden, weight, bias, parts, dtype)
+    announced = scale is not None and torch.is_grad_enabled() and len(parts) > 0
+    return _StreamedNLL.apply(hidden, weight, bias, parts, dtype, scale if announced else None)
+
+
+class _Head(NamedTuple):
+    """The whole head and the type of its products."""
+
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    def tiles(self, part: HeadPart) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+        """(first id, last id + 1, weight `[n, D]`, bias `[n]`) of nearly equal runs of the slice."""
+        for low, high in _bounds(part):
+            bias = None if self.bias is None else self.bias[low:high].to(self.dtype)
+            yield low, high, self.weight[low:high].to(self.dtype), bias
 
 
 class _StreamedNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[HeadPart, ...], dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: Sequence[HeadPart],
+        dtype: torch.dtype,
+        scale: Tensor | None,
     ) -> Tensor:
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        totals, picked = [], []
+        head = _Head(weight, bias, dtype)
+        ctx.sums = None if scale is None else _Gradients(hidden, head, ctx.needs_input_grad, exact)
+        totals, values, scales = [], [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for part in parts:
                 total = torch.full(part.index.shape, -torch.inf, dtype=exact, device=hidden.device)  # log-sum-exp
-                own = torch.zeros_like(total)  # logits of the targets
-                rows = hidden[part.index].to(dtype)  # [chunks, count, D]
-                for low, high, tile, offset in _tiles(weight, bias, part, dtype):
-                    for chunk, states in enumerate(rows):
-                        logits = _logits(states, tile, offset, part, low, exact)  # [count, tile]
-                        target, inside = _local(part.target[chunk], low - part.start, high - low)
-                        own[chunk] += logits.gather(1, target)[:, 0].where(inside, 0)
-                        total[chunk] = torch.logaddexp(total[chunk], _logsumexp(logits))
+                if scale is None:
+                    nll = _by_tiles(hidden, head, part, total)
+                else:
+                    scales.append(scale.to(hidden.device)[part.index].to(exact).where(part.real, 0))  # [chunks, count]
+                    nll = _by_chunks(hidden, head, part, total, scales[-1], ctx.sums)
                 totals.append(total)
-                picked.append(own)
+                values.append(nll.reshape(-1))
         ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)), *totals)
         ctx.parts, ctx.dtype, ctx.has_bias = parts, dtype, bias is not None
-        values = [(total - own).reshape(-1) for total, own in zip(totals, picked, strict=True)]
+        ctx.scale = torch.cat([s.reshape(-1) for s in scales]) if scales else None
         return torch.cat(values) if values else hidden.new_zeros(0, dtype=exact)
 
     @staticmethod
@@ -109,72 +129,74 @@ class _StreamedNLL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *rest = ctx.saved_tensors
         bias, totals = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
-        return *_recomputed(ctx, hidden, weight, bias, totals, grad), None, None
-
-
-class _WeightedNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        parts: tuple[HeadPart, ...],
-        dtype: torch.dtype,
-        scale: Tensor,
-    ) -> Tensor:
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad, exact)
-        totals, values, scales = [], [], []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part in parts:
-                factor = scale[part.index].to(exact).where(part.real, 0)  # [chunks, count]
-                total = torch.empty(part.index.shape, dtype=exact, device=hidden.device)
-                nll = torch.empty_like(total)
-                for chunk, index in enumerate(part.index):
-                    states = hidden[index].to(dtype)  # [count, D]
-                    logits = states.new_empty(len(index), part.stop - part.start)  # [count, n]; the only ones
-                    for low, high, tile, offset in _tiles(weight, bias, part, dtype):
-                        logits[:, low - part.start : high - part.start] = F.linear(states, tile, offset)
-                    total[chunk], nll[chunk] = _score(logits, part, chunk, exact)
-                    grad_rows = torch.zeros(states.shape, dtype=exact, device=hidden.device)
-                    for low, high, tile, _ in _tiles(weight, bias, part, dtype):
-                        piece = logits[:, low - part.start : high - part.start].to(exact, copy=True)
-                        _ban(piece, part, low)
-                        sums.add(piece, states, tile, part, chunk, low, total[chunk], factor[chunk], grad_rows)
-                    sums.hidden.index_add_(0, index, grad_rows)
-                    del logits
-                totals.append(total)
-                values.append(nll.reshape(-1))
-                scales.append(factor.reshape(-1))
-        ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)), *totals)
-        ctx.parts, ctx.dtype, ctx.has_bias = parts, dtype, bias is not None
-        ctx.scale, ctx.sums = torch.cat(scales), sums
-        return torch.cat(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, *rest = ctx.saved_tensors
-        bias, totals = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
         sums, ctx.sums = ctx.sums, None
-        real = torch.cat([part.real.reshape(-1) for part in ctx.parts])
-        grad = grad.where(real, 0)
-        factor = (grad * ctx.scale).sum() / (ctx.scale * ctx.scale).sum()
-        if sums is None or not torch.allclose(grad, factor * ctx.scale, rtol=1e-5, atol=0):  # NaN falls through too
-            return *_recomputed(ctx, hidden, weight, bias, totals, grad), None, None, None
-        return *sums.scaled(factor, hidden.dtype), None, None, None
+        if sums is not None:
+            grad = grad.where(torch.cat([part.real.reshape(-1) for part in ctx.parts]), 0)
+            factor = (grad * ctx.scale).sum() / (ctx.scale * ctx.scale).sum()
+            if torch.allclose(grad, factor * ctx.scale, rtol=1e-5, atol=0):  # not so where it is NaN
+                return *sums.scaled(factor, hidden.dtype), None, None, None
+        return *_recomputed(ctx, hidden, _Head(weight, bias, ctx.dtype), totals, grad), None, None, None
+
+
+def _by_tiles(hidden: Tensor, head: _Head, part: HeadPart, total: Tensor) -> Tensor:
+    """NLL `[chunks, count]`, vocabulary outside; fills the log-sum-exps `total`."""
+    own = torch.zeros_like(total)  # logits of the targets
+    rows = hidden[part.index].to(head.dtype)  # [chunks, count, D]
+    for low, high, tile, offset in head.tiles(part):
+        for chunk, states in enumerate(rows):
+            logits = _ban(F.linear(states, tile, offset).to(total.dtype), part, low)  # [count, tile]
+            target, inside = _local(part.target[chunk], low - part.start, high - low)
+            own[chunk] += logits.gather(1, target)[:, 0].where(inside, 0)
+            total[chunk] = torch.logaddexp(total[chunk], _logsumexp(logits))
+    return total - own
+
+
+def _by_chunks(hidden: Tensor, head: _Head, part: HeadPart, total: Tensor, scale: Tensor, sums: _Gradients) -> Tensor:
+    """As `_by_tiles`, positions outside; `sums` gains the gradients at the weights `scale` `[chunks, count]`."""
+    nll = torch.empty_like(total)
+    for chunk, index in enumerate(part.index):
+        states = hidden[index].to(head.dtype)  # [count, D]
+        logits = states.new_empty(len(index), part.stop - part.start)  # [count, n]; the only ones
+        for low, high, tile, offset in head.tiles(part):
+            logits[:, low - part.start : high - part.start] = F.linear(states, tile, offset)
+        for low, high in _bounds(part):  # without an exact copy of all logits
+            piece = logits[:, low - part.start : high - part.start].to(total.dtype, copy=True)
+            total[chunk] = torch.logaddexp(total[chunk], _logsumexp(_ban(piece, part, low)))
+        nll[chunk] = total[chunk] - logits.gather(1, part.target[chunk][:, None])[:, 0].to(total.dtype)
+        grad_rows = torch.zeros(states.shape, dtype=total.dtype, device=hidden.device)
+        for low, high, tile, _ in head.tiles(part):
+            piece = _ban(logits[:, low - part.start : high - part.start].to(total.dtype, copy=True), part, low)
+            sums.add(piece, states, tile, part, chunk, low, total[chunk], scale[chunk], grad_rows)
+        sums.hidden.index_add_(0, index, grad_rows)
+        del logits
+    return nll
+
+
+def _recomputed(
+    ctx: Any, hidden: Tensor, head: _Head, totals: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients for any upstream gradient, flat as the result, from logits made again."""
+    sums = _Gradients(hidden, head, ctx.needs_input_grad, grad.dtype)
+    scales = grad.split([total.numel() for total in totals])
+    for part, total, flat in zip(ctx.parts, totals, scales, strict=True):
+        scale = flat.view_as(total).where(part.real, 0)  # [chunks, count]
+        rows = hidden[part.index].to(head.dtype)
+        grad_rows = torch.zeros(rows.shape, dtype=grad.dtype, device=hidden.device)
+        for low, _, tile, offset in head.tiles(part):
+            for chunk, states in enumerate(rows):
+                logits = _ban(F.linear(states, tile, offset).to(grad.dtype), part, low)
+                sums.add(logits, states, tile, part, chunk, low, total[chunk], scale[chunk], grad_rows[chunk])
+        sums.hidden.index_add_(0, part.index.reshape(-1), grad_rows.flatten(0, 1))
+    return sums.scaled(None, hidden.dtype)
 
 
 class _Gradients:
     """Sums of dh `[N, D]`, dw `[V, D]` and db `[V]`, each only where it is needed."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...], exact: torch.dtype
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: _Head, needed: tuple[bool, ...], exact: torch.dtype) -> None:
         self.hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device)
-        self.weight = torch.zeros_like(weight) if needed[1] else None
-        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+        self.weight = torch.zeros_like(head.weight) if needed[1] else None
+        self.bias = torch.zeros_like(head.bias) if head.bias is not None and needed[2] else None
 
     def add(
         self,
@@ -200,39 +222,12 @@ class _Gradients:
         if self.weight is not None:
             self.weight[low : low + len(tile)] += slope.T @ states
 
-    def scaled(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Everything times a number; `hidden` in `dtype`."""
+    def scaled(self, factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Everything times a number, or as it is; `hidden` in `dtype`."""
         for value in (self.hidden, self.weight, self.bias):
-            if value is not None:
+            if value is not None and factor is not None:
                 value.mul_(factor)
         return self.hidden.to(dtype), self.weight, self.bias
-
-
-def _recomputed(
-    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, totals: list[Tensor], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients for any upstream gradient, flat as the result, from logits made again."""
-    sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad, grad.dtype)
-    taken = 0
-    for part, total in zip(ctx.parts, totals, strict=True):
-        scale = grad[taken : taken + total.numel()].view_as(total).where(part.real, 0)  # [chunks, count]
-        taken += total.numel()
-        rows = hidden[part.index].to(ctx.dtype)
-        grad_rows = torch.zeros(rows.shape, dtype=grad.dtype, device=hidden.device)
-        for low, _, tile, offset in _tiles(weight, bias, part, ctx.dtype):
-            for chunk, states in enumerate(rows):
-                logits = _logits(states, tile, offset, part, low, grad.dtype)
-                sums.add(logits, states, tile, part, chunk, low, total[chunk], scale[chunk], grad_rows[chunk])
-        sums.hidden.index_add_(0, part.index.reshape(-1), grad_rows.flatten(0, 1))
-    return sums.hidden.to(hidden.dtype), sums.weight, sums.bias
-
-
-def _tiles(
-    weight: Tensor, bias: Tensor | None, part: HeadPart, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-    """(first id, last id + 1, weight `[n, D]`, bias `[n]`) of nearly equal runs of the slice, in the matmul type."""
-    for low, high in _bounds(part):
-        yield low, high, weight[low:high].to(dtype), None if bias is None else bias[low:high].to(dtype)
 
 
 def _bounds(part: HeadPart) -> Iterator[tuple[int, int]]:
@@ -241,22 +236,6 @@ def _bounds(part: HeadPart) -> Iterator[tuple[int, int]]:
     step = -(-size // count // TILE_MULTIPLE) * TILE_MULTIPLE
     for low in range(part.start, part.stop, step):
         yield low, min(low + step, part.stop)
-
-
-def _score(logits: Tensor, part: HeadPart, chunk: int, exact: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and NLL of one chunk, `[count]` each, without a float32 copy of all its logits."""
-    total = torch.full((len(logits),), -torch.inf, dtype=exact, device=logits.device)
-    for low, high in _bounds(part):
-        piece = logits[:, low - part.start : high - part.start].to(exact, copy=True)
-        total = torch.logaddexp(total, _logsumexp(_ban(piece, part, low)))
-    own = logits.gather(1, part.target[chunk][:, None])[:, 0].to(exact)
-    return total, total - own
-
-
-def _logits(
-    states: Tensor, tile: Tensor, offset: Tensor | None, part: HeadPart, low: int, exact: torch.dtype
-) -> Tensor:
-    return _ban(F.linear(states, tile, offset).to(exact), part, low)
 
 
 def _ban(logits: Tensor, part: HeadPart, low: int) -> Tensor:

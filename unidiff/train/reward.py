@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, Sampler, SamplerConfig, SamplerOutput
-from unidiff.diffusion.noise import keyed_uniform
+from unidiff.diffusion.noise import NoisyBatch, keyed_uniform, mask_tokens
 from unidiff.diffusion.objective import masked_nll
-from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Positive, check_fields
 from unidiff.tokens import TokenBatch, Vocabulary

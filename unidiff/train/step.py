@@ -9,8 +9,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from unidiff.diffusion.noise import NoisyBatch, mask_tokens
 from unidiff.diffusion.objective import joint_elbo, masked_nll
-from unidiff.diffusion.process import NoisyBatch, mask_tokens
 from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.likelihood import without_eos_fill
+from unidiff.diffusion.noise import mask_tokens
 from unidiff.diffusion.objective import joint_elbo
-from unidiff.diffusion.process import mask_tokens
 from unidiff.models.trained_on import TASKS
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.source import TokenSource

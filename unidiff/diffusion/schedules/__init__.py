@@ -20,12 +20,9 @@ from unidiff.registry import Registry
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A noise schedule. Every method is elementwise, keeps shape and dtype, and differentiates.
+    """What a schedule states, and what follows from it. Methods are elementwise, keep shape and dtype, and differentiate.
 
-    Formulas have no cancellation at either end of (0, 1).
-
-    Attributes:
-        name: what settings call it.
+    Formulas have no cancellation at either end of (0, 1). `name` is what settings call it.
     """
 
     name: ClassVar[str]
