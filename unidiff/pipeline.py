@@ -9,19 +9,19 @@ from typing import Any, Self
 import torch
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
-from unidiff.families.layout import RowLayout, TaskInputs
-from unidiff.pipelines.decode import TaskCall, task_method
+from unidiff.families.layout import Grid, RowLayout, TaskInputs
+from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
-from unidiff.pipelines.inputs import ImageInputs, PictureSizes, as_list, columns_of, opened, texts_of
+from unidiff.pipelines.inputs import GivenPictures, ImageInputs, as_list, opened, size_of
 from unidiff.pipelines.options import flag, whole
 from unidiff.pipelines.output import UniDiffOutput
-from unidiff.pipelines.rows import NativeLayout
-from unidiff.pipelines.settings import PipelineSettings
-from unidiff.pipelines.tasks import call_task
+from unidiff.pipelines.settings import NativeLayout, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer, between_holes
+
+_LONGEST_SIDE = 16_384
 
 
 class UniDiffPipeline(PipelineFolder):
@@ -74,17 +74,7 @@ class UniDiffPipeline(PipelineFolder):
             layout = NativeLayout(self.texts, settings)
         self.layout: RowLayout = layout
         layout.check_parts(transformer, images, self.texts)
-        self.pictures = PictureSizes(images, layout)
-        self._interrupt = False
-
-    @property
-    def interrupt(self) -> bool:
-        """True once a callback has asked the running decode to finish; a callback may set it."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
+        self.interrupt = False  # a callback sets it to finish the running decode
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -93,8 +83,8 @@ class UniDiffPipeline(PipelineFolder):
 
     @property
     def image_inputs(self) -> ImageInputs:
-        """What turns pictures into tensors and back; `ValueError` for a model of text alone."""
-        return self.pictures.of()
+        """What reads pictures; `ValueError` for a model of text alone."""
+        return self._inputs(self.layout.grid)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -109,12 +99,8 @@ class UniDiffPipeline(PipelineFolder):
         return {name: getattr(self, name) for name in names} | own
 
     def sized(self, height: int, width: int) -> Self:
-        """The same for pictures of another size in pixels, where the family draws any.
-
-        Raises:
-            ValueError: a family of one size, or a side that the image tokenizer's factor does not divide.
-        """
-        return self.from_pipe(self, layout=replace(self.layout, fixed=self.pictures.grid(height, width)))  # type: ignore[type-var]
+        """The same for pictures of another size in pixels; `ValueError` for one that the family does not draw."""
+        return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid(height, width)))  # type: ignore[type-var]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """See `DiffusionPipeline.to`; what else reads the rows follows the network."""
@@ -164,30 +150,26 @@ class UniDiffPipeline(PipelineFolder):
             ValueError: an empty prompt, one with `<mask>` holes or longer than the model holds, a size it cannot draw, or
                 an option out of range.
         """
-        said, away = texts_of(prompt, "prompt"), None
-        if negative_prompt is not None:
-            away = texts_of(negative_prompt, "negative_prompt", empty=True)
+        said = texts_of(prompt, "prompt")
+        away = None if negative_prompt is None else texts_of(negative_prompt, "negative_prompt", empty=True)
         rows = columns_of(num_images_per_prompt, prompt=said, negative_prompt=away)
-        grid = self.pictures.grid(height, width)
+        grid = self._grid(height, width)
         inputs = TaskInputs(len(rows["prompt"]), rows["prompt"], rows.get("negative_prompt"), grid=grid)
-        return TaskCall(inputs, num_images_per_prompt, [*said, *(away or ())], self.pictures.of(grid))
+        return TaskCall(inputs, num_images_per_prompt, [*said, *(away or ())])
 
     @task_method
     def caption(self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Any) -> TaskCall:
-        """Describe pictures.
+        """Describe pictures, in captions of at most `max_text_tokens`.
 
         Args:
             image: one or several pictures, paths or addresses, see `ImageInputs.images`; all of one size.
-            max_text_tokens: longest caption.
             resize: accept other sizes (a family that takes any brings them to the nearest that it was trained on).
 
         Raises:
             ValueError: a picture of another size, dtype or range, or an option out of range.
         """
-        longest, images = self._longest(max_text_tokens), self.pictures.fitting(image := opened(image), resize)
-        pixels = images.images(image, resize)
-        codes = self.pictures.encode(pixels)
-        return TaskCall(TaskInputs(len(codes), codes=codes, longest=longest), images=images, shown=pixels)
+        longest, given = self._longest(max_text_tokens), self._read(image, resize)
+        return TaskCall(TaskInputs(len(given.codes), codes=given.codes, longest=longest), shown=given.pixels)
 
     @task_method
     def answer(
@@ -204,11 +186,10 @@ class UniDiffPipeline(PipelineFolder):
             ValueError: as for `caption`; an empty or too long question; lists of different lengths.
         """
         said, longest = texts_of(question, "question"), self._longest(max_text_tokens)
-        images = self.pictures.fitting(image := opened(image), resize)
-        pixels = images.images(image, resize)  # [B, 3, H, W]
-        rows = columns_of(1, image=list(pixels), codes=list(self.pictures.encode(pixels)), question=said)
+        given = self._read(image, resize)
+        rows = columns_of(1, image=given.pixels, codes=given.codes, question=said)
         inputs = TaskInputs(len(rows["question"]), rows["question"], codes=rows["codes"], longest=longest)
-        return TaskCall(inputs, said=said, images=images, shown=rows["image"])
+        return TaskCall(inputs, said=said, shown=rows["image"])
 
     @task_method
     def inpaint(
@@ -243,33 +224,30 @@ class UniDiffPipeline(PipelineFolder):
             ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
         """
         flag(paste_back, "paste_back")
-        longest, said, away = self._longest(max_text_tokens, text), self._captions(text), None
+        longest = self._longest(max_text_tokens, text)
+        said = None if text is None else texts_of(text, "text", holes=True)
         check_value(strength, float, "strength")
         if not 0 < strength <= 1 or (strength < 1 and not self.layout.strengths):
             most = "a number in (0, 1]" if self.layout.strengths else f"1, as {self.layout.family} runs all its steps"
             raise ValueError(f"strength is {strength}; expected {most}")
-        if negative_prompt is not None:
-            away = texts_of(negative_prompt, "negative_prompt", empty=True)
-        images = self.pictures.fitting(image := opened(image), resize)
-        pixels = images.images(image, resize)  # [B, 3, H, W]
-        holes = torch.zeros(1, *images.size, dtype=torch.bool)
+        away = None if negative_prompt is None else texts_of(negative_prompt, "negative_prompt", empty=True)
+        given = self._read(image, resize)
+        white = torch.zeros(1, *given.reader.size, dtype=torch.bool)
         if mask_image is not None:
-            holes = images.masks(mask_image, image, resize)  # [B, H, W]
-        columns = {"image": list(pixels), "mask_image": list(holes), "codes": list(self.pictures.encode(pixels))}
+            white = given.reader.masks(mask_image, given.opened, resize)  # [B, H, W]
+        columns = {"image": given.pixels, "mask_image": white, "codes": given.codes}
         rows = columns_of(num_images_per_prompt, **columns, text=said, negative_prompt=away)
-        cells = None if mask_image is None else images.cells(rows["mask_image"])
         inputs = TaskInputs(
             len(rows["image"]),
             rows.get("text"),
             rows.get("negative_prompt"),
             codes=rows["codes"],
-            holes=cells,
+            holes=None if mask_image is None else given.reader.cells(rows["mask_image"]),
             strength=strength,
             longest=longest,
         )
         paste = (rows["image"], rows["mask_image"]) if paste_back else None
-        told = [*between_holes(said or ()), *(away or ())]
-        return TaskCall(inputs, num_images_per_prompt, told, images, paste=paste)
+        return TaskCall(inputs, num_images_per_prompt, [*between_holes(said or ()), *(away or ())], paste=paste)
 
     @task_method
     def edit(
@@ -296,14 +274,12 @@ class UniDiffPipeline(PipelineFolder):
         Raises:
             ValueError: an empty prompt, a size together with a mask, or as for `caption`.
         """
-        said = texts_of(prompt, "prompt")
-        images = self.pictures.fitting(image := opened(image), resize)
-        columns: dict[str, Any] = {"image": list(self.pictures.encode(images.images(image, resize))), "prompt": said}
+        said, given = texts_of(prompt, "prompt"), self._read(image, resize)
+        columns: dict[str, Any] = {"image": given.codes, "prompt": said}
         if reference is not None:
-            other = self.pictures.fitting(reference := opened(reference, "reference"), resize)
-            columns["reference"] = list(self.pictures.encode(other.images(reference, resize)))
+            columns["reference"] = self._read(reference, resize, "reference").codes
         if mask_image is not None:
-            columns["mask_image"] = list(images.cells(images.masks(mask_image, image, resize)))
+            columns["mask_image"] = given.reader.cells(given.reader.masks(mask_image, given.opened, resize))
         rows = columns_of(num_images_per_prompt, **columns)
         inputs = TaskInputs(
             len(rows["prompt"]),
@@ -311,9 +287,9 @@ class UniDiffPipeline(PipelineFolder):
             codes=rows["image"],
             holes=rows.get("mask_image"),
             references=rows.get("reference"),
-            grid=self.pictures.grid(height, width),
+            grid=self._grid(height, width),
         )
-        return TaskCall(inputs, num_images_per_prompt, said, images)
+        return TaskCall(inputs, num_images_per_prompt, said)
 
     @task_method
     def generate(
@@ -335,15 +311,13 @@ class UniDiffPipeline(PipelineFolder):
         Raises:
             ValueError: text and image both known in full, or as for `inpaint`.
         """
-        longest, said = self._longest(max_text_tokens, text), self._captions(text)
+        longest = self._longest(max_text_tokens, text)
+        said = None if text is None else texts_of(text, "text", holes=True)
         flag(resize, "resize")
-        images, codes = self.image_inputs, None
-        if image is not None:
-            images = self.pictures.fitting(image := opened(image), resize)
-            codes = list(self.pictures.encode(images.images(image, resize)))
+        codes = None if image is None else self._read(image, resize).codes
         rows = columns_of(num_images_per_prompt, rows=[0], image=codes, text=said)
         inputs = TaskInputs(len(rows["rows"]), rows.get("text"), codes=rows.get("image"), longest=longest)
-        return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()), images)
+        return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()))
 
     @task_method
     def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int | None = None, **options: Any) -> TaskCall:
@@ -359,7 +333,7 @@ class UniDiffPipeline(PipelineFolder):
         several = as_list(messages, "message")
         turns = check_turns([several] if all(isinstance(message, Mapping) for message in several) else several)
         inputs = TaskInputs(len(turns), turns=turns, longest=self._longest(max_text_tokens, usual=128))
-        return TaskCall(inputs, said=words_of_turns(turns))
+        return TaskCall(inputs, said=words_of_turns(turns), pictures=False)
 
     @task_method
     def complete(self, prompt: str | Sequence[str], max_text_tokens: int | None = None, **options: Any) -> TaskCall:
@@ -370,17 +344,13 @@ class UniDiffPipeline(PipelineFolder):
         """
         said = texts_of(prompt, "prompt", holes=True)
         inputs = TaskInputs(len(said), said, longest=self._longest(max_text_tokens, usual=128))
-        return TaskCall(inputs, said=said)
+        return TaskCall(inputs, said=said, pictures=False)
 
     @task_method
     def infill(self, text: str | Sequence[str], **options: Any) -> TaskCall:
-        """Fill `<mask>` holes in texts.
-
-        Raises:
-            ValueError: a text without holes, or an option out of range.
-        """
+        """Fill `<mask>` holes in texts; `ValueError` for a text without, or an option out of range."""
         said = texts_of(text, "text", holes=True)
-        return TaskCall(TaskInputs(len(said), said), said=between_holes(said))
+        return TaskCall(TaskInputs(len(said), said), said=between_holes(said), pictures=False)
 
     def _longest(self, max_text_tokens: int | None, text: Any = None, usual: int | None = None) -> int:
         if max_text_tokens is None:
@@ -391,5 +361,36 @@ class UniDiffPipeline(PipelineFolder):
             )
         return whole(max_text_tokens, "max_text_tokens", 1, self.layout.most)
 
-    def _captions(self, text: str | Sequence[str] | None) -> list[str] | None:
-        return None if text is None else texts_of(text, "text", holes=True)
+    def _grid(self, height: int | None, width: int | None) -> Grid | None:
+        """Rows and columns of codes of a size in pixels; None where none was asked for."""
+        if height is None and width is None:
+            return None
+        if not self.layout.sizes:
+            raise ValueError(f"{self.layout.family} draws pictures of one size; leave height and width out")
+        factor, usual = self.images.factor, self.image_size
+        height, width = usual[0] if height is None else height, usual[1] if width is None else width
+        for name, side in (("height", height), ("width", width)):
+            whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
+        if height % factor or width % factor:
+            raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
+        return height // factor, width // factor
+
+    def _inputs(self, grid: Grid) -> ImageInputs:
+        if self.images is None:
+            raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")
+        factor = self.images.factor
+        return ImageInputs((grid[0] * factor, grid[1] * factor), factor)
+
+    def _read(self, image: Any, resize: bool, what: str = "image") -> GivenPictures:
+        """Pictures of the pipeline's size, or of their own where the family takes any."""
+        given, reader = opened(image, what), self.image_inputs
+        flag(resize, "resize")
+        if self.layout.any_size:
+            sizes = sorted({size_of(picture) for picture in given})
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"the pictures have the sizes {sizes} (height, width); give those of one size at a time"
+                )
+            reader = self._inputs(self.layout.fit(*sizes[0]) if resize else self._grid(*sizes[0]) or self.layout.grid)
+        pixels = reader.images(given, resize)
+        return GivenPictures(given, reader, pixels, self.images.encode(pixels).cpu())

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unidiff.pipelines.inputs import ImageInputs, broadcast
+from unidiff.pipelines.decode import columns_of
+from unidiff.pipelines.inputs import ImageInputs
 
 SIZE = (16, 24)
 INPUTS = ImageInputs(SIZE, 8)
@@ -143,7 +144,9 @@ def test_bad_masks(name):
     assert words in str(caught.value)
 
 
-def test_broadcast():
-    assert broadcast(a=[1], b=[2, 3]) == [[1, 1], [2, 3]]
+def test_columns_have_one_length():
+    assert columns_of(1, a=[1], b=[2, 3], c=None) == {"a": [1, 1], "b": [2, 3]}
+    assert columns_of(2, a=[1], b=[2, 3]) == {"a": [1, 1, 1, 1], "b": [2, 2, 3, 3]}
+    assert columns_of(2, a=torch.tensor([[1]]))["a"].tolist() == [[1], [1]]
     with pytest.raises(ValueError, match="2 as do not go with 3 bs"):
-        broadcast(a=[1, 2], b=[1, 2, 3])
+        columns_of(1, a=[1, 2], b=[1, 2, 3])

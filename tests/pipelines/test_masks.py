@@ -9,8 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidiff.pipelines.inputs import ImageInputs
-from unidiff.pipelines.masks import fit_white, white_pixels
+from unidiff.pipelines.inputs import ImageInputs, fit_white, white_pixels
 
 SIZE, FACTOR = (64, 96), 16
 INPUTS = ImageInputs(SIZE, FACTOR)

@@ -19,8 +19,7 @@ from tiny_pipeline import tiny_parts, tiny_pipeline
 from unidiff.models.trained_on import TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_target
-from unidiff.pipelines.owned import check_replaceable, others_in_model, others_in_pipeline
+from unidiff.pipelines.folder import check_replaceable, check_target, others_in_model, others_in_pipeline
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 

@@ -1,29 +1,38 @@
-"""The one path of every task of every family: rows and options in, words and pixels out."""
+"""The one path of every task of every family: arguments to rows, through the sampler, and back to words and pixels."""
 
 from __future__ import annotations
 
 import inspect
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from unidiff.decoding import DecodeView, Sampler, SamplerConfig
 from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.state import declines
 from unidiff.diffusion.noise import keyed_bits
-from unidiff.families.layout import DecodeRequest, TaskInputs
+from unidiff.families.layout import TASKS, DecodeRequest, TaskInputs
 from unidiff.pipelines.candidates import keep_best
-from unidiff.pipelines.inputs import ImageInputs, check_rows
-from unidiff.pipelines.options import OPTIONS, DecodeOptions, RowGenerator, check_keywords, kind_of
-from unidiff.pipelines.output import Trajectory, UniDiffOutput, to_frames
+from unidiff.pipelines.options import (
+    MOST_ROWS,
+    OPTIONS,
+    DecodeOptions,
+    RowGenerator,
+    check_keywords,
+    kind_of,
+    one_of,
+    whole,
+)
+from unidiff.pipelines.output import UniDiffOutput, trajectory_of
 from unidiff.tokens import TokenBatch
-from unidiff.tokens.text import letters_note, notes_on
+from unidiff.tokens.text import all_have_holes, letters_note, notes_on, refuse_holes
 
 P = ParamSpec("P")
 _LARGEST = (1 << 62) - 1
@@ -42,7 +51,7 @@ class TaskCall:
         inputs: of the rows.
         per_entry: rows for each entry of the caller's list.
         said: the caller's words, which the model should know.
-        images: of the size of the pictures; None for text alone.
+        pictures: whether rows have any.
         shown: float `[B, 3, H, W]`, pictures to give back as they are, where none is drawn.
         paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
     """
@@ -50,7 +59,7 @@ class TaskCall:
     inputs: TaskInputs
     per_entry: int = 1
     said: list[str] = field(default_factory=list)
-    images: ImageInputs | None = None
+    pictures: bool = True
     shown: Tensor | None = None
     paste: tuple[Tensor, Tensor] | None = None
 
@@ -93,7 +102,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     config = request.needs.keep_in(options.apply(request.config, request.drawn))
     # 2. a seed for each row, several candidates of each
     count = layout.candidates(task) if options.num_candidates is None else options.num_candidates
-    if count > 1 and call.images is None:
+    if count > 1 and not call.pictures:
         raise ValueError(f"num_candidates is {count}, but {task} has no pictures to compare words with; leave it out")
     check_rows(inputs.count * count)
     seeds = candidate_seeds(row_seeds(options.generator, inputs.count, call.per_entry), count)
@@ -103,7 +112,10 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     condition, away = _guidance(task, request, inputs, config, options)
     plain = options.cache is None and options.policy is None
     choice = no_cache() if plain else choose_cache(options.cache, options.policy, request.batch, config, model)
-    notes = [*_untrained(layout.note(task)), *notes_on(call.said, pipe.texts), *letters_note(call.said)]
+    notes = [note] if (note := layout.note(task)) else []
+    if notes:
+        warnings.warn(note, UntrainedTask, stacklevel=3)
+    notes += [*notes_on(call.said, pipe.texts), *letters_note(call.said)]
     # 4. decode
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
@@ -124,7 +136,6 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     if inputs.texts is not None:  # texts that were known come back as they were given
         written = (done.words & done.batch.targets).any(1).tolist()
         texts = [own if new else given.strip() for own, new, given in zip(texts, written, inputs.texts, strict=True)]
-    trajectory = None if out.trajectory is None else _trajectory(pipe, done, out.trajectory, config)
     return UniDiffOutput(
         images=_pictures(pipe, call, codes, options.output_type),
         texts=texts,
@@ -135,7 +146,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         nfe=out.nfe,
         seconds=out.seconds,
         seeds=seeds,
-        trajectory=trajectory,
+        trajectory=None if out.trajectory is None else trajectory_of(pipe, done, out.trajectory, config.ends),
         stats=out.stats,
         cache=choice.config,
         cache_note=choice.note,
@@ -157,35 +168,24 @@ def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
     """
     if generator is None:
         return torch.tensor([secrets.randbelow(_LARGEST) for _ in range(rows)])
-    if isinstance(generator, torch.Generator):
-        return torch.tensor([_draw(generator) for _ in range(rows)])
-    if isinstance(generator, int) and not isinstance(generator, bool):
-        return derived_seeds(_checked(generator), rows)
-    if not isinstance(generator, list | tuple):
-        raise ValueError(f"generator is {kind_of(generator)}; expected an int, a torch.Generator or a list")
-    if len(generator) not in (rows, rows // per_entry):
-        raise ValueError(f"generator lists {len(generator)} seeds for {rows} rows; give one per row")
-    repeats = rows // len(generator)
-    seeds: list[int] = []
-    for entry in generator:
+    several = isinstance(generator, list | tuple)
+    entries: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if several and len(entries) not in (rows, rows // per_entry):
+        raise ValueError(f"generator lists {len(entries)} seeds for {rows} rows; give one per row")
+    repeats, seeds = rows // len(entries), list[int]()
+    for entry in entries:
         if isinstance(entry, torch.Generator):
-            seeds += [_draw(entry) for _ in range(repeats)]
-        elif isinstance(entry, int) and not isinstance(entry, bool):
-            seeds += [_checked(entry)] if repeats == 1 else derived_seeds(_checked(entry), repeats).tolist()
-        else:
-            raise ValueError(f"generator lists {kind_of(entry)}; expected ints and torch.Generators")
+            seeds += [int(torch.randint(_LARGEST, (), generator=entry, device=entry.device)) for _ in range(repeats)]
+        elif isinstance(entry, bool) or not isinstance(entry, int):
+            expected = "ints and torch.Generators" if several else "an int, a torch.Generator or a list"
+            raise ValueError(f"generator {'lists' if several else 'is'} {kind_of(entry)}; expected {expected}")
+        elif not -(1 << 63) <= entry < 1 << 63:
+            raise ValueError("the seed (generator) does not fit into 64 bits; choose a smaller one")
+        elif several and repeats == 1:
+            seeds.append(entry)
+        else:  # hashes of (seed, i): rows of neighbouring seeds do not repeat each other
+            seeds += (keyed_bits(entry, torch.arange(repeats), 0, 1)[:, 0] & _LARGEST).tolist()
     return torch.tensor(seeds)
-
-
-def _checked(seed: int) -> int:
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise ValueError("the seed (generator) does not fit into 64 bits; choose a smaller one")
-    return seed
-
-
-def derived_seeds(seed: int, rows: int) -> Tensor:
-    """Row i's seed as a hash of (seed, i): rows of neighbouring seeds do not repeat each other."""
-    return keyed_bits(seed, torch.arange(rows), 0, 1)[:, 0] & _LARGEST
 
 
 def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
@@ -193,10 +193,6 @@ def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
     numbers = torch.arange(1, count, device=seeds.device)
     more = keyed_bits(0, seeds[:, None] + numbers * 0x9E3779B97F4A7C1, _CANDIDATE_STREAM, 1)[..., 0] & _LARGEST
     return torch.cat([seeds[:, None], more], 1).flatten()
-
-
-def _draw(generator: torch.Generator) -> int:
-    return int(torch.randint(_LARGEST, (), generator=generator, device=generator.device))
 
 
 def _guidance(
@@ -223,50 +219,18 @@ def _guidance(
     return (None, away) if away else (request.condition(guidance.hide), None)
 
 
-def _untrained(note: str) -> list[str]:
-    """A note on the task for a result, also given as a warning, which shows once."""
-    if note:
-        warnings.warn(note, UntrainedTask, stacklevel=4)
-    return [note] if note else []
-
-
 def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any:
     """Pictures of codes `[B, h, w]` as `output_type` says; None for text alone."""
-    if call.images is None or output_type == "codes":
-        return None if call.images is None else codes
+    if not call.pictures or output_type == "codes":
+        return codes if call.pictures else None
     images = pipe.images.decode(codes).cpu() if call.shown is None else call.shown  # [B, 3, H, W]
     if call.paste is not None:
         original, mask = call.paste
         images = torch.where(mask[:, None], images, original)
-    return call.images.output(images, output_type)
-
-
-def _trajectory(pipe: Any, done: DecodeRequest, states: Sequence[Tensor], config: SamplerConfig) -> Trajectory:
-    """Pictures and words of every recorded state `[B, L]`."""
-    vocabulary = pipe.layout.vocabulary
-    ids = torch.stack(list(states)).cpu()  # [S, B, L]
-    pictures = done.picture_ids(ids)  # [S, B, h, w]
-    hidden, frames, seen = pictures == vocabulary.image_mask, [], None
-    # Open cells show the final codes under their cover, so that the decoder does not bleed wrong colours around them.
-    codes = torch.where(hidden, pictures[-1:], pictures) - vocabulary.image[0]
-    for now, cover in zip(codes, hidden, strict=True) if codes.numel() else ():
-        if seen is None or not torch.equal(now, seen[0]):
-            seen = (now, pipe.images.decode(now).cpu())
-        frames.append(to_frames(seen[1], cover))
-    texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, config.ends)] for s in ids]
-    return Trajectory(ids, torch.stack(frames) if frames else None, texts)
-
-
-def _shown_words(pipe: Any, ids: Sequence[int]) -> str:
-    """Words of an unfinished text, one ` _` per open token."""
-    hidden, parts, run = pipe.layout.vocabulary.mask_id - pipe.layout.vocabulary.text[0], list[str](), list[int]()
-    for i in ids:
-        if i == hidden:
-            parts += [pipe.texts.decode(run), " _"]
-            run = []
-        elif i < pipe.texts.size:
-            run.append(i)
-    return "".join([*parts, pipe.texts.decode(run)]).strip()
+    if output_type == "pt":
+        return images
+    array = VaeImageProcessor.pt_to_numpy(images)  # [B, H, W, 3]
+    return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
 
 
 class ProgressBar(Protocol):
@@ -300,3 +264,125 @@ class StepWatcher:
     def finish(self) -> None:
         """The bar is full, also where end-of-text fill ended rows early."""
         self.bar.update(self.bar.total - self._done)
+
+
+def texts_of(value: Any, what: str, empty: bool = False, holes: bool = False) -> list[str]:
+    """One text or several as a list of strings.
+
+    Args:
+        what: the argument, for the message. empty: whether a text without words is fine. holes: whether it may have holes.
+
+    Raises:
+        ValueError: an empty list, something else than a text, a text without words or with holes; the message says which.
+    """
+    several = isinstance(value, list | tuple)
+    texts = list(value) if several else [value]
+    if not texts:
+        raise ValueError(f"the list of {what}s is empty; give at least one")
+    for number, text in enumerate(texts):
+        where = f" (number {number + 1} of {len(texts)})" if len(texts) > 1 else ""
+        if not isinstance(text, str):
+            expected = "a string" if several else "a string, or a list of them"
+            raise ValueError(f"the {what} is {kind_of(text)}{where}; expected {expected}")
+        if not text.strip() and not empty:
+            raise ValueError(f"the {what} is empty{where}; write at least one word")
+        if (bad := next((c for c in text if "\ud800" <= c <= "\udfff"), None)) is not None:
+            raise ValueError(f"the {what} holds the lone surrogate {bad!r}{where}, which is no character; leave it out")
+    if not holes:
+        refuse_holes(texts, what, "generate, inpaint or infill fill <mask> holes, where the model can")
+    return texts
+
+
+def columns_of(count: int, **columns: Sequence[Any] | Tensor | None) -> dict[str, Any]:
+    """Columns of one common length: a single entry goes with as many as the others have, tensors are stacked.
+
+    Args:
+        count: rows for each entry (`num_images_per_prompt`). columns: those that are None are left out.
+
+    Raises:
+        ValueError: lengths that do not agree, a count that is no whole number of at least 1, or more than `MOST_ROWS` rows.
+    """
+    given = {name: list(column) for name, column in columns.items() if column is not None}
+    lengths = {name: len(column) for name, column in given.items()}
+    longest = max(lengths.values())
+    if bad := [name for name, n in lengths.items() if n not in (1, longest)]:
+        other = max(lengths, key=lambda name: lengths[name])
+        raise ValueError(f"{lengths[bad[0]]} {bad[0]}s do not go with {longest} {other}s; give one, or as many of each")
+    check_rows(longest * whole(count, "num_images_per_prompt", 1, MOST_ROWS))
+    rows = {}
+    for name, column in given.items():
+        entries = column * (longest if len(column) == 1 else 1)
+        row = [entry for entry in entries for _ in range(count)]
+        rows[name] = torch.stack(row) if isinstance(row[0], Tensor) else row
+    return rows
+
+
+def check_rows(rows: int) -> None:
+    """Raise `ValueError` for more rows than `MOST_ROWS`."""
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"this call would decode {rows} rows (num_images_per_prompt and num_candidates multiply); expected at most "
+            f"{MOST_ROWS}, so make several calls"
+        )
+
+
+# what a task needs, and what it takes besides, in the order of choice; the last ones by name, or with a model of text alone
+_INPUTS: dict[str, tuple[set[str], set[str]]] = {
+    "text_to_image": ({"prompt"}, set()),
+    "answer": ({"image", "question"}, set()),
+    "caption": ({"image"}, set()),
+    "inpaint": ({"image"}, {"mask_image", "text"}),
+    "generate": (set(), {"text", "image"}),
+    "edit": ({"image", "prompt"}, {"mask_image", "reference"}),
+    **dict.fromkeys(("chat", "complete", "infill"), ({"prompt"}, set[str]())),
+}
+_NAMES = ("prompt", "image", "question", "mask_image", "text", "reference")
+_CALLED = {"chat": "messages", "infill": "text"}  # what these call the prompt
+
+
+def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
+    """The task of a call, one of `TASKS`.
+
+    A prompt: text_to_image. A picture and a question: answer. A picture with a mask or with text: inpaint. A picture alone:
+    caption. Text alone, or nothing at all: generate.
+
+    Args:
+        given: inputs of the call that are not None, by name.
+        task: asked for by name; then only checked.
+
+    Raises:
+        ValueError: an unknown task, or inputs that no task, or not this one, takes together.
+    """
+    names = set(given)
+    if task is None:
+        fits = [name for name, (needs, more) in _INPUTS.items() if needs <= names <= needs | more and name != "edit"]
+        if not fits:
+            raise ValueError(
+                f"no task takes {' and '.join(sorted(names))} together; expected a prompt, an image (with a question, or "
+                "with a mask_image and text), text, or nothing"
+            )
+        return fits[0]
+    one_of(task, "task", TASKS)
+    needs, more = _INPUTS[task]
+    if not needs <= names <= needs | more:
+        raise ValueError(
+            f"task {task!r} was given {sorted(names)}; it needs {sorted(needs) or 'nothing'} and takes {sorted(more)} besides"
+        )
+    return task
+
+
+def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
+    """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`."""
+    if task is None and prompt is not None and pipe.images is None and "chat" in pipe.layout.tasks:
+        task = "chat"
+    if prompt is not None and task is None and all_have_holes(texts_of(prompt, "prompt", holes=True), "prompt"):
+        if inputs.get("text") is not None:
+            raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
+        prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters
+    given = {**{name: inputs.get(name) for name in _NAMES}, "prompt": prompt}
+    known = {name: value for name, value in given.items() if value is not None}
+    chosen = choose_task(known, task)
+    if chosen in _CALLED:
+        known[_CALLED[chosen]] = known.pop("prompt")
+    options = {name: value for name, value in inputs.items() if name not in _NAMES}
+    return getattr(pipe, chosen)(**known, **options)

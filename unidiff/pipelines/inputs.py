@@ -1,10 +1,12 @@
-"""Texts, pictures and masks as people have them (PIL, numpy, torch; one or a list) to columns of one entry for each row."""
+"""Pictures and masks as people have them (PIL, numpy, torch; one or a list) to tensors of the model's size.
+
+A mask of a large picture loses no pixel on the way: one of the model's is white where any of the mask's below it is.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.families.layout import Grid, RowLayout
-from unidiff.pictures import MAX_PIXELS, open_picture
-from unidiff.pipelines.masks import fit_white, plain_tensor, white_pixels
-from unidiff.pipelines.options import MOST_ROWS, flag, kind_of, one_of, whole
-from unidiff.tokens.text import refuse_holes
+from unidiff.pictures import MAX_PIXELS, decode_picture, open_picture
+from unidiff.pipelines.options import kind_of
 
 _KINDS = "a PIL image, a path or address of one, a numpy array or a torch tensor"
-_LONGEST_SIDE = 16_384
-_PIXELS = ("pil", "pt", "np")
-_FILLED_BY = "generate, inpaint or infill fill <mask> holes, where the model can"
+_LEVELS = (1, 255, 65535)  # white, by the largest value of a mask of whole numbers
 
 
 class ImageInputs:
@@ -87,11 +84,6 @@ class ImageInputs:
         """bool `[B, h, w]`: image codes that cover any repainted pixel of `mask` `[B, H, W]`."""
         return F.max_pool2d(mask[:, None].float(), self.factor)[:, 0] > 0
 
-    def output(self, images: Tensor, output_type: str) -> Any:
-        """float `[B, 3, H, W]` in [0, 1] as a list of PIL images, a tensor, or a float array `[B, H, W, 3]`."""
-        one_of(output_type, "output_type", _PIXELS)
-        return self.processor.postprocess(images.cpu(), output_type, [False] * len(images))
-
     def _one(self, image: Any, name: str, resize: bool) -> Tensor:
         values = _to_floats(image, name)  # [1, 3, h, w]
         if tuple(values.shape[-2:]) == self.size:
@@ -110,82 +102,13 @@ class ImageInputs:
         return self.processor.numpy_to_pt(self.processor.pil_to_numpy(resized))
 
 
-class PictureSizes:
-    """What reads and writes pictures of a pipeline: of its size, of one asked for, or of the pictures' own.
+class GivenPictures(NamedTuple):
+    """What a caller gave, opened, what reads more of that size, pixels float `[B, 3, H, W]` and codes int64 `[B, h, w]`."""
 
-    Args:
-        images: the image tokenizer; None for a model of text alone. layout: of the family.
-    """
-
-    def __init__(self, images: Any, layout: RowLayout) -> None:
-        self.images, self.layout = images, layout
-
-    def of(self, grid: Grid | None = None) -> ImageInputs:
-        """For rows and columns of codes, the pipeline's own when left out; `ValueError` for a model of text alone."""
-        if self.images is None:
-            raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")
-        rows, columns = grid or self.layout.grid
-        return ImageInputs((rows * self.images.factor, columns * self.images.factor), self.images.factor)
-
-    def grid(self, height: int | None, width: int | None) -> Grid | None:
-        """Rows and columns of codes of a size in pixels; None where none was asked for.
-
-        Raises:
-            ValueError: a family of one size, or a side that the image tokenizer's factor does not divide.
-        """
-        if height is None and width is None:
-            return None
-        if not self.layout.sizes:
-            raise ValueError(f"{self.layout.family} draws pictures of one size; leave height and width out")
-        (usual_height, usual_width), factor = self.of().size, self.images.factor
-        height, width = usual_height if height is None else height, usual_width if width is None else width
-        for name, side in (("height", height), ("width", width)):
-            whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
-        if height % factor or width % factor:
-            raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
-        return height // factor, width // factor
-
-    def fitting(self, image: Sequence[Any], resize: bool) -> ImageInputs:
-        """For opened pictures: of the pipeline's size, or of their own where the family takes any."""
-        flag(resize, "resize")
-        if not self.layout.any_size:
-            return self.of()
-        sizes = sorted({size_of(part) for part in image})
-        if len(sizes) > 1:
-            raise ValueError(f"the pictures have the sizes {sizes} (height, width); give those of one size at a time")
-        return self.of(self.layout.fit(*sizes[0]) if resize else self.grid(*sizes[0]))
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures float `[B, 3, H, W]` to codes int64 `[B, h, w]` in the host's memory."""
-        codes: Tensor = self.images.encode(pixels).cpu()
-        return codes
-
-
-def texts_of(value: Any, what: str, empty: bool = False, holes: bool = False) -> list[str]:
-    """One text or several as a list of strings.
-
-    Args:
-        what: the argument, for the message. empty: whether a text without words is fine. holes: whether it may have holes.
-
-    Raises:
-        ValueError: an empty list, something else than a text, a text without words or with holes; the message says which.
-    """
-    several = isinstance(value, list | tuple)
-    texts = list(value) if several else [value]
-    if not texts:
-        raise ValueError(f"the list of {what}s is empty; give at least one")
-    for number, text in enumerate(texts):
-        where = f" (number {number + 1} of {len(texts)})" if len(texts) > 1 else ""
-        if not isinstance(text, str):
-            expected = "a string" if several else "a string, or a list of them"
-            raise ValueError(f"the {what} is {kind_of(text)}{where}; expected {expected}")
-        if not text.strip() and not empty:
-            raise ValueError(f"the {what} is empty{where}; write at least one word")
-        if (bad := next((c for c in text if "\ud800" <= c <= "\udfff"), None)) is not None:
-            raise ValueError(f"the {what} holds the lone surrogate {bad!r}{where}, which is no character; leave it out")
-    if not holes:
-        refuse_holes(texts, what, _FILLED_BY)
-    return texts
+    opened: list[Any]
+    reader: ImageInputs
+    pixels: Tensor
+    codes: Tensor
 
 
 def as_list(value: Any, what: str) -> list[Any]:
@@ -230,47 +153,6 @@ def mask_list(masks: Any, images: int) -> list[Any]:
             f"mask_image has shape {tuple(masks.shape)} for {images} images; expected [H, W], or one for each as [B, H, W]"
         )
     return list(plain_tensor(masks, "mask_image") if isinstance(masks, Tensor) else masks)
-
-
-def broadcast(**columns: Sequence[Any]) -> list[list[Any]]:
-    """Columns of one common length; those with a single entry are repeated.
-
-    Raises:
-        ValueError: lengths that do not agree.
-    """
-    lengths = {name: len(column) for name, column in columns.items()}
-    longest = max(lengths.values())
-    if bad := [name for name, n in lengths.items() if n not in (1, longest)]:
-        other = max(lengths, key=lambda name: lengths[name])
-        raise ValueError(f"{lengths[bad[0]]} {bad[0]}s do not go with {longest} {other}s; give one, or as many of each")
-    return [list(column) * (longest if len(column) == 1 else 1) for column in columns.values()]
-
-
-def columns_of(count: int, **columns: Sequence[Any] | None) -> dict[str, Any]:
-    """Columns of one common length, each entry `count` times; tensors are stacked, and columns that are None left out."""
-    given = {name: column for name, column in columns.items() if column is not None}
-    rows = {name: repeated(column, count) for name, column in zip(given, broadcast(**given), strict=True)}
-    return {name: torch.stack(row) if isinstance(row[0], Tensor) else row for name, row in rows.items()}
-
-
-def repeated(items: Sequence[Any], count: Any) -> list[Any]:
-    """Each item `count` (`num_images_per_prompt`) times in a row.
-
-    Raises:
-        ValueError: a count that is no whole number of at least 1, or more than `MOST_ROWS` rows.
-    """
-    whole(count, "num_images_per_prompt", 1, MOST_ROWS)
-    check_rows(len(items) * count)
-    return [item for item in items for _ in range(count)]
-
-
-def check_rows(rows: int) -> None:
-    """Raise `ValueError` for more rows than `MOST_ROWS`."""
-    if rows > MOST_ROWS:
-        raise ValueError(
-            f"this call would decode {rows} rows (num_images_per_prompt and num_candidates multiply); expected at most "
-            f"{MOST_ROWS}, so make several calls"
-        )
 
 
 def _number(what: str, number: int, count: int) -> str:
@@ -340,3 +222,119 @@ def size_of(image: Any) -> tuple[int, int]:
         raise ValueError(f"image is {kind_of(image)}; expected {_KINDS}")
     height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
     return int(height), int(width)
+
+
+def white_pixels(mask: Any, what: str = "mask_image") -> np.ndarray:
+    """bool `[h, w]`: pixels to repaint, those of at least half of white.
+
+    Args:
+        mask: a PIL image of any mode, a path, address or bytes of one, or a numpy array or torch tensor `[h, w]`,
+            `[1, h, w]` or `[h, w, 1]`: bool, whole numbers with 1, 255 or 65535 for white (0/1, 0/255), or floats in [0, 1].
+            Colours are read as grey; what is transparent is black, that is, kept.
+
+    Raises:
+        ValueError: another kind of object, shape or type, NaN, or values that are dim everywhere: nobody can tell what they
+            mean. DamagedFile, FileNotFoundError: as `open_picture`.
+    """
+    values = _values(mask, what)
+    if values.dtype == np.bool_:
+        return values
+    if values.dtype.kind == "f":
+        if not (values.size and values.min() >= 0 and values.max() <= 1):  # false for NaN too
+            raise ValueError(
+                f"{what} values lie outside [0, 1]; expected bool, whole numbers (0/1 or 0/255) or finite floats in [0, 1]"
+            )
+        white = values >= 0.5
+    else:
+        low, high = (int(values.min()), int(values.max())) if values.size else (-1, -1)
+        level = next((level for level in _LEVELS if high <= level), None)
+        if low < 0 or level is None:
+            raise ValueError(f"{what} values span [{low}, {high}]; expected 0 and 1, or 0 and 255")
+        white = values.astype(np.int64) * 2 >= level
+    if not white.any() and values.any():
+        raise ValueError(
+            f"{what} is dim everywhere (its largest value is {values.max():.4g}); paint what is to change in white: 1 in "
+            "bool, 0/1 and float masks, 255 in pictures"
+        )
+    return white
+
+
+def fit_white(white: np.ndarray, size: tuple[int, int], what: str = "mask_image") -> np.ndarray:
+    """bool `[H, W]` of `[h, w]`, resized and cropped as pictures are: white where any of its pixels is.
+
+    Raises:
+        ValueError: everything white lies in the part that is cropped away.
+    """
+    rows = _cover(white.shape[0], size[0], *_scaled(white.shape[0], white.shape[1], size[0], size[1]))
+    columns = _cover(white.shape[1], size[1], *_scaled(white.shape[1], white.shape[0], size[1], size[0]))
+    fitted = (rows @ white.astype(np.float32) @ columns.T) > 0
+    if white.any() and not fitted.any():
+        raise ValueError(
+            f"all that is white in {what} lies outside the centre that resize=True keeps; crop both yourself"
+        )
+    return fitted
+
+
+def _scaled(side: int, other: int, wanted: int, wanted_other: int) -> tuple[int, int]:
+    """Length of a side after scaling so that both are covered, and where the model's part of it begins."""
+    scaled = wanted if wanted * other >= wanted_other * side else side * wanted_other // other
+    return scaled, scaled // 2 - wanted // 2
+
+
+def _cover(length: int, wanted: int, scaled: int, start: int) -> np.ndarray:
+    """float32 `[wanted, length]`: 1 where a pixel of the model's picture covers any part of a pixel of the given one."""
+    place = np.arange(start, start + wanted)[:, None]  # in the scaled picture
+    pixel = np.arange(length)[None]
+    return ((place * length < (pixel + 1) * scaled) & ((place + 1) * length > pixel * scaled)).astype(np.float32)
+
+
+def plain_tensor(values: Tensor, what: str) -> Tensor:
+    """A tensor without gradient in the host's memory, its values one after another.
+
+    Raises:
+        ValueError: a sparse, quantised or complex tensor, or one on the meta device, which has no values.
+    """
+    if values.is_meta:
+        raise ValueError(f"{what} is a tensor on the meta device, which holds no values; give one on cpu or cuda")
+    if values.layout != torch.strided:
+        raise ValueError(f"{what} is a tensor of layout {values.layout}; make it dense with to_dense()")
+    if values.is_quantized or values.is_complex():
+        raise ValueError(f"{what} has dtype {values.dtype}; expected uint8, bool or floats in [0, 1]")
+    values = values.detach().cpu().resolve_neg()
+    return values.float() if values.is_floating_point() else values  # numpy has no bfloat16 or float8
+
+
+def _values(mask: Any, what: str) -> np.ndarray:
+    """The mask as an array `[h, w]` of bool, whole numbers or floats."""
+    if isinstance(mask, str | bytes | os.PathLike):
+        mask = decode_picture(mask, what)
+    if isinstance(mask, Image.Image):
+        return _of_picture(mask, what)
+    array = mask
+    if isinstance(mask, Tensor):
+        array = plain_tensor(mask, what).numpy()
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{what} is {kind_of(mask)}; expected a PIL image, a path, a numpy array or a torch tensor")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{what} has dtype {array.dtype}; expected bool, whole numbers or floats")
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
+        array = array[0] if array.shape[0] == 1 else array[..., 0]
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{what} has shape {array.shape}; expected [H, W], or several as [B, H, W]")
+    return array
+
+
+def _of_picture(mask: Image.Image, what: str) -> np.ndarray:
+    mask = decode_picture(mask, what)
+    if mask.mode in ("1", "L", "F", "I") or mask.mode.startswith("I;16"):
+        return np.asarray(mask)
+    if mask.has_transparency_data:
+        mask = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
+    elif mask.mode == "P" and not (set(mask.tobytes()) - {0, 1}) and _is_dim(mask):
+        return np.asarray(mask)  # label maps: the entries' numbers, since their colours say nothing
+    return np.asarray(mask.convert("L"))
+
+
+def _is_dim(mask: Image.Image) -> bool:
+    return mask.convert("L").getextrema()[1] < 128  # type: ignore[operator]

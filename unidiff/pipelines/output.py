@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unidiff.decoding import CacheConfig, DecodeStats
+from unidiff.families.layout import DecodeRequest
 from unidiff.pipelines.options import whole
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_gif, save_image
 
@@ -117,3 +118,31 @@ def to_frames(images: Tensor, open_cells: Tensor) -> Tensor:
     checks = (torch.arange(images.shape[-2])[:, None] // factor + torch.arange(images.shape[-1]) // factor) % 2
     images = torch.where(covered, 0.55 + 0.07 * checks, images.cpu())
     return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def trajectory_of(pipe: Any, done: DecodeRequest, states: Sequence[Tensor], ends: Sequence[int]) -> Trajectory:
+    """Pictures and words of every recorded state `[B, L]`; `ends`: ids that end a text."""
+    vocabulary = pipe.layout.vocabulary
+    ids = torch.stack(list(states)).cpu()  # [S, B, L]
+    pictures = done.picture_ids(ids)  # [S, B, h, w]
+    hidden, frames, seen = pictures == vocabulary.image_mask, [], None
+    # Open cells show the final codes under their cover, so that the decoder does not bleed wrong colours around them.
+    codes = torch.where(hidden, pictures[-1:], pictures) - vocabulary.image[0]
+    for now, cover in zip(codes, hidden, strict=True) if codes.numel() else ():
+        if seen is None or not torch.equal(now, seen[0]):
+            seen = (now, pipe.images.decode(now).cpu())
+        frames.append(to_frames(seen[1], cover))
+    texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, ends)] for s in ids]
+    return Trajectory(ids, torch.stack(frames) if frames else None, texts)
+
+
+def _shown_words(pipe: Any, ids: Sequence[int]) -> str:
+    """Words of an unfinished text, one ` _` per open token."""
+    hidden, parts, run = pipe.layout.vocabulary.mask_id - pipe.layout.vocabulary.text[0], list[str](), list[int]()
+    for i in ids:
+        if i == hidden:
+            parts += [pipe.texts.decode(run), " _"]
+            run = []
+        elif i < pipe.texts.size:
+            run.append(i)
+    return "".join([*parts, pipe.texts.decode(run)]).strip()

@@ -11,8 +11,7 @@ import torch
 from unidiff.errors import read_json
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_target, check_transformer, load_transformer, read_index
-from unidiff.pipelines.owned import INDEX, VOCABULARY
+from unidiff.pipelines.folder import INDEX, VOCABULARY, check_target, check_transformer, load_transformer, read_index
 from unidiff.pipelines.settings import LONGEST_ROW, TASKS, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
