@@ -55,21 +55,21 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
 
     from unidiff.process import pick_device
     from unidiff.train.cost.benchmark import (
+        TrainingLoad,
         fit_to_memory,
         free_bytes,
         head_flops_ratio,
         measure_head,
         measure_step,
-        workload_of,
     )
     from unidiff.train.cost.plan import declared_vocabulary
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    work = workload_of(config, declared_vocabulary(config), config.data.grid, pick_device(config.device).type)
-    print(f"{what}: {work.batch_size} rows of {work.length} tokens, {work.vocabulary.size} ids, {work.device}, "
+    work = TrainingLoad(config, declared_vocabulary(config), pick_device(config.device).type)
+    print(f"{what}: {config.batch_size} rows of {work.row.length} tokens, {work.vocabulary.size} ids, {work.device}, "
           f"{'bf16' if work.bf16 else 'fp32'}, torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
-    fit = fit_to_memory(work, config, free_bytes(work.device))
+    fit = fit_to_memory(work, free_bytes(work.device))
     for note in fit.notes:
         print(f"cut             {note}")
     head = measure_head(fit.head)
@@ -79,12 +79,16 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
     )
     print(f"                {head.speedup:.1f} x faster, {head.memory_ratio:.1f} x less memory "
           f"({head_flops_ratio(work):.1f} x fewer operations)")  # fmt: skip
-    report: dict[str, Any] = {"work": asdict(work), "head": asdict(head)}
+    shapes = {"text_size": work.row.text_slice, "image_size": work.row.image_slice, "grid": config.data.grid}
+    shapes |= {"text_length": config.data.text_length, "batch_size": config.batch_size, "model": dict(config.model)}
+    shapes |= {"bf16": work.bf16, "chunk": config.objective.chunk, "device": work.device}
+    report: dict[str, Any] = {"work": shapes, "head": asdict(head)}
     if fit.notes:
-        report["cut"] = {"head_rows": fit.head.batch_size, "step_rows": fit.step.batch_size, "notes": list(fit.notes)}
+        rows = {"head_rows": fit.head.config.batch_size, "step_rows": fit.step.config.batch_size}
+        report["cut"] = rows | {"notes": list(fit.notes)}
     if head_only:
         return report
-    step = measure_step(fit.step, config, steps)
+    step = measure_step(fit.step, steps)
     print(
         f"step            {step.seconds:.3f} s, {step.tokens_per_second:.0f} tokens/s, {step.parameters / 1e6:.1f} M parameters"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from unidiff.addresses import is_remote, local_path
 from unidiff.data import report
-from unidiff.data.manifest import Stamp, TokenManifest, token_stamp
+from unidiff.data.manifest import TokenManifest, token_stamp
 from unidiff.data.members import MemberError, decode_member
 from unidiff.data.report import Skip, SkipReport, printable
 from unidiff.data.sources import check_scheme, expand_shards, is_shard_name, split_patterns
@@ -53,12 +54,14 @@ Row = TypeVar("Row", TokenRow, DocumentRow)
 class RowKind(Generic[Row]):
     """Rows of a `TokenManifest.kind`: the members that a sample must have, and how they are read.
 
-    `decode(raw, layout)` raises `MemberError` for members that do not fit the layout.
+    `decode(raw, layout)` raises `MemberError` for members that do not fit the layout. Sets that are mixed must agree in
+    vocabulary and grid, and in the length of texts too where `one_length`.
     """
 
     name: str
     members: tuple[tuple[str, ...], ...]
     decode: Callable[[dict[str, Any], TokenManifest], Row]
+    one_length: bool
 
 
 @dataclass(eq=False)
@@ -67,31 +70,31 @@ class TokenSet(Generic[Row]):
 
     Args:
         urls: the shards.
-        counts: rows of each, from the manifest.
-        layout: their common manifest.
+        manifests: of their folders, all of the same layout.
         seed: of the order.
         account: gets an entry for every row that can no longer be read.
         kind: what the rows are.
-        stamps: what each shard was known by when it was written (`token_stamp`); empty where that is unknown.
         held_out: rows at the end that are not in use.
     """
 
     urls: list[str]
-    counts: list[int]
-    layout: TokenManifest
+    manifests: dict[str, TokenManifest]
     seed: int
     account: SkipReport
     kind: RowKind[Row]
-    stamps: list[Stamp]
     held_out: int = 0
     _reported: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        named = [(self.manifests[folder_of(url)], _name_of(url)) for url in self.urls]
+        self.counts = [manifest.shards[name] for manifest, name in named]
+        self.stamps = [manifest.files.get(name, {}) for manifest, name in named]
+        self.layout = next(iter(self.manifests.values()))
+        self.questions = sum(manifest.questions for manifest in self.manifests.values())
         self.total = sum(self.counts) - self.held_out
         self._starts = np.cumsum([0, *self.counts])
         self._shards: OrderedDict[int, list[Row]] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._latest: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, its order of shards, their first rows
 
     def draw(self, number: int) -> Row:
         """Row of draw `number`: every epoch permutes shards, and rows among `_TOGETHER` of them."""
@@ -101,7 +104,7 @@ class TokenSet(Generic[Row]):
         first = group * _TOGETHER
         begin = int(starts[first])
         end = int(starts[min(first + _TOGETHER, len(order))])
-        place = begin + int(self._within(epoch, group, end - begin)[place - begin])
+        place = begin + int(_permutation(self.seed, epoch, group + 1, end - begin)[place - begin])
         position = int(np.searchsorted(starts, place, side="right")) - 1
         return self.row(int(order[position]), place - int(starts[position]))
 
@@ -136,21 +139,30 @@ class TokenSet(Generic[Row]):
         """The same rows in another order."""
         return replace(self, seed=seed)
 
+    def stamp(self) -> list[Any]:
+        """What the set is known by later, as plain data: its layout, rows in use, shards and their content as written, and
+        the fingerprints of their manifests."""
+        manifests = [self.manifests[folder] for folder in sorted(self.manifests)]
+        layout, content = manifests[0], [stamp.get("hash") for stamp in self.stamps]
+        about: list[Any] = [
+            layout.vocabulary,
+            layout.text_prefix,
+            layout.text_length,
+            list(layout.grid),
+            self.questions,
+        ]
+        names = [_name_of(url) for url in self.urls]
+        return [*about, self.total, names, self.counts, [m.fingerprint for m in manifests], content]
+
     def _in_use(self, shard: int) -> int:
         """Rows of a shard that are not held out."""
         return int(np.clip(self.total - self._starts[shard], 0, self.counts[shard]))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch not in self._epochs:
-            order: np.ndarray = _generator(self.seed, epoch, 0).permutation(len(self.urls))
-            starts = np.cumsum([0, *(self._in_use(int(shard)) for shard in order)])
-            _remember(self._epochs, epoch, (order, starts), 2)
-        return self._epochs[epoch]
-
-    def _within(self, epoch: int, group: int, count: int) -> np.ndarray:
-        if (epoch, group) not in self._groups:
-            _remember(self._groups, (epoch, group), _generator(self.seed, epoch, group + 1).permutation(count), 4)
-        return self._groups[epoch, group]
+        if self._latest is None or self._latest[0] != epoch:
+            order: np.ndarray = _permutation(self.seed, epoch, 0, len(self.urls))
+            self._latest = epoch, order, np.cumsum([0, *(self._in_use(int(shard)) for shard in order)])
+        return self._latest[1:]
 
     def _load(self, shard: int) -> list[Row]:
         if shard not in self._shards:
@@ -168,7 +180,9 @@ class TokenSet(Generic[Row]):
                     self.account.add(skip)
                     then = "is used" if skip.reason == report.CHANGED_SHARD else "other rows take its place"
                     _LOG.warning("token shards: %s; %s", skip, then)
-            _remember(self._shards, shard, found, _KEPT)
+            self._shards[shard] = found
+            if len(self._shards) > _KEPT:
+                self._shards.popitem(last=False)
         self._shards.move_to_end(shard)
         return self._shards[shard]
 
@@ -217,8 +231,8 @@ def _document(raw: dict[str, Any], layout: TokenManifest) -> DocumentRow:
     return DocumentRow(torch.from_numpy(tokens), torch.from_numpy(images))
 
 
-PAIRS = RowKind("pairs", (("codes.npy",), ("text.npy",)), _pair)
-DOCUMENTS = RowKind("documents", (("tokens.npy",), ("images.npy",)), _document)
+PAIRS = RowKind("pairs", (("codes.npy",), ("text.npy",)), _pair, one_length=True)
+DOCUMENTS = RowKind("documents", (("tokens.npy",), ("images.npy",)), _document, one_length=False)
 
 
 def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[Row]) -> TokenSet[Row]:
@@ -231,48 +245,22 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
         ValueError: a refused source, shards of different layout or of another kind, or no rows.
     """
     manifests: dict[str, TokenManifest] = {}
-    counts: list[int] = []
-    stamps: list[Stamp] = []
     urls = token_shards(pattern)
     for url in urls:
-        folder, name = folder_of(url), url.rsplit("/", 1)[-1]
-        manifest = manifests.get(folder) or TokenManifest.load(folder)
+        if (folder := folder_of(url)) not in manifests:
+            manifests[folder] = TokenManifest.load(folder)
+        manifest = manifests[folder]
         if manifest.kind != kind.name:
             where = {"pairs": "data.train", "documents": "data.documents"}[manifest.kind]
             raise ValueError(f"{url!r} holds {manifest.kind}, not {kind.name}; name it in {where}")
-        if manifests and manifest.layout() != next(iter(manifests.values())).layout():
+        if manifest.layout() != next(iter(manifests.values())).layout():
             raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
-        if name not in manifest.shards:
+        if _name_of(url) not in manifest.shards:
             raise ValueError(f"{url!r} is not listed in its folder's tokens.json; encode it again")
-        manifests[folder] = manifest
-        counts.append(manifest.shards[name])
-        stamps.append(manifest.files.get(name, {}))
-    if not sum(counts):
+    found = TokenSet(urls, manifests, seed, account, kind)
+    if not found.total:
         raise ValueError(f"{pattern!r} holds no rows")
-    layout = replace(manifests[folder_of(urls[-1])], questions=sum(m.questions for m in manifests.values()))
-    return TokenSet(urls, counts, layout, seed, account, kind, stamps)
-
-
-def full_report() -> SkipReport:
-    """For what is lost while training: all by name, since several processes tell each other, and none may count twice."""
-    return SkipReport(listed=10**9)
-
-
-def encoding_reports(sets: Iterable[TokenSet[Any]]) -> dict[str, SkipReport]:
-    """What the encoding of these sets left out, by folder of token shards; folders from which nothing is missing are left out."""
-    folders = {folder_of(url) for part in sets for url in part.urls}
-    skipped = {folder: TokenManifest.load(folder).skipped for folder in sorted(folders)}
-    return {folder: SkipReport.from_state_dict(state) for folder, state in skipped.items() if state}
-
-
-def stamp_of(part: TokenSet[Any]) -> list[Any]:
-    """What a set is known by later, as plain data: its layout, rows in use, shards and their
-    content as written, and the fingerprints of their manifests."""
-    manifests = [TokenManifest.load(folder) for folder in sorted({folder_of(url) for url in part.urls})]
-    layout, shards = manifests[0], [url.rsplit("/", 1)[-1] for url in part.urls]
-    about = [layout.vocabulary, layout.text_prefix, part.layout.text_length, list(layout.grid), part.layout.questions]
-    content = [stamp.get("hash") for stamp in part.stamps]
-    return [*about, part.total, shards, part.counts, [m.fingerprint for m in manifests], content]
+    return found
 
 
 def token_shards(pattern: str) -> list[str]:
@@ -298,7 +286,11 @@ def token_shards(pattern: str) -> list[str]:
 
 def folder_of(url: str) -> str:
     """The folder of a shard, "" for the current one."""
-    return url.rsplit("/", 1)[0] if "/" in url else ""
+    return url.rpartition("/")[0]
+
+
+def _name_of(url: str) -> str:
+    return url.rpartition("/")[2]
 
 
 def _array(raw: dict[str, Any], name: str, shape: tuple[int, ...], limit: int) -> np.ndarray:
@@ -311,11 +303,6 @@ def _array(raw: dict[str, Any], name: str, shape: tuple[int, ...], limit: int) -
     return array.astype(np.int32)
 
 
-def _generator(seed: int, *key: int) -> np.random.Generator:
-    return np.random.default_rng([seed & 0xFFFFFFFF, *key])
-
-
-def _remember(store: OrderedDict, key: Any, value: Any, most: int) -> None:
-    store[key] = value
-    while len(store) > most:
-        store.popitem(last=False)
+@lru_cache(maxsize=32)
+def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed & 0xFFFFFFFF, epoch, stream]).permutation(count)

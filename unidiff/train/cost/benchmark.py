@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_high
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from unidiff.diffusion.objective import masked_nll
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.process import free_memory
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
-from unidiff.train.cost.plan import GIB, TrainingRow, make_plan, model_size, row_flops
+from unidiff.train.cost.plan import GIB, ModelSize, TrainingRow, make_plan, model_size, row_flops
 from unidiff.train.data.source import TokenTable
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.optim import EMA, Optimisers
@@ -33,54 +33,33 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class TrainingLoad:
-    """A model and the shape of its rows; tokens are random.
+    """A run's model and shapes, with random tokens in place of its data.
 
     Attributes:
-        model: `MaskedTransformer` arguments.
-        text_size, image_size: ids of each modality.
-        text_length, grid: tokens of a row: text, then grid x grid codes.
-        batch_size: rows per step.
-        bf16: matmuls under autocast.
-        chunk: masked positions per piece of the head.
-        device: where it runs.
+        config: settings with `data.grid`. vocabulary: ids of both modalities. device: where it runs.
     """
 
-    model: dict[str, Any]
-    text_size: int
-    image_size: int
-    text_length: int
-    grid: int
-    batch_size: int
-    bf16: bool = True
-    chunk: int = 1024
+    config: TrainConfig
+    vocabulary: Vocabulary
     device: str = "cpu"
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        return Vocabulary.unified(self.text_size, self.image_size, {"eos": 0})
-
-    @property
-    def length(self) -> int:
-        return self.text_length + self.grid**2
-
-    @property
     def row(self) -> TrainingRow:
-        return TrainingRow(self.text_length, self.grid**2, self.text_size, self.image_size)
+        sizes = self.vocabulary.text_size, self.vocabulary.image_size
+        return TrainingRow(self.config.data.text_length, self.config.data.grid**2, *sizes)
 
+    @property
+    def size(self) -> ModelSize:
+        return model_size(self.config.model, self.vocabulary.size)
 
-def workload_of(config: TrainConfig, vocabulary: Vocabulary, grid: int, device: str) -> TrainingLoad:
-    """The shapes of a run, with random tokens in place of its data."""
-    return TrainingLoad(
-        dict(config.model),
-        vocabulary.text_size,
-        vocabulary.image_size,
-        config.data.text_length,
-        grid,
-        config.batch_size,
-        config.precision == "bf16",
-        config.objective.chunk,
-        device,
-    )
+    @property
+    def bf16(self) -> bool:
+        """Whether matmuls run under autocast."""
+        return self.config.precision == "bf16"
+
+    def with_rows(self, rows: int) -> TrainingLoad:
+        """The same with other rows per step."""
+        return replace(self, config=replace(self.config, batch_size=rows))
 
 
 def matmul_peak(device: str, bf16: bool, seconds: float = 1.0) -> float:
@@ -120,29 +99,30 @@ def measure_head(work: TrainingLoad, repeats: int = 3) -> HeadTiming:
     Half the positions of each modality are masked, what uniform times give on average.
     """
     torch.manual_seed(0)
-    size = model_size(work.model, work.vocabulary.size)
-    model = _HeadOnly(work.vocabulary.size, size.hidden_size).to(work.device)
-    batch = _random_rows(work).batch(0, work.batch_size).batch.to(work.device)
-    masked = (torch.arange(work.length, device=work.device) % 2 == 0).expand(batch.shape)
-    hidden = torch.randn(*batch.shape, model.weight.shape[1], device=work.device, requires_grad=True)
-    vocabulary, ones = work.vocabulary, torch.ones(batch.shape, device=work.device)
+    width, chunk = work.size.hidden_size, work.config.objective.chunk
+    head = _Head((torch.randn(work.vocabulary.size, width, device=work.device) * 0.02).requires_grad_())
+    batch = _random_rows(work).batch(0, work.config.batch_size).batch.to(work.device)
+    masked = (torch.arange(work.row.length, device=work.device) % 2 == 0).expand(batch.shape)
+    hidden = torch.randn(*batch.shape, width, device=work.device, requires_grad=True)
+    ones = torch.ones(batch.shape, device=work.device)
 
     def streamed() -> None:
         with torch.autocast(work.device, torch.bfloat16, enabled=work.bf16):
-            nll = masked_nll(hidden, model, masked, batch, vocabulary, work.chunk, weight=ones)
+            nll = masked_nll(hidden, head, masked, batch, work.vocabulary, chunk, weight=ones)
         nll.sum().backward()
 
     def dense() -> None:
         with torch.autocast(work.device, torch.bfloat16, enabled=work.bf16):
-            logits = F.linear(hidden, model.weight)  # [B, L, V]
+            logits = F.linear(hidden, head.weight)  # [B, L, V]
         log_probs = logits.float().log_softmax(-1)
         nll = -log_probs.gather(-1, batch.ids[..., None])[..., 0]
         (nll * masked).sum().backward()
 
-    seconds, memory = [[], []], [[], []]  # type: list[list[float]], list[list[float]]
+    seconds: list[list[float]] = [[], []]
+    memory: list[list[float]] = [[], []]
     for _ in range(repeats):
         for number, step in enumerate((streamed, dense)):
-            hidden.grad, model.weight.grad = torch.zeros_like(hidden), torch.zeros_like(model.weight)
+            hidden.grad, head.weight.grad = torch.zeros_like(hidden), torch.zeros_like(head.weight)
             before = _reset_peak(work.device)
             seconds[number].append(_timed(step, work.device))
             memory[number].append(_peak(work.device) - before)
@@ -178,24 +158,24 @@ class StepTiming:
         return self.flops_per_step / self.seconds / self.peak_flops
 
 
-def measure_step(work: TrainingLoad, config: TrainConfig, steps: int = 5, warmup: int = 1) -> StepTiming:
-    """Run `warmup + steps` steps of joint training on random tokens; optimiser and average as in `config`."""
+def measure_step(work: TrainingLoad, steps: int = 5, warmup: int = 1) -> StepTiming:
+    """Run `warmup + steps` steps of joint training on random tokens."""
     torch.manual_seed(0)
-    device = torch.device(work.device)
-    model = MaskedTransformer(vocab_size=work.vocabulary.size, **work.model)
+    config, device, rows = work.config, torch.device(work.device), work.config.batch_size
+    model = MaskedTransformer(vocab_size=work.vocabulary.size, **config.model)
     model.to(device).train()  # type: ignore[arg-type]  # diffusers' decorator hides the signature
-    watch = _Stopwatch(work.device)
+    if config.compile:
+        model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
     optimisers = Optimisers(model, config.optimiser)
-    hidden = watch.around_hidden(torch.compile(model.hidden) if config.compile else model.hidden)
-    model.hidden = hidden  # type: ignore[method-assign]
-    token_nll = TokenNLL(model, work.vocabulary, work.chunk, work.bf16)
-    state = TrainState(token_nll, watch.around_clip(optimisers), EMA(model, config.ema.decay))
+    watch = _Stopwatch(work.device, model, optimisers)
+    token_nll = TokenNLL(model, work.vocabulary, config.objective.chunk, work.bf16)
+    state = TrainState(token_nll, optimisers, EMA(model, config.ema.decay))
     mixer = _random_rows(work)
     totals, splits, peaks = [], [], []
     _reset_peak(work.device)
     for step in range(warmup + steps):
         watch.start()
-        batch = mixer.batch(step * work.batch_size, work.batch_size).to(device)
+        batch = mixer.batch(step * rows, rows).to(device)
         watch.mark("data")
         train_step(state, [batch], 1.0)
         watch.mark("optimiser")
@@ -207,53 +187,52 @@ def measure_step(work: TrainingLoad, config: TrainConfig, steps: int = 5, warmup
     return StepTiming(
         seconds=seconds,
         parts=splits[totals.index(seconds)],
-        tokens_per_second=work.batch_size * work.length / seconds,
-        flops_per_step=work.batch_size * row_flops(model_size(work.model, work.vocabulary.size), work.row).total,
+        tokens_per_second=rows * work.row.length / seconds,
+        flops_per_step=rows * row_flops(work.size, work.row).total,
         peak_flops=median_high(peaks),
         memory_mib=_peak(work.device) / 2**20,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=work.size.total,
     )
 
 
-@dataclass(frozen=True)
-class FittedLoads:
-    """What of a workload fits into memory: `head` for `measure_head`, `step` for `measure_step`, and `notes` on what was cut."""
+class FittedLoads(NamedTuple):
+    """What of a load fits into memory: `head` for `measure_head`, `step` for `measure_step`, and `notes` on what was cut."""
 
     head: TrainingLoad
     step: TrainingLoad
     notes: tuple[str, ...]
 
 
-def fit_to_memory(work: TrainingLoad, config: TrainConfig, free: int | None) -> FittedLoads:
+def fit_to_memory(work: TrainingLoad, free: int | None) -> FittedLoads:
     """Fewer rows where the estimated memory of a measurement is more than is free.
 
     Args:
-        config: what `work` was made of. free: bytes; None where that is not known, and nothing is cut.
+        free: bytes; None where that is not known, and nothing is cut.
 
     Raises:
         ValueError: not even one row fits.
     """
     if free is None:
         return FittedLoads(work, work, ())
-    usable, size = free * _USED, model_size(work.model, work.vocabulary.size)
-    layout = make_plan(replace(config, batch_size=1), 1).layouts[0]
+    asked, ids = work.config.batch_size, work.vocabulary.size
+    layout = make_plan(work.with_rows(1).config, 1).layouts[0]
     needs = {  # bytes whatever the rows, and bytes of each row
-        "head and loss": (16 * work.vocabulary.size * size.hidden_size, _DENSE * work.length * work.vocabulary.size),
+        "head and loss": (16 * ids * work.size.hidden_size, _DENSE * work.row.length * ids),
         "step": (layout.weights + layout.head, layout.activations),
     }
     works, notes = [], []
     for name, (fixed, per_row) in needs.items():
-        rows = int((usable - fixed) // max(per_row, 1))
+        rows = int((free * _USED - fixed) // max(per_row, 1))
         if rows < 1:
             raise ValueError(
                 f"one row of the measurement of {name} needs {(fixed + per_row) / GIB:.1f} GiB of memory, and "
                 f"{free / GIB:.1f} are free; use a smaller model, fewer tokens, or another machine"
             )
-        works.append(replace(work, batch_size=min(work.batch_size, rows)))
-        if rows < work.batch_size:
-            asked = (fixed + work.batch_size * per_row) / GIB
+        works.append(work.with_rows(min(asked, rows)))
+        if rows < asked:
+            needed = (fixed + asked * per_row) / GIB
             notes.append(
-                f"{name}: {rows} of {work.batch_size} rows, which would need {asked:.1f} GiB; {free / GIB:.1f} GiB are free"
+                f"{name}: {rows} of {asked} rows, which would need {needed:.1f} GiB; {free / GIB:.1f} GiB are free"
             )
     return FittedLoads(works[0], works[1], tuple(notes))
 
@@ -265,15 +244,13 @@ def free_bytes(device: str) -> int | None:
 
 def head_flops_ratio(work: TrainingLoad) -> float:
     """Operations of the head over the whole vocabulary at all positions, per operation that the loss needs."""
-    row, size = work.row, model_size(work.model, work.vocabulary.size)
+    row, size = work.row, work.size
     dense = 3 * 2 * size.hidden_size * row.length * (row.text_slice + row.image_slice)
     return dense / row_flops(size, row).head
 
 
-class _HeadOnly(nn.Module):
-    def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(vocab_size, width) * 0.02)
+class _Head(NamedTuple):
+    weight: Tensor
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, None
@@ -283,13 +260,25 @@ class _Stopwatch:
     """Marks inside a step that the step itself knows nothing of: calls of `hidden` and `clip`, and the gradient of the
     hidden states, which is there when the head's backward pass is done."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, model: Any, optimisers: Any) -> None:
         self.device = device
-        self.parts: dict[str, float] = {}
-        self._last = 0.0
+        self.start()
+        hidden, clip = model.hidden, optimisers.clip
+
+        def timed_hidden(*args: Any, **options: Any) -> Tensor:
+            out: Tensor = hidden(*args, **options)
+            self.mark("forward")
+            out.register_hook(lambda grad: self.mark("head_and_loss"))
+            return out
+
+        def timed_clip() -> Tensor:
+            self.mark("backward")
+            return clip()
+
+        model.hidden, optimisers.clip = timed_hidden, timed_clip
 
     def start(self) -> None:
-        self.parts = {}
+        self.parts: dict[str, float] = {}
         self._last = _now(self.device)
 
     def mark(self, name: str) -> None:
@@ -297,34 +286,15 @@ class _Stopwatch:
         self.parts[name] = self.parts.get(name, 0.0) + now - self._last
         self._last = now
 
-    def around_hidden(self, hidden: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def timed(*args: Any, **kwargs: Any) -> Tensor:
-            out = hidden(*args, **kwargs)
-            self.mark("forward")
-            out.register_hook(lambda grad: self.mark("head_and_loss"))
-            return out
-
-        return timed
-
-    def around_clip(self, optimisers: Optimisers) -> Optimisers:
-        clip = optimisers.clip
-
-        def timed() -> Tensor:
-            self.mark("backward")
-            return clip()
-
-        optimisers.clip = timed  # type: ignore[method-assign]
-        return optimisers
-
 
 def _random_rows(work: TrainingLoad, rows: int = 64) -> TaskMixer:
-    generator = torch.Generator().manual_seed(0)
+    generator, data, ids = torch.Generator().manual_seed(0), work.config.data, work.vocabulary
     tensors = {
-        "codes": torch.randint(0, work.image_size, (rows, work.grid, work.grid), generator=generator),
-        "captions": torch.randint(1, work.text_size, (rows, work.text_length), generator=generator),
+        "codes": torch.randint(0, ids.image_size, (rows, data.grid, data.grid), generator=generator),
+        "captions": torch.randint(1, ids.text_size, (rows, data.text_length), generator=generator),
     }
-    uniform = TasksConfig(generate=TaskConfig(weight=1.0, loss="elbo"))
-    return TaskMixer(TokenTable(tensors, work.vocabulary), uniform, ObjectiveConfig(), seed=0)
+    joint = TasksConfig(generate=TaskConfig(weight=1.0, loss="elbo"))
+    return TaskMixer(TokenTable(tensors, ids), joint, ObjectiveConfig(), seed=0)
 
 
 def _now(device: str) -> float:

@@ -25,11 +25,8 @@ from unidiff.data.token_set import (
     RowKind,
     TokenRow,
     TokenSet,
-    encoding_reports,
     folder_of,
-    full_report,
     open_token_set,
-    stamp_of,
     token_shards,
 )
 from unidiff.diffusion.noise import keyed_bits
@@ -55,8 +52,7 @@ class WeightedShards(Generic[Row]):
         kind: what the rows are.
 
     Attributes:
-        report: rows and shards that could not be read so far. encoding: what the encoding of raw shards left out, by
-            folder of token shards.
+        report: rows and shards that could not be read so far.
 
     Raises:
         FileNotFoundError: shards without `tokens.json`.
@@ -64,27 +60,29 @@ class WeightedShards(Generic[Row]):
     """
 
     def __init__(self, sets: Sequence[tuple[str, float]], seed: int, kind: RowKind[Row]) -> None:
-        self.report, self.seed = full_report(), seed
+        # all by name: several processes tell each other what they lost, and none may count twice
+        self.report, self.seed = SkipReport(listed=10**9), seed
         self._sets: list[TokenSet[Row]] = [open_token_set(pattern, seed, self.report, kind) for pattern, _ in sets]
         self._schedule = MixtureSchedule(tuple(weight for _, weight in sets), seed)
-        first = self._sets[0].layout
-        if any(self._alike(other.layout) != self._alike(first) for other in self._sets[1:]):
-            raise ValueError(f"the sets {[p for p, _ in sets]} differ in {self._must_agree}; encode them alike")
-        self.encoding = encoding_reports(self._sets)
-        self.vocabulary, self.grid = Vocabulary.from_dict(first.vocabulary), first.grid
+        layouts = [part.layout for part in self._sets]
+        common: list[Any] = [x.layout() if kind.one_length else (x.vocabulary, x.grid) for x in layouts]
+        if any(other != common[0] for other in common):
+            must_agree = "vocabulary, grid or text length" if kind.one_length else "vocabulary or grid"
+            raise ValueError(f"the sets {[p for p, _ in sets]} differ in {must_agree}; encode them alike")
+        self.vocabulary, self.grid = Vocabulary.from_dict(layouts[0].vocabulary), layouts[0].grid
 
-    _must_agree = "vocabulary or grid"
-
-    def _alike(self, layout: TokenManifest) -> Any:
-        return layout.vocabulary, layout.grid
+    @property
+    def encoding(self) -> dict[str, SkipReport]:
+        """What the encoding of raw shards left out, by folder of token shards; those that miss nothing are left out."""
+        manifests = {folder: manifest for part in self._sets for folder, manifest in part.manifests.items()}
+        return {f: SkipReport.from_state_dict(m.skipped) for f, m in sorted(manifests.items()) if m.skipped}
 
     def __len__(self) -> int:
-        """Rows of all sets."""
         return sum(part.total for part in self._sets)
 
     @property
     def rows(self) -> int:
-        """Distinct samples."""
+        """Distinct samples, of all sets."""
         return len(self)
 
     @property
@@ -93,8 +91,8 @@ class WeightedShards(Generic[Row]):
         return max(part.layout.text_length for part in self._sets)
 
     def stamp(self) -> list[Any]:
-        """What the rows are known by later, as plain data; see `stamp_of`."""
-        return [*map(stamp_of, self._sets), list(self._schedule.weights)]
+        """What the rows are known by later, as plain data."""
+        return [*(part.stamp() for part in self._sets), list(self._schedule.weights)]
 
     def draw(self, index: Tensor) -> list[Row]:
         """The rows of the samples `index` (int64 `[B]`, unbounded)."""
@@ -132,28 +130,22 @@ class ShardTokens(WeightedShards[TokenRow]):
     """Pre-tokenised pairs as a `TokenSource`; see `WeightedShards`. `seed` also picks the question of a sample; one without
     questions gives its caption in place of one."""
 
-    _must_agree = "vocabulary, grid or text length"
-
     def __init__(self, sets: Sequence[tuple[str, float]], seed: int = 0) -> None:
         super().__init__(sets, seed, PAIRS)
         self.text_prefix = self._sets[0].layout.text_prefix
 
-    def _alike(self, layout: TokenManifest) -> Any:
-        return layout.layout()
-
     @property
     def has_questions(self) -> bool:
-        return any(s.layout.questions for s in self._sets)
+        return any(part.questions for part in self._sets)
 
     def contents(self) -> set[str]:
         """Hashes of the token shards, and of the raw shards behind folders whose token shards are all in use."""
-        found = {str(stamp["hash"]) for part in self._sets for stamp in part.stamps if "hash" in stamp}
-        urls = {url for part in self._sets for url in part.urls}
-        for folder in {folder_of(url) for url in urls}:
-            manifest = TokenManifest.load(folder)
-            if set(manifest.shards) <= {url.rsplit("/", 1)[-1] for url in urls if folder_of(url) == folder}:
-                found |= {str(stamp["hash"]) for stamp in manifest.sources.values() if "hash" in stamp}
-        return found
+        used = {url for part in self._sets for url in part.urls}
+        stamps = [stamp for part in self._sets for stamp in part.stamps]
+        for folder, manifest in [held for part in self._sets for held in part.manifests.items()]:
+            if used.issuperset(f"{folder}/{name}" if folder else name for name in manifest.shards):
+                stamps += manifest.sources.values()
+        return {str(stamp["hash"]) for stamp in stamps if "hash" in stamp}
 
     def seeded(self, seed: int, phases: tuple[tuple[int, int], ...] | None = None) -> ShardTokens:
         """The same rows in another order. Shards have no difficulty levels, so `phases` must be None."""
