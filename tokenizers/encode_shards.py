@@ -41,11 +41,9 @@ def main(
     """Encode shards into codes.npy and text.npy members, skipping and listing what is damaged."""
 
     def run() -> None:
-        from unidiff.data.sources import check_exist, expand_shards
+        from unidiff.data.sources import expand_shards
 
-        found = expand_shards(shards)  # a mistyped or refused source fails before the slow imports
-        if not allow_missing:
-            check_exist(found)
+        expand_shards(shards, allow_missing)  # a mistyped or refused source fails before the slow imports
         from unidiff.data.encode import EncodeSettings, encode_shards
         from unidiff.process import pick_device
         from unidiff.tokens.image.vq import VQImageTokenizer

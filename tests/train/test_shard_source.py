@@ -9,10 +9,11 @@ from train_fixtures import tiny_config, tiny_table
 
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
+from unidiff.data.token_set import is_tokenised
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import read_config
 from unidiff.train.data.datasets import open_sources
-from unidiff.train.data.shard_source import is_tokenised, open_shards
+from unidiff.train.data.shard_source import open_shards
 from unidiff.train.trainer import Trainer
 
 SETTINGS = EncodeSettings(image_size=16, text_length=20, samples_per_shard=7)

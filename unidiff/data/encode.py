@@ -16,31 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.data.manifest import (
-    MANIFEST,
-    Stamp,
-    TokenManifest,
-    changes,
-    damage,
-    source_stamps,
-    token_stamp,
-    write_json,
-)
+from unidiff.data.manifest import MANIFEST, Stamp, TokenManifest, changes, damage, source_stamps, token_stamp
 from unidiff.data.report import SkipReport
-from unidiff.data.rows import (
-    TASK_TOKENS,
-    TEXT_PREFIX,
-    caption_row,
-    check_task_tokens,
-    document_parts,
-    lay_out,
-    qa_pairs,
-    question_row,
-)
+from unidiff.data.rows import TEXT_PREFIX, caption_row, document_parts, lay_out, qa_pairs, question_row, task_tokens
 from unidiff.data.shards import ImagePreprocess, ShardSource
 from unidiff.data.tar import ShardWriter
 from unidiff.errors import read_json, reading, writing
-from unidiff.files import locked, remove_leftovers
+from unidiff.files import locked, remove_leftovers, replace_text
 from unidiff.schema import Between, check_fields, from_data
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import ImageEncoder
@@ -58,9 +40,7 @@ class EncodeSettings:
     Args:
         image_size: side of the square picture; a multiple of the image tokenizer's factor.
         text_length: tokens of the text span, task token and EOS fill included; of documents, of everything.
-        batch_size: images per encoder call.
-        samples_per_shard: samples per written tar.
-        workers: decoding threads.
+        batch_size: images per encoder call. workers: decoding threads.
         documents: samples are interleaved documents (`document_parts`) in place of pairs.
     """
 
@@ -77,7 +57,7 @@ class EncodeSettings:
 
 @dataclass
 class _Progress:
-    """Where an encoding run stands after its last complete shard. `sources`, `files`: as in `TokenManifest`."""
+    """Where an encoding run stands after its last complete shard, in the names of `TokenManifest`. `source`: its position."""
 
     fingerprint: str
     sources: dict[str, Stamp]
@@ -88,6 +68,9 @@ class _Progress:
     cut_captions: int = 0
     long_questions: int = 0
     bad_questions: int = 0
+
+    def save(self, out: Path) -> None:
+        replace_text(out / PROGRESS, json.dumps(asdict(self), indent=1))
 
 
 def encode_shards(
@@ -152,7 +135,7 @@ def _encode(
         with reading(out / PROGRESS, "the progress of an encoding", _AGAIN):
             source.load_state_dict(progress.source)
     else:
-        write_json(out / PROGRESS, asdict(progress))  # a run that is killed within its first shard knows it again
+        progress.save(out)  # a run that is killed within its first shard knows it again
     samples = iter(source)
     while rows := encoder.next_shard(samples, progress):
         start = sum(progress.shards.values())
@@ -162,7 +145,7 @@ def _encode(
         progress.shards |= writer.written
         progress.files |= {name: token_stamp(out / name) for name in writer.written}
         progress.source = source.state_dict()
-        write_json(out / PROGRESS, asdict(progress))
+        progress.save(out)
         if on_shard is not None:
             on_shard(sum(progress.shards.values()), source.report)
     if not progress.shards:
@@ -178,8 +161,7 @@ class _Encoder:
     """Samples to the members of token shards. Raises `ValueError` for settings that do not fit the tokenizers."""
 
     def __init__(self, images: ImageEncoder, text: TextTokenizer, settings: EncodeSettings) -> None:
-        check_task_tokens(text)
-        self.images, self.text, self.settings = images, text, settings
+        self.images, self.text, self.settings, self.specials = images, text, settings, task_tokens(text)
         self.prepare = ImagePreprocess(settings.image_size, images.factor)
         self.side = settings.image_size // images.factor
         if settings.documents and settings.text_length <= self.side**2:
@@ -190,9 +172,8 @@ class _Encoder:
 
     def layout(self) -> dict[str, Any]:
         """What the manifest says of every shard."""
-        specials = {name: self.text.special(name) for name in TASK_TOKENS}
         return {
-            "vocabulary": Vocabulary.unified(self.text.size, self.images.codebook_size, specials).to_dict(),
+            "vocabulary": Vocabulary.unified(self.text.size, self.images.codebook_size, self.specials).to_dict(),
             "text_prefix": 0 if self.settings.documents else TEXT_PREFIX,
             "text_length": self.settings.text_length,
             "grid": (self.side, self.side),
@@ -203,22 +184,18 @@ class _Encoder:
         """Members of the next `samples_per_shard` samples; fewer at the end. What is cut or left out is added to `counts`."""
         encode = self._documents if self.settings.documents else self._pairs
         rows: list[dict[str, Any]] = []
-        while len(rows) < self.settings.samples_per_shard:
-            room = self.settings.samples_per_shard - len(rows)
-            batch = list(islice(samples, min(self.settings.batch_size, room)))
-            if not batch:
-                break
+        samples = islice(samples, self.settings.samples_per_shard)
+        while batch := list(islice(samples, self.settings.batch_size)):
             for sample, row in zip(batch, encode(batch, counts), strict=True):
                 rows.append({**row, "json": {"key": sample["__key__"], "shard": sample["__url__"]}})
         return rows
 
     def _codes(self, images: list[Tensor]) -> np.ndarray:
         """Codes `[B, h, w]` of pictures of any size, `batch_size` at once."""
-        parts = []
-        for start in range(0, len(images), self.settings.batch_size):
-            pictures = images[start : start + self.settings.batch_size]
-            batch = torch.stack([self.prepare(picture) for picture in pictures])  # [B, 3, H, W]
-            parts.append(self.images.encode(batch).cpu().numpy().astype(self.code_type))
+        pictures, parts = map(self.prepare, images), []
+        while batch := list(islice(pictures, self.settings.batch_size)):
+            codes = self.images.encode(torch.stack(batch))  # [B, 3, H, W] -> [B, h, w]
+            parts.append(codes.cpu().numpy().astype(self.code_type))
         return np.concatenate(parts)
 
     def _documents(self, batch: list[dict[str, Any]], counts: _Progress) -> Iterator[dict[str, Any]]:
@@ -250,9 +227,12 @@ class _Encoder:
 
 def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: bool) -> ShardSource:
     """Pairs, or documents with their `parts`."""
+
+    def with_parts(sample: dict[str, Any]) -> dict[str, Any]:
+        return sample | {"parts": document_parts(sample["json"], sample["images"])}
+
     wanted: dict[str, Any] = {"require": ("image", "txt"), "optional": ("json",)}
     if settings.documents:
-        with_parts = lambda sample: sample | {"parts": document_parts(sample["json"], sample["images"])}  # noqa: E731
         wanted = {"require": ("json",), "optional": ("images",), "prepare": with_parts}
     return ShardSource(shards, **wanted, workers=settings.workers, allow_missing=allow_missing, announce=False)
 
@@ -276,7 +256,7 @@ def _finished(out: Path, fresh: _Progress, again: bool) -> TokenManifest | None:
         raise ValueError(f"{str(out)!r} holds token shards of another run (shards, settings or tokenizers); {_AGAIN}")
     if not manifest.sources:
         _LOG.warning("%s is from before unidiff noted what it was made from; whether that changed is unknown", out)
-    problem = _problem(out, manifest.sources, manifest.files, fresh)
+    problem = _problem(out, manifest, fresh)
     if problem and not again:
         raise ValueError(
             f"{str(out)!r} no longer fits: {problem}; {_AGAIN}; to train on it as it is, name it as data.train"
@@ -292,8 +272,7 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
     path = out / PROGRESS
     if (out / MANIFEST).is_file():  # complete, but `_finished` found a fault
         manifest = TokenManifest.load(str(out))
-        _clear(out, list(manifest.shards), _problem(out, manifest.sources, manifest.files, fresh))
-        return fresh
+        return _clear(out, manifest, fresh)
     if not path.is_file():
         if any(out.glob("*.tar")):
             raise ValueError(f"{str(out)!r} already holds tar files; write token shards to an empty folder")
@@ -304,25 +283,24 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
         return fresh
     if progress.fingerprint != fresh.fingerprint:
         raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; {_AGAIN}")
-    if problem := _problem(out, progress.sources, progress.files, fresh):
-        if not again:
-            raise ValueError(f"{str(out)!r} holds an unfinished run that no longer fits: {problem}; {_AGAIN}")
-        _clear(out, list(progress.shards), problem)
-        return fresh
-    return progress
+    problem = _problem(out, progress, fresh)
+    if problem and not again:
+        raise ValueError(f"{str(out)!r} holds an unfinished run that no longer fits: {problem}; {_AGAIN}")
+    return _clear(out, progress, fresh) if problem else progress
 
 
-def _problem(out: Path, sources: dict[str, Stamp], files: dict[str, Stamp], fresh: _Progress) -> str:
+def _problem(out: Path, done: TokenManifest | _Progress, fresh: _Progress) -> str:
     """Why tokens cannot be used any more, in words."""
-    if changed := changes(sources, fresh.sources):
+    if changed := changes(done.sources, fresh.sources):
         return f"raw shards have changed since: {changed}"
-    damaged = damage(out, files)
+    damaged = damage(out, done.files)
     return f"token shards are not as they were written: {damaged}" if damaged else ""
 
 
-def _clear(out: Path, shards: list[str], problem: str) -> None:
+def _clear(out: Path, done: TokenManifest | _Progress, fresh: _Progress) -> _Progress:
     """Remove an encoding, the manifest first: without it nothing passes for complete."""
-    _LOG.warning("%s is encoded again: %s", out, problem)
-    for name in (MANIFEST, PROGRESS, *shards):
+    _LOG.warning("%s is encoded again: %s", out, _problem(out, done, fresh))
+    for name in (MANIFEST, PROGRESS, *done.shards):
         with writing(out / name):
             (out / name).unlink(missing_ok=True)
+    return fresh

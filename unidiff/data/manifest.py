@@ -36,17 +36,12 @@ class TokenManifest:
 
     Attributes:
         vocabulary: `Vocabulary.to_dict()`.
-        text_prefix: leading caption positions that are always given.
-        text_length: T.
-        grid: (h, w).
+        text_prefix: leading caption positions that are always given. text_length: T. grid: (h, w).
         shards: samples by file name, in order.
-        questions: question / answer pairs in all.
+        questions: pairs in all. long_questions, bad_questions: those left out, too long or no pair of texts.
         cut_captions: captions that were too long and were cut.
-        long_questions: pairs left out because they did not fit.
-        bad_questions: entries of `qa` left out because they are no pair of texts.
         fingerprint: of sources, settings and tokenizers.
         skipped: `SkipReport.state_dict()` of the encoding run.
-        kind: `pairs` or `documents`.
         sources: what the raw shards were known by when they were read (`source_stamps`), by name.
         files: what the token shards were known by when they were written (`token_stamp`), by file name.
 
@@ -89,7 +84,7 @@ class TokenManifest:
         return Vocabulary.from_dict(self.vocabulary), self.text_prefix, self.text_length, tuple(self.grid)
 
     def save(self, folder: str | Path) -> None:
-        write_json(Path(folder) / MANIFEST, {"format": 1, **asdict(self)})
+        replace_text(Path(folder) / MANIFEST, json.dumps({"format": 1, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, folder: str) -> TokenManifest:
@@ -101,20 +96,16 @@ class TokenManifest:
         """
         where = f"{folder.rstrip('/')}/{MANIFEST}" if folder else MANIFEST
         check_scheme(where)
-        absent = f"{where} does not exist; tokenizers/encode_shards.py writes it"
-        if is_remote(where):
-            try:
-                data = fetch(where, _MOST_BYTES)
-            except Unreachable as error:
-                if error.gone:
-                    raise FileNotFoundError(absent) from error
-                raise
-        else:
-            path = Path(local_path(where))
-            if not path.is_file():
-                raise FileNotFoundError(absent)
+        path = None if is_remote(where) else Path(local_path(where))
+        try:
+            if path is not None and not path.is_file():
+                raise Unreachable("no such file", gone=True)
             with reading(where, "a token manifest"):
-                data = path.read_bytes()
+                data = fetch(where, _MOST_BYTES) if path is None else path.read_bytes()
+        except Unreachable as error:
+            if error.gone:
+                raise FileNotFoundError(f"{where} does not exist; tokenizers/encode_shards.py writes it") from error
+            raise
         try:
             content = json.loads(data.decode("utf-8-sig"))
             if not isinstance(content, dict) or content.pop("format", None) != 1:
@@ -122,11 +113,6 @@ class TokenManifest:
             return from_data(cls, content, "it")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedFile(f"{where} is not a token manifest: {first_line(error)}") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    replace_text(path, json.dumps(content, indent=1))
 
 
 def source_stamps(urls: Sequence[str], allow_missing: bool = False) -> dict[str, Stamp]:
@@ -151,8 +137,8 @@ def changes(then: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str:
     found = []
     for url, stamp in now.items():
         before = then.get(url, {})
-        both = [name for name in ("size", "time", "hash") if name in before and name in stamp]
-        if other := [name for name in both if before[name] != stamp[name]]:
+        other = [n for n in ("size", "time", "hash") if n in before and n in stamp and before[n] != stamp[n]]
+        if other:
             found.append(f"{url} ({', '.join(_difference(name, before, stamp) for name in other)})")
     return few(found)
 

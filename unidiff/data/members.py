@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,6 @@ from unidiff.pictures import open_picture
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 ALLOWED_TYPES = (*IMAGE_TYPES, "txt", "json", "npy", "safetensors")
-
-_REASONS = {
-    **dict.fromkeys(IMAGE_TYPES, report.CORRUPT_IMAGE),
-    "txt": report.BAD_CAPTION,
-    "json": report.BAD_JSON,
-    "npy": report.BAD_ARRAY,
-    "safetensors": report.BAD_ARRAY,
-}
 
 
 class MemberError(ValueError):
@@ -43,11 +36,7 @@ def member_type(name: str) -> str:
 
 
 def check_member(name: str) -> None:
-    """Refuse a member name that is not on the allow-list (`image` is any image type, `images` all members of such a type).
-
-    Raises:
-        ValueError: the type may not be decoded.
-    """
+    """Raise ValueError for a member name that is not on the allow-list (`image` is any image type, `images` all of such a type)."""
     if name not in ("image", "images") and member_type(name) not in ALLOWED_TYPES:
         raise ValueError(
             f"member {name!r} has type {member_type(name)!r}, which is never decoded; expected 'image', 'images' or one of {ALLOWED_TYPES}"
@@ -62,25 +51,21 @@ def find_member(sample: dict[str, Any], name: str) -> str | None:
 
 
 def decode_member(name: str, data: bytes) -> Any:
-    """Decode one member.
-
-    Args:
-        name: member name; its last extension decides: images give uint8 tensors `[3, H, W]`, `txt` a string, `json`
-            plain data, `npy` an array (never an object array), `safetensors` a dict of tensors.
-        data: the member's bytes.
+    """The value of a member, by the last extension of its name: images give uint8 tensors `[3, H, W]`, `txt` a string, `json`
+    plain data, `npy` an array (never an object array), `safetensors` a dict of tensors.
 
     Raises:
         MemberError: the bytes are damaged.
         ValueError: the type is not on the allow-list.
     """
     check_member(name)
-    kind = member_type(name)
+    decode, reason = _DECODERS[member_type(name)]
     try:
-        return _DECODERS[kind](data)
+        return decode(data)
     except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # decoders raise almost anything on damaged bytes; the caller counts every case
-        raise MemberError(_REASONS[kind], f"{name}: {first_line(error)}") from error
+        raise MemberError(reason, f"{name}: {first_line(error)}") from error
 
 
 def encode_member(name: str, value: Any) -> bytes:
@@ -118,7 +103,6 @@ def is_blank(text: str) -> bool:
 
 
 def _decode_image(data: bytes) -> Tensor:
-    """uint8 `[3, H, W]`."""
     return torch.from_numpy(np.array(open_picture(data))).permute(2, 0, 1).contiguous()
 
 
@@ -141,10 +125,11 @@ def _decode_array(data: bytes) -> np.ndarray:
     return array
 
 
-_DECODERS = {
-    **dict.fromkeys(IMAGE_TYPES, _decode_image),
-    "txt": lambda data: data.decode("utf-8-sig"),  # without the mark that some programs put before a text
-    "json": _decode_json,
-    "npy": _decode_array,
-    "safetensors": safetensors.torch.load,
+_DECODERS: dict[str, tuple[Callable[[bytes], Any], str]] = {  # and the reason where one fails
+    **dict.fromkeys(IMAGE_TYPES, (_decode_image, report.CORRUPT_IMAGE)),
+    # without the mark that some programs put before a text
+    "txt": (lambda data: data.decode("utf-8-sig"), report.BAD_CAPTION),
+    "json": (_decode_json, report.BAD_JSON),
+    "npy": (_decode_array, report.BAD_ARRAY),
+    "safetensors": (safetensors.torch.load, report.BAD_ARRAY),
 }

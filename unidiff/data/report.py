@@ -40,14 +40,9 @@ class Skip:
 
 @dataclass
 class SkipReport:
-    """Counts by reason, with the first `listed` occurrences of each named.
+    """Counts by reason, and the first `listed` events of each. A stream that repeats counts anew in every epoch.
 
-    A stream that repeats counts what it meets again in every epoch.
-
-    Attributes:
-        counts: events per reason.
-        examples: the first `listed` events per reason.
-        ignored: members whose type is not on the allow-list, by extension; the sample itself was used.
+    `ignored` counts members whose type is not on the allow-list, by extension; the sample itself was used.
     """
 
     listed: int = 1000
@@ -57,7 +52,6 @@ class SkipReport:
 
     @property
     def total(self) -> int:
-        """All events."""
         return sum(self.counts.values())
 
     def add(self, skip: Skip) -> None:
@@ -76,13 +70,12 @@ class SkipReport:
         named = {r: (self.examples.get(r, []) + other.examples.get(r, []))[: self.listed] for r in counts}
         return SkipReport(self.listed, dict(counts), named, dict(ignored))
 
+    def _counted(self) -> str:
+        return ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items()))
+
     def summary(self, shown: int = 3) -> str:
         """A few lines for a person: counts by reason, each with its first examples."""
-        if not self.counts and not self.ignored:
-            return "nothing was skipped"
-        lines = []
-        if self.counts:
-            lines.append(f"skipped {self.total}: " + ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items())))
+        lines = [f"skipped {self.total}: {self._counted()}"] if self.counts else []
         for reason in sorted(self.counts):
             lines += [f"  {skip}" for skip in self.examples.get(reason, [])[:shown]]
             if self.counts[reason] > shown:
@@ -90,28 +83,23 @@ class SkipReport:
         if self.ignored:
             types = ", ".join(f"{n} {e or 'without extension'}" for e, n in sorted(self.ignored.items()))
             lines.append(f"members of other types, never decoded: {types}")
-        return "\n".join(lines)
+        return "\n".join(lines) or "nothing was skipped"
 
     def brief(self) -> str:
         """One line: counts by reason and the first event, for error messages."""
         if not self.counts:
             return "nothing was skipped"
-        counts = ", ".join(f"{n} {r}" for r, n in sorted(self.counts.items()))
         first = next(iter(self.examples.get(min(self.counts), [])), "none that is named")
-        return f"skipped {self.total} ({counts}), for instance {first}"
+        return f"skipped {self.total} ({self._counted()}), for instance {first}"
 
     def state_dict(self) -> dict:
-        """Plain data (JSON-able); `from_state_dict` reads it back."""
+        """Plain data (JSON-able)."""
         examples = {r: [[s.shard, s.key, s.detail] for s in skips] for r, skips in self.examples.items()}
         return {"listed": self.listed, "counts": dict(self.counts), "examples": examples, "ignored": dict(self.ignored)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> SkipReport:
-        """Inverse of `state_dict`.
-
-        Raises:
-            ValueError: data of another form.
-        """
+        """Inverse of `state_dict`. Raises ValueError for data of another form."""
         plain = from_data(_ReportState, state, "a report of what was skipped")
         examples = {r: [Skip(r, *entry) for entry in entries] for r, entries in plain.examples.items()}
         return cls(plain.listed, dict(plain.counts), examples, dict(plain.ignored))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,35 +13,34 @@ from unidiff.data.members import MemberError
 from unidiff.tokens.text import TextTokenizer
 
 TEXT_PREFIX = 1  # leading positions of a caption row that are always given: the task token
-TASK_TOKENS = ("eos", "caption", "question", "answer")
 Part = str | Tensor
 """A text, or a picture: uint8 `[3, H, W]`."""
 
 
-@dataclass(frozen=True)
-class CaptionRow:
+class CaptionRow(NamedTuple):
     """`ids` (text ids, exactly the row's length) and whether words were cut to make them fit."""
 
     ids: list[int]
     cut: bool
 
 
-@dataclass(frozen=True)
-class QuestionRow:
+class QuestionRow(NamedTuple):
     """`ids` (exactly the row's length); everything before `answer_start` is given."""
 
     ids: list[int]
     answer_start: int
 
 
-def check_task_tokens(tokenizer: TextTokenizer) -> None:
-    """Raise ValueError unless the tokenizer has the four task tokens."""
+def task_tokens(tokenizer: TextTokenizer) -> dict[str, int]:
+    """Ids of the four task tokens. Raises ValueError where the tokenizer lacks one."""
     known = tokenizer.specials()
-    if missing := [name for name in TASK_TOKENS if name not in known]:
-        raise ValueError(
-            f"the text tokenizer has no special token {missing[0]!r}; "
-            "train one with tokenizers/train_text_tokenizer.py, whose defaults include it"
-        )
+    for name in (wanted := ("eos", "caption", "question", "answer")):
+        if name not in known:
+            raise ValueError(
+                f"the text tokenizer has no special token {name!r}; "
+                "train one with tokenizers/train_text_tokenizer.py, whose defaults include it"
+            )
+    return {name: known[name] for name in wanted}
 
 
 def caption_row(tokenizer: TextTokenizer, caption: str, length: int) -> CaptionRow:
@@ -80,8 +78,8 @@ def document_parts(metadata: Any, images: Mapping[str, Tensor]) -> list[Part]:
 
     Args:
         metadata: the sample's `json`: `{"texts": ["...", null, ...], "images": [null, "0.jpg", ...]}`, two lists of the same
-            length with one of the two at each place (the layout of OBELICS, Laurencon et al. 2023, with names of members in
-            place of addresses).
+            length with one of the two at each place (as in OBELICS, Laurencon et al. 2023, with names of members in place
+            of addresses).
         images: the sample's pictures by name.
 
     Raises:
@@ -107,8 +105,7 @@ def document_parts(metadata: Any, images: Mapping[str, Tensor]) -> list[Part]:
     return parts
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """`tokens` int32 `[n]`, each modality from 0, `images` int32 `[k]`, where pictures begin, and whether the end was cut."""
 
     tokens: np.ndarray

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from unidiff.data.members import (
     member_type,
 )
 from unidiff.data.report import Skip, SkipReport
-from unidiff.data.sources import check_exist, expand_shards
+from unidiff.data.sources import expand_shards
 from unidiff.data.tar import read_shard
 from unidiff.schema import Between, from_data
 
@@ -50,16 +51,11 @@ class ShardSource:
         optional: members decoded when present; a damaged one makes the sample skipped too. `images` is a dict of all
             image members by name (`0.jpg`, `1.png`, ...), which belong to the `json` of the same name.
         shuffle: samples per shuffling window, held in memory undecoded; 0 keeps the order of the tars.
-        seed: of all permutations.
         repeat: start again after the last shard, with the next epoch's order.
         workers: decoding threads; 0 decodes in the caller's.
         prepare: changes a decoded sample, in those threads; a `MemberError` that it raises makes the sample skipped.
-        allow_missing: shards that do not exist are counted in place of refused. Addresses are only asked when they are read,
-            and counted either way.
+        allow_missing: shards that do not exist are counted in place of refused, as those behind addresses always are.
         announce: log what was skipped at the end of every epoch.
-
-    Attributes:
-        report: what has been skipped so far (`SkipReport`).
 
     Raises:
         FileNotFoundError: a shard that does not exist.
@@ -80,9 +76,7 @@ class ShardSource:
         announce: bool = True,
     ) -> None:
         self.prepare, self.announce = prepare, announce
-        self.shards = expand_shards(shards)
-        if not allow_missing:
-            check_exist(self.shards)
+        self.shards = expand_shards(shards, allow_missing)
         for name in (*require, *optional):
             check_member(name)
         if shuffle < 0 or workers < 0:
@@ -98,6 +92,7 @@ class ShardSource:
 
     @property
     def report(self) -> SkipReport:
+        """What has been skipped so far."""
         return self._before.merge(self._reading).merge(self._decoding)
 
     @property
@@ -162,8 +157,7 @@ class ShardSource:
                 if len(window) >= size:
                     break
             order = self._permutation(len(window), where.epoch, where.window + 1)
-            order = order[where.offset :]
-            for result in self._decode_all([window[i] for i in order]):
+            for result in self._decode_all([window[i] for i in order[where.offset :]]):
                 where.offset += 1
                 if isinstance(result, Skip):
                     self._decoding.add(result)
@@ -182,9 +176,9 @@ class ShardSource:
         """(shard number in this epoch's order, entries of it read so far, entry), from a position on."""
         order = self._permutation(len(self.shards), epoch, 0)
         groups = [IMAGE_TYPES if name == "image" else (name,) for name in self.require]
-        endings, documents = [*self.require, *self.optional], "images" in (*self.require, *self.optional)
+        endings = self.require + self.optional
         for number in range(start, len(order)):
-            items = read_shard(self.shards[order[number]], groups, skip, endings, documents)
+            items = read_shard(self.shards[order[number]], groups, skip, endings, "images" in endings)
             for entry, item in enumerate(items, skip + 1):
                 yield number, entry, item
             skip = 0
@@ -194,21 +188,20 @@ class ShardSource:
         if self._pool is None:
             yield from map(self._decode, window)
             return
-        ahead = 2 * self.workers
-        pending = [self._pool.submit(self._decode, raw) for raw in window[:ahead]]
-        for i in range(len(window)):
-            result = pending.pop(0).result()
-            if i + ahead < len(window):
-                pending.append(self._pool.submit(self._decode, window[i + ahead]))
+        pending = deque(self._pool.submit(self._decode, raw) for raw in window[: 2 * self.workers])
+        for raw in [*window[2 * self.workers :], *[None] * len(pending)]:
+            result = pending.popleft().result()
+            if raw is not None:
+                pending.append(self._pool.submit(self._decode, raw))
             yield result
 
     def _decode(self, raw: dict[str, Any]) -> dict[str, Any] | Skip:
         sample = {"__key__": raw["__key__"], "__url__": raw["__url__"]}
         try:
-            for name in (*self.require, *self.optional):
+            for name in self.require + self.optional:
                 if name == "images":
-                    kinds = [found for found in raw if member_type(found) in IMAGE_TYPES]
-                    sample[name] = {found: decode_member(found, raw[found]) for found in kinds}
+                    names = [found for found in raw if member_type(found) in IMAGE_TYPES]
+                    sample[name] = {found: decode_member(found, raw[found]) for found in names}
                 elif (found := find_member(raw, name)) is not None:  # `read_shard` has checked those that are required
                     sample[name] = decode_member(found, raw[found])
             if "txt" in self.require and is_blank(sample["txt"]):
@@ -252,7 +245,7 @@ class _SourceState:
 
 @dataclass(frozen=True)
 class ImagePreprocess:
-    """uint8 `[3, H, W]` -> float32 `[3, h, w]` in [0, 1], with sides that `factor` divides.
+    """uint8 `[3, H, W]` -> float32 `[3, h, w]` in [0, 1], with sides that `factor` divides: the centre of the picture.
 
     Args:
         size: side of the square that comes out, the shorter side being resized to it; None keeps the picture's own

@@ -28,17 +28,19 @@ BLOCK = 1000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
-def expand_shards(patterns: str | Sequence[str]) -> list[str]:
+def expand_shards(patterns: str | Sequence[str], allow_missing: bool = True) -> list[str]:
     """All shards that patterns name, in order.
 
     Args:
         patterns: one pattern or several. A pattern is a path, a folder (its files that end as a tar does), a glob (`*`, `?`,
             `[0-9]`), an http(s) or file URL, each with `{000..127}` braces; `::` separates patterns inside one string. The
-            name of an existing file or folder stands for itself, whatever characters are in it. Existence is not checked.
+            name of an existing file or folder stands for itself, whatever characters are in it.
+        allow_missing: shards of this machine need not exist. Addresses are never asked.
 
     Raises:
         ValueError: no pattern, a scheme other than file, http and https, a folder or glob without shards, or more than
             `MOST_SHARDS` of them.
+        FileNotFoundError: shards that do not exist.
     """
     patterns = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     urls: list[str] = []
@@ -53,6 +55,11 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
                 raise ValueError(f"{pattern!r} names more than {MOST_SHARDS:,} shards; check its braces")
     if not urls:
         raise ValueError("no shards given; name a path, a brace pattern or an http(s) URL")
+    if not allow_missing:
+        paths = {url: local_path(url) for url in urls if not is_remote(url)}
+        refuse_missing([url for url, path in paths.items() if not os.path.exists(path)])
+        for path in paths.values():
+            check_regular(path)
     return urls
 
 
@@ -68,14 +75,6 @@ def check_scheme(url: str) -> None:
         raise ValueError(f"{url!r} is refused: a `pipe:` source runs a shell command; give a file or an http(s) URL")
     if kind not in ("", "file", "http", "https") or url == "-":
         raise ValueError(f"{url!r} is not a shard unidiff reads; give a file, a brace pattern or an http(s) URL")
-
-
-def check_exist(urls: Sequence[str]) -> None:
-    """Raise FileNotFoundError naming shards on this machine that do not exist. Addresses are not asked."""
-    local = [url for url in urls if not is_remote(url)]
-    refuse_missing([url for url in local if not os.path.exists(local_path(url))])
-    for url in local:
-        check_regular(local_path(url))
 
 
 def refuse_missing(names: Sequence[str]) -> None:
@@ -118,29 +117,29 @@ def _choices(inside: str) -> int:
     if found := _RANGE.fullmatch(inside):
         first, last, step = found.groups()
         return abs(int(last) - int(first)) // (abs(int(step or 1)) or 1) + 1
-    depth, parts = 0, [""]
-    for sign in inside:
+    depth, start, total = 0, 0, 0
+    for place, sign in enumerate(inside):
         depth += (sign == "{") - (sign == "}")
         if sign == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return sum(map(_count, parts))
+            total += _count(inside[start:place])
+            start = place + 1
+    return total + _count(inside[start:])
 
 
 def _local(path: str) -> list[str]:
     """The shards of a path: itself, those in the folder, or those that the glob finds."""
     if os.path.isdir(path):
         with reading(path, "a folder of shards"):
-            names = sorted(os.listdir(path))
-        found = [os.path.join(path, name) for name in names if is_shard_name(name)]
+            files = sorted(Path(path).iterdir())
+        found = [os.path.join(path, file.name) for file in files if is_shard_name(file.name)]
         if not found:
-            shown = [name for name in names if not name.startswith(".")]
-            folders = sum(os.path.isdir(os.path.join(path, name)) for name in shown)
-            kinds = Counter(Path(n).suffix or "no ending" for n in shown if not os.path.isdir(os.path.join(path, n)))
-            held = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common(3))
-            held = ", ".join([held] * bool(held) + [f"{folders} folders"] * bool(folders)) or "nothing"
-            raise ValueError(f"{path!r} holds no .tar shards (compressed or not); it holds {held}")
+            shown = [file for file in files if not file.name.startswith(".")]
+            kinds = Counter(file.suffix or "no ending" for file in shown if not file.is_dir())
+            held = [f"{count} with {kind}" for kind, count in kinds.most_common(3)]
+            held += [f"{len(shown) - kinds.total()} folders"] * (len(shown) > kinds.total())
+            raise ValueError(
+                f"{path!r} holds no .tar shards (compressed or not); it holds {', '.join(held) or 'nothing'}"
+            )
         return found
     if os.path.lexists(path) or not glob.has_magic(path):
         return [path]
@@ -192,10 +191,6 @@ class MixtureSchedule:
 
     Each block of 1,000 draws gives source s exactly `counts[s]` of them, its weight's share by largest remainder, in an
     order keyed by (seed, block). So the source's own draw number is known without looking at earlier blocks.
-
-    Args:
-        weights: one per source, relative.
-        seed: of the order inside blocks.
 
     Raises:
         ValueError: no sources, a weight that is not positive, or a share below half a thousandth.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from unidiff.data import report
 from unidiff.data.manifest import TokenManifest, token_stamp
 from unidiff.data.members import MemberError, decode_member
 from unidiff.data.report import Skip, SkipReport, printable
-from unidiff.data.sources import check_scheme, expand_shards, is_shard_name, split_patterns
+from unidiff.data.sources import check_scheme, expand_shards, is_shard_name, parse_sources, split_patterns
 from unidiff.data.tar import read_shard
 from unidiff.tokens import Vocabulary
 
@@ -263,6 +263,17 @@ def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[R
     return found
 
 
+def is_tokenised(spec: str | Sequence[str]) -> bool:
+    """Whether every set that `spec` names has a `tokens.json`, that is, needs no tokenizers."""
+    try:
+        for pattern, _ in parse_sources(spec):
+            for folder in {folder_of(url) for url in token_shards(pattern)}:
+                TokenManifest.load(folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def token_shards(pattern: str) -> list[str]:
     """As `expand_shards`, with folders expanded by their manifests.
 
@@ -275,12 +286,11 @@ def token_shards(pattern: str) -> list[str]:
         folder = part.rstrip("/")
         if os.path.isdir(local_path(folder)) or part.endswith("/"):
             urls += [f"{folder}/{name}" for name in TokenManifest.load(folder).shards]
-        else:
-            found = expand_shards(part)
-            for url in found:  # a shard may have vanished, but a name that is no shard's is a mistake
-                if not is_remote(url) and not is_shard_name(os.path.basename(url)) and not os.path.exists(url):
-                    raise FileNotFoundError(f"{url!r} does not exist; expected a folder of token shards, or .tar files")
-            urls += found
+            continue
+        for url in expand_shards(part):  # a shard may have vanished, but a name that is no shard's is a mistake
+            if not is_remote(url) and not is_shard_name(os.path.basename(url)) and not os.path.exists(url):
+                raise FileNotFoundError(f"{url!r} does not exist; expected a folder of token shards, or .tar files")
+            urls.append(url)
     return urls
 
 

@@ -14,6 +14,7 @@ from unidiff.addresses import is_remote
 from unidiff.data.encode import EncodeSettings
 from unidiff.data.report import Skip, SkipReport
 from unidiff.data.sources import expand_shards, parse_sources
+from unidiff.data.token_set import is_tokenised
 from unidiff.errors import read_json
 from unidiff.families.family import named_vocabulary
 from unidiff.files import replace_text
@@ -21,7 +22,7 @@ from unidiff.schema import check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
-from unidiff.train.data.shard_source import DocumentTokens, ShardTokens, WeightedShards, is_tokenised, open_shards
+from unidiff.train.data.shard_source import DocumentTokens, ShardTokens, WeightedShards, open_shards
 from unidiff.train.data.source import TokenSource, TokenTable
 from unidiff.train.run.distributed import Parallel
 

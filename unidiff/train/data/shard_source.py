@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
-from unidiff.data.manifest import TokenManifest
 from unidiff.data.report import SkipReport
-from unidiff.data.sources import MixtureSchedule, check_exist, expand_shards, parse_sources
+from unidiff.data.sources import MixtureSchedule, expand_shards, parse_sources
 from unidiff.data.token_set import (
     DOCUMENTS,
     PAIRS,
@@ -25,9 +24,8 @@ from unidiff.data.token_set import (
     RowKind,
     TokenRow,
     TokenSet,
-    folder_of,
+    is_tokenised,
     open_token_set,
-    token_shards,
 )
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -194,17 +192,6 @@ class ShardTokens(WeightedShards[TokenRow]):
         return TokenRows(codes, captions, questions, starts)
 
 
-def is_tokenised(spec: str | Sequence[str]) -> bool:
-    """Whether every set that `spec` names has a `tokens.json`, that is, needs no tokenizers."""
-    try:
-        for pattern, _ in parse_sources(spec):
-            for folder in {folder_of(url) for url in token_shards(pattern)}:
-                TokenManifest.load(folder)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def open_shards(
     spec: str | Sequence[str],
     seed: int = 0,
@@ -229,9 +216,7 @@ def open_shards(
         if not is_tokenised(pattern):
             if (Path(pattern) / PROGRESS).is_file():
                 raise ValueError(f"the encoding of {pattern!r} is not finished; run tokenizers/encode_shards.py again")
-            found = expand_shards(pattern)
-            if not allow_missing:
-                check_exist(found)
+            expand_shards(pattern, allow_missing)
             if image_tokenizer is None or text_tokenizer is None or cache is None:
                 raise ValueError(
                     f"{pattern!r} has no tokens.json, so it is read as raw images and captions: "

@@ -1,6 +1,6 @@
 import pytest
 
-from unidiff.data.rows import TEXT_PREFIX, caption_row, check_task_tokens, qa_pairs, question_row
+from unidiff.data.rows import TEXT_PREFIX, caption_row, qa_pairs, question_row, task_tokens
 from unidiff.tokens.text import TextTokenizer
 
 
@@ -57,6 +57,6 @@ def test_qa_pairs(metadata, expected):
 
 
 def test_missing_task_tokens_are_named(tokenizer):
-    check_task_tokens(tokenizer)
+    task_tokens(tokenizer)
     with pytest.raises(ValueError, match="no special token 'caption'"):
-        check_task_tokens(TextTokenizer.train(["x"], 300, ("eos",)))
+        task_tokens(TextTokenizer.train(["x"], 300, ("eos",)))
