@@ -11,8 +11,8 @@ from shard_samples import MeanColourTokenizer, picture, skipped_keys
 from unidiff.data import report
 from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.manifest import MANIFEST, TokenManifest
-from unidiff.data.members import MemberError, encode_member
-from unidiff.data.report import SkipReport
+from unidiff.data.members import encode_member
+from unidiff.data.report import SkipReport, Unusable
 from unidiff.data.rows import document_parts, lay_out
 from unidiff.data.shards import ImagePreprocess
 from unidiff.data.tar import ShardWriter
@@ -128,7 +128,7 @@ def test_what_a_document_may_say():
         ({"texts": [None], "images": ["1.jpg"]}, "'1.jpg' is not in the sample"),
         ({"texts": [" "], "images": [None]}, "without text and pictures"),
     ):
-        with pytest.raises(MemberError, match=words):
+        with pytest.raises(Unusable, match=words):
             document_parts(metadata, images)
 
 

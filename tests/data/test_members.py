@@ -10,7 +10,7 @@ from shard_samples import picture, png_bytes
 
 from unidiff.data import report
 from unidiff.data.members import (
-    MemberError,
+    Unusable,
     check_member,
     decode_member,
     encode_member,
@@ -74,11 +74,11 @@ def test_pickles_inside_allowed_types_are_not_loaded():
     np.save(buffer, np.array([Explosive()], dtype=object), allow_pickle=True)
     for name in ("npy", "json", "txt", "png", "safetensors"):
         data = buffer.getvalue() if name == "npy" else pickle.dumps(Explosive(), protocol=4)
-        with pytest.raises(MemberError):
+        with pytest.raises(Unusable):
             decode_member(name, data)
     archive = io.BytesIO()
     np.savez(archive, x=np.zeros(2))
-    with pytest.raises(MemberError, match="single array"):
+    with pytest.raises(Unusable, match="single array"):
         decode_member("npy", archive.getvalue())
 
 
@@ -95,7 +95,7 @@ def test_pickles_inside_allowed_types_are_not_loaded():
     ],
 )
 def test_damage_is_named_by_reason(name, data, reason):
-    with pytest.raises(MemberError) as caught:
+    with pytest.raises(Unusable) as caught:
         decode_member(name, data)
     assert caught.value.reason == reason
     assert str(caught.value).startswith(f"{name}: ") and " at 0x" not in str(caught.value)
@@ -105,7 +105,7 @@ def test_damage_is_named_by_reason(name, data, reason):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_truncated_images_are_corrupt(name, share):
     data = encode_member(name, torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8))
-    with pytest.raises(MemberError) as caught:
+    with pytest.raises(Unusable) as caught:
         decode_member(name, data[: int(len(data) * share)])
     assert caught.value.reason == report.CORRUPT_IMAGE
 
@@ -113,7 +113,7 @@ def test_truncated_images_are_corrupt(name, share):
 def test_other_image_formats_are_not_opened():
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2)).save(buffer, "TIFF")
-    with pytest.raises(MemberError, match=r"TIFF.*expected a whole PNG, JPEG, WebP, GIF or BMP"):
+    with pytest.raises(Unusable, match=r"TIFF.*expected a whole PNG, JPEG, WebP, GIF or BMP"):
         decode_member("png", buffer.getvalue())
 
 
@@ -123,7 +123,7 @@ def test_a_claim_of_gigapixels_is_refused():
     data[header + 4 : header + 12] = (8_500).to_bytes(4, "big") * 2
     checksum = zlib.crc32(bytes(data[header : header + 17]))
     data[header + 17 : header + 21] = checksum.to_bytes(4, "big")
-    with pytest.raises(MemberError, match="8500 x 8500 pixels"):
+    with pytest.raises(Unusable, match="8500 x 8500 pixels"):
         decode_member("png", bytes(data))
 
 
@@ -166,7 +166,7 @@ def test_byte_order_marks_are_no_part_of_the_content():
 def test_arrays_that_claim_more_than_they_hold():
     for shape in ("(1000000000000,)", "(3, 1000000, 1000000)", "(5,)"):
         header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
-        with pytest.raises(MemberError, match="the array is cut"):
+        with pytest.raises(Unusable, match="the array is cut"):
             decode_member("npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(32))
 
 

@@ -15,19 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from unidiff.data import report
+from unidiff.data.report import Unusable
 from unidiff.errors import first_line
 from unidiff.pictures import open_picture
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 ALLOWED_TYPES = (*IMAGE_TYPES, "txt", "json", "npy", "safetensors")
-
-
-class MemberError(ValueError):
-    """A member's bytes cannot be decoded. `reason` is one of the names in `unidiff.data.report`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 def member_type(name: str) -> str:
@@ -55,7 +48,7 @@ def decode_member(name: str, data: bytes) -> Any:
     plain data, `npy` an array (never an object array), `safetensors` a dict of tensors.
 
     Raises:
-        MemberError: the bytes are damaged.
+        Unusable: the bytes are damaged.
         ValueError: the type is not on the allow-list.
     """
     check_member(name)
@@ -65,7 +58,7 @@ def decode_member(name: str, data: bytes) -> Any:
     except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # decoders raise almost anything on damaged bytes; the caller counts every case
-        raise MemberError(reason, f"{name}: {first_line(error)}") from error
+        raise Unusable(reason, f"{name}: {first_line(error)}") from error
 
 
 def encode_member(name: str, value: Any) -> bytes:

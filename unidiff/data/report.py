@@ -24,6 +24,14 @@ BAD_JSON = "bad_json"
 BAD_ARRAY = "bad_array"
 
 
+class Unusable(ValueError):
+    """A shard or a member of a sample cannot be used; `reason` is one of the names above."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Skip:
     """One thing left out: `reason`, the shard, the sample's key ("" when a whole shard is meant), and the cause."""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from unidiff.data import report
-from unidiff.data.members import MemberError
+from unidiff.data.report import Unusable
 from unidiff.tokens.text import TextTokenizer
 
 TEXT_PREFIX = 1  # leading positions of a caption row that are always given: the task token
@@ -83,15 +83,15 @@ def document_parts(metadata: Any, images: Mapping[str, Tensor]) -> list[Part]:
         images: the sample's pictures by name.
 
     Raises:
-        MemberError: other metadata, a picture that is not there, or nothing at all.
+        Unusable: other metadata, a picture that is not there, or nothing at all.
     """
     texts, names = (metadata.get(k) if isinstance(metadata, Mapping) else None for k in ("texts", "images"))
     if not isinstance(texts, list) or not isinstance(names, list) or len(texts) != len(names):
-        raise MemberError(report.BAD_JSON, "expected the lists `texts` and `images`, as long as each other")
+        raise Unusable(report.BAD_JSON, "expected the lists `texts` and `images`, as long as each other")
     parts: list[Part] = []
     for place, (text, name) in enumerate(zip(texts, names, strict=True)):
         if isinstance(text, str) == isinstance(name, str) or not {type(text), type(name)} <= {str, type(None)}:
-            raise MemberError(
+            raise Unusable(
                 report.BAD_JSON, f"place {place} must have a text or the name of an image, and null beside it"
             )
         if text is not None:
@@ -99,9 +99,9 @@ def document_parts(metadata: Any, images: Mapping[str, Tensor]) -> list[Part]:
         elif name in images:
             parts.append(images[name])
         else:
-            raise MemberError(report.MISSING_MEMBER, f"image {name!r} is not in the sample")
+            raise Unusable(report.MISSING_MEMBER, f"image {name!r} is not in the sample")
     if not parts:
-        raise MemberError(report.BAD_JSON, "a document without text and pictures")
+        raise Unusable(report.BAD_JSON, "a document without text and pictures")
     return parts
 
 

@@ -18,16 +18,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from unidiff.data import report
-from unidiff.data.members import (
-    IMAGE_TYPES,
-    MemberError,
-    check_member,
-    decode_member,
-    find_member,
-    is_blank,
-    member_type,
-)
-from unidiff.data.report import Skip, SkipReport
+from unidiff.data.members import IMAGE_TYPES, check_member, decode_member, find_member, is_blank, member_type
+from unidiff.data.report import Skip, SkipReport, Unusable
 from unidiff.data.sources import expand_shards
 from unidiff.data.tar import read_shard
 from unidiff.schema import Between, from_data
@@ -53,7 +45,7 @@ class ShardSource:
         shuffle: samples per shuffling window, held in memory undecoded; 0 keeps the order of the tars.
         repeat: start again after the last shard, with the next epoch's order.
         workers: decoding threads; 0 decodes in the caller's.
-        prepare: changes a decoded sample, in those threads; a `MemberError` that it raises makes the sample skipped.
+        prepare: changes a decoded sample, in those threads; a `Unusable` that it raises makes the sample skipped.
         allow_missing: shards that do not exist are counted in place of refused, as those behind addresses always are.
         announce: log what was skipped at the end of every epoch.
 
@@ -205,9 +197,9 @@ class ShardSource:
                 elif (found := find_member(raw, name)) is not None:  # `read_shard` has checked those that are required
                     sample[name] = decode_member(found, raw[found])
             if "txt" in self.require and is_blank(sample["txt"]):
-                raise MemberError(report.EMPTY_CAPTION, "txt: no words")
+                raise Unusable(report.EMPTY_CAPTION, "txt: no words")
             return sample if self.prepare is None else self.prepare(sample)
-        except MemberError as error:
+        except Unusable as error:
             return Skip(error.reason, raw["__url__"], raw["__key__"], str(error))
 
     def _permutation(self, count: int, epoch: int, stream: int) -> list[int]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from webdataset.writer import TarWriter
@@ -19,7 +18,7 @@ from webdataset.writer import TarWriter
 from unidiff.addresses import Unreachable, download, is_remote, local_path
 from unidiff.data import report
 from unidiff.data.members import encode_member
-from unidiff.data.report import Skip, printable
+from unidiff.data.report import Skip, Unusable, printable
 from unidiff.data.sources import check_scheme
 from unidiff.data.tar_index import READ_ERRORS, Group, Index, group, read, scan
 from unidiff.errors import first_line, writing
@@ -68,15 +67,14 @@ def read_shard(
     check_scheme(url)
     name = printable(url)
     with ExitStack() as stack:
-        entries: list[Group | Skip]
         try:
             stream, problem = _open(url, stack)
-        except _NoShard as error:
-            entries, loose = [Skip(error.reason, name, "", str(error))], list[str]()
-        else:
-            index = scan(stream)
-            groups, loose = group(index.files, endings, documents)
-            entries = _entries(name, replace(index, problem=problem or index.problem), groups, loose, require)
+        except Unusable as error:
+            yield from [Skip(error.reason, name, "", str(error))][start:]
+            return
+        index = scan(stream)
+        groups, loose = group(index.files, endings, documents)
+        entries = _entries(name, replace(index, problem=problem or index.problem), groups, loose, require)
         if any(isinstance(entry, Group) for entry in entries[:start]):
             loose = []
         for entry in entries[start:]:
@@ -132,14 +130,6 @@ def _read(stream: IO[bytes], url: str, sample: Group) -> dict[str, Any] | Skip:
     return item
 
 
-class _NoShard(Exception):
-    """Nothing can be read: a reason of `report`, and the cause."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 def _open(url: str, stack: ExitStack) -> tuple[IO[bytes], str]:
     """A seekable, unpacked stream of a shard, and what went wrong while it was fetched or unpacked."""
     problem = ""
@@ -152,20 +142,20 @@ def _open(url: str, stack: ExitStack) -> tuple[IO[bytes], str]:
             except Unreachable as error:
                 problem = str(error)
                 if not stream.tell():
-                    raise _NoShard(report.MISSING_SHARD, problem) from error
+                    raise Unusable(report.MISSING_SHARD, problem) from error
         else:
             path = local_path(url)
             if os.path.exists(path) and not os.path.isfile(path):
-                raise _NoShard(report.UNREADABLE_SHARD, "it is no ordinary file")
+                raise Unusable(report.UNREADABLE_SHARD, "it is no ordinary file")
             stream = stack.enter_context(open(path, "rb"))  # noqa: SIM115 (the stack closes it)
         stream.seek(0)
         head = stream.read(8)
         stream.seek(0)
     except OSError as error:
-        raise _NoShard(report.MISSING_SHARD, error.strerror or str(error)) from error
+        raise Unusable(report.MISSING_SHARD, error.strerror or str(error)) from error
     for magic, words in _UNREADABLE.items():
         if head.startswith(magic):
-            raise _NoShard(report.UNREADABLE_SHARD, words)
+            raise Unusable(report.UNREADABLE_SHARD, words)
     for magic, opener in _COMPRESSED.items():
         if head.startswith(magic):
             unpacked = _spool(stack)
@@ -192,17 +182,10 @@ def _spool(stack: ExitStack) -> Any:
 
 
 class ShardWriter:
-    """Writes samples to numbered tars, each of which appears complete or not at all.
+    """Writes samples to numbered tars in `folder`, each of which appears complete or not at all.
 
-    Args:
-        folder: created when missing.
-        samples_per_shard: a new shard starts after this many.
-        start: number of the first shard.
-
-    Attributes:
-        written: `{file name: samples}` of the finished shards.
-
-    Use as a context manager: leaving it by an error discards the unfinished shard.
+    A context manager: leaving it by an error discards the unfinished shard. `start` is the number of the first one;
+    `written` holds `{file name: samples}` of the finished ones.
     """
 
     def __init__(self, folder: str | Path, samples_per_shard: int = 1000, start: int = 0) -> None:
@@ -231,7 +214,7 @@ class ShardWriter:
         if not members:
             raise ValueError(f"sample {key!r} has no members")
         encoded = {name: encode_member(name, value) for name, value in members.items()}
-        path = self.folder / f"{self.number:05d}.tar"
+        path = self._path()
         with writing(path):
             if self._tar is None:
                 temporary = self._open.enter_context(replacing(path))
@@ -246,20 +229,21 @@ class ShardWriter:
         """Complete the current shard, if it holds anything, and go on to the next number."""
         if self._tar is None:
             return
-        name = f"{self.number:05d}.tar"
-        with writing(self.folder / name):
+        path = self._path()
+        with writing(path):
             self._tar.close()
             self._open.close()
-        self.written[name] = len(self._keys)
+        self.written[path.name] = len(self._keys)
         self._tar, self._keys = None, set()
         self.number += 1
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.number:05d}.tar"
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             self.finish()
         elif self._tar is not None:

@@ -28,7 +28,7 @@ READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, Over
 
 @dataclass
 class File:
-    """A file of a tar. `place` and `size` of its bytes, or `problem`: why there are none."""
+    """`place` and `size` of a file's bytes, or `problem`: why there are none."""
 
     name: str
     place: int = 0
@@ -57,12 +57,9 @@ class Group:
 
 @dataclass
 class Index:
-    """Everything in a tar.
+    """Everything in a tar of `size` bytes: its files in order, links followed, folders left out.
 
-    Attributes:
-        files: in the order of the tar, links followed, folders left out.
-        problem: what is wrong with the tar; empty for a whole one. The last file is then incomplete if it ends behind `size`.
-        size: bytes of the tar.
+    `problem` says what is wrong with the tar; the last file is then incomplete if it ends behind `size`.
     """
 
     files: list[File]
@@ -122,16 +119,11 @@ def group(files: Sequence[File], endings: Sequence[str] = (), documents: bool = 
     anchors = {file.name[:-5] for file in files if file.name.lower().endswith(".json")} if documents else set()
     loose: list[str] = []
     for file, (key, ending) in zip(files, parts, strict=True):
-        if _is_system(file.name):
-            loose.append(NO_SAMPLE)
-            continue
-        if not key:
-            loose.append(ending)
+        if _is_system(file.name) or not key:
+            loose.append(NO_SAMPLE if _is_system(file.name) else ending)
             continue
         if documents and member_type(ending) in IMAGE_TYPES:
-            head, _, number = key.rpartition(
-                "."
-            )  # pictures of a document that lost its json are called key.0, key.1, ...
+            head, _, number = key.rpartition(".")  # pictures of a document without its json: key.0, key.1, ...
             key = _longest(file.name, anchors) or (head if head and number.isdigit() else key)
             ending = file.name[len(key) + 1 :]
         elif not _known(ending):
@@ -179,19 +171,14 @@ def _file(info: tarfile.TarInfo, links: list[tuple[File, str]]) -> File:
 def _follow(links: list[tuple[File, str]], held: dict[str, File]) -> None:
     """Give links the bytes of what they lead to, over other links too."""
     while True:
-        left = []
-        for link, target in links:
-            file = held.get(target)
-            if file is None:
-                left.append((link, target))
-                continue
+        found = [(link, held[target]) for link, target in links if target in held]
+        links = [(link, target) for link, target in links if target not in held]
+        for link, file in found:
             link.place, link.size, link.sparse, link.problem = file.place, file.size, file.sparse, ""
-        for link, _ in links:
-            if not link.problem:
-                held.setdefault(posixpath.normpath(link.name), link)
-        if len(left) == len(links):
+        for link, _ in found:
+            held.setdefault(posixpath.normpath(link.name), link)
+        if not found:
             return
-        links = left
 
 
 def _ending(stream: IO[bytes], place: int, size: int) -> str:
@@ -238,11 +225,10 @@ def _is_system(name: str) -> bool:
 
 def _longest(name: str, keys: set[str]) -> str:
     """The longest of `keys` that `name` continues after a dot, or ""."""
-    head = name
-    while "." in head.rsplit("/", 1)[-1]:
-        head = head.rsplit(".", 1)[0]
-        if head in keys:
-            return head
+    while "." in name.rsplit("/", 1)[-1]:
+        name = name.rsplit(".", 1)[0]
+        if name in keys:
+            return name
     return ""
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from unidiff.addresses import is_remote, local_path
 from unidiff.data import report
 from unidiff.data.manifest import TokenManifest, token_stamp
-from unidiff.data.members import MemberError, decode_member
-from unidiff.data.report import Skip, SkipReport, printable
+from unidiff.data.members import decode_member
+from unidiff.data.report import Skip, SkipReport, Unusable, printable
 from unidiff.data.sources import check_scheme, expand_shards, is_shard_name, parse_sources, split_patterns
 from unidiff.data.tar import read_shard
 from unidiff.tokens import Vocabulary
@@ -54,7 +54,7 @@ Row = TypeVar("Row", TokenRow, DocumentRow)
 class RowKind(Generic[Row]):
     """Rows of a `TokenManifest.kind`: the members that a sample must have, and how they are read.
 
-    `decode(raw, layout)` raises `MemberError` for members that do not fit the layout. Sets that are mixed must agree in
+    `decode(raw, layout)` raises `Unusable` for members that do not fit the layout. Sets that are mixed must agree in
     vocabulary and grid, and in the length of texts too where `one_length`.
     """
 
@@ -171,7 +171,7 @@ class TokenSet(Generic[Row]):
             for item in read_shard(self.urls[shard], self.kind.members):
                 try:
                     skips.append(item) if isinstance(item, Skip) else found.append(self.kind.decode(item, self.layout))
-                except MemberError as error:
+                except Unusable as error:
                     skips.append(Skip(error.reason, item["__url__"], item["__key__"], str(error)))  # type: ignore[index]
             if shard not in self._reported:
                 self._reported.add(shard)
@@ -214,7 +214,7 @@ def _document(raw: dict[str, Any], layout: TokenManifest) -> DocumentRow:
     images = _array(raw, "images.npy", (-1,), layout.text_length).astype(np.int64)
     ends = np.append(images, len(tokens))
     if not 0 < len(tokens) <= layout.text_length or (np.diff(ends) < size).any():
-        raise MemberError(
+        raise Unusable(
             report.BAD_ARRAY,
             f"{len(tokens)} tokens with images at {images.tolist()} are no document of up to {layout.text_length} tokens "
             f"with images of {size}",
@@ -227,7 +227,7 @@ def _document(raw: dict[str, Any], layout: TokenManifest) -> DocumentRow:
         ("image", tokens[inside], vocabulary.image_size),
     ):
         if part.size and int(part.max()) >= limit:
-            raise MemberError(report.BAD_ARRAY, f"tokens.npy has {name} id {part.max()}, outside 0..{limit - 1}")
+            raise Unusable(report.BAD_ARRAY, f"tokens.npy has {name} id {part.max()}, outside 0..{limit - 1}")
     return DocumentRow(torch.from_numpy(tokens), torch.from_numpy(images))
 
 
@@ -307,9 +307,9 @@ def _array(raw: dict[str, Any], name: str, shape: tuple[int, ...], limit: int) -
     array = decode_member(name, raw[name])
     fits = array.ndim == len(shape) and all(s in (-1, n) for s, n in zip(shape, array.shape, strict=True))
     if not fits or array.dtype.kind not in "iu":
-        raise MemberError(report.BAD_ARRAY, f"{name} is {array.dtype} {array.shape}; expected integers {shape}")
+        raise Unusable(report.BAD_ARRAY, f"{name} is {array.dtype} {array.shape}; expected integers {shape}")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
-        raise MemberError(report.BAD_ARRAY, f"{name} has ids {array.min()}..{array.max()}, outside 0..{limit - 1}")
+        raise Unusable(report.BAD_ARRAY, f"{name} has ids {array.min()}..{array.max()}, outside 0..{limit - 1}")
     return array.astype(np.int32)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,29 +25,24 @@ from unidiff.tokens import Modality, TokenBatch, Visibility
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """A batch of mixed tasks, ready to be masked.
+    """A batch of mixed tasks, ready to be masked: a target is hidden where `noise < rate`, which are ceil(rate * targets).
 
     Attributes:
         batch: clean ids with `given` set per task; a dropped condition is given as [MASK].
-        task: int64 `[B]`, index into `TASKS`; `[B, L]` where samples share rows or have several rates.
-        rate: float64, as `task`: share of the targets to hide.
-        noise: float64 `[B, L]`; a target is hidden where `noise < rate`, which hides exactly ceil(rate * targets).
-        weight: float32 `[B, L]`, loss weight of a position if it is hidden.
+        task: index into `TASKS`; `[B, L]` where samples share rows or have several rates.
+        rate: share of the targets to hide. weight: of a position in the loss if it is hidden.
         visible: which keys a query may see, where that is not the batch's own `visibility()`.
     """
 
     batch: TokenBatch
-    task: Tensor
-    rate: Tensor
-    noise: Tensor
-    weight: Tensor
+    task: Tensor  # int64 [B] or [B, L]
+    rate: Tensor  # float64, as `task`
+    noise: Tensor  # float64 [B, L]
+    weight: Tensor  # float32 [B, L]
     visible: Visibility | None = None
 
     def to(self, device: torch.device) -> TaskBatch:
-        moved: dict[str, Any] = {
-            name: value if value is None else value.to(device) for name, value in vars(self).items()
-        }
-        return TaskBatch(**moved)
+        return TaskBatch(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
 
     @classmethod
     def cat(cls, parts: Sequence[TaskBatch]) -> TaskBatch:
@@ -65,11 +59,9 @@ class TaskBatch:
 
 
 def double_rows(micro: TaskBatch, block_length: int) -> TaskBatch:
-    """`[B, L]` rows as `[B, 2 L]`: the clean tokens, all given, then the tokens that will be masked.
+    """`[B, L]` rows, with `rate` and `task` per token, as `[B, 2 L]`: the clean tokens, all given, then those to be masked.
 
-    Args:
-        micro: with `rate` and `task` per token, `[B, L]`.
-        block_length: positions per block, counted in each sample.
+    `block_length` is counted in each sample.
     """
     batch = micro.batch
     clean = batch.replace(given=torch.ones_like(batch.given))
@@ -93,14 +85,10 @@ def block_visibility(batch: TokenBatch, block_length: int) -> Visibility:
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put samples into as few rows as best-fit decreasing finds: longest first, each where it leaves least room.
+    """Sample numbers of each row, as few rows as best-fit decreasing finds: longest first, each where it leaves least room.
 
     Args:
-        lengths: tokens of each sample.
-        capacity: tokens of a row.
-
-    Returns:
-        Sample numbers of each row, the same for the same lengths.
+        lengths: tokens of each sample. capacity: tokens of a row.
 
     Raises:
         ValueError: a sample without tokens, or one longer than a row.
@@ -127,10 +115,7 @@ def pack_tasks(micro: TaskBatch, capacity: int) -> TaskBatch:
     bins = pack_lengths(lengths.tolist(), capacity)
     start = torch.zeros_like(lengths)  # of each sample, in all rows one after the other
     for number, members in enumerate(bins):
-        begin = number * capacity
-        for sample in members:
-            start[sample] = begin
-            begin += int(lengths[sample])
+        start[members] = number * capacity + lengths[members].cumsum(0) - lengths[members]
     place = (start[:, None] + valid.long().cumsum(1) - 1)[valid]  # [tokens]
 
     def packed(values: Tensor, fill: float | bool) -> Tensor:
@@ -144,11 +129,6 @@ def pack_tasks(micro: TaskBatch, capacity: int) -> TaskBatch:
     sample_ids = rows * (int(batch.sample_ids.max()) + 1) + batch.sample_ids
     fills = {"ids": 0, "modality": int(Modality.TEXT), "given": True, "valid": False, "positions": 0}
     tokens = {name: packed(getattr(batch, name), fill) for name, fill in fills.items()}
-    return replace(
-        micro,
-        batch=TokenBatch(**tokens, sample_ids=packed(sample_ids, -1)),
-        task=packed(micro.task, 0),
-        rate=packed(micro.rate, 0.0),
-        noise=packed(micro.noise, 1.0),
-        weight=packed(micro.weight, 0.0),
-    )
+    rest = {"task": 0, "rate": 0.0, "noise": 1.0, "weight": 0.0}
+    rows_of = {name: packed(getattr(micro, name), fill) for name, fill in rest.items()}
+    return replace(micro, batch=TokenBatch(**tokens, sample_ids=packed(sample_ids, -1)), **rows_of)

@@ -23,23 +23,11 @@ from unidiff.train.config import TrainConfig
 from unidiff.train.data.source import TokenSource
 
 _LOG = logging.getLogger(__name__)
-
 COLUMNS = 8  # pictures of a line
 
 
 class SheetSampler:
-    """Draws a picture for every prompt and writes `folder/step-N.png`.
-
-    Args:
-        config: `logging.prompts`, `logging.sample_steps`, `logging.sample_guidance`.
-        source: vocabulary, grid and text length of the model's rows.
-        decoder: codes to pixels.
-        text: tokenizer of the prompts.
-        folder: where sheets go.
-
-    Raises:
-        ValueError: tokenizers that do not belong to the data.
-    """
+    """Draws a picture for every prompt and writes `folder/step-N.png`. Raises ValueError for tokenizers of other data."""
 
     def __init__(
         self, config: TrainConfig, source: TokenSource, decoder: PixelDecoder, text: TextTokenizer, folder: Path
@@ -86,11 +74,10 @@ def sheet_sampler(config: TrainConfig, source: TokenSource) -> Callable[[MaskedT
     """
     if config.logging.sample_every == 0:
         return None
-    needed = {"logging.prompts": config.logging.prompts, "tokenizer.image": config.tokenizer.image}
-    needed |= {"tokenizer.text": config.tokenizer.text}
-    if absent := [name for name, value in needed.items() if not value]:
-        _LOG.warning("no sample sheets are drawn, though logging.sample_every is set: %s is empty", absent[0])
-        return None
-    decoder = VQImageTokenizer.from_pretrained(config.tokenizer.image)
-    text = TextTokenizer.from_pretrained(config.tokenizer.text)
+    prompts, image, words = config.logging.prompts, config.tokenizer.image, config.tokenizer.text
+    for name, value in {"logging.prompts": prompts, "tokenizer.image": image, "tokenizer.text": words}.items():
+        if not value:
+            _LOG.warning("no sample sheets are drawn, though logging.sample_every is set: %s is empty", name)
+            return None
+    decoder, text = VQImageTokenizer.from_pretrained(image), TextTokenizer.from_pretrained(words)
     return SheetSampler(config, source, decoder, text, Path(config.output) / "samples")

@@ -46,11 +46,6 @@ class WeightedShards(Generic[Row]):
 
     Args:
         sets: (shard pattern, weight) of each set, see `parse_sources`.
-        seed: of the order.
-        kind: what the rows are.
-
-    Attributes:
-        report: rows and shards that could not be read so far.
 
     Raises:
         FileNotFoundError: shards without `tokens.json`.
@@ -181,7 +176,7 @@ class ShardTokens(WeightedShards[TokenRow]):
         codes = torch.stack([row.codes for row in rows]).long()  # [B, h, w]
         captions = torch.stack([row.caption for row in rows]).long()  # [B, T]
         if not self.has_questions:
-            return TokenRows(codes, captions, None, None)
+            return TokenRows(codes, captions)
         picks = (keyed_bits(self.seed, index, _PICK_STREAM, 1)[:, 0] & 0x7FFFFFFF).tolist()
         questions, starts = captions.clone(), torch.full((len(rows),), self.text_prefix)
         for b, row in enumerate(rows):

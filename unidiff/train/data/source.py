@@ -37,19 +37,12 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokens of B samples, each modality counted from 0.
+    """Tokens of B samples, int64, each modality counted from 0."""
 
-    Attributes:
-        codes: int64 `[B, h, w]`.
-        captions: int64 `[B, T]`.
-        questions: int64 `[B, T]` or None.
-        answer_start: int64 `[B]` or None.
-    """
-
-    codes: Tensor
-    captions: Tensor
-    questions: Tensor | None
-    answer_start: Tensor | None
+    codes: Tensor  # [B, h, w]
+    captions: Tensor  # [B, T]
+    questions: Tensor | None = None  # [B, T]
+    answer_start: Tensor | None = None  # [B]
 
 
 class TokenSource(Protocol):
@@ -67,14 +60,12 @@ class TokenSource(Protocol):
     @property
     def rows(self) -> int | None:
         """Distinct samples, None for a stream without an end."""
-        ...
 
     @property
     def has_questions(self) -> bool: ...
 
     def fetch(self, index: Tensor) -> TokenRows:
         """Tokens of the samples `index` (int64 `[B]`, global, unbounded)."""
-        ...
 
 
 class TokenTable:
@@ -82,10 +73,7 @@ class TokenTable:
     are picked by a hash of (seed, i).
 
     Args:
-        tensors: as in the file format above.
-        vocabulary: ids; the table's own ids are offsets into `vocabulary.text` and `vocabulary.image`.
-        text_prefix: leading caption positions that are always given.
-        seed: of the permutations and picks.
+        tensors: as in the file format above. vocabulary: the table's ids are offsets into its `text` and `image`.
         phases: `((first global index, highest level), ...)`, ascending from 0; None uses every row throughout.
 
     Raises:
@@ -103,16 +91,11 @@ class TokenTable:
         self.tensors = _check_tensors(tensors, vocabulary)
         if not 0 <= text_prefix <= self.text_length:
             raise ValueError(f"text_prefix = {text_prefix} must lie within the {self.text_length} tokens of a caption")
-        self.vocabulary = vocabulary
-        self.text_prefix = text_prefix
-        self.seed = seed
-        self._phases: list[tuple[int, Tensor | None]] = [(0, None)]
-        if phases:
-            self._phases = [(start, self._rows_up_to(level)) for start, level in phases]
-            if self._phases[0][0] != 0:
-                raise ValueError(
-                    f"the first curriculum phase starts at sample {self._phases[0][0]}; it must start at 0"
-                )
+        if phases and phases[0][0] != 0:
+            raise ValueError(f"the first curriculum phase starts at sample {phases[0][0]}; it must start at 0")
+        self.vocabulary, self.text_prefix, self.seed = vocabulary, text_prefix, seed
+        self._phases: list[tuple[int, Tensor | None]]
+        self._phases = [(start, self._rows_up_to(level)) for start, level in phases] if phases else [(0, None)]
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     def digest(self) -> str:
@@ -136,17 +119,14 @@ class TokenTable:
             FileNotFoundError: no such file.
             ValueError: not a safetensors file, or without the needed tensors and metadata.
         """
+        name = f"token table {str(path)!r}"
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"token table {str(path)!r} does not exist; write it with tokenizers/encode_shards.py"
-            )
+            raise FileNotFoundError(f"{name} does not exist; write it with tokenizers/encode_shards.py")
         with reading(path, "a token table", "it is not a readable safetensors file"), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         if "vocabulary" not in metadata:
-            raise ValueError(
-                f"token table {str(path)!r} has no `vocabulary` in its metadata; write it with TokenTable.save"
-            )
+            raise ValueError(f"{name} has no `vocabulary` in its metadata; write it with TokenTable.save")
         with reading(path, "a token table", "write it with TokenTable.save"):
             vocabulary = Vocabulary.from_dict(json.loads(metadata["vocabulary"]))
             return cls(tensors, vocabulary, int(metadata.get("text_prefix", "1")))
@@ -157,8 +137,8 @@ class TokenTable:
 
     def split(self, count: int) -> tuple[TokenTable, TokenTable]:
         """All but the last `count` rows, and those."""
-        parts = ({k: v[:-count] for k, v in self.tensors.items()}, {k: v[-count:] for k, v in self.tensors.items()})
-        first, second = (TokenTable(p, self.vocabulary, self.text_prefix, self.seed) for p in parts)
+        parts = [{k: v[rows] for k, v in self.tensors.items()} for rows in (slice(-count), slice(-count, None))]
+        first, second = (TokenTable(part, self.vocabulary, self.text_prefix, self.seed) for part in parts)
         return first, second
 
     def save(self, path: str | Path) -> None:
@@ -198,26 +178,21 @@ class TokenTable:
         captions, questions = self.tensors["captions"], self.tensors.get("questions")
         found = self.tensors["codes"][row].long(), captions[row, picks[:, 0] % captions.shape[1]].long()
         if questions is None:
-            return TokenRows(*found, None, None)
+            return TokenRows(*found)
         which = picks[:, 1] % questions.shape[1]
         return TokenRows(*found, questions[row, which].long(), self.tensors["answer_start"][row, which].long())
 
     def _row_of(self, index: int) -> int:
-        number = max(p for p, (start, _) in enumerate(self._phases) if start <= index)
-        start, eligible = self._phases[number]
+        phase = max(p for p, (start, _) in enumerate(self._phases) if start <= index)
+        start, eligible = self._phases[phase]
         count = len(self) if eligible is None else len(eligible)
         epoch, place = divmod(index - start, count)
-        order = self._order(number, epoch, count)
-        return int(order[place]) if eligible is None else int(eligible[order[place]])
-
-    def _order(self, phase: int, epoch: int, count: int) -> Tensor:
-        key = (phase, epoch)
-        if key not in self._orders:
-            for old in [k for k in self._orders if k < (phase, epoch - 1)]:
-                del self._orders[old]
+        if (phase, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key >= (phase, epoch - 1)}
             seed = int(keyed_bits(self.seed, torch.tensor(epoch), phase, 1)[0])
-            self._orders[key] = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        return self._orders[key]
+            self._orders[phase, epoch] = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        row = int(self._orders[phase, epoch][place])
+        return row if eligible is None else int(eligible[row])
 
     def _rows_up_to(self, level: int) -> Tensor:
         if "levels" not in self.tensors:

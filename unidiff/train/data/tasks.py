@@ -31,9 +31,6 @@ class TaskMixer:
 
     Args:
         source: tokens of pairs by global sample index.
-        tasks: weights and settings of the five tasks.
-        objective: modality weights.
-        seed: of every draw.
         crop_fill: probability that the EOS fill is cut to a random length.
         block_length: every block of so many positions of a sample has a rate of its own (block diffusion); 0: one per row.
         documents: take `document_share` of the samples, by exact shares and a fixed order. Text and pictures of a document
@@ -70,18 +67,20 @@ class TaskMixer:
             raise ValueError(
                 "documents have no blocks, so a block-causal model cannot train on them; empty data.documents"
             )
-        self.settings: tuple[TaskConfig, ...] = tuple(getattr(tasks, name) for name in TASKS)
         if tasks.answer.weight > 0 and not source.has_questions:
             raise ValueError(
                 "tasks.answer.weight is above 0 but the data has no questions; set it to 0 or add questions"
             )
+        self.settings: tuple[TaskConfig, ...] = tuple(getattr(tasks, name) for name in TASKS)
         for name, settings in zip(TASKS, self.settings, strict=True):
             if settings.loss == "elbo" and settings.rates.mask_rate(torch.zeros(())) > 0:
                 raise ValueError(f"tasks.{name}: loss elbo needs a rate that reaches 0; use uniform, cosine or beta")
         weights = torch.tensor([s.weight for s in self.settings], dtype=torch.float64)
-        spans = [Span.masked_text(source.text_length, source.vocabulary)]
-        spans.append(Span.masked_image(source.grid, source.vocabulary))
-        self._layout = TokenBatch.from_spans([spans])  # of every row
+        text, image = (
+            Span.masked_text(source.text_length, source.vocabulary),
+            Span.masked_image(source.grid, source.vocabulary),
+        )
+        self._layout = TokenBatch.from_spans([[text, image]])  # of every row
         self._edges = (weights / weights.sum()).cumsum(0)
         self._schedule = MixtureSchedule((1 - document_share, document_share), seed) if documents is not None else None
 
@@ -114,11 +113,7 @@ class TaskMixer:
         return self._masked(index, chosen, drop_condition(batch, uncond_mask, self.source.vocabulary))
 
     def _masked(self, index: Tensor, chosen: Tensor, batch: TokenBatch) -> TaskBatch:
-        """Clean rows with what is hidden of them: rates, noise and weights of the tasks `chosen` (int64 `[B]`).
-
-        Args:
-            index: int64 `[B]`, what the draws are keyed by.
-        """
+        """Clean rows with what is hidden of them for the tasks `chosen`, by draws keyed by `index` (both int64 `[B]`)."""
         noise = keyed_uniform(self.seed, index, _MASK_STREAM, batch.shape[1])  # [B, L]
         modality_weight = torch.where(
             batch.modality == Modality.IMAGE, self.objective.image_weight, self.objective.text_weight
@@ -223,10 +218,7 @@ def keep_fill(text: Tensor, eos: int, crop: Tensor, u: Tensor) -> Tensor:
     """bool `[B, T]`: False on the part of the trailing EOS fill that is cut; at least one EOS stays.
 
     Args:
-        text: int64 `[B, T]` with an EOS fill at the end (or none).
-        eos: its id, counted like `text`.
-        crop: bool `[B]`, rows to cut.
-        u: `[B]` in (0, 1), picks the new length uniformly.
+        text: int64 `[B, T]`. eos: counted like it. crop: bool `[B]`, rows to cut. u: `[B]` in (0, 1), picks the new length.
     """
     length = text.shape[1]
     is_fill = (text == eos).flip(1).long().cumprod(1).flip(1)  # [B, T] trailing run of EOS
