@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class TaskBatch:
     visible: Visibility | None = None
 
     def to(self, device: torch.device) -> TaskBatch:
-        return TaskBatch(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {n: value if value is None else value.to(device) for n, value in vars(self).items()}
+        return TaskBatch(**moved)
 
     @classmethod
     def cat(cls, parts: Sequence[TaskBatch]) -> TaskBatch:
@@ -129,6 +131,7 @@ def pack_tasks(micro: TaskBatch, capacity: int) -> TaskBatch:
     sample_ids = rows * (int(batch.sample_ids.max()) + 1) + batch.sample_ids
     fills = {"ids": 0, "modality": int(Modality.TEXT), "given": True, "valid": False, "positions": 0}
     tokens = {name: packed(getattr(batch, name), fill) for name, fill in fills.items()}
-    rest = {"task": 0, "rate": 0.0, "noise": 1.0, "weight": 0.0}
-    rows_of = {name: packed(getattr(micro, name), fill) for name, fill in rest.items()}
-    return replace(micro, batch=TokenBatch(**tokens, sample_ids=packed(sample_ids, -1)), **rows_of)
+    task, rate, noise = packed(micro.task, 0), packed(micro.rate, 0.0), packed(micro.noise, 1.0)
+    return TaskBatch(
+        TokenBatch(**tokens, sample_ids=packed(sample_ids, -1)), task, rate, noise, packed(micro.weight, 0.0)
+    )

@@ -60,12 +60,7 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
 
 
 def open_documents(config: TrainConfig) -> DocumentTokens | None:
-    """The documents of `data.documents`, None where there are none.
-
-    Raises:
-        FileNotFoundError: shards that are not tokenised.
-        ValueError: shards that cannot be used.
-    """
+    """The documents of `data.documents`, None where there are none. Raises as `DocumentTokens`."""
     spec = config.data.documents
     return DocumentTokens(spec, config.seed) if spec else None
 
@@ -123,11 +118,7 @@ class DataLosses:
 
     `encoding` is what the encoding of raw shards left out, as the token shards' manifests say (its first 1000 per reason by
     name); `reading` is every row or shard that was lost since, met while training. Every process meets its own part of the
-    latter, and after a restart the same again: each counts once.
-
-    Args:
-        folder: OUTPUT.
-        sources: of the run; token tables cannot lose rows and are left out.
+    latter, and after a restart the same again: each counts once. Token tables cannot lose rows.
     """
 
     def __init__(self, folder: Path, sources: Sequence[TokenSource | DocumentTokens | None]) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,28 +25,62 @@ _WINDOW = 1024  # samples of shards that are shuffled together
 _MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no others
 
 
-class PictureStream(Protocol):
-    """Single pictures without end, float32 `[3, H, W]` in [0, 1]."""
+class PictureStream:
+    """Single pictures without end, float32 `[3, H, W]` in [0, 1], none of which is held out.
 
-    def __iter__(self) -> Iterator[Tensor]: ...
+    Args:
+        source: iterable, with a position as plain data. prepare: what it gives as a picture.
+    """
+
+    def __init__(self, source: _Scenes | ShardSource, prepare: Callable[[Any], Tensor], held_out: set[bytes]) -> None:
+        self.source, self.prepare, self.held_out = source, prepare, held_out
+
+    def __iter__(self) -> Iterator[Tensor]:
+        repeats = 0
+        for item in self.source:
+            picture = self.prepare(item)
+            repeats = repeats + 1 if digest(picture) in self.held_out else 0
+            if not repeats:
+                yield picture
+            elif repeats == _MOST_REPEATS:
+                raise ValueError(f"all of {_MOST_REPEATS} pictures are held out; lower data.validation_images")
 
     def state(self) -> dict[str, Any]:
-        """The position behind the last picture, as plain data."""
+        """The position behind the last picture."""
+        return self.source.state_dict()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a position. Raises ValueError where it is of other data."""
+        try:
+            self.source.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("the saved position is of other data") from error
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What a run trains on.
+class _Scenes:
+    """Numbers of scenes."""
 
-    Attributes:
-        held_out: float32 `[N, 3, H, W]`, for validation only. stream: all others.
-        facts: what the data are known by later.
-    """
+    def __init__(self) -> None:
+        self.scene = 0
 
-    held_out: Tensor
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            self.scene += 1
+            yield self.scene - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scene": self.scene}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if type(state["scene"]) is not int:
+            raise TypeError
+        self.scene = state["scene"]
+
+
+class Pictures(NamedTuple):
+    """What a run trains on. `held_out`: for validation only. `facts`: what the data are known by later."""
+
+    held_out: Tensor  # float32 [N, 3, H, W]
     stream: PictureStream
     facts: dict[str, str]
 
@@ -69,14 +102,18 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
         if (side := held_out.shape[-1]) % factor:
             raise ValueError(f"pictures of {data.profile!r} are {side} pixels wide, which factor {factor} must divide")
         digests = {digest(picture) for picture in held_out}
-        return Pictures(held_out, _Scenes(data, seed, digests), {"held-out pictures": _joint(digests)})
-    prepare = ImagePreprocess(data.image_size, factor)
-    once = ShardSource(data.shards, ("image",), shuffle=_WINDOW, seed=seed)
+        stream = PictureStream(_Scenes(), _world_pictures(data, seed), digests)
+        return Pictures(held_out, stream, {"held-out pictures": _joint(digests)})
+    preprocess = ImagePreprocess(data.image_size, factor)
+
+    def prepare(sample: dict[str, Any]) -> Tensor:
+        return preprocess(sample["image"])
+
+    once, source = (ShardSource(data.shards, ("image",), (), _WINDOW, seed, repeat) for repeat in (False, True))
     held = _first_different(once, prepare, data)
     digests = {digest(picture) for picture in held}
-    source = ShardSource(data.shards, ("image",), shuffle=_WINDOW, seed=seed, repeat=True)
     facts = {"held-out pictures": _joint(digests), "data.shards": _joint(map(_content, source.shards))}
-    return Pictures(torch.stack(held), _Shards(source, prepare, digests), facts)
+    return Pictures(torch.stack(held), PictureStream(source, prepare, digests), facts)
 
 
 def world_images(data: ImageData, seed: int, start: int, count: int) -> Tensor:
@@ -94,7 +131,7 @@ def digest(picture: Tensor) -> bytes:
     return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
-def _first_different(source: ShardSource, prepare: ImagePreprocess, data: ImageData) -> list[Tensor]:
+def _first_different(source: ShardSource, prepare: Callable[[Any], Tensor], data: ImageData) -> list[Tensor]:
     """The first pictures to hold out, all different, if at least one other remains."""
     asked, total = data.validation_images, 0
     seen: set[bytes] = set()
@@ -102,7 +139,7 @@ def _first_different(source: ShardSource, prepare: ImagePreprocess, data: ImageD
     wanted = asked or HELD_OUT
     for sample in source:
         total += 1
-        picture = prepare(sample["image"])
+        picture = prepare(sample)
         if (own := digest(picture)) in seen:
             continue
         seen.add(own)
@@ -123,60 +160,12 @@ def _first_different(source: ShardSource, prepare: ImagePreprocess, data: ImageD
     return held[: max(1, len(seen) // _SHARE)]
 
 
-class _Scenes:
-    def __init__(self, data: ImageData, seed: int, held_out: set[bytes]) -> None:
-        self.picture, self.held_out, self.index = _world_pictures(data, seed), held_out, 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        repeats = 0
-        while repeats < _MOST_REPEATS:
-            picture = self.picture(self.index)
-            self.index += 1
-            repeats = repeats + 1 if digest(picture) in self.held_out else 0
-            if not repeats:
-                yield picture
-        raise ValueError(f"all of {_MOST_REPEATS} scenes are held out; lower data.validation_images")
-
-    def state(self) -> dict[str, Any]:
-        return {"scene": self.index}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        if type(state.get("scene")) is not int:
-            raise ValueError("the saved position is not one of scenes")
-        self.index = state["scene"]
-
-
-class _Shards:
-    def __init__(self, source: ShardSource, prepare: ImagePreprocess, held_out: set[bytes]) -> None:
-        self.source, self.prepare, self.held_out = source, prepare, held_out
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for sample in self.source:  # without end: some picture is not held out
-            picture = self.prepare(sample["image"])
-            if digest(picture) not in self.held_out:
-                yield picture
-
-    def state(self) -> dict[str, Any]:
-        return self.source.state_dict()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        try:
-            self.source.load_state_dict(state)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("the saved position is not one of shards") from error
-
-
 def _content(shard: str) -> bytes:
     """What a local shard is known by, wherever it lies; of one behind an address its name."""
     if not Path(shard).is_file():
         return shard.encode()
     stamp = file_stamp(shard)
     return f"{stamp['size']} {stamp['hash']}".encode()
-
-
-def stamp_of(path: Path) -> str:
-    """A hash of a file of weights, to know it again."""
-    return str(file_stamp(path)["hash"])
 
 
 def _joint(digests: Iterable[bytes]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from unidiff.errors import read_json
-from unidiff.files import locked, replace_text, replacing, replacing_folder
+from unidiff.files import file_stamp, locked, replace_text, replacing, replacing_folder
 from unidiff.pipelines.folder import check_replaceable, others_in_model
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
@@ -28,7 +28,7 @@ from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_
 from unidiff.train.config import ScheduleConfig
 from unidiff.train.image_tokenizer.codebook import CellTrainer, CodebookAverage, place_codes
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
-from unidiff.train.image_tokenizer.data import Pictures, open_pictures, stamp_of
+from unidiff.train.image_tokenizer.data import Pictures, open_pictures
 from unidiff.train.image_tokenizer.losses import measure, psnr, reconstruction_sheet, vq_forward
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
@@ -89,28 +89,19 @@ class SpikeGuard:
 
 @dataclass(frozen=True)
 class TokenizerRunState:
-    """Plain data of a checkpoint.
+    """Plain data of a checkpoint."""
 
-    Attributes:
-        step: taken so far, those of the encoder alone (`cells.steps`) included.
-        settings: of the run by dotted name. facts: about its data and its first weights.
-        position: in the pictures. random: state of the generator, in hexadecimal.
-        level: of the spike guard, None before its first step; skipped: steps that it left out.
-        best: PSNR of the kept model, None before the first. found: about the codes of single cells. seconds: of work.
-        sums: named by checkpoints themselves.
-    """
-
-    step: int
-    settings: dict[str, Any]
-    facts: dict[str, Any]
-    position: dict[str, Any]
-    random: str
-    level: float | None
-    skipped: int
-    best: float | None
-    found: dict[str, Any]
-    seconds: float
-    sums: str = ""
+    step: int  # taken so far, those of the encoder alone (`cells.steps`) included
+    settings: dict[str, Any]  # by dotted name
+    facts: dict[str, Any]  # about the data and the first weights
+    position: dict[str, Any]  # in the pictures
+    random: str  # state of the generator, in hexadecimal
+    level: float | None  # of the spike guard, None before its first step
+    skipped: int  # steps that it left out
+    best: float | None  # PSNR of the kept model, None before the first
+    found: dict[str, Any]  # about the codes of single cells
+    seconds: float  # of work
+    sums: str = ""  # named by checkpoints themselves
 
 
 class _TokenizerRun:
@@ -127,7 +118,7 @@ class _TokenizerRun:
         self.best, self.before, self.start = -math.inf, 0.0, time.monotonic()
         self.found: dict[str, Any] = {}
         weights = sorted(Path(config.init_from).glob("*.safetensors")) if config.init_from else []
-        self.facts = {"init_from": {path.name: stamp_of(path) for path in weights}, **pictures.facts}
+        self.facts = {"init_from": {path.name: file_stamp(path)["hash"] for path in weights}, **pictures.facts}
         self.cells: CellTrainer | None = None
         if config.cells.steps:
             world = WORLDS.get_or_refuse(config.data.world, "data.world")
@@ -151,7 +142,7 @@ class _TokenizerRun:
 
     def advance(self, log: RunLog, progress: Progress) -> None:
         """One step, and what is due after it."""
-        values, factor = self._cell_step(self.cells) if self.cells else self._main_step(self.stream)
+        values, factor = ({"loss": float(self.cells.step(self.step))}, 1.0) if self.cells else self._main_step()
         self.step += 1
         progress.step(self.step, f"loss {values.get('loss', math.nan):.4f}  lr x{factor:.3f}")
         if self.step % self.config.log_every == 0 or self.step == self.total:
@@ -162,9 +153,6 @@ class _TokenizerRun:
             self._start_main()
         self._validate(log, progress)
 
-    def _cell_step(self, cells: CellTrainer) -> tuple[dict[str, float], float]:
-        return {"loss": float(cells.step(self.step))}, 1.0
-
     def _start_main(self) -> None:
         """The whole tokenizer from now on; after steps of the encoder alone, the codes stay as they are."""
         if self.cells is not None:
@@ -174,11 +162,13 @@ class _TokenizerRun:
         rate = self.config.learning_rate
         self.optimiser = AdamW(self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
 
-    def _main_step(self, stream: Iterator[Tensor]) -> tuple[dict[str, float], float]:
+    def _main_step(self) -> tuple[dict[str, float], float]:
         """One step of the whole tokenizer: values for the log, and the factor on the learning rate."""
         config, step = self.config, self.step - self.config.cells.steps
         # 1. reconstruct a batch, and the gradient of the loss
-        images = torch.stack(list(islice(stream, config.batch_size))).to(self.device, memory_format=torch.channels_last)
+        images = torch.stack(list(islice(self.stream, config.batch_size))).to(
+            self.device, memory_format=torch.channels_last
+        )
         factor = learning_rate_factor(self.schedule, step, config.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * factor
@@ -226,8 +216,7 @@ class _TokenizerRun:
         replace_text(self.out / "report.json", json.dumps(report, indent=1) + "\n")
 
     def _report(self) -> dict:
-        path = self.out / "report.json"
-        if path.is_file():
+        if (path := self.out / "report.json").is_file():
             return read_json(path, "the report of an image tokenizer")
         if self.step < self.total:
             return {"stopped": self.step}
