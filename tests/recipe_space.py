@@ -108,7 +108,7 @@ RECIPES = (
     Recipe("training/reward_tuning.py", (("in", "base"), ("out", "out/rewarded"), ("in", "--prompts=prompts.txt"), ("word", "--reward=a_reward:bright")),
            _REWARD, {"--lr": "number", "--lora": "number", "--keep": "number", "--beta": "number", "--kinds": "number", "--states": "number",
                      "--rows": "number", "--cache": "number", "--seed": "number", "--reward": "number", "--passes": "number", "--track": "number",
-                     "--guidance-scale": "number", "--prompts": "in", "--checkpoint-every": "number"}),
+                     "--guidance-scale": "number", "--prompts": "in", "--checkpoint-every": "number", "--device": "device"}),
     Recipe("tokenizers/train_image_tokenizer.py", (("in", "codes.yaml"), ("out", "out=out/codes"), ("in", "data.shards=[raw/00000.tar]")),
            schema=ImageTokenizerConfig),
     Recipe("tokenizers/train_text_tokenizer.py", (("out", "out/words"), ("in", "--text=prompts.txt"), ("in", "--shards=raw/00000.tar")), (),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from unidiff.data.manifest import TokenManifest
+from unidiff.data.tar import ShardWriter
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import TrainConfig, read_config
 from unidiff.train.data.source import TokenTable
 
+DOCUMENT_CODES, DOCUMENT_LENGTH = 9, 40  # of a picture, and most tokens
 SPECIALS = {"eos": 0, "caption": 1, "question": 2, "answer": 3}
 VOCABULARY = Vocabulary.unified(32, 16, SPECIALS)
 TINY = [
@@ -54,3 +58,23 @@ def tiny_table(count: int = 64, length: int = 6, side: int = 3, seed: int = 0) -
 def tiny_config(folder: Path, *overrides: str) -> TrainConfig:
     """A run of a few small steps in `folder`."""
     return read_config(None, [*TINY, f"output={folder}", *overrides])
+
+
+def write_documents(folder: Path, count: int = 12, grid: tuple[int, int] = (3, 3)) -> Path:
+    """Document n is n + 5 text tokens with n % 4 pictures among them."""
+    generator = np.random.default_rng(0)
+    with ShardWriter(folder, 5) as writer:
+        for number in range(count):
+            tokens, starts = [8 + number], []
+            for _ in range(number % 4):
+                if len(tokens) + DOCUMENT_CODES >= DOCUMENT_LENGTH:
+                    break
+                starts.append(len(tokens))
+                tokens += [*generator.integers(0, 16, DOCUMENT_CODES), 20]
+            tokens += [0]
+            writer.write(
+                f"{number:03d}", {"tokens.npy": np.asarray(tokens), "images.npy": np.asarray(starts, np.int64)}
+            )
+    manifest = TokenManifest(VOCABULARY.to_dict(), 0, DOCUMENT_LENGTH, grid, dict(writer.written), kind="documents")
+    manifest.save(folder)
+    return folder

@@ -14,6 +14,7 @@ Not there: autocast (it does nothing), Triton kernels, CUDA graphs and streams, 
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,13 +25,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unidiff
 
 DEVICE = torch.device("privateuseone", 0)
 PACKAGE = str(Path(unidiff.__file__).parent)
-_KINDS = (DEVICE.type, "meta")  # operations made of others are asked for `meta`
 aten = torch.ops.aten
 READS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
@@ -185,8 +186,28 @@ def _sent(index: Any) -> Any:
     return torch.tensor(index, device=DEVICE) if isinstance(index, list) else index
 
 
+class _Asked(TorchFunctionMode):
+    """Knows when a program itself asks for `meta`: operations that are made of others do, for tensors on the device."""
+
+    now = threading.local()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is None or torch.device(device).type != "meta":
+            return func(*args, **kwargs)
+        before, self.now.meta = getattr(self.now, "meta", False), True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.now.meta = before
+
+
 def _is_there(device: Any) -> bool:
-    return device is not None and torch.device(device).type in _KINDS
+    if device is None:
+        return False
+    kind = torch.device(device).type
+    return kind == DEVICE.type or (kind == "meta" and not getattr(_Asked.now, "meta", False))
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
@@ -207,7 +228,7 @@ def _tensors(value: Any, found: list[Tensor]) -> list[Tensor]:
 def _inside(value: Any) -> Any:
     if isinstance(value, VirtualTensor):
         return value.inside
-    return torch.device("cpu") if isinstance(value, torch.device) and value.type in _KINDS else value
+    return torch.device("cpu") if isinstance(value, torch.device) and _is_there(value) else value
 
 
 def _wrapped(value: Any) -> Any:
@@ -343,15 +364,13 @@ def _made_from_data(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(make)
     def constructor(data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
-        if isinstance(data, VirtualTensor) and not _is_there(device):
-            raise AssertionError("torch.tensor of a tensor") if make is torch.tensor else None
-        if not _is_there(device):
-            extra = {} if device is None else {"device": device}
-            extra |= {"requires_grad": True} if requires_grad else {}
-            return make(data, *args, **extra, **kwargs)
         if isinstance(data, VirtualTensor):
-            return data.to(DEVICE, **kwargs)
-        return make(data, *args, **kwargs).to(DEVICE).requires_grad_(requires_grad)
+            made = data.detach().clone() if make is torch.tensor else data
+            return made.to(DEVICE if device is None else device, *args, **kwargs)
+        if device is not None and not _is_there(device):
+            kwargs["device"] = device
+        made = make(data, *args, **kwargs)
+        return (made.to(DEVICE) if _is_there(device) else made).requires_grad_(requires_grad or made.requires_grad)
 
     return constructor
 
@@ -369,5 +388,6 @@ def virtual_device() -> Iterator[Ledger]:
             stack.enter_context(patch.object(torch, make.__name__, _made_from_data(make)))
         _ledgers.append(ledger)
         stack.callback(_ledgers.remove, ledger)
+        stack.enter_context(_Asked())
         stack.enter_context(_Mode())
         yield ledger

@@ -20,13 +20,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from unidiff.files import file_stamp
-from unidiff.process import exit_status, parsed, set_up_process
+from unidiff.process import exit_status, parsed, pick_device, set_up_process
 from unidiff.train.config import TRACKERS
 from unidiff.world import WORLDS
 
 set_up_process(os.environ)
 _ORACLE_SEED = 7_310_000  # scenes of their own: EmojiEval's are seeded from 0
-_FREE = ("model", "output", "steps", "checkpoint_every", "track", "keep", "fallback", "prompts")
+_FREE = ("model", "output", "steps", "checkpoint_every", "track", "keep", "fallback", "prompts", "device")
 """What may change between two parts of a run; of places the content is compared."""
 
 
@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
     keep = "share of the change that is saved: weights between the first and the last"
     add("--keep", type=float, default=1.0, help=keep)
     add("--bf16", action="store_true", help="decode in bfloat16 and learn under autocast")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--seed", type=int, default=0)
     add("--track", action="append", default=[], choices=TRACKERS, help="send numbers there too; repeatable")
     add("--checkpoint-every", type=int, default=10, help="steps between checkpoints")
@@ -84,7 +85,8 @@ def tune(options: argparse.Namespace) -> None:
     names = {field.name for field in fields(RewardRun)}
     run = RewardRun(**{name: value for name, value in vars(options).items() if name in names})
     check_places(options.output, options.model)
-    pipe = UniDiffPipeline.from_pretrained(options.model)
+    device = pick_device(options.device)
+    pipe = UniDiffPipeline.from_pretrained(options.model).to(device)
     if oracle:
         reward, prompts = WORLDS["emoji"].reward(pipe, _ORACLE_SEED + options.seed, options.kinds)
     else:

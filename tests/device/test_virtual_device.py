@@ -62,10 +62,17 @@ def test_what_is_on_the_cpu_meets_it_only_as_a_number(ledger):
         np.asarray(there)
 
 
-def test_real_meta_tensors_do_not_meet_it():
-    empty = torch.ones(3, device="meta")
-    with virtual_device(), pytest.raises(RuntimeError, match="without values"):
-        torch.ones(3, device=DEVICE) + empty
+def test_meta_is_a_device_of_its_own(ledger):
+    with torch.device("meta"):
+        layer = nn.Linear(2, 3)
+    assert layer.weight.is_meta and torch.empty_like(layer.weight).is_meta and torch.ones(1, device="meta").is_meta
+    with pytest.raises(RuntimeError, match="without values"):
+        torch.ones(2, device=DEVICE) + torch.ones(2, device="meta")
+    layer.load_state_dict(
+        {"weight": torch.ones(3, 2, device=DEVICE), "bias": torch.ones(3, device=DEVICE)}, assign=True
+    )
+    assert layer(torch.ones(1, 2, device=DEVICE)).tolist() == [[3, 3, 3]]
+    assert F.one_hot(torch.tensor([1], device=DEVICE), 2).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,9 @@
 """Interleaved documents in a training run."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table
+from train_fixtures import DOCUMENT_CODES, DOCUMENT_LENGTH, MIXED, VOCABULARY, tiny_config, tiny_table, write_documents
 
-from unidiff.data.manifest import TokenManifest
-from unidiff.data.tar import ShardWriter
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
@@ -17,28 +12,7 @@ from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.trainer import Trainer
 
-SIZE = 9  # codes of a picture
-LENGTH = 40
-
-
-def write_documents(folder: Path, count: int = 12, grid: tuple[int, int] = (3, 3)) -> Path:
-    """Document n is n + 5 text tokens with n % 4 pictures among them."""
-    generator = np.random.default_rng(0)
-    with ShardWriter(folder, 5) as writer:
-        for number in range(count):
-            tokens, starts = [8 + number], []
-            for _ in range(number % 4):
-                if len(tokens) + SIZE >= LENGTH:
-                    break
-                starts.append(len(tokens))
-                tokens += [*generator.integers(0, 16, SIZE), 20]
-            tokens += [0]
-            writer.write(
-                f"{number:03d}", {"tokens.npy": np.asarray(tokens), "images.npy": np.asarray(starts, np.int64)}
-            )
-    manifest = TokenManifest(VOCABULARY.to_dict(), 0, LENGTH, grid, dict(writer.written), kind="documents")
-    manifest.save(folder)
-    return folder
+SIZE, LENGTH = DOCUMENT_CODES, DOCUMENT_LENGTH
 
 
 @pytest.fixture

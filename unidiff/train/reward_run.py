@@ -132,8 +132,8 @@ class _Run:
 
 
 def prompt_rows(pipe: UniDiffPipeline, texts: list[str]) -> tuple[TokenBatch, Tensor | None]:
-    """Rows `[P, L]` with given text and a hidden picture, and what guidance hides of them."""
-    request = pipe.layout.request("text_to_image", TaskInputs(len(texts), texts))
+    """Rows `[P, L]` with given text and a hidden picture, and what guidance hides of them, on the model's device."""
+    request = pipe.layout.request("text_to_image", TaskInputs(len(texts), texts)).repeated(1, pipe.transformer.device)
     return request.batch, request.condition(request.config.guidance.hide)
 
 

@@ -210,7 +210,8 @@ def rank_noise(noise: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = targets.sum(1).double()  # [B]
     order = noise.masked_fill(~targets, 2.0).argsort(1)  # [B, L]
-    rank = torch.empty_like(noise).scatter_(1, order, torch.arange(noise.shape[1]).double().expand_as(noise))
+    places = torch.arange(noise.shape[1], dtype=torch.float64, device=noise.device)
+    rank = torch.empty_like(noise).scatter_(1, order, places.expand_as(noise))
     return torch.where(targets, rank / total[:, None].clamp_min(1), 1.0), total
 
 
