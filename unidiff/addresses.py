@@ -44,11 +44,7 @@ def is_remote(where: str) -> bool:
 
 
 def local_path(where: str) -> str:
-    """The path of a file URL; a path as it is.
-
-    Raises:
-        DamagedFile: a file URL of another machine.
-    """
+    """The path of a file URL; a path as it is. Raises `DamagedFile`: a file URL of another machine."""
     if scheme(where) != "file":
         return where
     parts = urlsplit(where)

@@ -150,11 +150,7 @@ def call(method: Any, *inputs: Any, **asked: Any) -> Any:
 
 
 def own_pipeline(pipe: UniDiffPipeline, what: str) -> UniDiffPipeline:
-    """The pipeline, where it is one of unidiff's own models.
-
-    Raises:
-        ValueError: a released family.
-    """
+    """The pipeline, where it is one of unidiff's own models. Raises `ValueError`: a released family."""
     if not hasattr(pipe, "settings"):
         raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
     return pipe

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +54,7 @@ class TaskProfile:
         tokens: mean number of positions of each segment in a row.
         keep: cosine down to which a feature counts as unchanged.
 
-    The segments are `SEGMENTS`; the first pass has nothing to be compared with and is not among the passes.
+    The first pass has nothing to be compared with and is not among the passes.
     """
 
     similarity: Tensor
@@ -88,11 +87,7 @@ class TaskProfile:
 
 @dataclass
 class Watcher(NoCache):
-    """Watches a decode without a cache; give it to a pipeline as its policy, inside `watch`.
-
-    Args:
-        keep: see `TaskProfile`.
-    """
+    """Watches a decode without a cache; give it to a pipeline as its policy, inside `watch`. `keep`: see `TaskProfile`."""
 
     keep: float = 0.95
     _now: dict[tuple[int, str], Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -101,12 +96,11 @@ class Watcher(NoCache):
     _counts: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def start(self, batch: Any, model: Any) -> Watcher:
-        """A request begins: nothing in it is compared with another one."""
+        # nothing in a request is compared with another one
         self._now, self._before = {}, {}
         return self
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
-        """See `RefreshPolicy.plan`."""
         return replace(super().plan(state, candidates), every_row=True)
 
     def note(self, layer: int, name: str, feature: Tensor) -> None:
@@ -114,7 +108,7 @@ class Watcher(NoCache):
         self._now[layer, name] = feature
 
     def observe(self, state: DecodeState, plan: CachePlan) -> None:
-        """See `RefreshPolicy.observe`: compare the pass with the one before, in rows that took part."""
+        """Compare the pass with the one before, in rows that took part."""
         rows = len(state.ids)
         now = {key: feature[:rows].float() for key, feature in self._now.items()}  # the conditional stream
         if self._before:
@@ -137,11 +131,7 @@ class Watcher(NoCache):
         return torch.stack(similar, -1), torch.stack(related, -1), torch.stack(moved, -1)
 
     def profile(self) -> TaskProfile:
-        """All passes so far.
-
-        Raises:
-            ValueError: no decode of at least two passes was watched.
-        """
+        """All passes so far. Raises `ValueError`: no decode of at least two passes was watched."""
         if not self._passes:
             raise ValueError("nothing was compared; a profile needs a decode of at least 2 passes")
         similarity, correlation, moved = (torch.stack(parts, -2).cpu() for parts in zip(*self._passes, strict=True))
@@ -164,7 +154,7 @@ def watch(model: MaskedTransformer, watcher: Watcher) -> Iterator[Watcher]:
     for layer, block in enumerate(model.blocks):
         attention: Any = block.attention
         kv = attention.num_kv_heads * attention.head_dim
-        listen(attention.qkv, layer, ("K", "V"), partial(_keys_and_values, kv))
+        listen(attention.qkv, layer, ("K", "V"), lambda x, kv=kv: x[..., -2 * kv :].split(kv, -1))
         if attention.qk_norm != "none":  # runs behind the projection and replaces what was noted of it
             listen(attention.k_norm, layer, ("K",), lambda x: (x.flatten(2),))
         listen(block.attention_out_norm or attention.out, layer, ("AttnOut",), lambda x: (x,))  # type: ignore[arg-type]
@@ -174,11 +164,6 @@ def watch(model: MaskedTransformer, watcher: Watcher) -> Iterator[Watcher]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _keys_and_values(width: int, projected: Tensor) -> Sequence[Tensor]:
-    """The last two parts of a qkv projection `[B, L, ...]`, each `width` wide."""
-    return projected[..., -2 * width :].split(width, -1)
 
 
 def segments_of(state: DecodeState) -> Tensor:
@@ -192,8 +177,7 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of two float vectors `[n]`; NaN where there are too few entries or one does not vary."""
     if a.numel() < _FEWEST:
         return torch.full((), torch.nan, device=a.device)
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).float()
+    return torch.corrcoef(torch.stack([a, b]).double())[0, 1].float()
 
 
 def _known(value: float) -> float | None:
@@ -228,10 +212,6 @@ def advise(profile: TaskProfile, traits: DenoiserTraits) -> Advice:
     feature of given and of generated tokens. The share to recompute in between is the share of generated positions
     that moved by more than that in one pass; where the changes of values and outputs do not go together, comparing
     values is no use, and nothing is compared.
-
-    Args:
-        profile: measured.
-        traits: of the model.
     """
     prompt, answer = (_interval(profile, names) for names in (("text_prompt", "image_prompt"), ("text", "image")))
     related = _targets(profile, profile.correlation[PAIRS.index("V with AttnOut")])
@@ -266,9 +246,8 @@ def _interval(profile: TaskProfile, names: tuple[str, str]) -> int:
 def _targets(profile: TaskProfile, values: torch.Tensor) -> float:
     """Mean of `[segments, passes, layers]` over the generated tokens; layer 0, whose values never change alone, apart."""
     later = values[..., 1:] if values.shape[-1] > 1 else values
-    means = {
-        name: float(later[SEGMENTS.index(name)].nanmean()) for name in ("text", "image") if name in profile.segments
-    }
+    made = [name for name in ("text", "image") if name in profile.segments]
+    means = {name: float(later[SEGMENTS.index(name)].nanmean()) for name in made}
     weights = {name: profile.tokens[name] for name, mean in means.items() if not math.isnan(mean)}
     return sum(means[name] * w for name, w in weights.items()) / sum(weights.values()) if weights else 0.0
 
@@ -285,14 +264,10 @@ def profile_pipeline(
     keep: float = 0.95,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, TaskProfile]:
-    """Draw the prompts, describe what was drawn, and repaint its left half.
+    """Draw the prompts, all in one batch, describe what was drawn, and repaint its left half.
 
     Args:
-        pipe: any pipeline.
-        prompts: captions to draw, all in one batch.
-        tasks: some of `TASKS`.
-        steps: passes; the pipeline's own settings for each task when None.
-        seed: of the decodes.
+        tasks: some of `TASKS`. steps: passes; the pipeline's own settings for each task when None.
         keep: see `TaskProfile`.
 
     Raises:
@@ -328,16 +303,10 @@ def write(folder: Path, model: str, traits: DenoiserTraits, profiles: dict[str, 
     data: dict[str, Any] = {}
     files = [folder / "profile.json"]
     for task, profile in profiles.items():
-        advice = advise(profile, traits)
-        data[task] = {
-            "keep": profile.keep,
-            "passes": profile.similarity.shape[2] + 1,
-            "layers": profile.similarity.shape[3],
-            "segments": profile.to_dict(),
-            "recommended": advice.cache.to_dict(),
-            "bound": advice.bound,
-            "reason": advice.reason,
-        }
+        passes, layers = profile.similarity.shape[2:]
+        data[task] = {"keep": profile.keep, "passes": passes + 1, "layers": layers, "segments": profile.to_dict()}
+        cache, bound, reason = advise(profile, traits)
+        data[task] |= {"recommended": cache.to_dict(), "bound": bound, "reason": reason}
         for segment in profile.segments:
             files.append(folder / f"{task}.{segment}.png")
             save_image(_sheet(profile, SEGMENTS.index(segment), f"{task}, {segment}"), files[-1])
@@ -362,25 +331,15 @@ def _sheet(profile: TaskProfile, segment: int, title: str) -> Image.Image:
     maps = [(f"cosine of {n}", v, least(v)) for n, v in zip(FEATURES, profile.similarity[:, segment], strict=True)]
     related = zip(PAIRS, profile.correlation[:, segment], strict=True)
     maps += [(f"correlation of changes, {name}", values, -1.0) for name, values in related]
-    cells = [
-        Cell((heat_map(values.T, low, 1.0),), f"{name}: dark {low:.3g}, bright 1, grey: none")
-        for name, values, low in maps
-    ]
+    cells = [Cell((heat_map(v.T, low, 1.0),), f"{name}: dark {low:.3g}, bright 1, grey: none") for name, v, low in maps]
     side = max(300, *(cell.images[0].width for cell in cells))
-    return draw_sheet(
-        [cells[i : i + 2] for i in range(0, len(cells), 2)], side, f"{title}; down: layers, across: passes"
-    )
+    lines = [cells[i : i + 2] for i in range(0, len(cells), 2)]
+    return draw_sheet(lines, side, f"{title}; down: layers, across: passes")
 
 
 def heat_map(values: Tensor, low: float, high: float, cell: int = 16) -> Image.Image:
-    """A matrix `[rows, columns]` in colours, from dark (`low`) to bright (`high`); NaN is grey, row 0 at the top.
-
-    Args:
-        cell: pixels per entry.
-
-    Raises:
-        ValueError: `values` is no matrix, or `low` is not below `high`.
-    """
+    """A matrix `[rows, columns]` in colours, from dark (`low`) to bright (`high`); NaN is grey, row 0 at the top; each
+    entry is `cell` pixels wide. Raises `ValueError`: `values` is no matrix, or `low` is not below `high`."""
     if values.ndim != 2 or not low < high:
         raise ValueError(f"heat_map needs a matrix and low < high; got shape {tuple(values.shape)}, {low} and {high}")
     share = np.clip((values.double().numpy() - low) / (high - low), 0, 1) * (len(ANCHORS) - 1)

@@ -1,4 +1,4 @@
-"""Scores with intervals, and the report: flat JSON numbers, their 95 % intervals, hashes of the yardstick, a table."""
+"""Scores with intervals, the report that holds them, and what changed between two reports of the same cases."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from unidiff.schema import check_value, from_data
 
 Z95 = 1.959963984540054
 ENTRIES = ("intervals", "outcomes", "about")  # keys of a report's JSON that are no numbers
+RESAMPLES = 10_000
+SAME = ("yardstick", "profile", "seed", "n", "per_task")
+"""What two evaluations must have in common: then their cases are the same."""
+_CHUNK = 1 << 21  # draws held at once
+_FEW = 8  # different values up to which counts are drawn in place of cases: the same law, faster
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class EvaluationReport:
 
     Attributes:
         values: plain numbers by key; a key with a dot is nested in the JSON (`categories.counting`).
-        intervals: low, high and n of those that have one, by the same keys.
+        intervals: of those that have one, by the same keys.
         about: seed, profile, sizes, hashes: whatever identifies the run.
     """
 
@@ -102,8 +107,8 @@ class EvaluationReport:
             for part in path:
                 node = node.setdefault(part, {})
             node[last] = _finite(value)
-        ends = {key: (_finite(e.low), _finite(e.high), e.n) for key, e in self.intervals.items()}
-        data["intervals"] = {key: dict(zip(("low", "high", "n"), end, strict=True)) for key, end in ends.items()}
+        ends = {key: {"low": _finite(e.low), "high": _finite(e.high), "n": e.n} for key, e in self.intervals.items()}
+        data["intervals"] = ends
         if outcomes:
             known = {key: e.cases for key, e in self.intervals.items() if e.cases}
             data["outcomes"] = {key: [_written(part) for part in parts] for key, parts in known.items()}
@@ -111,11 +116,7 @@ class EvaluationReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvaluationReport:
-        """Inverse of `to_dict`; None becomes NaN.
-
-        Raises:
-            ValueError: data that is no report.
-        """
+        """Inverse of `to_dict`; None becomes NaN. Raises `ValueError`: data that is no report."""
         try:
             if not isinstance(data, Mapping):
                 raise ValueError(f"it is {json_name(data)}")
@@ -140,11 +141,7 @@ class EvaluationReport:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: a file that is no report.
-        """
+        """Read what `save` wrote. Raises `FileNotFoundError`: no such file. `ValueError`: a file that is no report."""
         data = read_json(path, "an evaluation", object)
         try:
             return cls.from_dict(data)
@@ -226,22 +223,9 @@ def _read(cases: Any) -> np.ndarray:
     return np.array(cases, np.float64)
 
 
-RESAMPLES = 10_000
-SAME = ("yardstick", "profile", "seed", "n", "per_task")
-"""What two evaluations must have in common: then their cases are the same."""
-_CHUNK = 1 << 21  # draws held at once
-_FEW = 8  # different values up to which counts are drawn in place of cases: the same law, faster
-
-
 @dataclass(frozen=True)
 class ScoreDifference:
-    """A number before and after.
-
-    Attributes:
-        difference: after - before.
-        low, high: its 95 % interval; None for numbers that are no mean over cases.
-        n: cases behind it; 0 for those.
-    """
+    """A number before and after, and after - before; its 95 % interval and the cases behind it where these are known."""
 
     before: float
     after: float
@@ -253,12 +237,7 @@ class ScoreDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two evaluations of the same cases differ in.
-
-    Attributes:
-        differences: by the keys that both reports have.
-        about: what the cases are, and how the intervals were made.
-    """
+    """What two evaluations of the same cases differ in: by key, and what the cases and the intervals are."""
 
     differences: Mapping[str, ScoreDifference]
     about: Mapping[str, Any]
@@ -320,10 +299,6 @@ def compare_reports(
         one, other = (report.intervals.get(key) for report in (before, after))
         interval: tuple[Any, ...] = ()
         if one is not None and other is not None and one.cases and other.cases:
-            if [len(p) for p in one.cases] != [len(p) for p in other.cases]:
-                raise ValueError(
-                    f"{key} has {one.n} cases in one evaluation and {other.n} in the other; evaluate the same cases"
-                )
             interval = (*paired_interval(one.cases, other.cases, resamples, seed, key), one.n)
         differences[key] = ScoreDifference(a, b, b - a, *interval)
     about = {name: before.about.get(name) for name in SAME}
@@ -331,13 +306,12 @@ def compare_reports(
 
 
 def paired_interval(
-    before: Sequence[np.ndarray],
-    after: Sequence[np.ndarray],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    key: str = "",
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0, key: str = ""
 ) -> tuple[float, float]:
-    """95 % interval (percentiles) of the mean over parts of the mean difference, cases resampled within each part.
+    """95 % interval of the mean over parts of the mean difference, by a paired bootstrap (Efron and Tibshirani 1993).
+
+    Case by case both had the same prompt, picture and seed, so the difference of each case is resampled (within its
+    part), not the two scores apart: what is hard for both cancels.
 
     Args:
         before, after: bool or float `[n_p]` for each part p, case by case; see `Estimate.cases`.
@@ -346,13 +320,16 @@ def paired_interval(
     Raises:
         ValueError: no parts, or parts of different sizes.
     """
-    if not before or [len(p) for p in before] != [len(p) for p in after]:
-        sizes = [[len(p) for p in parts] for parts in (before, after)]
-        raise ValueError(f"outcomes of {sizes[0]} and {sizes[1]} cases cannot be paired; evaluate the same cases")
+    sizes = [[len(p) for p in parts] for parts in (before, after)]
+    if not before or sizes[0] != sizes[1]:
+        one, other = (" + ".join(map(str, own)) or "no" for own in sizes)
+        raise ValueError(
+            f"{key or 'a number'} has {one} cases in one evaluation and {other} in the other; evaluate the same cases"
+        )
     rng = np.random.default_rng([seed, *key.encode()])
     total = np.zeros(resamples)  # [R]
-    for one, other in zip(before, after, strict=True):
-        total += _resampled_means(other.astype(np.float64) - one.astype(np.float64), resamples, rng)
+    for old, new in zip(before, after, strict=True):
+        total += _resampled_means(new.astype(np.float64) - old.astype(np.float64), resamples, rng)
     low, high = np.quantile(total / len(before), (0.025, 0.975))
     return float(low), float(high)
 

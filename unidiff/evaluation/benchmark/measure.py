@@ -1,4 +1,4 @@
-"""How fast this machine is: matrix products, memory, a model's own products and passes. The one place that times."""
+"""How fast this machine is, and measurements that are kept: one JSON file each, named by a hash of what it depends on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from unidiff.decoding.row_decode import RowDecode, RowWork
 from unidiff.errors import read_json
 from unidiff.evaluation.report import sources_hash
 from unidiff.files import write_json
-from unidiff.models.denoiser import CachePlan
+from unidiff.models.partial import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import TokenBatch
@@ -54,21 +54,17 @@ class MatmulRates:
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What a call returns and its seconds, from one idle device to the next."""
-    _wait(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     begun = time.perf_counter()
     found = work()
-    _wait(device)
+    wait(device)
     return found, time.perf_counter() - begun
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Median time of a call, after one that does not count."""
     return median([timed(work, device)[1] for _ in range(repeats + 1)][1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def row_counts(length: int, block: int) -> list[int]:
@@ -79,16 +75,10 @@ def row_counts(length: int, block: int) -> list[int]:
 
 @torch.no_grad()
 def measure_rates(model: MaskedTransformer, rows: Sequence[int]) -> MatmulRates:
-    """Rates of the linear layers of all blocks, one after the other as in a pass, with their own weights.
-
-    Args:
-        rows: numbers of rows, ascending.
-    """
+    """Rates of the linear layers of all blocks, one after the other as in a pass, for ascending numbers of rows."""
     blocks: list[Any] = list(model.blocks)
-    layers = [
-        layer for b in blocks for layer in (b.attention.qkv, b.attention.out, b.feed_forward.up, b.feed_forward.down)
-    ]
-    weights = [layer.weight for layer in layers]
+    layers = [(b.attention.qkv, b.attention.out, b.feed_forward.up, b.feed_forward.down) for b in blocks]
+    weights = [layer.weight for of_block in layers for layer in of_block]
     points = []
     for n in rows:
         inputs = {w.shape[1]: torch.randn(n, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
@@ -119,8 +109,7 @@ def measure_steps(
     """A full pass, and a cached one that recomputes the first block, of all rows, without the head.
 
     Args:
-        batch: the rows that `schedule` describes.
-        peak: FLOP/s. bandwidth: bytes per second.
+        batch: the rows that `schedule` describes. peak: FLOP/s. bandwidth: bytes per second.
 
     Returns:
         `full` and `cached`, each with its median `seconds`, its `roofline` (FLOPs over the matmul peak, or bytes of
@@ -163,21 +152,16 @@ def thread_count(count: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cells:
-    """A folder of finished measurements, made when the first is saved. The name of a file holds a hash of all that its
-    content depends on."""
+    """A folder of finished measurements, made when the first is saved."""
 
     folder: Path
 
     def path(self, name: str, key: Mapping[str, Any]) -> Path:
-        """Where a measurement lies."""
+        """Where a measurement lies that depends on `key`."""
         return self.folder / f"{name}-{_hash(key)[:12]}.json"
 
     def load(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A finished measurement, or None.
-
-        Raises:
-            ValueError: a file that is none.
-        """
+        """A finished measurement, or None. Raises `ValueError`: a file that is none."""
         path = self.path(name, key)
         if not path.is_file():
             return None
@@ -192,8 +176,8 @@ class Cells:
         if (kept := self.load(name, key)) is not None:
             return kept
         found = json.loads(json.dumps(measure()))
-        data = {"key": key, "found": found, "sum": _hash(found)[:16]}  # the sum: a file that was changed is noticed
-        write_json(self.path(name, key), data)
+        # the sum: a file that was changed is noticed
+        write_json(self.path(name, key), {"key": key, "found": found, "sum": _hash(found)[:16]})
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -43,12 +44,10 @@ class SuiteOptions:
     """How much of a suite to run.
 
     Args:
-        only: policies to compare with `none`; all of the suite's when empty.
+        only: policies to compare with `none`, shapes: text and image tokens of the rows, as `128+1024`; none for all.
         blocks: blocks to decode of each row, evenly spread; None for all.
         runs: paired runs, device: where; None for the suite's. threads: of the CPU; None leaves it as it is.
-        seed: of weights, tokens and decodes.
-        graphs: record passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; nothing on a CPU.
-        shapes: tokens of the rows to decode, as `128+1024` for text and image; all of the suite's when empty.
+        seed: of weights, tokens and decodes. graphs: see `unidiff.decoding.graphs`; nothing on a CPU.
         cells: folder in which finished workloads are kept, so that a run that was interrupted goes on; None for none.
     """
 
@@ -67,11 +66,7 @@ class SuiteOptions:
 
 
 def run_suite(name: str, options: SuiteOptions, progress: Progress = lambda what: None) -> Benchmark:
-    """Run a suite of random-weight models.
-
-    Raises:
-        ValueError: an unknown suite, policy or shape, or a device that is not there.
-    """
+    """Run a suite. Raises `ValueError`: an unknown suite, policy or shape, or a device that is not there."""
     pick((name,), SUITES, "suite")
     suite = SUITES[name]
     for policy in options.only:
@@ -133,7 +128,7 @@ def measure_workload(
     """All policies of one decode, run after run in turn: `rows` (fields of `TimedDecode`) and `matmul`, the rates."""
     vocabulary, device, rows = suite.vocabulary, model.device, workload.batch
     schedule = workload.schedule(vocabulary, options.blocks)
-    short = workload.schedule(vocabulary, 1, min(workload.passes, 3))
+    warm_up = workload.schedule(vocabulary, 1, min(workload.passes, 3))
     peak = matmul_peak(suite.peak_size, model.dtype, device)
     rates = measure_rates(model, row_counts(schedule.length * rows, schedule.block * rows))
     bandwidth = copy_bandwidth(suite.copy_bytes, device)
@@ -147,17 +142,14 @@ def measure_workload(
     }
     names = dict.fromkeys(("none", *(options.only or suite.policies)))
     policies = {name: cache_named(name).build() for name in names}
-
-    def decode(policy: RefreshPolicy, schedule: RowDecode, seed: int) -> SamplerOutput:
-        return decode_once(model, vocabulary, policy, schedule, workload, seed, options.graphs)
-
-    for policy in policies.values():  # warm-up
-        decode(policy, short, options.seed)
+    decode = partial(decode_once, model, vocabulary, workload, options.graphs)
+    for policy in policies.values():
+        decode(policy, warm_up, options.seed)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     outputs: dict[str, SamplerOutput] = {}
     for run in range(options.runs or suite.runs):
         for name, policy in policies.items():
-            outputs[name], spent = timed(lambda: decode(policy, schedule, options.seed + run), device)  # noqa: B023
+            outputs[name], spent = timed(partial(decode, policy, schedule, options.seed + run), device)
             seconds[name].append(spent)
     plain, on_cpu, shape = seconds["none"], device.type == "cpu", asdict(workload)
     shape |= {"grid": list(workload.grid or ()), "image": workload.image, "rule": "quota"}
@@ -166,14 +158,9 @@ def measure_workload(
         own, stats = seconds[name], outputs[name].stats
         bounds = [speedup_bound(policy, schedule, model.traits, rate) for rate in (None, lambda n: rates(n * rows))]
         row = TimedDecode(
-            name,
-            shape,
-            outputs[name].nfe,
-            median(own),
-            own,
+            *(name, shape, outputs[name].nfe, median(own), own),
             median(a / b for a, b in zip(plain, own, strict=True)),
-            bounds[0],
-            bounds[1],
+            *bounds,
             policy.reference_bound(schedule, model.traits),
             outside_share=1 - stats.forward_seconds / own[-1] if on_cpu else None,
             peak_share=stats.flops / stats.forward_seconds / peak if on_cpu else None,
@@ -186,11 +173,11 @@ def measure_workload(
 def decode_once(
     model: MaskedTransformer,
     vocabulary: Vocabulary,
+    workload: RandomDecode,
+    graphs: bool,
     policy: RefreshPolicy,
     schedule: RowDecode,
-    workload: RandomDecode,
     seed: int,
-    graphs: bool,
 ) -> SamplerOutput:
     """The rows of a workload by a fixed quota, the most probable token each."""
     text, image = (
@@ -209,11 +196,7 @@ MAIN = ("none", "prefix", "dual", "adaptive", "max-logit")
 
 
 def cache_named(name: str) -> CacheConfig:
-    """A cache by a name of `--only`, with the settings it has when none are named.
-
-    Raises:
-        ValueError: no such name.
-    """
+    """A cache by a name of `--only`, with its default settings. Raises `ValueError`: no such name."""
     policy = name.removesuffix(UPSTREAM)
     pick((policy,), CACHES, "policy")
     return CacheConfig(policy, {"compat": "upstream"} if policy != name else {})
@@ -230,8 +213,7 @@ class RandomDecode:
     """A decode with random tokens and a fixed quota.
 
     Args:
-        text: text tokens. grid: image codes as (height, width), or None.
-        block: tokens per block. passes: passes per block.
+        text: text tokens. grid: image codes as (height, width), or None. block: tokens, passes: of each block.
         dtype: of the weights. batch: rows.
     """
 
@@ -252,10 +234,6 @@ class RandomDecode:
         """Text and image tokens, as `128+1024`."""
         return f"{self.text}+{self.image}"
 
-    @property
-    def total_blocks(self) -> int:
-        return -(-self.text // self.block) - (-self.image // self.block)
-
     def describe(self) -> str:
         """One line."""
         return (
@@ -265,8 +243,8 @@ class RandomDecode:
 
     def schedule(self, vocabulary: Vocabulary, blocks: int | None = None, passes: int | None = None) -> RowDecode:
         """Everything is decoded, or `blocks` blocks, evenly spread over the row, with the rest given."""
-        chosen, number = spread(self.total_blocks, blocks), 0
-        segments: list[TokenRun] = []
+        chosen = spread(-(-self.text // self.block) - (-self.image // self.block), blocks)
+        segments, number = list[TokenRun](), 0
         for modality, tokens, ids in (
             (Modality.TEXT, self.text, vocabulary.text_size),
             (Modality.IMAGE, self.image, vocabulary.image_size),
@@ -285,12 +263,9 @@ class ShapeSuite:
     """Random weights of a realistic shape, and what is decoded with them.
 
     Args:
-        about: one line for people.
-        model: arguments of `MaskedTransformer` besides `vocab_size`.
+        about: one line for people. model: arguments of `MaskedTransformer` besides `vocab_size`.
         text_ids, image_ids: sizes of the two slices of the vocabulary.
-        workloads: one after the other.
-        policies: names of `cache_named`, compared with each other.
-        device: "cpu" or "cuda". runs: paired runs of each.
+        policies: names of `cache_named`, compared with each other. runs: paired runs of each.
         peak_size: n of the n x n products that give the matmul peak.
         copy_bytes: what is copied to measure the bandwidth of the memory.
     """

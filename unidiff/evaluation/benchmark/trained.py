@@ -1,14 +1,13 @@
 """Caches on a trained pipeline: a world's quality on many cases, and the seconds of a few rows, measured apart.
 
-Quality does not depend on how many rows are decoded together, so it is measured once for each way to decode, in large
-batches. Seconds do, and are measured for every batch, all ways in turn on the same rows. What is finished is kept, so
-that a run that was interrupted goes on.
+Quality does not depend on how many rows are decoded together, so it is measured once for each way to decode. Seconds do,
+and are measured for every batch, all ways in turn on the same rows. An interrupted run goes on with what is kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -50,9 +49,6 @@ class TrainedOptions:
         cases: least number behind the quality of a task. quality_batch: rows per decode, for the quality.
         batches: rows per decode, for the timing. rows: timed in each of `runs`; at least the batch.
         threads: of the CPU; None leaves it as it is. device: where. seed: of cases and decodes.
-
-    Raises:
-        ValueError: an unknown name, or a number below 1.
     """
 
     cells: Path
@@ -96,9 +92,11 @@ class TrainedRun:
     here: Mapping[str, Any]
     codes: set[str] = field(default_factory=set)
 
-    @property
-    def cells(self) -> Cells:
-        return Cells(self.options.cells)
+    def kept(self, name: str, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A measurement of this run: what is kept, else what `measure` finds."""
+        found = Cells(self.options.cells).measured(name, {**self.what, **key}, measure)
+        self.codes.update([found["code"]] if "code" in found else ())
+        return found
 
 
 def run_trained(
@@ -151,16 +149,13 @@ def trials_of(run: TrainedRun, task: str, batch: int) -> list[Trial]:
         for policy in dict.fromkeys(("none", *options.caches)):
             if decode.is_reference and len(decode.settings) == 1 and policy != "none":
                 continue  # it is there to be compared with, and takes as long as all others together
-            chosen = chosen_cache(run, decode, batch) if policy == AUTO else (cache_named(policy), "")
-            found.append(Trial(decode, policy, batch, *chosen))
+            if policy == AUTO:  # one pass tells what it takes for so many rows
+                out = decoded(run, decode, AUTO, batch, batch, callback_on_step_end=lambda *state: False)[0]
+                assert out.cache is not None
+                found.append(Trial(decode, policy, batch, out.cache, out.cache_note))
+            else:
+                found.append(Trial(decode, policy, batch, cache_named(policy)))
     return found
-
-
-def chosen_cache(run: TrainedRun, decode: Decode, batch: int) -> tuple[CacheConfig, str]:
-    """What "auto" takes for a batch of so many rows, and why. Decodes one pass."""
-    out = decoded(run, decode, AUTO, batch, batch, callback_on_step_end=lambda *state: False)[0]
-    assert out.cache is not None
-    return out.cache, out.cache_note
 
 
 def decoded(
@@ -184,13 +179,12 @@ def qualities(run: TrainedRun, groups: Sequence[Sequence[Trial]]) -> list[list[T
     for number, trial in enumerate(distinct.values(), 1):
         decode = trial.decode
         name = f"quality-{decode.task}-{decode.settings[0].name.replace('/', '_')}-{trial.cache_name}"
-        key = {**run.what, "yardstick": judged.yardstick(), "cases": options.cases, "task": decode.task}
+        key = {"yardstick": judged.yardstick(), "cases": options.cases, "task": decode.task}
         key |= {"sampler": decode.config.to_dict(), "cache": trial.taken.to_dict()}
         key |= {} if run.what["dtype"] == "float32" else {"rows": options.quality_batch}
         run.progress(f"{name} ({number} of {len(distinct)})")
-        data = run.cells.measured(name, key, lambda: measure_quality(run, trial))  # noqa: B023
-        found[which(trial)] = EvaluationReport.from_dict(data["report"]).intervals[judged.quality[decode.task]]
-        run.codes.add(data["code"])
+        kept = run.kept(name, key, lambda: measure_quality(run, trial))  # noqa: B023
+        found[which(trial)] = EvaluationReport.from_dict(kept["report"]).intervals[judged.quality[decode.task]]
     return [[replace(trial, quality=found[which(trial)]) for trial in group] for group in groups]
 
 
@@ -207,7 +201,7 @@ def timings(run: TrainedRun, trials: Sequence[Trial]) -> list[Trial]:
     options, (task, batch) = run.options, trials[0].group
     rows = -(-max(options.rows, batch) // batch) * batch  # whole batches
     plain = {t.name: [t.decode.config.to_dict(), t.policy, t.taken.to_dict()] for t in trials}
-    key = {**run.what, "machine": run.here, "task": task, "batch": batch, "rows": rows, "trials": plain}
+    key = {"machine": run.here, "task": task, "batch": batch, "rows": rows, "trials": plain}
     warm, found = False, []
 
     def measure(number: int) -> dict[str, Any]:
@@ -222,16 +216,13 @@ def timings(run: TrainedRun, trials: Sequence[Trial]) -> list[Trial]:
 
     for number in range(options.runs):
         name = f"timing-{task}-{batch}-{number}"
-        data = run.cells.measured(name, {**key, "run": number}, lambda: measure(number))  # noqa: B023
-        found.append(data["trials"])
-        run.codes.add(data["code"])
+        found.append(run.kept(name, {**key, "run": number}, lambda: measure(number))["trials"])  # noqa: B023
     seconds = {t.name: tuple(own[t.name]["seconds"] for own in found) for t in trials}
     return [replace(t, seconds=seconds[t.name], work=found[-1][t.name]) for t in trials]
 
 
 def measure_seconds(run: TrainedRun, trials: Sequence[Trial], rows: int) -> dict[str, Any]:
-    """Seconds per row of every trial, one after the other on the same rows: from the tokens of a request to those of its
-    result, pictures and words not included."""
+    """Seconds per row of every trial on the same rows: from the tokens of a request to those of its result."""
     found = {}
     for trial in trials:
         outs = decoded(run, trial.decode, trial.asked, rows, trial.batch)
@@ -253,9 +244,8 @@ def _rates(run: TrainedRun, batch: int) -> MatmulRates:
     """How fast the model's matrix products are at the rows of such batches, for the corrected bound."""
     settings = run.pipe.settings
     counts = row_counts((settings.text_length + settings.grid[0] * settings.grid[1]) * batch, batch)
-    key = {**run.what, "machine": run.here, "rows": counts}
     measure = lambda: {"points": measure_rates(run.pipe.transformer, counts).points}  # noqa: E731
-    points = run.cells.measured(f"rates-{batch}", key, measure)["points"]
+    points = run.kept(f"rates-{batch}", {"machine": run.here, "rows": counts}, measure)["points"]
     return MatmulRates(tuple((int(n), float(rate)) for n, rate in points))
 
 
@@ -268,12 +258,8 @@ def _row(own: Trial, measured: Sequence[Trial], rates: MatmulRates, dtype: str) 
         own.policy,
         {"task": own.decode.task, "setting": own.decode.name, "rule": setting.rule, "value": setting.value}
         | {"block": setting.block, "dtype": dtype, "batch": own.batch, "cache": own.cache_name},
-        round(own.work["nfe"]),
-        median(own.seconds),
-        list(own.seconds),
-        own.speedup_over(plain)[0],
-        bound,
-        bound * fast / slow,
+        *(round(own.work["nfe"]), median(own.seconds), list(own.seconds), own.speedup_over(plain)[0]),
+        *(bound, bound * fast / slow),
         quality=own.quality.value,
         quality_low=own.quality.low,
         quality_high=own.quality.high,

@@ -56,11 +56,8 @@ class Setting:
     Args:
         rule: `model`: the pipeline's settings; `passes`: a quota; `threshold`, `factor`: as `ModalityDecoding.rule`, for
             the text where the task decodes any.
-        value: number of passes, threshold or factor.
+        value: number of passes, threshold or factor; none for `model`.
         block: tokens per block; None leaves that as it is.
-
-    Raises:
-        ValueError: an unknown rule, or a value that is missing or not wanted.
     """
 
     rule: str = "model"
@@ -103,25 +100,23 @@ class Setting:
     def config(self, config: SamplerConfig, task: str) -> SamplerConfig:
         """A task's sampler with this setting for what the task decodes."""
         targets, value = TARGETS[task], self.value
-        changed = config
-        if value is not None and self.rule == "factor":
-            own: dict[str, Any] = {"rule": "factor", "factor": value}
-            changed = replace(config, **{targets[0]: replace(getattr(config, targets[0]), **own)})
-        elif value is not None:
-            asked = {"steps": int(value)} if self.rule == "passes" else {"threshold": {targets[0]: value}}
-            changed = DecodeOptions(**asked).apply(config)  # type: ignore[arg-type]
+        asked: dict[str, Any] = {}
+        if self.rule == "passes":
+            asked["steps"] = int(value or 0)
+        elif self.rule == "threshold":
+            asked["threshold"] = {targets[0]: value}
         if self.block is not None:
-            changed = DecodeOptions(block_length=dict.fromkeys(targets, self.block)).apply(changed)
-        return replace(config, **{modality: getattr(changed, modality) for modality in targets})
+            asked["block_length"] = dict.fromkeys(targets, self.block)
+        changed = DecodeOptions(**asked).apply(config)
+        found = {modality: getattr(changed, modality) for modality in targets}
+        if value is not None and self.rule == "factor":
+            found[targets[0]] = replace(found[targets[0]], rule="factor", factor=value)
+        return replace(config, **found)
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One way to decode a task.
-
-    Attributes:
-        settings: all that mean this decode. config: the sampler.
-    """
+    """One way to decode a task: the sampler, and all settings that mean it."""
 
     task: str
     settings: tuple[Setting, ...]
@@ -138,11 +133,7 @@ class Decode:
 
 
 def decodes(task: str, config: SamplerConfig, names: Sequence[str]) -> list[Decode]:
-    """The settings of these names, those that come to the same decode together.
-
-    Raises:
-        ValueError: a name that cannot be read, or a value outside its range.
-    """
+    """The settings of these names, those that come to the same decode together; `ValueError` as `Setting.parse`."""
     found: dict[SamplerConfig, tuple[Setting, ...]] = {}
     for setting in map(Setting.parse, names):
         own = setting.config(config, task)

@@ -92,11 +92,7 @@ def captioned_rows(
 
 
 def likelihoods(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Estimate | float]:
-    """The likelihoods of a pipeline's model.
-
-    Raises:
-        ValueError: a caption that does not fit the model's text span.
-    """
+    """The likelihoods of a pipeline's model. Raises `ValueError`: a caption that does not fit the model's text span."""
     settings, texts, size, n = pipe.settings, pipe.texts, cases.batch_size, len(cases.captions)
     codes = torch.cat([pipe.images.encode(cases.pictures(i, min(i + size, n))).cpu() for i in range(0, n, size)])
 

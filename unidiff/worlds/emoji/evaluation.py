@@ -149,11 +149,7 @@ def oracle_reward(
 
 
 def profile_of(pipe: UniDiffPipeline) -> Profile:
-    """The profile whose pictures are as large as the pipeline's.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The profile whose pictures are as large as the pipeline's. Raises `ValueError`: there is none."""
     profiles = [get_profile(name) for name in ("cpu", "gpu")]
     for profile in profiles:
         if pipe.image_size == (profile.image_size, profile.image_size):
