@@ -13,8 +13,6 @@ from device_cases import moved, on_both, plainly, same_outputs
 from muddit_parts import tiny_clip, tiny_model
 from released_parts import write_tiny
 from tiny_families import FAMILIES, STEPS, TinyFamily, family
-from unidiff.families.registry import FAMILIES as RELEASED
-from unidiff.families.verify.smoke import answer
 from virtual_device import DEVICE, VirtualTensor, virtual_device
 
 from unidiff.decoding import NoCache, RefreshPolicy, Sampler
