@@ -15,9 +15,8 @@ targets, so that the last passes, which leave little to decide, count for little
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -33,8 +32,6 @@ from unidiff.train.build import merge_adapters
 from unidiff.train.config import Count, OptimiserConfig, Share
 from unidiff.train.data.tasks import rank_noise
 from unidiff.train.optim import Optimisers
-from unidiff.train.run.checkpoint import RunCheckpoint
-from unidiff.train.run.resume import check_same, fitting
 
 Reward = Callable[[TokenBatch], Tensor]
 """Finished rows `[B, L]` to one number each, float `[B]`."""
@@ -48,13 +45,10 @@ class RewardConfig:
     """Settings of UniGRPO.
 
     Args:
-        group: completions per prompt, at least 2.
-        masks: masks per completion, each followed by an optimiser step.
+        group: completions per prompt. masks: of each, every one followed by a step of AdamW, whose rate is `lr`.
         states: what is masked: "random" positions, or those that were still hidden in a pass of the decode ("decoded").
         low, high: range of the mask rate of random masks.
-        clip: epsilon of the ratio's range.
-        beta: weight of the divergence from the starting model.
-        lr: learning rate of AdamW.
+        clip: epsilon of the ratio's range. beta: weight of the divergence from the starting model.
         chunk: masked positions per piece of the head.
         rows: completions per decode, and per forward and backward pass. More are split; results change by rounding only.
         seed: of decodes and masks.
@@ -145,11 +139,7 @@ def keep_share(model: MaskedTransformer, start: MaskedTransformer, share: float)
     """Weights between a starting model's and the tuned ones, start + share (tuned - start), in place.
 
     After WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): what tuning costs elsewhere grows with the square of the way,
-    what it gains is reached earlier.
-
-    Args:
-        model: tuned, without adapters. start: of the same shape.
-        share: above 0; 1 changes nothing.
+    what it gains is reached earlier. `model` is without adapters; a share of 1 changes nothing.
     """
     if share < 1:
         for weight, old in zip(model.parameters(), start.parameters(), strict=True):
@@ -161,10 +151,8 @@ class RewardTuner:
 
     Args:
         model: with or without adapters; those of its parameters that need gradients are trained.
-        vocabulary: its id layout.
         sampler: how completions are decoded.
-        reward: see `Reward`.
-        config: settings. cache: of the decodes. One that approximates makes them faster, and is tuned for.
+        cache: of the decodes. One that approximates makes them faster, and is tuned for.
     """
 
     def __init__(
@@ -240,27 +228,6 @@ class RewardTuner:
         norm = self.optimisers.clip()
         self.optimisers.step()
         return PolicyTerms(*(torch.stack(column).sum() for column in zip(*parts, strict=True))), norm
-
-    def checkpoint(self, about: Mapping[str, str]) -> RunCheckpoint:
-        """All that a run continues from; the reference is the starting model, which is built again.
-
-        Args:
-            about: settings of the run, which `restore` compares.
-        """
-        state = {"step": self.steps, "about": dict(about)}
-        return RunCheckpoint(dict(self.model.state_dict()), {}, self.optimisers.state(), state)
-
-    def restore(self, found: RunCheckpoint, about: Mapping[str, str], folder: Path) -> None:
-        """Continue from a checkpoint in the run's `folder`, with a model that is as it was when the run began.
-
-        Raises:
-            ValueError: it is of a run with other settings, or of another model.
-        """
-        check_same(found.state.get("about", {}), about, folder, "output folder")
-        with fitting(folder, "output folder"):
-            self.model.load_state_dict(found.model)
-            self.optimisers.load_state(found.optimiser)
-        self.steps = found.state["step"]
 
     def _pieces(self, count: int) -> list[slice]:
         return [slice(first, first + self.config.rows) for first in range(0, count, self.config.rows)]

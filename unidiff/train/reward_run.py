@@ -27,6 +27,7 @@ from unidiff.train.config import Count, LoraConfig, Steps
 from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog, take_steps
+from unidiff.train.run.resume import check_same, fitting
 
 PictureReward = Callable[[list[str], Tensor], Tensor]
 """Texts and float pictures `[B, 3, H, W]` in [0, 1] to a number each."""
@@ -36,10 +37,9 @@ Prompts = Callable[[int], str]
 
 @dataclass(frozen=True)
 class RewardRun(RewardConfig):
-    """Settings of a run.
+    """Settings of a run, of `steps` steps with `prompts_per_step` prompts each.
 
     Args:
-        steps: of the run, with `prompts_per_step` prompts each.
         passes, guidance_scale: of the decodes; None for the pipeline's own. It is saved with them.
         cache: of the decodes: "none", "auto", or the name of a policy.
         lora: rank of adapters; 0 trains all weights.
@@ -83,7 +83,7 @@ def tune_pipeline(
     tuning = _Run(pipe, reward, prompts, run, about)
     with locked(output, "reward tuning"):
         if (found := load_checkpoint(output / "checkpoints", "about", run.fallback, "--fallback")) is not None:
-            tuning.tuner.restore(found, about, output)
+            tuning.restore(found, output)
             print(f"resumed at step {tuning.step} from {output / 'checkpoints'}", flush=True)
         log = RunLog(output, tuning.step, run.track, about=about)
         tokens = run.prompts_per_step * run.group * (settings.text_length + settings.grid[0] * settings.grid[1])
@@ -122,7 +122,17 @@ class _Run:
         progress.step(self.step, f"reward {report.reward:.3f}  divergence {report.divergence:.4f}")
 
     def checkpoint(self) -> RunCheckpoint:
-        return self.tuner.checkpoint(self.about)
+        """All but the reference, which is the starting model and is built again."""
+        state, model = {"step": self.step, "about": dict(self.about)}, self.tuner.model
+        return RunCheckpoint(dict(model.state_dict()), {}, self.tuner.optimisers.state(), state)
+
+    def restore(self, found: RunCheckpoint, folder: Path) -> None:
+        """Go on from a checkpoint in the run's `folder`. Raises ValueError for one of other settings or another model."""
+        check_same(found.state.get("about", {}), self.about, folder, "output folder")
+        with fitting(folder, "output folder"):
+            self.tuner.model.load_state_dict(found.model)
+            self.tuner.optimisers.load_state(found.optimiser)
+        self.tuner.steps = found.state["step"]
 
     def _score(self, finished: TokenBatch) -> Tensor:
         settings = self.pipe.settings
