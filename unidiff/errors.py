@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, .
         names = " or ".join(JSON_NAMES.get(kind, kind.__name__) for kind in kinds)
         raise DamagedFile(f"{str(path)!r} holds {json_name(value)} where {names} is expected; it is not {what}")
     return value
+
+
+def import_extra(module: str, absent: str) -> Any:
+    """A module that an extra of unidiff brings. Raises ValueError, with `absent` as its sentence, where it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(absent) from error
 
 
 def plain(name: object, most: int = 100) -> str:

@@ -1,4 +1,4 @@
-"""The model and the device of a run, and how its blocks run."""
+"""The model of a run: drawn or warm-started, with adapters or without, and how its blocks run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import re
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from unidiff.errors import read_json, reading
+from unidiff.errors import import_extra, read_json, reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import check_arguments
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import LORA_TARGETS, LoraConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
-from unidiff.weights.files import check_dtype, check_shapes
+from unidiff.weights.files import check_dtype, check_finite, check_shapes, open_checkpoint
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
 """Parts that change nothing until they are trained: weights without them can be warm-started from."""
 _LOOSE = ("attention", "block_length", "dropout", "grid_embeddings")  # what a person changes on purpose
+_ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+_KEPT = ("mm", "addmm", *(f"_scaled_dot_product_{name}" for name in _ATTENTION))
+"""What the backward pass does not compute again where recomputation is `selective`."""
+_PLACES = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+LAYERS = dict(zip(LORA_TARGETS, _PLACES, strict=True))
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,29 +64,21 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
 
 def _load_start(model: MaskedTransformer, folder: Path) -> None:
     """Take over the weights in `folder`; see `build_model`."""
-    files = sorted(folder.glob("*.safetensors"))
+    where, files = f"checkpoint.init_from = {str(folder)!r}", sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"checkpoint.init_from = {str(folder)!r} holds no .safetensors file")
-    weights: dict[str, torch.Tensor] = {}
+        raise FileNotFoundError(f"{where} holds no .safetensors file")
+    weights = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
+    taken: set[str] = set()
     for path in files:
-        with reading(path, "weights"):
-            found = load_file(path)
+        found = {name: value.read() for name, value in open_checkpoint(path).items()}
+        if twice := sorted(taken & found.keys()):
+            raise ValueError(f"{where} holds {twice[0]} in two files; leave one model there")
         for name, value in found.items():
-            if name in weights:
-                raise ValueError(
-                    f"checkpoint.init_from = {str(folder)!r} holds {name} in two files; leave one model there"
-                )
-            try:
-                check_dtype(name, value)
-            except ValueError as error:
-                raise ValueError(f"{str(path)!r}: {error}") from error
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{str(path)!r}: {name} holds NaN or infinity; start from other weights")
-        weights |= found
+            check_dtype(f"{name} of {path}", value)
+        check_finite(found, str(path))
+        weights, taken = weights | found, taken | found.keys()
     _say_differences(model, folder / "config.json")
-    silent = {name: value for name, value in model.state_dict().items() if name in _SILENT}  # zeros
-    weights = silent | weights
-    check_shapes(f"checkpoint.init_from = {str(folder)!r}", model.state_dict(), weights)
+    check_shapes(where, model.state_dict(), weights)
     model.load_state_dict(weights)
 
 
@@ -98,16 +93,6 @@ def _say_differences(model: MaskedTransformer, path: Path) -> None:
     ]
     if changed:
         _LOG.warning("the weights in %s were trained with %s", path.parent, "; ".join(changed))
-
-
-_KEPT = (
-    "mm",
-    "addmm",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-)
 
 
 def set_up_blocks(model: MaskedTransformer, recompute: str, compiled: bool) -> None:
@@ -149,27 +134,21 @@ def check_ids(start: Vocabulary, source: TokenSource, what: str) -> None:
     """Raise ValueError where ids of the starting weights mean something else in the data. `what` opens the sentence."""
     data = source.vocabulary
     names = ("size", "text", "image", "mask_id", "image_mask")
-    changed = [
-        f"{n} is {getattr(data, n)}, not {getattr(start, n)}" for n in names if getattr(data, n) != getattr(start, n)
-    ]
-    changed += [
-        f"{n} is {data.specials[n]}, not {i}" for n, i in start.specials.items() if data.specials.get(n, i) != i
-    ]
-    if changed:
+    pairs = [(n, getattr(data, n), getattr(start, n)) for n in names]
+    pairs += [(n, data.specials.get(n, i), i) for n, i in start.specials.items()]
+    if changed := [f"{name} is {ours}, not {theirs}" for name, ours, theirs in pairs if ours != theirs]:
         raise ValueError(
             f"{what} another vocabulary than the data's, where {changed[0]}; encode the data with the tokenizers of these "
             "weights"
         )
 
 
-_PLACES = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
-LAYERS = dict(zip(LORA_TARGETS, _PLACES, strict=True))
-
-
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
-    """Put adapters of `config.rank` into every block and freeze all else. In place; rank 0 leaves the model as it is.
+    """Put low-rank adapters of `config.rank` into every block and freeze all else. In place; rank 0 leaves the model as it is.
 
-    Fresh adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator.
+    The model keeps its class: peft replaces the layers, so training, averages and checkpoints know nothing of it. Only
+    `hidden` runs through adapters; `merge_adapters` comes before a partial forward, and in exports. Fresh adapters change no
+    output: one of their two factors is zero. The other is drawn from torch's global generator.
 
     Raises:
         ValueError: peft is not installed, a target that no block has, or DoRA on weights with a row of zeros.
@@ -179,7 +158,7 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     names = list(config.targets or LAYERS)
     if unknown := [name for name in names if name not in LAYERS]:
         raise ValueError(f"lora.targets has {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
-    peft = _peft()
+    peft = import_extra("peft", "lora.rank is set but peft is not installed; run pip install 'unidiff[finetune]'")
     if config.dora:
         _check_columns(model, names)
     layers = "|".join(re.escape(LAYERS[name]) for name in names)
@@ -211,11 +190,3 @@ def _check_columns(model: nn.Module, names: list[str]) -> None:
             raise ValueError(
                 f"lora.dora needs trained weights, {name} has outputs that are all zero; set checkpoint.init_from"
             )
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("lora.rank is set but peft is not installed; run pip install 'unidiff[finetune]'") from error
-    return peft

@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule from settings."""
+"""Optimisers, their learning rate, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from unidiff.errors import import_extra
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
 from unidiff.train.run.distributed import local, whole
 
@@ -39,7 +40,7 @@ class Optimisers:
 
     Muon takes the matrices inside blocks (names with `blocks.N.` or `layers.N.`); AdamW takes the rest, with weight decay
     on matrices only, never on norms, biases and embeddings' one-dimensional companions. With `state_bits` 8, AdamW's moments
-    are torchao's (see `unidiff.train.optim`) and Muon's stay in 32 bits.
+    are torchao's and Muon's stay in 32 bits.
 
     Raises:
         ValueError: torchao is missing, or does not go with how the model is spread.
@@ -59,7 +60,7 @@ class Optimisers:
         groups = [g for g in groups if g["params"]]
         self.low_bit = config.state_bits == 8
         self.optimisers: dict[str, Optimizer] = {
-            "adamw": adamw_8bit(groups, config)
+            "adamw": _adamw_8bit(groups, config)
             if self.low_bit
             else AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=True)
         }
@@ -75,10 +76,10 @@ class Optimisers:
             for group in optimiser.param_groups:
                 rate = self._peaks[name] * factor
                 # a tensor's value changes in place: compiled updates hold on to it
-                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         return self._peaks["adamw"] * factor
 
-    def clip(self) -> torch.Tensor:
+    def clip(self) -> Tensor:
         """Clip the gradients' global norm, over all shards, to `config.clip`; returns the norm before (0-d tensor)."""
         return whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
 
@@ -91,13 +92,14 @@ class Optimisers:
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Every state tensor, named `optimiser.parameter number.field`; scalars as 0-d tensors, 8-bit fields in two parts."""
         flat = {}
         for name, optimiser in self.optimisers.items():
             for number, entry in optimiser.state_dict()["state"].items():
-                for key, value in (unpacked(entry) if self.low_bit else entry).items():
-                    flat[f"{name}.{number}.{key}"] = torch.as_tensor(value)
+                for key, value in entry.items():
+                    parts = {f".{p}": getattr(value, p) for p in _PARTS} if hasattr(value, "codes") else {"": value}
+                    flat |= {f"{name}.{number}.{key}{end}": torch.as_tensor(part) for end, part in parts.items()}
         return flat
 
     def owner(self, key: str) -> nn.Parameter | None:
@@ -107,7 +109,7 @@ class Optimisers:
         owned = [p for group in groups for p in group["params"]]
         return owned[int(number)] if int(number) < len(owned) else None
 
-    def load_state(self, flat: dict[str, torch.Tensor]) -> None:
+    def load_state(self, flat: dict[str, Tensor]) -> None:
         """Inverse of `state`. Raises ValueError when it belongs to another optimiser or model."""
         if stray := {k.split(".")[0] for k in flat} - set(self.optimisers):
             raise ValueError(
@@ -116,7 +118,7 @@ class Optimisers:
         if not self.low_bit and any(key.endswith(".codes") for key in flat):
             raise ValueError("the checkpoint's AdamW state has 8 bits, this run's 32; set optimiser.state_bits=8")
         for name, optimiser in self.optimisers.items():
-            state: dict[int, dict[str, torch.Tensor]] = {}
+            state: dict[int, dict[str, Tensor]] = {}
             for key, value in flat.items():
                 owner, number, entry = key.split(".", 2)
                 if owner == name:
@@ -127,7 +129,7 @@ class Optimisers:
                     f"the checkpoint's {name} state has {len(state)} parameters, the model has {len(owned)}"
                 )
             if self.low_bit and name == "adamw":
-                state = {number: packed(entry, owned[number]) for number, entry in state.items()}
+                state = {number: _packed(entry, owned[number]) for number, entry in state.items()}
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
@@ -165,38 +167,38 @@ class EMA:
         """Inside, the model holds the averages; afterwards the exact training weights again."""
         kept = {n: local(p.detach()).clone() for n, p in self._source.items()}
         try:
-            with torch.no_grad():
-                for name, parameter in self._source.items():
-                    local(parameter).copy_(local(self.average[name]))
+            self._put(self.average)
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self._source.items():
-                    local(parameter).copy_(kept[name])
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._source.items():
+            local(parameter).copy_(local(weights[name]))
 
 
 _BLOCK, _SMALLEST = 256, 4096
 _PARTS = ("codes", "scale")  # uint8, of the parameter's shape; float32, one per block. The table of levels is fixed.
 
 
-def adamw_8bit(groups: list[dict[str, Any]], config: OptimiserConfig) -> Optimizer:
-    """torchao's optimiser over parameter groups.
+def _adamw_8bit(groups: list[dict[str, Any]], config: OptimiserConfig) -> Optimizer:
+    """AdamW whose moments are kept in 8 bits, by torchao (Dettmers et al. 2021, arXiv 2110.02861).
+
+    256 neighbouring values share a float32 scale. Moments of parameters with fewer than 4,096 values, or not made of whole
+    blocks, stay in float32; so do the weights, and the arithmetic of an update.
 
     Raises:
         ValueError: torchao is not installed, or parameters are sharded: blocks would not fit another number of shards.
     """
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            "optimiser.state_bits = 8 needs torchao; run pip install 'unidiff[quantise]' or set optimiser.state_bits=32"
-        ) from error
+    absent = "needs torchao; run pip install 'unidiff[quantise]' or set optimiser.state_bits=32"
+    optimisers = import_extra("torchao.optim", f"optimiser.state_bits = 8 {absent}")
     if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
         raise ValueError(
             "optimiser.state_bits = 8 does not go with parallel.mode=fsdp, which shards the state already; "
             "set parallel.mode=ddp or optimiser.state_bits=32"
         )
-    return AdamW8bit(groups, config.lr, (config.beta1, config.beta2), config.eps, block_size=_BLOCK)
+    return optimisers.AdamW8bit(groups, config.lr, (config.beta1, config.beta2), config.eps, block_size=_BLOCK)
 
 
 def uncompiled(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
@@ -206,21 +208,8 @@ def uncompiled(parameters: list[nn.Parameter]) -> AbstractContextManager[object]
     return torch.compiler.set_stance("force_eager")
 
 
-def unpacked(entry: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state with plain tensors only: `exp_avg` in 8 bits becomes `exp_avg.codes` and `exp_avg.scale`."""
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    plain: dict[str, Any] = {}
-    for key, value in entry.items():
-        if isinstance(value, OptimState8bit):
-            plain |= {f"{key}.{part}": getattr(value, part) for part in _PARTS}
-        else:
-            plain[key] = value
-    return plain
-
-
-def packed(entry: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Any]:
-    """Inverse of `unpacked` for the state of `parameter`. Raises ValueError where its moments were kept in 32 bits."""
+def _packed(entry: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Any]:
+    """The state of `parameter` with moments in two parts put together. Raises ValueError where they were kept in 32 bits."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
     large = parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0

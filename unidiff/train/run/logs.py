@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from unidiff.errors import read_json, reading, writing
+from unidiff.errors import import_extra, read_json, reading, writing
 from unidiff.files import replace_text, replacing
 from unidiff.train.run.checkpoint import RunCheckpoint, save_checkpoint
 
@@ -270,12 +269,8 @@ class _Service:
 
 def _imported(name: str, module: str) -> Any:
     title, extra = _PACKAGES[name]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"{title} is not installed; run pip install 'unidiff[{extra}]' or leave {name} out of the trackers"
-        ) from error
+    said = f"{title} is not installed; run pip install 'unidiff[{extra}]' or leave {name} out of the trackers"
+    return import_extra(module, said)
 
 
 _KEPT = 2  # checkpoints
