@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,6 @@ from unidiff.cli.common import (
     report,
     say_notes,
     with_decode_flags,
-    write_images,
 )
 from unidiff.cli.tools import demo, eval_app, pack, profile_cache
 from unidiff.errors import exit_status, explain
@@ -74,7 +73,7 @@ def generate(
         **flags.options,
         record_trajectory=gif is not None or filmstrip is not None,
     )
-    report(result, write_images(result, out), gif, filmstrip)
+    report(result, out, gif, filmstrip)
 
 
 @app.command()
@@ -87,21 +86,51 @@ def caption(
     flags: DecodeFlags,
 ) -> None:
     """Describe pictures; one that cannot be read is named, and the others are described."""
-    pictures, refused = sort_pictures(images)
+    pictures, refused = dict[int, Any](), dict[int, Exception]()
+    for number, path in enumerate(images):
+        try:
+            pictures[number] = open_image(path)
+        except (ValueError, OSError) as error:
+            refused[number] = error
     pipe = flags.load() if pictures else None
     if pipe is not None:
-        refused |= refused_sizes(pipe, pictures, images, resize)
+        inputs = pipe.image_inputs  # refuses once for all where the model knows no pictures
+        for number in () if pipe.layout.any_size else list(pictures):
+            try:
+                inputs.images(pictures[number], resize)
+            except ValueError as error:
+                refused[number] = ValueError(f"{images[number]!r}: {error}")
+                del pictures[number]
     if len(images) == len(refused) == 1:
         raise refused[0]
     for error in refused.values():
         typer.echo(f"unidiff: {explain(error)}", err=True)
-    words = describe(
-        pipe, {n: p for n, p in pictures.items() if n not in refused}, len(images), flags, max_text_tokens, resize
-    )
-    for number, said in words.items():
+    for number, said in _captions(pipe, pictures, len(images), flags, max_text_tokens, resize).items():
         typer.echo(said if len(images) == 1 else f"{images[number]}: {said}")
     if refused:
         raise typer.Exit(1)
+
+
+def _captions(
+    pipe: Any, pictures: Mapping[int, Any], count: int, flags: DecodeFlags, longest: int | None, resize: bool
+) -> dict[int, str]:
+    """Captions by number; `count` pictures were asked for, and none depends on which of the others could be read."""
+    if not pictures:
+        return {}
+    from unidiff.pipelines.decode import row_seeds
+
+    seeds = row_seeds(flags.options["generator"], count).tolist()
+    groups: dict[object, list[int]] = {}
+    for number, picture in pictures.items():  # a model for pictures of any size takes one size at a time
+        groups.setdefault(picture.size if pipe.layout.any_size else None, []).append(number)
+    words: dict[int, str] = {}
+    for numbers in groups.values():
+        asked = {**flags.options, "generator": [seeds[n] for n in numbers]}
+        shown = [pictures[n] for n in numbers]
+        result = call(pipe.caption, shown, max_text_tokens=longest, resize=resize, **asked)
+        say_notes(result)
+        words |= dict(zip(numbers, result.texts, strict=True))
+    return dict(sorted(words.items()))
 
 
 @app.command()
@@ -159,7 +188,7 @@ def inpaint(
         **flags.options,
         record_trajectory=gif is not None or filmstrip is not None,
     )
-    report(result, write_images(result, out), gif, filmstrip)
+    report(result, out, gif, filmstrip)
 
 
 for command in (demo, info, pack, convert, verify, profile_cache):
@@ -179,55 +208,3 @@ def main() -> None:
         if end.code == 130:  # typer ends without a word
             typer.echo("interrupted", err=True)
         raise
-
-
-def sort_pictures(paths: Sequence[str]) -> tuple[dict[int, Any], dict[int, Exception]]:
-    """Pictures by their numbers, and what is wrong with the others."""
-    pictures: dict[int, Any] = {}
-    refused: dict[int, Exception] = {}
-    for number, path in enumerate(paths):
-        try:
-            pictures[number] = open_image(path)
-        except (ValueError, OSError) as error:
-            refused[number] = error
-    return pictures, refused
-
-
-def refused_sizes(pipe: Any, pictures: Mapping[int, Any], paths: Sequence[str], resize: bool) -> dict[int, Exception]:
-    """Pictures, by their numbers in `paths`, that the model does not take, where it takes one size."""
-    refused: dict[int, Exception] = {}
-    inputs = pipe.image_inputs  # refuses once for all where the model knows no pictures
-    if pipe.layout.any_size:
-        return refused
-    for number, picture in pictures.items():
-        try:
-            inputs.images(picture, resize)
-        except ValueError as error:
-            refused[number] = ValueError(f"{paths[number]!r}: {error}")
-    return refused
-
-
-def describe(
-    pipe: Any, pictures: Mapping[int, Any], count: int, flags: DecodeFlags, longest: int | None, resize: bool
-) -> dict[int, str]:
-    """Captions by number. A picture's caption does not depend on which of the others could be read.
-
-    Args:
-        count: pictures that were asked for, those that cannot be taken included.
-    """
-    if not pictures:
-        return {}
-    from unidiff.pipelines.decode import row_seeds
-
-    seeds = row_seeds(flags.options["generator"], count).tolist()
-    groups: dict[object, list[int]] = {}
-    for number, picture in pictures.items():  # a model for pictures of any size takes one size at a time
-        groups.setdefault(picture.size if pipe.layout.any_size else None, []).append(number)
-    words: dict[int, str] = {}
-    for numbers in groups.values():
-        asked = {**flags.options, "generator": [seeds[n] for n in numbers]}
-        shown = [pictures[n] for n in numbers]
-        result = call(pipe.caption, shown, max_text_tokens=longest, resize=resize, **asked)
-        say_notes(result)
-        words |= dict(zip(numbers, result.texts, strict=True))
-    return dict(sorted(words.items()))

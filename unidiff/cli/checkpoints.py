@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unidiff.cli.common import Device, Model, load_pipeline
+from unidiff.cli.common import Device, Model, load_pipeline, quiet_libraries
 from unidiff.process import pick_device
 
 if TYPE_CHECKING:
@@ -31,25 +31,26 @@ def info(
     if path is not None and model not in ("emoji", path):
         raise ValueError(f"two models are named, {path!r} and --model {model!r}; name one")
     name = model if path is None else path
-    _quiet()
+    quiet_libraries()
     if (folder := _pipeline_at(name, subfolder)) is not None:
         if family is not None:
             raise ValueError(f"{name!r} is a pipeline of unidiff; leave --family out")
         lines = _about_pipeline(folder)
     else:
-        lines = _about_checkpoint(name, family, subfolder)
+        from unidiff.families.checkpoint.describe import describe
+
+        lines = describe(name, family=family, subfolder=subfolder).lines()
     import diffusers
     import torch
     import transformers
 
     import unidiff
 
+    versions = [f"{library.__name__} {library.__version__}" for library in (torch, diffusers, transformers)]
+    threads = f"cpu, {torch.get_num_threads()} threads"
     here = {
-        "unidiff": f"{unidiff.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
-        f"transformers {transformers.__version__}",
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
+        "unidiff": ", ".join([unidiff.__version__, *versions]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else threads,
         "model": name,
     }
     for key, value in {**here, **lines}.items():
@@ -66,7 +67,7 @@ def convert(
     """Turn a released checkpoint into unidiff's folder, or such a folder back into the released layout."""
     from unidiff.families.checkpoint.convert import convert as run
 
-    _quiet()
+    quiet_libraries()
     _check_released(source, subfolder)
     typer.echo(run(source, target, _dtype(dtype), family=family, subfolder=subfolder))
 
@@ -81,7 +82,7 @@ def verify(
     """Compare a released checkpoint with its published values and let it compute; status 1 where something is off."""
     from unidiff.families.checkpoint.verify import verify as run
 
-    _quiet()
+    quiet_libraries()
     _check_released(source, subfolder)
     result = run(source, _dtype(dtype), str(pick_device(device)), family=family, subfolder=subfolder)
     typer.echo(f"{source}: {result.family}" + (f", closest to {result.release}" if result.release else ""))
@@ -95,15 +96,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     from unidiff.pipelines.folder import read_dtype
 
     return None if name is None else read_dtype(name)
-
-
-def _quiet() -> None:
-    """Libraries keep what they think of a config to themselves."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
 
 
 def _check_released(name: str, subfolder: str | None) -> None:
@@ -120,12 +112,6 @@ def _pipeline_at(name: str, subfolder: str | None) -> str | None:
         return None
     folder = locate(name) / (subfolder or "")
     return str(folder) if is_pipeline(folder) else None
-
-
-def _about_checkpoint(name: str, family: str | None, subfolder: str | None) -> dict[str, str]:
-    from unidiff.families.checkpoint.describe import describe
-
-    return describe(name, family=family, subfolder=subfolder).lines()
 
 
 def _about_pipeline(name: str) -> dict[str, str]:

@@ -8,14 +8,14 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
 from unidiff.files import check_writable
-from unidiff.pipelines.options import FLAGS, MOST_ROWS, OPTIONS, Flag, own_arguments
+from unidiff.pipelines.options import FLAGS, MOST_ROWS, OPTIONS, own_arguments
 from unidiff.process import pick_device
 
 if TYPE_CHECKING:
@@ -44,65 +44,52 @@ OTHER_FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class DecodeFlags:
-    """What every decoding command was given: keyword arguments for a task, and which model runs it where."""
+class DecodeFlags(NamedTuple):
+    """What every decoding command was given: keyword arguments for a task, and a call that loads the model."""
 
     options: Mapping[str, Any]
-    model: str
-    device: str
-    dtype: str
-
-    def load(self) -> UniDiffPipeline:
-        """See `load_pipeline`."""
-        return load_pipeline(self.model, self.device, self.dtype)
+    load: Callable[[], UniDiffPipeline]
 
 
 def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of `DecodeOptions` that have a flag, and those that name a model; it gets `DecodeFlags`."""
-    hints, keyword = get_type_hints(command, include_extras=True), inspect.Parameter.KEYWORD_ONLY
-    annotated: Any = Annotated  # of a type that is only known now
-    shared = {}
+    hints, annotated = get_type_hints(command, include_extras=True), Annotated  # of a type that is only known now
+    declared = inspect.signature(command).parameters
+    wanted = {name: (name, hints[name], declared[name].default) for name in declared if name != "flags"}
     for option, own in FLAGS.items():
         kind = own.kind if own.default is not None else own.kind | None
-        note = annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]
-        shared[option] = inspect.Parameter(_name(own), keyword, default=own.default, annotation=note)
-    for name, note, default in (("model", Model, "emoji"), ("device", Device, "auto"), ("dtype", Dtype, "float32")):
-        shared[name] = inspect.Parameter(name, keyword, default=default, annotation=note)
-    own_ones = [
-        inspect.Parameter(name, keyword, default=p.default, annotation=hints[name])
-        for name, p in inspect.signature(command).parameters.items()
-        if name != "flags"
-    ]
+        note = annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]  # type: ignore[valid-type]
+        wanted[option] = (own.name.strip("-").replace("-", "_"), note, own.default)
+    places = {"model": (Model, "emoji"), "device": (Device, "auto"), "dtype": (Dtype, "float32")}
+    wanted |= {name: (name, *place) for name, place in places.items()}
 
     def run(**values: Any) -> None:
-        given = {option: values.pop(p.name) for option, p in shared.items()}
-        options = {name: given[name] for name in FLAGS if given[name] is not None}
-        command(**values, flags=DecodeFlags(options, given["model"], given["device"], given["dtype"]))
+        asked = {option: values.pop(wanted[option][0]) for option in (*FLAGS, *places)}
+        load = partial(load_pipeline, *(asked.pop(name) for name in places))
+        command(**values, flags=DecodeFlags({n: v for n, v in asked.items() if v is not None}, load))
 
-    parameters = [*own_ones, *shared.values()]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
+        for name, note, default in wanted.values()
+    ]
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 
 
-def _name(own: Flag) -> str:
-    return own.name.strip("-").replace("-", "_")
-
-
-def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> UniDiffPipeline:
-    """A pipeline on its device.
-
-    Raises:
-        FileNotFoundError, ValueError: a model that cannot be loaded, or a device that is not there.
-    """
+def quiet_libraries() -> None:
+    """They keep what they think of a config to themselves."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
 
+
+def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> UniDiffPipeline:
+    """A pipeline on its device; `FileNotFoundError` or `ValueError` where it cannot be."""
+    quiet_libraries()
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.decode import UntrainedTask
     from unidiff.tokens.text import UnknownWords
@@ -124,11 +111,7 @@ def file_of(picture: str | None) -> Path | None:
 
 
 def open_image(path: str) -> Any:
-    """A PIL image in RGB, turned upright as its camera noted.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a picture.
-    """
+    """A PIL image in RGB, turned upright; see `open_picture`."""
     from unidiff.pictures import open_picture
 
     return open_picture(path)
@@ -149,21 +132,12 @@ def call(method: Any, *inputs: Any, **asked: Any) -> Any:
     return method(*inputs, **asked)
 
 
-def own_pipeline(pipe: UniDiffPipeline, what: str) -> UniDiffPipeline:
-    """The pipeline, where it is one of unidiff's own models. Raises `ValueError`: a released family."""
+def load_own_model(model: str, device: str, dtype: str, what: str) -> UniDiffPipeline:
+    """A pipeline of unidiff's own models, for the command that `what` names. Raises `ValueError`: a released family."""
+    pipe = load_pipeline(model, device, dtype)
     if not hasattr(pipe, "settings"):
         raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
     return pipe
-
-
-def write_images(result: UniDiffOutput, out: Path) -> list[Path]:
-    """Save every picture; several get `-1`, `-2`, ... before the ending."""
-    from unidiff.pipelines.sheet import save_image
-
-    paths = numbered(out, len(result.images))
-    for image, path in zip(result.images, paths, strict=True):
-        save_image(image, path)
-    return paths
 
 
 def say_notes(result: Any) -> None:
@@ -172,8 +146,13 @@ def say_notes(result: Any) -> None:
         typer.echo(f"unidiff: note: {note}", err=True)
 
 
-def report(result: UniDiffOutput, paths: Sequence[Path], gif: Path | None, filmstrip: Path | None) -> None:
-    """Write the recorded way and print one line per picture."""
+def report(result: UniDiffOutput, out: Path, gif: Path | None, filmstrip: Path | None) -> None:
+    """Write the pictures and the recorded way, and print one line per picture."""
+    from unidiff.pipelines.sheet import save_image
+
+    paths = numbered(out, len(result.images))
+    for image, path in zip(result.images, paths, strict=True):
+        save_image(image, path)
     if gif is not None:
         result.save_gif(gif)
     if filmstrip is not None:
@@ -219,11 +198,7 @@ def check_outputs(
 
 
 def check_folder(out: Path, names: Sequence[str], inputs: Iterable[Path | None] = ()) -> None:
-    """A folder that a command will write files into; as `check_outputs`.
-
-    Args:
-        names: the files.
-    """
+    """A folder that a command will write files of these names into; as `check_outputs`."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"output {str(out)!r} is a file; name a folder")
     check_files([("--out", out / name) for name in names], inputs)

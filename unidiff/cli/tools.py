@@ -20,8 +20,7 @@ from unidiff.cli.common import (
     WorldName,
     check_folder,
     check_outputs,
-    load_pipeline,
-    own_pipeline,
+    load_own_model,
 )
 from unidiff.world import WORLDS
 
@@ -84,7 +83,7 @@ def evaluate(
 
     before = None if against is None else EvaluationReport.load(against)
     name = str(context.info_name)
-    pipe = own_pipeline(load_pipeline(model, device, dtype), f"eval {name}")
+    pipe = load_own_model(model, device, dtype, f"eval {name}")
     asked = {"steps": steps, "guidance_scale": guidance, "num_candidates": candidates, "per_task": per_task}
     options: dict[str, Any] = {option: value for option, value in asked.items() if value is not None}
     options |= {"tasks": tuple(task)} if task else {}
@@ -127,7 +126,7 @@ def demo(
     """Show everything the model does on one sheet: demo.png and demo.html."""
     shown = WORLDS.get_or_refuse(world, "--world")
     check_folder(out, list(shown.demo_files))
-    pipe = own_pipeline(load_pipeline(model, device, dtype), "the demo")
+    pipe = load_own_model(model, device, dtype, "the demo")
     for path in shown.demo(pipe, out, seed):
         typer.echo(path)
 
@@ -154,16 +153,8 @@ def pack(
     from unidiff.pipelines.folder import read_dtype
     from unidiff.pipelines.pack import pack_pipeline
 
-    pack_pipeline(
-        transformer,
-        image_tokenizer,
-        text_tokenizer,
-        out,
-        text_length=text_length,
-        image_size=size,
-        dtype=read_dtype(dtype),
-        image_dtype=read_dtype(image_dtype),
-    )
+    kinds = {"dtype": read_dtype(dtype), "image_dtype": read_dtype(image_dtype)}
+    pack_pipeline(transformer, image_tokenizer, text_tokenizer, out, text_length=text_length, image_size=size, **kinds)
     typer.echo(out)
 
 
@@ -194,7 +185,7 @@ def profile_cache(
 ) -> None:
     """Measure how little a model's features change from pass to pass, and recommend a cache."""
     check_folder(out, ["profile.json"])
-    pipe = own_pipeline(load_pipeline(model, device, dtype), "profile-cache")
+    pipe = load_own_model(model, device, dtype, "profile-cache")
     pipe.set_progress_bar_config(disable=True)
     from rich.console import Console
 

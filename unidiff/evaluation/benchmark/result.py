@@ -126,11 +126,7 @@ def label(row: TimedDecode) -> str:
 
 
 def write(benchmark: Benchmark, path: Path) -> list[Path]:
-    """`path` (.json), and beside it the same rows as .csv and a plot as .png; each appears complete or not at all.
-
-    Raises:
-        ValueError: a path that does not end in .json.
-    """
+    """`path` (.json), and beside it the same rows as .csv and a plot as .png; each appears complete or not at all."""
     check_path(path)
     data, files = benchmark.to_dict(), [path.with_suffix(ending) for ending in ENDINGS]
     write_json(path, data)
@@ -144,11 +140,7 @@ def write(benchmark: Benchmark, path: Path) -> list[Path]:
 
 
 def check_path(path: Path) -> None:
-    """Before any work: whether `write` will be able to.
-
-    Raises:
-        ValueError: a path that does not end in .json, or where no file can be written. OSError: no permission.
-    """
+    """Before any work: raise `ValueError` or `OSError` where `write` will not be able to."""
     if path.suffix != ".json":
         raise ValueError(f"output {str(path)!r} must end in .json")
     for ending in ENDINGS:
@@ -172,10 +164,7 @@ def plot(benchmark: Benchmark) -> Image.Image:
 
 
 def scatter(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) -> Image.Image:
-    """Points by series, joined from left to right, on a logarithmic x axis.
-
-    Args:
-        series: name to (x, y) with x above 0; points that are not finite are left out.
+    """Points (x, y) by series, joined from left to right, on a logarithmic x axis; those that are not finite are left out.
 
     Raises:
         ValueError: an x that is not positive.

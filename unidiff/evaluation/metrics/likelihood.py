@@ -1,7 +1,6 @@
 """Likelihoods: NELBO(caption | picture) beside its exact floor, and the joint NELBO by modality, in nats per row.
 
-A world draws captions from a distribution whose entropy it knows, so a model whose NELBO(caption | picture) lies below
-H(caption | picture) beyond its interval is a bug: it sees its target, or the bound is none.
+A world knows the entropy H(caption | picture) of its captions; a NELBO below it, beyond its interval, is a bug.
 """
 
 from __future__ import annotations
