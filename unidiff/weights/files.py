@@ -1,4 +1,4 @@
-"""Reading released weight files tensor by tensor: safetensors, sharded indexes, and torch files without running code.
+"""Released weight files, read tensor by tensor (safetensors, indexes, torch files without running code), and checked.
 
 Opening a file reads names, shapes and dtypes. The bytes of a tensor are read when it is asked for and belong to the
 file's mapping until they are copied, so that a model can be filled with no second copy of it in memory.
@@ -26,16 +26,13 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFE_SUFFIX = ".safetensors"
 TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")  # zip archive; the older bare pickle
 INDEX_ENDING = ".index.json"
-FOLDER_NAMES = tuple(
-    f"{stem}{ending}{index}"
-    for stem, ending in (
-        ("model", SAFE_SUFFIX),
-        ("diffusion_pytorch_model", SAFE_SUFFIX),
-        ("pytorch_model", ".bin"),
-        ("diffusion_pytorch_model", ".bin"),
-    )
-    for index in ("", INDEX_ENDING)
+_STEMS = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
 )
+FOLDER_NAMES = tuple(f"{stem}{index}" for stem in _STEMS for index in ("", INDEX_ENDING))
 _SHARD = re.compile(r"[^\\\0]+\.(safetensors|pt|pth|bin|ckpt)")
 AGAIN = "the weight file is damaged or of another kind; download it again"
 WINDOW = 16 * 2**20  # bytes read through one mapping of a torch file before it is given back and mapped again
@@ -58,12 +55,8 @@ _SAFE_DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file that has not been read.
-
-    Attributes:
-        shape, dtype: as stored.
-        read: gives the tensor on the CPU, backed by the file: copy it before the file may change.
-    """
+    """A tensor in a file that has not been read. `read` gives it on the CPU, backed by the file: copy it before the file
+    may change."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -87,8 +80,8 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nothing there, or a shard is missing.
-        ValueError: another suffix, a truncated or damaged file, a torch file with other things than tensors and plain
-            data (it could run code), one that holds no mapping, or shards that differ from their index.
+        ValueError: another suffix, a damaged file, a torch file that could run code or holds no mapping, or shards that
+            differ from their index.
     """
     path = weight_file(path)
     if path.name.endswith(INDEX_ENDING):
@@ -112,7 +105,8 @@ def weight_file(path: str | Path, any_name: bool = False, variant: str | None = 
     """
     path = Path(path)
     if path.is_dir():
-        names = [_variant(name, variant) for name in FOLDER_NAMES if not safe_only or SAFE_SUFFIX in name]
+        names = [name for name in FOLDER_NAMES if not safe_only or SAFE_SUFFIX in name]
+        names = [name.replace(".", f".{variant}.", 1) if variant else name for name in names]
         found = [path / name for name in names if (path / name).is_file()]
         if not found and any_name:
             found = sorted(p for p in path.iterdir() if p.suffix in (SAFE_SUFFIX, *TORCH_SUFFIXES) and p.is_file())
@@ -125,11 +119,6 @@ def weight_file(path: str | Path, any_name: bool = False, variant: str | None = 
         raise FileNotFoundError(f"{path} does not exist; name a released weight file")
     check_regular(path)
     return path
-
-
-def _variant(name: str, variant: str | None) -> str:
-    stem, dot, ending = name.partition(".")
-    return name if variant is None else f"{stem}.{variant}{dot}{ending}"
 
 
 def _open_safe(path: Path) -> dict[str, Any]:
@@ -207,8 +196,7 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
     """The content of a torch file on the CPU; no code in it is run.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no torch file, a damaged one, or one with other things than tensors and plain data.
+        FileNotFoundError: nothing there. ValueError: no whole torch file, or more in it than tensors and plain data.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -236,15 +224,13 @@ def load_torch(path: Path, mapped: bool = False) -> Any:
 def check_tensor(path: Path, name: str, value: Tensor) -> None:
     """Raise `ValueError` for a tensor that is not simply numbers in a file: sparse, quantised, without data, or repeated."""
     kinds = {
-        "sparse": value.layout != torch.strided,
-        "quantised": value.is_quantized,
-        "empty (on the meta device)": value.is_meta,
-        "nested": value.is_nested,
+        "sparse": lambda: value.layout != torch.strided,
+        "quantised": lambda: value.is_quantized,
+        "empty (on the meta device)": lambda: value.is_meta,
+        "nested": lambda: value.is_nested,
+        "larger than its data": lambda: value.nbytes > value.untyped_storage().nbytes(),
     }
-    kind = next((kind for kind, found in kinds.items() if found), None)
-    if kind is None and value.nbytes > value.untyped_storage().nbytes():
-        kind = "larger than its data"
-    if kind is not None:
+    if kind := next((kind for kind, found in kinds.items() if found()), None):
         raise DamagedFile(
             f"{path}: tensor {plain(name)!r} is {kind}; expected plain tensors, so save its dense values instead"
         )
@@ -307,9 +293,7 @@ def check_model_dtype(dtype: Any) -> None:
 def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
     """Raise `ValueError` for a stored tensor of a dtype that its place cannot take over without losing something.
 
-    Args:
-        name, value: of the tensor, in memory or in a file; its `dtype` is looked at.
-        is_float: whether the place is for floating-point numbers; otherwise for whole ones.
+    `is_float`: whether the place is for floating-point numbers; otherwise for whole ones.
     """
     if is_float and value.dtype not in FLOATS:
         raise ValueError(
@@ -323,11 +307,7 @@ def check_dtype(name: str, value: Any, is_float: bool = True) -> None:
 def check_shapes(
     where: str, wanted: Mapping[str, Any], stored: Mapping[str, Any], more: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise `ValueError` unless weights have the names and shapes that a model wants.
-
-    Args:
-        where: for the message. wanted, stored: anything with a `shape`, by name. more: what may be there besides.
-    """
+    """Raise `ValueError` unless weights have the names and shapes that a model wants; `more` may be there besides."""
     known = {**wanted, **(more or {})}
     problems = {
         "missing": sorted(wanted.keys() - stored.keys()),

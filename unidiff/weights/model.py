@@ -65,9 +65,7 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             max_shard_size: bytes, or text such as "5GB"; larger models become several files.
             options: diffusers' others, of which only the defaults are taken.
 
-        Raises:
-            ValueError: an argument that the loaders cannot follow, a file or a folder with another model, or weights
-                that hold NaN or have no values. OSError: a full or read-only disk.
+        Raises: as `save_model`, and `ValueError` for an argument that the loaders cannot follow.
         """
         check_save_options(options, max_shard_size)
         save = super().save_pretrained
@@ -130,11 +128,8 @@ def load_checked(
     library has nothing to print about it.
 
     Args:
-        loader: the bound `from_pretrained` of a model class.
-        class_name: for messages.
-        source: folder or hub name.
+        loader: the bound `from_pretrained` of a model class. source: folder or hub name. kwargs: handed on to it.
         types: what keys of the config have to be, besides what the model class declares.
-        kwargs: handed on to `loader`.
 
     Returns:
         (model, loading info of the library).
@@ -227,12 +222,7 @@ _FIXED = {  # options of diffusers' `save_pretrained`, with the only value that 
 
 
 def check_save_options(options: Mapping[str, Any], max_shard_size: int | str | None) -> None:
-    """Raise `ValueError` for arguments of `save_pretrained` that would write what the loaders cannot read.
-
-    Args:
-        options: by name; diffusers' own defaults are fine.
-        max_shard_size: bytes, or text such as "5GB".
-    """
+    """Raise `ValueError` for arguments of `save_pretrained` that would write what the loaders cannot read."""
     for name, value in options.items():
         if name not in _FIXED:
             near = difflib.get_close_matches(name, ["max_shard_size", *_FIXED], 1)
@@ -241,20 +231,16 @@ def check_save_options(options: Mapping[str, Any], max_shard_size: int | str | N
         wanted, why = _FIXED[name]
         if value is not wanted:
             raise ValueError(f"save_pretrained cannot take {name}={value!r:.80}: {why}")
-    fine = max_shard_size is None or (isinstance(max_shard_size, int) and not isinstance(max_shard_size, bool))
-    if isinstance(max_shard_size, int) and max_shard_size < 1:
-        fine = False
     if isinstance(max_shard_size, str):
         fine = re.fullmatch(r"(?=.*[1-9])\d{1,9}(\.\d+)?[KMGT]?B", max_shard_size, re.IGNORECASE) is not None
+    else:
+        fine = max_shard_size is None or (type(max_shard_size) is int and max_shard_size > 0)
     if not fine:
         raise ValueError(f"max_shard_size is {max_shard_size!r}; expected a number of bytes, or text such as '5GB'")
 
 
 def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Put what `write` writes for `model` into `folder`: complete, or not at all. Other files there stay.
-
-    Args:
-        write: writes `config.json` and weights into an empty folder.
+    """Put what `write` writes for `model` (config and weights) into `folder`: complete, or not at all.
 
     Raises:
         ValueError: `folder` is a file or holds a model of another class, or weights that no loader would take.
@@ -268,7 +254,12 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
         raise ValueError(
             f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} to another folder"
         )
-    _check_weights(model, kind)
+    for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise ValueError(f"{kind}: {name} is on the meta device and has no values; load the weights first")
+        if value.layout != torch.strided:
+            raise ValueError(f"{kind}: {name} is sparse; call to_dense() on it before saving")
+    check_finite(model, f"{kind}, which is to be saved")
     with filling_folder(folder) as temporary:
         write(temporary)
         written = {file.name for file in temporary.iterdir()}
@@ -289,12 +280,3 @@ def _model_in(folder: Path) -> str | None:
         except ValueError:
             return f"damaged {CONFIG}"
     return "weight file" if any(_is_weight_file(file.name) for file in folder.glob(f"{WEIGHTS}*")) else None
-
-
-def _check_weights(model: torch.nn.Module, kind: str) -> None:
-    for name, value in model.state_dict().items():
-        if value.is_meta:
-            raise ValueError(f"{kind}: {name} is on the meta device and has no values; load the weights first")
-        if value.layout != torch.strided:
-            raise ValueError(f"{kind}: {name} is sparse; call to_dense() on it before saving")
-    check_finite(model, f"{kind}, which is to be saved")
