@@ -1,7 +1,6 @@
 """What a pipeline asks of a family: rows for a task, its settings, what the task needs of any settings, how it is read back.
 
-A `RowLayout` knows the tasks that it has methods for. A method takes `TaskInputs` and returns a `DecodeRequest`, mostly by
-`lay_out` from rows of spans. A family's entry names what makes its layout: `Family(layout=...)`.
+A `RowLayout` knows the tasks that it has methods for, which take `TaskInputs` and return a `DecodeRequest`, mostly by `lay_out`.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,7 +38,8 @@ class TaskInputs:
             for unknown words.
         negative: what guidance leads away from, "" for what the family hides without one.
         turns: questions and conversations of a chat.
-        codes: int64 `[B, h, w]`, pictures; None for unknown ones. holes: bool of that shape, codes to decode again.
+        codes: int64 `[B, h, w]`, pictures; None for unknown ones.
+        holes: bool `[B, h, w]`, codes to decode again.
         references: int64 `[B, h', w']`, further pictures of an edit.
         grid: (rows, columns) of codes of the picture to draw, where the family draws any.
         strength: share of the steps in which a picture is redrawn; less leaves more of it.
@@ -57,11 +58,7 @@ class TaskInputs:
     longest: int = LONGEST
 
     def picture(self, row: int, vocabulary: Vocabulary, grid: Grid | None, newline: int | None = None) -> Span:
-        """The picture of a row, which is read back: codes with holes, or a grid of unknown ones.
-
-        Args:
-            grid: rows and columns that it has; None for those of the codes. newline: see `Span`.
-        """
+        """The picture of a row, which is read back: codes with holes, or a grid of unknown ones; newline: see `Span`."""
         if self.codes is None:
             return Span(torch.full(grid or (0, 0), vocabulary.image_mask), Modality.IMAGE, False, newline, read=True)
         if grid is not None and tuple(self.codes.shape[1:]) != grid:
@@ -84,6 +81,7 @@ class TaskNeeds:
     fill: int | None = None
     stop_at_eos: bool = True
 
+    @lru_cache(maxsize=256)  # noqa: B019  # checking settings anew takes longer than a small model's rows do
     def keep_in(self, config: SamplerConfig) -> SamplerConfig:
         """The settings with what the task needs."""
         return replace(
@@ -136,14 +134,11 @@ class DecodeRequest:
     def repeated(self, count: int, device: torch.device | str) -> DecodeRequest:
         """Each row `count` times in a row, on a device."""
         tries = torch.arange(len(self.batch.ids)).repeat_interleave(count)
-        return replace(
-            self,
-            batch=self.batch.rows(tries).to(device),
-            words=self.words[tries].to(device),
-            picture=self.picture[tries].to(device),
-            unconditional=tuple(rows.rows(tries).to(device) for rows in self.unconditional),
-            always_seen=None if self.always_seen is None else self.always_seen[tries].to(device),
+        words, picture, seen = (
+            None if mask is None else mask[tries].to(device) for mask in (self.words, self.picture, self.always_seen)
         )
+        batch, *others = (rows.rows(tries).to(device) for rows in (self.batch, *self.unconditional))
+        return DecodeRequest(batch, self.config, self.needs, words, picture, tuple(others), seen, self.drawn)
 
     def finished(self, batch: TokenBatch, count: int) -> DecodeRequest:
         """The row that was kept of every `count`, decoded, in the host's memory."""
@@ -178,24 +173,17 @@ def lay_out(
         others: rows for each stream, all padded to one length. left: on the left, so that their ends agree.
     """
     streams = [rows, *others]
-    length = max((sum(_size(span) for span in row) for stream in streams for row in stream), default=0)
+    length = max((sum(span.size for span in row) for stream in streams for row in stream), default=0)
     batch, *rest = (TokenBatch.from_spans(stream, length, left=left) for stream in streams)
     read = read_mask(rows, length, left)
-    words, picture = (read & batch.is_modality(modality) for modality in (Modality.TEXT, Modality.IMAGE))
+    words, picture = read & batch.is_modality(Modality.TEXT), read & batch.is_modality(Modality.IMAGE)
     return DecodeRequest(batch, config, needs or TaskNeeds(), words, picture, tuple(rest), **more)
 
 
 def unseen(row: Sequence[Span], vocabulary: Vocabulary) -> list[Span]:
     """A row with [MASK] for everything given, as a guidance stream that hides all of it sees it."""
-    hidden = []
-    for span in row:
-        mask = vocabulary.mask_of(span.modality)
-        hidden.append(replace(span, ids=torch.where(torch.as_tensor(span.given), mask, span.ids)))
-    return hidden
-
-
-def _size(span: Span) -> int:
-    return span.ids.numel() + (0 if span.newline is None else len(span.ids))
+    masks = [vocabulary.mask_of(span.modality) for span in row]
+    return [replace(s, ids=torch.where(torch.as_tensor(s.given), m, s.ids)) for s, m in zip(row, masks, strict=True)]
 
 
 class Prepared(NamedTuple):
@@ -257,16 +245,12 @@ class RowLayout:
         """Raise `ValueError` unless network and tokenizers (None for no pictures) have the ids of the vocabulary."""
         codes, vocabulary = 0 if images is None else images.codebook_size, self.vocabulary
         if codes != vocabulary.image_size:
-            raise ValueError(
-                f"the image tokenizer has {codes or 'no'} codes, but the model {vocabulary.image_size}; give the one it was "
-                "trained with"
-            )
+            fault = f"the image tokenizer has {codes or 'no'} codes, but the model {vocabulary.image_size}"
+            raise ValueError(f"{fault}; give the one it was trained with")
         least = vocabulary.text_size if self.all_words else 0
         if not least <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
-            raise ValueError(
-                f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}; give the one it was "
-                "trained with"
-            )
+            fault = f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}"
+            raise ValueError(f"{fault}; give the one it was trained with")
 
     def candidates(self, task: str) -> int:
         """Decodes of each row of a task, of which the best is kept, where nothing else is asked for."""
@@ -281,11 +265,7 @@ class RowLayout:
         return self.grid
 
     def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
-        """The denoiser, rows and settings of one decode, where they depend on its number of passes or its seeds.
-
-        Args:
-            pipe: with the network, `transformer`. config: the caller's options in it. seeds: int64 `[B]`.
-        """
+        """The denoiser, rows and settings of one decode, where they depend on its number of passes or its seeds `[B]`."""
         return Prepared(pipe.transformer, request, config)
 
     def need(self, task: str) -> None:
@@ -294,22 +274,14 @@ class RowLayout:
             raise ValueError(f"{self.family} cannot do {task!r}; it does {', '.join(self.tasks)}")
 
     def request(self, task: str, inputs: TaskInputs) -> DecodeRequest:
-        """The rows of a task.
-
-        Raises:
-            ValueError: a task that the model cannot do, words that do not fit, or codes outside the codebook.
-        """
+        """The rows of a task; `ValueError` where the model cannot do it, words do not fit, or a code is none."""
         self.need(task)
         made: DecodeRequest = getattr(self, task)(inputs)
         return made
 
 
 def hidden_words(text: str, encode: Encode, most: int = MOST_TOKENS, strip: bool = False) -> list[int | None]:
-    """Ids of a text, None for each hidden token; errors as of `split_holes`.
-
-    Args:
-        strip: every piece is encoded by itself, for tokenizers that put a space before each.
-    """
+    """Ids of a text, None for each hidden token; errors as of `split_holes`. `strip`: of spaces, every piece by itself."""
     ids: list[int | None] = []
     for part in split_holes(text, most):
         if isinstance(part, int):

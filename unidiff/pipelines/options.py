@@ -1,6 +1,6 @@
 """`DecodeOptions`: what a caller may say about a decode, its place on the command line, its effect; checks of arguments.
 
-This module imports no torch, so that the command line can list its options at once.
+No torch is imported, so that the command line can list its options at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unidiff.schema import short_value
@@ -21,17 +21,12 @@ if TYPE_CHECKING:
 
 RowGenerator: TypeAlias = "int | torch.Generator | Sequence[int | torch.Generator] | None"
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
-MOST_ROWS = 10_000
-"""Rows of one call: results are kept in memory, so more than that is more likely a slip of the hand."""
+MOST_ROWS = 10_000  # of one call: results are kept in memory, so more than that is more likely a slip of the hand
 
 
 @dataclass(frozen=True)
 class Flag:
-    """An option on the command line.
-
-    Attributes:
-        name: with its dashes. kind: of its value. help: a sentence. default, least, most: of the value.
-    """
+    """An option on the command line: its name with its dashes, and kind and bounds of its value."""
 
     name: str
     kind: Any
@@ -76,53 +71,19 @@ class DecodeOptions:
         ValueError: a value of a kind or size that nobody can mean; `apply` refuses numbers out of range.
     """
 
-    steps: int | None = field(
-        default=None, metadata={"flag": Flag("--steps", int, "Passes of the model; default: the model's own.")}
-    )
-    guidance_scale: float | None = field(
-        default=None,
-        metadata={
-            "flag": Flag("--guidance", float, "How strictly to follow the input; 1 is off. Default: the model's own.")
-        },
-    )
+    steps: int | None = None
+    guidance_scale: float | None = None
     guidance_hides: str | None = None
     image_guidance_scale: float | None = None
-    temperature: float | None = field(
-        default=None,
-        metadata={"flag": Flag("--temperature", float, "Randomness of the draws; 0 takes the best token.")},
-    )
+    temperature: float | None = None
     sampler: SamplerConfig | None = None
-    cache: str | CacheConfig | None = field(
-        default=None,
-        metadata={
-            "flag": Flag(
-                "--cache", str, "Cache between passes: auto, none or a policy such as dual; a wrong name lists all."
-            )
-        },
-    )
+    cache: str | CacheConfig | None = None
     policy: RefreshPolicy | None = None
-    block_length: int | Mapping[str, int] | None = field(
-        default=None, metadata={"flag": Flag("--block-length", int, "Tokens per block, decoded one after the other.")}
-    )
-    threshold: float | Mapping[str, float] | None = field(
-        default=None, metadata={"flag": Flag("--threshold", float, "Commit every token of at least this probability.")}
-    )
-    num_candidates: int | None = field(
-        default=None,
-        metadata={
-            "flag": Flag(
-                "--candidates",
-                int,
-                "Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
-                least=1,
-                most=MOST_ROWS,
-            )
-        },
-    )
+    block_length: int | Mapping[str, int] | None = None
+    threshold: float | Mapping[str, float] | None = None
+    num_candidates: int | None = None
     graphs: bool | Record = False
-    generator: RowGenerator = field(
-        default=None, metadata={"flag": Flag("--seed", int, "The same seed gives the same result.", default=0)}
-    )
+    generator: RowGenerator = None
     output_type: str = "pil"
     callback_on_step_end: Callable[..., Any] | None = None
     record_trajectory: bool = False
@@ -166,26 +127,26 @@ class DecodeOptions:
 
         further = config.guidance.further
         config = config if self.sampler is None else self.sampler
+        guided: dict[str, Any] = {}
         changed: dict[str, ModalityDecoding] = {"text": config.text, "image": config.image}
-        guidance = config.guidance
-        if further and not guidance.further:  # the task has a stream for each
-            guidance = replace(guidance, further=further)
+        if further and not config.guidance.further:  # the task has a stream for each
+            guided["further"] = further
         if self.steps is not None:
             for name, schedule in (("text", "linear"), ("image", config.image.schedule)):
                 changed[name] = RULES[changed[name].rule].in_steps(changed[name], self.steps, schedule)
         if self.temperature is not None:
             changed = {name: replace(own, temperature=self.temperature) for name, own in changed.items()}
         if self.guidance_scale is not None:
-            guidance = replace(guidance, scale=self.guidance_scale, text_scale=None, image_scale=None)
+            guided |= {"scale": self.guidance_scale, "text_scale": None, "image_scale": None}
         if self.guidance_hides is not None:
-            guidance = replace(guidance, hide=self.guidance_hides)
+            guided["hide"] = self.guidance_hides
         if self.image_guidance_scale is not None:
             if not further:
                 raise ValueError(
                     f"image_guidance_scale is {short(self.image_guidance_scale)}, but only edit is guided in a second "
                     "direction; leave it out"
                 )
-            guidance = replace(guidance, further=(self.image_guidance_scale, *further[1:]))
+            guided["further"] = (self.image_guidance_scale, *further[1:])
         for name, length in _by_modality("block_length", self.block_length, ("text", "image")).items():
             changed[name] = replace(changed[name], block_length=length)
         for name, least in _by_modality("threshold", self.threshold, ("image",) if drawn else ("text",)).items():
@@ -193,11 +154,31 @@ class DecodeOptions:
             rule = own.rule if RULES[own.rule].has_threshold else "threshold"
             confidence = "probability" if own.confidence == "entropy" else own.confidence
             changed[name] = replace(own, rule=rule, confidence=confidence, threshold=least, flight_threshold=least)
+        guidance = replace(config.guidance, **guided) if guided else config.guidance
+        if guidance is config.guidance and changed == {"text": config.text, "image": config.image}:
+            return config
         return replace(config, text=changed["text"], image=changed["image"], guidance=guidance)
 
 
 OPTIONS = tuple(f.name for f in fields(DecodeOptions))
-FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(DecodeOptions) if "flag" in f.metadata}
+FLAGS = {
+    "steps": Flag("--steps", int, "Passes of the model; default: the model's own."),
+    "guidance_scale": Flag(
+        "--guidance", float, "How strictly to follow the input; 1 is off. Default: the model's own."
+    ),
+    "temperature": Flag("--temperature", float, "Randomness of the draws; 0 takes the best token."),
+    "cache": Flag("--cache", str, "Cache between passes: auto, none or a policy such as dual; a wrong name lists all."),
+    "block_length": Flag("--block-length", int, "Tokens per block, decoded one after the other."),
+    "threshold": Flag("--threshold", float, "Commit every token of at least this probability."),
+    "num_candidates": Flag(
+        "--candidates",
+        int,
+        "Decodes of each result; the one whose words and picture agree best is kept. Default: the model's own.",
+        least=1,
+        most=MOST_ROWS,
+    ),
+    "generator": Flag("--seed", int, "The same seed gives the same result.", default=0),
+}
 
 
 def _by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any]:
@@ -214,36 +195,27 @@ def _by_modality(name: str, value: Any, default: Sequence[str]) -> dict[str, Any
 def check_keywords(
     method: Callable[..., Any], given: Iterable[str], options: Iterable[str] = (), owner: type | None = None
 ) -> None:
-    """Refuse keyword arguments that a public method does not have.
+    """`TypeError`, as of Python's but with the nearest name, for keyword arguments that a public method does not have.
 
     Args:
         method: its own arguments count, besides `options`, which it takes as `**options`.
         owner: the class whose method it is, where it is inherited.
-
-    Raises:
-        TypeError: as Python does, with the method's name and the nearest name that it has.
     """
     known = [*own_arguments(method), *options]
     for name in given:
         if name not in known:
-            meant = [other for other in _ELSEWHERE.get(name, ()) if other in known]
-            near = (
-                meant
-                or difflib.get_close_matches(name, known, 1, 0.5)
-                or [n for n in known if name.lower() in n.lower()]
-            )
+            near = [other for other in _ELSEWHERE.get(name, ()) if other in known]
+            near = near or difflib.get_close_matches(name, known, 1, 0.5)
+            near = near or [other for other in known if name.lower() in other.lower()]
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             called = f"{owner.__name__}.{method.__name__}" if owner else method.__qualname__
             raise TypeError(f"{called}() has no argument {name!r}; {hint}")
 
 
 _ELSEWHERE = {  # as other programs call them
-    "seed": ("generator",),
-    "seeds": ("generator",),
-    "num_inference_steps": ("steps",),
-    "num_steps": ("steps",),
-    "cfg_scale": ("guidance_scale",),
-    "cfg": ("guidance_scale",),
+    **dict.fromkeys(("seed", "seeds"), ("generator",)),
+    **dict.fromkeys(("num_inference_steps", "num_steps"), ("steps",)),
+    **dict.fromkeys(("cfg_scale", "cfg"), ("guidance_scale",)),
     "max_new_tokens": ("max_text_tokens",),
     "callback": ("callback_on_step_end",),
     "mask": ("mask_image",),
@@ -275,11 +247,7 @@ def flag(value: Any, name: str) -> bool:
 
 
 def one_of(value: Any, name: str, allowed: Sequence[str], other: str = "") -> None:
-    """Raise `ValueError` unless `value` is one of the names.
-
-    Args:
-        other: what may stand there besides, for the message.
-    """
+    """Raise `ValueError` unless `value` is one of the names; `other` says what else may stand there."""
     if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -288,14 +256,10 @@ def one_of(value: Any, name: str, allowed: Sequence[str], other: str = "") -> No
 
 def kind_of(value: Any) -> str:
     """What a value is, for messages: `an int`, `None`."""
-    if value is None:
-        return "None"
     name = type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def short(value: Any) -> str:
     """A value for a message: what it is where it is long or no plain value."""
-    if value is None or isinstance(value, str | int | float | bool | complex):
-        return short_value(value)
-    return kind_of(value)
+    return short_value(value) if isinstance(value, str | int | float | complex | None) else kind_of(value)

@@ -24,7 +24,7 @@ class Modality(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One shared id space for text tokens and image codes.
+    """One shared id space for text tokens and image codes; a head restricted to a modality is the slice `text` or `image`.
 
     Args:
         size: rows of the embedding table and columns of the full head.
@@ -33,9 +33,6 @@ class Vocabulary:
         mask_id: the id that replaces a hidden text token.
         image_mask_id: the id that replaces a hidden image code; `mask_id` where the family shares one [MASK].
         specials: named ids, for instance `eos`, `bos`, `pad`, `boi`.
-
-    A head restricted to a modality is the slice `text` or `image`; ids inside that slice which may never be
-    emitted (for instance a [MASK] in the middle of LLaDA's text range) are listed by `forbidden`.
     """
 
     size: Rows
@@ -57,8 +54,7 @@ class Vocabulary:
             raise ValueError(f"text range {self.text} and image range {self.image} overlap; give them disjoint ids")
         if self.text[0] == self.text[1] and self.image[0] == self.image[1]:
             raise ValueError("vocabulary has neither text ids nor image codes; give one of the ranges some ids")
-        ids = {"mask_id": self.mask_id, "image_mask_id": self.image_mask, **self.specials}
-        for name, value in ids.items():
+        for name, value in {"mask_id": self.mask_id, "image_mask_id": self.image_mask, **self.specials}.items():
             if not 0 <= value < self.size:
                 raise ValueError(f"{name} = {value} must lie inside [0, {self.size})")
         object.__setattr__(self, "specials", MappingProxyType(dict(self.specials)))
@@ -97,28 +93,18 @@ class Vocabulary:
         return tuple(m - start for m in masks if start <= m < stop)
 
     def to_dict(self) -> dict:
-        """Plain data for a config file; `Vocabulary(**d)` reads it back."""
-        return {
-            "size": self.size,
-            "text": list(self.text),
-            "image": list(self.image),
-            "mask_id": self.mask_id,
-            "image_mask_id": self.image_mask_id,
-            "specials": dict(self.specials),
-        }
+        """Plain data for a config file; `from_dict` reads it back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"text": list(self.text), "image": list(self.image), "specials": dict(self.specials)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Vocabulary:
+        """Inverse of `to_dict`; `ValueError` for unknown or missing keys, and values that do not fit (together)."""
+        return from_data(cls, data, "vocabulary")
 
     def __reduce__(self) -> tuple:
         """For copies and other processes, which cannot take the read-only `specials`."""
         return Vocabulary.from_dict, (self.to_dict(),)
-
-    @classmethod
-    def from_dict(cls, data: Mapping) -> Vocabulary:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: no mapping, unknown or missing keys, or values of another type or that do not fit together.
-        """
-        return from_data(cls, data, "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -156,6 +142,11 @@ class Span:
                 f"given has shape {tuple(self.given.shape)}; expected one bool, or bool {tuple(self.ids.shape)} as the ids"
             )
 
+    @property
+    def size(self) -> int:
+        """Tokens, newlines included."""
+        return self.ids.numel() + (0 if self.newline is None else len(self.ids))
+
     @classmethod
     def text(cls, ids: Sequence[int] | Tensor, given: Tensor | bool = False) -> Span:
         return cls(_whole_numbers(ids, "text"), Modality.TEXT, given)
@@ -175,19 +166,14 @@ class Span:
     def codes(
         cls, codes: Tensor, vocabulary: Vocabulary, holes: Tensor | None = None, read: bool = False, **more: Any
     ) -> Span:
-        """Image codes int64 `[h, w]` as ids, [MASK] in the holes (bool `[h, w]`; None for none).
-
-        Raises:
-            ValueError: a code outside the codebook, or holes of another shape.
-        """
+        """Image codes int64 `[h, w]` as ids, [MASK] in the holes (bool `[h, w]`); `ValueError` for a code that is none."""
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= vocabulary.image_size):
             raise ValueError(f"image codes must lie in [0, {vocabulary.image_size}); these reach {int(codes.max())}")
         ids, given = codes.cpu().long() + vocabulary.image[0], torch.ones_like(codes, dtype=torch.bool, device="cpu")
         if holes is not None:
             if holes.shape != codes.shape or holes.dtype != torch.bool:
-                raise ValueError(
-                    f"holes have shape {tuple(holes.shape)}, {holes.dtype}; expected bool {tuple(ids.shape)}"
-                )
+                found = f"holes have shape {tuple(holes.shape)}, {holes.dtype}"
+                raise ValueError(f"{found}; expected bool {tuple(ids.shape)}")
             given = ~holes.cpu()
         ids = torch.where(given, ids, vocabulary.image_mask)
         return cls(_whole_numbers(ids, "image"), Modality.IMAGE, given, read=read, **more)
@@ -247,7 +233,7 @@ class TokenBatch:
     def from_packed(
         cls, rows: Sequence[Sequence[Sequence[Span]]], length: int | None = None, pad_id: int = 0, left: bool = False
     ) -> TokenBatch:
-        """As `from_spans`, with several samples packed into each row: `rows[b][sample]` is a list of spans."""
+        """As `from_spans`, with several samples in each row: `rows[b][sample]` is a list of spans."""
         _check_rows(rows, Sequence[Sequence[Sequence[Span]]], 3)
         for name, value in (("length", length), ("pad_id", pad_id)):
             if type(value) is not int or value < 0:  # the schema is asked only for its sentence
@@ -259,7 +245,7 @@ class TokenBatch:
         length = longest if length is None else length
         if longest > length:
             raise ValueError(f"a row has {longest} tokens, more than the batch length {length}; shorten it")
-        fills = (pad_id, int(Modality.TEXT), True, False, 0, -1)
+        fills = (pad_id, *_FILLS)
         columns = [[_pad(r[column], length, fill, left) for r in laid] for column, fill in enumerate(fills)]
         return cls(*map(torch.stack, columns))
 
@@ -277,7 +263,7 @@ class TokenBatch:
         return self.valid & (self.modality == modality)
 
     def attention_mask(self) -> Tensor | None:
-        """bool `[B, 1, L, L]`, True where a query may see a key (same sample, both valid); None when all may."""
+        """bool `[B, 1, L, L]`, see `visibility`."""
         visible = self.visibility()
         return None if visible is None else visible.dense()
 
@@ -304,17 +290,14 @@ class TokenBatch:
         check_value(length, Index, "length")
         if length < self.shape[1]:
             raise ValueError(f"cannot pad {self.shape[1]} tokens to {length}")
-        fills = (pad_id, int(Modality.TEXT), True, False, 0, -1)
-        padded = (
-            torch.stack([_pad(row, length, fill) for row in getattr(self, f.name)])
-            for f, fill in zip(fields(self), fills, strict=True)
-        )
-        return TokenBatch(*padded)
+        columns = zip((getattr(self, f.name) for f in fields(self)), (pad_id, *_FILLS), strict=True)
+        return TokenBatch(*(torch.stack([_pad(row, length, fill) for row in column]) for column, fill in columns))
 
     @classmethod
     def cat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """Stack batches of any lengths along rows, padding to the longest."""
-        check_value(batches, Sequence[TokenBatch], "batches")
+        if not isinstance(batches, list) or not all(isinstance(batch, TokenBatch) for batch in batches):
+            check_value(batches, Sequence[TokenBatch], "batches")
         if not batches:
             raise ValueError("the list of batches is empty; give at least one")
         length = max(b.shape[1] for b in batches)
@@ -332,6 +315,9 @@ class TokenBatch:
     def hide_targets(self, vocabulary: Vocabulary) -> TokenBatch:
         """Every target hidden: the state at t = 1."""
         return self.hide(self.targets, vocabulary)
+
+
+_FILLS = (int(Modality.TEXT), True, False, 0, -1)  # of padding: all fields but the ids
 
 
 def _check_rows(rows: Any, kind: Any, depth: int) -> None:

@@ -39,12 +39,9 @@ class Visibility:
         seen = (own == self.sample[row, key]) & (own >= 0)
         if self.block is None or self.noisy is None:
             return seen
-        earlier, same = (
-            self.block[row, key] < self.block[row, query],
-            self.block[row, key] == self.block[row, query],
-        )
-        clean = ~self.noisy[row, key]
-        return seen & ((clean & earlier) | (same & (self.noisy[row, key] == self.noisy[row, query])))
+        of_key, of_query, noisy = self.block[row, key], self.block[row, query], self.noisy[row, key]
+        same = (of_key == of_query) & (noisy == self.noisy[row, query])
+        return seen & (same | ((of_key < of_query) & ~noisy))
 
     def dense(self) -> Tensor:
         """bool `[B, 1, L, L]`, the mask of SDPA: B L^2 bytes."""
@@ -58,18 +55,9 @@ class Visibility:
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = self.sample.shape
-        return create_block_mask(
-            lambda row, head, query, key: self.allows(row, query, key),
-            rows,
-            None,
-            length,
-            length,
-            device=self.sample.device,
-        )
+        allows = lambda row, head, query, key: self.allows(row, query, key)  # noqa: E731
+        return create_block_mask(allows, rows, None, length, length, device=self.sample.device)
 
     def to(self, device: torch.device) -> Visibility:
         block, noisy = (None if x is None else x.to(device) for x in (self.block, self.noisy))
         return Visibility(self.sample.to(device), block, noisy)
-
-
-__all__ = ["Visibility"]
