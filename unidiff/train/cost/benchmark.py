@@ -134,22 +134,16 @@ class StepTiming:
     """Whole optimiser steps.
 
     Attributes:
-        seconds: median of a step, data included.
         parts: seconds of `data`, `forward`, `head_and_loss` (forward and backward), `backward` (of the blocks) and
-            `optimiser` (clipping, update, moving average) in the step of that median, so that they add up to it.
-        tokens_per_second: text and image tokens.
-        flops_per_step: useful operations, see `unidiff.train.cost.plan`.
-        peak_flops: the matmul rate measured beside it.
-        memory_mib: peak of the process (CPU) or of the allocator (GPU).
-        parameters: of the model.
+            `optimiser` (clipping, update, moving average) in the step of the median, so that they add up to it.
     """
 
-    seconds: float
+    seconds: float  # median of a step, data included
     parts: dict[str, float]
     tokens_per_second: float
-    flops_per_step: float
-    peak_flops: float
-    memory_mib: float
+    flops_per_step: float  # useful operations, see `unidiff.train.cost.plan`
+    peak_flops: float  # the matmul rate measured beside it
+    memory_mib: float  # peak of the process (CPU) or of the allocator (GPU)
     parameters: int
 
     @property

@@ -33,24 +33,14 @@ GPUS_PER_MACHINE = 8
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Weights of a model.
-
-    Attributes:
-        total: all parameters.
-        block_linear: weights of the linear layers inside all blocks, which every token passes through.
-        pair_flops: attention of one query to one key, all layers together, forward.
-        blocks: all parameters inside blocks.
-        embedding: token and modality embeddings.
-        head: the output matrix and bias, 0 where it is the embedding.
-        hidden_size, num_layers: width and depth.
-    """
+    """Weights of a model by place."""
 
     total: int
-    block_linear: int
-    pair_flops: int
-    blocks: int
-    embedding: int
-    head: int
+    block_linear: int  # of the linear layers inside all blocks, which every token passes through
+    pair_flops: int  # attention of one query to one key, all layers together, forward
+    blocks: int  # everything inside blocks
+    embedding: int  # of tokens and modalities
+    head: int  # output matrix and bias, 0 where it is the embedding
     hidden_size: int
     num_layers: int
 
@@ -70,8 +60,7 @@ def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
     outputs = [p.numel() for p in (model.output_weight, model.output_bias) if p is not None]
     return ModelSize(
         total=sum(p.numel() for p in model.parameters()),
-        block_linear=sum(layer.token for layer in model.traits.layers)
-        // 2,  # a weight is a product and a sum per token
+        block_linear=sum(layer.token for layer in model.traits.layers) // 2,  # a weight: a product and a sum per token
         pair_flops=sum(layer.pair for layer in model.traits.layers),
         blocks=sum(p.numel() for p in model.blocks.parameters()),
         embedding=sum(embeddings),
@@ -83,23 +72,15 @@ def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """Tokens of one row and what the loss needs of them.
-
-    Attributes:
-        text, image: tokens of each modality.
-        text_slice, image_slice: sizes of the two slices of the head.
-        hidden_share: mean share of positions that are masked; 1/2 for uniform times.
-        pairs: visible query-key pairs per layer; None for every pair of the row.
-        copies: how often each token passes through the blocks: 2 in block diffusion, clean and noisy.
-    """
+    """Tokens of one row and what the loss needs of them."""
 
     text: int
     image: int
-    text_slice: int
+    text_slice: int  # size of the head's slice
     image_slice: int
-    hidden_share: float = 0.5
-    pairs: int | None = None
-    copies: int = 1
+    hidden_share: float = 0.5  # mean share of positions that are masked; 1/2 for uniform times
+    pairs: int | None = None  # visible query-key pairs per layer; None for every pair of the row
+    copies: int = 1  # how often each token passes through the blocks: 2 in block diffusion, clean and noisy
 
     @property
     def length(self) -> int:
@@ -138,22 +119,14 @@ def block_causal_pairs(length: int, block_length: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a run, with its bytes per GPU.
+    """One way to spread a run, with its bytes per GPU."""
 
-    Attributes:
-        mode: `ddp` or `fsdp`; `replicas`: groups with `fsdp` (hybrid sharding), else 1.
-        checkpointing: whether blocks are computed again in the backward pass.
-        weights: parameters, gradients, optimiser state, moving average, bf16 copies, gathered blocks.
-        activations: what the backward pass needs of the blocks.
-        head: pieces of logits and of the head's gradient.
-    """
-
-    mode: str
-    replicas: int
-    checkpointing: bool
-    weights: int
-    activations: int
-    head: int
+    mode: str  # "ddp" or "fsdp"
+    replicas: int  # groups with fsdp (hybrid sharding), else 1
+    checkpointing: bool  # whether blocks are computed again in the backward pass
+    weights: int  # parameters, gradients, optimiser state, moving average, bf16 copies, gathered blocks
+    activations: int  # what the backward pass needs of the blocks
+    head: int  # pieces of logits and of the head's gradient
 
     @property
     def total(self) -> int:
@@ -162,35 +135,23 @@ class Layout:
     @property
     def settings(self) -> str:
         """The settings that choose it."""
-        parts = [f"parallel.mode={self.mode}"]
-        if self.replicas > 1:
-            parts.append(f"parallel.replicas={self.replicas}")
-        if self.checkpointing:
-            parts.append("activation_checkpointing=full")
-        return " ".join(parts)
+        replicas = f" parallel.replicas={self.replicas}" if self.replicas > 1 else ""
+        again = " activation_checkpointing=full" if self.checkpointing else ""
+        return f"parallel.mode={self.mode}{replicas}{again}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `training/plan.py` prints.
-
-    Attributes:
-        size: parameters by kind.
-        row: shape of a row; `flops`: its operations, forward and backward.
-        rows_per_step, rows_per_gpu: samples of an optimiser step, and of one forward pass on one GPU.
-        steps: of the run.
-        state_bytes: parameters, gradients, optimiser state and moving average, unsharded.
-        layouts: from the fastest to the most frugal.
-    """
+    """Everything `training/plan.py` prints."""
 
     size: ModelSize
     row: TrainingRow
-    flops: RowFlops
+    flops: RowFlops  # of a row
     rows_per_step: int
-    rows_per_gpu: int
+    rows_per_gpu: int  # of one forward pass
     steps: int
-    state_bytes: int
-    layouts: tuple[Layout, ...]
+    state_bytes: int  # parameters, gradients, optimiser state and moving average, unsharded
+    layouts: tuple[Layout, ...]  # from the fastest to the most frugal
 
     @property
     def step_flops(self) -> float:
@@ -237,21 +198,18 @@ def declared_vocabulary(config: TrainConfig) -> Vocabulary:
 def row_shape(config: TrainConfig, vocabulary: Vocabulary) -> TrainingRow:
     """A mean row of the task mixture: targets of each task, half of them hidden at uniform rates (1 - 2/pi off it with cosine)."""
     text, image = config.data.text_length, config.data.grid**2
-    weights = {name: getattr(config.tasks, name).weight for name in TASKS}
-    total = sum(weights.values())
-    share = {"text": 0.0, "image": 0.0}
-    for name, weight in weights.items():
-        rate = mean_rate(getattr(config.tasks, name)) * weight / total
-        share["text"] += rate * (name != "text_to_image")
-        share["image"] += rate * (name in ("generate", "text_to_image"))
-    row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size)
-    # one share of all positions, weighted by what each modality's slice costs
-    costs = {"text": text * vocabulary.text_size, "image": image * vocabulary.image_size}
-    hidden = sum(share[m] * costs[m] for m in costs) / sum(costs.values())
+    # one share of all positions, weighted by what each modality's slice of the head costs
+    text_cost, image_cost = text * vocabulary.text_size, image * vocabulary.image_size
+    tasks: dict[str, TaskConfig] = {name: getattr(config.tasks, name) for name in TASKS}
+    hidden = 0.0
+    for name, task in tasks.items():
+        cost = text_cost * (name != "text_to_image") + image_cost * (name in ("generate", "text_to_image"))
+        hidden += mean_rate(task) * task.weight * cost
+    hidden /= sum(task.weight for task in tasks.values()) * (text_cost + image_cost)
+    row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size, hidden)
     if config.model.get("attention") == "block_causal":  # clean and noisy tokens each see about the same pairs
-        pairs = 2 * block_causal_pairs(row.length, config.model["block_length"])
-        row = replace(row, pairs=pairs, copies=2)
-    return replace(row, hidden_share=hidden)
+        row = replace(row, pairs=2 * block_causal_pairs(row.length, config.model["block_length"]), copies=2)
+    return row
 
 
 def mean_rate(task: TaskConfig) -> float:
@@ -315,22 +273,17 @@ def _modes(config: TrainConfig, gpus: int) -> list[tuple[str, int]]:
 
 
 def _layout(
-    config: TrainConfig, size: ModelSize, row: TrainingRow, rows: int, gpus: int, mode: str, replicas: int,
-    checkpointing: bool,
-) -> Layout:  # fmt: skip
+    config: TrainConfig, size: ModelSize, row: TrainingRow, rows: int, gpus: int, mode: str, replicas: int, again: bool
+) -> Layout:
     low = 2 if config.precision == "bf16" else 0
     one_block = size.blocks // size.num_layers
     if mode == "ddp":
         weights = state_bytes(config, size) + low * size.block_linear  # autocast's copies live until the backward pass
     else:
-        shards = gpus // replicas
         gathered = 2 * 4 * one_block + 2 * 4 * (size.total - size.blocks)  # two blocks; embeddings, head, gradients
-        weights = state_bytes(config, size) // shards + gathered + low * one_block
-    tokens = rows * row.length * row.copies
+        weights = state_bytes(config, size) // (gpus // replicas) + gathered + low * one_block
     kept = block_activation_bytes(config.model, bf16=config.precision == "bf16")
-    if checkpointing:
-        activations = tokens * (4 * size.hidden_size * size.num_layers + kept)
-    else:
-        activations = tokens * kept * size.num_layers
+    inputs = 4 * size.hidden_size * size.num_layers  # of the blocks
+    activations = rows * row.length * row.copies * (inputs + kept if again else kept * size.num_layers)
     head = 3 * 4 * TILE_ELEMENTS + 4 * max(size.head, size.embedding)
-    return Layout(mode, replicas, checkpointing, weights, activations, head)
+    return Layout(mode, replicas, again, weights, activations, head)
