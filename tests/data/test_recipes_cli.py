@@ -144,7 +144,7 @@ def test_encode_shards_bad_input(tmp_path, tokenizers):
         ((*raw, "--workers", -1), {}, "workers is -1; expected a whole number from 0"),
         ((*raw, "--samples-per-shard", 2**63), {}, "samples_per_shard is 9223372036854775808"),
         ((*raw, "--device", "cuda:99"), {}, "cuda:99"),
-        ((*raw, "--device", "quantum"), {}, "'quantum' is unknown"),
+        ((*raw, "--device", "quantum"), {}, "'quantum' cannot be used here"),
         (raw, {"image": "nothing"}, "does not exist"),
         (raw, {"image": "text"}, "does not exist"),
         ((*raw, "--image-size", 9), {}, "multiple of the tokenizer factor"),

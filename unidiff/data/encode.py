@@ -35,21 +35,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How shards are encoded.
+    """How shards are encoded."""
 
-    Args:
-        image_size: side of the square picture; a multiple of the image tokenizer's factor.
-        text_length: tokens of the text span, task token and EOS fill included; of documents, of everything.
-        batch_size: images per encoder call. workers: decoding threads.
-        documents: samples are interleaved documents (`document_parts`) in place of pairs.
-    """
-
-    image_size: Annotated[int, Between(1, 2**14)] = 256
-    text_length: Annotated[int, Between(3, 2**20)] = 64
-    batch_size: Annotated[int, Between(1, 2**16)] = 32
+    image_size: Annotated[int, Between(1, 2**14)] = 256  # side of the square; a multiple of the tokenizer's factor
+    text_length: Annotated[int, Between(3, 2**20)] = 64  # task token and EOS fill included; of documents, of everything
+    batch_size: Annotated[int, Between(1, 2**16)] = 32  # images per encoder call
     samples_per_shard: Annotated[int, Between(1, 10**6)] = 1000
-    workers: Annotated[int, Between(0, 256)] = 2
-    documents: bool = False
+    workers: Annotated[int, Between(0, 256)] = 2  # decoding threads
+    documents: bool = False  # samples are interleaved documents (`document_parts`) in place of pairs
 
     def __post_init__(self) -> None:
         check_fields(self, "")
@@ -91,10 +84,8 @@ def encode_shards(
 
     Args:
         shards: raw shards, see `expand_shards`; samples need an image and a caption, documents a `json`.
-        image_tokenizer: pixels to codes.
         text_tokenizer: needs the specials eos, caption, question and answer.
         out: folder for the token shards and `tokens.json`.
-        settings: see `EncodeSettings`.
         on_shard: called after every written shard with (samples so far, skip report).
         allow_missing: raw shards that do not exist are counted in place of refused.
         again: encode once more, with a note, what has changed or is damaged, in place of refusing.
@@ -111,7 +102,7 @@ def encode_shards(
     source = _open(shards, settings, allow_missing)
     fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
     fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing))
-    if (done := _finished(out, fresh, again)) is not None:
+    if done := _finished(out, fresh, again):
         return done
     with locked(out, "encoding"):
         try:

@@ -34,35 +34,24 @@ class TokenManifest:
     `pairs`: members `codes.npy` [h, w], `text.npy` [T], and optionally `questions.npy` [Q, T] with `answer_start.npy` [Q].
     `documents`: `tokens.npy` [n], n at most T, and `images.npy` [k], where in it images of h * w codes begin.
 
-    Attributes:
-        vocabulary: `Vocabulary.to_dict()`.
-        text_prefix: leading caption positions that are always given. text_length: T. grid: (h, w).
-        shards: samples by file name, in order.
-        questions: pairs in all. long_questions, bad_questions: those left out, too long or no pair of texts.
-        cut_captions: captions that were too long and were cut.
-        fingerprint: of sources, settings and tokenizers.
-        skipped: `SkipReport.state_dict()` of the encoding run.
-        sources: what the raw shards were known by when they were read (`source_stamps`), by name.
-        files: what the token shards were known by when they were written (`token_stamp`), by file name.
-
     Raises:
         ValueError: values that no encoding writes.
     """
 
-    vocabulary: dict[str, Any]
-    text_prefix: Index
-    text_length: Annotated[int, Between(1)]
-    grid: tuple[Width, Width]
-    shards: dict[str, Samples]
-    questions: int = 0
-    cut_captions: int = 0
-    long_questions: int = 0
-    fingerprint: str = ""
-    skipped: dict[str, Any] = field(default_factory=dict)
+    vocabulary: dict[str, Any]  # `Vocabulary.to_dict()`
+    text_prefix: Index  # leading caption positions that are always given
+    text_length: Annotated[int, Between(1)]  # T
+    grid: tuple[Width, Width]  # (h, w)
+    shards: dict[str, Samples]  # samples by file name, in order
+    questions: int = 0  # pairs in all
+    cut_captions: int = 0  # those that were too long
+    long_questions: int = 0  # pairs left out because they did not fit
+    fingerprint: str = ""  # of sources, settings and tokenizers
+    skipped: dict[str, Any] = field(default_factory=dict)  # `SkipReport.state_dict()` of the encoding run
     kind: Literal["pairs", "documents"] = "pairs"
-    sources: dict[str, Stamp] = field(default_factory=dict)
-    files: dict[str, Stamp] = field(default_factory=dict)
-    bad_questions: int = 0
+    sources: dict[str, Stamp] = field(default_factory=dict)  # of the raw shards when they were read, by name
+    files: dict[str, Stamp] = field(default_factory=dict)  # `token_stamp` of the token shards when they were written
+    bad_questions: int = 0  # entries of `qa` left out because they are no pair of texts
 
     def __post_init__(self) -> None:
         check_fields(self, "")

@@ -34,11 +34,11 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Skip:
-    """One thing left out: `reason`, the shard, the sample's key ("" when a whole shard is meant), and the cause."""
+    """One thing left out."""
 
     reason: str
     shard: str
-    key: str
+    key: str  # of the sample, "" when a whole shard is meant
     detail: str
 
     def __str__(self) -> str:

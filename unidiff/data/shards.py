@@ -214,13 +214,13 @@ class ShardSource:
 
 @dataclass
 class _Position:
-    """Where the next sample is: the window's first entry, and how many of the window have been handed out."""
+    """Where the next sample is."""
 
     epoch: Count = 0
     shard: Count = 0
-    entry: Count = 0
+    entry: Count = 0  # the window's first
     window: Count = 0
-    offset: Count = 0
+    offset: Count = 0  # how many of the window have been handed out
     used: Count = 0
     finished: bool = False
 

@@ -27,24 +27,18 @@ _LOG = logging.getLogger(__name__)
 _TOGETHER = 8  # shards whose rows are shuffled together
 _KEPT = 3 * _TOGETHER  # decoded shards held in memory
 
-Pairs = tuple[np.ndarray, np.ndarray] | None
-
 
 @dataclass(frozen=True)
 class TokenRow:
-    """codes int32 `[h, w]`, caption int32 `[T]`, and (questions int32 `[Q, T]`, answer starts int32 `[Q]`) or None."""
-
-    codes: Tensor
-    caption: Tensor
-    pairs: Pairs
+    codes: Tensor  # int32 [h, w]
+    caption: Tensor  # int32 [T]
+    pairs: tuple[np.ndarray, np.ndarray] | None  # questions int32 [Q, T], answer starts int32 [Q]
 
 
 @dataclass(frozen=True)
 class DocumentRow:
-    """tokens int32 `[n]`, and int64 `[k]`, where images of a whole grid of codes begin in it, ascending."""
-
-    tokens: Tensor
-    images: Tensor
+    tokens: Tensor  # int32 [n]
+    images: Tensor  # int64 [k], where images of a whole grid of codes begin, ascending
 
 
 Row = TypeVar("Row", TokenRow, DocumentRow)
@@ -68,21 +62,15 @@ class RowKind(Generic[Row]):
 class TokenSet(Generic[Row]):
     """Rows of one list of token shards, addressed by draw number; shards are decoded when needed and kept for a while.
 
-    Args:
-        urls: the shards.
-        manifests: of their folders, all of the same layout.
-        seed: of the order.
-        account: gets an entry for every row that can no longer be read.
-        kind: what the rows are.
-        held_out: rows at the end that are not in use.
+    A row that can no longer be read gets an entry in `account`.
     """
 
     urls: list[str]
-    manifests: dict[str, TokenManifest]
-    seed: int
+    manifests: dict[str, TokenManifest]  # by folder, all of the same layout
+    seed: int  # of the order
     account: SkipReport
     kind: RowKind[Row]
-    held_out: int = 0
+    held_out: int = 0  # rows at the end that are not in use
     _reported: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:

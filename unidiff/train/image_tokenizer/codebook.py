@@ -30,7 +30,6 @@ class CellTrainer:
     Args:
         cells: `[N, views, 3, f, f]`, the same cell in all its views. flat: `[M, 3, f, f]`, one cell of each background;
             see `World.cells`.
-        generator: for the order of the cells.
     """
 
     def __init__(

@@ -14,22 +14,15 @@ Rate = Annotated[float, Between(1e-30, 1e3)]
 
 @dataclass(frozen=True)
 class ImageData:
-    """Where pictures come from: the scenes of a world (`world`), or webdataset shards (`shards`).
-
-    Args:
-        world: name of a world. profile: which scenes of it.
-        kinds: relative frequencies of its kinds of scenes; those of emoji are single, count, pair and group.
-        shards: see `unidiff.data.sources.expand_shards`.
-        image_size: side of the square pictures of shards, in pixels.
-        validation_images: pictures that are never trained on; 0 takes 256, or one in eight of fewer than 2,048.
-    """
+    """Where pictures come from: the scenes of a world (`world`), or webdataset shards (`shards`)."""
 
     world: str | None = None
-    profile: str = "cpu"
+    profile: str = "cpu"  # which scenes of the world
+    # relative frequencies of its kinds of scenes; those of emoji are single, count, pair and group
     kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
-    shards: list[str] = field(default_factory=list)
-    image_size: Annotated[int, Between(1, 2**14)] = 256
-    validation_images: Annotated[int, Between(0, 2**20)] = 0
+    shards: list[str] = field(default_factory=list)  # see `unidiff.data.sources.expand_shards`
+    image_size: Annotated[int, Between(1, 2**14)] = 256  # side of the square pictures of shards, in pixels
+    validation_images: Annotated[int, Between(0, 2**20)] = 0  # never trained on; 0: 256, or 1 in 8 of fewer than 2,048
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
@@ -58,19 +51,12 @@ class VQLossWeights:
 
 @dataclass(frozen=True)
 class CellCodes:
-    """How the encoder learns its codes, alone; see `unidiff.train.image_tokenizer.codebook`.
+    """How the encoder learns its codes, alone; see `unidiff.train.image_tokenizer.codebook`."""
 
-    Args:
-        steps: of the optimiser; 0 leaves encoder and codebook to the training of the whole tokenizer.
-        batch: cells per step, each on all backgrounds.
-        learning_rate: highest, of AdamW; falls as a cosine.
-        temperature: of the softmax over cosines.
-    """
-
-    steps: Annotated[int, Between(0, 2**40)] = 0
-    batch: Annotated[int, Between(1, 2**20)] = 900
-    learning_rate: Rate = 2e-3
-    temperature: Annotated[float, Between(1e-6, 1e6)] = 0.05
+    steps: Annotated[int, Between(0, 2**40)] = 0  # 0 leaves encoder and codebook to the training of the whole tokenizer
+    batch: Annotated[int, Between(1, 2**20)] = 900  # cells per step, each on all backgrounds
+    learning_rate: Rate = 2e-3  # highest, of AdamW; falls as a cosine
+    temperature: Annotated[float, Between(1e-6, 1e6)] = 0.05  # of the softmax over cosines
 
     def __post_init__(self) -> None:
         check_fields(self, "cells.")
