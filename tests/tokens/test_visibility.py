@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Visibility
-from unidiff.train.data.batch import block_visibility
+from unidiff.train.data.tasks import block_visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 rows_of_samples = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)

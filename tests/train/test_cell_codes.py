@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer
-from unidiff.train.image_tokenizer.codebook import CellTrainer, contrast_loss, place_codes
 from unidiff.train.image_tokenizer.config import CellCodes, ImageData, ImageTokenizerConfig
+from unidiff.train.image_tokenizer.losses import CellTrainer, contrast_loss, place_codes
 from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Scene, SceneObject, get_profile, render
 from unidiff.worlds.emoji.table import sprite_cells

@@ -7,9 +7,8 @@ from train_fixtures import DOCUMENT_CODES, DOCUMENT_LENGTH, MIXED, VOCABULARY, t
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
-from unidiff.train.data.batch import pack_tasks
 from unidiff.train.data.shard_source import DocumentTokens
-from unidiff.train.data.tasks import TaskMixer
+from unidiff.train.data.tasks import TaskMixer, pack_tasks
 from unidiff.train.trainer import Trainer
 
 SIZE, LENGTH = DOCUMENT_CODES, DOCUMENT_LENGTH

@@ -12,7 +12,7 @@ from unidiff.diffusion.noise import mask_tokens
 from unidiff.diffusion.objective import joint_elbo, masked_nll
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
-from unidiff.train.data.batch import TaskBatch, pack_lengths, pack_tasks
+from unidiff.train.data.tasks import TaskBatch, pack_lengths, pack_tasks
 from unidiff.train.trainer import Trainer
 
 VOCABULARY = Vocabulary.unified(20, 12, {"eos": 0})

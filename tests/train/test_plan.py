@@ -22,7 +22,7 @@ from unidiff.train.cost.plan import (
     mean_rate,
     row_shape,
 )
-from unidiff.train.data.batch import block_visibility
+from unidiff.train.data.tasks import block_visibility
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model={hidden_size: 64, num_layers: 3, num_heads: 2, ffn_size: 128, activation: gelu}", "batch_size=16"]

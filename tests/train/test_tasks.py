@@ -13,8 +13,7 @@ from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Modality
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
-from unidiff.train.data.batch import TaskBatch
-from unidiff.train.data.tasks import TaskMixer, keep_fill
+from unidiff.train.data.tasks import TaskBatch, TaskMixer, keep_fill
 
 JOINT, T2I, CAPTION, VQA, TEXT = range(5)
 

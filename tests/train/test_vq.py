@@ -12,10 +12,16 @@ import torch
 
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.vq import VQImageTokenizer, network_settings, new_network
-from unidiff.train.image_tokenizer.codebook import CodebookAverage
 from unidiff.train.image_tokenizer.config import ImageData, ImageTokenizerConfig, VQLossWeights
 from unidiff.train.image_tokenizer.data import world_images
-from unidiff.train.image_tokenizer.losses import cycle_loss, psnr, reconstruction_loss, ssim, vq_forward
+from unidiff.train.image_tokenizer.losses import (
+    CodebookAverage,
+    cycle_loss,
+    psnr,
+    reconstruction_loss,
+    ssim,
+    vq_forward,
+)
 from unidiff.train.image_tokenizer.trainer import SpikeGuard, train_image_tokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "tokenizers" / "train_image_tokenizer.py"
@@ -56,9 +62,9 @@ def test_training_improves_and_decoder_only_keeps_codes(tmp_path: Path) -> None:
 def test_diffusers_vqmodel_takes_gradients_everywhere() -> None:
     torch.manual_seed(0)
     model = new_network(dict(kind="vqmodel", factor=4, codebook_size=32, code_dim=4, decoder_widths=[8, 8, 16]))
-    step, latents = vq_forward(model, torch.rand(2, 3, 16, 16), VQLossWeights(), bf16=False)
+    step = vq_forward(model, torch.rand(2, 3, 16, 16), VQLossWeights(), bf16=False)
     step.loss.backward()
-    assert latents is None and step.codes.shape == (2, 4, 4)
+    assert step.latents is None and step.codes.shape == (2, 4, 4)
     # diffusers creates a decoder-side convolution that this configuration does not use; everything else learns
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert not [n for n in missing if n.startswith(("encoder", "decoder", "quant"))]
@@ -97,7 +103,7 @@ def test_cycle_loss_is_small_where_a_picture_keeps_its_codes_and_reaches_the_dec
     codes = model.quantize(model.latents(images)).codes
     with torch.no_grad():
         assert float(cycle_loss(model, images, codes)) < float(cycle_loss(model, images, codes.flip(0)))
-    with_cycle, _ = vq_forward(model, images, VQLossWeights(l1=0, l2=0, gradient=0, commitment=0, cycle=1), bf16=False)
+    with_cycle = vq_forward(model, images, VQLossWeights(l1=0, l2=0, gradient=0, commitment=0, cycle=1), bf16=False)
     with_cycle.loss.backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.decoder[-1:].parameters())
 

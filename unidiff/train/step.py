@@ -16,8 +16,8 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 from unidiff.train.config import ParallelConfig, TrainConfig
 from unidiff.train.cost.plan import TrainingRow, block_causal_pairs, model_size, row_flops
-from unidiff.train.data.batch import TaskBatch
 from unidiff.train.data.source import TokenSource
+from unidiff.train.data.tasks import TaskBatch
 from unidiff.train.optim import EMA, Optimisers
 from unidiff.train.run.distributed import Parallel, local
 

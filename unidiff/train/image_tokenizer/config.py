@@ -51,7 +51,7 @@ class VQLossWeights:
 
 @dataclass(frozen=True)
 class CellCodes:
-    """How the encoder learns its codes, alone; see `unidiff.train.image_tokenizer.codebook`."""
+    """How the encoder learns its codes, alone; see `unidiff.train.image_tokenizer.losses`."""
 
     steps: Annotated[int, Between(0, 2**40)] = 0  # 0 leaves encoder and codebook to the training of the whole tokenizer
     batch: Annotated[int, Between(1, 2**20)] = 900  # cells per step, each on all backgrounds

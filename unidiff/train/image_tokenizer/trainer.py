@@ -26,10 +26,17 @@ from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of, new_network
 from unidiff.train.config import ScheduleConfig
-from unidiff.train.image_tokenizer.codebook import CellTrainer, CodebookAverage, place_codes
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
 from unidiff.train.image_tokenizer.data import Pictures, open_pictures
-from unidiff.train.image_tokenizer.losses import measure, psnr, reconstruction_sheet, vq_forward
+from unidiff.train.image_tokenizer.losses import (
+    CellTrainer,
+    CodebookAverage,
+    measure,
+    place_codes,
+    psnr,
+    reconstruction_sheet,
+    vq_forward,
+)
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog, begin, take_steps
@@ -67,12 +74,13 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
         return _TokenizerRun(config, out, model.train(), average, pictures).go()
 
 
+@dataclass
 class SpikeGuard:
     """Leaves out steps whose error jumps or is not a number: one such step once threw a run from 20 dB to 0.5."""
 
-    def __init__(self, allowed: int = 50) -> None:
-        self.allowed, self.skipped = allowed, 0
-        self.level: float = math.inf  # moving average of the mean squared error
+    allowed: int = 50
+    skipped: int = 0
+    level: float = math.inf  # moving average of the mean squared error
 
     def accepts(self, mse: float, step: int, norm: float = 0.0) -> bool:
         """Whether to take a step with this error and gradient. Raises ValueError after too many refusals."""
@@ -166,13 +174,12 @@ class _TokenizerRun:
         """One step of the whole tokenizer: values for the log, and the factor on the learning rate."""
         config, step = self.config, self.step - self.config.cells.steps
         # 1. reconstruct a batch, and the gradient of the loss
-        images = torch.stack(list(islice(self.stream, config.batch_size))).to(
-            self.device, memory_format=torch.channels_last
-        )
+        images = torch.stack(list(islice(self.stream, config.batch_size)))  # [B, 3, H, W]
+        images = images.to(self.device, memory_format=torch.channels_last)
         factor = learning_rate_factor(self.schedule, step, config.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * factor
-        result, latents = vq_forward(self.model, images, config.loss, config.bf16)
+        result = vq_forward(self.model, images, config.loss, config.bf16)
         self.optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
@@ -181,9 +188,9 @@ class _TokenizerRun:
         # 2. weights, then the codebook
         self.optimiser.step()
         revived = 0
-        if self.average is not None and latents is not None:
+        if self.average is not None and result.latents is not None:
             revive = step % 10 == 0 and step < config.revive_until * config.steps
-            revived = self.average.update(result.codes, latents, self.generator, revive)
+            revived = self.average.update(result.codes, result.latents, self.generator, revive)
         values = {"loss": result.loss.item(), "psnr": psnr(self.guard.level), "revived": revived}
         return values | {"codes": int(result.codes.unique().numel()), "grad_norm": norm}, factor
 
