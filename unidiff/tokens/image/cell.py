@@ -1,9 +1,8 @@
 """`CellVQModel`: a small VQ autoencoder whose codes depend on one cell of pixels each.
 
-Why not diffusers' `VQModel` for the embedded model: its group norms look at the whole picture and its convolutions at
-seven neighbouring cells, so the same sprite gets other codes at every place, and a generative model has to learn them
-all. Here the encoder sees exactly one `factor x factor` cell, so a code is a function of the pixels under it; the
-decoder looks at neighbouring cells and pixels to join them sharply. Codes are cosine-nearest (Yu et al. 2021,
+Group norms look at the whole picture and stacked convolutions at neighbouring cells, so that the same sprite would get other
+codes at every place, and a generative model had to learn them all. Here the encoder sees exactly one `factor x factor` cell;
+the decoder looks at neighbouring cells and pixels to join them sharply. Codes are cosine-nearest (Yu et al. 2021,
 arXiv 2110.04627, section 3.2: low-dimensional, l2-normalised codes).
 """
 
@@ -33,6 +32,13 @@ class ChannelNorm(nn.Module):
         return x * scale * self.weight[:, None, None].to(x.dtype)
 
 
+def _silent(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer, whose output is 0 until it is trained."""
+    for weights in layer.parameters():
+        nn.init.zeros_(weights)
+    return layer
+
+
 class CellBlock(nn.Module):
     """norm, k x k convolution, SiLU, 1 x 1 convolution, added to the input."""
 
@@ -40,9 +46,7 @@ class CellBlock(nn.Module):
         super().__init__()
         self.norm = ChannelNorm(channels)
         self.conv1 = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2)
-        self.conv2 = nn.Conv2d(2 * channels, channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        self.conv2 = _silent(nn.Conv2d(2 * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
@@ -51,16 +55,14 @@ class CellBlock(nn.Module):
 class PictureContext(nn.Module):
     """Adds a projection of the picture's mean over all cells to each cell; starts silent.
 
-    A code that says nothing of the background (see `train/vq.py`) leaves its colour to the decoder, which finds it in
-    the cells that show nothing else, however far away they are.
+    A code that says nothing of the background leaves its colour to the decoder, which finds it in the cells that show
+    nothing else, however far away they are.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 1)
-        self.conv2 = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        self.conv2 = _silent(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(x.mean((2, 3), keepdim=True))))
@@ -99,10 +101,9 @@ class CellVQModel(QuantizedAutoencoder):
         if factor < 2 or factor & (factor - 1):
             raise ValueError(f"factor {factor} must be a power of two, at least 2")
         if len(decoder_widths) != len(decoder_depths) or 2 ** (len(decoder_widths) - 1) > factor:
-            raise ValueError(
-                f"decoder_widths {tuple(decoder_widths)} and decoder_depths {tuple(decoder_depths)} must have the same "
-                f"length, at most {factor.bit_length()} for factor {factor}"
-            )
+            given = f"decoder_widths {tuple(decoder_widths)} and decoder_depths {tuple(decoder_depths)}"
+            most = factor.bit_length()
+            raise ValueError(f"{given} must have the same length, at most {most} for factor {factor}")
         self.encoder = nn.Sequential(
             nn.Conv2d(3, encoder_width, factor, stride=factor),
             *(CellBlock(encoder_width, 1) for _ in range(encoder_depth)),

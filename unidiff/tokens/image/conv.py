@@ -76,28 +76,20 @@ class Level(nn.Module):
     """Residual blocks at one resolution, each with attention where asked, then half or double the resolution.
 
     Args:
-        widths: channels coming in, channels of the level.
-        depth: residual blocks.
-        attention: attention after every block.
-        resample: "down", "up" or "none".
+        inner, outer: channels coming in, channels of the level. depth: residual blocks. direction: "down", "up" or "none".
     """
 
-    def __init__(self, widths: tuple[int, int], depth: int, attention: bool, resample: str) -> None:
+    def __init__(self, inner: int, outer: int, depth: int, attention: bool, direction: str) -> None:
         super().__init__()
-        inner, outer = widths
         self.blocks = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(depth))
         self.attentions = nn.ModuleList(ImageAttention(outer) for _ in range(depth)) if attention else None
-        self.direction = resample
-        if resample == "down":
-            self.resample: Conv | None = Conv(outer, outer, 3, stride=2)
-        else:
-            self.resample = Conv(outer, outer, 3, padding=1) if resample == "up" else None
+        self.direction = direction
+        kinds: dict[str, dict[str, int]] = {"down": {"stride": 2}, "up": {"padding": 1}}
+        self.resample = Conv(outer, outer, 3, **kinds[direction]) if direction in kinds else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attentions is not None:
-                x = self.attentions[i](x)
+        for block, attention in zip(self.blocks, self.attentions or [nn.Identity()] * len(self.blocks), strict=True):
+            x = attention(block(x))
         if self.resample is None:
             return x
         if self.direction == "down":
@@ -121,10 +113,7 @@ class ConvSide(nn.Module):
     """One side of the autoencoder, with f = 2^(levels - 1): pixels `[B, 3, H, W]` to latents `[B, z, H/f, W/f]`, or back.
 
     Args:
-        channels: width at multiplier 1.
-        multipliers: width of each level, highest resolution first.
-        depths: residual blocks of each level, in the same order.
-        z_channels: channels of the latents.
+        channels, multipliers, depths, z_channels: as in `ConvTokenizerModel`.
         attention: attention after every block of the lowest resolution (the middle always has one).
         up: from latents to pixels; `levels` then start at the lowest resolution, in the order in which they run.
     """
@@ -143,17 +132,13 @@ class ConvSide(nn.Module):
         order = list(range(last, -1, -1) if up else range(last + 1))
         lowest = channels * multipliers[-1]
         widths = [lowest if up else channels, *(channels * multipliers[i] for i in order)]
+        directions = ["up" if up else "down"] * last + ["none"]
         self.up = up
         self.conv_in = Conv(z_channels if up else 3, widths[0], 3, padding=1)
         if up:
             self.middle = Middle(lowest)
         self.levels = nn.ModuleList(
-            Level(
-                (widths[n], widths[n + 1]),
-                depths[i],
-                attention and i == last,
-                "none" if n == last else "up" if up else "down",
-            )
+            Level(widths[n], widths[n + 1], depths[i], attention and i == last, directions[n])
             for n, i in enumerate(order)
         )
         if not up:
@@ -168,10 +153,20 @@ class ConvSide(nn.Module):
 
 
 class ConvTokenizerModel(QuantizedAutoencoder):
-    """Encoder, quantizer, decoder: what the tokenizers on this network share. Subclasses bring the quantizer.
+    """Encoder, quantizer, decoder for images `[B, 3, H, W]` in [0, 1]; subclasses bring the quantizer.
 
     Encoding is always in float32 (float64 for float64 weights), so codes do not depend on how weights are stored;
     decoding too unless the weights are bfloat16, which cannot overflow.
+
+    Args:
+        encoder_channels, decoder_channels: width at multiplier 1.
+        encoder_multipliers, encoder_depths, decoder_multipliers, decoder_depths: width and number of residual blocks
+            of each level, highest resolution first.
+        level_attention: attention after every block of the lowest level; the middle always has it.
+        z_channels: channels between the network and its 1 x 1 convolutions.
+
+    Raises:
+        ValueError: lists of different lengths, or a width that is no multiple of 32.
     """
 
     encoder: ConvSide
@@ -182,11 +177,9 @@ class ConvTokenizerModel(QuantizedAutoencoder):
     def _make_networks(self, c: Any, code_dim: int) -> None:
         sides = ((c.encoder_multipliers, c.encoder_depths), (c.decoder_multipliers, c.decoder_depths))
         if len({len(part) for side in sides for part in side}) != 1 or not c.encoder_multipliers:
-            raise ValueError(
-                f"encoder_multipliers {tuple(c.encoder_multipliers)}, encoder_depths {tuple(c.encoder_depths)}, "
-                f"decoder_multipliers {tuple(c.decoder_multipliers)} and decoder_depths {tuple(c.decoder_depths)} "
-                "must have one entry per level each"
-            )
+            names = ("encoder_multipliers", "encoder_depths", "decoder_multipliers", "decoder_depths")
+            *most, last = (f"{name} {tuple(getattr(c, name))}" for name in names)
+            raise ValueError(f"{', '.join(most)} and {last} must have one entry per level each")
         self.encoder = ConvSide(c.encoder_channels, *sides[0], c.z_channels, c.level_attention)
         self.quant_conv = Conv(c.z_channels, code_dim, 1)
         self.post_quant_conv = Conv(code_dim, c.z_channels, 1)
@@ -219,17 +212,9 @@ class ConvVQModel(ConvTokenizerModel):
 
     Args:
         codebook_size, code_dim: rows and columns of the codebook.
-        encoder_channels, decoder_channels: width at multiplier 1.
-        encoder_multipliers, encoder_depths, decoder_multipliers, decoder_depths: width and number of residual blocks
-            of each level, highest resolution first.
-        level_attention: attention after every block of the lowest level.
-        z_channels: channels between the network and its 1 x 1 convolutions.
         l2_norm: compare and decode unit vectors.
         usage_window: how many of the last codes `codebook_used` remembers (a training statistic that released files
             carry); 0 for none.
-
-    Raises:
-        ValueError: lists of different lengths, or a width that is no multiple of 32.
     """
 
     @register_to_config
@@ -251,9 +236,8 @@ class ConvVQModel(ConvTokenizerModel):
         super().__init__()
         self.check_arguments()
         self._make_networks(self.config, code_dim)
-        self.codebook = nn.Parameter(
-            torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
-        )
+        initial = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        self.codebook = nn.Parameter(initial)
         if usage_window:
             self.register_buffer("codebook_used", torch.zeros(usage_window))
 
@@ -305,14 +289,7 @@ class LFQModel(ConvTokenizerModel):
 
     Args:
         code_dim: bits of a code; there are 2^code_dim codes.
-        encoder_channels, decoder_channels: width at multiplier 1.
-        encoder_multipliers, encoder_depths, decoder_multipliers, decoder_depths: width and number of residual blocks
-            of each level, highest resolution first.
-        level_attention: attention at the lowest level; the released model has it only in the middle.
-        z_channels: channels between the network and its 1 x 1 convolutions; None for `code_dim`.
-
-    Raises:
-        ValueError: lists of different lengths, or a width that is no multiple of 32.
+        z_channels: None for `code_dim`.
     """
 
     @register_to_config

@@ -52,10 +52,9 @@ class PixelDecoder(HasCodes, Protocol):
 
 
 class ImageTokenizerModel(ImageEncoder, PixelDecoder):
-    """The network of an image tokenizer, an entry of `IMAGE_TOKENIZERS`.
+    """The network of an image tokenizer, an entry of `IMAGE_TOKENIZERS`: a `CheckedModel` of this class in a module beside this.
 
-    Adding one is a module in `unidiff.tokens.image` with a `CheckedModel` that is also of this class: a folder's config names
-    it. Images and codes are checked before it sees them. It chooses its precision; pixels need not be clipped.
+    Images and codes are checked before it sees them. It chooses its precision; pixels need not be clipped.
     """
 
     @classmethod
@@ -75,19 +74,12 @@ class ImageTokenizerModel(ImageEncoder, PixelDecoder):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A training step's forward.
+    """A training step's forward."""
 
-    Attributes:
-        output: images `[B, 3, H, W]`, not clipped.
-        codes: int64 `[B, h, w]`.
-        commitment: scalar, small where latents lie near their codes.
-        latents: `[B, d, h, w]` without gradient, for a codebook of averages; None where the codebook learns by gradient.
-    """
-
-    output: Tensor
-    codes: Tensor
-    commitment: Tensor
-    latents: Tensor | None = None
+    output: Tensor  # images [B, 3, H, W], not clipped
+    codes: Tensor  # int64 [B, h, w]
+    commitment: Tensor  # scalar, small where latents lie near their codes
+    latents: Tensor | None = None  # [B, d, h, w] without gradient, for a codebook of averages
 
 
 class TrainableTokenizer(ImageTokenizerModel):
@@ -162,32 +154,25 @@ class QuantizedAutoencoder(CheckedModel, TrainableTokenizer):
 
 
 def _saved_name(value: Any) -> str | None:
+    """The class name in a folder's config."""
     found = isinstance(value, type) and issubclass(value, ImageTokenizerModel) and not isabstract(value)
     return value.network_class().__name__ if found else None
 
 
-IMAGE_TOKENIZERS: Registry[type[ImageTokenizerModel]] = Registry(
-    "image_tokenizers", "unidiff.tokens.image", _saved_name
-)
-"""By the class name in a folder's config."""
+IMAGE_TOKENIZERS = Registry[type[ImageTokenizerModel]]("image_tokenizers", "unidiff.tokens.image", _saved_name)
 
 
 def coder_of(network: nn.Module) -> ImageTokenizerModel:
-    """The image tokenizer behind a network of ours or of another library. Raises `ValueError` for one that is none."""
+    """The image tokenizer behind a network of ours or of another library; `ValueError` for one that is none."""
     kinds = [IMAGE_TOKENIZERS[cls.__name__] for cls in type(network).__mro__ if cls.__name__ in IMAGE_TOKENIZERS]
     if not kinds or not isinstance(network, nn.Module):
-        raise ValueError(
-            f"the image tokenizer is a {type(network).__name__}; expected one of {', '.join(IMAGE_TOKENIZERS)}"
-        )
+        names = ", ".join(IMAGE_TOKENIZERS)
+        raise ValueError(f"the image tokenizer is a {type(network).__name__}; expected one of {names}")
     return kinds[0].adapt(network)
 
 
 def network_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a network to train: `kind`, and what that kind's `maker` takes.
-
-    Raises:
-        ValueError: a kind that cannot be trained, or settings that it does not know or of another type.
-    """
+    """All settings of a network to train: `kind`, and what that kind's `maker` takes; `ValueError` for others."""
     kind = given.get("kind", "cell")
     maker = _maker(kind)
     known = {name: p.default for name, p in signature(maker).parameters.items() if name != "self"}
@@ -211,15 +196,11 @@ def _maker(kind: Any) -> Callable[..., Any]:
 
 
 class VQImageTokenizer:
-    """Images to codes and back.
+    """Images to codes and back, with `factor` pixels per code along each side and `codebook_size` codes.
 
     Args:
         model: one of `IMAGE_TOKENIZERS`: a `CellVQModel`, a `ConvVQModel` (LlamaGen), an `LFQModel` (MAGVIT-v2), a diffusers
             `VQModel`, ...
-
-    Attributes:
-        factor: pixels per code along each side.
-        codebook_size: number of codes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -242,21 +223,13 @@ class VQImageTokenizer:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """float `[B, 3, H, W]` in [0, 1] -> int64 codes `[B, H/factor, W/factor]`.
-
-        Raises:
-            ValueError: wrong shape, dtype, range, or a side that `factor` does not divide.
-        """
+        """float `[B, 3, H, W]` in [0, 1] -> int64 codes `[B, H/factor, W/factor]`; `ValueError` as of `check_images`."""
         check_images(images, self.factor)
         return self._coder.encode(images.to(self.device))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """int64 codes `[B, h, w]` -> float32 `[B, 3, h * factor, w * factor]` in [0, 1].
-
-        Raises:
-            ValueError: a wrong shape or a code outside the codebook.
-        """
+        """int64 codes `[B, h, w]` -> float32 `[B, 3, h * factor, w * factor]` in [0, 1]; errors as of `check_codes`."""
         check_codes(codes, self.codebook_size)
         return self._coder.decode(codes.to(self.device)).float().clamp(0, 1)
 
@@ -266,8 +239,7 @@ class VQImageTokenizer:
         Raises:
             ValueError: `folder` is a file or holds another model, or weights that hold NaN. OSError: a full disk.
         """
-        ours = self._coder is self.model
-        if ours:
+        if self._coder is self.model:
             self.model.save_pretrained(folder)
         else:
             save_model(self.model, folder, self.model.save_pretrained)
@@ -277,8 +249,7 @@ class VQImageTokenizer:
         """Read a folder written by `save_pretrained`, or any diffusers `VQModel` folder.
 
         Raises:
-            FileNotFoundError: no `config.json` there.
-            ValueError: an unknown kind of tokenizer, or weights that do not fit.
+            FileNotFoundError: no `config.json` there. ValueError: an unknown kind of tokenizer, or weights that do not fit.
         """
         path = path_of(folder) / "config.json"
         if not path.exists():
@@ -297,7 +268,7 @@ class VQImageTokenizer:
 
 
 def check_images(images: Tensor, factor: int) -> None:
-    """Raise one clear sentence unless `images` is float `[B, 3, H, W]` in [0, 1] with sides that `factor` divides."""
+    """Raise `ValueError` unless `images` is float `[B, 3, H, W]` in [0, 1] with sides that `factor` divides."""
     check_value(images, Tensor, "the batch of images")
     if not images.is_floating_point():
         raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1], so divide 8-bit values by 255")
@@ -312,8 +283,9 @@ def check_images(images: Tensor, factor: int) -> None:
 
 
 def check_codes(codes: Tensor, codebook_size: int) -> None:
-    """Raise one clear sentence unless `codes` is integer `[B, h, w]` with values below `codebook_size`."""
-    check_value(codes, Tensor, "the batch of codes")
+    """Raise `ValueError` unless `codes` is integer `[B, h, w]` with values below `codebook_size`."""
+    if not isinstance(codes, Tensor):
+        check_value(codes, Tensor, "the batch of codes")
     if codes.ndim != 3 or codes.is_floating_point() or codes.is_complex() or not codes.numel():
         raise ValueError(f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected int64 [B, h, w]")
     low, high = int(codes.min()), int(codes.max())
