@@ -5,29 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, assemble, per_layer, strip_prefixes, unwrap
+from unidiff.families.checkpoint.keymap import KeyMap, assemble, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.weights.files import build_on_meta
 
 CONFIG = dict(vocab_size=11, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=24, rope="1d")
 CONFIG["modality_embedding"] = False
 # A LLaMA-like family: separate projections that are one matrix here.
-LAYER = [
-    Entry("blocks.{i}.attention_norm.weight", "layers.{i}.norm_a"),
-    Entry("blocks.{i}.attention.qkv.weight", ("layers.{i}.q", "layers.{i}.k", "layers.{i}.v"), (16, 8, 8)),
-    Entry("blocks.{i}.attention.out.weight", "layers.{i}.o"),
-    Entry("blocks.{i}.ffn_norm.weight", "layers.{i}.norm_f"),
-    Entry("blocks.{i}.feed_forward.up.weight", ("layers.{i}.gate", "layers.{i}.up"), (24, 24)),
-    Entry("blocks.{i}.feed_forward.down.weight", "layers.{i}.down"),
-]
-KEYMAP = KeyMap(
-    [
-        Entry("embed_tokens.weight", "wte"),
-        *per_layer(2, LAYER),
-        Entry("final_norm.weight", "ln_f"),
-        Entry("output_weight", "lm_head"),
-    ],
-    constants={"inv_freq": torch.tensor([1.0, 0.01])},
+NAMES = {
+    "embed_tokens": "wte",
+    "blocks.{i}.attention_norm": "layers.{i}.norm_a",
+    "blocks.{i}.attention.qkv": "layers.{i}.{q,k,v}",
+    "blocks.{i}.attention.out": "layers.{i}.o",
+    "blocks.{i}.ffn_norm.weight": "layers.{i}.norm_f",
+    "blocks.{i}.feed_forward.up": "layers.{i}.{gate,up}",
+    "blocks.{i}.feed_forward.down": "layers.{i}.down",
+    "final_norm.weight": "ln_f",
+    "output_weight": "lm_head",
+}
+ROWS = {"blocks.{i}.attention.qkv": (16, 8, 8)}
+KEYMAP = KeyMap.of(
+    build_on_meta(MaskedTransformer, CONFIG), NAMES, constants={"inv_freq": torch.tensor([1.0, 0.01])}, rows=ROWS
 )
 
 
@@ -42,10 +40,12 @@ def theirs() -> dict[str, torch.Tensor]:
 
 def test_round_trip_splits_and_joins():
     state = theirs()
-    assert state["layers.1.k"].shape == (8, 16) and state["layers.0.gate"].shape == (24, 16)
+    assert state["layers.1.k.weight"].shape == (8, 16) and state["layers.0.gate.weight"].shape == (24, 16)
     model = build(state)
     weights = model.state_dict()
-    torch.testing.assert_close(weights["blocks.1.attention.qkv.weight"][16:24], state["layers.1.k"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        weights["blocks.1.attention.qkv.weight"][16:24], state["layers.1.k.weight"], rtol=0, atol=0
+    )
     back = KEYMAP.to_theirs(weights)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -54,8 +54,8 @@ def test_round_trip_splits_and_joins():
 
 def test_names_come_layer_by_layer_in_entry_order():
     names = KEYMAP.names()
-    assert names[:4] == ["wte", "layers.0.norm_a", "layers.0.q", "layers.0.k"]
-    assert names.index("layers.0.down") + 1 == names.index("layers.1.norm_a")
+    assert names[:4] == ["wte.weight", "layers.0.norm_a.weight", "layers.0.q.weight", "layers.0.k.weight"]
+    assert names.index("layers.0.down.weight") + 1 == names.index("layers.1.norm_a.weight")
     assert names[-2:] == ["ln_f", "lm_head"] and len(set(names)) == len(names)
 
 
@@ -80,7 +80,7 @@ def test_a_saved_constant_may_be_absent_but_not_different():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("layers.1.k"), r"1 missing \(layers.1.k\), 0 left over"),
+        (lambda s: s.pop("layers.1.k.weight"), r"1 missing \(layers.1.k.weight\), 0 left over"),
         (lambda s: s.update(bias=torch.zeros(3)), r"0 missing, 1 left over \(bias\)"),
         (lambda s: s.update(lm_head=torch.zeros(12, 16)), r"'lm_head' gives shape \(12, 16\).*\(11, 16\)"),
         (lambda s: s["ln_f"].fill_(float("nan")), r"NaN or infinity \(final_norm.weight\)"),
@@ -94,6 +94,5 @@ def test_bad_checkpoints_are_refused(change, message):
 
 
 def test_a_model_with_other_options_cannot_be_exported():
-    weights = MaskedTransformer(**{**CONFIG, "head_bias": True}).state_dict()
     with pytest.raises(ValueError, match="output_bias"):
-        KEYMAP.to_theirs(weights)
+        KeyMap.of(build_on_meta(MaskedTransformer, {**CONFIG, "head_bias": True}), NAMES)

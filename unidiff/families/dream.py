@@ -13,7 +13,7 @@ from typing import Any
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import ChatTemplate, chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear, per_layer
+from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names, copied_head
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
@@ -35,7 +35,6 @@ RELEASED: Mapping[str, Any] = {
     "eos_token_id": 151643,
 }
 SPECIALS_7B: Mapping[str, int] = {"im_start": 151644, "im_end": 151645}  # of Qwen2.5's tokenizer; in no config
-COPIES = {"lm_head.weight": "model.embed_tokens.weight"}  # of a tied head
 KEYS = ConfigKeys(
     "dream",
     used={
@@ -103,27 +102,23 @@ def dream_settings(config: Config) -> dict[str, Any]:
     }
 
 
+NAMES = {
+    "embed_tokens": "model.embed_tokens",
+    "blocks.{i}.attention.qkv": "model.layers.{i}.self_attn.{q,k,v}_proj",
+    "blocks.{i}.attention.out": "model.layers.{i}.self_attn.o_proj",
+    "blocks.{i}.feed_forward.up": "model.layers.{i}.mlp.{gate,up}_proj",
+    "blocks.{i}.feed_forward.down": "model.layers.{i}.mlp.down_proj",
+    "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "blocks.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
+    "final_norm": "model.norm",
+    "output_weight": "lm_head.weight",
+}
+
+
 def dream_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     """Names of a network with `dream_settings`."""
-    config = model.config
-    size, heads, inner = config["hidden_size"], config["num_heads"], config["ffn_size"]
-    kv = size // heads * (config["num_kv_heads"] or heads)
-    ours, theirs = "blocks.{i}.", "model.layers.{i}."
-    layer = [
-        *joined(f"{ours}attention.qkv", [f"{theirs}self_attn.{n}_proj" for n in "qkv"], (size, kv, kv), bias=True),
-        *linear(f"{ours}attention.out", f"{theirs}self_attn.o_proj", bias=False),
-        *joined(f"{ours}feed_forward.up", [f"{theirs}mlp.{n}_proj" for n in ("gate", "up")], (inner, inner)),
-        *linear(f"{ours}feed_forward.down", f"{theirs}mlp.down_proj", bias=False),
-        Entry(f"{ours}attention_norm.weight", f"{theirs}input_layernorm.weight"),
-        Entry(f"{ours}ffn_norm.weight", f"{theirs}post_attention_layernorm.weight"),
-    ]
-    entries = [
-        Entry("embed_tokens.weight", "model.embed_tokens.weight"),
-        *per_layer(config["num_layers"], layer),
-        Entry("final_norm.weight", "model.norm.weight"),
-        *(() if config["tie_head"] else [Entry("output_weight", "lm_head.weight")]),
-    ]
-    return KeyMap(entries, copies=COPIES if config["tie_head"] else {})
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.config["tie_head"] else {}
+    return KeyMap.of(model, NAMES, copies=copies, rows={"blocks.{i}.attention.qkv": qkv_rows(model.config)})
 
 
 def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:

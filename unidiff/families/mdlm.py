@@ -13,7 +13,7 @@ import torch
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import TextLayout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys, section
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
+from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Rows, Width
@@ -21,7 +21,22 @@ from unidiff.tokens import Vocabulary
 
 TINY_SHAPE = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8}
 DIT_KEY = r"^(backbone\.)?vocab_embed\.embedding$"
-TIME_ENTRIES = [*linear("embed_time.up", "sigma_map.mlp.0"), *linear("embed_time.down", "sigma_map.mlp.2")]
+DIT_NAMES = {
+    "embed_tokens.weight": "vocab_embed.embedding",
+    "embed_time.up": "sigma_map.mlp.0",
+    "embed_time.down": "sigma_map.mlp.2",
+    "blocks.{i}.attention_norm": "blocks.{i}.norm1",
+    "blocks.{i}.attention.qkv": "blocks.{i}.attn_qkv",
+    "blocks.{i}.attention.out": "blocks.{i}.attn_out",
+    "blocks.{i}.ffn_norm": "blocks.{i}.norm2",
+    "blocks.{i}.feed_forward.up": "blocks.{i}.mlp.0",
+    "blocks.{i}.feed_forward.down": "blocks.{i}.mlp.2",
+    "blocks.{i}.ada_ln.linear": "blocks.{i}.adaLN_modulation",
+    "final_norm": "output_layer.norm_final",
+    "output_weight": "output_layer.linear.weight",
+    "output_bias": "output_layer.linear.bias",
+    "final_ada_ln.linear": "output_layer.adaLN_modulation",
+}
 
 
 def dit_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -32,26 +47,6 @@ def dit_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def has_images(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is of a network with image codes, which UniDisc's is."""
     return any(key in dit_section(config) for key in ("image_vocab_size", "img_length", "modality_embed"))
-
-
-def block_entries(time: bool) -> list[Entry]:
-    """The second half of a block, after its second norm."""
-    block = "blocks.{i}."
-    return [
-        *linear(f"{block}feed_forward.up", f"{block}mlp.0"),
-        *linear(f"{block}feed_forward.down", f"{block}mlp.2"),
-        *(linear(f"{block}ada_ln.linear", f"{block}adaLN_modulation") if time else ()),
-    ]
-
-
-def head_entries(time: bool) -> list[Entry]:
-    """The final layer."""
-    return [
-        Entry("final_norm.weight", "output_layer.norm_final.weight"),
-        Entry("output_weight", "output_layer.linear.weight"),
-        Entry("output_bias", "output_layer.linear.bias"),
-        *(linear("final_ada_ln.linear", "output_layer.adaLN_modulation") if time else ()),
-    ]
 
 
 ROPE_THETA = 1e4
@@ -134,22 +129,9 @@ def mdlm_settings(config: Config) -> dict[str, Any]:
 
 def mdlm_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     """Names of a network with `mdlm_settings`."""
-    config = model.config
-    block = [
-        Entry("blocks.{i}.attention_norm.weight", "blocks.{i}.norm1.weight"),
-        Entry("blocks.{i}.attention.qkv.weight", "blocks.{i}.attn_qkv.weight"),
-        Entry("blocks.{i}.attention.out.weight", "blocks.{i}.attn_out.weight"),
-        Entry("blocks.{i}.ffn_norm.weight", "blocks.{i}.norm2.weight"),
-    ]
-    entries = [
-        Entry("embed_tokens.weight", "vocab_embed.embedding"),
-        *TIME_ENTRIES,
-        *per_layer(config["num_layers"], [*block, *block_entries(time=True)]),
-        *head_entries(time=True),
-    ]
-    head_dim = config["hidden_size"] // config["num_heads"]
+    head_dim = model.config["hidden_size"] // model.config["num_heads"]
     inv_freq = ROPE_THETA ** -(torch.arange(0, head_dim, 2).float() / head_dim)
-    return KeyMap(entries, {"rotary_emb.inv_freq": inv_freq})
+    return KeyMap.of(model, DIT_NAMES, {"rotary_emb.inv_freq": inv_freq})
 
 
 def mdlm_sampler(steps: int = 128) -> SamplerConfig:

@@ -5,10 +5,11 @@ Nothing may be left over on either side: a checkpoint with other weights than it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from unidiff.errors import few, plain
 from unidiff.weights.files import AnyTensor, check_dtype, check_finite, in_memory
 
-LAYER = "{i}"
+_LAYER, _SEVERAL = re.compile(r"\.(\d+)\."), re.compile(r"\{(\w+(?:,\w+)+)\}")
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
 """What training programs put before the names of weights."""
 M = TypeVar("M", bound=torch.nn.Module)
@@ -26,39 +27,12 @@ class KeyMismatch(ValueError):
     """The weights of a checkpoint are not those that its config describes."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One weight of ours, and the names in the checkpoint that it is (stacked along dim 0 with so many `rows` each)."""
 
     ours: str
-    theirs: str | tuple[str, ...]
+    parts: tuple[str, ...]
     rows: tuple[int, ...] = ()
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
-
-
-def linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
-    """The entries of a layer with a weight and perhaps a bias."""
-    return joined(ours, [theirs], (), bias)
-
-
-def joined(ours: str, theirs: Sequence[str], rows: tuple[int, ...], bias: bool = False) -> list[Entry]:
-    """The entries of a layer of ours that is several of theirs, or one (then `rows` does not matter)."""
-    return [
-        Entry(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), rows if len(theirs) > 1 else ())
-        for part in ("weight", "bias")[: 1 + bias]
-    ]
-
-
-def per_layer(count: int, entries: Sequence[Entry]) -> list[Entry]:
-    """Entries whose names hold `{i}` for every layer, layer by layer."""
-
-    def at(name: str, layer: int) -> str:
-        return name.replace(LAYER, str(layer))
-
-    return [Entry(at(e.ours, n), tuple(at(p, n) for p in e.parts), e.rows) for n in range(count) for e in entries]
 
 
 @dataclass(frozen=True)
@@ -80,11 +54,45 @@ class KeyMap:
     def of(
         cls,
         model: torch.nn.Module,
-        rename: Callable[[str], str] = str,
+        names: Mapping[str, str] | Callable[[str], str] = str,
         constants: Mapping[str, Tensor] = MappingProxyType({}),
+        copies: Mapping[str, str] = MappingProxyType({}),
+        rows: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        layer: Callable[[int], str] = str,
     ) -> KeyMap:
-        """One entry per weight of a model."""
-        return cls([Entry(name, rename(name)) for name in model.state_dict()], constants)
+        """One entry per weight of a model.
+
+        Args:
+            names: ours to theirs, as a function, or a table of modules and weights in the order of the upstream module's
+                parameters. There `{i}` stands for a layer's number, and `{q,k,v}` for several of theirs that are one of ours.
+            rows: how many each of several has, by name in the table; equal shares for others.
+            layer: how they write the number of a layer.
+
+        Raises:
+            ValueError: a weight that the table does not name.
+        """
+        weights = model.state_dict()
+        if callable(names):
+            return cls([Entry(name, (names(name),)) for name in weights], constants, copies)
+        order = {ours: place for place, ours in enumerate(names)}
+        starts = {ours.partition("{i}")[0]: place for ours, place in reversed(order.items())}  # all layers together
+        found: list[tuple[tuple[int, int, int], Entry]] = []
+        for name, value in weights.items():
+            number = _LAYER.search(name)
+            weight = name if number is None else name.replace(number[0], ".{i}.", 1)
+            module, _, kind = weight.rpartition(".")
+            ours = weight if weight in names else module
+            if ours not in names:
+                raise ValueError(f"weight {name!r} has no name in this family; the model has other options on")
+            theirs = names[ours] if ours == weight else f"{names[ours]}.{kind}"
+            at = 0 if number is None else int(number[1])
+            theirs = theirs.replace("{i}", layer(at))
+            entry = Entry(name, (theirs,))
+            if several := _SEVERAL.search(theirs):
+                parts = tuple(theirs.replace(several[0], part) for part in several[1].split(","))
+                entry = Entry(name, parts, rows.get(ours, (len(value) // len(parts),) * len(parts)))
+            found.append(((starts[ours.partition("{i}")[0]], at, order[ours]), entry))
+        return cls([entry for _, entry in sorted(found, key=lambda pair: pair[0])], constants, copies)
 
     def names(self) -> list[str]:
         """Their parameter names in upstream order: the order of a list of EMA weights."""
@@ -128,8 +136,8 @@ class KeyMap:
         wanted |= {copy: _shape(theirs.get(original)) for copy, original in self.copies.items()}
         for entry in self.entries:
             whole = tuple(shapes[entry.ours])
-            parts = [(rows, *whole[1:]) for rows in entry.rows] if len(entry.parts) > 1 else [whole]
-            wanted |= zip(entry.parts, parts, strict=True)
+            shapes_of_parts = [(rows, *whole[1:]) for rows in entry.rows] or [whole]
+            wanted |= zip(entry.parts, shapes_of_parts, strict=True)
         wrong = {name: shape for name, shape in wanted.items() if name in theirs and _shape(theirs[name]) != shape}
         kinds = {
             "missing": [name for name in self.names() if name not in theirs],
@@ -144,14 +152,17 @@ class KeyMap:
 
     def to_theirs(self, ours: Mapping[str, Tensor], copies: bool = False) -> dict[str, Tensor]:
         """The inverse of `to_ours`; with `copies` also what is a copy of another weight."""
-        rest = dict(ours)
         theirs = {name: value.clone() for name, value in self.constants.items()}
         for entry in self.entries:
-            value = rest.pop(entry.ours)
+            value = ours[entry.ours]
             theirs |= zip(entry.parts, value.split(entry.rows) if entry.rows else (value,), strict=True)
-        if rest:
-            raise ValueError(f"weights {sorted(rest)[:3]} have no name in this family; the model has other options on")
         return theirs | ({copy: theirs[name].clone() for copy, name in self.copies.items()} if copies else {})
+
+
+def qkv_rows(config: Any) -> tuple[int, int, int]:
+    """Rows of queries, keys and values in a `MaskedTransformer` of these settings."""
+    shared = config["hidden_size"] // config["num_heads"] * (config["num_kv_heads"] or config["num_heads"])
+    return config["hidden_size"], shared, shared
 
 
 def assemble(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from unidiff.families.chat import chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, joined, linear
+from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head
 from unidiff.families.llada.rows import LLADA_CHAT
 from unidiff.models.transformer import MaskedTransformer
@@ -22,7 +22,6 @@ from unidiff.tokens import Vocabulary
 ROWS_8B = 126464
 EOT_8B = 126348  # end of turn; in no released config
 MLP_RATIO = 4  # upstream's default
-COPIES = {"transformer.ff_out.weight": "transformer.wte.weight"}  # of a tied head
 KEYS = ConfigKeys(
     "llada",
     used={
@@ -119,38 +118,32 @@ def llada_settings(config: Config) -> dict[str, Any]:
     }
 
 
+NAMES = {
+    "embed_tokens": "transformer.wte",
+    "blocks.{i}.attention_norm": "transformer.blocks.{i}.attn_norm",
+    "blocks.{i}.attention.qkv": "transformer.blocks.{i}.{q,k,v}_proj",
+    "blocks.{i}.attention.out": "transformer.blocks.{i}.attn_out",
+    "blocks.{i}.feed_forward.up": "transformer.blocks.{i}.{ff,up}_proj",
+    "blocks.{i}.feed_forward.down": "transformer.blocks.{i}.ff_out",
+    "blocks.{i}.attention.q_norm": "transformer.blocks.{i}.q_norm",
+    "blocks.{i}.attention.k_norm": "transformer.blocks.{i}.k_norm",
+    "blocks.{i}.ffn_norm": "transformer.blocks.{i}.ff_norm",
+    "final_norm": "transformer.ln_f",
+    "output_weight": "transformer.ff_out.weight",
+    "output_bias": "transformer.ff_out.bias",
+}
+
+
 def llada_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     """Names of a network with `llada_settings`."""
-    config, group = model.config, spelling.get("block_group_size")
-    entries = [Entry("embed_tokens.weight", "transformer.wte.weight")]
-    for layer in range(config["num_layers"]):
-        where = f"blocks.{layer}" if group is None else f"block_groups.{layer // group}.{layer % group}"
-        entries += _layer(config, f"blocks.{layer}.", f"transformer.{where}.", bool(spelling.get("fused")))
-    entries.append(Entry("final_norm.weight", "transformer.ln_f.weight"))
-    if not config["tie_head"]:
-        entries.append(Entry("output_weight", "transformer.ff_out.weight"))
-    if config["head_bias"]:
-        entries.append(Entry("output_bias", "transformer.ff_out.bias"))
-    return KeyMap(entries, copies=COPIES if config["tie_head"] else {})
-
-
-def _layer(config: Config, ours: str, theirs: str, fused: bool) -> list[Entry]:
-    size, heads, bias = config["hidden_size"], config["num_heads"], config["linear_bias"]
-    kv, inner = size // heads * (config["num_kv_heads"] or heads), config["ffn_size"]
-    qkv = ("att",) if fused else ("q", "k", "v")
-    return [
-        Entry(f"{ours}attention_norm.weight", f"{theirs}attn_norm.weight"),
-        *joined(f"{ours}attention.qkv", [f"{theirs}{n}_proj" for n in qkv], (size, kv, kv), bias),
-        *linear(f"{ours}attention.out", f"{theirs}attn_out", bias),
-        *joined(f"{ours}feed_forward.up", [f"{theirs}{n}_proj" for n in ("ff", "up")], (inner, inner), bias),
-        *linear(f"{ours}feed_forward.down", f"{theirs}ff_out", bias),
-        *(
-            Entry(f"{ours}attention.{n}_norm.weight", f"{theirs}{n}_norm.weight")
-            for n in "qk"
-            if config["qk_norm"] != "none"
-        ),
-        Entry(f"{ours}ffn_norm.weight", f"{theirs}ff_norm.weight"),
-    ]
+    names, qkv, layer = NAMES, "blocks.{i}.attention.qkv", str
+    if spelling.get("fused"):
+        names = {**names, qkv: "transformer.blocks.{i}.att_proj"}
+    if (group := spelling.get("block_group_size")) is not None:
+        names = {ours: theirs.replace(".blocks.", ".block_groups.") for ours, theirs in names.items()}
+        layer = lambda i: f"{i // group}.{i % group}"  # noqa: E731
+    copies = {"transformer.ff_out.weight": "transformer.wte.weight"} if model.config["tie_head"] else {}
+    return KeyMap.of(model, names, copies=copies, rows={qkv: qkv_rows(model.config)}, layer=layer)
 
 
 # of every family whose weights have LLaDA's names

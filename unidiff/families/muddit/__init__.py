@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
-from unidiff.families.checkpoint.keymap import LAYER, Entry, KeyMap, joined, linear, per_layer
-from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
+from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.family import Config, Family, Release, Tiny, config_names
 from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout
 from unidiff.models.mmdit import MMDiT
 from unidiff.schema import Depth, Index, Layers, Rows, Width
@@ -89,82 +89,52 @@ def muddit_vocabulary(config: Config) -> Vocabulary:
     return Vocabulary(start + rows, (0, text), (start, start + codes), text, start + rows - 1, specials)
 
 
-def muddit_keymap(model: MMDiT, spelling: Spelling) -> KeyMap:
-    """Names of a network with `muddit_settings`."""
-    config = model.config
-    time, words = "time_text_embed.timestep_embedder", "time_text_embed.text_embedder"
-    entries = [
-        *(_plain("adapter", "adapter.1") if config["adapter_dim"] is not None else ()),
-        *_plain("embed_codes", "embed.embeddings"),
-        *_plain("embed_norm", "embed.layer_norm"),
-        *_plain("embed_out", "embed.conv"),
-        *linear("condition_time.first", f"{time}.linear_1"),
-        *linear("condition_time.second", f"{time}.linear_2"),
-        *linear("condition_pooled.first", f"{words}.linear_1"),
-        *linear("condition_pooled.second", f"{words}.linear_2"),
-        *_plain("embed_pooled.first", "cond_embed.linear_1"),
-        *_plain("embed_pooled.second", "cond_embed.linear_2"),
-        *linear("embed_text", "context_embedder"),
-        *_plain("text_norm", "encoder_proj_layer_norm"),
-        *_plain("enter_norm", "project_to_hidden_norm"),
-        *_plain("enter", "project_to_hidden"),
-        *per_layer(config["num_layers"], _double_block(config)),
-        *per_layer(config["num_single_layers"], _single_block(config)),
-        *(_plain("text_out", "text_decoder.1") if config["text_vocab_size"] is not None else ()),
-        *_plain("leave_norm", "project_from_hidden_norm"),
-        *_plain("leave", "project_from_hidden"),
-        *_plain("image_in", "mlm_layer.conv1"),
-        *_plain("image_norm", "mlm_layer.layer_norm"),
-        *_plain("image_out", "mlm_layer.conv2"),
-    ]
-    if config["downsample"]:
-        for ours, theirs in (("down", "down_block.downsample"), ("up", "up_block.upsample")):
-            entries += [*_plain(f"{ours}_norm", f"{theirs}.norm"), *_plain(ours, f"{theirs}.conv")]
-    return KeyMap(entries)
-
-
-def _plain(ours: str, theirs: str) -> list[Entry]:
-    """A layer without a bias."""
-    return linear(ours, theirs, bias=False)
-
-
-def _double_block(config: Config) -> list[Entry]:
-    entries = []
-    names = {  # stream: adaLN, q k v, norms of q and k, output, feed-forward
-        "text": ("norm1_context", "add_{}_proj", "norm_added_{}", "to_add_out", "ff_context"),
-        "image": ("norm1", "to_{}", "norm_{}", "to_out.0", "ff"),
-    }
-    for stream, (norm, projection, head_norm, out, feed_forward) in names.items():
-        ours, theirs = f"double_blocks.{LAYER}.{stream}", f"transformer_blocks.{LAYER}"
-        entries += [
-            *linear(f"{ours}.ada_ln.linear", f"{theirs}.{norm}.linear"),
-            *_heads(f"{ours}.heads", f"{theirs}.attn.{projection}", f"{theirs}.attn.{head_norm}", config),
-            *linear(f"{ours}.out", f"{theirs}.attn.{out}"),
-            *linear(f"{ours}.feed_forward.up", f"{theirs}.{feed_forward}.net.0.proj"),
-            *linear(f"{ours}.feed_forward.down", f"{theirs}.{feed_forward}.net.2"),
-        ]
-    return entries
-
-
-def _single_block(config: Config) -> list[Entry]:
-    ours, theirs = f"single_blocks.{LAYER}", f"single_transformer_blocks.{LAYER}"
-    return [
-        *linear(f"{ours}.ada_ln.linear", f"{theirs}.norm.linear"),
-        *_heads(f"{ours}.heads", f"{theirs}.attn.to_{{}}", f"{theirs}.attn.norm_{{}}", config),
-        *linear(f"{ours}.up", f"{theirs}.proj_mlp"),
-        *linear(f"{ours}.out", f"{theirs}.proj_out"),
-    ]
-
-
-def _heads(ours: str, projection: str, norm: str, config: Config) -> list[Entry]:
-    """Packed projections and their norms; `{}` in the names stands for q, k and v."""
-    size = config["num_heads"] * config["head_dim"]
-    return [
-        *joined(f"{ours}.qkv", [projection.replace("{}", x) for x in "qkv"], (size,) * 3, bias=True),
-        *(entry for x in "qk" for entry in _plain(f"{ours}.{x}_norm", norm.replace("{}", x))),
-    ]
-
-
+NAMES = {
+    "adapter": "adapter.1",
+    "embed_codes": "embed.embeddings",
+    "embed_norm": "embed.layer_norm",
+    "embed_out": "embed.conv",
+    "condition_time.first": "time_text_embed.timestep_embedder.linear_1",
+    "condition_time.second": "time_text_embed.timestep_embedder.linear_2",
+    "condition_pooled.first": "time_text_embed.text_embedder.linear_1",
+    "condition_pooled.second": "time_text_embed.text_embedder.linear_2",
+    "embed_pooled.first": "cond_embed.linear_1",
+    "embed_pooled.second": "cond_embed.linear_2",
+    "embed_text": "context_embedder",
+    "text_norm": "encoder_proj_layer_norm",
+    "enter_norm": "project_to_hidden_norm",
+    "enter": "project_to_hidden",
+    "double_blocks.{i}.text.ada_ln.linear": "transformer_blocks.{i}.norm1_context.linear",
+    "double_blocks.{i}.text.heads.qkv": "transformer_blocks.{i}.attn.add_{q,k,v}_proj",
+    "double_blocks.{i}.text.heads.q_norm": "transformer_blocks.{i}.attn.norm_added_q",
+    "double_blocks.{i}.text.heads.k_norm": "transformer_blocks.{i}.attn.norm_added_k",
+    "double_blocks.{i}.text.out": "transformer_blocks.{i}.attn.to_add_out",
+    "double_blocks.{i}.text.feed_forward.up": "transformer_blocks.{i}.ff_context.net.0.proj",
+    "double_blocks.{i}.text.feed_forward.down": "transformer_blocks.{i}.ff_context.net.2",
+    "double_blocks.{i}.image.ada_ln.linear": "transformer_blocks.{i}.norm1.linear",
+    "double_blocks.{i}.image.heads.qkv": "transformer_blocks.{i}.attn.to_{q,k,v}",
+    "double_blocks.{i}.image.heads.q_norm": "transformer_blocks.{i}.attn.norm_q",
+    "double_blocks.{i}.image.heads.k_norm": "transformer_blocks.{i}.attn.norm_k",
+    "double_blocks.{i}.image.out": "transformer_blocks.{i}.attn.to_out.0",
+    "double_blocks.{i}.image.feed_forward.up": "transformer_blocks.{i}.ff.net.0.proj",
+    "double_blocks.{i}.image.feed_forward.down": "transformer_blocks.{i}.ff.net.2",
+    "single_blocks.{i}.ada_ln.linear": "single_transformer_blocks.{i}.norm.linear",
+    "single_blocks.{i}.heads.qkv": "single_transformer_blocks.{i}.attn.to_{q,k,v}",
+    "single_blocks.{i}.heads.q_norm": "single_transformer_blocks.{i}.attn.norm_q",
+    "single_blocks.{i}.heads.k_norm": "single_transformer_blocks.{i}.attn.norm_k",
+    "single_blocks.{i}.up": "single_transformer_blocks.{i}.proj_mlp",
+    "single_blocks.{i}.out": "single_transformer_blocks.{i}.proj_out",
+    "text_out": "text_decoder.1",
+    "leave_norm": "project_from_hidden_norm",
+    "leave": "project_from_hidden",
+    "image_in": "mlm_layer.conv1",
+    "image_norm": "mlm_layer.layer_norm",
+    "image_out": "mlm_layer.conv2",
+    "down_norm": "down_block.downsample.norm",
+    "down": "down_block.downsample.conv",
+    "up_norm": "up_block.upsample.norm",
+    "up": "up_block.upsample.conv",
+}
 _KEYS = (r"^transformer_blocks\.0\.attn\.add_q_proj\.weight$", r"^mlm_layer\.conv1\.weight$")
 _TINY = {
     "vocab_size": 20,
@@ -180,7 +150,7 @@ _TINY = {
 _CLASS, _OTHER = {"_class_name": "SymmetricTransformer2DModel"}, {"_class_name": "Transformer2DModel"}
 _BOTH: dict[str, Any] = {
     "settings": muddit_settings,
-    "keymap": muddit_keymap,
+    "keymap": lambda model, spelling: KeyMap.of(model, NAMES),
     "network": MMDiT,
     "vocabulary": muddit_vocabulary,
     "image_tokenizer": "vq_model",

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, section
-from unidiff.families.checkpoint.keymap import Entry, KeyMap, linear, per_layer
-from unidiff.families.family import Config, Family, Release, Spelling, Tiny
-from unidiff.families.mdlm import DIT_KEY, TIME_ENTRIES, TINY_SHAPE, block_entries, has_images, head_entries
+from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.family import Config, Family, Release, Tiny
+from unidiff.families.mdlm import DIT_KEY, DIT_NAMES, TINY_SHAPE, has_images
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_interleaved
-from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
 from unidiff.tokens import Vocabulary
 
@@ -130,32 +129,17 @@ def _checked(config: Config) -> Config:
     return full
 
 
-def unidisc_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
-    """Names of a network with `unidisc_settings`."""
-    config, at = model.config, "blocks.{i}."
-    time, normed = config["time_conditioning"], config["qk_norm"] != "none"
-    block = [
-        *linear(f"{at}attention.qkv", f"{at}attention.attn_qkv", bias=False),
-        *linear(f"{at}attention.out", f"{at}attention.attn_out", bias=False),
-        *(entry for n in "qk" if normed for entry in linear(*(f"{at}attention.{n}_norm",) * 2)),
-        *linear(f"{at}attention_norm", f"{at}norm1", bias=False),
-        *linear(f"{at}ffn_norm", f"{at}norm2", bias=False),
-        *block_entries(time),
-    ]
-    if config["sandwich_norm"]:
-        block += linear(f"{at}ffn_out_norm", f"{at}post_ff_norm", bias=False)
-        block += linear(f"{at}attention_out_norm", f"{at}pre_residual_norm", bias=False)
-    entries = [
-        *([Entry("embed_image.weight", "img_count_embedding")] if config["image_embeddings"] else ()),
-        Entry("embed_tokens.weight", "vocab_embed.embedding"),
-        *(TIME_ENTRIES if time else ()),
-        *([Entry("embed_modality.weight", "modality_embed.embedding")] if config["modality_embedding"] else ()),
-        *per_layer(config["num_layers"], block),
-        *head_entries(time),
-    ]
-    return KeyMap(entries)
-
-
+NAMES = {
+    **DIT_NAMES,
+    "blocks.{i}.attention.qkv": "blocks.{i}.attention.attn_qkv",
+    "blocks.{i}.attention.out": "blocks.{i}.attention.attn_out",
+    "blocks.{i}.attention.q_norm": "blocks.{i}.attention.q_norm",
+    "blocks.{i}.attention.k_norm": "blocks.{i}.attention.k_norm",
+    "blocks.{i}.ffn_out_norm": "blocks.{i}.post_ff_norm",
+    "blocks.{i}.attention_out_norm": "blocks.{i}.pre_residual_norm",
+    "embed_modality.weight": "modality_embed.embedding",
+    "embed_image.weight": "img_count_embedding",
+}
 _MODEL = {
     "norm_type": "rms",
     "qk_norm": True,
@@ -201,7 +185,7 @@ UNIDISC = Family(
     keys=(DIT_KEY, r"^blocks\.0\.attention\.attn_qkv\.weight$"),
     fits=has_images,
     settings=unidisc_settings,
-    keymap=unidisc_keymap,
+    keymap=lambda model, spelling: KeyMap.of(model, NAMES),
     vocabulary=unidisc_vocabulary,
     vocabularies={
         "unidisc-vq16": unidisc_vocabulary({"vocab_size": 48385, "model": {}}),
