@@ -15,8 +15,8 @@ from reference.mmada_training import answer_loss, image_loss, training_mask
 from unidiff.decoding.cache import AdaptiveCache, DualCache, MaxLogitCache, PrefixCache, VicinityCache
 from unidiff.decoding.draw import RowNoise
 from unidiff.decoding.sampler import Sampler, SamplerOutput
-from unidiff.families.chat import answer_config
 from unidiff.families.family import named_vocabulary
+from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.mmada import MMADA, RELEASED, SPECIALS, ImageSettings, image_config, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality
@@ -173,7 +173,7 @@ def test_text_guidance_sees_no_padding(model):
     """Upstream drops the attention mask as soon as guidance is on."""
     long, short = question([[1, 2, 3]]), question([[4, 5]])
     both = question([[1, 2, 3], [4, 5]])
-    config = answer_config(VOCABULARY, steps=4, block_length=2, guidance=1.5)
+    config = llada_sampler(VOCABULARY, steps=4, block_length=2, guidance=1.5)
     sampler = Sampler(model, VOCABULARY, config)
     alone = [sampler(row, torch.tensor([7])) for row in (long, short)]
     together = sampler(both, torch.tensor([7, 7]))
@@ -190,7 +190,7 @@ def test_answers_hold_text_ids_only(model):
     batch = question([[1, 2], [3, 4]])
     loud = MaskedTransformer(**MMADA.settings(FIELDS))
     loud.load_state_dict(model.state_dict())
-    config = answer_config(VOCABULARY, steps=4, block_length=4)
+    config = llada_sampler(VOCABULARY, steps=4, block_length=4)
     with torch.no_grad():  # an image code and a prompt mark that win everywhere
         direction = loud.hidden(batch.ids, batch.modality, batch.positions).mean((0, 1))
         loud.output_weight[VOCABULARY.image[0] + 3] = 50 * direction
@@ -311,7 +311,7 @@ def test_every_cache_that_refreshes_in_every_pass_changes_nothing(model, policy)
     batch, unconditional = image_rows(torch.tensor([[-1, 2, -1, -1], [-1, -1, -1, -1]]))
     asked, seeds = question([[1, 2, 3], [4]]), torch.tensor([5, 6])
     images = image_config(ImageSettings(steps=3, guidance=2.0))
-    answers = answer_config(VOCABULARY, steps=4, block_length=2, guidance=1.5)
+    answers = llada_sampler(VOCABULARY, steps=4, block_length=2, guidance=1.5)
     for request, config, other in ((batch, images, unconditional), (asked, answers, None)):
         plain = Sampler(model, VOCABULARY, config)(request, seeds, unconditional=other)
         cached = Sampler(model, VOCABULARY, config, policy)(request, seeds, unconditional=other)

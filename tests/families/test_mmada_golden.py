@@ -13,7 +13,7 @@ from reference.mmada_training import answer_loss, image_loss, mask_answers, mask
 from safetensors.torch import load_file
 
 from unidiff.decoding.commit.base import quota, take_best
-from unidiff.families.chat import answer_config
+from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.mmada import MMADA, ImageSettings, mmada_vocabulary
 
 pytestmark = pytest.mark.golden
@@ -289,7 +289,7 @@ def test_text_traces_through_the_sampler(golden):
         ids = torch.cat((prompt, prompt.new_full((rows, new), case["mask_id"])), dim=1)
         visible = stored["attention_mask"] if "attention_mask" in stored.tensors else torch.ones_like(ids)
         batch = mmada_batch(ids, golden.vocabulary, visible)
-        config = answer_config(
+        config = llada_sampler(
             golden.vocabulary, case["steps"], case["block_length"], case["temperature"], case["cfg_scale"]
         )
         out = generate_text(golden.model, golden.vocabulary, batch, torch.arange(rows), config, record=True)

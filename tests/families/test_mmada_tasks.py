@@ -8,7 +8,7 @@ from decode_layout import decode, request_of
 from reference.mmada_prompts import QUESTION, MMaDAPrompts, mmada_batch
 
 from unidiff.decoding import Sampler
-from unidiff.families.chat import answer_config
+from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.mmada import MMADA, SPECIALS, ImageSettings, MMaDALayout, image_config, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 
@@ -23,7 +23,7 @@ def encode(text: str) -> list[int]:
     return [WORDS[part] for part in parts if part]
 
 
-TEXT = answer_config(VOCABULARY, steps=4, block_length=2)
+TEXT = llada_sampler(VOCABULARY, steps=4, block_length=2)
 ROWS = MMaDALayout(VOCABULARY, encode, text_length=6, side=2, image=ImageSettings(steps=3, temperature=0.0), text=TEXT)
 CODES = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
 

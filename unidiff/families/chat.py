@@ -7,18 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, cast
 
-from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.families.layout import (
-    DecodeRequest,
-    Encode,
-    RowLayout,
-    TaskInputs,
-    TaskNeeds,
-    hidden_words,
-    lay_out,
-)
+from unidiff.decoding.config import SamplerConfig
+from unidiff.families.layout import DecodeRequest, Encode, RowLayout, TaskInputs, TaskNeeds, hidden_words, lay_out
 from unidiff.tokens import Span, Vocabulary
 from unidiff.tokens.text import MOST_TOKENS, has_holes, short
 
@@ -27,40 +20,12 @@ Message = Mapping[str, str]
 Turn = str | Sequence[int] | Sequence[Message]
 
 
-def answer_config(
-    vocabulary: Vocabulary,
-    steps: int = 512,
-    block_length: int = 128,
-    temperature: float = 0.0,
-    guidance: float = 0.0,
-) -> SamplerConfig:
-    """Sampler settings for understanding and text: LLaDA's fixed quota per block, ranked by probability.
-
-    Marks that only occur in prompts are never emitted.
-
-    Args:
-        steps: passes for the whole answer. block_length: tokens per block.
-        guidance: upstream `cfg_scale`; the unconditional stream sees [MASK] for everything given.
-    """
-    kept = {vocabulary.specials.get(name) for name in ("eos", "eot")}
-    marks = sorted(i for i in vocabulary.specials.values() if i not in kept)
-    text = ModalityDecoding(
-        steps=steps,
-        rule="quota",
-        schedule="fixed",
-        temperature=temperature,
-        block_length=block_length,
-        forbid=tuple(marks),
-    )
-    return SamplerConfig(text=text, guidance=Guidance(scale=1 + guidance, hide="given"))
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """How turns are written; a part is the name of a mark in angle brackets, or words with `{role}` and `{content}`.
 
     Args:
-        marks: ids by name.
+        marks: ids by name; without any the tokenizer has none, and nothing is asked.
         opening: parts before the first turn. turn: parts of a turn. answer: parts that open the answer.
         system: what the system says where a conversation does not begin with it; None for nothing.
         end: the mark that ends a turn.
@@ -74,7 +39,7 @@ class ChatTemplate:
     answer: tuple[str, ...] = ()
     system: str | None = None
     end: str = "eot"
-    sampler: Callable[[Vocabulary], SamplerConfig] = answer_config
+    sampler: Callable[[Vocabulary], SamplerConfig] = lambda vocabulary: SamplerConfig()
     spelled: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,7 +50,7 @@ class TextLayout(RowLayout):
     Args:
         vocabulary: of the model.
         encode: text to ids without special ones.
-        config: sampler settings; steps are one for each token, unless `paced`.
+        config: sampler settings; steps are one for each token, as upstream recommends, unless `paced`.
         paced: the settings bring their number of passes.
         left: pad on the left, as the reference programs do, or on the right; the answers are the same.
         family: its name.
@@ -133,17 +98,12 @@ class TextLayout(RowLayout):
         return lay_out(rows, self._paced(longest), TaskNeeds(self.never, self.ends), left=self.left)
 
     def _paced(self, steps: int) -> SamplerConfig:
-        """One pass per token, as upstream recommends, where the settings do not say more."""
         return self.config if self.paced else replace(self.config, text=replace(self.config.text, steps=steps))
 
 
 @dataclass(frozen=True)
 class ChatLayout(TextLayout):
-    """LLaDA and Dream: conversations besides.
-
-    Args:
-        template: how turns are written; without marks the tokenizer has none, and nothing is asked.
-    """
+    """LLaDA and Dream: conversations besides, in their template."""
 
     template: ChatTemplate = field(default_factory=ChatTemplate)
 
@@ -172,19 +132,18 @@ class ChatLayout(TextLayout):
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in cast("list[Message]", said)]
         if self.template.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.template.system}, *messages]
-        ids = self._parts(self.template.opening, {})
-        for message in messages:
-            ids += self._parts(self.template.turn, message)
-        return ids + self._parts(self.template.answer, {})
+        turns = [part for message in messages for part in self._parts(self.template.turn, message)]
+        return [*self._parts(self.template.opening), *turns, *self._parts(self.template.answer)]
 
-    def _parts(self, parts: Sequence[str], message: Message) -> list[int]:
+    def _parts(
+        self, parts: Sequence[str], message: Message = MappingProxyType({"role": "", "content": ""})
+    ) -> list[int]:
         ids: list[int] = []
         for part in parts:
             if part.startswith("<"):
                 ids.append(self.template.marks[part[1:-1]])
             else:
-                words = part.replace("{role}", message.get("role", "")).replace("{content}", message.get("content", ""))
-                ids += self.encode(words)
+                ids += self.encode(part.replace("{role}", message["role"]).replace("{content}", message["content"]))
         return ids
 
 
@@ -198,8 +157,8 @@ def chat_layout(template: ChatTemplate, family: str) -> Callable[[Any, Any], Cha
             ids = {mark: known[word] for mark, word in template.spelled.items()}
         elif max(ids.values()) >= vocabulary.text_size:
             ids = {}
-        own = replace(template, marks=ids)
-        return ChatLayout(vocabulary, texts.encode, template.sampler(vocabulary), family=family, template=own)
+        config, own = template.sampler(vocabulary), replace(template, marks=ids)
+        return ChatLayout(vocabulary, texts.encode, config, family=family, template=own)
 
     return make
 
@@ -234,8 +193,7 @@ def words_of_turns(turns: Sequence[Turn]) -> list[str]:
     """What is said in checked turns: questions, and the words of every message."""
     said: list[str] = []
     for turn in turns:
-        messages = [turn] if isinstance(turn, str) else [part for part in turn if isinstance(part, Mapping)]
-        said += [part if isinstance(part, str) else part["content"] for part in messages]
+        said += [turn] if isinstance(turn, str) else [part["content"] for part in turn if isinstance(part, Mapping)]
     return said
 
 

@@ -14,27 +14,27 @@ from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import ChatTemplate, chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
-from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names, copied_head
+from unidiff.families.family import (
+    Config,
+    Family,
+    Release,
+    Spelling,
+    Tiny,
+    config_names,
+    copied_head,
+    special_ids,
+    text_vocabulary,
+)
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens import Vocabulary
 
 # upstream's fields of the 7B checkpoints
 RELEASED: Mapping[str, Any] = {
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "mask_token_id": 151666,
-    "pad_token_id": 151643,
-    "eos_token_id": 151643,
+    **dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+    **dict(intermediate_size=18944, vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False),
+    **dict(mask_token_id=151666, pad_token_id=151643, eos_token_id=151643),
 }
-SPECIALS_7B: Mapping[str, int] = {"im_start": 151644, "im_end": 151645}  # of Qwen2.5's tokenizer; in no config
 KEYS = ConfigKeys(
     "dream",
     used={
@@ -69,22 +69,14 @@ KEYS = ConfigKeys(
 def dream_vocabulary(config: Config) -> Vocabulary:
     """Text ids only, with [MASK] inside the range."""
     KEYS.check(config)
-    size = config["vocab_size"]
-    mask_id = config.get("mask_token_id")
-    if mask_id is None:
-        raise ConfigError("the config has no mask_token_id; expected the id of [MASK] (151666 in the 7B models)")
-    specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "bos") if config.get(f"{n}_token_id") is not None}
+    size, specials = config["vocab_size"], special_ids(config, "mask", "eos", "pad", "bos")
     if size == RELEASED["vocab_size"]:
-        specials |= SPECIALS_7B
-    return Vocabulary(size, (0, size), (size, size), mask_id, specials=specials)
+        specials |= DREAM_CHAT.marks  # in no config
+    return text_vocabulary(size, specials, "151666 in the 7B models")
 
 
 def dream_settings(config: Config) -> dict[str, Any]:
-    """`MaskedTransformer` arguments for an upstream configuration.
-
-    Raises:
-        ValueError: an option that is not built, with its value.
-    """
+    """`MaskedTransformer` arguments for an upstream configuration; `ConfigError` for an option that is not built."""
     taken = KEYS.read(config)
     if config.get("head_dim") not in (None, taken["hidden_size"] // taken["num_heads"]):
         raise ConfigError(f"config has head_dim = {config['head_dim']}; only hidden_size / heads is supported")
@@ -126,14 +118,7 @@ def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | Non
 
     (Confidences are those of the model here, upstream those after temperature and top_p.)
     """
-    text = ModalityDecoding(
-        steps=steps,
-        rule="quota",
-        schedule="linear",
-        confidence="entropy",
-        temperature=temperature,
-        top_p=top_p,
-    )
+    text = ModalityDecoding(steps, "quota", "linear", confidence="entropy", temperature=temperature, top_p=top_p)
     return SamplerConfig(text=text)
 
 
@@ -148,18 +133,10 @@ DREAM_CHAT = ChatTemplate(
 )
 
 
-_TINY = {
-    "model_type": "Dream",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 40,
-    "mask_token_id": 30,
-    "eos_token_id": 29,
+_TINY: dict[str, Any] = {
+    **dict(model_type="Dream", hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+    **dict(intermediate_size=24, vocab_size=40, mask_token_id=30, eos_token_id=29),
 }
-
 DREAM = Family(
     name="dream",
     keys=(r"^model\.layers\.0\.self_attn\.q_proj\.bias$", r"^model\.layers\.0\.mlp\.gate_proj\.weight$"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unidiff.families.checkpoint.config_keys import ConfigError
 from unidiff.families.checkpoint.keymap import PREFIXES, KeyMap, assemble, strip_prefixes, unwrap
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.registry import Registry
@@ -79,7 +80,7 @@ class Family:
         image_tokenizer: name of the family whose codes it reads.
         prefix: of released names, which weights may come without.
         spelling: (names, config) to what else the key map needs to know of how the weights are named.
-        measured: settings that only the weights tell, by name without prefixes.
+        measured: settings that the weights tell: rows of a weight, by its name without prefixes.
         default_config: config for weights of these names where none is given; None where it takes one.
         averaged: whether the averaged weights of a Lightning file are taken, which have an order and no names.
         constants: released names of buffers that the architecture fixes.
@@ -102,7 +103,7 @@ class Family:
     image_tokenizer: str | None = None
     prefix: str = ""
     spelling: Callable[[Iterable[str], Config], Spelling] = lambda names, config: {}
-    measured: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda weights: {}
+    measured: Mapping[str, str] = field(default_factory=dict)
     default_config: Callable[[Iterable[str]], Config] | None = None
     averaged: bool = False
     constants: tuple[str, ...] = ()
@@ -111,17 +112,10 @@ class Family:
     unstated: tuple[str, ...] = ()
     layout: Any = None
 
-    def has_keys(self, names: Iterable[str]) -> bool:
-        """Whether weights of these names are this family's."""
-        return all(self._found(names))
-
-    def has_some_keys(self, names: Iterable[str]) -> bool:
-        """Whether weights of these names may be a part of this family's."""
-        return any(self._found(names))
-
-    def _found(self, names: Iterable[str]) -> list[bool]:
+    def has_keys(self, names: Iterable[str], some: bool = False) -> bool:
+        """Whether weights of these names are this family's, or with `some` may be a part of them."""
         names = list(names)
-        return [any(re.search(mark, name) for name in names) for mark in self.keys]
+        return (any if some else all)(any(re.search(mark, name) for name in names) for mark in self.keys)
 
     def make(self, config: Config, **more: Any) -> Any:
         """The network of an upstream configuration, with fresh weights; `more` settings win."""
@@ -151,7 +145,8 @@ class Family:
         if not config and self.default_config is not None:
             config = self.default_config(weights)
         config = config or {}
-        settings = {**self.settings(config), **self.measured(weights)}
+        sides = {name: tuple(getattr(weights.get(weight), "shape", ())) for name, weight in self.measured.items()}
+        settings = {**self.settings(config), **{name: shape[0] for name, shape in sides.items() if shape}}
         network = build_on_meta(self.network, settings)
         keymap = self.keymap(network, self.spelling(weights, config))
         if self.averaged and (ema := state.get("ema")):
@@ -193,7 +188,6 @@ class Released:
         config: upstream's configuration.
         spelling: what else the released names of the weights need.
         constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
-        images: the image tokenizer, where it is one.
         folder: of the whole checkpoint, for families that have more parts in it.
     """
 
@@ -203,8 +197,12 @@ class Released:
     config: Config
     spelling: Spelling = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    images: VQImageTokenizer | None = None
     folder: Path | None = None
+
+    @property
+    def images(self) -> VQImageTokenizer | None:
+        """The image tokenizer, where it is one."""
+        return VQImageTokenizer(self.model) if self.family.vocabulary is None else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under released names; constants only where the checkpoint held them."""
@@ -219,6 +217,19 @@ def config_names(config: Config, *architectures: str, model_type: str | None = N
     return any(name in architectures for name in named) or (
         model_type is not None and config.get("model_type") == model_type
     )
+
+
+def special_ids(config: Config, *names: str) -> dict[str, int]:
+    """The ids `<name>_token_id` that a config states, by name."""
+    return {name: config[f"{name}_token_id"] for name in names if config.get(f"{name}_token_id") is not None}
+
+
+def text_vocabulary(size: int, specials: Mapping[str, int], usual: str) -> Vocabulary:
+    """Text ids only, with [MASK] (`mask` in the specials) inside the range; `usual` is that of the released models."""
+    ids = dict(specials)
+    if "mask" not in ids:
+        raise ConfigError(f"the config has no mask_token_id; expected the id of [MASK] ({usual})")
+    return Vocabulary(size, (0, size), (size, size), ids.pop("mask"), specials=ids)
 
 
 def copied_head(names: Iterable[str], tied: bool, head: str) -> Spelling:
@@ -265,7 +276,7 @@ def recognise(config: Config, names: Iterable[str]) -> Family:
     by_config = fitting(config)
     if both := [family for family in by_config if family in by_keys]:
         return _only(both)
-    if not by_keys and (part := [family for family in by_config if family.has_some_keys(names)]):
+    if not by_keys and (part := [family for family in by_config if family.has_keys(names, some=True)]):
         return _only(part)  # loading will say what is missing
     keys, listed = _list(by_keys), ", ".join(names[:3])
     if by_config and names:

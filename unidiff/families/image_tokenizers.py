@@ -6,7 +6,7 @@ Upstream images of the first two are in [-1, 1]; here all are in [0, 1] and the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -19,32 +19,22 @@ from unidiff.schema import Between, Depth, Rows, Width
 from unidiff.tokens.image.conv import ConvVQModel, LFQModel, bit_values, lfq_vectors
 from unidiff.tokens.image.diffusers_vq import DiffusersVQ
 
-# our names inside a level, and the names that all of them use
-_PARTS = ((r"\.shortcut\.", ".nin_shortcut."), (r"\.out\.", ".proj_out."))
 
-Rename = Callable[[str], str]
-
-
-def rename_with(rules: Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]) -> Rename:
+def rename_with(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[str], str]:
     """A renaming by regular expressions, applied in order after those that all families share."""
-    compiled = [(re.compile(pattern), value) for pattern, value in (*_PARTS, *rules)]
+    shared = ((r"\.shortcut\.", ".nin_shortcut."), (r"\.out\.", ".proj_out."))
 
     def rename(name: str) -> str:
-        for pattern, value in compiled:
-            name = pattern.sub(value, name)
+        for pattern, value in (*shared, *rules):
+            name = re.sub(pattern, value, name)
         return name
 
     return rename
 
 
-_COMMON: dict[str, Any] = {
-    "ch": 128,
-    "num_res_blocks": 2,
-    "z_channels": 256,
-    "codebook_size": 16384,
-    "codebook_embed_dim": 8,
-    "codebook_l2_norm": True,
-}
+_COMMON: dict[str, Any] = dict(
+    ch=128, num_res_blocks=2, z_channels=256, codebook_size=16384, codebook_embed_dim=8, codebook_l2_norm=True
+)
 LLAMAGEN_RELEASED: dict[str, dict[str, Any]] = {
     "VQ-16": {**_COMMON, "encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)},
     "VQ-8": {**_COMMON, "encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)},
@@ -65,20 +55,17 @@ LLAMAGEN_KEYS = ConfigKeys(
     harmless=("commit_loss_beta", "entropy_loss_ratio", "dropout_p", "codebook_show_usage"),  # of training
     closed=True,
 )
-_USAGE = "quantize.codebook_used"
 
-_rename = rename_with(
-    [
-        (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.conv_blocks.\1.downsample.conv."),
-        (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.conv_blocks.\1.upsample.conv."),
-        (r"\.levels\.(\d+)\.blocks\.", r".conv_blocks.\1.res."),
-        (r"\.levels\.(\d+)\.attentions\.", r".conv_blocks.\1.attn."),
-        (r"\.middle\.block_1\.", ".mid.0."),
-        (r"\.middle\.attention\.", ".mid.1."),
-        (r"\.middle\.block_2\.", ".mid.2."),
-        (r"^codebook$", "quantize.embedding.weight"),
-        (r"^codebook_used$", _USAGE),
-    ]
+_llamagen_name = rename_with(
+    (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.conv_blocks.\1.downsample.conv."),
+    (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.conv_blocks.\1.upsample.conv."),
+    (r"\.levels\.(\d+)\.blocks\.", r".conv_blocks.\1.res."),
+    (r"\.levels\.(\d+)\.attentions\.", r".conv_blocks.\1.attn."),
+    (r"\.middle\.block_1\.", ".mid.0."),
+    (r"\.middle\.attention\.", ".mid.1."),
+    (r"\.middle\.block_2\.", ".mid.2."),
+    (r"^codebook$", "quantize.embedding.weight"),
+    (r"^codebook_used$", "quantize.codebook_used"),
 )
 
 
@@ -98,11 +85,6 @@ def llamagen_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _measured(weights: Mapping[str, Any]) -> dict[str, Any]:
-    shape: Sequence[int] = getattr(weights.get(_USAGE), "shape", ())
-    return {"usage_window": shape[0]} if len(shape) else {}
-
-
 def _released(names: Iterable[str]) -> Config:
     """Of the two released models the one with as many levels."""
     last = len(LLAMAGEN_RELEASED["VQ-8"]["encoder_ch_mult"])
@@ -110,23 +92,18 @@ def _released(names: Iterable[str]) -> Config:
     return LLAMAGEN_RELEASED["VQ-16" if deep else "VQ-8"]
 
 
-_LLAMAGEN_TINY = {
-    "ch": 32,
-    "num_res_blocks": 1,
-    "z_channels": 8,
-    "codebook_size": 12,
-    "codebook_embed_dim": 4,
-    "encoder_ch_mult": [1, 1],
-    "decoder_ch_mult": [1, 1],
+_LLAMAGEN_TINY: dict[str, Any] = {
+    **dict(ch=32, num_res_blocks=1, z_channels=8, codebook_size=12, codebook_embed_dim=4),
+    **dict(encoder_ch_mult=[1, 1], decoder_ch_mult=[1, 1]),
 }
 LLAMAGEN = Family(
     name="llamagen",
     keys=(r"^encoder\.conv_blocks\.0\.res\.0\.", r"^quantize\.embedding\.weight$"),
     fits=lambda config: bool(config) and set(config) <= {*LLAMAGEN_KEYS.used, *LLAMAGEN_KEYS.harmless},
     settings=llamagen_settings,
-    keymap=lambda model, spelling: KeyMap.of(model, _rename),
+    keymap=lambda model, spelling: KeyMap.of(model, _llamagen_name),
     network=ConvVQModel,
-    measured=_measured,
+    measured={"usage_window": "quantize.codebook_used"},
     default_config=_released,
     releases=tuple(Release(f"llamagen-{name.lower()}", config) for name, config in LLAMAGEN_RELEASED.items()),
     tiny=Tiny(_LLAMAGEN_TINY, (0.67793, 0.442287, 0.0, 1.0), measured={"usage_window": 8}),
@@ -138,13 +115,6 @@ MAGVIT_RELEASED: dict[str, Any] = {
     "encoder": {"ch": 128, "ch_mult": (1, 2, 2, 4, 4), "num_res_blocks": (4, 3, 4, 3, 4), "z_channels": 13},
     "decoder": {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": (4, 4, 3, 4, 3), "z_channels": 13},
 }
-MAGVIT_SIDES: dict[str, Any] = dict(
-    used={"ch": Width, "ch_mult": _LEVELS, "num_res_blocks": _LEVELS, "z_channels": Width},
-    needed=("ch", "ch_mult", "num_res_blocks", "z_channels"),
-    fixed={"in_ch": (3,), "out_ch": (3,), "double_z": (False, None)},
-    harmless=("attn_resolutions", "resolution", "dropout"),  # attention is in the middle only: [5] never matches
-    closed=True,
-)
 MAGVIT_KEYS = ConfigKeys(
     "MAGVIT-v2",
     used={"codebook_dim": Annotated[int, Between(1, 20)], "encoder": Mapping[str, Any], "decoder": Mapping[str, Any]},
@@ -154,44 +124,47 @@ MAGVIT_KEYS = ConfigKeys(
 
 
 def magvit_settings(config: Config) -> dict[str, Any]:
-    """`LFQModel` arguments for an upstream configuration.
-
-    Raises:
-        ValueError: an unknown key, or an option that is another network.
-    """
+    """`LFQModel` arguments for an upstream configuration; `ValueError` for an unknown key or another network."""
     MAGVIT_KEYS.check(config)
-    kwargs: dict[str, Any] = {"code_dim": config["codebook_dim"]}
+    settings: dict[str, Any] = {"code_dim": config["codebook_dim"]}
     for name in ("encoder", "decoder"):
-        side = config[name]
-        ConfigKeys(f"MAGVIT-v2 {name}", **MAGVIT_SIDES).check(side)
-        kwargs[f"{name}_channels"] = side["ch"]
-        kwargs[f"{name}_multipliers"] = tuple(side["ch_mult"])
-        kwargs[f"{name}_depths"] = tuple(side["num_res_blocks"])
+        side = ConfigKeys(
+            f"MAGVIT-v2 {name}",
+            used={
+                "ch": Argument(f"{name}_channels", Width),
+                "ch_mult": Argument(f"{name}_multipliers", _LEVELS),
+                "num_res_blocks": Argument(f"{name}_depths", _LEVELS),
+                "z_channels": Argument("z_channels", Width),
+            },
+            fixed={"in_ch": (3,), "out_ch": (3,), "double_z": (False, None)},
+            harmless=(
+                "attn_resolutions",
+                "resolution",
+                "dropout",
+            ),  # attention is in the middle only: [5] never matches
+            closed=True,
+        )
+        settings |= side.read(config[name])
     if config["encoder"]["z_channels"] != config["decoder"]["z_channels"]:
         raise ConfigError("MAGVIT-v2 encoder and decoder name different z_channels; they meet in the same latent")
-    kwargs["z_channels"] = config["encoder"]["z_channels"]
-    return kwargs
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _magvit_keymap(model: LFQModel, spelling: Spelling) -> KeyMap:
     """With the two buffers that the width of a code determines."""
     width, last = model.config.code_dim, len(model.config.decoder_multipliers) - 1
-    constants = {
-        "quantize.embedding": lfq_vectors(torch.arange(2**width), width),
-        "quantize.power_vals": bit_values(width),
-    }
+    vectors = lfq_vectors(torch.arange(2**width), width)
+    constants = {"quantize.embedding": vectors, "quantize.power_vals": bit_values(width)}
     rename = rename_with(
-        [
-            (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.down.\1.downsample.conv."),
-            (r"^encoder\.levels\.(\d+)\.blocks\.", r"encoder.down.\1.block."),
-            # upstream counts decoder levels from the highest resolution
-            (r"^decoder\.levels\.(\d+)\.resample\.", lambda m: f"decoder.up.{last - int(m[1])}.upsample.conv."),
-            (r"^decoder\.levels\.(\d+)\.blocks\.", lambda m: f"decoder.up.{last - int(m[1])}.block."),
-            (r"\.middle\.attention\.", ".mid.attn_1."),
-            (r"\.middle\.", ".mid."),
-            (r"^quant_conv\.", "encoder.quant_conv."),
-            (r"^post_quant_conv\.", "decoder.post_quant_conv."),
-        ]
+        (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.down.\1.downsample.conv."),
+        (r"^encoder\.levels\.(\d+)\.blocks\.", r"encoder.down.\1.block."),
+        # upstream counts decoder levels from the highest resolution
+        (r"^decoder\.levels\.(\d+)\.resample\.", lambda m: f"decoder.up.{last - int(m[1])}.upsample.conv."),
+        (r"^decoder\.levels\.(\d+)\.blocks\.", lambda m: f"decoder.up.{last - int(m[1])}.block."),
+        (r"\.middle\.attention\.", ".mid.attn_1."),
+        (r"\.middle\.", ".mid."),
+        (r"^quant_conv\.", "encoder.quant_conv."),
+        (r"^post_quant_conv\.", "decoder.post_quant_conv."),
     )
     return KeyMap.of(model, rename, constants)
 
@@ -229,12 +202,9 @@ _VQ_RELEASED = {
     "down_block_types": ["DownEncoderBlock2D"] * 5,
     "up_block_types": ["UpDecoderBlock2D"] * 5,
 }
-_VQ_TINY = {
+_VQ_TINY: dict[str, Any] = {
     "_class_name": "VQModel",
-    "block_out_channels": [4, 4],
-    "latent_channels": 4,
-    "num_vq_embeddings": 16,
-    "norm_num_groups": 2,
+    **dict(block_out_channels=[4, 4], latent_channels=4, num_vq_embeddings=16, norm_num_groups=2),
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
     "lookup_from_codebook": True,

@@ -16,22 +16,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.families.chat import answer_config
 from unidiff.families.family import Family, Release, Tiny, config_names
-from unidiff.families.layout import (
-    DESCRIBE,
-    DecodeRequest,
-    Encode,
-    Grid,
-    RowLayout,
-    TaskInputs,
-    TaskNeeds,
-    hidden_words,
-    lay_out,
-)
+from unidiff.families.layout import DecodeRequest, Encode, Grid, TaskInputs, TaskNeeds, lay_out
 from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
+from unidiff.families.llada.rows import WordsAndPictures, llada_sampler
 from unidiff.tokens import Span, Vocabulary
-from unidiff.tokens.text import all_have_holes
 
 UNIT, FACTOR = 32, 16  # pixels: of a crop's steps, of a code
 LARGEST_RATIO = 4
@@ -87,7 +76,7 @@ def lumina_image_sampler(steps: int = 64, guidance: float = 4.0, image_guidance:
 
 
 @dataclass(frozen=True)
-class LuminaLayout(RowLayout):
+class LuminaLayout(WordsAndPictures):
     """Pictures of any size from words, edits, and questions about pictures; a caption is an answer.
 
     Args:
@@ -111,6 +100,8 @@ class LuminaLayout(RowLayout):
     fixed: Grid | None = None
     family: str = "lumina"
     sizes: ClassVar[bool] = True
+    nothing: ClassVar[tuple[str, ...]] = ("uncondition",)
+    final: ClassVar[tuple[str, ...]] = ("end_answer", "answer_pad")
 
     @classmethod
     def of(cls, released: Any, texts: Any) -> LuminaLayout:
@@ -130,34 +121,23 @@ class LuminaLayout(RowLayout):
     def fit(self, height: int, width: int) -> Grid:
         return lumina_grid(height, width, self.pixels)
 
-    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
-        """Also the holes of given pictures: inside (inpainting) or around (outpainting)."""
-        system = self.systems[0]
-        words = [self._words(text) for text in inputs.texts or ()]
-        nothing = [self.vocabulary.specials["uncondition"]]
-        away = [self._words(text) if text.strip() else nothing for text in inputs.negative or [""] * inputs.count]
-        prompts, others = ([self._prompt(system, own) for own in column] for column in (words, away))
-        return self._picture(prompts, [others], self._answers(inputs), self.image)
-
     def edit(self, inputs: TaskInputs) -> DecodeRequest:
         """Guided in two directions: without the words and without the input pictures."""
         assert inputs.codes is not None  # the pipeline gives them
         if inputs.holes is not None and inputs.grid is not None:
             raise ValueError("give either the size of a new picture, or a mask of the one that is changed")
         pictures = [part for part in (inputs.codes, inputs.references) if part is not None]
-        shown = [[part[row] for part in pictures] for row in range(inputs.count)]
-        words, system = [self._words(text) for text in inputs.texts or ()], self.systems[1]
-        nothing = [self.vocabulary.specials["uncondition"]]
-        prompts = [self._prompt(system, own, seen) for own, seen in zip(words, shown, strict=True)]
-        no_words = [self._prompt(system, nothing, seen) for seen in shown]
-        no_picture = [self._prompt(system, own) for own in words]
         if inputs.holes is None:
             height, width = inputs.codes.shape[1:]
             inputs = replace(inputs, codes=None, grid=inputs.grid or (height, width))
-        return self._picture(prompts, [no_words, no_picture], self._answers(inputs), self.edits)
-
-    def caption(self, inputs: TaskInputs) -> DecodeRequest:
-        return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
+        nothing, streams = [self.vocabulary.specials["uncondition"]], []
+        for number, text in enumerate(inputs.texts or ()):
+            words, shown = self._words(text), [part[number] for part in pictures]
+            prompts = ((words, shown), (nothing, shown), (words, ()))
+            answer = self._answer(number, inputs)
+            streams.append([[*self._prompt(self.systems[1], said, seen), *answer] for said, seen in prompts])
+        rows, *others = map(list, zip(*streams, strict=True))
+        return lay_out(rows, self.edits, others=others, left=True, drawn=True)
 
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.codes is not None and inputs.texts is not None  # the pipeline gives both
@@ -166,44 +146,17 @@ class LuminaLayout(RowLayout):
             prompt = self._prompt(self.systems[2], self._words(question), [picture], read=True)
             hidden = Span.words([None] * inputs.longest, self.vocabulary, read=True)
             rows.append([*prompt, Span.text([s["answer"]], True), hidden, Span.text([s["end_answer"]], True)])
-        return lay_out(rows, self._text_settings(), TaskNeeds(self._never(), self._ends()), left=True)
+        return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), self._ends()), left=True)
 
-    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
-        """Holes in prompts and pictures are filled together free-form and without guidance: the model was trained on
-        either part alone, with the same [MASK].
-        """
-        if inputs.texts is None:
-            raise ValueError("lumina needs the caption of the picture; give text=, with <mask> for holes")
-        if not all_have_holes(inputs.texts):
-            return self.text_to_image(inputs)
-        text = replace(self._text_settings().text, block_length=None)
-        needs = TaskNeeds((*self._never(), *self._ends(), self.vocabulary.specials["eos"]), stop_at_eos=False)
-        answers = self._answers(inputs)
-        words, system = [self._words(text) for text in inputs.texts], self.systems[0]
-        rows = [[*self._prompt(system, own), *answer] for own, answer in zip(words, answers, strict=True)]
-        return lay_out(rows, SamplerConfig(text, self.image.image), needs, left=True)
+    def _row(self, words: Words, number: int, inputs: TaskInputs) -> list[Span]:
+        return [*self._prompt(self.systems[0], words), *self._answer(number, inputs)]
 
-    def _picture(
-        self,
-        prompts: Sequence[list[Span]],
-        others: Sequence[Sequence[list[Span]]],
-        answers: Sequence[list[Span]],
-        config: SamplerConfig,
-    ) -> DecodeRequest:
-        streams = [
-            [[*prompt, *answer] for prompt, answer in zip(own, answers, strict=True)] for own in (prompts, *others)
-        ]
-        return lay_out(streams[0], config, others=streams[1:], left=True, drawn=True)
-
-    def _answers(self, inputs: TaskInputs) -> list[list[Span]]:
-        """The picture of each row: new of a size, or a given one with holes."""
-        s, answers = self.vocabulary.specials, []
+    def _answer(self, number: int, inputs: TaskInputs) -> list[Span]:
+        """A picture: new of a size, or a given one with holes."""
+        s = self.vocabulary.specials
         grid = None if inputs.codes is not None else inputs.grid or self.grid
-        for row in range(inputs.count):
-            image = inputs.picture(row, self.vocabulary, grid, s["newline"])
-            front, back = [s["answer"], s["boi"]], [s["eoi"], s["end_answer"]]
-            answers.append([Span.text(front, True), image, Span.text(back, True)])
-        return answers
+        image = inputs.picture(number, self.vocabulary, grid, s["newline"])
+        return [Span.text([s["answer"], s["boi"]], True), image, Span.text([s["eoi"], s["end_answer"]], True)]
 
     def _prompt(self, system: str, words: Words, pictures: Sequence[Tensor] = (), read: bool = False) -> list[Span]:
         """The template with pictures (codes `[h, w]`) before its last id.
@@ -223,41 +176,22 @@ class LuminaLayout(RowLayout):
     def _mark(self, name: str) -> list[int]:
         return list(self.encode(name) if self.marks is None else self.marks[name])
 
-    def _words(self, text: str) -> list[int | None]:
-        return hidden_words(text, self.encode)
+    def _drawing(self) -> SamplerConfig:
+        return self.image
 
-    def _ends(self) -> tuple[int, ...]:
-        return self.vocabulary.specials["end_answer"], self.vocabulary.specials["answer_pad"]
-
-    def _never(self) -> tuple[int, ...]:
-        """Marks that only prompts have."""
-        ends = ("eos", "eot", "end_answer", "answer_pad")
-        return tuple(i for name, i in self.vocabulary.specials.items() if name not in ends)
-
-    def _text_settings(self) -> SamplerConfig:
+    def _answers(self, length: int) -> SamplerConfig:
         if self.text is not None:
             return self.text
-        config = answer_config(self.vocabulary, steps=128, block_length=128)
+        config = llada_sampler(self.vocabulary, steps=128, block_length=128)
         return replace(config, text=replace(config.text, forbid=()))  # the task says what is never written
 
 
-# image codes behind LLaDA's text ids; the specials in between are prompt tokens, never targets
-LUMINA_VOCABULARY = Vocabulary(
-    size=134656,
-    text=(0, 126356),
-    image=(126356, 134548),
-    mask_id=126336,
-    specials={
-        "eos": 126081,
-        "newline": 126084,
-        "answer_pad": 126339,
-        "boi": 126349,
-        "eoi": 126350,
-        "uncondition": 126351,
-        "answer": 126354,
-        "end_answer": 126355,
-    },
-)
+# the specials between text and codes are prompt tokens, never targets
+_SPECIALS = {
+    **dict(eos=126081, newline=126084, answer_pad=126339, boi=126349, eoi=126350),
+    **dict(uncondition=126351, answer=126354, end_answer=126355),
+}
+LUMINA_VOCABULARY = Vocabulary(134656, (0, 126356), (126356, 134548), 126336, specials=_SPECIALS)
 _CONFIG = {**CONFIG, "vocab_size": LUMINA_VOCABULARY.size, "embedding_size": LUMINA_VOCABULARY.size}
 
 LUMINA = Family(

@@ -5,7 +5,7 @@ The network's time is sigma = -log alpha(t); a model trained without time condit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +14,7 @@ from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import TextLayout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys, section
 from unidiff.families.checkpoint.keymap import KeyMap
-from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
+from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names, special_ids
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Index, Rows, Width
 from unidiff.tokens import Vocabulary
@@ -82,21 +82,13 @@ KEYS = ConfigKeys(
 )
 
 
-def mdlm_measured(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The width of the condition, which is not in every config."""
-    shape: Sequence[int] = getattr(weights.get("sigma_map.mlp.0.weight"), "shape", ())
-    return {"cond_dim": shape[0]} if len(shape) else {}
-
-
 def mdlm_vocabulary(config: Config) -> Vocabulary:
     """Text ids with [MASK] last, or inside the range where the tokenizer has a mask token of its own; no images."""
     KEYS.check(config)
     size = config.get("vocab_size") or 50258
     mask_id = config.get("mask_index")
     mask_id = size - 1 if mask_id is None else mask_id
-    specials = {
-        name: config[f"{name}_token_id"] for name in ("bos", "eos") if config.get(f"{name}_token_id") is not None
-    }
+    specials = special_ids(config, "bos", "eos")
     if not specials and size == 50258:
         specials = {"eos": 50256}
     stop = mask_id if mask_id == size - 1 else size
@@ -163,7 +155,7 @@ MDLM = Family(
     unstated=("hidden_size", "num_layers", "num_heads", "ffn_size", "cond_dim", "dropout"),
     tiny=Tiny({"model": TINY_SHAPE, "vocab_size": 24}, (1.01626, 2.68254, -3.26117, -0.327203)),
     prefix="backbone.",
-    measured=mdlm_measured,
+    measured={"cond_dim": "sigma_map.mlp.0.weight"},  # which is not in every config
     averaged=True,
     constants=("backbone.rotary_emb.inv_freq",),
     layout=mdlm_layout,

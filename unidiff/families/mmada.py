@@ -12,59 +12,26 @@ the chat template.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.diffusion.schedules import get_schedule
-from unidiff.families.chat import answer_config
 from unidiff.families.family import Family, Release, Tiny, config_names
-from unidiff.families.layout import (
-    DESCRIBE,
-    DecodeRequest,
-    Encode,
-    Grid,
-    RowLayout,
-    TaskInputs,
-    TaskNeeds,
-    hidden_words,
-    lay_out,
-    square_side,
-)
-from unidiff.families.llada import EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
+from unidiff.families.layout import DecodeRequest, Encode, Grid, TaskInputs, TaskNeeds, lay_out, square_side
+from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
+from unidiff.families.llada.rows import WordsAndPictures, llada_sampler
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
-from unidiff.tokens.text import all_have_holes
 
 SPECIALS: Mapping[str, int] = {
-    "bos": 126080,
-    "eos": 126081,
-    "soi": 126084,
-    "eoi": 126085,
-    "sov": 126086,
-    "eov": 126087,
-    "t2i": 126088,
-    "mmu": 126089,
-    "t2v": 126090,
-    "v2v": 126091,
-    "lvg": 126092,
-    "ipad": 126093,
-    "r2i": 126094,
-    "start_header": 126346,
-    "end_header": 126347,
-    "eot": 126348,
+    **dict(bos=126080, eos=126081, soi=126084, eoi=126085, sov=126086, eov=126087, t2i=126088, mmu=126089),
+    **dict(t2v=126090, v2v=126091, lvg=126092, ipad=126093, r2i=126094),
+    **dict(start_header=126346, end_header=126347, eot=126348),
 }
 # upstream's LLaDA fields of the 8B checkpoints
-RELEASED: Mapping[str, Any] = {
-    "d_model": 4096,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "mlp_hidden_size": 12288,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "new_vocab_size": 134656,
-}
+_FIELDS = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "rope_theta", "rms_norm_eps")
+RELEASED: Mapping[str, Any] = {**{name: CONFIG[name] for name in _FIELDS}, "new_vocab_size": 134656}
 
 
 def mmada_vocabulary(
@@ -113,7 +80,7 @@ def image_config(settings: ImageSettings) -> SamplerConfig:
 
 
 @dataclass(frozen=True)
-class MMaDALayout(RowLayout):
+class MMaDALayout(WordsAndPictures):
     """Pictures from words, questions about pictures, and text alone; a caption is an answer.
 
     Args:
@@ -131,6 +98,7 @@ class MMaDALayout(RowLayout):
     image: ImageSettings | None = None
     text: SamplerConfig | None = None
     family: str = "mmada"
+    final: ClassVar[tuple[str, ...]] = ("eot",)
 
     @classmethod
     def of(cls, released: Any, texts: Any) -> MMaDALayout:
@@ -142,48 +110,20 @@ class MMaDALayout(RowLayout):
     def grid(self) -> Grid:
         return self.side, self.side
 
-    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
-        config = image_config(self.image or ImageSettings())
-        return self._picture(inputs, config)
-
-    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
-        """Holes in captions and pictures are filled together free-form and without guidance: the model was trained on
-        either part alone, with the same [MASK].
-        """
-        if inputs.texts is None:
-            raise ValueError("mmada needs the caption of the picture; give text=, with <mask> for holes")
-        if not all_have_holes(inputs.texts):
-            return self.text_to_image(inputs)
-        text = replace(self._answers(1).text, block_length=None)
-        image = image_config(replace(self.image or ImageSettings(), guidance=0.0)).image
-        s = self.vocabulary.specials
-        needs = TaskNeeds((*self._never(), s["eos"], s["eot"]), stop_at_eos=False)
-        return self._picture(inputs, SamplerConfig(text, image), needs)
-
-    def caption(self, inputs: TaskInputs) -> DecodeRequest:
-        return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
-
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.codes is not None and inputs.texts is not None  # the pipeline gives both
-        s = self.vocabulary.specials
-        rows = [
-            [
-                Span.text([s["mmu"], s["soi"]], True),
-                Span.codes(codes, self.vocabulary, read=True),
-                Span.text([s["eoi"], *self.ids(question)], True),
-                Span.words([None] * inputs.longest, self.vocabulary, read=True),
-            ]
-            for codes, question in zip(inputs.codes, inputs.texts, strict=True)
-        ]
-        return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), (s["eot"],)))
+        s, rows = self.vocabulary.specials, []
+        for codes, question in zip(inputs.codes, inputs.texts, strict=True):
+            picture = Span.codes(codes, self.vocabulary, read=True)
+            front, asked = Span.text([s["mmu"], s["soi"]], True), Span.text([s["eoi"], *self.ids(question)], True)
+            rows.append([front, picture, asked, self._hidden(inputs)])
+        return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), self._ends()))
 
     def chat(self, inputs: TaskInputs) -> DecodeRequest:
         if not all(isinstance(turn, str) for turn in inputs.turns or ()):
             raise ValueError("mmada answers one question at a time; give strings, not conversations")
-        hidden = Span.words([None] * inputs.longest, self.vocabulary, read=True)
-        rows = [[Span.text(self.ids(str(turn)), True), hidden] for turn in inputs.turns or ()]
-        needs = TaskNeeds(self._never(), (self.vocabulary.specials["eot"],))
-        return lay_out(rows, self._answers(inputs.longest), needs)
+        rows = [[Span.text(self.ids(str(turn)), True), self._hidden(inputs)] for turn in inputs.turns or ()]
+        return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), self._ends()))
 
     def ids(self, question: str) -> list[int]:
         """A question in the chat template, with bos."""
@@ -194,38 +134,28 @@ class MMaDALayout(RowLayout):
             ids += [s["start_header"], *self.encode(role), s["end_header"], *self.encode(words)]
         return ids
 
-    def _picture(self, inputs: TaskInputs, config: SamplerConfig, needs: TaskNeeds | None = None) -> DecodeRequest:
-        texts = [self._words(text) for text in inputs.texts or ()]
-        away = [self._words(text) if text.strip() else [] for text in inputs.negative or [""] * len(texts)]
-        rows, others = ([self._row(text, n, inputs) for n, text in enumerate(column)] for column in (texts, away))
-        return lay_out(rows, config, needs, [] if needs else [others], left=True, drawn=needs is None)
-
     def _words(self, text: str) -> list[int | None]:
-        words = hidden_words(text, self.encode)
+        words = super()._words(text)
         if len(words) + 2 > self.text_length:
             raise ValueError(f"the text needs {len(words) + 2} tokens and {self.text_length} fit; shorten it")
         return words
 
     def _row(self, words: Sequence[int | None], number: int, inputs: TaskInputs) -> list[Span]:
-        s = self.vocabulary.specials
-        image = inputs.picture(number, self.vocabulary, self.grid)
-        text = Span.words(words, self.vocabulary, read=True)
-        return [
-            Span.text([s["t2i"], s["bos"]], True),
-            text,
-            Span.text([s["eos"], s["soi"]], True),
-            image,
-            Span.text([s["eoi"]], True),
-        ]
+        s, v = self.vocabulary.specials, self.vocabulary
+        front, between = Span.text([s["t2i"], s["bos"]], True), Span.text([s["eos"], s["soi"]], True)
+        image = inputs.picture(number, v, self.grid)
+        return [front, Span.words(words, v, read=True), between, image, Span.text([s["eoi"]], True)]
+
+    def _drawing(self) -> SamplerConfig:
+        return image_config(self.image or ImageSettings())
 
     def _answers(self, length: int) -> SamplerConfig:
         if self.text is not None:
             return self.text
-        return answer_config(self.vocabulary, max(1, length // 2), max(1, length // 4))  # upstream's
+        return llada_sampler(self.vocabulary, max(1, length // 2), max(1, length // 4))  # upstream's
 
-    def _never(self) -> tuple[int, ...]:
-        """Marks that only prompts have."""
-        return tuple(i for name, i in self.vocabulary.specials.items() if name not in ("eos", "eot"))
+    def _hidden(self, inputs: TaskInputs) -> Span:
+        return Span.words([None] * inputs.longest, self.vocabulary, read=True)
 
 
 MMADA = Family(

@@ -6,14 +6,16 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unidiff.families.checkpoint.load import RECORD, find_part, load_released, save_converted
+from unidiff.families.checkpoint.load import CONSTANTS, RECORD, Record, find_part, load_released
 from unidiff.families.family import Released
 from unidiff.files import replacing_folder, resolve_link
 from unidiff.hub import ALL_FILES, locate
@@ -99,6 +101,19 @@ def _copy_others(root: Path, folder: Path, part: str) -> None:
             if os.strerror(number) in str(reason):
                 raise OSError(number, os.strerror(number), copy) from error
         raise ValueError(f"{origin} cannot be copied ({reason})") from error
+
+
+def save_converted(released: Released, folder: Path) -> None:
+    """Write the model as `save_pretrained` does, and the record of its origin, into an empty folder."""
+    model: Any = released.model
+    model.save_pretrained(folder)
+    if released.constants:
+        save_file({name: value.contiguous() for name, value in released.constants.items()}, folder / CONSTANTS)
+    ids = None if released.vocabulary is None else released.vocabulary.to_dict()
+    constants = CONSTANTS if released.constants else None
+    record = Record(released.family.name, released.config, released.spelling, constants=constants)
+    content = json.dumps({**asdict(record), "vocabulary": ids}, indent=2, sort_keys=True)
+    (folder / RECORD).write_text(content + "\n", encoding="utf-8")
 
 
 def save_released(released: Released, folder: Path) -> None:

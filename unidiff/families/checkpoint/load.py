@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
-from torch import Tensor
 
 from unidiff.errors import DamagedFile, check_regular, json_name, plain, read_json, reading
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
@@ -39,6 +36,10 @@ from unidiff.weights.files import (
 ENTRIES = ("ema", "model", "state_dict")  # of a file that holds more than weights
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
+RECORD = "released.json"
+CONSTANTS = "constants.safetensors"
+_SPELLING: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
+_TRANSFORMERS: dict[str, Any] = {cls.__name__: cls for cls in (MaskedTransformer, MMDiT)}
 LARGEST_YAML = 2**22  # bytes
 LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 _TABLES = r"(vocab_embed\.embedding|wte\.weight|embed\.embeddings\.weight|quantize\.embedding\.weight)$"
@@ -79,8 +80,13 @@ def load_released(
     path = find_part(name, subfolder, **hub_options)
     # 1. what unidiff wrote says everything itself
     if (path / RECORD).is_file():
-        _check_unused(path, {"config": config, "vocabulary": vocabulary, "entry": entry}, family)
-        return load_converted(path, dtype, device)
+        given = {"config": config, "vocabulary": vocabulary, "entry": entry}
+        if unused := sorted(name for name, value in given.items() if value is not None):
+            raise ValueError(f"{path} was converted and brings its own {' and '.join(unused)}; leave {unused[0]}= out")
+        record = read_record(path)
+        if family is not None and FAMILIES.get_or_refuse(family, "family").name != record.family:
+            raise ValueError(f"{path} was converted from {record.family}, not {family}; leave the family out")
+        return _load_converted(path, record, dtype, device)
     # 2. open and recognise; no weight is read
     file = weight_file(path, any_name=True)
     beside = find_config(file.parent) if config is None else None
@@ -100,27 +106,15 @@ def load_released(
     lightning = entry is None and isinstance(content.get("ema"), Mapping) and "shadow_params" in content["ema"]
     try:
         model, ids = found.load(content if lightning else state, config, dtype, device, vocabulary)
-    except KeyMismatch as error:
-        raise ValueError(f"{file} as {found.name}: {error}; {_would_fit(found, tensors)}") from error
-    except ConfigError as error:
-        hint = "" if found.has_keys(tensors) else f"; {_would_fit(found, tensors)}"
-        raise ValueError(f"{beside or 'config='} as {found.name}: {error}{hint}") from error
     except ValueError as error:
-        raise ValueError(f"{file} as {found.name}: {error}") from error
-    images = model if isinstance(model, VQImageTokenizer) else None
-    network = model if images is None else images.model
-    constants = _constants(found, tensors)
-    return Released(found, network, ids, config, found.spelling(tensors, config), constants, images)
-
-
-def _check_unused(folder: Path, given: Mapping[str, Any], family: str | None) -> None:
-    """Raise `ValueError` for arguments that contradict a converted folder, which says everything itself."""
-    if unused := sorted(name for name, value in given.items() if value is not None):
-        raise ValueError(f"{folder} was converted and brings its own {' and '.join(unused)}; leave {unused[0]}= out")
-    if family is not None:
-        wanted, found = FAMILIES.get_or_refuse(family, "family").name, read_record(folder).family
-        if wanted != found:
-            raise ValueError(f"{folder} was converted from {found}, not {family}; leave the family out")
+        of_config = isinstance(error, ConfigError)
+        hinted = isinstance(error, KeyMismatch) or (of_config and not found.has_keys(tensors))
+        hint = f"; {_would_fit(found, tensors)}" if hinted else ""
+        raise ValueError(f"{(beside or 'config=') if of_config else file} as {found.name}: {error}{hint}") from error
+    network = model.model if isinstance(model, VQImageTokenizer) else model
+    held = {name: tensors.get(name, tensors.get(name.removeprefix(found.prefix))) for name in found.constants}
+    constants = {name: in_memory(value).clone() for name, value in held.items() if value is not None}
+    return Released(found, network, ids, config, found.spelling(tensors, config), constants)
 
 
 def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any) -> Path:
@@ -143,14 +137,8 @@ def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any
 
 
 def _entry(content: Mapping[str, Any], entry: str | None) -> Mapping[str, Any]:
-    """The weights inside a checkpoint that may nest them.
-
-    Args:
-        content: names to weights, or entries to such mappings.
-        entry: the entry to take; None for the first of `ENTRIES` that holds named weights, or `content` itself without any.
-
-    Raises:
-        ValueError: `entry` is not there.
+    """The weights inside a checkpoint: an entry (`ValueError` without it); for None the first of `ENTRIES` that holds named
+    weights, or the whole without any.
     """
     there = {name: value for name, value in content.items() if isinstance(value, Mapping)}
     if entry is not None:
@@ -211,12 +199,6 @@ def _count(value: Any, seen: dict[int, int]) -> int:
     return seen[id(value)]
 
 
-def _constants(family: Family, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Buffers of the checkpoint that the architecture fixes, under released names."""
-    held = {name: tensors.get(name, tensors.get(name.removeprefix(family.prefix))) for name in family.constants}
-    return {name: in_memory(value).clone() for name, value in held.items() if value is not None}
-
-
 def _would_fit(family: Family, tensors: Mapping[str, Any]) -> str:
     """What the weights themselves say about the model that they belong to."""
     if not family.has_keys(tensors):
@@ -229,12 +211,6 @@ def _would_fit(family: Family, tensors: Mapping[str, Any]) -> str:
     facts = [f"{max(layers) + 1} layers"] if layers else []
     facts += [f"{name} of shape {shape}" for name, shape in tables.items()]
     return f"what would fit: a config for the weights' {', '.join(facts) or 'shapes'}"
-
-
-RECORD = "released.json"
-CONSTANTS = "constants.safetensors"
-_SPELLING: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
-_TRANSFORMERS: dict[str, Any] = {cls.__name__: cls for cls in (MaskedTransformer, MMDiT)}
 
 
 @dataclass(frozen=True)
@@ -274,24 +250,10 @@ def read_record(folder: Path) -> Record:
     return record
 
 
-def save_converted(released: Released, folder: Path) -> None:
-    """Write the model as `save_pretrained` does, and the record of its origin, into an empty folder."""
-    model: Any = released.model
-    model.save_pretrained(folder)
-    if released.constants:
-        save_file({name: value.contiguous() for name, value in released.constants.items()}, folder / CONSTANTS)
-    ids = None if released.vocabulary is None else released.vocabulary.to_dict()
-    constants = CONSTANTS if released.constants else None
-    record = Record(released.family.name, released.config, released.spelling, constants=constants)
-    content = json.dumps({**asdict(record), "vocabulary": ids}, indent=2, sort_keys=True)
-    (folder / RECORD).write_text(content + "\n", encoding="utf-8")
-
-
-def load_converted(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+def _load_converted(
+    folder: Path, record: Record, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Released:
-    """What `save_converted` wrote; errors as in `load_released`."""
-    record = read_record(folder)
+    """What `save_converted` wrote, of this record; errors as in `load_released`."""
     family, ids = FAMILIES[record.family], record.vocabulary
     model = load_own(folder, dtype, device)
     if isinstance(model, MaskedTransformer) and ids is not None and ids.size != model.config["vocab_size"]:
@@ -303,8 +265,7 @@ def load_converted(
         if unknown := sorted(constants.keys() - set(family.constants)):
             raise ValueError(f"{folder / record.constants} holds {unknown}; expected some of {list(family.constants)}")
         check_finite(constants, str(folder / record.constants))
-    images = VQImageTokenizer(model) if family.vocabulary is None else None
-    return Released(family, model, ids, record.config, record.layout, constants, images)
+    return Released(family, model, ids, record.config, record.layout, constants)
 
 
 def load_own(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:

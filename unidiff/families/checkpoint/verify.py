@@ -1,12 +1,11 @@
-"""`verify`: is this checkpoint the published one, and does it compute?"""
+"""`verify`: is this checkpoint the published one, and does it compute? Each family's tiny model says what it should."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +15,16 @@ from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Family, Release
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.tokens import Vocabulary
+from unidiff.tokens.batch import Span, TokenBatch
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.weights.files import build_on_meta
 
+TEXT_TOKENS, SIDE = 12, 4
 _IDS = ("size", "text", "image", "mask_id", "image_mask_id")
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One finding: what was looked at, whether it holds, and the details."""
 
     name: str
@@ -35,14 +35,8 @@ class Check:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found.
-
-    Attributes:
-        family: name. release: the closest published model; None where nothing of the family is published.
-        checks: all findings.
-    """
+class Verification(NamedTuple):
+    """What `verify` found; `release` is the closest published model, None where nothing of the family is published."""
 
     family: str
     release: str | None
@@ -53,8 +47,7 @@ class Verification:
         return all(check.passed for check in self.checks)
 
 
-@dataclass(frozen=True)
-class OtherSetting:
+class OtherSetting(NamedTuple):
     """A setting that is not the published one."""
 
     name: str
@@ -130,19 +123,13 @@ def differences(
         ids = family.vocabulary(release.config)
         pairs += [(f"vocabulary.{name}", getattr(ids, name), getattr(vocabulary, name)) for name in _IDS]
         pairs += [(f"vocabulary.{name}", i, vocabulary.specials.get(name)) for name, i in ids.specials.items()]
-    return [OtherSetting(name, value, found) for name, value, found in pairs if _plain(found) != _plain(value)]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-TEXT_TOKENS, SIDE = 12, 4
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
+    return [OtherSetting(name, value, found) for name, value, found in pairs if plain(found) != plain(value)]
 
 
 @torch.no_grad()
 def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
-    """Float32 values, flat, on the CPU: logits of hidden tokens, or pixels.
+    """What a model says to one small fixed question: float32, flat, on the CPU; logits of hidden tokens, or pixels.
 
     Args:
         model: a `MaskedTransformer`, an `MMDiT`, or an image tokenizer.
@@ -155,7 +142,7 @@ def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
     if isinstance(model, MMDiT):
         return _mmdit(model).float().cpu().flatten()
     assert isinstance(model, MaskedTransformer)
-    batch = question(vocabulary).to(model.device)
+    batch = _question(vocabulary).to(model.device)
     c = model.config
     time = torch.full((1,), 0.5, device=model.device) if c.time_conditioning and c.constant_time is None else None
     hidden = model.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), time)
@@ -163,15 +150,15 @@ def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
     return logits.float().cpu().flatten()
 
 
-def question(vocabulary: Vocabulary) -> TokenBatch:
+def _question(vocabulary: Vocabulary) -> TokenBatch:
     """A row of text, every third token hidden, and where there are codes an image with every other one hidden."""
     start, stop = vocabulary.text
     ids = start + torch.arange(TEXT_TOKENS) * 5 % (stop - start)
     hidden = torch.arange(TEXT_TOKENS) % 3 == 2
     spans = [Span.text(torch.where(hidden, vocabulary.mask_id, ids), ~hidden)]
     if vocabulary.image_size:
-        codes = vocabulary.image[0] + torch.arange(SIDE * SIDE).reshape(SIDE, SIDE) * 3 % vocabulary.image_size
-        holes = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 2 == 1
+        places = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE)
+        codes, holes = vocabulary.image[0] + places * 3 % vocabulary.image_size, places % 2 == 1
         spans.append(Span.image(torch.where(holes, vocabulary.image_mask, codes), ~holes))
     return TokenBatch.from_spans([tuple(spans)])
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from unidiff.families.chat import chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
-from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head
+from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head, special_ids, text_vocabulary
 from unidiff.families.llada.rows import LLADA_CHAT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
@@ -78,21 +78,12 @@ def llada_vocabulary(config: Config) -> Vocabulary:
     """Text ids only, with [MASK] inside the range."""
     KEYS.check(config)
     size = _rows(config)
-    specials = {n: config[f"{n}_token_id"] for n in ("eos", "pad", "eot") if config.get(f"{n}_token_id") is not None}
-    if size == ROWS_8B:
-        specials.setdefault("eot", EOT_8B)
-    mask_id = config.get("mask_token_id")
-    if mask_id is None:
-        raise ConfigError("the config has no mask_token_id; expected the id of [MASK] (126336 in the 8B models)")
-    return Vocabulary(size, (0, size), (size, size), mask_id, specials=specials)
+    known = {"eot": EOT_8B} if size == ROWS_8B else {}
+    return text_vocabulary(size, known | special_ids(config, "mask", "eos", "pad", "eot"), "126336 in the 8B models")
 
 
 def llada_settings(config: Config) -> dict[str, Any]:
-    """`MaskedTransformer` arguments for an upstream configuration.
-
-    Raises:
-        ValueError: an option that is not built, with its value.
-    """
+    """`MaskedTransformer` arguments for an upstream configuration; `ConfigError` for an option that is not built."""
     taken = KEYS.read(config)
     bias = bool(config.get("include_bias", False))
     if bool(config.get("include_qkv_bias", False)) and not bias:
@@ -136,12 +127,15 @@ NAMES = {
 
 def llada_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     """Names of a network with `llada_settings`."""
-    names, qkv, layer = NAMES, "blocks.{i}.attention.qkv", str
+    names, qkv, group = NAMES, "blocks.{i}.attention.qkv", spelling.get("block_group_size")
     if spelling.get("fused"):
         names = {**names, qkv: "transformer.blocks.{i}.att_proj"}
-    if (group := spelling.get("block_group_size")) is not None:
+    if group is not None:
         names = {ours: theirs.replace(".blocks.", ".block_groups.") for ours, theirs in names.items()}
-        layer = lambda i: f"{i // group}.{i % group}"  # noqa: E731
+
+    def layer(i: int) -> str:
+        return str(i) if group is None else f"{i // group}.{i % group}"
+
     copies = {"transformer.ff_out.weight": "transformer.wte.weight"} if model.config["tie_head"] else {}
     return KeyMap.of(model, names, copies=copies, rows={qkv: qkv_rows(model.config)}, layer=layer)
 
@@ -163,43 +157,18 @@ def _rows(config: Config) -> int:
     return rows
 
 
-CONFIG = {
-    "activation_type": "silu",
-    "block_type": "llama",
-    "d_model": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "mlp_hidden_size": 12288,
-    "vocab_size": 126464,
-    "embedding_size": 126464,
-    "mask_token_id": 126336,
-    "eos_token_id": 126081,
-    "pad_token_id": 126081,
-    "rope": True,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "layer_norm_type": "rms",
-    "max_sequence_length": 4096,
-    "weight_tying": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
+CONFIG: dict[str, Any] = {
+    **dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, max_sequence_length=4096),
+    **dict(vocab_size=ROWS_8B, embedding_size=ROWS_8B, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081),
+    **dict(activation_type="silu", block_type="llama", layer_norm_type="rms", rms_norm_eps=1e-5),
+    **dict(rope=True, rope_theta=500000.0, weight_tying=False, include_bias=False, include_qkv_bias=False),
 }
 EIGHT_BILLION = (8_000_000_000, 5e-2)  # the number that the models' names state
 RELEASES = tuple(Release(name, CONFIG, *EIGHT_BILLION) for name in ("llada-8b-base", "llada-8b-instruct", "llada-1.5"))
-TINY_CONFIG = {
-    "d_model": 16,
-    "n_heads": 2,
-    "n_kv_heads": 2,
-    "n_layers": 2,
-    "mlp_hidden_size": 24,
-    "vocab_size": 40,
-    "embedding_size": 40,
-    "mask_token_id": 30,
-    "eos_token_id": 29,
-    "rope_theta": 5e5,
+TINY_CONFIG: dict[str, Any] = {
+    **dict(d_model=16, n_heads=2, n_kv_heads=2, n_layers=2, mlp_hidden_size=24, vocab_size=40, embedding_size=40),
+    **dict(mask_token_id=30, eos_token_id=29, rope_theta=5e5),
 }
-
 
 LLADA = Family(
     name="llada",

@@ -1,12 +1,25 @@
-"""LLaDA's chat template and its decoding."""
+"""LLaDA's decoding and chat template, and the rows of the models of words and pictures that come from it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
-from unidiff.decoding.config import ModalityDecoding, SamplerConfig
-from unidiff.families.chat import ChatTemplate, answer_config
-from unidiff.tokens import Vocabulary
+from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.families.chat import ChatTemplate
+from unidiff.families.layout import (
+    DESCRIBE,
+    DecodeRequest,
+    Encode,
+    RowLayout,
+    TaskInputs,
+    TaskNeeds,
+    hidden_words,
+    lay_out,
+)
+from unidiff.tokens import Span, Vocabulary
+from unidiff.tokens.text import all_have_holes
 
 
 def llada_sampler(
@@ -17,24 +30,22 @@ def llada_sampler(
     guidance: float = 0.0,
     threshold: float | None = None,
 ) -> SamplerConfig:
-    """LLaDA's semi-autoregressive decoding, or Fast-dLLM's in parallel.
+    """LLaDA's semi-autoregressive decoding (a fixed quota per block, ranked by probability), or Fast-dLLM's in parallel.
+
+    Marks that only occur in prompts are never emitted.
 
     Args:
         steps: passes for the whole answer. block_length: tokens per block.
-        guidance: upstream `cfg_scale`.
+        guidance: upstream `cfg_scale`; the unconditional stream sees [MASK] for everything given.
         threshold: commit every token whose confidence reaches it instead of a fixed number per pass.
     """
-    config = answer_config(vocabulary, steps, block_length, temperature, guidance)
-    if threshold is None:
-        return config
-    text = ModalityDecoding(
-        rule="threshold",
-        threshold=threshold,
-        temperature=temperature,
-        block_length=block_length,
-        forbid=config.text.forbid,
-    )
-    return replace(config, text=text)
+    kept = {vocabulary.specials.get(name) for name in ("eos", "eot")}
+    marks = tuple(sorted(i for i in vocabulary.specials.values() if i not in kept))
+    rule: dict[str, Any] = {"steps": steps, "rule": "quota", "schedule": "fixed"}
+    if threshold is not None:
+        rule = {"rule": "threshold", "threshold": threshold}
+    text = ModalityDecoding(temperature=temperature, block_length=block_length, forbid=marks, **rule)
+    return SamplerConfig(text=text, guidance=Guidance(scale=1 + guidance, hide="given"))
 
 
 LLADA_CHAT = ChatTemplate(
@@ -50,3 +61,62 @@ LLADA_CHAT = ChatTemplate(
         "eot": "<|eot_id|>",
     },
 )
+
+
+class WordsAndPictures(RowLayout):
+    """What MMaDA's and Lumina-DiMOO's rows share: pictures from words, guided away from others, and captions as answers."""
+
+    encode: Encode
+    nothing: ClassVar[tuple[str, ...]] = ()
+    """Marks that stand for no words, where guidance leads away from none."""
+    final: ClassVar[tuple[str, ...]]
+    """Marks that end an answer."""
+
+    def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
+        """Also the holes of given pictures: inside (inpainting) or around (outpainting)."""
+        none = [self.vocabulary.specials[name] for name in self.nothing]
+        negative = inputs.negative or [""] * inputs.count
+        rows = [self._row(self._words(text), n, inputs) for n, text in enumerate(inputs.texts or ())]
+        away = [self._row(self._words(text) if text.strip() else none, n, inputs) for n, text in enumerate(negative)]
+        return lay_out(rows, self._drawing(), others=[away], left=True, drawn=True)
+
+    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
+        """Holes in prompts and pictures are filled together free-form and without guidance: the model was trained on
+        either part alone, with the same [MASK].
+        """
+        if inputs.texts is None:
+            raise ValueError(f"{self.family} needs the caption of the picture; give text=, with <mask> for holes")
+        if not all_have_holes(inputs.texts):
+            return self.text_to_image(inputs)
+        config = SamplerConfig(replace(self._answers(1).text, block_length=None), self._drawing().image)
+        needs = TaskNeeds((*self._never(), *self._ends(), self.vocabulary.specials["eos"]), stop_at_eos=False)
+        rows = [self._row(self._words(text), n, inputs) for n, text in enumerate(inputs.texts)]
+        return lay_out(rows, config, needs, left=True)
+
+    def caption(self, inputs: TaskInputs) -> DecodeRequest:
+        return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
+
+    def answer(self, inputs: TaskInputs) -> DecodeRequest:
+        raise NotImplementedError
+
+    def _row(self, words: Sequence[int | None], number: int, inputs: TaskInputs) -> list[Span]:
+        """Words and the picture to draw of a row."""
+        raise NotImplementedError
+
+    def _drawing(self) -> SamplerConfig:
+        """Settings of pictures."""
+        raise NotImplementedError
+
+    def _answers(self, length: int) -> SamplerConfig:
+        """Settings of answers of so many tokens."""
+        raise NotImplementedError
+
+    def _words(self, text: str) -> list[int | None]:
+        return hidden_words(text, self.encode)
+
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(self.vocabulary.specials[name] for name in self.final)
+
+    def _never(self) -> tuple[int, ...]:
+        """Marks that only prompts have."""
+        return tuple(i for name, i in self.vocabulary.specials.items() if name not in ("eos", "eot", *self.final))

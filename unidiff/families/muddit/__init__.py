@@ -41,24 +41,12 @@ KEYS = ConfigKeys(
     closed=True,
 )
 # What the published `transformer/config.json` files hold, under upstream's names.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "muddit": {
-        "vocab_size": 8256,
-        "codebook_size": 8192,
-        "tokenizer_vocab_size": 49408,
-        "t5_dim": None,
-        "num_layers": 14,
-        "num_single_layers": 28,
-        "num_attention_heads": 8,
-        "attention_head_dim": 128,
-        "joint_attention_dim": 1024,
-        "pooled_projection_dim": 1024,
-        "axes_dims_rope": [16, 56, 56],
-        "downsample": True,
-        "upsample": True,
-    }
+_MEISSONIC: dict[str, Any] = {
+    **dict(vocab_size=8256, codebook_size=8192, num_layers=14, num_single_layers=28, num_attention_heads=8),
+    **dict(attention_head_dim=128, joint_attention_dim=1024, pooled_projection_dim=1024, axes_dims_rope=[16, 56, 56]),
+    **dict(downsample=True, upsample=True),
 }
-PUBLISHED["meissonic"] = {k: v for k, v in PUBLISHED["muddit"].items() if k not in {"tokenizer_vocab_size", "t5_dim"}}
+PUBLISHED = {"muddit": {**_MEISSONIC, "tokenizer_vocab_size": 49408, "t5_dim": None}, "meissonic": _MEISSONIC}
 
 
 def muddit_settings(config: Config) -> dict[str, Any]:
@@ -136,16 +124,9 @@ NAMES = {
     "up": "up_block.upsample.conv",
 }
 _KEYS = (r"^transformer_blocks\.0\.attn\.add_q_proj\.weight$", r"^mlm_layer\.conv1\.weight$")
-_TINY = {
-    "vocab_size": 20,
-    "codebook_size": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "joint_attention_dim": 16,
-    "pooled_projection_dim": 12,
-    "axes_dims_rope": [4, 4, 4],
+_TINY: dict[str, Any] = {
+    **dict(vocab_size=20, codebook_size=16, num_layers=1, num_single_layers=1, num_attention_heads=2),
+    **dict(attention_head_dim=12, joint_attention_dim=16, pooled_projection_dim=12, axes_dims_rope=[4, 4, 4]),
 }
 _CLASS, _OTHER = {"_class_name": "SymmetricTransformer2DModel"}, {"_class_name": "Transformer2DModel"}
 _BOTH: dict[str, Any] = {

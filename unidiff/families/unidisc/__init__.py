@@ -140,13 +140,9 @@ NAMES = {
     "embed_modality.weight": "modality_embed.embedding",
     "embed_image.weight": "img_count_embedding",
 }
-_MODEL = {
-    "norm_type": "rms",
-    "qk_norm": True,
-    "modality_embed": True,
-    "sandwich_normalization": True,
-    "full_attention": True,
-    "text_vocab_size": 32001,
+_MODEL: dict[str, Any] = {
+    **dict(norm_type="rms", qk_norm=True, modality_embed=True, sandwich_normalization=True, full_attention=True),
+    "text_vocab_size": TEXT_VOCAB_SIZE,
 }
 
 
@@ -171,15 +167,10 @@ RELEASES = (
 )
 
 
-_TINY = {
+_TINY: dict[str, Any] = {
     **TINY_SHAPE,
-    "norm_type": "rms",
-    "qk_norm": True,
-    "modality_embed": True,
-    "text_vocab_size": 17,
-    "image_vocab_size": 12,
+    **dict(norm_type="rms", qk_norm=True, modality_embed=True, text_vocab_size=17, image_vocab_size=12),
 }
-
 UNIDISC = Family(
     name="unidisc",
     keys=(DIT_KEY, r"^blocks\.0\.attention\.attn_qkv\.weight$"),

@@ -99,33 +99,30 @@ class UniDiscLayout(RowLayout):
         return min(super().longest, self.most)
 
     def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
-        return replace(self._request(inputs), drawn=True)
+        return replace(self.inpaint(inputs), drawn=True)
 
     def caption(self, inputs: TaskInputs) -> DecodeRequest:
-        return self._request(inputs)
-
-    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
-        return self._request(inputs)
+        return self.inpaint(inputs)
 
     def generate(self, inputs: TaskInputs) -> DecodeRequest:
-        request = self._request(inputs)
+        request = self.inpaint(inputs)
         if inputs.texts is not None:
             return request
         guidance = replace(request.config.guidance, hide="other")
         return replace(request, config=replace(request.config, guidance=guidance))
 
-    def _request(self, inputs: TaskInputs) -> DecodeRequest:
-        slots = [None] * inputs.count if inputs.texts is None else [self._slot(text) for text in inputs.texts]
+    def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
+        """Every task: what is known of texts and pictures is given, and the rest is decoded."""
         open_text, s = inputs.texts is None, self.vocabulary.specials
+        slots = [None] * inputs.count if inputs.texts is None else [self._slot(text) for text in inputs.texts]
         never = {PAD, s["bos"], *(() if open_text else (s["eos"],)), *((s["image"],) if self.interleaved else ())}
         needs = TaskNeeds(tuple(never), fill=None if self.interleaved else PAD, stop_at_eos=open_text)
         rows = [self._row(slot, number, inputs) for number, slot in enumerate(slots)]
         away = []
-        if inputs.negative is not None:
-            said = [self._row(self._slot(text), n, inputs) for n, text in enumerate(inputs.negative)]
-            texts = zip(inputs.negative, said, rows, strict=True)
-            away = [[other if text.strip() else unseen(own, self.vocabulary) for text, other, own in texts]]
-        return lay_out(rows, self.config, needs, away, left=bool(away))
+        for number, text in enumerate(inputs.negative or ()):
+            other = self._row(self._slot(text), number, inputs)
+            away.append(other if text.strip() else unseen(rows[number], self.vocabulary))
+        return lay_out(rows, self.config, needs, [away] if away else [], left=bool(away))
 
     def _slot(self, text: str) -> list[int | None]:
         """Ids of the words, None for a hole; each piece by itself, as the tokenizer puts a space before every one."""
