@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unidiff.families.muddit import MUDDIT
-from unidiff.families.muddit.text import MASK_EMBEDDING, ClipText
+from unidiff.families.muddit.denoiser import MASK_EMBEDDING, ClipText
 from unidiff.models.mmdit import MMDiT
 from unidiff.tokens.image.vq import VQImageTokenizer
 

@@ -17,7 +17,7 @@ from tiny_pipeline import tiny_pipeline
 from transformers import AutoTokenizer
 
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.checkpoint.describe import describe
+from unidiff.families.checkpoint.verify import describe
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.folder import is_pipeline

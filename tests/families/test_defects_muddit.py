@@ -11,8 +11,7 @@ from tiny_families import family
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
-from unidiff.families.muddit.denoiser import MudditDenoiser
-from unidiff.families.muddit.text import TextFeatures
+from unidiff.families.muddit.denoiser import MudditDenoiser, TextFeatures
 from unidiff.tokens import Span, TokenBatch
 
 VOCABULARY = family("muddit").vocabulary

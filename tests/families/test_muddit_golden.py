@@ -14,9 +14,8 @@ from torch import Tensor
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.draw import CHOICE, TOKEN, RowNoise
 from unidiff.families.muddit import MUDDIT
-from unidiff.families.muddit.denoiser import MudditDenoiser
+from unidiff.families.muddit.denoiser import MudditDenoiser, TextFeatures
 from unidiff.families.muddit.rows import MaskGit
-from unidiff.families.muddit.text import TextFeatures
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 pytestmark = pytest.mark.golden

@@ -12,9 +12,17 @@ from safetensors.torch import save_file
 
 from unidiff.families.checkpoint import verify as module
 from unidiff.families.checkpoint.convert import convert
-from unidiff.families.checkpoint.describe import describe, pass_bytes
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.checkpoint.verify import agrees, answer, closest_release, formula_weights, known_answer, verify
+from unidiff.families.checkpoint.verify import (
+    agrees,
+    answer,
+    closest_release,
+    describe,
+    formula_weights,
+    known_answer,
+    pass_bytes,
+    verify,
+)
 from unidiff.families.family import FAMILIES
 from unidiff.families.llada import LLADA
 

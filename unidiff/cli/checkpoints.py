@@ -115,7 +115,7 @@ def _pipeline_at(name: str, subfolder: str | None) -> str | None:
 
 
 def _about_pipeline(name: str) -> dict[str, str]:
-    from unidiff.families.checkpoint.describe import gigabytes, pass_bytes
+    from unidiff.families.checkpoint.verify import gigabytes, pass_bytes
 
     pipe: UniDiffPipeline = load_pipeline(name, "cpu")
     config, settings = pipe.transformer.config, pipe.settings

@@ -48,7 +48,7 @@ KEYS = ConfigKeys(
         "head_dim": Width | None,
         "rope_theta": Positive | None,
         **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
-        "tie_word_embeddings": bool | None,
+        "tie_word_embeddings": Argument("tie_head", bool | None, False),
         "max_position_embeddings": Index | None,
         **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
     },
@@ -88,7 +88,6 @@ def dream_settings(config: Config) -> dict[str, Any]:
         "rope": "1d",
         "rope_theta": plain_rope_theta(config, RELEASED["rope_theta"]),
         "modality_embedding": False,
-        "tie_head": bool(config.get("tie_word_embeddings", False)),
         "qkv_bias": True,
         "shift": True,
     }

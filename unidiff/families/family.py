@@ -30,9 +30,8 @@ class Release:
     """One published model.
 
     Args:
-        name: of the release.
         config: upstream's, as published; what no publication states is left out.
-        parameters: number of parameters as stated, None where no number is.
+        parameters: their number as stated, None where no number is.
         tolerance: relative, one unit of its last digit (some are cut off rather than rounded).
     """
 
@@ -50,10 +49,8 @@ class Tiny:
     these numbers. They say nothing about downloaded weights.
 
     Args:
-        config: upstream's.
+        config: upstream's. vocabulary: id layout, where the config implies none. measured: settings that only weights tell.
         answer: mean, deviation, first and last value of the answer.
-        vocabulary: id layout, where the config implies none.
-        measured: settings that only weights tell.
     """
 
     config: Config
@@ -167,14 +164,12 @@ class Family:
     def _ids(self, config: Config, given: Vocabulary | None, settings: Mapping[str, Any]) -> Vocabulary | None:
         if self.vocabulary is None:
             return None
-        if given is None or not self.chosen_vocabulary:
-            implied = self.vocabulary(config)
-            if given is not None and given != implied:
-                raise ValueError("the config of this family fixes the vocabulary; leave the argument out")
-            given = implied
-        if self.chosen_vocabulary and given.size != settings["vocab_size"]:
-            raise ValueError(f"the vocabulary has {given.size} ids, but the config has {settings['vocab_size']}")
-        return given
+        ids = given if given is not None and self.chosen_vocabulary else self.vocabulary(config)
+        if given not in (None, ids):
+            raise ValueError("the config of this family fixes the vocabulary; leave the argument out")
+        if self.chosen_vocabulary and ids.size != settings["vocab_size"]:
+            raise ValueError(f"the vocabulary has {ids.size} ids, but the config has {settings['vocab_size']}")
+        return ids
 
 
 @dataclass(frozen=True)
@@ -214,9 +209,8 @@ def config_names(config: Config, *architectures: str, model_type: str | None = N
     """Whether a config names one of these classes or this model type."""
     listed = config.get("architectures")
     named = [*(listed if isinstance(listed, list | tuple) else ()), config.get("_class_name")]
-    return any(name in architectures for name in named) or (
-        model_type is not None and config.get("model_type") == model_type
-    )
+    typed = model_type is not None and config.get("model_type") == model_type
+    return typed or any(name in architectures for name in named)
 
 
 def special_ids(config: Config, *names: str) -> dict[str, int]:
@@ -247,9 +241,7 @@ def _shadow(ema: Any, count: int) -> list[Tensor]:
 
 
 FAMILIES: Registry[Family] = Registry(
-    "families",
-    "unidiff.families",
-    lambda value: value.name if isinstance(value, Family) else None,
+    "families", "unidiff.families", lambda value: value.name if isinstance(value, Family) else None
 )
 
 
@@ -285,20 +277,16 @@ def recognise(config: Config, names: Iterable[str]) -> Family:
             f"({listed}, ...); put the config and the weights of one model together"
         )
     if config and by_keys:
-        only = [f for f in by_keys if f.default_config is not None]
+        meant = next((family for family in by_keys if family.default_config is not None), by_keys[0])
         hint = f"its config has no marks of that family ({', '.join(sorted(config)[:4])}, ...)"
-        raise ValueError(
-            f"the weights are those of {keys}, but {hint}; name the family, for instance {(only or by_keys)[0].name!r}"
-        )
+        raise ValueError(f"the weights are those of {keys}, but {hint}; name the family, for instance {meant.name!r}")
     if len(by_keys) == 1:
         return by_keys[0]
     if by_keys:
-        raise ValueError(
-            f"the weights may be those of {keys}, which only a config.json tells apart; add it, or name the family"
-        )
-    raise ValueError(
-        f"no known family has weights named {listed or 'like that'}, ...; expected one of {sorted(FAMILIES)}"
-    )
+        hint = "which only a config.json tells apart; add it, or name the family"
+        raise ValueError(f"the weights may be those of {keys}, {hint}")
+    known = f"expected one of {sorted(FAMILIES)}"
+    raise ValueError(f"no known family has weights named {listed or 'like that'}, ...; {known}")
 
 
 def fitting(config: Config) -> list[Family]:
@@ -309,9 +297,8 @@ def fitting(config: Config) -> list[Family]:
 
 def _only(families: list[Family]) -> Family:
     if len(families) > 1:
-        raise ValueError(
-            f"the config describes {_list(families)} alike; name the family, for instance {families[0].name!r}"
-        )
+        hint = f"name the family, for instance {families[0].name!r}"
+        raise ValueError(f"the config describes {_list(families)} alike; {hint}")
     return families[0]
 
 

@@ -50,34 +50,32 @@ def has_images(config: Mapping[str, Any]) -> bool:
 
 
 ROPE_THETA = 1e4
-_SIZES = {
+DIT_SIZES = {
     "hidden_size": Argument("hidden_size", Width, 768),
-    "hidden_dim": Width,  # the same in the Hugging Face config
     "n_blocks": Argument("num_layers", Depth, 12),
     "n_heads": Argument("num_heads", Depth, 12),
     "cond_dim": Argument("cond_dim", Width, 128),
     "dropout": Argument("dropout", Annotated[float, Between(0, 0.999)], 0.1),
-    **dict.fromkeys(("length", "model_length"), Index | None),
 }
-_FIXED = {
+DIT_FIXED = {
     "parameterization": ("subs",),
     "backbone": ("dit",),
     "diffusion": ("absorbing_state",),
     "type": ("ddit", "dit", None),
     "tie_word_embeddings": (False, None),
 }
+DIT_SETTINGS = {"activation": "gelu_tanh", "head_bias": True, "ffn_bias": True}
+_SIZES = {**DIT_SIZES, "hidden_dim": Width, **dict.fromkeys(("length", "model_length"), Index | None)}
 KEYS = ConfigKeys(
     "mdlm",
     used={
         **_SIZES,
         "model": Mapping[str, Any],
         "vocab_size": Rows | None,
-        "mask_index": Index | None,
         "time_conditioning": bool | None,
-        "bos_token_id": Index | None,
-        "eos_token_id": Index | None,
+        **dict.fromkeys(("mask_index", "bos_token_id", "eos_token_id"), Index | None),
     },
-    fixed=_FIXED,
+    fixed=DIT_FIXED,
     harmless=("scale_by_sigma",),  # of another parameterisation
 )
 
@@ -99,23 +97,21 @@ def mdlm_settings(config: Config) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration; a missing key takes upstream's default."""
     KEYS.check(config)
     model = config.get("model", config)
-    inner = KEYS if model is config else ConfigKeys("mdlm (model)", _SIZES, fixed=_FIXED, harmless=KEYS.harmless)
+    inner = KEYS if model is config else ConfigKeys("mdlm (model)", _SIZES, fixed=DIT_FIXED, harmless=KEYS.harmless)
     taken = inner.read(model)
     taken["hidden_size"] = model.get("hidden_size", model.get("hidden_dim", taken["hidden_size"]))
     return {
         **taken,
+        **DIT_SETTINGS,
         "vocab_size": mdlm_vocabulary(config).size,
         "ffn_size": 4 * taken["hidden_size"],
         "norm": "layer",
         "norm_eps": 1e-5,
-        "activation": "gelu_tanh",
         "rope": "1d",
         "rope_theta": ROPE_THETA,
         "modality_embedding": False,
         "time_conditioning": True,
-        "constant_time": None if config.get("time_conditioning", False) else 0.0,
-        "head_bias": True,
-        "ffn_bias": True,
+        "constant_time": None if config.get("time_conditioning") else 0.0,
     }
 
 
@@ -131,11 +127,6 @@ def mdlm_sampler(steps: int = 128) -> SamplerConfig:
     only where it unmasks something.
     """
     return SamplerConfig(ModalityDecoding(steps=steps, rule="ancestral", schedule="linear"))
-
-
-def mdlm_layout(released: Any, texts: Any) -> TextLayout:
-    """Of a loaded model and its tokenizer."""
-    return TextLayout(released.vocabulary, texts.encode, mdlm_sampler(), paced=True, left=False, family="mdlm")
 
 
 def _fits(config: Config) -> bool:
@@ -158,5 +149,7 @@ MDLM = Family(
     measured={"cond_dim": "sigma_map.mlp.0.weight"},  # which is not in every config
     averaged=True,
     constants=("backbone.rotary_emb.inv_freq",),
-    layout=mdlm_layout,
+    layout=lambda released, texts: TextLayout(
+        released.vocabulary, texts.encode, mdlm_sampler(), paced=True, left=False, family="mdlm"
+    ),
 )

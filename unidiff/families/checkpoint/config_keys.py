@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from unidiff.errors import json_name, plain
 from unidiff.schema import Positive, check_value
@@ -30,13 +30,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the caller adds its file."""
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A key that becomes an argument of our network as it is.
-
-    Args:
-        ours: name of the argument. kind: type of the value. default: upstream's; without one the key is needed.
-    """
+class Argument(NamedTuple):
+    """A key that becomes the argument `ours` of our network; `default` is upstream's, without one the key is needed."""
 
     ours: str
     kind: Any
@@ -51,7 +46,7 @@ class ConfigKeys:
         what: whose, for messages.
         used: keys that are read: types, or an `Argument`.
         needed: keys without a default besides.
-        fixed: options that would change the computation, with the values that are built here.
+        fixed: options that would change the computation, with the values that are built here, the usual one first.
         harmless: keys that change nothing here.
         closed: refuse keys that are in no table. Otherwise only those whose names speak of the computation are.
     """
@@ -88,17 +83,17 @@ class ConfigKeys:
         if self.closed:
             known = sorted({*self.used, *self.fixed, *self.harmless})
             raise ConfigError(f"unknown {self.what} config keys [{plain(key)!r}]; expected some of {known}")
-        if _COMPUTING.search(key.lower()) and not _TRAINING.search(key.lower()) and not is_neutral(value):
+        if _COMPUTING.search(key.lower()) and not _TRAINING.search(key.lower()) and not _is_neutral(value):
             raise ConfigError(
                 f"config has {plain(key)} = {_short(value)}, which may change what the network computes and is not built "
                 f"for {self.what}; if it changes nothing, remove it from the config"
             )
 
     def read(self, config: Any) -> dict[str, Any]:
-        """Arguments of our network: the keys with an `Argument`, or upstream's defaults; checked before."""
+        """Arguments of our network: the keys with an `Argument`, for null and nothing upstream's defaults; checked before."""
         self.check(config)
         taken = {key: kind for key, kind in self.used.items() if isinstance(kind, Argument)}
-        return {argument.ours: config.get(key, argument.default) for key, argument in taken.items()}
+        return {a.ours: a.default if config.get(key) is None else config[key] for key, a in taken.items()}
 
 
 def check_setting(key: str, value: Any, kind: Any) -> None:
@@ -107,13 +102,6 @@ def check_setting(key: str, value: Any, kind: Any) -> None:
         check_value(value, kind, f"config {key}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def is_neutral(value: Any) -> bool:
-    """Whether a value means that its option is off."""
-    if isinstance(value, list | tuple | dict):
-        return not value
-    return any(value is one or (not isinstance(value, bool) and value == one) for one in NEUTRAL)
 
 
 def check_names(config: Mapping[str, Any]) -> None:
@@ -152,6 +140,12 @@ def section(config: Any, *names: str) -> Mapping[str, Any]:
     for name in names:
         config = config.get(name) if isinstance(config, Mapping) else None
     return config if isinstance(config, Mapping) else {}
+
+
+def _is_neutral(value: Any) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return not value
+    return any(value is one or (not isinstance(value, bool) and value == one) for one in NEUTRAL)
 
 
 def _short(value: Any) -> str:

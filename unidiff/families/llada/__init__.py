@@ -37,8 +37,9 @@ KEYS = ConfigKeys(
         **dict.fromkeys(("n_kv_heads", "block_group_size"), Depth | None),
         **dict.fromkeys(("embedding_size", "max_sequence_length", "num_vq_tokens"), Index | None),
         **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "eot", "bos")},
-        **dict.fromkeys(("multi_query_attention", "attention_layer_norm"), bool | None),
-        **dict.fromkeys(("weight_tying", "include_bias", "include_qkv_bias"), bool | None),
+        "weight_tying": Argument("tie_head", bool | None, False),
+        "include_bias": Argument("linear_bias", bool | None, False),
+        **dict.fromkeys(("include_qkv_bias", "attention_layer_norm", "multi_query_attention"), bool | None),
     },
     fixed={  # first the value that is built
         "activation_type": ("silu",),  # silu(ff_proj) * up_proj, nothing halved
@@ -85,8 +86,7 @@ def llada_vocabulary(config: Config) -> Vocabulary:
 def llada_settings(config: Config) -> dict[str, Any]:
     """`MaskedTransformer` arguments for an upstream configuration; `ConfigError` for an option that is not built."""
     taken = KEYS.read(config)
-    bias = bool(config.get("include_bias", False))
-    if bool(config.get("include_qkv_bias", False)) and not bias:
+    if config.get("include_qkv_bias") and not taken["linear_bias"]:
         raise ConfigError("config has include_qkv_bias without include_bias; only both or neither are supported")
     kv_heads = config.get("n_kv_heads")
     if kv_heads is None:
@@ -103,9 +103,7 @@ def llada_settings(config: Config) -> dict[str, Any]:
         "rope": "1d",
         "rope_theta": plain_rope_theta(config, 1e4),
         "modality_embedding": False,
-        "tie_head": bool(config.get("weight_tying", False)),
-        "head_bias": bias and not config.get("weight_tying", False),
-        "linear_bias": bias,
+        "head_bias": taken["linear_bias"] and not taken["tie_head"],
     }
 
 

@@ -1,24 +1,146 @@
-"""The MM-DiT behind the sampler's interface: one row holds a text and an image, any part of which may be hidden."""
+"""The MM-DiT behind the sampler's interface, and the CLIP that reads its texts.
+
+One row holds a text and an image, any part of which may be hidden. Of CLIP the network sees the features before the last
+layer and the pooled vector; its table has a row more, for text [MASK].
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unidiff.families.muddit.text import ClipText, TextFeatures
 from unidiff.models.block import Condition
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_partial import MMDiTInputs, mmdit_store, partial_mmdit
 from unidiff.models.store import FeatureStore, StoreOptions
-from unidiff.schema import Between, check_fields
+from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.weights.files import check_dtype, check_finite, check_tensor, load_torch
+from unidiff.weights.model import load_checked
 
+MASK_EMBEDDING = "mask_token_embedding.pth"
 TIME_CONVENTIONS = ("fraction", "index", "training")
 _Moderate = Annotated[float, Between(-1e6, 1e6)]
+
+CLIP_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), Rows),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim"), Width),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), Depth),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), Index | None),
+    "eos_token_id": Index,  # the pooled vector is that of this token
+    **dict.fromkeys(("dtype", "torch_dtype"), Literal["float64", "float32", "float16", "bfloat16"] | None),
+    "layer_norm_eps": Epsilon,
+    "hidden_act": str,
+    "attention_dropout": Annotated[float, Between(0, 1)],
+}
+"""Types of the keys of CLIP's config."""
+
+
+class TextFeatures(NamedTuple):
+    """What the network sees of a text: `sequence` `[B, T, text_dim]` and `pooled` `[B, pooled_dim]`."""
+
+    sequence: Tensor
+    pooled: Tensor
+
+
+class ClipText:
+    """Text ids to features.
+
+    Args:
+        encoder: transformers' `CLIPTextModelWithProjection`; taken over, set to evaluation mode, and its table grows
+            by one row with `mask_embedding`.
+        mask_embedding: float `[hidden_size]`, the row of text [MASK] (released as `mask_token_embedding.pth`), whose id
+            is the size of the encoder's vocabulary; None where only whole texts are read.
+
+    Attributes:
+        mask_id: the id of text [MASK]. reads_masks: whether there is a row for it.
+        length: T, the number of positions.
+        end_id: the id of the end token. (Older CLIP configs name 2, which is none of their tokens' roles: it is the last.)
+    """
+
+    def __init__(self, encoder: Any, mask_embedding: Tensor | None = None) -> None:
+        self.encoder = encoder.eval()
+        table = encoder.get_input_embeddings()
+        self.mask_id = int(table.num_embeddings)
+        self.length = int(encoder.config.max_position_embeddings)
+        end = encoder.config.eos_token_id
+        self.end_id = end if isinstance(end, int) and end != 2 else self.mask_id - 1
+        self.reads_masks = mask_embedding is not None
+        if mask_embedding is not None:
+            row, width = mask_embedding.reshape(-1), table.weight.shape[1]
+            if len(row) != width or not bool(torch.isfinite(row).all()):
+                shape = tuple(mask_embedding.shape)
+                raise ValueError(f"the mask embedding has shape {shape}; expected {width} finite numbers")
+            grown = torch.cat((table.weight.detach(), row[None].to(table.weight)))
+            encoder.set_input_embeddings(nn.Embedding.from_pretrained(grown, freeze=False))
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> ClipText:
+        """Of a released folder: its `text_encoder`, and text [MASK]'s row where `mask_token_embedding.pth` lies in the folder
+        or beside it; None for a dtype keeps the checkpoint's.
+
+        Raises:
+            FileNotFoundError: no text encoder.
+            ValueError: weights that do not fit, or a row of another size.
+        """
+        from transformers import CLIPTextModelWithProjection
+
+        if not (folder / "text_encoder").is_dir():
+            raise FileNotFoundError(f"{folder} has no text_encoder; name a Muddit or Meissonic folder")
+        encoder, _ = load_checked(
+            CLIPTextModelWithProjection.from_pretrained,
+            "CLIPTextModelWithProjection",
+            str(folder / "text_encoder"),
+            types=CLIP_TYPES,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",  # a config may name a kernel on the hub, which is code of others
+        )
+        places = (folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING)
+        row = next((_read_row(place) for place in places if os.path.lexists(place)), None)
+        try:
+            return cls(encoder, row)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> TextFeatures:
+        """int64 `[B, T]` to features. The pooled vector is that of the first end token, as CLIP's config defines it.
+
+        Raises:
+            ValueError: more positions than the encoder has, an unknown id, or [MASK] without a mask embedding.
+        """
+        if ids.ndim != 2 or ids.shape[1] > self.length:
+            raise ValueError(f"text ids have shape {tuple(ids.shape)}; expected [B, T] with T at most {self.length}")
+        largest = int(ids.max())
+        if largest > self.mask_id or int(ids.min()) < 0:
+            raise ValueError(f"text id {largest} is unknown; ids run from 0 to {self.mask_id} ([MASK])")
+        if largest == self.mask_id and not self.reads_masks:
+            raise ValueError("the text holds [MASK] but no mask embedding was given; pass mask_token_embedding.pth")
+        out = self.encoder(input_ids=ids.to(self.device), output_hidden_states=True)
+        return TextFeatures(out.hidden_states[-2], out.text_embeds)
+
+
+def _read_row(path: Path) -> Tensor:
+    row = load_torch(path)
+    if not isinstance(row, Tensor):
+        raise ValueError(f"{path} holds a {type(row).__name__}; expected one tensor")
+    check_tensor(path, "the mask embedding", row)
+    check_dtype(f"the mask embedding of {path}", row)
+    check_finite({"the mask embedding": row}, str(path))
+    return row
 
 
 @dataclass(frozen=True)
@@ -67,6 +189,7 @@ class _Rows(NamedTuple):
         return joined
 
 
+@dataclass(eq=False)
 class MudditDenoiser:
     """A `PartialDenoiser` for Muddit and Meissonic, made for one request.
 
@@ -89,37 +212,25 @@ class MudditDenoiser:
             codes are hidden too: the family's unconditional stream. None leaves such a text hidden.
     """
 
-    def __init__(
-        self,
-        model: MMDiT,
-        encoder: ClipText,
-        vocabulary: Vocabulary,
-        steps: int = 48,
-        passes: int | None = None,
-        told: MudditConditions | None = None,
-        factor: int = 16,
-        empty_prompt: Tensor | None = None,
-    ) -> None:
-        self.model, self.encoder, self.vocabulary = model, encoder, vocabulary
-        self.steps, self.passes = steps, steps if passes is None else passes
-        self.told = MudditConditions() if told is None else told
-        self.factor, self.empty_prompt = factor, empty_prompt
-        self._read: tuple[Tensor, TextFeatures] | None = None  # the texts of the last pass
-        self._rows: _Rows | None = None  # of the request with a store
+    model: MMDiT
+    encoder: ClipText
+    vocabulary: Vocabulary
+    steps: int = 48
+    passes: int | None = None
+    told: MudditConditions = MudditConditions()
+    factor: int = 16
+    empty_prompt: Tensor | None = None
+    _read: tuple[Tensor, TextFeatures] | None = field(default=None, init=False)  # the texts of the last pass
+    _rows: _Rows | None = field(default=None, init=False)  # of the request with a store
 
     @property
     def traits(self) -> DenoiserTraits:
         """See `PartialDenoiser`."""
         d = self.model.config.num_heads * self.model.config.head_dim
         layer = LayerFlops(4 * d * d, 2 * d * d, 2 * d * d, 16 * d * d, 4 * d)  # double and single blocks alike
+        layers, codes = (layer,) * self.model.num_blocks, self.model.cell_side**2
         return DenoiserTraits(
-            self.vocabulary.size,
-            d,
-            (layer,) * self.model.num_blocks,
-            affine_head=False,
-            timed=True,
-            codes_per_token=self.model.cell_side**2,
-            recordable=False,
+            self.vocabulary.size, d, layers, affine_head=False, timed=True, codes_per_token=codes, recordable=False
         )
 
     def hidden(
@@ -152,9 +263,8 @@ class MudditDenoiser:
             low, high = self.vocabulary.range_of(modality)
             if low <= start <= stop <= high:
                 return head(hidden, start - low, stop - low)
-        raise ValueError(
-            f"ids [{start}, {stop}) span two heads; ask for a range inside {self.vocabulary.text} or {self.vocabulary.image}"
-        )
+        ranges = f"{self.vocabulary.text} or {self.vocabulary.image}"
+        raise ValueError(f"ids [{start}, {stop}) span two heads; ask for a range inside {ranges}")
 
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`. Its positions are the tokens of the blocks, the text's first."""
@@ -227,11 +337,12 @@ class MudditDenoiser:
             return 1000 * torch.maximum(hides_text.float().mean(1), hides_image.float().mean(1))
         if time is None:
             raise ValueError("this network needs the diffusion time: give `time`, a float tensor [B]")
-        left = (time.float() * self.passes - 1).clamp_min(0)
+        left = (time.float() * (self.passes or self.steps) - 1).clamp_min(0)
         return left if self.told.time == "index" else left / self.steps
 
     def _micro(self, rows: _Rows, device: torch.device) -> Tensor:
-        return self.told.micro(rows.size[0] * self.factor, rows.size[1] * self.factor, device)
+        height, width = (side * self.factor for side in rows.size)
+        return self.told.micro(height, width, device)
 
 
 def _rows_of(modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> _Rows:

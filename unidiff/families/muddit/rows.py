@@ -9,9 +9,11 @@ Padding is ordinary text that the encoder reads. Text is never guided.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.draw import UNMASK, RowNoise
 from unidiff.diffusion.schedules import get_schedule
+from unidiff.errors import read_json
 from unidiff.families.layout import (
     DecodeRequest,
     Encode,
@@ -31,9 +34,39 @@ from unidiff.families.layout import (
     hidden_words,
     lay_out,
 )
-from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
-from unidiff.families.muddit.text import ClipText, TextMarks, scheduler_masking
+from unidiff.families.muddit.denoiser import ClipText, MudditConditions, MudditDenoiser
 from unidiff.tokens import Modality, Span, Vocabulary
+
+MASKING_SCHEDULES = ("cosine", "linear")
+
+
+class TextMarks(NamedTuple):
+    """Ids that begin and end a text, and that it is filled up with."""
+
+    bos: int
+    eos: int
+    pad: int
+
+    @classmethod
+    def of(cls, folder: Path, tokenizer: Any) -> TextMarks:
+        """Of the tokenizer in a folder; `ValueError` where it names one of them not."""
+        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in cls._fields}
+        if absent := [name for name, i in ids.items() if i is None]:
+            raise ValueError(f"{folder / 'tokenizer'} names no {absent[0]}_token, which CLIP's texts need; name one")
+        return cls(**ids)
+
+
+def scheduler_masking(folder: Path) -> str:
+    """The schedule that a folder's `scheduler` names; cosine where there is none."""
+    path, name = folder / "scheduler" / "scheduler_config.json", "cosine"
+    if os.path.lexists(path):
+        config = read_json(path, "a scheduler's config")
+        if not {"_class_name", "masking_schedule"} & set(config):
+            raise ValueError(f"{path} is no scheduler's config: it names neither _class_name nor masking_schedule")
+        name = config.get("masking_schedule", name)
+    if name not in MASKING_SCHEDULES:
+        raise ValueError(f"{folder}: masking_schedule is {name!r:.80}; expected one of {list(MASKING_SCHEDULES)}")
+    return name
 
 
 @dataclass
@@ -83,12 +116,9 @@ class MaskGit:
         share = self._share(step + 1, torch.float32).to(ratio.device)
         planned = (self.upstream * (ratio * share)).floor().long().to(start.device)
         keep = torch.minimum(is_real.sum(1) - 1, planned).clamp_min(1)[:, None]  # [B, 1]
-        certain = confidence.log()
-        here, theirs = (
-            1 - step / self.steps,
-            1 - step / (self.steps - 1),
-        )  # the settings' noise falls to 0 behind the last
-        value = certain + (score - certain) * (theirs / here) if self.temperature else certain
+        certain, left = confidence.log(), 1 - step / (self.steps - 1)
+        noise = (score - certain) / (1 - step / self.steps)  # the settings' falls to 0 behind the last step
+        value = certain + left * noise if self.temperature else certain
         value = torch.where(is_real, value, torch.inf)
         cut = value.sort(dim=1).values.gather(1, keep.clamp_max(value.shape[1] - 1))
         return is_real & ~(value < cut)
@@ -197,8 +227,7 @@ class MeissonicLayout(RowLayout):
                 count = int((request.batch.modality[0] == modality).sum())
                 text = modality == Modality.TEXT
                 rules[modality] = MaskGit(own.steps, 0, own.schedule, count, text, own.choice_temperature)
-        empty = torch.tensor(self._known([]))
-        parts = pipe.transformer, self.encoder, self.vocabulary
+        parts, empty = (pipe.transformer, self.encoder, self.vocabulary), torch.tensor(self._known([]))
         model = MudditDenoiser(*parts, steps, passes, self.told, pipe.images.factor, empty)
         return Prepared(model, request, config, rules)
 
@@ -221,20 +250,19 @@ class MeissonicLayout(RowLayout):
         rows = []
         for number, text in enumerate(texts):
             words = hidden_words(text, self.encode)
-            back = Span.words(self._known(words)[1 + len(words) :], self.vocabulary)
+            front, back = Span.text([self.marks.bos], True), self._known(words)[1 + len(words) :]
             own = [Span.words(words, self.vocabulary, read=True)] if words else []
-            rows.append([Span.text([self.marks.bos], True), *own, back, self._image(number, inputs)])
+            rows.append([front, *own, Span.words(back, self.vocabulary), self._image(number, inputs)])
         return rows
 
     def _known(self, words: Sequence[int | None]) -> list[int | None]:
         """bos, words, eos and padding."""
-        bos, eos, pad = self.marks
-        length = self.encoder.length
-        if len(words) + 2 > length:
+        (bos, eos, pad), length, count = self.marks, self.encoder.length, len(words) + 2
+        if count > length:
             raise ValueError(
-                f"a prompt has {len(words) + 2} tokens, start and end included; the encoder reads {length}; shorten it"
+                f"a prompt has {count} tokens, start and end included; the encoder reads {length}; shorten it"
             )
-        return [bos, *words, eos, *[pad] * (length - 2 - len(words))]
+        return [bos, *words, eos, *[pad] * (length - count)]
 
     def _image(self, number: int, inputs: TaskInputs) -> Span:
         if inputs.codes is None:
@@ -264,27 +292,24 @@ class MudditLayout(MeissonicLayout):
 
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.texts is not None  # the pipeline gives them
-        length = self.encoder.length
         questions = [[self.marks.bos, *self.encode(text)] for text in inputs.texts]
-        if (most := max(map(len, questions), default=0)) >= length:
-            raise ValueError(
-                f"a question has {most} tokens and leaves no room for an answer in {length}; shorten it to {length - 1} at "
-                "most"
-            )
+        if (most := max(map(len, questions), default=0)) >= (length := self.encoder.length):
+            left = f"leaves no room for an answer in {length}; shorten it to {length - 1} at most"
+            raise ValueError(f"a question has {most} tokens and {left}")
         return self._written(questions, inputs)
 
     def _written(self, fronts: Sequence[Sequence[int]], inputs: TaskInputs) -> DecodeRequest:
         """Hidden words behind the beginning of each text; known padding behind the longest text that was asked for."""
         assert inputs.codes is not None  # the pipeline gives them
         self.check_writes()
-        rows = []
+        rows, length = [], self.encoder.length
         for number, front in enumerate(fronts):
-            count = min(inputs.longest, self.encoder.length - len(front))
-            rest = [self.marks.eos, *[self.marks.pad] * self.encoder.length]
+            count = min(inputs.longest, length - len(front))
+            fill = [self.marks.eos, *[self.marks.pad] * length][: length - len(front) - count]
             words = Span.words([None] * count, self.vocabulary, read=True)
-            fill = Span.text(rest[: self.encoder.length - len(front) - count], True)
+            spans = (Span.text(front, True), words, Span.text(fill, True))
             image = Span.codes(inputs.codes[number], self.vocabulary, read=True)
-            rows.append([span for span in (Span.text(front, True), words, fill) if span.ids.numel()] + [image])
+            rows.append([*(span for span in spans if span.ids.numel()), image])
         return lay_out(rows, self.config, TaskNeeds(ends=(self.encoder.end_id,)))
 
     def check_writes(self) -> None:

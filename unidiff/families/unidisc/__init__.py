@@ -11,41 +11,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, section
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, check_setting, section
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Tiny
-from unidiff.families.mdlm import DIT_KEY, DIT_NAMES, TINY_SHAPE, has_images
+from unidiff.families.mdlm import DIT_FIXED, DIT_KEY, DIT_NAMES, DIT_SETTINGS, DIT_SIZES, TINY_SHAPE, has_images
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_interleaved
-from unidiff.schema import Between, Depth, Index, Positive, Rows, Width
+from unidiff.schema import Between, Index, Positive, Rows
 from unidiff.tokens import Vocabulary
 
 TEXT_VOCAB_SIZE = 32001  # LLaMA-2's ids and [MASK]
-NORM_TYPES = {"layernorm": "layer", "rms": "rms"}
-LAYER_NORM_EPS = 1e-5
-RMS_NORM_EPS = 1e-6
+NORM_TYPES = {"layernorm": ("layer", 1e-5), "rms": ("rms", 1e-6)}  # with their epsilons
 SPECIALS = {"bos": 1, "eos": 2, "image": 811}  # of the LLaMA-2 tokenizer that the released models use
 INTERLEAVED_SIDES = (16, 32, 48, 64)  # rows and columns of the images that upstream has rotary tables for
 INTERLEAVED_IMAGES = 16  # images of a sample that have a vector of their own
-_HUGE = 2**26
 MODEL_KEYS = ConfigKeys(
     "unidisc (model)",
     used={
-        "hidden_size": Argument("hidden_size", Width, 768),
-        "n_blocks": Argument("num_layers", Depth, 12),
-        "n_heads": Argument("num_heads", Depth, 12),
-        "cond_dim": Argument("cond_dim", Width, 128),
-        "dropout": Argument("dropout", Annotated[float, Between(0, 0.999)], 0.1),
+        **DIT_SIZES,
+        "modality_embed": Argument("modality_embedding", bool | None, False),
+        "sandwich_normalization": Argument("sandwich_norm", bool | None, False),
         "norm_type": Literal["layernorm", "rms"],
         "linear_factor": Positive | None,
-        **dict.fromkeys(("qk_norm", "sandwich_normalization", "rope_2d"), bool | None),
-        **dict.fromkeys(("modality_embed", "force_time_conditioning"), bool | None),
+        **dict.fromkeys(("qk_norm", "rope_2d", "force_time_conditioning"), bool | None),
         **dict.fromkeys(("text_vocab_size", "image_vocab_size"), Rows | None),
-        "length": Annotated[int, Between(-1, _HUGE)] | None,
+        "length": Annotated[int, Between(-1, 2**26)] | None,
     },
     fixed={  # other networks under the same class
         **dict.fromkeys(("use_pretrained_img_emb", "img_cond", "cond_label", "tie_word_embeddings"), (False, None)),
         "full_attention": (True, None),
-        "type": ("ddit", "dit", None),
+        "type": DIT_FIXED["type"],
     },
     harmless=(
         "scale_by_sigma",  # of another parameterisation
@@ -64,7 +58,7 @@ FULL_KEYS = ConfigKeys(
         "mask_index": Index | None,
     },
     needed=("model",),
-    fixed={"parameterization": ("subs",), "backbone": ("dit",), "diffusion": ("absorbing_state",)},
+    fixed={key: DIT_FIXED[key] for key in ("parameterization", "backbone", "diffusion")},
 )
 
 
@@ -91,30 +85,25 @@ def unidisc_settings(config: Config) -> dict[str, Any]:
     full = _checked(config)
     model = full["model"]
     taken = MODEL_KEYS.read(model)
-    norm = NORM_TYPES[model.get("norm_type", "layernorm")]
-    sandwich = bool(model.get("sandwich_normalization", False))
-    packed = unidisc_interleaved(config)
+    norm, epsilon = NORM_TYPES[model.get("norm_type", "layernorm")]
+    packed, rope_2d = unidisc_interleaved(config), bool(model.get("rope_2d"))
     return {
         **taken,
         "vocab_size": unidisc_vocabulary(config).size,
+        **DIT_SETTINGS,
         "ffn_size": 4 * taken["hidden_size"],
         "norm": norm,
-        "norm_eps": RMS_NORM_EPS if norm == "rms" else LAYER_NORM_EPS,
-        "qk_norm": "width" if model.get("qk_norm", False) else "none",
+        "norm_eps": epsilon,
+        "qk_norm": "width" if model.get("qk_norm") else "none",
         "qk_norm_type": "layer_bias",
-        "qk_norm_eps": LAYER_NORM_EPS,
-        "activation": "gelu_tanh",
-        "rope": "2d" if model.get("rope_2d", False) else "1d",
+        "qk_norm_eps": 1e-5,
+        "rope": "2d" if rope_2d else "1d",
         "rope_linear_factor": 1.0 if packed else float(model.get("linear_factor") or 1.0),
-        "rope_grid": INTERLEAVED_SIDES[0] if packed and model.get("rope_2d", False) else None,
-        "modality_embedding": bool(model.get("modality_embed", False)),
+        "rope_grid": INTERLEAVED_SIDES[0] if packed and rope_2d else None,
         "image_embeddings": INTERLEAVED_IMAGES if packed else 0,
-        "time_conditioning": bool(full.get("time_conditioning", False) or model.get("force_time_conditioning", False)),
+        "time_conditioning": bool(full.get("time_conditioning") or model.get("force_time_conditioning")),
         "time_tokens": "image",
-        "attention_gate": not sandwich,
-        "sandwich_norm": sandwich,
-        "head_bias": True,
-        "ffn_bias": True,
+        "attention_gate": not taken["sandwich_norm"],
     }
 
 
@@ -122,8 +111,8 @@ def _checked(config: Config) -> Config:
     """The experiment configuration, every key of it looked at."""
     full = config.get("config", config)
     if full is not config:
-        outer = ConfigKeys("unidisc", {k: v for k, v in FULL_KEYS.used.items() if k not in ("model", "data")})
-        outer.check({key: value for key, value in config.items() if key in outer.used})
+        for key in ("time_conditioning", "vocab_size", "text_vocab_size", "mask_index"):
+            check_setting(key, config.get(key), FULL_KEYS.used[key])
     FULL_KEYS.check(full)
     MODEL_KEYS.check(full["model"])
     return full
