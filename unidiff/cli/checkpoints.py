@@ -37,7 +37,7 @@ def info(
             raise ValueError(f"{name!r} is a pipeline of unidiff; leave --family out")
         lines = _about_pipeline(folder)
     else:
-        from unidiff.families.checkpoint.describe import describe
+        from unidiff.families.checkpoint.verify import describe
 
         lines = describe(name, family=family, subfolder=subfolder).lines()
     import diffusers

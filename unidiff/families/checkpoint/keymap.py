@@ -28,11 +28,16 @@ class KeyMismatch(ValueError):
 
 
 class Entry(NamedTuple):
-    """One weight of ours, and the names in the checkpoint that it is (stacked along dim 0 with so many `rows` each)."""
+    """One weight of ours and its shape, and the names in the checkpoint that it is (several are stacked along dim 0)."""
 
     ours: str
+    shape: tuple[int, ...]
     parts: tuple[str, ...]
-    rows: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()  # of several
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each part."""
+        return [(rows, *self.shape[1:]) for rows in self.rows] or [self.shape]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class KeyMap:
         """
         weights = model.state_dict()
         if callable(names):
-            return cls([Entry(name, (names(name),)) for name in weights], constants, copies)
+            return cls([Entry(n, tuple(w.shape), (names(n),)) for n, w in weights.items()], constants, copies)
         order = {ours: place for place, ours in enumerate(names)}
         starts = {ours.partition("{i}")[0]: place for ours, place in reversed(order.items())}  # all layers together
         found: list[tuple[tuple[int, int, int], Entry]] = []
@@ -87,11 +92,10 @@ class KeyMap:
             theirs = names[ours] if ours == weight else f"{names[ours]}.{kind}"
             at = 0 if number is None else int(number[1])
             theirs = theirs.replace("{i}", layer(at))
-            entry = Entry(name, (theirs,))
-            if several := _SEVERAL.search(theirs):
-                parts = tuple(theirs.replace(several[0], part) for part in several[1].split(","))
-                entry = Entry(name, parts, rows.get(ours, (len(value) // len(parts),) * len(parts)))
-            found.append(((starts[ours.partition("{i}")[0]], at, order[ours]), entry))
+            parts = _parts(theirs)
+            shares = () if len(parts) == 1 else rows.get(ours, (len(value) // len(parts),) * len(parts))
+            place = starts[ours.partition("{i}")[0]], at, order[ours]
+            found.append((place, Entry(name, tuple(value.shape), parts, shares)))
         return cls([entry for _, entry in sorted(found, key=lambda pair: pair[0])], constants, copies)
 
     def names(self) -> list[str]:
@@ -99,45 +103,39 @@ class KeyMap:
         return [name for entry in self.entries for name in entry.parts]
 
     def to_ours(
-        self,
-        theirs: Mapping[str, Any],
-        shapes: Mapping[str, Sequence[int]],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, theirs: Mapping[str, Any], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> dict[str, Tensor]:
         """Rename a checkpoint; every tensor (in memory, or a `StoredTensor`) goes straight to its place, one at a time.
 
         Args:
-            shapes: of every weight of ours. dtype, device: as in `Family.load`.
+            dtype, device: as in `Family.load`.
 
         Raises:
             KeyMismatch: missing, left-over or misshaped weights.
             ValueError: a constant of another value, a copy that is none, or a dtype that is no place's.
         """
-        self._check_names(theirs, shapes)
+        self._check_names(theirs)
         for name, value in theirs.items():
             check_dtype(name, value, is_float=name not in self.constants or self.constants[name].is_floating_point())
-        for name, constant in self.constants.items():
-            if name in theirs and not torch.allclose(
-                in_memory(theirs[name]).float(), constant.float(), rtol=1e-3, atol=1e-6
-            ):
+        for name in self.constants.keys() & theirs.keys():
+            held, constant = in_memory(theirs[name]).float(), self.constants[name].float()
+            if not torch.allclose(held, constant, rtol=1e-3, atol=1e-6):
                 raise ValueError(f"checkpoint weight {name!r} is not the constant that this architecture implies")
-        for copy, original in self.copies.items():
-            if copy in theirs and not torch.equal(in_memory(theirs[copy]), in_memory(theirs[original])):
+        for copy in self.copies.keys() & theirs.keys():
+            original = self.copies[copy]
+            if not torch.equal(in_memory(theirs[copy]), in_memory(theirs[original])):
                 raise ValueError(
                     f"checkpoint weight {copy!r} differs from {original!r}, though the config ties them; "
                     "set the tying off in the config, or load a checkpoint of this config"
                 )
-        return {e.ours: _place([theirs[name] for name in e.parts], shapes[e.ours], dtype, device) for e in self.entries}
+        return {e.ours: _place([theirs[name] for name in e.parts], e.shape, dtype, device) for e in self.entries}
 
-    def _check_names(self, theirs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    def _check_names(self, theirs: Mapping[str, Any]) -> None:
         """Raise `KeyMismatch` unless `theirs` holds exactly the weights of these shapes."""
         wanted: dict[str, tuple[Any, ...]] = {name: tuple(value.shape) for name, value in self.constants.items()}
         wanted |= {copy: _shape(theirs.get(original)) for copy, original in self.copies.items()}
         for entry in self.entries:
-            whole = tuple(shapes[entry.ours])
-            shapes_of_parts = [(rows, *whole[1:]) for rows in entry.rows] or [whole]
-            wanted |= zip(entry.parts, shapes_of_parts, strict=True)
+            wanted |= zip(entry.parts, entry.shapes(), strict=True)
         wrong = {name: shape for name, shape in wanted.items() if name in theirs and _shape(theirs[name]) != shape}
         kinds = {
             "missing": [name for name in self.names() if name not in theirs],
@@ -147,7 +145,8 @@ class KeyMap:
             ],
         }
         if any(kinds.values()):
-            counts = ", ".join(f"{len(names)} {kind}{_named(names)}" for kind, names in kinds.items())
+            said = {kind: f" ({few(map(plain, names))})" if names else "" for kind, names in kinds.items()}
+            counts = ", ".join(f"{len(names)} {kind}{said[kind]}" for kind, names in kinds.items())
             raise KeyMismatch(f"checkpoint does not fit its config: {counts}; check the family and the config")
 
     def to_theirs(self, ours: Mapping[str, Tensor], copies: bool = False) -> dict[str, Tensor]:
@@ -157,6 +156,12 @@ class KeyMap:
             value = ours[entry.ours]
             theirs |= zip(entry.parts, value.split(entry.rows) if entry.rows else (value,), strict=True)
         return theirs | ({copy: theirs[name].clone() for copy, name in self.copies.items()} if copies else {})
+
+
+def _parts(theirs: str) -> tuple[str, ...]:
+    """`a.{q,k}` is `a.q` and `a.k`."""
+    several = _SEVERAL.search(theirs)
+    return (theirs,) if several is None else tuple(theirs.replace(several[0], part) for part in several[1].split(","))
 
 
 def qkv_rows(config: Any) -> tuple[int, int, int]:
@@ -173,27 +178,24 @@ def assemble(
     device: torch.device | str | None = None,
 ) -> M:
     """Put the tensors of a checkpoint into a model made on the meta device; returns it in evaluation mode."""
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    model.load_state_dict(keymap.to_ours(state, shapes, dtype, device), assign=True)
+    model.load_state_dict(keymap.to_ours(state, dtype, device), assign=True)
     check_finite(model, "released checkpoint")
     return model.eval()
 
 
 def _place(
-    parts: Sequence[AnyTensor], shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
+    parts: Sequence[AnyTensor], shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
     """The parts of a weight stacked along dim 0. A tensor in memory that is one already is taken over as it is."""
     first, kinds = parts[0], {part.dtype for part in parts}
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"weights that belong together are stored as {sorted(map(str, kinds))}; give a dtype")
     wanted = first.dtype if dtype is None or not first.dtype.is_floating_point else dtype
-    if len(parts) == 1 and isinstance(first, Tensor):
-        return first.to(device=device, dtype=wanted)
+    if len(parts) == 1:
+        return in_memory(first).to(device=device, dtype=wanted, copy=not isinstance(first, Tensor))
     if device is None:
         device = first.device if isinstance(first, Tensor) else "cpu"
-    out, start = torch.empty(tuple(shape), dtype=wanted, device=device), 0
-    if out.ndim == 0:
-        return out.copy_(in_memory(first))
+    out, start = torch.empty(shape, dtype=wanted, device=device), 0
     for part in parts:
         out.narrow(0, start, part.shape[0]).copy_(in_memory(part))
         start += part.shape[0]
@@ -221,7 +223,3 @@ def strip_prefixes(state: Mapping[str, Any], prefixes: Iterable[str] = PREFIXES)
 
 def _shape(value: Any) -> tuple[int | None, ...]:
     return tuple(getattr(value, "shape", (None,)))
-
-
-def _named(names: list[str]) -> str:
-    return f" ({few(map(plain, names))})" if names else ""
