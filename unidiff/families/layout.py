@@ -138,7 +138,14 @@ class DecodeRequest:
             None if mask is None else mask[tries].to(device) for mask in (self.words, self.picture, self.always_seen)
         )
         batch, *others = (rows.rows(tries).to(device) for rows in (self.batch, *self.unconditional))
-        return DecodeRequest(batch, self.config, self.needs, words, picture, tuple(others), seen, self.drawn)
+        changed = {
+            "batch": batch,
+            "words": words,
+            "picture": picture,
+            "unconditional": tuple(others),
+            "always_seen": seen,
+        }
+        return replace(self, **changed)  # a family's request may hold more
 
     def finished(self, batch: TokenBatch, count: int) -> DecodeRequest:
         """The row that was kept of every `count`, decoded, in the host's memory."""
