@@ -50,13 +50,10 @@ class QuestionCase:
 
 @dataclass(frozen=True)
 class InpaintCase:
-    """A picture of two objects with one repainted, and its caption.
+    """A picture of two objects, the one to be repainted (`hole`), and the caption, which names it.
 
-    Attributes:
-        scene: two objects. hole: the one to be repainted.
-        caption: the whole caption; it names the object in the hole.
-        before, name, after: the caption around the name of the *visible* object, which is hidden too; `name` is empty
-            where the caption is given in full.
+    `before, name, after` is the caption around the name of the *visible* object, which is hidden too; `name` is empty
+    where the caption is given in full.
     """
 
     scene: Scene
@@ -91,19 +88,13 @@ def scenes(task: str, kinds: tuple[str, ...], n: int, seed: int, profile: Profil
 
 
 def prompt_cases(category: str, n: int, seed: int, profile: Profile) -> list[PromptCase]:
-    """Prompts of a category, drawn from the captions that state what the category asks for.
-
-    Raises:
-        ValueError: an unknown category.
-    """
+    """Prompts drawn from the captions that state what a category asks for. Raises `ValueError`: an unknown one."""
     if category not in _CATEGORIES:
         raise ValueError(f"unknown category {category!r}; expected one of {', '.join(_CATEGORIES)}")
     (kinds, wanted), split = _CATEGORIES[category], "held_out" if category == HELD_OUT else "train"
-    cases = []
-    for i, scene in enumerate(scenes(category, kinds, n, seed, profile, split)):
-        prompt, facts = _stating(scene, random.Random(f"prompt|{category}|{seed}|{i}"), wanted, profile)
-        cases.append(PromptCase(prompt, facts, scene))
-    return cases
+    drawn = scenes(category, kinds, n, seed, profile, split)
+    rng = [random.Random(f"prompt|{category}|{seed}|{i}") for i in range(n)]
+    return [PromptCase(*_stating(scene, own, wanted, profile), scene) for scene, own in zip(drawn, rng, strict=True)]
 
 
 def _stating(scene: Scene, rng: random.Random, wanted: Callable[[Facts], bool], profile: Profile) -> tuple[str, Facts]:

@@ -7,9 +7,8 @@ import html
 import io
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,6 +20,29 @@ from unidiff.worlds.emoji.cases import caption_scenes, inpaint_cases, question_c
 from unidiff.worlds.emoji.judge import Hole
 from unidiff.worlds.emoji.language import draw_caption
 from unidiff.worlds.emoji.scenes import LARGE, MEDIUM, SMALL, Profile, Scene, SceneObject, get_profile, render
+
+_STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1e24 }
+h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } p.cost { margin: 0 0 .8rem; color: #6e727c; font-size: .85rem }
+.grid { display: flex; flex-wrap: wrap; gap: 1.2rem } figure { margin: 0 }
+.images { display: flex; gap: 4px } img { width: 128px; image-rendering: pixelated; border-radius: 3px }
+figcaption { font-size: .92rem } figcaption small { display: block; color: #6e727c }
+"""
+
+
+class Section(NamedTuple):
+    """A title, its cells, and what they cost."""
+
+    title: str
+    cells: tuple[Cell, ...]
+    cost: str
+
+    def lines(self, per_line: int) -> list[tuple[Cell, ...]]:
+        """The cells in lines of at most `2 * per_line` pictures."""
+        pictures = max(len(cell.images) for cell in self.cells)
+        count = max(1, 2 * per_line // pictures)
+        return [self.cells[i : i + count] for i in range(0, len(self.cells), count)]
+
 
 # Sentences of the training grammar, each with one scene that it describes: background, size, and what is where.
 _DRAWN: tuple[tuple[Any, ...], ...] = (
@@ -50,19 +72,14 @@ PROMPTS: tuple[tuple[str, Scene], ...] = tuple(
 
 
 def demo_prompts() -> list[str]:
-    """The sentences alone."""
     return [prompt for prompt, _ in PROMPTS]
 
 
 def run_demo(pipe: UniDiffPipeline, out: str | Path, seed: int = 0) -> tuple[Path, Path]:
-    """Draw, describe, answer and complete; write `demo.png` and `demo.html` into `out`.
+    """Draw, describe, answer and complete; write `demo.png` and `demo.html` into `out`, and return their paths.
 
     Args:
-        pipe: a model trained on emoji scenes.
-        seed: of the pictures, the questions and the decodes.
-
-    Returns:
-        The two paths.
+        pipe: a model trained on emoji scenes. seed: of the pictures, the questions and the decodes.
 
     Raises:
         ValueError: the model's pictures are not square with a side that 8 divides.
@@ -96,9 +113,8 @@ def descriptions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     result = pipe.caption(pictures, generator=seed)
     truth = [draw_caption(scene, random.Random(f"demo caption|{seed}|{i}")) for i, scene in enumerate(scenes)]
     rows = zip(pictures, result.texts, truth, strict=True)
-    return _section(
-        "Captions: written by the model", [Cell((p,), t, f"a true caption: {c}") for p, t, c in rows], result
-    )
+    cells = [Cell((picture,), text, f"a true caption: {said}") for picture, text, said in rows]
+    return _section("Captions: written by the model", cells, result)
 
 
 def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -118,12 +134,9 @@ def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     masks = [profile.boxes([case.hole]).numpy() for case in cases]
     templates = [Hole(case.before, case.name, case.after).template(pipe.texts.encode) for case in cases]
     result = pipe.inpaint(pictures, masks, templates, generator=seed)
-    cells = []
-    for picture, mask, template, image, text in zip(
-        pictures, masks, templates, result.images, result.texts, strict=True
-    ):
-        torn = Image.fromarray(np.where(mask[..., None], np.uint8(128), np.asarray(picture)))
-        cells.append(Cell((torn, image, picture), text, f"from: {template}"))
+    torn = [Image.fromarray(np.where(m[..., None], np.uint8(128), np.asarray(p))) for m, p in zip(masks, pictures)]
+    rows = zip(torn, result.images, pictures, result.texts, templates, strict=True)
+    cells = [Cell(tuple(shown), text, f"from: {template}") for *shown, text, template in rows]
     title = "Joint inpainting: the hole, what the model made of picture and words together, and the original"
     return _section(title, cells, result)
 
@@ -136,37 +149,12 @@ def inventions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
 
 
 def picture_of(scene: Scene, profile: Profile) -> Image.Image:
-    """The true picture of a scene."""
     return Image.fromarray(render(scene, profile))
 
 
 def _section(title: str, cells: list[Cell], result: Any) -> Section:
     cost = f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
     return Section(title, tuple(cells), cost)
-
-
-_STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1e24 }
-h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } p.cost { margin: 0 0 .8rem; color: #6e727c; font-size: .85rem }
-.grid { display: flex; flex-wrap: wrap; gap: 1.2rem } figure { margin: 0 }
-.images { display: flex; gap: 4px } img { width: 128px; image-rendering: pixelated; border-radius: 3px }
-figcaption { font-size: .92rem } figcaption small { display: block; color: #6e727c }
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A title, its cells, and what they cost."""
-
-    title: str
-    cells: tuple[Cell, ...]
-    cost: str = ""
-
-    def lines(self, per_line: int) -> list[tuple[Cell, ...]]:
-        """The cells in lines of at most `2 * per_line` pictures."""
-        pictures = max(len(cell.images) for cell in self.cells)
-        count = max(1, 2 * per_line // pictures)
-        return [self.cells[i : i + count] for i in range(0, len(self.cells), count)]
 
 
 def write_page(sections: Sequence[Section], path: str | Path, title: str) -> None:

@@ -16,7 +16,6 @@ from unidiff.evaluation.benchmark.trials import REFERENCE, JudgedTasks
 from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.output import UniDiffOutput
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     caption_scenes,
@@ -61,14 +60,13 @@ def run_emoji_eval(
     """Evaluate a pipeline on emoji scenes.
 
     Args:
-        pipe: trained on a profile of the emoji scenes.
-        seed: of scenes, prompts, questions, masks and decodes; another seed gives others.
+        pipe: trained on a profile of the emoji scenes. profile: by default the one of its picture size.
+        seed: of scenes, prompts, questions, masks and decodes.
         n: cases of every category, and of every task without categories.
         per_task: in place of `n`, at least so many cases of every task, spread evenly over its categories; the full
             yardstick has 2,000.
         tasks: some of `ALL_TASKS`, and names of metrics.
         batch_size: rows per decode; results do not depend on it. progress: called with what is done next.
-        profile: which scenes; by default the one of the pipeline's picture size.
         options: for every decode, for instance `steps`; by default the pipeline's own settings for each task.
 
     Raises:
@@ -76,8 +74,9 @@ def run_emoji_eval(
     """
     if per_task is not None and per_task < 1:
         raise ValueError(f"per_task is {per_task}; an evaluation needs at least one case")
-    if unknown := [task for task in tasks if task not in (*TASKS, SECOND, *METRICS)]:
-        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join((*TASKS, SECOND, *METRICS))}")
+    known = (*TASKS, SECOND, *METRICS)
+    if unknown := [task for task in tasks if task not in known]:
+        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(known)}")
     if SECOND in tasks and "text_to_image" not in tasks:
         raise ValueError("the task second_reader reads the pictures of text_to_image again; ask for both")
     profile = profile or profile_of(pipe)
@@ -123,8 +122,7 @@ def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> Capti
         lambda start, stop: render_batch([scene for scene, _ in cases[start:stop]], profile),
         [-math.log(caption_distribution(scene)[caption]) for scene, caption in cases],
         [caption_entropy(scene) for scene, _ in cases],
-        seed,
-        batch_size,
+        *(seed, batch_size),
     )
 
 
@@ -191,18 +189,11 @@ def cases_per_part(task: str, cases: int) -> int:
 def judge(pipe: UniDiffPipeline, task: str, cases: int, seed: int, batch: int, **options: Any) -> EvaluationReport:
     """EmojiEval's report of one task."""
     model = PipelineModel(pipe, batch, **options)
-    judged = EmojiEval(model, profile_of(pipe), seed, cases_per_part(task, cases))
-    return judged.run([task])
+    return EmojiEval(model, profile_of(pipe), seed, cases_per_part(task, cases)).run([task])
 
 
 def decode(
-    pipe: UniDiffPipeline,
-    task: str,
-    rows: int,
-    seed: int,
-    batch: int,
-    on_output: Callable[[UniDiffOutput], Any],
-    **options: Any,
+    pipe: UniDiffPipeline, task: str, rows: int, seed: int, batch: int, on_output: Callable[..., Any], **options: Any
 ) -> None:
     """Decode rows of a task, its categories and kinds in turn."""
     ask(PipelineModel(pipe, batch, on_output, **options), pipe, task, rows, seed)

@@ -20,7 +20,6 @@ from unidiff.pipelines.output import UniDiffOutput
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     HELD_OUT,
-    PromptCase,
     caption_scenes,
     inpaint_cases,
     prompt_cases,
@@ -96,7 +95,10 @@ class EmojiEval:
             images = self.model.text_to_image(prompts, self._seeds(category, len(cases)))
             self.drawn += zip(prompts, (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).movedim(1, -1), strict=True)
             readings = self.oracle.read(images)
-            right = [_drawn_right(category, c, r) for c, r in zip(cases, readings)]
+            if category == "background":
+                right = [r.background == c.facts.background for c, r in zip(cases, readings)]
+            else:
+                right = [facts_correct(c.facts, r.scene) for c, r in zip(cases, readings)]
             score = self._share(HELD_OUT if category == HELD_OUT else f"categories.{category}", right)
             scores += [score] if category != HELD_OUT else []
             self._share(f"unreadable.{category}", [r.scene is None for r in readings])
@@ -175,12 +177,6 @@ class EmojiEval:
         return (keyed_bits(task_seed(task, self.seed), torch.arange(n), 0, 1)[:, 0] >> 2).abs().tolist()
 
 
-def _drawn_right(category: str, case: PromptCase, reading: Reading) -> bool:
-    if category == "background":
-        return reading.background == case.facts.background
-    return facts_correct(case.facts, reading.scene)
-
-
 def object_entropy(made: Sequence[Scene]) -> float:
     """Entropy in nats of the names of all objects in some scenes; 0 for none."""
     counts = Counter(item.name for scene in made for item in scene.objects)
@@ -197,12 +193,7 @@ def yardstick() -> str:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures and texts of some rows.
-
-    Attributes:
-        images: float `[B, 3, H, W]` in [0, 1]. texts: one per row.
-        untouched: whether every given token came out as it went in.
-    """
+    """Pictures float `[B, 3, H, W]` in [0, 1] and texts of some rows, and whether every given token came out as it went in."""
 
     images: Tensor
     texts: list[str]
@@ -232,8 +223,7 @@ class PipelineModel:
     Pictures are float `[B, 3, H, W]` in [0, 1]; there is one seed per row.
 
     Args:
-        batch_size: rows per decode; results do not depend on it.
-        on_output: told what came out of every decode.
+        batch_size: rows per decode; results do not depend on it. on_output: told what came out of every decode.
         options: keyword arguments for every decode, for instance `steps`.
     """
 
@@ -278,9 +268,8 @@ class PipelineModel:
 
     def generate(self, seeds: Sequence[int]) -> Drawn:
         """A picture and its caption for each seed, from nothing."""
-        return self._decode(
-            seeds, lambda p, **how: self.pipe.generate(num_images_per_prompt=len(how["generator"]), **how)
-        )
+        call = lambda p, **how: self.pipe.generate(num_images_per_prompt=len(how["generator"]), **how)  # noqa: E731
+        return self._decode(seeds, call)
 
     def _decode(
         self,
@@ -289,8 +278,7 @@ class PipelineModel:
         untouched: Callable[[slice, UniDiffOutput], Iterator[bool]] = lambda p, out: (True for _ in out.texts),
     ) -> Drawn:
         """All rows, batch by batch; `call` takes the slice of the rows and the options of the decode."""
-        pictures, texts = list[Tensor](), list[str]()
-        whole: list[bool] = []
+        pictures, texts, whole = list[Tensor](), list[str](), list[bool]()
         for start in range(0, len(seeds), self.batch_size):
             part = slice(start, start + self.batch_size)
             out = call(part, generator=list(seeds[part]), **self.options)

@@ -183,7 +183,7 @@ def draw_question(scene: Scene, profile: Profile, rng: random.Random) -> tuple[s
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption states. Parts it leaves out are None.
+    """What a caption states; parts it leaves out are None.
 
     Attributes:
         counts: (name, number) pairs in the order they are named.
@@ -204,14 +204,11 @@ class Facts:
 
 
 def parse_caption(text: str, names: tuple[str, ...] | None = None) -> Facts | None:
-    """Read a caption of the grammar in `language`.
+    """The facts of a caption, or None if it is not in the grammar.
 
     Args:
-        text: one caption, exactly as the grammar writes it; surrounding white space is ignored.
+        text: exactly as the grammar writes it, white space around it aside.
         names: sprite names that may occur; the whole atlas by default.
-
-    Returns:
-        Its facts, or None if the sentence is not in the
     """
     text = text.strip()
     opener = max((o for o in OPENERS if text.startswith(o)), key=len)

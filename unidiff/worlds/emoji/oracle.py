@@ -54,7 +54,7 @@ class Reading:
 
     Attributes:
         background: its name, or None where no background colour prevails.
-        objects: in reading order. distances: squared error per covered pixel of each object.
+        objects: in reading order. distances: squared error per covered pixel of each.
         unreadable: connected regions that are neither background nor a sprite.
     """
 
@@ -81,14 +81,7 @@ class Reading:
 
 
 class Oracle:
-    """Reads pictures of a profile.
-
-    Args:
-        profile: which sprites may appear and the picture size. Pictures off the unit grid cannot be read.
-
-    Raises:
-        ValueError: a profile with free jitter, or whose unit is no multiple of 8 pixels.
-    """
+    """Reads pictures of a profile. Raises `ValueError`: one with free jitter, or whose unit is no multiple of 8 pixels."""
 
     def __init__(self, profile: Profile) -> None:
         if profile.free_jitter:
@@ -98,19 +91,14 @@ class Oracle:
         if profile.unit % READ_UNIT:
             raise ValueError(f"the oracle needs units of a multiple of {READ_UNIT} px, but they are {profile.unit} px")
         self.profile, self._shrink = profile, profile.unit // READ_UNIT
-        self._sprites = {size: self._read_sprites(size) for size in SIZES}
+        self._sprites: dict[int, Tensor] = {}  # [N, 4, S, S] each
+        for size in SIZES:
+            sprites = torch.from_numpy(profile.atlas.scaled(size * profile.unit)[: profile.num_objects])
+            self._sprites[size] = F.avg_pool2d(sprites.movedim(-1, 1), self._shrink)
         self._templates: dict[tuple[int, int], _Templates] = {}
 
-    def _read_sprites(self, size: int) -> Tensor:
-        sprites = torch.from_numpy(self.profile.atlas.scaled(size * self.profile.unit)[: self.profile.num_objects])
-        return F.avg_pool2d(sprites.movedim(-1, 1), self._shrink)  # [N, 4, S, S]
-
     def read(self, images: np.ndarray | Tensor, chunk: int = 64) -> list[Reading]:
-        """Read pictures.
-
-        Args:
-            images: uint8 `[B, H, W, 3]` (numpy or torch), or float `[B, 3, H, W]` in [0, 1].
-            chunk: pictures per matrix product.
+        """Read pictures, uint8 `[B, H, W, 3]` (numpy or torch) or float `[B, 3, H, W]` in [0, 1].
 
         Raises:
             ValueError: pictures of another shape or size than the profile's.

@@ -53,16 +53,11 @@ class Atlas:
 
     @classmethod
     def load(cls, folder: Path = ATLAS_FOLDER) -> Atlas:
-        """Read `atlas.png` and `atlas.json` from a folder.
-
-        Raises:
-            FileNotFoundError: one of the two files is missing. ValueError: one is damaged, or they do not belong together.
-        """
+        """Read `atlas.png` and `atlas.json`; `FileNotFoundError` or `ValueError` where they are not both whole."""
         index_path, image_path = folder / "atlas.json", folder / "atlas.png"
         recipe = "make it with training/make_emoji_atlas.py"
-        for path in (index_path, image_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; {recipe}")
+        if missing := [path for path in (index_path, image_path) if not path.is_file()]:
+            raise FileNotFoundError(f"{missing[0]} is missing; {recipe}")
         index = read_json(index_path, "the index of an atlas")
         with reading(index_path, "the index of an atlas", recipe):
             size, columns = int(index["sprite_size"]), int(index["columns"])
@@ -140,8 +135,7 @@ class Profile:
 
     Args:
         name: for reports. image_size: pixels per side, a multiple of 8 units.
-        num_objects: the first so many sprites of the atlas are used.
-        kinds: relative frequency of each kind of scene, in the order of `KINDS`.
+        num_objects: the first so many sprites of the atlas are used. kinds: relative frequency of each of `KINDS`.
         free_jitter: sprites move by up to so many pixels off the grid (0 in the embedded recipe: every sub-cell phase
             multiplies the number of appearances the model has to learn).
     """
@@ -221,12 +215,7 @@ def _one_in_ten(key: str) -> bool:
 
 
 class SceneGenerator:
-    """Scene `i` as a pure function of (seed, i).
-
-    Args:
-        seed: other seeds give other scenes.
-        split: `train` (no held-out composition), `held_out` (at least one) or `all`.
-    """
+    """Scene `i` as a pure function of (seed, i); `split`: `train` (no held-out composition), `held_out` (any) or `all`."""
 
     def __init__(self, profile: Profile, seed: int = 0, split: str = "train") -> None:
         if split not in ("train", "held_out", "all"):

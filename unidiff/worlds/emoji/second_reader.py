@@ -1,9 +1,8 @@
-"""A second reader of emoji pictures, built unlike the oracle: a classifier trained on true scenes.
+"""A second reader of emoji pictures, built unlike the oracle: it tells how much of a judgement depends on the reader.
 
 It knows no templates. Every box on the grid is described by coarse shape, colour and edge features, the same for all
 sprite sizes, and a ridge regression over random features (Rahimi and Recht 2007) says which sprite fills it, or none.
-It is fitted in closed form from generated scenes, half of them blurred and noisy, in a few seconds and always alike. The
-oracle judges; this reader tells how much of its judgement depends on the way it was built.
+It is fitted in closed form from generated scenes, half of them blurred and noisy, in a few seconds and always alike.
 """
 
 from __future__ import annotations
@@ -46,20 +45,13 @@ TRUE_SCENES = 200
 
 
 class _Boxes(NamedTuple):
-    """Features of all boxes of some pictures, one entry per size."""
-
-    features: list[Tensor]  # [B, R, C, F]
+    features: list[Tensor]  # [B, R, C, F], of all boxes of each size
     foreground: Tensor  # [B, 8, 8], share per unit
     grounds: list[int]
 
 
 class SecondReader:
-    """Fits itself when made.
-
-    Args:
-        profile: which sprites, and the picture size. training_scenes: per sprite of the profile.
-        hidden: random features. seed: of these and the training scenes.
-    """
+    """Fits itself when made, with `training_scenes` per sprite of the profile and `hidden` random features."""
 
     def __init__(self, profile: Profile, training_scenes: int = 40, hidden: int = 1200, seed: int = 0) -> None:
         self.profile = profile
@@ -164,14 +156,9 @@ def compare_readers(
     report: EvaluationReport,
     second: SecondReader | None = None,
 ) -> None:
-    """Judge drawn pictures with both readers, all facts of the prompt asked for, and note where they differ.
+    """Judge drawn pictures with both readers, all facts of their prompts asked for, and note where they differ.
 
-    `second_true` is the share of true scenes that the second reader reads exactly.
-
-    Args:
-        prompts: captions of the grammar, one per picture.
-        pictures: uint8 `[B, H, W, 3]` or float `[B, 3, H, W]`.
-        second: fitted for `profile`; a new one by default.
+    `second_true` is the share of true scenes that the second reader (a new one by default) reads exactly.
     """
     second = second or SecondReader(profile)
     truth = scenes("second reader", KINDS, TRUE_SCENES, 0, profile, "all")

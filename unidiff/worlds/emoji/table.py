@@ -39,8 +39,7 @@ class QuestionMix:
     Attributes:
         plain: as `draw_question` has them, which is how EmojiEval asks.
         yes_no: drawn like these until yes or no is the answer: one bit each is a weak signal to learn from.
-        lookup: where a named object is, or how many there are, in scenes of any kind: to find what a name means in a
-            picture is what relations, "is there" and the counts of mixed groups need.
+        lookup: where a named object is, or how many there are: what relations and mixed groups need.
     """
 
     plain: int = 2
@@ -56,8 +55,7 @@ class QuestionMix:
 def scene_texts(
     scenes: SceneGenerator, index: int, scene: Scene, captions: int, questions: QuestionMix
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Captions of scene `index` from its distribution, and (question, answer) pairs, drawn independently of each other; the
-    same for the same generator and index."""
+    """Captions of scene `index` and (question, answer) pairs, independent of each other, fixed by generator and index."""
     rng = scenes.rng(index, "texts")
     options = caption_distribution(scene)
     drawn = rng.choices(list(options), list(options.values()), k=captions)
