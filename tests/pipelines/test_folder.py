@@ -128,7 +128,10 @@ DAMAGE = {
         lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"),
         "describes a StableDiffusionPipeline, not a UniDiffPipeline",
     ),
-    "index is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
+    "index is no JSON": (
+        lambda f: (f / "model_index.json").write_text("{"),
+        "cannot be read as an index of a pipeline",
+    ),
     "no settings": (lambda f: edit_json(f / "model_index.json", settings=None), "settings lacks"),
     "unknown settings": (
         lambda f: edit_json(

@@ -134,9 +134,8 @@ class DecodeRequest:
     def repeated(self, count: int, device: torch.device | str) -> DecodeRequest:
         """Each row `count` times in a row, on a device."""
         tries = torch.arange(len(self.batch.ids)).repeat_interleave(count)
-        words, picture, seen = (
-            None if mask is None else mask[tries].to(device) for mask in (self.words, self.picture, self.always_seen)
-        )
+        words, picture = self.words[tries].to(device), self.picture[tries].to(device)
+        seen = None if self.always_seen is None else self.always_seen[tries].to(device)
         batch, *others = (rows.rows(tries).to(device) for rows in (self.batch, *self.unconditional))
         changed = {
             "batch": batch,

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from unidiff.errors import DamagedFile, few, first_line, plain, read_json, reading
+from unidiff.errors import few, plain, read_json, reading
 from unidiff.families.checkpoint.load import load_own
 from unidiff.families.layout import RowLayout
 from unidiff.files import replacing_folder, resolve_link
@@ -46,26 +46,12 @@ def load_parts(
     image_tokenizer: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
 ) -> LoadedParts:
-    """Read a pipeline folder, or that of a released family; any doubt about it is an error.
-
-    Args:
-        dtype: of the network; None for float32, or the checkpoint's own of a released family.
-        image_tokenizer, text_tokenizer: where they are, for a released family.
-
-    Raises:
-        FileNotFoundError: a part is missing.
-        ValueError: a pipeline of another kind, unknown settings, weights that are missing, unexpected, misshaped or
-            NaN, or parts that do not fit together.
-    """
+    """Read a pipeline folder, or that of a released family; arguments and errors as of `PipelineFolder.from_pretrained`."""
     if not is_pipeline(folder) and is_released(folder):
         return load_released_parts(folder, dtype, image_tokenizer, text_tokenizer)
     if image_tokenizer is not None or text_tokenizer is not None:
         raise ValueError(f"{str(folder)!r} brings its own tokenizers; leave image_tokenizer and text_tokenizer out")
-    index = read_index(folder)
-    try:
-        settings = PipelineSettings.from_dict(index.get("settings") or {})
-    except ValueError as error:
-        raise ValueError(f"{folder / INDEX}: {error}") from error
+    settings = read_settings(folder)
     transformer = load_transformer(folder / "transformer", dtype or torch.float32)
     return LoadedParts(transformer, *load_tokenizers(folder), settings)
 
@@ -80,13 +66,12 @@ def load_tokenizers(folder: Path) -> tuple[VQImageTokenizer, TextTokenizer]:
 def check_transformer(folder: str | Path) -> None:
     """Raise FileNotFoundError where no model lies."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        inside = [name for name in ("model", "transformer") if (folder / name / "config.json").is_file()]
-        hint = (
-            f"did you mean {str(folder / inside[0])!r}?" if inside else "name a folder with a saved MaskedTransformer"
-        )
-        fault = "holds no config.json" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{str(folder)!r} {fault}; {hint}")
+    if (folder / "config.json").is_file():
+        return
+    inside = [name for name in ("model", "transformer") if (folder / name / "config.json").is_file()]
+    hint = f"did you mean {str(folder / inside[0])!r}?" if inside else "name a folder with a saved MaskedTransformer"
+    fault = "holds no config.json" if folder.exists() else "does not exist"
+    raise FileNotFoundError(f"{str(folder)!r} {fault}; {hint}")
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> MaskedTransformer:
@@ -104,27 +89,20 @@ def is_pipeline(folder: Path) -> bool:
         return f'"{PIPELINE_CLASS}"' in path.read_text(encoding="utf-8-sig", errors="replace")
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a unidiff pipeline.
-
-    Raises:
-        FileNotFoundError: none there. ValueError: a damaged one, or one of another class.
-    """
+def read_settings(folder: Path) -> PipelineSettings:
+    """Of the index of a unidiff pipeline; `FileNotFoundError` for none, `ValueError` for one of another class."""
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {INDEX}; name a folder written by save_pretrained or by `unidiff pack`"
         )
+    index = read_json(path, "an index of a pipeline")
+    if (kind := index.get("_class_name")) != PIPELINE_CLASS:
+        raise ValueError(f"{path} describes a {kind}, not a {PIPELINE_CLASS}; load it with its own library")
     try:
-        index = read_json(path, "an index of a pipeline")
-    except DamagedFile as error:
-        if isinstance(error.__cause__, ValueError):
-            raise DamagedFile(f"{path} is not JSON ({first_line(error.__cause__)}); the file is damaged") from error
-        raise
-    family = index.get("_class_name")
-    if family != PIPELINE_CLASS:
-        raise ValueError(f"{path} describes a {family}, not a {PIPELINE_CLASS}; load it with its own library")
-    return index
+        return PipelineSettings.from_dict(index.get("settings") or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def forget_origins(folder: Path) -> None:
@@ -142,12 +120,7 @@ def check_target(target: str | Path) -> None:
 
 
 def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on an empty folder beside `target`, then put it in place; `target` is never half-written.
-
-    Raises:
-        ValueError: `target` is a file, or a folder that holds anything that is no part of a pipeline of ours.
-        OSError: a full or read-only disk; the message names `target`.
-    """
+    """Call `write` on an empty folder beside `target`, then put it in place; errors as of `check_target`, and of disks."""
     check_target(target)
     with replacing_folder(target) as temporary:
         write(temporary)
@@ -169,12 +142,7 @@ def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], w
     """Raise `ValueError` where replacing `target` would lose something that unidiff did not write as `what`.
 
     Args:
-        others: `others_in_pipeline` or `others_in_model`.
-        what: for the message, for instance "pipeline".
-
-    Raises:
-        ValueError: a file, or a folder with other things; the message names them.
-        OSError: a folder that cannot be read, or links that go round in circles.
+        others: `others_in_pipeline` or `others_in_model`. what: for the message, for instance "pipeline".
     """
     place = resolve_link(target)
     if place.exists() and not place.is_dir():
@@ -194,7 +162,12 @@ def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], w
 
 def others_in_pipeline(folder: Path) -> list[str]:
     """Entries of a folder that `UniDiffPipeline.save_pretrained` did not write; all where it holds no pipeline."""
-    if not _is_index(folder / INDEX):
+    try:
+        read_settings(folder)
+        known = set(read_json(folder / INDEX)) <= _INDEX_KEYS
+    except (ValueError, OSError):
+        known = False
+    if not known:
         return entries(folder)
     found = []
     for path in sorted(folder.iterdir()):
@@ -207,11 +180,7 @@ def others_in_pipeline(folder: Path) -> list[str]:
 
 
 def others_in_model(folder: Path, exported: bool = True) -> list[str]:
-    """Entries of a folder that no `save_pretrained` of a model wrote; all where it holds no model.
-
-    Args:
-        exported: what a training run puts beside its model is no stranger.
-    """
+    """Entries of a folder that no `save_pretrained` of a model wrote (nor training, with `exported`); all without a model."""
     try:
         with reading(folder, "a model"):
             load_own(folder, device="meta")  # names and shapes of the weights are those that the config asks for
@@ -232,15 +201,13 @@ def entries(folder: Path) -> list[str]:
 
 
 def _notes_of_a_run(folder: Path) -> set[str]:
-    readers = {
-        VOCABULARY: lambda: Vocabulary.from_dict(read_json(folder / VOCABULARY)),
-        TRAINED_ON: lambda: read_trained_on(folder),
-    }
     found = set()
-    for name, read in readers.items():
-        with suppress(ValueError, OSError):
-            read()
-            found.add(name)
+    with suppress(ValueError, OSError):
+        Vocabulary.from_dict(read_json(folder / VOCABULARY))
+        found.add(VOCABULARY)
+    with suppress(ValueError, OSError):
+        read_trained_on(folder)
+        found.add(TRAINED_ON)
     return found
 
 
@@ -253,15 +220,6 @@ def _others_in_words(folder: Path) -> list[str]:
     if not words.is_fast:
         known |= {"added_tokens.json", *words.vocab_files_names.values()}
     return _unknown(folder, known)
-
-
-def _is_index(path: Path) -> bool:
-    try:
-        index = read_json(path, "an index")
-        PipelineSettings.from_dict(index.get("settings") or {})
-    except (ValueError, OSError):
-        return False
-    return index.get("_class_name") == PIPELINE_CLASS and set(index) <= _INDEX_KEYS
 
 
 def _unknown(folder: Path, known: set[str]) -> list[str]:
@@ -280,15 +238,13 @@ class PipelineFolder(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **changes: Any) -> Self:
-        """A new pipeline with the parts of another one, which share their weights.
+        """A new pipeline with the parts of another one of this class, which share their weights.
 
         Args:
-            pipeline: of this class.
             changes: parts or settings to take instead, by their name in `components`.
 
         Raises:
-            ValueError: a pipeline of another class, or a part that does not fit.
-            TypeError: an unknown name.
+            ValueError: a pipeline of another class, or a part that does not fit. TypeError: an unknown name.
         """
         if not isinstance(pipeline, cls):
             raise ValueError(f"from_pipe got a {type(pipeline).__name__}; expected a {cls.__name__}")
@@ -351,8 +307,7 @@ class PipelineFolder(DiffusionPipeline):
 
         Raises:
             ValueError: a released family; a folder that holds anything that is no part of a pipeline of ours, an argument
-                that `from_pretrained` could not follow, or weights that hold NaN or have no values.
-            OSError: a full or read-only disk; the message names the folder.
+                that `from_pretrained` could not follow, or weights that hold NaN or have no values. OSError: a full disk.
         """
         check_save_options(options, max_shard_size)
         if not hasattr(self, "settings"):

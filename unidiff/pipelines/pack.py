@@ -11,7 +11,7 @@ import torch
 from unidiff.errors import read_json
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import INDEX, VOCABULARY, check_target, check_transformer, load_transformer, read_index
+from unidiff.pipelines.folder import INDEX, VOCABULARY, check_target, check_transformer, load_transformer, read_settings
 from unidiff.pipelines.settings import LONGEST_ROW, TASKS, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
@@ -46,19 +46,16 @@ def pack_pipeline(
             of knows it, too.
         image_tokenizer: folder of a `CellVQModel` or `VQModel`.
         text_tokenizer: folder of a text tokenizer with the specials eos, caption, question, answer.
-        out: the pipeline folder to write.
-        text_length: tokens of the text span the transformer was trained with; needed where the transformer's folder does
-            not say it.
-        image_size: (height, width) in pixels; needed like `text_length`.
+        text_length, image_size: tokens of the text span, and (height, width) in pixels, that the transformer was trained
+            with; needed where its folder does not say it.
         dtype: how the transformer is stored.
         image_dtype: how the image tokenizer is stored. Half precision moves codes: of the embedded tokenizer, float16
             weights changed one code in eleven, and the transformer knows only the ones it was trained on.
 
     Raises:
-        FileNotFoundError: a folder is missing.
+        FileNotFoundError: a folder is missing. OSError: a full or read-only disk.
         ValueError: parts that do not fit together, a text length or size other than that of training, or an `out` that
             holds anything else than a pipeline of ours.
-        OSError: a full or read-only disk.
     """
     check_target(out)
     check_value(text_length, int | None, "text_length")
@@ -81,14 +78,10 @@ def pack_pipeline(
 
 
 def settings_after(settings: PipelineSettings, transformer: str | Path) -> PipelineSettings:
-    """Settings of a pipeline whose transformer was trained on: text length, grid and tasks of that training.
+    """Settings of a pipeline whose transformer was trained on: text length, grid and tasks as noted beside it.
 
     Args:
         settings: of the pipeline that training started from; what it could do before counts as well.
-        transformer: folder of the trained transformer; without a note about its rows, `settings` stay.
-
-    Raises:
-        ValueError: a damaged note.
     """
     trained = read_trained_on(transformer)
     if trained is None:
@@ -108,10 +101,9 @@ def tasks_taught(training: Iterable[str]) -> tuple[str, ...]:
 
 def _noted(transformer: Path) -> TrainedOn | PipelineSettings | None:
     """What the rows were, by the training's note or by the pipeline that the transformer is a part of."""
-    place = transformer.resolve()
-    found = read_trained_on(transformer)
+    place, found = transformer.resolve(), read_trained_on(transformer)
     if found is None and place.name == "transformer" and (place.parent / INDEX).is_file():
-        return PipelineSettings.from_dict(read_index(place.parent).get("settings") or {})
+        return read_settings(place.parent)
     return found
 
 

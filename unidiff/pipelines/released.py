@@ -24,14 +24,11 @@ TEXT_PLACES = ("text_tokenizer", "tokenizer", ".")
 
 
 def is_released(folder: Path) -> bool:
-    """Whether a folder, or a part of it, holds a released denoiser or one that was converted."""
-    for part in (folder, *(folder / name for name in PIPELINE_PARTS[:1])):
-        if (part / RECORD).is_file():
-            return True
-        config = read_config(find_config(part))
-        if any(family.vocabulary is not None for family in fitting(config)):
-            return True
-    return False
+    """Whether a folder, or its denoiser's, holds a released denoiser or one that was converted."""
+    parts = (folder, folder / PIPELINE_PARTS[0])
+    if any((part / RECORD).is_file() for part in parts):
+        return True
+    return any(family.vocabulary is not None for part in parts for family in fitting(read_config(find_config(part))))
 
 
 class LoadedParts(NamedTuple):
@@ -51,25 +48,17 @@ def load_released_parts(
     text_tokenizer: str | Path | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> LoadedParts:
-    """The parts of a released folder.
+    """The parts of a released folder; `ValueError` for a family without a pipeline, other errors as of `load_released`.
 
     Args:
-        folder: the checkpoint. Tokenizers are looked for beside the weights: `IMAGE_PLACES`, `TEXT_PLACES`.
-        dtype: of the network; None keeps the checkpoint's.
-        vocabulary: as in `load_released`.
-        image_tokenizer: file or folder of LlamaGen's, MAGVIT-v2's or a VQModel's weights; text_tokenizer: folder or hub name.
-
-    Raises:
-        FileNotFoundError: a part is missing.
-        ValueError: a family without a pipeline.
+        dtype: of the network; None keeps the checkpoint's. vocabulary: as in `load_released`.
+        image_tokenizer, text_tokenizer: as in `load_images` and `load_texts`.
     """
     released = load_released(folder, dtype, vocabulary=vocabulary)
     family = released.family
     if family.layout is None:
         others = ", ".join(name for name, other in FAMILIES.items() if other.layout is not None)
-        raise ValueError(
-            f"{family.name} has no pipeline (those are {others}); load it with unidiff.families.load_released"
-        )
+        raise ValueError(f"{family.name} has no pipeline (only {others}); load it with unidiff.families.load_released")
     if family.image_tokenizer is None and image_tokenizer is not None:
         raise ValueError(f"{family.name} knows no pictures; leave image_tokenizer out")
     images = None if family.image_tokenizer is None else load_images(folder, image_tokenizer)
@@ -82,9 +71,6 @@ def load_texts(folder: Path, place: str | Path | None = None) -> TextTokenizer:
     """The text tokenizer at `place` (a folder or hub name), or at one of `TEXT_PLACES` beside the weights.
 
     Dream's folder names a class of its own, which is Qwen2's: that is used instead of the code in the folder.
-
-    Raises:
-        FileNotFoundError: none there.
     """
     found = place or next((folder / p for p in TEXT_PLACES if _has_text(folder / p)), None)
     if found is None:
@@ -97,11 +83,7 @@ def load_texts(folder: Path, place: str | Path | None = None) -> TextTokenizer:
 
 
 def load_images(folder: Path, place: str | Path | None = None) -> VQImageTokenizer:
-    """The image tokenizer at `place`, or at one of `IMAGE_PLACES` beside the weights, in float32.
-
-    Raises:
-        FileNotFoundError: none there. ValueError: not an image tokenizer.
-    """
+    """The image tokenizer at `place` (file or folder), or at one of `IMAGE_PLACES` beside the weights, in float32."""
     found = place or next((folder / p for p in IMAGE_PLACES if (folder / p).exists()), None)
     if found is None:
         raise FileNotFoundError(

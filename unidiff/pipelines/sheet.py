@@ -30,67 +30,43 @@ class Cell:
 def draw_sheet(
     rows: Sequence[Sequence[Cell]], side: int = 128, title: str = "", font_size: int = 13, width: int = 0
 ) -> Image.Image:
-    """Cells in lines, each picture scaled to a width of `side` pixels; small ones keep their pixels sharp.
+    """Cells in lines of any lengths, each picture scaled to a width of `side` pixels; small ones keep their pixels sharp.
 
     Args:
-        rows: lines of cells, of any lengths.
-        title: drawn above all lines.
-        width: of the sheet, at least what the cells need.
+        title: drawn above all lines. width: of the sheet, at least what the cells need.
     """
-    laid = [[_Laid.of(cell, side, font_size) for cell in row] for row in rows]
-    line = font_size + 4
-    needed = GAP + max((sum(c.width + GAP for c in row) for row in laid), default=0)
-    top = GAP + (2 * line if title else 0)
-    canvas = Image.new("RGB", (max(width, needed), top + sum(max(c.height for c in row) + GAP for row in laid)), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    drawn = [[_draw_cell(cell, side, font_size, any(c.heading for c in row)) for cell in row] for row in rows]
+    heights = [max(cell.height for cell in row) + GAP for row in drawn]
+    needed = GAP + max((sum(cell.width + GAP for cell in row) for row in drawn), default=0)
+    top = GAP + (2 * (font_size + 4) if title else 0)
+    canvas = Image.new("RGB", (max(width, needed), top + sum(heights)), PAPER)
     if title:
-        draw.text((GAP, GAP), title, INK, ImageFont.load_default(font_size + 4))
-    for row in laid:
+        ImageDraw.Draw(canvas).text((GAP, GAP), title, INK, ImageFont.load_default(font_size + 4))
+    for row, height in zip(drawn, heights, strict=True):
         left = GAP
-        pictures_top = top + (line if any(c.cell.heading for c in row) else 0)
         for cell in row:
-            cell.draw(canvas, draw, left, top, pictures_top)
+            canvas.paste(cell, (left, top))
             left += cell.width + GAP
-        top += max(c.height for c in row) + GAP
+        top += height
     return canvas
 
 
-@dataclass(frozen=True)
-class _Laid:
-    """A cell with its sizes: width and height in pixels, and its wrapped lines with their colours."""
-
-    cell: Cell
-    pictures: list[Image.Image]
-    lines: list[tuple[str, tuple[int, int, int]]]
-    width: int
-    height: int
-    font_size: int
-
-    @classmethod
-    def of(cls, cell: Cell, side: int, font_size: int) -> _Laid:
-        pictures = [_scaled(image, side) for image in cell.images]
-        width = max(1, len(pictures)) * (side + 4) - 4
-        font = ImageFont.load_default(font_size)
-        lines = [
-            (part, colour)
-            for words, colour in ((cell.text, INK), (cell.note, QUIET))
-            for part in _wrap(words, font, width)
-        ]
-        line = font_size + 4
-        height = max((p.height for p in pictures), default=0) + (len(lines) + bool(cell.heading)) * line + 4
-        return cls(cell, pictures, lines, width, height, font_size)
-
-    def draw(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, pictures_top: int) -> None:
-        if self.cell.heading:
-            draw.text((left, top), self.cell.heading, QUIET, ImageFont.load_default(self.font_size - 2))
-        bottom, at = pictures_top, left
-        for picture in self.pictures:
-            canvas.paste(picture, (at, pictures_top))
-            at += picture.width + 4
-            bottom = max(bottom, pictures_top + picture.height)
-        font = ImageFont.load_default(self.font_size)
-        for number, (words, colour) in enumerate(self.lines):
-            draw.text((left, bottom + 3 + number * (self.font_size + 4)), words, colour, font)
+def _draw_cell(cell: Cell, side: int, font_size: int, headed: bool) -> Image.Image:
+    """A cell by itself, with room above where any of its line has a heading."""
+    pictures = [_scaled(image, side) for image in cell.images]
+    font, line, width = ImageFont.load_default(font_size), font_size + 4, max(1, len(pictures)) * (side + 4) - 4
+    words = [(part, INK) for part in _wrap(cell.text, font, width)]
+    words += [(part, QUIET) for part in _wrap(cell.note, font, width)]
+    top = line if headed else 0
+    bottom = top + max((picture.height for picture in pictures), default=0)
+    canvas = Image.new("RGB", (width, bottom + len(words) * line + 4), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((0, 0), cell.heading, QUIET, ImageFont.load_default(font_size - 2))
+    for number, picture in enumerate(pictures):
+        canvas.paste(picture, (number * (side + 4), top))
+    for number, (part, colour) in enumerate(words):
+        draw.text((0, bottom + 3 + number * line), part, colour, font)
+    return canvas
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -118,27 +94,15 @@ def save_image(image: Image.Image, path: str | Path, **options: Any) -> None:
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, milliseconds: Sequence[int]) -> None:
-    """Write an endless animation; errors as of `save_image`.
-
-    Args:
-        milliseconds: how long each frame stays.
-    """
+    """Write an endless animation in which each frame stays so long; errors as of `save_image`."""
     kind = picture_format(path, _ANIMATED)
     with replacing(path) as temporary:
         rest, times = list(frames[1:]), list(milliseconds)
         frames[0].save(temporary, kind, save_all=True, append_images=rest, duration=times, loop=0)
 
 
-def picture_format(path: str | Path, kinds: Mapping[str, str] | None = None) -> str:
-    """Pillow's name of the format that a file name asks for.
-
-    Args:
-        kinds: formats by ending; those of pictures when left out.
-
-    Raises:
-        ValueError: another ending.
-    """
-    kinds = _PICTURES if kinds is None else kinds
+def picture_format(path: str | Path, kinds: Mapping[str, str] = _PICTURES) -> str:
+    """Pillow's name of the format that a file name's ending asks for; `ValueError` for one that is not among `kinds`."""
     if not isinstance(path, str | Path):
         raise ValueError(f"the file to write is a {type(path).__name__}; expected a path")
     ending = Path(path).suffix.lower()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unidiff.errors import read_json
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_target, load_tokenizers, load_transformer, read_index
+from unidiff.pipelines.folder import check_target, load_tokenizers, load_transformer, read_settings
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.pack import settings_after
 from unidiff.pipelines.settings import PipelineSettings
@@ -117,7 +117,7 @@ def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) 
 
     if not base.pipeline:
         return train(config, environment, check_size)
-    settings = PipelineSettings.from_dict(read_index(folder).get("settings") or {})
+    settings = read_settings(folder)
     check_target(output / "pipeline")
     tokenizers = load_tokenizers(folder)
 

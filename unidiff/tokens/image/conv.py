@@ -84,7 +84,7 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(depth))
         self.attentions = nn.ModuleList(ImageAttention(outer) for _ in range(depth)) if attention else None
         self.direction = direction
-        kinds: dict[str, dict[str, int]] = {"down": {"stride": 2}, "up": {"padding": 1}}
+        kinds: dict[str, dict[str, Any]] = {"down": {"stride": 2}, "up": {"padding": 1}}
         self.resample = Conv(outer, outer, 3, **kinds[direction]) if direction in kinds else None
 
     def forward(self, x: Tensor) -> Tensor:

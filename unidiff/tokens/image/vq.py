@@ -239,7 +239,8 @@ class VQImageTokenizer:
         Raises:
             ValueError: `folder` is a file or holds another model, or weights that hold NaN. OSError: a full disk.
         """
-        if self._coder is self.model:
+        ours = self._coder is self.model
+        if ours:
             self.model.save_pretrained(folder)
         else:
             save_model(self.model, folder, self.model.save_pretrained)
