@@ -51,7 +51,7 @@ def test_bad_data_is_refused(data: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(rule="best"), "rule is 'best'; expected one of quota"),
+        (dict(rule="best"), "rule is 'best'; expected one of ancestral"),
         (dict(schedule="sine"), "schedule is 'sine'"),
         (dict(confidence="max"), "confidence is 'max'"),
         (dict(block_order="spiral"), "block_order is 'spiral'"),

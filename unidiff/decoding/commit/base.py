@@ -1,4 +1,4 @@
-"""`NamedRule`: what a commit rule says of itself and decides. Every rule works on whole batches, row by row inside."""
+"""`NamedRule`: what a commit rule says of itself and decides, and `quota`, the plain one. Every rule works row by row."""
 
 from __future__ import annotations
 
@@ -65,13 +65,14 @@ class NamedRule:
     Attributes:
         planned: it makes the `steps` passes of its settings, and diffusion time counts them. capped: never more than one
             per token.
-        compares: it compares confidences, so that noise in their place means nothing.
+        compares: it compares confidences, so that noise in their place means nothing. blind: the model's answers decide
+            no position: `early` does.
         has_threshold: `ModalityDecoding.threshold` is what it goes by.
         adjusts: the setting by which it changes logits before tokens are drawn, if it does (`adjust`).
     """
 
     name = ""
-    planned = capped = has_threshold = False
+    planned = capped = has_threshold = blind = False
     compares = True
     adjusts: str | None = None
 
@@ -81,8 +82,8 @@ class NamedRule:
 
     @classmethod
     def looks(cls, settings: ModalityDecoding) -> bool:
-        """Whether the model's answers decide which positions are filled; where not, `early` does."""
-        return True
+        """Whether the model's answers decide which positions are filled."""
+        return not cls.blind and settings.confidence != "random"
 
     @classmethod
     def check(cls, settings: ModalityDecoding) -> None:
@@ -94,7 +95,7 @@ class NamedRule:
     @classmethod
     def check_looks(cls, settings: ModalityDecoding) -> None:
         """The part of `check` about confidences and blocks in flight."""
-        if cls.compares and settings.confidence == "random":
+        if cls.compares and not cls.blind and settings.confidence == "random":
             raise ValueError(f"rule={cls.name!r} compares confidences, but confidence is 'random'; use 'probability'")
         if settings.blocks_in_flight > 1 and not cls.looks(settings):
             raise ValueError(
@@ -155,6 +156,40 @@ class NamedRule:
         return None if self.settings.choice_temperature else self.slack
 
 
+class Quota(NamedRule):
+    """The surest positions, as many as `schedule` says; random ones with confidence "random"."""
+
+    name = "quota"
+    planned = capped = True
+    compares = False
+
+    def count(self, now: BlockPass) -> Tensor:
+        return quota(self.settings.schedule, now.start, now.remaining, now.step, now.steps)
+
+    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+        return None if self.looks(self.settings) else take_best(noise(ORDER), now.active, count)
+
+
+def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: Tensor) -> Tensor:
+    """How many positions a row commits in this pass, int64 `[B]`; at least one while any remain, all in the last pass.
+
+    Where there are enough, one is left for each pass to come, so that a block of no fewer tokens than passes makes all of them.
+
+    Args:
+        schedule: of `unidiff.diffusion.schedules`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
+        start, remaining, step, steps: see `BlockPass`. What remains differs from the plan after remasking, and the quota
+            catches up.
+    """
+    last = step + 1 >= steps
+    if schedule == "fixed":
+        keep = start - (step + 1) * (start // steps) - torch.minimum(step + 1, start % steps)
+    else:
+        keep = (start * get_schedule(schedule).rate_after(progress(step + 1, steps)) + 1e-9).floor().long()
+    keep = torch.maximum(keep, steps - step - 1)  # `root` would be done early
+    count = torch.where(last, remaining, remaining - keep)
+    return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
+
+
 class GuardedRule(NamedRule):
     """A rule of one's own in place of the settings' choice of positions, with two promises: real candidates only, and at
     least the best one of every row that has any. It gets copies, so that writing in its arguments does not reach the decode.
@@ -163,16 +198,8 @@ class GuardedRule(NamedRule):
     def __init__(self, named: NamedRule, own: CommitRule) -> None:
         super().__init__(named.settings, named.targets)
         self.planned, self.capped, self.adjusts = named.planned, named.capped, named.adjusts
-        self._named, self._own = named, own
-
-    def count(self, now: BlockPass) -> Tensor:
-        return self._named.count(now)
-
-    def adjust(self, logits: Tensor, index: Tensor, is_real: Tensor) -> Tensor:
-        return self._named.adjust(logits, index, is_real)
-
-    def forget(self, where: Tensor) -> None:
-        self._named.forget(where)
+        self.count, self.adjust, self.forget = named.count, named.adjust, named.forget  # type: ignore[method-assign]
+        self._own = own
 
     def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
         """See `CommitRule`.
@@ -186,24 +213,6 @@ class GuardedRule(NamedRule):
             raise ValueError(f"the commit rule returned {found}; expected bool {tuple(is_real.shape)}")
         pick = pick.to(is_real.device) & is_real
         return pick | take_best(score, is_real, (~pick.any(1)).long(), self.ranking_slack)
-
-
-class Quota(NamedRule):
-    """The surest positions, as many as `schedule` says; random ones with confidence "random"."""
-
-    name = "quota"
-    planned = capped = True
-    compares = False
-
-    @classmethod
-    def looks(cls, settings: ModalityDecoding) -> bool:
-        return settings.confidence != "random"
-
-    def count(self, now: BlockPass) -> Tensor:
-        return quota(self.settings.schedule, now.start, now.remaining, now.step, now.steps)
-
-    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
-        return None if self.looks(self.settings) else take_best(noise(ORDER), now.active, count)
 
 
 def check_rules(rules: Mapping[Modality, CommitRule] | None) -> dict[Modality, CommitRule]:
@@ -248,39 +257,17 @@ def take_best(score: Tensor, is_real: Tensor, count: Tensor, slack: Slack | None
     return is_real & (rank < count[:, None])
 
 
-def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: Tensor) -> Tensor:
-    """How many positions a row commits in this pass, int64 `[B]`; at least one while any remain, all in the last pass.
-
-    Where there are enough, one is left for each pass to come, so that a block of no fewer tokens than passes makes all of them.
-
-    Args:
-        schedule: of `unidiff.diffusion.schedules`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
-        start, remaining, step, steps: see `BlockPass`. What remains differs from the plan after remasking, and the quota
-            catches up.
-    """
-    last = step + 1 >= steps
-    if schedule == "fixed":
-        taken = (step + 1) * (start // steps) + torch.minimum(step + 1, start % steps)
-        keep = start - taken
-    else:
-        keep = (start * get_schedule(schedule).rate_after(progress(step + 1, steps)) + 1e-9).floor().long()
-    keep = torch.maximum(keep, steps - step - 1)  # `root` would be done early
-    count = torch.where(last, remaining, remaining - keep)
-    return torch.maximum(count, (remaining > 0).long()).clamp_max(remaining)
-
-
 def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budget: Tensor) -> Tensor:
     """bool `[B, L]`: committed tokens with confidence below `threshold`, the least sure first, at most `budget` per row.
 
     Args:
-        confidence: `[B, L]`, of each token when it was committed.
+        confidence: float32 `[B, L]`, of each token when it was committed.
         candidates: bool `[B, L]`, tokens committed in earlier passes. Those of the last pass are left out: at least one
             token more than they knew must be there before a second look can pay.
         budget: int64 `[B]`, remaskings the row has left; bounds the number of passes.
     """
-    return take_best(-confidence, candidates & (confidence < threshold), budget, _equally_unsure)
 
+    def slack(score: Tensor) -> Tensor:  # of a negative probability
+        return ROUNDING * torch.minimum(-score, 1 + score) + torch.finfo(score.dtype).eps
 
-def _equally_unsure(score: Tensor) -> Tensor:
-    """Slack of a negative probability in float32."""
-    return ROUNDING * torch.minimum(-score, 1 + score) + torch.finfo(score.dtype).eps
+    return take_best(-confidence, candidates & (confidence < threshold), budget, slack)

@@ -1,4 +1,8 @@
-"""Rules that go by confidences and end by themselves: `threshold`, `factor`, `hierarchical` and `credit`."""
+"""Rules that go by confidences and end by themselves.
+
+`threshold` and `factor` are Fast-dLLM's (Wu et al. 2025, arXiv 2505.22618), `hierarchical` and `credit` dInfer's (arXiv
+2510.08666).
+"""
 
 from __future__ import annotations
 
@@ -86,8 +90,7 @@ class Credit(Threshold):
     """`threshold`, after adding to the logits what every token has earned at every target.
 
     In each pass C <- decay C, then the best token of a position earns p^power, and its logits become
-    logits + weight log(1 + C). Defaults 0.8, 0.2 and 0.7 are dInfer's. Memory: one number per target and token of the
-    modality's slice.
+    logits + weight log(1 + C). Memory: one number per target and token of the modality's slice.
     """
 
     name = "credit"

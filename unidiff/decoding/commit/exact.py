@@ -18,11 +18,7 @@ class FirstHitting(NamedRule):
     """Which position is next does not depend on the model, so logits are needed there alone."""
 
     name = "first_hitting"
-    compares = False
-
-    @classmethod
-    def looks(cls, settings: ModalityDecoding) -> bool:
-        return False
+    blind = True
 
     @classmethod
     def passes_of_a_block(cls, settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
@@ -33,15 +29,10 @@ class FirstHitting(NamedRule):
 
 
 class Ancestral(NamedRule):
-    """A coin of `unmask_chance` for every position."""
+    """A coin of `unmask_chance` for every position: the reverse process on a grid of times (MDLM, arXiv 2406.07524)."""
 
     name = "ancestral"
-    planned = True
-    compares = False
-
-    @classmethod
-    def looks(cls, settings: ModalityDecoding) -> bool:
-        return False
+    planned = blind = True
 
     @classmethod
     def check(cls, settings: ModalityDecoding) -> None:
