@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
@@ -41,17 +42,14 @@ class ModalityDecoding:
 
     Args:
         steps: passes for the whole modality (`quota` and `ancestral`; the other rules end by themselves). Blocks share them in
-            proportion to their sizes. Every block takes at least one, so a row of more blocks than `steps` makes one per
-            block; `quota` takes no more than one per token. Tokens that are masked again may add one each. What is done
-            sooner (end of text, blocks in flight) leaves passes out.
-        rule: how many tokens a pass commits.
-            `quota`: what `schedule` says, at least one. `threshold`: every position whose confidence reaches `threshold`,
-            at least the best one (Fast-dLLM). `factor`: the longest prefix of the sorted confidences with
-            c_r >= 1 - factor / (r + 1), at least one (Fast-dLLM). `hierarchical`: besides what `threshold` takes, the best
-            position of every run of neighbouring masked ones where it reaches `low_threshold` (dInfer). `credit`:
-            `threshold` after adding to the logits what a token has earned by being the best in earlier passes (dInfer),
-            see `Credit`. `first_hitting`: one uniformly random position, the exact law of the model. `ancestral`: each
-            position by its own coin, the reverse process on a grid of times.
+            proportion to their sizes, at least one each; `quota` takes no more than one per token. Tokens that are masked
+            again may add one each. What is done sooner (end of text, blocks in flight) leaves passes out.
+        rule: which tokens a pass commits, at least one. `quota`: as many as `schedule` says. `threshold`: every position whose
+            confidence reaches `threshold`. `factor`: the longest prefix of the sorted confidences with
+            c_r >= 1 - factor / (r + 1). `hierarchical`: as `threshold`, and the best position of every run of masked
+            neighbours where it reaches `low_threshold`. `credit`: as `threshold`, after adding to the logits what a token has
+            earned by being the best in earlier passes, see `Credit`. `first_hitting`: one uniformly random position, the
+            exact law of the model. `ancestral`: each position by its own coin, the reverse process on a grid of times.
         schedule: share still masked after a share u of the steps, one of `unidiff.diffusion.schedules`: `linear` 1-u,
             `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps,
             plus one in the first n % steps passes.
@@ -60,9 +58,7 @@ class ModalityDecoding:
         temperature: of the token draw; 0 takes the best token.
         choice_temperature: scale of the Gumbel noise on the ranking, multiplied by the remaining time.
         top_k, top_p: keep only the k best tokens, and the smallest set that reaches probability p.
-        threshold, factor: of the rules of the same names; `hierarchical` and `credit` have the threshold too.
-        low_threshold: of `hierarchical`.
-        credit_decay, credit_power, credit_weight: of `credit`.
+        threshold, factor, low_threshold, credit_decay, credit_power, credit_weight: see `rule`.
         block_length: tokens per block, decoded block after block; None for the whole span at once.
         block_order: which tokens form a block: `sequence`, or for images `checkerboard`, `coarse` (coarse to fine) and
             `halton` (each block spread evenly over the picture, Besnier et al. 2025).
@@ -214,7 +210,7 @@ class SamplerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back."""
-        return _jsonable(asdict(self))
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SamplerConfig:
@@ -227,12 +223,6 @@ def _tuples(settings: object, *names: str) -> None:
     for name in names:
         if isinstance(value := getattr(settings, name), list):
             object.__setattr__(settings, name, tuple(value))
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _jsonable(v) for k, v in value.items()}
-    return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -257,8 +247,7 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs:
             f"the model has {model.traits.ids} ids, the vocabulary {vocabulary.size}; give the vocabulary that the "
             "model was made for"
         )
-    if outside := [i for i in config.ends if i >= vocabulary.size]:
-        raise ValueError(f"ends names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+    _check_ids("ends", config.ends, vocabulary)
     (start, stop), masks = vocabulary.text, (vocabulary.mask_id, vocabulary.image_mask)
     if config.fill is not None and (not start <= config.fill < stop or config.fill in masks):
         raise ValueError(f"fill is id {config.fill}; expected a text id from {start} to {stop - 1} that is not [MASK]")
@@ -266,8 +255,7 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs:
 
 def banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...]) -> Tensor:
     """Offsets in the modality's slice that may not be emitted, int64."""
-    if outside := [i for i in forbid if not 0 <= i < vocabulary.size]:
-        raise ValueError(f"forbid names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+    _check_ids("forbid", forbid, vocabulary)
     start, stop = vocabulary.range_of(modality)
     offsets = {i - start for i in forbid if start <= i < stop} | set(vocabulary.forbidden(modality))
     if stop > start and len(offsets) == stop - start:
@@ -287,28 +275,17 @@ def check_request(
 ) -> tuple[TokenBatch, ...]:
     """Raise `ValueError` unless a `Sampler` can be called with these; returns the unconditional batches."""
     _check_batch("batch", batch, vocabulary)
-    if not isinstance(seeds, Tensor) or seeds.dtype not in _INTEGERS or seeds.shape != batch.ids.shape[:1]:
-        raise ValueError(
-            f"seeds have shape {tuple(seeds.shape)} and dtype {seeds.dtype}; expected int64 [{len(batch.ids)}], one per row"
-            if isinstance(seeds, Tensor)
-            else f"seeds are {_name(seeds)}; expected an int64 tensor [{len(batch.ids)}], one per row"
-        )
-    _check_dense("seeds", seeds)
+    rows, length = batch.shape
+    _check_tensor("seeds", seeds, _INTEGERS, (rows,), f"an int64 tensor [{rows}], one per row", plural=True)
     if condition is not None:
-        if not isinstance(condition, Tensor):
-            raise ValueError(f"condition is {_name(condition)}; expected a bool tensor {batch.shape}")
-        _check_dense("condition", condition)
-        if condition.shape != batch.ids.shape or condition.dtype != torch.bool:
-            raise ValueError(
-                f"condition has shape {tuple(condition.shape)} and dtype {condition.dtype}; expected bool {batch.shape}"
-            )
+        _check_tensor("condition", condition, (torch.bool,), (rows, length), f"a bool tensor {batch.shape}")
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {_name(callback)}; expected a function of (step, state)")
     check_value(record, bool, "record")
     several = isinstance(unconditional, Sequence) and not isinstance(unconditional, str)
     others = tuple(unconditional) if several else () if unconditional is None else (unconditional,)
-    for rows in others:
-        _check_batch("unconditional", rows, vocabulary)
+    for other in others:
+        _check_batch("unconditional", other, vocabulary)
     if others and condition is not None:
         raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
     if max(1, len(others)) != 1 + len(config.guidance.further):
@@ -316,10 +293,10 @@ def check_request(
             f"guidance has {1 + len(config.guidance.further)} scales for {len(others)} unconditional batches; "
             "`Guidance.further` takes a scale for each after the first"
         )
-    for rows in others:
-        if rows.shape != batch.shape:
-            raise ValueError(f"unconditional has shape {rows.shape}; expected {batch.shape}, that of the batch")
-        if not torch.equal(rows.targets, batch.targets):
+    for other in others:
+        if other.shape != batch.shape:
+            raise ValueError(f"unconditional has shape {other.shape}; expected {batch.shape}, that of the batch")
+        if not torch.equal(other.targets, batch.targets):
             raise ValueError(
                 "unconditional has other targets than the batch; align the rows, for instance by left padding"
             )
@@ -329,18 +306,15 @@ def check_request(
 def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
     if not isinstance(batch, TokenBatch):
         raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")
+    shape = tuple(getattr(batch.ids, "shape", ())[:2])
     for f, kind in zip(fields(TokenBatch), _KINDS, strict=True):
-        value, shape = getattr(batch, f.name), list(getattr(batch.ids, "shape", ())[:2])
-        shape += [3] if f.name == "positions" else []
-        check_value(value, Tensor, f"{name} {f.name}")
-        _check_dense(f"{name} {f.name}", value)
-        if value.dtype != kind or list(value.shape) != shape or value.device != batch.ids.device:
-            raise ValueError(
-                f"{name} {f.name} have shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}; expected "
-                f"{kind} {shape} on {batch.ids.device}"
-            )
-    if batch.ids.ndim != 2 or not batch.ids.numel():
-        raise ValueError(f"{name} has shape {tuple(batch.ids.shape)}; expected at least one row of at least one token")
+        value, own = getattr(batch, f.name), (*shape, 3) if f.name == "positions" else shape
+        expected = f"{kind} {list(own)}"
+        _check_tensor(f"{name} {f.name}", value, (kind,), own, expected, plural=True)
+        if value.device != batch.ids.device:
+            raise ValueError(f"{name} {f.name} are on {value.device}; expected {batch.ids.device}, that of the ids")
+    if len(shape) != 2 or not batch.ids.numel():
+        raise ValueError(f"{name} has shape {shape}; expected at least one row of at least one token")
     ends = [
         *torch.where(batch.valid & batch.given, batch.ids, 0).aminmax(),
         *torch.where(batch.valid, batch.modality, 0).aminmax(),
@@ -354,10 +328,22 @@ def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
         raise ValueError(f"{name} has modalities from {first} to {last}; expected 0 (text) and 1 (image)")
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        kind = "on the meta device, without values" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+def _check_tensor(
+    name: str, value: Any, kinds: Sequence[torch.dtype], shape: tuple[int, ...], expected: str, plural: bool = False
+) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} {'are' if plural else 'is'} {_name(value)}; expected {expected}")
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        kind = "on the meta device, without values" if value.is_meta else str(value.layout).removeprefix("torch.")
         raise ValueError(f"{name} is a tensor {kind}; expected a plain one (`.to_dense()`, or real values)")
+    if value.dtype not in kinds or value.shape != shape:
+        found = f"shape {tuple(value.shape)} and dtype {value.dtype}"
+        raise ValueError(f"{name} {'have' if plural else 'has'} {found}; expected {expected}")
+
+
+def _check_ids(name: str, ids: Sequence[int], vocabulary: Vocabulary) -> None:
+    if outside := [i for i in ids if not 0 <= i < vocabulary.size]:
+        raise ValueError(f"{name} names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
 
 
 def _check_methods(name: str, value: object, methods: Sequence[str], hint: str) -> None:

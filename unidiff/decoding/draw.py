@@ -37,8 +37,8 @@ class RowNoise:
             raise ValueError(
                 f"seeds have shape {tuple(seeds.shape)} and dtype {seeds.dtype}; expected int64 [{valid.shape[0]}], one per row"
             )
-        self.seeds = seeds.to(valid.device, torch.long)
-        self.place = (valid.long().cumsum(1) - 1).clamp_min(0)  # [B, L]
+        self._seeds = seeds.to(valid.device, torch.long)
+        self._place = (valid.long().cumsum(1) - 1).clamp_min(0)  # [B, L]
         self._steps = max(1, _AHEAD // (_USED * max(1, valid.numel())))
         self._block, self._drawn = -1, torch.empty(0)  # [steps, uses, B, L]
 
@@ -46,13 +46,11 @@ class RowNoise:
         """float64 `[B, L]` in (0, 1). All uses of several steps are drawn at once: many small calls cost more than one."""
         block, within = divmod(step, self._steps)
         if block != self._block:
-            steps = torch.arange(block * self._steps, (block + 1) * self._steps, device=self.seeds.device)
+            steps = torch.arange(block * self._steps, (block + 1) * self._steps, device=self._seeds.device)
             streams = (steps[:, None] * _USES + torch.arange(_USED, device=steps.device))[..., None]  # [steps, uses, 1]
-            u = keyed_uniform(_DOMAIN, self.seeds.expand(*streams.shape[:2], -1), streams, self.place.shape[1])
-            drawn = u.gather(-1, self.place.expand(u.shape)).clamp_max(
-                1 - 2**-53
-            )  # 53 bits plus a half may round up to 1
-            self._block, self._drawn = block, drawn
+            u = keyed_uniform(_DOMAIN, self._seeds.expand(*streams.shape[:2], -1), streams, self._place.shape[1])
+            drawn = u.gather(-1, self._place.expand(u.shape))
+            self._block, self._drawn = block, drawn.clamp_max(1 - 2**-53)  # 53 bits plus a half may round up to 1
         return self._drawn[within, use]
 
 
@@ -215,19 +213,18 @@ def choose(
 ) -> Choice:
     """Draw a token at every position and say how sure the model is of it.
 
+    On CUDA one kernel does it where it is the same draw, see `unidiff.kernels.fused_draw`.
+
     Args:
         values: logits of all guidance streams, float `[S, B, n, V]`; without `blend` one, with -inf at forbidden tokens.
         is_real: bool `[B, n]`; the others are padding of the index.
         settings: temperature, filters and confidence measure.
         u, noise: float64 `[B, n]`, for the token and for `random` confidence.
-
-    On CUDA one kernel does it where it is the same draw, see `unidiff.kernels.fused_draw`.
     """
     if fuses(values, settings):
         return _fused(values, is_real, settings, u, noise, blend)
     _, rows, _, width = values.shape
-    most = CHUNK if values.is_cuda else CPU_CHUNK
-    size = max(1, most // max(1, rows * width))
+    size = max(1, (CHUNK if values.is_cuda else CPU_CHUNK) // max(1, rows * width))
     plain = settings.temperature == 1 and settings.top_k is None and settings.top_p in (None, 1)
     parts, is_finite = [], torch.ones((), dtype=torch.bool, device=values.device)
     columns = values.split(size, 2), is_real.split(size, 1), u.split(size, 1), noise.split(size, 1)
@@ -259,7 +256,6 @@ def _fused(
     if blend is not None and blend.banned is not None:
         nothing = torch.zeros(values.shape[-1], dtype=torch.bool, device=values.device)
         banned = nothing.index_fill(0, blend.banned, True)
-    measure = settings.confidence
-    out = fused_draw(values, u, settings.temperature, settings.top_k, measure, weights, banned)
-    confidence = noise if measure == "random" else out.confidence
+    out = fused_draw(values, u, settings.temperature, settings.top_k, settings.confidence, weights, banned)
+    confidence = noise if settings.confidence == "random" else out.confidence
     return Choice(out.token, out.probability, confidence, (out.is_finite | ~is_real).all())
