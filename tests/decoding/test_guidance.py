@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.draw import mix
+from unidiff.decoding.draw import Blend
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(5, 4)
@@ -36,7 +36,7 @@ def test_mix_is_the_formula_and_exact_when_off() -> None:
     c, u = torch.randn(3, 2, 5, generator=generator), torch.randn(3, 2, 5, generator=generator)
     c[0, 0, 0] = -torch.inf
     s = torch.tensor([1.0, 0.0, 3.0])
-    mixed = mix(c, u, s)
+    mixed = Blend(s)([c, u])
     assert torch.equal(mixed[0], c[0])
     torch.testing.assert_close(mixed[1], u[1])
     torch.testing.assert_close(mixed[2], u[2] + 3 * (c[2] - u[2]))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding.config import Guidance
-from unidiff.decoding.draw import mix
+from unidiff.decoding.draw import Blend
 from unidiff.diffusion.schedules import Schedule, get_schedule
 from unidiff.families.mdlm import MDLM
 from unidiff.families.unidisc import UNIDISC
@@ -211,7 +211,7 @@ class UniDisc:
         if weight:
             unconditional = self._logits(torch.where(given, self.mask_id, ids))
             guidance = Guidance(1 + weight, mode="constant" if constant else "ramp")
-            logits = mix(logits, unconditional, guidance.scale_at(Modality.IMAGE, t.expand(len(ids))))
+            logits = Blend(guidance.scale_at(Modality.IMAGE, t.expand(len(ids))))([logits, unconditional])
         return clean_probabilities(logits, ids, self.modality, self.vocabulary, carry_over=not weight)
 
     def masked(self, ids: Tensor) -> Tensor:

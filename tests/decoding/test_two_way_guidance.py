@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.draw import mix
+from unidiff.decoding.draw import Blend
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -17,11 +17,11 @@ def test_every_direction_adds_its_difference():
     cond, first, second = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     cond[0, 0, 0] = first[0, 0, 0] = -torch.inf
     scale = torch.tensor([1.0, 2.5])
-    mixed = mix(cond, first, scale, [second], [4.0])
+    mixed = Blend(scale, [4.0])([cond, first, second])
     expected = cond + (scale - 1)[:, None, None] * (cond - first) + 3.0 * (cond - second)
     finite = torch.isfinite(cond)
     torch.testing.assert_close(mixed[finite], expected[finite])
-    assert mixed[0, 0, 0] == -torch.inf and torch.equal(mix(cond, first, torch.ones(2), [second], [1.0]), cond)
+    assert mixed[0, 0, 0] == -torch.inf and torch.equal(Blend(torch.ones(2), [1.0])([cond, first, second]), cond)
 
 
 def test_settings_go_to_plain_data_and_back():

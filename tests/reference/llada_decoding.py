@@ -19,7 +19,7 @@ from unidiff.decoding.cache import DualCache, NoCache, PrefixCache, RefreshPolic
 from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.commit.confidence import above_threshold, factor_count
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.draw import mix
+from unidiff.decoding.draw import Blend
 from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.state import DecodeState, ModalityProgress
 from unidiff.models.transformer import MaskedTransformer
@@ -183,7 +183,9 @@ def _write(
     logits = forward.logits(Modality.TEXT, left, most, streams)
     values = logits.values[0]  # [B, n, V]
     if len(streams) > 1:
-        values = mix(values, logits.values[1], torch.full((len(values),), settings.cfg_scale + 1, device=values.device))
+        values = Blend(torch.full((len(values),), settings.cfg_scale + 1, device=values.device))(
+            [values, logits.values[1]]
+        )
     proposal, confidence = propose(values, settings.no_proposal, settings.no_confidence)
     if settings.random_order:
         if noise is None:
@@ -233,7 +235,7 @@ def masked_nll(
     if cfg_scale:
         hidden = torch.arange(noisy.shape[1], device=noisy.device) < prompt_length
         other = model(llada_batch(torch.where(hidden, mask_id, noisy)))
-        logits = mix(logits, other, torch.full((len(logits),), cfg_scale + 1.0, device=logits.device))
+        logits = Blend(torch.full((len(logits),), cfg_scale + 1.0, device=logits.device))([logits, other])
     nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
     return torch.where(noisy == mask_id, nll, 0.0)
 

@@ -16,9 +16,7 @@ def block_ids(batch: TokenBatch, targets: Tensor, length: int, order: str = "seq
     A block holds `length` *target* positions, so known tokens in between use up nothing. The last may be shorter.
 
     Args:
-        batch: for the places of image codes.
-        targets: bool `[B, L]`, the targets of one modality.
-        length: positions per block.
+        targets: bool `[B, L]`, those of one modality. length: positions per block.
         order: `sequence`; `checkerboard`: cells with even row + column first; `coarse`: a coarse grid first, then finer
             ones; `halton`: cells in the order in which the Halton sequence of bases 2 and 3 visits them.
     """
@@ -86,13 +84,9 @@ def _stretched(number: int, base: int, size: int) -> int:
 
 
 def joined_blocks(blocks: Tensor, targets: Tensor, masked: Tensor, block: Tensor, most: int, share: float) -> Tensor:
-    """int64 `[B]`: how many blocks behind the current one are decoded besides it, at most `most`.
+    """int64 `[B]`: how many blocks behind the current `block` `[B]` are decoded besides it, at most `most`.
 
-    A block joins when the one before it has joined and at least `share` of its positions are decoded.
-
-    Args:
-        blocks: int64 `[B, L]`. targets, masked: bool `[B, L]`, positions of the modality, and those still masked.
-        block: int64 `[B]`, the current one.
+    A block joins when the one before it has joined and at least `share` of its `targets` are no longer `masked`.
     """
     if share == 0:
         return torch.full_like(block, most)

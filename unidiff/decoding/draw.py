@@ -60,13 +60,9 @@ def gumbel(u: Tensor) -> Tensor:
 
 
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Index of the category whose stretch of the cumulative sum holds u; exact to the last bit of float64.
+    """int64 `[...]`: the category whose stretch of the cumulative sum holds u `[...]` in (0, 1), never one of probability 0.
 
-    Args:
-        probabilities: `[..., V]`, non-negative, not necessarily normalised.
-        u: `[...]` in (0, 1).
-    Returns:
-        int64 `[...]`; a category of probability 0 is never returned.
+    Exact to the last bit of float64. `probabilities` `[..., V]` need not be normalised.
     """
     cdf = probabilities.double().cumsum(-1)
     total = cdf[..., -1]
@@ -87,21 +83,15 @@ def kept_tokens(sorted_probabilities: Tensor, top_k: int | None, top_p: float | 
 
 
 def draw_tokens(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """One token per position from softmax(logits / temperature) after the filters.
+    """One token per position, int64 `[...]`, from softmax(logits / temperature) after the filters.
 
-    Args:
-        logits: float `[..., V]`; -inf removes a token.
-        u: float64 uniforms `[...]`.
-    Returns:
-        int64 `[...]`; ties at temperature 0 go to the lowest index.
+    `logits` `[..., V]` of -inf remove a token; `u` are float64 uniforms `[...]`. Ties at temperature 0 go to the lowest index.
     """
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is None and top_p in (None, 1):
         return inverse_cdf(tempered(logits, temperature), u)
-    ranked = logits.sort(
-        dim=-1, descending=True, stable=True
-    )  # by logits: hot probabilities may all be the same number
+    ranked = logits.sort(dim=-1, descending=True, stable=True)  # by logits: hot probabilities may all be one number
     p = tempered(ranked.values, temperature)
     kept = p * kept_tokens(p, top_k, top_p)
     return ranked.indices.gather(-1, inverse_cdf(kept, u)[..., None])[..., 0]
@@ -117,13 +107,9 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def confidence_of(p: Tensor, probability: Tensor, measure: str, noise: Tensor) -> Tensor:
-    """How sure the model is of each position, float64 `[...]`; larger is surer.
+    """How sure the model is of each position, float64 `[...]`; larger is surer. See `ModalityDecoding.confidence`.
 
-    Args:
-        p: probabilities `[..., V]`.
-        probability: of the chosen token, `[...]`.
-        measure: `probability`, `margin`, `entropy` (negative) or `random`.
-        noise: uniforms `[...]` for `random`.
+    `p` `[..., V]` are probabilities, `probability` `[...]` that of the chosen token, `noise` `[...]` the answer of `random`.
     """
     if measure == "probability":
         return probability
@@ -160,34 +146,15 @@ class Choice:
         return Choice(token, probability, confidence, self.is_finite)
 
 
-def mix(
-    conditional: Tensor,
-    unconditional: Tensor,
-    scale: Tensor,
-    others: Sequence[Tensor] | Tensor = (),
-    further: Sequence[float] = (),
-) -> Tensor:
-    """uncond + s (cond - uncond), written so that s = 1 returns cond bit by bit; -inf of cond stays.
-
-    Args:
-        conditional, unconditional: logits `[B, n, V]`.
-        scale: `[B]`.
-        others, further: more unconditional logits and their scales: each adds (s_k - 1) (cond - other_k).
-    """
-    s = scale.to(conditional.dtype)[:, None, None]
-    mixed = conditional + (s - 1) * (conditional - unconditional)
-    mixed = torch.where(s == 1, conditional, mixed)
-    for other, extra in zip(others, further, strict=True):
-        mixed = mixed + (extra - 1) * (conditional - other)
-    return torch.where(conditional == -torch.inf, conditional, mixed)
-
-
 @dataclass(frozen=True)
 class Blend:
     """How the logits of the guidance streams become those that tokens are drawn from.
 
+    uncond + s (cond - uncond), written so that s = 1 returns cond bit by bit, and (s_k - 1) (cond - uncond_k) for every
+    further unconditional stream; -inf of cond stays.
+
     Attributes:
-        scale: `[B]`, of the first unconditional stream. further: scales of the others, see `mix`.
+        scale: s `[B]` of the first unconditional stream. further: s_k of the others.
         banned: int64, indices of tokens that may not be drawn; None for none.
     """
 
@@ -200,11 +167,15 @@ class Blend:
         extra = [self.scale - 1, *(torch.full_like(self.scale, s - 1) for s in self.further)][: streams - 1]
         return torch.stack([1 + sum(extra, torch.zeros_like(self.scale)), *(-e for e in extra)])
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def __call__(self, values: Sequence[Tensor] | Tensor) -> Tensor:
         """Streams' logits `[S, B, n, V]`, conditional first, to guided ones `[B, n, V]` with -inf at banned tokens."""
-        mixed = values[0]
+        mixed = cond = values[0]
         if len(values) > 1:
-            mixed = mix(mixed, values[1], self.scale, values[2:], self.further)
+            s = self.scale.to(cond.dtype)[:, None, None]
+            mixed = torch.where(s == 1, cond, cond + (s - 1) * (cond - values[1]))
+            for other, extra in zip(values[2:], self.further, strict=True):
+                mixed = mixed + (extra - 1) * (cond - other)
+            mixed = torch.where(cond == -torch.inf, cond, mixed)
         return mixed if self.banned is None else mixed.index_fill(-1, self.banned, -torch.inf)
 
 

@@ -18,11 +18,8 @@ from unidiff.tokens import Modality
 
 @dataclass(frozen=True)
 class RowWork:
-    """What one pass of one row does.
-
-    Attributes:
-        layers: positions through the matrices, one entry per layer. keys: keys that every query looks at.
-        head: positions whose logits are wanted. ids: over how many ids.
+    """What one pass of one row does: positions through the matrices of each layer, keys that every query looks at, and
+    positions whose logits are wanted (`head`), over how many ids.
     """
 
     layers: tuple[LayerWork, ...]
@@ -59,10 +56,9 @@ class RowDecode:
     """A decode of one row: text first, block after block, with a fixed quota.
 
     Args:
-        segments: the row from left to right.
-        block: targets per block.
-        passes: passes per full block, a whole number or a fraction (steps x block / targets, for a decode of so many steps).
-            Shorter blocks take their share, and none takes more passes than it has tokens, see `BlockShares`.
+        segments: the row from left to right. block: targets per block.
+        passes: per full block, a whole number or a fraction (steps x block / targets, for a decode of so many steps).
+            Shorter blocks take their share, and none more passes than it has tokens, see `BlockShares`.
 
     Raises:
         ValueError: nothing to decode, a block that would reach from one segment into another, or no passes.
@@ -92,7 +88,6 @@ class RowDecode:
 
     @property
     def length(self) -> int:
-        """Tokens of the row."""
         return sum(s.tokens for s in self.segments)
 
     @property

@@ -8,19 +8,18 @@ from typing import Any
 
 @dataclass
 class DecodeStats:
-    """Work of one request; a guidance stream counts as rows.
+    """Work of one request; a guidance stream counts as rows. Padding of rows and of query indices is work and counts.
 
     Tokens of a kind of linear layer are summed over the layers: one token that passes through all 8 layers is 8. All
-    FLOPs and all tokens by kind are those of a `PartialDenoiser` (see `LayerFlops` for what is left out) and stay 0
-    for other models. Padding of rows and of query indices is work and counts.
+    FLOPs and all tokens by kind are those of a `PartialDenoiser` (see `LayerFlops` for what is left out), 0 for other models.
 
     Attributes:
         evaluations: network evaluations of a row (`nfe`): passes times streams.
         full_passes, partial_passes, reused_passes: passes that recompute everything, some positions, nothing.
         model_tokens: tokens that went through the layers. head_tokens: positions that went through the head.
-        query_key_tokens, value_tokens: through the parts of the qkv projection, which may differ in one layer.
-        output_tokens: through the projection behind attention. ffn_tokens: through the feed-forward.
-        linear_flops: of these four. attention_flops: of scores and mixing. head_flops: of the logits.
+        query_key_tokens, value_tokens: through the parts of the qkv projection. output_tokens: through the projection
+            behind attention. ffn_tokens: through the feed-forward. linear_flops: of these four.
+        attention_flops: of scores and mixing. head_flops: of the logits.
         store_bytes: most memory that stored features took at once.
         forward_seconds: time in forward passes and head; on an accelerator, the time to launch them.
     """
