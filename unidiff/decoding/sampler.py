@@ -46,11 +46,9 @@ class SamplerOutput:
         batch: the request with every target filled.
         confidence: float32 `[B, L]`, probability of each decoded token when it was committed (guided, at temperature 1,
             before filters); 1 at known tokens and end-of-text fill.
-        nfe: network evaluations of a row; a guided pass counts once per stream.
-        seconds: wall-clock time.
+        nfe: network evaluations of a row; a guided pass counts once per stream. seconds: wall-clock time.
         trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
-        steps: passes of the loop, those that needed no forward included.
-        stats: what the decode cost.
+        steps: passes of the loop, those that needed no forward included. stats: what the decode cost.
     """
 
     batch: TokenBatch
@@ -115,9 +113,9 @@ class Sampler:
             callback: called after each pass as `callback(step, view)` with a `DecodeView`, whose tensors are copies; returning
                 False fills the rest in one last pass. What it raises ends the decode.
             record: keep the ids after each pass.
-            unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden: another
-                prompt, other padding and positions, but the same shape and targets. Overrides `guidance.hide`.
-                Several for guidance in several directions: `guidance.scale` is for the first, `further` for the others.
+            unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden, of the same
+                shape and targets. Several for guidance in several directions: `guidance.scale` is for the first, `further`
+                for the others.
 
         Raises:
             ValueError: an argument of another kind or shape, ids outside the vocabulary, or logits that cannot be drawn from;

@@ -19,14 +19,12 @@ class BlockShares:
     """How the passes of a modality are shared out over its blocks: in proportion to their sizes, row by row.
 
     Passes before a block are the share of `total` that is due to the tokens before it, rounded down. So every block gets at
-    least one pass and no more than its share rounded up, and all of them together get `total`.
+    least one pass and no more than its share rounded up, and all of them together get `total`, int64 `[B]`.
 
     Args:
         steps: passes asked for. Rows with more blocks than that make one pass per block.
         size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
         capped: never more passes than tokens.
-    Attributes:
-        total: int64 `[B]`, passes.
     """
 
     def __init__(self, steps: int, size: Tensor, length: int | None, capped: bool) -> None:
@@ -257,9 +255,7 @@ class DecodeState:
 class EndOfText:
     """Finds masked text positions that lie behind a finished text: everything before its first end-of-text is known.
 
-    Args:
-        batch: the request; a text ends inside its own packed sample only.
-        ends: ids that end a text. fill: the id that follows.
+    `ends` are the ids that end a text, inside its own packed sample only; `fill` is the id that follows.
     """
 
     def __init__(self, batch: TokenBatch, ends: Sequence[int], fill: int) -> None:
@@ -290,13 +286,11 @@ def own_copy(batch: TokenBatch) -> TokenBatch:
 
 
 class DecodeView:
-    """A decode after one of its passes, for callbacks. Every tensor is a copy: writing in it changes nothing.
+    """A decode after one of its passes, for callbacks. Tensors are copies, made when they are asked for: writing in them
+    changes nothing, and a view that is kept does not change with the passes to come.
 
-    Copies are made when they are asked for; a view that is kept does not change with the passes to come.
-
-    Attributes:
-        open: targets still masked. written: those filled in the last pass. settled: those that may not be masked again.
-        The others as in `DecodeState`.
+    `open` are the targets still masked, `written` those filled in the last pass, `settled` those that may not be masked again;
+    the others are as in `DecodeState`.
     """
 
     __slots__ = ("_state",)

@@ -1,8 +1,7 @@
-"""The NELBO estimator of evaluation, mask-count: the mean NLL over uniformly random generation orders.
+"""Likelihoods of evaluation: the mask-count NELBO, the mean NLL over uniformly random generation orders, and how text fits.
 
-Its variance is far below that of random times (on the toy 0.02 against 1.36). Targets decide what is bounded: everything for the
-joint NELBO, one modality with the other given for a conditional one. The text part of a joint NELBO is
-not a bound on -log p(text).
+Its variance is far below that of random times (on the toy 0.02 against 1.36). Targets decide what is bounded: everything for
+the joint NELBO, one modality with the other given for a conditional one. The text part of a joint NELBO bounds nothing.
 """
 
 from __future__ import annotations
@@ -71,11 +70,7 @@ class Nelbo:
 
 @torch.no_grad()
 def average_nelbo(score: Scorer, batch: TokenBatch, draws: Iterable[tuple[NoisyBatch, Tensor]]) -> Nelbo:
-    """Mean over draws of (x_t, weight `[B]`) of weight times the summed NLL of the masked targets.
-
-    Raises:
-        ValueError: no draws.
-    """
+    """Mean over draws of (x_t, weight `[B]`), at least one, of weight times the summed NLL of the masked targets."""
     text, image, terms = [], [], None
     for noisy, weight in draws:
         nll = score(noisy.batch, batch, noisy.masked).double()
@@ -101,8 +96,6 @@ def mask_count_nelbo(
     """(n/k) times the NLL of a random k-subset of the n targets, k uniform on 1..n, stratified over the draws.
 
     Args:
-        score: see `Scorer`.
-        batch: clean rows.
         keys: int64 `[B]`, one per row (a global sample index): draws depend on it, not on the batch.
         samples: draws per row, one forward pass each.
         stream: keeps several estimates of the same rows independent.
@@ -148,13 +141,8 @@ def fit_score(
     picture that shows them.
 
     Args:
-        score: for instance `model_scorer(model, vocabulary)`.
-        batch: complete rows `[B, L]`.
-        targets: bool `[B, L]`; a row without any scores 0.
-        parts: of all rows, or int64 `[B]`.
-
-    Raises:
-        ValueError: fewer than 2 parts.
+        batch: complete rows `[B, L]`. targets: bool `[B, L]`; a row without any scores 0.
+        parts: at least 2, of all rows or int64 `[B]`.
     """
     number_of = torch.as_tensor(parts, device=batch.ids.device).expand(len(batch.ids))
     least, most = number_of.aminmax()

@@ -58,17 +58,13 @@ def masked_nll(
         head: the model itself where its head is one matrix (`LinearHead`): logits are made tile by tile and made again
             in the backward pass, so training holds no `[n, V]`. Or any `(hidden [n, D], start, stop) -> logits
             [n, stop - start]`, for instance `model.head`, whose logits autograd keeps.
-        masked: bool `[B, L]`.
-        x0: the clean batch.
+        masked: bool `[B, L]`. x0: the clean batch.
         count: positions per head call; the only matmul size that occurs.
         weight: `[B, L]`, what the loss will multiply each NLL with, up to one common factor. A `LinearHead` then trains a
             third faster; results do not depend on it.
 
     Returns:
         `[B, L]` nats, float32 (float64 if the logits are), 0 where not masked.
-
-    Raises:
-        ValueError: a masked target lies outside its modality's id range.
     """
     parts = [part for m in Modality if len((part := gather_masked(masked, x0, vocabulary, m, count)).index)]
     flat = hidden.reshape(-1, hidden.shape[-1])  # [B*L, D]
@@ -101,7 +97,7 @@ class ElboTerms:
     Attributes:
         total: scalar to minimise: modality-weighted nats per target token.
         text, image: scalars, nats per target token of that modality, without modality weights; 0 without targets.
-        row_text, row_image: `[B]`, nats of each row.
+        row_text, row_image: `[B]`, nats of each row; their sum is the one-sample NELBO estimate where weights were the ELBO's.
         count_text, count_image: `[B]`, target positions of each row, masked or not.
     """
 
@@ -112,11 +108,6 @@ class ElboTerms:
     row_image: Tensor
     count_text: Tensor
     count_image: Tensor
-
-    @property
-    def row_total(self) -> Tensor:
-        """`[B]`, nats of each row over both modalities: the one-sample NELBO estimate when `weight` was the ELBO's."""
-        return self.row_text + self.row_image
 
 
 def joint_elbo(
@@ -129,9 +120,8 @@ def joint_elbo(
     """Weight per-token NLLs into the NELBO and normalise by valid target positions, masked or not.
 
     Args:
-        nll: `[B, L]`, 0 where not masked.
+        nll: `[B, L]`, 0 where not masked. batch: clean or noisy; its `targets` are what is counted.
         weight: `[B]` or `[B, L]`, for instance `Schedule.weight` at the times of the rows.
-        batch: clean or noisy batch; its `targets` are what is counted.
         modality_weights: default 1 for both, which is the joint NELBO.
         normalizer: divides the total in place of the number of targets: a global count divided by the number of
             ranks where gradients are averaged over ranks, or the number of masked positions for MMaDA's mean.

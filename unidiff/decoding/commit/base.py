@@ -126,11 +126,8 @@ class NamedRule:
     def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
         """bool `[B, L]` of the positions to fill where the model does not matter; None where it does.
 
-        Such rules need logits only at these positions, and no pass at all when there are none.
-
-        Args:
-            sigma: float64 `[B]`, chance that ReMDM masks a known token again in this pass.
-            noise: from one of the uses in `unidiff.decoding.draw` to uniforms `[B, L]`.
+        Such rules need logits only at these positions, and no pass at all when there are none. `sigma`, float64 `[B]`, is the
+        chance that ReMDM masks a known token again; `noise` makes uniforms `[B, L]` for a use named in `decoding.draw`.
         """
         return None
 
@@ -174,11 +171,9 @@ def quota(schedule: str, start: Tensor, remaining: Tensor, step: Tensor, steps: 
     """How many positions a row commits in this pass, int64 `[B]`; at least one while any remain, all in the last pass.
 
     Where there are enough, one is left for each pass to come, so that a block of no fewer tokens than passes makes all of them.
+    What remains differs from the plan after remasking, and the quota catches up.
 
-    Args:
-        schedule: of `unidiff.diffusion.schedules`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
-        start, remaining, step, steps: see `BlockPass`. What remains differs from the plan after remasking, and the quota
-            catches up.
+    `schedule` is one of `unidiff.diffusion.schedules`, or `fixed` (LLaDA): n // steps, plus one in the first n % steps passes.
     """
     last = step + 1 >= steps
     if schedule == "fixed":
@@ -202,11 +197,7 @@ class GuardedRule(NamedRule):
         self._own = own
 
     def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
-        """See `CommitRule`.
-
-        Raises:
-            ValueError: the rule returns no bool `[B, n]`.
-        """
+        """See `CommitRule`; a `ValueError` where the rule returns no bool `[B, n]`."""
         pick = self._own(confidence.clone(), score.clone(), is_real.clone(), count.clone(), index.clone())
         if not isinstance(pick, Tensor) or pick.shape != is_real.shape or pick.dtype != torch.bool:
             found = f"{pick.dtype} {tuple(pick.shape)}" if isinstance(pick, Tensor) else type(pick).__name__
@@ -243,9 +234,8 @@ def slack_of(measure: str) -> Slack | None:
 def take_best(score: Tensor, is_real: Tensor, count: Tensor, slack: Slack | None = None) -> Tensor:
     """bool `[B, n]`: the `count[b]` real positions of highest score; ties go to the earlier one.
 
-    Args:
-        slack: scores so close to the last one taken are ties as well. So positions that a model cannot tell apart (a row
-            with nothing given) are taken from the left, and not by rounding, which depends on batch and padding.
+    With `slack`, scores so close to the last one taken are ties as well. So positions that a model cannot tell apart (a row
+    with nothing given) are taken from the left, and not by rounding, which depends on batch and padding.
     """
     score = score.clamp_min(torch.finfo(score.dtype).min)  # a real -inf must still come before the others
     ranked = torch.where(is_real, score, -math.inf)
@@ -262,8 +252,7 @@ def unsure_tokens(confidence: Tensor, candidates: Tensor, threshold: float, budg
 
     Args:
         confidence: float32 `[B, L]`, of each token when it was committed.
-        candidates: bool `[B, L]`, tokens committed in earlier passes. Those of the last pass are left out: at least one
-            token more than they knew must be there before a second look can pay.
+        candidates: bool `[B, L]`, tokens committed in earlier passes; those of the last one could know no more by now.
         budget: int64 `[B]`, remaskings the row has left; bounds the number of passes.
     """
 
