@@ -96,8 +96,7 @@ def encode_shards(
             data that have changed, or no usable sample.
         OSError: a full or read-only disk, with the name of the file.
     """
-    settings = settings or EncodeSettings()
-    out = Path(out)
+    settings, out = settings or EncodeSettings(), Path(out)
     encoder = _Encoder(image_tokenizer, text_tokenizer, settings)
     source = _open(shards, settings, allow_missing)
     fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
@@ -106,22 +105,17 @@ def encode_shards(
         return done
     with locked(out, "encoding"):
         try:
-            return _finished(out, fresh, again) or _encode(out, source, encoder, fresh, on_shard, again)
+            return _finished(out, fresh, again) or _encode(out, source, encoder, _resume(out, fresh, again), on_shard)
         finally:
             if not any(out.glob("*.tar")):  # a run that failed before its first shard leaves no note of itself
                 (out / PROGRESS).unlink(missing_ok=True)
 
 
 def _encode(
-    out: Path,
-    source: ShardSource,
-    encoder: _Encoder,
-    fresh: _Progress,
+    out: Path, source: ShardSource, encoder: _Encoder, progress: _Progress,
     on_shard: Callable[[int, SkipReport], None] | None,
-    again: bool,
-) -> TokenManifest:
+) -> TokenManifest:  # fmt: skip
     """Fill `out`, which nobody else writes to."""
-    progress = _resume(out, fresh, again)
     if progress.source is not None:
         with reading(out / PROGRESS, "the progress of an encoding", _AGAIN):
             source.load_state_dict(progress.source)
@@ -262,8 +256,7 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
             remove_leftovers(out / found[1])
     path = out / PROGRESS
     if (out / MANIFEST).is_file():  # complete, but `_finished` found a fault
-        manifest = TokenManifest.load(str(out))
-        return _clear(out, manifest, fresh)
+        return _clear(out, TokenManifest.load(str(out)), fresh)
     if not path.is_file():
         if any(out.glob("*.tar")):
             raise ValueError(f"{str(out)!r} already holds tar files; write token shards to an empty folder")

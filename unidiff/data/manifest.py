@@ -29,13 +29,10 @@ _ASKING = 16  # addresses at a time
 
 @dataclass(frozen=True)
 class TokenManifest:
-    """What the samples of a folder are; each modality is counted from 0.
+    """What the samples of a folder are; each modality is counted from 0. Raises ValueError for values that no encoding writes.
 
     `pairs`: members `codes.npy` [h, w], `text.npy` [T], and optionally `questions.npy` [Q, T] with `answer_start.npy` [Q].
     `documents`: `tokens.npy` [n], n at most T, and `images.npy` [k], where in it images of h * w codes begin.
-
-    Raises:
-        ValueError: values that no encoding writes.
     """
 
     vocabulary: dict[str, Any]  # `Vocabulary.to_dict()`

@@ -64,8 +64,7 @@ def decode_member(name: str, data: bytes) -> Any:
 def encode_member(name: str, value: Any) -> bytes:
     """Inverse of `decode_member`. Bytes pass unchanged; images may be PIL or uint8 tensors `[3, H, W]`.
 
-    Raises:
-        ValueError: the type is not on the allow-list, or the value does not fit it.
+    Raises ValueError for a type that is not on the allow-list, or a value that does not fit it.
     """
     check_member(name)
     if isinstance(value, bytes):

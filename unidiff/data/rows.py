@@ -120,17 +120,17 @@ def lay_out(parts: Sequence[str | np.ndarray], tokenizer: TextTokenizer, length:
     """
     ids: list[int] = []
     starts: list[int] = []
+    cut = False
     for part in parts:
         new = tokenizer.encode(part) if isinstance(part, str) else part.reshape(-1).tolist()
         room = length - len(ids)
+        cut = len(new) > room
         if not isinstance(part, str):
-            if len(new) > room:
+            if cut:
                 break
             starts.append(len(ids))
         ids += new[:room]
-        if len(new) > room:
+        if cut:
             break
-    else:
-        if len(ids) < length:
-            return Document(np.asarray([*ids, tokenizer.eos_id], np.int32), np.asarray(starts, np.int32), False)
-    return Document(np.asarray(ids, np.int32), np.asarray(starts, np.int32), True)
+    cut = cut or len(ids) == length
+    return Document(np.asarray(ids if cut else [*ids, tokenizer.eos_id], np.int32), np.asarray(starts, np.int32), cut)

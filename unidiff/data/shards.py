@@ -8,7 +8,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -75,6 +75,8 @@ class ShardSource:
             raise ValueError(f"shuffle = {shuffle} and workers = {workers} must not be negative")
         self.require, self.optional = tuple(require), tuple(optional)
         self.shuffle, self.seed, self.repeat, self.workers = shuffle, seed, repeat, workers
+        settings = [self.shards, self.require, self.optional, shuffle, seed]
+        self._fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._where = _Position()
         self._before = SkipReport()  # events before the current window
@@ -87,28 +89,19 @@ class ShardSource:
         """What has been skipped so far."""
         return self._before.merge(self._reading).merge(self._decoding)
 
-    @property
-    def epoch(self) -> int:
-        """Complete passes over the shards."""
-        return self._where.epoch
-
     def state_dict(self) -> dict[str, Any]:
         """The position after the last sample handed out, as plain data (JSON-able)."""
         return {
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
             "position": asdict(self._where),
             "before": self._before.state_dict(),
             "decoding": self._decoding.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; a running iterator must be replaced by a new one.
-
-        Raises:
-            ValueError: the state belongs to other shards, another seed or another window.
-        """
+        """Continue where `state` was taken, with a new iterator. Raises ValueError for other shards, seed or window."""
         plain = from_data(_SourceState, state, "the saved position")
-        if plain.fingerprint != self._fingerprint():
+        if plain.fingerprint != self._fingerprint:
             raise ValueError(
                 "the saved position belongs to other shards, members, seed or shuffle window; start without it"
             )
@@ -117,9 +110,7 @@ class ShardSource:
         self._reading = SkipReport()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self._where.finished:
-            return
-        while True:
+        while not self._where.finished:
             yield from self._epoch()
             if self._where.used == 0 and self.repeat:
                 raise ValueError(f"no usable sample in {len(self.shards)} shards; {self.report.brief()}")
@@ -128,8 +119,6 @@ class ShardSource:
                 _LOG.warning("epoch %d: %s", self._where.epoch, self.report.summary())
                 self._told |= met
             self._where = _Position(epoch=self._where.epoch + 1, finished=not self.repeat)
-            if not self.repeat:
-                return
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
         where = self._where
@@ -156,12 +145,11 @@ class ShardSource:
                     continue
                 where.used += 1
                 yield result
-            done = len(window) < size
             if self._reading.counts or self._reading.ignored or self._decoding.counts:
                 self._before = self.report
             self._reading, self._decoding = SkipReport(), SkipReport()
             where.shard, where.entry, where.window, where.offset = *end, where.window + 1, 0
-            if done:
+            if len(window) < size:
                 return
 
     def _raw_samples(self, epoch: int, start: int, skip: int) -> Iterator[tuple[int, int, dict[str, Any] | Skip]]:
@@ -180,12 +168,12 @@ class ShardSource:
         if self._pool is None:
             yield from map(self._decode, window)
             return
-        pending = deque(self._pool.submit(self._decode, raw) for raw in window[: 2 * self.workers])
-        for raw in [*window[2 * self.workers :], *[None] * len(pending)]:
-            result = pending.popleft().result()
-            if raw is not None:
-                pending.append(self._pool.submit(self._decode, raw))
-            yield result
+        pending: deque[Future[dict[str, Any] | Skip]] = deque()
+        for raw in window:
+            if len(pending) == 2 * self.workers:
+                yield pending.popleft().result()
+            pending.append(self._pool.submit(self._decode, raw))
+        yield from (future.result() for future in pending)
 
     def _decode(self, raw: dict[str, Any]) -> dict[str, Any] | Skip:
         sample = {"__key__": raw["__key__"], "__url__": raw["__url__"]}
@@ -206,10 +194,6 @@ class ShardSource:
         if not self.shuffle:
             return list(range(count))
         return np.random.default_rng([self.seed & 0xFFFFFFFF, epoch, stream]).permutation(count).tolist()
-
-    def _fingerprint(self) -> str:
-        settings = [self.shards, self.require, self.optional, self.shuffle, self.seed]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 @dataclass

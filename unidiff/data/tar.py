@@ -202,11 +202,7 @@ class ShardWriter:
         self._keys: set[str] = set()
 
     def write(self, key: str, members: Mapping[str, Any]) -> None:
-        """Add one sample; values are encoded by `encode_member`.
-
-        Raises:
-            ValueError: a key with a dot or a repeated key, no members, or a member type that is not allowed.
-        """
+        """Add one sample, encoded by `encode_member`. Raises ValueError for a key with a dot, a repeated one, or no members."""
         if not key or "." in key.rsplit("/", 1)[-1] or key.startswith("__"):
             raise ValueError(f"key {key!r} must be non-empty, without dots and not start with __")
         if key in self._keys:

@@ -97,25 +97,15 @@ class TokenSet(Generic[Row]):
         return self.row(int(order[position]), place - int(starts[position]))
 
     def row(self, shard: int, row: int) -> Row:
-        """A row; a lost one is replaced by another of the shard, or of the next shard that has any.
-
-        Raises:
-            ValueError: no row in use can be read.
-        """
-        for step in range(len(self.urls)):
-            candidate = (shard + step) % len(self.urls)
+        """A row; a lost one is replaced by another of the shard, or of the next shard that has any (else ValueError)."""
+        for candidate in [*range(shard, len(self.urls)), *range(shard)]:
             rows = self._load(candidate)
-            usable = min(len(rows), self._in_use(candidate))  # a held-out row never stands in for another
-            if usable:
+            if usable := min(len(rows), self._in_use(candidate)):  # a held-out row never stands in for another
                 return rows[row % usable]
         raise ValueError(f"none of {len(self.urls)} token shards can be read; {self.account.brief()}")
 
     def hold_out(self, count: int) -> tuple[TokenSet[Row], list[Row]]:
-        """The set without its last `count` rows, and those rows.
-
-        Raises:
-            ValueError: nothing would be left.
-        """
+        """The set without its last `count` rows, and those rows. Raises ValueError where nothing would be left."""
         if count >= self.total:
             raise ValueError(f"holding out {count} rows leaves nothing of {self.total}; use fewer validation rows")
         places = range(self.total - count, self.total)
@@ -123,24 +113,13 @@ class TokenSet(Generic[Row]):
         rows = [self.row(shard, place - int(self._starts[shard])) for shard, place in zip(shards, places, strict=True)]
         return replace(self, held_out=self.held_out + count), rows
 
-    def seeded(self, seed: int) -> TokenSet[Row]:
-        """The same rows in another order."""
-        return replace(self, seed=seed)
-
     def stamp(self) -> list[Any]:
         """What the set is known by later, as plain data: its layout, rows in use, shards and their content as written, and
         the fingerprints of their manifests."""
         manifests = [self.manifests[folder] for folder in sorted(self.manifests)]
-        layout, content = manifests[0], [stamp.get("hash") for stamp in self.stamps]
-        about: list[Any] = [
-            layout.vocabulary,
-            layout.text_prefix,
-            layout.text_length,
-            list(layout.grid),
-            self.questions,
-        ]
-        names = [_name_of(url) for url in self.urls]
-        return [*about, self.total, names, self.counts, [m.fingerprint for m in manifests], content]
+        x, names, content = manifests[0], [_name_of(url) for url in self.urls], [s.get("hash") for s in self.stamps]
+        layout: list[Any] = [x.vocabulary, x.text_prefix, x.text_length, list(x.grid), self.questions]
+        return [*layout, self.total, names, self.counts, [m.fingerprint for m in manifests], content]
 
     def _in_use(self, shard: int) -> int:
         """Rows of a shard that are not held out."""
@@ -177,12 +156,11 @@ class TokenSet(Generic[Row]):
     def _changed(self, shard: int, rows: int) -> list[Skip]:
         """An entry for a shard that can be read but is not the one that was written."""
         url, wanted = self.urls[shard], self.stamps[shard]
-        words = ""
         if rows != self.counts[shard]:
-            words = f"{rows} rows in place of {self.counts[shard]}"
-        elif wanted and not is_remote(url) and token_stamp(local_path(url)) != wanted:
-            words = "not the file that was written"
-        return [Skip(report.CHANGED_SHARD, printable(url), "", words)] if words else []
+            return [Skip(report.CHANGED_SHARD, printable(url), "", f"{rows} rows in place of {self.counts[shard]}")]
+        if wanted and not is_remote(url) and token_stamp(local_path(url)) != wanted:
+            return [Skip(report.CHANGED_SHARD, printable(url), "", "not the file that was written")]
+        return []
 
 
 def _pair(raw: dict[str, Any], layout: TokenManifest) -> TokenRow:
@@ -202,20 +180,15 @@ def _document(raw: dict[str, Any], layout: TokenManifest) -> DocumentRow:
     images = _array(raw, "images.npy", (-1,), layout.text_length).astype(np.int64)
     ends = np.append(images, len(tokens))
     if not 0 < len(tokens) <= layout.text_length or (np.diff(ends) < size).any():
-        raise Unusable(
-            report.BAD_ARRAY,
-            f"{len(tokens)} tokens with images at {images.tolist()} are no document of up to {layout.text_length} tokens "
-            f"with images of {size}",
-        )
+        found = f"{len(tokens)} tokens with images at {images.tolist()}"
+        wanted = f"document of up to {layout.text_length} tokens with images of {size}"
+        raise Unusable(report.BAD_ARRAY, f"{found} are no {wanted}")
     inside = np.zeros(len(tokens), dtype=bool)
     for start in images:
         inside[start : start + size] = True
-    for name, part, limit in (
-        ("text", tokens[~inside], vocabulary.text_size),
-        ("image", tokens[inside], vocabulary.image_size),
-    ):
-        if part.size and int(part.max()) >= limit:
-            raise Unusable(report.BAD_ARRAY, f"tokens.npy has {name} id {part.max()}, outside 0..{limit - 1}")
+    for name, where, limit in (("text", ~inside, vocabulary.text_size), ("image", inside, vocabulary.image_size)):
+        if (largest := tokens.max(where=where, initial=0)) >= limit:
+            raise Unusable(report.BAD_ARRAY, f"tokens.npy has {name} id {largest}, outside 0..{limit - 1}")
     return DocumentRow(torch.from_numpy(tokens), torch.from_numpy(images))
 
 

@@ -33,11 +33,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class TrainingLoad:
-    """A run's model and shapes, with random tokens in place of its data.
-
-    Attributes:
-        config: settings with `data.grid`. vocabulary: ids of both modalities. device: where it runs.
-    """
+    """A run's model and shapes, with random tokens in place of its data; `config.data.grid` is set."""
 
     config: TrainConfig
     vocabulary: Vocabulary

@@ -46,11 +46,7 @@ class ModelSize:
 
 
 def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
-    """Count a `MaskedTransformer` of these arguments without making its weights.
-
-    Raises:
-        ValueError: arguments that it does not take.
-    """
+    """Count a `MaskedTransformer` without making its weights. Raises ValueError for arguments that it does not take."""
     try:
         with torch.device("meta"):
             model = MaskedTransformer(vocab_size=vocab_size, **settings)
@@ -167,11 +163,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, gpus: int) -> Plan:
-    """Count a run on `gpus` GPUs.
-
-    Raises:
-        ValueError: no declared vocabulary and grid, or a batch that the GPUs cannot share.
-    """
+    """Count a run. Raises ValueError without a declared vocabulary and grid, or for a batch that the GPUs cannot share."""
     if not 1 <= gpus <= 2**20:
         raise ValueError(f"--gpus is {gpus}; expected a number from 1 to {2**20}")
     if config.batch_size % gpus:

@@ -69,8 +69,7 @@ class SheetSampler:
 def sheet_sampler(config: TrainConfig, source: TokenSource) -> Callable[[MaskedTransformer, int], Tensor] | None:
     """A `SheetSampler` writing to OUTPUT/samples, or None when sheets are off or no tokenizers are configured.
 
-    Raises:
-        FileNotFoundError: a tokenizer folder that does not exist.
+    Raises FileNotFoundError for a tokenizer's folder that does not exist.
     """
     if config.logging.sample_every == 0:
         return None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -144,7 +145,7 @@ class ShardTokens(WeightedShards[TokenRow]):
         """The same rows in another order. Shards have no difficulty levels, so `phases` must be None."""
         if phases is not None:
             raise ValueError("data.curriculum needs `levels`, which token shards do not have; use a token table")
-        return self._with([part.seeded(seed) for part in self._sets], seed)
+        return self._with([replace(part, seed=seed) for part in self._sets], seed)
 
     def _with(self, sets: list[TokenSet[TokenRow]], seed: int) -> ShardTokens:
         other = copy.copy(self)
@@ -152,11 +153,7 @@ class ShardTokens(WeightedShards[TokenRow]):
         return other
 
     def split(self, count: int) -> tuple[ShardTokens, TokenTable]:
-        """All but `count` rows, and those: the last rows of each set, in proportion to the weights, as a table.
-
-        Raises:
-            ValueError: a set has too few rows.
-        """
+        """All but `count` rows, and those: the last rows of each set, in proportion to the weights, as a table."""
         shares = np.asarray(self._schedule.counts) / sum(self._schedule.counts)
         taken = np.diff(np.round(np.cumsum([0.0, *shares]) * count)).astype(int)
         parts = [part.hold_out(int(take)) for part, take in zip(self._sets, taken, strict=True)]

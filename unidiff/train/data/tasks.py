@@ -253,11 +253,8 @@ def drop_condition(batch: TokenBatch, uncond_mask: Tensor, vocabulary: Vocabular
 
 
 def rank_noise(noise: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace noise by its rank among a row's targets over their number N, so that `noise < r` holds ceil(r N) times.
-
-    Returns:
-        (float64 `[B, L]`, with 1 outside the targets; float64 `[B]`, N)
-    """
+    """Noise as its rank among a row's targets over their number N, so that `noise < r` holds ceil(r N) times: float64 `[B, L]`,
+    with 1 outside the targets, and N, float64 `[B]`."""
     total = targets.sum(1).double()  # [B]
     order = noise.masked_fill(~targets, 2.0).argsort(1)  # [B, L]
     places = torch.arange(noise.shape[1], dtype=torch.float64, device=noise.device)

@@ -103,11 +103,8 @@ def measure(model, validation: Tensor) -> dict:
 
 
 def ssim(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
-    """Mean structural similarity (Wang et al. 2004, eq. 13) of images `[N, 3, H, W]` in [0, 1], uniform window.
-
-    The window is as large as the picture where that is smaller.
-    """
-    window = min(window, *x.shape[-2:])
+    """Mean structural similarity (Wang et al. 2004, eq. 13) of images `[N, 3, H, W]` in [0, 1], uniform window."""
+    window = min(window, *x.shape[-2:])  # of small pictures
 
     def mean(v: Tensor) -> Tensor:
         return F.avg_pool2d(v, window, stride=1)
@@ -183,11 +180,8 @@ def contrast_loss(views: Tensor, ground: Tensor, temperature: float) -> Tensor:
 def place_codes(model: CellVQModel, cells: Tensor, flat: Tensor) -> dict:
     """Write the codebook: the backgrounds, then the mean of each cell that is not `SAME` as an earlier one. In place.
 
-    Returns:
-        `cell_codes`: codes in use; `cells_shared`: the share of the cells that have one code in all views.
-
-    Raises:
-        ValueError: more different cells than codes.
+    Returns `cell_codes`, codes in use, and `cells_shared`, the share of the cells that have one code in all views. Raises
+    ValueError where there are more different cells than codes.
     """
     views = torch.stack([_latents(model, view) for view in cells.unbind(1)], 1)  # [N, views, d]
     means = torch.cat([_latents(model, flat), F.normalize(views.mean(1), dim=-1)])

@@ -46,7 +46,6 @@ from unidiff.world import WORLDS
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
 _FREE = ("out", "steps", "device", "threads", "log_every", "validate_every", "checkpoint_every", "fallback")
 """Settings that may be others when a run goes on."""
-_AGAIN = "out= (with init_from= to train its model on)"
 
 
 def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
@@ -137,7 +136,7 @@ class _TokenizerRun:
             self._start_main()
 
     def go(self) -> dict:
-        """To the last step or the next signal."""
+        """To the last step or the next signal; the report of what was kept."""
         self._resume()
         self.stream = iter(self.pictures.stream)
         log = RunLog(self.out, self.step)
@@ -146,7 +145,14 @@ class _TokenizerRun:
         self.model.train()
         progress = Progress(self.total, self.step, codes, self.config.log_every, True)
         take_steps(self, self.total, self.out, self.config.checkpoint_every, log, progress)
-        return self._report()
+        if (path := self.out / "report.json").is_file():
+            return read_json(path, "the report of an image tokenizer")
+        if self.step < self.total:
+            return {"stopped": self.step}
+        raise ValueError(
+            "no validation gave a number, so no model was kept; raise steps where the checkpoint is past them already, "
+            "else lower learning_rate"
+        )
 
     def advance(self, log: RunLog, progress: Progress) -> None:
         """One step, and what is due after it."""
@@ -222,16 +228,6 @@ class _TokenizerRun:
             sheet.save(temporary, format="PNG")
         replace_text(self.out / "report.json", json.dumps(report, indent=1) + "\n")
 
-    def _report(self) -> dict:
-        if (path := self.out / "report.json").is_file():
-            return read_json(path, "the report of an image tokenizer")
-        if self.step < self.total:
-            return {"stopped": self.step}
-        raise ValueError(
-            "no validation gave a number, so no model was kept; raise steps where the checkpoint is past them already, "
-            "else lower learning_rate"
-        )
-
     def _seconds(self) -> float:
         return round(self.before + time.monotonic() - self.start, 1)
 
@@ -255,10 +251,11 @@ class _TokenizerRun:
             begin(self, self.out)  # a run that is killed early knows its own files again
             return
         state = from_data(TokenizerRunState, found.state, f"the state in {folder}")
-        pairs = ((state.settings, state.facts), (flat(asdict(config)), self.facts))
-        old, new = ({**settings, **{f"the content of {k}": v for k, v in facts.items()}} for settings, facts in pairs)
-        compared = sorted(set(new) - set(_FREE))  # settings that are no more changed nothing
-        check_same(old, new, self.out, _AGAIN, compared)
+        old = state.settings | {f"the content of {name}": value for name, value in state.facts.items()}
+        new = flat(asdict(config)) | {f"the content of {name}": value for name, value in self.facts.items()}
+        check_same(
+            old, new, self.out, "out= (with init_from= to train its model on)", sorted(set(new) - set(_FREE))
+        )  # settings that are no more changed nothing
         if state.best is not None and not ((self.out / "model").is_dir() and (self.out / "report.json").is_file()):
             raise ValueError(
                 f"{str(self.out)!r} lacks the model or report.json that its run has kept; bring them back, or name another out="
@@ -326,11 +323,8 @@ def adamw_state(optimiser: AdamW) -> dict[str, Tensor]:
 
 
 def load_adamw_state(optimiser: AdamW, flat: Mapping[str, Tensor]) -> None:
-    """Inverse of `adamw_state`. Moments get their parameters' strides, with which they were computed.
-
-    Raises:
-        ValueError, LookupError: the state is of other parameters.
-    """
+    """Inverse of `adamw_state`; ValueError or LookupError for other parameters. Moments get their parameters' strides, with
+    which they were computed."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     expected = {f"{name.partition('.')[0]}.{key}" for name in flat for key in ("exp_avg", "exp_avg_sq", "step")}
     if set(flat) != expected:
