@@ -1,10 +1,14 @@
-"""A run that starts from a finished model: its architecture, its weights, its tokenizers; and the pipeline that it gives."""
+"""What starts from a finished model: a run that trains it on, and a pipeline with another image tokenizer or more text tokens.
+
+Every row of a new vocabulary's embedding and head is a weighted mean of old rows, so that training goes on from what the
+model knows: a new image code is the mean of the old codes of the same cells, a new word that of its old pieces.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,6 @@ from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.folder import check_target, load_tokenizers, load_transformer, read_settings
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.pack import settings_after
-from unidiff.pipelines.settings import PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -28,118 +31,69 @@ from unidiff.train.config import TokenizerConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
 from unidiff.train.trainer import train
 
-WEIGHTS = "transformer"  # part of a pipeline folder
 LOOSE = ("attention", "block_length", "dropout")  # what may differ from the base: it changes no weight's shape
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """A finished model on disk.
-
-    Attributes:
-        folder: a pipeline folder, or one with a `MaskedTransformer` alone.
-        weights: where its transformer is.
-        settings: the transformer's arguments, without `vocab_size`.
-        vocab_size: rows of its embedding.
-        pipeline: whether tokenizers come with it.
-    """
-
-    folder: Path
-    weights: Path
-    settings: Mapping[str, Any]
-    vocab_size: int
-    pipeline: bool
-
-
-def open_base(folder: Path) -> BaseModel:
-    """Read what a folder holds.
-
-    Raises:
-        FileNotFoundError: no transformer in it.
-        ValueError: a damaged config, or a model of another class.
-    """
-    pipeline = (folder / "model_index.json").is_file()
-    weights = folder / WEIGHTS if pipeline else folder
-    path = weights / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} holds neither a pipeline nor a transformer; name a folder with one")
-    config = read_json(path, "the config of a transformer")
-    if config.get("_class_name") != "MaskedTransformer":
-        raise ValueError(
-            f"{path} describes a {config.get('_class_name')!r}; only MaskedTransformer models can be fine-tuned here"
-        )
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    size = settings.pop("vocab_size", None)
-    check_value(size, int, f"{path}: vocab_size")
-    return BaseModel(folder, weights, settings, size, pipeline)
-
-
-def finetune_config(base: BaseModel, config: TrainConfig) -> TrainConfig:
-    """`config` with the base's architecture, weights and tokenizers filled in; `config.model` may change `LOOSE` settings.
-
-    Raises:
-        ValueError: `config.model` contradicts the base, or names other weights to start from.
-    """
-    for key, value in config.model.items():
-        if key not in LOOSE and base.settings.get(key, value) != value:
-            raise ValueError(
-                f"model.{key} = {value!r}, but {str(base.folder)!r} has {base.settings[key]!r}; leave it out"
-            )
-    if config.checkpoint.init_from not in ("", str(base.weights)):
-        raise ValueError(
-            f"checkpoint.init_from = {config.checkpoint.init_from!r}; the model to start from is named first"
-        )
-    tokenizer = config.tokenizer
-    if base.pipeline:
-        image = tokenizer.image or str(base.folder / "image_tokenizer")
-        text = tokenizer.text or str(base.folder / "text_tokenizer")
-        tokenizer = TokenizerConfig(image, text)
-    settings = {k: v for k, v in {**base.settings, **config.model}.items() if v is not None}
-    checkpoint = replace(config.checkpoint, init_from=str(base.weights))
-    return replace(config, model=settings, tokenizer=tokenizer, checkpoint=checkpoint)
-
-
 def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) -> int:
-    """Train the model in `folder` on, as `unidiff.train.trainer.train` does, and save it as a pipeline again.
+    """Train the model in `folder` on, as `unidiff.train.trainer.train` does; a pipeline is saved as one again.
 
-    All that can be wrong with the pipeline is said before hours of training.
+    Its architecture, weights and tokenizers are taken over; `config.model` may change `LOOSE` settings. All that can be
+    wrong with a pipeline is said before hours of training.
+
+    Raises:
+        FileNotFoundError: no transformer in the folder.
+        ValueError: a damaged config, a model of another class, or a `config` that contradicts it.
     """
-
-    base, output = open_base(folder), Path(config.output)
-    config = finetune_config(base, config)
-
-    def check_size(source: TokenSource) -> None:
-        if source.vocabulary.size != base.vocab_size:
-            size = source.vocabulary.size
-            raise ValueError(
-                f"the data has {size} ids, the model {base.vocab_size}; encode it with the model's tokenizers"
-            )
-
-    if not base.pipeline:
-        return train(config, environment, check_size)
-    settings = read_settings(folder)
-    check_target(output / "pipeline")
-    tokenizers = load_tokenizers(folder)
+    pipeline, output = (folder / "model_index.json").is_file(), Path(config.output)
+    weights = folder / "transformer" if pipeline else folder
+    if not (weights / "config.json").is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds neither a pipeline nor a transformer; name a folder with one")
+    own = read_json(weights / "config.json", "the config of a transformer")
+    if (kind := own.get("_class_name")) != "MaskedTransformer":
+        raise ValueError(f"{weights} holds a {kind!r}; only MaskedTransformer models can be fine-tuned here")
+    size = own.get("vocab_size")
+    check_value(size, int, f"{weights / 'config.json'}: vocab_size")
+    config = _taken_over(config, folder, weights, own)
+    if pipeline:
+        settings = read_settings(folder)
+        check_target(output / "pipeline")
+        tokenizers = load_tokenizers(folder)
 
     def check(source: TokenSource) -> None:
-        check_size(source)
-        check_ids(settings.vocabulary, source, f"{str(folder)!r} has")
+        if source.vocabulary.size != size:
+            raise ValueError(
+                f"the data has {source.vocabulary.size} ids, the model {size}; encode it with the model's tokenizers"
+            )
+        if pipeline:
+            check_ids(settings.vocabulary, source, f"{str(folder)!r} has")
 
-    def finish() -> None:
-        save_pipeline(settings, tokenizers, output, config.checkpoint.export_dtype)
+    def save_pipeline() -> None:
+        """The weights of OUTPUT/model with the tokenizers and settings of the base."""
+        transformer = load_transformer(output / "model", getattr(torch, config.checkpoint.export_dtype))
+        after = settings_after(settings, output / "model")
+        if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
+            blocks = DecodeOptions(block_length=transformer.config.block_length)
+            after = replace(after, samplers={task: blocks.apply(s) for task, s in after.samplers.items()})
+        UniDiffPipeline(transformer, *tokenizers, after).save_pretrained(output / "pipeline")
 
-    return train(config, environment, check, finish)
+    return train(config, environment, check, save_pipeline if pipeline else None)
 
 
-def save_pipeline(settings: PipelineSettings, tokenizers: tuple[Any, Any], output: Path, dtype: str) -> None:
-    """`output/pipeline`: the tokenizers and settings of a pipeline with the weights of `output/model`."""
-
-    transformer = load_transformer(output / "model", getattr(torch, dtype))
-    settings = settings_after(settings, output / "model")
-    if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
-        blocks = DecodeOptions(block_length=transformer.config.block_length)
-        settings = replace(settings, samplers={task: blocks.apply(s) for task, s in settings.samplers.items()})
-    UniDiffPipeline(transformer, *tokenizers, settings).save_pretrained(output / "pipeline")
+def _taken_over(config: TrainConfig, folder: Path, weights: Path, own: Mapping[str, Any]) -> TrainConfig:
+    """`config` with the architecture of a base, its weights and its tokenizers filled in; see `finetune`."""
+    base = {key: value for key, value in own.items() if not key.startswith("_") and key != "vocab_size"}
+    for key, value in config.model.items():
+        if key not in LOOSE and base.get(key, value) != value:
+            raise ValueError(f"model.{key} = {value!r}, but {str(folder)!r} has {base[key]!r}; leave it out")
+    start, tokenizer = config.checkpoint.init_from, config.tokenizer
+    if start not in ("", str(weights)):
+        raise ValueError(f"checkpoint.init_from = {start!r}; the model to start from is named first")
+    if weights != folder:
+        image = tokenizer.image or str(folder / "image_tokenizer")
+        tokenizer = TokenizerConfig(image, tokenizer.text or str(folder / "text_tokenizer"))
+    model = {key: value for key, value in {**base, **config.model}.items() if value is not None}
+    checkpoint = replace(config.checkpoint, init_from=str(weights))
+    return replace(config, model=model, tokenizer=tokenizer, checkpoint=checkpoint)
 
 
 def with_image_tokenizer(
@@ -149,7 +103,6 @@ def with_image_tokenizer(
 
     Args:
         pipe: stays as it is.
-        tokenizer: the other tokenizer.
         images: batches float `[B, 3, H, W]` in [0, 1] of the pipeline's size, some thousands of the kind that the model
             draws. Both tokenizers encode them; a code that none of them has becomes the mean over all codes in use.
 
@@ -168,10 +121,10 @@ def with_image_tokenizer(
     overlap = code_overlap(pipe.images, tokenizer, images)
     size = start + tokenizer.codebook_size
     code, old = overlap.nonzero(as_tuple=True)
-    mix = _mix((size, vocabulary.size), _same(0, 0, start), (code + start, old + start, overlap[code, old]))
-    new = replace(vocabulary, size=size, image=(start, size))
-    settings = replace(pipe.settings, vocabulary=new)
-    return UniDiffPipeline(mix_rows(pipe.transformer, mix), tokenizer, pipe.texts, settings)
+    codes = code + start, old + start, overlap[code, old]
+    settings = replace(pipe.settings, vocabulary=replace(vocabulary, size=size, image=(start, size)))
+    transformer = _mixed(pipe.transformer, size, _same(0, 0, start), codes)
+    return UniDiffPipeline(transformer, tokenizer, pipe.texts, settings)
 
 
 def code_overlap(old: VQImageTokenizer, new: VQImageTokenizer, images: Iterable[Tensor]) -> Tensor:
@@ -218,12 +171,10 @@ def with_text_tokens(pipe: UniDiffPipeline, tokens: Sequence[str]) -> UniDiffPip
     entries = [_same(0, 0, texts.size), _same(new.mask_id, vocabulary.mask_id, 1 + images)]
     for token in tokens:
         pieces = torch.tensor(texts.encode(token))
-        entries.append(
-            (torch.full_like(pieces, *more.encode(token)), pieces, torch.full((len(pieces),), 1 / len(pieces)))
-        )
-    mix = _mix((new.size, vocabulary.size), *entries)
+        share = torch.full((len(pieces),), 1 / len(pieces))
+        entries.append((torch.full_like(pieces, *more.encode(token)), pieces, share))
     settings = replace(pipe.settings, vocabulary=new)
-    return UniDiffPipeline(mix_rows(pipe.transformer, mix), pipe.images, more, settings)
+    return UniDiffPipeline(_mixed(pipe.transformer, new.size, *entries), pipe.images, more, settings)
 
 
 Entries = tuple[Tensor, Tensor, Tensor]
@@ -236,27 +187,20 @@ def _same(new: int, old: int, count: int) -> Entries:
     return numbers + new, numbers + old, torch.ones(count)
 
 
-def _mix(size: tuple[int, int], *entries: Entries) -> Tensor:
-    """A sparse matrix of this size, (new ids, old ids); entries of the same place add up."""
-    new, old, weights = (torch.cat(part) for part in zip(*entries, strict=True))
-    return torch.sparse_coo_tensor(torch.stack([new, old]), weights, size, check_invariants=True).coalesce()
-
-
 @torch.no_grad()
-def mix_rows(transformer: MaskedTransformer, mix: Tensor) -> MaskedTransformer:
-    """A copy for another vocabulary, whose row `i` of embedding and head is `mix[i]` times the old rows.
-
-    Args:
-        mix: sparse float32 `[new size, old size]`.
-    """
+def _mixed(transformer: MaskedTransformer, size: int, *entries: Entries) -> MaskedTransformer:
+    """A copy with `size` ids, whose rows of embedding and head are sums of old rows, as the entries say."""
+    new, old, shares = (torch.cat(part) for part in zip(*entries, strict=True))
+    shape = (size, transformer.config.vocab_size)
+    mix = torch.sparse_coo_tensor(torch.stack([new, old]), shares, shape, check_invariants=True).coalesce()
     weights = transformer.state_dict()
     for name in ("embed_tokens.weight", "output_weight", "output_bias"):
         if name in weights:
-            old = weights[name]
-            rows = torch.sparse.mm(mix.to(old.device), old.float().reshape(len(old), -1))  # [new size, D or 1]
-            weights[name] = rows.reshape(-1, *old.shape[1:]).to(old.dtype)
+            kept = weights[name]
+            rows = torch.sparse.mm(mix.to(kept.device), kept.float().reshape(len(kept), -1))  # [size, D or 1]
+            weights[name] = rows.reshape(-1, *kept.shape[1:]).to(kept.dtype)
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    new = MaskedTransformer(**{**config, "vocab_size": len(mix)})
-    nn.Module.to(new, transformer.device, transformer.dtype)  # without diffusers' advice on loading
-    new.load_state_dict(weights)
-    return new
+    model = MaskedTransformer(**{**config, "vocab_size": size})
+    nn.Module.to(model, transformer.device, transformer.dtype)  # without diffusers' advice on loading
+    model.load_state_dict(weights)
+    return model
