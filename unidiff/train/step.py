@@ -1,10 +1,9 @@
-"""The training step: one function, from clean tokens to updated weights."""
+"""The training step: one function, from clean tokens to updated weights; and what is measured of steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -175,9 +174,8 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
 
 
 def _add_sums(sums: Tensor, by_time: Tensor, nll: Tensor, masked: Tensor, micro: TaskBatch) -> None:
-    task, rate = (
-        x if x.ndim == 2 else x[:, None].expand_as(nll) for x in (micro.task, micro.rate)
-    )  # packed: per token
+    # packed rows have them per token
+    task, rate = (x if x.ndim == 2 else x[:, None].expand_as(nll) for x in (micro.task, micro.rate))
     bucket = (rate * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1).flatten()  # [B * L]
     for modality in Modality:
         where = (masked & (micro.batch.modality == modality)).flatten()
@@ -194,52 +192,37 @@ class TaskMeter:
     """Sums step reports between two log lines; per task and modality apart."""
 
     def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums = torch.zeros(2, len(TASKS), 2, dtype=torch.float64)
-        self._rows = torch.zeros(len(TASKS), dtype=torch.float64)
-        self._by_time = torch.zeros(TIME_BUCKETS, 2, dtype=torch.float64)
-        self._losses: list[float] = []
-        self._norms: list[float] = []
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
 
     def add(self, report: StepReport) -> None:
-        if not report.taken:
-            return
-        self._sums += torch.stack([report.nll, report.hidden]).double()
-        self._rows += report.rows.double()
-        self._by_time += report.by_time.double()
-        self._losses.append(report.loss)
-        self._norms.append(report.grad_norm)
+        if report.taken:
+            self._steps += 1
+            for name in ("loss", "grad_norm", "nll", "hidden", "rows", "by_time"):
+                value = torch.as_tensor(getattr(report, name), dtype=torch.float64)
+                self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
         """Means since the last call: `loss`, `grad_norm`, `share/<task>`, and nats per hidden token:
         `nll/<task>/<modality>`, and `nll_at/<from>-<to>` by mask rate."""
-        if not self._losses:
+        if not self._steps:
             return {}
-        out = {"loss": fmean(self._losses), "grad_norm": fmean(self._norms)}
+        sums, out = self._sums, {name: float(self._sums[name]) / self._steps for name in ("loss", "grad_norm")}
         for number, task in enumerate(TASKS):
-            if self._rows[number] > 0:
-                out[f"share/{task}"] = float(self._rows[number] / self._rows.sum())
+            if sums["rows"][number] > 0:
+                out[f"share/{task}"] = float(sums["rows"][number] / sums["rows"].sum())
             for column, modality in enumerate(("text", "image")):
-                nll, count = self._sums[:, number, column].tolist()
-                if count > 0:
-                    out[f"nll/{task}/{modality}"] = nll / count
-        for number, (nll, count) in enumerate(self._by_time.tolist()):
+                if (count := float(sums["hidden"][number, column])) > 0:
+                    out[f"nll/{task}/{modality}"] = float(sums["nll"][number, column]) / count
+        for number, (nll, count) in enumerate(sums["by_time"].tolist()):
             if count > 0:
                 out[f"nll_at/{number / TIME_BUCKETS:.1f}-{(number + 1) / TIME_BUCKETS:.1f}"] = nll / count
-        self._reset()
+        self._sums, self._steps = {}, 0
         return out
 
 
 class SpeedMeter:
-    """How fast a run goes between two log lines, and what it waits for.
-
-    Args:
-        config: model, batch and `logging.peak_tflops`.
-        source: token counts of a row.
-        processes: how many share the run.
-    """
+    """How fast a run of so many processes goes between two log lines, and what it waits for."""
 
     def __init__(self, config: TrainConfig, source: TokenSource, processes: int) -> None:
         text, image = source.text_length, source.grid[0] * source.grid[1]
@@ -254,8 +237,8 @@ class SpeedMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._seconds, self._waited, self._scored = 0.0, 0.0, torch.zeros(2, dtype=torch.float64)
-        self._done = 0  # tokens
+        self._seconds, self._waited, self._done = 0.0, 0.0, 0  # the last in tokens
+        self._scored = torch.zeros(2, dtype=torch.float64)
 
     def add(self, report: StepReport, seconds: float, waited: float, tokens: int | None = None) -> None:
         """A step that took `seconds`, `waited` of them for its data.

@@ -61,7 +61,6 @@ def validate(
     beyond the first EOS out. `*_error` is the standard error over rows.
 
     Args:
-        token_nll: of a model whose weights are scored as they are, in evaluation mode.
         rows, draws: rows scored, and masks per row; `rows` must not exceed the source for each row to count once.
         batch_size: rows per forward; the last batch wraps round, so that only one shape occurs.
         parallel: processes that share the rows; all must call this, and all get the report.
