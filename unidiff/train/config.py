@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from unidiff.config import load_config
 from unidiff.models.trained_on import FORMER_TASKS, TASKS
-from unidiff.schema import Between, Positive, check_value
+from unidiff.schema import Between, Positive, check_value, field_types
 
 if TYPE_CHECKING:
     from unidiff.diffusion.schedules import Schedule
@@ -322,14 +322,13 @@ def read_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, value, annotation) of every setting in nested dataclasses, in their order."""
-    hints = get_type_hints(type(settings), include_extras=True)
-    for entry in fields(settings):
-        value, name = getattr(settings, entry.name), f"{prefix}{entry.name}"
-        if is_dataclass(hints[entry.name]):
-            check_value(value, hints[entry.name], name)
+    for own, annotation in field_types(type(settings)).items():
+        value, name = getattr(settings, own), f"{prefix}{own}"
+        if is_dataclass(annotation):
+            check_value(value, annotation, name)
             yield from leaves(value, f"{name}.")
         else:
-            yield name, value, hints[entry.name]
+            yield name, value, annotation
 
 
 def check_config(config: TrainConfig) -> None:

@@ -131,26 +131,21 @@ class CheckpointSaver:
             save_checkpoint(self.folder, checkpoint, self.keep)
             return
         self.wait()
-        name, place = step_name(checkpoint.state["step"]), ExitStack()
-        temporary = self.parallel.collect(self._prepare(name, place, checkpoint.state))[0]
-        if not temporary:
+        name, place, folder = step_name(checkpoint.state["step"]), ExitStack(), ""
+        if self.parallel.main and pointed_name(self.folder) != name:
+            temporary = place.enter_context(replacing_folder(self.folder / name))
+            (temporary / SHARDS).mkdir()
+            write_state(temporary, checkpoint.state)
+            folder = str(temporary)
+        if not (folder := self.parallel.collect(folder)[0]):  # it is on the disk already
             return
         tensors = {f"{part}.{k}": v.detach() for part in PARTS for k, v in getattr(checkpoint, part).items()}
-        writer = _Writer(str(Path(temporary) / SHARDS), save_distributed=True)
+        writer = _Writer(str(Path(folder) / SHARDS), save_distributed=True)
         pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.parallel.saving)
         assert isinstance(pending, Future)
         self._pending = pending, name, place
         if not self.background:
             self.wait()
-
-    def _prepare(self, name: str, place: ExitStack, state: dict[str, Any]) -> str:
-        """The main process's folder for a new checkpoint; empty when it is on the disk already."""
-        if not self.parallel.main or pointed_name(self.folder) == name:
-            return ""
-        temporary = place.enter_context(replacing_folder(self.folder / name))
-        (temporary / SHARDS).mkdir()
-        write_state(temporary, state)
-        return str(temporary)
 
     def poll(self) -> None:
         """Publish what is complete; to be called now and then."""
@@ -227,17 +222,23 @@ class CheckpointChoice(NamedTuple):
 
 
 def choose(
-    folder: Path, fallback: bool, damaged: Callable[[Path], str] = damage, setting: str = "checkpoint.fallback=true"
+    folder: Path, fallback: bool, setting: str = "checkpoint.fallback=true", parallel: Parallel | None = None
 ) -> CheckpointChoice | None:
     """The checkpoint that `latest` names; without that file the newest one; None when there is none at all.
 
     Args:
         fallback: take the newest whole one where that one is damaged. setting: what a person types for it.
-        damaged: says what is wrong with a checkpoint, as `damage` does.
+        parallel: processes that each look at their share of the files; all must call this and get the same.
 
     Raises:
         DamagedFile: it is damaged; the message names the newest whole one besides it, and how to go on from there.
     """
+
+    def damaged(target: Path) -> str:
+        share = (parallel.rank, parallel.size) if parallel else (0, 1)
+        found = damage(target, share)
+        return next(filter(None, parallel.collect(found)), "") if parallel else found
+
     names, notes, wrong, name = step_names(folder), [], "", None
     try:
         name = pointed_name(folder)
@@ -259,16 +260,6 @@ def choose(
     if not fallback:
         raise DamagedFile(f"{wrong}; {whole} is whole: go on from there with {setting}")
     return CheckpointChoice(whole, [*notes, f"{wrong}; going on from {whole}"])
-
-
-def choose_together(folder: Path, fallback: bool, parallel: Parallel) -> CheckpointChoice | None:
-    """As `choose`, each process looking at its share of the files; all must call this and get the same."""
-
-    def damaged(target: Path) -> str:
-        found = parallel.collect(damage(target, (parallel.rank, parallel.size)))
-        return next((text for text in found if text), "")
-
-    return choose(folder, fallback, damaged)
 
 
 def settle(folder: Path, choice: CheckpointChoice) -> None:

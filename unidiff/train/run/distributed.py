@@ -65,11 +65,9 @@ class Parallel:
     Args:
         device: of the run; CUDA runs take device `local_rank` of their machine and talk over nccl, CPU runs over gloo.
         settings: how the model is spread.
-        launch: this process among the others, or None.
 
     Attributes:
-        rank, size: of this process, and how many there are.
-        device: of this process.
+        rank, size: of this process, and how many there are. device: of this process.
         replica: the model as DDP wraps it, in that mode.
         saving: a gloo group for nothing but checkpoints, which are written while the other groups are in use; or None.
     """
@@ -91,13 +89,9 @@ class Parallel:
             self.device = torch.device("cuda", launch.local_rank)
             torch.cuda.set_device(self.device)
         host = f"[{launch.address}]" if ":" in launch.address else launch.address
+        backend, place = "cpu:gloo,cuda:nccl" if cuda else "gloo", f"tcp://{host}:{launch.port}"
         try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                init_method=f"tcp://{host}:{launch.port}",
-                rank=launch.rank,
-                world_size=launch.world_size,
-            )
+            dist.init_process_group(backend, init_method=place, rank=self.rank, world_size=self.size)
         except dist.DistError as error:
             raise ValueError(
                 f"the {launch.world_size} processes did not meet at {launch.address}:{launch.port} "

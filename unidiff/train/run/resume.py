@@ -25,7 +25,7 @@ from unidiff.train.run.checkpoint import (
     STATE,
     CheckpointChoice,
     check_kind,
-    choose_together,
+    choose,
     holds_checkpoints,
     read_checkpoint,
     read_state,
@@ -86,7 +86,7 @@ def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[
                 f"{folder} already holds a run; choose another output=, or checkpoint.resume=true to continue it"
             )
         return None
-    choice = choose_together(folder, settings.fallback, parallel)
+    choice = choose(folder, settings.fallback, parallel=parallel)
     if choice is None:
         return None
 
