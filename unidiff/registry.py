@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, T]):
-    """Entries by name, in that order: a dict that fills itself, whose modules are imported at the first look, not before.
+    """Entries by name, a dict that fills itself: the modules are imported at the first look, not before.
 
     Args:
         kind: what an entry is, for messages and the entry point group, for instance "commit_rules".
@@ -74,7 +74,7 @@ class Registry(dict[str, T]):
                     continue
                 if entries.setdefault(name, value) is not value:
                     raise ValueError(f"two {self.kind} are called {name!r}; the second is in {module.__name__}")
-        self.update(sorted(entries.items()))
+        self.update(entries)
         self._searched = True
 
     def _modules(self) -> Iterator[ModuleType]:

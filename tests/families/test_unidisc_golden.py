@@ -19,8 +19,7 @@ from unidiff.decoding.forward import gather_positions
 from unidiff.families.family import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import unidisc_interleaved, unidisc_sampler
-from unidiff.models.image_spans import image_spans
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.models.transformer import MaskedTransformer, image_spans
 from unidiff.tokens import Vocabulary
 
 TOLERANCE = dict(atol=5e-5, rtol=1e-5)

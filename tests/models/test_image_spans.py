@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from unidiff.models.denoiser import CachePlan
-from unidiff.models.image_spans import image_spans
-from unidiff.models.transformer import MaskedTransformer
+from unidiff.models.transformer import MaskedTransformer, image_spans
 from unidiff.tokens import Modality, Span, TokenBatch
 
 SHAPES = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 2}

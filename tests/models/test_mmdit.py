@@ -6,8 +6,9 @@ import pytest
 import torch
 from muddit_parts import MODEL, tiny_model
 
+from unidiff.models.block import RotaryTables, WholeView, rotate
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.mmdit_blocks import WholeView, axis_tables, turn
+from unidiff.models.mmdit_blocks import axis_tables
 
 
 def inputs(rows: int = 3, grid: tuple[int, int] = (4, 6), length: int = 5) -> tuple[torch.Tensor, ...]:
@@ -81,16 +82,19 @@ def test_a_new_model_learns_and_its_blocks_start_as_identities():
 def test_rotary_turns_by_differences_of_each_axis():
     g = torch.Generator().manual_seed(0)
     positions = torch.tensor([[0, 0, 0], [0, 2, 1], [0, 5, 3], [1, 1, 1]])
-    q, k = torch.randn(2, 1, 1, 4, 12, generator=g, dtype=torch.float64)
+    q, k = torch.randn(2, 4, 1, 12, generator=g, dtype=torch.float64)
+
+    def scores(of_queries: RotaryTables, of_keys: RotaryTables) -> torch.Tensor:
+        return rotate(q, of_queries)[:, 0] @ rotate(k, of_keys)[:, 0].mT
+
     for axis in range(3):
         moved = positions.clone()
         moved[:, axis] += 3
         plain, shifted = (axis_tables(p, (4, 4, 4), dtype=torch.float64) for p in (positions, moved))
-        scores = turn(q, plain) @ turn(k, plain).mT
-        torch.testing.assert_close(turn(q, shifted) @ turn(k, shifted).mT, scores)
-        assert (turn(q, shifted) @ turn(k, plain).mT - scores).abs().max() > 1e-3
+        torch.testing.assert_close(scores(shifted, shifted), scores(plain, plain))
+        assert (scores(shifted, plain) - scores(plain, plain)).abs().max() > 1e-3
     tables = axis_tables(positions, (4, 4, 4))
-    assert torch.equal(tables.cos[1, 4:8], torch.tensor([2.0, 2.0, 0.02, 0.02], dtype=torch.float64).cos().float())
+    assert torch.equal(tables.cos[1, 0, 4:8], torch.tensor([2.0, 2.0, 0.02, 0.02], dtype=torch.float64).cos().float())
 
 
 def test_saves_and_loads(tmp_path):

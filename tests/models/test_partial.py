@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unidiff.models.block import Attention, RotaryTables
+from unidiff.models.block import HeadProjection
 from unidiff.models.denoiser import CachePlan
-from unidiff.models.partial import query_index
-from unidiff.models.store import StoreOptions
+from unidiff.models.store import StoreOptions, query_index
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
@@ -147,7 +146,7 @@ def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
     batch = make_batch()
     store = model.make_store(batch, StoreOptions(rotated=rotated))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    query, project = batch.valid, Attention.project
+    query, project = batch.valid, HeadProjection.forward
 
     def stale(self, x: Tensor, rotary):
         q, k, v = project(self, x, rotary)
@@ -160,7 +159,7 @@ def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
         ids = torch.where(some_positions(batch, 0.3, step), step, batch.ids)
         query = batch.valid if step == 0 else some_positions(batch, 0.4, 30 + step)
         with monkeypatch.context() as patch:
-            patch.setattr(Attention, "project", stale)
+            patch.setattr(HeadProjection, "forward", stale)
             expected = whole(model, ids, batch, TIME)
         model.partial(ids, CachePlan() if step == 0 else CachePlan(query, full=False), store, TIME)
         torch.testing.assert_close(store.hidden[:, :-1][query], expected[query])
@@ -303,8 +302,8 @@ def test_queries_and_keys_rotate_together_as_they_do_apart():
     model = make_model(num_kv_heads=2, rope="1d")
     store, attention = model.make_store(batch), model.blocks[0].attention
     x = torch.randn(*batch.shape, 16, dtype=torch.float64)
-    rotary = RotaryTables(store.inputs["cos"], store.inputs["signed_sin"])
+    rotary = store.rotary(store.everywhere)
     with torch.enable_grad():
-        apart = attention.project(x, rotary)
-    for a, b in zip(attention.project(x, rotary), apart, strict=True):
+        apart = attention(x, rotary)
+    for a, b in zip(attention(x, rotary), apart, strict=True):
         assert torch.equal(a, b)

@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from unidiff.models.block import rotary_tables, rotate
+from unidiff.models.block import rotate
+from unidiff.models.transformer import rotary_tables
 
 
 def scores(positions: torch.Tensor, modality: int, kind: str, theta: float = 50.0) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unidiff.models.config import TransformerConfig
-from unidiff.tokens import Modality
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 AttentionMask: TypeAlias = "Tensor | BlockMask | None"
 """bool `[B, 1, L, L]`, True where a query may see a key; the same for FlexAttention; or None, all see all."""
 
+SINUSOID = 256  # features of a time
 SCORES = 2**24  # up to so many of a batch (64 MiB in float32) the composed attention may hold for its backward pass
 
 
@@ -35,10 +37,9 @@ class Norm(nn.Module):
         if self.kind == "rms":
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # fused if dtypes agree
         # a weight gathered in bf16 beside a float32 residual stream: the kernel wants the wider type, never the narrower
-        weight, bias = (
-            None if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias)
-        )
-        return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)
+        wide = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(wide), bias, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -59,61 +60,34 @@ class FeedForward(nn.Module):
 
 
 class RotaryTables(NamedTuple):
-    """cos and (-sin, sin) of every position's angles, `[B, L, 1, head_dim]`, shared by all layers and heads."""
+    """cos and (-sin, sin) of every position's angles, `[B, L, 1, head_dim]`, shared by all layers and heads.
+
+    RoFormer (Su et al. 2021), eq. 34: features i and i + d/2 of a head turn together by the angle position * theta^(-2i/d);
+    interleaved: features 2i and 2i + 1 do.
+    """
 
     cos: Tensor
     signed_sin: Tensor
-
-
-def rotary_tables(
-    positions: Tensor,
-    modality: Tensor,
-    head_dim: int,
-    kind: str = "2d",
-    theta: float = 1e4,
-    linear_factor: float | Tensor = 1.0,
-    dtype: torch.dtype = torch.float32,
-) -> RotaryTables:
-    """Tables for one batch.
-
-    Args:
-        positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
-        modality: int64 `[B, L]`.
-        head_dim: features per head; divisible by 4 for `kind="2d"`.
-        kind: "1d": every token turns by its index. "2d": image tokens turn by row and column instead, in the
-            interleaved layout [h0, w0, h1, w1, ...] of UniDisc, whose frequencies are theta^(-4i/head_dim).
-        theta: base of the frequencies.
-        linear_factor: rows and columns are divided by it (UniDisc: 1 at 256 px, 2 at 512 px); a number, or one per
-            token `[B, L, 1]`.
-        dtype: of the angles and tables; float32 or float64.
-    """
-    index = positions[..., 0, None].to(dtype)  # [B, L, 1]
-    angles = index * _frequencies(head_dim // 2, theta, index)  # [B, L, d/2]
-    if kind == "2d":
-        grid = positions[..., 1:].to(dtype) / linear_factor  # [B, L, 2]
-        frequencies = _frequencies(head_dim // 4, theta, index)
-        by_place = (frequencies[:, None] * grid[..., None, :]).flatten(-2)  # [B, L, d/4, 2] -> [B, L, d/2]
-        angles = torch.where((modality == Modality.IMAGE)[..., None], by_place, angles)
-    cos, sin = angles[:, :, None].cos(), angles[:, :, None].sin()  # [B, L, 1, d/2]
-    return RotaryTables(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+    interleaved: bool = False
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, L, H, d]` by the tables' angles; computed in the tables' dtype, returned in that of `x`."""
-    cos, signed_sin = tables
-    # rolling by d/2 swaps the halves, so this is (a cos - b sin, b cos + a sin)
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin).to(x.dtype)
+    cos, signed_sin, interleaved = tables
+    if interleaved:
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * cos + swapped * signed_sin).to(x.dtype)  # (a cos - b sin, b cos + a sin)
 
 
-def _frequencies(count: int, theta: float, like: Tensor) -> Tensor:
-    exponent = torch.arange(count, dtype=like.dtype, device=like.device) / count
-    return theta**-exponent  # [count]
-
-
-class Attention(nn.Module):
-    """The projections of multi-head attention with `num_kv_heads` shared key/value heads; `Block` puts them together.
+class HeadProjection(nn.Module):
+    """Queries, keys and values of multi-head attention with `num_kv_heads` shared key/value heads.
 
     The rows of `qkv` are all queries, then all keys, then all values, each head by head.
+
+    Args:
+        qk_norm: "none", "head" or "width", a norm of queries and keys of the kind `qk_norm_type`.
     """
 
     def __init__(
@@ -125,44 +99,36 @@ class Attention(nn.Module):
         qk_norm_type: str = "rms",
         qk_norm_eps: float = 1e-6,
         bias: bool = False,
-        qkv_bias: bool | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim = size // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, size // num_heads
         self.qk_norm = qk_norm
         kv_size = num_kv_heads * self.head_dim
-        self.qkv = nn.Linear(size, size + 2 * kv_size, bias=bias if qkv_bias is None else qkv_bias)
-        self.out = nn.Linear(size, size, bias=bias)
+        self.qkv = nn.Linear(size, size + 2 * kv_size, bias=bias)
         if qk_norm != "none":
             widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
 
-    def project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, L, H, d]`, keys and values `[B, L, KV, d]`; queries and keys normed and rotated."""
-        if self.qk_norm == "none" and not torch.is_grad_enabled():  # half the kernels; gradients would need joining
-            heads, kv = self.num_heads, self.num_kv_heads
-            both, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((heads + kv, kv), dim=-2)
-            q, k = rotate(both, rotary).split((heads, kv), dim=-2)
-            return q, k, v
+    def forward(self, x: Tensor, rotary: RotaryTables | None = None, values: bool = True) -> tuple[Tensor, ...]:
+        """Normed queries `[B, L, H, d]`, normed keys `[B, L, KV, d]`, both rotated by tables if any, and values (if asked)."""
         heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
-        q, k, v = self.qkv(x).split((heads * d, kv * d, kv * d), dim=-1)
-        q, k = self._normed(q, k)
-        return rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype), v.unflatten(-1, (kv, d))
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `project`, before rotary."""
-        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
-        q, k, v = self.qkv(x).split((heads * d, kv * d, kv * d), dim=-1)
-        return *self._normed(q, k), v.unflatten(-1, (kv, d))
-
-    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys of `heads` alone."""
-        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
-        return self._normed(*self._rows(x, 0, (heads + kv) * d).split((heads * d, kv * d), dim=-1))
+        projected = self.qkv(x) if values else self._rows(x, 0, (heads + kv) * d)
+        if rotary is not None and self.qk_norm == "none" and not torch.is_grad_enabled():
+            # half the kernels; gradients would need joining
+            both, *v = projected.unflatten(-1, (-1, d)).split((heads + kv, kv)[: 1 + values], dim=-2)
+            return *rotate(both, rotary).split((heads, kv), dim=-2), *v
+        q, k, *v = projected.split((heads * d, kv * d, kv * d)[: 2 + values], dim=-1)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, *v = (part.unflatten(-1, (-1, d)) for part in (q, k, *v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary).to(projected.dtype), rotate(k, rotary).to(projected.dtype)
+        return q, k, *v
 
     def value(self, x: Tensor) -> Tensor:
-        """Values of `heads` alone."""
+        """Values alone."""
         start = (self.num_heads + self.num_kv_heads) * self.head_dim
         return self._rows(x, start, None).unflatten(-1, (self.num_kv_heads, self.head_dim))
 
@@ -170,11 +136,13 @@ class Attention(nn.Module):
         bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
         return F.linear(x, self.qkv.weight[start:stop], bias)
 
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.qk_norm == "width":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.unflatten(-1, (self.num_heads, self.head_dim)), k.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" else (q, k)
+
+class Attention(HeadProjection):
+    """The same, and the output projection."""
+
+    def __init__(self, size: int, *options: Any, out_bias: bool) -> None:
+        super().__init__(size, *options)
+        self.out = nn.Linear(size, size, bias=out_bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -196,19 +164,6 @@ def _flex_attention(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
-
-
-def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) -> Tensor:
-    """bool `[B, 1, L, L]`: a query sees its own block of `block_length` positions and earlier ones (BD3-LM).
-
-    Args:
-        index: int64 `[B, L]`, position inside the sample.
-        block_length: tokens per block.
-        allowed: bool `[B, 1, L, L]` that keeps samples and padding apart, or None for one sample per row.
-    """
-    block = torch.div(index, block_length, rounding_mode="floor")  # [B, L]
-    visible = (block[:, :, None] >= block[:, None, :])[:, None]  # [B, 1, L, L]
-    return visible if allowed is None else visible & allowed
 
 
 class Condition(NamedTuple):
@@ -237,23 +192,23 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
-class TimeEmbedding(nn.Module):
-    """Time `[B]` to the condition `[B, cond_dim]`: 256 sinusoidal features (cos first), Linear, SiLU, Linear, SiLU."""
+def sinusoid(values: Tensor) -> Tensor:
+    """`[...]` to `[..., 256]` = [cos, sin] of value * 10000^(-j / 128), in float32."""
+    exponent = torch.arange(SINUSOID // 2, dtype=torch.float32, device=values.device) / (SINUSOID // 2)
+    angles = values.float()[..., None] * (exponent * -math.log(1e4)).exp()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
-    features = 256
-    max_period = 10_000.0
+
+class TimeEmbedding(nn.Module):
+    """Time `[B]` to the condition `[B, cond_dim]`: sinusoidal features, Linear, SiLU, Linear, SiLU."""
 
     def __init__(self, cond_dim: int) -> None:
         super().__init__()
-        self.up = nn.Linear(self.features, cond_dim)
+        self.up = nn.Linear(SINUSOID, cond_dim)
         self.down = nn.Linear(cond_dim, cond_dim)
 
     def forward(self, time: Tensor) -> Tensor:
-        half = self.features // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=time.device) / half
-        angles = time.float()[:, None] * torch.exp(-math.log(self.max_period) * exponent)  # [B, 128]
-        embedded = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.up.weight.dtype)
-        return F.silu(self.down(F.silu(self.up(embedded))))
+        return F.silu(self.down(F.silu(self.up(sinusoid(time).to(self.up.weight.dtype)))))
 
 
 class AdaLN(nn.Module):
@@ -291,36 +246,86 @@ def gate(h: Tensor, modulation: Modulation | None) -> Tensor:
     return h if modulation is None else modulation.gate * h
 
 
-class LayerView(Protocol):
-    """One layer of a pass over some positions: keeps what is computed there, and knows what others left behind.
+class Stream(Protocol):
+    """Tokens with weights of their own: what the two branches of a layer do with them, before gate and residual add."""
 
-    The residual stream `x` `[B, n, D]` holds the positions of the pass; both methods return a branch's output for them.
-    """
+    @property
+    def heads(self) -> HeadProjection: ...
 
-    def attention(self, block: Block, h: Tensor, rotary: RotaryTables, mask: AttentionMask) -> Tensor:
-        """From the normed input `h` `[B, n, D]`."""
+    def attended(self, mixed: Tensor, entered: Tensor) -> Tensor:
+        """Output of the first branch from what attention mixed, and from the branch's input; all `[B, n, D]`."""
         ...
 
-    def feed_forward(self, block: Block, x: Tensor, modulation: Modulation | None) -> Tensor:
-        """From the residual stream."""
+    def fed(self, entered: Tensor) -> Tensor:
+        """Output of the second branch from its input, both `[B, n, D]`."""
         ...
+
+
+Streams: TypeAlias = Sequence[Stream]
+Parts: TypeAlias = Sequence[Tensor]
+
+
+class View(Protocol):
+    """Which tokens the branches of a layer compute and see; inputs and outputs `[B, n, D]` of each stream."""
+
+    def attention(self, streams: Streams, entered: Parts) -> Parts: ...
+
+    def feed_forward(self, streams: Streams, entered: Parts) -> Parts: ...
+
+
+@dataclass
+class WholeView:
+    """`View` of a pass over all tokens; the tables fit their queries and keys, the mask is as in `attend`."""
+
+    rotary: RotaryTables
+    mask: AttentionMask = None
+    turns_keys: bool = True
+
+    def attention(self, streams: Streams, entered: Parts) -> Parts:
+        rotary = self.rotary
+        if len(streams) == 1 and self.turns_keys:
+            q, k, v = streams[0].heads(entered[0], rotary)
+        else:
+            parts = zip(*(stream.heads(h) for stream, h in zip(streams, entered, strict=True)), strict=True)
+            q, k, v = (joined(part) for part in parts)
+            q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype) if self.turns_keys else k
+        return attended(streams, q, *self.seen(k, v), self.mask, entered)
+
+    def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """From keys and values `[B, n, KV, d]` of this pass to those attended to, `[B, KV, L, d]`, all keys rotated."""
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def feed_forward(self, streams: Streams, entered: Parts) -> Parts:
+        return [stream.fed(h) for stream, h in zip(streams, entered, strict=True)]
+
+
+def attended(streams: Streams, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, entered: Parts) -> Parts:
+    """First branch of each stream from queries `[B, n, H, d]`, and keys and values `[B, KV, L, d]`."""
+    mixed = attend(q.transpose(1, 2), k, v, mask).transpose(1, 2).flatten(2)  # [B, n, D]
+    own = mixed.split([h.shape[1] for h in entered], dim=1) if len(streams) > 1 else (mixed,)
+    return [stream.attended(part, h) for stream, part, h in zip(streams, own, entered, strict=True)]
+
+
+def joined(parts: Parts) -> Tensor:
+    """Streams `[B, n, ...]` one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
 
 
 class Block(nn.Module):
     """x += gate . norm(attention(norm(x))); x += gate . norm(feed_forward(norm(x))); parts left out are identities.
 
-    The feed-forward is a slot: any module with the same call works.
+    A `Stream` of its own. The feed-forward is a slot: any module with the same call works.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         c, size = config, config.hidden_size
         qk_eps = c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps
-        biased = c.linear_bias if c.ffn_bias is None else c.ffn_bias
+        qkv_biased = c.linear_bias if c.qkv_bias is None else c.qkv_bias
+        heads = (c.num_heads, c.kv_heads, c.qk_norm, c.qk_norm_type, qk_eps, qkv_biased)
         self.attention_gate, self.dropout = c.attention_gate, c.dropout
-        self.attention = Attention(
-            size, c.num_heads, c.kv_heads, c.qk_norm, c.qk_norm_type, qk_eps, c.linear_bias, c.qkv_bias
-        )
+        self.attention = Attention(size, *heads, out_bias=c.linear_bias)
+        biased = c.linear_bias if c.ffn_bias is None else c.ffn_bias
         self.feed_forward = FeedForward(size, c.inner_size, c.activation, biased)
         self.attention_norm, self.ffn_norm = (Norm(size, c.norm, c.norm_eps) for _ in range(2))
         self.attention_out_norm, self.ffn_out_norm = (
@@ -328,44 +333,27 @@ class Block(nn.Module):
         )
         self.ada_ln = AdaLN(c.cond_dim, size, branches=2) if c.time_conditioning else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryTables,
-        mask: AttentionMask,
-        condition: Condition | None = None,
-        view: LayerView | None = None,
-    ) -> Tensor:
-        """`x` `[B, n, D]` to the same.
+    @property
+    def heads(self) -> HeadProjection:
+        return self.attention
 
-        Args:
-            rotary, mask: of the positions in `x`; the mask as in `attend`.
-            condition: where the model is conditioned on time.
-            view: of a pass over some positions; None where `x` holds all that there are.
-        """
+    def forward(self, x: Tensor, condition: Condition | None, view: View) -> Tensor:
+        """`x` `[B, n, D]` to the same; `condition` where the model is conditioned on time."""
         first, second = (None, None) if self.ada_ln is None else self.ada_ln(condition)
-        h = modulate(self.attention_norm(x), first)
-        if view is None:
-            q, k, v = self.attention.project(h, rotary)
-            h = self.attended(q, k.transpose(1, 2), v.transpose(1, 2), mask)
-            del q, k, v  # the feed-forward takes their memory
-        else:
-            h = view.attention(self, h, rotary, mask)
-        x = x + gate(h, first if self.attention_gate else None)
-        h = self.fed(modulate(self.ffn_norm(x), second)) if view is None else view.feed_forward(self, x, second)
-        return x + gate(h, second)
+        (h,) = view.attention((self,), (modulate(self.attention_norm(x), first),))
+        x = x + gate(self._dropped(h), first if self.attention_gate else None)
+        (h,) = view.feed_forward((self,), (modulate(self.ffn_norm(x), second),))
+        return x + gate(self._dropped(h), second)
 
-    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """Output `[B, n, D]` of the attention branch from queries `[B, n, H, d]`, keys and values `[B, KV, L, d]`."""
-        mixed = attend(q.transpose(1, 2), k, v, mask)  # [B, H, n, d]
-        return self._leave(self.attention.out(mixed.transpose(1, 2).flatten(2)), self.attention_out_norm)
+    def attended(self, mixed: Tensor, entered: Tensor) -> Tensor:
+        h = self.attention.out(mixed)
+        return h if self.attention_out_norm is None else self.attention_out_norm(h)
 
-    def fed(self, h: Tensor) -> Tensor:
-        """Output of the feed-forward branch from its input, both `[B, n, D]`."""
-        return self._leave(self.feed_forward(h), self.ffn_out_norm)
+    def fed(self, entered: Tensor) -> Tensor:
+        h = self.feed_forward(entered)
+        return h if self.ffn_out_norm is None else self.ffn_out_norm(h)
 
-    def _leave(self, h: Tensor, norm: Norm | None) -> Tensor:
-        h = h if norm is None else norm(h)
+    def _dropped(self, h: Tensor) -> Tensor:
         return F.dropout(h, self.dropout, self.training) if self.dropout else h
 
 

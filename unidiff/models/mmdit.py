@@ -6,7 +6,6 @@ and image ids have tables of their own. Meissonic: arXiv 2410.08261; Muddit: arX
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,22 +14,15 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.models.block import AdaLN, Condition, Norm
-from unidiff.models.mmdit_blocks import (
-    NORM_EPS,
-    AxisTables,
-    DoubleBlock,
-    SingleBlock,
-    StreamView,
-    WholeView,
-    axis_tables,
-    plain_norm,
-)
+from unidiff.models.block import SINUSOID, AdaLN, Condition, Norm, RotaryTables, View, WholeView, gather_rows, sinusoid
+from unidiff.models.denoiser import CachePlan, PartialHidden, Select
+from unidiff.models.mmdit_blocks import NORM_EPS, DoubleBlock, SingleBlock, axis_tables, plain_norm
+from unidiff.models.partial import partial_pass
+from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, TokenIndex
 from unidiff.schema import Depth, Index, Layers, Positive, Rows, Width
 from unidiff.weights.model import CheckedModel
 
 MICRO_CONDITIONS = 5  # original width, original height, crop top, crop left (pixels), aesthetic score
-SINUSOID = 256
 TIME_FACTOR = 1000.0
 
 
@@ -46,14 +38,6 @@ class MMDiTOutput(NamedTuple):
 
     text: Tensor | None
     image: Tensor
-
-
-def sinusoid(values: Tensor) -> Tensor:
-    """`[...]` to `[..., 256]` = [cos, sin] of value * 10000^(-j / 128), in float32."""
-    half = SINUSOID // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=values.device) * (-math.log(1e4) / half)
-    angles = values.float()[..., None] * exponent.exp()
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class TwoLayer(nn.Module):
@@ -134,8 +118,8 @@ class MMDiT(CheckedModel):
         self.embed_pooled = TwoLayer(pooled_dim + MICRO_CONDITIONS * SINUSOID, size, bias=False)
         self.condition_time = TwoLayer(SINUSOID, size)
         self.condition_pooled = TwoLayer(size, size)
-        self.double_blocks = nn.ModuleList(DoubleBlock(size, head_dim) for _ in range(num_layers))
-        self.single_blocks = nn.ModuleList(SingleBlock(size, head_dim) for _ in range(num_single_layers))
+        self.double_blocks = nn.ModuleList(DoubleBlock(size, num_heads) for _ in range(num_layers))
+        self.single_blocks = nn.ModuleList(SingleBlock(size, num_heads) for _ in range(num_single_layers))
         self.text_out = None if text_vocab_size is None else nn.Linear(size, text_vocab_size, bias=False)
         self.leave_norm = Norm(size, "rms", NORM_EPS)
         self.leave = nn.Linear(size, size, bias=False)
@@ -170,13 +154,51 @@ class MMDiT(CheckedModel):
         words, image = joined.split((words.shape[1], image.shape[1]), dim=1)
         return MMDiTFeatures(words, self.grid(self.leave_cells(image), codes.shape[1:]))
 
-    def run_blocks(
+    def make_store(
+        self, rows: int, text_length: int, size: Sequence[int], options: StoreOptions | None = None
+    ) -> FeatureStore:
+        """Empty features for rows of a text and a grid of codes. Positions are the tokens that the blocks see: T of text,
+        then N cells of the image. What is kept at the end of the blocks is ready for the heads: the text's features, and
+        behind a cell those of each of its codes."""
+        heads, width = self.config.num_heads, self.config.num_heads * self.config.head_dim
+        tables = self.rotary(text_length, size, self.device)
+        inputs = {"cos": tables.cos, "signed_sin": tables.signed_sin}
+        inputs = {name: x.expand(rows, -1, -1, -1).contiguous() for name, x in inputs.items()}
+        branches = (2,) * len(self.double_blocks) + (1,) * len(self.single_blocks)
+        kept = width * self.cell_side**2
+        layout = StoreLayout(heads, self.config.head_dim, width, branches, kept, text_length, interleaved=True)
+        like = self.embed_text.weight.new_empty(0, device=self.device)
+        return FeatureStore(layout, (rows, len(tables.cos)), like, options, inputs=inputs)
+
+    def partial(
         self,
         text: Tensor,
-        image: Tensor,
+        cells: Tensor,
         condition: Condition,
-        views: Sequence[StreamView],
-    ) -> Tensor:
+        plan: CachePlan,
+        store: FeatureStore,
+        select: Select | None = None,
+    ) -> PartialHidden:
+        """Recompute the tokens of a plan over `[B, T + N]`, see `PartialDenoiser.partial`; cells are computed whole.
+
+        Args:
+            text: float `[B, T, text_dim]`, features of the text encoder. cells: int64 `[B, N, c]`, see `cells`.
+            condition: of the rows.
+        """
+
+        def run(rows: Tensor | None, store: FeatureStore, index: TokenIndex, views: Sequence[View]) -> Tensor:
+            own, length = (text, cells, condition.vector), store.layout.border
+            words, codes, vector = own if rows is None else (x[rows] for x in own)
+            if not index.whole:
+                words = gather_rows(words, index.at[:, : index.split])
+                codes = gather_rows(codes, index.at[:, index.split :] - length)
+            x = self.run_blocks(self.read_text(words), self.read_codes(codes), Condition(vector), views)
+            words, image = x[:, : index.split], self.leave_cells(x[:, index.split :]).flatten(2)
+            return torch.cat((F.pad(words, (0, image.shape[2] - words.shape[2])), image), dim=1)  # [B, n, c D]
+
+        return partial_pass(run, plan, store, select)
+
+    def run_blocks(self, text: Tensor, image: Tensor, condition: Condition, views: Sequence[View]) -> Tensor:
         """All blocks, with a view for each: `[B, t, D]` and `[B, n, D]` to `[B, t + n, D]`."""
         count = len(self.double_blocks)
         for block, view in zip(self.double_blocks, views[:count], strict=True):
@@ -235,7 +257,7 @@ class MMDiT(CheckedModel):
         moment = self.condition_time(sinusoid(time.float() * TIME_FACTOR))  # [B or 1, D]
         return Condition(F.silu(moment + self.condition_pooled(pooled)))
 
-    def rotary(self, text_length: int, size: Sequence[int], device: torch.device | None = None) -> AxisTables:
+    def rotary(self, text_length: int, size: Sequence[int], device: torch.device | None = None) -> RotaryTables:
         """Tables `[T + N, 1, d]` for text at the origin, then the cells of a grid of codes at (0, row, column)."""
         height, width = (length // self.cell_side for length in size)
         rows = torch.arange(height, device=device).repeat_interleave(width)
@@ -243,8 +265,7 @@ class MMDiT(CheckedModel):
         image = torch.stack((torch.zeros_like(rows), rows, columns), dim=1)  # [N, 3]
         positions = torch.cat((image.new_zeros(text_length, 3), image))  # [T + N, 3]
         dtype = torch.float64 if self.embed_text.weight.dtype == torch.float64 else torch.float32
-        tables = axis_tables(positions, self.config.rope_axes, self.config.rope_theta, dtype)
-        return AxisTables(*(table[:, None] for table in tables))
+        return axis_tables(positions, self.config.rope_axes, self.config.rope_theta, dtype)
 
     def text_head(self, features: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the text ids `[start, stop)`: `[..., D]` to float32 `[..., stop - start]`.

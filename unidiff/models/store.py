@@ -1,16 +1,17 @@
-"""`FeatureStore`: features of every position of a request's rows, kept between passes."""
+"""`FeatureStore`: features of every position of a request's rows, kept between passes; and `TokenIndex`, some of the positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.models.block import gather_rows
+from unidiff.models.block import RotaryTables, gather_rows, rotate
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class StoreLayout:
         kv_heads, head_dim: of the keys and values of each layer. width: D, of hidden states and branch outputs.
         branches: how many branches of each layer add to the residual stream; one number per layer.
         hidden_width: of the final hidden states, where it is not D.
+        border: positions before it are tokens of a first stream, those from it on of a second one.
+        interleaved: see `RotaryTables`.
     """
 
     kv_heads: int
@@ -48,6 +51,35 @@ class StoreLayout:
     width: int
     branches: tuple[int, ...]
     hidden_width: int | None = None
+    border: int = 0
+    interleaved: bool = False
+
+
+class TokenIndex(NamedTuple):
+    """Some positions of each row.
+
+    Attributes:
+        at: int64 `[B, n]`, ascending in each stream; L on padding.
+        split: how many of them are of the first stream.
+        whole: all positions of every row.
+    """
+
+    at: Tensor
+    split: int = 0
+    whole: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.at.shape[1]
+
+
+def query_index(query: Tensor, width: int | None = None) -> Tensor:
+    """Positions of bool `[B, L]` as int64 `[B, n]`, ascending; L where a row has fewer than n."""
+    if width is None:
+        width = int(query.sum(1).max())
+    length = query.shape[1]
+    places = torch.where(query, torch.arange(length, device=query.device), length)  # [B, L]
+    return places.sort(dim=1).values[:, :width]
 
 
 class FeatureStore:
@@ -62,7 +94,8 @@ class FeatureStore:
         like: has the dtype and the device.
         options: see `StoreOptions`.
         allowed: bool `[B, 1, L, L]`, which keys a query may see; None for all.
-        inputs: what the model needs of the rows besides ids, `[B, L, ...]` each, worked out once (rotary tables, ...).
+        inputs: what the model needs of the rows besides ids, `[B, L, ...]` each, worked out once; `cos` and `signed_sin`
+            of the rotary tables among it.
     Attributes:
         key, value: `[layers, B, KV, L + 1, d]`. outputs: `[branches of all layers, B, L + 1, D]`, or empty.
         hidden: `[B, L + 1, D]`, final hidden states at their last computation.
@@ -95,12 +128,12 @@ class FeatureStore:
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = np.zeros(rows, dtype=np.bool_)
         self._first_output = list(accumulate((0, *layout.branches)))
-        self._everywhere = torch.arange(length, device=device).expand(rows, length)
+        self.everywhere = TokenIndex(torch.arange(length, device=device).expand(rows, length), layout.border, True)
         self._flat: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # of this pass: (id of an index, use) -> both
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._everywhere.shape[0], self._everywhere.shape[1]
+        return self.everywhere.at.shape[0], self.everywhere.at.shape[1]
 
     def narrow(self, start: int, stop: int) -> FeatureStore:
         """The rows `[start, stop)`, in the same memory."""
@@ -134,7 +167,7 @@ class FeatureStore:
     def _layout_of(self, rows: slice | Tensor) -> FeatureStore:
         part = object.__new__(FeatureStore)
         part.options, part.layout, part._first_output = self.options, self.layout, self._first_output
-        part._everywhere = self._everywhere[rows]
+        part.everywhere = self.everywhere._replace(at=self.everywhere.at[rows])
         part.inputs = {name: table[rows] for name, table in self.inputs.items()}
         part.allowed = None if self.allowed is None else self.allowed[rows]
         part._flat = {}
@@ -146,69 +179,79 @@ class FeatureStore:
         held = (self.key, self.value, self.outputs, self.hidden)
         return sum(x.numel() * x.element_size() for x in held)
 
-    def everywhere(self) -> Tensor:
-        """int64 `[B, L]`: the index of all positions; always the same object."""
-        return self._everywhere
+    def index(self, where: Tensor, width: int | None = None) -> TokenIndex:
+        """Of the positions bool `[B, L]`, at most `width` in a row; with two streams, or without a width, they are counted."""
+        border = self.layout.border
+        if not border:
+            return TokenIndex(query_index(where, width))
+        first, second = where[:, :border], where[:, border:]
+        counts = torch.stack([first.sum(1).max(), second.sum(1).max()]).tolist()
+        own = query_index(first, counts[0])
+        own = torch.where(own < border, own, where.shape[1])  # padding is behind the whole row
+        return TokenIndex(torch.cat((own, query_index(second, counts[1]) + border), dim=1), counts[0])
 
-    def gather(self, x: Tensor, index: Tensor) -> Tensor:
-        """`gather_rows` for `x` `[B, L, D]`; what an index means in memory is worked out once per pass."""
-        if not index.numel() or not x.is_contiguous():
-            return gather_rows(x, index)
-        return x.view(-1, x.shape[-1]).index_select(0, self._place(index, "read")).view(*index.shape, -1)
+    def gather(self, x: Tensor, index: TokenIndex) -> Tensor:
+        """`[B, L, D]` to `[B, n, D]`; what an index means in memory is worked out once per pass."""
+        if index.whole:
+            return x
+        if not index.at.numel() or not x.is_contiguous():
+            return gather_rows(x, index.at)
+        return x.view(-1, x.shape[-1]).index_select(0, self._place(index.at, "read")).view(*index.at.shape, -1)
 
-    def inputs_at(self, index: Tensor, *names: str) -> dict[str, Tensor]:
+    def inputs_at(self, index: TokenIndex, *names: str) -> dict[str, Tensor]:
         """Inputs, all or those of some names, at the positions of an index: `[B, n, ...]` each."""
         found = {}
         for name in names or self.inputs:
             x = self.inputs[name]
-            found[name] = self.gather(x.reshape(*self.shape, -1), index).view(*index.shape, *x.shape[2:])
+            found[name] = self.gather(x.reshape(*self.shape, -1), index).view(*index.at.shape, *x.shape[2:])
         return found
 
-    def visible(self, index: Tensor | None) -> Tensor | None:
-        """bool `[B, 1, n, L]`: what the queries at `index` (None: all positions) may see; None where that is all.
+    def rotary(self, index: TokenIndex) -> RotaryTables:
+        """The tables at the positions of an index."""
+        found = self.inputs if index.whole else self.inputs_at(index, "cos", "signed_sin")
+        return RotaryTables(found["cos"], found["signed_sin"], self.layout.interleaved)
+
+    def visible(self, index: TokenIndex) -> Tensor | None:
+        """bool `[B, 1, n, L]`: what the queries at the positions of an index may see; None where that is all.
 
         A position that was never computed is seen by nobody.
         """
         mask = self.allowed
-        if mask is not None and index is not None:
-            mask = gather_rows(mask[:, 0], index)[:, None]
+        if mask is not None and not index.whole:
+            mask = gather_rows(mask[:, 0], index.at)[:, None]
         if not self.complete.all():
             known = (self.computed[:, :-1] > 0)[:, None, None]  # [B, 1, 1, L]
             mask = known if mask is None else mask & known
         return mask
 
-    def begin(self, index: Tensor, whole: bool) -> None:
+    def begin(self, index: TokenIndex) -> None:
         """Count a pass that computes the positions of an index."""
         self.passes += 1
         self._flat.clear()
-        if whole:
+        if index.whole:
             self.computed[:, :-1] = self.passes[:, None]
             self.complete[:] = True
         else:
-            self.computed.scatter_(1, index, self.passes[:, None].expand_as(index))
+            self.computed.scatter_(1, index.at, self.passes[:, None].expand_as(index.at))
 
-    def write(
-        self, layer: int, index: Tensor, whole: bool, key: Tensor | None = None, value: Tensor | None = None
-    ) -> None:
+    def write(self, layer: int, index: TokenIndex, key: Tensor | None = None, value: Tensor | None = None) -> None:
         """Replace keys or values `[B, n, KV, d]` of one layer."""
         for kept, fresh in ((self.key, key), (self.value, value)):
             if fresh is None:
                 continue
             fresh = fresh.transpose(1, 2)  # [B, KV, n, d]
-            if whole:
+            if index.whole:
                 kept[layer, :, :, :-1] = fresh
             else:
                 flat = kept[layer].view(-1, self.layout.head_dim)
-                flat.index_copy_(0, self._place(index, "heads"), fresh.reshape(-1, self.layout.head_dim))
+                flat.index_copy_(0, self._place(index.at, "heads"), fresh.reshape(-1, self.layout.head_dim))
 
-    def write_hidden(self, index: Tensor, whole: bool, hidden: Tensor) -> None:
-        self._put(self.hidden, index, whole, hidden)
+    def write_hidden(self, index: TokenIndex, hidden: Tensor) -> None:
+        self._put(self.hidden, index, hidden)
 
-    def output(self, layer: int, branch: int, index: Tensor, whole: bool, fresh: Tensor) -> Tensor:
-        """Keep an output `[B, n, D]` of a layer's branch where the store has room for it; returns it."""
-        if self.options.outputs:
-            self._put(self.outputs[self._first_output[layer] + branch], index, whole, fresh)
-        return fresh
+    def write_output(self, layer: int, branch: int, index: TokenIndex, fresh: Tensor) -> None:
+        """Keep an output `[B, n, D]` of a layer's branch."""
+        self._put(self.outputs[self._first_output[layer] + branch], index, fresh)
 
     def all_outputs(self, layer: int, branch: int) -> Tensor:
         """`[B, L, D]`: the kept outputs of a layer's branch."""
@@ -222,19 +265,26 @@ class FeatureStore:
         """`[B, KV, L, d]`."""
         return self.value[layer, :, :, :-1]
 
-    def values_at(self, layer: int, index: Tensor) -> Tensor:
+    def seen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
+        keys = self.keys(layer)
+        if not self.options.rotated:
+            keys = rotate(keys.transpose(1, 2), self.rotary(self.everywhere)).to(keys.dtype).transpose(1, 2)
+        return keys, self.values(layer)
+
+    def values_at(self, layer: int, index: TokenIndex) -> Tensor:
         """`[B, n, KV d]` at the positions of an index; anything on its padding."""
         rows, heads = self.value.shape[1:3]
-        flat = self.value[layer].view(-1, self.layout.head_dim).index_select(0, self._place(index, "heads"))
+        flat = self.value[layer].view(-1, self.layout.head_dim).index_select(0, self._place(index.at, "heads"))
         return flat.view(rows, heads, -1, self.layout.head_dim).transpose(1, 2).flatten(2)
 
-    def _put(self, kept: Tensor, index: Tensor, whole: bool, fresh: Tensor) -> None:
+    def _put(self, kept: Tensor, index: TokenIndex, fresh: Tensor) -> None:
         """Write `[B, n, D]` into `[B, L + 1, D]`."""
-        if whole:
+        if index.whole:
             kept[:, :-1] = fresh
         else:
             width = kept.shape[-1]
-            kept.view(-1, width).index_copy_(0, self._place(index, "write"), fresh.reshape(-1, width))
+            kept.view(-1, width).index_copy_(0, self._place(index.at, "write"), fresh.reshape(-1, width))
 
     def _place(self, index: Tensor, use: str) -> Tensor:
         """The flat form of an index `[B, n]`: to `read` from B x L, to `write` to B x (L + 1), or over all `heads`.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +20,14 @@ from unidiff.models.block import (
     Norm,
     RotaryTables,
     TimeEmbedding,
-    block_causal_mask,
+    View,
+    WholeView,
     modulate,
-    rotary_tables,
 )
 from unidiff.models.config import TransformerConfig
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
-from unidiff.models.image_spans import image_spans
-from unidiff.models.partial import partial_hidden
-from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions
+from unidiff.models.partial import partial_pass
+from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, TokenIndex
 from unidiff.tokens import Modality, TokenBatch
 from unidiff.weights.model import CheckedModel, built_from
 
@@ -85,8 +86,9 @@ class MaskedTransformer(CheckedModel):
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
         condition = self.condition(modality, time)
         # 3. layers
+        view = WholeView(rotary, attention_mask)
         for block in self.blocks:
-            x = block(x, rotary, attention_mask, condition)
+            x = block(x, condition, view)
         # 4. final norm
         return self.shifted(self.finish(x, condition), positions)
 
@@ -100,7 +102,26 @@ class MaskedTransformer(CheckedModel):
     ) -> PartialHidden:
         """See `PartialDenoiser.partial`. What a query sees: its own sample, no padding, and earlier blocks where the model
         is block-causal."""
-        return partial_hidden(self, ids, plan, store, time, select)
+        if ids.shape != store.shape:
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; expected {tuple(store.shape)}, that of the store")
+
+        def run(rows: Tensor | None, store: FeatureStore, index: TokenIndex, views: Sequence[View]) -> Tensor:
+            own, when, inputs = ids, time, store.inputs
+            if rows is not None:
+                own, when = ids[rows], None if time is None else time[rows]
+            condition = self.condition(inputs["modality"], when)
+            if not index.whole:
+                own, inputs = (
+                    own.gather(1, index.at.clamp_max(ids.shape[1] - 1)),
+                    store.inputs_at(index, *(name for name in ("modality", "grid_index") if name in inputs)),
+                )
+                condition = None if condition is None else condition.at(index.at)
+            x = self.embed(own, inputs["modality"], inputs.get("grid_index"))  # [B, n, D]
+            for block, view in zip(self.blocks, views, strict=True):
+                x = block(x, condition, view)
+            return self.finish(x, condition)
+
+        return partial_pass(run, plan, store, select)
 
     @cached_property
     def traits(self) -> DenoiserTraits:
@@ -117,9 +138,9 @@ class MaskedTransformer(CheckedModel):
         if c.block_length is not None:
             allowed = block_causal_mask(batch.positions[..., 0], c.block_length, allowed)
         rotary, grid_index = self.position_tables(batch.positions, batch.modality)
-        inputs = {"modality": batch.modality, **rotary._asdict()} | (
-            {} if grid_index is None else {"grid_index": grid_index}
-        )
+        inputs = {"modality": batch.modality, "cos": rotary.cos, "signed_sin": rotary.signed_sin}
+        if grid_index is not None:
+            inputs["grid_index"] = grid_index
         layout = StoreLayout(c.kv_heads, c.head_dim, c.hidden_size, (2,) * c.num_layers)
         like = self.embed_tokens.weight.new_empty(0, device=batch.ids.device)
         return FeatureStore(layout, batch.shape, like, options, allowed, inputs)
@@ -238,3 +259,84 @@ class MaskedTransformer(CheckedModel):
         for table in (self.embed_row, self.embed_column):
             if table is not None:
                 nn.init.zeros_(table.weight)
+
+
+def rotary_tables(
+    positions: Tensor,
+    modality: Tensor,
+    head_dim: int,
+    kind: str = "2d",
+    theta: float = 1e4,
+    linear_factor: float | Tensor = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> RotaryTables:
+    """Tables for one batch.
+
+    Args:
+        positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
+        modality: int64 `[B, L]`.
+        head_dim: features per head; divisible by 4 for `kind="2d"`.
+        kind: "1d": every token turns by its index. "2d": image tokens turn by row and column instead, in the
+            interleaved layout [h0, w0, h1, w1, ...] of UniDisc, whose frequencies are theta^(-4i/head_dim).
+        theta: base of the frequencies.
+        linear_factor: rows and columns are divided by it (UniDisc: 1 at 256 px, 2 at 512 px); a number, or one per
+            token `[B, L, 1]`.
+        dtype: of the angles and tables; float32 or float64.
+    """
+    index = positions[..., 0, None].to(dtype)  # [B, L, 1]
+    angles = index * _frequencies(head_dim // 2, theta, index)  # [B, L, d/2]
+    if kind == "2d":
+        grid = positions[..., 1:].to(dtype) / linear_factor  # [B, L, 2]
+        frequencies = _frequencies(head_dim // 4, theta, index)
+        by_place = (frequencies[:, None] * grid[..., None, :]).flatten(-2)  # [B, L, d/4, 2] -> [B, L, d/2]
+        angles = torch.where((modality == Modality.IMAGE)[..., None], by_place, angles)
+    cos, sin = angles[:, :, None].cos(), angles[:, :, None].sin()  # [B, L, 1, d/2]
+    return RotaryTables(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+
+def _frequencies(count: int, theta: float, like: Tensor) -> Tensor:
+    exponent = torch.arange(count, dtype=like.dtype, device=like.device) / count
+    return theta**-exponent  # [count]
+
+
+class ImageSpans(NamedTuple):
+    """Per position, int64 `[B, L]`.
+
+    Attributes:
+        number: which image of its sample, from 0; 0 for text.
+        side: rows or columns of the image, whichever are more; 1 for text.
+    """
+
+    number: Tensor
+    side: Tensor
+
+
+def image_spans(positions: Tensor, modality: Tensor) -> ImageSpans:
+    """Images of packed rows: one begins at every image token of row 0 and column 0, a sample at every index 0.
+
+    Args:
+        positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
+        modality: int64 `[B, L]`.
+    """
+    image = modality == Modality.IMAGE
+    corner = (image & (positions[..., 1:] == 0).all(-1)).long()
+    begun = corner.cumsum(1)  # images of the row begun so far
+    before = torch.where(positions[..., 0] == 0, begun - corner, 0).cummax(1).values  # those of earlier samples
+    number = torch.where(image, begun - 1 - before, 0).clamp_min(0)
+    slot = torch.where(image, begun, 0)
+    extent = positions[..., 1:].amax(-1) + 1
+    side = torch.zeros_like(slot).scatter_reduce(1, slot, extent, "amax").gather(1, slot)
+    return ImageSpans(number, torch.where(image, side, 1))
+
+
+def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) -> Tensor:
+    """bool `[B, 1, L, L]`: a query sees its own block of `block_length` positions and earlier ones (BD3-LM).
+
+    Args:
+        index: int64 `[B, L]`, position inside the sample.
+        block_length: tokens per block.
+        allowed: bool `[B, 1, L, L]` that keeps samples and padding apart, or None for one sample per row.
+    """
+    block = torch.div(index, block_length, rounding_mode="floor")  # [B, L]
+    visible = (block[:, :, None] >= block[:, None, :])[:, None]  # [B, 1, L, L]
+    return visible if allowed is None else visible & allowed

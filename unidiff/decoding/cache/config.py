@@ -63,7 +63,7 @@ class CacheConfig:
         check_value(self.policy, str, "cache policy")
         if self.policy not in CACHES:
             raise ValueError(
-                f"cache policy is {self.policy!r}; expected one of {', '.join(CACHES)}; pipelines take auto as well"
+                f"cache policy is {self.policy!r}; expected one of {', '.join(sorted(CACHES))}; pipelines take auto as well"
             )
         for name in ("options", "segments"):
             check_value(getattr(self, name), Mapping[str, Any], f"cache {name}")
@@ -87,7 +87,7 @@ class CacheConfig:
         if isinstance(value, Mapping):
             return cls.from_dict(value)
         raise ValueError(
-            f"cache is a {type(value).__name__}; expected a CacheConfig or one of {', '.join(CACHES)} (for a policy "
+            f"cache is a {type(value).__name__}; expected a CacheConfig or one of {', '.join(sorted(CACHES))} (for a policy "
             "object of your own there is policy=)"
         )
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from unidiff.models.block import Condition
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.mmdit_partial import MMDiTInputs, mmdit_store, partial_mmdit
 from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
@@ -269,7 +268,7 @@ class MudditDenoiser:
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`. Its positions are the tokens of the blocks, the text's first."""
         rows = self._rows = _rows_of(batch.modality, batch.positions, batch.attention_mask())
-        return mmdit_store(self.model, len(batch.ids), int(rows.is_text.sum()), rows.size, options)
+        return self.model.make_store(len(batch.ids), int(rows.is_text.sum()), rows.size, options)
 
     def partial(
         self,
@@ -293,9 +292,9 @@ class MudditDenoiser:
             chosen = select(layer, of_codes)
             return None if chosen is None else self._to_tokens(chosen, rows)
 
-        inputs = MMDiTInputs(text.sequence, cells, Condition(condition.vector.expand(len(ids), -1)))
-        work, fresh = partial_mmdit(self.model, inputs, inner, store, None if select is None else select_tokens)
-        return PartialHidden(store.hidden[:, :-1], store.everywhere(), work, fresh)
+        condition = Condition(condition.vector.expand(len(ids), -1))
+        choose = None if select is None else select_tokens
+        return self.model.partial(text.sequence, cells, condition, inner, store, choose)
 
     def shifted(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """From the tokens of the blocks to every position of a row, see `PartialDenoiser.shifted`."""
