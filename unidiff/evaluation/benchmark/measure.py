@@ -24,7 +24,7 @@ from unidiff.decoding.row_decode import RowDecode, RowWork
 from unidiff.errors import read_json
 from unidiff.evaluation.report import sources_hash
 from unidiff.files import write_json
-from unidiff.models.partial import CachePlan
+from unidiff.models.denoiser import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import TokenBatch
