@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
+from urllib.request import HTTPErrorProcessor
 
 from unidiff.errors import DamagedFile, writing
 
@@ -54,11 +55,7 @@ def local_path(where: str) -> str:
 
 
 def fetch(url: str, most: int, seconds: float = 60.0) -> bytes:
-    """The content of an http(s) address: at most `most` bytes within `seconds`.
-
-    Raises:
-        Unreachable: no answer, a refusal, an answer that is cut, too long or too slow.
-    """
+    """The content of an http(s) address: at most `most` bytes within `seconds`; else raises `Unreachable`."""
     buffer = io.BytesIO()
     download(url, buffer, most, seconds)
     return buffer.getvalue()
@@ -73,7 +70,7 @@ def download(url: str, out: IO[bytes], most: int | None = None, seconds: float |
         most: bytes; None has no bound. seconds: for all of it; None has no bound but the server's silence.
 
     Raises:
-        Unreachable: as above; what the last try brought is in `out`.
+        Unreachable: no answer, a refusal, an answer that is cut, too long or too slow; its beginning is in `out`.
     """
     end = None if seconds is None else time.monotonic() + seconds
     for pause in (*PAUSES, None):
@@ -95,14 +92,10 @@ def download(url: str, out: IO[bytes], most: int | None = None, seconds: float |
 
 
 def remote_stamp(url: str) -> dict[str, Any]:
-    """What a server says about a file without sending it: size, time of change and tag, as far as it says them.
-
-    Raises:
-        Unreachable: no answer, or a refusal.
-    """
+    """What a server says about a file without sending it: size, time of change and tag, as far as it says them."""
+    named = {"size": "Content-Length", "time": "Last-Modified", "hash": "ETag"}
     try:
         with _open(url, "HEAD") as answer:
-            named = {"size": "Content-Length", "time": "Last-Modified", "hash": "ETag"}
             found = {name: answer.headers.get(header) for name, header in named.items()}
     except Exception as error:
         gone = isinstance(error, HTTPError) and error.code in (404, 410)
@@ -131,15 +124,8 @@ def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None
 def _open(url: str, method: str) -> Any:
     """The server's answer, without the handlers of ftp, file and data, which redirections could lead to."""
     opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
+    kinds = ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError", "Unknown")
+    for handler in [getattr(urllib.request, f"{kind}Handler")() for kind in kinds] + [HTTPErrorProcessor()]:
         opener.add_handler(handler)
     request = urllib.request.Request(url, headers={"User-Agent": "unidiff"}, method=method)
     return opener.open(request, timeout=TIMEOUT)

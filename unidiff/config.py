@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 import yaml
 
 from unidiff.errors import DamagedFile, check_regular, first_line, reading
-from unidiff.schema import check_value, describe, field_types, from_data
+from unidiff.schema import check_value, describe, field_types, from_data, short_value
 
 T = TypeVar("T")
 _TRUTH = {word: truth for truth in (True, False) for word in (str(truth), str(truth).lower(), str(truth).upper())}
@@ -31,13 +31,13 @@ _MOST_VALUES, _DEEPEST = 20_000, 40
 
 
 def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Read `path` (YAML) into `schema`, then apply `key.sub=value` overrides.
+    """Read `path` (YAML in UTF-8; None for the defaults alone) into `schema`, then apply `key.sub=value` overrides.
 
     Args:
         schema: a frozen dataclass, nested ones allowed; its defaults fill whatever the file leaves out.
-        path: a YAML file in UTF-8, or None for the defaults alone.
         overrides: dotted assignments as typed on a command line. A text is taken as it stands, but for one pair of quotes
-            around it (`key=''` is the empty text); lists and mappings are YAML: `data.shards=[a.tar, b.tar]`. Of several for one key the last one counts.
+            around it (`key=''` is the empty text); lists and mappings are YAML: `data.shards=[a.tar, b.tar]`. Of several
+            for one key the last one counts.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -110,9 +110,8 @@ class _YamlReader:
         """A mapping for a dataclass, a dict, or anything."""
         nested, free = is_dataclass(annotation), annotation is Any or get_origin(annotation) in (dict, Mapping)
         if not nested and not free:
-            raise self.wrong(
-                node, f"{key} is a mapping; expected {_expected(annotation)}; put a text with braces in quotes"
-            )
+            said = f"{key} is a mapping; expected {_expected(annotation)}; put a text with braces in quotes"
+            raise self.wrong(node, said)
         found: dict[str, Any] = {}
         for name_node, value in node.value:
             if not isinstance(name_node, yaml.ScalarNode):
@@ -132,7 +131,9 @@ class _YamlReader:
         text, expected, bounded = node.value, _expected(annotation), annotation
         annotation = _bare(annotation)
         if "${" in text:
-            raise self.wrong(node, f"{key} is {_short(text)}; nothing is put in for ${{...}}, write the value itself")
+            raise self.wrong(
+                node, f"{key} is {short_value(text)}; nothing is put in for ${{...}}, write the value itself"
+            )
         if annotation is str or annotation is Any:
             value = text if node.style is not None or annotation is str else _guess(text)
             if annotation is str and _is_nothing(node):
@@ -140,15 +141,15 @@ class _YamlReader:
         elif is_dataclass(annotation) or get_origin(annotation) is not None:
             listed = get_origin(annotation) in (list, tuple, Sequence)
             hint = f", for instance {key}=[{text}]" if listed and not self.line_numbers and len(text) < 80 else ""
-            raise self.wrong(node, f"{key} is {_short(text)}; expected {expected}{hint}")
+            raise self.wrong(node, f"{key} is {short_value(text)}; expected {expected}{hint}")
         else:
             value = _typed(text.strip(), annotation)
             if value is None:
-                raise self.wrong(node, f"{key} is {_short(text)}; expected {expected}")
+                raise self.wrong(node, f"{key} is {short_value(text)}; expected {expected}")
         if isinstance(value, str) and _HOME.search(value):
-            raise self.wrong(node, f"{key} is {_short(value)}; ~ is not looked up, write the whole path (or ./~)")
+            raise self.wrong(node, f"{key} is {short_value(value)}; ~ is not looked up, write the whole path (or ./~)")
         if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode()):
-            raise self.wrong(node, f"{key} is {_short(value)}; it holds characters that no text has")
+            raise self.wrong(node, f"{key} is {short_value(value)}; it holds characters that no text has")
         try:
             check_value(value, bounded, key)
         except ValueError as error:
@@ -197,7 +198,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
 def _override(schema: type, word: str) -> dict[str, Any]:
     """The nested dict of one `key.sub=value`."""
     key, equals, text = word.partition("=")
-    source = f"override {_short(word)}"
+    source = f"override {short_value(word)}"
     if not equals or not key.strip():
         raise ValueError(f"{source} is not of the form key=value")
     names = key.strip().split(".")
@@ -232,7 +233,7 @@ def _override_node(text: str, annotation: Any, source: str) -> yaml.Node:
             return node
         if node is not None:
             raise ValueError(
-                f"{source}: what follows {_short(text[: node.end_mark.index])} would be left out; remove it"
+                f"{source}: what follows {short_value(text[: node.end_mark.index])} would be left out; remove it"
             )
     if str in wanted and len(text) > 1 and text[0] == text[-1] in ("'", '"'):
         inside = text[1:-1]  # as YAML has it: key='' is the empty text
@@ -302,7 +303,7 @@ def _unknown(schema: type, key: str) -> str:
     """A sentence about an unknown key, with the nearest one that there is."""
     known, names = list(all_keys(schema)), key.split(".")
     if new := _new_name(schema, names):
-        return f"the key {_short(key)} has a new name: {new}"
+        return f"the key {short_value(key)} has a new name: {new}"
     last, place = names[-1], ""
     near = [k for k in known if k.rpartition(".")[2] == last]
     for number, name in enumerate(names):
@@ -317,7 +318,7 @@ def _unknown(schema: type, key: str) -> str:
         ends = {k.rpartition(".")[2]: k for k in known}
         near = [ends[name] for name in difflib.get_close_matches(last, ends, 1, 0.6)]
     nearest = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(field_types(schema))}"
-    return f"the key {_short(key)} is unknown{nearest}"
+    return f"the key {short_value(key)} is unknown{nearest}"
 
 
 def _new_name(schema: Any, names: list[str]) -> str | None:
@@ -337,8 +338,3 @@ def all_keys(schema: type, before: str = "") -> Iterator[str]:
         yield f"{before}{name}"
         if is_dataclass(annotation):
             yield from all_keys(annotation, f"{before}{name}.")  # type: ignore[arg-type]
-
-
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 120 else f"{shown[:110]}...'"

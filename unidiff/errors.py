@@ -1,7 +1,6 @@
 """One sentence for what a person can mend; a traceback, and the wish to hear of it, for what is our own mistake.
 
-Three tools, for all of the package and its recipes: `reading` and `writing` around calls of a library that touch a file,
-and `exit_status` around a whole command.
+`reading` and `writing` go around calls of a library that touch a file, `exit_status` around a whole command.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-FAILED = 1
-"""Exit status after a sentence."""
-OUR_FAULT = 70
-"""Exit status after a traceback of ours (EX_SOFTWARE)."""
+FAILED, OUR_FAULT = 1, 70
+"""Exit status after a sentence, and after a traceback of ours (EX_SOFTWARE)."""
 _REPORT = "This is a fault of unidiff. Please report it with the lines above."
 
 _SYSTEM = {
@@ -53,8 +50,7 @@ class DamagedFile(ValueError):
 def reading(path: str | Path, what: str, fix: str = "the file is damaged or of another kind") -> Iterator[None]:
     """Around a library's reading of `path`: whatever it raises becomes one sentence that names the file.
 
-    Keep the block to the library's call. Sentences of this package and missing files pass unchanged, but for the file's
-    name, which is added where the system left it out.
+    Keep the block to the library's call. Sentences of this package pass unchanged.
 
     Args:
         path: file, folder or address; for the message. what: what it should be, for instance "a config".
@@ -86,14 +82,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | Path, through: Path | None = None) -> Iterator[None]:
-    """Around writing `path`: the system's errors name it, whatever library was at work.
-
-    Args:
-        through: a temporary file or folder, whose name says nothing to anybody.
-
-    Raises:
-        OSError: a full or read-only disk and the like, with the file's name.
-    """
+    """Around writing `path`: an `OSError` names it, whatever library was at work, and not the temporary file `through`."""
     try:
         yield
     except OSError as error:
@@ -109,10 +98,7 @@ def writing(path: str | Path, through: Path | None = None) -> Iterator[None]:
 
 
 def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, ...] = dict) -> Any:
-    """The content of a JSON file (UTF-8, with or without a byte order mark).
-
-    Args:
-        what: what the file should be, for the message. expect: type of the outermost value.
+    """The content of a JSON file (UTF-8, with or without a byte order mark), whose outermost value is an `expect`.
 
     Raises:
         FileNotFoundError: no such file. DamagedFile: not JSON, or another outermost value.
@@ -142,8 +128,7 @@ def import_extra(module: str, absent: str) -> Any:
 def plain(name: object, most: int = 100) -> str:
     """A name from a file for a message: on one line, and not as long as a file can make it."""
     text = str(name)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return _cut(text if text.isprintable() else repr(text), most)
 
 
 def few(names: Iterable[str], most: int = 3) -> str:
@@ -153,11 +138,7 @@ def few(names: Iterable[str], most: int = 3) -> str:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise unless `path` is a plain file (or a link to one): reading a pipe or a device could wait for ever.
-
-    Raises:
-        FileNotFoundError: nothing there. DamagedFile: a folder, a pipe, a socket or a device.
-    """
+    """Raise `FileNotFoundError` or `DamagedFile` unless `path` is a plain file: reading a pipe could wait for ever."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -184,19 +165,14 @@ def json_name(value: object) -> str:
 def explain(error: BaseException) -> str | None:
     """The sentence for an error that a person can mend, or None for a mistake of ours.
 
-    `ValueError` is what this package raises for bad input, so its text is the sentence. Errors of the system are put into
-    words with the name of the file.
+    The text of a `ValueError` is the sentence; errors of the system are put into words with the name of the file.
     """
     if is_out_of_memory(error):
         return f"there is not enough memory ({first_line(error)}); use a smaller batch, picture, model or dtype"
     if isinstance(error, OSError) and error.errno is not None:
         said = _SYSTEM.get(error.errno, (error.strerror or os.strerror(error.errno)).lower())
-        named = [
-            _shown(os.fsdecode(name))
-            for name in (error.filename, error.filename2)
-            if isinstance(name, str | bytes | os.PathLike)
-        ]
-        return f"{' -> '.join(named)}: {said}" if named else said
+        names = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes | os.PathLike)]
+        return f"{' -> '.join(repr(_cut(os.fsdecode(name), 200)) for name in names)}: {said}" if names else said
     if isinstance(error, ValueError | OSError):
         return str(error).strip() or type(error).__name__
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
@@ -204,21 +180,15 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _shown(name: str) -> str:
-    """A file's name for a message; nobody reads more than its beginning."""
-    return repr(name if len(name) <= 200 else f"{name[:197]}...")
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def exit_status(
     run: Callable[[], int | None], *expected: type[Exception], program: str = "error", failed: int = FAILED
 ) -> int:
     """What `run` returns (None counts as 0), `failed` after one line about what a person can mend, `OUR_FAULT` after the
-    traceback of what is no fault of theirs.
-
-    Args:
-        expected: further errors whose text is a sentence for a person.
-        program: opens the line on stderr.
-    """
+    traceback of what is no fault of theirs. `expected`: further errors whose text is a sentence for a person."""
     try:
         return run() or 0
     except BrokenPipeError:  # the reader of a pipe has left: nobody to tell

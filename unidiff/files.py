@@ -38,8 +38,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     is removed. A link is written through: the file that it points to is replaced.
 
     Raises:
-        ValueError: `path` is a folder, a device or a pipe.
-        OSError: a full or read-only disk and the like, with the name of `path`.
+        ValueError: `path` is a folder, a device or a pipe. OSError: of the disk, with the name of `path`.
     """
     path = resolve_link(path)
     temporary = beside(path, "tmp")
@@ -73,11 +72,7 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     """An empty folder beside `target` to fill; it takes the place of `target` when the block ends well, else it goes.
 
     Everything that was in `target` is gone then: callers make sure that it may go. Between the two renames the old folder
-    is kept aside, and comes back when the second one fails. What a killed process left behind is removed. A link is
-    written through: the folder that it points to is replaced, on its own disk.
-
-    Raises:
-        OSError: a full or read-only disk and the like, with the name of `target`.
+    is kept aside, and comes back when the second one fails. The rest is as with `replacing`.
     """
     target = resolve_link(target)
     aside = beside(target, "old")
@@ -103,9 +98,6 @@ def filling_folder(target: str | Path) -> Iterator[Path]:
     """An empty folder to write files to; they move into `target` when the block ends well, else they go.
 
     Files of the same names are replaced, everything else in `target` stays. Links are written through.
-
-    Raises:
-        OSError: a full or read-only disk and the like, with the name of `target`.
     """
     target = resolve_link(target)
     with _scratch_folder(target, target / _PART) as temporary:  # inside: a folder may be a disk of its own
@@ -200,7 +192,7 @@ def resolve_link(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_no_home(path: Path) -> None:
-    """Shells put the home folder in the place of ~, but not in `--out=~/x`: a folder of that name is nobody's wish."""
+    """Shells look ~ up, but not in `--out=~/x`: a folder of that name is nobody's wish."""
     if path.parts and path.parts[0].startswith("~") and (len(path.parts) > 1 or path.name == "~"):
         raise ValueError(f"{str(path)!r}: ~ is not looked up here; write the whole path (or ./~)")
 
@@ -225,14 +217,13 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def locked(folder: str | Path, what: str = "run") -> Iterator[None]:
-    """Keep other processes out of a folder while the block runs; the lock goes with the process, however it ends.
+    """Keep other processes out of a folder, made when missing, while the block runs; the lock goes with the process.
 
     Args:
-        folder: made when missing. what: who works there, for the message ("training", "encoding").
+        what: who works there, for the message ("training", "encoding").
 
     Raises:
         ValueError: another process holds it; the message names its number and machine.
-        OSError: a folder that cannot be written.
     """
     path = Path(folder) / LOCK
     _check_no_home(path)
@@ -291,9 +282,6 @@ def file_stamp(path: str | Path) -> dict[str, int | str]:
     """What a file is known by later: size in bytes, time of change in nanoseconds, and a hash of its two ends.
 
     Two stamps differ when the file was replaced, completed or cut. A hash of a whole large shard would take minutes.
-
-    Raises:
-        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())

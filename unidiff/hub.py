@@ -29,15 +29,10 @@ def embedded_models() -> dict[str, Path]:
 def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: Any) -> Path:
     """The folder behind a folder name, the name of an embedded model (`emoji`) or a hub name (`owner/model`).
 
-    A name that looks like a path is never looked up on the network.
-
-    Args:
-        wanted: patterns of the files to download from the hub.
+    A name that looks like a path is never looked up on the network. `wanted`: patterns of the files to download.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no name at all, or a file.
-        TypeError: an option that the hub download does not know.
+        FileNotFoundError: nothing there. ValueError: no name at all. TypeError: an option that the hub does not know.
     """
     if not isinstance(name, str | PathLike):
         raise ValueError(f"the model is {name!r}; expected a folder, a hub model 'owner/name', or 'emoji'")
@@ -62,10 +57,7 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
 
 
 def download(name: str, wanted: Sequence[str], what: str, **hub_options: Any) -> Path:
-    """The folder that files of the hub are downloaded to.
-
-    Args:
-        name: on the hub. wanted: patterns of the files. what: for the message, for instance "model".
+    """The folder that files of the hub of these patterns are downloaded to; `what` they are, for instance "model".
 
     Raises:
         FileNotFoundError: nothing of that name, or no network.

@@ -11,16 +11,12 @@ from contextlib import suppress
 from typing import BinaryIO
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    ExifTags,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from unidiff.addresses import Unreachable, fetch, local_path, scheme
 from unidiff.errors import DamagedFile, reading
@@ -53,13 +49,11 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 def open_picture(
     source: PictureSource, what: str | None = None, *, max_pixels: int = MAX_PIXELS, background: str = "white"
 ) -> Image.Image:
-    """A picture in mode RGB, turned upright: `decode_picture`, then `as_rgb`.
+    """A picture in mode RGB, turned upright; of an animation the first frame.
 
     Args:
-        source: see `PictureSource`. Of an animation the first frame is taken.
         what: name of the picture for messages, for instance "images[2]"; a path is named anyway.
-        max_pixels: larger pictures are refused before they are decoded.
-        background: colour under transparent pixels.
+        max_pixels: larger pictures are refused before they are decoded. background: colour under transparent pixels.
 
     Raises:
         FileNotFoundError: no such file. DamagedFile: not a whole picture of the `FORMATS`, too large, or not reachable.
@@ -68,11 +62,9 @@ def open_picture(
 
 
 def decode_picture(source: PictureSource, what: str | None = None, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture with all its pixels in memory, turned upright as its EXIF tag says, in its own mode.
+    """A picture with all its pixels in memory, turned upright as its EXIF tag says, in its own mode; see `open_picture`.
 
     Any other metadata (text, colour profile, resolution, even where they are malformed) is ignored.
-
-    Raises: as `open_picture`.
     """
     if isinstance(source, Image.Image):
         name = what or "the picture"
@@ -142,17 +134,17 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
     if data.startswith(_PNG):
         if len(data) < 33 or data[12:16] != b"IHDR":
             raise ValueError("its beginning is cut or damaged")
-        image = PngImagePlugin.PngImageFile(io.BytesIO(b"".join(_plain_chunks(data))))
+        image = PngImageFile(io.BytesIO(b"".join(_plain_chunks(data))))
         _scale_key(image, depth=data[24])
         return image
     if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(b"".join(_plain_segments(data))))
+        return JpegImageFile(io.BytesIO(b"".join(_plain_segments(data))))
     if data.startswith((b"GIF87a", b"GIF89a")):
-        return GifImagePlugin.GifImageFile(io.BytesIO(data))
+        return GifImageFile(io.BytesIO(data))
     if data.startswith(b"BM"):
-        return BmpImagePlugin.BmpImageFile(io.BytesIO(data))
+        return BmpImageFile(io.BytesIO(data))
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+        return WebPImageFile(io.BytesIO(data))
     kind = next((words for start, words in _KNOWN.items() if data.startswith(start)), "of another kind")
     raise ValueError(f"it is {kind}" if data else "it is empty")
 
@@ -217,9 +209,8 @@ def _scale_key(image: Image.Image, depth: int) -> None:
 
 def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
     if image.width * image.height > max_pixels:
-        raise DamagedFile(
-            f"{name!r} has {image.width} x {image.height} pixels, more than the {max_pixels} that are read; make it smaller"
-        )
+        size = f"{image.width} x {image.height} pixels"
+        raise DamagedFile(f"{name!r} has {size}, more than the {max_pixels} that are read; make it smaller")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -51,9 +51,8 @@ def check_fields(settings: Any, what: str) -> None:
     Args:
         what: the owner in the message, for instance "sampler text"; one that ends with a dot is joined to the name.
     """
-    owner = what if not what or what.endswith(".") else f"{what} "
     for name, annotation in field_types(type(settings)).items():  # type: ignore[arg-type]
-        check_value(getattr(settings, name), annotation, f"{owner}{name}")
+        check_value(getattr(settings, name), annotation, _owned(what, name))
 
 
 def check_value(value: Any, annotation: Any, name: str) -> None:
@@ -84,21 +83,21 @@ def from_data(schema: type[T], data: Any, what: str) -> T:
 
 
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], what: str, **types: Any) -> None:
-    """Raise `ValueError` unless the values for a function's arguments have the types that it declares.
+    """Raise `ValueError` unless the values for a function's arguments, by name, have the types that it declares.
 
-    Args:
-        values: by name; others than the function's arguments are passed over. A list is a fine tuple.
-        types: what an argument has to be, where the function does not say it (well enough). An argument without either
-            has to be of its default's type.
+    `types`: what an argument has to be, where the function does not say it (well enough). An argument without either has to
+    be of its default's type. A list is a fine tuple.
     """
     declared: Any = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     hints = {**typing.get_type_hints(declared, include_extras=True), **types}
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = hints.get(name, Any if parameter.default is parameter.empty else type(parameter.default))
         if name in values:
-            value = values[name]
-            own = f"{what}{name}" if what.endswith(".") else f"{what} {name}"
-            check_value(_build(value, annotation, name), annotation, own)
+            check_value(_build(values[name], annotation, name), annotation, _owned(what, name))
+
+
+def _owned(owner: str, name: str) -> str:
+    return owner + name if not owner or owner.endswith(".") else f"{owner} {name}"
 
 
 def describe(annotation: Any) -> str:
