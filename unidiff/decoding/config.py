@@ -230,7 +230,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r:.80}; expected one of {', '.join(allowed)}")
 
 
-def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs: Any) -> None:
+def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, rules: Any, graphs: Any) -> None:
     """Raise `ValueError` unless a `Sampler` can be made of these."""
     _check_methods("model", model, ("hidden", "head"), "see `Denoiser`")
     check_value(vocabulary, Vocabulary, "vocabulary")
@@ -240,6 +240,12 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, graphs:
         )
     if policy is not None:
         _check_methods("policy", policy, ("start", "plan"), "see `RefreshPolicy`; CacheConfig(name).build() makes one")
+    check_value(rules, Mapping[Any, Any] | None, "rules")
+    for modality, rule in (rules or {}).items():
+        if not callable(rule):
+            raise ValueError(f"rules has {rule!r} as a rule; expected a function, see `CommitRule`")
+        if not isinstance(modality, Modality):
+            raise ValueError(f"rules has the key {modality!r}; expected Modality.TEXT or Modality.IMAGE")
     if not isinstance(graphs, bool) and not callable(graphs):
         raise ValueError(f"graphs is {_name(graphs)}; expected true or false, or a `Record`")
     if isinstance(model, PartialDenoiser) and model.traits.ids < vocabulary.size:

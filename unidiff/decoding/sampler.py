@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unidiff.decoding import draw
 from unidiff.decoding.cache import NoCache, RefreshPolicy
-from unidiff.decoding.commit.base import CommitRule, check_rules, unsure_tokens
+from unidiff.decoding.commit.base import CommitRule, unsure_tokens
 from unidiff.decoding.commit.exact import remdm_sigma
 from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
 from unidiff.decoding.forward import StreamedModel
@@ -87,10 +87,10 @@ class Sampler:
         rules: Mapping[Modality, CommitRule] | None = None,
         graphs: bool | Record = False,
     ) -> None:
-        check_sampler(model, vocabulary, config, policy, graphs)
+        check_sampler(model, vocabulary, config, policy, rules, graphs)
         self.model, self.vocabulary, self.config = model, vocabulary, config
         self.policy: RefreshPolicy = NoCache() if policy is None else policy
-        self.rules, self.graphs = check_rules(rules), graphs
+        self.rules, self.graphs = dict(rules or {}), graphs
         self.banned = {m: banned_offsets(vocabulary, m, config.of(m).forbid) for m in Modality}
 
     @torch.no_grad()
@@ -160,20 +160,16 @@ class Sampler:
 
     def _begin(self, request: Request, progress: ModalityProgress) -> PassWork:
         """What one modality may fill in this pass, and all at once where the model does not matter."""
-        state, settings, rule = request.state, progress.settings, progress.rule
+        state, rule = request.state, progress.rule
         now = progress.begin_pass(state.masked, request.waiting(progress))
-        time = progress.time(state.masked)  # [B]
-        sigma = torch.zeros_like(time)
-        if settings.remask == "remdm":
-            sigma = remdm_sigma(settings.schedule, now.step, now.steps, settings.remask_cap)
-        count = rule.count(now)
+        time, count = progress.time(state.masked), rule.count(now)  # [B]
         if state.finishing:
             decided: Tensor | None = state.masked & progress.targets
         else:
-            decided = rule.early(now, count, sigma, partial(request.noise, state.step))
+            decided = rule.early(now, count, partial(request.noise, state.step))
         candidates = progress.active | progress.ahead if decided is None else decided
         scale = self.config.guidance.scale_at(progress.modality, time)
-        return PassWork(progress, candidates, decided is not None, count, sigma, time, scale)
+        return PassWork(progress, candidates, decided is not None, count, time, scale)
 
     def _fill(self, request: Request, work: PassWork, shown: Tensor | None) -> None:
         """Draw tokens at the candidates of one modality that the policy shows, `[B, L]`, and commit those that its rule picks."""
@@ -219,7 +215,8 @@ class Sampler:
             return
         earlier = state.committed & ~state.just_unmasked
         if settings.remask == "remdm":
-            again = earlier & progress.in_block & (request.noise(state.step, draw.REMASK) < work.sigma[:, None])
+            sigma = remdm_sigma(settings.schedule, progress.step, progress.steps, settings.remask_cap)  # [B]
+            again = earlier & progress.in_block & (request.noise(state.step, draw.REMASK) < sigma[:, None])
         else:
             candidates = earlier & progress.targets & progress.running[:, None]
             budget = settings.remask_budget - progress.remasked

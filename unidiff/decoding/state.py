@@ -151,7 +151,7 @@ class PassWork:
     Attributes:
         candidates: bool `[B, L]`, positions whose logits are asked for.
         decided: all candidates are filled whatever the model says (rules that do not look at confidences).
-        quota: int64 `[B]`. sigma: float64 `[B]`, ReMDM's chance. time: float64 `[B]`. scale: guidance `[B]`.
+        quota: int64 `[B]`. time: float64 `[B]`. scale: guidance `[B]`.
         width: most candidates in a row, rounded up so that few different shapes occur. guided: some row has scale != 1.
     """
 
@@ -159,7 +159,6 @@ class PassWork:
     candidates: Tensor
     decided: bool
     quota: Tensor
-    sigma: Tensor
     time: Tensor
     scale: Tensor
     width: int = 0

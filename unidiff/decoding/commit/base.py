@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torch import Tensor
 from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.draw import ORDER
 from unidiff.diffusion.schedules import get_schedule
-from unidiff.schema import check_value
-from unidiff.tokens import Modality
 
 TOKENS_PER_PASS = 3
 """Of rules that end by themselves: Fast-dLLM reports 3.3 at a threshold of 0.9."""
@@ -123,11 +121,11 @@ class NamedRule:
         """int64 `[B]`, how many positions to fill; all that remain where confidences decide."""
         return now.remaining
 
-    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+    def early(self, now: BlockPass, count: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
         """bool `[B, L]` of the positions to fill where the model does not matter; None where it does.
 
-        Such rules need logits only at these positions, and no pass at all when there are none. `sigma`, float64 `[B]`, is the
-        chance that ReMDM masks a known token again; `noise` makes uniforms `[B, L]` for a use named in `decoding.draw`.
+        Such rules need logits only at these positions, and no pass at all when there are none. `noise` makes uniforms `[B, L]`
+        for a use named in `unidiff.decoding.draw`.
         """
         return None
 
@@ -163,7 +161,7 @@ class Quota(NamedRule):
     def count(self, now: BlockPass) -> Tensor:
         return quota(self.settings.schedule, now.start, now.remaining, now.step, now.steps)
 
-    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+    def early(self, now: BlockPass, count: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
         return None if self.looks(self.settings) else take_best(noise(ORDER), now.active, count)
 
 
@@ -204,16 +202,6 @@ class GuardedRule(NamedRule):
             raise ValueError(f"the commit rule returned {found}; expected bool {tuple(is_real.shape)}")
         pick = pick.to(is_real.device) & is_real
         return pick | take_best(score, is_real, (~pick.any(1)).long(), self.ranking_slack)
-
-
-def check_rules(rules: Mapping[Modality, CommitRule] | None) -> dict[Modality, CommitRule]:
-    """The rules by modality; raises `ValueError` for other keys, or what cannot be called."""
-    check_value(rules, Mapping[Any, Any] | None, "rules")
-    if wrong := [rule for rule in (rules or {}).values() if not callable(rule)]:
-        raise ValueError(f"rules has {wrong[0]!r} as a rule; expected a function, see `CommitRule`")
-    if rules and (unknown := [key for key in rules if not isinstance(key, Modality)]):
-        raise ValueError(f"rules has the key {unknown[0]!r}; expected Modality.TEXT or Modality.IMAGE")
-    return dict(rules or {})
 
 
 def progress(step: Tensor, steps: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class FirstHitting(NamedRule):
     def passes_of_a_block(cls, settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
         return block
 
-    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+    def early(self, now: BlockPass, count: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
         return take_best(noise(ORDER), now.active, torch.ones_like(count))
 
 
@@ -46,8 +46,10 @@ class Ancestral(NamedRule):
             )
         cls.check_looks(settings)
 
-    def early(self, now: BlockPass, count: Tensor, sigma: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
-        chance = unmask_chance(self.settings.schedule, now.step, now.steps, sigma)
+    def early(self, now: BlockPass, count: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:
+        own = self.settings
+        sigma = remdm_sigma(own.schedule, now.step, now.steps, own.remask_cap) if own.remask == "remdm" else 0.0
+        chance = unmask_chance(own.schedule, now.step, now.steps, sigma)
         return now.active & (noise(UNMASK) < chance[:, None])
 
 

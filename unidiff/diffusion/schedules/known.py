@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -208,10 +207,6 @@ class _SigmaSchedule(Schedule):
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma range ({self.sigma_min}, {self.sigma_max}) must satisfy 0 < sigma_min < sigma_max")
 
-    @abstractmethod
-    def inverse_sigma(self, sigma: Tensor) -> Tensor:
-        """The t at which the total noise equals `sigma`."""
-
     def mask_rate(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self.sigma(t))
 
@@ -223,9 +218,6 @@ class _SigmaSchedule(Schedule):
 
     def weight(self, t: Tensor) -> Tensor:
         return self.dsigma(t) / torch.expm1(self.sigma(t))
-
-    def inverse_rate(self, rate: Tensor) -> Tensor:
-        return self.inverse_sigma(-torch.log1p(-rate))
 
 
 @dataclass(frozen=True)
@@ -240,8 +232,8 @@ class Geometric(_SigmaSchedule):
     def dsigma(self, t: Tensor) -> Tensor:
         return self.sigma(t) * math.log(self.sigma_max / self.sigma_min)
 
-    def inverse_sigma(self, sigma: Tensor) -> Tensor:
-        return torch.log(sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+    def inverse_rate(self, rate: Tensor) -> Tensor:
+        return torch.log(-torch.log1p(-rate) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
 
 
 @dataclass(frozen=True)
@@ -257,5 +249,5 @@ class SigmaLinear(_SigmaSchedule):
     def dsigma(self, t: Tensor) -> Tensor:
         return torch.full_like(t, self.sigma_max - self.sigma_min)
 
-    def inverse_sigma(self, sigma: Tensor) -> Tensor:
-        return (sigma - self.sigma_min) / (self.sigma_max - self.sigma_min)
+    def inverse_rate(self, rate: Tensor) -> Tensor:
+        return (-torch.log1p(-rate) - self.sigma_min) / (self.sigma_max - self.sigma_min)
