@@ -80,10 +80,11 @@ def tune(options: argparse.Namespace) -> None:
 
     from unidiff.evaluation.benchmark.measure import model_hash
     from unidiff.pipeline import UniDiffPipeline
-    from unidiff.train.reward_run import RewardRun, check_places, prompts_of, reward_of, tune_pipeline
+    from unidiff.train.reward import RewardConfig
+    from unidiff.train.reward_run import check_places, prompts_of, reward_of, tune_pipeline
 
-    names = {field.name for field in fields(RewardRun)}
-    run = RewardRun(**{name: value for name, value in vars(options).items() if name in names})
+    names = {field.name for field in fields(RewardConfig)}
+    run = RewardConfig(**{name: value for name, value in vars(options).items() if name in names})
     check_places(options.output, options.model)
     device = pick_device(options.device)
     pipe = UniDiffPipeline.from_pretrained(options.model).to(device)

@@ -29,7 +29,7 @@ from unidiff.train.data.samples import SheetSampler
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.reward import RewardConfig, RewardReport, RewardTuner, States
-from unidiff.train.reward_run import RewardRun, tune_pipeline
+from unidiff.train.reward_run import tune_pipeline
 from unidiff.train.trainer import Trainer
 
 pytestmark = pytest.mark.training
@@ -235,7 +235,7 @@ def test_a_reward_is_learnt_from(states, changes):
 
 def test_a_pipeline_is_tuned(tmp_path):
     def tuned(name: str, device: Any) -> list[dict[str, Any]]:
-        settings = RewardRun(steps=2, prompts_per_step=2, group=3, lr=1e-3, passes=3)
+        settings = RewardConfig(steps=2, prompts_per_step=2, group=3, lr=1e-3, passes=3)
         pipe = tiny_pipeline().to(device)
         bright = lambda texts, pictures: pictures.flatten(1).mean(1)  # noqa: E731
         tune_pipeline(pipe, tmp_path / name, bright, lambda number: ("a dog", "two cats")[number % 2], settings, {})

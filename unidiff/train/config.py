@@ -31,35 +31,26 @@ Amount = Annotated[float, Between(0, 1e30)]
 class DataConfig:
     """Where tokens come from. See `unidiff.train.data.source` for the formats.
 
-    Args:
-        train: token table (`.safetensors`), or webdataset shards, pre-tokenised or raw: a folder, a brace pattern or a
-            URL; several weighted sets as `a.tar@3::b.tar@1`. Raw shards are encoded once, into OUTPUT/tokens.
-        validation: the same for held-out rows; empty takes the last `validation_rows` rows away from `train`.
-        validation_rows: rows scored at every validation.
-        curriculum: `[[fraction of the run, highest level], ...]`; needs `levels` in the table. Empty: all rows always.
-        crop_fill: probability that a row's EOS fill is cut to a random length (the cut part becomes batch padding).
-        image_size, text_length: of raw shards: side of the square picture in pixels, and tokens of the text span.
-        vocabulary: name of the layout that the data must have (`named_vocabulary`); empty takes whatever the data has.
-        grid: side of the code grid that the data must have; 0 takes whatever the data has. With both, and `text_length`,
-            training/plan.py and training/benchmark.py work before there is data.
-        allow_missing: raw shards that do not exist are counted in OUTPUT/skipped.json in place of refused.
-        documents: token shards of interleaved documents (tokenizers/encode_shards.py --documents), which take
-            `document_share` of the samples and are trained on as `generate` is; weighted sets as in `train`.
-        pack: samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row.
+    `train` and `validation` are token tables (`.safetensors`), or webdataset shards, pre-tokenised or raw: a folder, a
+    brace pattern or a URL; several weighted sets as `a.tar@3::b.tar@1`. Raw shards are encoded once, into OUTPUT/tokens.
+    With `vocabulary`, `grid` and `text_length`, training/plan.py and training/benchmark.py work before there is data.
     """
 
     train: str = ""
-    validation: str = ""
-    validation_rows: Annotated[int, Between(0, 2**40)] = 256
+    validation: str = ""  # held-out rows; empty takes the last `validation_rows` rows away from `train`
+    validation_rows: Annotated[int, Between(0, 2**40)] = 256  # rows scored at every validation
+    # [[fraction of the run, highest level], ...]; needs `levels` in the table; empty: all rows always
     curriculum: list[Any] = field(default_factory=list)
-    crop_fill: Share = 0.0
-    image_size: Annotated[int, Between(1, 2**15)] = 256
-    text_length: Tokens = 64
-    vocabulary: str = ""
-    grid: Annotated[int, Between(0, 2**12)] = 0
-    allow_missing: bool = False
+    crop_fill: Share = 0.0  # probability that a row's EOS fill is cut to a random length (the rest is batch padding)
+    image_size: Annotated[int, Between(1, 2**15)] = 256  # of raw shards: side of the square picture in pixels
+    text_length: Tokens = 64  # of raw shards: tokens of the text span
+    vocabulary: str = ""  # name of the layout that the data must have (`named_vocabulary`); empty: whatever it has
+    grid: Annotated[int, Between(0, 2**12)] = 0  # side of the code grid that the data must have; 0: whatever it has
+    allow_missing: bool = False  # raw shards that do not exist are counted in OUTPUT/skipped.json in place of refused
+    # token shards of interleaved documents (tokenizers/encode_shards.py --documents), which are trained on as `generate` is
     documents: str = ""
-    document_share: Share = 0.5
+    document_share: Share = 0.5  # of the samples
+    # samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row
     pack: Annotated[int, Between(0, 2**24)] = 0
 
 
@@ -76,26 +67,22 @@ class TaskConfig:
     """One task of the mixture.
 
     Args:
-        weight: share of rows, relative to the other tasks.
         rate: how the mask rate r is drawn from u ~ U(0, 1): `uniform` r = u (the ELBO's own), `beta` r ~ Beta(beta, 1)
             = u^(1/beta), or by a schedule of `unidiff.diffusion.schedules`: `cosine` r = cos(pi u / 2), `high`
             r = 1 - 0.5 u^2 (between one half and all), ...
-        beta: the exponent of `beta`.
         loss: weight of a masked token: `elbo` 1 / (r p(r)), unbiased for the NELBO whatever `rate` is;
             `inverse_rate` 1 / r (Muddit); `softmin` 1 / (r + (1 - r) / 5) (UniDisc's softmin_snr = 5); `ce` 1.
-        scale: factor of this task's loss.
         per_sample: weigh a row by the text length over its number of targets, so that short and long answers count the same
             (LLaDA's instruction tuning); otherwise every target token does.
-        dropout: probability that the condition is hidden entirely (guidance training); no meaning for `generate`.
     """
 
-    weight: Amount = 0.0
+    weight: Amount = 0.0  # share of rows, relative to the other tasks
     rate: str = "uniform"
     beta: Annotated[float, Between(1e-30, 1e6)] = 2.0
     loss: TokenWeight = "ce"
-    scale: Amount = 1.0
+    scale: Amount = 1.0  # factor of this task's loss
     per_sample: bool = False
-    dropout: Share = 0.0
+    dropout: Share = 0.0  # probability that the condition is hidden entirely (guidance training); `generate` has none
 
     @property
     def rates(self) -> Schedule:
@@ -122,12 +109,8 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss settings.
-
-    Args:
-        text_weight, image_weight: modality weights of the training loss (validation always uses 1).
-        chunk: masked positions per call of the head. The fixed size keeps bf16 memory level on CPU; nothing is dropped.
-    """
+    """Modality weights of the training loss (validation always uses 1), and masked positions per call of the head, whose
+    fixed number keeps bf16 memory level on a CPU; nothing is dropped."""
 
     text_weight: Amount = 1.0
     image_weight: Amount = 1.0
@@ -136,10 +119,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """`adamw`, or `muon`: Muon on the matrices inside the blocks and AdamW on embeddings, head, norms and biases.
-
-    `state_bits` is how AdamW's two moments are kept: 32, or 8 (torchao), about a quarter of the bytes.
-    """
+    """`adamw`, or `muon`: Muon on the matrices inside the blocks and AdamW on embeddings, head, norms and biases."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 1e-3
@@ -150,7 +130,7 @@ class OptimiserConfig:
     weight_decay: Amount = 0.01
     momentum: BelowOne = 0.95
     clip: Positive = 1.0
-    state_bits: Literal[8, 32] = 32
+    state_bits: Literal[8, 32] = 32  # of AdamW's two moments; 8 (torchao) takes about a quarter of the bytes
 
 
 @dataclass(frozen=True)
@@ -171,14 +151,7 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Intervals are in steps; 0 turns a thing off.
-
-    Args:
-        trackers: where numbers and sample sheets go besides `metrics.jsonl`, any of `TRACKERS`.
-        project: of the run in W&B and trackio; the run itself is named after `output`.
-        peak_tflops: matrix products of one device, in 10^12 operations per second, measured by training/benchmark.py;
-            with it the log has `mfu`, the share of that peak in useful work.
-    """
+    """Intervals are in steps; 0 turns a thing off."""
 
     every: Interval = 20
     validate_every: Interval = 500
@@ -187,9 +160,12 @@ class LoggingConfig:
     sample_steps: Count = 16
     sample_guidance: Annotated[float, Between(-1e6, 1e6)] = 1.0
     prompts: list[str] = field(default_factory=list)
+    # where numbers and sample sheets go besides `metrics.jsonl`
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
-    project: str = "unidiff"
+    project: str = "unidiff"  # in W&B and trackio; the run itself is named after `output`
     progress: bool = True
+    # matrix products of one device, in 10^12 operations per second, measured by training/benchmark.py; with it the log has
+    # `mfu`, the share of that peak in useful work
     peak_tflops: Amount = 0.0
 
 
@@ -198,66 +174,48 @@ class CheckpointConfig:
     """What is kept of a run.
 
     Args:
-        every, minutes: a checkpoint every so many steps, and minutes of wall time; 0 turns either off.
-        keep: newest checkpoints kept.
         best: a number of the validation report, for instance `joint_nelbo`: a validation that lowers it is followed by a
             checkpoint, which is kept, is named in `checkpoints/best` and exported to OUTPUT/model-best. Empty: off.
-        background: several processes write while training goes on.
-        resume: go on from the newest checkpoint in OUTPUT; false refuses a folder that holds any.
         changed: what to do when the checkpoint was made with other settings or data that decide what is learnt
             (`unidiff.train.run.resume.FIXED`): `refuse`, or `allow` and go on with the new ones.
-        fallback: where the newest checkpoint is damaged, go on from the newest whole one before it.
-        init_from: a weights folder to start from.
-        export_dtype: of the exported average.
     """
 
-    every: Interval = 500
-    minutes: Amount = 0.0
-    keep: Count = 3
+    every: Interval = 500  # steps; 0 turns it off
+    minutes: Amount = 0.0  # of wall time; 0 turns it off
+    keep: Count = 3  # newest checkpoints kept
     best: str = ""
-    background: bool = True
-    resume: bool = True
+    background: bool = True  # several processes write while training goes on
+    resume: bool = True  # go on from the newest checkpoint in OUTPUT; false refuses a folder that holds any
     changed: Literal["refuse", "allow"] = "refuse"
-    fallback: bool = False
-    init_from: str = ""
-    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    fallback: bool = False  # where the newest checkpoint is damaged, go on from the newest whole one before it
+    init_from: str = ""  # a weights folder to start from
+    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the exported average
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How several processes (`torchrun`) share a run; one process ignores it.
 
-    Args:
-        mode: `ddp`, a whole model per process, or `fsdp`, weights, gradients and optimiser state sharded over them.
-        replicas: with `fsdp`, groups that each shard one copy of the model (hybrid sharding, one group per machine).
-        reshard: with `fsdp`, free a block's gathered weights after its forward pass and gather them again for backward.
-        param_dtype, reduce_dtype: with `fsdp`, in what precision weights are gathered and gradients summed.
+    `ddp` is a whole model per process; `fsdp` shards weights, gradients and optimiser state over them, and only then do the
+    other settings matter.
     """
 
     mode: Literal["ddp", "fsdp"] = "ddp"
-    replicas: Count = 1
-    reshard: bool = True
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    replicas: Count = 1  # groups that each shard one copy of the model (hybrid sharding, one group per machine)
+    reshard: bool = True  # free a block's gathered weights after its forward pass and gather them again for backward
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # in which weights are gathered
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # in which gradients are summed
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (peft) on the linear layers of the blocks; everything else stays frozen.
+    """Low-rank adapters (peft) on the linear layers of the blocks; everything else stays frozen."""
 
-    Args:
-        rank: inner width; 0 trains the whole model.
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the adapters' input.
-        dora: learn the columns' magnitudes apart (DoRA).
-        targets: names of the layers inside a block; empty takes all four.
-    """
-
-    rank: Annotated[int, Between(0, 2**16)] = 0
-    alpha: Positive = 16.0
-    dropout: BelowOne = 0.0
-    dora: bool = False
-    targets: list[LoraTarget] = field(default_factory=list)
+    rank: Annotated[int, Between(0, 2**16)] = 0  # inner width; 0 trains the whole model
+    alpha: Positive = 16.0  # the update is scaled by alpha / rank
+    dropout: BelowOne = 0.0  # on the adapters' input
+    dora: bool = False  # learn the columns' magnitudes apart (DoRA)
+    targets: list[LoraTarget] = field(default_factory=list)  # layers inside a block; empty takes all four
 
 
 @dataclass(frozen=True)
@@ -265,13 +223,10 @@ class TrainConfig:
     """One file, one run. `model` holds `MaskedTransformer` arguments; `vocab_size` comes from the data.
 
     Args:
-        batch_size: rows of one forward pass, over all processes; `accumulate` such passes make a step.
-        compile: `torch.compile` every block.
         attention_kernel: of packed, padded or doubled rows: `sdpa` with a mask of every pair of tokens, or `flex`
             (FlexAttention), which skips what no query may see; CUDA only, since torch has no backward of it for CPUs.
         activation_checkpointing: what the backward pass computes again: `none`, `selective` (all but matrix products and
             attention) or `full` (whole blocks).
-        max_bad_steps: a run ends after so many skipped steps in a row.
         spike_factor: a step is skipped when its loss exceeds so many times the moving average of the losses before, as
             it is when loss or gradient are not finite; 0 turns it off.
     """
@@ -279,15 +234,15 @@ class TrainConfig:
     output: str = "out/run"
     seed: Annotated[int, Between(-(2**62), 2**62)] = 0
     steps: Steps = 1000
-    batch_size: Count = 64
-    accumulate: Count = 1
+    batch_size: Count = 64  # rows of one forward pass, over all processes
+    accumulate: Count = 1  # such passes per step
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     threads: Annotated[int, Between(0, 1024)] = 0
-    compile: bool = False
+    compile: bool = False  # `torch.compile` every block
     attention_kernel: Literal["sdpa", "flex"] = "sdpa"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    max_bad_steps: Steps = 20
+    max_bad_steps: Steps = 20  # a run ends after so many skipped steps in a row
     spike_factor: Amount = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -322,7 +277,7 @@ def read_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, value, annotation) of every setting in nested dataclasses, in their order."""
-    for own, annotation in field_types(type(settings)).items():
+    for own, annotation in field_types(type(settings)).items():  # type: ignore[arg-type]
         value, name = getattr(settings, own), f"{prefix}{own}"
         if is_dataclass(annotation):
             check_value(value, annotation, name)

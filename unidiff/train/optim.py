@@ -94,7 +94,7 @@ class Optimisers:
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor, named `optimiser.parameter number.field`; scalars as 0-d tensors, 8-bit fields in two parts."""
-        flat = {}
+        flat: dict[str, Tensor] = {}
         for name, optimiser in self.optimisers.items():
             for number, entry in optimiser.state_dict()["state"].items():
                 for key, value in entry.items():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -29,7 +29,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Positive, check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
 from unidiff.train.build import merge_adapters
-from unidiff.train.config import Count, OptimiserConfig, Share
+from unidiff.train.config import Count, OptimiserConfig, Share, Steps
 from unidiff.train.data.tasks import rank_noise
 from unidiff.train.optim import Optimisers
 
@@ -42,31 +42,33 @@ _SEED_STREAM, _RATE_STREAM, _MASK_STREAM = 201, 10_000, 20_000  # the last two p
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Settings of UniGRPO.
+    """Settings of UniGRPO, and of a run of it."""
 
-    Args:
-        group: completions per prompt. masks: of each, every one followed by a step of AdamW, whose rate is `lr`.
-        states: what is masked: "random" positions, or those that were still hidden in a pass of the decode ("decoded").
-        low, high: range of the mask rate of random masks.
-        clip: epsilon of the ratio's range. beta: weight of the divergence from the starting model.
-        chunk: masked positions per piece of the head.
-        rows: completions per decode, and per forward and backward pass. More are split; results change by rounding only.
-        seed: of decodes and masks.
-        bf16: completions are decoded in bfloat16 and learnt from under autocast, which is faster.
-    """
-
-    group: Annotated[int, Between(2, 2**16)] = 8
-    masks: Annotated[int, Between(1, 2**16)] = 2
-    states: States = "random"
-    low: Share = 0.1
+    group: Annotated[int, Between(2, 2**16)] = 8  # completions per prompt
+    masks: Annotated[int, Between(1, 2**16)] = 2  # per completion, each followed by an optimiser step
+    states: States = (
+        "random"  # what is masked: random positions, or those that were still hidden in a pass of the decode
+    )
+    low: Share = 0.1  # the rate of random masks is drawn between the two
     high: Share = 0.9
-    clip: Positive = 0.2
-    beta: Annotated[float, Between(0, 1e9)] = 0.01
-    lr: Annotated[float, Between(1e-30, 1e3)] = 1e-5
-    chunk: Count = 512
-    rows: Count = 192
-    seed: Annotated[int, Between(0, 2**40)] = 0
-    bf16: bool = False
+    clip: Positive = 0.2  # epsilon of the ratio's range
+    beta: Annotated[float, Between(0, 1e9)] = 0.01  # weight of the divergence from the starting model
+    lr: Annotated[float, Between(1e-30, 1e3)] = 1e-5  # of AdamW
+    chunk: Count = 512  # masked positions per piece of the head
+    rows: Count = 192  # completions per decode, forward and backward pass; more are split, which changes rounding only
+    seed: Annotated[int, Between(0, 2**40)] = 0  # of decodes and masks
+    bf16: bool = False  # completions are decoded in bfloat16 and learnt from under autocast, which is faster
+    # of a run
+    steps: Steps = 100
+    prompts_per_step: Count = 8
+    passes: Count | None = None  # of the decodes; None for the pipeline's own. It is saved with them
+    guidance_scale: float | None = None  # likewise
+    cache: str = "none"  # of the decodes: "none", "auto", or the name of a policy
+    lora: Annotated[int, Between(0, 2**16)] = 0  # rank of adapters; 0 trains all weights
+    keep: Annotated[float, Between(1e-9, 1)] = 1.0  # share of the change that is saved, see `keep_share`
+    checkpoint_every: Steps = 10
+    track: list[str] = field(default_factory=list)  # where numbers go besides `metrics.jsonl`
+    fallback: bool = False  # go on from the checkpoint before a damaged one, if there is one
 
     def __post_init__(self) -> None:
         check_fields(self, "")
@@ -116,8 +118,7 @@ def policy_terms(
 
     Args:
         new, old, reference: `[B, L]`, log-probabilities of the completions' tokens under the three models.
-        advantage: `[B]`.
-        masked: bool `[B, L]`, the positions that count.
+        advantage: `[B]`. masked: bool `[B, L]`, the positions that count.
         count: `[B]`, what the sum of a row is divided by; None for its masked positions.
     """
     ratio, scale = (new - old).exp(), advantage[:, None]  # [B, L]

@@ -7,9 +7,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,10 +19,9 @@ from unidiff.families.layout import TaskInputs
 from unidiff.files import locked
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.options import DecodeOptions
-from unidiff.schema import Between
 from unidiff.tokens import TokenBatch
 from unidiff.train.build import add_adapters, merge_adapters
-from unidiff.train.config import Count, LoraConfig, Steps
+from unidiff.train.config import LoraConfig
 from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog, take_steps
@@ -35,37 +33,12 @@ Prompts = Callable[[int], str]
 """By number, so that a position needs no state."""
 
 
-@dataclass(frozen=True)
-class RewardRun(RewardConfig):
-    """Settings of a run, of `steps` steps with `prompts_per_step` prompts each.
-
-    Args:
-        passes, guidance_scale: of the decodes; None for the pipeline's own. It is saved with them.
-        cache: of the decodes: "none", "auto", or the name of a policy.
-        lora: rank of adapters; 0 trains all weights.
-        keep: share of the change that is saved: weights between the first and the last.
-        checkpoint_every: steps between checkpoints. track: where numbers go besides `metrics.jsonl`.
-        fallback: go on from the checkpoint before a damaged one, if there is one.
-    """
-
-    steps: Steps = 100
-    prompts_per_step: Count = 8
-    passes: Count | None = None
-    guidance_scale: float | None = None
-    cache: str = "none"
-    lora: Annotated[int, Between(0, 2**16)] = 0
-    keep: Annotated[float, Between(1e-9, 1)] = 1.0
-    checkpoint_every: Steps = 10
-    track: list[str] = field(default_factory=list)
-    fallback: bool = False
-
-
 def tune_pipeline(
     pipe: UniDiffPipeline,
     output: Path,
     reward: PictureReward,
     prompts: Prompts,
-    run: RewardRun,
+    run: RewardConfig,
     about: Mapping[str, str],
 ) -> None:
     """Tune `pipe` (in place) for text-to-image, or go on where the run in `output` stopped, and save it there.
@@ -98,7 +71,12 @@ class _Run:
     """See `unidiff.train.run.logs.SteppedRun`."""
 
     def __init__(
-        self, pipe: UniDiffPipeline, reward: PictureReward, prompts: Prompts, run: RewardRun, about: Mapping[str, str]
+        self,
+        pipe: UniDiffPipeline,
+        reward: PictureReward,
+        prompts: Prompts,
+        run: RewardConfig,
+        about: Mapping[str, str],
     ) -> None:
         self.pipe, self.reward, self.prompts, self.run, self.about = pipe, reward, prompts, run, about
         self.texts: list[str] = []  # of the step

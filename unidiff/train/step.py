@@ -26,19 +26,13 @@ _MEMORY = 0.98  # of the moving average of losses that spikes are measured again
 
 @dataclass(frozen=True)
 class TokenNLL:
-    """The forward pass of training and validation: -log p(x0 | x_t) at hidden positions, `[B, L]` nats.
-
-    Args:
-        chunk: masked positions per call of the head.
-        bf16: under autocast.
-        flex: masks of packed, padded or doubled rows are FlexAttention's.
-    """
+    """The forward pass of training and validation: -log p(x0 | x_t) at hidden positions, `[B, L]` nats."""
 
     model: MaskedTransformer
     vocabulary: Vocabulary
-    chunk: int
-    bf16: bool = False
-    flex: bool = False
+    chunk: int  # masked positions per call of the head
+    bf16: bool = False  # under autocast
+    flex: bool = False  # masks of packed, padded or doubled rows are FlexAttention's
 
     def __call__(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
         x_t = noisy.batch
@@ -55,27 +49,17 @@ class TokenNLL:
 
 @dataclass
 class TrainState:
-    """What a step changes, and what it needs to change it.
+    """What a step changes, and what it needs to change it."""
 
-    Attributes:
-        token_nll: of the model whose parameters `optimisers` and `ema` hold.
-        parallel: the processes of the run; alone by default.
-        step: optimiser steps taken, skipped ones included. samples: position in the data, from which all noise is keyed.
-        spike_factor: a loss above this many times `level` is a spike; 0 allows all.
-        level: moving average of the losses of steps taken; 0 before the first.
-        bad_steps: consecutive steps skipped for a spike, or a loss or gradient that was not finite.
-        skipped: all such steps of the run.
-    """
-
-    token_nll: TokenNLL
+    token_nll: TokenNLL  # of the model whose parameters `optimisers` and `ema` hold
     optimisers: Optimisers
     ema: EMA
-    step: int = 0
-    samples: int = 0
-    bad_steps: int = 0
-    skipped: int = 0
-    spike_factor: float = 0.0
-    level: float = 0.0
+    step: int = 0  # optimiser steps taken, skipped ones included
+    samples: int = 0  # position in the data, from which all noise is keyed
+    bad_steps: int = 0  # consecutive steps skipped for a spike, or a loss or gradient that was not finite
+    skipped: int = 0  # all such steps of the run
+    spike_factor: float = 0.0  # a loss above this many times `level` is a spike; 0 allows all
+    level: float = 0.0  # moving average of the losses of steps taken; 0 before the first
     parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
 
     def __post_init__(self) -> None:
@@ -93,27 +77,16 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Numbers of one step over all processes, on the CPU.
-
-    Attributes:
-        loss: the training loss.
-        grad_norm: before clipping.
-        finite: False when loss or gradient was not, and the step therefore skipped.
-        spike: True when the step was skipped for a loss far above the ones before.
-        nll: float32 `[tasks, 2]`, summed nats at hidden positions per task and modality.
-        hidden: float32 `[tasks, 2]`, how many there were.
-        rows: float32 `[tasks]`.
-        by_time: float32 `[TIME_BUCKETS, 2]`, summed nats at hidden positions and their number, by mask rate.
-    """
+    """Numbers of one step over all processes, on the CPU; tensors are float32."""
 
     loss: float
-    grad_norm: float
-    finite: bool
-    spike: bool
-    nll: Tensor
-    hidden: Tensor
-    rows: Tensor
-    by_time: Tensor
+    grad_norm: float  # before clipping
+    finite: bool  # False when loss or gradient was not, and the step therefore skipped
+    spike: bool  # True when the step was skipped for a loss far above the ones before
+    nll: Tensor  # [tasks, 2], summed nats at hidden positions per task and modality
+    hidden: Tensor  # [tasks, 2], how many there were
+    rows: Tensor  # [tasks]
+    by_time: Tensor  # [TIME_BUCKETS, 2], summed nats at hidden positions and their number, by mask rate
 
     @property
     def taken(self) -> bool:
