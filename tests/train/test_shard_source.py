@@ -40,7 +40,7 @@ def numbers(rows, text):
 
 def test_every_epoch_shows_every_row_once(folder, text):
     source = open_shards(str(folder), seed=4)
-    assert len(source) == 90 and source.grid == (4, 4) and source.text_length == 20 and source.text_prefix == 1
+    assert source.rows == 90 and source.grid == (4, 4) and source.text_length == 20 and source.text_prefix == 1
     epochs = [numbers(source.fetch(torch.arange(e * 90, (e + 1) * 90)), text) for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(90))
@@ -83,18 +83,18 @@ def test_without_questions(tmp_path, text):
     rows = source.fetch(torch.arange(5))
     assert rows.questions is None and rows.answer_start is None
     rest, held = source.split(2)
-    assert not held.has_questions and len(rest) == 3
+    assert not held.has_questions and rest.rows == 3
 
 
 @pytest.mark.parametrize("count", [1, 7, 20])
 def test_holding_out(folder, text, count):
     rest, held = open_shards(str(folder), seed=2).split(count)
-    assert len(rest) == 90 - count and len(held) == count
-    kept = numbers(rest.fetch(torch.arange(3 * len(rest))), text)
+    assert rest.rows == 90 - count and held.rows == count
+    kept = numbers(rest.fetch(torch.arange(3 * rest.rows)), text)
     assert Counter(kept) == dict.fromkeys(range(90 - count), 3)
     assert sorted(numbers(held.fetch(torch.arange(count)), text)) == list(range(90 - count, 90))
     with pytest.raises(ValueError, match="fewer validation rows"):
-        rest.split(len(rest))
+        rest.split(rest.rows)
 
 
 def test_weighted_sets(folder, tmp_path, text):
@@ -107,7 +107,7 @@ def test_weighted_sets(folder, tmp_path, text):
     assert torch.equal(again.captions, source.fetch(torch.tensor([997, 5])).captions)
     rest, held = source.split(8)
     assert Counter(n == 500 for n in numbers(held.fetch(torch.arange(8)), text)) == {False: 6, True: 2}
-    assert len(rest) == 92
+    assert rest.rows == 92
     encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "c", EncodeSettings(24, 20))
     with pytest.raises(ValueError, match="differ in vocabulary, grid or text length"):
         open_shards(f"{folder}@1::{tmp_path / 'c'}@1")
@@ -175,13 +175,13 @@ def test_refused_sources(folder, tmp_path):
     (tmp_path / "extra.tar").write_bytes((folder / "00000.tar").read_bytes())
     with pytest.raises(ValueError, match=r"not listed in its folder's tokens\.json"):
         open_shards(str(tmp_path / "extra.tar"))
-    assert len(open_shards(str(tmp_path / "00000.tar"))) == 7
+    assert open_shards(str(tmp_path / "00000.tar")).rows == 7
 
 
 def test_training_settings_open_shards(folder, text):
     config = read_config(None, [f"data.train={folder}", "data.validation_rows=10", "seed=3"])
     train, held_out = open_sources(config)
-    assert len(train) == 80 and len(held_out) == 10
+    assert train.rows == 80 and held_out.rows == 10
     assert train.vocabulary == held_out.vocabulary
     assert train.vocabulary.specials["caption"] == text.special("caption")
     with pytest.raises(ValueError, match="which token shards do not have"):

@@ -156,11 +156,11 @@ def _open(url: str, stack: ExitStack) -> tuple[IO[bytes], str]:
     for magic, words in _UNREADABLE.items():
         if head.startswith(magic):
             raise Unusable(report.UNREADABLE_SHARD, words)
-    for magic, opener in _COMPRESSED.items():
-        if head.startswith(magic):
-            unpacked = _spool(stack)
-            return unpacked, _unpack(opener, stream, unpacked) or problem
-    return stream, problem
+    opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
+    if opener is None:
+        return stream, problem
+    unpacked = _spool(stack)
+    return unpacked, _unpack(opener, stream, unpacked) or problem
 
 
 def _unpack(opener: Callable[..., Any], packed: IO[bytes], out: IO[bytes]) -> str:

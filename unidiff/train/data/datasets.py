@@ -51,9 +51,9 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
         if held_out.contents() & table.contents():  # copies
             raise _trained_on(data.validation, "the same content under another name")
     elif data.validation_rows:
-        if data.validation_rows >= len(table):
+        if data.validation_rows >= table.rows:
             raise ValueError(
-                f"data.validation_rows = {data.validation_rows} leaves nothing of {len(table)} rows to train on"
+                f"data.validation_rows = {data.validation_rows} leaves nothing of {table.rows} rows to train on"
             )
         table, held_out = table.split(data.validation_rows)
     return table.seeded(config.seed, phases(config)), held_out

@@ -71,13 +71,10 @@ class WeightedShards(Generic[Row]):
         manifests = {folder: manifest for part in self._sets for folder, manifest in part.manifests.items()}
         return {f: SkipReport.from_state_dict(m.skipped) for f, m in sorted(manifests.items()) if m.skipped}
 
-    def __len__(self) -> int:
-        return sum(part.total for part in self._sets)
-
     @property
     def rows(self) -> int:
         """Distinct samples, of all sets."""
-        return len(self)
+        return sum(part.total for part in self._sets)
 
     @property
     def text_length(self) -> int:

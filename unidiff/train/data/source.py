@@ -151,12 +151,9 @@ class TokenTable:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
 
-    def __len__(self) -> int:
-        return len(self.tensors["codes"])
-
     @property
     def rows(self) -> int:
-        return len(self)
+        return len(self.tensors["codes"])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -185,7 +182,7 @@ class TokenTable:
     def _row_of(self, index: int) -> int:
         phase = max(p for p, (start, _) in enumerate(self._phases) if start <= index)
         start, eligible = self._phases[phase]
-        count = len(self) if eligible is None else len(eligible)
+        count = self.rows if eligible is None else len(eligible)
         epoch, place = divmod(index - start, count)
         if (phase, epoch) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key >= (phase, epoch - 1)}

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from unidiff.data.sources import MixtureSchedule
 from unidiff.diffusion.noise import keyed_bits, keyed_uniform
 from unidiff.models.trained_on import TASKS
-from unidiff.tokens import Modality, Span, TokenBatch, Visibility, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Visibility
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenRows, TokenSource
@@ -115,22 +115,18 @@ class TaskMixer:
             raise ValueError("data.documents has another vocabulary or grid than data.train; encode them alike")
         if documents is not None and block_length:
             raise ValueError(
-                "documents have no blocks, so a block-causal model cannot train on them; empty data.documents"
+                "documents have no blocks, so no block-causal model can train on them; empty data.documents"
             )
         if tasks.answer.weight > 0 and not source.has_questions:
-            raise ValueError(
-                "tasks.answer.weight is above 0 but the data has no questions; set it to 0 or add questions"
-            )
+            raise ValueError("tasks.answer.weight is above 0 but the data has no questions; set it to 0 or add some")
         self.settings: tuple[TaskConfig, ...] = tuple(getattr(tasks, name) for name in TASKS)
         for name, settings in zip(TASKS, self.settings, strict=True):
             if settings.loss == "elbo" and settings.rates.mask_rate(torch.zeros(())) > 0:
                 raise ValueError(f"tasks.{name}: loss elbo needs a rate that reaches 0; use uniform, cosine or beta")
         weights = torch.tensor([s.weight for s in self.settings], dtype=torch.float64)
-        text, image = (
-            Span.masked_text(source.text_length, source.vocabulary),
-            Span.masked_image(source.grid, source.vocabulary),
-        )
-        self._layout = TokenBatch.from_spans([[text, image]])  # of every row
+        ids = source.vocabulary
+        spans = [Span.masked_text(source.text_length, ids), Span.masked_image(source.grid, ids)]
+        self._layout = TokenBatch.from_spans([spans])  # of every row
         self._edges = (weights / weights.sum()).cumsum(0)
         self._schedule = MixtureSchedule((1 - document_share, document_share), seed) if documents is not None else None
 
@@ -160,14 +156,15 @@ class TaskMixer:
         if task is not None:
             chosen = torch.full_like(chosen, task)
         batch, uncond_mask = self._lay_out(self.source.fetch(index), chosen, draw)
-        return self._masked(index, chosen, drop_condition(batch, uncond_mask, self.source.vocabulary))
+        # a condition that is dropped becomes given [MASK]: seen by the model as hidden, never a target
+        batch = batch.hide(uncond_mask, self.source.vocabulary).replace(given=batch.given | uncond_mask)
+        return self._masked(index, chosen, batch)
 
     def _masked(self, index: Tensor, chosen: Tensor, batch: TokenBatch) -> TaskBatch:
         """Clean rows with what is hidden of them for the tasks `chosen`, by draws keyed by `index` (both int64 `[B]`)."""
         noise = keyed_uniform(self.seed, index, _MASK_STREAM, batch.shape[1])  # [B, L]
-        modality_weight = torch.where(
-            batch.modality == Modality.IMAGE, self.objective.image_weight, self.objective.text_weight
-        )  # [B, L]
+        is_image, weights = batch.modality == Modality.IMAGE, self.objective
+        modality_weight = torch.where(is_image, weights.image_weight, weights.text_weight)  # [B, L]
         if self.block_length:
             noise, rate, weight = self._block_rates(index, chosen, batch, noise)  # [B, L] each
             weight = (weight * modality_weight).float()
@@ -183,9 +180,8 @@ class TaskMixer:
         block = torch.div(batch.positions[..., 0], self.block_length, rounding_mode="floor")  # [B, L]
         count = int(block.max()) + 1
         members = F.one_hot(block, count).bool() & batch.targets[..., None]  # [B, L, K]
-        ranked, total = rank_noise(
-            noise[:, None].expand(-1, count, -1).flatten(0, 1), members.transpose(1, 2).flatten(0, 1)
-        )
+        per_block = noise[:, None].expand(-1, count, -1).flatten(0, 1)  # [B * K, L]
+        ranked, total = rank_noise(per_block, members.transpose(1, 2).flatten(0, 1))
         noise = ranked.view(-1, count, block.shape[1]).gather(1, block[:, None])[:, 0]
         times = keyed_uniform(self.seed, index, _BLOCK_STREAM, count)  # [B, K]
         rate, weight = self._rates(times, task[:, None], total.view(-1, count).clamp_min(1))
@@ -245,11 +241,6 @@ class TaskMixer:
         modality, positions = self._layout.modality.expand(count, -1), self._layout.positions.expand(count, -1, -1)
         batch = TokenBatch(ids, modality, given | ~valid, valid, positions, torch.where(valid, 0, -1))
         return batch, uncond_mask & valid
-
-
-def drop_condition(batch: TokenBatch, uncond_mask: Tensor, vocabulary: Vocabulary) -> TokenBatch:
-    """Positions of a condition (bool `[B, L]`) become given [MASK]: seen by the model as hidden, never a target."""
-    return batch.hide(uncond_mask, vocabulary).replace(given=batch.given | uncond_mask)
 
 
 def rank_noise(noise: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unidiff.data.shards import ImagePreprocess, ShardSource
 from unidiff.files import file_stamp
+from unidiff.schema import check_value
 from unidiff.train.image_tokenizer.config import ImageData
 from unidiff.world import WORLDS
 
@@ -26,22 +27,17 @@ _MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no o
 
 
 class PictureStream:
-    """Single pictures without end, float32 `[3, H, W]` in [0, 1], none of which is held out.
+    """Single pictures without end, float32 `[3, H, W]` in [0, 1], none of which is held out."""
 
-    Args:
-        source: iterable, with a position as plain data. prepare: what it gives as a picture.
-    """
-
-    def __init__(self, source: _Scenes | ShardSource, prepare: Callable[[Any], Tensor], held_out: set[bytes]) -> None:
-        self.source, self.prepare, self.held_out = source, prepare, held_out
+    def __init__(self, source: _Scenes | ShardSource, held_out: set[bytes]) -> None:
+        self.source, self.held_out = source, held_out
 
     def __iter__(self) -> Iterator[Tensor]:
         repeats = 0
-        for item in self.source:
-            picture = self.prepare(item)
-            repeats = repeats + 1 if digest(picture) in self.held_out else 0
+        for sample in self.source:
+            repeats = repeats + 1 if digest(sample["image"]) in self.held_out else 0
             if not repeats:
-                yield picture
+                yield sample["image"]
             elif repeats == _MOST_REPEATS:
                 raise ValueError(f"all of {_MOST_REPEATS} pictures are held out; lower data.validation_images")
 
@@ -51,29 +47,25 @@ class PictureStream:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a position. Raises ValueError where it is of other data."""
-        try:
-            self.source.load_state_dict(state)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("the saved position is of other data") from error
+        self.source.load_state_dict(state)
 
 
 class _Scenes:
-    """Numbers of scenes."""
+    """Pictures of a world one after the other, with the methods of `ShardSource`."""
 
-    def __init__(self) -> None:
-        self.scene = 0
+    def __init__(self, picture: Callable[[int], Tensor]) -> None:
+        self.picture, self.scene = picture, 0
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             self.scene += 1
-            yield self.scene - 1
+            yield {"image": self.picture(self.scene - 1)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"scene": self.scene}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if type(state["scene"]) is not int:
-            raise TypeError
+        check_value(state.get("scene"), int, "the saved scene")
         self.scene = state["scene"]
 
 
@@ -102,18 +94,21 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
         if (side := held_out.shape[-1]) % factor:
             raise ValueError(f"pictures of {data.profile!r} are {side} pixels wide, which factor {factor} must divide")
         digests = {digest(picture) for picture in held_out}
-        stream = PictureStream(_Scenes(), _world_pictures(data, seed), digests)
+        stream = PictureStream(_Scenes(_world_pictures(data, seed)), digests)
         return Pictures(held_out, stream, {"held-out pictures": _joint(digests)})
     preprocess = ImagePreprocess(data.image_size, factor)
 
-    def prepare(sample: dict[str, Any]) -> Tensor:
-        return preprocess(sample["image"])
+    def prepare(sample: dict[str, Any]) -> dict[str, Any]:
+        return sample | {"image": preprocess(sample["image"])}
 
-    once, source = (ShardSource(data.shards, ("image",), (), _WINDOW, seed, repeat) for repeat in (False, True))
-    held = _first_different(once, prepare, data)
+    once, source = (
+        ShardSource(data.shards, ("image",), shuffle=_WINDOW, seed=seed, repeat=repeat, prepare=prepare)
+        for repeat in (False, True)
+    )
+    held = _first_different(once, data)
     digests = {digest(picture) for picture in held}
     facts = {"held-out pictures": _joint(digests), "data.shards": _joint(map(_content, source.shards))}
-    return Pictures(torch.stack(held), PictureStream(source, prepare, digests), facts)
+    return Pictures(torch.stack(held), PictureStream(source, digests), facts)
 
 
 def world_images(data: ImageData, seed: int, start: int, count: int) -> Tensor:
@@ -131,7 +126,7 @@ def digest(picture: Tensor) -> bytes:
     return hashlib.blake2b(picture.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
-def _first_different(source: ShardSource, prepare: Callable[[Any], Tensor], data: ImageData) -> list[Tensor]:
+def _first_different(source: ShardSource, data: ImageData) -> list[Tensor]:
     """The first pictures to hold out, all different, if at least one other remains."""
     asked, total = data.validation_images, 0
     seen: set[bytes] = set()
@@ -139,12 +134,10 @@ def _first_different(source: ShardSource, prepare: Callable[[Any], Tensor], data
     wanted = asked or HELD_OUT
     for sample in source:
         total += 1
-        picture = prepare(sample)
-        if (own := digest(picture)) in seen:
-            continue
+        own = digest(sample["image"])
+        if own not in seen and len(held) < wanted:
+            held.append(sample["image"])
         seen.add(own)
-        if len(held) < wanted:
-            held.append(picture)
         if len(seen) > wanted and (asked or len(seen) >= _SHARE * wanted):
             return held
     if len(seen) < 2:
