@@ -98,7 +98,7 @@ def test_the_cache_of_a_training_run_follows_its_data(tmp_path, text, caplog):
         second = open_shards(*arguments)
     assert (len(first), len(second)) == (6, 9) and "encoded again" in caplog.text
     (tmp_path / "cache" / "set0" / "00001.tar").unlink()  # the cache itself was damaged
-    assert len(open_shards(*arguments)) == 9 and (tmp_path / "cache" / "set0" / "00001.tar").is_file()
+    assert open_shards(*arguments).rows == 9 and (tmp_path / "cache" / "set0" / "00001.tar").is_file()
 
 
 def test_manifests_from_before_there_were_stamps(tmp_path, encode, caplog):
@@ -110,7 +110,7 @@ def test_manifests_from_before_there_were_stamps(tmp_path, encode, caplog):
     with caplog.at_level(logging.WARNING):
         assert encode().sources == {}
     assert "whether that changed is unknown" in caplog.text
-    assert len(open_shards(str(tmp_path / "out"))) == 20
+    assert open_shards(str(tmp_path / "out")).rows == 20
 
 
 @pytest.mark.parametrize("how", ["flip", "replace", "more"])
