@@ -129,10 +129,7 @@ def with_image_tokenizer(
 
 def code_overlap(old: VQImageTokenizer, new: VQImageTokenizer, images: Iterable[Tensor]) -> Tensor:
     """How often cells of a new code have each old code: float `[new codes, old codes]`, rows sum to one.
-
-    Raises:
-        ValueError: no images.
-    """
+    Raises ValueError where there are no images."""
     counts = torch.zeros(new.codebook_size * old.codebook_size)
     for batch in images:
         pair = new.encode(batch) * old.codebook_size + old.encode(batch)

@@ -40,10 +40,7 @@ class Optimisers:
 
     Muon takes the matrices inside blocks (names with `blocks.N.` or `layers.N.`); AdamW takes the rest, with weight decay
     on matrices only, never on norms, biases and embeddings' one-dimensional companions. With `state_bits` 8, AdamW's moments
-    are torchao's and Muon's stay in 32 bits.
-
-    Raises:
-        ValueError: torchao is missing, or does not go with how the model is spread.
+    are torchao's (see `_adamw_8bit`) and Muon's stay in 32 bits.
     """
 
     def __init__(self, model: nn.Module, config: OptimiserConfig) -> None:
@@ -186,10 +183,8 @@ def _adamw_8bit(groups: list[dict[str, Any]], config: OptimiserConfig) -> Optimi
     """AdamW whose moments are kept in 8 bits, by torchao (Dettmers et al. 2021, arXiv 2110.02861).
 
     256 neighbouring values share a float32 scale. Moments of parameters with fewer than 4,096 values, or not made of whole
-    blocks, stay in float32; so do the weights, and the arithmetic of an update.
-
-    Raises:
-        ValueError: torchao is not installed, or parameters are sharded: blocks would not fit another number of shards.
+    blocks, stay in float32; so do the weights, and the arithmetic of an update. Raises ValueError where torchao is not
+    installed, or parameters are sharded: blocks would not fit another number of shards.
     """
     absent = "needs torchao; run pip install 'unidiff[quantise]' or set optimiser.state_bits=32"
     optimisers = import_extra("torchao.optim", f"optimiser.state_bits = 8 {absent}")

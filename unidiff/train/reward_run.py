@@ -43,11 +43,8 @@ def tune_pipeline(
 ) -> None:
     """Tune `pipe` (in place) for text-to-image, or go on where the run in `output` stopped, and save it there.
 
-    Args:
-        about: what makes another run of it where it differs.
-
-    Raises:
-        ValueError: settings that do not fit, a folder of another run or in use, or a reward that fails.
+    Where `about` differs it is another run. Raises ValueError for settings that do not fit, a folder of another run or in
+    use, or a reward that fails.
     """
     asked = DecodeOptions(steps=run.passes, guidance_scale=run.guidance_scale)
     sampler = asked.apply(pipe.settings.sampler("text_to_image"))

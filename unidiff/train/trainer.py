@@ -20,14 +20,7 @@ from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.folder import check_replaceable, others_in_model
 from unidiff.process import pick_device
-from unidiff.train.build import (
-    add_adapters,
-    build_model,
-    check_start,
-    merge_adapters,
-    set_up_blocks,
-    uses_flex,
-)
+from unidiff.train.build import add_adapters, build_model, check_start, merge_adapters, set_up_blocks, uses_flex
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.data.datasets import DataLosses, open_documents, open_sources
 from unidiff.train.data.samples import sheet_sampler
@@ -260,10 +253,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this very state; several processes may still be writing when this returns.
-
-        Raises:
-            TrainingAborted: the weights are not finite. OSError: a full or read-only disk and the like.
-        """
+        Raises TrainingAborted where the weights are not finite, OSError for a full or read-only disk and the like."""
         state = self.state
         if self.parallel.agree(not state.finite())[0]:
             raise TrainingAborted(f"the weights are no longer finite at step {state.step}; {_LOWER}")
@@ -279,10 +269,7 @@ class Trainer:
         self, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> MaskedTransformer | None:
         """The averaged weights as a whole model in evaluation mode, on rank 0; None on the others, which must call it too.
-
-        Args:
-            dtype, device: of the model; None for the run's device.
-        """
+        `device` None is the run's."""
         average, adapted = {}, self.config.lora.rank > 0
         for name, value in self.state.ema.average.items():
             full = whole(value)
@@ -303,10 +290,8 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, which appears whole or not at all.
 
-        Rank 0 writes; all ranks must call it.
-
-        Raises:
-            ValueError: weights that are not finite, or a folder that holds something else than an export.
+        Rank 0 writes; all ranks must call it. Raises ValueError for weights that are not finite, or a folder that holds
+        something else than an export.
         """
         settings, source = self.config.checkpoint, self.source
         model = self.averaged(getattr(torch, settings.export_dtype), torch.device("cpu"))

@@ -53,9 +53,8 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 class RunCheckpoint:
     """Everything a run continues from.
 
-    `state` is plain data: step, samples (the position in the data, from which all noise is keyed), EMA updates, bad steps,
-    config, `facts` about the data and the starting weights; where a validation happened at this very step `score`, the
-    number that `best` compares, and `scored`, which number on which rows it is.
+    `state` is plain data: where the run stands, its config, `facts` about the data and the starting weights; where a
+    validation happened at this very step `score`, the number that `best` compares, and `scored`, which number on which rows.
     """
 
     model: dict[str, Tensor]
@@ -82,10 +81,8 @@ def holds_checkpoints(folder: Path) -> bool:
 def save_checkpoint(folder: Path, checkpoint: RunCheckpoint, keep: int) -> None:
     """Write `folder/step-N`, point `latest` at it, and delete all but the `keep` newest and the best.
 
-    A process killed anywhere in here leaves the previous checkpoint in charge.
-
-    Raises:
-        OSError: a full or read-only disk and the like; nothing half-written stays.
+    A process killed anywhere in here leaves the previous checkpoint in charge. Raises OSError for a full or read-only disk
+    and the like; nothing half-written stays.
     """
     name = step_name(checkpoint.state["step"])
     if pointed_name(folder) == name:  # SIGTERM right after a regular save: it is on disk already
@@ -122,11 +119,8 @@ class CheckpointSaver:
         self._pending: tuple[Future[Any], str, ExitStack] | None = None
 
     def save(self, checkpoint: RunCheckpoint) -> None:
-        """Start writing; all processes must call this with their part of the same step.
-
-        Raises:
-            OSError, ValueError: a full or read-only disk and the like, for this checkpoint or the one before it.
-        """
+        """Start writing; all processes must call this with their part of the same step. Raises OSError or ValueError for a
+        full or read-only disk and the like, of this checkpoint or the one before it."""
         if not self.parallel.grouped:
             save_checkpoint(self.folder, checkpoint, self.keep)
             return
@@ -181,11 +175,8 @@ def write_sums(folder: Path) -> None:
 
 
 def damage(target: Path, share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with a checkpoint folder, as the first part of a sentence; empty when it is whole.
-
-    Args:
-        share: (n, of): hash only every `of`-th file, from the n-th on, where others look at the rest.
-    """
+    """What is wrong with a checkpoint folder, as the first part of a sentence; empty when it is whole. With a `share`
+    (n, of) only every `of`-th file is hashed, from the n-th on, where others look at the rest."""
     if not target.is_dir():
         return f"checkpoint {target} is not there"
     try:
@@ -286,11 +277,8 @@ def publish(folder: Path, name: str, keep: int) -> None:
 
 
 def pointed_name(folder: Path, pointer: str = "latest") -> str | None:
-    """The folder name that the file `pointer` (`latest` or `best`) holds, or None without that file.
-
-    Raises:
-        DamagedFile: it holds something else.
-    """
+    """The folder name that the file `pointer` (`latest` or `best`) holds, or None without that file. Raises DamagedFile
+    where it holds something else."""
     path = folder / pointer
     if not path.exists():
         return None
@@ -303,11 +291,8 @@ def pointed_name(folder: Path, pointer: str = "latest") -> str | None:
 
 
 def score_of(folder: Path, scored: str | None) -> float:
-    """The validation number of the best checkpoint; infinity where there is none.
-
-    Args:
-        scored: which number on which rows is asked for; another one cannot be compared and does not count.
-    """
+    """The validation number of the best checkpoint; infinity where there is none, or it is not `scored` on the same rows
+    and cannot be compared."""
     score, own = _score(folder, pointed_name(folder, "best"))
     return score if None in (scored, own) or own == scored else math.inf
 
@@ -324,11 +309,8 @@ def _score(folder: Path, name: str | None) -> tuple[float, str | None]:
 
 
 def load_checkpoint(folder: Path, kind: str, fallback: bool, setting: str) -> RunCheckpoint | None:
-    """The checkpoint that `choose` finds, or None when there is none.
-
-    Raises:
-        DamagedFile: it is damaged. ValueError: it is of a run of another kind than `kind` (of `KINDS`).
-    """
+    """The checkpoint that `choose` finds, or None when there is none. Raises DamagedFile for a damaged one, ValueError for
+    one of a run of another kind than `kind` (of `KINDS`)."""
     choice = choose(folder, fallback, setting=setting)
     if choice is None:
         return None

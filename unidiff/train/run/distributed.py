@@ -40,11 +40,8 @@ class Launch(NamedTuple):
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch | None:
-    """This process among those that `torchrun` started; None when it did not.
-
-    Raises:
-        ValueError: numbers that are none, or do not fit each other.
-    """
+    """This process among those that `torchrun` started; None when it did not. Raises ValueError for numbers that are none,
+    or do not fit each other."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     if not all(name in environment for name in (*names, "MASTER_ADDR")):
         return None
@@ -223,10 +220,8 @@ class Parallel:
     def locked(self, folder: Path, what: str) -> Iterator[None]:
         """As `unidiff.files.locked`, for all processes of the run together; nothing happens where they hold it already.
 
-        A folder that was made for the lock alone goes with it.
-
-        Raises:
-            ValueError: on all of them, when another run works there or the folder cannot be written.
+        A folder that was made for the lock alone goes with it. Raises ValueError, on all of them, when another run works
+        there or the folder cannot be written.
         """
         folder = folder.absolute()
         if folder in self._held:

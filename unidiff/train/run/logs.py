@@ -64,10 +64,8 @@ class RunLog:
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """One line `{"step", "kind", "time", **values}`; numbers that are not finite become null.
 
-        Trackers get the finite ones, named `kind/key`.
-
-        Raises:
-            OSError: the disk is full and the like; the file then ends with its last whole line.
+        Trackers get the finite ones, named `kind/key`. Raises OSError where the disk is full and the like; the file then
+        ends with its last whole line.
         """
         if self._file is None:
             return

@@ -75,10 +75,7 @@ def position(state: TrainState) -> dict[str, Any]:
 
 def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[str, Any]) -> CheckpointChoice | None:
     """Put the checkpoint to go on from in `folder`, if there is one, into a fresh training; all processes must call this.
-
-    Raises:
-        ValueError: it is damaged, of another run (see `compare`), model or optimiser, or not asked for.
-    """
+    Raises ValueError where it is damaged, of another run (see `compare`), model or optimiser, or not asked for."""
     settings, parallel = config.checkpoint, state.parallel
     if not settings.resume:
         if holds_checkpoints(folder):
@@ -168,11 +165,8 @@ def _short(value: Any) -> str:
 def check_same(
     old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, setting: str, names: Iterable[str] | None = None
 ) -> None:
-    """Raise ValueError, with both values, where a run is not the one that wrote the checkpoints in its `folder`.
-
-    Args:
-        setting: what a person names another folder by. names: those that are compared; None for all.
-    """
+    """Raise ValueError, with both values, where a run is not the one that wrote the checkpoints in its `folder`; `setting`
+    is what a person names another folder by, `names` are those that are compared (None: all)."""
     if changed := differences(old, new, names):
         raise ValueError(
             f"the run in {str(folder)!r} has {changed[0]}; use the same to continue it, or another {setting}"
@@ -205,9 +199,6 @@ def facts_of(config: TrainConfig, source: TokenSource, documents: DocumentTokens
     """What data and starting weights are, so that others under the same name are noticed: plain data by name.
 
     Reads the starting weights once; tables are hashed whole, token shards are known by their manifest.
-
-    Raises:
-        OSError: the starting weights cannot be read.
     """
     facts = {f"data.train {key}": value for key, value in _about(source).items()}
     if documents is not None:
