@@ -14,9 +14,8 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.tasks import TaskMixer
-from unidiff.train.step import TokenNLL
+from unidiff.train.step import VALIDATION_SEED, TokenNLL, validate
 from unidiff.train.trainer import Trainer
-from unidiff.train.validation import VALIDATION_SEED, validate
 
 pytestmark = pytest.mark.training
 BLOCK = 4

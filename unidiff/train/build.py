@@ -20,6 +20,7 @@ from unidiff.schema import check_arguments
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import LORA_TARGETS, LoraConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
+from unidiff.train.run.resume import differences
 from unidiff.weights.files import check_dtype, check_finite, check_shapes, open_checkpoint
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
@@ -87,11 +88,8 @@ def _say_differences(model: MaskedTransformer, path: Path) -> None:
     if not path.is_file():
         return
     theirs = read_json(path, "the config of a transformer")
-    own = {key: value for key, value in model.config.items() if not key.startswith("_") and key not in _LOOSE}
-    changed = [
-        f"{key} = {theirs[key]!r}, here {own[key]!r}" for key in sorted(own) if theirs.get(key, own[key]) != own[key]
-    ]
-    if changed:
+    names = sorted(key for key in model.config if not key.startswith("_") and key in theirs and key not in _LOOSE)
+    if changed := differences(theirs, model.config, names):
         _LOG.warning("the weights in %s were trained with %s", path.parent, "; ".join(changed))
 
 

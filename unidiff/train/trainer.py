@@ -32,8 +32,16 @@ from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
 from unidiff.train.run.logs import Progress, RunLog, stop_on_signals
 from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as
-from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TokenNLL, TrainState, train_step
-from unidiff.train.validation import report_names, validate
+from unidiff.train.step import (
+    SpeedMeter,
+    StepReport,
+    TaskMeter,
+    TokenNLL,
+    TrainState,
+    report_names,
+    train_step,
+    validate,
+)
 
 _LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
