@@ -48,8 +48,7 @@ class ImageInputs:
             FileNotFoundError, DamagedFile: as `open_picture`.
         """
         items = as_list(images, "image")
-        named = [(image, _number("image", i, len(items))) for i, image in enumerate(items)]
-        return torch.cat([self._one(image, name, resize) for image, name in named])
+        return torch.cat([self._one(item, _number("image", i, len(items)), resize) for i, item in enumerate(items)])
 
     def masks(self, masks: Any, originals: Any, resize: bool = False) -> Tensor:
         """bool `[B, H, W]`, True where to repaint: white in the mask, see `white_pixels`.
@@ -58,9 +57,6 @@ class ImageInputs:
             masks: one or a list, or a batch `[B, h, w]`.
             originals: the pictures before any resizing, whose size each mask must have.
             resize: as the pictures; a pixel of the model is white where any of the mask's below it is.
-
-        Raises:
-            ValueError: another size than the picture, or as `white_pixels`.
         """
         originals = as_list(originals, "image")
         masks = mask_list(masks, len(originals))
@@ -86,14 +82,14 @@ class ImageInputs:
 
     def _one(self, image: Any, name: str, resize: bool) -> Tensor:
         values = _to_floats(image, name)  # [1, 3, h, w]
-        if tuple(values.shape[-2:]) == self.size:
+        height, width = values.shape[-2:]
+        if (height, width) == self.size:
             return values
         if not resize:
             raise ValueError(
-                f"{name} is {values.shape[-1]}x{values.shape[-2]} pixels but this model takes "
-                f"{self.size[1]}x{self.size[0]}; crop it, or let it be resized (resize=True, --resize)"
+                f"{name} is {width}x{height} pixels but this model takes {self.size[1]}x{self.size[0]}; crop it, or let it "
+                "be resized (resize=True, --resize)"
             )
-        height, width = values.shape[-2:]
         scale = max(self.size[0] / height, self.size[1] / width)
         if height * width * scale**2 > MAX_PIXELS:  # a line a pixel wide would grow to gigabytes before it is cropped
             raise ValueError(f"{name} is {width}x{height} pixels, too long for its width to be resized; crop it")
@@ -112,16 +108,10 @@ class GivenPictures(NamedTuple):
 
 
 def as_list(value: Any, what: str) -> list[Any]:
-    """One thing or several as a list; a 4-D array counts as several.
-
-    Raises:
-        ValueError: an empty list.
-    """
-    items = list(value) if isinstance(value, list | tuple) else None
-    if items is None and isinstance(value, np.ndarray | Tensor) and value.ndim == 4:
-        items = list(plain_tensor(value, what) if isinstance(value, Tensor) else value)
-    if items is None:
+    """One thing or several as a list; a 4-D array counts as several. `ValueError` for an empty list."""
+    if not isinstance(value, list | tuple) and not (isinstance(value, np.ndarray | Tensor) and value.ndim == 4):
         return [value]
+    items = list(plain_tensor(value, what) if isinstance(value, Tensor) else value)
     if not items:
         raise ValueError(f"the list of {what}s is empty; give at least one")
     return items
@@ -131,8 +121,7 @@ def opened(images: Any, what: str = "image") -> list[Any]:
     """Pictures as a list in which paths, addresses and bytes are read (PIL, RGB, upright); arrays stay what they are.
 
     Raises:
-        ValueError: an empty list, or something else than pictures; the message says which of a list.
-        FileNotFoundError, DamagedFile: as `open_picture`.
+        ValueError: an empty list, or something else than pictures; others as of `open_picture`.
     """
     items = as_list(images, what)
     return [_opened(item, _number(what, i, len(items))) for i, item in enumerate(items)]
@@ -211,11 +200,7 @@ def _unit_rgb(values: Tensor, name: str) -> Tensor:
 
 
 def size_of(image: Any) -> tuple[int, int]:
-    """(height, width) in pixels of a PIL image, an array `[H, W, ...]` or a tensor `[..., H, W]`.
-
-    Raises:
-        ValueError: another kind of object.
-    """
+    """(height, width) in pixels of a PIL image, an array `[H, W, ...]` or a tensor `[..., H, W]`; else `ValueError`."""
     if isinstance(image, Image.Image):
         return image.height, image.width
     if not isinstance(image, np.ndarray | Tensor) or image.ndim < 2:
@@ -260,11 +245,7 @@ def white_pixels(mask: Any, what: str = "mask_image") -> np.ndarray:
 
 
 def fit_white(white: np.ndarray, size: tuple[int, int], what: str = "mask_image") -> np.ndarray:
-    """bool `[H, W]` of `[h, w]`, resized and cropped as pictures are: white where any of its pixels is.
-
-    Raises:
-        ValueError: everything white lies in the part that is cropped away.
-    """
+    """bool `[H, W]` of `[h, w]`, resized and cropped as pictures are; `ValueError` where that crops everything white."""
     rows = _cover(white.shape[0], size[0], *_scaled(white.shape[0], white.shape[1], size[0], size[1]))
     columns = _cover(white.shape[1], size[1], *_scaled(white.shape[1], white.shape[0], size[1], size[0]))
     fitted = (rows @ white.astype(np.float32) @ columns.T) > 0
@@ -289,11 +270,7 @@ def _cover(length: int, wanted: int, scaled: int, start: int) -> np.ndarray:
 
 
 def plain_tensor(values: Tensor, what: str) -> Tensor:
-    """A tensor without gradient in the host's memory, its values one after another.
-
-    Raises:
-        ValueError: a sparse, quantised or complex tensor, or one on the meta device, which has no values.
-    """
+    """A tensor without gradient in the host's memory, its values one after another; `ValueError` for one of other kinds."""
     if values.is_meta:
         raise ValueError(f"{what} is a tensor on the meta device, which holds no values; give one on cpu or cuda")
     if values.layout != torch.strided:
@@ -310,9 +287,7 @@ def _values(mask: Any, what: str) -> np.ndarray:
         mask = decode_picture(mask, what)
     if isinstance(mask, Image.Image):
         return _of_picture(mask, what)
-    array = mask
-    if isinstance(mask, Tensor):
-        array = plain_tensor(mask, what).numpy()
+    array = plain_tensor(mask, what).numpy() if isinstance(mask, Tensor) else mask
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{what} is {kind_of(mask)}; expected a PIL image, a path, a numpy array or a torch tensor")
     if array.dtype.kind not in "buif":
@@ -331,10 +306,7 @@ def _of_picture(mask: Image.Image, what: str) -> np.ndarray:
     if mask.has_transparency_data:
         mask = mask.convert("RGBA")
         mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
-    elif mask.mode == "P" and not (set(mask.tobytes()) - {0, 1}) and _is_dim(mask):
+    grey = mask.convert("L")
+    if mask.mode == "P" and not (set(mask.tobytes()) - {0, 1}) and grey.getextrema()[1] < 128:  # type: ignore[operator]
         return np.asarray(mask)  # label maps: the entries' numbers, since their colours say nothing
-    return np.asarray(mask.convert("L"))
-
-
-def _is_dim(mask: Image.Image) -> bool:
-    return mask.convert("L").getextrema()[1] < 128  # type: ignore[operator]
+    return np.asarray(grey)

@@ -19,17 +19,11 @@ from unidiff.pipelines.sheet import Cell, draw_sheet, save_gif, save_image
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The decode as it went: all hidden first, then after each pass.
+    """The decode as it went: all hidden first, then after each pass."""
 
-    Attributes:
-        ids: int64 `[S, B, L]`, [MASK] where still open.
-        frames: uint8 `[S, B, H, W, 3]`, open cells in grey; None without pictures.
-        texts: `[S][B]`, open tokens as underscores.
-    """
-
-    ids: Tensor
-    frames: Tensor | None
-    texts: list[list[str]]
+    ids: Tensor  # int64 [S, B, L], [MASK] where still open
+    frames: Tensor | None  # uint8 [S, B, H, W, 3], open cells in grey; None without pictures
+    texts: list[list[str]]  # [S][B], open tokens as underscores
 
 
 @dataclass(frozen=True)
@@ -71,44 +65,30 @@ class UniDiffOutput:
     notes: list[str] = field(default_factory=list)
 
     def save_gif(self, path: str | Path, milliseconds: int = 180) -> None:
-        """Animate the trajectory, rows side by side; the end stays for two seconds.
-
-        Raises:
-            ValueError: no trajectory was recorded.
-        """
+        """Animate the trajectory, rows side by side; the end stays for two seconds. `ValueError` where none was recorded."""
         whole(milliseconds, "milliseconds", 1, 600_000)
-        steps = self._trajectory()
-        frames = [self._sheet([[(s, b)] for b in range(len(self.texts))], columns=4) for s in range(len(steps.ids))]
+        moments = [[self._cell(s, b) for b in range(len(self.texts))] for s in range(self._steps())]
+        frames = [draw_sheet([cells[i : i + 4] for i in range(0, len(cells), 4)]) for cells in moments]
         size = (max(f.width for f in frames), max(f.height for f in frames))  # texts wrap to more or fewer lines
         frames = [ImageOps.pad(f, size, color="white", centering=(0, 0)) if f.size != size else f for f in frames]
-        durations = [milliseconds] * (len(frames) - 1) + [2000]
-        save_gif(frames, path, durations)
+        save_gif(frames, path, [milliseconds] * (len(frames) - 1) + [2000])
 
     def save_filmstrip(self, path: str | Path, count: int = 8) -> None:
-        """One picture: `count` moments of the trajectory from left to right, one line per row.
-
-        Raises:
-            ValueError: no trajectory was recorded, or `count` is below 2.
-        """
+        """One picture: `count` moments of the trajectory from left to right, one line per row; errors as of `save_gif`."""
         whole(count, "count", 2, 1000, " pictures in a line")
-        steps = self._trajectory()
-        last = len(steps.ids) - 1
+        last = self._steps() - 1
         moments = sorted({round(last * i / (count - 1)) for i in range(count)})
-        save_image(self._sheet([[(s, b) for s in moments] for b in range(len(self.texts))]), path)
+        save_image(draw_sheet([[self._cell(s, b) for s in moments] for b in range(len(self.texts))]), path)
 
-    def _trajectory(self) -> Trajectory:
+    def _steps(self) -> int:
         if self.trajectory is None:
             raise ValueError("this result has no trajectory; call the pipeline with record_trajectory=True")
-        return self.trajectory
+        return len(self.trajectory.ids)
 
-    def _sheet(self, rows: Sequence[Sequence[tuple[int, int]]], columns: int | None = None) -> Image.Image:
-        steps = self._trajectory()
-        shown = lambda s, b: () if steps.frames is None else (Image.fromarray(steps.frames[s, b].numpy()),)  # noqa: E731
-        lines = [[Cell(shown(s, b), steps.texts[s][b]) for s, b in row] for row in rows]
-        if columns is not None:
-            flat = [cell for line in lines for cell in line]
-            lines = [flat[i : i + columns] for i in range(0, len(flat), columns)]
-        return draw_sheet(lines)
+    def _cell(self, step: int, row: int) -> Cell:
+        assert self.trajectory is not None
+        frames, words = self.trajectory.frames, self.trajectory.texts[step][row]
+        return Cell(() if frames is None else (Image.fromarray(frames[step, row].numpy()),), words)
 
 
 def to_frames(images: Tensor, open_cells: Tensor) -> Tensor:
@@ -142,7 +122,7 @@ def _shown_words(pipe: Any, ids: Sequence[int]) -> str:
     for i in ids:
         if i == hidden:
             parts += [pipe.texts.decode(run), " _"]
-            run = []
+            run.clear()
         elif i < pipe.texts.size:
             run.append(i)
     return "".join([*parts, pipe.texts.decode(run)]).strip()
