@@ -32,6 +32,18 @@ class UniDiffPipeline(PipelineFolder):
     result depends on its own seed and inputs, not on the other rows. `<mask>` and `<mask:3>` in a text hide one token (a
     word and the space before it, for most words) and three.
 
+    Several tasks take:
+        prompt, question, text: one or several; a single one goes with all pictures, and a single picture with all texts.
+        image: one or several pictures of one size, paths or addresses, see `ImageInputs.images`.
+        resize: accept pictures of other sizes (a family that takes any brings them to the nearest that it was trained on).
+        mask_image: white where to repaint, as large as the picture, see `white_pixels`; a code is decoded again when any
+            of its pixels is white.
+        negative_prompt: what guidance leads away from, one for all or one each; "" for hidden words. Left out: what
+            `guidance_hides` says.
+        height, width: in pixels, where the family draws any size; `image_size` where left out.
+        num_images_per_prompt: rows for each entry, next to each other in the results.
+        max_text_tokens: longest text to write, its end included.
+
     Args:
         transformer: the denoiser.
         image_tokenizer: a `VQImageTokenizer`, or the model inside one; None for a model of text alone.
@@ -118,12 +130,8 @@ class UniDiffPipeline(PipelineFolder):
         `answer`; with a mask or text `inpaint`. Text with holes, or nothing: `generate` (a picture and its caption).
 
         Args:
-            prompt: one or several captions to draw.
             task: the name of a method, where it is not the one that the inputs mean.
             inputs: the arguments of that method.
-
-        Raises:
-            ValueError: inputs that no task takes together, and as for that task.
         """
         return call_task(self, prompt, task, inputs)
 
@@ -139,13 +147,6 @@ class UniDiffPipeline(PipelineFolder):
     ) -> TaskCall:
         """Draw pictures from words.
 
-        Args:
-            prompt: one or several captions.
-            num_images_per_prompt: rows per prompt, next to each other in the results.
-            negative_prompt: what guidance leads away from, one for all prompts or one each; "" for hidden words. Left out:
-                what `guidance_hides` says.
-            height, width: in pixels, where the family draws any size; `image_size` where left out.
-
         Raises:
             ValueError: an empty prompt, one with `<mask>` holes or longer than the model holds, a size it cannot draw, or
                 an option out of range.
@@ -159,15 +160,7 @@ class UniDiffPipeline(PipelineFolder):
 
     @task_method
     def caption(self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Any) -> TaskCall:
-        """Describe pictures, in captions of at most `max_text_tokens`.
-
-        Args:
-            image: one or several pictures, paths or addresses, see `ImageInputs.images`; all of one size.
-            resize: accept other sizes (a family that takes any brings them to the nearest that it was trained on).
-
-        Raises:
-            ValueError: a picture of another size, dtype or range, or an option out of range.
-        """
+        """Describe pictures; `ValueError` for one of another size, dtype or range, or an option out of range."""
         longest, given = self._longest(max_text_tokens), self._read(image, resize)
         return TaskCall(TaskInputs(len(given.codes), codes=given.codes, longest=longest), shown=given.pixels)
 
@@ -180,11 +173,7 @@ class UniDiffPipeline(PipelineFolder):
         resize: bool = False,
         **options: Any,
     ) -> TaskCall:
-        """Answer questions about pictures; one picture with several questions, or the other way round, is fine too.
-
-        Raises:
-            ValueError: as for `caption`; an empty or too long question; lists of different lengths.
-        """
+        """Answer questions about pictures; `ValueError` as for `caption`, for a question that is empty or too long."""
         said, longest = texts_of(question, "question"), self._longest(max_text_tokens)
         given = self._read(image, resize)
         rows = columns_of(1, image=given.pixels, codes=given.codes, question=said)
@@ -208,17 +197,12 @@ class UniDiffPipeline(PipelineFolder):
         """Fill holes in pictures and in their captions together. Every other token stays exactly as it was.
 
         Args:
-            image: one or several pictures, paths or addresses.
-            mask_image: white where to repaint, as large as the picture, see `white_pixels`; a code is decoded again when
-                any of its pixels is white. None repaints nothing.
+            mask_image: None repaints nothing.
             text: captions with `<mask>` holes; without holes the caption guides the picture. None: a caption of unknown
                 words, where the family writes one.
-            max_text_tokens: longest caption, when `text` is None.
             strength: share of the steps to run, in (0, 1], where the family can redraw a picture in part of them: codes
                 are hidden by a coin each, as many as the steps before would leave.
-            negative_prompt: what guidance leads away from, where the family is guided by other words.
             paste_back: put the picture's own pixels back outside the mask (its codes are exact without that).
-            resize: accept pictures of other sizes.
 
         Raises:
             ValueError: nothing to decode, a mask of another size, text that does not fit, or as for `caption`.
@@ -265,11 +249,10 @@ class UniDiffPipeline(PipelineFolder):
         """Change pictures as told.
 
         Args:
-            image: one or several, of one size.
             prompt: what to change.
             reference: one further picture for each (a style, a subject).
-            mask_image: white where the picture may change; everywhere when left out.
-            height, width: of the result, in pixels; as the picture when left out.
+            mask_image: where the picture may change; everywhere when left out.
+            height, width: of the result; as the picture when left out.
 
         Raises:
             ValueError: an empty prompt, a size together with a mask, or as for `caption`.
@@ -306,7 +289,6 @@ class UniDiffPipeline(PipelineFolder):
         Args:
             text: None for a caption of unknown words, or captions with holes as for `inpaint`.
             image: None for pictures of unknown content, or known pictures.
-            num_images_per_prompt: rows per text or image.
 
         Raises:
             ValueError: text and image both known in full, or as for `inpaint`.
@@ -321,14 +303,10 @@ class UniDiffPipeline(PipelineFolder):
 
     @task_method
     def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int | None = None, **options: Any) -> TaskCall:
-        """Answer in words.
+        """Answer in words, of at most 128 tokens where nothing else is asked for.
 
         Args:
             messages: a question, a conversation (messages `{"role": ..., "content": ...}`), or several of either.
-            max_text_tokens: of an answer, its end included; 128 where left out.
-
-        Raises:
-            ValueError: an empty question, or an option out of range.
         """
         several = as_list(messages, "message")
         turns = check_turns([several] if all(isinstance(message, Mapping) for message in several) else several)
@@ -337,11 +315,7 @@ class UniDiffPipeline(PipelineFolder):
 
     @task_method
     def complete(self, prompt: str | Sequence[str], max_text_tokens: int | None = None, **options: Any) -> TaskCall:
-        """Go on with texts as they are (base models); at most `max_text_tokens`, 128 where left out.
-
-        Raises:
-            ValueError: an empty prompt, or an option out of range.
-        """
+        """Go on with texts as they are (base models), by at most 128 tokens where nothing else is asked for."""
         said = texts_of(prompt, "prompt", holes=True)
         inputs = TaskInputs(len(said), said, longest=self._longest(max_text_tokens, usual=128))
         return TaskCall(inputs, said=said, pictures=False)

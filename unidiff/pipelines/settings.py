@@ -17,8 +17,7 @@ from unidiff.tokens import Span, Vocabulary
 from unidiff.tokens.text import TextTokenizer, note_on, short, unknown_words
 
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "generate")
-LONGEST_ROW = 2**20
-"""Tokens of one row, text and picture together: no model here is anywhere near."""
+LONGEST_ROW = 2**20  # tokens, text and picture together: no model here is anywhere near
 
 
 def default_samplers() -> dict[str, SamplerConfig]:
@@ -72,10 +71,8 @@ class PipelineSettings:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self, "")
         if (tokens := self.text_length + self.grid[0] * self.grid[1]) > LONGEST_ROW:
-            raise ValueError(
-                f"text_length {self.text_length} and grid {self.grid} make rows of {tokens} tokens; "
-                f"expected at most {LONGEST_ROW}"
-            )
+            made = f"text_length {self.text_length} and grid {self.grid} make rows of {tokens} tokens"
+            raise ValueError(f"{made}; expected at most {LONGEST_ROW}")
         if self.tasks is not None and (unknown := set(self.tasks) - set(TASKS)):
             raise ValueError(f"tasks name unknown {sorted(unknown)}; expected some of {list(TASKS)}")
         if missing := {"caption", "question", "answer"} - set(self.task_tokens):
@@ -117,23 +114,6 @@ class PipelineSettings:
 
 
 @dataclass(frozen=True)
-class TextSlot:
-    """The text span of one row.
-
-    Attributes:
-        ids: text ids from the first position on, None where hidden.
-        start: first position of the words that the caller gets back.
-        filled: whether end-of-text, which is known, fills the span up; otherwise padding that the model never sees.
-        known: nothing is decoded; hidden words stay [MASK].
-    """
-
-    ids: Sequence[int | None]
-    start: int = 1
-    filled: bool = True
-    known: bool = False
-
-
-@dataclass(frozen=True)
 class NativeLayout(RowLayout):
     """Every task that a picture with its caption or a question has; one clear sentence where words do not fit.
 
@@ -164,16 +144,12 @@ class NativeLayout(RowLayout):
 
     def check_parts(self, transformer: Any, images: Any, texts: Any) -> None:
         super().check_parts(transformer, images, texts)
-        own, size = transformer.config.vocab_size, self.vocabulary.size
-        if own != size:
-            raise ValueError(
-                f"the transformer has {own} ids but the vocabulary {size}; give the tokenizers it was trained with"
-            )
+        given = "give the one it was trained with"
+        if (own := transformer.config.vocab_size) != self.vocabulary.size:
+            raise ValueError(f"the transformer has {own} ids but the vocabulary {self.vocabulary.size}; {given}")
         if texts.size > self.vocabulary.text_size:
-            raise ValueError(
-                f"the text tokenizer has {texts.size} ids, but the model {self.vocabulary.text_size}; give the one it was "
-                "trained with"
-            )
+            fault = f"the text tokenizer has {texts.size} ids, but the model {self.vocabulary.text_size}"
+            raise ValueError(f"{fault}; {given}")
         known = texts.specials()
         if missing := [name for name in self.settings.task_tokens.values() if name not in known]:
             raise ValueError(f"the text tokenizer has no special token {missing[0]!r}; it has {sorted(known)}")
@@ -188,19 +164,17 @@ class NativeLayout(RowLayout):
         return f"the model was not trained for {task}, so the result is likely noise; it was trained for {others}"
 
     def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
-        slots = [self.caption_slot(text) for text in inputs.texts or ()]
-        away = None
+        captions, away = [self._caption(text) for text in inputs.texts or ()], None
         if inputs.negative is not None:
-            unsaid = TextSlot([self._task["caption"], *[None] * self.most], known=True)
-            away = [self.caption_slot(t, "negative_prompt") if t.strip() else unsaid for t in inputs.negative]
-        return self._request("text_to_image", slots, inputs, away)
+            unsaid = self._text([self._task["caption"], *[None] * self.most], known=True)
+            away = [self._caption(text, "negative_prompt") if text.strip() else unsaid for text in inputs.negative]
+        return self._request("text_to_image", captions, inputs, away)
 
     def caption(self, inputs: TaskInputs) -> DecodeRequest:
         return self._request("caption", [self._hidden(inputs.longest)] * inputs.count, inputs)
 
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
-        slots = [self._question(text, inputs.longest) for text in inputs.texts or ()]
-        return self._request("answer", slots, inputs)
+        return self._request("answer", [self._question(text, inputs.longest) for text in inputs.texts or ()], inputs)
 
     def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
         return self._holes("inpaint", inputs)
@@ -208,25 +182,25 @@ class NativeLayout(RowLayout):
     def generate(self, inputs: TaskInputs) -> DecodeRequest:
         return self._holes("generate", inputs)
 
-    def caption_slot(self, text: str, what: str = "prompt") -> TextSlot:
-        """A caption: words, hidden tokens in place of its holes, end-of-text fill."""
+    @cached_property
+    def _task(self) -> dict[str, int]:
+        return {name: self.texts.special(token) for name, token in self.settings.task_tokens.items()}
+
+    def _caption(self, text: str, what: str = "prompt") -> list[Span]:
+        """Words, hidden tokens in place of holes, end-of-text fill."""
         ids = hidden_words(text.strip(), self.texts.encode, self.most)
         if len(ids) > self.most:
             raise ValueError(
                 f"{what} {short(text)} has {len(ids)} tokens, but this model holds at most {self.most}; shorten it"
                 f"{self._hint(text)}"
             )
-        return TextSlot([self._task["caption"], *ids])
+        return self._text([self._task["caption"], *ids])
 
-    @cached_property
-    def _task(self) -> dict[str, int]:
-        return {name: self.texts.special(token) for name, token in self.settings.task_tokens.items()}
-
-    def _hidden(self, longest: int) -> TextSlot:
+    def _hidden(self, longest: int) -> list[Span]:
         """A caption of unknown words."""
-        return TextSlot([self._task["caption"], *[None] * longest], filled=False)
+        return self._text([self._task["caption"], *[None] * longest], filled=False)
 
-    def _question(self, text: str, longest: int) -> TextSlot:
+    def _question(self, text: str, longest: int) -> list[Span]:
         """A known question and a hidden answer."""
         words = self.texts.encode(text.strip())
         head = [self._task["question"], *words, self._task["answer"]]
@@ -236,49 +210,52 @@ class NativeLayout(RowLayout):
                 f"question {short(text)} has {len(words)} tokens, but this model holds questions of at most "
                 f"{self.settings.text_length - 3} tokens; shorten it{self._hint(text)}"
             )
-        return TextSlot([*head, *[None] * min(longest, free)], start=len(head), filled=False)
+        return self._text([*head, *[None] * min(longest, free)], start=len(head), filled=False)
 
     def _hint(self, text: str) -> str:
         """Words that were never taught are spelt letter by letter, which makes many tokens of a few."""
         words = unknown_words([text], self.texts)
         return f" ({note_on(words, self.texts.known_words)})" if words else ""
 
+    def _text(self, own: Sequence[int | None], start: int = 1, filled: bool = True, known: bool = False) -> list[Span]:
+        """The text of a row.
+
+        Args:
+            own: the tokenizer's ids from the first position on, None where hidden.
+            start: first position of the words that the caller gets back.
+            filled: end-of-text, which is known, fills the span up; otherwise padding that the model never sees.
+            known: nothing is decoded; hidden words stay [MASK].
+        """
+        vocabulary, first, fill = self.vocabulary, self.vocabulary.text[0], self.settings.text_length - len(own)
+        ids = [None if i is None else i + first for i in own]
+        spans = [Span.words(ids[:start], vocabulary), Span.words(ids[start:], vocabulary, read=True)]
+        if known:
+            spans = [replace(span, given=True) for span in spans]
+        if filled:
+            return [*spans, Span.text([self.texts.eos_id + first] * fill, True)]
+        return [*spans, replace(Span.text([0] * fill), exists=False)]
+
     def _holes(self, task: str, inputs: TaskInputs) -> DecodeRequest:
         if inputs.texts is None:
             return self._request(task, [self._hidden(inputs.longest)] * inputs.count, inputs)
-        return self._request(task, [self.caption_slot(text, "text") for text in inputs.texts], inputs, closed=True)
+        return self._request(task, [self._caption(text, "text") for text in inputs.texts], inputs, closed=True)
 
     def _request(
         self,
         task: str,
-        slots: Sequence[TextSlot],
+        texts: Sequence[list[Span]],
         inputs: TaskInputs,
-        away: Sequence[TextSlot] | None = None,
+        away: Sequence[list[Span]] | None = None,
         closed: bool = False,
     ) -> DecodeRequest:
-        """Rows of text slots and pictures.
-
-        Args:
-            closed: every hole has a fixed number of tokens, so that end-of-text may not fill one.
-        """
-        eos, start = self.texts.eos_id, self.vocabulary.text[0]
+        """Rows of texts and pictures; `closed`: holes have a fixed number of tokens, so that end-of-text may not fill one."""
+        eos, vocabulary = self.texts.eos_id, self.vocabulary
         never = [*(i for i in self._task.values() if i != eos), *([eos] if closed else [])]
-        needs = TaskNeeds(tuple(i + start for i in never))
-        rows = [self._row(slot, number, inputs) for number, slot in enumerate(slots)]
-        others = [] if away is None else [[self._row(slot, number, inputs) for number, slot in enumerate(away)]]
+        needs = TaskNeeds(tuple(i + vocabulary.text[0] for i in never))
+        rows, *others = (
+            [[*text, inputs.picture(number, vocabulary, self.grid)] for number, text in enumerate(stream)]
+            for stream in ([texts] if away is None else [texts, away])
+        )
         request = lay_out(rows, self.settings.samplers[task], needs, others, drawn=task == "text_to_image")
         # the task token stays visible, as in guidance training
         return replace(request, always_seen=request.batch.positions[..., 0] == 0)
-
-    def _row(self, slot: TextSlot, number: int, inputs: TaskInputs) -> list[Span]:
-        vocabulary, total = self.vocabulary, self.settings.text_length
-        start, fill = vocabulary.text[0], total - len(slot.ids)
-        ids = [None if i is None else i + start for i in slot.ids]
-        spans = [Span.words(ids[: slot.start], vocabulary), Span.words(ids[slot.start :], vocabulary, read=True)]
-        if slot.known:
-            spans = [replace(span, given=True) for span in spans]
-        if slot.filled:
-            spans.append(Span.text([self.texts.eos_id + start] * fill, True))
-        else:
-            spans.append(replace(Span.text([0] * fill), exists=False))
-        return [*spans, inputs.picture(number, vocabulary, self.grid)]
