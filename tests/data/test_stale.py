@@ -96,7 +96,7 @@ def test_the_cache_of_a_training_run_follows_its_data(tmp_path, text, caplog):
     write_samples(tmp_path / "raw", 9, 10)
     with caplog.at_level(logging.WARNING):
         second = open_shards(*arguments)
-    assert (len(first), len(second)) == (6, 9) and "encoded again" in caplog.text
+    assert (first.rows, second.rows) == (6, 9) and "encoded again" in caplog.text
     (tmp_path / "cache" / "set0" / "00001.tar").unlink()  # the cache itself was damaged
     assert open_shards(*arguments).rows == 9 and (tmp_path / "cache" / "set0" / "00001.tar").is_file()
 
