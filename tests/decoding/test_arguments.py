@@ -219,7 +219,7 @@ def test_a_request_of_another_kind_is_refused(model, message: str, changes: dict
 MAKES = {
     "model is 5 without hidden and head": dict(model=5),
     "model is a Linear without hidden and head": dict(model=torch.nn.Linear(1, 1)),
-    "vocabulary is {}": dict(vocabulary={}),
+    "vocabulary is a dict; expected a Vocabulary": dict(vocabulary={}),
     "config is a dict; expected a SamplerConfig": dict(config={}),
     "config is 'fast'": dict(config="fast"),
     "policy is 'dual' without start and plan; .*CacheConfig": dict(policy="dual"),

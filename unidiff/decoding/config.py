@@ -13,7 +13,7 @@ from torch import Tensor
 from unidiff.diffusion.schedules import SCHEDULES
 from unidiff.models.denoiser import PartialDenoiser
 from unidiff.registry import Registry
-from unidiff.schema import Between, Index, check_fields, check_value, from_data
+from unidiff.schema import Between, Index, check_fields, from_data
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 RULES: Registry[Any] = Registry(
@@ -230,17 +230,19 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r:.80}; expected one of {', '.join(allowed)}")
 
 
+def _check_is(name: str, value: object, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {_name(value)}; expected {expected}")
+
+
 def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, rules: Any, graphs: Any) -> None:
     """Raise `ValueError` unless a `Sampler` can be made of these."""
     _check_methods("model", model, ("hidden", "head"), "see `Denoiser`")
-    check_value(vocabulary, Vocabulary, "vocabulary")
-    if not isinstance(config, SamplerConfig):
-        raise ValueError(
-            f"config is {_name(config)}; expected a SamplerConfig (SamplerConfig.from_dict reads plain data)"
-        )
+    _check_is("vocabulary", vocabulary, Vocabulary, "a Vocabulary")
+    _check_is("config", config, SamplerConfig, "a SamplerConfig (SamplerConfig.from_dict reads plain data)")
     if policy is not None:
         _check_methods("policy", policy, ("start", "plan"), "see `RefreshPolicy`; CacheConfig(name).build() makes one")
-    check_value(rules, Mapping[Any, Any] | None, "rules")
+    _check_is("rules", rules, Mapping | None, "a mapping or nothing (null)")
     for modality, rule in (rules or {}).items():
         if not callable(rule):
             raise ValueError(f"rules has {rule!r} as a rule; expected a function, see `CommitRule`")
@@ -287,7 +289,7 @@ def check_request(
         _check_tensor("condition", condition, (torch.bool,), (rows, length), f"a bool tensor {batch.shape}")
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {_name(callback)}; expected a function of (step, state)")
-    check_value(record, bool, "record")
+    _check_is("record", record, bool, "true or false")
     several = isinstance(unconditional, Sequence) and not isinstance(unconditional, str)
     others = tuple(unconditional) if several else () if unconditional is None else (unconditional,)
     for other in others:
