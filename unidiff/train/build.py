@@ -110,15 +110,6 @@ def set_up_blocks(model: MaskedTransformer, recompute: str, compiled: bool) -> N
             block.forward = torch.compile(block.forward)
 
 
-def uses_flex(kernel: str, device: torch.device) -> bool:
-    """Whether masks are FlexAttention's. Raises ValueError where a run could not train with it."""
-    if kernel == "flex" and device.type != "cuda":
-        raise ValueError(
-            f"attention_kernel = 'flex' on {device.type}: torch has no backward pass of FlexAttention there; use attention_kernel=sdpa"
-        )
-    return kernel == "flex"
-
-
 def check_start(init_from: str, source: TokenSource) -> None:
     """Raise ValueError where the starting weights' folder says that its ids mean something else than the data's."""
     path = Path(init_from) / "vocabulary.json"

@@ -65,6 +65,21 @@ class TrainState:
     level: float = 0.0  # moving average of the losses of steps taken; 0 before the first
     parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
 
+    @classmethod
+    def of(
+        cls, model: MaskedTransformer, vocabulary: Vocabulary, config: TrainConfig, parallel: Parallel
+    ) -> TrainState:
+        """A fresh training. Raises ValueError where the device cannot train with the attention kernel."""
+        flex, kind = config.attention_kernel == "flex", parallel.device.type
+        if flex and kind != "cuda":
+            raise ValueError(
+                f"attention_kernel = 'flex' on {kind}: torch has no backward pass of FlexAttention there; use "
+                "attention_kernel=sdpa"
+            )
+        token_nll = TokenNLL(model, vocabulary, config.objective.chunk, config.precision == "bf16", flex)
+        optimisers, ema = Optimisers(model, config.optimiser), EMA(model, config.ema.decay, config.ema.warmup)
+        return cls(token_nll, optimisers, ema, spike_factor=config.spike_factor, parallel=parallel)
+
     def __post_init__(self) -> None:
         self.averaged_nll = self.parallel.forward(self.model, self.token_nll)  # its gradients, over processes
 

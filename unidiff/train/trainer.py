@@ -20,28 +20,19 @@ from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.folder import check_replaceable, others_in_model
 from unidiff.process import pick_device
-from unidiff.train.build import add_adapters, build_model, check_start, merge_adapters, set_up_blocks, uses_flex
+from unidiff.train.build import add_adapters, build_model, check_start, merge_adapters, set_up_blocks
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.data.datasets import DataLosses, open_documents, open_sources
 from unidiff.train.data.samples import sheet_sampler
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer
-from unidiff.train.optim import EMA, Optimisers, learning_rate_factor
+from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
 from unidiff.train.run.logs import Progress, RunLog, stop_on_signals
 from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as
-from unidiff.train.step import (
-    SpeedMeter,
-    StepReport,
-    TaskMeter,
-    TokenNLL,
-    TrainState,
-    report_names,
-    train_step,
-    validate,
-)
+from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TrainState, report_names, train_step, validate
 
 _LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
@@ -90,14 +81,7 @@ class Trainer:
         model = build_model(config, source.vocabulary.size)
         set_up_blocks(model, config.activation_checkpointing, config.compile)
         self.parallel.prepare(model)
-        flex, bf16 = uses_flex(config.attention_kernel, self.parallel.device), config.precision == "bf16"
-        self.state = TrainState(
-            TokenNLL(model, source.vocabulary, config.objective.chunk, bf16, flex),
-            Optimisers(model, config.optimiser),
-            EMA(model, config.ema.decay, config.ema.warmup),
-            spike_factor=config.spike_factor,
-            parallel=self.parallel,
-        )
+        self.state = TrainState.of(model, source.vocabulary, config, self.parallel)
         self._documents = documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
         self.data_losses = DataLosses(self.folder, [source, validation, documents])

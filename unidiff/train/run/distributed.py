@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from unidiff.errors import explain, first_line
@@ -187,21 +188,20 @@ class Parallel:
 
     def gather(self, value: Tensor) -> Tensor:
         """`[n, ...]` of every rank, joined in the order of ranks: `[ranks * n, ...]`."""
-        if self.size == 1:
-            return value
+        return value if self.size == 1 else torch.cat(self._all(value.contiguous()))
+
+    def _all(self, value: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
         parts = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(parts, value.contiguous())
-        return torch.cat(parts)
+        dist.all_gather(parts, value, group)
+        return parts
 
     def collect(self, text: str) -> list[str]:
         """The text of every rank, in the order of ranks."""
         if self.size == 1:
             return [text]
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        sizes = [torch.empty(1, dtype=torch.long) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), self._control)
-        parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(parts, torch.cat([data, parts[0][len(data) :]]), self._control)
+        sizes = self._all(torch.tensor([len(data)]), self._control)
+        parts = self._all(F.pad(data, (0, int(max(sizes)) - len(data))), self._control)
         return [part[: int(size)].numpy().tobytes().decode() for part, size in zip(parts, sizes, strict=True)]
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
@@ -211,10 +211,6 @@ class Parallel:
         votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, self._control)
         return tuple(bool(v) for v in votes)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.agree(False)
 
     @contextmanager
     def locked(self, folder: Path, what: str) -> Iterator[None]:
@@ -248,10 +244,10 @@ class Parallel:
     def main_first(self) -> Iterator[None]:
         """Rank 0 runs the block while the others wait, then they do: for caches that one process must fill."""
         if not self.main:
-            self.barrier()
+            self.agree(False)  # waits for all ranks
         yield
         if self.main:
-            self.barrier()
+            self.agree(False)
 
 
 class _Compute(nn.Module):
