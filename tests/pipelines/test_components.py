@@ -49,7 +49,7 @@ def test_classes_do_not_mix(tmp_path):
     for pipe in (chat, ours):
         with pytest.raises(ValueError, match="got a UniDiffPipeline; expected a Own"):
             Own.from_pipe(pipe)
-    with pytest.raises(TypeError, match="unexpected argument 'layot'; did you mean 'layout'"):
+    with pytest.raises(TypeError, match="has no argument 'layot'; did you mean 'layout'"):
         UniDiffPipeline.from_pipe(chat, layot=1)
     with pytest.raises(ValueError, match="llada is not saved as a pipeline; `unidiff convert` writes"):
         chat.save_pretrained(tmp_path / "new")

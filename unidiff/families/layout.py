@@ -137,14 +137,9 @@ class DecodeRequest:
         words, picture = self.words[tries].to(device), self.picture[tries].to(device)
         seen = None if self.always_seen is None else self.always_seen[tries].to(device)
         batch, *others = (rows.rows(tries).to(device) for rows in (self.batch, *self.unconditional))
-        changed = {
-            "batch": batch,
-            "words": words,
-            "picture": picture,
-            "unconditional": tuple(others),
-            "always_seen": seen,
-        }
-        return replace(self, **changed)  # a family's request may hold more
+        return replace(  # a family's request may hold more
+            self, batch=batch, words=words, picture=picture, unconditional=tuple(others), always_seen=seen
+        )
 
     def finished(self, batch: TokenBatch, count: int) -> DecodeRequest:
         """The row that was kept of every `count`, decoded, in the host's memory."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -45,23 +45,14 @@ class UntrainedTask(UserWarning):
 
 @dataclass(frozen=True)
 class TaskCall:
-    """A task's arguments as plain values.
-
-    Attributes:
-        inputs: of the rows.
-        per_entry: rows for each entry of the caller's list.
-        said: the caller's words, which the model should know.
-        pictures: whether rows have any.
-        shown: float `[B, 3, H, W]`, pictures to give back as they are, where none is drawn.
-        paste: pixels `[B, 3, H, W]` to put back outside a mask `[B, H, W]`.
-    """
+    """A task's arguments as plain values."""
 
     inputs: TaskInputs
-    per_entry: int = 1
-    said: list[str] = field(default_factory=list)
-    pictures: bool = True
-    shown: Tensor | None = None
-    paste: tuple[Tensor, Tensor] | None = None
+    per_entry: int = 1  # rows for each entry of the caller's list
+    said: list[str] = field(default_factory=list)  # the caller's words, which the model should know
+    pictures: bool = True  # whether rows have any
+    shown: Tensor | None = None  # float [B, 3, H, W], pictures to give back as they are, where none is drawn
+    paste: tuple[Tensor, Tensor] | None = None  # pixels [B, 3, H, W] to put back outside a mask [B, H, W]
 
 
 def task_method(
@@ -87,11 +78,7 @@ def task_method(
 
 @torch.no_grad()
 def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniDiffOutput:
-    """Decode the rows of a task.
-
-    Raises:
-        ValueError: nothing to decode, words that do not fit, seeds that do not go with the rows, or an option out of range.
-    """
+    """Decode the rows of a task; `ValueError` for nothing to decode, and for what does not go with the task."""
     inputs, layout = call.inputs, pipe.layout
     # 1. rows of the task; its settings, the caller's on top, and then what the task itself needs
     request: DecodeRequest = getattr(layout, task)(inputs)
@@ -160,11 +147,7 @@ def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
     Args:
         generator: None for fresh seeds from the system; an int, from which every row gets its own; a torch generator,
             which draws one seed per row; or a list of ints (used as they are) and generators, one per row or one per
-            entry.
-        rows: rows of the batch, `per_entry` of them for each entry of the caller's list.
-
-    Raises:
-        ValueError: a list of another length, or an entry of another kind.
+            entry of the caller's list (`per_entry` rows).
     """
     if generator is None:
         return torch.tensor([secrets.randbelow(_LARGEST) for _ in range(rows)])
@@ -233,19 +216,10 @@ def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any
     return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
 
 
-class ProgressBar(Protocol):
-    """The part of tqdm that is used."""
-
-    disable: bool
-    total: int
-
-    def update(self, n: int) -> Any: ...
-
-
 class StepWatcher:
     """The sampler's callback: moves the progress bar, calls the user's callback, carries an interruption over."""
 
-    def __init__(self, pipe: Any, bar: ProgressBar, callback: Callable[..., Any] | None) -> None:
+    def __init__(self, pipe: Any, bar: Any, callback: Callable[..., Any] | None) -> None:
         self.pipe, self.bar, self.callback = pipe, bar, callback
         self._done = 0
 
@@ -267,13 +241,10 @@ class StepWatcher:
 
 
 def texts_of(value: Any, what: str, empty: bool = False, holes: bool = False) -> list[str]:
-    """One text or several as a list of strings.
+    """One text or several as a list of strings; else `ValueError`, which says which is none.
 
     Args:
         what: the argument, for the message. empty: whether a text without words is fine. holes: whether it may have holes.
-
-    Raises:
-        ValueError: an empty list, something else than a text, a text without words or with holes; the message says which.
     """
     several = isinstance(value, list | tuple)
     texts = list(value) if several else [value]
@@ -349,9 +320,6 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
     Args:
         given: inputs of the call that are not None, by name.
         task: asked for by name; then only checked.
-
-    Raises:
-        ValueError: an unknown task, or inputs that no task, or not this one, takes together.
     """
     names = set(given)
     if task is None:

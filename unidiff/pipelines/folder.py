@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,24 +39,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
-def load_parts(
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    image_tokenizer: str | Path | None = None,
-    text_tokenizer: str | Path | None = None,
-) -> LoadedParts:
-    """Read a pipeline folder, or that of a released family; arguments and errors as of `PipelineFolder.from_pretrained`."""
-    if not is_pipeline(folder) and is_released(folder):
-        return load_released_parts(folder, dtype, image_tokenizer, text_tokenizer)
-    if image_tokenizer is not None or text_tokenizer is not None:
-        raise ValueError(f"{str(folder)!r} brings its own tokenizers; leave image_tokenizer and text_tokenizer out")
-    settings = read_settings(folder)
-    transformer = load_transformer(folder / "transformer", dtype or torch.float32)
-    return LoadedParts(transformer, *load_tokenizers(folder), settings)
-
-
 def load_tokenizers(folder: Path) -> tuple[VQImageTokenizer, TextTokenizer]:
-    """The tokenizers of a pipeline folder; see `load_parts`."""
+    """The tokenizers of a pipeline folder."""
     # Never in half precision: rounded weights move codes, and the transformer knows only those it was trained on.
     images = VQImageTokenizer.from_pretrained(folder / "image_tokenizer")
     return images, TextTokenizer.from_pretrained(folder / "text_tokenizer")
@@ -151,13 +134,11 @@ def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], w
         raise ValueError(f"{str(target)!r} lies under {str(blocked)!r}, which is a file; name another folder")
     if not place.is_dir():
         return
-    everything = entries(place)
-    if not (lost := others(place)):
-        return
-    says = f"is not empty and holds no {what}" if lost == everything else f"holds more than a {what}"
-    raise ValueError(
-        f"{str(target)!r} {says} that unidiff wrote; {few(lost, _SHOWN)} would be lost, so save to a new folder"
-    )
+    if lost := others(place):
+        says = f"is not empty and holds no {what}" if lost == entries(place) else f"holds more than a {what}"
+        raise ValueError(
+            f"{str(target)!r} {says} that unidiff wrote; {few(lost, _SHOWN)} would be lost, so save to a new folder"
+        )
 
 
 def others_in_pipeline(folder: Path) -> list[str]:
@@ -249,11 +230,7 @@ class PipelineFolder(DiffusionPipeline):
         if not isinstance(pipeline, cls):
             raise ValueError(f"from_pipe got a {type(pipeline).__name__}; expected a {cls.__name__}")
         parts = pipeline.components
-        for name in changes:
-            if name not in parts:
-                near = difflib.get_close_matches(name, parts, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected some of {list(parts)}"
-                raise TypeError(f"{cls.__name__}.from_pipe got an unexpected argument {name!r}; {hint}")
+        check_keywords(cls.from_pipe, changes, parts, cls)
         return cls(**{**parts, **changes})
 
     @classmethod
@@ -288,7 +265,14 @@ class PipelineFolder(DiffusionPipeline):
         chosen = dtype if torch_dtype is None else torch_dtype
         check_value(subfolder, str | None, "subfolder")
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
-        parts = load_parts(folder, None if chosen is None else read_dtype(chosen), image_tokenizer, text_tokenizer)
+        if not is_pipeline(folder) and is_released(folder):
+            own = None if chosen is None else read_dtype(chosen)
+            parts = load_released_parts(folder, own, image_tokenizer, text_tokenizer)
+        elif image_tokenizer is not None or text_tokenizer is not None:
+            raise ValueError(f"{str(folder)!r} brings its own tokenizers; leave image_tokenizer and text_tokenizer out")
+        else:
+            settings, transformer = read_settings(folder), load_transformer(folder / "transformer", read_dtype(chosen))
+            parts = LoadedParts(transformer, *load_tokenizers(folder), settings)
         try:
             return cls(*parts)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
         except ValueError as error:

@@ -13,7 +13,7 @@ _STARTS = ("token", "special_tokens", "added_tokens", "vocab", "merges", "chat")
 _DEEPEST = 64  # nesting of settings; the library walks through them by recursion
 _TOKEN = str | dict[str, Any] | None
 _FLAG = bool | None
-SETTINGS: Mapping[str, Any] = {
+SETTINGS: Mapping[str, Any] = {  # types of the keys of `tokenizer_config.json` that are used
     "tokenizer_class": str | None,
     "name_or_path": str | None,
     "padding_side": Literal["left", "right"] | None,
@@ -27,7 +27,6 @@ SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"), _FLAG),
     **dict.fromkeys(("split_special_tokens", "do_lower_case", "legacy", "use_fast", "is_local"), _FLAG),
 }
-"""Types of the keys of `tokenizer_config.json` that are used."""
 ADDED: Mapping[str, Any] = {
     "id": int,
     "content": str,
@@ -36,11 +35,7 @@ ADDED: Mapping[str, Any] = {
 
 
 def check_tokenizer_folder(folder: str | Path) -> None:
-    """Raise unless the files of a text tokenizer are plain files whose settings are of the right types.
-
-    Raises:
-        ValueError: one that is not; the message names the file.
-    """
+    """Raise `ValueError` unless the files of a text tokenizer are plain files whose settings are of the right types."""
     for path in sorted(Path(folder).iterdir()):
         if path.name.startswith(_STARTS) and not path.is_dir():
             check_regular(path)
@@ -55,11 +50,10 @@ def check_tokenizer_folder(folder: str | Path) -> None:
 
 
 def _check_settings(content: dict[str, Any]) -> None:
-    for key, annotation in SETTINGS.items():
-        if key in content:
-            check_value(content[key], annotation, key)
-            if isinstance(content[key], dict) and key.endswith("_token"):
-                _check_token(content[key], key)
+    for key in [key for key in SETTINGS if key in content]:
+        check_value(content[key], SETTINGS[key], key)
+        if isinstance(content[key], dict) and key.endswith("_token"):
+            _check_token(content[key], key)
     longest = content.get("model_max_length")
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0):
         raise ValueError(f"model_max_length is {longest!r}; expected a positive number")
@@ -88,22 +82,18 @@ _CHECKS: Mapping[str, Callable[[dict[str, Any]], None]] = {
 
 
 def _check_token(token: Mapping[str, Any], name: str) -> None:
-    for key, annotation in ADDED.items():
-        if key in token:
-            check_value(token[key], annotation, f"{name} {key}")
-    if "content" not in token:
-        raise ValueError(f"{name} lacks its content")
-    if token["content"] == "":
-        raise ValueError(f"{name} has an empty token")
+    for key in [key for key in ADDED if key in token]:
+        check_value(token[key], ADDED[key], f"{name} {key}")
+    if not token.get("content"):
+        raise ValueError(f"{name} has no content")
 
 
 def _check_depth(value: Any, depth: int = 0) -> None:
     if depth > _DEEPEST:
         raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            if isinstance(one, dict | list):
-                _check_depth(one, depth + 1)
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _check_depth(inner, depth + 1)
 
 
 def check_same_kind(folder: Path, written: Path) -> None:
