@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, inpaint_cases, prompt_cases, question_cases
-from unidiff.worlds.emoji.judge import Drawn, Hole
+from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, InpaintCase, inpaint_cases, prompt_cases, question_cases
+from unidiff.worlds.emoji.judge import Drawn
 from unidiff.worlds.emoji.language import NUMBERS, ZONES, article, caption_distribution, draw_caption, plural
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Profile, SceneGenerator, render_batch
@@ -43,7 +43,7 @@ class PerfectModel:
     def answer(self, images: Tensor, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:
         return [self.answers[r.scene, q] for r, q in zip(self.oracle.read(images), questions) if r.scene]
 
-    def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[Hole], seeds: Sequence[int]) -> Drawn:
+    def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[InpaintCase], seeds: Sequence[int]) -> Drawn:
         pictures = render_batch([self.holes[hole.before + hole.name + hole.after] for hole in texts], self.profile)
         return Drawn(pictures, [h.before + h.name + h.after for h in texts], [True] * len(texts))
 
@@ -62,7 +62,7 @@ class ShuffledModel(PerfectModel):
     def caption(self, images: Tensor, seeds: Sequence[int]) -> list[str]:
         return super().caption(images.roll(1, 0), seeds)
 
-    def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[Hole], seeds: Sequence[int]) -> Drawn:
+    def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[InpaintCase], seeds: Sequence[int]) -> Drawn:
         out = super().inpaint(images, masks, texts, seeds)
         return Drawn(out.images.roll(1, 0), out.texts, [False] * len(texts))
 

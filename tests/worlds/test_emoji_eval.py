@@ -17,7 +17,7 @@ from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.text import TextTokenizer
 from unidiff.worlds.emoji.cases import inpaint_cases, prompt_cases
 from unidiff.worlds.emoji.evaluation import profile_of, run_emoji_eval
-from unidiff.worlds.emoji.judge import Hole, PipelineModel
+from unidiff.worlds.emoji.judge import PipelineModel
 from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile, render_batch
 from unidiff.worlds.emoji.table import corpus, emoji_vocabulary
 
@@ -93,7 +93,7 @@ def test_results_do_not_depend_on_the_batch(pipe: UniDiffPipeline) -> None:
 
 def test_holes_have_room_for_the_name_exactly(pipe: UniDiffPipeline) -> None:
     for case in inpaint_cases(40, 3, CPU):
-        template = Hole(case.before, case.name, case.after).template(pipe.texts.encode)
+        template = case.template(pipe.texts.encode)
         ids = hidden_words(template, pipe.texts.encode)
         full = pipe.texts.encode(case.caption)
         assert len(ids) == len(full) and all(a in (b, None) for a, b in zip(ids, full, strict=True))
@@ -105,8 +105,7 @@ def test_a_touched_token_is_noticed(pipe: UniDiffPipeline, monkeypatch: pytest.M
     cases = inpaint_cases(2, 0, CPU)
     pictures = render_batch([c.scene for c in cases], CPU)
     masks = torch.stack([CPU.boxes([c.hole]) for c in cases])
-    holes = [Hole(c.before, c.name, c.after) for c in cases]
-    assert PipelineModel(pipe, steps=2).inpaint(pictures, masks, holes, [1, 2]).untouched == [True, True]
+    assert PipelineModel(pipe, steps=2).inpaint(pictures, masks, cases, [1, 2]).untouched == [True, True]
     inpaint = pipe.inpaint
 
     def careless(*args, **kwargs):
@@ -116,7 +115,7 @@ def test_a_touched_token_is_noticed(pipe: UniDiffPipeline, monkeypatch: pytest.M
         return out
 
     monkeypatch.setattr(pipe, "inpaint", careless)
-    assert PipelineModel(pipe, steps=2).inpaint(pictures, masks, holes, [1, 2]).untouched == [False, True]
+    assert PipelineModel(pipe, steps=2).inpaint(pictures, masks, cases, [1, 2]).untouched == [False, True]
 
 
 def test_progress_is_told_and_the_bar_is_given_back(pipe: UniDiffPipeline, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -62,6 +62,14 @@ class InpaintCase:
     before: str
     name: str
     after: str
+
+    def template(self, encode: Callable[[str], Sequence[int]]) -> str:
+        """The caption with as many hidden tokens as the name has in its place; `encode` gives the ids of a text."""
+        if not self.name:
+            return self.caption
+        parts = (self.caption, self.before.removesuffix(" "), self.after)
+        whole, before, after = (len(encode(part)) for part in parts)
+        return f"{self.before}<mask:{whole - before - after}>{self.after}"
 
 
 _CATEGORIES: dict[str, tuple[tuple[str, ...], Callable[[Facts], bool]]] = {

@@ -17,7 +17,6 @@ from unidiff.files import replace_text
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image, stack
 from unidiff.worlds.emoji.cases import caption_scenes, inpaint_cases, question_cases
-from unidiff.worlds.emoji.judge import Hole
 from unidiff.worlds.emoji.language import draw_caption
 from unidiff.worlds.emoji.scenes import LARGE, MEDIUM, SMALL, Profile, Scene, SceneObject, get_profile, render
 
@@ -132,7 +131,7 @@ def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     cases = [case for case in inpaint_cases(16, seed, profile) if case.name][:6]
     pictures = [picture_of(case.scene, profile) for case in cases]
     masks = [profile.boxes([case.hole]).numpy() for case in cases]
-    templates = [Hole(case.before, case.name, case.after).template(pipe.texts.encode) for case in cases]
+    templates = [case.template(pipe.texts.encode) for case in cases]
     result = pipe.inpaint(pictures, masks, templates, generator=seed)
     torn = [Image.fromarray(np.where(m[..., None], np.uint8(128), np.asarray(p))) for m, p in zip(masks, pictures)]
     rows = zip(torn, result.images, pictures, result.texts, templates, strict=True)

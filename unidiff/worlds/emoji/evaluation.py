@@ -24,7 +24,7 @@ from unidiff.worlds.emoji.cases import (
     question_cases,
     task_seed,
 )
-from unidiff.worlds.emoji.judge import TASKS, EmojiEval, Hole, PipelineModel, yardstick
+from unidiff.worlds.emoji.judge import TASKS, EmojiEval, PipelineModel, yardstick
 from unidiff.worlds.emoji.language import (
     caption_distribution,
     caption_entropy,
@@ -216,5 +216,4 @@ def ask(model: PipelineModel, pipe: UniDiffPipeline, task: str, rows: int, seed:
         return model.answer(render_batch([c.scene for c in asked], profile), [c.question for c in asked], seeds)
     torn = inpaint_cases(rows, seed, profile)
     masks = torch.stack([profile.boxes([c.hole]) for c in torn])
-    holes = [Hole(c.before, c.name, c.after) for c in torn]
-    return model.inpaint(render_batch([c.scene for c in torn], profile), masks, holes, seeds)
+    return model.inpaint(render_batch([c.scene for c in torn], profile), masks, torn, seeds)

@@ -20,6 +20,7 @@ from unidiff.pipelines.output import UniDiffOutput
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     HELD_OUT,
+    InpaintCase,
     caption_scenes,
     inpaint_cases,
     prompt_cases,
@@ -140,8 +141,7 @@ class EmojiEval:
         self.progress("inpainting")
         pictures = render_batch([c.scene for c in cases], self.profile)
         masks = torch.stack([self.profile.boxes([c.hole]) for c in cases])
-        holes = [Hole(c.before, c.name, c.after) for c in cases]
-        out = self.model.inpaint(pictures, masks, holes, self._seeds("inpaint", len(cases)))
+        out = self.model.inpaint(pictures, masks, cases, self._seeds("inpaint", len(cases)))
         readings, agrees = self._agreement(out)
         same = lambda o, hole: o.overlaps(hole) and o.name == hole.name  # noqa: E731
         there = [any(same(o, c.hole) for o in r.objects) for c, r in zip(cases, readings)]
@@ -200,23 +200,6 @@ class Drawn:
     untouched: list[bool]
 
 
-@dataclass(frozen=True)
-class Hole:
-    """A text with a hidden name: `before + name + after`; an empty name hides nothing."""
-
-    before: str
-    name: str
-    after: str
-
-    def template(self, encode: Callable[[str], Sequence[int]]) -> str:
-        """The text with as many hidden tokens as the name has in its place; `encode` gives the ids of a text."""
-        if not self.name:
-            return self.before
-        parts = (self.before + self.name + self.after, self.before.removesuffix(" "), self.after)
-        whole, before, after = (len(encode(part)) for part in parts)
-        return f"{self.before}<mask:{whole - before - after}>{self.after}"
-
-
 class PipelineModel:
     """A pipeline, run in batches with its own settings for each task: all that EmojiEval asks of a model.
 
@@ -251,18 +234,18 @@ class PipelineModel:
     def answer(self, images: Tensor, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:
         return self._decode(seeds, lambda p, **how: self.pipe.answer(images[p], list(questions[p]), **how)).texts
 
-    def inpaint(self, images: Tensor, masks: Tensor, texts: Sequence[Hole], seeds: Sequence[int]) -> Drawn:
-        """Repaint where `masks` (bool `[B, H, W]`) is True and fill the holes of the texts."""
+    def inpaint(self, images: Tensor, masks: Tensor, cases: Sequence[InpaintCase], seeds: Sequence[int]) -> Drawn:
+        """Repaint where `masks` (bool `[B, H, W]`) is True and fill the holes of the captions."""
 
         def fill(p: slice, **how: Any) -> UniDiffOutput:
-            templates = [hole.template(self.pipe.texts.encode) for hole in texts[p]]
+            templates = [case.template(self.pipe.texts.encode) for case in cases[p]]
             return self.pipe.inpaint(list(images[p]), list(masks[p]), templates, **how)
 
         def untouched(p: slice, out: UniDiffOutput) -> Iterator[bool]:
             kept = ~self.pipe.image_inputs.cells(masks[p])  # [B, h, w]
             same = (out.codes == self.pipe.images.encode(images[p]).cpu()) | ~kept
-            for hole, text, whole in zip(texts[p], out.texts, same.flatten(1).all(1).tolist(), strict=True):
-                yield whole and text.startswith(hole.before.strip()) and text.endswith(hole.after.strip())
+            for case, text, whole in zip(cases[p], out.texts, same.flatten(1).all(1).tolist(), strict=True):
+                yield whole and text.startswith(case.before.strip()) and text.endswith(case.after.strip())
 
         return self._decode(seeds, fill, untouched)
 
