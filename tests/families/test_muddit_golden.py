@@ -132,8 +132,9 @@ class Recorded:
             token, rows = self.draws.tokens(p, 0)[..., None], len(u)
             cdf = p.double().cumsum(-1)
             u[:, self.where] = (cdf.gather(-1, token) - p.double().gather(-1, token) / 2)[-rows:, :, 0]
+            self.choice = self.draws.uniform(len(p), len(self.where))  # the reference draws them in every step
         if use == CHOICE:
-            u[:, self.where] = self.draws.uniform(len(self.probabilities()), len(self.where)).double()[-len(u) :]
+            u[:, self.where] = self.choice.double()[-len(u) :]
         return u
 
 

@@ -48,12 +48,10 @@ class TextLayout(RowLayout):
     """Texts that go on, and texts with holes.
 
     Args:
-        vocabulary: of the model.
-        encode: text to ids without special ones.
+        vocabulary: of the model. encode: text to ids without special ones.
         config: sampler settings; steps are one for each token, as upstream recommends, unless `paced`.
         paced: the settings bring their number of passes.
         left: pad on the left, as the reference programs do, or on the right; the answers are the same.
-        family: its name.
     """
 
     vocabulary: Vocabulary

@@ -105,6 +105,7 @@ class DecodeRequest:
         unconditional: rows of the guidance streams where hiding given tokens does not make them.
         always_seen: bool `[B, L]`, given tokens that guidance never hides; None leaves hiding to the sampler.
         drawn: pictures are decoded and no text, so that a threshold is one of image codes.
+        strength: share of the steps in which a picture is redrawn, where the family can (`RowLayout.strengths`).
     """
 
     batch: TokenBatch
@@ -115,6 +116,7 @@ class DecodeRequest:
     unconditional: tuple[TokenBatch, ...] = ()
     always_seen: Tensor | None = None
     drawn: bool = False
+    strength: float = 1.0
 
     def condition(self, hide: str) -> Tensor | None:
         """bool `[B, L]`: given positions that the guidance stream does not see; None leaves it to the sampler."""
@@ -137,9 +139,7 @@ class DecodeRequest:
         words, picture = self.words[tries].to(device), self.picture[tries].to(device)
         seen = None if self.always_seen is None else self.always_seen[tries].to(device)
         batch, *others = (rows.rows(tries).to(device) for rows in (self.batch, *self.unconditional))
-        return replace(  # a family's request may hold more
-            self, batch=batch, words=words, picture=picture, unconditional=tuple(others), always_seen=seen
-        )
+        return replace(self, batch=batch, words=words, picture=picture, unconditional=tuple(others), always_seen=seen)
 
     def finished(self, batch: TokenBatch, count: int) -> DecodeRequest:
         """The row that was kept of every `count`, decoded, in the host's memory."""

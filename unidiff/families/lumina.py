@@ -80,8 +80,7 @@ class LuminaLayout(WordsAndPictures):
     """Pictures of any size from words, edits, and questions about pictures; a caption is an answer.
 
     Args:
-        vocabulary: of the model.
-        encode: text to ids without special ones.
+        vocabulary: of the model. encode: text to ids without special ones.
         marks: ids of each of `MARKS`, where the tokenizer has ids of their own for them; None for `encode`.
         image, edits, text: sampler settings of pictures, edits and answers.
         systems: what the system says before drawing, editing and answering.

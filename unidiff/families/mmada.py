@@ -84,8 +84,7 @@ class MMaDALayout(WordsAndPictures):
     """Pictures from words, questions about pictures, and text alone; a caption is an answer.
 
     Args:
-        vocabulary: of the model.
-        encode: text to ids without special ones.
+        vocabulary: of the model. encode: text to ids without special ones.
         text_length: tokens of a caption, bos and eos included.
         side: rows and columns of a picture (512 pixels: 32).
         image, text: settings; None for upstream's.

@@ -62,8 +62,7 @@ def load_released(
     Args:
         name: a weight file, a folder (weights and config side by side, or a diffusers folder with `transformer`), a
             folder that `unidiff convert` wrote, or a hub name.
-        dtype: of the floating-point weights; None keeps the checkpoint's.
-        device: where to; None for the CPU.
+        dtype: of the floating-point weights; None keeps the checkpoint's. device: where to; None for the CPU.
         family: a name in `FAMILIES` where config and weights do not tell.
         config: upstream's configuration, where none lies beside the weights.
         vocabulary: id layout, for families whose config does not imply it (MMaDA, Lumina of other sizes).
@@ -141,13 +140,12 @@ def _entry(content: Mapping[str, Any], entry: str | None) -> Mapping[str, Any]:
     weights, or the whole without any.
     """
     there = {name: value for name, value in content.items() if isinstance(value, Mapping)}
-    if entry is not None:
-        if entry not in there:
-            raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
-        return there[entry]
-    # a Lightning `ema` holds a list of weights beside counters
-    named = (n for n in ENTRIES if any(isinstance(v, (StoredTensor, Mapping)) for v in there.get(n, {}).values()))
-    return there.get(next(named, ""), content)
+    if entry is None:  # a Lightning `ema` holds a list of weights beside counters
+        named = (n for n in ENTRIES if any(isinstance(v, (StoredTensor, Mapping)) for v in there.get(n, {}).values()))
+        return there.get(next(named, ""), content)
+    if entry not in there:
+        raise ValueError(f"the checkpoint has no entry {entry!r}; it has {sorted(there) or 'bare weights'}")
+    return there[entry]
 
 
 def _stored(file: Path, content: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,11 +165,7 @@ def find_config(folder: Path) -> Path | None:
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
-    """What a configuration file holds; empty for None. Interpolations in YAML stay as they are written.
-
-    Raises:
-        ValueError: one that is damaged or holds no mapping.
-    """
+    """What a configuration file holds; empty for None, `ValueError` for a damaged one. Interpolations stay as they are."""
     if path is None:
         return {}
     if path.suffix == ".json":
@@ -191,10 +185,8 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 def _count(value: Any, seen: dict[int, int]) -> int:
     """How many values a tree has when every alias is written out."""
-    if not isinstance(value, dict | list):
-        return 1
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if id(value) not in seen:
-        inner = value.values() if isinstance(value, dict) else value
         seen[id(value)] = 1 + sum(_count(one, seen) for one in inner)
     return seen[id(value)]
 
@@ -218,8 +210,7 @@ class Record:
     """What a converted folder remembers of its origin.
 
     Attributes:
-        family: name in the registry.
-        config: upstream's configuration.
+        family: name in the registry. config: upstream's.
         layout: spelling of the released names, see `Family.spelling`.
         vocabulary: id layout; None for an image tokenizer.
         constants: name of the file with the checkpoint's fixed buffers; None without any.
@@ -269,18 +260,16 @@ def _load_converted(
 
 
 def load_own(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
-    """A model folder in diffusers' layout of one of our classes, in evaluation mode, tensor by tensor.
+    """A folder of `config.json` and weights of one of our classes, in evaluation mode, tensor by tensor.
 
     Args:
-        folder: with `config.json` and safetensors weights.
-        dtype: of the floating-point weights; None keeps the stored ones.
-        device: where to; None for the CPU.
+        dtype, device: as in `load_released`.
 
     Raises:
         FileNotFoundError: no config or weights there.
         ValueError: another class, unknown config keys, or weights that are missing, left over, misshaped or not finite.
     """
-    path = folder / "config.json"
+    path = where = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a folder with a saved model")
     config = read_json(path, "a model's config")
@@ -291,11 +280,9 @@ def load_own(folder: Path, dtype: torch.dtype | None = None, device: torch.devic
         if name in IMAGE_TOKENIZERS:
             IMAGE_TOKENIZERS[name].check_config(config)
         model = build_on_meta(_TRANSFORMERS.get(name) or IMAGE_TOKENIZERS[name].network_class(), config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
+        where = folder
         return assemble(model, KeyMap.of(model), open_checkpoint(folder), dtype, device)
     except DamagedFile:
         raise
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error

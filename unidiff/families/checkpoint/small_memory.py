@@ -54,8 +54,7 @@ def offload(model: M, device: torch.device | str, folder: str | Path | None = No
     Packed queries, keys and values, embeddings, norms and heads stay on the device, so every cache works.
 
     Args:
-        model: a `MaskedTransformer` or `MMDiT` on the CPU; changed in place.
-        device: where to compute.
+        model: a `MaskedTransformer` or `MMDiT` on the CPU; changed in place. device: where to compute.
         folder: where to put the weights on disk; None for host memory.
 
     Raises:
@@ -82,11 +81,7 @@ def offload(model: M, device: torch.device | str, folder: str | Path | None = No
 
 
 def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside the blocks by name.
-
-    Raises:
-        ValueError: a model without any.
-    """
+    """The linear layers inside the blocks by name; `ValueError` for a model without any."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(BLOCKS)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no blocks with linear layers; expected a denoiser of unidiff")

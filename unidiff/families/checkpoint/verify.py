@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from unidiff.families.checkpoint.config_keys import section
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.family import Family, Release, Released
+from unidiff.families.family import Config, Family, Release
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
@@ -23,8 +23,7 @@ from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.weights.files import build_on_meta
 
 DEFAULT_TOKENS = 1024
-LONGEST_TOKENS = 2**24
-"""Lengths above this one are a config's way of saying "no limit"."""
+LONGEST_TOKENS = 2**24  # lengths above it are a config's way of saying "no limit"
 TEXT_TOKENS, SIDE = 12, 4
 _IDS = ("size", "text", "image", "mask_id", "image_mask_id")
 
@@ -34,13 +33,11 @@ class Description:
     """What `info` prints.
 
     Attributes:
-        family: name. image_tokenizer: family of the codes that it reads.
+        family: name. image_tokenizer: family of the codes that it reads. settings: of our model.
         dtypes: number of parameters by dtype.
         weight_bytes: of weights and buffers, as stored or in the dtype asked for.
         tokens: length of the row that `pass_bytes` is for; None for an image tokenizer.
         pass_bytes: estimate of what one pass at batch 1 adds: the widest layer, and the logits of every token.
-        vocabulary: id layout.
-        settings: of our model.
     """
 
     family: str
@@ -87,10 +84,10 @@ def describe(name: str | Path, **options: Any) -> Description:
     dtypes: Counter[str] = Counter()
     for parameter in released.model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    tokens = row_length(released)
+    tokens = None if released.vocabulary is None else _row_length(released.config)
     return Description(
-        family=released.family.name,
-        image_tokenizer=released.family.image_tokenizer,
+        released.family.name,
+        released.family.image_tokenizer,
         dtypes=dict(dtypes.most_common()),
         weight_bytes=sum(value.nbytes for value in released.model.state_dict().values()),
         tokens=tokens,
@@ -106,11 +103,9 @@ def plain_settings(model: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings}
 
 
-def row_length(released: Released) -> int | None:
-    """Tokens of the longest row that the config speaks of; `DEFAULT_TOKENS` where it does not."""
-    if released.vocabulary is None:
-        return None
-    outer = section(released.config, "config") or released.config
+def _row_length(config: Config) -> int:
+    """Tokens of the longest row that a config speaks of; `DEFAULT_TOKENS` where it does not."""
+    outer = section(config, "config") or config
     for key in ("max_sequence_length", "length", "max_position_embeddings"):
         for value in (outer.get(key), section(outer, "model").get(key)):
             if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LONGEST_TOKENS:
@@ -122,14 +117,12 @@ def pass_bytes(model: nn.Module, tokens: int) -> int:
     """Rough memory of one forward pass at batch 1: residual, queries, keys, values, the inner layer, and all logits."""
     width = next(model.parameters()).element_size()
     if isinstance(model, MaskedTransformer):
-        c = model.config
-        first: Any = model.blocks[0]
+        c, first = model.config, cast(Any, model.blocks[0])
         inner = first.feed_forward.up.weight.shape[0]
         return tokens * (width * (6 * c.hidden_size + 2 * inner) + 4 * c.vocab_size)
     assert isinstance(model, MMDiT)
-    size = model.config.num_heads * model.config.head_dim
-    rows = max(model.config.codebook_size, model.config.text_vocab_size or 0)
-    return tokens * (width * 16 * size + 4 * rows)
+    c = model.config
+    return tokens * (width * 16 * c.num_heads * c.head_dim + 4 * max(c.codebook_size, c.text_vocab_size or 0))
 
 
 def gigabytes(count: int) -> str:
@@ -181,11 +174,7 @@ def verify(
     3. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`Family.tiny`).
     4. One small pass of the checkpoint itself is finite and not constant.
 
-    Args:
-        name, dtype, device, options: as in `load_released`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_released`.
+    Arguments and errors are those of `load_released`.
     """
     released = load_released(name, dtype, device, **options)
     family = released.family
@@ -224,12 +213,7 @@ def closest_release(
 def differences(
     family: Family, release: Release, settings: Mapping[str, Any], vocabulary: Vocabulary | None = None
 ) -> list[OtherSetting]:
-    """Where a model differs from a published one: settings first, then the vocabulary.
-
-    Args:
-        settings: the configuration of our model; a setting that it does not name differs.
-        vocabulary: its id layout, where the family has one.
-    """
+    """Where the settings and the vocabulary of a model differ from a published one; a setting that is not named differs."""
     published = family.settings(release.config)
     pairs = [(name, value, settings.get(name)) for name, value in published.items() if name not in family.unstated]
     if vocabulary is not None and family.vocabulary is not None:
@@ -242,11 +226,8 @@ def differences(
 
 @torch.no_grad()
 def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
-    """What a model says to one small fixed question: float32, flat, on the CPU; logits of hidden tokens, or pixels.
-
-    Args:
-        model: a `MaskedTransformer`, an `MMDiT`, or an image tokenizer.
-        vocabulary: id layout; None for an image tokenizer.
+    """What a `MaskedTransformer`, an `MMDiT` or an image tokenizer (without a vocabulary) says to one small fixed question:
+    logits of hidden tokens, or pixels; float32, flat, on the CPU.
     """
     if isinstance(model, VQImageTokenizer):
         codes = torch.arange(SIDE * SIDE).reshape(1, SIDE, SIDE) * 7 % model.codebook_size

@@ -133,21 +133,12 @@ def muddit_sampler(
 
 
 @dataclass(frozen=True)
-class MudditRequest(DecodeRequest):
-    """Rows of a picture that is redrawn in part of the steps, see `TaskInputs.strength`; hidden codes keep their ids."""
-
-    strength: float = 1.0
-
-
-@dataclass(frozen=True)
 class MeissonicLayout(RowLayout):
     """Pictures from words, and pictures repainted as told.
 
     Args:
-        vocabulary: of the model.
-        encode: text to ids without special ones.
-        encoder: the text encoder.
-        marks: ids around texts and behind them.
+        vocabulary: of the model. encode: text to ids without special ones.
+        encoder: the text encoder. marks: ids around texts and behind them.
         told: time convention and micro conditions.
         config: sampler settings.
         usual: rows and columns of codes of a picture. fixed: those of every picture; None for the usual ones.
@@ -195,13 +186,14 @@ class MeissonicLayout(RowLayout):
     def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.texts is not None  # the pipeline gives them
         away = self._rows(inputs.negative or [""] * inputs.count, inputs)
-        return lay_out(self._rows(inputs.texts, inputs), self.config, others=[away], drawn=True)
+        rows = self._rows(inputs.texts, inputs)
+        return lay_out(rows, self.config, others=[away], drawn=True, strength=inputs.strength)
 
     def inpaint(self, inputs: TaskInputs) -> DecodeRequest:
         """Without a mask the whole picture. Holes in the words are filled with those in the picture, without guidance."""
         texts = [""] * inputs.count if inputs.texts is None else inputs.texts
         if not any(None in hidden_words(text, self.encode) for text in texts):
-            return MudditRequest(**vars(self.text_to_image(replace(inputs, texts=texts))), strength=inputs.strength)
+            return self.text_to_image(replace(inputs, texts=texts))
         if inputs.strength < 1:
             raise ValueError("strength is for pictures whose words are known; leave it out, or the holes in the text")
         self.check_writes()
@@ -217,7 +209,7 @@ class MeissonicLayout(RowLayout):
         decoded = {m: own for m, own in settings.items() if bool((targets & request.batch.is_modality(m)).any())}
         steps = passes = max(own.steps for own in decoded.values())
         rules: dict[Modality, Any] = {}
-        if isinstance(request, MudditRequest) and request.strength < 1:
+        if request.strength < 1:
             passes = int(steps * request.strength)
             if passes < 1:
                 raise ValueError(f"strength = {request.strength} runs none of {steps} steps; give more of either")
@@ -232,7 +224,7 @@ class MeissonicLayout(RowLayout):
         return Prepared(model, request, config, rules)
 
     def _begun(
-        self, request: MudditRequest, config: SamplerConfig, seeds: Tensor, steps: int, passes: int
+        self, request: DecodeRequest, config: SamplerConfig, seeds: Tensor, steps: int, passes: int
     ) -> tuple[DecodeRequest, SamplerConfig, dict[Modality, Any]]:
         """The last passes of so many steps: codes are hidden by a coin each, as many as the steps before would leave."""
         first, batch, own = steps - passes, request.batch, config.image
@@ -269,7 +261,8 @@ class MeissonicLayout(RowLayout):
             return inputs.picture(number, self.vocabulary, inputs.grid or self.grid)
         span = Span.codes(inputs.codes[number], self.vocabulary, read=True)
         holes = None if inputs.holes is None else inputs.holes[number].cpu()
-        return replace(span, given=torch.zeros_like(span.ids, dtype=torch.bool) if holes is None else ~holes)
+        given = torch.zeros_like(span.ids, dtype=torch.bool) if holes is None else ~holes
+        return replace(span, given=given)  # hidden codes keep their ids, see `DecodeRequest.strength`
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,7 @@ class UniDiscLayout(RowLayout):
     """Captions with holes and pictures, in any combination.
 
     Args:
-        vocabulary: of the model.
-        encode: text to ids without special ones.
+        vocabulary: of the model. encode: text to ids without special ones.
         side: rows and columns of a picture.
         text_length: static: tokens of the text, bos and eos included. Interleaved: the most a caption may have.
         interleaved: which of the two layouts.
