@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -158,42 +159,36 @@ class ArcCosine(Schedule):
 
 @dataclass(frozen=True)
 class MdlmCosine(Schedule):
-    """alpha = eps + (1 - eps) cos(pi t / 2), weight (pi/2) cot(pi t / 4)."""
+    """alpha = eps + (1 - eps) cos(pi t / 2) = 1 - a (1 - eps) sin^2(b t) with a = 2, b = pi / 4; weight 2 b cot(b t)."""
 
     name = "mdlm_cosine"
+    a: ClassVar[float] = 2
+    b: ClassVar[float] = math.pi / 4
     eps: float = 1e-3
 
     def mask_rate(self, t: Tensor) -> Tensor:
-        return 2 * (1 - self.eps) * torch.sin(math.pi / 4 * t).square()
+        return self.a * (1 - self.eps) * torch.sin(self.b * t).square()
 
     def dalpha(self, t: Tensor) -> Tensor:
-        return -(1 - self.eps) * math.pi / 2 * torch.sin(math.pi / 2 * t)
+        return -self.a * (1 - self.eps) * self.b * torch.sin(2 * self.b * t)
 
     def weight(self, t: Tensor) -> Tensor:
-        return math.pi / 2 / torch.tan(math.pi / 4 * t)
+        return 2 * self.b / torch.tan(self.b * t)
 
     def inverse_rate(self, rate: Tensor) -> Tensor:
-        return 4 / math.pi * torch.asin(torch.sqrt(rate / (2 * (1 - self.eps))))
+        return 1 / self.b * torch.asin(torch.sqrt(rate / (self.a * (1 - self.eps))))
 
 
 @dataclass(frozen=True)
-class MdlmCosineSquared(Schedule):
-    """alpha = eps + (1 - eps) cos^2(pi t / 2), weight pi cot(pi t / 2)."""
+class MdlmCosineSquared(MdlmCosine):
+    """alpha = eps + (1 - eps) cos^2(pi t / 2), the same with a = 1, b = pi / 2."""
 
     name = "mdlm_cosine_squared"
-    eps: float = 1e-3
-
-    def mask_rate(self, t: Tensor) -> Tensor:
-        return (1 - self.eps) * torch.sin(math.pi / 2 * t).square()
-
-    def dalpha(self, t: Tensor) -> Tensor:
-        return -(1 - self.eps) * math.pi / 2 * torch.sin(math.pi * t)
+    a = 1
+    b = math.pi / 2
 
     def weight(self, t: Tensor) -> Tensor:
         return math.pi * torch.sin(math.pi / 2 * (1 - t)) / torch.sin(math.pi / 2 * t)
-
-    def inverse_rate(self, rate: Tensor) -> Tensor:
-        return 2 / math.pi * torch.asin(torch.sqrt(rate / (1 - self.eps)))
 
 
 @dataclass(frozen=True)
