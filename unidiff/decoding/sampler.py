@@ -163,10 +163,9 @@ class Sampler:
         state, rule = request.state, progress.rule
         now = progress.begin_pass(state.masked, request.waiting(progress))
         time, count = progress.time(state.masked), rule.count(now)  # [B]
+        decided = rule.early(now, count, partial(request.noise, state.step))
         if state.finishing:
-            decided: Tensor | None = state.masked & progress.targets
-        else:
-            decided = rule.early(now, count, partial(request.noise, state.step))
+            decided = state.masked & progress.targets
         candidates = progress.active | progress.ahead if decided is None else decided
         scale = self.config.guidance.scale_at(progress.modality, time)
         return PassWork(progress, candidates, decided is not None, count, time, scale)
@@ -202,10 +201,9 @@ class Sampler:
                 base = score.log() if settings.confidence == "probability" else score
                 gumbel = draw.gumbel(noise(draw.CHOICE).gather(1, index))
                 score = base + settings.choice_temperature * work.time[:, None] * gumbel
-            ahead = None if settings.blocks_in_flight == 1 else real & progress.ahead.gather(1, index)
-            pick = rule.pick(confidence, score, real if ahead is None else real & ~ahead, work.quota, index)
-            if ahead is not None:  # by a threshold of their own
-                pick = pick | (ahead & (confidence >= settings.flight_threshold))
+            ahead = real & progress.ahead.gather(1, index)  # in blocks to come: by a threshold of their own
+            pick = rule.pick(confidence, score, real & ~ahead, work.quota, index)
+            pick = pick | (ahead & (confidence >= settings.flight_threshold))
         state.write(index, pick, choice.token + self.vocabulary.range_of(modality)[0], choice.probability)
 
     def _remask(self, request: Request, work: PassWork) -> None:

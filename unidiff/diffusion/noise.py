@@ -29,10 +29,11 @@ def keyed_bits(seed: int | Tensor, keys: Tensor, stream: int | Tensor, count: in
         stream: separates independent uses, for instance a step number; an int, or int64 broadcastable to `keys`.
         count: draws per key; draw `i` does not depend on `count`.
     """
-    seed, stream = (torch.tensor(_signed(x)) if isinstance(x, int) else x for x in (seed, stream))
-    state = _mix(seed.to(keys.device) + _GOLDEN)
+    wrapped = ((x + 2**63) % 2**64 - 2**63 if isinstance(x, int) else x for x in (seed, stream))  # to 64 bits, signed
+    seed, stream = (torch.as_tensor(x, device=keys.device) for x in wrapped)
+    state = _mix(seed + _GOLDEN)
     state = _mix(state ^ (keys * _MIX_1 + _GOLDEN))
-    state = _mix(state ^ (stream.to(keys.device) * _MIX_2 + _GOLDEN))
+    state = _mix(state ^ (stream * _MIX_2 + _GOLDEN))
     index = torch.arange(1, count + 1, device=keys.device, dtype=torch.long)
     return _mix(state[..., None] + index * _GOLDEN)
 
@@ -47,11 +48,6 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 @dataclass(frozen=True)

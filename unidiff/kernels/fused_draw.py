@@ -75,7 +75,7 @@ def fused_draw(
 ) -> FusedDraw:
     """Draw one token per position from softmax(mixed logits / temperature), by inverting the CDF in float64.
 
-    Mixed logits are cond + sum_k w_k (cond - stream_k), rounded as `draw.mix` rounds them. Each block of columns
+    Mixed logits are cond + sum_k w_k (cond - stream_k), rounded as `draw.Blend` rounds them. Each block of columns
     leaves its maximum and sums; these pick the block that holds the token, and only that block is read again. Sums run
     in another order than in the torch path: the token differs from its only where u lies within rounding (about 1e-15)
     of the border between two tokens.

@@ -188,6 +188,7 @@ class MdlmCosineSquared(MdlmCosine):
     b = math.pi / 2
 
     def weight(self, t: Tensor) -> Tensor:
+        # sin(pi (1 - t) / 2) is cos(pi t / 2) without cancellation near t = 1
         return math.pi * torch.sin(math.pi / 2 * (1 - t)) / torch.sin(math.pi / 2 * t)
 
 
