@@ -103,8 +103,8 @@ def caption(
                 del pictures[number]
     if len(images) == len(refused) == 1:
         raise refused[0]
-    for error in refused.values():
-        typer.echo(f"unidiff: {explain(error)}", err=True)
+    for reason in refused.values():
+        typer.echo(f"unidiff: {explain(reason)}", err=True)
     for number, said in _captions(pipe, pictures, len(images), flags, max_text_tokens, resize).items():
         typer.echo(said if len(images) == 1 else f"{images[number]}: {said}")
     if refused:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ def watch(model: MaskedTransformer, watcher: Watcher) -> Iterator[Watcher]:
     for layer, block in enumerate(model.blocks):
         attention: Any = block.attention
         kv = attention.num_kv_heads * attention.head_dim
-        listen(attention.qkv, layer, ("K", "V"), lambda x, kv=kv: x[..., -2 * kv :].split(kv, -1))
+        listen(attention.qkv, layer, ("K", "V"), partial(_keys_and_values, kv))
         if attention.qk_norm != "none":  # runs behind the projection and replaces what was noted of it
             listen(attention.k_norm, layer, ("K",), lambda x: (x.flatten(2),))
         listen(block.attention_out_norm or attention.out, layer, ("AttnOut",), lambda x: (x,))  # type: ignore[arg-type]
@@ -164,6 +165,11 @@ def watch(model: MaskedTransformer, watcher: Watcher) -> Iterator[Watcher]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keys_and_values(width: int, projected: Tensor) -> Sequence[Tensor]:
+    """The last two parts of a qkv projection `[B, L, ...]`, each `width` wide."""
+    return projected[..., -2 * width :].split(width, -1)
 
 
 def segments_of(state: DecodeState) -> Tensor:

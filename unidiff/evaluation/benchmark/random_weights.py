@@ -156,11 +156,11 @@ def measure_workload(
     found = []
     for name, policy in policies.items():
         own, stats = seconds[name], outputs[name].stats
-        bounds = [speedup_bound(policy, schedule, model.traits, rate) for rate in (None, lambda n: rates(n * rows))]
         row = TimedDecode(
             *(name, shape, outputs[name].nfe, median(own), own),
             median(a / b for a, b in zip(plain, own, strict=True)),
-            *bounds,
+            speedup_bound(policy, schedule, model.traits),
+            speedup_bound(policy, schedule, model.traits, lambda n: rates(n * rows)),
             policy.reference_bound(schedule, model.traits),
             outside_share=1 - stats.forward_seconds / own[-1] if on_cpu else None,
             peak_share=stats.flops / stats.forward_seconds / peak if on_cpu else None,
