@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import Compat, Policy, StreamPlan, check_settings
+from unidiff.decoding.cache.base import Compat, Policy, StreamPlan
 from unidiff.decoding.commit.base import take_best
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
@@ -52,7 +52,7 @@ class AdaptiveCache(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.full_layers, list):
             self.full_layers = tuple(self.full_layers)
-        check_settings(self)
+        super().__post_init__()
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """The floor(ratio n) least similar of the n compared positions of each row.

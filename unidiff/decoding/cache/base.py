@@ -100,6 +100,9 @@ class Policy:
     auto: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     _past: dict[int, StreamPast]
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
     def start(self, batch: TokenBatch, model: Any) -> Self:
         """A policy of the same settings with fresh state, for one request.
 
@@ -194,9 +197,9 @@ class StoringPolicy(Policy):
 
     rotated: bool
 
-    @property
-    def store(self) -> StoreOptions:  # type: ignore[override]
-        return StoreOptions(rotated=self.rotated)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.store = StoreOptions(rotated=self.rotated)
 
 
 def joined(plans: dict[int, CachePlan | None]) -> CachePlan:

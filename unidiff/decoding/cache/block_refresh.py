@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import StoringPolicy, StreamPlan, check_settings
+from unidiff.decoding.cache.base import StoringPolicy, StreamPlan
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
 from unidiff.models.denoiser import DenoiserTraits
@@ -40,9 +40,6 @@ class BlockRefresh(StoringPolicy, ABC):
     drift: Annotated[float, Between(0, 1)] | None = None
     warmup: Annotated[int, Between(0)] = 0
     rotated: bool = True
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @abstractmethod
     def region(self, state: DecodeState, block: Tensor) -> Tensor:
@@ -80,6 +77,13 @@ class BlockRefresh(StoringPolicy, ABC):
             first, last = self.row_region(decode, now.start, now.start + now.size)
         return RowWork.even(layers, last - first, decode.length, now.masked, now.ids)
 
+    def reference_bound(self, decode: RowDecode, traits: DenoiserTraits) -> float | None:
+        """Over blocks, sum n / sum (1 + (n - 1) R / S), where R places are recomputed: B (dual), S - s from place s (prefix)."""
+        if self.interval is not None or self.warmup:
+            return None
+        n, regions = float(decode.passes), [self.row_region(decode, s, s + size) for s, size, _ in decode.blocks]
+        return n * len(regions) / sum(1 + (n - 1) * (last - first) / decode.length for first, last in regions)
+
 
 def places(like: Tensor) -> Tensor:
     """int64 `[1, L]`: 0, 1, 2, ... along the row."""
@@ -109,13 +113,6 @@ class PrefixCache(BlockRefresh):
     def row_region(self, decode: RowDecode, first: int, last: int) -> tuple[int, int]:
         return first, decode.length
 
-    def reference_bound(self, decode: RowDecode, traits: DenoiserTraits) -> float | None:
-        """Over blocks from s, sum n / sum (1 + (n - 1) (S - s) / S)."""
-        if self.interval is not None:
-            return None
-        n, blocks, length = float(decode.passes), decode.blocks, decode.length
-        return n * len(blocks) / sum(1 + (n - 1) * (length - s) / length for s, _, _ in blocks)
-
 
 @dataclass
 class DualCache(BlockRefresh):
@@ -136,13 +133,6 @@ class DualCache(BlockRefresh):
 
     def row_region(self, decode: RowDecode, first: int, last: int) -> tuple[int, int]:
         return first, last
-
-    def reference_bound(self, decode: RowDecode, traits: DenoiserTraits) -> float | None:
-        """n / (1 + (n - 1) B / S)."""
-        if self.interval is not None:
-            return None
-        n, blocks = float(decode.passes), decode.blocks
-        return n * len(blocks) / sum(1 + (n - 1) * size / decode.length for _, size, _ in blocks)
 
 
 @dataclass

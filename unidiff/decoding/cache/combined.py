@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import NoCache, Policy, RefreshPolicy, check_settings, joined, plan_rows
+from unidiff.decoding.cache.base import NoCache, Policy, RefreshPolicy, joined, plan_rows
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
 from unidiff.models.denoiser import CachePlan
@@ -55,16 +55,12 @@ class Combined(Policy):
         """The policies, before a request."""
         return ()
 
-    @property
-    def store(self) -> StoreOptions | None:  # type: ignore[override]
-        """What any of the policies needs."""
-        return StoreOptions.all_of(policy.store for policy in self.members)
-
-    @property
-    def max_logits(self) -> str | None:  # type: ignore[override]
-        """The widest that any of the policies needs."""
+    def __post_init__(self) -> None:
+        """Features are kept as any of the policies needs them, and largest logits as the widest of them."""
+        super().__post_init__()
+        self.store = StoreOptions.all_of(policy.store for policy in self.members)
         asked = {policy.max_logits for policy in self.members}
-        return next((kind for kind in ("everywhere", "candidates") if kind in asked), None)
+        self.max_logits = next((kind for kind in ("everywhere", "candidates") if kind in asked), None)
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         plans, shown = [], torch.zeros_like(candidates)
@@ -162,7 +158,7 @@ class SegmentCache(Combined):
     image_prompt: RefreshPolicy = field(default_factory=NoCache)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         for name, policy in zip(SEGMENTS, self.members, strict=True):
             if policy.append_only or (isinstance(policy, Policy) and policy.whole_rows):
                 raise ValueError(f"{type(policy).__name__} decides for whole rows and cannot be the policy of {name!r}")
@@ -206,7 +202,7 @@ class CacheByRow(Combined):
     choice: Sequence[int]
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if any(policy.append_only for policy in self.policies):
             raise ValueError("a block-causal cache is exact for every row; use it for all of them")
         kept = {policy.store.outputs for policy in self.policies if policy.store is not None}
@@ -254,23 +250,13 @@ class HeldGuidance(Policy):
     _known: dict[int, Tensor] = field(init=False, repr=False, compare=False)  # by stream, bool [B]: evaluated before
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if isinstance(self.policy, HeldGuidance):
             raise ValueError(
                 "the policy inside of HeldGuidance is a HeldGuidance itself; give the policy that it holds"
             )
-
-    @property
-    def store(self) -> StoreOptions | None:  # type: ignore[override]
-        return self.policy.store
-
-    @property
-    def max_logits(self) -> str | None:  # type: ignore[override]
-        return self.policy.max_logits
-
-    @property
-    def append_only(self) -> bool:  # type: ignore[override]
-        return self.policy.append_only
+        self.store, self.max_logits = self.policy.store, self.policy.max_logits
+        self.append_only = self.policy.append_only
 
     def renews(self, number: int) -> bool:
         """Whether a row's pass of this number, from 0, evaluates the unconditional streams."""

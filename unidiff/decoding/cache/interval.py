@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import StoringPolicy, StreamPlan, check_settings
+from unidiff.decoding.cache.base import StoringPolicy, StreamPlan
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
 from unidiff.schema import Between
@@ -37,9 +37,6 @@ class IntervalCache(StoringPolicy):
     rotated: bool = True
     _fresh: Tensor = field(init=False, repr=False, compare=False)  # bool [B], rows that refresh in this pass
     _query: Tensor = field(init=False, repr=False, compare=False)  # bool [B, L]
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
         """Guidance streams of a pass do the same, so that they run as rows of one call."""

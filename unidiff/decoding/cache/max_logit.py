@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import Compat, Policy, StreamPlan, check_settings
+from unidiff.decoding.cache.base import Compat, Policy, StreamPlan
 from unidiff.decoding.commit.base import ROUNDING
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
@@ -49,7 +49,7 @@ class MaxLogitCache(Policy):
     _full: Tensor = field(init=False, repr=False, compare=False)  # bool [B], rows whose pass is full
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         self.max_logits = "everywhere" if self.compat else "candidates"
 
     def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:

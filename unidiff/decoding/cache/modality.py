@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from unidiff.decoding.cache.base import StoringPolicy, StreamPlan, check_settings
+from unidiff.decoding.cache.base import StoringPolicy, StreamPlan
 from unidiff.decoding.state import DecodeState
 from unidiff.schema import Between
 from unidiff.tokens import Modality
@@ -42,7 +42,7 @@ class ModalityCache(StoringPolicy):
     _held: Tensor = field(init=False, repr=False, compare=False)  # bool [B, L]
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.joint > self.interval:
             raise ValueError(f"joint is {self.joint}, more than the {self.interval} passes of a cycle; lower it")
 
