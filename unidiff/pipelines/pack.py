@@ -64,14 +64,14 @@ def pack_pipeline(
     noted = _noted(Path(transformer))
     images = VQImageTokenizer.from_pretrained(image_tokenizer, image_dtype)
     texts = TextTokenizer.from_pretrained(text_tokenizer)
-    before = noted.vocabulary if isinstance(noted, PipelineSettings) else None
-    vocabulary = _vocabulary(texts, images, Path(transformer), before)
+    before = noted if isinstance(noted, PipelineSettings) else None
+    vocabulary = _vocabulary(texts, images, Path(transformer), None if before is None else before.vocabulary)
     length, grid = _rows(noted, text_length, image_size, images.factor, transformer)
-    settings = PipelineSettings(vocabulary, length, grid)
-    if isinstance(noted, PipelineSettings):
-        settings = replace(noted, vocabulary=vocabulary)
-    elif noted is not None:
-        settings = replace(settings, tasks=tasks_taught(noted.tasks))
+    if before is not None:
+        settings = replace(before, vocabulary=vocabulary)
+    else:
+        tasks = tasks_taught(noted.tasks) if isinstance(noted, TrainedOn) else None
+        settings = PipelineSettings(vocabulary, length, grid, tasks=tasks)
     pipe = UniDiffPipeline(load_transformer(transformer, dtype), images, texts, settings)
     pipe.save_pretrained(out)
     return pipe
@@ -115,6 +115,7 @@ def _rows(
     transformer: str | Path,
 ) -> tuple[int, tuple[int, int]]:
     """(text length, grid of codes): as trained, or as given where nobody noted it."""
+    name = repr(str(transformer))
     if image_size is not None:
         height, width = image_size
         if min(image_size) < 1 or height % factor or width % factor:
@@ -122,21 +123,19 @@ def _rows(
         if max(image_size) > LONGEST_ROW:
             raise ValueError(f"image size {width}x{height} is too large; no side is above {LONGEST_ROW}")
     if trained is None:
-        if absent := [name for name, v in (("text_length", text_length), ("image_size", image_size)) if v is None]:
-            raise ValueError(
-                f"{str(transformer)!r} does not say what it was trained on; give {' and '.join(absent)} as in training"
-            )
-        assert text_length is not None and image_size is not None
-        return text_length, (image_size[0] // factor, image_size[1] // factor)
+        if text_length is None or image_size is None:
+            absent = ["text_length"] * (text_length is None) + ["image_size"] * (image_size is None)
+            raise ValueError(f"{name} does not say what it was trained on; give {' and '.join(absent)} as in training")
+        return text_length, (height // factor, width // factor)
     if text_length not in (None, trained.text_length):
         raise ValueError(
-            f"text_length is {text_length}, but {str(transformer)!r} was trained with {trained.text_length}; leave it out"
+            f"text_length is {text_length}, but {name} was trained with {trained.text_length}; leave it out"
         )
-    size = (trained.grid[0] * factor, trained.grid[1] * factor)
-    if image_size not in (None, size):
+    rows, columns = trained.grid
+    if image_size not in (None, (rows * factor, columns * factor)):
         raise ValueError(
-            f"image size is {image_size[1]}x{image_size[0]}, but {str(transformer)!r} was trained on {size[1]}x{size[0]} "
-            f"pixels ({trained.grid[1]}x{trained.grid[0]} codes of {factor}); leave it out"
+            f"image size is {width}x{height}, but {name} was trained on {columns * factor}x{rows * factor} pixels "
+            f"({columns}x{rows} codes of {factor}); leave it out"
         )
     return trained.text_length, trained.grid
 
@@ -164,8 +163,6 @@ def _vocabulary(
         *((f"as id of {name!r}", ids[name], trained.specials.get(name, ids[name])) for name in TASK_TOKENS),
     ):
         if ours != theirs:
-            raise ValueError(
-                f"the tokenizers have {ours} {what}, but {str(transformer)!r} was trained with {theirs}; give the "
-                "tokenizers that encoded its data"
-            )
+            fault = f"the tokenizers have {ours} {what}, but {str(transformer)!r} was trained with {theirs}"
+            raise ValueError(f"{fault}; give the tokenizers that encoded its data")
     return replace(trained, specials={**trained.specials, **ids})

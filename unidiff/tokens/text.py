@@ -56,10 +56,8 @@ def split_holes(text: str, most: int = MOST_TOKENS, what: str = "text") -> list[
     for hole in _HOLE.finditer(text):
         count = "1" if hole[1] is None else hole[1].strip()
         if not (count.isascii() and count.isdecimal() and len(count) < 10 and 1 <= int(count) <= most):
-            raise ValueError(
-                f"{hole[0].strip()!r} is no hole ({what} {short(text)}); write <mask> or <mask:n> with n from 1 to {most} "
-                "tokens"
-            )
+            fault = f"{hole[0].strip()!r} is no hole ({what} {short(text)})"
+            raise ValueError(f"{fault}; write <mask> or <mask:n> with n from 1 to {most} tokens")
         parts += [_words(text[place : hole.start()], what), int(count)]
         place = hole.end()
     if (total := sum(part for part in parts if isinstance(part, int))) > most:
@@ -80,10 +78,8 @@ def all_have_holes(texts: Sequence[str], what: str = "text") -> bool:
     """
     holes = [has_holes(text, what) for text in texts]
     if any(holes) and not all(holes):
-        raise ValueError(
-            f"some {what}s have <mask> holes and some have none, which are decoded apart; run them apart, one call for "
-            "each kind"
-        )
+        fault = f"some {what}s have <mask> holes and some have none, which are decoded apart"
+        raise ValueError(f"{fault}; run them apart, one call for each kind")
     return any(holes)
 
 
@@ -91,9 +87,8 @@ def refuse_holes(texts: Sequence[str], what: str, instead: str) -> None:
     """Raise `ValueError` where a text has holes, well formed or not, and says `instead` what fills them."""
     for text in texts:
         if found := _MEANT.search(text):
-            raise ValueError(
-                f"{what} {short(text)} holds {found[0]!r}, but holes are not filled there; {instead}, or leave it out"
-            )
+            fault = f"{what} {short(text)} holds {found[0]!r}, but holes are not filled there"
+            raise ValueError(f"{fault}; {instead}, or leave it out")
 
 
 def letters_note(texts: Sequence[str]) -> list[str]:
@@ -109,10 +104,8 @@ def short(text: str) -> str:
 
 def _words(text: str, what: str) -> str:
     if found := _MEANT.search(text):
-        raise ValueError(
-            f"{what} {short(text.strip())} holds {found[0]!r}, an unfinished <mask> or another spelling of it; write "
-            "<mask> or <mask:n>"
-        )
+        fault = f"{what} {short(text.strip())} holds {found[0]!r}, an unfinished <mask> or another spelling of it"
+        raise ValueError(f"{fault}; write <mask> or <mask:n>")
     return text
 
 
@@ -129,14 +122,11 @@ def between_holes(texts: Sequence[str]) -> list[str]:
 
 def unknown_words(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
     """Words that the model does not know, each once, in the order of the texts."""
-    known = tokenizer.known_words
-    found = {word: None for text in texts for word in words_of(text)}
+    known, unknown = tokenizer.known_words, tokenizer.tokenizer.unk_token_id
+    found = dict.fromkeys(word for text in texts for word in words_of(text))
     if known is not None:
         return [word for word in found if word not in known]
-    unknown = tokenizer.tokenizer.unk_token_id
-    if unknown is None:
-        return []
-    return [word for word in found if unknown in tokenizer.encode(word)]
+    return [] if unknown is None else [word for word in found if unknown in tokenizer.encode(word)]
 
 
 def note_on(words: Sequence[str], known: Collection[str] | None) -> str:
@@ -203,11 +193,9 @@ class TextTokenizer:
             raise ValueError(f"texts are {texts!r:.80}; expected a list of strings, one for each document")
         if "eos" not in specials or len(set(specials)) != len(specials) or not all(specials):
             raise ValueError(f"specials {list(specials)} must be distinct names that include 'eos'")
-        smallest = 256 + len(specials)
-        if vocab_size < smallest:
-            raise ValueError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} specials need at least {smallest}"
-            )
+        if vocab_size < (least := 256 + len(specials)):
+            needs = f"256 bytes and {len(specials)} specials need at least {least}"
+            raise ValueError(f"vocab_size {vocab_size} is too small: {needs}")
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
@@ -267,10 +255,8 @@ class TextTokenizer:
             folder = download(str(name), _PATTERNS, "tokenizer", **hub_options)
         folder = folder / inside
         if not any((folder / file).is_file() for file in _FILES):
-            raise FileNotFoundError(
-                f"{str(folder)!r} holds no text tokenizer (no tokenizer.json); "
-                "train one with tokenizers/train_text_tokenizer.py"
-            )
+            fault = f"{str(folder)!r} holds no text tokenizer (no tokenizer.json)"
+            raise FileNotFoundError(f"{fault}; train one with tokenizers/train_text_tokenizer.py")
         from transformers import AutoTokenizer
 
         options = {"trust_remote_code": False, "local_files_only": True}
