@@ -32,30 +32,19 @@ TASKS = ("text_to_image", "caption", "answer", "inpaint", "edit", "generate", "c
 class TaskInputs:
     """What a task was given, checked: plain values, one entry for each of B rows.
 
-    Attributes:
-        count: B.
-        texts: prompts, questions, captions (with `<mask>` holes where the task fills them) or texts to go on with; None
-            for unknown words.
-        negative: what guidance leads away from, "" for what the family hides without one.
-        turns: questions and conversations of a chat.
-        codes: int64 `[B, h, w]`, pictures; None for unknown ones.
-        holes: bool `[B, h, w]`, codes to decode again.
-        references: int64 `[B, h', w']`, further pictures of an edit.
-        grid: (rows, columns) of codes of the picture to draw, where the family draws any.
-        strength: share of the steps in which a picture is redrawn; less leaves more of it.
-        longest: most tokens of a text to write.
+    `texts` are prompts, questions, captions (with `<mask>` holes where the task fills them) or texts to go on with.
     """
 
-    count: int
-    texts: Sequence[str] | None = None
-    negative: Sequence[str] | None = None
-    turns: Sequence[Any] | None = None
-    codes: Tensor | None = None
-    holes: Tensor | None = None
-    references: Tensor | None = None
-    grid: Grid | None = None
-    strength: float = 1.0
-    longest: int = LONGEST
+    count: int  # B
+    texts: Sequence[str] | None = None  # None for unknown words
+    negative: Sequence[str] | None = None  # what guidance leads away from, "" for what the family hides without one
+    turns: Sequence[Any] | None = None  # questions and conversations of a chat
+    codes: Tensor | None = None  # int64 [B, h, w], pictures; None for unknown ones
+    holes: Tensor | None = None  # bool [B, h, w], codes to decode again
+    references: Tensor | None = None  # int64 [B, h', w'], further pictures of an edit
+    grid: Grid | None = None  # (rows, columns) of codes of the picture to draw, where the family draws any
+    strength: float = 1.0  # share of the steps in which a picture is redrawn; less leaves more of it
+    longest: int = LONGEST  # most tokens of a text to write
 
     def picture(self, row: int, vocabulary: Vocabulary, grid: Grid | None, newline: int | None = None) -> Span:
         """The picture of a row, which is read back: codes with holes, or a grid of unknown ones; newline: see `Span`."""
@@ -69,17 +58,12 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class TaskNeeds:
-    """What a task asks of any settings, a caller's own too: applied last, so that nothing undoes it.
+    """What a task asks of any settings, a caller's own too: applied last, so that nothing undoes it."""
 
-    Attributes:
-        forbid: text ids that are never written. ends: further ids that end a text. fill: see `SamplerConfig`.
-        stop_at_eos: whether a text ends at its end; False where every hole is filled.
-    """
-
-    forbid: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
-    fill: int | None = None
-    stop_at_eos: bool = True
+    forbid: tuple[int, ...] = ()  # text ids that are never written
+    ends: tuple[int, ...] = ()  # further ids that end a text
+    fill: int | None = None  # see `SamplerConfig`
+    stop_at_eos: bool = True  # whether a text ends at its end; False where every hole is filled
 
     @lru_cache(maxsize=256)  # noqa: B019  # checking settings anew takes longer than a small model's rows do
     def keep_in(self, config: SamplerConfig) -> SamplerConfig:
@@ -95,28 +79,17 @@ class TaskNeeds:
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """B rows of a task, ready for the sampler.
+    """B rows of a task, ready for the sampler."""
 
-    Attributes:
-        batch: what is given and what is to be decoded.
-        config: the family's settings for the task. needs: what the task asks of any settings.
-        words: bool `[B, L]`, positions that the text of a row is read from.
-        picture: bool `[B, L]`, codes of the picture that is given back, as many in each row.
-        unconditional: rows of the guidance streams where hiding given tokens does not make them.
-        always_seen: bool `[B, L]`, given tokens that guidance never hides; None leaves hiding to the sampler.
-        drawn: pictures are decoded and no text, so that a threshold is one of image codes.
-        strength: share of the steps in which a picture is redrawn, where the family can (`RowLayout.strengths`).
-    """
-
-    batch: TokenBatch
-    config: SamplerConfig
-    needs: TaskNeeds
-    words: Tensor
-    picture: Tensor
-    unconditional: tuple[TokenBatch, ...] = ()
-    always_seen: Tensor | None = None
-    drawn: bool = False
-    strength: float = 1.0
+    batch: TokenBatch  # what is given and what is to be decoded
+    config: SamplerConfig  # the family's settings for the task
+    needs: TaskNeeds  # what the task asks of any settings
+    words: Tensor  # bool [B, L], positions that the text of a row is read from
+    picture: Tensor  # bool [B, L], codes of the picture that is given back, as many in each row
+    unconditional: tuple[TokenBatch, ...] = ()  # rows of guidance streams where hiding given tokens does not make them
+    always_seen: Tensor | None = None  # bool [B, L], given tokens never hidden; None leaves hiding to the sampler
+    drawn: bool = False  # pictures are decoded and no text, so that a threshold is one of image codes
+    strength: float = 1.0  # share of the steps in which a picture is redrawn, where the family can (`strengths`)
 
     def condition(self, hide: str) -> Tensor | None:
         """bool `[B, L]`: given positions that the guidance stream does not see; None leaves it to the sampler."""
@@ -171,7 +144,7 @@ def lay_out(
     """A request of rows of spans, of which those with `read` are given back, and of the rows of guidance streams.
 
     Args:
-        others: rows for each stream, all padded to one length. left: on the left, so that their ends agree.
+        others: rows for each stream, all padded to one length (on the `left`, so that their ends agree).
     """
     streams = [rows, *others]
     length = max((sum(span.size for span in row) for stream in streams for row in stream), default=0)
@@ -197,20 +170,13 @@ class Prepared(NamedTuple):
 
 
 class RowLayout:
-    """The rows of a family. Subclasses are frozen dataclasses with a method for each task that the model can do.
+    """The rows of a family. Subclasses are frozen dataclasses with a method for each task that the model can do."""
 
-    Attributes:
-        family: its name. vocabulary: its ids.
-        sizes: whether a pipeline may be made for pictures of one size or another.
-        all_words: whether the text tokenizer has all text ids.
-        strengths: whether a picture can be redrawn in a part of the steps.
-    """
-
-    family: str
-    vocabulary: Vocabulary
-    sizes: ClassVar[bool] = False
-    all_words: ClassVar[bool] = False
-    strengths: ClassVar[bool] = False
+    family: str  # its name
+    vocabulary: Vocabulary  # its ids
+    sizes: ClassVar[bool] = False  # whether a pipeline may be made for pictures of one size or another
+    all_words: ClassVar[bool] = False  # whether the text tokenizer has all text ids
+    strengths: ClassVar[bool] = False  # whether a picture can be redrawn in a part of the steps
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -218,13 +218,9 @@ class TokenBatch:
     def from_spans(
         cls, rows: Sequence[Sequence[Span]], length: int | None = None, pad_id: int = 0, left: bool = False
     ) -> TokenBatch:
-        """Lay out one row per list of spans; pad to `length` or the longest row.
+        """One row per list of spans, padded to `length` or the longest row, on the `left` so that ends agree.
 
-        Args:
-            left: pad on the left, so that ends agree. Positions count from the first token of a row.
-
-        Raises:
-            ValueError: no rows, an empty row, or a row longer than `length`.
+        Positions count from the first token of a row. `ValueError`: no rows, an empty row, or one longer than `length`.
         """
         _check_rows(rows, Sequence[Sequence[Span]], 2)
         return cls.from_packed([[row] for row in rows], length, pad_id, left)
@@ -255,7 +251,7 @@ class TokenBatch:
 
     @property
     def targets(self) -> Tensor:
-        """bool `[B, L]`: valid positions that are not given; what training hides and sampling fills."""
+        """bool `[B, L]`: valid positions that are not given, which training hides and sampling fills."""
         return self.valid & ~self.given
 
     def is_modality(self, modality: Modality) -> Tensor:
