@@ -226,8 +226,9 @@ def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncode
     # A probe picture stands for the image tokenizer's weights, whatever its class.
     side = settings.image_size
     probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    left_out = {"workers"} if settings.documents else {"workers", "documents"}  # folders from before there were any
-    kept = {name: value for name, value in asdict(settings).items() if name not in left_out}
+    kept = asdict(settings)
+    for name in ("workers",) if settings.documents else ("workers", "documents"):  # folders from before there were any
+        del kept[name]
     parts = [shards, kept, image.encode(probe).tolist(), sorted(text.tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

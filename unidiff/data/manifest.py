@@ -24,7 +24,7 @@ _MOST_BYTES = 2**28
 Samples = Annotated[int, Between(0, 10**6)]  # of one shard
 Stamp = dict[str, int | str]
 """size in bytes (-1: there is no such shard), time of change and hash, as far as they are known."""
-_ASKING = 16  # addresses at a time
+_ASKING = 16  # shards at a time
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,20 @@ def source_stamps(urls: Sequence[str], allow_missing: bool = False) -> dict[str,
     Raises:
         FileNotFoundError: shards that do not exist, unless they are allowed. OSError: one that cannot be read.
     """
+
+    def stamp(url: str) -> Stamp:
+        if not is_remote(url):
+            return dict(file_stamp(url)) if os.path.isfile(url) else {"size": -1}
+        try:
+            return remote_stamp(url)
+        except Unreachable as error:
+            return {"size": -1} if error.gone else {}
+
     with ThreadPoolExecutor(_ASKING) as pool:
-        remote = [url for url in urls if is_remote(url)]
-        stamps = dict(zip(remote, pool.map(_ask, remote), strict=True))
-    for url in urls:
-        if url not in stamps:
-            stamps[url] = dict(file_stamp(url)) if os.path.isfile(url) else {"size": -1}
+        stamps = dict(zip(urls, pool.map(stamp, urls), strict=True))
     if not allow_missing:
         refuse_missing([url for url in urls if stamps[url].get("size") == -1])
-    return {url: stamps[url] for url in urls}
+    return stamps
 
 
 def changes(then: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str:
@@ -123,9 +128,11 @@ def changes(then: Mapping[str, Stamp], now: Mapping[str, Stamp]) -> str:
     found = []
     for url, stamp in now.items():
         before = then.get(url, {})
-        other = [n for n in ("size", "time", "hash") if n in before and n in stamp and before[n] != stamp[n]]
-        if other:
-            found.append(f"{url} ({', '.join(_difference(name, before, stamp) for name in other)})")
+        sizes = ["missing" if s.get("size") == -1 else s.get("size") for s in (before, stamp)]
+        words = {"size": f"size {sizes[0]} -> {sizes[1]}", "time": "changed at another time", "hash": "other content"}
+        known = {name: text for name, text in words.items() if name in before and name in stamp}
+        if other := [text for name, text in known.items() if before[name] != stamp[name]]:
+            found.append(f"{url} ({', '.join(other)})")
     return few(found)
 
 
@@ -146,17 +153,3 @@ def damage(folder: Path, files: Mapping[str, Stamp]) -> str:
         elif token_stamp(path) != stamp:
             found.append(f"{name} (other content)")
     return few(found)
-
-
-def _ask(url: str) -> Stamp:
-    try:
-        return remote_stamp(url)
-    except Unreachable as error:
-        return {"size": -1} if error.gone else {}
-
-
-def _difference(name: str, before: Stamp, now: Stamp) -> str:
-    if name == "size":
-        sizes = ["missing" if stamp["size"] == -1 else stamp["size"] for stamp in (before, now)]
-        return f"size {sizes[0]} -> {sizes[1]}"
-    return {"time": "changed at another time", "hash": "other content"}[name]

@@ -45,7 +45,7 @@ class ShardSource:
         shuffle: samples per shuffling window, held in memory undecoded; 0 keeps the order of the tars.
         repeat: start again after the last shard, with the next epoch's order.
         workers: decoding threads; 0 decodes in the caller's.
-        prepare: changes a decoded sample, in those threads; a `Unusable` that it raises makes the sample skipped.
+        prepare: changes a decoded sample, in those threads; an `Unusable` that it raises makes the sample skipped.
         allow_missing: shards that do not exist are counted in place of refused, as those behind addresses always are.
         announce: log what was skipped at the end of every epoch.
 

@@ -136,10 +136,10 @@ def _local(path: str) -> list[str]:
             shown = [file for file in files if not file.name.startswith(".")]
             kinds = Counter(file.suffix or "no ending" for file in shown if not file.is_dir())
             held = [f"{count} with {kind}" for kind, count in kinds.most_common(3)]
-            held += [f"{len(shown) - kinds.total()} folders"] * (len(shown) > kinds.total())
-            raise ValueError(
-                f"{path!r} holds no .tar shards (compressed or not); it holds {', '.join(held) or 'nothing'}"
-            )
+            if folders := len(shown) - kinds.total():
+                held.append(f"{folders} folders")
+            words = ", ".join(held) or "nothing"
+            raise ValueError(f"{path!r} holds no .tar shards (compressed or not); it holds {words}")
         return found
     if os.path.lexists(path) or not glob.has_magic(path):
         return [path]
