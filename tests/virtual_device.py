@@ -193,8 +193,11 @@ class _Asked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is None or torch.device(device).type != "meta":
+        device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, torch.device | str)), None)
+        if str(device) == DEVICE.type:  # without its index, for which torch would ask a driver
+            kwargs = {name: DEVICE if value is device else value for name, value in kwargs.items()}
+            args = tuple(DEVICE if arg is device else arg for arg in args)
+        if str(device) != "meta":
             return func(*args, **kwargs)
         before, self.now.meta = getattr(self.now, "meta", False), True
         try:

@@ -27,6 +27,7 @@ def test_tensors_say_where_they_are(ledger):
         torch.tensor([1, 2], device=DEVICE),
         torch.as_tensor(np.ones(2), device=DEVICE),
         torch.randn(2).to(DEVICE),
+        torch.randn(2).to("privateuseone"),
         torch.full((2,), 3.0, device=DEVICE).new_ones(2),
     ]
     with DEVICE:
@@ -66,6 +67,7 @@ def test_meta_is_a_device_of_its_own(ledger):
     with torch.device("meta"):
         layer = nn.Linear(2, 3)
     assert layer.weight.is_meta and torch.empty_like(layer.weight).is_meta and torch.ones(1, device="meta").is_meta
+    assert torch.ones(1).to("meta").is_meta and torch.ones(1).to(torch.device("meta")).is_meta
     with pytest.raises(RuntimeError, match="without values"):
         torch.ones(2, device=DEVICE) + torch.ones(2, device="meta")
     layer.load_state_dict(
