@@ -18,13 +18,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -186,18 +187,25 @@ def _sent(index: Any) -> Any:
     return torch.tensor(index, device=DEVICE) if isinstance(index, list) else index
 
 
-class _Asked(TorchFunctionMode):
-    """Knows when a program itself asks for `meta`: operations that are made of others do, for tensors on the device."""
+class _Calls(TorchFunctionMode):
+    """Looks at calls before the dispatcher does, for what the latter would not see.
+
+    - Whether a program itself asks for `meta`; operations that are made of others do so for tensors on the device.
+    - Tensors made of data, which torch reads on the CPU and sends over behind the dispatcher's back.
+    - The device without its index, for which torch would ask a driver.
+    """
 
     now = threading.local()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray):
+            return _made_of(func, *args, **kwargs)
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, torch.device | str)), None)
-        if str(device) == DEVICE.type:  # without its index, for which torch would ask a driver
+        if str(device) == DEVICE.type:
             kwargs = {name: DEVICE if value is device else value for name, value in kwargs.items()}
             args = tuple(DEVICE if arg is device else arg for arg in args)
-        if str(device) != "meta":
+        if str(device) != "meta" or isinstance(func, OpOverload):
             return func(*args, **kwargs)
         before, self.now.meta = getattr(self.now, "meta", False), True
         try:
@@ -206,11 +214,23 @@ class _Asked(TorchFunctionMode):
             self.now.meta = before
 
 
+def _made_of(
+    make: Callable[..., Tensor], data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any
+) -> Tensor:
+    if isinstance(data, VirtualTensor):
+        made = data.detach().clone() if make is torch.tensor else data
+        return made.to(DEVICE if device is None else device, *args, **kwargs)
+    if device is not None and torch.device(device).type != DEVICE.type:
+        return make(data, *args, device=device, **kwargs).requires_grad_(requires_grad)
+    made = make(data, *args, **kwargs)
+    return (made if device is None else made.to(DEVICE)).requires_grad_(requires_grad or made.requires_grad)
+
+
 def _is_there(device: Any) -> bool:
     if device is None:
         return False
     kind = torch.device(device).type
-    return kind == DEVICE.type or (kind == "meta" and not getattr(_Asked.now, "meta", False))
+    return kind == DEVICE.type or (kind == "meta" and not getattr(_Calls.now, "meta", False))
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
@@ -362,22 +382,6 @@ class _Module:
         return False
 
 
-def _made_from_data(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.tensor` and the like read data on the CPU and send it over behind the dispatcher's back."""
-
-    @wraps(make)
-    def constructor(data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
-        if isinstance(data, VirtualTensor):
-            made = data.detach().clone() if make is torch.tensor else data
-            return made.to(DEVICE if device is None else device, *args, **kwargs)
-        if device is not None and not _is_there(device):
-            kwargs["device"] = device
-        made = make(data, *args, **kwargs)
-        return (made.to(DEVICE) if _is_there(device) else made).requires_grad_(requires_grad or made.requires_grad)
-
-    return constructor
-
-
 @contextmanager
 def virtual_device() -> Iterator[Ledger]:
     """Inside, tensors may be made on or moved to `DEVICE`; gives the counts of what the host waited for."""
@@ -387,10 +391,8 @@ def virtual_device() -> Iterator[Ledger]:
         name = f"torch.{DEVICE.type}"  # only this one: what is imported meanwhile stays imported
         stack.callback(sys.modules.__setitem__ if name in sys.modules else sys.modules.pop, name, _Module)
         sys.modules[name] = _Module  # type: ignore[assignment]
-        for make in (torch.tensor, torch.as_tensor, torch.asarray):
-            stack.enter_context(patch.object(torch, make.__name__, _made_from_data(make)))
         _ledgers.append(ledger)
         stack.callback(_ledgers.remove, ledger)
-        stack.enter_context(_Asked())
+        stack.enter_context(_Calls())
         stack.enter_context(_Mode())
         yield ledger

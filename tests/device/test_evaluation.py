@@ -20,7 +20,7 @@ from unidiff.evaluation.benchmark.trained import TrainedOptions, run_trained
 from unidiff.evaluation.cache_profile import profile_pipeline
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import read_config
-from unidiff.train.cost.benchmark import TrainingLoad, fit_to_memory, measure_head, measure_step
+from unidiff.train.cost.benchmark import TrainingLoad, measure_head, measure_step
 from unidiff.worlds.emoji.demo import run_demo
 from unidiff.worlds.emoji.evaluation import ALL_TASKS, judged_tasks, oracle_reward, run_emoji_eval
 from unidiff.worlds.emoji.scenes import get_profile
@@ -70,6 +70,7 @@ def test_the_oracle_rewards_pictures_of_the_device(pipe):
         )
 
 
+@pytest.mark.slow
 def test_the_demo_is_drawn(pipe, tmp_path):
     small = tiny_pipeline(text_length=40, grid=(2, 2), corpus=vocabulary_words(get_profile("cpu")) * 2)
     count = iter(range(2))
@@ -119,4 +120,3 @@ def test_the_benchmark_of_training_runs(monkeypatch):
     with virtual_device(), any_name_means_it():
         assert all(seconds > 0 for seconds in measure_step(load, steps=2).parts.values())
         assert measure_head(load, repeats=1).seconds > 0
-        assert fit_to_memory(load, 2**30).step.config.batch_size == 2

@@ -114,7 +114,9 @@ def check_runs(a: Path, b: Path) -> None:
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("vqmodel", "cycle") else name for name in RUNS]
+)
 def test_training_is_the_same(tmp_path, name):
     if name != "bf16":  # autocast does nothing there
         train_image_tokenizer(wide(tmp_path / "cpu", **RUNS[name]))

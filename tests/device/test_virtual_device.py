@@ -31,7 +31,7 @@ def test_tensors_say_where_they_are(ledger):
         torch.full((2,), 3.0, device=DEVICE).new_ones(2),
     ]
     with DEVICE:
-        made.append(torch.ones(2))
+        made += [torch.ones(2), torch.tensor([1, 2])]
     for x in [*made, *(torch.empty_like(x) for x in made), *(x.new_tensor([1, 2]) for x in made)]:
         assert isinstance(x, VirtualTensor) and x.device == DEVICE and not x.is_meta and not x.is_cpu
         assert x.cpu().device.type == "cpu" and type(x.cpu()) is torch.Tensor
@@ -67,6 +67,8 @@ def test_meta_is_a_device_of_its_own(ledger):
     with torch.device("meta"):
         layer = nn.Linear(2, 3)
     assert layer.weight.is_meta and torch.empty_like(layer.weight).is_meta and torch.ones(1, device="meta").is_meta
+    with torch.device("meta"):
+        assert torch.tensor([1]).is_meta and torch.tensor([1]).device == torch.device("meta")
     assert torch.ones(1).to("meta").is_meta and torch.ones(1).to(torch.device("meta")).is_meta
     with pytest.raises(RuntimeError, match="without values"):
         torch.ones(2, device=DEVICE) + torch.ones(2, device="meta")
