@@ -102,9 +102,12 @@ class Optimisers:
     def owner(self, key: str) -> nn.Parameter | None:
         """The parameter that the state tensor `key` (a name of `state`) belongs to; None for a name of another run."""
         name, number, _ = key.split(".", 2)
-        groups = self.optimisers[name].param_groups if name in self.optimisers else []
-        owned = [p for group in groups for p in group["params"]]
+        owned = self._owned(name)
         return owned[int(number)] if int(number) < len(owned) else None
+
+    def _owned(self, name: str) -> list[nn.Parameter]:
+        groups = self.optimisers[name].param_groups if name in self.optimisers else []
+        return [p for group in groups for p in group["params"]]
 
     def load_state(self, flat: dict[str, Tensor]) -> None:
         """Inverse of `state`. Raises ValueError when it belongs to another optimiser or model."""
@@ -120,7 +123,7 @@ class Optimisers:
                 owner, number, entry = key.split(".", 2)
                 if owner == name:
                     state.setdefault(int(number), {})[entry] = value.clone()
-            owned = [p for group in optimiser.param_groups for p in group["params"]]
+            owned = self._owned(name)
             if state and len(state) != len(owned):
                 raise ValueError(
                     f"the checkpoint's {name} state has {len(state)} parameters, the model has {len(owned)}"

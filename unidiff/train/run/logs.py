@@ -54,10 +54,10 @@ class RunLog:
             return
         last = _truncate(self.path, start_step)
         for name in trackers:
-            tensorboard = name == "tensorboard"
-            self._trackers.append(
-                _TensorBoard(folder, start_step) if tensorboard else _Service(name, folder, last, project, about or {})
-            )
+            if name == "tensorboard":
+                self._trackers.append(_TensorBoard(folder, start_step))
+            else:
+                self._trackers.append(_Service(name, folder, last, project, about or {}))
         with writing(self.path):
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
@@ -252,14 +252,12 @@ class _Service:
         known[name] = self._run.id if name == "wandb" else self._run.name
         replace_text(path, json.dumps(known))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         if step > self._last:
             self._run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, picture: torch.Tensor) -> None:
-        if step > self._last:
-            pixels = picture.permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
-            self._run.log({name: self._module.Image(pixels)}, step=step)
+        self.write(step, {name: self._module.Image(picture.permute(1, 2, 0).cpu().numpy())})  # [H, W, 3]
 
     def close(self) -> None:
         self._run.finish()
