@@ -105,9 +105,7 @@ def read_json(path: str | Path, what: str = "JSON", expect: type | tuple[type, .
     """
     check_regular(path)
     if (size := Path(path).stat().st_size) > _LARGEST_JSON:
-        raise DamagedFile(
-            f"{str(path)!r} has {size} bytes, too many for {what}; the file is damaged or of another kind"
-        )
+        raise DamagedFile(f"{str(path)!r} has {size} bytes, too many for {what}; it is damaged or of another kind")
     with reading(path, what):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, expect):

@@ -250,9 +250,7 @@ def _read(source: str | os.PathLike[str] | bytes | bytearray | BinaryIO, what: s
             if not isinstance(data, bytes):
                 raise ValueError("it is open as text; open it with mode 'rb'")
         return _bounded(data, name), name
-    raise DamagedFile(
-        f"{what or 'the picture'} is a {type(source).__name__}; expected a path, an address, bytes or PIL"
-    )
+    raise DamagedFile(f"{what or 'the picture'} is a {type(source).__name__}; expected a path, address, bytes or PIL")
 
 
 def _read_path(path: str, name: str) -> bytes:

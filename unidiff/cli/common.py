@@ -211,9 +211,7 @@ def check_files(wanted: Sequence[tuple[str, Path]], inputs: Iterable[Path | None
     for flag, path in wanted:
         check_writable(path, flag)
         if path.exists() and not path.stat().st_mode & 0o222:
-            raise ValueError(
-                f"output {str(path)!r} ({flag}) is write-protected; name another, or change its permissions"
-            )
+            raise ValueError(f"output {str(path)!r} ({flag}) is write-protected; name another or unprotect it")
         for mark in _marks(path):
             if mark in read:
                 raise ValueError(

@@ -65,9 +65,7 @@ def evaluate(
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(
-            "--against", help="JSON of another evaluation of the same cases, with outcomes: print the changes."
-        ),
+        typer.Option("--against", help="JSON of another evaluation of the same cases, with outcomes: print changes."),
     ] = None,
     model: Model = "emoji",
     device: Device = "auto",

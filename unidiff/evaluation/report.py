@@ -290,9 +290,7 @@ def compare_reports(
         raise ValueError("the evaluations have no number in common; evaluate the same tasks")
     for report, which in ((before, "first"), (after, "second")):
         if not any(e.cases for e in report.intervals.values()):
-            raise ValueError(
-                f"the {which} evaluation was saved without the outcome of each case; save it with outcomes"
-            )
+            raise ValueError(f"the {which} evaluation was saved without the outcome of each case; save it with them")
     differences = {}
     for key in shared:
         a, b = before.values[key], after.values[key]

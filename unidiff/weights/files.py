@@ -231,9 +231,7 @@ def check_tensor(path: Path, name: str, value: Tensor) -> None:
         "larger than its data": lambda: value.nbytes > value.untyped_storage().nbytes(),
     }
     if kind := next((kind for kind, found in kinds.items() if found()), None):
-        raise DamagedFile(
-            f"{path}: tensor {plain(name)!r} is {kind}; expected plain tensors, so save its dense values instead"
-        )
+        raise DamagedFile(f"{path}: tensor {plain(name)!r} is {kind}; expected plain tensors; save its dense values")
 
 
 def _open_shards(index: Path) -> dict[str, Any]:

@@ -85,9 +85,7 @@ class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"{cls.__name__} config lacks {missing}")
         family = config_dict.get("_class_name", cls.__name__)
         if family not in [c.__name__ for c in cls.__mro__]:
-            raise ValueError(
-                f"the config describes a {plain(family)}, not a {cls.__name__}; load it with its own class"
-            )
+            raise ValueError(f"the config describes a {plain(family)}, not a {cls.__name__}; load it with its class")
         return super().extract_init_dict(config_dict, **kwargs)
 
     def check_arguments(self) -> None:
@@ -251,9 +249,7 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
         raise ValueError(f"{str(folder)!r} is a file; name a folder to save the {kind} in")
     held = _model_in(folder)
     if held not in (None, kind):
-        raise ValueError(
-            f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} to another folder"
-        )
+        raise ValueError(f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} elsewhere")
     for name, value in model.state_dict().items():
         if value.is_meta:
             raise ValueError(f"{kind}: {name} is on the meta device and has no values; load the weights first")

@@ -85,9 +85,7 @@ def run_demo(pipe: UniDiffPipeline, out: str | Path, seed: int = 0) -> tuple[Pat
     """
     height, width = pipe.image_size
     if height != width or height % 8:
-        raise ValueError(
-            f"the demo needs square pictures with a side that 8 divides; this model draws {width}x{height}"
-        )
+        raise ValueError(f"the demo needs square pictures with a side that 8 divides; the model draws {width}x{height}")
     profile = get_profile("cpu", image_size=height)  # what the embedded model was trained on
     sections = [make(pipe, profile, seed) for make in (drawings, descriptions, answers, completions, inventions)]
     png, page = Path(out) / "demo.png", Path(out) / "demo.html"

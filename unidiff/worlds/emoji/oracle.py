@@ -86,7 +86,7 @@ class Oracle:
     def __init__(self, profile: Profile) -> None:
         if profile.free_jitter:
             raise ValueError(
-                f"the oracle reads sprites on the grid, but free_jitter is {profile.free_jitter}; set it to 0"
+                f"the oracle reads sprites on the grid; free_jitter is {profile.free_jitter}, so set it to 0"
             )
         if profile.unit % READ_UNIT:
             raise ValueError(f"the oracle needs units of a multiple of {READ_UNIT} px, but they are {profile.unit} px")
@@ -177,9 +177,7 @@ def as_float_images(images: np.ndarray | Tensor) -> Tensor:
     """uint8 `[B, H, W, 3]` or float `[B, 3, H, W]` in [0, 1] -> float32 `[B, 3, H, W]` on the CPU."""
     pictures = torch.as_tensor(images).cpu()
     if pictures.ndim != 4:
-        raise ValueError(
-            f"pictures have shape {tuple(pictures.shape)}; expected uint8 [B, H, W, 3] or float [B, 3, H, W]"
-        )
+        raise ValueError(f"pictures have shape {[*pictures.shape]}; expected uint8 [B, H, W, 3] or float [B, 3, H, W]")
     return pictures.movedim(-1, 1).float() / 255.0 if pictures.dtype == torch.uint8 else pictures.float()
 
 

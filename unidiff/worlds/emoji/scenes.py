@@ -66,9 +66,7 @@ class Atlas:
                 raise ValueError(f"{len(names)} sprites of {size} pixels in {columns} columns")
         sheet = np.asarray(decode_picture(image_path).convert("RGBA"))
         if sheet.shape[0] < -(-len(names) // columns) * size or sheet.shape[1] < min(columns, len(names)) * size:
-            raise ValueError(
-                f"{str(image_path)!r} has no room for {len(names)} sprites of {size} pixels; make both anew"
-            )
+            raise ValueError(f"{str(image_path)!r} has no room for {len(names)} sprites of {size} pixels; remake both")
         corners = [(i // columns * size, i % columns * size) for i in range(len(names))]
         return cls(names, np.stack([sheet[top : top + size, left : left + size] for top, left in corners]))
 
