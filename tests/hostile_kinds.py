@@ -17,7 +17,7 @@ from tiny_pipeline import tiny_pipeline
 
 from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.data.report import SkipReport
-from unidiff.data.token_set import PAIRS, open_token_set
+from unidiff.data.token_set import PAIRS, TokenSet
 from unidiff.families.checkpoint.convert import convert, save_shards
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.checkpoint.verify import answer
@@ -209,7 +209,7 @@ def _token_shards() -> Kind:
 
     def load(folder: Path) -> Any:
         account = SkipReport()
-        tokens = open_token_set(str(folder), 0, account, PAIRS)
+        tokens = TokenSet.open(str(folder), 0, account, PAIRS)
         rows = [tokens.draw(number) for number in range(4)]
         return [row.codes for row in rows], [row.caption for row in rows], tokens.layout.layout()
 

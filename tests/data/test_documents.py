@@ -16,7 +16,7 @@ from unidiff.data.report import SkipReport, Unusable
 from unidiff.data.rows import document_parts, lay_out
 from unidiff.data.shards import ImagePreprocess
 from unidiff.data.tar import ShardWriter
-from unidiff.data.token_set import DOCUMENTS, PAIRS, open_token_set
+from unidiff.data.token_set import DOCUMENTS, PAIRS, TokenSet
 from unidiff.tokens.text import TextTokenizer
 
 LENGTH = 60  # tokens; a picture is 16 codes
@@ -52,7 +52,7 @@ def test_documents_become_tokens(tmp_path, text):
     manifest = encode_shards(str(tmp_path / "raw"), image, text, tmp_path / "out", SETTINGS)
     assert (manifest.kind, manifest.samples, manifest.grid, manifest.text_length) == ("documents", 11, (4, 4), LENGTH)
     assert TokenManifest.load(str(tmp_path / "out")) == manifest
-    rows = open_token_set(str(tmp_path / "out"), 0, SkipReport(), DOCUMENTS)
+    rows = TokenSet.open(str(tmp_path / "out"), 0, SkipReport(), DOCUMENTS)
     seen = {}
     for draw in range(11):
         row = rows.draw(draw)
@@ -153,7 +153,7 @@ def test_bad_shards_of_documents(tmp_path, text):
         encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "no", small)
     encode_shards(str(tmp_path / "raw"), MeanColourTokenizer(), text, tmp_path / "out", SETTINGS)
     with pytest.raises(ValueError, match=r"holds documents, not pairs; name it in data.documents"):
-        open_token_set(str(tmp_path / "out"), 0, SkipReport(), PAIRS)
+        TokenSet.open(str(tmp_path / "out"), 0, SkipReport(), PAIRS)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     damaged = {
         "000": {"tokens.npy": np.arange(5), "images.npy": np.array([0])},  # a picture of 5 tokens
@@ -168,7 +168,7 @@ def test_bad_shards_of_documents(tmp_path, text):
     manifest["shards"] = {"00000.tar": 5}
     (tmp_path / "bad" / MANIFEST).write_text(json.dumps(manifest))
     account = SkipReport()
-    rows = open_token_set(str(tmp_path / "bad"), 0, account, DOCUMENTS)
+    rows = TokenSet.open(str(tmp_path / "bad"), 0, account, DOCUMENTS)
     assert {tuple(rows.draw(n).images.tolist()) for n in range(5)} == {(4,)}
     assert skipped_keys(account, report.BAD_ARRAY) == ["000", "001", "002", "003"]
     assert torch.equal(rows.draw(0).tokens, torch.full((20,), 3, dtype=torch.int32))

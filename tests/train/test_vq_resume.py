@@ -258,7 +258,7 @@ def test_held_out_scenes_are_never_in_the_stream():
     kept = {digest(p) for p in pictures.held_out}
     stream = iter(pictures.stream)
     assert not {digest(p) for p in islice(stream, 600)} & kept
-    assert pictures.stream.state()["scene"] >= 600
+    assert pictures.stream.source.state_dict()["scene"] >= 600
 
 
 @pytest.mark.parametrize(

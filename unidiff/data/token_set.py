@@ -84,6 +84,34 @@ class TokenSet(Generic[Row]):
         self._shards: OrderedDict[int, list[Row]] = OrderedDict()
         self._latest: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, its order of shards, their first rows
 
+    @staticmethod
+    def open(pattern: str, seed: int, account: SkipReport, kind: RowKind[Row]) -> TokenSet[Row]:
+        """Open the shards that one pattern names.
+
+        A folder (or a URL that ends in `/`) stands for every shard in its manifest, whether or not the file still exists.
+
+        Raises:
+            FileNotFoundError: shards without `tokens.json`.
+            ValueError: a refused source, shards of different layout or of another kind, or no rows.
+        """
+        manifests: dict[str, TokenManifest] = {}
+        urls = token_shards(pattern)
+        for url in urls:
+            if (folder := folder_of(url)) not in manifests:
+                manifests[folder] = TokenManifest.load(folder)
+            manifest = manifests[folder]
+            if manifest.kind != kind.name:
+                where = {"pairs": "data.train", "documents": "data.documents"}[manifest.kind]
+                raise ValueError(f"{url!r} holds {manifest.kind}, not {kind.name}; name it in {where}")
+            if manifest.layout() != next(iter(manifests.values())).layout():
+                raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
+            if _name_of(url) not in manifest.shards:
+                raise ValueError(f"{url!r} is not listed in its folder's tokens.json; encode it again")
+        found = TokenSet(urls, manifests, seed, account, kind)
+        if not found.total:
+            raise ValueError(f"{pattern!r} holds no rows")
+        return found
+
     def draw(self, number: int) -> Row:
         """Row of draw `number`: every epoch permutes shards, and rows among `_TOGETHER` of them."""
         epoch, place = divmod(number, self.total)
@@ -194,34 +222,6 @@ def _document(raw: dict[str, Any], layout: TokenManifest) -> DocumentRow:
 
 PAIRS = RowKind("pairs", (("codes.npy",), ("text.npy",)), _pair, one_length=True)
 DOCUMENTS = RowKind("documents", (("tokens.npy",), ("images.npy",)), _document, one_length=False)
-
-
-def open_token_set(pattern: str, seed: int, account: SkipReport, kind: RowKind[Row]) -> TokenSet[Row]:
-    """Open the shards that one pattern names.
-
-    A folder (or a URL that ends in `/`) stands for every shard in its manifest, whether or not the file still exists.
-
-    Raises:
-        FileNotFoundError: shards without `tokens.json`.
-        ValueError: a refused source, shards of different layout or of another kind, or no rows.
-    """
-    manifests: dict[str, TokenManifest] = {}
-    urls = token_shards(pattern)
-    for url in urls:
-        if (folder := folder_of(url)) not in manifests:
-            manifests[folder] = TokenManifest.load(folder)
-        manifest = manifests[folder]
-        if manifest.kind != kind.name:
-            where = {"pairs": "data.train", "documents": "data.documents"}[manifest.kind]
-            raise ValueError(f"{url!r} holds {manifest.kind}, not {kind.name}; name it in {where}")
-        if manifest.layout() != next(iter(manifests.values())).layout():
-            raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
-        if _name_of(url) not in manifest.shards:
-            raise ValueError(f"{url!r} is not listed in its folder's tokens.json; encode it again")
-    found = TokenSet(urls, manifests, seed, account, kind)
-    if not found.total:
-        raise ValueError(f"{pattern!r} holds no rows")
-    return found
 
 
 def is_tokenised(spec: str | Sequence[str]) -> bool:

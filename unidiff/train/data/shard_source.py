@@ -17,17 +17,7 @@ from torch import Tensor
 from unidiff.data.encode import PROGRESS, EncodeSettings, encode_shards
 from unidiff.data.report import SkipReport
 from unidiff.data.sources import MixtureSchedule, expand_shards, parse_sources
-from unidiff.data.token_set import (
-    DOCUMENTS,
-    PAIRS,
-    DocumentRow,
-    Row,
-    RowKind,
-    TokenRow,
-    TokenSet,
-    is_tokenised,
-    open_token_set,
-)
+from unidiff.data.token_set import DOCUMENTS, PAIRS, DocumentRow, Row, RowKind, TokenRow, TokenSet, is_tokenised
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 from unidiff.tokens.image.vq import ImageEncoder
@@ -56,7 +46,7 @@ class WeightedShards(Generic[Row]):
     def __init__(self, sets: Sequence[tuple[str, float]], seed: int, kind: RowKind[Row]) -> None:
         # all by name: several processes tell each other what they lost, and none may count twice
         self.report, self.seed = SkipReport(listed=10**9), seed
-        self._sets: list[TokenSet[Row]] = [open_token_set(pattern, seed, self.report, kind) for pattern, _ in sets]
+        self._sets: list[TokenSet[Row]] = [TokenSet.open(name, seed, self.report, kind) for name, _ in sets]
         self._schedule = MixtureSchedule(tuple(weight for _, weight in sets), seed)
         layouts = [part.layout for part in self._sets]
         common: list[Any] = [x.layout() if kind.one_length else (x.vocabulary, x.grid) for x in layouts]

@@ -27,7 +27,7 @@ _MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no o
 
 
 class PictureStream:
-    """Single pictures without end, float32 `[3, H, W]` in [0, 1], none of which is held out."""
+    """Single pictures without end, float32 `[3, H, W]` in [0, 1], none of which is held out; `source` has the position."""
 
     def __init__(self, source: _Scenes | ShardSource, held_out: set[bytes]) -> None:
         self.source, self.held_out = source, held_out
@@ -40,14 +40,6 @@ class PictureStream:
                 yield sample["image"]
             elif repeats == _MOST_REPEATS:
                 raise ValueError(f"all of {_MOST_REPEATS} pictures are held out; lower data.validation_images")
-
-    def state(self) -> dict[str, Any]:
-        """The position behind the last picture."""
-        return self.source.state_dict()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position. Raises ValueError where it is of other data."""
-        self.source.load_state_dict(state)
 
 
 class _Scenes:
