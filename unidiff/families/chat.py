@@ -162,11 +162,7 @@ def chat_layout(template: ChatTemplate, family: str) -> Callable[[Any, Any], Cha
 
 
 def check_turns(turns: Sequence[object]) -> list[Turn]:
-    """Questions, conversations or ids as they are.
-
-    Raises:
-        ValueError: anything else, or nothing said; the message names it.
-    """
+    """Questions, conversations or ids as they are; `ValueError` for anything else, or nothing said."""
     for number, turn in enumerate(turns):
         name = "the question" if len(turns) == 1 else f"question {number + 1} of {len(turns)}"
         if isinstance(turn, str):

@@ -69,7 +69,6 @@ class Family:
         fits: whether a config is this family's.
         settings: arguments of `network` for an upstream configuration. `ConfigError`: an option that is not built.
         keymap: the names of a network's weights, in one of the spellings that occur.
-        tiny: a tiny model of it, and what that answers.
         network: our class; of an image tokenizer, that of its autoencoder.
         vocabulary: id layout of a config; None for image tokenizers.
         vocabularies: released id layouts by name, for `named_vocabulary`.
@@ -130,7 +129,6 @@ class Family:
 
         Args:
             state: upstream's names to weights; training prefixes and a top-level `model` or `state_dict` are removed.
-            config: upstream's configuration.
             dtype: of the floating-point weights; None keeps the checkpoint's.
             device: where to; None for where they are (weights in a file: the CPU).
             vocabulary: another id layout, where the config does not imply one.
@@ -177,10 +175,8 @@ class Released:
     """A released model, ready to run.
 
     Attributes:
-        family: which it is.
         model: the network in evaluation mode (for an image tokenizer, the autoencoder inside).
-        vocabulary: id layout; None for an image tokenizer.
-        config: upstream's configuration.
+        vocabulary: id layout; None for an image tokenizer. config: upstream's configuration.
         spelling: what else the released names of the weights need.
         constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
         folder: of the whole checkpoint, for families that have more parts in it.
@@ -232,6 +228,7 @@ def copied_head(names: Iterable[str], tied: bool, head: str) -> Spelling:
 
 
 def _shadow(ema: Any, count: int) -> list[Tensor]:
+    """The averaged weights of a Lightning file."""
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
     if not isinstance(shadow, list) or not all(hasattr(value, "shape") for value in shadow):
         raise ValueError("the checkpoint's ema holds no list shadow_params of weights; download it again")
@@ -246,11 +243,7 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def named_vocabulary(name: str) -> Vocabulary:
-    """A released id layout: `unidisc-vq16`, `unidisc-magvit`, `mdlm`, `llada`, `mmada`, `lumina`, `muddit`, ...
-
-    Raises:
-        ValueError: no family has one of that name.
-    """
+    """A released id layout: `unidisc-vq16`, `unidisc-magvit`, `mdlm`, `llada`, `mmada`, `lumina`, `muddit`, ..."""
     layouts = {known: ids for family in FAMILIES.values() for known, ids in family.vocabularies.items()}
     if name not in layouts:
         raise ValueError(f"unknown vocabulary {name!r}; expected one of {sorted(layouts)}")

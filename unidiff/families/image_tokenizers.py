@@ -36,8 +36,8 @@ _COMMON: dict[str, Any] = dict(
     ch=128, num_res_blocks=2, z_channels=256, codebook_size=16384, codebook_embed_dim=8, codebook_l2_norm=True
 )
 LLAMAGEN_RELEASED: dict[str, dict[str, Any]] = {
-    "VQ-16": {**_COMMON, "encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)},
-    "VQ-8": {**_COMMON, "encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)},
+    name: {**_COMMON, "encoder_ch_mult": levels, "decoder_ch_mult": levels}
+    for name, levels in (("VQ-16", (1, 1, 2, 2, 4)), ("VQ-8", (1, 2, 2, 4)))
 }
 _LEVELS = list[Depth] | tuple[Depth, ...]
 LLAMAGEN_KEYS = ConfigKeys(
@@ -49,8 +49,7 @@ LLAMAGEN_KEYS = ConfigKeys(
         "codebook_size": Argument("codebook_size", Rows),
         "codebook_embed_dim": Argument("code_dim", Width),
         "codebook_l2_norm": Argument("l2_norm", bool),
-        "encoder_ch_mult": _LEVELS,
-        "decoder_ch_mult": _LEVELS,
+        **dict.fromkeys(("encoder_ch_mult", "decoder_ch_mult"), _LEVELS),
     },
     harmless=("commit_loss_beta", "entropy_loss_ratio", "dropout_p", "codebook_show_usage"),  # of training
     closed=True,
@@ -73,14 +72,14 @@ def llamagen_settings(config: Config) -> dict[str, Any]:
     """`ConvVQModel` arguments for upstream's fields, of which those left out are VQ-16's."""
     full = {**LLAMAGEN_RELEASED["VQ-16"], **config}
     taken = LLAMAGEN_KEYS.read(full)
-    encoder, decoder = tuple(full["encoder_ch_mult"]), tuple(full["decoder_ch_mult"])
+    encoder, decoder, depth = tuple(full["encoder_ch_mult"]), tuple(full["decoder_ch_mult"]), full["num_res_blocks"]
     return {
         **taken,
         "encoder_multipliers": encoder,
-        "encoder_depths": (full["num_res_blocks"],) * len(encoder),
+        "encoder_depths": (depth,) * len(encoder),
         "decoder_channels": taken["encoder_channels"],
         "decoder_multipliers": decoder,
-        "decoder_depths": (full["num_res_blocks"] + 1,) * len(decoder),  # upstream builds one more on the way up
+        "decoder_depths": (depth + 1,) * len(decoder),  # upstream builds one more on the way up
         "level_attention": True,
     }
 

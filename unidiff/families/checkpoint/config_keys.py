@@ -111,10 +111,8 @@ def check_names(config: Mapping[str, Any]) -> None:
 
 
 def plain_rope_theta(config: Mapping[str, Any], default: float) -> float:
-    """The base of plain rotary positions, in the older spelling (`rope_theta`) or the newer (`rope_parameters`).
-
-    Raises:
-        ConfigError: scaled positions, which are not built, or two different bases.
+    """The base of plain rotary positions, in the older spelling (`rope_theta`) or the newer (`rope_parameters`);
+    `ConfigError` for scaled positions, which are not built, or two different bases.
     """
     theta = config.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):

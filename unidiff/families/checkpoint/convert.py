@@ -43,8 +43,7 @@ def convert(
         dtype: cast the floating-point weights; None keeps every byte.
         family, vocabulary, subfolder: as in `load_released`.
 
-    Returns:
-        One sentence about what was written.
+    Returns one sentence about what was written.
 
     Raises:
         FileNotFoundError, ValueError: as `load_released`; a target that is not empty, or links that lead nowhere.
@@ -81,11 +80,7 @@ def _is_above(one: Path, other: Path) -> bool:
 
 
 def _copy_others(root: Path, folder: Path, part: str) -> None:
-    """Everything in `root` but `part`; links are followed.
-
-    Raises:
-        ValueError: links that lead nowhere or round in circles, and what is no file.
-    """
+    """Everything in `root` but `part`; links are followed, and refused where they lead nowhere or round in circles."""
     for path in sorted(root.rglob("*")):
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{path} is a link that leads nowhere; mend or remove it")

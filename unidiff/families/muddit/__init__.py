@@ -50,11 +50,7 @@ PUBLISHED = {"muddit": {**_MEISSONIC, "tokenizer_vocab_size": 49408, "t5_dim": N
 
 
 def muddit_settings(config: Config) -> dict[str, Any]:
-    """`MMDiT` arguments for an upstream configuration; a missing key takes upstream's default.
-
-    Raises:
-        ValueError: an unknown key, or an option that no released model uses.
-    """
+    """`MMDiT` arguments for an upstream configuration; a missing key takes upstream's default."""
     taken = KEYS.read(config)
     name = config.get("_class_name")
     if name is not None and name not in CLASSES:

@@ -174,12 +174,10 @@ class _Rows(NamedTuple):
     size: tuple[int, int]
 
     def text(self, x: Tensor) -> Tensor:
-        """`[B, L]` to `[B, T]`."""
-        return x[:, self.is_text]
+        return x[:, self.is_text]  # [B, L] to [B, T]
 
     def image(self, x: Tensor) -> Tensor:
-        """`[B, L]` to `[B, H, W]`."""
-        return x[:, ~self.is_text].unflatten(1, self.size)
+        return x[:, ~self.is_text].unflatten(1, self.size)  # [B, L] to [B, H, W]
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """`[B, T, ...]` and `[B, H, W, ...]` to `[B, L, ...]`."""
@@ -190,23 +188,20 @@ class _Rows(NamedTuple):
 
 @dataclass(eq=False)
 class MudditDenoiser:
-    """A `PartialDenoiser` for Muddit and Meissonic, made for one request.
+    """A `PartialDenoiser` for Muddit and Meissonic, made for one request. A text is encoded anew when it has changed.
 
     Every row is one text span of the encoder's length and one image span, in either order, without padding; all rows of
-    a call have the same layout. A text is encoded anew when it has changed.
+    a call have the same layout.
 
     A partial pass recomputes the text tokens and cells of codes of the plan: with downsampling 2 x 2 codes share a token of
     the blocks, and are recomputed together. The text encoder always reads whole texts. Time reaches every layer, so that
     what is kept belongs to an earlier time too: every cache is an approximation.
 
     Args:
-        model: the network.
         encoder: the text encoder, with a mask embedding where text may be hidden.
         vocabulary: the shared id space, see `muddit_vocabulary`.
-        steps: N of the time conventions.
-        passes: those that the sampler plans, the last of the N steps; None for all.
-        told: time convention and micro conditions.
-        factor: pixels per code.
+        steps: N of the time conventions. passes: those that the sampler plans, the last of the N steps; None for all.
+        told: time convention and micro conditions. factor: pixels per code.
         empty_prompt: int64 `[T]`, ids of the empty prompt. It stands for a text that is hidden altogether while image
             codes are hidden too: the family's unconditional stream. None leaves such a text hidden.
     """
@@ -252,11 +247,7 @@ class MudditDenoiser:
         return rows.join(out.text, out.image)
 
     def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """`[..., D]` to logits of the ids `[start, stop)`, which lie in one modality: its head is used.
-
-        Raises:
-            ValueError: a range that is in neither modality.
-        """
+        """`[..., D]` to logits of the ids `[start, stop)`; `ValueError` unless they lie in one modality, whose head is used."""
         stop = self.vocabulary.size if stop is None else stop
         for modality, head in ((Modality.TEXT, self.model.text_head), (Modality.IMAGE, self.model.image_head)):
             low, high = self.vocabulary.range_of(modality)
@@ -340,8 +331,7 @@ class MudditDenoiser:
         return left if self.told.time == "index" else left / self.steps
 
     def _micro(self, rows: _Rows, device: torch.device) -> Tensor:
-        height, width = (side * self.factor for side in rows.size)
-        return self.told.micro(height, width, device)
+        return self.told.micro(rows.size[0] * self.factor, rows.size[1] * self.factor, device)
 
 
 def _rows_of(modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> _Rows:

@@ -34,7 +34,7 @@ from unidiff.families.layout import (
     hidden_words,
     lay_out,
 )
-from unidiff.families.muddit.denoiser import ClipText, MudditConditions, MudditDenoiser
+from unidiff.families.muddit.denoiser import MASK_EMBEDDING, ClipText, MudditConditions, MudditDenoiser
 from unidiff.tokens import Modality, Span, Vocabulary
 
 MASKING_SCHEDULES = ("cosine", "linear")
@@ -251,9 +251,8 @@ class MeissonicLayout(RowLayout):
         """bos, words, eos and padding."""
         (bos, eos, pad), length, count = self.marks, self.encoder.length, len(words) + 2
         if count > length:
-            raise ValueError(
-                f"a prompt has {count} tokens, start and end included; the encoder reads {length}; shorten it"
-            )
+            much = f"a prompt has {count} tokens, start and end included"
+            raise ValueError(f"{much}; the encoder reads {length}; shorten it")
         return [bos, *words, eos, *[pad] * (length - count)]
 
     def _image(self, number: int, inputs: TaskInputs) -> Span:
@@ -307,7 +306,5 @@ class MudditLayout(MeissonicLayout):
 
     def check_writes(self) -> None:
         if not self.encoder.reads_masks:
-            raise ValueError(
-                "writing needs the row of [MASK] in the text encoder, but there is no mask embedding; put "
-                "mask_token_embedding.pth into the folder or beside it"
-            )
+            lacking = "writing needs the row of [MASK] in the text encoder, but there is no mask embedding"
+            raise ValueError(f"{lacking}; put {MASK_EMBEDDING} into the folder or beside it")
