@@ -88,6 +88,7 @@ def unidisc_settings(config: Config) -> dict[str, Any]:
     norm, epsilon = NORM_TYPES[model.get("norm_type", "layernorm")]
     packed, rope_2d = unidisc_interleaved(config), bool(model.get("rope_2d"))
     return {
+        "attention_gate": not taken["sandwich_norm"],
         **taken,
         "vocab_size": unidisc_vocabulary(config).size,
         **DIT_SETTINGS,
@@ -103,7 +104,6 @@ def unidisc_settings(config: Config) -> dict[str, Any]:
         "image_embeddings": INTERLEAVED_IMAGES if packed else 0,
         "time_conditioning": bool(full.get("time_conditioning") or model.get("force_time_conditioning")),
         "time_tokens": "image",
-        "attention_gate": not taken["sandwich_norm"],
     }
 
 
