@@ -123,10 +123,11 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int, where: Tensor, probabilities) -> None:
         self.draws, self.where, self.probabilities = GeneratorDraws(seed), where, probabilities
-        monkeypatch.setattr(RowNoise, "__call__", lambda noise, step, use: self.uniform(noise, use))
+        drawn = RowNoise.__call__
+        monkeypatch.setattr(RowNoise, "__call__", lambda noise, step, use: self.uniform(drawn(noise, step, use), use))
 
-    def uniform(self, noise: RowNoise, use: int) -> Tensor:
-        u = torch.full(noise.place.shape, 0.5, dtype=torch.float64)
+    def uniform(self, drawn: Tensor, use: int) -> Tensor:
+        u = torch.full_like(drawn, 0.5)
         if use == TOKEN:
             p = self.probabilities()
             token, rows = self.draws.tokens(p, 0)[..., None], len(u)
