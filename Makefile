@@ -20,7 +20,8 @@ demo: setup
 	$(BIN)/unidiff demo --out out
 
 # Two processes of one thread each: on two cores in half the time. The second one's report is shown when both are done.
-HALF := tests/train tests/data tests/evaluation tests/worlds
+DEVICE := $(addprefix tests/device/test_,training.py image_tokenizers.py evaluation.py commands.py)
+HALF := tests/train tests/data tests/evaluation tests/worlds $(DEVICE)
 test: setup
 	@log=$$(mktemp); export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest $(HALF) > $$log 2>&1 & half=$$!; \

@@ -97,7 +97,9 @@ class VirtualTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inside: Tensor) -> VirtualTensor:
+    def __new__(cls, inside: Tensor, requires_grad: bool | None = None) -> Any:
+        if requires_grad is not None:  # `type(parameter)(values, requires_grad=...)`
+            return torch.nn.Parameter(inside, requires_grad)
         made = Tensor._make_wrapper_subclass(
             cls, inside.shape, strides=inside.stride(), storage_offset=inside.storage_offset(), dtype=inside.dtype,
             layout=inside.layout, device="meta",
@@ -105,7 +107,7 @@ class VirtualTensor(Tensor):
         made.inside = inside
         return made
 
-    def __init__(self, inside: Tensor) -> None:
+    def __init__(self, inside: Tensor, requires_grad: bool | None = None) -> None:
         pass
 
     @classmethod
@@ -168,10 +170,9 @@ class VirtualTensor(Tensor):
 
     @data.setter
     def data(self, value: VirtualTensor) -> None:
-        if not isinstance(value, VirtualTensor):
-            raise RuntimeError(f"the data of a tensor on {DEVICE} cannot be a CPU tensor")
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.inside = value.inside
+        if isinstance(self, VirtualTensor):  # the same still
+            self.inside = value.inside
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(_sent(index))
@@ -193,6 +194,7 @@ class _Calls(TorchFunctionMode):
     - Whether a program itself asks for `meta`; operations that are made of others do so for tensors on the device.
     - Tensors made of data, which torch reads on the CPU and sends over behind the dispatcher's back.
     - The device without its index, for which torch would ask a driver.
+    - `tensor.data = ` one of the other device, which torch takes from drivers that it knows.
     """
 
     now = threading.local()
@@ -201,6 +203,9 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor, torch.asarray):
             return _made_of(func, *args, **kwargs)
+        if func == Tensor.data.__set__ and isinstance(args[0], VirtualTensor) != isinstance(args[1], VirtualTensor):  # type: ignore[attr-defined]
+            kind = torch.nn.Parameter if isinstance(args[0], torch.nn.Parameter) else Tensor.requires_grad_
+            return torch.utils.swap_tensors(args[0], kind(args[1].detach(), args[0].requires_grad))
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, torch.device | str)), None)
         if str(device) == DEVICE.type:
             kwargs = {name: DEVICE if value is device else value for name, value in kwargs.items()}

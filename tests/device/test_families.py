@@ -18,6 +18,7 @@ from virtual_device import DEVICE, VirtualTensor, virtual_device
 from unidiff.decoding import NoCache, RefreshPolicy, Sampler
 from unidiff.decoding import cache as policies
 from unidiff.families.checkpoint.load import load_released
+from unidiff.families.checkpoint.small_memory import offload
 from unidiff.families.checkpoint.verify import answer
 from unidiff.families.family import FAMILIES as RELEASED
 from unidiff.families.muddit.denoiser import MudditDenoiser
@@ -165,3 +166,22 @@ def test_weights_are_loaded_straight_to_the_device(name, tmp_path):
         with plainly():
             one, two = (answer(part.images or part.model, part.vocabulary) for part in (expected, found))
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("name", ["llada", "unidisc", "muddit"])
+def test_weights_off_the_device_are_brought_to_it(name, disk, tmp_path):
+    pytest.importorskip("accelerate", reason="the extra `offload` (accelerate) is not installed")
+    entry = RELEASED[name]
+    torch.manual_seed(0)
+    model = entry.make(entry.tiny.config).eval()
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    vocabulary = entry.vocabulary(entry.tiny.config)
+    with plainly():
+        expected = answer(model, vocabulary)
+    with virtual_device():
+        there = offload(copy.deepcopy(model), DEVICE, tmp_path if disk else None)
+        kept = {isinstance(value, VirtualTensor) for value in there.parameters()}
+        assert kept == {True, False}
+        torch.testing.assert_close(answer(there, vocabulary), expected, rtol=1e-4, atol=1e-5)

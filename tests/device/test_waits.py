@@ -22,6 +22,7 @@ from muddit_parts import tiny_clip, tiny_model
 from tiny_families import FAMILIES, STEPS, family
 from tiny_pipeline import tiny_pipeline
 from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table, write_documents
+from unidiff.train.image_tokenizer.codebook import place_codes
 from virtual_device import DEVICE, Ledger, virtual_device
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
@@ -31,6 +32,7 @@ from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import Span, TokenBatch
+from unidiff.tokens.image.cell import CellVQModel
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.image_tokenizer import trainer as tokenizer_training
 from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
@@ -252,6 +254,18 @@ def reward_step(states: str) -> list[tuple[Places, Places]]:
     return marks.between(1)
 
 
+def placing_codes() -> list[tuple[Places, Places]]:
+    """Of 13 cells at once, before the decoder is trained on their codes."""
+    with virtual_device() as ledger:
+        torch.manual_seed(0)
+        model = CellVQModel(8, 32, 8, 64, 1, (16,), (1,)).to(DEVICE)
+        cells, flat = torch.rand(10, 4, 3, 8, 8).to(DEVICE), torch.rand(3, 3, 8, 8).to(DEVICE)
+        marks = Marks(ledger)
+        place_codes(model, cells, flat)
+        marks()
+    return marks.between()
+
+
 CAUSAL = "model={hidden_size: 32, num_layers: 2, num_heads: 2, attention: block_causal, block_length: 4}"
 COUNTED: Mapping[str, Callable[[Path], list[tuple[Places, Places]]]] = {
     **{
@@ -286,6 +300,7 @@ COUNTED: Mapping[str, Callable[[Path], list[tuple[Places, Places]]]] = {
     "tokenizer step": lambda folder: tokenizer_steps(
         folder, lambda out: tokenizer_config(out, steps=9, validate_every=99, checkpoint_every=99)
     ),
+    "codes of cells": lambda _: placing_codes(),
     "reward step, random": lambda _: reward_step("random"),
     "reward step, decoded": lambda _: reward_step("decoded"),
 }
@@ -349,6 +364,7 @@ MOST: Mapping[str, Waits] = {
     "checkpoint": Waits(140, 0),
     "export": Waits(20, 0),
     "tokenizer step": Waits(4, 1),
+    "codes of cells": Waits(0, 0),
     "reward step, random": Waits(46, 8),
     "reward step, decoded": Waits(46, 6),
 }
