@@ -22,7 +22,6 @@ from muddit_parts import tiny_clip, tiny_model
 from tiny_families import FAMILIES, STEPS, family
 from tiny_pipeline import tiny_pipeline
 from train_fixtures import MIXED, VOCABULARY, tiny_config, tiny_table, write_documents
-from unidiff.train.image_tokenizer.codebook import place_codes
 from virtual_device import DEVICE, Ledger, virtual_device
 
 from unidiff.decoding import Guidance, ModalityDecoding, NoCache, RefreshPolicy, Sampler, SamplerConfig
@@ -35,6 +34,7 @@ from unidiff.tokens import Span, TokenBatch
 from unidiff.tokens.image.cell import CellVQModel
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.image_tokenizer import trainer as tokenizer_training
+from unidiff.train.image_tokenizer.losses import place_codes
 from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 from unidiff.train.reward import RewardConfig, RewardTuner
 from unidiff.train.trainer import Trainer
@@ -364,7 +364,7 @@ MOST: Mapping[str, Waits] = {
     "checkpoint": Waits(140, 0),
     "export": Waits(20, 0),
     "tokenizer step": Waits(4, 1),
-    "codes of cells": Waits(0, 0),
+    "codes of cells": Waits(11, 11),
     "reward step, random": Waits(46, 8),
     "reward step, decoded": Waits(46, 6),
 }
