@@ -248,7 +248,7 @@ def test_held_out_pictures_are_never_in_the_stream(tmp_path, count, copies, aske
     pictures = open_pictures(data, 3, 8)
     kept = {digest(p) for p in pictures.held_out}
     assert len(pictures.held_out) == len(kept) == held
-    seen = {digest(p) for p in islice(iter(pictures.stream), 3 * count * copies)}
+    seen = {digest(p) for p in islice(pictures.stream(), 3 * count * copies)}
     assert not seen & kept and len(seen) == count - held
 
 
@@ -256,9 +256,9 @@ def test_held_out_scenes_are_never_in_the_stream():
     data = ImageData(world="emoji", kinds=(1.0, 0.0, 0.0, 0.0), validation_images=200)
     pictures = open_pictures(data, 0, 8)
     kept = {digest(p) for p in pictures.held_out}
-    stream = iter(pictures.stream)
+    stream = pictures.stream()
     assert not {digest(p) for p in islice(stream, 600)} & kept
-    assert pictures.stream.source.state_dict()["scene"] >= 600
+    assert pictures.source.state_dict()["scene"] >= 600
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ assert [row["policy"] for row in json.loads((folder / "b.json").read_text())["ro
 from unidiff.train.image_tokenizer.data import ImageData, open_pictures
 
 found = open_pictures(ImageData(world="toy", validation_images=4), 0, 8)
-assert found.held_out.shape == (4, 3, 16, 16) and next(iter(found.stream)).shape == (3, 16, 16)
+assert found.held_out.shape == (4, 3, 16, 16) and next(found.stream()).shape == (3, 16, 16)
 """
 
 

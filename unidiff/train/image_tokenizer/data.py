@@ -26,22 +26,6 @@ _WINDOW = 1024  # samples of shards that are shuffled together
 _MOST_REPEATS = 100_000  # scenes in a row that are all held out: there are no others
 
 
-class PictureStream:
-    """Single pictures without end, float32 `[3, H, W]` in [0, 1], none of which is held out; `source` has the position."""
-
-    def __init__(self, source: _Scenes | ShardSource, held_out: set[bytes]) -> None:
-        self.source, self.held_out = source, held_out
-
-    def __iter__(self) -> Iterator[Tensor]:
-        repeats = 0
-        for sample in self.source:
-            repeats = repeats + 1 if digest(sample["image"]) in self.held_out else 0
-            if not repeats:
-                yield sample["image"]
-            elif repeats == _MOST_REPEATS:
-                raise ValueError(f"all of {_MOST_REPEATS} pictures are held out; lower data.validation_images")
-
-
 class _Scenes:
     """Pictures of a world one after the other, with the methods of `ShardSource`."""
 
@@ -62,11 +46,21 @@ class _Scenes:
 
 
 class Pictures(NamedTuple):
-    """What a run trains on. `held_out`: for validation only. `facts`: what the data are known by later."""
+    """What a run trains on, in [0, 1]."""
 
-    held_out: Tensor  # float32 [N, 3, H, W]
-    stream: PictureStream
-    facts: dict[str, str]
+    held_out: Tensor  # float32 [N, 3, H, W], for validation only
+    source: _Scenes | ShardSource  # of samples without end, whose position can be saved
+    facts: dict[str, str]  # what the data are known by later
+
+    def stream(self) -> Iterator[Tensor]:
+        """Single pictures without end, float32 `[3, H, W]`, none of which is held out."""
+        held_out, repeats = {digest(picture) for picture in self.held_out}, 0
+        for sample in self.source:
+            repeats = repeats + 1 if digest(sample["image"]) in held_out else 0
+            if not repeats:
+                yield sample["image"]
+            elif repeats == _MOST_REPEATS:
+                raise ValueError(f"all of {_MOST_REPEATS} pictures are held out; lower data.validation_images")
 
 
 def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
@@ -85,9 +79,8 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
         held_out = world_images(data, seed + 1, 0, data.validation_images or HELD_OUT)
         if (side := held_out.shape[-1]) % factor:
             raise ValueError(f"pictures of {data.profile!r} are {side} pixels wide, which factor {factor} must divide")
-        digests = {digest(picture) for picture in held_out}
-        stream = PictureStream(_Scenes(_world_pictures(data, seed)), digests)
-        return Pictures(held_out, stream, {"held-out pictures": _joint(digests)})
+        facts = {"held-out pictures": _joint({digest(picture) for picture in held_out})}
+        return Pictures(held_out, _Scenes(_world_pictures(data, seed)), facts)
     preprocess = ImagePreprocess(data.image_size, factor)
 
     def prepare(sample: dict[str, Any]) -> dict[str, Any]:
@@ -98,9 +91,8 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
         for repeat in (False, True)
     )
     held = _first_different(once, data)
-    digests = {digest(picture) for picture in held}
-    facts = {"held-out pictures": _joint(digests), "data.shards": _joint(map(_content, source.shards))}
-    return Pictures(torch.stack(held), PictureStream(source, digests), facts)
+    facts = {"held-out pictures": _joint({digest(picture) for picture in held})}
+    return Pictures(torch.stack(held), source, facts | {"data.shards": _joint(map(_content, source.shards))})
 
 
 def world_images(data: ImageData, seed: int, start: int, count: int) -> Tensor:

@@ -138,7 +138,7 @@ class _TokenizerRun:
     def go(self) -> dict:
         """To the last step or the next signal; the report of what was kept."""
         self._resume()
-        self.stream = iter(self.pictures.stream)
+        self.stream = self.pictures.stream()
         log = RunLog(self.out, self.step)
         side = self.pictures.held_out.shape[-1]
         codes = self.config.batch_size * (side // VQImageTokenizer(self.model).factor) ** 2
@@ -235,7 +235,7 @@ class _TokenizerRun:
         """All of it."""
         state = TokenizerRunState(
             step=self.step, settings=flat(asdict(self.config)), facts=self.facts,
-            position=self.pictures.stream.source.state_dict(), random=self.generator.get_state().numpy().tobytes().hex(),
+            position=self.pictures.source.state_dict(), random=self.generator.get_state().numpy().tobytes().hex(),
             found=self.found, seconds=self._seconds(), skipped=self.guard.skipped,
             level=None if math.isinf(self.guard.level) else self.guard.level,
             best=None if math.isinf(self.best) else self.best,
@@ -268,7 +268,7 @@ class _TokenizerRun:
             if self.average is not None:
                 self.average.load(found.ema)
             self.generator.set_state(torch.frombuffer(bytearray.fromhex(state.random), dtype=torch.uint8))
-            self.pictures.stream.source.load_state_dict(state.position)
+            self.pictures.source.load_state_dict(state.position)
         self.step, self.found, self.before = state.step, state.found, state.seconds
         self.guard.skipped, self.guard.level = state.skipped, math.inf if state.level is None else state.level
         self.best = -math.inf if state.best is None else state.best
