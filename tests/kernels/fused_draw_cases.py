@@ -120,5 +120,5 @@ if __name__ == "__main__":
     found = {}
     for name, case in cases().items():
         out = run_kernel(case)
-        found |= {f"{name}/{key}": value.contiguous() for key, value in vars(out).items()}
+        found |= {f"{name}/{key}": value.contiguous() for key, value in out._asdict().items()}
     save_file(found, sys.argv[1])

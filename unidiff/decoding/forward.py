@@ -22,18 +22,12 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 @dataclass(frozen=True)
 class PositionLogits:
-    """Logits of one modality where they were asked for.
+    """Logits of one modality where they were asked for."""
 
-    Attributes:
-        index: int64 `[B, n]`, positions in the row. is_real: bool `[B, n]`, False on padding of the index.
-        values: float32 or float64 `[streams, R, n, V]` over the modality's slice, conditional stream first.
-        rows: int64 `[R]`, whose values these are; None for all.
-    """
-
-    index: Tensor
-    is_real: Tensor
-    values: Tensor
-    rows: Tensor | None = None
+    index: Tensor  # int64 [B, n], positions in the row
+    is_real: Tensor  # bool [B, n], False on padding of the index
+    values: Tensor  # float32 or float64 [streams, R, n, V] over the modality's slice, conditional stream first
+    rows: Tensor | None = None  # int64 [R], whose values these are; None for all
 
     def select_rows(self, of_all: Tensor) -> Tensor:
         """`[B, ...]` to `[R, ...]`."""

@@ -12,8 +12,8 @@ apart from others (`CachePlan.fresh`) and layers that compare with an unknown nu
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class CudaRecorder:
         return result, graph.replay
 
 
-@dataclass(frozen=True)
-class _Recorded:
+class _Recorded(NamedTuple):
     inputs: tuple[Tensor, ...]
     result: Any
     replay: Callable[[], object]

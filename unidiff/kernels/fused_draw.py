@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +22,13 @@ _LARGEST_K = 128  # the ranked list of a position lives in registers
 _DTYPES = (torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class FusedDraw:
-    """What was drawn, per position.
+class FusedDraw(NamedTuple):
+    """What was drawn, per position `[B, n]`."""
 
-    Attributes:
-        token: int64 `[B, n]`.
-        probability: float64 `[B, n]`, of that token before temperature and filters.
-        confidence: float64 `[B, n]`, by the chosen measure.
-        is_finite: bool `[B, n]`, False where a position had NaN, +inf, or no token left.
-    """
-
-    token: Tensor
-    probability: Tensor
-    confidence: Tensor
-    is_finite: Tensor
+    token: Tensor  # int64
+    probability: Tensor  # float64, of that token before temperature and filters
+    confidence: Tensor  # float64, by the chosen measure
+    is_finite: Tensor  # bool, False where a position had NaN, +inf, or no token left
 
 
 @cache
@@ -102,25 +94,27 @@ def fused_draw(
     if streams > 1 and (weights is None or weights.shape != (streams - 1, rows)):
         given = None if weights is None else tuple(weights.shape)
         raise ValueError(f"weights have shape {given}; expected {(streams - 1, rows)}, one per further stream and row")
+    from triton import next_power_of_2
+
     from unidiff.kernels.draw_kernel import draw_kernel
 
     greedy = temperature == 0
-    top = 0 if greedy or top_k is None else max(2, _power_of_two(top_k))
+    top = 0 if greedy or top_k is None else max(2, next_power_of_2(top_k))
     block = max(block, top)
     blocks = -(-width // block)
     values, device = values.contiguous(), values.device
     token = torch.empty(rows, positions, dtype=torch.long, device=device)
     probability, sureness = (torch.empty(rows, positions, dtype=torch.float64, device=device) for _ in range(2))
     is_finite = torch.empty(rows, positions, dtype=torch.bool, device=device)
+    # made on the device: no host copy
+    heat = torch.full((1,), max(temperature, COLDEST), dtype=torch.float64, device=device)
     with torch.cuda.device_of(values):
         draw_kernel[(rows * positions,)](
             values,
             values if weights is None else weights.to(values.dtype).contiguous(),
             values if banned is None else banned.to(torch.uint8).contiguous(),
             u.double().contiguous(),
-            torch.full(
-                (1,), max(temperature, COLDEST), dtype=torch.float64, device=device
-            ),  # made on the device: no host copy
+            heat,
             token,
             probability,
             sureness,
@@ -137,12 +131,7 @@ def fused_draw(
             TOP=top,
             BLOCK=block,
             BLOCKS=blocks,
-            SLOTS=max(2, _power_of_two(blocks)),
+            SLOTS=max(2, next_power_of_2(blocks)),
             enable_fp_fusion=False,  # torch rounds the product before it adds
         )
     return FusedDraw(token, probability, sureness, is_finite)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << (n - 1).bit_length()

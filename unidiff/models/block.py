@@ -167,17 +167,11 @@ def _flex_attention(device: str) -> Any:
 
 
 class Condition(NamedTuple):
-    """What the layers are conditioned on, and which tokens it reaches.
+    """What the layers are conditioned on, and which tokens it reaches."""
 
-    Attributes:
-        vector: `[B, cond_dim]`.
-        shifted: bool `[B, L, 1]`, tokens whose normed input is shifted and scaled; None for all.
-        gated: bool `[B, L, 1]`, tokens whose branch output is gated; None for all.
-    """
-
-    vector: Tensor
-    shifted: Tensor | None = None
-    gated: Tensor | None = None
+    vector: Tensor  # [B, cond_dim]
+    shifted: Tensor | None = None  # bool [B, L, 1], tokens whose normed input is shifted and scaled; None for all
+    gated: Tensor | None = None  # bool [B, L, 1], tokens whose branch output is gated; None for all
 
     def at(self, index: Tensor) -> Condition:
         """For the tokens at an index, int64 `[B, n]`."""

@@ -67,8 +67,7 @@ class CachePlan:
     def with_streams(self, others: Mapping[int, CachePlan | None]) -> CachePlan:
         """This plan, with plans of their own for some guidance streams.
 
-        None leaves a stream out of the pass: its difference from the conditional logits stays what it was when it was
-        last evaluated.
+        None leaves a stream out of the pass: it keeps its difference from the conditional logits.
         """
         return replace(self, others=dict(others))
 
@@ -141,19 +140,12 @@ class LayerWork:
 
 @dataclass(frozen=True)
 class PartialHidden:
-    """What a pass computed.
+    """What a pass computed."""
 
-    Attributes:
-        hidden: `[B, n, D]`, final hidden states ready for the head. (The store keeps them for all positions.)
-        index: int64 `[B, n]`, their positions; L on padding of the index, and in rows that were computed afresh.
-        work: one entry per layer.
-        fresh: rows that were computed afresh.
-    """
-
-    hidden: Tensor
-    index: Tensor
-    work: tuple[LayerWork, ...]
-    fresh: int = 0
+    hidden: Tensor  # [B, n, D], final hidden states ready for the head; the store keeps them for all positions
+    index: Tensor  # int64 [B, n], their positions; L on padding, and in rows that were computed afresh
+    work: tuple[LayerWork, ...]  # of each layer
+    fresh: int = 0  # rows that were computed afresh
 
 
 class Denoiser(Protocol):
@@ -180,21 +172,10 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """FLOPs of one token in one layer, by kind of work.
+    """FLOPs of one token in one layer: of its linear layers by kind, and (`pair`) of attention for each key that it sees.
 
-    A matrix product `[m, k] x [k, n]` counts 2 m k n. With width d, KV heads of together d_kv, and a feed-forward of
-    width f, one token costs in a layer of the masked transformer
-
-        queries and keys  2 d (d + d_kv)        output projection  2 d^2
-        values            2 d d_kv              feed-forward       6 d f (SwiGLU), 4 d f (GELU)
-        attention         4 d per key it looks at
-
-    which without shared heads is 8 d^2 + 6 d f plus 4 d S in a row of S tokens. Embeddings, norms, rotary, biases,
-    softmax and adaLN (once per row) are left out: they are far less, and no cache changes what they cost at the
-    positions it computes.
-
-    Attributes:
-        query_key, value, output, feed_forward: of its linear layers. pair: attention, for each key that a query sees.
+    A matrix product `[m, k] x [k, n]` counts 2 m k n. Embeddings, norms, rotary, biases, softmax and adaLN (once per row) are
+    left out: they are far less, and no cache changes what they cost at the positions it computes.
     """
 
     query_key: int
@@ -219,27 +200,16 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class DenoiserTraits:
-    """What decoding relies on besides a model's answers.
+    """What decoding relies on besides a model's answers."""
 
-    Attributes:
-        ids: how many ids the model knows.
-        width: D of the features.
-        layers: what each layer costs, in the order in which `PartialHidden.work` lists them.
-        affine_head: logits are affine in the features, so that a weighted sum of features gives that of logits.
-        block_length: of block-causal attention; None where every position sees every other.
-        timed: features depend on the time.
-        codes_per_token: image codes that share one token of the layers, which are computed together.
-        recordable: a pass asks the device for nothing on its way, so that it can be recorded (`unidiff.decoding.graphs`).
-    """
-
-    ids: int
-    width: int
-    layers: tuple[LayerFlops, ...]
-    affine_head: bool
-    block_length: int | None = None
-    timed: bool = False
-    codes_per_token: int = 1
-    recordable: bool = True
+    ids: int  # how many the model knows
+    width: int  # D of the features
+    layers: tuple[LayerFlops, ...]  # what each costs, in the order in which `PartialHidden.work` lists them
+    affine_head: bool  # logits are affine in the features, so that a weighted sum of features gives that of logits
+    block_length: int | None = None  # of block-causal attention; None where every position sees every other
+    timed: bool = False  # features depend on the time
+    codes_per_token: int = 1  # image codes that share one token of the layers, which are computed together
+    recordable: bool = True  # a pass asks the device for nothing on its way, see `unidiff.decoding.graphs`
 
     def head_flops(self, positions: int, ids: int) -> int:
         """Logits of some positions over some ids."""

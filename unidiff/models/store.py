@@ -36,40 +36,27 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """What a position takes in a store.
+    """What a position takes in a store."""
 
-    Attributes:
-        kv_heads, head_dim: of the keys and values of each layer. width: D, of hidden states and branch outputs.
-        branches: how many branches of each layer add to the residual stream; one number per layer.
-        hidden_width: of the final hidden states, where it is not D.
-        border: positions before it are tokens of a first stream, those from it on of a second one.
-        interleaved: see `RotaryTables`.
-    """
-
-    kv_heads: int
+    kv_heads: int  # of the keys and values of each layer
     head_dim: int
-    width: int
-    branches: tuple[int, ...]
-    hidden_width: int | None = None
-    border: int = 0
-    interleaved: bool = False
+    width: int  # D, of hidden states and branch outputs
+    branches: tuple[int, ...]  # for each layer, how many add to the residual stream
+    hidden_width: int | None = None  # of the final hidden states, where it is not D
+    border: int = 0  # positions before it are tokens of a first stream, those from it on of a second one
+    interleaved: bool = False  # see `RotaryTables`
 
 
 class TokenIndex(NamedTuple):
-    """Some positions of each row.
+    """Some positions of each row."""
 
-    Attributes:
-        at: int64 `[B, n]`, ascending in each stream; L on padding.
-        split: how many of them are of the first stream.
-        whole: all positions of every row.
-    """
-
-    at: Tensor
-    split: int = 0
-    whole: bool = False
+    at: Tensor  # int64 [B, n], ascending in each stream; L on padding
+    split: int = 0  # how many of them are of the first stream
+    whole: bool = False  # all positions of every row
 
     @property
     def width(self) -> int:
+        """n."""
         return self.at.shape[1]
 
 

@@ -273,8 +273,7 @@ def rotary_tables(
     """Tables for one batch.
 
     Args:
-        positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
-        modality: int64 `[B, L]`.
+        positions, modality: as in `MaskedTransformer.hidden`.
         head_dim: features per head; divisible by 4 for `kind="2d"`.
         kind: "1d": every token turns by its index. "2d": image tokens turn by row and column instead, in the
             interleaved layout [h0, w0, h1, w1, ...] of UniDisc, whose frequencies are theta^(-4i/head_dim).
@@ -300,23 +299,16 @@ def _frequencies(count: int, theta: float, like: Tensor) -> Tensor:
 
 
 class ImageSpans(NamedTuple):
-    """Per position, int64 `[B, L]`.
+    """Per position, int64 `[B, L]`."""
 
-    Attributes:
-        number: which image of its sample, from 0; 0 for text.
-        side: rows or columns of the image, whichever are more; 1 for text.
-    """
-
-    number: Tensor
-    side: Tensor
+    number: Tensor  # which image of its sample, from 0; 0 for text
+    side: Tensor  # rows or columns of the image, whichever are more; 1 for text
 
 
 def image_spans(positions: Tensor, modality: Tensor) -> ImageSpans:
-    """Images of packed rows: one begins at every image token of row 0 and column 0, a sample at every index 0.
+    """Images of packed rows, read off `positions` `[B, L, 3]` and `modality` `[B, L]`.
 
-    Args:
-        positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
-        modality: int64 `[B, L]`.
+    One begins at every image token of row 0 and column 0, a sample at every index 0.
     """
     image = modality == Modality.IMAGE
     corner = (image & (positions[..., 1:] == 0).all(-1)).long()
@@ -334,7 +326,6 @@ def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) 
 
     Args:
         index: int64 `[B, L]`, position inside the sample.
-        block_length: tokens per block.
         allowed: bool `[B, 1, L, L]` that keeps samples and padding apart, or None for one sample per row.
     """
     block = torch.div(index, block_length, rounding_mode="floor")  # [B, L]
