@@ -80,9 +80,8 @@ def pick_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' cannot be used here; use cpu")
     if name.startswith("cuda") and int(found[1] or 0) >= count:
-        raise ValueError(
-            f"device {name!r} cannot be used here: CUDA sees {count} devices, numbered from 0; use another, for instance cpu"
-        )
+        there = f"there are {count} CUDA devices, numbered from 0" if count else "no CUDA device is there"
+        raise ValueError(f"device {name!r} cannot be used here: {there}; use another, for instance cpu")
     return torch.device(name)
 
 
