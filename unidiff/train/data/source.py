@@ -89,6 +89,9 @@ class TokenTable:
         phases: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         self.tensors = _check_tensors(tensors, vocabulary)
+        codes = self.tensors["codes"]
+        self.rows, self.grid = len(codes), (codes.shape[1], codes.shape[2])
+        self.text_length, self.has_questions = self.tensors["captions"].shape[-1], "questions" in self.tensors
         if not 0 <= text_prefix <= self.text_length:
             raise ValueError(f"text_prefix = {text_prefix} must lie within the {self.text_length} tokens of a caption")
         if phases and phases[0][0] != 0:
@@ -150,23 +153,6 @@ class TokenTable:
         metadata = {"vocabulary": json.dumps(self.vocabulary.to_dict()), "text_prefix": str(self.text_prefix)}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
-
-    @property
-    def rows(self) -> int:
-        return len(self.tensors["codes"])
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Image tokens (height, width)."""
-        return self.tensors["codes"].shape[1], self.tensors["codes"].shape[2]
-
-    @property
-    def text_length(self) -> int:
-        return self.tensors["captions"].shape[-1]
-
-    @property
-    def has_questions(self) -> bool:
-        return "questions" in self.tensors
 
     def fetch(self, index: Tensor) -> TokenRows:
         """See `TokenSource.fetch`."""
