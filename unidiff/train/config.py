@@ -311,10 +311,8 @@ def _check_lists(config: TrainConfig) -> None:
     for entry in config.data.curriculum:
         if not (isinstance(entry, list) and len(entry) == 2):
             raise ValueError(f"data.curriculum entry {entry!r} is not of the form [fraction, highest level]")
-        check_value(entry[0], float, f"data.curriculum: the fraction in {entry}")
+        check_value(entry[0], Share, f"data.curriculum: the fraction in {entry}")
         check_value(entry[1], int, f"data.curriculum: the level in {entry}")
-        if not 0 <= entry[0] <= 1:
-            raise ValueError(f"data.curriculum: the fraction in {entry} must lie in [0, 1]")
         starts.append(entry[0])
     if starts and (starts[0] != 0 or starts != sorted(set(starts))):
         raise ValueError(f"data.curriculum = {config.data.curriculum} must begin with fraction 0 and go up from there")
