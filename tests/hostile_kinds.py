@@ -25,9 +25,8 @@ from unidiff.families.family import FAMILIES
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.conv import ConvVQModel, LFQModel
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint, save_checkpoint
 

@@ -119,7 +119,7 @@ def test_damaged_notes_are_named(parts, tmp_path, name, text):
 
 
 def test_tokenizers_that_did_not_encode_the_data_are_refused(parts, tmp_path):
-    from unidiff.tokens.image.cell import CellVQModel
+    from unidiff.tokens.image.vq import CellVQModel
     from unidiff.tokens.text import TextTokenizer
 
     CellVQModel(8, 8, 4, 16, 1, (16,), (1,)).save_pretrained(tmp_path / "i")

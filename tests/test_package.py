@@ -10,9 +10,8 @@ import pytest
 
 import unidiff
 from unidiff.config import load_config
-from unidiff.tokens.image.vq import new_network
 from unidiff.train.config import read_config
-from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
+from unidiff.train.image_tokenizer.config import ImageTokenizerConfig, new_network
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -16,8 +16,8 @@ from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Width, check_arguments, check_value, field_types
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image.cell import CellVQModel
 from unidiff.tokens.image.conv import ConvVQModel, LFQModel
+from unidiff.tokens.image.vq import CellVQModel
 
 MODELS = {
     MaskedTransformer: {"vocab_size": 12, "hidden_size": 16, "num_layers": 1, "num_heads": 2},

@@ -10,8 +10,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
 TEXT_LENGTH, GRID, SIZE = 10, (2, 3), (16, 24)

@@ -20,8 +20,7 @@ from virtual_device import DEVICE, VirtualTensor, virtual_device
 
 from unidiff.data.encode import EncodeSettings, encode_shards
 from unidiff.families.family import FAMILIES
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.image_tokenizer import trainer as training
 from unidiff.train.image_tokenizer.config import CellCodes, ImageTokenizerConfig, VQLossWeights

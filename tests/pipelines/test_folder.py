@@ -178,7 +178,7 @@ DAMAGE = {
 
 
 def _other_codebook(folder: Path) -> None:
-    from unidiff.tokens.image.cell import CellVQModel
+    from unidiff.tokens.image.vq import CellVQModel
 
     CellVQModel(8, 8, 4, 16, 1, (16,), (1,)).save_pretrained(folder)
 

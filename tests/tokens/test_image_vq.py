@@ -9,8 +9,7 @@ import torch
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import ImageEncoder, PixelDecoder, VQImageTokenizer
+from unidiff.tokens.image.vq import CellVQModel, ImageEncoder, PixelDecoder, VQImageTokenizer
 
 
 def cell_model(factor: int = 4) -> CellVQModel:

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer
 from unidiff.train.image_tokenizer.config import CellCodes, ImageData, ImageTokenizerConfig
 from unidiff.train.image_tokenizer.losses import CellTrainer, contrast_loss, place_codes
 from unidiff.train.image_tokenizer.trainer import train_image_tokenizer

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer, network_settings, new_network
-from unidiff.train.image_tokenizer.config import ImageData, ImageTokenizerConfig, VQLossWeights
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer
+from unidiff.train.image_tokenizer.config import (
+    ImageData,
+    ImageTokenizerConfig,
+    VQLossWeights,
+    network_settings,
+    new_network,
+)
 from unidiff.train.image_tokenizer.data import world_images
 from unidiff.train.image_tokenizer.losses import (
     CodebookAverage,

@@ -13,7 +13,7 @@ from unidiff.families.layout import hidden_words
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.settings import PipelineSettings
-from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.vq import CellVQModel
 from unidiff.tokens.text import TextTokenizer
 from unidiff.worlds.emoji.cases import inpaint_cases, prompt_cases
 from unidiff.worlds.emoji.evaluation import profile_of, run_emoji_eval

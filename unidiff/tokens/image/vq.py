@@ -1,23 +1,24 @@
-"""What an image tokenizer is, the registry that finds them all, and `VQImageTokenizer`, the one interface over them."""
+"""What an image tokenizer is, `VQImageTokenizer`, the one interface over all, and `CellVQModel`, the embedded model's own."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from inspect import isabstract, signature
+from inspect import isabstract
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
-from unidiff.schema import check_arguments, check_value
+from unidiff.schema import Between, Layers, Rows, Width, check_value
 from unidiff.weights.model import CheckedModel, load_checked, save_model
 
 
@@ -104,8 +105,7 @@ class TrainableTokenizer(ImageTokenizerModel):
         """Encode and decode `[B, 3, H, W]` under `autocast`, quantise in float32, with gradients for all weights."""
 
 
-@dataclass(frozen=True)
-class Quantized:
+class Quantized(NamedTuple):
     """Codes int64 `[B, h, w]`, their vectors `[B, d, h, w]`, and the latents `[B, d, h, w]` that were compared with these."""
 
     codes: Tensor
@@ -171,30 +171,6 @@ def coder_of(network: nn.Module) -> ImageTokenizerModel:
     return kinds[0].adapt(network)
 
 
-def network_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a network to train: `kind`, and what that kind's `maker` takes; `ValueError` for others."""
-    kind = given.get("kind", "cell")
-    maker = _maker(kind)
-    known = {name: p.default for name, p in signature(maker).parameters.items() if name != "self"}
-    if unknown := sorted(given.keys() - known.keys() - {"kind"}):
-        raise ValueError(f"model has settings that {kind!r} does not know: {unknown}; expected some of {sorted(known)}")
-    check_arguments(maker, given, "model.")
-    return {"kind": kind, **known, **given}
-
-
-def new_network(settings: Mapping[str, Any]) -> Any:
-    """A freshly initialised network (torch's global generator) of `network_settings`."""
-    return _maker(settings["kind"])(**{name: value for name, value in settings.items() if name != "kind"})
-
-
-def _maker(kind: Any) -> Callable[..., Any]:
-    found = [cls for cls in IMAGE_TOKENIZERS.values() if issubclass(cls, TrainableTokenizer) and cls.kind]
-    makers = {cls.kind: cls.maker() for cls in found}
-    if not isinstance(kind, str) or kind not in makers:
-        raise ValueError(f"model.kind is {kind!r:.80}; expected one of {', '.join(sorted(makers))}")
-    return makers[kind]
-
-
 class VQImageTokenizer:
     """Images to codes and back, with `factor` pixels per code along each side and `codebook_size` codes.
 
@@ -247,11 +223,7 @@ class VQImageTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> VQImageTokenizer:
-        """Read a folder written by `save_pretrained`, or any diffusers `VQModel` folder.
-
-        Raises:
-            FileNotFoundError: no `config.json` there. ValueError: an unknown kind of tokenizer, or weights that do not fit.
-        """
+        """Read a folder written by `save_pretrained`, or any diffusers `VQModel` folder; `FileNotFoundError` for none."""
         path = path_of(folder) / "config.json"
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; name a folder with an image tokenizer")
@@ -292,3 +264,136 @@ def check_codes(codes: Tensor, codebook_size: int) -> None:
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(f"codes span [{low}, {high}]; expected values in [0, {codebook_size})")
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels at each place of `[B, C, H, W]`: unlike a group norm it looks nowhere else."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6).to(x.dtype)
+        return x * scale * self.weight[:, None, None].to(x.dtype)
+
+
+def _silent(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer, whose output is 0 until it is trained."""
+    for weights in layer.parameters():
+        nn.init.zeros_(weights)
+    return layer
+
+
+class CellBlock(nn.Module):
+    """Norm, k x k convolution, SiLU, 1 x 1 convolution, added to the input."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.conv1 = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2)
+        self.conv2 = _silent(nn.Conv2d(2 * channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
+
+
+class PictureContext(nn.Module):
+    """Adds a projection of the mean over all cells to each: the background's colour, which codes may leave out; starts silent."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1)
+        self.conv2 = _silent(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(x.mean((2, 3), keepdim=True))))
+
+
+class CellVQModel(QuantizedAutoencoder):
+    """A small VQ autoencoder for images `[B, 3, H, W]` in [0, 1] whose codes depend on one cell of pixels each.
+
+    With group norms and stacked convolutions the same sprite would get other codes at every place, and a generative model
+    had to learn them all. Here the encoder sees exactly one `factor x factor` cell; the decoder looks at neighbours to join
+    them sharply. Codes are cosine-nearest (Yu et al. 2021, arXiv 2110.04627, 3.2: low-dimensional, l2-normalised codes).
+
+    Args:
+        factor: pixels per code along each side, a power of two.
+        codebook_size: number of codes.
+        code_dim: dimensions of a code vector.
+        encoder_width, encoder_depth: channels and residual blocks over single cells.
+        decoder_widths: channels at 1/factor, then at each doubling of the resolution; the rest is a pixel shuffle.
+        decoder_depths: residual 3 x 3 blocks at each of these resolutions.
+        decoder_context: whether the decoder also looks at the mean over the whole picture, after its first block.
+    """
+
+    kind = "cell"
+    has_cell_codes = True
+
+    @register_to_config
+    def __init__(
+        self,
+        factor: Annotated[int, Between(2, 1024)] = 8,
+        codebook_size: Rows = 2048,
+        code_dim: Width = 8,
+        encoder_width: Width = 256,
+        encoder_depth: Layers = 2,
+        decoder_widths: Sequence[Width] = (192, 64),
+        decoder_depths: Sequence[Layers] = (3, 2),
+        decoder_context: bool = False,
+    ) -> None:
+        super().__init__()
+        self.check_arguments()
+        if factor < 2 or factor & (factor - 1):
+            raise ValueError(f"factor {factor} must be a power of two, at least 2")
+        if len(decoder_widths) != len(decoder_depths) or 2 ** (len(decoder_widths) - 1) > factor:
+            given = f"decoder_widths {tuple(decoder_widths)} and decoder_depths {tuple(decoder_depths)}"
+            most = factor.bit_length()
+            raise ValueError(f"{given} must have the same length, at most {most} for factor {factor}")
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, encoder_width, factor, stride=factor),
+            *(CellBlock(encoder_width, 1) for _ in range(encoder_depth)),
+            ChannelNorm(encoder_width),
+            nn.Conv2d(encoder_width, code_dim, 1),
+        )
+        self.register_buffer("codebook", F.normalize(torch.randn(codebook_size, code_dim), dim=-1))
+        layers: list[nn.Module] = [nn.Conv2d(code_dim, decoder_widths[0], 1)]
+        for level, (width, depth) in enumerate(zip(decoder_widths, decoder_depths, strict=True)):
+            if level:
+                layers += [nn.Conv2d(decoder_widths[level - 1], 4 * width, 1), nn.PixelShuffle(2)]
+            layers += [CellBlock(width, 3) for _ in range(depth)]
+        if decoder_context:
+            layers.insert(2, PictureContext(decoder_widths[0]))
+        step = factor // 2 ** (len(decoder_widths) - 1)
+        layers += [ChannelNorm(decoder_widths[-1]), nn.Conv2d(decoder_widths[-1], 3 * step * step, 1)]
+        if step > 1:
+            layers.append(nn.PixelShuffle(step))
+        self.decoder = nn.Sequential(*layers)
+
+    @property
+    def factor(self) -> int:
+        return int(self.config.factor)
+
+    @property
+    def codebook_size(self) -> int:
+        return int(self.config.codebook_size)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Unit vectors `[B, d, h, w]`, float32 whatever autocast says: nearest codes must not depend on bf16 rounding."""
+        return F.normalize(self.encoder(images.to(next(self.encoder.parameters()).dtype) * 2 - 1).float(), dim=1)
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Nearest codes by cosine, in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            codes = (latents.movedim(1, -1) @ self.codebook.float().T).argmax(-1)  # [B, h, w]
+            return Quantized(codes, self.lookup(codes), latents)
+
+    def commitment(self, found: Quantized) -> Tensor:
+        """One minus the mean cosine; codes follow by averages, not by gradient."""
+        return (1 - (found.latents * found.vectors).sum(1)).mean()
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook.float()).movedim(-1, 1)
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        return self.decoder(vectors.to(next(self.encoder.parameters()).dtype)) * 0.5 + 0.5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Annotated, Any
 
-from unidiff.schema import Between, check_fields
+from unidiff.schema import Between, check_arguments, check_fields
 
 Steps = Annotated[int, Between(1, 2**40)]
 Weight = Annotated[float, Between(0, 1e9)]
@@ -102,6 +104,30 @@ class ImageTokenizerConfig:
         check_fields(self, "")
         if not self.out.strip():
             raise ValueError("out is empty; name a folder")
-        from unidiff.tokens.image.vq import network_settings
-
         object.__setattr__(self, "model", network_settings(self.model))
+
+
+def network_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a network to train: `kind`, and what that kind's `maker` takes; `ValueError` for others."""
+    kind = given.get("kind", "cell")
+    maker = _maker(kind)
+    known = {name: p.default for name, p in signature(maker).parameters.items() if name != "self"}
+    if unknown := sorted(given.keys() - known.keys() - {"kind"}):
+        raise ValueError(f"model has settings that {kind!r} does not know: {unknown}; expected some of {sorted(known)}")
+    check_arguments(maker, given, "model.")
+    return {"kind": kind, **known, **given}
+
+
+def new_network(settings: Mapping[str, Any]) -> Any:
+    """A freshly initialised network (torch's global generator) of `network_settings`."""
+    return _maker(settings["kind"])(**{name: value for name, value in settings.items() if name != "kind"})
+
+
+def _maker(kind: Any) -> Callable[..., Any]:
+    from unidiff.tokens.image.vq import IMAGE_TOKENIZERS, TrainableTokenizer
+
+    found = [cls for cls in IMAGE_TOKENIZERS.values() if issubclass(cls, TrainableTokenizer) and cls.kind]
+    makers = {cls.kind: cls.maker() for cls in found}
+    if not isinstance(kind, str) or kind not in makers:
+        raise ValueError(f"model.kind is {kind!r:.80}; expected one of {', '.join(sorted(makers))}")
+    return makers[kind]

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unidiff.tokens.image.cell import CellVQModel
-from unidiff.tokens.image.vq import VQImageTokenizer, coder_of
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer, coder_of
 from unidiff.train.image_tokenizer.config import CellCodes, VQLossWeights
 
 SAME = 0.97

@@ -24,9 +24,9 @@ from unidiff.files import file_stamp, locked, replace_text, replacing, replacing
 from unidiff.pipelines.folder import check_replaceable, others_in_model
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
-from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of, new_network
+from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of
 from unidiff.train.config import ScheduleConfig
-from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
+from unidiff.train.image_tokenizer.config import ImageTokenizerConfig, new_network
 from unidiff.train.image_tokenizer.data import Pictures, open_pictures
 from unidiff.train.image_tokenizer.losses import (
     CellTrainer,
