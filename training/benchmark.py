@@ -79,9 +79,9 @@ def run(what: str, overrides: list[str], steps: int, head_only: bool) -> dict[st
     )
     print(f"                {head.speedup:.1f} x faster, {head.memory_ratio:.1f} x less memory "
           f"({head_flops_ratio(work):.1f} x fewer operations)")  # fmt: skip
-    shapes = {"text_size": work.row.text_slice, "image_size": work.row.image_slice, "grid": config.data.grid}
-    shapes |= {"text_length": config.data.text_length, "batch_size": config.batch_size, "model": dict(config.model)}
-    shapes |= {"bf16": work.bf16, "chunk": config.objective.chunk, "device": work.device}
+    shapes: dict[str, Any] = {"text_size": work.row.text_slice, "image_size": work.row.image_slice}
+    shapes |= {"grid": config.data.grid, "text_length": config.data.text_length, "batch_size": config.batch_size}
+    shapes |= {"model": dict(config.model), "bf16": work.bf16, "chunk": config.objective.chunk, "device": work.device}
     report: dict[str, Any] = {"work": shapes, "head": asdict(head)}
     if fit.notes:
         rows = {"head_rows": fit.head.config.batch_size, "step_rows": fit.step.config.batch_size}
