@@ -112,6 +112,7 @@ def test_the_benchmark_of_a_trained_model_runs(pipe, tmp_path):
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_training_runs(monkeypatch):
     monkeypatch.setattr("unidiff.train.cost.benchmark.matmul_peak", lambda *args, **options: 1e9)  # of large matrices
     shapes = ["data.text_length=8", "data.grid=3", "batch_size=2", "objective.chunk=16", "device=cpu"]

@@ -11,7 +11,7 @@ from device_cases import plainly
 from sampler_space import MODELS, case_of, layouts, model_of
 from virtual_device import DEVICE, virtual_device
 
-FAST, SLOW = range(24), range(24, 1224)
+FAST, SLOW = range(18), range(18, 1218)
 
 
 def check(number: int) -> None:
