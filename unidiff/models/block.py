@@ -75,7 +75,8 @@ def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, L, H, d]` by the tables' angles; computed in the tables' dtype, returned in that of `x`."""
     cos, signed_sin, interleaved = tables
     if interleaved:
-        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        swapped = torch.stack((odd, even), dim=-1).flatten(-2)
     else:
         swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return (x * cos + swapped * signed_sin).to(x.dtype)  # (a cos - b sin, b cos + a sin)
