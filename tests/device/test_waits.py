@@ -31,7 +31,7 @@ from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens import Span, TokenBatch
-from unidiff.tokens.image.cell import CellVQModel
+from unidiff.tokens.image.vq import CellVQModel
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.image_tokenizer import trainer as tokenizer_training
 from unidiff.train.image_tokenizer.losses import place_codes
