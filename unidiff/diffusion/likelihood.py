@@ -117,13 +117,13 @@ def without_eos_fill(batch: TokenBatch, eos_id: int) -> TokenBatch:
 
     With the fill (the batch as it is) the text's length is part of what is modelled; report both.
     """
-    text = batch.valid & (batch.modality == Modality.TEXT)
-    eos = text & (batch.ids == eos_id)
-    before = torch.zeros_like(batch.ids)  # end-of-text tokens strictly before, in the same sample
-    for sample in batch.sample_ids.unique().tolist():
-        inside = eos & (batch.sample_ids == sample)
-        before = torch.where(inside, inside.cumsum(1) - 1, before)
-    fill = eos & (before > 0)
+    eos = batch.is_modality(Modality.TEXT) & (batch.ids == eos_id)
+    rows, length = batch.shape
+    place = torch.arange(length, device=eos.device).expand(rows, length)
+    sample = batch.sample_ids.clamp_min(0)  # padding has no end of text
+    none = place.new_full((rows, int(sample.max()) + 1), length)
+    first = none.scatter_reduce(1, sample, torch.where(eos, place, length), "amin").gather(1, sample)  # [B, L]
+    fill = eos & (place > first)
     return batch.replace(
         valid=batch.valid & ~fill, given=batch.given | fill, sample_ids=batch.sample_ids.masked_fill(fill, -1)
     )

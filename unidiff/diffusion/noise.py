@@ -29,11 +29,9 @@ def keyed_bits(seed: int | Tensor, keys: Tensor, stream: int | Tensor, count: in
         stream: separates independent uses, for instance a step number; an int, or int64 broadcastable to `keys`.
         count: draws per key; draw `i` does not depend on `count`.
     """
-    wrapped = ((x + 2**63) % 2**64 - 2**63 if isinstance(x, int) else x for x in (seed, stream))  # to 64 bits, signed
-    seed, stream = (torch.as_tensor(x, device=keys.device) for x in wrapped)
-    state = _mix(seed + _GOLDEN)
+    state = _mix(_on(keys.device, seed) + _GOLDEN)
     state = _mix(state ^ (keys * _MIX_1 + _GOLDEN))
-    state = _mix(state ^ (stream * _MIX_2 + _GOLDEN))
+    state = _mix(state ^ (_on(keys.device, stream) * _MIX_2 + _GOLDEN))
     index = torch.arange(1, count + 1, device=keys.device, dtype=torch.long)
     return _mix(state[..., None] + index * _GOLDEN)
 
@@ -42,6 +40,13 @@ def keyed_uniform(seed: int | Tensor, keys: Tensor, stream: int | Tensor, count:
     """float64 `[*keys.shape, count]`, uniform on the open interval (0, 1); 53 random bits each. See `keyed_bits`."""
     bits = (keyed_bits(seed, keys, stream, count) >> 11) & ((1 << 53) - 1)
     return (bits.double() + 0.5) * 2.0**-53
+
+
+def _on(device: torch.device, value: int | Tensor) -> Tensor:
+    """int64 on a device; whole numbers wrap to 64 bits, and are written there without an upload."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), (value + 2**63) % 2**64 - 2**63, device=device)
 
 
 def _mix(x: Tensor) -> Tensor:
