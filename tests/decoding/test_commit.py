@@ -11,9 +11,10 @@ from golden import golden_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unidiff.decoding.commit.ancestral import remdm_sigma, unmask_chance
 from unidiff.decoding.commit.base import progress, quota, slack_of, take_best, unsure_tokens
-from unidiff.decoding.commit.confidence import above_threshold, factor_count
-from unidiff.decoding.commit.exact import remdm_sigma, unmask_chance
+from unidiff.decoding.commit.factor import factor_count
+from unidiff.decoding.commit.threshold import above_threshold
 from unidiff.decoding.config import RULES, ModalityDecoding
 from unidiff.decoding.draw import choose
 from unidiff.decoding.forward import gather_positions

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from unidiff.decoding.commit.confidence import Credit
+from unidiff.decoding.commit.credit import Credit
 from unidiff.decoding.config import ModalityDecoding
 
 SETTINGS = ModalityDecoding(rule="credit", credit_decay=0.8, credit_power=0.2, credit_weight=0.7)

@@ -14,7 +14,7 @@ from torch import Tensor
 from toy_model import TableModel
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.commit.exact import remdm_sigma, unmask_chance
+from unidiff.decoding.commit.ancestral import remdm_sigma, unmask_chance
 
 ROWS = 40_000
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from reference.batches import llada_batch
 from unidiff.decoding.cache import DualCache, NoCache, PrefixCache, RefreshPolicy
 from unidiff.decoding.commit.base import take_best
-from unidiff.decoding.commit.confidence import above_threshold, factor_count
+from unidiff.decoding.commit.factor import factor_count
+from unidiff.decoding.commit.threshold import above_threshold
 from unidiff.decoding.config import ModalityDecoding
 from unidiff.decoding.draw import Blend
 from unidiff.decoding.forward import StreamedModel

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from unidiff.decoding import draw
 from unidiff.decoding.cache import NoCache, RefreshPolicy
+from unidiff.decoding.commit.ancestral import remdm_sigma
 from unidiff.decoding.commit.base import CommitRule, unsure_tokens
-from unidiff.decoding.commit.exact import remdm_sigma
 from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
 from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
