@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 from collections import Counter
@@ -238,3 +239,11 @@ def test_token_shards_whose_encoding_was_stopped_are_named(folder, text, tmp_pat
     (unfinished / "progress.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is not finished; run tokenizers/encode_shards\.py again"):
         open_shards(str(unfinished), cache=tmp_path / "x", image_tokenizer=MeanColourTokenizer(), text_tokenizer=text)
+
+
+def test_a_folder_of_token_shards_that_lists_none_is_named(folder, text, tmp_path):
+    empty = shutil.copytree(folder, tmp_path / "tokens")
+    manifest = json.loads((empty / "tokens.json").read_text())
+    (empty / "tokens.json").write_text(json.dumps({**manifest, "shards": {}}))
+    with pytest.raises(ValueError, match="holds no rows"):
+        open_shards(str(empty), cache=tmp_path / "x", image_tokenizer=MeanColourTokenizer(), text_tokenizer=text)

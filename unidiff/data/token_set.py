@@ -107,8 +107,8 @@ class TokenSet(Generic[Row]):
                 raise ValueError(f"{url!r} has another vocabulary, grid or text length than the shards before it")
             if _name_of(url) not in manifest.shards:
                 raise ValueError(f"{url!r} is not listed in its folder's tokens.json; encode it again")
-        found = TokenSet(urls, manifests, seed, account, kind)
-        if not found.total:
+        found = TokenSet(urls, manifests, seed, account, kind) if urls else None
+        if found is None or not found.total:
             raise ValueError(f"{pattern!r} holds no rows")
         return found
 

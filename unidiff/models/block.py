@@ -55,7 +55,8 @@ class FeedForward(nn.Module):
         x = self.up(x)
         if self.activation == "swiglu":
             gate, up = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
+            gate = F.silu(gate)
+            return self.down(gate * up if torch.is_grad_enabled() else gate.mul_(up))
         return self.down(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
@@ -79,7 +80,8 @@ def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
         swapped = torch.stack((odd, even), dim=-1).flatten(-2)
     else:
         swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * cos + swapped * signed_sin).to(x.dtype)  # (a cos - b sin, b cos + a sin)
+    turned = swapped.mul_(signed_sin) if swapped.dtype == signed_sin.dtype else swapped * signed_sin
+    return (x * cos).add_(turned).to(x.dtype)  # (a cos - b sin, b cos + a sin)
 
 
 class HeadProjection(nn.Module):
