@@ -235,12 +235,15 @@ class AdaLN(nn.Module):
 
 def modulate(x: Tensor, modulation: Modulation | None) -> Tensor:
     """x (1 + scale) + shift; without a modulation x itself."""
-    return x if modulation is None else x * (1 + modulation.scale) + modulation.shift
+    return x if modulation is None else (x * (1 + modulation.scale)).add_(modulation.shift)
 
 
-def gate(h: Tensor, modulation: Modulation | None) -> Tensor:
-    """gate . h; without a modulation h itself."""
-    return h if modulation is None else modulation.gate * h
+def add_branch(x: Tensor, h: Tensor, modulation: Modulation | None) -> Tensor:
+    """x + gate . h; without a modulation x + h."""
+    if modulation is None:
+        return x + h
+    gated = modulation.gate * h
+    return gated.add_(x) if gated.dtype == x.dtype else x + gated
 
 
 class Stream(Protocol):
@@ -338,9 +341,9 @@ class Block(nn.Module):
         """`x` `[B, n, D]` to the same; `condition` where the model is conditioned on time."""
         first, second = (None, None) if self.ada_ln is None else self.ada_ln(condition)
         (h,) = view.attention((self,), (modulate(self.attention_norm(x), first),))
-        x = x + gate(self._dropped(h), first if self.attention_gate else None)
+        x = add_branch(x, self._dropped(h), first if self.attention_gate else None)
         (h,) = view.feed_forward((self,), (modulate(self.ffn_norm(x), second),))
-        return x + gate(self._dropped(h), second)
+        return add_branch(x, self._dropped(h), second)
 
     def attended(self, mixed: Tensor, entered: Tensor) -> Tensor:
         h = self.attention.out(mixed)

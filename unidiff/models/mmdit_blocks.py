@@ -21,6 +21,7 @@ from unidiff.models.block import (
     RotaryTables,
     Streams,
     View,
+    add_branch,
     modulate,
 )
 
@@ -121,5 +122,5 @@ def _run(
     for branch, compute in enumerate(branches):
         own = [m[branch] for m in modulations]
         entered = [modulate(plain_norm(x), m) for x, m in zip(parts, own, strict=True)]
-        parts = [x + m.gate * out for x, m, out in zip(parts, own, compute(streams, entered), strict=True)]
+        parts = [add_branch(x, out, m) for x, m, out in zip(parts, own, compute(streams, entered), strict=True)]
     return parts
