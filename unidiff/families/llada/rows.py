@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -63,7 +64,7 @@ LLADA_CHAT = ChatTemplate(
 )
 
 
-class WordsAndPictures(RowLayout):
+class WordsAndPictures(RowLayout, ABC):
     """What MMaDA's and Lumina-DiMOO's rows share: pictures from words, guided away from others, and captions as answers."""
 
     encode: Encode
@@ -96,20 +97,21 @@ class WordsAndPictures(RowLayout):
     def caption(self, inputs: TaskInputs) -> DecodeRequest:
         return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
 
+    @abstractmethod
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
-        raise NotImplementedError
+        """Words about given pictures."""
 
+    @abstractmethod
     def _row(self, words: Sequence[int | None], number: int, inputs: TaskInputs) -> list[Span]:
         """Words and the picture to draw of a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _drawing(self) -> SamplerConfig:
         """Settings of pictures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answers(self, length: int) -> SamplerConfig:
         """Settings of answers of so many tokens."""
-        raise NotImplementedError
 
     def _words(self, text: str) -> list[int | None]:
         return hidden_words(text, self.encode)
