@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""What a process sets up, and the clock of its measurements."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from unidiff.process import free_memory, parsed
+from unidiff.process import clock, free_memory, parsed, timed
 
 PROGRAM = """
 import resource, sys
@@ -46,3 +47,19 @@ def test_a_word_without_a_value_is_refused(capsys):
 
 def test_free_memory_is_a_number_of_bytes():
     assert free_memory() is None or free_memory() > 2**20
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_a_clock_is_read_when_the_device_is_idle(monkeypatch, kind):
+    """Both timers, of decodes and of training, go by it."""
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    found, seconds = timed(lambda: len(waited), torch.device(kind, 0))
+    assert found == 1 and seconds >= 0 and waited == [torch.device(kind, 0)] * 2
+    timed(lambda: None, torch.device("cpu"))
+    assert clock(torch.device("meta")) > 0 and len(waited) == 2
+
+
+def test_a_cpu_is_never_busy():
+    assert timed(lambda: 3, torch.device("cpu"))[0] == 3

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 from unidiff import errors
 
+T = TypeVar("T")
 exit_status = partial(errors.exit_status, failed=2)
 """`unidiff.errors.exit_status` with the recipes' own status after a sentence."""
 
@@ -83,6 +85,23 @@ def pick_device(name: str) -> torch.device:
         there = f"there are {count} CUDA devices, numbered from 0" if count else "no CUDA device is there"
         raise ValueError(f"device {name!r} cannot be used here: {there}; use another, for instance cpu")
     return torch.device(name)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read when all work that was handed to the device (CUDA, mps, xpu, ...) is done; a CPU has none waiting."""
+    import torch
+
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if there is not None and there.type == device.type:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What a call returns and its seconds, from one idle device to the next."""
+    begun = clock(device)
+    found = work()
+    return found, clock(device) - begun
 
 
 def parsed(parser: ArgumentParser, words: list[str] | None = None) -> Namespace:

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,9 +26,8 @@ from unidiff.files import write_json
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.process import timed
 from unidiff.tokens import TokenBatch
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,6 @@ class MatmulRates:
             return (below or above[::-1])[-1][1]
         (low, slow), (high, fast) = below[-1], above[0]
         return slow if low == high else slow + (fast - slow) * math.log(rows / low) / math.log(high / low)
-
-
-def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What a call returns and its seconds, from one idle device to the next."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    wait(device)
-    begun = time.perf_counter()
-    found = work()
-    wait(device)
-    return found, time.perf_counter() - begun
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

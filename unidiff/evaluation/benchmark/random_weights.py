@@ -27,11 +27,10 @@ from unidiff.evaluation.benchmark.measure import (
     measure_steps,
     row_counts,
     thread_count,
-    timed,
 )
 from unidiff.evaluation.benchmark.result import Benchmark, TimedDecode
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.process import pick_device
+from unidiff.process import pick_device, timed
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from unidiff.diffusion.objective import masked_nll
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.process import free_memory
+from unidiff.process import clock, free_memory, timed
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.cost.plan import GIB, ModelSize, TrainingRow, make_plan, model_size, row_flops
@@ -67,7 +66,7 @@ def matmul_peak(device: str, bf16: bool, seconds: float = 1.0) -> float:
         a @ b
         end = time.perf_counter() + seconds / len(sizes)
         while time.perf_counter() < end:
-            best = max(best, 2 * size**3 / _timed(partial(torch.matmul, a, b), device))
+            best = max(best, 2 * size**3 / timed(partial(torch.matmul, a, b), torch.device(device))[1])
     return best
 
 
@@ -120,7 +119,7 @@ def measure_head(work: TrainingLoad, repeats: int = 3) -> HeadTiming:
         for number, step in enumerate((streamed, dense)):
             hidden.grad, head.weight.grad = torch.zeros_like(hidden), torch.zeros_like(head.weight)
             before = _reset_peak(work.device)
-            seconds[number].append(_timed(step, work.device))
+            seconds[number].append(timed(step, torch.device(work.device))[1])
             memory[number].append(_peak(work.device) - before)
     return HeadTiming(min(seconds[0]), min(seconds[1]), max(memory[0]) / 2**20, max(memory[1]) / 2**20)
 
@@ -251,7 +250,7 @@ class _Stopwatch:
     hidden states, which is there when the head's backward pass is done."""
 
     def __init__(self, device: str, model: Any, optimisers: Any) -> None:
-        self.device = device
+        self.device = torch.device(device)
         self.start()
         hidden, clip = model.hidden, optimisers.clip
 
@@ -269,10 +268,10 @@ class _Stopwatch:
 
     def start(self) -> None:
         self.parts: dict[str, float] = {}
-        self._last = _now(self.device)
+        self._last = clock(self.device)
 
     def mark(self, name: str) -> None:
-        now = _now(self.device)
+        now = clock(self.device)
         self.parts[name] = self.parts.get(name, 0.0) + now - self._last
         self._last = now
 
@@ -285,19 +284,6 @@ def _random_rows(work: TrainingLoad, rows: int = 64) -> TaskMixer:
     }
     joint = TasksConfig(generate=TaskConfig(weight=1.0, loss="elbo"))
     return TaskMixer(TokenTable(tensors, ids), joint, ObjectiveConfig(), seed=0)
-
-
-def _now(device: str) -> float:
-    """Seconds, when all work that was handed to the device is done."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _timed(run: Callable[[], object], device: str) -> float:
-    start = _now(device)
-    run()
-    return _now(device) - start
 
 
 def _reset_peak(device: str) -> float:
