@@ -184,3 +184,42 @@ class Vandal(NoCache):
 def test_a_policy_that_writes_in_the_state_is_found_out(model) -> None:
     with pytest.raises(ValueError, match="a cache policy of your own writes in the state"):
         Sampler(model, VOCABULARY, CONFIG, Vandal())(batch(), SEEDS)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "interval"])
+def test_a_callback_puts_tokens_and_masks_some_again(model, cache: str) -> None:
+    request, seen = batch(), []
+
+    def change(step: int, view: DecodeView) -> dict[str, Tensor] | None:
+        seen.append(view.ids)
+        if step != 1:
+            return None
+        ids, targets = view.ids, view.batch.targets
+        images = view.batch.is_modality(Modality.IMAGE)
+        texts = targets & ~images
+        ids[texts] = VOCABULARY.text[0] + 5  # every word
+        ids[view.committed & images] = VOCABULARY.image_mask  # what was drawn so far
+        return {"ids": ids, "open": view.open}
+
+    out = decode(model, change, cache)
+    texts = request.targets & request.is_modality(Modality.TEXT)
+    assert (out.batch.ids[texts] == VOCABULARY.text[0] + 5).all()
+    images = request.targets & ~texts
+    assert (seen[1] != VOCABULARY.image_mask)[images].any() and (out.trajectory[2] == VOCABULARY.image_mask)[
+        images
+    ].all()
+    assert torch.equal(out.batch.ids[request.given], request.ids[request.given])
+    assert not (out.batch.ids == VOCABULARY.mask_id).any()
+    assert (out.passes > 0).all() and (out.passes < len(out.trajectory)).all()
+
+
+def test_what_a_callback_may_not_change(model) -> None:
+    given = lambda step, view: {"ids": view.ids.masked_fill(view.batch.given, 1)}  # noqa: E731
+    for answer, sentence in (
+        (given, "the callback changed a given token"),
+        (lambda step, view: {"ids": view.ids + 10_000}, "an id that its position cannot hold"),
+        (lambda step, view: {"ids": view.ids[:1]}, r"the callback returned ids as torch.int64 \(1, 19\); expected"),
+        (lambda step, view: {"ids": 5}, "the callback returned ids as int; expected int64"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            decode(model, answer)

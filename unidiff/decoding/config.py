@@ -244,7 +244,7 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, rules: 
         _check_methods("policy", policy, ("start", "plan"), "see `RefreshPolicy`; CacheConfig(name).build() makes one")
     _check_is("rules", rules, Mapping | None, "a mapping or nothing (null)")
     for modality, rule in (rules or {}).items():
-        if not callable(rule):
+        if not callable(rule) and not hasattr(rule, "start"):
             raise ValueError(f"rules has {rule!r} as a rule; expected a function, see `CommitRule`")
         if not isinstance(modality, Modality):
             raise ValueError(f"rules has the key {modality!r}; expected Modality.TEXT or Modality.IMAGE")

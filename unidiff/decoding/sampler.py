@@ -25,7 +25,6 @@ from unidiff.decoding.state import (
     EndOfText,
     ModalityProgress,
     PassWork,
-    declines,
     own_copy,
 )
 from unidiff.decoding.stats import DecodeStats
@@ -49,6 +48,7 @@ class SamplerOutput:
         nfe: network evaluations of a row; a guided pass counts once per stream. seconds: wall-clock time.
         trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
         steps: passes of the loop, those that needed no forward included. stats: what the decode cost.
+        passes: int64 `[B]`, in how many of them a row wrote tokens.
     """
 
     batch: TokenBatch
@@ -58,6 +58,7 @@ class SamplerOutput:
     trajectory: list[Tensor] | None = None
     steps: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
+    passes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
 
 class Sampler:
@@ -111,7 +112,7 @@ class Sampler:
             condition: bool `[B, L]`, given positions that the unconditional guidance stream does not see; overrides
                 `guidance.hide`.
             callback: called after each pass as `callback(step, view)` with a `DecodeView`, whose tensors are copies; returning
-                False fills the rest in one last pass. What it raises ends the decode.
+                False fills the rest in one last pass; see `Callback` for what it may change. What it raises ends the decode.
             record: keep the ids after each pass.
             unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden, of the same
                 shape and targets. Several for guidance in several directions: `guidance.scale` is for the first, `further`
@@ -149,14 +150,15 @@ class Sampler:
                 self._remask(request, w)
             # 7. close finished texts, move on, let policy and callback look
             request.end_pass()
+            if callback is not None:
+                state.heed(callback(state.step - 1, DecodeView(state)), self.vocabulary)
             if busy:
                 policy.observe(state, plan)
             if trajectory is not None:
                 trajectory.append(state.ids.clone())
-            if callback is not None and declines(callback(state.step - 1, DecodeView(state))):
-                state.finishing = True
         seconds = wall.perf_counter() - begun
-        return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, trajectory, state.step, model.stats)
+        cost = trajectory, state.step, model.stats, request.passes
+        return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, *cost)
 
     def _begin(self, request: Request, progress: ModalityProgress) -> PassWork:
         """What one modality may fill in this pass, and all at once where the model does not matter."""
@@ -190,8 +192,7 @@ class Sampler:
         if rule.adjusts is None:
             choice = draw.choose(logits.values, own_real, settings, u, order, blend)
         else:
-            values = rule.adjust(blend(logits.values), index, own_real)  # [B, n, V]
-            choice = draw.choose(values[None], own_real, settings, u, order)
+            choice = rule.choose(blend(logits.values), index, own_real, u, order)
         choice = choice.scatter_rows(logits.rows, len(state.masked))
         request.is_finite &= choice.is_finite
         pick = real
@@ -229,6 +230,7 @@ class Request:
 
     Attributes:
         stream_of: unconditional stream of each modality with targets. further: those that are mixed in besides.
+        passes: int64 `[B]`, those in which a row wrote tokens.
         is_finite: bool scalar, False once a model returned logits that cannot be used.
         unfinished: int64, rows that are not finished, and some that are so that their number takes few values; None for all.
     """
@@ -275,6 +277,7 @@ class Request:
         self.model = StreamedModel(*streams)
         self.is_finite = torch.ones((), dtype=torch.bool, device=batch.ids.device)
         self.unfinished: Tensor | None = None
+        self.passes = torch.zeros_like(seeds, device=batch.ids.device)
         self._wrote = 0  # passes that wrote tokens
         self._stalled = 0  # passes in a row that asked for logits and wrote nothing
         self._busy = False  # the coming pass asks for logits
@@ -307,7 +310,7 @@ class Request:
             raise ValueError(self._complaint())
         self._stalled = 0 if wrote or not self._busy else self._stalled + 1
         self._wrote += wrote
-        if self._wrote > self._most_passes:
+        if self._wrote > self._most_passes + state.reopened:
             raise ValueError(
                 f"more than {self._most_passes} passes wrote tokens, which no settings ask for; a cache policy of your own "
                 "writes in the state of the decode, which it may only read"
@@ -356,6 +359,7 @@ class Request:
             state.freeze(self._end_of_text.closed(state.ids, state.masked), self._end_of_text.fill)
         for progress in state.progress.values():
             progress.end_pass()
+        self.passes = self.passes + state.just_unmasked.any(1)
         state.step += 1
 
     def _complaint(self) -> str:

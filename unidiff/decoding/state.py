@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unidiff.decoding.blocks import block_ids, joined_blocks
-from unidiff.decoding.commit.base import BlockPass, CommitRule, GuardedRule, NamedRule
+from unidiff.decoding.commit.base import BlockPass, CommitRule, GuardedRule, NamedRule, RuleMaker
 from unidiff.decoding.config import RULES, ModalityDecoding
-from unidiff.tokens import Modality, TokenBatch
+from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
 class BlockShares:
@@ -60,12 +61,19 @@ class ModalityProgress:
     """
 
     def __init__(
-        self, modality: Modality, settings: ModalityDecoding, batch: TokenBatch, own: CommitRule | None = None
+        self,
+        modality: Modality,
+        settings: ModalityDecoding,
+        batch: TokenBatch,
+        own: CommitRule | RuleMaker | None = None,
     ) -> None:
         self.modality, self.settings = modality, settings
         self.targets = batch.targets & (batch.modality == modality)
         rule: NamedRule = RULES[settings.rule](settings, self.targets)
-        self.rule = rule if own is None else GuardedRule(rule, own)
+        if isinstance(own, RuleMaker):
+            self.rule = own.start(settings, self.targets)
+        else:
+            self.rule = rule if own is None else GuardedRule(rule, own)
         length, size = settings.block_length, self.targets.sum(1)
         self.blocks = torch.zeros_like(batch.ids)
         if length is not None:
@@ -177,7 +185,7 @@ class DecodeState:
             and end-of-text fill, 0 while masked.
         progress: one per modality that has targets.
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
-        finishing: the next pass fills everything that is masked.
+        finishing: the next pass fills everything that is masked. reopened: tokens that callbacks masked again.
         streams: guidance streams that the coming pass mixes in; 0 is the conditional one.
         users: bool `[B]` per stream, rows that need it in the coming pass.
         max_logits: per stream `[B, L]`, the largest logit of a position in its modality's slice when the head last saw
@@ -193,6 +201,7 @@ class DecodeState:
     step: int = 0
     nfe: int = 0
     finishing: bool = False
+    reopened: int = 0
     streams: tuple[int, ...] = (0,)
     users: dict[int, Tensor] = field(default_factory=dict)
     max_logits: dict[int, Tensor] = field(default_factory=dict)
@@ -245,6 +254,37 @@ class DecodeState:
         """Fill masked positions at `where` for good, with a token that was not decoded."""
         self._put(where, token, 1.0)
         self.masked, self.frozen = self.masked & ~where, self.frozen | where
+
+    def heed(self, answer: object, vocabulary: Vocabulary) -> None:
+        """Do what a callback answers, see `Callback`; after a False nothing but one last pass follows.
+
+        Raises:
+            ValueError: ids of another shape or dtype, a change of a given token, or an id that its position cannot hold.
+        """
+        if isinstance(answer, Mapping) and "ids" in answer and not self.finishing:
+            self._rewrite(answer["ids"], vocabulary)
+        self.finishing = self.finishing or declines(answer)
+
+    def _rewrite(self, ids: Any, vocabulary: Vocabulary) -> None:
+        if not isinstance(ids, Tensor) or ids.shape != self.ids.shape or ids.dtype != torch.long:
+            found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"the callback returned ids as {found}; expected int64 {tuple(self.ids.shape)}")
+        ids = ids.to(self.ids.device)
+        changed, fits = ids != self.ids, torch.zeros_like(self.masked)
+        opened = torch.zeros_like(changed)
+        for modality, progress in self.progress.items():
+            (start, stop), mask = vocabulary.range_of(modality), ids == vocabulary.mask_of(modality)
+            fits |= progress.targets & ((ids >= start) & (ids < stop) | mask)
+            opened |= changed & progress.targets & mask
+            progress.rule.forget(changed & progress.targets & mask)
+        if bool((changed & ~fits).any()):
+            raise ValueError("the callback changed a given token, or wrote an id that its position cannot hold")
+        written = changed & ~opened
+        self.batch = self.batch.replace(ids=ids)
+        self.confidence = torch.where(written, 1.0, torch.where(opened, 0.0, self.confidence))
+        self.masked, self.frozen = (self.masked & ~written) | opened, self.frozen & ~changed
+        self.just_unmasked = (self.just_unmasked & ~opened) | written
+        self.reopened += int(opened.sum())
 
     def _put(self, where: Tensor, token: int, confidence: float) -> None:
         self.batch = self.batch.replace(ids=torch.where(where, token, self.ids))
@@ -322,7 +362,8 @@ class DecodeView:
 
 
 Callback = Callable[[int, DecodeView], object]
-"""`callback(step, view)` after each pass, from 0; False fills the rest in one last pass."""
+"""`callback(step, view)` after each pass, from 0. False fills the rest in one last pass. `{"ids": ids}`, int64 `[B, L]`, puts
+other tokens at targets: they count as decoded, those that become [MASK] as still to be."""
 
 
 def declines(answer: object) -> bool:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.draw import ORDER
+from unidiff.decoding.draw import ORDER, Choice, choose
 from unidiff.diffusion.schedules import get_schedule
 
 TOKENS_PER_PASS = 3
@@ -40,6 +40,15 @@ class CommitRule(Protocol):
             count: int64 `[B]`, how many the settings would fill: their quota, or all that is left of the block.
             index: int64 `[B, n]`, positions in the row, ascending over the real ones.
         """
+        ...
+
+
+@runtime_checkable
+class RuleMaker(Protocol):
+    """What makes a `NamedRule` for each request, where a rule of one's own needs its settings, logits or a state."""
+
+    def start(self, settings: ModalityDecoding, targets: Tensor) -> NamedRule:
+        """The rule of one modality of one request; targets: bool `[B, L]`."""
         ...
 
 
@@ -132,6 +141,10 @@ class NamedRule:
     def adjust(self, logits: Tensor, index: Tensor, is_real: Tensor) -> Tensor:
         """Logits `[B, n, V]` at the positions of an index `[B, n]` as tokens are drawn from them."""
         return logits
+
+    def choose(self, logits: Tensor, index: Tensor, is_real: Tensor, u: Tensor, noise: Tensor) -> Choice:
+        """Tokens from guided logits, where it `adjusts` them: see `unidiff.decoding.draw.choose`."""
+        return choose(self.adjust(logits, index, is_real)[None], is_real, self.settings, u, noise)
 
     def forget(self, where: Tensor) -> None:
         """Positions bool `[B, L]` were masked again."""
