@@ -80,6 +80,13 @@ def test_from_pipeline_to_pipeline(base, tmp_path, extra):
         if n.startswith("blocks.") and n.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
     }
     assert changed == layers if extra else layers < changed
+    assert (out / "adapter").is_dir() == bool(extra)
+    if extra:  # the adapter on the base is the merged pipeline
+        before.load_lora_weights(out / "adapter")
+        before.fuse_lora()
+        before.unload_lora_weights()
+        for name, value in before.transformer.named_parameters():
+            torch.testing.assert_close(value, trained.get_parameter(name), atol=1e-6, rtol=0)
     assert after.settings == before.settings and after.text_to_image("a dog", steps=2).images
     assert finetune(*command[:3], "steps=6", *QUICK, *extra) == 0  # a finished run: nothing more to do
 

@@ -87,6 +87,25 @@ def bright(prompts, pictures):
 """
 
 
+@needs_peft
+def test_tuning_writes_an_adapter_of_the_share_that_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    (tmp_path / "bright_reward.py").write_text("def bright(prompts, pictures): return pictures.flatten(1).mean(1)\n")
+    reward = ["--prompts", "prompts.txt", "--reward", "bright_reward:bright", "--lora", "2", "--keep", "0.5"]
+    assert run("base", "tuned", *reward, *QUICK) == 0
+    pipe, merged = (UniDiffPipeline.from_pretrained(tmp_path / name) for name in ("base", "tuned/pipeline"))
+    start = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    pipe.load_lora_weights(tmp_path / "tuned" / "adapter")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    tuned = merged.transformer.state_dict()
+    assert any(not torch.equal(value, tuned[name]) for name, value in start.items())
+    for name, value in pipe.transformer.state_dict().items():
+        torch.testing.assert_close(value, tuned[name], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("lora", [0, pytest.param(2, marks=needs_peft)])
 def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, capsys, lora):
     monkeypatch.chdir(tmp_path)

@@ -136,6 +136,9 @@ class HeadProjection(nn.Module):
         return self._rows(x, start, None).unflatten(-1, (self.num_kv_heads, self.head_dim))
 
     def _rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        linear = self.qkv
+        if type(linear) is not nn.Linear or "forward" in vars(linear) or linear._forward_pre_hooks:
+            return linear(x)[..., start:stop]  # an adapter, offloading or a shard is a part of it
         bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
         return F.linear(x, self.qkv.weight[start:stop], bias)
 

@@ -19,6 +19,7 @@ from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
 from unidiff.models.trained_on import FILE as TRAINED_ON
 from unidiff.models.trained_on import read_trained_on
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.adapters import PipelineAdapters
 from unidiff.pipelines.options import check_keywords
 from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
 from unidiff.pipelines.settings import PipelineSettings
@@ -26,6 +27,7 @@ from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
+from unidiff.weights.adapter import ADAPTER_FILES
 from unidiff.weights.model import CONFIG, WEIGHTS, check_save_options
 
 VOCABULARY = "vocabulary.json"
@@ -125,7 +127,7 @@ def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], w
     """Raise `ValueError` where replacing `target` would lose something that unidiff did not write as `what`.
 
     Args:
-        others: `others_in_pipeline` or `others_in_model`. what: for the message, for instance "pipeline".
+        others: `others_in_pipeline`, `others_in_model` or `others_in_adapter`. what: for the message, for instance "pipeline".
     """
     place = resolve_link(target)
     if place.exists() and not place.is_dir():
@@ -176,6 +178,13 @@ def others_in_model(folder: Path, exported: bool = True) -> list[str]:
     return _unknown(folder, known)
 
 
+def others_in_adapter(folder: Path) -> list[str]:
+    """Entries of a folder that training did not write as an adapter; all where it holds none."""
+    if not all((folder / name).is_file() for name in ADAPTER_FILES):
+        return entries(folder)
+    return _unknown(folder, set(ADAPTER_FILES))
+
+
 def entries(folder: Path) -> list[str]:
     """Names of everything in a folder, hidden files too; those of folders end with a slash."""
     return [_shown(path) for path in sorted(folder.iterdir())]
@@ -212,7 +221,7 @@ def _shown(path: Path) -> str:
     return plain(path.name) + ("/" if path.is_dir() and not path.is_symlink() else "")
 
 
-class PipelineFolder(DiffusionPipeline):
+class PipelineFolder(PipelineAdapters, DiffusionPipeline):
     """Gives a pipeline its folders: loading, saving, and sharing the parts of a loaded one."""
 
     layout: RowLayout

@@ -13,14 +13,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from unidiff.errors import import_extra, read_json, reading
+from unidiff.errors import read_json, reading
+from unidiff.files import replacing_folder
 from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipelines.folder import check_replaceable, others_in_adapter
 from unidiff.schema import check_arguments
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import LORA_TARGETS, LoraConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
 from unidiff.train.run.resume import differences
+from unidiff.weights.adapter import peft_for, save_adapter
 from unidiff.weights.files import check_dtype, check_finite, check_shapes, open_checkpoint
 
 _SILENT = ("embed_row.weight", "embed_column.weight")
@@ -135,9 +138,8 @@ def check_ids(start: Vocabulary, source: TokenSource, what: str) -> None:
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put low-rank adapters of `config.rank` into every block and freeze all else. In place; rank 0 leaves the model as it is.
 
-    The model keeps its class: peft replaces the layers, so training, averages and checkpoints know nothing of it. Only
-    `hidden` runs through adapters; `merge_adapters` comes before a partial forward, and in exports. Fresh adapters change no
-    output: one of their two factors is zero. The other is drawn from torch's global generator.
+    The model keeps its class: peft replaces the layers, so training, averages and checkpoints know nothing of it. Fresh
+    adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator.
 
     Raises:
         ValueError: peft is not installed, a target that no block has, or DoRA on weights with a row of zeros.
@@ -147,7 +149,7 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     names = list(config.targets or LAYERS)
     if unknown := [name for name in names if name not in LAYERS]:
         raise ValueError(f"lora.targets has {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
-    peft = import_extra("peft", "lora.rank is set but peft is not installed; run pip install 'unidiff[finetune]'")
+    peft = peft_for("lora.rank is set")
     if config.dora:
         _check_columns(model, names)
     layers = "|".join(re.escape(LAYERS[name]) for name in names)
@@ -158,6 +160,16 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     peft.inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def export_adapter(model: nn.Module, folder: Path, share: float = 1.0) -> None:
+    """Write a model's adapters as a folder of peft, which appears whole or not at all; `share` as in `save_adapter`.
+
+    Raises ValueError for weights that are not finite, or a folder that holds something else than an adapter.
+    """
+    check_replaceable(folder, others_in_adapter, "LoRA adapter")
+    with replacing_folder(folder) as temporary:
+        save_adapter(model, temporary, share)
 
 
 def merge_adapters(model: nn.Module) -> None:

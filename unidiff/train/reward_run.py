@@ -20,7 +20,7 @@ from unidiff.files import locked
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.tokens import TokenBatch
-from unidiff.train.build import add_adapters, merge_adapters
+from unidiff.train.build import add_adapters, export_adapter, merge_adapters
 from unidiff.train.config import LoraConfig
 from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint
@@ -59,6 +59,8 @@ def tune_pipeline(
         tokens = run.prompts_per_step * run.group * (settings.text_length + settings.grid[0] * settings.grid[1])
         progress = Progress(run.steps, tuning.step, tokens, 1, True)
         take_steps(tuning, run.steps, output, run.checkpoint_every, log, progress)
+        if run.lora:
+            export_adapter(pipe.transformer, output / "adapter", run.keep)
         merge_adapters(pipe.transformer)
         keep_share(pipe.transformer, tuning.tuner.reference, run.keep)
         pipe.save_pretrained(output / "pipeline")

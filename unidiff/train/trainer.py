@@ -20,7 +20,7 @@ from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.folder import check_replaceable, others_in_model
 from unidiff.process import pick_device
-from unidiff.train.build import add_adapters, build_model, check_start, merge_adapters, set_up_blocks
+from unidiff.train.build import add_adapters, build_model, check_start, export_adapter, merge_adapters, set_up_blocks
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.data.datasets import DataLosses, open_documents, open_sources
 from unidiff.train.data.samples import sheet_sampler
@@ -258,10 +258,10 @@ class Trainer:
         self.saver.save(content)
 
     def averaged(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+        self, dtype: torch.dtype = torch.float32, device: torch.device | None = None, adapter: Path | None = None
     ) -> MaskedTransformer | None:
         """The averaged weights as a whole model in evaluation mode, on rank 0; None on the others, which must call it too.
-        `device` None is the run's."""
+        `device` None is the run's. `adapter`: where to write adapters, if there are any, before they are folded in."""
         average, adapted = {}, self.config.lora.rank > 0
         for name, value in self.state.ema.average.items():
             full = whole(value)
@@ -274,19 +274,23 @@ class Trainer:
             model = MaskedTransformer.from_config(dict(self.model.config))
             add_adapters(model, self.config.lora)
         model.load_state_dict(average, assign=True)
+        if adapted and adapter is not None:
+            export_adapter(model, adapter)
         merge_adapters(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model.eval()
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, which appears whole or not at all.
+        """Write the averaged weights as a folder for `MaskedTransformer.from_pretrained`, which appears whole or not at all;
+        adapters beside it as well, as a folder of peft (`adapter` beside `model`).
 
         Rank 0 writes; all ranks must call it. Raises ValueError for weights that are not finite, or a folder that holds
         something else than an export.
         """
         settings, source = self.config.checkpoint, self.source
-        model = self.averaged(getattr(torch, settings.export_dtype), torch.device("cpu"))
+        adapter = folder.with_name(folder.name.replace("model", "adapter"))
+        model = self.averaged(getattr(torch, settings.export_dtype), torch.device("cpu"), adapter)
         if model is None:
             return
         for name, value in model.state_dict().items():

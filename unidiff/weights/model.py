@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from unidiff.errors import first_line, is_out_of_memory, plain, read_json, reading, reason_of
 from unidiff.files import filling_folder, resolve_link
 from unidiff.schema import check_arguments, check_value
+from unidiff.weights.adapter import has_adapters
 from unidiff.weights.files import (
     build_on_meta,
     check_dtype,
@@ -37,7 +39,7 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(
 )
 
 
-class CheckedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class CheckedModel(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[misc]
     """A `ModelMixin` whose `from_pretrained` and `from_config` raise one clear sentence instead of guessing."""
 
     if TYPE_CHECKING:
@@ -250,6 +252,10 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
     held = _model_in(folder)
     if held not in (None, kind):
         raise ValueError(f"{str(folder)!r} holds a {plain(held)}, which would be lost; save the {kind} elsewhere")
+    if has_adapters(model):
+        raise ValueError(
+            f"the {kind} has adapters; call fuse_lora() to keep their effect, then unload_lora_weights(), and save it then"
+        )
     for name, value in model.state_dict().items():
         if value.is_meta:
             raise ValueError(f"{kind}: {name} is on the meta device and has no values; load the weights first")

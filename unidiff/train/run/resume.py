@@ -15,7 +15,7 @@ from torch import Tensor
 from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
-from unidiff.pipelines.folder import check_replaceable, others_in_model
+from unidiff.pipelines.folder import check_replaceable, others_in_adapter, others_in_model
 from unidiff.schema import Between, check_value
 from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
@@ -233,7 +233,7 @@ def _digest(content: Any) -> str:
 
 MARK = "# Settings of the last start of this run, written by unidiff.\n"
 SETTINGS = "config.yaml"
-WRITTEN = (SETTINGS, "model", "model-best")
+WRITTEN = (SETTINGS, "model", "model-best", "adapter", "adapter-best")
 """What a model's training replaces in its folder."""
 
 
@@ -255,7 +255,9 @@ def check_run_folder(out: Path, setting: str, started_from: str | None, written:
             if not ours and not (path.is_file() and path.read_bytes().startswith(MARK.encode())):
                 raise ValueError(f"'{path}' is of no run and would be replaced; name another {setting}=, or move it")
             continue
-        if not path.suffix:
+        if path.name.startswith("adapter"):
+            check_replaceable(path, others_in_adapter, "LoRA adapter")
+        elif not path.suffix:
             check_replaceable(path, others_in_model, "model")
         lost = path.exists() and not (path.is_dir() and not any(path.iterdir()))
         if lost and not holds_checkpoints(checkpoints):
