@@ -1,115 +1,13 @@
-"""Training data from the emoji scene generator:
-
-    python training/make_emoji_shards.py shards OUT --count 10000            # webdataset tars: png, txt, json
-    python training/make_emoji_shards.py text OUT                            # the text tokenizer for these captions
-    python training/make_emoji_shards.py table OUT.safetensors --image-tokenizer DIR --text-tokenizer DIR
-
-`table` is the fast way to train the embedded model: pictures are tokenised once and held in memory.
-"""
-
-from __future__ import annotations
+"""`unidiff emoji`: python training/make_emoji_shards.py shards | text | table ..."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.progress import track
-
-from unidiff.files import check_writable
-from unidiff.process import exit_status
-from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
-from unidiff.worlds.emoji.table import QuestionMix, corpus, emoji_vocabulary, raw_samples, token_rows
-
-app = typer.Typer(add_completion=False, help=__doc__)
-ProfileName = Annotated[str, typer.Option(help="cpu (64 px, 64 objects) or gpu (128 px, the whole atlas)")]
-Seed = Annotated[int, typer.Option(help="other seeds give other scenes")]
-Split = Annotated[str, typer.Option(help="train, held_out or all")]
-Count = Annotated[int, typer.Option(min=1, max=10**9)]
-Length = Annotated[int, typer.Option(min=2, max=2**20)]
+from unidiff.cli import recipe
 
 
-@app.command()
-def shards(
-    out: Annotated[Path, typer.Argument(help="folder for the tars")],
-    count: Count = 10_000,
-    profile: ProfileName = "cpu",
-    seed: Seed = 0,
-    split: Split = "train",
-    per_shard: Count = 1000,
-) -> None:
-    """Write raw webdataset shards."""
-    from unidiff.data.tar import ShardWriter
-
-    check_writable(out / "00000.tar")
-    if any(out.glob("*.tar")):
-        raise ValueError(f"{str(out)!r} holds shards already; name another folder")
-    scenes = SceneGenerator(get_profile(profile), seed, split)
-    with ShardWriter(out, per_shard) as writer:
-        for key, members in track(raw_samples(scenes, count), "scenes", total=count):
-            writer.write(key, members)
-
-
-@app.command()
-def text(
-    out: Annotated[Path, typer.Argument(help="folder for the tokenizer")],
-    profile: ProfileName = "cpu",
-    vocab_size: Count = 1024,
-    count: Count = 20_000,
-    seed: Seed = 0,
-) -> None:
-    """Train the byte-level BPE on the generator's own captions, questions and answers."""
-    from unidiff.tokens.text import TextTokenizer, words_of
-
-    texts = list(corpus(SceneGenerator(get_profile(profile), seed), count))
-    tokenizer = TextTokenizer.train(texts, vocab_size)
-    tokenizer.known_words = {word for line in texts for word in words_of(line)}
-    tokenizer.save_pretrained(out)
-    typer.echo(f"{tokenizer.size} ids -> {out}")
-
-
-@app.command()
-def table(
-    out: Annotated[Path, typer.Argument(help="file to write, .safetensors")],
-    image_tokenizer: Annotated[Path, typer.Option(help="folder of the image tokenizer")],
-    text_tokenizer: Annotated[Path, typer.Option(help="folder of the text tokenizer")],
-    count: Count = 200_000,
-    profile: ProfileName = "cpu",
-    seed: Seed = 0,
-    split: Split = "train",
-    text_length: Length = 24,
-    captions: Annotated[int, typer.Option(min=1, max=1000)] = 4,
-    questions: Annotated[int, typer.Option(min=0, max=1000, help="per scene, as EmojiEval asks")] = 2,
-    yes_no: Annotated[
-        int, typer.Option(min=0, max=1000, help="more questions per scene, all answered by yes or no")
-    ] = 0,
-    lookup: Annotated[
-        int, typer.Option(min=0, max=1000, help="more questions per scene: where is it, how many are there")
-    ] = 0,
-    kinds: Annotated[
-        tuple[float, float, float, float],
-        typer.Option(help="relative frequency of single, count, pair and group scenes"),
-    ] = (0.45, 0.2, 0.2, 0.15),
-) -> None:
-    """Write a token table for `training/pretrain.py`."""
-    import torch
-
-    from unidiff.tokens.image.vq import VQImageTokenizer
-    from unidiff.tokens.text import TextTokenizer
-    from unidiff.train.data.source import TokenTable
-
-    check_writable(out)
-    image, words = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
-    mix, step = QuestionMix(questions, yes_no, lookup), 2048
-    scenes = SceneGenerator(get_profile(profile, kinds=kinds), seed, split)
-    parts = [
-        token_rows(scenes, start, min(step, count - start), image, words, text_length, captions, mix)
-        for start in track(range(0, count, step), "scenes")
-    ]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    TokenTable(tensors, emoji_vocabulary(words, image.codebook_size)).save(out)
-    typer.echo(f"{count} rows -> {out}")
+def main(arguments: list[str]) -> int:
+    return recipe("emoji", *arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(app))
+    sys.exit(main(sys.argv[1:]))

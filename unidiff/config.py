@@ -26,12 +26,14 @@ T = TypeVar("T")
 _TRUTH = {word: truth for truth in (True, False) for word in (str(truth), str(truth).lower(), str(truth).upper())}
 _NOTHING = ("null", "Null", "NULL", "~", "")
 _HOME = re.compile(r"(^|::)~[^/\s]*(/|$)")
+CONFIGS = Path(__file__).parent / "configs"
+"""Settings that come with the package."""
 _LONGEST_FILE = 2**20  # bytes
 _MOST_VALUES, _DEEPEST = 20_000, 40
 
 
 def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Read `path` (YAML in UTF-8; None for the defaults alone) into `schema`, then apply `key.sub=value` overrides.
+    """Read `path` (YAML in UTF-8, or the name of a config of the package; None for the defaults alone) into `schema`, then apply `key.sub=value` overrides.
 
     Args:
         schema: a frozen dataclass, nested ones allowed; its defaults fill whatever the file leaves out.
@@ -53,6 +55,14 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
         return from_data(schema, settings, "the config")
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from error
+
+
+def named_config(name: str) -> Path:
+    """The file of a config that comes with the package. Raises FileNotFoundError for a name that there is not."""
+    known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if name not in known:
+        raise FileNotFoundError(f"config {short_value(name)} does not exist; there are {', '.join(known)}")
+    return known[name]
 
 
 def dump_config(config: Any) -> str:
@@ -166,7 +176,9 @@ def _read_yaml(path: str | Path) -> yaml.Node | None:
     """The tree of a YAML file, None for an empty one."""
     file = Path(path)
     if not file.exists():
-        raise FileNotFoundError(f"config file {str(path)!r} does not exist")
+        if file.suffix or file.name != str(path):
+            raise FileNotFoundError(f"config file {str(path)!r} does not exist")
+        file = named_config(str(path))
     check_regular(file)
     with reading(path, "a config (YAML in UTF-8)"), open(file, "rb") as handle:
         content = handle.read(_LONGEST_FILE + 1)

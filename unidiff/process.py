@@ -8,19 +8,13 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, MutableMapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
-from unidiff import errors
-
 T = TypeVar("T")
-exit_status = partial(errors.exit_status, failed=2)
-"""`unidiff.errors.exit_status` with the recipes' own status after a sentence."""
-
 _READ_ONCE = {
     # threads that wait on a shared machine must sleep, not spin: three times the throughput when other work runs
     "OMP_WAIT_POLICY": "passive",
@@ -115,11 +109,3 @@ def parsed(parser: ArgumentParser, words: list[str] | None = None) -> Namespace:
         if word.startswith("-") and word.endswith("=--"):
             parser.error(f"{word.removesuffix('=--')} has no value")
     return parser.parse_intermixed_args(words)
-
-
-def asks_for_help(arguments: list[str], text: str | None) -> bool:
-    """Print the recipe's own docstring when it is called with nothing or with `--help`."""
-    if arguments and arguments[0] not in ("-h", "--help"):
-        return False
-    print((text or "").strip())
-    return True

@@ -1,6 +1,8 @@
 """The two tokenizer recipes as commands, with good and bad input."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import subprocess
@@ -8,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from shard_samples import write_samples
-from typer.testing import CliRunner
 
 from unidiff.tokens.text import TextTokenizer
 
@@ -26,15 +26,11 @@ def run(recipe, *arguments, process=False):
         return result.returncode, result.stdout, result.stderr
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        app = typer.Typer()
-        app.command()(module.main)
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-    finally:
-        del sys.modules[path.stem]
-    return result.exit_code, result.stdout, result.stderr
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = module.main([str(a) for a in arguments])
+    return status, out.getvalue(), err.getvalue()
 
 
 def assert_fails(result, message):

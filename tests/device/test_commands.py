@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from device_cases import any_name_means_it, plainly, same_pictures
 from PIL import Image
 from released_parts import write_tiny
 from shard_samples import write_samples
 from tiny_pipeline import tiny_parts, tiny_pipeline
 from train_fixtures import MIXED, TINY, tiny_table
-from typer.testing import CliRunner
 from virtual_device import virtual_device
 
 from unidiff.models.transformer import MaskedTransformer
@@ -118,8 +116,6 @@ def test_the_recipe_that_encodes_shards(tmp_path):
     write_samples(tmp_path / "raw", 4)
     VQImageTokenizer(tiny_parts()[1]).save_pretrained(tmp_path / "image")
     TextTokenizer.train([f"caption {n} which?" for n in range(50)], 300).save_pretrained(tmp_path / "text")
-    app = typer.Typer()
-    app.command()(recipe("tokenizers/encode_shards.py").main)
     words = [str(tmp_path / "out"), "--shards", str(tmp_path / "raw"), "--image-tokenizer", str(tmp_path / "image")]
     words += [
         "--text-tokenizer",
@@ -132,6 +128,5 @@ def test_the_recipe_that_encodes_shards(tmp_path):
         "cuda",
     ]
     with virtual_device() as ledger, any_name_means_it():
-        done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
+        assert recipe("tokenizers/encode_shards.py").main(words) == 0
     assert ledger.uploads and (tmp_path / "out").is_dir()

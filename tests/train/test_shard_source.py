@@ -237,7 +237,7 @@ def test_token_shards_whose_encoding_was_stopped_are_named(folder, text, tmp_pat
     unfinished = shutil.copytree(folder, tmp_path / "tokens")
     (unfinished / "tokens.json").unlink()
     (unfinished / "progress.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is not finished; run tokenizers/encode_shards\.py again"):
+    with pytest.raises(ValueError, match=r"is not finished; run `unidiff encode` again"):
         open_shards(str(unfinished), cache=tmp_path / "x", image_tokenizer=MeanColourTokenizer(), text_tokenizer=text)
 
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 from train_fixtures import tiny_config, tiny_table
 
-from unidiff.process import asks_for_help, exit_status, set_up_process
+from unidiff.errors import exit_status
+from unidiff.process import set_up_process
 from unidiff.train.run.distributed import launch_of
 from unidiff.train.trainer import train
 
@@ -30,18 +31,13 @@ def test_torchrun_is_recognised_by_all_of_its_names():
         assert launch_of({k: v for k, v in environment.items() if k != name}) is None
 
 
-def test_help_and_errors_are_lines(capsys):
-    assert (
-        asks_for_help([], " Train.\n") and asks_for_help(["-h", "x"], "Train.") and not asks_for_help(["x", "-h"], "")
-    )
-    assert capsys.readouterr().out == "Train.\nTrain.\n"
-
+def test_errors_are_lines(capsys):
     def fail(error):
         raise error
 
     assert exit_status(lambda: None) == 0 and exit_status(lambda: 1) == 1
-    assert exit_status(lambda: fail(ValueError("lr = 0"))) == 2
-    assert exit_status(lambda: fail(ImportError("no such reward")), ImportError) == 2
+    assert exit_status(lambda: fail(ValueError("lr = 0")), failed=2) == 2
+    assert exit_status(lambda: fail(ImportError("no such reward")), ImportError, failed=2) == 2
     assert capsys.readouterr().err == "error: lr = 0\nerror: no such reward\n"
     assert exit_status(lambda: fail(ImportError("a mistake of ours"))) == 70
     assert "Please report it" in capsys.readouterr().err

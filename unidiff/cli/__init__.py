@@ -1,5 +1,5 @@
 """The command line: one file per group of commands."""
 
-from unidiff.cli.app import app, main
+from unidiff.cli.app import app, main, recipe
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "recipe"]

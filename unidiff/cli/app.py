@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unidiff import __version__
 from unidiff.cli.checkpoints import convert, info, verify
 from unidiff.cli.common import (
     MOST,
@@ -28,7 +29,12 @@ from unidiff.cli.common import (
     say_notes,
     with_decode_flags,
 )
+from unidiff.cli.data import encode, tokenizer_app
+from unidiff.cli.emoji import emoji_app
+from unidiff.cli.runs import configs_app
+from unidiff.cli.tokens import change_app
 from unidiff.cli.tools import demo, eval_app, pack, profile_cache
+from unidiff.cli.training import benchmark, finetune, plan, reward, train
 from unidiff.errors import exit_status, explain
 from unidiff.process import keep_freed_memory
 from unidiff.tokens.text import all_have_holes
@@ -191,9 +197,32 @@ def inpaint(
     report(result, out, gif, filmstrip)
 
 
-for command in (demo, info, pack, convert, verify, profile_cache):
+for command in (demo, info, pack, convert, verify, profile_cache, encode, train, finetune, reward, plan, benchmark):
     app.command()(command)
-app.add_typer(eval_app)
+for group in (eval_app, tokenizer_app, configs_app, change_app, emoji_app):
+    app.add_typer(group)
+
+
+@app.callback()
+def start(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"unidiff {__version__}")
+        raise typer.Exit
+
+
+def recipe(*words: str) -> int:
+    """Run a command as the script of the same name does: what a person did wrong is one sentence and status 2."""
+
+    def run() -> int:
+        try:
+            app(list(words))
+        except SystemExit as left:
+            return int(left.code or 0)
+        return 0
+
+    return exit_status(run, failed=2)
 
 
 def main() -> None:

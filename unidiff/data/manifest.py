@@ -90,7 +90,7 @@ class TokenManifest:
                 data = fetch(where, _MOST_BYTES) if path is None else path.read_bytes()
         except Unreachable as error:
             if error.gone:
-                raise FileNotFoundError(f"{where} does not exist; tokenizers/encode_shards.py writes it") from error
+                raise FileNotFoundError(f"{where} does not exist; `unidiff encode` writes it") from error
             raise
         try:
             content = json.loads(data.decode("utf-8-sig"))

@@ -38,7 +38,7 @@ def task_tokens(tokenizer: TextTokenizer) -> dict[str, int]:
         if name not in known:
             raise ValueError(
                 f"the text tokenizer has no special token {name!r}; "
-                "train one with tokenizers/train_text_tokenizer.py, whose defaults include it"
+                "train one with `unidiff tokenizer text`, whose defaults include it"
             )
     return {name: known[name] for name in wanted}
 

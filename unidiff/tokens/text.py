@@ -256,7 +256,7 @@ class TextTokenizer:
         folder = folder / inside
         if not any((folder / file).is_file() for file in _FILES):
             fault = f"{str(folder)!r} holds no text tokenizer (no tokenizer.json)"
-            raise FileNotFoundError(f"{fault}; train one with tokenizers/train_text_tokenizer.py")
+            raise FileNotFoundError(f"{fault}; train one with `unidiff tokenizer text`")
         from transformers import AutoTokenizer
 
         options = {"trust_remote_code": False, "local_files_only": True}

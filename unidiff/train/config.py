@@ -33,7 +33,7 @@ class DataConfig:
 
     `train` and `validation` are token tables (`.safetensors`), or webdataset shards, pre-tokenised or raw: a folder, a
     brace pattern or a URL; several weighted sets as `a.tar@3::b.tar@1`. Raw shards are encoded once, into OUTPUT/tokens.
-    With `vocabulary`, `grid` and `text_length`, training/plan.py and training/benchmark.py work before there is data.
+    With `vocabulary`, `grid` and `text_length`, `unidiff plan` and `unidiff benchmark` work before there is data.
     """
 
     train: str = ""
@@ -47,7 +47,7 @@ class DataConfig:
     vocabulary: str = ""  # name of the layout that the data must have (`named_vocabulary`); empty: whatever it has
     grid: Annotated[int, Between(0, 2**12)] = 0  # side of the code grid that the data must have; 0: whatever it has
     allow_missing: bool = False  # raw shards that do not exist are counted in OUTPUT/skipped.json in place of refused
-    # token shards of interleaved documents (tokenizers/encode_shards.py --documents), which are trained on as `generate` is
+    # token shards of interleaved documents (`unidiff encode --documents`), which are trained on as `generate` is
     documents: str = ""
     document_share: Share = 0.5  # of the samples
     # samples of a batch share rows of this many tokens, each attending to itself only; 0 gives each its own row
@@ -164,7 +164,7 @@ class LoggingConfig:
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     project: str = "unidiff"  # in W&B and trackio; the run itself is named after `output`
     progress: bool = True
-    # matrix products of one device, in 10^12 operations per second, measured by training/benchmark.py; with it the log has
+    # matrix products of one device, in 10^12 operations per second, measured by `unidiff benchmark`; with it the log has
     # `mfu`, the share of that peak in useful work
     peak_tflops: Amount = 0.0
 

@@ -29,7 +29,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Positive, check_fields
 from unidiff.tokens import TokenBatch, Vocabulary
 from unidiff.train.build import merge_adapters
-from unidiff.train.config import Count, OptimiserConfig, Share, Steps
+from unidiff.train.config import Count, OptimiserConfig, Share, Steps, TrackerName
 from unidiff.train.data.tasks import rank_noise
 from unidiff.train.optim import Optimisers
 
@@ -67,7 +67,7 @@ class RewardConfig:
     lora: Annotated[int, Between(0, 2**16)] = 0  # rank of adapters; 0 trains all weights
     keep: Annotated[float, Between(1e-9, 1)] = 1.0  # share of the change that is saved, see `keep_share`
     checkpoint_every: Steps = 10
-    track: list[str] = field(default_factory=list)  # where numbers go besides `metrics.jsonl`
+    track: list[TrackerName] = field(default_factory=list)  # where numbers go besides `metrics.jsonl`
     fallback: bool = False  # go on from the checkpoint before a damaged one, if there is one
 
     def __post_init__(self) -> None:

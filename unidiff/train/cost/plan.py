@@ -12,7 +12,7 @@ in it: leave a tenth of the memory free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,7 +138,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `training/plan.py` prints."""
+    """Everything `unidiff plan` prints."""
 
     size: ModelSize
     row: TrainingRow
@@ -154,12 +154,35 @@ class Plan:
         return self.flops.total * self.rows_per_step
 
     def days(self, gpus: int, flops_per_second: float) -> float:
-        """Days of the whole run at a rate that each GPU keeps up (measure it with training/benchmark.py)."""
+        """Days of the whole run at a rate that each GPU keeps up (measure it with `unidiff benchmark`)."""
         return self.steps * self.step_flops / (gpus * flops_per_second) / 86400
 
     def fitting(self, memory_bytes: float) -> Layout | None:
         """The first layout that fits, or None."""
         return next((layout for layout in self.layouts if layout.total <= memory_bytes), None)
+
+    def lines(self, gpus: int, memory: float | None, tflops: float | None) -> Iterator[str]:
+        """The plan for a person. memory: GiB of one GPU. tflops: TFLOP/s that one GPU keeps up."""
+        size, row, parts = self.size, self.row, self.flops
+        yield (f"parameters   {size.total / 1e6:.1f} M: blocks {size.blocks / 1e6:.1f}, embeddings "
+               f"{size.embedding / 1e6:.1f}, head {size.head / 1e6:.1f}")  # fmt: skip
+        yield (f"rows         {row.text} text + {row.image} image tokens; {self.rows_per_step} rows, "
+               f"{self.rows_per_step * row.length} tokens per step; {self.rows_per_gpu} rows per GPU and pass")  # fmt: skip
+        shares = [100 * part / parts.total for part in (parts.blocks, parts.attention, parts.head)]
+        yield (f"operations   {self.step_flops / 1e12:.2f} TFLOP per step: blocks {shares[0]:.0f} %, attention "
+               f"{shares[1]:.0f} %, head {shares[2]:.0f} %")  # fmt: skip
+        yield f"state        {self.state_bytes / GIB:.2f} GiB: weights, gradients, optimiser, moving average"
+        yield f"{'GiB per GPU':35s} weights  activations    head   total"
+        for layout in self.layouts:
+            numbers = [x / GIB for x in (layout.weights, layout.activations, layout.head, layout.total)]
+            yield f"  {layout.settings:60s}"[:62] + " ".join(f"{n:9.2f}" for n in numbers)
+        if memory is not None and (fitting := self.fitting(memory * GIB)):
+            yield f"fits         {memory:g} GiB with {fitting.settings}"
+        elif memory is not None:
+            yield f"fits         nothing in {memory:g} GiB; lower batch_size and raise accumulate, or use more GPUs"
+        if tflops is not None:
+            days = self.days(gpus, tflops * 1e12)
+            yield f"time         {days:.2f} days for {self.steps} steps on {gpus} GPUs"
 
 
 def make_plan(config: TrainConfig, gpus: int) -> Plan:

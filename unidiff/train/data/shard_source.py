@@ -194,12 +194,12 @@ def open_shards(
     for number, (pattern, weight) in enumerate(parse_sources(spec)):
         if not is_tokenised(pattern):
             if (Path(pattern) / PROGRESS).is_file():
-                raise ValueError(f"the encoding of {pattern!r} is not finished; run tokenizers/encode_shards.py again")
+                raise ValueError(f"the encoding of {pattern!r} is not finished; run `unidiff encode` again")
             expand_shards(pattern, allow_missing)
             if image_tokenizer is None or text_tokenizer is None or cache is None:
                 raise ValueError(
                     f"{pattern!r} has no tokens.json, so it is read as raw images and captions: "
-                    "name tokenizer.image and tokenizer.text, or encode it with tokenizers/encode_shards.py"
+                    "name tokenizer.image and tokenizer.text, or encode it with `unidiff encode`"
                 )
             folder = Path(cache) / f"set{number}"
             manifest = encode_shards(

@@ -124,7 +124,7 @@ class TokenTable:
         """
         name = f"token table {str(path)!r}"
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{name} does not exist; write it with tokenizers/encode_shards.py")
+            raise FileNotFoundError(f"{name} does not exist; write it with `unidiff encode`")
         with reading(path, "a token table", "it is not a readable safetensors file"), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)

@@ -1,0 +1,133 @@
+"""The commands between a person's pictures and a run: tokenizers and tokens. Torch is imported inside."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unidiff.cli.common import Device
+from unidiff.cli.training import Config, Settings
+from unidiff.config import load_config
+from unidiff.process import pick_device, set_up_process
+
+if TYPE_CHECKING:
+    from unidiff.data.manifest import TokenManifest
+
+tokenizer_app = typer.Typer(name="tokenizer", help="Train a tokenizer, of pictures or of texts.", no_args_is_help=True)
+Shards = Annotated[list[str] | None, typer.Option(help="Raw shards: path, folder, brace pattern or URL; repeatable.")]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Count shards that do not exist in place of refusing them.")
+]
+
+
+@tokenizer_app.command()
+def image(config: Config, settings: Settings = None) -> None:
+    """Train an image tokenizer.
+
+    Writes into `out`: `model`, which `VQImageTokenizer.from_pretrained` loads, `report.json` (PSNR, SSIM, code usage on
+    pictures that were not trained on), `reconstructions.png` (pictures above, their reconstructions below),
+    `metrics.jsonl` and `checkpoints`. The same command continues a run that was stopped or killed, bit for bit. The model
+    with the best PSNR is kept.
+    """
+    set_up_process(os.environ)
+    from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
+
+    run = load_config(ImageTokenizerConfig, config, settings or [])
+    from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
+
+    train_image_tokenizer(run)
+
+
+@tokenizer_app.command()
+def text(
+    out: Annotated[Path, typer.Argument(help="Folder to write the tokenizer to.")],
+    config: Annotated[str | None, typer.Option(help="YAML file with the same settings.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="UTF-8 text file, one document per line; repeatable.")] = None,
+    shards: Shards = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Largest number of ids, bytes and specials included; 8192 if nothing is said.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many documents.")] = None,
+    allow_missing: AllowMissing = False,
+) -> None:
+    """Train a byte-level BPE and save it as a Hugging Face tokenizer.
+
+    Text files are read line by line; shards give their `key.txt` and questions. A YAML file may hold the same settings:
+    text, shards, vocab_size, specials, limit. Another tokenizer in OUT is never replaced.
+    """
+    from unidiff.train.text_tokenizer import TextTokenizerConfig, train_text_tokenizer
+
+    given = {"text": text, "shards": shards, "vocab_size": vocab_size, "limit": limit}
+    given |= {"allow_missing": allow_missing or None}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    tokenizer = train_text_tokenizer(replace(load_config(TextTokenizerConfig, config), **asked), out)
+    typer.echo(f"{tokenizer.size} ids, specials {tokenizer.specials()}, written to {out}")
+
+
+def encode(
+    out: Annotated[Path, typer.Argument(help="Folder for the token shards.")],
+    shards: Annotated[list[str], typer.Option(help="Raw shards: path, folder, brace pattern or URL; repeatable.")],
+    image_tokenizer: Annotated[str, typer.Option(help="Folder of the image tokenizer.")],
+    text_tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the text tokenizer.")],
+    image_size: Annotated[int, typer.Option(help="Side of the square pictures.")] = 256,
+    text_length: Annotated[
+        int, typer.Option(help="Tokens of the text span, task token and EOS included; of whole documents.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per encoder call.")] = 32,
+    samples_per_shard: Annotated[int, typer.Option(help="Samples per written tar.")] = 1000,
+    workers: Annotated[int, typer.Option(help="Decoding threads.")] = 2,
+    documents: Annotated[bool, typer.Option("--documents", help="Interleaved documents in place of pairs.")] = False,
+    allow_missing: AllowMissing = False,
+    device: Device = "cpu",
+) -> None:
+    """Turn shards of pictures and captions into token shards, skipping and listing what is damaged.
+
+    A sample is `key.jpg|png|webp|gif|bmp`, `key.txt` and optionally `key.json`, whose questions and answers are
+    {"qa": [["what is it?", "a cat"], ...]}. The same command continues a run that was stopped. OUT can then be named as
+    `data.train` in a training config.
+
+    With --documents, samples are interleaved documents of up to --text-length tokens: `key.json` is
+    {"texts": ["...", null, "..."], "images": [null, "0.jpg", null]}, and the pictures are `key.0.jpg` and so on; text
+    alone is fine. OUT is then named as `data.documents`.
+    """
+    from unidiff.data.sources import expand_shards
+
+    expand_shards(shards, allow_missing)  # a mistyped or refused source fails before the slow imports
+    from unidiff.data.encode import EncodeSettings, encode_shards
+    from unidiff.tokens.image.vq import VQImageTokenizer
+    from unidiff.tokens.text import TextTokenizer
+
+    settings = EncodeSettings(image_size, text_length, batch_size, samples_per_shard, workers, documents)
+    place = pick_device(device)
+    manifest = encode_shards(
+        shards,
+        VQImageTokenizer.from_pretrained(image_tokenizer).to(place),
+        TextTokenizer.from_pretrained(text_tokenizer),
+        out,
+        settings,
+        on_shard=lambda count, report: typer.echo(f"{count} samples, {report.total} skipped"),
+        allow_missing=allow_missing,
+    )
+    _say(manifest, out)
+
+
+def _say(manifest: TokenManifest, out: Path) -> None:
+    from unidiff.data.report import SkipReport
+
+    documents, length = manifest.kind == "documents", manifest.text_length
+    what = "documents" if documents else f"samples, {manifest.questions} questions"
+    typer.echo(f"{manifest.samples} {what} in {len(manifest.shards)} shards: {out}")
+    typer.echo(SkipReport.from_state_dict(manifest.skipped).summary() if manifest.skipped else "nothing was skipped")
+    if documents and manifest.cut_captions:
+        typer.echo(f"{manifest.cut_captions} documents were cut: longer than {length} tokens")
+    elif manifest.cut_captions or manifest.long_questions:
+        typer.echo(
+            f"{manifest.cut_captions} captions were cut and {manifest.long_questions} questions left out: "
+            f"longer than {length} tokens"
+        )
+    if manifest.bad_questions:
+        typer.echo(f"{manifest.bad_questions} entries of qa were left out: no pair of a question and an answer")
