@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser, Select
-from unidiff.models.store import FeatureStore
+from unidiff.models.store import FeatureStore, Width
 from unidiff.tokens import TokenBatch
 
 Work = Callable[[], Any]
@@ -144,10 +144,13 @@ def recordable(plan: CachePlan) -> bool:
 
 def widened(plan: CachePlan, length: int) -> CachePlan:
     """The plan with its widths rounded up to those of `bucket`."""
-    width, compared, chosen = (
-        None if x is None else bucket(x, length) for x in (plan.width, plan.compared, plan.chosen)
-    )
-    return replace(plan, width=width, compared=compared, chosen=chosen)
+
+    def rounded(width: Width | None) -> Width | None:
+        if isinstance(width, tuple):
+            return bucket(width[0], length), bucket(width[1], length)
+        return None if width is None else bucket(width, length)
+
+    return replace(plan, width=rounded(plan.width), compared=rounded(plan.compared), chosen=rounded(plan.chosen))
 
 
 def bucket(width: int, length: int) -> int:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.store import FeatureStore, StoreOptions, Width
 from unidiff.tokens import TokenBatch
 
 Select = Callable[[int, Tensor], Tensor | None]
@@ -28,11 +28,12 @@ class CachePlan:
         full_layers: layers that recompute every position. Needs a store with `outputs`.
         full_rows: bool `[len(full_layers), B]`, the rows in which each of them does so; None for all.
         width: most `query` positions in a row where the caller knows it; saves reading it from the device. More than
-            there are is padding, which changes nothing.
+            there are is padding, which changes nothing. A pair counts before and behind the border of a store that has one.
         compared, chosen: the same for what a layer compares (`query` and `verify` together) and for what it recomputes
             after `select`.
         fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
             apart from rows that do little, so that none of these pays for the padding.
+        apart: how many rows are `fresh`, where the caller knows it.
         others: what guidance streams do that do not follow this plan; see `with_streams`.
         every_row: finished rows are computed as well, for those who look at features.
         rows: bool `[B]`, of a guidance stream: rows that are evaluated in this pass. The others keep their difference
@@ -44,10 +45,11 @@ class CachePlan:
     full: bool = True
     verify: Tensor | None = None
     full_layers: tuple[int, ...] = ()
-    width: int | None = None
-    compared: int | None = None
-    chosen: int | None = None
+    width: Width | None = None
+    compared: Width | None = None
+    chosen: Width | None = None
     fresh: Tensor | None = None
+    apart: int | None = None
     others: Mapping[int, CachePlan | None] = field(default_factory=dict)
     every_row: bool = False
     full_rows: Tensor | None = None
@@ -115,12 +117,14 @@ class CachePlan:
             return first
         query = None if first.query is None else torch.cat([p.query for p in plans if p.query is not None])
         verify = None if first.verify is None else torch.cat([p.verify for p in plans if p.verify is not None])
-        fresh = None
+        fresh = apart = None
         if query is not None and any(p.fresh is not None for p in plans):
             none = torch.zeros_like(query[: len(query) // count, 0])
             fresh = torch.cat([none if p.fresh is None else p.fresh for p in plans])
+            counts = [0 if p.fresh is None else p.apart for p in plans]
+            apart = None if None in counts else sum(n for n in counts if n is not None)
         full_rows = None if first.full_rows is None else first.full_rows.repeat(1, count)
-        return replace(first, query=query, verify=verify, fresh=fresh, full_rows=full_rows, others={})
+        return replace(first, query=query, verify=verify, fresh=fresh, apart=apart, full_rows=full_rows, others={})
 
     def refreshed_in(self, layer: int) -> Tensor | bool:
         """Whether a layer recomputes every position: in all rows, in none, or in those of a bool `[B]`."""

@@ -39,12 +39,13 @@ def partial_pass(run: PassModel, plan: CachePlan, store: FeatureStore, select: S
     if plan.verify is not None and select is None:
         raise ValueError("a CachePlan with verify needs `select`, which names the positions that a layer recomputes")
     if plan.fresh is not None and plan.query is not None:
-        rows = plan.fresh.nonzero().flatten()
+        count = int(plan.fresh.sum()) if plan.apart is None else plan.apart
+        rows = (~plan.fresh).long().argsort(stable=True)[:count]
         part = store.take(rows)
         _even(run, rows, part, part.everywhere)
         store.put(rows, part)
         rest = replace(plan, query=plan.query & ~plan.fresh[:, None], fresh=None)
-        return replace(partial_pass(run, rest, store, select), fresh=len(rows))
+        return replace(partial_pass(run, rest, store, select), fresh=count)
     known = store.everywhere if plan.query is None else store.index(plan.query, plan.width)
     if plan.full or not store.options.outputs:
         return _even(run, None, store, known)

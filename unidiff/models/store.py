@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from unidiff.models.block import RotaryTables, gather_rows, rotate
+
+Width = int | tuple[int, int]
+"""Most positions in a row; a pair where a row has tokens of two streams."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class FeatureStore:
         computed: int64 `[B, L + 1]`, the pass that computed a position, from 1; 0 for never.
         passes: int64 `[B]`. complete: bool `[B]`, rows without a position that was never computed; known without asking
             the device.
+        tokens_of: from flags of positions in the rows `[B, L]` to those of the tokens that are kept, where these differ.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class FeatureStore:
         self.computed = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = np.zeros(rows, dtype=np.bool_)
+        self.tokens_of: Callable[[Tensor], Tensor] = lambda where: where
         self._first_output = list(accumulate((0, *layout.branches)))
         self.everywhere = TokenIndex(torch.arange(length, device=device).expand(rows, length), layout.border, True)
         self._flat: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # of this pass: (id of an index, use) -> both
@@ -144,16 +149,16 @@ class FeatureStore:
         return part
 
     def put(self, rows: Tensor, part: FeatureStore) -> None:
-        """Replace all features of some rows by those of a store made by `take` (the number of passes stays)."""
+        """Replace all features of some rows by those of a store made by `take` (passes and `complete` stay)."""
         for name in ("key", "value", "outputs"):
             getattr(self, name).index_copy_(1, rows, getattr(part, name))
         for name in ("hidden", "computed"):
             getattr(self, name).index_copy_(0, rows, getattr(part, name))
-        self.complete[rows.cpu().numpy()] = part.complete
 
     def _layout_of(self, rows: slice | Tensor) -> FeatureStore:
         part = object.__new__(FeatureStore)
         part.options, part.layout, part._first_output = self.options, self.layout, self._first_output
+        part.tokens_of = self.tokens_of
         part.everywhere = self.everywhere._replace(at=self.everywhere.at[rows])
         part.inputs = {name: table[rows] for name, table in self.inputs.items()}
         part.allowed = None if self.allowed is None else self.allowed[rows]
@@ -166,16 +171,22 @@ class FeatureStore:
         held = (self.key, self.value, self.outputs, self.hidden)
         return sum(x.numel() * x.element_size() for x in held)
 
-    def index(self, where: Tensor, width: int | None = None) -> TokenIndex:
-        """Of the positions bool `[B, L]`, at most `width` in a row; with two streams, or without a width, they are counted."""
+    def index(self, where: Tensor, width: Width | None = None) -> TokenIndex:
+        """Of the tokens bool `[B, L]`, at most `width` in a row; counted where it says nothing of two streams, or is None."""
         border = self.layout.border
         if not border:
+            assert not isinstance(width, tuple)
             return TokenIndex(query_index(where, width))
         first, second = where[:, :border], where[:, border:]
-        counts = torch.stack([first.sum(1).max(), second.sum(1).max()]).tolist()
+        counts = width if isinstance(width, tuple) else torch.stack([n.max() for n in self.counts(where)]).tolist()
         own = query_index(first, counts[0])
         own = torch.where(own < border, own, where.shape[1])  # padding is behind the whole row
-        return TokenIndex(torch.cat((own, query_index(second, counts[1]) + border), dim=1), counts[0])
+        return TokenIndex(torch.cat((own, query_index(second, counts[1]) + border), dim=1), own.shape[1])
+
+    def counts(self, where: Tensor) -> list[Tensor]:
+        """int64 `[B]`, how many tokens of a row are set in bool `[B, L]`; with two streams, of each."""
+        border = self.layout.border
+        return [part.sum(1) for part in ((where[:, :border], where[:, border:]) if border else (where,))]
 
     def gather(self, x: Tensor, index: TokenIndex) -> Tensor:
         """`[B, L, D]` to `[B, n, D]`; what an index means in memory is worked out once per pass."""

@@ -259,7 +259,9 @@ class MudditDenoiser:
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`. Its positions are the tokens of the blocks, the text's first."""
         rows = self._rows = _rows_of(batch.modality, batch.positions, batch.attention_mask())
-        return self.model.make_store(len(batch.ids), int(rows.is_text.sum()), rows.size, options)
+        store = self.model.make_store(len(batch.ids), int(rows.is_text.sum()), rows.size, options)
+        store.tokens_of = lambda where: self._to_tokens(where, rows)
+        return store
 
     def partial(
         self,
