@@ -276,6 +276,10 @@ def _spoil(pipe: Any, step: int, t: float, tensors: dict[str, torch.Tensor]) -> 
         value.fill_(1)  # what a callback does to its tensors is its own affair
 
 
+def _same(pipe: Any, step: int, t: float, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors
+
+
 _FEW = SamplerConfig(ModalityDecoding(steps=2, rule="quota"), ModalityDecoding(steps=2, rule="quota"), Guidance(1.0))
 
 
@@ -316,8 +320,16 @@ OPTIONS: dict[str, tuple[list[Make], list[Make]]] = {
             lambda s: torch.tensor([1]),
         ],
     ),
-    "output_type": (_values("pil", "pt", "np", "codes"), _values("jpeg", "", None, 5, "PIL", b"pil", ["pil"], {})),
-    "callback_on_step_end": (_values(None, _stop, _spoil), _values(5, "f", [], {}, True)),
+    "output_type": (
+        _values("pil", "pt", "np", "codes", "latent"),
+        _values("jpeg", "", None, 5, "PIL", b"pil", ["pil"], {}),
+    ),
+    "return_dict": (_values(True), _values("yes", 1, None, [], 0.0)),
+    "callback_on_step_end": (_values(None, _stop, _spoil, _same), _values(5, "f", [], {}, True)),
+    "callback_on_step_end_tensor_inputs": (
+        _values(None, [], ["ids"], ("open", "confidence")),
+        _values("ids", ["latents"], [["ids"]], 5, {"ids"}, True),
+    ),
     "record_trajectory": (_values(False, True), _values("yes", 1, None, [], 0.0)),
     "guidance_hides": (_values(None, "given", "other", "text", "image"), _values("all", 5, "", [], b"text", True)),
     "num_candidates": (_values(None, 1, 2, 3), NOT_WHOLE),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -13,7 +13,7 @@ from unidiff.families.layout import Grid, RowLayout, TaskInputs
 from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
 from unidiff.pipelines.inputs import GivenPictures, ImageInputs, as_list, opened, size_of
-from unidiff.pipelines.options import flag, whole
+from unidiff.pipelines.options import CallKeywords, DecodeKeywords, flag, short, whole
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
 from unidiff.schema import check_value
@@ -122,12 +122,13 @@ class UniDiffPipeline(PipelineFolder):
         return self
 
     def __call__(
-        self, prompt: str | Sequence[str] | None = None, task: str | None = None, **inputs: Any
+        self, prompt: str | Sequence[str] | None = None, task: str | None = None, **inputs: Unpack[CallKeywords]
     ) -> UniDiffOutput:
         """The task that the inputs mean: `pipe("a dog")`, `pipe(image=picture)`, `pipe(image=picture, question="what?")`.
 
-        A prompt alone: `text_to_image`, or `chat` with a model of text alone. A picture: `caption`; with a question
-        `answer`; with a mask or text `inpaint`. Text with holes, or nothing: `generate` (a picture and its caption).
+        A prompt alone: `text_to_image`, or `chat` with a model of text alone; `messages`: `chat`. A picture: `caption`; with
+        a question `answer`; with a mask or text, or with a prompt and a mask or `strength`, `inpaint` (`edit` where the model
+        knows no other way). Text with holes, or nothing: `generate` (a picture and its caption).
 
         Args:
             task: the name of a method, where it is not the one that the inputs mean.
@@ -143,7 +144,7 @@ class UniDiffPipeline(PipelineFolder):
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        **options: Any,
+        **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
         """Draw pictures from words.
 
@@ -159,7 +160,9 @@ class UniDiffPipeline(PipelineFolder):
         return TaskCall(inputs, num_images_per_prompt, [*said, *(away or ())])
 
     @task_method
-    def caption(self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Any) -> TaskCall:
+    def caption(
+        self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Unpack[DecodeKeywords]
+    ) -> TaskCall:
         """Describe pictures; `ValueError` for one of another size, dtype or range, or an option out of range."""
         longest, given = self._longest(max_text_tokens), self._read(image, resize)
         return TaskCall(TaskInputs(len(given.codes), codes=given.codes, longest=longest), shown=given.pixels)
@@ -171,7 +174,7 @@ class UniDiffPipeline(PipelineFolder):
         question: str | Sequence[str],
         max_text_tokens: int | None = None,
         resize: bool = False,
-        **options: Any,
+        **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
         """Answer questions about pictures; `ValueError` as for `caption`, for a question that is empty or too long."""
         said, longest = texts_of(question, "question"), self._longest(max_text_tokens)
@@ -191,8 +194,10 @@ class UniDiffPipeline(PipelineFolder):
         resize: bool = False,
         num_images_per_prompt: int = 1,
         negative_prompt: str | Sequence[str] | None = None,
-        strength: float = 1.0,
-        **options: Any,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
         """Fill holes in pictures and in their captions together. Every other token stays exactly as it was.
 
@@ -200,8 +205,9 @@ class UniDiffPipeline(PipelineFolder):
             mask_image: None repaints nothing.
             text: captions with `<mask>` holes; without holes the caption guides the picture. None: a caption of unknown
                 words, where the family writes one.
-            strength: share of the steps to run, in (0, 1], where the family can redraw a picture in part of them: codes
-                are hidden by a coin each, as many as the steps before would leave.
+            strength: redraw the whole picture where there is no mask, in this share of the steps, in (0, 1]: codes are
+                hidden by a coin each, as many as the steps before would leave. Less than 1 where the family can do that.
+            height, width: those of the picture, if given at all.
             paste_back: put the picture's own pixels back outside the mask (its codes are exact without that).
 
         Raises:
@@ -210,13 +216,19 @@ class UniDiffPipeline(PipelineFolder):
         flag(paste_back, "paste_back")
         longest = self._longest(max_text_tokens, text)
         said = None if text is None else texts_of(text, "text", holes=True)
-        check_value(strength, float, "strength")
-        if not 0 < strength <= 1 or (strength < 1 and not self.layout.strengths):
+        share = 1.0 if strength is None else strength
+        check_value(share, float, "strength")
+        if not 0 < share <= 1 or (share < 1 and not self.layout.strengths):
             most = "a number in (0, 1]" if self.layout.strengths else f"1, as {self.layout.family} runs all its steps"
             raise ValueError(f"strength is {strength}; expected {most}")
         away = None if negative_prompt is None else texts_of(negative_prompt, "negative_prompt", empty=True)
         given = self._read(image, resize)
-        white = torch.zeros(1, *given.reader.size, dtype=torch.bool)
+        size = given.reader.size
+        if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
+            raise ValueError(
+                f"the picture has {size[0]}x{size[1]} pixels, but height and width say another size; leave them out"
+            )
+        white = torch.full((1, *size), strength is not None)
         if mask_image is not None:
             white = given.reader.masks(mask_image, given.opened, resize)  # [B, H, W]
         columns = {"image": given.pixels, "mask_image": white, "codes": given.codes}
@@ -226,8 +238,8 @@ class UniDiffPipeline(PipelineFolder):
             rows.get("text"),
             rows.get("negative_prompt"),
             codes=rows["codes"],
-            holes=None if mask_image is None else given.reader.cells(rows["mask_image"]),
-            strength=strength,
+            holes=given.reader.cells(rows["mask_image"]) if white.any() or mask_image is not None else None,
+            strength=share,
             longest=longest,
         )
         paste = (rows["image"], rows["mask_image"]) if paste_back else None
@@ -244,7 +256,7 @@ class UniDiffPipeline(PipelineFolder):
         width: int | None = None,
         resize: bool = False,
         num_images_per_prompt: int = 1,
-        **options: Any,
+        **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
         """Change pictures as told.
 
@@ -282,7 +294,9 @@ class UniDiffPipeline(PipelineFolder):
         max_text_tokens: int | None = None,
         resize: bool = False,
         num_images_per_prompt: int = 1,
-        **options: Any,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
         """Make a picture and its caption together, from nothing, from a few words, or from either one.
 
@@ -298,11 +312,14 @@ class UniDiffPipeline(PipelineFolder):
         flag(resize, "resize")
         codes = None if image is None else self._read(image, resize).codes
         rows = columns_of(num_images_per_prompt, rows=[0], image=codes, text=said)
-        inputs = TaskInputs(len(rows["rows"]), rows.get("text"), codes=rows.get("image"), longest=longest)
+        grid = self._grid(height, width)
+        inputs = TaskInputs(len(rows["rows"]), rows.get("text"), codes=rows.get("image"), grid=grid, longest=longest)
         return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()))
 
     @task_method
-    def chat(self, messages: Turn | Sequence[Turn], max_text_tokens: int | None = None, **options: Any) -> TaskCall:
+    def chat(
+        self, messages: Turn | Sequence[Turn], max_text_tokens: int | None = None, **options: Unpack[DecodeKeywords]
+    ) -> TaskCall:
         """Answer in words, of at most 128 tokens where nothing else is asked for.
 
         Args:
@@ -314,14 +331,16 @@ class UniDiffPipeline(PipelineFolder):
         return TaskCall(inputs, said=words_of_turns(turns), pictures=False)
 
     @task_method
-    def complete(self, prompt: str | Sequence[str], max_text_tokens: int | None = None, **options: Any) -> TaskCall:
+    def complete(
+        self, prompt: str | Sequence[str], max_text_tokens: int | None = None, **options: Unpack[DecodeKeywords]
+    ) -> TaskCall:
         """Go on with texts as they are (base models), by at most 128 tokens where nothing else is asked for."""
         said = texts_of(prompt, "prompt", holes=True)
         inputs = TaskInputs(len(said), said, longest=self._longest(max_text_tokens, usual=128))
         return TaskCall(inputs, said=said, pictures=False)
 
     @task_method
-    def infill(self, text: str | Sequence[str], **options: Any) -> TaskCall:
+    def infill(self, text: str | Sequence[str], **options: Unpack[DecodeKeywords]) -> TaskCall:
         """Fill `<mask>` holes in texts; `ValueError` for a text without, or an option out of range."""
         said = texts_of(text, "text", holes=True)
         return TaskCall(TaskInputs(len(said), said), said=between_holes(said), pictures=False)
@@ -339,10 +358,14 @@ class UniDiffPipeline(PipelineFolder):
         """Rows and columns of codes of a size in pixels; None where none was asked for."""
         if height is None and width is None:
             return None
-        if not self.layout.sizes:
-            raise ValueError(f"{self.layout.family} draws pictures of one size; leave height and width out")
-        factor, usual = self.images.factor, self.image_size
+        usual = self.image_size
         height, width = usual[0] if height is None else height, usual[1] if width is None else width
+        if not self.layout.sizes and (height, width) != usual:
+            only = f"{self.layout.family} draws pictures of {usual[0]}x{usual[1]} pixels only"
+            raise ValueError(
+                f"height is {short(height)} and width {short(width)}, but {only}; leave height and width out"
+            )
+        factor = self.images.factor
         for name, side in (("height", height), ("width", width)):
             whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
         if height % factor or width % factor:

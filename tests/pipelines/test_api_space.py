@@ -257,7 +257,7 @@ def check_result(call: Call, pipe: Any, result: Any, space: Space) -> None:
         assert len(result.images) == rows, f"{call}: {len(result.images)} pictures"
         if kind == "pil":
             assert all(image.size == space.size[::-1] and image.mode == "RGB" for image in result.images), str(call)
-        elif kind == "codes":
+        elif kind in ("codes", "latent"):
             assert result.images.dtype == torch.int64 and result.images.ndim == 3
         else:
             shape = (rows, 3, *space.size) if kind == "pt" else (rows, *space.size, 3)

@@ -48,7 +48,7 @@ class SamplerOutput:
         nfe: network evaluations of a row; a guided pass counts once per stream. seconds: wall-clock time.
         trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
         steps: passes of the loop, those that needed no forward included. stats: what the decode cost.
-        passes: int64 `[B]`, in how many of them a row wrote tokens.
+        tokens_per_forward: float64 `[B]`, decoded tokens of a row (not what fills it up behind an end) per pass that it took part in.
     """
 
     batch: TokenBatch
@@ -58,7 +58,7 @@ class SamplerOutput:
     trajectory: list[Tensor] | None = None
     steps: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
-    passes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    tokens_per_forward: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.double))
 
 
 class Sampler:
@@ -157,7 +157,8 @@ class Sampler:
             if trajectory is not None:
                 trajectory.append(state.ids.clone())
         seconds = wall.perf_counter() - begun
-        cost = trajectory, state.step, model.stats, request.passes
+        tokens = (state.batch.targets & ~state.frozen).sum(1) / request.passes.clamp_min(1).double()  # [B]
+        cost = trajectory, state.step, model.stats, tokens
         return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, *cost)
 
     def _begin(self, request: Request, progress: ModalityProgress) -> PassWork:
@@ -230,7 +231,7 @@ class Request:
 
     Attributes:
         stream_of: unconditional stream of each modality with targets. further: those that are mixed in besides.
-        passes: int64 `[B]`, those in which a row wrote tokens.
+        passes: int64 `[B]`, those in which the network ran for a row.
         is_finite: bool scalar, False once a model returned logits that cannot be used.
         unfinished: int64, rows that are not finished, and some that are so that their number takes few values; None for all.
     """
@@ -343,6 +344,7 @@ class Request:
                 rows = guided if stream else own
                 users[stream] = users[stream] | rows if stream in users else rows
         self.state.streams, self.state.users = tuple(sorted(users)), users
+        self.passes = self.passes + users[0]
 
     def time(self, work: Sequence[PassWork]) -> Tensor:
         """Diffusion time `[B]` for time-conditioned models: that of the row's modality which is furthest behind.
@@ -359,7 +361,6 @@ class Request:
             state.freeze(self._end_of_text.closed(state.ids, state.masked), self._end_of_text.fill)
         for progress in state.progress.values():
             progress.end_pass()
-        self.passes = self.passes + state.just_unmasked.any(1)
         state.step += 1
 
     def _complaint(self) -> str:

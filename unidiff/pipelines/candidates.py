@@ -68,6 +68,7 @@ def keep_best(
         out,
         batch=out.batch.rows(best),
         confidence=out.confidence[best],
+        tokens_per_forward=out.tokens_per_forward[best],
         trajectory=None if trajectory is None else [ids[best] for ids in trajectory],
     )
     return kept, best

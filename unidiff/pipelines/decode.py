@@ -16,7 +16,6 @@ from torch import Tensor
 
 from unidiff.decoding import DecodeView, Sampler, SamplerConfig
 from unidiff.decoding.cache.config import choose_cache, no_cache
-from unidiff.decoding.state import declines
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.families.layout import TASKS, DecodeRequest, TaskInputs
 from unidiff.pipelines.candidates import keep_best
@@ -28,6 +27,7 @@ from unidiff.pipelines.options import (
     check_keywords,
     kind_of,
     one_of,
+    own_names,
     whole,
 )
 from unidiff.pipelines.output import UniDiffOutput, trajectory_of
@@ -65,11 +65,12 @@ def task_method(
 
     @wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> UniDiffOutput:
-        check_keywords(method, kwargs, OPTIONS)
-        given: dict[str, Any] = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        options = DecodeOptions(**given)
+        named = own_names(kwargs)
+        check_keywords(method, named, OPTIONS)
+        options = DecodeOptions(**{name: named.pop(name) for name in OPTIONS if name in named})
         self.layout.need(method.__name__)
-        return decode(self, method.__name__, method(self, *args, **kwargs), options)
+        out = decode(self, method.__name__, method(self, *args, **named), options)
+        return out if options.return_dict else out.to_tuple()
 
     signature = inspect.signature(method)
     call.__signature__ = signature.replace(return_annotation="UniDiffOutput")  # type: ignore[attr-defined]
@@ -106,7 +107,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     # 4. decode
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
-        watcher = StepWatcher(pipe, bar, options.callback_on_step_end)
+        watcher = StepWatcher(pipe, bar, options)
         run = Sampler(model, layout.vocabulary, config, choice.policy, rules, options.graphs)
         device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
@@ -131,6 +132,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         ids=done.batch.ids,
         confidences=out.confidence.cpu(),
         nfe=out.nfe,
+        tokens_per_forward=out.tokens_per_forward.cpu(),
         seconds=out.seconds,
         seeds=seeds,
         trajectory=None if out.trajectory is None else trajectory_of(pipe, done, out.trajectory, config.ends),
@@ -204,7 +206,7 @@ def _guidance(
 
 def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any:
     """Pictures of codes `[B, h, w]` as `output_type` says; None for text alone."""
-    if not call.pictures or output_type == "codes":
+    if not call.pictures or output_type in ("codes", "latent"):
         return codes if call.pictures else None
     images = pipe.images.decode(codes).cpu() if call.shown is None else call.shown  # [B, 3, H, W]
     if call.paste is not None:
@@ -219,11 +221,16 @@ def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any
 class StepWatcher:
     """The sampler's callback: moves the progress bar, calls the user's callback, carries an interruption over."""
 
-    def __init__(self, pipe: Any, bar: Any, callback: Callable[..., Any] | None) -> None:
-        self.pipe, self.bar, self.callback = pipe, bar, callback
+    def __init__(self, pipe: Any, bar: Any, options: DecodeOptions) -> None:
+        self.pipe, self.bar, self.callback, self.tensors = (
+            pipe,
+            bar,
+            options.callback_on_step_end,
+            options.callback_tensors,
+        )
         self._done = 0
 
-    def __call__(self, step: int, state: DecodeView) -> bool:
+    def __call__(self, step: int, state: DecodeView) -> object:
         if self.callback is None and self.bar.disable:
             return not self.pipe.interrupt
         left = int(state.open.sum())
@@ -231,9 +238,9 @@ class StepWatcher:
         self._done = self.bar.total - left
         answer = None
         if self.callback is not None:
-            tensors = {"ids": state.ids, "open": state.open, "confidence": state.confidence}  # copies
+            tensors = {name: getattr(state, name) for name in self.tensors}  # copies
             answer = self.callback(self.pipe, step, left / self.bar.total, tensors)
-        return not declines(answer) and not self.pipe.interrupt
+        return False if self.pipe.interrupt else answer
 
     def finish(self) -> None:
         """The bar is full, also where end-of-text fill ended rows early."""
@@ -327,7 +334,8 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
         if not fits:
             raise ValueError(
                 f"no task takes {' and '.join(sorted(names))} together; expected a prompt, an image (with a question, or "
-                "with a mask_image and text), text, or nothing"
+                "with a mask_image and text), text, or nothing; a prompt with an image needs mask_image, strength or "
+                "task='edit' besides"
             )
         return fits[0]
     one_of(task, "task", TASKS)
@@ -340,11 +348,28 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
 
 
 def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
-    """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`."""
+    """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`.
+
+    As with diffusers' pipelines, a prompt may guide a picture that is repainted (mask_image) or redrawn (strength).
+    """
+    inputs = own_names(inputs)
+    messages, text, redrawn = (inputs.pop("messages", None), inputs.get("text"), False)
+    if inputs.get("image") is not None and prompt is not None and task is None:
+        redrawn = inputs.get("mask_image") is not None or inputs.get("strength") is not None
+    if messages is not None:
+        if prompt is not None or task not in (None, "chat"):
+            raise ValueError("messages are all that chat is given; leave out prompt, and other tasks")
+        prompt, task = messages, "chat"
+    elif redrawn and "inpaint" in pipe.layout.tasks:
+        if text is not None:
+            raise ValueError("prompt and text both hold words; give one of them")
+        prompt, task, inputs = None, "inpaint", {**inputs, "text": prompt}
+    elif redrawn:
+        task = "edit"
     if task is None and prompt is not None and pipe.images is None and "chat" in pipe.layout.tasks:
         task = "chat"
     if prompt is not None and task is None and all_have_holes(texts_of(prompt, "prompt", holes=True), "prompt"):
-        if inputs.get("text") is not None:
+        if text is not None:
             raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
         prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters
     given = {**{name: inputs.get(name) for name in _NAMES}, "prompt": prompt}

@@ -1,4 +1,4 @@
-"""`DecodeOptions`: what a caller may say about a decode, its place on the command line, its effect; checks of arguments.
+"""`DecodeOptions`: what a caller may say about a decode, its names elsewhere, its place on the command line, its effect; checks.
 
 No torch is imported, so that the command line can list its options at once.
 """
@@ -9,7 +9,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 from unidiff.schema import short_value
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from unidiff.decoding.graphs import Record
 
 RowGenerator: TypeAlias = "int | torch.Generator | Sequence[int | torch.Generator] | None"
-OUTPUT_TYPES = ("pil", "pt", "np", "codes")
+OUTPUT_TYPES = ("pil", "pt", "np", "codes", "latent")
+CALLBACK_TENSORS = ("ids", "open", "confidence")
 MOST_ROWS = 10_000  # of one call: results are kept in memory, so more than that is more likely a slip of the hand
 
 
@@ -62,9 +63,12 @@ class DecodeOptions:
         graphs: record the passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; without CUDA nothing
             changes. A `Record` in place of True records by other means.
         generator: None, an int, a torch.Generator, or a list with one of either per row.
-        output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`) or "codes" (int64 `[B, h, w]`).
-        callback_on_step_end: `callback(pipe, step, t, {"ids", "open", "confidence"})` after each pass, with t the share
-            still open; returning False, or setting `pipe.interrupt`, fills the rest in one last pass.
+        output_type: "pil", "pt" (float `[B, 3, H, W]`), "np" (float `[B, H, W, 3]`), "codes" or "latent" (int64 `[B, h, w]`).
+        return_dict: False for the results as a tuple, as `UniDiffOutput.to_tuple`.
+        callback_on_step_end: `callback(pipe, step, t, tensors)` after each pass, with t the share still open. Returning False,
+            or setting `pipe.interrupt`, fills the rest in one last pass; `{"ids": ids}` puts other tokens at what is decoded,
+            or [MASK] to decode it again (`open` and `confidence` follow).
+        callback_on_step_end_tensor_inputs: which of `CALLBACK_TENSORS` it gets; all where it does not say so itself.
         record_trajectory: keep what the rows looked like after each pass.
 
     Raises:
@@ -85,7 +89,9 @@ class DecodeOptions:
     graphs: bool | Record = False
     generator: RowGenerator = None
     output_type: str = "pil"
+    return_dict: bool = True
     callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None = None
     record_trajectory: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +101,8 @@ class DecodeOptions:
         for name in ("steps", "num_candidates"):
             if getattr(self, name) is not None:
                 whole(getattr(self, name), name, 1, MOST_ROWS)
-        flag(self.record_trajectory, "record_trajectory")
+        for name in ("return_dict", "record_trajectory"):
+            flag(getattr(self, name), name)
         policy = lambda value: not isinstance(value, type) and callable(getattr(value, "start", None))  # noqa: E731
         for name, fits, expected in (
             ("sampler", lambda value: isinstance(value, SamplerConfig), "a SamplerConfig"),
@@ -110,6 +117,21 @@ class DecodeOptions:
             names = ("auto", *CACHES)
             one_of(self.cache, "cache", names, " or a CacheConfig (for a policy object of your own there is policy=)")
         one_of(self.output_type, "output_type", OUTPUT_TYPES)
+        wanted = self.callback_on_step_end_tensor_inputs
+        if not isinstance(wanted, list | tuple | None) or not set(map(repr, wanted or ())) <= set(
+            map(repr, CALLBACK_TENSORS)
+        ):
+            shown = list(wanted) if isinstance(wanted, list | tuple) else short(wanted)
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs is {shown!s:.80}; expected a list of some of {', '.join(CALLBACK_TENSORS)}"
+            )
+
+    @property
+    def callback_tensors(self) -> Sequence[str]:
+        """Names of what the callback gets; one of diffusers' names them itself."""
+        own = getattr(self.callback_on_step_end, "tensor_inputs", None)
+        asked = own if isinstance(own, list | tuple) else self.callback_on_step_end_tensor_inputs
+        return CALLBACK_TENSORS if asked is None else asked
 
     def apply(self, config: SamplerConfig, drawn: bool = False) -> SamplerConfig:
         """Sampler settings with these options on top.
@@ -161,6 +183,98 @@ class DecodeOptions:
 
 
 OPTIONS = tuple(f.name for f in fields(DecodeOptions))
+
+
+class DecodeKeywords(TypedDict, total=False):
+    """`DecodeOptions` as keyword arguments, then what other libraries call them (`ALIASES`), for type checkers."""
+
+    steps: int | None
+    guidance_scale: float | None
+    guidance_hides: str | None
+    image_guidance_scale: float | None
+    temperature: float | None
+    sampler: SamplerConfig | None
+    cache: str | CacheConfig | None
+    policy: RefreshPolicy | None
+    block_length: int | Mapping[str, int] | None
+    threshold: float | Mapping[str, float] | None
+    num_candidates: int | None
+    graphs: bool | Record
+    generator: RowGenerator
+    output_type: str
+    return_dict: bool
+    callback_on_step_end: Callable[..., Any] | None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None
+    record_trajectory: bool
+    num_inference_steps: int | None
+    max_new_tokens: int | None
+    gen_length: int | None
+    cfg_scale: float | None
+    guidance_convention: str
+
+
+class CallKeywords(DecodeKeywords, total=False):
+    """What `pipe(...)` takes besides: the arguments of all tasks."""
+
+    messages: Any
+    image: Any
+    mask_image: Any
+    question: str | Sequence[str] | None
+    text: str | Sequence[str] | None
+    reference: Any
+    negative_prompt: str | Sequence[str] | None
+    height: int | None
+    width: int | None
+    num_images_per_prompt: int
+    strength: float | None
+    max_text_tokens: int | None
+    resize: bool
+    paste_back: bool
+
+
+class Alias(NamedTuple):
+    """What an argument of another library is here: a name, and what is added to its value."""
+
+    name: str
+    added: int = 0
+
+
+ALIASES = {
+    "num_inference_steps": Alias("steps"),  # diffusers
+    "max_new_tokens": Alias("max_text_tokens"),  # transformers, Dream, dLLM
+    "gen_length": Alias("max_text_tokens"),  # LLaDA, diffusers
+    "cfg_scale": Alias(
+        "guidance_scale", 1
+    ),  # LLaDA, dLLM, Lumina-DiMOO: the weight of what is added to the conditional logits
+}
+GUIDANCE_CONVENTIONS = {  # what is added to a paper's guidance scale: s of uncond + s (cond - uncond) is ours
+    **dict.fromkeys(("diffusers", "unidiff", "amused", "meissonic", "muddit", "llada2-uni"), 0),
+    **dict.fromkeys(("llada", "mmada", "unidisc", "lumina-dimoo"), 1),
+}
+_SCALES = ("guidance_scale", "image_guidance_scale")
+
+
+def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments under our names and by our convention of guidance; `ValueError` where two spellings are given."""
+    given, named, spelt = dict(given), dict[str, Any](), dict[str, str]()
+    if (convention := given.pop("guidance_convention", None)) is not None:
+        one_of(convention, "guidance_convention", tuple(GUIDANCE_CONVENTIONS))
+        added = GUIDANCE_CONVENTIONS[convention]
+        given |= {name: _plus(given[name], added) for name in _SCALES if name in given}
+    for name, value in given.items():
+        own, added = ALIASES.get(name, Alias(name))
+        if own in spelt and value is not None and named[own] is not None:
+            raise ValueError(f"{spelt[own]} and {name} mean the same; give one of them")
+        if named.get(own) is None:
+            named[own], spelt[own] = _plus(value, added), name
+    return named
+
+
+def _plus(value: Any, added: int) -> Any:
+    """The sum where there is something to add, and it can be: what is no number is refused by its own check."""
+    return value + added if added and isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 FLAGS = {
     "steps": Flag("--steps", int, "Passes of the model; default: the model's own."),
     "guidance_scale": Flag(
@@ -214,9 +328,8 @@ def check_keywords(
 
 _ELSEWHERE = {  # as other programs call them
     **dict.fromkeys(("seed", "seeds"), ("generator",)),
-    **dict.fromkeys(("num_inference_steps", "num_steps"), ("steps",)),
-    **dict.fromkeys(("cfg_scale", "cfg"), ("guidance_scale",)),
-    "max_new_tokens": ("max_text_tokens",),
+    **dict.fromkeys(("num_steps", "max_denoising_steps"), ("steps",)),
+    "cfg": ("guidance_scale",),
     "callback": ("callback_on_step_end",),
     "mask": ("mask_image",),
     "prompt": ("text", "messages", "question"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -26,9 +27,10 @@ class Trajectory:
     texts: list[list[str]]  # [S][B], open tokens as underscores
 
 
-@dataclass(frozen=True)
-class UniDiffOutput:
-    """Results of B rows.
+@dataclass(frozen=True, eq=False)
+class UniDiffOutput(BaseOutput):
+    """Results of B rows, by attribute, by name, or by number among those that are not None: `out.images`, `out["images"]`,
+    `out[0]`; `out[0]` are the texts where there are no pictures.
 
     Attributes:
         images: PIL images, a float tensor `[B, 3, H, W]`, a float array `[B, H, W, 3]` or int64 codes `[B, h, w]`, as
@@ -40,6 +42,7 @@ class UniDiffOutput:
         ids: int64 `[B, L]`, the whole rows in the shared vocabulary.
         confidences: float32 `[B, L]`, probability of each decoded token when it was committed; 1 where known.
         nfe: network evaluations per row; a guided pass counts twice.
+        tokens_per_forward: float64 `[B]`, decoded tokens (up to the end of a text) per pass of the network over the row.
         seconds: wall-clock time of the decode.
         seeds: int64 `[B]`; `generator=[seed]` repeats a row alone.
         trajectory: when asked for.
@@ -56,6 +59,7 @@ class UniDiffOutput:
     ids: Tensor
     confidences: Tensor
     nfe: int
+    tokens_per_forward: Tensor
     seconds: float
     seeds: Tensor
     trajectory: Trajectory | None = None
@@ -63,6 +67,11 @@ class UniDiffOutput:
     cache: CacheConfig | None = None
     cache_note: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> Tensor:
+        """int64 `[B, L]`: `ids`, as transformers calls whole rows."""
+        return self.ids
 
     def save_gif(self, path: str | Path, milliseconds: int = 180) -> None:
         """Animate the trajectory, rows side by side; the end stays for two seconds. `ValueError` where none was recorded."""
