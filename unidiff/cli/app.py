@@ -29,7 +29,7 @@ from unidiff.cli.common import (
     say_notes,
     with_decode_flags,
 )
-from unidiff.cli.data import encode, tokenizer_app
+from unidiff.cli.data import data_app, encode, shards, tokenizer_app
 from unidiff.cli.emoji import emoji_app
 from unidiff.cli.runs import configs_app
 from unidiff.cli.tokens import change_app
@@ -197,9 +197,23 @@ def inpaint(
     report(result, out, gif, filmstrip)
 
 
-for command in (demo, info, pack, convert, verify, profile_cache, encode, train, finetune, reward, plan, benchmark):
+for command in (
+    demo,
+    info,
+    pack,
+    convert,
+    verify,
+    profile_cache,
+    shards,
+    encode,
+    train,
+    finetune,
+    reward,
+    plan,
+    benchmark,
+):
     app.command()(command)
-for group in (eval_app, tokenizer_app, configs_app, change_app, emoji_app):
+for group in (eval_app, data_app, tokenizer_app, configs_app, change_app, emoji_app):
     app.add_typer(group)
 
 

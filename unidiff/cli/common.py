@@ -8,6 +8,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
@@ -244,3 +245,31 @@ def _marks(path: Path) -> Iterator[object]:
 def _folded(path: Path) -> str:
     """The path as file systems see it that do not tell capitals from small letters."""
     return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+
+def height_and_width(size: str, flag: str) -> tuple[int, int]:
+    """(height, width) of a side in pixels, or WIDTHxHEIGHT. Raises `ValueError` for another text."""
+    sides = size.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
+        raise ValueError(f"{flag} is {size!r}; expected a number of pixels, or WIDTHxHEIGHT")
+    return int(sides[-1]), int(sides[0])
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar with the time left on a terminal, none elsewhere: call it with how many more are done, and of how many."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda more, total: shown.update(task, advance=more, total=total)

@@ -20,6 +20,7 @@ from unidiff.cli.common import (
     WorldName,
     check_folder,
     check_outputs,
+    height_and_width,
     load_own_model,
 )
 from unidiff.world import WORLDS
@@ -147,20 +148,13 @@ def pack(
     ] = "float32",
 ) -> None:
     """Put a transformer and its tokenizers together into one model folder."""
-    size = None if image_size is None else _height_and_width(image_size)
+    size = None if image_size is None else height_and_width(image_size, "--image-size")
     from unidiff.pipelines.folder import read_dtype
     from unidiff.pipelines.pack import pack_pipeline
 
     kinds = {"dtype": read_dtype(dtype), "image_dtype": read_dtype(image_dtype)}
     pack_pipeline(transformer, image_tokenizer, text_tokenizer, out, text_length=text_length, image_size=size, **kinds)
     typer.echo(out)
-
-
-def _height_and_width(image_size: str) -> tuple[int, int]:
-    sides = image_size.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
-        raise ValueError(f"--image-size is {image_size!r}; expected a number of pixels, or WIDTHxHEIGHT")
-    return int(sides[-1]), int(sides[0])
 
 
 def profile_cache(

@@ -37,15 +37,21 @@ _LOG = logging.getLogger(__name__)
 class EncodeSettings:
     """How shards are encoded."""
 
-    image_size: Annotated[int, Between(1, 2**14)] = 256  # side of the square; a multiple of the tokenizer's factor
+    image_size: Annotated[int, Between(1, 2**14)] = 256  # height in pixels; a multiple of the tokenizer's factor
     text_length: Annotated[int, Between(3, 2**20)] = 64  # task token and EOS fill included; of documents, of everything
     batch_size: Annotated[int, Between(1, 2**16)] = 32  # images per encoder call
     samples_per_shard: Annotated[int, Between(1, 10**6)] = 1000
     workers: Annotated[int, Between(0, 256)] = 2  # decoding threads
     documents: bool = False  # samples are interleaved documents (`document_parts`) in place of pairs
+    image_width: Annotated[int, Between(0, 2**14)] = 0  # 0: as high as wide
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size, self.image_width or self.image_size
 
 
 @dataclass
@@ -75,6 +81,7 @@ def encode_shards(
     on_shard: Callable[[int, SkipReport], None] | None = None,
     allow_missing: bool = False,
     again: bool = False,
+    on_batch: Callable[[int], None] | None = None,
 ) -> TokenManifest:
     """Encode every usable sample into `out`; damaged ones are skipped and listed in the manifest.
 
@@ -88,6 +95,7 @@ def encode_shards(
         out: folder for the token shards and `tokens.json`.
         on_shard: called after every written shard with (samples so far, skip report).
         allow_missing: raw shards that do not exist are counted in place of refused.
+        on_batch: called after every batch with its number of samples.
         again: encode once more, with a note, what has changed or is damaged, in place of refusing.
 
     Raises:
@@ -97,7 +105,7 @@ def encode_shards(
         OSError: a full or read-only disk, with the name of the file.
     """
     settings, out = settings or EncodeSettings(), Path(out)
-    encoder = _Encoder(image_tokenizer, text_tokenizer, settings)
+    encoder = _Encoder(image_tokenizer, text_tokenizer, settings, on_batch)
     source = _open(shards, settings, allow_missing)
     fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
     fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing))
@@ -145,13 +153,21 @@ def _encode(
 class _Encoder:
     """Samples to the members of token shards. Raises `ValueError` for settings that do not fit the tokenizers."""
 
-    def __init__(self, images: ImageEncoder, text: TextTokenizer, settings: EncodeSettings) -> None:
+    def __init__(
+        self,
+        images: ImageEncoder,
+        text: TextTokenizer,
+        settings: EncodeSettings,
+        on_batch: Callable[[int], None] | None,
+    ) -> None:
+        self.on_batch = on_batch
         self.images, self.text, self.settings, self.specials = images, text, settings, task_tokens(text)
-        self.prepare = ImagePreprocess(settings.image_size, images.factor)
-        self.side = settings.image_size // images.factor
-        if settings.documents and settings.text_length <= self.side**2:
+        self.prepare = ImagePreprocess(settings.sides, images.factor)
+        self.grid = settings.sides[0] // images.factor, settings.sides[1] // images.factor
+        codes = self.grid[0] * self.grid[1]
+        if settings.documents and settings.text_length <= codes:
             raise ValueError(
-                f"text_length = {settings.text_length} leaves no room beside a picture of {self.side**2} tokens; raise it"
+                f"text_length = {settings.text_length} leaves no room beside a picture of {codes} tokens; raise it"
             )
         self.code_type = np.int16 if images.codebook_size <= 2**15 else np.int32
 
@@ -161,7 +177,7 @@ class _Encoder:
             "vocabulary": Vocabulary.unified(self.text.size, self.images.codebook_size, self.specials).to_dict(),
             "text_prefix": 0 if self.settings.documents else TEXT_PREFIX,
             "text_length": self.settings.text_length,
-            "grid": (self.side, self.side),
+            "grid": self.grid,
             "kind": "documents" if self.settings.documents else "pairs",
         }
 
@@ -173,6 +189,8 @@ class _Encoder:
         while batch := list(islice(samples, self.settings.batch_size)):
             for sample, row in zip(batch, encode(batch, counts), strict=True):
                 rows.append({**row, "json": {"key": sample["__key__"], "shard": sample["__url__"]}})
+            if self.on_batch is not None:
+                self.on_batch(len(batch))
         return rows
 
     def _codes(self, images: list[Tensor]) -> np.ndarray:
@@ -210,6 +228,18 @@ class _Encoder:
             yield row
 
 
+def fitting_text_length(
+    shards: str | Sequence[str], tokenizer: TextTokenizer, looked_at: int = 10_000, most: int = 256
+) -> int:
+    """Tokens of a text span that holds the captions and questions of the first samples, as a multiple of 8, at most `most`."""
+    longest = 0
+    for sample in islice(ShardSource(shards, ("txt",), ("json",), announce=False, allow_missing=True), looked_at):
+        pairs = qa_pairs(sample.get("json"))[0]
+        longest = max([longest, len(tokenizer.encode(sample["txt"].strip())) + 2]
+                      + [len(tokenizer.encode(a.strip())) + len(tokenizer.encode(b.strip())) + 3 for a, b in pairs])  # fmt: skip
+    return min(most, -(-max(longest, 3) // 8) * 8)
+
+
 def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: bool) -> ShardSource:
     """Pairs, or documents with their `parts`."""
 
@@ -224,10 +254,10 @@ def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: 
 
 def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncoder, text: TextTokenizer) -> str:
     # A probe picture stands for the image tokenizer's weights, whatever its class.
-    side = settings.image_size
-    probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    probe = torch.rand(1, 3, *settings.sides, generator=torch.Generator().manual_seed(0))
     kept = asdict(settings)
-    for name in ("workers",) if settings.documents else ("workers", "documents"):  # folders from before there were any
+    added = {"documents": settings.documents, "image_width": settings.image_width}  # folders from before there were any
+    for name in ("workers", *(name for name, value in added.items() if not value)):
         del kept[name]
     parts = [shards, kept, image.encode(probe).tolist(), sorted(text.tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -224,19 +224,20 @@ class ImagePreprocess:
     """uint8 `[3, H, W]` -> float32 `[3, h, w]` in [0, 1], with sides that `factor` divides: the centre of the picture.
 
     Args:
-        size: side of the square that comes out, the shorter side being resized to it; None keeps the picture's own
-            size and crops each side to the multiple of `factor` below it.
+        size: what comes out, the side of a square or (height, width): the picture is resized until it covers that. None
+            keeps the picture's own size and crops each side to the multiple of `factor` below it.
         factor: pixels per code of the image tokenizer.
 
     Raises:
         ValueError: `size` is not a positive multiple of `factor`.
     """
 
-    size: int | None
+    size: int | tuple[int, int] | None
     factor: int = 1
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or (self.size is not None and (self.size < 1 or self.size % self.factor)):
+        sides = self.size if isinstance(self.size, tuple) else (self.size or 0, self.size or 0)
+        if self.factor < 1 or (self.size is not None and any(side < 1 or side % self.factor for side in sides)):
             raise ValueError(
                 f"image size {self.size} must be a positive multiple of the tokenizer factor {self.factor}"
             )
@@ -250,13 +251,14 @@ class ImagePreprocess:
             if not min(crop):
                 raise ValueError(f"image {height}x{width} is smaller than the tokenizer factor {self.factor}")
         else:
-            crop = (self.size, self.size)
-            # A 1 x 10,000 strip would be resized to gigabytes first; twice the kept square leaves the result the same.
-            height, width = min(height, 2 * width), min(width, 2 * height)
+            crop = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+            # A 1 x 10,000 strip would be resized to gigabytes first; twice the kept part leaves the result the same.
+            most = [-(-2 * a * crop[n] // crop[1 - n]) for n, a in enumerate((width, height))]
+            height, width = min(height, most[0]), min(width, most[1])
             image = v2.functional.center_crop(image, [height, width])
-            if min(height, width) != self.size:
-                scale = self.size / min(height, width)
-                resized = [max(self.size, round(side * scale)) for side in (height, width)]
+            scale = max(crop[0] / height, crop[1] / width)
+            if scale != 1:
+                resized = [max(side, round(a * scale)) for side, a in zip(crop, (height, width), strict=True)]
                 image = v2.functional.resize(image, resized, InterpolationMode.BICUBIC, antialias=True)
         image = v2.functional.center_crop(image, list(crop))
         return v2.functional.to_dtype(image, torch.float32, scale=True)

@@ -42,7 +42,8 @@ class DataConfig:
     # [[fraction of the run, highest level], ...]; needs `levels` in the table; empty: all rows always
     curriculum: list[Any] = field(default_factory=list)
     crop_fill: Share = 0.0  # probability that a row's EOS fill is cut to a random length (the rest is batch padding)
-    image_size: Annotated[int, Between(1, 2**15)] = 256  # of raw shards: side of the square picture in pixels
+    # of raw shards: side of the square picture in pixels; 0: the size that `unidiff shards` gave them, else 256
+    image_size: Annotated[int, Between(0, 2**14)] = 0
     text_length: Tokens = 64  # of raw shards: tokens of the text span
     vocabulary: str = ""  # name of the layout that the data must have (`named_vocabulary`); empty: whatever it has
     grid: Annotated[int, Between(0, 2**12)] = 0  # side of the code grid that the data must have; 0: whatever it has

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.addresses import is_remote
+from unidiff.data.collect import size_of
 from unidiff.data.encode import EncodeSettings
 from unidiff.data.report import Skip, SkipReport
 from unidiff.data.sources import expand_shards, parse_sources
@@ -103,12 +104,15 @@ def _open(pattern: str, config: TrainConfig, name: str) -> TokenTable | ShardTok
     if is_tokenised(pattern):
         return open_shards(pattern)
     image, text = config.tokenizer.image, config.tokenizer.text
+    side = config.data.image_size
+    raw = [part for part, _ in parse_sources(pattern) if not is_tokenised(part)]
+    height, width = (side, side) if side else size_of(raw)
     return open_shards(
         pattern,
         cache=Path(config.output) / "tokens" / name,
         image_tokenizer=VQImageTokenizer.from_pretrained(image) if image else None,
         text_tokenizer=TextTokenizer.from_pretrained(text) if text else None,
-        settings=EncodeSettings(config.data.image_size, config.data.text_length),
+        settings=EncodeSettings(height, config.data.text_length, image_width=0 if width == height else width),
         allow_missing=config.data.allow_missing,
     )
 

@@ -23,7 +23,8 @@ class ImageData:
     # relative frequencies of its kinds of scenes; those of emoji are single, count, pair and group
     kinds: tuple[float, float, float, float] = (0.15, 0.25, 0.4, 0.2)
     shards: list[str] = field(default_factory=list)  # see `unidiff.data.sources.expand_shards`
-    image_size: Annotated[int, Between(1, 2**14)] = 256  # side of the square pictures of shards, in pixels
+    # side of the square pictures of shards, in pixels; 0: the size that `unidiff shards` gave them, else 256
+    image_size: Annotated[int, Between(0, 2**14)] = 0
     validation_images: Annotated[int, Between(0, 2**20)] = 0  # never trained on; 0: 256, or 1 in 8 of fewer than 2,048
 
     def __post_init__(self) -> None:

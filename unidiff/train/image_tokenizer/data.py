@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unidiff.data.collect import size_of
 from unidiff.data.shards import ImagePreprocess, ShardSource
 from unidiff.files import file_stamp
 from unidiff.schema import check_value
@@ -81,7 +82,7 @@ def open_pictures(data: ImageData, seed: int, factor: int) -> Pictures:
             raise ValueError(f"pictures of {data.profile!r} are {side} pixels wide, which factor {factor} must divide")
         facts = {"held-out pictures": _joint({digest(picture) for picture in held_out})}
         return Pictures(held_out, _Scenes(_world_pictures(data, seed)), facts)
-    preprocess = ImagePreprocess(data.image_size, factor)
+    preprocess = ImagePreprocess(data.image_size or size_of(data.shards), factor)
 
     def prepare(sample: dict[str, Any]) -> dict[str, Any]:
         return sample | {"image": preprocess(sample["image"])}
