@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# On a GPU machine, at most 8 minutes; a second call goes on. Elsewhere tiny shapes show that the checks run.
+gpu-check: setup
+	$(BIN)/python inference/gpu_check.py --out out/gpu-check
 
 lint: setup
 	$(BIN)/ruff check .
