@@ -15,6 +15,7 @@ from unidiff.pipelines.folder import PipelineFolder
 from unidiff.pipelines.inputs import GivenPictures, ImageInputs, as_list, opened, size_of
 from unidiff.pipelines.options import CallKeywords, DecodeKeywords, flag, short, whole
 from unidiff.pipelines.output import UniDiffOutput
+from unidiff.pipelines.score import score_of
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
@@ -344,6 +345,8 @@ class UniDiffPipeline(PipelineFolder):
         """Fill `<mask>` holes in texts; `ValueError` for a text without, or an option out of range."""
         said = texts_of(text, "text", holes=True)
         return TaskCall(TaskInputs(len(said), said), said=between_holes(said), pictures=False)
+
+    score = score_of
 
     def _longest(self, max_text_tokens: int | None, text: Any = None, usual: int | None = None) -> int:
         if max_text_tokens is None:

@@ -9,7 +9,7 @@ from reference.loss_weights import cosine_count, cosine_count_weight
 from reference.nelbo import block_batches, block_nelbo, condition_on, leave_one_out_nelbo, log_prob_scorer, time_nelbo
 
 from unidiff.diffusion import get_schedule, keyed_uniform, mask_count
-from unidiff.diffusion.likelihood import average_nelbo, mask_count_nelbo, model_scorer, without_eos_fill
+from unidiff.diffusion.likelihood import average_nelbo, mask_count_nelbo, model_scorer, student_t95, without_eos_fill
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -254,3 +254,18 @@ def test_without_eos_fill():
     assert mask is not None and not bool(mask[0, 0, :, 3].any())
     moments = [mask_moments(lambda x, y, w: w.double(), b.rows([0]), VOCABULARY).nelbo()[0] for b in (batch, cropped)]
     assert [round(float(m), 9) for m in moments] == [7, 5]
+
+
+@pytest.mark.parametrize("samples", [16, 32])
+def test_intervals_hold_what_they_promise(samples):
+    exact = mask_moments(SCORER, rows(1), VOCABULARY).nelbo()[0]
+    found = mask_count_nelbo(SCORER, rows(), VOCABULARY, torch.arange(N), seed=3, samples=samples)
+    held = (found.total - exact).abs() <= found.error
+    assert 0.92 <= float(held.double().mean()) <= 0.98
+    assert bool(mask_count_nelbo(SCORER, rows(2), VOCABULARY, torch.arange(2), samples=1).error.isnan().all())
+
+
+def test_the_quantile_of_students_t():
+    """Table values."""
+    for freedom, value in ((5, 2.571), (10, 2.228), (30, 2.042), (1e9, 1.960)):
+        assert student_t95(freedom) == pytest.approx(value, abs=2e-3)

@@ -80,6 +80,15 @@ class TextLayout(RowLayout):
         never = (*self.never, *self.ends, *(() if eos is None else (eos,)))
         return lay_out(rows, config, TaskNeeds(never, stop_at_eos=False), left=self.left)
 
+    def known(self, inputs: TaskInputs) -> DecodeRequest:
+        """Texts as they are, each behind its prompt (`turns`) if there is one."""
+        prompts = inputs.turns or [""] * inputs.count
+        rows = [
+            [Span.text(self.encode(prompt), True), Span.words(self.encode(text), self.vocabulary, read=True)]
+            for prompt, text in zip(prompts, inputs.texts or (), strict=True)
+        ]
+        return lay_out(rows, self.config, left=self.left)
+
     @property
     def ends(self) -> tuple[int, ...]:
         """Ids that end a text, besides end-of-text."""

@@ -235,6 +235,12 @@ class RowLayout:
         """The denoiser, rows and settings of one decode, where they depend on its number of passes or its seeds `[B]`."""
         return Prepared(pipe.transformer, request, config)
 
+    def known(self, inputs: TaskInputs) -> DecodeRequest:
+        """Rows of texts and pictures whose likelihood is asked for; one of the two may be unknown, and hidden then."""
+        self.need("inpaint")
+        request: DecodeRequest = self.inpaint(inputs)  # type: ignore[attr-defined]
+        return request
+
     def need(self, task: str) -> None:
         """Raise `ValueError` unless the model does the task."""
         if not hasattr(self, task):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.data.rows import TEXT_PREFIX, caption_row
-from unidiff.diffusion.likelihood import Nelbo, Scorer, mask_count_nelbo, model_scorer, without_eos_fill
+from unidiff.diffusion.likelihood import Nelbo, Scorer, model_scorer, nelbo_in_parts, without_eos_fill
 from unidiff.evaluation.metrics.base import CaptionedPictures, Metric
 from unidiff.evaluation.report import Estimate
 from unidiff.pipeline import UniDiffPipeline
@@ -39,12 +39,8 @@ class RowLikelihood:
 
     def nelbo(self, rows: TokenBatch, stream: int = 0) -> Nelbo:
         """NELBO of the targets of every row, by the mask-count estimator, keyed by row number."""
-        parts = []
-        for keys in torch.arange(rows.shape[0]).split(self.batch_size):
-            part, own = rows.rows(keys).to(self.device), keys.to(self.device)
-            found = mask_count_nelbo(self.score, part, self.vocabulary, own, self.seed, self.samples, stream)
-            parts.append({name: value.cpu() for name, value in vars(found).items()})
-        return Nelbo(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        own = self.seed, self.samples, stream, self.batch_size, self.device
+        return nelbo_in_parts(self.score, rows, self.vocabulary, torch.arange(rows.shape[0]), *own)
 
     def numbers(
         self, rows: TokenBatch, eos_id: int, surprises: Sequence[float] = (), entropies: Sequence[float] = ()
