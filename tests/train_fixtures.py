@@ -26,6 +26,7 @@ TINY = [
     "schedule.warmup=2",
     "logging.trackers=[]",
     "logging.progress=false",
+    "logging.report=false",
     "logging.validate_every=0",
 ]
 MIXED = [

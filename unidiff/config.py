@@ -70,6 +70,14 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, width=120)
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """Scalars stay the texts that they are: the fields' types say what they mean."""
 

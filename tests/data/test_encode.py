@@ -182,7 +182,7 @@ def test_manifests_that_are_none(tmp_path, content):
 
 
 def test_manifest_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"encode_shards\.py writes it"):
+    with pytest.raises(FileNotFoundError, match="`unidiff encode` writes it"):
         TokenManifest.load(str(tmp_path))
     with pytest.raises(ValueError, match="shell command"):
         TokenManifest.load(f"pipe:touch {tmp_path}/ran;")

@@ -135,7 +135,7 @@ def test_encode_shards_bad_input(tmp_path, tokenizers):
         (("--shards", f"pipe:touch {tmp_path}/ran/"), {}, "shell command"),
         (("--shards", tmp_path / "gone-{0..2}.tar"), {}, "3 shards do not exist"),
         (("--shards", tmp_path / "gone-{0..99999999999}.tar"), {}, "more than 1,000,000 shards"),
-        ((*raw, "--image-size", 0), {}, "image_size is 0; expected a whole number from 1"),
+        ((*raw, "--image-size", 0), {}, "--image-size is '0'; expected a number"),
         ((*raw, "--batch-size", 10**9), {}, "batch_size is 1000000000; expected"),
         ((*raw, "--workers", -1), {}, "workers is -1; expected a whole number from 0"),
         ((*raw, "--samples-per-shard", 2**63), {}, "samples_per_shard is 9223372036854775808"),

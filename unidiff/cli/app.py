@@ -31,7 +31,7 @@ from unidiff.cli.common import (
 )
 from unidiff.cli.data import data_app, encode, shards, tokenizer_app
 from unidiff.cli.emoji import emoji_app
-from unidiff.cli.runs import configs_app
+from unidiff.cli.runs import configs_app, runs
 from unidiff.cli.tokens import change_app
 from unidiff.cli.tools import demo, eval_app, pack, profile_cache
 from unidiff.cli.training import benchmark, finetune, plan, reward, train
@@ -211,6 +211,7 @@ for command in (
     reward,
     plan,
     benchmark,
+    runs,
 ):
     app.command()(command)
 for group in (eval_app, data_app, tokenizer_app, configs_app, change_app, emoji_app):

@@ -165,6 +165,7 @@ class LoggingConfig:
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     project: str = "unidiff"  # in W&B and trackio; the run itself is named after `output`
     progress: bool = True
+    report: bool = True  # OUTPUT/report.html: curves, sheets and settings on one page, written anew as the run goes
     # matrix products of one device, in 10^12 operations per second, measured by `unidiff benchmark`; with it the log has
     # `mfu`, the share of that peak in useful work
     peak_tflops: Amount = 0.0

@@ -181,7 +181,7 @@ class Trainer:
         if main:
             replace_text(self.folder / "config.yaml", MARK + dump_config(config))
         names, project = config.logging.trackers, config.logging.project
-        log = RunLog(self.folder, self.state.step, names, project, asdict(config), silent=not main)
+        log = RunLog(self.folder, self.state.step, names, project, asdict(config), not main, config.logging.report)
         stack.enter_context(closing(log))
         tokens, shown = config.rows_per_step * length, config.logging.progress and main
         progress = Progress(config.steps, self.state.step, tokens, config.logging.every, shown)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from unidiff.config import dump_config, flat
 from unidiff.errors import read_json
 from unidiff.files import file_stamp, locked, replace_text, replacing, replacing_folder
 from unidiff.pipelines.folder import check_replaceable, others_in_model
@@ -40,7 +41,7 @@ from unidiff.train.image_tokenizer.losses import (
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog, begin, take_steps
-from unidiff.train.run.resume import check_run_folder, check_same, fitting, flat, rate_notes
+from unidiff.train.run.resume import MARK, SETTINGS, check_run_folder, check_same, fitting, rate_notes
 from unidiff.world import WORLDS
 
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
@@ -61,7 +62,7 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     """
     out = Path(config.out)
     start = None if holds_checkpoints(out / "checkpoints") else config.init_from
-    check_run_folder(out, "out", start, ("model", "report.json", "reconstructions.png"))
+    check_run_folder(out, "out", start, (SETTINGS, "model", "report.json", "reconstructions.png"))
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -139,6 +140,7 @@ class _TokenizerRun:
         """To the last step or the next signal; the report of what was kept."""
         self._resume()
         self.stream = self.pictures.stream()
+        replace_text(self.out / SETTINGS, MARK + dump_config(self.config))
         log = RunLog(self.out, self.step)
         side = self.pictures.held_out.shape[-1]
         codes = self.config.batch_size * (side // VQImageTokenizer(self.model).factor) ** 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import signal
@@ -18,13 +19,15 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from unidiff.errors import import_extra, read_json, reading, writing
+from unidiff.errors import first_line, import_extra, read_json, reading, writing
 from unidiff.files import replace_text, replacing
 from unidiff.train.run.checkpoint import RunCheckpoint, save_checkpoint
+from unidiff.train.run.report import REPORT, write_report
 
 
 class RunLog:
-    """`metrics.jsonl` in the run's folder, one object per line with `step`, and the trackers.
+    """`metrics.jsonl` in the run's folder, one object per line with `step`, the trackers, and `report.html`, which is written
+    anew every minute at most and at the end.
 
     Args:
         start_step: lines of later steps, left by a killed run, are dropped. TensorBoard forgets them too; W&B and trackio
@@ -32,6 +35,7 @@ class RunLog:
         trackers: where else numbers and pictures go, names of `unidiff.train.config.TRACKERS`.
         project: in W&B and trackio; the run there is named after the folder, and a killed one goes on in the same.
         about: the run's settings, for the trackers that show them.
+        report: whether to write `report.html`.
         silent: write nothing (all processes of a run but one).
 
     Raises:
@@ -46,7 +50,13 @@ class RunLog:
         project: str = "unidiff",
         about: Mapping[str, Any] | None = None,
         silent: bool = False,
+        report: bool = True,
     ) -> None:
+        self._about, self._report, self._report_due = (
+            about or {},
+            report and not silent,
+            time.monotonic() + _REPORT_EVERY,
+        )
         self.path = folder / "metrics.jsonl"
         self._file: BinaryIO | None = None
         self._trackers: list[_TensorBoard | _Service] = []
@@ -75,6 +85,8 @@ class RunLog:
             _append(self._file, (json.dumps(line) + "\n").encode())
         for tracker in self._trackers:
             tracker.write(step, {f"{kind}/{key}": value for key, value in plain.items() if value is not None})
+        if time.monotonic() > self._report_due:
+            self._write_report()
 
     def image(self, step: int, name: str, picture: torch.Tensor) -> None:
         """A uint8 `[3, H, W]` picture for the trackers."""
@@ -87,9 +99,21 @@ class RunLog:
             with writing(self.path):
                 os.fsync(self._file.fileno())
 
+    def _write_report(self) -> None:
+        """What goes wrong here ends no run: the page shows what other files hold."""
+        began = time.monotonic()
+        if self._report and self.path.stat().st_size:
+            try:
+                write_report(self.path.parent, self._about)
+            except Exception as error:
+                _LOG.warning("%s cannot be written (%s)", self.path.with_name(REPORT), first_line(error))
+        spent = time.monotonic() - began
+        self._report_due = time.monotonic() + max(_REPORT_EVERY, 50 * spent)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._write_report()
         for tracker in self._trackers:
             tracker.close()
 
@@ -107,6 +131,8 @@ def _append(file: BinaryIO, line: bytes) -> None:
         raise
 
 
+_LOG = logging.getLogger(__name__)
+_REPORT_EVERY = 60.0  # seconds, and fifty times what it takes
 _OPENING = b'{"step": '  # of every line that a run writes
 
 

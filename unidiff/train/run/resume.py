@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from unidiff.config import flat
 from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
@@ -39,7 +40,8 @@ _REASONS = {
     "what is computed again comes out the same": "activation_checkpointing",
     "says what happens, and changes nothing in it": (
         "logging.every logging.validate_every logging.validation_draws logging.sample_every logging.sample_steps "
-        "logging.sample_guidance logging.prompts logging.trackers logging.project logging.progress logging.peak_tflops"
+        "logging.sample_guidance logging.prompts logging.trackers logging.project logging.progress logging.report "
+        "logging.peak_tflops"
     ),
     "when to save changes nothing in what is saved": (
         "checkpoint.every checkpoint.minutes checkpoint.keep checkpoint.background"
@@ -140,14 +142,6 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
         f"{where} was made with {listed}: set it back, choose another output=, or go on with the new value with "
         "checkpoint.changed=allow"
     )
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
