@@ -20,7 +20,7 @@ from unidiff.families.checkpoint.convert import convert
 from unidiff.families.checkpoint.verify import describe
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import is_pipeline
+from unidiff.pipelines.owned import is_pipeline
 from unidiff.pipelines.pack import pack_pipeline
 from unidiff.pipelines.released import load_texts
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -131,7 +131,11 @@ def test_every_part_of_a_pipeline(tmp_path, marker):
         values.pop("auto_map")
         config.write_text(json.dumps(values))
     assert UniDiffPipeline.from_pretrained(tmp_path / "model").text_to_image("a dog", generator=0)
-    for name in (["pipeline", "UniDiffPipeline"], "Planted", ["tok", "Planted"]):
+    assert index["_class_name"] == [
+        "pipeline",
+        "UniDiffPipeline",
+    ]  # for diffusers: `pipeline.py` is planted, and not run
+    for name in ("Planted", ["tok", "Planted"], ["pipeline", "Planted"], ["tok", "UniDiffPipeline"]):
         (tmp_path / "model" / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
         with pytest.raises(ValueError):
             UniDiffPipeline.from_pretrained(tmp_path / "model")

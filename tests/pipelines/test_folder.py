@@ -14,7 +14,7 @@ from tiny_pipeline import GRID, TEXT_LENGTH, tiny_parts, tiny_pipeline
 from unidiff.decoding import ModalityDecoding, SamplerConfig
 from unidiff.hub import locate
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import write_folder
+from unidiff.pipelines.owned import write_folder
 from unidiff.pipelines.pack import pack_pipeline
 from unidiff.pipelines.settings import PipelineSettings
 
@@ -242,7 +242,6 @@ def test_parts_that_do_not_fit(saved):
 
 
 REFUSED = {
-    "variant": "fp16",
     "safe_serialization": False,
     "push_to_hub": True,
     "use_flashpack": True,

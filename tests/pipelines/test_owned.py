@@ -19,7 +19,7 @@ from tiny_pipeline import tiny_parts, tiny_pipeline
 from unidiff.models.trained_on import TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_replaceable, check_target, others_in_model, others_in_pipeline
+from unidiff.pipelines.owned import check_replaceable, check_target, others_in_model, others_in_pipeline
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
@@ -61,7 +61,12 @@ def link_away(path: Path) -> None:
 
 THEIRS = {
     "notes": (lambda f: put(f / "notes.txt"), "notes.txt"),
-    "a readme": (lambda f: put(f / "README.md"), "README.md"),
+    "a readme behind a link": (lambda f: link_away(f / "README.md"), "README.md"),
+    "a folder in place of the readme": (
+        lambda f: (f / "README.md").unlink() or (f / "README.md").mkdir(),
+        "README.md/",
+    ),
+    "code that is not ours": (lambda f: put(f / "pipeline.py"), "pipeline.py"),
     "a hidden file": (lambda f: put(f / ".gitattributes"), ".gitattributes"),
     "a history": (lambda f: put(f / ".git" / "HEAD"), ".git/"),
     "checkpoints": (lambda f: put(f / "checkpoints" / "step-00000010" / "state.json"), "checkpoints/"),
@@ -139,7 +144,7 @@ def test_whatever_lies_in_a_pipeline_is_kept(saved, tmp_path_factory, data):
     words = st.text("abcdelmnostx_-. 0159", min_size=1, max_size=8).filter(lambda w: w.strip(".") and w.strip() == w)
     known = ["config.json", WEIGHTS, "model_index.json", "tokenizer.json", "vocabulary.json.bak", "events.out"]
     path = folder / data.draw(parts) / data.draw(words | st.sampled_from(known))
-    if path.exists():
+    if path.exists() or path.name == "README.md":
         return
     path.mkdir(parents=True) if data.draw(st.booleans()) else put(path)
     before = tree(folder)
@@ -161,14 +166,14 @@ def test_our_own_folder_is_replaced_whatever_it_was_saved_from(pipe, copy):
 
 
 def test_what_comes_while_the_folder_is_written_is_kept(pipe, copy, monkeypatch):
-    from unidiff.pipelines import folder
+    from unidiff.pipelines import owned
 
     def write(temporary: Path) -> None:
         put(temporary / "model_index.json", "{}")
         put(copy / "notes.txt")
 
     with pytest.raises(ValueError, match=r"notes\.txt would be lost"):
-        folder.write_folder(copy, write)
+        owned.write_folder(copy, write)
     assert (copy / "notes.txt").read_text() == "mine" and UniDiffPipeline.from_pretrained(copy)
 
 

@@ -24,6 +24,7 @@ from unidiff.cli.common import (
     call,
     check_outputs,
     file_of,
+    many,
     open_image,
     report,
     say_notes,
@@ -61,11 +62,25 @@ def generate(
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST, help="Pictures per text.")] = 1,
     gif: Gif = None,
     filmstrip: Filmstrip = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of many calls, a prompt or (.jsonl) the arguments of a call in each line; --out names a folder. "
+            "Under torchrun processes share it; run again, it goes on."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="With --prompts: rows of one decode.")] = 16,
     *,
     flags: DecodeFlags,
 ) -> None:
     """Draw pictures from words, or picture and words together."""
     texts = text or []
+    if prompts is not None:
+        if texts or negative is not None or count != 1 or gif or filmstrip or out == Path("unidiff.png"):
+            raise ValueError(
+                "--prompts goes with --out FOLDER and --batch-size; write texts and negatives into its file"
+            )
+        return many(prompts, out, batch_size, flags)
     check_outputs(out, filmstrip, gif, count=max(1, len(texts)) * count)
     known = bool(texts) and not all_have_holes(texts)
     if negative is not None and not known:

@@ -106,7 +106,7 @@ def _check_released(name: str, subfolder: str | None) -> None:
 def _pipeline_at(name: str, subfolder: str | None) -> str | None:
     """The folder of a unidiff pipeline: embedded, on disk, or a hub name that turns out to hold one; None for others."""
     from unidiff.hub import locate
-    from unidiff.pipelines.folder import is_pipeline
+    from unidiff.pipelines.owned import is_pipeline
 
     if Path(name).exists() and not Path(name).is_dir():
         return None

@@ -50,6 +50,7 @@ class DecodeFlags(NamedTuple):
 
     options: Mapping[str, Any]
     load: Callable[[], UniDiffPipeline]
+    about: Mapping[str, str]  # name of the model, and how it computes
 
 
 def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,8 +67,13 @@ def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         asked = {option: values.pop(wanted[option][0]) for option in (*FLAGS, *places)}
-        load = partial(load_pipeline, *(asked.pop(name) for name in places))
-        command(**values, flags=DecodeFlags({n: v for n, v in asked.items() if v is not None}, load))
+        place = {name: asked.pop(name) for name in places}
+        flags = DecodeFlags(
+            {n: v for n, v in asked.items() if v is not None},
+            partial(load_pipeline, **place),
+            {name: place[name] for name in ("model", "dtype")},
+        )
+        command(**values, flags=flags)
 
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
@@ -139,6 +145,31 @@ def load_own_model(model: str, device: str, dtype: str, what: str) -> UniDiffPip
     if not hasattr(pipe, "settings"):
         raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
     return pipe
+
+
+def many(prompts: Path, out: Path, batch_size: int, flags: DecodeFlags) -> None:
+    """Calls for every line of a file, by this process and those that `torchrun` started with it; status 1 where a lone one
+    had to refuse some."""
+    from unidiff.pipelines.batch import MANIFEST, read_rows, run_rows
+
+    rows = read_rows(prompts)
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if size > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    pipe = flags.load()
+    pipe.set_progress_bar_config(disable=True)
+    options = {**flags.options, "batch_size": batch_size, "about": flags.about, "rank": rank, "size": size}
+    seed = options.pop("generator")
+    with bar("rows") as tick:
+        refused = run_rows(pipe, rows, out, prompts.absolute().parent, seed, tick=tick, **options)
+    typer.echo(
+        f"{out / MANIFEST}: {len(range(rank, len(rows), size))} rows" + (f", {refused} refused" if refused else "")
+    )
+    if refused and size == 1:  # torchrun would end the other processes
+        raise typer.Exit(1)
 
 
 def say_notes(result: Any) -> None:

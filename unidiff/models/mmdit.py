@@ -84,6 +84,15 @@ class MMDiT(CheckedModel):
         downsample: halve the code grid before the blocks and double it after them.
     """
 
+    _no_split_modules = _repeated_blocks = ("DoubleBlock", "SingleBlock")
+    _skip_layerwise_casting_patterns = (
+        "embed",
+        "norm",
+        "condition",
+        "image_",
+        "text_out",
+    )  # read outside of a `forward`
+
     @register_to_config
     def __init__(
         self,

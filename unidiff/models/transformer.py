@@ -40,10 +40,15 @@ class MaskedTransformer(CheckedModel):
     Arguments are the fields of `TransformerConfig`: `MaskedTransformer(vocab_size, hidden_size=...)`.
     """
 
+    _no_split_modules = _repeated_blocks = ("Block",)
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ("embed", "norm")  # their dtype is that of the features
+
     @built_from(TransformerConfig)
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.settings = c = config
+        self.gradient_checkpointing = False  # `enable_gradient_checkpointing` sets it
         size = c.hidden_size
         self.embed_tokens = nn.Embedding(c.vocab_size, size)
         self.embed_modality = nn.Embedding(len(Modality), size) if c.modality_embedding else None
@@ -88,7 +93,10 @@ class MaskedTransformer(CheckedModel):
         # 3. layers
         view = WholeView(rotary, attention_mask)
         for block in self.blocks:
-            x = block(x, condition, view)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition, view)
+            else:
+                x = block(x, condition, view)
         # 4. final norm
         return self.shifted(self.finish(x, condition), positions)
 
@@ -141,7 +149,8 @@ class MaskedTransformer(CheckedModel):
         inputs = {"modality": batch.modality, "cos": rotary.cos, "signed_sin": rotary.signed_sin}
         if grid_index is not None:
             inputs["grid_index"] = grid_index
-        layout = StoreLayout(c.kv_heads, c.head_dim, c.hidden_size, (2,) * c.num_layers)
+        heads = self.blocks[0].attention.num_kv_heads  # fewer than in the config where ranks share them
+        layout = StoreLayout(heads, c.head_dim, c.hidden_size, (2,) * c.num_layers)
         like = self.embed_tokens.weight.new_empty(0, device=batch.ids.device)
         return FeatureStore(layout, batch.shape, like, options, allowed, inputs)
 
@@ -168,6 +177,7 @@ class MaskedTransformer(CheckedModel):
         if (
             self.embed_row is not None
             and grid_index.device.type == "cpu"
+            and not torch.compiler.is_compiling()
             and int(grid_index.max()) >= c.grid_embeddings
         ):
             raise ValueError(
@@ -178,12 +188,12 @@ class MaskedTransformer(CheckedModel):
 
     def embed(self, ids: Tensor, modality: Tensor, grid_index: Tensor | None = None) -> Tensor:
         """Input of the first layer `[B, L, D]`; `grid_index` as `position_tables` returns it."""
-        x = F.embedding(ids, self.embed_tokens.weight)
+        x = self.embed_tokens(ids)
         if self.embed_modality is not None:
-            x = x + F.embedding(modality, self.embed_modality.weight)
+            x = x + self.embed_modality(modality)
         if grid_index is not None:
             tables = (self.embed_image, self.embed_row, self.embed_column)
-            parts = [F.embedding(grid_index[..., i], t.weight) for i, t in enumerate(tables) if t is not None]
+            parts = [table(grid_index[..., i]) for i, table in enumerate(tables) if table is not None]
             x = x + sum(parts) * (modality == Modality.IMAGE)[..., None]
         return x
 

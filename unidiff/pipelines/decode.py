@@ -33,6 +33,7 @@ from unidiff.pipelines.options import (
 from unidiff.pipelines.output import UniDiffOutput, trajectory_of
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.text import all_have_holes, letters_note, notes_on, refuse_holes
+from unidiff.weights.model import bring
 
 P = ParamSpec("P")
 _LARGEST = (1 << 62) - 1
@@ -69,7 +70,10 @@ def task_method(
         check_keywords(method, named, OPTIONS)
         options = DecodeOptions(**{name: named.pop(name) for name in OPTIONS if name in named})
         self.layout.need(method.__name__)
-        out = decode(self, method.__name__, method(self, *args, **named), options)
+        try:
+            out = decode(self, method.__name__, method(self, *args, **named), options)
+        finally:
+            self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         return out if options.return_dict else out.to_tuple()
 
     signature = inspect.signature(method)
@@ -93,7 +97,10 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     if count > 1 and not call.pictures:
         raise ValueError(f"num_candidates is {count}, but {task} has no pictures to compare words with; leave it out")
     check_rows(inputs.count * count)
+    if options.generator is None and hasattr(pipe.transformer, "mesh"):
+        raise ValueError("the transformer is spread over processes, which must draw alike; give generator=")
     seeds = candidate_seeds(row_seeds(options.generator, inputs.count, call.per_entry), count)
+    bring(pipe.transformer)
     request = request.repeated(count, pipe._execution_device)  # [B * count, L]
     model, request, config, rules = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know

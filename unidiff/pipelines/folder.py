@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.quantizers import PipelineQuantizationConfig
 
-from unidiff.errors import few, plain, read_json, reading
-from unidiff.families.checkpoint.load import load_own
+from unidiff.errors import read_json
+from unidiff.families.checkpoint.small_memory import offload
 from unidiff.families.layout import RowLayout
-from unidiff.files import replacing_folder, resolve_link
+from unidiff.files import resolve_link
 from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
-from unidiff.models.trained_on import FILE as TRAINED_ON
-from unidiff.models.trained_on import read_trained_on
+from unidiff.models.parallel import spread
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.adapters import PipelineAdapters
+from unidiff.pipelines.card import CARD, ModelFacts, card_of, send_folder, written_by_a_person
 from unidiff.pipelines.options import check_keywords
+from unidiff.pipelines.owned import CODE, CODE_TEXT, INDEX, PIPELINE_CLASS, is_pipeline, read_settings, write_folder
 from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
-from unidiff.pipelines.settings import PipelineSettings
+from unidiff.process import pick_device
 from unidiff.schema import check_value
-from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
-from unidiff.weights.adapter import ADAPTER_FILES
-from unidiff.weights.model import CONFIG, WEIGHTS, check_save_options
+from unidiff.weights.files import stored_dtype, with_variant
+from unidiff.weights.model import check_save_options
 
-VOCABULARY = "vocabulary.json"
-INDEX = "model_index.json"
-PIPELINE_CLASS = "UniDiffPipeline"
-MODELS, WORDS = ("transformer", "image_tokenizer"), "text_tokenizer"
-PARTS = (*MODELS, WORDS)
-_INDEX_KEYS = {"_class_name", "_diffusers_version", "_name_or_path", "settings", *PARTS}
-_SHOWN = 6  # names in a message
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
-def load_tokenizers(folder: Path) -> tuple[VQImageTokenizer, TextTokenizer]:
+def load_tokenizers(folder: Path, variant: str | None = None) -> tuple[VQImageTokenizer, TextTokenizer]:
     """The tokenizers of a pipeline folder."""
     # Never in half precision: rounded weights move codes, and the transformer knows only those it was trained on.
-    images = VQImageTokenizer.from_pretrained(folder / "image_tokenizer")
+    images = VQImageTokenizer.from_pretrained(folder / "image_tokenizer", variant=variant)
     return images, TextTokenizer.from_pretrained(folder / "text_tokenizer")
 
 
@@ -59,35 +53,10 @@ def check_transformer(folder: str | Path) -> None:
     raise FileNotFoundError(f"{str(folder)!r} {fault}; {hint}")
 
 
-def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> MaskedTransformer:
-    """A `MaskedTransformer` folder in evaluation mode; never looked up on the network."""
+def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> MaskedTransformer:
+    """A `MaskedTransformer` folder in evaluation mode; never looked up on the network. `options` of `ModelMixin`."""
     check_transformer(folder)
-    return MaskedTransformer.from_pretrained(str(folder), torch_dtype=dtype).eval()
-
-
-def is_pipeline(folder: Path) -> bool:
-    """Whether a folder holds a unidiff pipeline, by the class that its index names."""
-    path = folder / INDEX
-    if not path.is_file():
-        return False
-    with reading(path, "an index"):
-        return f'"{PIPELINE_CLASS}"' in path.read_text(encoding="utf-8-sig", errors="replace")
-
-
-def read_settings(folder: Path) -> PipelineSettings:
-    """Of the index of a unidiff pipeline; `FileNotFoundError` for none, `ValueError` for one of another class."""
-    path = folder / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no {INDEX}; name a folder written by save_pretrained or by `unidiff pack`"
-        )
-    index = read_json(path, "an index of a pipeline")
-    if (kind := index.get("_class_name")) != PIPELINE_CLASS:
-        raise ValueError(f"{path} describes a {kind}, not a {PIPELINE_CLASS}; load it with its own library")
-    try:
-        return PipelineSettings.from_dict(index.get("settings") or {})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return MaskedTransformer.from_pretrained(str(folder), torch_dtype=dtype, **options).eval()
 
 
 def forget_origins(folder: Path) -> None:
@@ -99,19 +68,6 @@ def forget_origins(folder: Path) -> None:
             path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_target(target: str | Path) -> None:
-    """Raise `ValueError` where saving a pipeline to `target` would lose what `save_pretrained` did not write."""
-    check_replaceable(target, others_in_pipeline, "pipeline")
-
-
-def write_folder(target: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on an empty folder beside `target`, then put it in place; errors as of `check_target`, and of disks."""
-    check_target(target)
-    with replacing_folder(target) as temporary:
-        write(temporary)
-        check_target(target)  # a large model takes minutes to write
-
-
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """A torch dtype from itself or its name; float32 for None."""
     if dtype is None:
@@ -121,104 +77,6 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
     raise ValueError(f"dtype is {dtype!r:.80}; expected one of {', '.join(_DTYPES)}")
-
-
-def check_replaceable(target: str | Path, others: Callable[[Path], list[str]], what: str) -> None:
-    """Raise `ValueError` where replacing `target` would lose something that unidiff did not write as `what`.
-
-    Args:
-        others: `others_in_pipeline`, `others_in_model` or `others_in_adapter`. what: for the message, for instance "pipeline".
-    """
-    place = resolve_link(target)
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"{str(target)!r} is a file; name a folder to save the {what} in")
-    if blocked := next((p for p in place.parents if p.exists() and not p.is_dir()), None):
-        raise ValueError(f"{str(target)!r} lies under {str(blocked)!r}, which is a file; name another folder")
-    if not place.is_dir():
-        return
-    if lost := others(place):
-        says = f"is not empty and holds no {what}" if lost == entries(place) else f"holds more than a {what}"
-        raise ValueError(
-            f"{str(target)!r} {says} that unidiff wrote; {few(lost, _SHOWN)} would be lost, so save to a new folder"
-        )
-
-
-def others_in_pipeline(folder: Path) -> list[str]:
-    """Entries of a folder that `UniDiffPipeline.save_pretrained` did not write; all where it holds no pipeline."""
-    try:
-        read_settings(folder)
-        known = set(read_json(folder / INDEX)) <= _INDEX_KEYS
-    except (ValueError, OSError):
-        known = False
-    if not known:
-        return entries(folder)
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and path.name in PARTS:
-            inside = _others_in_words(path) if path.name == WORDS else others_in_model(path, exported=False)
-            found += [f"{path.name}/{name}" for name in inside]
-        elif path.name != INDEX or path.is_symlink():
-            found.append(_shown(path))
-    return found
-
-
-def others_in_model(folder: Path, exported: bool = True) -> list[str]:
-    """Entries of a folder that no `save_pretrained` of a model wrote (nor training, with `exported`); all without a model."""
-    try:
-        with reading(folder, "a model"):
-            load_own(folder, device="meta")  # names and shapes of the weights are those that the config asks for
-        known = {CONFIG, *(_notes_of_a_run(folder) if exported else ())}
-        single, index = f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.safetensors.index.json"
-        if (folder / single).is_file():
-            known.add(single)
-        else:
-            known |= {index.name, *read_json(index)["weight_map"].values()}
-    except (ValueError, OSError):
-        return entries(folder)
-    return _unknown(folder, known)
-
-
-def others_in_adapter(folder: Path) -> list[str]:
-    """Entries of a folder that training did not write as an adapter; all where it holds none."""
-    if not all((folder / name).is_file() for name in ADAPTER_FILES):
-        return entries(folder)
-    return _unknown(folder, set(ADAPTER_FILES))
-
-
-def entries(folder: Path) -> list[str]:
-    """Names of everything in a folder, hidden files too; those of folders end with a slash."""
-    return [_shown(path) for path in sorted(folder.iterdir())]
-
-
-def _notes_of_a_run(folder: Path) -> set[str]:
-    found = set()
-    with suppress(ValueError, OSError):
-        Vocabulary.from_dict(read_json(folder / VOCABULARY))
-        found.add(VOCABULARY)
-    with suppress(ValueError, OSError):
-        read_trained_on(folder)
-        found.add(TRAINED_ON)
-    return found
-
-
-def _others_in_words(folder: Path) -> list[str]:
-    try:
-        words = TextTokenizer.from_pretrained(folder).tokenizer
-    except (ValueError, OSError):
-        return entries(folder)
-    known = {"tokenizer.json", "tokenizer_config.json"} | ({"chat_template.jinja"} if words.chat_template else set())
-    if not words.is_fast:
-        known |= {"added_tokens.json", *words.vocab_files_names.values()}
-    return _unknown(folder, known)
-
-
-def _unknown(folder: Path, known: set[str]) -> list[str]:
-    fine = lambda path: path.name in known and path.is_file() and not path.is_symlink()  # noqa: E731
-    return [_shown(path) for path in sorted(folder.iterdir()) if not fine(path)]
-
-
-def _shown(path: Path) -> str:
-    return plain(path.name) + ("/" if path.is_dir() and not path.is_symlink() else "")
 
 
 class PipelineFolder(PipelineAdapters, DiffusionPipeline):
@@ -249,8 +107,15 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         subfolder: str | None = None,
-        image_tokenizer: str | Path | None = None,
-        text_tokenizer: str | Path | None = None,
+        transformer: Any = None,
+        image_tokenizer: Any = None,
+        text_tokenizer: Any = None,
+        variant: str | None = None,
+        device_map: str | Mapping[str, Any] | torch.device | None = None,
+        quantization_config: Any = None,
+        low_cpu_mem_usage: bool | None = None,
+        use_safetensors: bool | None = None,
+        tp_plan: str | None = None,
         **hub_options: Any,
     ) -> Self:
         """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), of any family, strictly.
@@ -258,9 +123,16 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         Args:
             name: where.
             dtype: of the weights in memory; `torch_dtype` is the same. Left out: float32, or the checkpoint's own for a
-                released family.
+                released family; "auto": the checkpoint's own. Image tokenizers stay in float32, as their codes would move.
             subfolder: below `name`, for instance Muddit's `512`.
-            image_tokenizer, text_tokenizer: where they are, for a released family that comes without.
+            transformer, image_tokenizer, text_tokenizer: a part to take instead of reading it; of a released family that
+                comes without tokenizers also where they are.
+            variant: of the weight files, such as "fp16".
+            device_map: a device for everything; or "auto", "balanced" or a mapping by accelerate, which keeps in host memory
+                or on disk what one accelerator does not hold.
+            quantization_config: of diffusers, for the transformer; a `PipelineQuantizationConfig` names it "transformer".
+            low_cpu_mem_usage: as in diffusers. use_safetensors: nothing else is read.
+            tp_plan: "auto" spreads the transformer over the processes that `torchrun` started, see `spread`.
             hub_options: revision, cache_dir, token, local_files_only, force_download.
 
         Raises:
@@ -269,33 +141,89 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             TypeError: an unknown argument.
         """
         check_keywords(cls.from_pretrained, hub_options, HUB_OPTIONS, cls)
-        if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
+        dtypes = [None if kind == "auto" else read_dtype(kind) for kind in (dtype, torch_dtype) if kind is not None]
+        if len(set(dtypes)) > 1:
             raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}, which mean the same; give one of them")
-        chosen = dtype if torch_dtype is None else torch_dtype
+        if use_safetensors is False:
+            raise ValueError("use_safetensors is False; weights are read from safetensors files only, so leave it out")
         check_value(subfolder, str | None, "subfolder")
+        check_value(tp_plan, Literal["auto"] | None, "tp_plan")
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
+        placed = {"device_map": device_map} if _is_map(device_map) else {}
+        asked = {"quantization_config": _of_transformer(quantization_config), "low_cpu_mem_usage": low_cpu_mem_usage}
+        how = {option: value for option, value in {**placed, **asked, "variant": variant}.items() if value is not None}
         if not is_pipeline(folder) and is_released(folder):
-            own = None if chosen is None else read_dtype(chosen)
-            parts = load_released_parts(folder, own, image_tokenizer, text_tokenizer)
-        elif image_tokenizer is not None or text_tokenizer is not None:
-            raise ValueError(f"{str(folder)!r} brings its own tokenizers; leave image_tokenizer and text_tokenizer out")
+            if how or transformer is not None:
+                word = next(iter(how), "transformer")
+                raise ValueError(
+                    f"{word} goes with pipelines that unidiff saved, not with {str(folder)!r}; leave it out"
+                )
+            parts = load_released_parts(folder, dtypes[0] if dtypes else None, image_tokenizer, text_tokenizer)
         else:
-            settings, transformer = read_settings(folder), load_transformer(folder / "transformer", read_dtype(chosen))
-            parts = LoadedParts(transformer, *load_tokenizers(folder), settings)
+            settings = read_settings(folder)
+            for part, given in (("image_tokenizer", image_tokenizer), ("text_tokenizer", text_tokenizer)):
+                if isinstance(given, str | Path):
+                    raise ValueError(f"{str(folder)!r} brings its own {part}; leave it out, or give a loaded one")
+            if transformer is None:
+                own = dtypes[0] if dtypes else torch.float32
+                place = folder / "transformer"
+                check_transformer(place)
+                transformer = load_transformer(place, own or stored_dtype(place, variant), **how)
+            images, texts = load_tokenizers(folder, variant)
+            parts = LoadedParts(transformer, image_tokenizer or images, text_tokenizer or texts, settings)
         try:
-            return cls(*parts)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
+            pipe = cls(*parts)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
         except ValueError as error:
             raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
+        if tp_plan is not None:
+            return pipe.to(spread(pipe.transformer).device)
+        if placed:
+            _check_spread(pipe.transformer)
+            pipe.images.to(pipe._execution_device)
+        return pipe if device_map is None or placed else pipe.to(device_map)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer; image tokenizers stay in float32."""
+        return self.transformer.dtype
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the linear layers of all blocks in host memory, each on the device while it computes; see `offload`.
+
+        Args:
+            gpu_id: number of the accelerator, where `device` says none.
+
+        Raises:
+            ImportError: accelerate is not installed. ValueError: no accelerator, or weights that are not on the CPU.
+        """
+        place = torch.device(device or pick_device("auto"))
+        if place.type == "cpu" and device is None:
+            raise ValueError("sequential offloading needs an accelerator, and there is none; leave it out")
+        place = torch.device(place.type, gpu_id) if gpu_id is not None else place
+        offload(self.transformer, place)
+        for part in (self.image_tokenizer, *self.layout.modules.values()):
+            if part is not None:
+                part.to(place)
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, max_shard_size: int | str | None = None, **options: Any
+        self,
+        save_directory: str | Path,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+        facts: ModelFacts | None = None,
+        **options: Any,
     ) -> None:
-        """Write the whole folder (safetensors, in the dtype of the weights), or nothing.
+        """Write the whole folder (safetensors, in the dtype of the weights, and a model card), or nothing.
 
-        A pipeline that was saved there before is replaced; a link is written through.
+        A pipeline that was saved there before is replaced; a link is written through. A `README.md` that a person wrote or
+        changed stays.
 
         Args:
             max_shard_size: bytes, or text such as "5GB"; larger weights become several files. None: 10 GB.
+            variant: a word in the names of the weight files, such as "fp16", to be named again when they are loaded.
+            facts: what the card says besides what the pipeline knows.
             options: diffusers' others, of which only the defaults are taken.
 
         Raises:
@@ -303,13 +231,70 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
                 that `from_pretrained` could not follow, or weights that hold NaN or have no values. OSError: a full disk.
         """
         check_save_options(options, max_shard_size)
+        with_variant("", variant)
         if not hasattr(self, "settings"):
             raise ValueError(
                 f"{self.layout.family} is not saved as a pipeline; `unidiff convert` writes its checkpoint in both layouts"
             )
+        theirs = written_by_a_person(resolve_link(save_directory) / CARD)
 
         def write(folder: Path) -> None:
-            DiffusionPipeline.save_pretrained(self, str(folder), max_shard_size=max_shard_size)
+            DiffusionPipeline.save_pretrained(self, str(folder), max_shard_size=max_shard_size, variant=variant)
             forget_origins(folder)
+            index = read_json(folder / INDEX)
+            (folder / INDEX).write_text(
+                json.dumps({**index, "_class_name": [CODE.stem, PIPELINE_CLASS]}, indent=2) + "\n"
+            )
+            (folder / CODE).write_text(CODE_TEXT, encoding="utf-8")
+            (folder / CARD).write_bytes(card_of(self, facts) if theirs is None else theirs)
 
         write_folder(save_directory, write)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        facts: ModelFacts | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        endpoint: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Save the pipeline and send it to the hub; a `README.md` that a person wrote there stays. Returns the commit's address.
+
+        Args:
+            repo_id: "owner/name"; made where it does not exist.
+            endpoint: of another hub; None for `HF_ENDPOINT`, or huggingface.co.
+            options: of `save_pretrained`.
+        """
+        facts = facts or ModelFacts(repo_id)
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(Path(place) / "model", facts=facts, **options)
+            send = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+            return send_folder(Path(place) / "model", repo_id, endpoint, token, private, **send)
+
+
+def _is_map(device_map: Any) -> bool:
+    """Whether accelerate is to place the parts of the transformer; otherwise it is one device, or None."""
+    return isinstance(device_map, Mapping) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_spread(transformer: Any) -> None:
+    places = {
+        str(torch.device(p)) for p in getattr(transformer, "hf_device_map", {}).values() if p not in ("cpu", "disk")
+    }
+    if len(places) > 1:
+        raise ValueError(
+            f"device_map spreads the transformer over {', '.join(sorted(places))}; give one accelerator (others, 'cpu' and "
+            "'disk' keep what it does not hold), or tp_plan='auto' under torchrun for several"
+        )
+
+
+def _of_transformer(config: Any) -> Any:
+    """The part of a `PipelineQuantizationConfig` for the transformer; another config is for it as it is."""
+    if not isinstance(config, PipelineQuantizationConfig):
+        return config
+    return config._resolve_quant_config(is_diffusers=True, module_name="transformer")

@@ -11,7 +11,8 @@ import torch
 from unidiff.errors import read_json
 from unidiff.models.trained_on import TrainedOn, read_trained_on
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import INDEX, VOCABULARY, check_target, check_transformer, load_transformer, read_settings
+from unidiff.pipelines.folder import check_transformer, load_transformer
+from unidiff.pipelines.owned import INDEX, VOCABULARY, check_target, read_settings
 from unidiff.pipelines.settings import LONGEST_ROW, TASKS, PipelineSettings
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary

@@ -17,7 +17,7 @@ from unidiff.errors import read_json, reading
 from unidiff.files import replacing_folder
 from unidiff.models.config import TransformerConfig
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.folder import check_replaceable, others_in_adapter
+from unidiff.pipelines.owned import check_replaceable, others_in_adapter
 from unidiff.schema import check_arguments
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import LORA_TARGETS, LoraConfig, TrainConfig

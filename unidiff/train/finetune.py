@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from unidiff.errors import read_json
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_target, load_tokenizers, load_transformer, read_settings
+from unidiff.pipelines.folder import load_tokenizers, load_transformer
 from unidiff.pipelines.options import DecodeOptions
+from unidiff.pipelines.owned import check_target, read_settings
 from unidiff.pipelines.pack import settings_after
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary

@@ -18,7 +18,7 @@ from unidiff.config import dump_config
 from unidiff.files import replace_text, replacing_folder
 from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.folder import check_replaceable, others_in_model
+from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.process import pick_device
 from unidiff.train.build import add_adapters, build_model, check_start, export_adapter, merge_adapters, set_up_blocks
 from unidiff.train.config import TrainConfig, check_config

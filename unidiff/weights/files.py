@@ -84,7 +84,7 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
             differ from their index.
     """
     path = weight_file(path)
-    if path.name.endswith(INDEX_ENDING):
+    if path.suffix == ".json":
         return _open_shards(path)
     if path.suffix == SAFE_SUFFIX:
         return _open_safe(path)
@@ -106,7 +106,7 @@ def weight_file(path: str | Path, any_name: bool = False, variant: str | None = 
     path = Path(path)
     if path.is_dir():
         names = [name for name in FOLDER_NAMES if not safe_only or SAFE_SUFFIX in name]
-        names = [name.replace(".", f".{variant}.", 1) if variant else name for name in names]
+        names = [with_variant(name, variant) for name in names]
         found = [path / name for name in names if (path / name).is_file()]
         if not found and any_name:
             found = sorted(p for p in path.iterdir() if p.suffix in (SAFE_SUFFIX, *TORCH_SUFFIXES) and p.is_file())
@@ -119,6 +119,27 @@ def weight_file(path: str | Path, any_name: bool = False, variant: str | None = 
         raise FileNotFoundError(f"{path} does not exist; name a released weight file")
     check_regular(path)
     return path
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """The name of a weight file or index as diffusers writes it for a variant such as "fp16"; None: `name` itself.
+
+    Raises:
+        ValueError: a variant that is no short word.
+    """
+    if variant is None:
+        return name
+    if not isinstance(variant, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,40}", variant):
+        raise ValueError(f"variant is {variant!r:.80}; expected a short word of letters and digits, such as 'fp16'")
+    if name.endswith(INDEX_ENDING):
+        return f"{name.removesuffix('.json')}.{variant}.json"
+    return name.replace(".", f".{variant}.", 1)
+
+
+def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
+    """The dtype of the first floating-point weight in a folder's safetensors; float32 where there is none."""
+    stored = open_checkpoint(weight_file(folder, variant=variant, safe_only=True)).values()
+    return next((value.dtype for value in stored if value.dtype.is_floating_point), torch.float32)
 
 
 def _open_safe(path: Path) -> dict[str, Any]:

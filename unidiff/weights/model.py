@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +32,7 @@ from unidiff.weights.files import (
     open_checkpoint,
     refuse,
     weight_file,
+    with_variant,
 )
 
 # diffusers warns about modules to be "kept in float32" at every `to(dtype)`, also where there are none
@@ -39,15 +41,31 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(
 )
 
 
+def bring(module: torch.nn.Module) -> None:
+    """Let hooks of accelerate and diffusers bring a module to where it computes, as before its `forward`.
+
+    Models here compute by methods of other names. What the hooks brought stays until they take it away.
+    """
+    hooks = [vars(module)["_hf_hook"]] if "_hf_hook" in vars(module) else []
+    if "_diffusers_hook" in vars(module):
+        hooks += vars(module)["_diffusers_hook"].hooks.values()
+    for hook in hooks:
+        hook.pre_forward(module)
+
+
 class CheckedModel(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[misc]
     """A `ModelMixin` whose `from_pretrained` and `from_config` raise one clear sentence instead of guessing."""
 
     if TYPE_CHECKING:
         config: Any  # diffusers declares a dict; its keys read as attributes too
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)  # where diffusers looks how to load it
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Self:
-        """As `ModelMixin.from_pretrained` (`torch_dtype`/`dtype`, `subfolder`, `revision`, ...), safetensors only.
+        """As `ModelMixin.from_pretrained` (`torch_dtype`/`dtype`, `subfolder`, `revision`, `variant`, ...), safetensors only.
 
         Raises:
             FileNotFoundError: no config or no safetensors weights there.
@@ -59,19 +77,25 @@ class CheckedModel(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[m
         return loaded if wants_info else loaded[0]  # type: ignore[return-value]
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike, max_shard_size: int | str = "10GB", **options: Any
+        self,
+        save_directory: str | os.PathLike,
+        max_shard_size: int | str = "10GB",
+        variant: str | None = None,
+        **options: Any,
     ) -> None:
         """Write config and weights (safetensors), complete or not at all; other files in the folder stay.
 
         Args:
             max_shard_size: bytes, or text such as "5GB"; larger models become several files.
+            variant: a word in the names of the weight files, such as "fp16", to be named again when they are loaded.
             options: diffusers' others, of which only the defaults are taken.
 
         Raises: as `save_model`, and `ValueError` for an argument that the loaders cannot follow.
         """
         check_save_options(options, max_shard_size)
+        with_variant("", variant)
         save = super().save_pretrained
-        save_model(self, save_directory, lambda folder: save(folder, max_shard_size=max_shard_size))
+        save_model(self, save_directory, lambda folder: save(folder, max_shard_size=max_shard_size, variant=variant))
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -146,6 +170,8 @@ def load_checked(
     if folder.is_dir():
         _look_through(getattr(loader, "__self__", None), folder, where, types or {}, kwargs.get("variant"))
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+    if kwargs.pop("use_safetensors", None) is False:
+        raise ValueError("use_safetensors is False; weights are read from safetensors files only, so leave it out")
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = loader(source, **{**kwargs, **settings})
@@ -165,7 +191,8 @@ def load_checked(
         "failed": [str(message).partition("\n")[0] for message in info["error_msgs"]],
     }
     refuse(where, problems)
-    check_finite(model, where)
+    if kwargs.get("quantization_config") is None:
+        check_finite(model, where)
     return model, info
 
 
@@ -213,8 +240,7 @@ WEIGHTS = "diffusion_pytorch_model"
 
 _FIXED = {  # options of diffusers' `save_pretrained`, with the only value that the loaders here know
     "safe_serialization": (True, "weights are read from safetensors files only"),
-    "variant": (None, "folders are read without variants; save each to a folder of its own"),
-    "push_to_hub": (False, "save to a folder and send it with `hf upload`"),
+    "push_to_hub": (False, "call push_to_hub on the pipeline"),
     "use_flashpack": (False, "weights are read from safetensors files only"),
     "is_main_process": (True, "call it on one process only"),
     "save_function": (None, "weights are written by safetensors"),
@@ -261,6 +287,10 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
             raise ValueError(f"{kind}: {name} is on the meta device and has no values; load the weights first")
         if value.layout != torch.strided:
             raise ValueError(f"{kind}: {name} is sparse; call to_dense() on it before saving")
+        if type(value) is not torch.Tensor:
+            raise ValueError(
+                f"{kind}: {name} is a {type(value).__name__}, of few bits or of one rank; save the plain model"
+            )
     check_finite(model, f"{kind}, which is to be saved")
     with filling_folder(folder) as temporary:
         write(temporary)
@@ -271,7 +301,8 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
 
 
 def _is_weight_file(name: str) -> bool:
-    return re.fullmatch(rf"{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?", name) is not None
+    pattern = rf"{WEIGHTS}(\.\w+)?(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index(\.\w+)?\.json)?"
+    return re.fullmatch(pattern, name) is not None
 
 
 def _model_in(folder: Path) -> str | None:

@@ -259,11 +259,16 @@ def _load_converted(
     return Released(family, model, ids, record.config, record.layout, constants)
 
 
-def load_own(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
+def load_own(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
+) -> Any:
     """A folder of `config.json` and weights of one of our classes, in evaluation mode, tensor by tensor.
 
     Args:
-        dtype, device: as in `load_released`.
+        dtype, device: as in `load_released`. variant: as in `weight_file`.
 
     Raises:
         FileNotFoundError: no config or weights there.
@@ -281,7 +286,7 @@ def load_own(folder: Path, dtype: torch.dtype | None = None, device: torch.devic
             IMAGE_TOKENIZERS[name].check_config(config)
         model = build_on_meta(_TRANSFORMERS.get(name) or IMAGE_TOKENIZERS[name].network_class(), config)
         where = folder
-        return assemble(model, KeyMap.of(model), open_checkpoint(folder), dtype, device)
+        return assemble(model, KeyMap.of(model), open_checkpoint(weight_file(folder, variant=variant)), dtype, device)
     except DamagedFile:
         raise
     except ValueError as error:

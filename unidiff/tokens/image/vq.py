@@ -19,7 +19,7 @@ from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
 from unidiff.schema import Between, Layers, Rows, Width, check_value
-from unidiff.weights.model import CheckedModel, load_checked, save_model
+from unidiff.weights.model import CheckedModel, bring, load_checked, save_model
 
 
 class HasCodes(Protocol):
@@ -201,12 +201,14 @@ class VQImageTokenizer:
     def encode(self, images: Tensor) -> Tensor:
         """float `[B, 3, H, W]` in [0, 1] -> int64 codes `[B, H/factor, W/factor]`; `ValueError` as of `check_images`."""
         check_images(images, self.factor)
+        bring(self.model)
         return self._coder.encode(images.to(self.device))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """int64 codes `[B, h, w]` -> float32 `[B, 3, h * factor, w * factor]` in [0, 1]; errors as of `check_codes`."""
         check_codes(codes, self.codebook_size)
+        bring(self.model)
         return self._coder.decode(codes.to(self.device)).float().clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -222,7 +224,9 @@ class VQImageTokenizer:
             save_model(self.model, folder, self.model.save_pretrained)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> VQImageTokenizer:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None
+    ) -> VQImageTokenizer:
         """Read a folder written by `save_pretrained`, or any diffusers `VQModel` folder; `FileNotFoundError` for none."""
         path = path_of(folder) / "config.json"
         if not path.exists():
@@ -236,7 +240,9 @@ class VQImageTokenizer:
             kind.check_config(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        model, _ = load_checked(kind.network_class().from_pretrained, name, str(folder), torch_dtype=dtype)
+        model, _ = load_checked(
+            kind.network_class().from_pretrained, name, str(folder), torch_dtype=dtype, variant=variant
+        )
         return cls(model)
 
 

@@ -22,7 +22,7 @@ from torch.optim import AdamW
 from unidiff.config import dump_config, flat
 from unidiff.errors import read_json
 from unidiff.files import file_stamp, locked, replace_text, replacing, replacing_folder
-from unidiff.pipelines.folder import check_replaceable, others_in_model
+from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of

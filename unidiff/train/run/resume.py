@@ -16,7 +16,7 @@ from unidiff.config import flat
 from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
-from unidiff.pipelines.folder import check_replaceable, others_in_adapter, others_in_model
+from unidiff.pipelines.owned import check_replaceable, others_in_adapter, others_in_model
 from unidiff.schema import Between, check_value
 from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards

@@ -1,0 +1,164 @@
+"""Many calls from a file, a line each: prompts, pictures or questions; shared by processes, and gone on with after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from unidiff.errors import check_regular, explain, reading
+from unidiff.files import beside
+from unidiff.pipelines.decode import row_seeds
+from unidiff.pipelines.sheet import save_image
+from unidiff.schema import check_value
+
+MANIFEST = "manifest.jsonl"
+_READ = {"image", "question"}  # of these alone words are written, and no picture is drawn
+_KEYS = {*_READ, "prompt", "text", "mask_image", "negative_prompt", "reference", "task"}
+Row = Mapping[str, str]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Arguments of a call of the pipeline for every line: an object of `.jsonl`, else a prompt; empty lines are left out.
+
+    Names of pictures count from the file's own folder.
+
+    Raises:
+        ValueError: no UTF-8, a line that is no object of texts, or an argument that goes with no task.
+    """
+    check_regular(path)
+    with reading(path, "prompts (a text in UTF-8, one a line)"):
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return [{"prompt": line.strip()} for line in lines]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with reading(path, f"JSON lines (line {number})"):
+            row = json.loads(line)
+        check_value(row, dict[str, str], f"{path}, line {number}")
+        if unknown := sorted(row.keys() - _KEYS):
+            raise ValueError(f"{path}, line {number} has {unknown[0]!r}; expected some of {sorted(_KEYS)}")
+        rows.append(row)
+    return rows
+
+
+def run_rows(
+    pipe: Any,
+    rows: Sequence[Row],
+    out: Path,
+    folder: Path,
+    seed: int = 0,
+    batch_size: int = 16,
+    rank: int = 0,
+    size: int = 1,
+    tick: Callable[[int, int | None], None] = lambda more, total: None,
+    about: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> int:
+    """Call the pipeline for every row that `out` does not have yet; returns how many rows of this process had to be refused.
+
+    Rows come out the same in any batch and on any number of processes. Each is a line of `manifest.jsonl` when it is done:
+    its number, arguments, seed, and `image` (a file beside it), `words` or `error`. One that was refused is tried again the
+    next time, and its last line counts.
+
+    Args:
+        folder: where pictures that rows name lie.
+        rank, size: of this process and of all; each takes every `size`-th row.
+        tick: called with how many more are done, and of how many.
+        about: what else must be the same to go on in `out`. options: of every call.
+
+    Raises:
+        ValueError: a folder that holds something else, or rows of other arguments.
+    """
+    digest = hashlib.sha256(
+        json.dumps([rows, str(options), seed, about], sort_keys=True, default=str).encode()
+    ).hexdigest()
+    done = _begun(out, {"rows": len(rows), "seed": seed, "about": about, "digest": digest})
+    seeds = row_seeds(seed, len(rows)).tolist()
+    own = [number for number in range(rank, len(rows), size)]
+    todo, refused = [number for number in own if number not in done], 0
+    tick(len(own) - len(todo), len(own))
+    for numbers in _batches(todo, rows, batch_size):
+        entries = _called(pipe, rows, numbers, seeds, out, folder, options)
+        with open(out / MANIFEST, "ab") as file:  # a whole batch at once: other processes write here too
+            file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        refused += sum("error" in entry for entry in entries)
+        tick(len(numbers), len(own))
+    return refused
+
+
+def _begun(out: Path, head: Mapping[str, Any]) -> set[int]:
+    """Numbers of the rows that `out` has, which is begun where it is new or empty."""
+    manifest = out / MANIFEST
+    if out.exists() and not manifest.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        raise ValueError(f"{str(out)!r} is no folder that --prompts made; name a new one")
+    out.mkdir(parents=True, exist_ok=True)
+    fresh = beside(manifest, "tmp")
+    fresh.write_text(json.dumps(head, default=str) + "\n", encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(fresh, manifest)  # by one process, and whole
+    fresh.unlink()
+    first, *lines = manifest.read_bytes().splitlines() or [b""]
+    with reading(manifest, "the manifest of a batch"):
+        if json.loads(first).get("digest") != head["digest"]:
+            raise ValueError(f"{str(out)!r} holds results of other prompts or options; name another folder")
+    if lines and not manifest.read_bytes().endswith(b"\n"):  # a process was killed while it wrote
+        lines.pop()
+        with open(manifest, "ab") as file:
+            file.write(b"\n")
+    found = set()
+    for line in lines:
+        with suppress(ValueError):
+            entry = json.loads(line)
+            found |= set() if "error" in entry else {entry["number"]}
+    return found
+
+
+def _batches(numbers: Sequence[int], rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Rows of the same arguments together."""
+    groups: dict[object, list[int]] = {}
+    for number in numbers:
+        groups.setdefault((*sorted(rows[number]), rows[number].get("task")), []).append(number)
+    for group in groups.values():
+        yield from (group[first : first + size] for first in range(0, len(group), size))
+
+
+def _called(
+    pipe: Any,
+    rows: Sequence[Row],
+    numbers: list[int],
+    seeds: list[int],
+    out: Path,
+    folder: Path,
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Entries of the manifest for some rows; where one of them is refused, the others are called one by one."""
+    first = rows[numbers[0]]
+    columns: dict[str, Any] = {
+        key: [_place(key, rows[n][key], folder) for n in numbers] for key in first if key != "task"
+    }
+    try:
+        asked = {**options, "generator": [seeds[number] for number in numbers]}
+        result = pipe(task=first.get("task"), **columns, **asked)
+    except (ValueError, OSError) as error:
+        if len(numbers) == 1:
+            entry = {"number": numbers[0], "arguments": dict(first), "seed": seeds[numbers[0]]}
+            return [{**entry, "error": explain(error)}]
+        return [e for number in numbers for e in _called(pipe, rows, [number], seeds, out, folder, options)]
+    entries = []
+    for place, number in enumerate(numbers):
+        entry = {"number": number, "arguments": dict(rows[number]), "seed": seeds[number], "words": result.texts[place]}
+        if result.images is not None and not set(first) - {"task"} <= _READ:
+            entry["image"] = f"{number:06d}.png"
+            save_image(result.images[place], out / entry["image"])
+        entries.append(entry)
+    return entries
+
+
+def _place(key: str, value: str, folder: Path) -> str:
+    is_file = key in ("image", "mask_image", "reference") and "://" not in value
+    return str(folder / value) if is_file else value
