@@ -27,6 +27,7 @@ TINY = [
     "logging.trackers=[]",
     "logging.progress=false",
     "logging.report=false",
+    "checkpoint.best=''",
     "logging.validate_every=0",
 ]
 MIXED = [

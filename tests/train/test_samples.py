@@ -62,9 +62,8 @@ def test_sheets_are_written_while_training_and_repeat_for_equal_weights(tmp_path
     assert guided.shape == first.shape
 
 
-def test_no_sheets_without_prompts_or_tokenizers_and_wrong_ones_are_refused(tmp_path, caplog):
+def test_no_sheets_without_prompts_or_tokenizers_and_wrong_ones_are_refused(tmp_path):
     assert sheet_sampler(tiny_config(tmp_path, "logging.sample_every=5", "logging.prompts=[a]"), tiny_table()) is None
-    assert "no sample sheets are drawn, though logging.sample_every is set: tokenizer.image is empty" in caplog.text
     wrong = GreyDecoder()
     wrong.codebook_size = 99
     with pytest.raises(ValueError, match="99 codes"):
@@ -72,3 +71,19 @@ def test_no_sheets_without_prompts_or_tokenizers_and_wrong_ones_are_refused(tmp_
     missing = ["logging.sample_every=5", "logging.prompts=[a]", "tokenizer.image=/nowhere", "tokenizer.text=/nowhere"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         sheet_sampler(tiny_config(tmp_path, *missing), tiny_table())
+
+
+def test_held_out_pictures_are_described_and_completed(tmp_path):
+    texts = LetterTokenizer()
+    texts.decode = lambda ids: "".join("abcdefgh"[i - 8] for i in ids if 8 <= i < 16)
+    table = tiny_table()
+    config = tiny_config(tmp_path, "steps=1", "logging.sample_steps=2")
+    trainer = Trainer(config, table)
+    trainer.model.eval()
+    held_out = table.fetch(torch.arange(3))
+    sampler = SheetSampler(config, table, GreyDecoder(), texts, tmp_path / "samples", held_out)
+    assert sampler.prompts == [texts.decode(row.tolist()) for row in held_out.captions]
+    blind = SheetSampler(config, table, GreyDecoder(), texts, tmp_path / "blind", held_out, sees=False)
+    whole, part = sampler(trainer.model, 1), blind(trainer.model, 1)
+    assert whole.shape[1] > part.shape[1] > sampler(trainer.model, 2).shape[1] / 3  # one line less, of three
+    assert torch.equal(whole, sampler(trainer.model, 3))

@@ -183,10 +183,10 @@ def encode(
 
     note = noted(urls)
     height, width = sides or size_of(urls)
-    cut = [batch_size, samples_per_shard, workers]
     settings = EncodeSettings(
-        height, 64 if text_length is None else text_length, *cut, documents, 0 if width == height else width
-    )
+        height, 64 if text_length is None else text_length, batch_size, samples_per_shard, workers, documents,
+        image_width=0 if width == height else width,
+    )  # fmt: skip
     images = VQImageTokenizer.from_pretrained(image_tokenizer).to(pick_device(device))
     texts = TextTokenizer.from_pretrained(text_tokenizer)
     if text_length is None and not documents:
@@ -203,8 +203,14 @@ def encode(
             on_shard=lambda count, report: typer.echo(f"{count} samples, {report.total} skipped"),
             allow_missing=allow_missing,
             on_batch=lambda count: advance(count, total),
+            tokenizers={"image": _place(image_tokenizer), "text": _place(text_tokenizer)},
         )
     _say(manifest, out)
+
+
+def _place(name: str) -> str:
+    """A folder by its whole path, a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _say(manifest: TokenManifest, out: Path) -> None:

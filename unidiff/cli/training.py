@@ -29,8 +29,9 @@ _FREE = ("model", "output", "steps", "checkpoint_every", "track", "keep", "fallb
 def train(config: Config, settings: Settings = None) -> None:
     """Train a masked diffusion transformer on text and image tokens.
 
-    Run the same command again to continue from the newest checkpoint. The averaged weights land in OUTPUT/model.
-    Several processes share a run, each with a slice of the batch, under torchrun:
+    Run the same command again to continue from the newest checkpoint. The averaged weights land in OUTPUT/model, those
+    that were best on held-out rows in OUTPUT/model-best, and with their tokenizers in OUTPUT/pipeline, which the other
+    commands take. OUTPUT/report.html shows the run. Several processes share a run, each with a slice of the batch, under torchrun:
 
     torchrun --nproc-per-node 8 -m unidiff train emoji parallel.mode=fsdp
 
@@ -38,9 +39,9 @@ def train(config: Config, settings: Settings = None) -> None:
     """
     set_up_process(os.environ)
     run = read_config(config, settings or [])
-    from unidiff.train import trainer
+    from unidiff.train.pretrain import pretrain
 
-    raise typer.Exit(trainer.train(run, os.environ))
+    raise typer.Exit(pretrain(run, os.environ))
 
 
 def finetune(model: Base, settings: Settings = None) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -82,6 +82,7 @@ def encode_shards(
     allow_missing: bool = False,
     again: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    tokenizers: Mapping[str, str] | None = None,
 ) -> TokenManifest:
     """Encode every usable sample into `out`; damaged ones are skipped and listed in the manifest.
 
@@ -96,6 +97,7 @@ def encode_shards(
         on_shard: called after every written shard with (samples so far, skip report).
         allow_missing: raw shards that do not exist are counted in place of refused.
         on_batch: called after every batch with its number of samples.
+        tokenizers: where `image` and `text` are from, for the manifest: who trains on it need not say it again.
         again: encode once more, with a note, what has changed or is damaged, in place of refusing.
 
     Raises:
@@ -113,7 +115,8 @@ def encode_shards(
         return done
     with locked(out, "encoding"):
         try:
-            return _finished(out, fresh, again) or _encode(out, source, encoder, _resume(out, fresh, again), on_shard)
+            done = _finished(out, fresh, again)
+            return done or _encode(out, source, encoder, _resume(out, fresh, again), on_shard, tokenizers or {})
         finally:
             if not any(out.glob("*.tar")):  # a run that failed before its first shard leaves no note of itself
                 (out / PROGRESS).unlink(missing_ok=True)
@@ -121,7 +124,7 @@ def encode_shards(
 
 def _encode(
     out: Path, source: ShardSource, encoder: _Encoder, progress: _Progress,
-    on_shard: Callable[[int, SkipReport], None] | None,
+    on_shard: Callable[[int, SkipReport], None] | None, tokenizers: Mapping[str, str],
 ) -> TokenManifest:  # fmt: skip
     """Fill `out`, which nobody else writes to."""
     if progress.source is not None:
@@ -144,7 +147,9 @@ def _encode(
     if not progress.shards:
         raise ValueError(f"no usable sample in {len(source.shards)} shards; {source.report.brief()}")
     noted = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name != "source"}
-    manifest = TokenManifest(**encoder.layout(), **noted, skipped=source.report.state_dict())
+    manifest = TokenManifest(
+        **encoder.layout(), **noted, skipped=source.report.state_dict(), tokenizers=dict(tokenizers)
+    )
     manifest.save(out)
     (out / PROGRESS).unlink(missing_ok=True)
     return manifest

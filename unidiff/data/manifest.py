@@ -49,6 +49,9 @@ class TokenManifest:
     sources: dict[str, Stamp] = field(default_factory=dict)  # of the raw shards when they were read, by name
     files: dict[str, Stamp] = field(default_factory=dict)  # `token_stamp` of the token shards when they were written
     bad_questions: int = 0  # entries of `qa` left out because they are no pair of texts
+    tokenizers: dict[str, str] = field(
+        default_factory=dict
+    )  # folders or hub names of `image` and `text`, where it was told
 
     def __post_init__(self) -> None:
         check_fields(self, "")

@@ -157,10 +157,13 @@ class LoggingConfig:
     every: Interval = 20
     validate_every: Interval = 500
     validation_draws: Count = 2
-    sample_every: Interval = 0
+    sample_every: Interval = 500  # sheets in OUTPUT/samples, also at the end; needs tokenizers
     sample_steps: Count = 16
     sample_guidance: Annotated[float, Between(-1e6, 1e6)] = 1.0
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)  # of sheets; empty: the captions of held-out rows
+    sweep_rows: Annotated[int, Between(0, 4096)] = (
+        16  # held-out captions that are drawn in several ways at the end; 0: off
+    )
     # where numbers and sample sheets go besides `metrics.jsonl`
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     project: str = "unidiff"  # in W&B and trackio; the run itself is named after `output`
@@ -177,7 +180,8 @@ class CheckpointConfig:
 
     Args:
         best: a number of the validation report, for instance `joint_nelbo`: a validation that lowers it is followed by a
-            checkpoint, which is kept, is named in `checkpoints/best` and exported to OUTPUT/model-best. Empty: off.
+            checkpoint, which is kept, is named in `checkpoints/best` and exported to OUTPUT/model-best. `auto`: the NELBO
+            of what is trained, where there is validation. Empty: off.
         changed: what to do when the checkpoint was made with other settings or data that decide what is learnt
             (`unidiff.train.run.resume.FIXED`): `refuse`, or `allow` and go on with the new ones.
     """
@@ -185,7 +189,7 @@ class CheckpointConfig:
     every: Interval = 500  # steps; 0 turns it off
     minutes: Amount = 0.0  # of wall time; 0 turns it off
     keep: Count = 3  # newest checkpoints kept
-    best: str = ""
+    best: str = "auto"
     background: bool = True  # several processes write while training goes on
     resume: bool = True  # go on from the newest checkpoint in OUTPUT; false refuses a folder that holds any
     changed: Literal["refuse", "allow"] = "refuse"

@@ -87,9 +87,13 @@ class Trainer:
         self.data_losses = DataLosses(self.folder, [source, validation, documents])
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
-        self._scored = scored_as(config, validation)
         best, rows = config.checkpoint.best, validation if self._validation_rows else None
         known = set() if rows is None else report_names(rows, self.block_length)
+        if best == "auto":
+            wanted = {"generate": "joint_nelbo"} | {task: f"{task}_nelbo" for task in TASKS[1:]}
+            trained = (wanted[task] for task in TASKS if getattr(config.tasks, task).weight > 0)
+            best = next((name for name in trained if name in known), "")
+        self._judged_by, self._scored = best, scored_as(config, best, validation)
         if best and best not in known:
             raise ValueError(f"checkpoint.best = {best!r} is not in the validation report; it has {sorted(known)}")
         self._choice = resume(self.state, self.checkpoints, config, self.facts)
@@ -148,7 +152,10 @@ class Trainer:
                     better = self.judge(report)
                     log.write(state.step, "validation", report)
                     progress.say(_validation_line(state.step, report))
-                sampler = self.sampler if _due(settings.logging.sample_every, state.step) else None
+                drawing = _due(settings.logging.sample_every, state.step) or (
+                    last and settings.logging.sample_every > 0
+                )
+                sampler = self.sampler if drawing else None
                 if sampler is not None and (model := self.averaged()) is not None:
                     with torch.no_grad():
                         log.image(state.step, "samples", sampler(model, state.step))
@@ -207,7 +214,7 @@ class Trainer:
 
     def judge(self, report: dict[str, float]) -> bool:
         """Whether a validation is the best so far, by the number that `checkpoint.best` names."""
-        if not (name := self.config.checkpoint.best):
+        if not (name := self._judged_by):
             return False
         self._score = self.state.step, report[name]
         better = report[name] < self.best
@@ -336,7 +343,7 @@ def train(
             if check is not None:
                 check(source)
             documents = open_documents(config)
-            Trainer(config, source, validation, sheet_sampler(config, source), parallel, documents).train()
+            Trainer(config, source, validation, sheet_sampler(config, source, validation), parallel, documents).train()
             if finish is not None and parallel.main:
                 finish()
     except TrainingAborted as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from typing import Any
 from unidiff.addresses import is_remote
 from unidiff.data.collect import size_of
 from unidiff.data.encode import EncodeSettings
+from unidiff.data.manifest import TokenManifest
 from unidiff.data.report import Skip, SkipReport
 from unidiff.data.sources import expand_shards, parse_sources
-from unidiff.data.token_set import is_tokenised
+from unidiff.data.token_set import folder_of, is_tokenised, token_shards
 from unidiff.errors import read_json
 from unidiff.families.family import named_vocabulary
 from unidiff.files import replace_text
@@ -27,6 +29,7 @@ from unidiff.train.data.shard_source import DocumentTokens, ShardTokens, Weighte
 from unidiff.train.data.source import TokenSource, TokenTable
 from unidiff.train.run.distributed import Parallel
 
+_LOG = logging.getLogger(__name__)
 SKIPPED = "skipped.json"
 
 
@@ -58,6 +61,23 @@ def open_sources(config: TrainConfig) -> tuple[TokenTable | ShardTokens, TokenTa
             )
         table, held_out = table.split(data.validation_rows)
     return table.seeded(config.seed, phases(config)), held_out
+
+
+def noted_tokenizers(spec: str) -> dict[str, str]:
+    """Where the tokenizers of token shards are, as their manifests say; of other data, or where they disagree, nothing."""
+    if not spec or Path(spec).suffix == ".safetensors":
+        return {}
+    parts = [part for part, _ in parse_sources(spec)]
+    if not all(is_tokenised(part) for part in parts):
+        return {}
+    folders = {folder_of(url) for part in parts for url in token_shards(part)}
+    found = [TokenManifest.load(folder).tokenizers for folder in sorted(folders)]
+    gone = [name for name in found[0].values() if os.path.isabs(name) and not os.path.isdir(name)] if found else []
+    if gone:
+        _LOG.warning(
+            "the tokenizer that %s was encoded with is no longer in %s; name tokenizer.image and .text", spec, gone[0]
+        )
+    return dict(found[0]) if found and not gone and all(other == found[0] for other in found) else {}
 
 
 def open_documents(config: TrainConfig) -> DocumentTokens | None:

@@ -40,7 +40,7 @@ _REASONS = {
     "what is computed again comes out the same": "activation_checkpointing",
     "says what happens, and changes nothing in it": (
         "logging.every logging.validate_every logging.validation_draws logging.sample_every logging.sample_steps "
-        "logging.sample_guidance logging.prompts logging.trackers logging.project logging.progress logging.report "
+        "logging.sample_guidance logging.prompts logging.sweep_rows logging.trackers logging.project logging.progress logging.report "
         "logging.peak_tflops"
     ),
     "when to save changes nothing in what is saved": (
@@ -206,10 +206,10 @@ def facts_of(config: TrainConfig, source: TokenSource, documents: DocumentTokens
     return facts
 
 
-def scored_as(config: TrainConfig, validation: TokenSource | None) -> str:
-    """A name for the number that `checkpoint.best` compares, with the rows and masks that it is of."""
+def scored_as(config: TrainConfig, best: str, validation: TokenSource | None) -> str:
+    """A name for the number `best` that is compared, with the rows and masks that it is of."""
     about = None if validation is None else [_about(validation), config.data.validation_rows]
-    return f"{config.checkpoint.best} {_digest([about, config.logging.validation_draws])[:16]}"
+    return f"{best} {_digest([about, config.logging.validation_draws])[:16]}"
 
 
 def _about(source: TokenSource | DocumentTokens) -> dict[str, Any]:
