@@ -13,7 +13,7 @@ from torch import Tensor
 from unidiff.decoding import Guidance, SamplerConfig
 from unidiff.files import write_json
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.folder import check_target
+from unidiff.pipelines.owned import check_target
 from unidiff.pipelines.pack import pack_pipeline
 from unidiff.train.config import TokenizerConfig, TrainConfig
 from unidiff.train.data.datasets import noted_tokenizers, open_sources
