@@ -24,7 +24,7 @@ FLOORS = (
     ("models", "data", "diffusion"),
     ("decoding",),
     ("families",),
-    ("pipeline", "pipelines", "train"),
+    ("pipeline", "pipelines", "schedulers", "train"),
     ("evaluation", "worlds"),
     ("cli", "studio", "__main__"),
 )

@@ -17,6 +17,7 @@ from unidiff.pipelines.options import CallKeywords, DecodeKeywords, flag, short,
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.score import score_of
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
+from unidiff.schedulers.unmasking import UnmaskingScheduler
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -51,6 +52,7 @@ class UniDiffPipeline(PipelineFolder):
         text_tokenizer: a `TextTokenizer`, or the Hugging Face tokenizer inside one.
         settings: of unidiff's own models: `PipelineSettings`, or its plain-data form; saved in `model_index.json`.
         layout: of another family: how its rows are laid out, in place of `settings`.
+        scheduler: settings of every call, an `UnmaskingScheduler`, or what decides in each pass, a discrete one of diffusers.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -59,6 +61,8 @@ class UniDiffPipeline(PipelineFolder):
     transformer: Any
     image_tokenizer: Any
     text_tokenizer: Any
+    scheduler: Any
+    _optional_components = ["scheduler"]  # noqa: RUF012 (as diffusers declares it)
     model_cpu_offload_seq = "transformer->image_tokenizer"  # type: ignore[assignment]
 
     def __init__(
@@ -68,6 +72,7 @@ class UniDiffPipeline(PipelineFolder):
         text_tokenizer: Any,
         settings: PipelineSettings | Mapping[str, Any] | None = None,
         layout: RowLayout | None = None,
+        scheduler: Any = None,
     ) -> None:
         super().__init__()
         check_value(transformer, torch.nn.Module, "transformer")
@@ -87,6 +92,8 @@ class UniDiffPipeline(PipelineFolder):
             layout = NativeLayout(self.texts, settings)
         self.layout: RowLayout = layout
         layout.check_parts(transformer, images, self.texts)
+        ids, modality = self.vocabulary, "text" if images is None else "image"
+        self.register_modules(scheduler=scheduler or UnmaskingScheduler(ids.image_mask or ids.mask_id, modality))
         self.interrupt = False  # a callback sets it to finish the running decode
 
     @property
@@ -107,7 +114,7 @@ class UniDiffPipeline(PipelineFolder):
     @property
     def components(self) -> dict[str, Any]:
         """The arguments of the constructor: `type(pipe)(**pipe.components)` is the same pipeline again."""
-        names = ("transformer", "image_tokenizer", "text_tokenizer")
+        names = ("transformer", "image_tokenizer", "text_tokenizer", "scheduler")
         own = {"settings": self.settings} if hasattr(self, "settings") else {"layout": self.layout}
         return {name: getattr(self, name) for name in names} | own
 

@@ -121,6 +121,14 @@ def confidence_of(p: Tensor, probability: Tensor, measure: str, noise: Tensor) -
     return torch.xlogy(p, p).sum(-1)
 
 
+def ranking(confidence: Tensor, settings: ModalityDecoding, time: Tensor, u: Tensor) -> Tensor:
+    """What positions are ranked by: confidences `[B, n]` with the choice noise at diffusion time `[B]`, from uniforms `[B, n]`."""
+    if not settings.choice_temperature:
+        return confidence
+    base = confidence.log() if settings.confidence == "probability" else confidence
+    return base + settings.choice_temperature * time[:, None] * gumbel(u)
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was drawn at n positions per row.

@@ -200,9 +200,7 @@ class Sampler:
         if not work.decided:
             confidence = score = choice.confidence
             if settings.choice_temperature:
-                base = score.log() if settings.confidence == "probability" else score
-                gumbel = draw.gumbel(noise(draw.CHOICE).gather(1, index))
-                score = base + settings.choice_temperature * work.time[:, None] * gumbel
+                score = draw.ranking(confidence, settings, work.time, noise(draw.CHOICE).gather(1, index))
             ahead = real & progress.ahead.gather(1, index)  # in blocks to come: by a threshold of their own
             pick = rule.pick(confidence, score, real & ~ahead, work.quota, index)
             pick = pick | (ahead & (confidence >= settings.flight_threshold))

@@ -31,6 +31,7 @@ from unidiff.pipelines.options import (
     whole,
 )
 from unidiff.pipelines.output import UniDiffOutput, trajectory_of
+from unidiff.schedulers.rule import scheduled_options, with_scheduler
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.text import all_have_holes, letters_note, notes_on, refuse_holes
 from unidiff.weights.model import bring
@@ -91,7 +92,16 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         raise ValueError(
             "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
         )
-    config = request.needs.keep_in(options.apply(request.config, request.drawn))
+    config, rules = options.apply(request.config, request.drawn), {}
+    if getattr(pipe.scheduler, "changes", True):
+        config = scheduled_options(pipe.scheduler).apply(request.config, request.drawn)
+        config, rules = with_scheduler(pipe.scheduler, options.apply(config, request.drawn))
+    if rules and options.threshold is not None:
+        kind = type(pipe.scheduler).__name__
+        raise ValueError(
+            f"threshold is {kind}'s own: pipe.scheduler = {kind}.from_config(pipe.scheduler.config, threshold=...)"
+        )
+    config = request.needs.keep_in(config)
     # 2. a seed for each row, several candidates of each
     count = layout.candidates(task) if options.num_candidates is None else options.num_candidates
     if count > 1 and not call.pictures:
@@ -102,7 +112,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     seeds = candidate_seeds(row_seeds(options.generator, inputs.count, call.per_entry), count)
     bring(pipe.transformer)
     request = request.repeated(count, pipe._execution_device)  # [B * count, L]
-    model, request, config, rules = layout.prepared(pipe, request, config, seeds)
+    model, request, config, own_rules = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know
     condition, away = _guidance(task, request, inputs, config, options)
     plain = options.cache is None and options.policy is None
@@ -115,7 +125,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
         watcher = StepWatcher(pipe, bar, options)
-        run = Sampler(model, layout.vocabulary, config, choice.policy, rules, options.graphs)
+        run = Sampler(model, layout.vocabulary, config, choice.policy, {**own_rules, **rules}, options.graphs)
         device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
         watcher.finish()

@@ -25,6 +25,7 @@ from unidiff.pipelines.options import check_keywords
 from unidiff.pipelines.owned import CODE, CODE_TEXT, INDEX, PIPELINE_CLASS, is_pipeline, read_settings, write_folder
 from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
 from unidiff.process import pick_device
+from unidiff.schedulers import load_scheduler
 from unidiff.schema import check_value
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
@@ -110,6 +111,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         transformer: Any = None,
         image_tokenizer: Any = None,
         text_tokenizer: Any = None,
+        scheduler: Any = None,
         variant: str | None = None,
         device_map: str | Mapping[str, Any] | torch.device | None = None,
         quantization_config: Any = None,
@@ -125,8 +127,8 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             dtype: of the weights in memory; `torch_dtype` is the same. Left out: float32, or the checkpoint's own for a
                 released family; "auto": the checkpoint's own. Image tokenizers stay in float32, as their codes would move.
             subfolder: below `name`, for instance Muddit's `512`.
-            transformer, image_tokenizer, text_tokenizer: a part to take instead of reading it; of a released family that
-                comes without tokenizers also where they are.
+            transformer, image_tokenizer, text_tokenizer, scheduler: a part to take instead of reading it; of a released family
+                that comes without tokenizers also where they are.
             variant: of the weight files, such as "fp16".
             device_map: a device for everything; or "auto", "balanced" or a mapping by accelerate, which keeps in host memory
                 or on disk what one accelerator does not hold.
@@ -171,8 +173,9 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
                 transformer = load_transformer(place, own or stored_dtype(place, variant), **how)
             images, texts = load_tokenizers(folder, variant)
             parts = LoadedParts(transformer, image_tokenizer or images, text_tokenizer or texts, settings)
+            scheduler = scheduler or load_scheduler(folder)
         try:
-            pipe = cls(*parts)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
+            pipe = cls(*parts, scheduler=scheduler)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
         except ValueError as error:
             raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
         if tp_plan is not None:

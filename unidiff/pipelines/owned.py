@@ -30,8 +30,8 @@ from unidiff.pipeline import {PIPELINE_CLASS} as {PIPELINE_CLASS}
 '''
 """What lies in a pipeline folder as `CODE`; unidiff itself runs no code of folders."""
 MODELS, WORDS = ("transformer", "image_tokenizer"), "text_tokenizer"
-PARTS = (*MODELS, WORDS)
-_INDEX_KEYS = {"_class_name", "_diffusers_version", "_name_or_path", "settings", *PARTS}
+PARTS, SCHEDULER = (*MODELS, WORDS), "scheduler"
+_INDEX_KEYS = {"_class_name", "_diffusers_version", "_name_or_path", "settings", SCHEDULER, *PARTS}
 _SHOWN = 6  # names in a message
 OWN: Mapping[str, Callable[[Path], bool]] = {
     CODE.name: lambda path: path.is_file() and path.read_text(encoding="utf-8", errors="replace") == CODE_TEXT,
@@ -112,6 +112,8 @@ def others_in_pipeline(folder: Path) -> list[str]:
         if path.is_dir() and not path.is_symlink() and path.name in PARTS:
             inside = _others_in_words(path) if path.name == WORDS else others_in_model(path, exported=False)
             found += [f"{path.name}/{name}" for name in inside]
+        elif path.is_dir() and not path.is_symlink() and path.name == SCHEDULER:
+            found += [f"{path.name}/{name}" for name in _unknown(path, {"scheduler_config.json"})]
         elif path.is_symlink() or not (path.name == INDEX or (path.name in OWN and OWN[path.name](path))):
             found.append(_shown(path))
     return found
