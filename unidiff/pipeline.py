@@ -62,7 +62,6 @@ class UniDiffPipeline(PipelineFolder):
     image_tokenizer: Any
     text_tokenizer: Any
     scheduler: Any
-    _optional_components = ["scheduler"]  # noqa: RUF012 (as diffusers declares it)
     model_cpu_offload_seq = "transformer->image_tokenizer"  # type: ignore[assignment]
 
     def __init__(
@@ -92,8 +91,8 @@ class UniDiffPipeline(PipelineFolder):
             layout = NativeLayout(self.texts, settings)
         self.layout: RowLayout = layout
         layout.check_parts(transformer, images, self.texts)
-        ids, modality = self.vocabulary, "text" if images is None else "image"
-        self.register_modules(scheduler=scheduler or UnmaskingScheduler(ids.image_mask or ids.mask_id, modality))
+        usual = UnmaskingScheduler(self.vocabulary.image_mask, "text" if images is None else "image")
+        self.register_modules(scheduler=scheduler or usual)
         self.interrupt = False  # a callback sets it to finish the running decode
 
     @property
@@ -233,9 +232,7 @@ class UniDiffPipeline(PipelineFolder):
         given = self._read(image, resize)
         size = given.reader.size
         if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
-            raise ValueError(
-                f"the picture has {size[0]}x{size[1]} pixels, but height and width say another size; leave them out"
-            )
+            raise ValueError(f"height and width are not the picture's {size[0]}x{size[1]} pixels; leave them out")
         white = torch.full((1, *size), strength is not None)
         if mask_image is not None:
             white = given.reader.masks(mask_image, given.opened, resize)  # [B, H, W]

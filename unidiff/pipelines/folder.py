@@ -83,6 +83,7 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 class PipelineFolder(PipelineAdapters, DiffusionPipeline):
     """Gives a pipeline its folders: loading, saving, and sharing the parts of a loaded one."""
 
+    _optional_components = ["scheduler"]  # noqa: RUF012 (as diffusers declares it)
     layout: RowLayout
 
     @classmethod
