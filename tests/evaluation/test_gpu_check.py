@@ -17,7 +17,7 @@ import torch
 
 from unidiff.decoding import draw
 from unidiff.evaluation.benchmark import gpu_check
-from unidiff.evaluation.benchmark.gpu_check import Check, Found, NotRun, Outcome, Place, page, run_checks, summary
+from unidiff.evaluation.benchmark.gpu_check import DeviceCheck, Found, NotRun, Outcome, Place, page, run_checks, summary
 from unidiff.evaluation.benchmark.gpu_checks import CHECKS, fused_draw, gpu_tests, graphs, packing, rates, steps
 from unidiff.evaluation.benchmark.measure import thread_count
 from unidiff.kernels.fused_draw import FusedDraw
@@ -69,8 +69,8 @@ def test_all_go_on_after_one_that_fails(forked, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "LEAST", 0.0)
     good = partial(counted, tmp_path)
     makes = {"first": good, "wrong": wrong, "raising": raising, "hanging": hanging, "dying": dying, "absent": absent}
-    checks = [Check(name, f"About {name}.", 1 if name == "hanging" else 60, run) for name, run in makes.items()]
-    checks += [Check("cuda", "A kernel.", 1, good, "it is of CUDA"), Check("last", "Goes on.", 20, good)]
+    checks = [DeviceCheck(name, f"About {name}.", 1 if name == "hanging" else 60, run) for name, run in makes.items()]
+    checks += [DeviceCheck("cuda", "A kernel.", 1, good, "it is of CUDA"), DeviceCheck("last", "Goes on.", 20, good)]
     small = Place(torch.device("cpu"), tmp_path)
     outcomes = run_checks(checks, small, tmp_path / "out", quiet)
     assert {o.name: (o.status, o.reason) for o in outcomes} == {
@@ -102,7 +102,7 @@ def test_all_go_on_after_one_that_fails(forked, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on(forked, tmp_path):
-    checks = [Check(name, "Counts.", 20, partial(counted, tmp_path)) for name in ("one", "two")]
+    checks = [DeviceCheck(name, "Counts.", 20, partial(counted, tmp_path)) for name in ("one", "two")]
 
     def say(line: str) -> None:
         if line.startswith("two"):
@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on(forked, tmp_path):
 
 
 def test_when_the_time_is_used_up_the_rest_waits(forked, tmp_path):
-    check = Check("late", "Counts.", 20, partial(counted, tmp_path))
+    check = DeviceCheck("late", "Counts.", 20, partial(counted, tmp_path))
     (outcome,) = run_checks([check], replace(CPU, root=tmp_path), tmp_path / "out", quiet, limit=1.0)
     assert outcome.status == "not run" and "run the command again" in outcome.reason
     assert not (tmp_path / "made").exists()

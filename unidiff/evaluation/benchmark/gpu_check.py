@@ -58,7 +58,7 @@ class NotRun(Exception):
 
 
 @dataclass(frozen=True)
-class Check:
+class DeviceCheck:
     """One of them.
 
     Args:
@@ -94,7 +94,7 @@ class Outcome:
 
 
 def run_checks(
-    checks: Sequence[Check], place: Place, out: Path, say: Callable[[str], None], limit: float = LIMIT
+    checks: Sequence[DeviceCheck], place: Place, out: Path, say: Callable[[str], None], limit: float = LIMIT
 ) -> list[Outcome]:
     """Make those that have not passed yet, and write `gpu-check.json`, `gpu-check.html` and `cells/` in the folder `out`.
 
@@ -130,7 +130,7 @@ def run_checks(
     return outcomes
 
 
-def _outcome(check: Check, place: Place, worker: _Worker, end: float) -> Outcome:
+def _outcome(check: DeviceCheck, place: Place, worker: _Worker, end: float) -> Outcome:
     if check.cuda and place.device.type != "cuda":
         return Outcome(check.name, check.about, *Answer("not run", f"No CUDA device is here: {check.cuda}."))
     worker.start(end - time.monotonic())
@@ -146,7 +146,7 @@ def _outcome(check: Check, place: Place, worker: _Worker, end: float) -> Outcome
 class _Worker:
     """A process that makes checks; started at the first, and again after one that failed."""
 
-    def __init__(self, checks: Sequence[Check], place: Place) -> None:
+    def __init__(self, checks: Sequence[DeviceCheck], place: Place) -> None:
         self._runs, self._place = {c.name: c.run for c in checks}, place
         self._process: BaseProcess | None = None
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from unidiff.decoding import ModalityDecoding, SamplerOutput, draw
 from unidiff.errors import few
-from unidiff.evaluation.benchmark.gpu_check import Check, Found, NotRun, Place
+from unidiff.evaluation.benchmark.gpu_check import DeviceCheck, Found, NotRun, Place
 from unidiff.evaluation.benchmark.measure import copy_bandwidth, matmul_peak, measure_steps, seconds_of
 from unidiff.evaluation.benchmark.random_weights import (
     SUITES,
@@ -240,18 +240,18 @@ def dtypes(place: Place) -> Found:
     return Found(rows, "" if same > 90 else f"In float32 only {same:.0f} % of the codes are those of the CPU.")
 
 
-CHECKS: Sequence[Check] = (
-    Check("rates", "Rates of matrix products and of copies.", 15, rates),
-    Check("tests", "All tests marked gpu.", 110, gpu_tests, "the tests marked gpu need one"),
-    Check("draw", "The fused draw beside the torch path.", 25, fused_draw, "the kernel is of CUDA"),
-    Check(
+CHECKS: Sequence[DeviceCheck] = (
+    DeviceCheck("rates", "Rates of matrix products and of copies.", 15, rates),
+    DeviceCheck("tests", "All tests marked gpu.", 110, gpu_tests, "the tests marked gpu need one"),
+    DeviceCheck("draw", "The fused draw beside the torch path.", 25, fused_draw, "the kernel is of CUDA"),
+    DeviceCheck(
         "graphs", "A block of 1.4B decoded with and without CUDA graphs.", 45, graphs, "nothing is recorded elsewhere"
     ),
-    Check("steps-1.4b", "Full and cached passes of the 1.4B shape.", 30, partial(steps, "gpu-1.4b")),
-    Check("steps-8b", "Full and cached passes of the 8B shape.", 60, partial(steps, "gpu-8b")),
-    Check("packing", "Packed rows by FlexAttention and by a dense mask.", 45, packing),
-    Check("dtypes", "Tokens of bf16 and of float32.", 60, dtypes),
-    Check("training", "Steps of training.", 75, training),
+    DeviceCheck("steps-1.4b", "Full and cached passes of the 1.4B shape.", 30, partial(steps, "gpu-1.4b")),
+    DeviceCheck("steps-8b", "Full and cached passes of the 8B shape.", 60, partial(steps, "gpu-8b")),
+    DeviceCheck("packing", "Packed rows by FlexAttention and by a dense mask.", 45, packing),
+    DeviceCheck("dtypes", "Tokens of bf16 and of float32.", 60, dtypes),
+    DeviceCheck("training", "Steps of training.", 75, training),
 )
 
 
