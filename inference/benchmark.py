@@ -1,22 +1,31 @@
-"""Time caches against no cache: python inference/benchmark.py --suite cpu-25m --json out/cpu-25m.json"""
+"""Time caches against no cache: python inference/benchmark.py --suite cpu-25m --json out/cpu-25m.json
+
+Or our decodes against another program's: python inference/benchmark.py --against FOLDER
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
+from rich.table import Table
 
 from unidiff.errors import exit_status
+from unidiff.evaluation.benchmark.against import compare, comparison_table
+from unidiff.evaluation.benchmark.measure import thread_count
 from unidiff.evaluation.benchmark.random_weights import SUITES, SuiteOptions, run_suite
 from unidiff.evaluation.benchmark.result import check_path, tables, write
+from unidiff.evaluation.benchmark.systems import SYSTEMS
 from unidiff.evaluation.benchmark.trained import PARTS, TrainedOptions, run_trained
 from unidiff.evaluation.benchmark.trials import TARGETS, contrast_tables
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.process import keep_freed_memory, parsed
+from unidiff.process import keep_freed_memory, parsed, pick_device
 from unidiff.world import WORLDS
 
 T = TypeVar("T")
@@ -26,8 +35,15 @@ def arguments() -> argparse.ArgumentParser:
     """All options; those of another suite than the one that is run are left alone."""
     parser = argparse.ArgumentParser(description="Time caches against no cache, paired, with their bounds.")
     several: dict[str, Any] = {"action": "append"}
-    parser.add_argument("--suite", required=True, choices=(*SUITES, *WORLDS))
-    parser.add_argument("--json", type=Path, required=True, help="also writes .csv and .png beside it")
+    parser.add_argument("--suite", choices=(*SUITES, *WORLDS))
+    parser.add_argument("--json", type=Path, help="of a suite; also writes .csv and .png beside it")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="a checkout of Fast-dLLM, dLLM-Cache, Lumina-DiMOO, UniDisc or diffusers, whose decodes are timed beside ours "
+        "on the same random weights, in place of a suite. This runs the code in that folder: name only what you trust",
+    )
     parser.add_argument("--only", **several, metavar="POLICY", help="compare this one; repeatable")
     parser.add_argument(
         "--shape", **several, dest="shapes", help="rows of this many text and image tokens, as 128+1024; repeatable"
@@ -68,9 +84,25 @@ def options_of(kind: type[T], given: argparse.Namespace) -> T:
     return kind(**{name: tuple(v) if isinstance(v := asked[name], list) else v for name in names})
 
 
+def compared(given: argparse.Namespace, say: Callable[[str], None]) -> Table:
+    """Our decodes beside those of another program."""
+    device = pick_device(given.device or "cpu")
+    with thread_count(given.threads):
+        system, found = compare(given.against, SYSTEMS, device, given.runs or 5, say=say)
+        threads, kind = torch.get_num_threads(), "processor" if device.type == "cpu" else "wall-clock"
+        about = f"float32, {threads} threads, {kind} seconds, median of {given.runs or 5} paired runs"
+    return comparison_table(system, found, about)
+
+
 def main() -> None:
-    given, say = parsed(arguments()), Console(stderr=True).print
+    parser, say = arguments(), Console(stderr=True).print
+    given = parsed(parser)
     keep_freed_memory()
+    if given.against:
+        Console(width=110).print(compared(given, say))
+        return
+    if not (given.suite and given.json):
+        parser.error("give --suite and --json, or --against with a folder")
     check_path(given.json)
     if given.suite in WORLDS:
         options = options_of(TrainedOptions, given)
