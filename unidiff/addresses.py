@@ -1,4 +1,5 @@
-"""Where files are: paths, file URLs and http(s) addresses. The one place that opens connections; it never starts a program."""
+"""Where files are: paths, file URLs, http(s) addresses and stores (s3://, gs://, hf://, ... through fsspec, which also finds the
+credentials). The one place that opens connections; it never starts a program."""
 
 from __future__ import annotations
 
@@ -20,6 +21,18 @@ TIMEOUT = 20.0
 """Seconds without a byte after which a server counts as silent."""
 PAUSES = (1.0, 3.0)
 """Seconds before a download is tried again, where the fault may pass."""
+STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "oci", "oss", "memory")
+"""Schemes that fsspec reads and writes here. It knows others, some of which run programs."""
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "oci": "ocifs",
+    "oss": "ossfs",
+}
+_RANGE = 2**24  # bytes of a store that are asked for at a time
 _GONE = (403, 404, 410)  # some stores say 403 for what they do not have
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _PIECE = 2**20
@@ -40,8 +53,43 @@ def scheme(where: str) -> str:
 
 
 def is_remote(where: str) -> bool:
-    """Whether `where` is an http(s) address."""
-    return scheme(where) in ("http", "https")
+    """Whether `where` is an http(s) address or in a store."""
+    return scheme(where) in ("http", "https", *STORES)
+
+
+def in_store(where: str | os.PathLike[str]) -> bool:
+    """Whether `where` is the address of a file or folder of `STORES`."""
+    return scheme(os.fspath(where)) in STORES
+
+
+def open_store(url: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path in it. Raises `Unreachable` where it cannot be used here."""
+    import fsspec
+
+    kind = scheme(url)
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except ImportError as error:
+        package = _PACKAGES.get(kind, "its package for fsspec")
+        raise Unreachable(f"{url!r} needs {package}; run pip install {package}") from error
+    except Exception as error:  # of credentials and settings, each store its own
+        raise Unreachable(f"{url!r} cannot be used ({_cause(error)})") from error
+
+
+def listed(url: str) -> list[str] | None:
+    """The files of a folder in a store, or those that a pattern with `*` finds, as addresses; None for what is no folder."""
+    system, path = open_store(url)
+    prefix = url[: url.index("://") + 3]
+    try:
+        if any(sign in path for sign in "*?["):
+            found = system.glob(path)
+        elif system.isdir(path):
+            found = [entry["name"] for entry in system.ls(path, detail=True) if entry["type"] == "file"]
+        else:
+            return None
+    except Exception as error:
+        raise Unreachable(f"{url!r} cannot be listed ({_cause(error)})") from error
+    return sorted(prefix + str(name).lstrip("/") for name in found)
 
 
 def local_path(where: str) -> str:
@@ -62,9 +110,10 @@ def fetch(url: str, most: int, seconds: float = 60.0) -> bytes:
 
 
 def download(url: str, out: IO[bytes], most: int | None = None, seconds: float | None = None) -> None:
-    """Write the content of an http(s) address into an empty file; redirections stay with http and https.
+    """Write the content of an address into an empty file; redirections stay with http and https.
 
-    A fault that may pass (a silent or overloaded server, a connection that breaks) is tried again, from the start.
+    A fault that may pass (a silent or overloaded server, a connection that breaks) is tried again, from where it broke where
+    the server gives a part of a file. Stores are read piece by piece.
 
     Args:
         most: bytes; None has no bound. seconds: for all of it; None has no bound but the server's silence.
@@ -73,26 +122,29 @@ def download(url: str, out: IO[bytes], most: int | None = None, seconds: float |
         Unreachable: no answer, a refusal, an answer that is cut, too long or too slow; its beginning is in `out`.
     """
     end = None if seconds is None else time.monotonic() + seconds
+    out.seek(0)
+    out.truncate()
     for pause in (*PAUSES, None):
-        out.seek(0)
-        out.truncate()
         try:
-            _copy(url, out, most, end)
+            (_copy_from_store if in_store(url) else _copy)(url, out, most, end)
             return
         except Exception as error:  # of the address, the network, the server or the library
             failure = error
         if isinstance(failure, Unreachable):
             raise failure
-        if isinstance(failure, OSError) and not isinstance(failure, URLError) and failure.filename is not None:
+        local = isinstance(failure, OSError) and not isinstance(failure, URLError | FileNotFoundError)
+        if local and failure.filename is not None:
             raise failure  # the file that is written, not the network
         if pause is None or not _may_pass(failure) or (end is not None and time.monotonic() + pause > end):
-            gone = isinstance(failure, HTTPError) and failure.code in _GONE
+            gone = isinstance(failure, FileNotFoundError) or getattr(failure, "code", None) in _GONE
             raise Unreachable(f"{url!r} cannot be downloaded ({_cause(failure)})", gone) from failure
         time.sleep(pause)
 
 
 def remote_stamp(url: str) -> dict[str, Any]:
-    """What a server says about a file without sending it: size, time of change and tag, as far as it says them."""
+    """What a server or store says about a file without sending it: size, time of change and tag, as far as it says them."""
+    if in_store(url):
+        return _store_stamp(url)
     named = {"size": "Content-Length", "time": "Last-Modified", "hash": "ETag"}
     try:
         with _open(url, "HEAD") as answer:
@@ -106,28 +158,63 @@ def remote_stamp(url: str) -> dict[str, Any]:
 
 
 def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None:
-    with _open(url, "GET") as answer:
-        size = 0
+    size = out.tell()
+    with _open(url, "GET", size) as answer:
+        if answer.status != 206:  # all of it, whatever was asked for
+            out.seek(0)
+            out.truncate()
+            size = 0
         while piece := answer.read1(_PIECE):
-            with writing("the temporary file of a download"):
-                out.write(piece)
-            size += len(piece)
-            if most is not None and size > most:
-                raise Unreachable(f"{url!r} is larger than {most / 2**20:.3g} MB; no such file is expected")
-            if end is not None and time.monotonic() > end:
-                raise Unreachable(f"{url!r} cannot be downloaded (it takes too long)")
-        expected = answer.headers.get("Content-Length", "")
-    if expected.isdigit() and size < int(expected):
-        raise ConnectionError(f"the server sent {size} of {expected} bytes")
+            size = _put(url, out, piece, size, most, end)
+        expected, begun = answer.headers.get("Content-Length", ""), answer.headers.get("Content-Range", "")
+    whole = begun.rpartition("/")[2] if answer.status == 206 else expected
+    if whole.isdigit() and size < int(whole):
+        raise ConnectionError(f"the server sent {size} of {whole} bytes")
 
 
-def _open(url: str, method: str) -> Any:
-    """The server's answer, without the handlers of ftp, file and data, which redirections could lead to."""
+def _copy_from_store(url: str, out: IO[bytes], most: int | None, end: float | None) -> None:
+    system, path = open_store(url)
+    whole, size = int(system.info(path)["size"]), out.tell()
+    while size < whole:
+        piece = system.cat_file(path, start=size, end=min(size + _RANGE, whole))
+        if not piece:
+            raise ConnectionError(f"the store gave {size} of {whole} bytes")
+        size = _put(url, out, piece, size, most, end)
+
+
+def _put(url: str, out: IO[bytes], piece: bytes, size: int, most: int | None, end: float | None) -> int:
+    """Write a piece behind `size` bytes; how many there are then."""
+    with writing("the temporary file of a download"):
+        out.write(piece)
+    size += len(piece)
+    if most is not None and size > most:
+        raise Unreachable(f"{url!r} is larger than {most / 2**20:.3g} MB; no such file is expected")
+    if end is not None and time.monotonic() > end:
+        raise Unreachable(f"{url!r} cannot be downloaded (it takes too long)")
+    return size
+
+
+def _store_stamp(url: str) -> dict[str, Any]:
+    system, path = open_store(url)
+    try:
+        found = system.info(path)
+    except Exception as error:
+        raise Unreachable(
+            f"{url!r} cannot be asked for ({_cause(error)})", isinstance(error, FileNotFoundError)
+        ) from error
+    tags = {"size": ("size",), "hash": ("ETag", "etag", "md5Hash", "content_md5"), "time": ("LastModified", "updated")}
+    named = {name: next((found[key] for key in keys if found.get(key)), None) for name, keys in tags.items()}
+    return {name: value if name == "size" else str(value) for name, value in named.items() if value is not None}
+
+
+def _open(url: str, method: str, start: int = 0) -> Any:
+    """The server's answer, from byte `start` on where it can, without the handlers of ftp, file and data, which redirections could lead to."""
     opener = urllib.request.OpenerDirector()
     kinds = ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError", "Unknown")
     for handler in [getattr(urllib.request, f"{kind}Handler")() for kind in kinds] + [HTTPErrorProcessor()]:
         opener.add_handler(handler)
-    request = urllib.request.Request(url, headers={"User-Agent": "unidiff"}, method=method)
+    headers = {"User-Agent": "unidiff"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers=headers, method=method)
     return opener.open(request, timeout=TIMEOUT)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from unidiff.addresses import in_store
 from unidiff.errors import first_line
+from unidiff.mirror import pulled
 from unidiff.world import WORLDS
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -40,6 +42,8 @@ def locate(name: str | Path, wanted: Sequence[str] = SAFE_FILES, **hub_options: 
         raise TypeError(f"from_pretrained got unknown arguments {unknown}; expected some of {list(HUB_OPTIONS)}")
     if not str(name):
         raise FileNotFoundError("model folder '' does not exist; name a folder, a hub model 'owner/name', or 'emoji'")
+    if in_store(name):
+        return pulled(str(name))
     folder = Path(name)
     if (embedded := embedded_models().get(str(name))) is not None:  # first: the default must not depend on where one is
         if not embedded.is_dir():

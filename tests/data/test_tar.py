@@ -42,7 +42,7 @@ def test_pipe_is_refused_in_one_sentence(tmp_path, source):
         assert not marker.exists()
 
 
-@pytest.mark.parametrize("source", ["gs://x/a.tar", "s3://x/a.tar", "ftp://x/a.tar", "scp:host/a.tar", "-"])
+@pytest.mark.parametrize("source", ["dask://x/a.tar", "github://x/a.tar", "ftp://x/a.tar", "scp:host/a.tar", "-"])
 def test_other_schemes_are_refused(source):
     with pytest.raises(ValueError, match="not a shard unidiff reads"):
         expand_shards(source)

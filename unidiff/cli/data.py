@@ -12,6 +12,7 @@ import typer
 from unidiff.cli.common import Device, bar, check_outputs, height_and_width
 from unidiff.cli.training import Config, Settings
 from unidiff.config import load_config
+from unidiff.mirror import local_folder, local_model
 from unidiff.process import pick_device, set_up_process
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def image(config: Config, settings: Settings = None) -> None:
     run = load_config(ImageTokenizerConfig, config, settings or [])
     from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 
-    train_image_tokenizer(run)
+    with local_folder(run.out) as place:
+        train_image_tokenizer(replace(run, out=str(place)))
 
 
 @tokenizer_app.command()
@@ -71,7 +73,7 @@ def text(
 
 def shards(
     source: Annotated[str, typer.Argument(help="Folder of pictures, CSV, TSV, JSONL or parquet file.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards, here or in a store (s3://, gs://, ...).")],
     size: Annotated[
         str | None, typer.Option(help="Side in pixels, or WIDTHxHEIGHT; left out, each keeps its own.")
     ] = None,
@@ -106,8 +108,8 @@ def shards(
     columns = {"picture_column": picture_column, "caption_column": caption_column, "first_line": first_line}
     options: dict[str, Any] = {"form": form, "samples_per_shard": samples_per_shard, "workers": workers, "seed": seed}
     settings = ShardSettings(sides, fit, background, **columns, **options)  # type: ignore[arg-type]
-    with bar("shards") as advance:
-        note = make_shards(source, out, settings, advance)
+    with local_folder(out) as place, bar("shards") as advance:
+        note = make_shards(source, place, settings, advance)
     typer.echo(f"{note.samples} samples in {len(note.shards)} shards: {out}")
     typer.echo(SkipReport.from_state_dict(note.skipped).summary())
 
@@ -140,7 +142,7 @@ def check(
 
 
 def encode(
-    out: Annotated[Path, typer.Argument(help="Folder for the token shards.")],
+    out: Annotated[str, typer.Argument(help="Folder for the token shards, here or in a store (s3://, gs://, ...).")],
     shards: Annotated[list[str], typer.Option(help="Raw shards: path, folder, brace pattern or URL; repeatable.")],
     image_tokenizer: Annotated[str, typer.Option(help="Folder of the image tokenizer.")],
     text_tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the text tokenizer.")],
@@ -187,18 +189,18 @@ def encode(
         height, 64 if text_length is None else text_length, batch_size, samples_per_shard, workers, documents,
         image_width=0 if width == height else width,
     )  # fmt: skip
-    images = VQImageTokenizer.from_pretrained(image_tokenizer).to(pick_device(device))
-    texts = TextTokenizer.from_pretrained(text_tokenizer)
+    images = VQImageTokenizer.from_pretrained(local_model(image_tokenizer)).to(pick_device(device))
+    texts = TextTokenizer.from_pretrained(local_model(text_tokenizer))
     if text_length is None and not documents:
         settings = replace(settings, text_length=fitting_text_length(urls, texts))
         typer.echo(f"text length {settings.text_length} tokens, as the captions need", err=True)
     total = note.samples if note is not None else None
-    with bar("encode") as advance:
+    with local_folder(out) as place, bar("encode") as advance:
         manifest = encode_shards(
             shards,
             images,
             texts,
-            out,
+            place,
             settings,
             on_shard=lambda count, report: typer.echo(f"{count} samples, {report.total} skipped"),
             allow_missing=allow_missing,
@@ -213,7 +215,7 @@ def _place(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _say(manifest: TokenManifest, out: Path) -> None:
+def _say(manifest: TokenManifest, out: str) -> None:
     from unidiff.data.report import SkipReport
 
     documents, length = manifest.kind == "documents", manifest.text_length

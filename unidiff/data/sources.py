@@ -15,7 +15,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from unidiff.addresses import is_remote, local_path, scheme
+from unidiff.addresses import STORES, in_store, is_remote, listed, local_path, scheme
 from unidiff.errors import check_regular, few, reading
 
 ENDINGS = (
@@ -33,12 +33,12 @@ def expand_shards(patterns: str | Sequence[str], allow_missing: bool = True) -> 
 
     Args:
         patterns: one pattern or several. A pattern is a path, a folder (its files that end as a tar does), a glob (`*`, `?`,
-            `[0-9]`), an http(s) or file URL, each with `{000..127}` braces; `::` separates patterns inside one string. The
+            `[0-9]`), also in a store (s3://, gs://, hf://, ...), an http(s) or file URL, each with `{000..127}` braces; `::` separates patterns inside one string. The
             name of an existing file or folder stands for itself, whatever characters are in it.
         allow_missing: shards of this machine need not exist. Addresses are never asked.
 
     Raises:
-        ValueError: no pattern, a scheme other than file, http and https, a folder or glob without shards, or more than
+        ValueError: no pattern, a refused scheme, a folder or glob without shards, or more than
             `MOST_SHARDS` of them.
         FileNotFoundError: shards that do not exist.
     """
@@ -50,7 +50,7 @@ def expand_shards(patterns: str | Sequence[str], allow_missing: bool = True) -> 
         check_scheme(pattern)
         for url in _braces(pattern):
             check_scheme(url)
-            urls += [url] if is_remote(url) else _local(local_path(url))
+            urls += _stored(url) if in_store(url) else [url] if is_remote(url) else _local(local_path(url))
             if len(urls) > MOST_SHARDS:
                 raise ValueError(f"{pattern!r} names more than {MOST_SHARDS:,} shards; check its braces")
     if not urls:
@@ -69,12 +69,15 @@ def split_patterns(spec: str) -> list[str]:
 
 
 def check_scheme(url: str) -> None:
-    """Raise ValueError unless `url` is a path, a file URL or an http(s) URL."""
+    """Raise ValueError unless `url` is a path, a file URL, an http(s) URL or in a store."""
     kind = scheme(url)
     if kind == "pipe" or url.strip().lower().startswith("pipe:"):
         raise ValueError(f"{url!r} is refused: a `pipe:` source runs a shell command; give a file or an http(s) URL")
-    if kind not in ("", "file", "http", "https") or url == "-":
-        raise ValueError(f"{url!r} is not a shard unidiff reads; give a file, a brace pattern or an http(s) URL")
+    if kind not in ("", "file", "http", "https", *STORES) or url == "-":
+        known = ", ".join(f"{store}://" for store in STORES[:-1])
+        raise ValueError(
+            f"{url!r} is not a shard unidiff reads; give a file, a brace pattern, an http(s) URL, or {known}"
+        )
 
 
 def refuse_missing(names: Sequence[str]) -> None:
@@ -124,6 +127,17 @@ def _choices(inside: str) -> int:
             total += _count(inside[start:place])
             start = place + 1
     return total + _count(inside[start:])
+
+
+def _stored(url: str) -> list[str]:
+    """As `_local`, in a store."""
+    found = None if is_shard_name(url.rpartition("/")[2]) and not glob.has_magic(url) else listed(url)
+    if found is None:
+        return [url]
+    shards = [name for name in found if is_shard_name(name.rpartition("/")[2])]
+    if not shards:
+        raise ValueError(f"{url!r} holds no .tar shards")
+    return shards
 
 
 def _local(path: str) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.addresses import is_remote, local_path
+from unidiff.addresses import in_store, is_remote, local_path
 from unidiff.data import report
 from unidiff.data.manifest import TokenManifest, token_stamp
 from unidiff.data.members import decode_member
@@ -245,7 +245,8 @@ def token_shards(pattern: str) -> list[str]:
     for part in split_patterns(pattern):
         check_scheme(part)
         folder = part.rstrip("/")
-        if os.path.isdir(local_path(folder)) or part.endswith("/"):
+        stored = in_store(part) and not is_shard_name(folder.rpartition("/")[2])
+        if stored or os.path.isdir(local_path(folder)) or part.endswith("/"):
             urls += [f"{folder}/{name}" for name in TokenManifest.load(folder).shards]
             continue
         for url in expand_shards(part):  # a shard may have vanished, but a name that is no shard's is a mistake

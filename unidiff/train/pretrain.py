@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, SamplerConfig
 from unidiff.files import write_json
+from unidiff.mirror import local_folder, local_model
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.owned import check_target
 from unidiff.pipelines.pack import pack_pipeline
@@ -29,13 +30,26 @@ def pretrain(config: TrainConfig, environment: Mapping[str, str]) -> int:
     """A run of `config`, as `unidiff.train.trainer.train` does; with tokenizers, OUTPUT/pipeline is its model at the end.
 
     Tokenizers that `config` does not name are those that the data was encoded with. The pipeline holds `model-best` where
-    there is one, and draws with the settings that `find_decoding` finds on `logging.sweep_rows` held-out rows.
+    there is one, and draws with the settings that `find_decoding` finds on `logging.sweep_rows` held-out rows. The output,
+    tokenizers, tables and starting weights may lie in stores, see `unidiff.mirror`.
     """
-    named = noted_tokenizers(config.data.train)
-    own = config.tokenizer
+    named, own, data = noted_tokenizers(config.data.train), config.tokenizer, config.data
+    image, text = own.image or named.get("image", ""), own.text or named.get("text", "")
     config = replace(
-        config, tokenizer=TokenizerConfig(own.image or named.get("image", ""), own.text or named.get("text", ""))
+        config,
+        tokenizer=TokenizerConfig(local_model(image), local_model(text)),
+        checkpoint=replace(config.checkpoint, init_from=local_model(config.checkpoint.init_from)),
+        data=replace(data, train=_table(data.train), validation=_table(data.validation)),
     )
+    with local_folder(config.output) as place:
+        return _pretrain(replace(config, output=str(place)), environment)
+
+
+def _table(spec: str) -> str:
+    return local_model(spec) if spec.endswith(".safetensors") else spec
+
+
+def _pretrain(config: TrainConfig, environment: Mapping[str, str]) -> int:
     if not (config.tokenizer.image and config.tokenizer.text):
         return train(config, environment)
     target = Path(config.output) / PIPELINE
