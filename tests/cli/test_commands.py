@@ -180,7 +180,7 @@ def test_info_and_pack(run, tmp_path):
     status, out, _ = run("info", "--model", tmp_path / "model")
     assert status == 0 and "24 x 16 pixels, 6 codes" in out and "16 codes, factor 8" in out
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
-    assert index["_class_name"] == "UniDiffPipeline" and index["settings"]["grid"] == [2, 3]
+    assert index["_class_name"] == ["pipeline", "UniDiffPipeline"] and index["settings"]["grid"] == [2, 3]
 
 
 def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):

@@ -81,6 +81,8 @@ def test_from_pipeline_to_pipeline(base, tmp_path, extra):
     }
     assert changed == layers if extra else layers < changed
     assert (out / "adapter").is_dir() == bool(extra)
+    card = (out / "pipeline" / "README.md").read_text()
+    assert "- `steps`: 6" in card and ("- `lora.rank`: 4" in card) == bool(extra) and str(base) not in card
     if extra:  # the adapter on the base is the merged pipeline
         before.load_lora_weights(out / "adapter")
         before.fuse_lora()

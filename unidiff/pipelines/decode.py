@@ -34,7 +34,7 @@ from unidiff.pipelines.output import UniDiffOutput, trajectory_of
 from unidiff.schedulers.rule import scheduled_options, with_scheduler
 from unidiff.tokens import TokenBatch
 from unidiff.tokens.text import all_have_holes, letters_note, notes_on, refuse_holes
-from unidiff.weights.model import bring
+from unidiff.weights.model import HOOKS, bring
 
 P = ParamSpec("P")
 _LARGEST = (1 << 62) - 1
@@ -110,7 +110,8 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     if options.generator is None and hasattr(pipe.transformer, "mesh"):
         raise ValueError("the transformer is spread over processes, which must draw alike; give generator=")
     seeds = candidate_seeds(row_seeds(options.generator, inputs.count, call.per_entry), count)
-    bring(pipe.transformer)
+    if HOOKS & vars(pipe.transformer).keys():
+        bring(pipe.transformer)
     request = request.repeated(count, pipe._execution_device)  # [B * count, L]
     model, request, config, own_rules = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unidiff.errors import read_json
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.card import ModelFacts
 from unidiff.pipelines.folder import load_tokenizers, load_transformer
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.owned import check_target, read_settings
@@ -28,7 +29,7 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.build import check_ids
-from unidiff.train.config import TokenizerConfig, TrainConfig
+from unidiff.train.config import TokenizerConfig, TrainConfig, leaves
 from unidiff.train.data.source import TokenSource
 from unidiff.train.trainer import train
 
@@ -75,9 +76,17 @@ def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) 
         if transformer.config.attention == "block_causal":  # decoded block after block, as it was trained
             blocks = DecodeOptions(block_length=transformer.config.block_length)
             after = replace(after, samplers={task: blocks.apply(s) for task, s in after.samplers.items()})
-        UniDiffPipeline(transformer, *tokenizers, after).save_pretrained(output / "pipeline")
+        pipe = UniDiffPipeline(transformer, *tokenizers, after)
+        pipe.save_pretrained(output / "pipeline", facts=ModelFacts(training=told(config)))
 
     return train(config, environment, check, save_pipeline if pipeline else None)
+
+
+def told(config: TrainConfig) -> dict[str, Any]:
+    """What a model card says of a run: settings that are not the usual ones, without names of files and folders."""
+    usual = {name: value for name, value, _ in leaves(TrainConfig())}
+    silent = ("output", "data.", "tokenizer.", "model", "logging.", "checkpoint.", "device", "threads")
+    return {name: value for name, value, _ in leaves(config) if value != usual[name] and not name.startswith(silent)}
 
 
 def _taken_over(config: TrainConfig, folder: Path, weights: Path, own: Mapping[str, Any]) -> TrainConfig:

@@ -18,6 +18,7 @@ from unidiff.errors import check_regular, first_line, reading
 from unidiff.families.layout import TaskInputs
 from unidiff.files import locked
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.card import ModelFacts
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.tokens import TokenBatch
 from unidiff.train.build import add_adapters, export_adapter, merge_adapters
@@ -63,7 +64,8 @@ def tune_pipeline(
             export_adapter(pipe.transformer, output / "adapter", run.keep)
         merge_adapters(pipe.transformer)
         keep_share(pipe.transformer, tuning.tuner.reference, run.keep)
-        pipe.save_pretrained(output / "pipeline")
+        changed = {name: value for name, value in asdict(run).items() if value != getattr(RewardConfig(), name)}
+        pipe.save_pretrained(output / "pipeline", facts=ModelFacts(training={"reward tuning": True, **changed}))
 
 
 class _Run:

@@ -41,15 +41,18 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(
 )
 
 
+HOOKS = {"_hf_hook", "_diffusers_hook"}
+"""Attributes of a module that accelerate and diffusers put hooks into."""
+
+
 def bring(module: torch.nn.Module) -> None:
-    """Let hooks of accelerate and diffusers bring a module to where it computes, as before its `forward`.
+    """Let the hooks of a module bring it to where it computes, as before its `forward`; for modules with `HOOKS`.
 
     Models here compute by methods of other names. What the hooks brought stays until they take it away.
     """
-    hooks = [vars(module)["_hf_hook"]] if "_hf_hook" in vars(module) else []
-    if "_diffusers_hook" in vars(module):
-        hooks += vars(module)["_diffusers_hook"].hooks.values()
-    for hook in hooks:
+    held = vars(module)
+    registered = held["_diffusers_hook"].hooks.values() if "_diffusers_hook" in held else ()
+    for hook in (*([held["_hf_hook"]] if "_hf_hook" in held else ()), *registered):
         hook.pre_forward(module)
 
 
@@ -102,6 +105,8 @@ class CheckedModel(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[m
         """Split a config into constructor arguments; an unknown key or another class raises `ValueError`."""
         parameters = inspect.signature(cls.__init__).parameters
         known = set(parameters) - {"self"}
+        if not isinstance(config_dict.get("quantization_config"), Mapping):  # of the caller, not of the file
+            config_dict = {name: value for name, value in config_dict.items() if name != "quantization_config"}
         if unknown := sorted(k for k in config_dict if not k.startswith("_") and k not in known):
             raise ValueError(
                 f"{cls.__name__} config has unknown keys {[plain(k) for k in unknown[:5]]}; expected some of {sorted(known)}"

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import isabstract
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
 from unidiff.schema import Between, Layers, Rows, Width, check_value
-from unidiff.weights.model import CheckedModel, bring, load_checked, save_model
+from unidiff.weights.model import HOOKS, CheckedModel, bring, load_checked, save_model
 
 
 class HasCodes(Protocol):
@@ -186,6 +186,8 @@ class VQImageTokenizer:
 
     @property
     def device(self) -> torch.device:
+        if HOOKS & vars(self.model).keys():
+            bring(self.model)
         return next(self.model.parameters()).device
 
     @property
@@ -201,24 +203,19 @@ class VQImageTokenizer:
     def encode(self, images: Tensor) -> Tensor:
         """float `[B, 3, H, W]` in [0, 1] -> int64 codes `[B, H/factor, W/factor]`; `ValueError` as of `check_images`."""
         check_images(images, self.factor)
-        bring(self.model)
         return self._coder.encode(images.to(self.device))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """int64 codes `[B, h, w]` -> float32 `[B, 3, h * factor, w * factor]` in [0, 1]; errors as of `check_codes`."""
         check_codes(codes, self.codebook_size)
-        bring(self.model)
         return self._coder.decode(codes.to(self.device)).float().clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights (safetensors); other files in the folder stay.
 
-        Raises:
-            ValueError: `folder` is a file or holds another model, or weights that hold NaN. OSError: a full disk.
-        """
-        ours = self._coder is self.model
-        if ours:
+        Raises ValueError: `folder` is a file or holds another model, or weights that hold NaN. OSError: a full disk."""
+        if self._coder is self.model:
             self.model.save_pretrained(folder)
         else:
             save_model(self.model, folder, self.model.save_pretrained)
@@ -226,7 +223,7 @@ class VQImageTokenizer:
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None
-    ) -> VQImageTokenizer:
+    ) -> Self:
         """Read a folder written by `save_pretrained`, or any diffusers `VQModel` folder; `FileNotFoundError` for none."""
         path = path_of(folder) / "config.json"
         if not path.exists():
@@ -240,10 +237,8 @@ class VQImageTokenizer:
             kind.check_config(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        model, _ = load_checked(
-            kind.network_class().from_pretrained, name, str(folder), torch_dtype=dtype, variant=variant
-        )
-        return cls(model)
+        load = kind.network_class().from_pretrained
+        return cls(load_checked(load, name, str(folder), torch_dtype=dtype, variant=variant)[0])
 
 
 def check_images(images: Tensor, factor: int) -> None:
@@ -354,8 +349,7 @@ class CellVQModel(QuantizedAutoencoder):
             raise ValueError(f"factor {factor} must be a power of two, at least 2")
         if len(decoder_widths) != len(decoder_depths) or 2 ** (len(decoder_widths) - 1) > factor:
             given = f"decoder_widths {tuple(decoder_widths)} and decoder_depths {tuple(decoder_depths)}"
-            most = factor.bit_length()
-            raise ValueError(f"{given} must have the same length, at most {most} for factor {factor}")
+            raise ValueError(f"{given} must have the same length, at most {factor.bit_length()} for factor {factor}")
         self.encoder = nn.Sequential(
             nn.Conv2d(3, encoder_width, factor, stride=factor),
             *(CellBlock(encoder_width, 1) for _ in range(encoder_depth)),
