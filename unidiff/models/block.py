@@ -35,11 +35,21 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., size] -> [..., size]
         if self.kind == "rms":
+            if x.device.type == "cpu" and not torch.is_grad_enabled():
+                return _rms_norm(x, self.weight, self.eps)
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # fused if dtypes agree
         # a weight gathered in bf16 beside a float32 residual stream: the kernel wants the wider type, never the narrower
         wide = torch.promote_types(self.weight.dtype, x.dtype)
         bias = None if self.bias is None else self.bias.to(wide)
         return F.layer_norm(x, self.weight.shape, self.weight.to(wide), bias, self.eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `F.rms_norm`, which on a CPU is a chain of kernels that each hold all of x: here x is read twice, written once."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed = wide * scale if wide is x else wide.mul_(scale)
+    return normed.mul_(weight).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -75,11 +85,10 @@ class RotaryTables(NamedTuple):
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, L, H, d]` by the tables' angles; computed in the tables' dtype, returned in that of `x`."""
     cos, signed_sin, interleaved = tables
-    if interleaved:
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        swapped = torch.stack((odd, even), dim=-1).flatten(-2)
-    else:
-        swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    if interleaved:  # pairs are complex numbers
+        pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos[..., ::2], signed_sin[..., 1::2])).flatten(-2).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
     turned = swapped.mul_(signed_sin) if swapped.dtype == signed_sin.dtype else swapped * signed_sin
     return (x * cos).add_(turned).to(x.dtype)  # (a cos - b sin, b cos + a sin)
 

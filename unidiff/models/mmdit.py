@@ -27,7 +27,8 @@ TIME_FACTOR = 1000.0
 
 
 class MMDiTFeatures(NamedTuple):
-    """Features ready for the two heads: text `[B, T, D]`, image `[B, H, W, D]` on the grid of the codes."""
+    """Features behind the last norms: text `[B, T, D]`, image `[B, H, W, D]` on the grid of the codes. The heads are linear in
+    them, so that those of several passes may be mixed before."""
 
     text: Tensor
     image: Tensor
@@ -161,7 +162,7 @@ class MMDiT(CheckedModel):
         joined = self.run_blocks(words, image, condition, [WholeView(rotary)] * self.num_blocks)
         # 3. image tokens back to the grid of the codes
         words, image = joined.split((words.shape[1], image.shape[1]), dim=1)
-        return MMDiTFeatures(words, self.grid(self.leave_cells(image), codes.shape[1:]))
+        return MMDiTFeatures(plain_norm(words), self.grid(self.leave_cells(image), codes.shape[1:]))
 
     def make_store(
         self, rows: int, text_length: int, size: Sequence[int], options: StoreOptions | None = None
@@ -202,7 +203,7 @@ class MMDiT(CheckedModel):
                 words = gather_rows(words, index.at[:, : index.split])
                 codes = gather_rows(codes, index.at[:, index.split :] - length)
             x = self.run_blocks(self.read_text(words), self.read_codes(codes), Condition(vector), views)
-            words, image = x[:, : index.split], self.leave_cells(x[:, index.split :]).flatten(2)
+            words, image = plain_norm(x[:, : index.split]), self.leave_cells(x[:, index.split :]).flatten(2)
             return torch.cat((F.pad(words, (0, image.shape[2] - words.shape[2])), image), dim=1)  # [B, n, c D]
 
         return partial_pass(run, plan, store, select)
@@ -257,7 +258,8 @@ class MMDiT(CheckedModel):
     def leave_cells(self, image: Tensor) -> Tensor:
         """Image tokens `[B, n, D]` behind the blocks to features of their codes `[B, n, c, D]`, cell by cell."""
         x = self.leave(self.leave_norm(image))
-        return self.up(self.up_norm(x)) if self.up is not None and self.up_norm is not None else x[:, :, None]
+        x = self.up(self.up_norm(x)) if self.up is not None and self.up_norm is not None else x[:, :, None]
+        return self.image_norm(_pointwise(self.image_in, x))
 
     def condition(self, pooled: Tensor, micro: Tensor, time: Tensor) -> Condition:
         """SiLU of (time embedding + embedding of pooled text and micro conditions), `[B, D]`; arguments as `features`."""
@@ -284,12 +286,11 @@ class MMDiT(CheckedModel):
         """
         if self.text_out is None:
             raise ValueError("this model predicts images only (text_vocab_size is None); it cannot write text")
-        return _wide(F.linear(plain_norm(features), self.text_out.weight[start:stop]))
+        return _wide(F.linear(features, self.text_out.weight[start:stop]))
 
     def image_head(self, features: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the codes `[start, stop)`: `[..., D]` to float32 `[..., stop - start]`."""
-        x = self.image_norm(_pointwise(self.image_in, features))
-        return _wide(F.linear(x, self.image_out.weight[start:stop].flatten(1)))
+        return _wide(F.linear(features, self.image_out.weight[start:stop].flatten(1)))
 
     def forward(self, codes: Tensor, text: Tensor, pooled: Tensor, micro: Tensor, time: Tensor) -> MMDiTOutput:
         """Logits of every position; arguments as `features`."""
