@@ -342,7 +342,7 @@ MOST: Mapping[str, Waits] = {
     "pass, dream": Waits(1, 0),
     "pass, mmada": Waits(1, 0),
     "pass, lumina": Waits(1, 0),
-    "pass, muddit": Waits(13, 1),
+    "pass, muddit": Waits(1, 0),
     "pass, progress bar": Waits(2, 1),
     "pass, callback": Waits(2, 1),
     "call, text_to_image": Waits(20, 12),

@@ -24,6 +24,7 @@ from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.weights.files import check_dtype, check_finite, check_tensor, load_torch
 from unidiff.weights.model import load_checked
 
+LAYOUT = "this network takes rows of one layout without padding; decode rows of other lengths apart"
 MASK_EMBEDDING = "mask_token_embedding.pth"
 TIME_CONVENTIONS = ("fraction", "index", "training")
 _Moderate = Annotated[float, Between(-1e6, 1e6)]
@@ -119,15 +120,17 @@ class ClipText:
         """int64 `[B, T]` to features. The pooled vector is that of the first end token, as CLIP's config defines it.
 
         Raises:
-            ValueError: more positions than the encoder has, an unknown id, or [MASK] without a mask embedding.
+            ValueError: more positions than the encoder has; on the CPU, where a look costs nothing, an unknown id, or [MASK]
+                without a mask embedding.
         """
         if ids.ndim != 2 or ids.shape[1] > self.length:
             raise ValueError(f"text ids have shape {tuple(ids.shape)}; expected [B, T] with T at most {self.length}")
-        largest = int(ids.max())
-        if largest > self.mask_id or int(ids.min()) < 0:
-            raise ValueError(f"text id {largest} is unknown; ids run from 0 to {self.mask_id} ([MASK])")
-        if largest == self.mask_id and not self.reads_masks:
-            raise ValueError("the text holds [MASK] but no mask embedding was given; pass mask_token_embedding.pth")
+        if ids.device.type == "cpu":
+            largest = int(ids.max())
+            if largest > self.mask_id or int(ids.min()) < 0:
+                raise ValueError(f"text id {largest} is unknown; ids run from 0 to {self.mask_id} ([MASK])")
+            if largest == self.mask_id and not self.reads_masks:
+                raise ValueError("the text holds [MASK] but no mask embedding was given; pass mask_token_embedding.pth")
         out = self.encoder(input_ids=ids.to(self.device), output_hidden_states=True)
         return TextFeatures(out.hidden_states[-2], out.text_embeds)
 
@@ -168,30 +171,37 @@ class MudditConditions:
 
 
 class _Rows(NamedTuple):
-    """How text and codes lie in the rows of a call: bool `[L]`, and rows and columns of the image."""
+    """How text and codes lie in the rows of a call: where each begins and ends, and rows and columns of the image."""
 
-    is_text: Tensor
+    words: slice
+    codes: slice
     size: tuple[int, int]
 
+    @property
+    def count(self) -> int:
+        """T."""
+        return self.words.stop - self.words.start
+
     def text(self, x: Tensor) -> Tensor:
-        return x[:, self.is_text]  # [B, L] to [B, T]
+        return x[:, self.words]  # [B, L] to [B, T]
 
     def image(self, x: Tensor) -> Tensor:
-        return x[:, ~self.is_text].unflatten(1, self.size)  # [B, L] to [B, H, W]
+        return x[:, self.codes].unflatten(1, self.size)  # [B, L] to [B, H, W]
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """`[B, T, ...]` and `[B, H, W, ...]` to `[B, L, ...]`."""
-        joined = text.new_empty(len(text), len(self.is_text), *text.shape[2:])
-        joined[:, self.is_text], joined[:, ~self.is_text] = text, image.flatten(1, 2)
-        return joined
+        parts = (text, image.flatten(1, 2))
+        return torch.cat(parts if self.words.start == 0 else parts[::-1], dim=1)
 
 
 @dataclass(eq=False)
 class MudditDenoiser:
-    """A `PartialDenoiser` for Muddit and Meissonic, made for one request. A text is encoded anew when it has changed.
+    """A `PartialDenoiser` for Muddit and Meissonic, made for one request.
 
     Every row is one text span of the encoder's length and one image span, in either order, without padding; all rows of
-    a call have the same layout.
+    the request have the same layout. Passes read nothing from the device: the layout is looked at once (on the CPU, where
+    that costs nothing, in every pass), and a text is encoded once if `prompts` has it, else in every pass (on the CPU, when it
+    has changed).
 
     A partial pass recomputes the text tokens and cells of codes of the plan: with downsampling 2 x 2 codes share a token of
     the blocks, and are recomputed together. The text encoder always reads whole texts. Time reaches every layer, so that
@@ -204,6 +214,7 @@ class MudditDenoiser:
         told: time convention and micro conditions. factor: pixels per code.
         empty_prompt: int64 `[T]`, ids of the empty prompt. It stands for a text that is hidden altogether while image
             codes are hidden too: the family's unconditional stream. None leaves such a text hidden.
+        prompts: int64 `[K, T]`, all that the rows of the request and of its guidance streams have, where none is written.
     """
 
     model: MMDiT
@@ -214,8 +225,10 @@ class MudditDenoiser:
     told: MudditConditions = MudditConditions()
     factor: int = 16
     empty_prompt: Tensor | None = None
-    _read: tuple[Tensor, TextFeatures] | None = field(default=None, init=False)  # the texts of the last pass
-    _rows: _Rows | None = field(default=None, init=False)  # of the request with a store
+    prompts: Tensor | None = None
+    _read: tuple[Tensor, TextFeatures] | None = field(default=None, init=False)  # texts that were encoded
+    _rows: _Rows | None = field(default=None, init=False)
+    _told: Tensor | None = field(default=None, init=False)  # micro conditions
 
     @property
     def traits(self) -> DenoiserTraits:
@@ -224,7 +237,7 @@ class MudditDenoiser:
         layer = LayerFlops(4 * d * d, 2 * d * d, 2 * d * d, 16 * d * d, 4 * d)  # double and single blocks alike
         layers, codes = (layer,) * self.model.num_blocks, self.model.cell_side**2
         return DenoiserTraits(
-            self.vocabulary.size, d, layers, affine_head=False, timed=True, codes_per_token=codes, recordable=False
+            self.vocabulary.size, d, layers, affine_head=True, timed=True, codes_per_token=codes, recordable=False
         )
 
     def hidden(
@@ -240,7 +253,7 @@ class MudditDenoiser:
         Raises:
             ValueError: padding or packed samples, rows of different layout, or an image span that is no whole grid.
         """
-        rows = _rows_of(modality, positions, attention_mask)
+        rows = self._layout(modality, positions, attention_mask)
         codes = rows.image(ids) - self.vocabulary.image[0]
         text, moment = self._conditions(ids, rows, time)
         out = self.model.features(codes, text.sequence, text.pooled, self._micro(rows, ids.device), moment)
@@ -258,8 +271,8 @@ class MudditDenoiser:
 
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`. Its positions are the tokens of the blocks, the text's first."""
-        rows = self._rows = _rows_of(batch.modality, batch.positions, batch.attention_mask())
-        store = self.model.make_store(len(batch.ids), int(rows.is_text.sum()), rows.size, options)
+        rows = self._layout(batch.modality, batch.positions, batch.attention_mask())
+        store = self.model.make_store(len(batch.ids), rows.count, rows.size, options)
         store.tokens_of = lambda where: self._to_tokens(where, rows)
         return store
 
@@ -292,9 +305,8 @@ class MudditDenoiser:
     def shifted(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """From the tokens of the blocks to every position of a row, see `PartialDenoiser.shifted`."""
         rows, width = self._stored(), hidden.shape[-1] // self.model.cell_side**2
-        count = int(rows.is_text.sum())
-        codes = hidden[:, count:].unflatten(-1, (-1, width))  # [B, N, c, D]
-        return rows.join(hidden[:, :count, :width], self.model.grid(codes, rows.size))
+        codes = hidden[:, rows.count :].unflatten(-1, (-1, width))  # [B, N, c, D]
+        return rows.join(hidden[:, : rows.count, :width], self.model.grid(codes, rows.size))
 
     def _stored(self) -> _Rows:
         if self._rows is None:
@@ -307,9 +319,8 @@ class MudditDenoiser:
 
     def _to_positions(self, x: Tensor, rows: _Rows) -> Tensor:
         """`[B, T + N]` to `[B, L]`: the codes of a cell share its number."""
-        count = int(rows.is_text.sum())
-        codes = x[:, count:, None].expand(-1, -1, self.model.cell_side**2)
-        return rows.join(x[:, :count], self.model.grid(codes, rows.size))
+        codes = x[:, rows.count :, None].expand(-1, -1, self.model.cell_side**2)
+        return rows.join(x[:, : rows.count], self.model.grid(codes, rows.size))
 
     def _conditions(self, ids: Tensor, rows: _Rows, time: Tensor | None) -> tuple[TextFeatures, Tensor]:
         """The texts as the network reads them, and `[B]` times in the checkpoint's convention."""
@@ -318,10 +329,16 @@ class MudditDenoiser:
         if self.empty_prompt is not None:
             unconditional = hides_text.all(1) & hides_image.any(1)
             text = torch.where(unconditional[:, None], self.empty_prompt.to(text.device), text)
-        if self._read is None or not torch.equal(self._read[0], text):
-            features = TextFeatures(*(x.to(ids.device) for x in self.encoder(text)))
-            self._read = text, features
-        return self._read[1], self._moment(hides_text, hides_image, time)
+        return self._encoded(text), self._moment(hides_text, hides_image, time)
+
+    def _encoded(self, text: Tensor) -> TextFeatures:
+        known, of = self._read, text if self.prompts is None else self.prompts
+        if known is None or (of is text and not (text.device.type == "cpu" and torch.equal(known[0], text))):
+            known = self._read = of, TextFeatures(*(x.to(text.device) for x in self.encoder(of)))
+        if of is text:
+            return known[1]
+        which = (text[:, None] == of).all(2).long().argmax(1)
+        return TextFeatures(*(x.index_select(0, which) for x in known[1]))
 
     def _moment(self, hides_text: Tensor, hides_image: Tensor, time: Tensor | None) -> Tensor:
         """The sampler's t before pass j of P is 1 - j / P, with P - 1 - j passes to come."""
@@ -333,15 +350,29 @@ class MudditDenoiser:
         return left if self.told.time == "index" else left / self.steps
 
     def _micro(self, rows: _Rows, device: torch.device) -> Tensor:
-        return self.told.micro(rows.size[0] * self.factor, rows.size[1] * self.factor, device)
+        if self._told is None:
+            self._told = self.told.micro(rows.size[0] * self.factor, rows.size[1] * self.factor, device)
+        return self._told
+
+    def _layout(self, modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> _Rows:
+        if attention_mask is not None:
+            raise ValueError(LAYOUT)
+        if self._rows is None or modality.device.type == "cpu":
+            self._rows = _rows_of(modality, positions)
+        return self._rows
 
 
-def _rows_of(modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> _Rows:
-    if attention_mask is not None or not bool((modality == modality[:1]).all()):
-        raise ValueError("this network takes rows of one layout without padding; decode rows of other lengths apart")
-    is_text = modality[0] == Modality.TEXT
-    count = int((~is_text).sum())
-    height, width = (positions[0, ~is_text, 1:].amax(0) + 1).tolist() if count else (0, 0)
+def _rows_of(modality: Tensor, positions: Tensor) -> _Rows:
+    codes = modality[0] != Modality.TEXT
+    sides = torch.where(codes[:, None], positions[0, :, 1:] + 1, 0).amax(0)
+    same, borders = (modality == modality[:1]).all().long(), (codes[1:] != codes[:-1]).sum()
+    numbers = torch.stack((same, borders, codes.sum(), codes[0].long(), *sides)).tolist()
+    same, borders, count, codes_first, height, width = numbers
+    if not same or borders > 1:
+        raise ValueError(LAYOUT)
     if height * width != count or count == 0:
         raise ValueError(f"a row has {count} codes on a grid of {height}x{width}; expected one whole image")
-    return _Rows(is_text, (height, width))
+    length = modality.shape[1]
+    border = count if codes_first else length - count
+    first, second = slice(0, border), slice(border, length)
+    return _Rows(second, first, (height, width)) if codes_first else _Rows(first, second, (height, width))

@@ -219,8 +219,14 @@ class MeissonicLayout(RowLayout):
                 count = int((request.batch.modality[0] == modality).sum())
                 text = modality == Modality.TEXT
                 rules[modality] = MaskGit(own.steps, 0, own.schedule, count, text, own.choice_temperature)
-        parts, empty = (pipe.transformer, self.encoder, self.vocabulary), torch.tensor(self._known([]))
-        model = MudditDenoiser(*parts, steps, passes, self.told, pipe.images.factor, empty)
+        parts, device = (pipe.transformer, self.encoder, self.vocabulary), request.batch.ids.device
+        empty, texts = torch.tensor(self._known([]), device=device), None
+        if Modality.TEXT not in decoded:
+            length = self.encoder.length
+            texts = torch.cat(
+                [empty[None], *(rows.ids[:, :length] for rows in (request.batch, *request.unconditional))]
+            )
+        model = MudditDenoiser(*parts, steps, passes, self.told, pipe.images.factor, empty, texts)
         return Prepared(model, request, config, rules)
 
     def _begun(
