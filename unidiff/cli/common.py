@@ -147,12 +147,9 @@ def load_own_model(model: str, device: str, dtype: str, what: str) -> UniDiffPip
     return pipe
 
 
-def many(prompts: Path, out: Path, batch_size: int, flags: DecodeFlags) -> None:
-    """Calls for every line of a file, by this process and those that `torchrun` started with it; status 1 where a lone one
-    had to refuse some."""
-    from unidiff.pipelines.batch import MANIFEST, read_rows, run_rows
-
-    rows = read_rows(prompts)
+@contextmanager
+def shared_rows(flags: DecodeFlags, batch_size: int) -> Iterator[tuple[UniDiffPipeline, dict[str, Any]]]:
+    """A pipeline, and options of `run_rows`, for this process and those that `torchrun` started with it."""
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if size > 1:
         import torch
@@ -162,13 +159,21 @@ def many(prompts: Path, out: Path, batch_size: int, flags: DecodeFlags) -> None:
     pipe = flags.load()
     pipe.set_progress_bar_config(disable=True)
     options = {**flags.options, "batch_size": batch_size, "about": flags.about, "rank": rank, "size": size}
-    seed = options.pop("generator")
+    options["seed"] = options.pop("generator")
     with bar("rows") as tick:
-        refused = run_rows(pipe, rows, out, prompts.absolute().parent, seed, tick=tick, **options)
-    typer.echo(
-        f"{out / MANIFEST}: {len(range(rank, len(rows), size))} rows" + (f", {refused} refused" if refused else "")
-    )
-    if refused and size == 1:  # torchrun would end the other processes
+        yield pipe, {**options, "tick": tick}
+
+
+def many(prompts: Path, out: Path, batch_size: int, flags: DecodeFlags) -> None:
+    """Calls for every line of a file; status 1 where a lone process had to refuse some."""
+    from unidiff.pipelines.batch import MANIFEST, read_rows, run_rows
+
+    rows = read_rows(prompts)
+    with shared_rows(flags, batch_size) as (pipe, options):
+        refused = run_rows(pipe, rows, out, prompts.absolute().parent, **options)
+    own = len(range(options["rank"], len(rows), options["size"]))
+    typer.echo(f"{out / MANIFEST}: {own} rows" + (f", {refused} refused" if refused else ""))
+    if refused and options["size"] == 1:  # torchrun would end the other processes
         raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from unidiff.cli.common import (
     MOST,
     Candidates,
+    DecodeFlags,
     Device,
     Dtype,
     Guidance,
@@ -22,6 +23,8 @@ from unidiff.cli.common import (
     check_outputs,
     height_and_width,
     load_own_model,
+    shared_rows,
+    with_decode_flags,
 )
 from unidiff.world import WORLDS
 
@@ -94,6 +97,27 @@ def evaluate(
     Console().print(result.table(f"{name} scenes"))
     if before is not None:
         Console().print(compare_reports(before, result).table(f"compared with {against}"))
+
+
+@eval_app.command("run")
+@with_decode_flags
+def run(
+    suite: Annotated[str, typer.Argument(help="The benchmark; an unknown one lists them all.")],
+    prompts: Annotated[Path, typer.Option(help="Its file (or folder) of prompts or questions, as it is published.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; run again, it goes on.")],
+    pictures: Annotated[Path | None, typer.Option(help="Folder of the pictures that it asks about.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Rows of one decode.")] = 16,
+    *,
+    flags: DecodeFlags,
+) -> None:
+    """Draw or answer for a public benchmark, in the layout that its own scorer reads; under torchrun processes share it."""
+    from unidiff.evaluation.suites.base import SUITES, run_benchmark
+
+    found = SUITES.get_or_refuse(suite, "the benchmark")
+    with shared_rows(flags, batch_size) as (pipe, options):
+        folder = run_benchmark(found, pipe, prompts, out, pictures, **options)
+    if folder is not None:
+        typer.echo(f"{folder}: for {found.scorer}")
 
 
 @eval_app.command("compare")

@@ -1,0 +1,247 @@
+"""Public benchmarks: what is written is read by the rules of each scorer, and a run that was stopped ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_pipeline import SIZE, tiny_pipeline
+
+from unidiff.evaluation.suites.base import RESULTS, SUITES, Suite, run_benchmark
+from unidiff.pipelines.batch import MANIFEST
+from unidiff.pipelines.decode import row_seeds
+
+HEIGHT, WIDTH = SIZE
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline(text_length=96)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Small files in the layouts that the benchmarks publish, and pictures of several sizes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    lines = lambda rows: "\n".join(map(json.dumps, rows)) + "\n"  # noqa: E731
+    prompts = ["a dog", "two cats"]
+    geneval = [{"tag": "counting", "include": [{"class": p, "count": 1}], "prompt": p} for p in prompts]
+    (folder / "geneval").write_text(lines(geneval))
+    (folder / "geneval2").write_text(lines([{"prompt": p, "vqa_list": [["is it?", "yes"]]} for p in prompts]))
+    (folder / "dpg").mkdir()
+    for name, prompt in zip(("stanford_2", "partiprompts_1"), prompts, strict=True):
+        (folder / "dpg" / f"{name}.txt").write_text(prompt)
+    (folder / "t2i-compbench").write_text("\n".join(prompts))
+    (folder / "mjhq").write_text(
+        json.dumps({f"n{i}": {"category": c, "prompt": p} for i, (c, p) in enumerate(zip(("art", "food"), prompts))})
+    )
+    names = ["COCO_val2014_000000000007.jpg", "COCO_val2014_000000000009.jpg"]
+    (folder / "pictures").mkdir()
+    for number, name in enumerate(names):
+        Image.new("RGB", (40 + number, 30), (200, 10 * number, 0)).save(folder / "pictures" / name)
+    images = [{"id": 9, "file_name": names[1]}, {"id": 7, "file_name": names[0]}]
+    (folder / "coco-captions").write_text(json.dumps({"images": images, "annotations": []}))
+    asked = [{"question_id": 70 + i, "image_id": 7 + 2 * i, "question": "two cats?"} for i in range(2)]
+    (folder / "vqav2").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    pope = [{"question_id": i, "image": n, "text": f"a dog {i}?", "label": "yes"} for i, n in enumerate(names)]
+    (folder / "pope").write_text(lines(pope))
+    mmmu = {"question": "<image 1> a?", "options": ["a dog", "two"], "answer": "B", "question_type": "multiple-choice"}
+    openly = {"question": "what is it?", "options": [], "answer": "a dog", "question_type": "open"}
+    rows = [
+        {"id": "validation_Art_Theory_1", "image": names[0], **mmmu},
+        {"id": "validation_Art_Theory_2", "image": names[1], **openly},
+    ]
+    (folder / "mmmu").write_text(lines(rows))
+    return folder
+
+
+def run(name: str, pipe: Any, place: Path, out: Path, **more: Any) -> Path | None:
+    suite = SUITES[name]
+    return run_benchmark(suite, pipe, place / name, out, place / "pictures" if suite.reads else None, **more)
+
+
+def rows_of(out: Path) -> dict[int, dict]:
+    entries = [json.loads(line) for line in (out / RESULTS / MANIFEST).read_text().splitlines()[1:]]
+    return {entry["number"]: entry for entry in entries}
+
+
+def geneval(out: Path, place: Path) -> None:
+    """evaluate_images.py: folders of digits, `metadata.jsonl` as one object, samples of digits."""
+    prompts = [json.loads(line) for line in (place / "geneval").read_text().splitlines()]
+    folders = sorted(out.iterdir())
+    assert [f.name for f in folders] == ["00000", "00001"] and all(f.name.isdigit() for f in folders)
+    for number, (folder, prompt) in enumerate(zip(folders, prompts, strict=True)):
+        assert json.loads((folder / "metadata.jsonl").read_text()) == prompt
+        samples = sorted(p for p in (folder / "samples").iterdir() if re.fullmatch(r"\d+\.png", p.name))
+        assert len(samples) == 4
+        for k, sample in enumerate(samples):
+            assert sample.read_bytes() == (out.parent / RESULTS / f"{4 * number + k:06d}.png").read_bytes()
+
+
+def geneval2(out: Path, place: Path) -> None:
+    paths = json.loads((out / "paths.json").read_text())
+    assert list(paths) == ["a dog", "two cats"]
+    assert all(Image.open(out / path).size == (WIDTH, HEIGHT) for path in paths.values())
+
+
+def dpg(out: Path, place: Path) -> None:
+    """compute_dpg_bench.py: nothing but pictures, keys up to the first dot, four crops of one side in reading order."""
+    assert sorted(p.name.split(".")[0] for p in out.iterdir()) == ["partiprompts_1", "stanford_2"]
+    sheet = Image.open(out / "partiprompts_1.png")
+    assert sheet.size == (2 * WIDTH, 2 * HEIGHT)
+    for k, corner in enumerate([(0, 0), (WIDTH, 0), (0, HEIGHT), (WIDTH, HEIGHT)]):
+        crop = sheet.crop((*corner, corner[0] + WIDTH, corner[1] + HEIGHT))
+        own = Image.open(out.parent / RESULTS / f"{k:06d}.png").convert("RGB")  # files of prompts are in sorted order
+        assert crop.tobytes() == own.tobytes()
+    assert rows_of(out.parent)[0]["arguments"]["prompt"] == "two cats"
+
+
+def compbench(out: Path, place: Path) -> None:
+    """BLIPvqa_eval: names sorted by their last number, the prompt before the first underscore."""
+    names = sorted((p.name for p in (out / "samples").iterdir()), key=lambda n: int(n.split("_")[-1].split(".")[0]))
+    assert [name.split("_")[0] for name in names] == ["a dog"] * 10 + ["two cats"] * 10
+
+
+def mjhq(out: Path, place: Path) -> None:
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == ["art/n0.png", "food/n1.png"]
+
+
+def coco(out: Path, place: Path) -> None:
+    """loadRes: a list, whose image ids are some of the annotation file's."""
+    found = json.loads((out / "coco-captions_unidiff_results.json").read_text())
+    assert [set(entry) for entry in found] == [{"image_id", "caption"}] * 2
+    assert [entry["image_id"] for entry in found] == [7, 9]
+    assert [entry["caption"] for entry in found] == [rows_of(out.parent)[n]["words"] for n in range(2)]
+
+
+def vqav2(out: Path, place: Path) -> None:
+    """loadRes: a list with an answer for exactly the questions of the file."""
+    found = json.loads((out / "vqav2_unidiff_results.json").read_text())
+    assert [entry["question_id"] for entry in found] == [70, 71] and all(
+        set(e) == {"question_id", "answer"} for e in found
+    )
+
+
+def pope(out: Path, place: Path) -> None:
+    """evaluate.py reads both files line by line, in the same order."""
+    questions = [json.loads(line) for line in (place / "pope").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [a["question"] for a in answers] == [q["text"] for q in questions]
+    assert all(isinstance(a["answer"], str) for a in answers)
+
+
+def mmmu(out: Path, place: Path) -> None:
+    """main_parse_and_eval.py: a folder for each category."""
+    first, second = json.loads((out / "Art_Theory" / "output.json").read_text())
+    assert first["all_choices"] == ["A", "B"] and first["index2ans"] == {"A": "a dog", "B": "two"}
+    assert (first["question_type"], second["question_type"]) == ("multiple-choice", "short-answer")
+    assert first["answer"] == "B" and isinstance(first["response"], str)
+
+
+READERS: dict[str, Callable[[Path, Path], None]] = {
+    "geneval": geneval,
+    "geneval2": geneval2,
+    "dpg": dpg,
+    "t2i-compbench": compbench,
+    "mjhq": mjhq,
+    "coco-captions": coco,
+    "vqav2": vqav2,
+    "pope": pope,
+    "mmmu": mmmu,
+}
+
+
+def test_every_benchmark_has_a_reader():
+    assert set(READERS) == set(SUITES)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_scorers_read_what_is_written_also_after_two_stops(name, pipe, place, tmp_path, monkeypatch):
+    whole = run(name, pipe, place, tmp_path / "whole", seed=3, batch_size=4, steps=2)
+    assert whole == tmp_path / "whole" / "scorer"
+    READERS[name](whole, place)
+    seeds = row_seeds(3, len(rows_of(tmp_path / "whole"))).tolist()
+    assert [rows_of(tmp_path / "whole")[n]["seed"] for n in range(len(seeds))] == seeds
+
+    def stop(more: int, total: int | None) -> None:
+        if more:
+            raise Stop
+
+    for _ in range(2):
+        try:
+            run(name, pipe, place, tmp_path / "parts", seed=3, batch_size=1, steps=2, tick=stop)
+        except Stop:
+            assert not (tmp_path / "parts" / "scorer").exists()
+    ended = run(name, pipe, place, tmp_path / "parts", seed=3, batch_size=3, steps=2)
+    trees = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (whole, ended)]
+    assert trees[0] == trees[1]
+
+
+def test_processes_share_the_rows_and_the_last_one_writes(pipe, place, tmp_path):
+    assert run("geneval", pipe, place, tmp_path / "o", seed=3, steps=2, rank=0, size=2) is None
+    folder = run("geneval", pipe, place, tmp_path / "o", seed=3, steps=2, rank=1, size=2)
+    alone = run("geneval", pipe, place, tmp_path / "alone", seed=3, steps=2)
+    for path in folder.rglob("*.png"):
+        assert path.read_bytes() == (alone / path.relative_to(folder)).read_bytes()
+    (folder / "results.jsonl").write_text("scores")  # of the scorer: stays
+    assert run("geneval", pipe, place, tmp_path / "o", seed=3, steps=2) == folder
+    assert (folder / "results.jsonl").read_text() == "scores"
+
+
+def bad(name: str, text: str, place: Path, tmp_path: Path) -> tuple[Suite, Path]:
+    path = tmp_path / f"{name}.txt"
+    path.write_text(text)
+    return SUITES[name], path
+
+
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("geneval", '{"prompt": "a dog"}', "has no 'tag'"),
+        ("geneval", "", "holds no prompts"),
+        ("geneval2", '{"prompt": "a", "vqa_list": []}\n' * 2, "names a prompt twice"),
+        ("dpg", "a dog", "is no folder"),
+        ("t2i-compbench", "a_dog", "'_'"),
+        ("mjhq", '{"../n": {"category": "art", "prompt": "a dog"}}', "no name of a file"),
+        ("coco-captions", '{"images": [{"id": 1}]}', "no 'file_name'"),
+        ("vqav2", '{"questions": []}', "has no 'data_subtype'"),
+        ("pope", '{"question_id": 1, "image": 3, "text": "a", "label": "no"}', "no 'image'"),
+        ("mmmu", "[]", "line 1"),
+    ],
+)
+def test_bad_prompts_are_one_sentence(pipe, place, tmp_path, name, text, sentence):
+    suite, path = bad(name, text, place, tmp_path)
+    with pytest.raises(ValueError, match=sentence) as error:
+        run_benchmark(suite, pipe, path, tmp_path / "o", place / "pictures" if suite.reads else None)
+    assert "\n" not in str(error.value) and not (tmp_path / "o").exists()
+
+
+def test_missing_pictures_are_named(pipe, place, tmp_path):
+    with pytest.raises(ValueError, match="rows were refused"):
+        run_benchmark(SUITES["pope"], pipe, place / "pope", tmp_path / "o", tmp_path)
+    assert "COCO_val2014" in rows_of(tmp_path / "o")[0]["error"]
+    with pytest.raises(ValueError, match="name their folder"):
+        run_benchmark(SUITES["pope"], pipe, place / "pope", tmp_path / "o")
+    with pytest.raises(ValueError, match="leave pictures out"):
+        run_benchmark(SUITES["geneval"], pipe, place / "geneval", tmp_path / "o", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command(pipe, place, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    words = ["eval", "run", "geneval", "--model", str(tmp_path / "model"), "--prompts", str(place / "geneval")]
+    words += ["--out", str(tmp_path / "o"), "--steps", "2", "--seed", "3"]
+    done = subprocess.run([sys.executable, "-m", "unidiff", *words], capture_output=True, text=True, check=True)
+    assert "evaluate_images.py" in done.stdout
+    READERS["geneval"](tmp_path / "o" / "scorer", place)

@@ -1,0 +1,152 @@
+"""What a public benchmark is here: the calls that its prompts ask for, and the files that its scorer expects.
+
+unidiff makes pictures and answers; the scoring is the benchmark's own program, so that figures compare with published ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unidiff.errors import check_regular, reading
+from unidiff.files import locked, replace_text, replacing_folder
+from unidiff.pipelines.batch import MANIFEST, Row, run_rows
+from unidiff.registry import Registry
+from unidiff.schema import check_value
+
+RESULTS = "rows"  # folder of results as they are made
+
+
+class Result(NamedTuple):
+    """What came out of a row: a file with a picture, if one was drawn, and words."""
+
+    picture: Path | None
+    words: str
+
+
+Export = Callable[[Path, Sequence[Result], Path], None]
+"""Writes the layout of a scorer: (prompts, a result for each row, a new empty folder)."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark.
+
+    Attributes:
+        name: on the command line.
+        rows: the calls for a file (or folder) of prompts as the benchmark publishes it; names of pictures are relative to
+            the folder that holds them.
+        export: see `Export`. scorer: how to score what is written, one sentence.
+        reads: whether it is about given pictures, whose folder has to be named.
+    """
+
+    name: str
+    rows: Callable[[Path], list[Row]]
+    export: Export
+    scorer: str
+    reads: bool = False
+
+
+SUITES: Registry[Suite] = Registry(
+    "suites", "unidiff.evaluation.suites", lambda value: value.name if isinstance(value, Suite) else None
+)
+
+
+def run_benchmark(
+    suite: Suite, pipe: Any, prompts: Path, out: Path, pictures: Path | None = None, **options: Any
+) -> Path | None:
+    """Decode the rows of a benchmark and write what its scorer reads.
+
+    Killed and started again it goes on, with the same files in the end; several processes share the rows.
+
+    Args:
+        prompts: the benchmark's own file. pictures: folder of the pictures that it asks about.
+        out: gets `rows` (a picture for each row and `manifest.jsonl` with arguments, seed and words), and `scorer`.
+        options: of `run_rows`, which also names the processes.
+
+    Returns:
+        The folder for the scorer; None where rows of other processes are missing.
+
+    Raises:
+        ValueError: prompts in another layout, rows that were refused, or a missing folder of pictures.
+    """
+    if suite.reads != (pictures is not None):
+        need = "asks about pictures; name their folder" if suite.reads else "is drawn from words; leave pictures out"
+        raise ValueError(f"{suite.name} {need} (--pictures)")
+    rows = suite.rows(prompts)
+    if not rows:
+        raise ValueError(
+            f"{str(prompts)!r} holds no prompts of {suite.name}; name the file that the benchmark publishes"
+        )
+    options |= {"resize": True} if suite.reads else {}  # a benchmark's pictures have all sizes
+    refused = run_rows(pipe, rows, out / RESULTS, pictures or prompts.absolute().parent, **options)
+    if refused:
+        raise ValueError(
+            f"{refused} rows were refused; {str(out / RESULTS / MANIFEST)!r} says why: mend them and run again"
+        )
+    found = _results(out / RESULTS)
+    if len(found) < len(rows):
+        return None
+    with locked(out, "benchmark"):
+        if not (folder := out / "scorer").exists():  # a scorer's own files may lie in it by now
+            with replacing_folder(folder) as fresh:
+                suite.export(prompts, [found[number] for number in range(len(rows))], fresh)
+    return folder
+
+
+def _results(folder: Path) -> dict[int, Result]:
+    """Rows that were done, by number."""
+    found = dict[int, Result]()
+    for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()[1:]:
+        entry: dict[str, Any] = json.loads(line) if line else {"error": ""}
+        if "error" not in entry:
+            picture = entry.get("image")
+            found[entry["number"]] = Result(None if picture is None else folder / picture, entry["words"])
+    return found
+
+
+def put_picture(result: Result, path: Path) -> None:
+    """A result's picture under another name: a second name of the same file where the disk can do that."""
+    assert result.picture is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(result.picture, path)
+    except OSError:
+        shutil.copyfile(result.picture, path)
+
+
+def read_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file, each with at least these keys. `ValueError`: something else."""
+    check_regular(path)
+    with reading(path, "JSON lines"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with reading(path, f"JSON lines (line {number})"):
+                entry = json.loads(line)
+            yield _with_keys(entry, keys, f"{path}, line {number}")
+
+
+def read_object(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """A JSON file that holds one object with at least these keys. `ValueError`: something else."""
+    check_regular(path)
+    with reading(path, "JSON"):
+        data = json.loads(path.read_text(encoding="utf-8"))
+    return _with_keys(data, keys, str(path))
+
+
+def _with_keys(entry: Any, keys: Sequence[str], place: str) -> dict[str, Any]:
+    check_value(entry, dict[str, Any], place)
+    if missing := [key for key in keys if key not in entry]:
+        raise ValueError(f"{place} has no {missing[0]!r}; expected the benchmark's own file, with {', '.join(keys)}")
+    return dict(entry)
+
+
+def write_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """JSON lines."""
+    replace_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
