@@ -50,11 +50,11 @@ def spied(monkeypatch: pytest.MonkeyPatch):
     whole, partial = MaskedTransformer.hidden, MaskedTransformer.partial
     trace: list[Trace] = []
 
-    def on_whole(model, ids, *args, **kwargs):
-        hidden = whole(model, ids, *args, **kwargs)
+    def on_whole(model, ids, modality, positions, mask, time, *wanted):
+        hidden = whole(model, ids, modality, positions, mask, time)
         for part_ids, part in zip(ids.split(trace[0].batch), hidden.split(trace[0].batch), strict=True):
             trace[0].add(input_ids=part_ids, logits=model.head(part)[:, trace[0].prompt :])
-        return hidden
+        return whole(model, ids, modality, positions, mask, time, *wanted)
 
     def on_partial(model, ids, plan, store, time=None, select=None):
         layers, verified = model.config.num_layers, {}
@@ -72,7 +72,7 @@ def spied(monkeypatch: pytest.MonkeyPatch):
             trace[0].add(
                 input_ids=ids[rows],
                 logits=model.head(store.hidden[rows, p:-1]),
-                linear_tokens=torch.tensor([[w.qk, w.qk, w.v, w.out, w.out] for w in out.work]),
+                linear_tokens=torch.tensor([[w.out, w.k, w.v, w.out, w.out] for w in out.work]),
                 refresh_prompt=torch.stack([r[rows, :p].all() for r in refreshed]),
                 refresh_response=torch.stack([r[rows, p:].all() for r in refreshed]),
                 vverify_cosine=torch.stack([similarity[rows, p:] for similarity, _ in seen]),

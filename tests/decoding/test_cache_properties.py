@@ -37,6 +37,7 @@ class Watched:
     def __init__(self, inner, counts: dict[str, int]) -> None:
         self.inner, self.counts, self.seen = inner, counts, None
         self.store, self.max_logits, self.append_only = inner.store, inner.max_logits, inner.append_only
+        self.reads_shown = inner.reads_shown
         self.select, self.observe = inner.select, inner.observe
 
     def start(self, batch, model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -82,13 +83,13 @@ def test_a_token_costs_what_the_matrices_say():
     shape = dict(hidden_size=4, num_heads=2, num_kv_heads=1, num_layers=2, ffn_size=6, rope="1d")
     traits = MaskedTransformer(9, **shape).traits
     layer = traits.layers[0]
-    assert (layer.query_key, layer.value, layer.output) == (2 * 4 * (4 + 2), 2 * 4 * 2, 2 * 4 * 4)
+    assert (layer.query, layer.key, layer.value, layer.output) == (2 * 4 * 4, 2 * 4 * 2, 2 * 4 * 2, 2 * 4 * 4)
     assert layer.feed_forward == 2 * 3 * 4 * 6 and layer.token == 48 + 16 + 32 + 144
     assert layer.pair == 16  # 2 heads x (2 x 2 for the score + 2 x 2 for the mix)
     assert RowWork.even(2, 10, 10).flops(traits) == 2 * (10 * 240 + 10 * 10 * 16)
     assert RowWork.even(2, 3, 10, head=2, ids=9).flops(traits) == 2 * (3 * 240 + 3 * 10 * 16) + 2 * 2 * 4 * 9
     assert MaskedTransformer(9, **shape, activation="gelu").traits.layers[0].feed_forward == 2 * 2 * 4 * 6
-    uneven = RowWork((LayerWork(qk=1, v=5, out=1), LayerWork(5, 5, 5)), keys=5)
+    uneven = RowWork((LayerWork(k=1, v=5, out=1), LayerWork(5, 5, 5)), keys=5)
     assert uneven.flops(traits) == (48 + 5 * 16 + 32 + 144 + 5 * 16) + (5 * 240 + 5 * 5 * 16)
 
 
@@ -106,15 +107,15 @@ def test_without_shared_heads_a_token_costs_8dd_plus_6df():
 def test_a_decode_costs_exactly_what_its_formula_says(policy, schedule):
     model = make_model()
     stats = decode(model, policy, schedule).stats
-    passes = expected_passes(policy, schedule, model.config.num_layers)
+    passes = expected_passes(policy, schedule, model.config.num_layers, narrows=True)
     assert stats.evaluations == len(passes)
-    assert stats.query_key_tokens == sum(w.qk for p in passes for w in p.layers)
+    assert stats.key_tokens == sum(w.k for p in passes for w in p.layers)
     assert stats.value_tokens == sum(w.v for p in passes for w in p.layers)
-    assert stats.output_tokens == stats.ffn_tokens == sum(w.out for p in passes for w in p.layers)
+    assert stats.query_tokens == sum(w.out for p in passes for w in p.layers)
     layer = model.traits.layers[0]
     assert stats.linear_flops == sum(layer.linear(w) for p in passes for w in p.layers)
     assert stats.attention_flops == sum(layer.attention(w, schedule.length) for p in passes for w in p.layers)
-    assert stats.full_passes == sum(all(w.qk == schedule.length for w in p.layers) for p in passes)
+    assert stats.full_passes == sum(all(w.k == schedule.length for w in p.layers) for p in passes)
     assert stats.full_passes + stats.partial_passes == len(passes)
     if getattr(policy, "compat", None) is None:
         assert stats.head_tokens == sum(p.head for p in passes)
@@ -130,7 +131,7 @@ def test_rows_and_guidance_streams_multiply_the_cost(name):
     one = decode(model, POLICIES[name], schedule).stats
     many = decode(model, POLICIES[name], schedule, guidance=2.0, rows=2).stats
     assert many.evaluations == 2 * one.evaluations
-    counts = ("query_key_tokens", "value_tokens", "output_tokens", "ffn_tokens", "linear_flops", "attention_flops")
+    counts = ("key_tokens", "value_tokens", "query_tokens", "linear_flops", "attention_flops")
     for count in counts:
         assert getattr(many, count) == 4 * getattr(one, count), count
     for count in ("head_tokens", "head_flops"):  # the streams' features are blended before the head
@@ -169,7 +170,8 @@ def test_other_denoisers_have_passes_but_no_flops():
 
 with torch.device("meta"):
     WIDE = MaskedTransformer(32, hidden_size=512, num_layers=8, num_heads=8, ffn_size=1365).traits
-"""The shape of the formulas' examples."""
+WIDE = replace(WIDE, narrows=False)
+"""The shape of the formulas' examples, which count all positions in every layer."""
 
 
 def test_reference_bounds_are_the_papers_numbers():
@@ -237,10 +239,11 @@ def test_a_schedule_of_so_many_steps_is_a_decode_of_so_many(steps, block):
     assert len(list(moments(schedule))) == sum(schedule.passes_of(Modality.TEXT)) == max(steps, blocks)
     model = make_model()
     stats = decode(model, DualCache(), schedule).stats
-    passes = expected_passes(DualCache(), schedule, model.config.num_layers)
-    layer = model.traits.layers[0]
+    passes = expected_passes(DualCache(), schedule, model.config.num_layers, narrows=True)
     assert stats.evaluations == len(passes)
-    assert stats.linear_flops == sum(layer.linear(w) for p in passes for w in p.layers)
+    assert stats.key_tokens == sum(w.k for p in passes for w in p.layers)
+    # behind the last layer, numbers of candidates are rounded up to few widths
+    assert stats.query_tokens >= sum(w.out for p in passes for w in p.layers)
 
 
 def test_schedules_know_their_blocks():

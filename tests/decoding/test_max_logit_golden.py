@@ -81,10 +81,10 @@ def test_trace(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     whole, partial = MaskedTransformer.hidden, MaskedTransformer.partial
 
-    def on_whole(model, ids, *args, **kwargs):
-        hidden = whole(model, ids, *args, **kwargs)
+    def on_whole(model, ids, modality, positions, mask, time, *wanted):
+        hidden = whole(model, ids, modality, positions, mask, time)
         record(ids, hidden, torch.ones_like(ids, dtype=torch.bool))
-        return hidden
+        return whole(model, ids, modality, positions, mask, time, *wanted)
 
     def on_partial(model, ids, plan, store, time=None, select=None):
         out = partial(model, ids, plan, store, time, select)

@@ -114,8 +114,8 @@ def test_each_policy_runs_in_turn_and_counts_what_the_bound_foretells(monkeypatc
     assert names == ["NoCache", "DualCache", "AdaptiveCache"] * 3  # warm-up, then two paired runs
     assert calls[3][2] == calls[4][2] != calls[6][2]  # the same rows inside a pair
     dual = result.rows[1]
-    passes = expected_passes(cache_named("dual").build(), calls[4][1], 2)
-    assert dual.stats["query_key_tokens"] == sum(w.qk for p in passes for w in p.layers)
+    passes = expected_passes(cache_named("dual").build(), calls[4][1], 2, narrows=True)
+    assert dual.stats["key_tokens"] == sum(w.k for p in passes for w in p.layers)
     assert dual.bound == pytest.approx(result.rows[0].stats["flops"] / dual.stats["flops"], rel=0.02)
     assert result.rows[0].bound == result.rows[0].speedup == 1 and 0 < result.rows[0].outside_share < 1
     for measured in result.about["matmul"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +141,50 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(model, options):
         torch.testing.assert_close(together[row : row + 1, :length], passes([row], length))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_the_last_layer_computes_what_is_wanted_and_keeps_all_keys_and_values(model, options):
+    """The same passes in two stores, one of which is asked for the features of some positions only."""
+    batch = make_batch()
+    wanted = torch.tensor([[1, 3, 5], [0, 2, 11], [8, 11, 11]])  # 11 is padding
+    asked = torch.zeros(3, 12, dtype=torch.bool).scatter(1, wanted, True)[:, :-1]
+    alone = model.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), TIME, wanted)
+    assert alone.shape == (3, 3, 16)
+    real, everything = wanted < 11, whole(model, batch.ids, batch, TIME)
+    torch.testing.assert_close(
+        alone[real], everything.gather(1, wanted[..., None].clamp_max(10).expand(-1, -1, 16))[real]
+    )
+    stores = [model.make_store(batch, options) for _ in range(2)]
+    plans = [
+        CachePlan(),
+        *(CachePlan(some_positions(batch, 0.6, n), full=False) for n in range(3)),
+        CachePlan(full=False),
+    ]
+    if options.outputs:
+        plans += [
+            CachePlan(
+                some_positions(batch, 0.3, 7), full=False, verify=some_positions(batch, 0.6, 8), full_layers=(2,)
+            ),
+            CachePlan(some_positions(batch, 0.7, 7), full=False, verify=some_positions(batch, 0.6, 8)),
+        ]
+    computed = torch.zeros_like(batch.valid)
+    for step, plan in enumerate(plans):
+        ids = torch.where(some_positions(batch, 0.4, 10 + step), step, batch.ids)
+        choose = lambda layer, similarity: some_positions(batch, 0.5, 20 + layer)  # noqa: E731
+        every, some = (
+            model.partial(ids, replace(plan, wanted=w), store, TIME, choose)
+            for w, store in zip((None, wanted), stores, strict=True)
+        )
+        assert [w.k for w in some.work] == [w.k for w in every.work]
+        assert [w.out for w in some.work] == [*(w.out for w in every.work[:-1]), min(3, every.work[-1].out)]
+        computed = computed | (batch.valid if plan.query is None else plan.query)
+        for name in ("key", "value"):
+            first, second = (getattr(store, name)[..., :-1, :].transpose(2, 3)[:, computed] for store in stores)
+            torch.testing.assert_close(first, second)
+        first, second = (store.hidden[:, :-1][asked & batch.valid] for store in stores)
+        torch.testing.assert_close(first, second)
+
+
 @pytest.mark.parametrize("rotated", [True, False])
 @torch.no_grad()
 def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
@@ -148,8 +194,8 @@ def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     query, project = batch.valid, HeadProjection.forward
 
-    def stale(self, x: Tensor, rotary):
-        q, k, v = project(self, x, rotary)
+    def stale(self, x: Tensor, rotary, asking=None):
+        q, k, v = project(self, x, rotary, asking=asking)
         if id(self) in kept:
             k, v = (torch.where(query[..., None, None], *pair) for pair in zip((k, v), kept[id(self)], strict=True))
         kept[id(self)] = k, v

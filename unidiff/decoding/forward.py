@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time as wall
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.block import gather_rows
 from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
-from unidiff.models.store import FeatureStore
+from unidiff.models.store import FeatureStore, query_index
 from unidiff.schema import short_value
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
@@ -87,13 +87,25 @@ class StreamedModel:
         self._evaluated: dict[int, Tensor] = {}  # stream -> those rows, where not all do the same
         self._beside: dict[int, Tensor] = {}  # stream -> conditional features when its rows were last evaluated
         self._max_logits = {} if max_logits is None else max_logits
+        self._narrow: dict[int, Tensor] = {}  # stream -> [B, L + 1, D], the same of some positions, with a spare one
+        self._widest = 0  # positions whose logits a recorded pass showed
+        self._targets: Tensor | None = None  # int64 [B, m], all positions whose features are ever read
+        self._narrows = self._traits is not None and self._traits.narrows and self._policy.max_logits != "everywhere"
+        if self._narrows and not self._policy.reads_shown:
+            self._targets = query_index(batch.targets)
         self.store: FeatureStore | None = None
         if self._policy.store is not None and self._partial is not None:
             self.store = self._partial.make_store(TokenBatch.cat(self._layouts), self._policy.store)
         self.stats = DecodeStats(store_bytes=0 if self.store is None else self.store.nbytes)
 
     def run(
-        self, ids: Tensor, plan: CachePlan, streams: Sequence[int], time: Tensor, unfinished: Tensor | None = None
+        self,
+        ids: Tensor,
+        plan: CachePlan,
+        streams: Sequence[int],
+        time: Tensor,
+        unfinished: Tensor | None = None,
+        shown: int | None = None,
     ) -> None:
         """Compute the features of the plan in the given streams; elsewhere those of earlier passes stay.
 
@@ -103,6 +115,7 @@ class StreamedModel:
             time: `[B]`, diffusion time.
             unfinished: int64 `[n]`, the rows that still need features, None for all. Passes over whole rows leave the
                 others out, unless they are recorded.
+            shown: most positions in a row whose logits the plan shows; None where nobody knows.
         """
         asked = {s: plan.of(s) for s in streams}
         self._evaluated = {s: own.rows for s, own in asked.items() if own is not None and own.rows is not None}
@@ -110,26 +123,33 @@ class StreamedModel:
         self._held = {s: self._evaluated.get(s) for s in held if s in self._features}
         plans = {s: own for s in streams if (own := self._plan_of(s, plan)) is not None}
         begun = wall.perf_counter()
+        wanted = self._targets if self._narrows and not plan.every_row else None
+        if wanted is None and self._narrows and plan.logits is not None and shown is not None and not plan.every_row:
+            if self._graphs is not None:  # one width for all recorded passes
+                self._widest = shown = max(shown, self._widest)
+            wanted = query_index(plan.logits, shown)
         for group in self._groups(plans):
             rows = torch.cat([self._ids_of(s, ids) for s in group])  # [S B, L]
             together, times = CachePlan.stacked([plans[s] for s in group]), time.float().repeat(len(group))
+            at = None if wanted is None else wanted.repeat(len(group), 1)  # [S B, m]
             if self.store is not None:
-                self._run_partial(rows, together, group, times)
+                self._run_partial(rows, replace(together, wanted=at), group, times)
                 continue
+            at = at if together.full else None
             layout, mask = self._layout_of(tuple(group))
             if self._graphs is not None:
-                fresh = self._graphs.hidden(self.denoiser, rows, layout, mask, times, tuple(group))
-                self._keep(fresh, together, group, None)
+                fresh = self._graphs.hidden(self.denoiser, rows, layout, mask, times, tuple(group), at)
+                self._keep(fresh, together, group, None, at)
                 continue
             kept = None if plan.every_row or any(s not in self._features for s in group) else unfinished
             modality, positions = layout.modality, layout.positions
             if kept is not None:
                 kept = torch.cat([kept + i * len(ids) for i in range(len(group))])
                 rows, modality, positions, times = (x[kept] for x in (rows, modality, positions, times))
-                mask = None if mask is None else mask[kept]
-            fresh = self.denoiser.hidden(rows, modality, positions, mask, times)  # [n, L, D]
-            _check_features(fresh, rows)
-            self._keep(fresh, together, group, kept)
+                mask, at = (None if x is None else x[kept] for x in (mask, at))
+            fresh = self.denoiser.hidden(rows, modality, positions, mask, times, *(() if at is None else (at,)))
+            _check_features(fresh, rows if at is None else at)  # [n, L or m, D]
+            self._keep(fresh, together, group, kept, at)
         full = all(p.full for p in plans.values())
         self.stats.full_passes += full and bool(plans)
         self.stats.partial_passes += not full
@@ -184,10 +204,22 @@ class StreamedModel:
             self._joined[streams] = joined, joined.attention_mask()
         return self._joined[streams]
 
-    def _keep(self, fresh: Tensor, plan: CachePlan, streams: list[int], rows: Tensor | None) -> None:
-        """Features `[n, L, D]` of whole rows, those of int64 `[n]` or all, become those of the streams where the plan says."""
+    def _keep(self, fresh: Tensor, plan: CachePlan, streams: list[int], rows: Tensor | None, at: Tensor | None) -> None:
+        """Features `[n, L, D]` of whole rows, those of int64 `[n]` or all, become those of the streams where the plan says;
+        with `at`, int64 `[n, m]`, features `[n, m, D]` become those of these positions."""
         n = len(streams)
-        self._count(n, len(fresh), len(fresh) * self._tokens, self._whole_work)
+        self._count(n, len(fresh), len(fresh) * self._tokens, self._whole_work(at))
+        if at is not None:
+            size, length = self._layout.shape
+            lines = (torch.arange(size, device=fresh.device) if rows is None else rows.chunk(n)[0])[:, None]
+            for stream, own, places in zip(streams, fresh.chunk(n), at.chunk(n), strict=True):
+                if stream not in self._narrow:
+                    held = self._narrow[stream] = fresh.new_zeros(size, length + 1, fresh.shape[2])
+                    if stream in self._features:
+                        held[:, :-1] = self._features[stream]
+                    self._features[stream] = held[:, :-1]
+                self._narrow[stream][lines, places] = own
+            return
         if rows is not None:
             fresh = torch.cat([self._features[s] for s in streams]).index_copy(0, rows, fresh)
         asked = plan.query if plan.query is None or plan.fresh is None else plan.query | plan.fresh[:, None]
@@ -196,6 +228,7 @@ class StreamedModel:
             if query is not None and stream in self._features:
                 features = torch.where(query[..., None], features, self._features[stream])
             self._features[stream] = features
+            self._narrow.pop(stream, None)
 
     def _run_partial(self, ids: Tensor, plan: CachePlan, streams: list[int], times: Tensor) -> None:
         assert self.store is not None and self._partial is not None and self._traits is not None
@@ -207,9 +240,9 @@ class StreamedModel:
         else:
             out = self._partial.partial(ids, plan, store, times, select)
             work, apart = out.work, out.fresh
-        self._count(n, n * size, n * (size * sum(w.out for w in work) // len(work)), work)
+        self._count(n, n * size, n * (size * sum(w.k for w in work) // len(work)), work)
         if apart:  # rows computed in features of their own
-            self._count(0, apart, apart * self._tokens, self._whole_work)
+            self._count(0, apart, apart * self._tokens, self._whole_work(plan.wanted))
             held = self.store.nbytes
             self.stats.store_bytes = max(self.stats.store_bytes, held + held * apart // self.store.shape[0])
         for i, stream in enumerate(streams):
@@ -220,11 +253,11 @@ class StreamedModel:
                 features = features.clone() if known is None else torch.where(rows[:, None, None], features, known)
             self._features[stream] = features
 
-    @property
-    def _whole_work(self) -> tuple[LayerWork, ...]:
-        """Every position in every layer."""
+    def _whole_work(self, wanted: Tensor | None) -> tuple[LayerWork, ...]:
+        """Every position in every layer, behind the last one those of int64 `[B, m]`."""
         layers = 0 if self._traits is None else len(self._traits.layers)
-        return (LayerWork(*(self._tokens,) * 3),) * layers
+        work = (LayerWork(*(self._tokens,) * 3),) * layers
+        return work if wanted is None else (*work[:-1], replace(work[-1], out=min(wanted.shape[1], self._tokens)))
 
     def _count(self, streams: int, rows: int, tokens: int, work: Sequence[LayerWork]) -> None:
         """A call with `rows` rows, of `streams` streams; `tokens` of all went through the layers, see `DecodeStats`."""
@@ -232,10 +265,9 @@ class StreamedModel:
         stats.evaluations += streams
         stats.model_tokens += tokens
         for layer, w in zip(() if self._traits is None else self._traits.layers, work, strict=True):
-            stats.query_key_tokens += rows * w.qk
+            stats.key_tokens += rows * w.k
             stats.value_tokens += rows * w.v
-            stats.output_tokens += rows * w.out
-            stats.ffn_tokens += rows * w.out
+            stats.query_tokens += rows * w.out
             stats.linear_flops += rows * layer.linear(w)
             stats.attention_flops += rows * layer.attention(w, self._tokens)
 

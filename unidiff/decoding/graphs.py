@@ -106,12 +106,13 @@ class PassGraphs:
             place: tells this part of the request's store from its other parts.
         """
         plan = widened(plan, ids.shape[1])
-        masks = [x for x in (plan.query, plan.verify) if x is not None]
+        masks = [x for x in (plan.query, plan.verify, plan.wanted) if x is not None]
 
         def work(ids: Tensor, time: Tensor, *masks: Tensor) -> tuple[LayerWork, ...]:
             own = iter(masks)
-            query, verify = (None if x is None else next(own) for x in (plan.query, plan.verify))
-            held = replace(plan, query=query, verify=verify, logits=None, others={})
+            parts = (None if x is None else next(own) for x in (plan.query, plan.verify, plan.wanted))
+            query, verify, wanted = parts
+            held = replace(plan, query=query, verify=verify, wanted=wanted, logits=None, others={})
             return model.partial(ids, held, store, time, select).work
 
         widths = plan.width, plan.compared, plan.chosen
@@ -119,18 +120,26 @@ class PassGraphs:
         complete = plan.full or bool(
             store.complete.all()
         )  # a full pass makes it so, the first one before any recording
-        kind = ("partial", place, complete, *shape)
+        kind = ("partial", place, complete, None if plan.wanted is None else plan.wanted.shape[1], *shape)
         return self(kind, work, ids, time, *masks)
 
     def hidden(
-        self, model: Denoiser, ids: Tensor, layout: TokenBatch, mask: Tensor | None, time: Tensor, place: Hashable
+        self,
+        model: Denoiser,
+        ids: Tensor,
+        layout: TokenBatch,
+        mask: Tensor | None,
+        time: Tensor,
+        place: Hashable,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """`model.hidden` for rows of a layout that stays the same for the same `place`; in memory of its own."""
+        asked = () if wanted is None else (wanted,)
 
-        def work(ids: Tensor, time: Tensor) -> Tensor:
-            return model.hidden(ids, layout.modality, layout.positions, mask, time)
+        def work(ids: Tensor, time: Tensor, *asked: Tensor) -> Tensor:
+            return model.hidden(ids, layout.modality, layout.positions, mask, time, *asked)
 
-        return self(("hidden", place), work, ids, time).clone()
+        return self(("hidden", place, *(x.shape[1] for x in asked)), work, ids, time, *asked).clone()
 
 
 def recordable(plan: CachePlan) -> bool:

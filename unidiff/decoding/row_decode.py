@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 from typing import Annotated, NamedTuple
@@ -31,6 +31,11 @@ class RowWork:
     def even(cls, layers: int, queries: int, keys: int, head: int = 0, ids: int = 0) -> RowWork:
         """The same positions in every layer; `queries = keys` is a full pass."""
         return cls((LayerWork(queries, queries, queries),) * layers, keys, head, ids)
+
+    def narrowed(self, wanted: int) -> RowWork:
+        """With at most so many positions behind the last layer."""
+        last = self.layers[-1]
+        return replace(self, layers=(*self.layers[:-1], replace(last, out=min(last.out, wanted))))
 
     def flops(self, traits: DenoiserTraits) -> int:
         """Layers, attention and head."""

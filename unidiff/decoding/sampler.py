@@ -140,7 +140,8 @@ class Sampler:
                 request.open_streams(busy)
                 plan = policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
-                model.run(state.ids, plan, state.streams, request.time(work), request.unfinished)
+                shown = sum(w.width for w in busy)
+                model.run(state.ids, plan, state.streams, request.time(work), request.unfinished, shown)
                 state.nfe = model.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:

@@ -17,8 +17,8 @@ class DecodeStats:
         evaluations: network evaluations of a row (`nfe`): passes times streams.
         full_passes, partial_passes, reused_passes: passes that recompute everything, some positions, nothing.
         model_tokens: tokens that went through the layers. head_tokens: positions that went through the head.
-        query_key_tokens, value_tokens: through the parts of the qkv projection. output_tokens: through the projection
-            behind attention. ffn_tokens: through the feed-forward. linear_flops: of these four.
+        key_tokens, value_tokens, query_tokens: through the parts of the qkv projection; those that asked also went through
+            the projection behind attention and the feed-forward. linear_flops: of all these.
         attention_flops: of scores and mixing. head_flops: of the logits.
         store_bytes: most memory that stored features took at once.
         forward_seconds: time in forward passes and head; on an accelerator, the time to launch them.
@@ -30,10 +30,9 @@ class DecodeStats:
     reused_passes: int = 0
     model_tokens: int = 0
     head_tokens: int = 0
-    query_key_tokens: int = 0
+    key_tokens: int = 0
     value_tokens: int = 0
-    output_tokens: int = 0
-    ffn_tokens: int = 0
+    query_tokens: int = 0
     linear_flops: int = 0
     attention_flops: int = 0
     head_flops: int = 0

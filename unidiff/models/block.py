@@ -81,6 +81,13 @@ class RotaryTables(NamedTuple):
     signed_sin: Tensor
     interleaved: bool = False
 
+    def at(self, index: Tensor) -> RotaryTables:
+        """For the tokens at an index, int64 `[B, n]`."""
+        return self._replace(
+            cos=gather_rows(self.cos[:, :, 0], index)[:, :, None],
+            signed_sin=gather_rows(self.signed_sin[:, :, 0], index)[:, :, None],
+        )
+
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, L, H, d]` by the tables' angles; computed in the tables' dtype, returned in that of `x`."""
@@ -121,22 +128,35 @@ class HeadProjection(nn.Module):
             widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
 
-    def forward(self, x: Tensor, rotary: RotaryTables | None = None, values: bool = True) -> tuple[Tensor, ...]:
-        """Normed queries `[B, L, H, d]`, normed keys `[B, L, KV, d]`, both rotated by tables if any, and values (if asked)."""
+    def forward(
+        self, x: Tensor, rotary: RotaryTables | None = None, values: bool = True, asking: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Normed queries `[B, L, H, d]`, normed keys `[B, L, KV, d]`, both rotated by tables if any, and values (if asked).
+
+        Queries of the tokens `asking`, int64 `[B, m]`, alone; None for all.
+        """
         heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
-        projected = self.qkv(x) if values else self._rows(x, 0, (heads + kv) * d)
-        if rotary is not None and self.qk_norm == "none" and not torch.is_grad_enabled():
-            # half the kernels; gradients would need joining
-            both, *v = projected.unflatten(-1, (-1, d)).split((heads + kv, kv)[: 1 + values], dim=-2)
-            return *rotate(both, rotary).split((heads, kv), dim=-2), *v
-        q, k, *v = projected.split((heads * d, kv * d, kv * d)[: 2 + values], dim=-1)
+        stop = None if values else (heads + kv) * d
+        turns = rotary
+        if asking is not None:
+            q = self._rows(gather_rows(x, asking), 0, heads * d)
+            k, *v = self._rows(x, heads * d, stop).split((kv * d,) * (1 + values), dim=-1)
+            turns = None if rotary is None else rotary.at(asking)
+        else:
+            projected = self._rows(x, 0, stop)
+            if rotary is not None and self.qk_norm == "none" and not torch.is_grad_enabled():
+                # half the kernels; gradients would need joining
+                both, *v = projected.unflatten(-1, (-1, d)).split((heads + kv, kv)[: 1 + values], dim=-2)
+                return *rotate(both, rotary).split((heads, kv), dim=-2), *v
+            q, k, *v = projected.split((heads * d, kv * d, kv * d)[: 2 + values], dim=-1)
+        dtype = k.dtype
         if self.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, *v = (part.unflatten(-1, (-1, d)) for part in (q, k, *v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary).to(projected.dtype), rotate(k, rotary).to(projected.dtype)
+        if rotary is not None and turns is not None:
+            q, k = rotate(q, turns).to(dtype), rotate(k, rotary).to(dtype)
         return q, k, *v
 
     def value(self, x: Tensor) -> Tensor:
@@ -199,6 +219,10 @@ class Modulation(NamedTuple):
     shift: Tensor
     scale: Tensor
     gate: Tensor
+
+    def at(self, index: Tensor) -> Modulation:
+        """For the tokens at an index, int64 `[B, n]`."""
+        return Modulation(*(x if x.shape[1] == 1 else gather_rows(x, index) for x in self))
 
 
 def sinusoid(values: Tensor) -> Tensor:
@@ -278,29 +302,44 @@ Parts: TypeAlias = Sequence[Tensor]
 
 
 class View(Protocol):
-    """Which tokens the branches of a layer compute and see; inputs and outputs `[B, n, D]` of each stream."""
+    """Which tokens the branches of a layer compute and see; inputs and outputs `[B, n, D]` of each stream.
+
+    Attributes:
+        left: int64 `[B, m]`, which of the n tokens go on from attention, where the others are seen for the last time: it
+            returns `[B, m, D]`, and so on. None for all.
+    """
+
+    left: Tensor | None
 
     def attention(self, streams: Streams, entered: Parts) -> Parts: ...
 
     def feed_forward(self, streams: Streams, entered: Parts) -> Parts: ...
 
 
+def queries_of(mask: Tensor | None, index: Tensor) -> Tensor | None:
+    """What the queries at an index, int64 `[B, n]`, may see: bool `[B, 1, L, K]` to `[B, 1, n, K]`."""
+    return mask if mask is None or mask.shape[2] == 1 else gather_rows(mask[:, 0], index)[:, None]
+
+
 @dataclass
 class WholeView:
-    """`View` of a pass over all tokens; the tables fit their queries and keys, the mask is as in `attend`."""
+    """`View` of a pass over all tokens; the tables fit its keys, the mask its queries as in `attend`. `left`: of one stream."""
 
     rotary: RotaryTables
     mask: AttentionMask = None
     turns_keys: bool = True
+    left: Tensor | None = None
 
     def attention(self, streams: Streams, entered: Parts) -> Parts:
         rotary = self.rotary
         if len(streams) == 1 and self.turns_keys:
-            q, k, v = streams[0].heads(entered[0], rotary)
+            q, k, v = streams[0].heads(entered[0], rotary, asking=self.left)
         else:
-            parts = zip(*(stream.heads(h) for stream, h in zip(streams, entered, strict=True)), strict=True)
-            q, k, v = (joined(part) for part in parts)
-            q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype) if self.turns_keys else k
+            own = (stream.heads(h, asking=self.left) for stream, h in zip(streams, entered, strict=True))
+            q, k, v = (joined(part) for part in zip(*own, strict=True))
+            q = rotate(q, rotary if self.left is None else rotary.at(self.left)).to(v.dtype)
+            k = rotate(k, rotary).to(v.dtype) if self.turns_keys else k
+        entered = entered if self.left is None else [gather_rows(h, self.left) for h in entered]
         return attended(streams, q, *self.seen(k, v), self.mask, entered)
 
     def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,9 +389,12 @@ class Block(nn.Module):
         return self.attention
 
     def forward(self, x: Tensor, condition: Condition | None, view: View) -> Tensor:
-        """`x` `[B, n, D]` to the same; `condition` where the model is conditioned on time."""
+        """`x` `[B, n, D]` to the same, of the tokens that go on; `condition` where the model is conditioned on time."""
         first, second = (None, None) if self.ada_ln is None else self.ada_ln(condition)
         (h,) = view.attention((self,), (modulate(self.attention_norm(x), first),))
+        if view.left is not None:
+            x = gather_rows(x, view.left)
+            first, second = (None if m is None else m.at(view.left) for m in (first, second))
         x = add_branch(x, self._dropped(h), first if self.attention_gate else None)
         (h,) = view.feed_forward((self,), (modulate(self.ffn_norm(x), second),))
         return add_branch(x, self._dropped(h), second)

@@ -38,6 +38,8 @@ class CachePlan:
         every_row: finished rows are computed as well, for those who look at features.
         rows: bool `[B]`, of a guidance stream: rows that are evaluated in this pass. The others keep their difference
             from the conditional logits, see `with_streams`. None for all.
+        wanted: int64 `[B, m]`, ascending, L on padding: positions whose hidden states may be read before they are computed
+            again. Of the others the last layer computes only what these look at. None for all.
     """
 
     query: Tensor | None = None
@@ -54,6 +56,7 @@ class CachePlan:
     every_row: bool = False
     full_rows: Tensor | None = None
     rows: Tensor | None = None
+    wanted: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, positions in (("query", self.query), ("logits", self.logits), ("verify", self.verify)):
@@ -137,9 +140,9 @@ class CachePlan:
 class LayerWork:
     """Positions per row that one layer sent through its matrices, padding of the index included."""
 
-    qk: int
+    k: int
     v: int
-    out: int
+    out: int  # those that asked, and all that follows from it: queries, output projection, feed-forward
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class PartialHidden:
     """What a pass computed."""
 
     hidden: Tensor  # [B, n, D], final hidden states ready for the head; the store keeps them for all positions
-    index: Tensor  # int64 [B, n], their positions; L on padding, and in rows that were computed afresh
+    index: Tensor  # int64 [B, n], their positions; L on padding, where `wanted` is not computed, and in rows computed afresh
     work: tuple[LayerWork, ...]  # of each layer
     fresh: int = 0  # rows that were computed afresh
 
@@ -182,7 +185,8 @@ class LayerFlops:
     left out: they are far less, and no cache changes what they cost at the positions it computes.
     """
 
-    query_key: int
+    query: int
+    key: int
     value: int
     output: int
     feed_forward: int
@@ -191,15 +195,20 @@ class LayerFlops:
     @property
     def token(self) -> int:
         """All linear layers together: c of the formulas."""
-        return self.query_key + self.value + self.output + self.feed_forward
+        return self.asking + self.key + self.value
+
+    @property
+    def asking(self) -> int:
+        """Linear layers of a token besides its key and value."""
+        return self.query + self.output + self.feed_forward
 
     def linear(self, work: LayerWork) -> int:
         """Linear layers of one row."""
-        return work.qk * self.query_key + work.v * self.value + work.out * (self.output + self.feed_forward)
+        return work.k * self.key + work.v * self.value + work.out * self.asking
 
     def attention(self, work: LayerWork, keys: int) -> int:
         """Attention of one row, over `keys` keys."""
-        return work.qk * keys * self.pair
+        return work.out * keys * self.pair
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,7 @@ class DenoiserTraits:
     block_length: int | None = None  # of block-causal attention; None where every position sees every other
     timed: bool = False  # features depend on the time
     codes_per_token: int = 1  # image codes that share one token of the layers, which are computed together
+    narrows: bool = False  # knows `wanted`, also as the last argument of `hidden`, which then returns [B, m, D]
     recordable: bool = True  # a pass asks the device for nothing on its way, see `unidiff.decoding.graphs`
 
     def head_flops(self, positions: int, ids: int) -> int:

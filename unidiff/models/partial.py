@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.models.block import Parts, Streams, View, WholeView, attended, joined, rotate
+from unidiff.models.block import Parts, Streams, View, WholeView, attended, gather_rows, joined, queries_of, rotate
 from unidiff.models.denoiser import CachePlan, LayerWork, PartialHidden, Select
 from unidiff.models.store import FeatureStore, TokenIndex
 
@@ -42,37 +42,44 @@ def partial_pass(run: PassModel, plan: CachePlan, store: FeatureStore, select: S
         count = int(plan.fresh.sum()) if plan.apart is None else plan.apart
         rows = (~plan.fresh).long().argsort(stable=True)[:count]
         part = store.take(rows)
-        _even(run, rows, part, part.everywhere)
+        _even(run, rows, part, part.everywhere, None if plan.wanted is None else plan.wanted[rows])
         store.put(rows, part)
         rest = replace(plan, query=plan.query & ~plan.fresh[:, None], fresh=None)
         return replace(partial_pass(run, rest, store, select), fresh=count)
     known = store.everywhere if plan.query is None else store.index(plan.query, plan.width)
     if plan.full or not store.options.outputs:
-        return _even(run, None, store, known)
+        return _even(run, None, store, known, plan.wanted)
     return _uneven(run, plan, store, known, select)
 
 
-def _even(run: PassModel, rows: Tensor | None, store: FeatureStore, index: TokenIndex) -> PartialHidden:
-    """The same positions in every layer: the residual stream holds them alone."""
-    layers, n = len(store.layout.branches), index.width
+def _even(
+    run: PassModel, rows: Tensor | None, store: FeatureStore, index: TokenIndex, wanted: Tensor | None
+) -> PartialHidden:
+    """The same positions in every layer, in the last one some of them: the residual stream holds them alone."""
+    last, n, asked = store.layers - 1, index.width, index
     store.begin(index)
-    work = (LayerWork(n, n, n),) * layers
+    work = [LayerWork(n, n, n)] * (last + 1)
     if not n:
-        return PartialHidden(store.hidden[:, :0], index.at, work)
+        return PartialHidden(store.hidden[:, :0], index.at, tuple(work))
     shared = store.rotary(index), store.visible(index), store.options.rotated
-    views = [EvenView(*shared, store=store, layer=layer, index=index) for layer in range(layers)]
+    views = [EvenView(*shared, store=store, layer=layer, index=index, asked=index) for layer in range(last + 1)]
+    if wanted is not None and wanted.shape[1] < n:
+        left, asked = index.narrowed(wanted, store.shape[1])
+        work[last] = LayerWork(n, n, asked.width)
+        views[last] = replace(views[last], mask=queries_of(shared[1], left), left=left, asked=asked)
     x = run(rows, store, index, views)
-    store.write_hidden(index, x)
-    return PartialHidden(x, index.at, work)
+    store.write_hidden(asked, x)
+    return PartialHidden(x, asked.at, tuple(work))
 
 
 @dataclass(kw_only=True)
 class EvenView(WholeView):
-    """`View` of a pass that computes the same positions, of one index, in every layer."""
+    """`View` of a pass that computes the same positions, of one index, in every layer; branches of those that are asked for."""
 
     store: FeatureStore
     layer: int
     index: TokenIndex
+    asked: TokenIndex
 
     def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.store.write(self.layer, self.index, key, value)
@@ -86,7 +93,7 @@ class EvenView(WholeView):
 
     def _kept(self, branch: int, outputs: Parts) -> Parts:
         if self.store.options.outputs:
-            self.store.write_output(self.layer, branch, self.index, joined(outputs))
+            self.store.write_output(self.layer, branch, self.asked, joined(outputs))
         return outputs
 
 
@@ -98,14 +105,12 @@ def _uneven(
     query = torch.ones_like(everywhere.at, dtype=torch.bool) if plan.query is None else plan.query
     compared = known if plan.verify is None else store.index(plan.verify | query, plan.compared)
     store.begin(known)
-    views = [
-        UnevenView(store, layer, plan, query, known, compared, select) for layer in range(len(store.layout.branches))
-    ]
+    views = [UnevenView(store, layer, plan, query, known, compared, select) for layer in range(store.layers)]
     x = run(None, store, everywhere, views)
     if (working := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
         x = torch.where(working[:, None, None], x, store.hidden[:, :-1])
     store.write_hidden(everywhere, x)
-    work = tuple(LayerWork(n := view.index.width, view.values.width, n) for view in views)
+    work = tuple(LayerWork(view.index.width, view.values.width, view.asked.width) for view in views)
     return PartialHidden(x, everywhere.at, work)
 
 
@@ -116,7 +121,7 @@ class UnevenView:
     Attributes:
         query, known: bool `[B, L]`, what every layer computes, and its index. compared: index of `query` and what the plan
             verifies.
-        index, values: what this layer computed, and where it renewed values.
+        index, values: where this layer renewed keys and values; asked: what it computed altogether.
     """
 
     store: FeatureStore
@@ -126,25 +131,32 @@ class UnevenView:
     known: TokenIndex
     compared: TokenIndex
     select: Select | None
+    left: None = None
     index: TokenIndex = field(init=False)
     values: TokenIndex = field(init=False)
+    asked: TokenIndex = field(init=False)
 
     def attention(self, streams: Streams, entered: Parts) -> Parts:
         store, h = self.store, joined(entered)  # [B, L, D]
         self._choose(streams, h)
+        self.asked = self.index
         if self.index.width:
-            own = self._own(h, self.index, streams)
-            both = zip(*(stream.heads(x, values=False) for stream, x in zip(streams, own, strict=True)), strict=True)
-            q, k = (joined(part) for part in both)
-            rotary = store.rotary(self.index)
+            own, rotary, mask = self._own(h, self.index, streams), store.rotary(self.index), store.visible(self.index)
+            turns, wanted, place = rotary, self.plan.wanted, None
+            if wanted is not None and wanted.shape[1] < self.index.width and self.layer == store.layers - 1:
+                place, self.asked = self.index.narrowed(wanted, store.shape[1])
+                turns, mask = rotary.at(place), queries_of(mask, place)
+            found = (stream.heads(x, None, False, place) for stream, x in zip(streams, own, strict=True))
+            q, k = (joined(part) for part in zip(*found, strict=True))
             store.write(self.layer, self.index, key=rotate(k, rotary).to(h.dtype) if store.options.rotated else k)
-            q, mask = rotate(q, rotary).to(h.dtype), store.visible(self.index)
-            self._keep(ATTENTION, attended(streams, q, *store.seen(self.layer), mask, own))
+            own = own if place is None else [gather_rows(x, place) for x in own]
+            mixed = attended(streams, rotate(q, turns).to(h.dtype), *store.seen(self.layer), mask, own)
+            self._keep(ATTENTION, mixed)
         return self._all(ATTENTION, entered)
 
     def feed_forward(self, streams: Streams, entered: Parts) -> Parts:
-        if self.index.width:
-            own = self._own(joined(entered), self.index, streams)
+        if self.asked.width:
+            own = self._own(joined(entered), self.asked, streams)
             self._keep(FEED_FORWARD, [stream.fed(h) for stream, h in zip(streams, own, strict=True)])
         return self._all(FEED_FORWARD, entered)
 
@@ -179,7 +191,7 @@ class UnevenView:
         return x.split((index.split, x.shape[1] - index.split), dim=1) if len(streams) > 1 else (x,)
 
     def _keep(self, branch: int, outputs: Parts) -> None:
-        self.store.write_output(self.layer, branch, self.index, joined(outputs))
+        self.store.write_output(self.layer, branch, self.asked, joined(outputs))
 
     def _all(self, branch: int, entered: Parts) -> Parts:
         kept = self.store.all_outputs(self.layer, branch)

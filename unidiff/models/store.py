@@ -62,6 +62,13 @@ class TokenIndex(NamedTuple):
         """n."""
         return self.at.shape[1]
 
+    def narrowed(self, wanted: Tensor, length: int) -> tuple[Tensor, TokenIndex]:
+        """Where the positions int64 `[B, m]` are among these, and they themselves; `length` for those that are not."""
+        if self.whole:
+            return wanted, TokenIndex(wanted)
+        place = torch.searchsorted(self.at, wanted.contiguous()).clamp_max(self.width - 1)
+        return place, TokenIndex(torch.where(self.at.gather(1, place) == wanted, wanted, length))
+
 
 def query_index(query: Tensor, width: int | None = None) -> Tensor:
     """Positions of bool `[B, L]` as int64 `[B, n]`, ascending; L where a row has fewer than n."""
@@ -69,7 +76,7 @@ def query_index(query: Tensor, width: int | None = None) -> Tensor:
         width = int(query.sum(1).max())
     length = query.shape[1]
     places = torch.where(query, torch.arange(length, device=query.device), length)  # [B, L]
-    return places.sort(dim=1).values[:, :width]
+    return places.sort(dim=1).values[:, :width].contiguous()
 
 
 class FeatureStore:
@@ -126,6 +133,10 @@ class FeatureStore:
     @property
     def shape(self) -> tuple[int, int]:
         return self.everywhere.at.shape[0], self.everywhere.at.shape[1]
+
+    @property
+    def layers(self) -> int:
+        return len(self.layout.branches)
 
     def narrow(self, start: int, stop: int) -> FeatureStore:
         """The rows `[start, stop)`, in the same memory."""

@@ -22,7 +22,9 @@ from unidiff.models.block import (
     TimeEmbedding,
     View,
     WholeView,
+    gather_rows,
     modulate,
+    queries_of,
 )
 from unidiff.models.config import TransformerConfig
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
@@ -71,6 +73,7 @@ class MaskedTransformer(CheckedModel):
         positions: Tensor,
         attention_mask: AttentionMask = None,
         time: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states `[B, L, D]`, ready for `head`.
 
@@ -81,8 +84,11 @@ class MaskedTransformer(CheckedModel):
                 without padding (the fast path). A query that may see nothing gets a zero attention output. Or the
                 `BlockMask` of a `Visibility`, which has the order of blocks in it.
             time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
+            wanted: int64 `[B, m]`, the only positions whose states are returned, `[B, m, D]`: of the others the last layer
+                computes keys and values alone. L or more is padding, for any position. Not with `shift`.
         """
         c = self.settings
+        assert wanted is None or not c.shift
         # 1. embed
         rotary, grid_index = self.position_tables(positions, modality)
         x = self.embed(ids, modality, grid_index)  # [B, L, D]
@@ -90,15 +96,13 @@ class MaskedTransformer(CheckedModel):
         if c.block_length is not None and (attention_mask is None or isinstance(attention_mask, Tensor)):
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
         condition = self.condition(modality, time)
-        # 3. layers
-        view = WholeView(rotary, attention_mask)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, condition, view)
-            else:
-                x = block(x, condition, view)
-        # 4. final norm
-        return self.shifted(self.finish(x, condition), positions)
+        # 3. layers and final norm
+        views = [WholeView(rotary, attention_mask)] * len(self.blocks)
+        if wanted is not None:
+            if not (attention_mask is None or isinstance(attention_mask, Tensor)):  # a BlockMask is for whole rows
+                return gather_rows(self.run_blocks(x, condition, views), wanted)
+            views[-1] = WholeView(rotary, queries_of(attention_mask, wanted), left=wanted)
+        return self.shifted(self.run_blocks(x, condition, views), positions)
 
     def partial(
         self,
@@ -125,9 +129,7 @@ class MaskedTransformer(CheckedModel):
                 )
                 condition = None if condition is None else condition.at(index.at)
             x = self.embed(own, inputs["modality"], inputs.get("grid_index"))  # [B, n, D]
-            for block, view in zip(self.blocks, views, strict=True):
-                x = block(x, condition, view)
-            return self.finish(x, condition)
+            return self.run_blocks(x, condition, views)
 
         return partial_pass(run, plan, store, select)
 
@@ -136,8 +138,9 @@ class MaskedTransformer(CheckedModel):
         """See `PartialDenoiser`."""
         c, d = self.settings, self.settings.hidden_size
         kv, matrices = c.head_dim * c.kv_heads, 3 if c.activation == "swiglu" else 2
-        layer = LayerFlops(2 * d * (d + kv), 2 * d * kv, 2 * d * d, 2 * matrices * d * c.inner_size, 4 * d)
-        return DenoiserTraits(c.vocab_size, d, (layer,) * c.num_layers, True, c.block_length, c.timed)
+        layer = LayerFlops(2 * d * d, 2 * d * kv, 2 * d * kv, 2 * d * d, 2 * matrices * d * c.inner_size, 4 * d)
+        layers = (layer,) * c.num_layers
+        return DenoiserTraits(c.vocab_size, d, layers, True, c.block_length, c.timed, narrows=not c.shift)
 
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`."""
@@ -197,8 +200,16 @@ class MaskedTransformer(CheckedModel):
             x = x + sum(parts) * (modality == Modality.IMAGE)[..., None]
         return x
 
-    def finish(self, x: Tensor, condition: Condition | None) -> Tensor:
-        """The final norm."""
+    def run_blocks(self, x: Tensor, condition: Condition | None, views: Sequence[View]) -> Tensor:
+        """All layers, with a view for each, and the final norm: `[B, n, D]` to `[B, m, D]`."""
+        for block, view in zip(self.blocks, views, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition, view)
+            else:
+                x = block(x, condition, view)
+        left = views[-1].left
+        if condition is not None and left is not None:
+            condition = condition.at(left)
         x = self.final_norm(x)
         return x if self.final_ada_ln is None else modulate(x, self.final_ada_ln(condition)[0])
 

@@ -39,6 +39,9 @@ class RefreshPolicy(Protocol):
     def max_logits(self) -> str | None: ...
 
     @property
+    def reads_shown(self) -> bool: ...
+
+    @property
     def append_only(self) -> bool: ...
 
     def start(self, batch: TokenBatch, model: Any) -> RefreshPolicy: ...
@@ -86,6 +89,7 @@ class Policy:
     Attributes:
         store: what has to be kept between passes; None where no pass will be partial.
         max_logits: whether `state.max_logits` is kept: for the `candidates` of each pass, `everywhere`, or None.
+        reads_shown: a position whose logits are shown was shown as well in the pass that computed it last.
         append_only: partial passes make sense although some positions were never computed (block-causal models).
         name: what `CacheConfig.policy` calls it; none where it is not made by name.
         whole_rows: it speaks for whole rows, and not for a segment of them.
@@ -96,7 +100,7 @@ class Policy:
     name = ""
     store: StoreOptions | None = None
     max_logits: str | None = None
-    append_only = whole_rows = by_stream = False
+    append_only = reads_shown = whole_rows = by_stream = False
     auto: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     _past: dict[int, StreamPast]
 
@@ -181,6 +185,7 @@ class NoCache(Policy):
     """Full passes, logits at the candidates."""
 
     name = "none"
+    reads_shown = True
 
     def start(self, batch: TokenBatch, model: Any) -> Self:
         return self
@@ -249,13 +254,16 @@ def check_settings(policy: Any) -> None:
             check_value(getattr(policy, f.name), types[f.name], f"{kind.__name__} {f.name}")
 
 
-def expected_passes(policy: Policy, decode: RowDecode, layers: int) -> list[RowWork]:
-    """What each pass has to compute in a row without guidance.
+def expected_passes(policy: Policy, decode: RowDecode, layers: int, narrows: bool = False) -> list[RowWork]:
+    """What each pass has to compute in a row without guidance, by a model that `narrows` (see `DenoiserTraits`) or not.
 
     Raises:
         ValueError: a policy whose work depends on the model's answers, or is not known.
     """
-    return [policy.row_work(decode, moment, layers) for moment in moments(decode)]
+    found = [(moment, policy.row_work(decode, moment, layers)) for moment in moments(decode)]
+    if not narrows or policy.max_logits == "everywhere":
+        return [work for _, work in found]
+    return [work.narrowed(moment.masked if policy.reads_shown else decode.targets) for moment, work in found]
 
 
 def speedup_bound(policy: Policy, decode: RowDecode, traits: DenoiserTraits, rate: Rate | None = None) -> float:
@@ -266,7 +274,7 @@ def speedup_bound(policy: Policy, decode: RowDecode, traits: DenoiserTraits, rat
         rate: FLOP/s at a number of rows, for the corrected bound; None takes the same for all numbers.
     """
     plain, cached = (
-        sum(pass_seconds(p, traits, rate) for p in expected_passes(kind, decode, len(traits.layers)))
+        sum(pass_seconds(p, traits, rate) for p in expected_passes(kind, decode, len(traits.layers), traits.narrows))
         for kind in (NoCache(), policy)
     )
     return plain / cached
@@ -278,9 +286,9 @@ def pass_seconds(work: RowWork, traits: DenoiserTraits, rate: Rate | None = None
     total = traits.head_flops(work.head, work.ids) / at(work.head) if work.head else 0.0
     for layer, w in zip(traits.layers, work.layers, strict=True):
         parts = (
-            (w.qk, layer.query_key + work.keys * layer.pair),
+            (w.k, layer.key),
             (w.v, layer.value),
-            (w.out, layer.output + layer.feed_forward),
+            (w.out, layer.asking + work.keys * layer.pair),
         )
         total += sum(rows * each / at(rows) for rows, each in parts if rows)
     return total

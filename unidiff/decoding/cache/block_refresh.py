@@ -40,6 +40,7 @@ class BlockRefresh(StoringPolicy, ABC):
     drift: Annotated[float, Between(0, 1)] | None = None
     warmup: Annotated[int, Between(0)] = 0
     rotated: bool = True
+    reads_shown = True
 
     @abstractmethod
     def region(self, state: DecodeState, block: Tensor) -> Tensor:

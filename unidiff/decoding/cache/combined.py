@@ -60,6 +60,7 @@ class Combined(Policy):
         super().__post_init__()
         self.store = StoreOptions.all_of(policy.store for policy in self.members)
         asked = {policy.max_logits for policy in self.members}
+        self.reads_shown = all(policy.reads_shown for policy in self.members)
         self.max_logits = next((kind for kind in ("everywhere", "candidates") if kind in asked), None)
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:

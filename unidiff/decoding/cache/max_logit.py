@@ -51,6 +51,7 @@ class MaxLogitCache(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.max_logits = "everywhere" if self.compat else "candidates"
+        self.reads_shown = not self.compat
 
     def begin_pass(self, state: DecodeState, candidates: Tensor) -> Tensor:
         planned = [torch.where(p.targets.any(1), p.shares.total, 0) for p in state.progress.values()]  # [B] each

@@ -228,7 +228,7 @@ def measure_seconds(run: TrainedRun, trials: Sequence[Trial], rows: int) -> dict
         outs = decoded(run, trial.decode, trial.asked, rows, trial.batch)
         count, stats = sum(len(out.texts) for out in outs), [out.stats for out in outs]
         full, partial = (sum(getattr(s, f"{kind}_passes") for s in stats) for kind in ("full", "partial"))
-        tokens, layers = sum(s.ffn_tokens for s in stats), run.pipe.transformer.config.num_layers
+        tokens, layers = sum(s.query_tokens for s in stats), run.pipe.transformer.config.num_layers
         found[trial.name] = {
             "seconds": sum(out.seconds for out in outs) / count,
             "nfe": sum(out.nfe * len(out.texts) for out in outs) / count,

@@ -234,7 +234,7 @@ class MudditDenoiser:
     def traits(self) -> DenoiserTraits:
         """See `PartialDenoiser`."""
         d = self.model.config.num_heads * self.model.config.head_dim
-        layer = LayerFlops(4 * d * d, 2 * d * d, 2 * d * d, 16 * d * d, 4 * d)  # double and single blocks alike
+        layer = LayerFlops(*(2 * d * d,) * 4, 16 * d * d, 4 * d)  # double and single blocks alike
         layers, codes = (layer,) * self.model.num_blocks, self.model.cell_side**2
         return DenoiserTraits(
             self.vocabulary.size, d, layers, affine_head=True, timed=True, codes_per_token=codes, recordable=False
@@ -290,7 +290,7 @@ class MudditDenoiser:
         condition = self.model.condition(text.pooled, self._micro(rows, ids.device), moment)
         cells = self.model.cells(rows.image(ids) - self.vocabulary.image[0])
         query, verify = (None if x is None else self._to_tokens(x, rows) for x in (plan.query, plan.verify))
-        inner = replace(plan, query=query, verify=verify, logits=None, others={})
+        inner = replace(plan, query=query, verify=verify, logits=None, wanted=None, others={})
 
         def select_tokens(layer: int, similarity: Tensor) -> Tensor | None:
             assert select is not None and plan.verify is not None
