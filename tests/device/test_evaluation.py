@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 from tiny_pipeline import tiny_pipeline
 from virtual_device import DEVICE, virtual_device
 
+from unidiff.evaluation.benchmark.gpu_check import Place
+from unidiff.evaluation.benchmark.gpu_checks import CHECKS
 from unidiff.evaluation.benchmark.measure import model_hash
 from unidiff.evaluation.benchmark.random_weights import SuiteOptions, run_suite
 from unidiff.evaluation.benchmark.trained import TrainedOptions, run_trained
@@ -121,3 +124,13 @@ def test_the_benchmark_of_training_runs(monkeypatch):
     with virtual_device(), any_name_means_it():
         assert all(seconds > 0 for seconds in measure_step(load, steps=2).parts.values())
         assert measure_head(load, repeats=1).seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [c for c in CHECKS if not c.cuda and c.name != "packing"], ids=lambda c: c.name)
+def test_the_checks_of_a_gpu_run(monkeypatch, check):
+    """(Of packing, FlexAttention has no way to run there.)"""
+    monkeypatch.setattr("unidiff.train.cost.benchmark.matmul_peak", lambda *args, **options: 1e9)  # of large matrices
+    with virtual_device(), any_name_means_it():
+        found = check.run(Place(DEVICE, Path(__file__).parents[2], tiny=True))
+    assert found.rows and not found.wrong

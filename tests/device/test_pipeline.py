@@ -12,10 +12,12 @@ from pass_tape import TapeRecorder
 from tiny_pipeline import tiny_parts
 from virtual_device import DEVICE, VirtualTensor
 
-from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, SamplerConfig
+from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, SamplerConfig, draw
 from unidiff.decoding.cache import IntervalCache
 from unidiff.decoding.cache.config import CACHES
 from unidiff.decoding.config import BLOCK_ORDERS, CONFIDENCES, ORDERS, RULES
+from unidiff.diffusion.schedules import SCHEDULES
+from unidiff.kernels.fused_draw import FusedDraw
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens.image.vq import VQImageTokenizer
@@ -205,3 +207,42 @@ def test_the_embedded_model(emoji, number):
 def test_the_embedded_model_with_any_two_choices_together(emoji, part):
     for number in range(part, len(CASES), 8):
         check(emoji, CASES[number], number)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_every_schedule(pipe, part):
+    for number, name in enumerate(("fixed", *SCHEDULES)):
+        if number % 2 == part:
+            plain = ModalityDecoding(steps=3, schedule=name)
+            call = lambda p: p.text_to_image("a dog", sampler=SamplerConfig(plain, plain), generator=3)  # noqa: B023, E731
+            expected, found, _ = on_both(pipe, call)
+            same_outputs(expected, found)
+
+
+@pytest.mark.parametrize("drawn", ["best", "warm", "shuffled"])
+def test_the_fused_draw_is_given_what_is_on_the_device(pipe, monkeypatch, drawn):
+    """The kernel is of CUDA: in its place its torch twin, which is handed the same."""
+    calls = []
+
+    def twin(values, u, temperature, top_k, confidence, weights, banned):
+        assert weights is None  # streams are mixed before the head
+        assert all(isinstance(x, VirtualTensor) for x in (values, u, banned) if x is not None)
+        settings = ModalityDecoding(temperature=temperature, top_k=top_k, confidence=confidence)
+        mixed = values[0]
+        if banned is not None:
+            mixed = mixed.masked_fill(banned, -torch.inf)
+        with monkeypatch.context() as patch:
+            patch.setattr(draw, "fuses", lambda *_: False)
+            out = draw.choose(mixed[None], torch.ones_like(u, dtype=torch.bool), settings, u, u)
+        calls.append(values.shape)
+        return FusedDraw(out.token, out.probability, out.confidence, mixed.amax(-1).isfinite())
+
+    def call(p):
+        config = SamplerConfig(image=ModalityDecoding(steps=4, **DRAWN[drawn]), guidance=Guidance(2.0))
+        return p.text_to_image(["a dog", "two cats"], sampler=config, generator=3)
+
+    monkeypatch.setattr(draw, "fuses", lambda values, settings: isinstance(values, VirtualTensor))
+    monkeypatch.setattr(draw, "fused_draw", twin)
+    expected, found, _ = on_both(pipe, call)
+    same_outputs(expected, found)
+    assert len(calls) == 4 and all(shape[1] == 2 for shape in calls)

@@ -46,11 +46,18 @@ RATES = [
     "tasks.caption={weight: 1, rate: cosine, loss: elbo, dropout: 0.5}",
     "objective={text_weight: 0.5, image_weight: 2, chunk: 16}",
 ]
+WEIGHTS = [
+    "tasks.generate={weight: 1, rate: uniform, loss: softmin}",
+    "tasks.text_to_image={weight: 1, rate: cosine, loss: inverse_rate}",
+    "tasks.caption={weight: 1, rate: high, loss: ce}",
+    "schedule.name=constant",
+]
 RUNS: dict[str, list[str]] = {
     "adamw": [],
     "muon": ["optimiser.name=muon"],
     "accumulated": ["accumulate=2", "batch_size=4"],
     "rates and losses": [*RATES, "data.crop_fill=0.5"],
+    "weights of tokens": WEIGHTS,
     "timed": ["model={hidden_size: 32, num_layers: 2, num_heads: 2, time_conditioning: true, cond_dim: 8}"],
     "dropout": ["model={hidden_size: 32, num_layers: 2, num_heads: 2, dropout: 0.2}"],
     "packed": ["data.pack=40"],

@@ -69,7 +69,7 @@ class PeerSystem:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PeerTiming:
     """What came of a pair.
 
     Attributes:
@@ -96,7 +96,7 @@ def compare(
     runs: int = 5,
     sizes: Sizes | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[str, list[Comparison]]:
+) -> tuple[str, list[PeerTiming]]:
     """The system's name, and each of its decodes against ours. What cannot be imported or run is skipped with a reason.
 
     Raises:
@@ -107,24 +107,24 @@ def compare(
     system = next((s for s in systems if any((folder / mark).is_file() for mark in s.marks)), None)
     if system is None:
         raise ValueError(f"{str(folder)!r} is no checkout of {_names(systems)}; none of their files is there")
-    found, folder = list[Comparison](), folder.resolve()
+    found, folder = list[PeerTiming](), folder.resolve()
     with importing([place for root in system.roots if (place := folder / root).is_dir()]):
         pairs = system.pairs(folder, sizes or Sizes(), device)
         while True:
             try:
                 pair = next(pairs, None)
             except Exception as error:  # theirs, of any kind
-                return system.name, [*found, Comparison("all" if not found else "the rest", _reason(error))]
+                return system.name, [*found, PeerTiming("all" if not found else "the rest", _reason(error))]
             if pair is None:
                 return system.name, found
             say(f"{system.name}: {pair.name}")
             try:
                 found.append(_measured(pair, device, runs))
             except Exception as error:
-                found.append(Comparison(pair.name, _reason(error)))
+                found.append(PeerTiming(pair.name, _reason(error)))
 
 
-def _measured(pair: Pair, device: torch.device, runs: int) -> Comparison:
+def _measured(pair: Pair, device: torch.device, runs: int) -> PeerTiming:
     theirs, ours = pair.theirs().cpu(), pair.ours().cpu()  # the warm-up
     if theirs.shape != ours.shape:
         raise ValueError(f"their tokens have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
@@ -135,7 +135,7 @@ def _measured(pair: Pair, device: torch.device, runs: int) -> Comparison:
     a, b = seconds.values()
     times = [x / y for x, y in zip(a, b, strict=True)]
     differing = int((theirs != ours).sum())
-    return Comparison(
+    return PeerTiming(
         pair.name, "", differing, ours.numel(), median(a), median(b), median(times), min(times), max(times)
     )
 
@@ -168,7 +168,7 @@ def _lies_in(module: ModuleType, folders: Sequence[Path]) -> bool:
     return any(place and Path(place).is_relative_to(folder) for place in places for folder in folders)
 
 
-def comparison_table(system: str, found: Sequence[Comparison], about: str) -> Table:
+def comparison_table(system: str, found: Sequence[PeerTiming], about: str) -> Table:
     """For people."""
     table = table_of(
         f"{system}: {about}", "decode", "tokens", "theirs, s", "ours, s", "times as fast", "of the runs", left=2
