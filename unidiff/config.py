@@ -57,6 +57,12 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
         raise ValueError(f"{path}: {error}" if path is not None else str(error)) from error
 
 
+def top_keys(path: str | Path) -> set[str]:
+    """The outermost keys of a YAML file, which tell what it configures; errors as of `load_config`."""
+    root = _read_yaml(path)
+    return set() if root is None else {name.value for name, _ in root.value}
+
+
 def named_config(name: str) -> Path:
     """The file of a config that comes with the package. Raises FileNotFoundError for a name that there is not."""
     known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}

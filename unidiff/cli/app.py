@@ -233,13 +233,19 @@ for group in (eval_app, data_app, tokenizer_app, configs_app, change_app, emoji_
     app.add_typer(group)
 
 
-@app.callback()
-def start(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
-) -> None:
-    if version:
+def _say_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"unidiff {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    pass
 
 
 def recipe(*words: str) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from unidiff.cli.common import Device
+from unidiff.config import load_config, top_keys
 from unidiff.files import check_writable, file_stamp, replace_text
 from unidiff.process import pick_device, set_up_process
 from unidiff.train.config import read_config
@@ -73,15 +74,23 @@ def plan(
 ) -> None:
     """Say what a run would need before it is started: memory per GPU, operations, days, and how to spread it.
 
-    No data and no GPU is needed. The config must declare data.vocabulary and data.grid.
+    No data and no GPU is needed. The config of a transformer must declare data.vocabulary and data.grid, that of an image
+    tokenizer data.image_size.
     """
     for name, value in (("memory", memory), ("tflops", tflops)):
         if value is not None and not 0 < value < 1e12:
             raise ValueError(f"--{name} is {value}; expected a number above 0")
-    run = read_config(config, settings or [])
-    from unidiff.train.cost.plan import make_plan
+    if "out" in top_keys(config):
+        from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
+        from unidiff.train.image_tokenizer.plan import plan_tokenizer
 
-    for line in make_plan(run, gpus).lines(gpus, memory, tflops):
+        lines = plan_tokenizer(load_config(ImageTokenizerConfig, config, settings or [])).lines(gpus, memory, tflops)
+    else:
+        run = read_config(config, settings or [])
+        from unidiff.train.cost.plan import make_plan
+
+        lines = make_plan(run, gpus).lines(gpus, memory, tflops)
+    for line in lines:
         typer.echo(line)
 
 
