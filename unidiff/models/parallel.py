@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,13 @@ def spread(model: MaskedTransformer, mesh: DeviceMesh | None = None) -> MaskedTr
     for name, count in (("num_heads", c.num_heads), ("num_kv_heads", c.kv_heads), ("feed-forward units", c.inner_size)):
         if count % size:
             raise ValueError(f"the model has {count} {name}, which {size} processes cannot share evenly; start fewer")
+    styles = {"columns": ColwiseParallel, "rows": RowwiseParallel}
     for block in model.blocks:
-        attention, feed = block.attention, block.feed_forward
+        attention: Any = block.attention
+        feed: Any = block.feed_forward
         heads = [count * attention.head_dim for count in (attention.num_heads, *[attention.num_kv_heads] * 2)]
         _in_order(attention.qkv, heads, size)
         _in_order(feed.up, [c.inner_size] * (feed.up.out_features // c.inner_size), size)
-        styles = {"columns": ColwiseParallel, "rows": RowwiseParallel}
         parallelize_module(block, mesh, {name: styles[kind]() for name, kind in PLAN.items()}, src_data_rank=None)
         attention.num_heads, attention.num_kv_heads = attention.num_heads // size, attention.num_kv_heads // size
     model.mesh = mesh

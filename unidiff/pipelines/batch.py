@@ -146,12 +146,17 @@ def _called(
         result = pipe(task=first.get("task"), **columns, **asked)
     except (ValueError, OSError) as error:
         if len(numbers) == 1:
-            entry = {"number": numbers[0], "arguments": dict(first), "seed": seeds[numbers[0]]}
-            return [{**entry, "error": explain(error)}]
+            refusal = {"number": numbers[0], "arguments": dict(first), "seed": seeds[numbers[0]]}
+            return [{**refusal, "error": explain(error)}]
         return [e for number in numbers for e in _called(pipe, rows, [number], seeds, out, folder, options)]
     entries = []
     for place, number in enumerate(numbers):
-        entry = {"number": number, "arguments": dict(rows[number]), "seed": seeds[number], "words": result.texts[place]}
+        entry: dict[str, Any] = {
+            "number": number,
+            "arguments": dict(rows[number]),
+            "seed": seeds[number],
+            "words": result.texts[place],
+        }
         if result.images is not None and not set(first) - {"task"} <= _READ:
             entry["image"] = f"{number:06d}.png"
             save_image(result.images[place], out / entry["image"])
