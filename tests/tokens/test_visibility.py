@@ -29,6 +29,16 @@ def test_dense_is_same_sample_and_no_padding(lengths):
         assert mask[b, 0].tolist() == expected
 
 
+@given(rows_of_samples)
+@settings(max_examples=30, deadline=None)
+def test_a_mask_of_keys_alone_says_the_same_of_all_tokens(lengths):
+    batch = packed(lengths)
+    mask, every = batch.attention_mask(), Visibility(batch.sample_ids.masked_fill(~batch.valid, -1)).dense()
+    assert mask is not None and (mask.shape[2] == 1) == all(len(row) == 1 for row in lengths)
+    tokens = batch.valid[:, None]
+    assert torch.equal(mask.expand_as(every)[tokens], every[tokens])
+
+
 @given(rows_of_samples, st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_dense_of_doubled_rows_follows_the_blocks(lengths, block):

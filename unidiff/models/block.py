@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 AttentionMask: TypeAlias = "Tensor | BlockMask | None"
-"""bool `[B, 1, L, L]`, True where a query may see a key; the same for FlexAttention; or None, all see all."""
+"""bool `[B, 1, L, L]`, or `[B, 1, 1, L]` where all queries of a row see the same: True where a query may see a key; the same
+for FlexAttention; or None, all see all."""
 
 SINUSOID = 256  # features of a time
 SCORES = 2**24  # up to so many of a batch (64 MiB in float32) the composed attention may hold for its backward pass

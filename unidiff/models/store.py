@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.models.block import RotaryTables, gather_rows, rotate
+from unidiff.models.block import RotaryTables, gather_rows, queries_of, rotate
 
 Width = int | tuple[int, int]
 """Most positions in a row; a pair where a row has tokens of two streams."""
@@ -90,7 +90,7 @@ class FeatureStore:
         shape: (B, L).
         like: has the dtype and the device.
         options: see `StoreOptions`.
-        allowed: bool `[B, 1, L, L]`, which keys a query may see; None for all.
+        allowed: bool `[B, 1, L, L]` or `[B, 1, 1, L]`, which keys a query may see; None for all.
         inputs: what the model needs of the rows besides ids, `[B, L, ...]` each, worked out once; `cos` and `signed_sin`
             of the rotary tables among it.
     Attributes:
@@ -225,9 +225,7 @@ class FeatureStore:
 
         A position that was never computed is seen by nobody.
         """
-        mask = self.allowed
-        if mask is not None and not index.whole:
-            mask = gather_rows(mask[:, 0], index.at)[:, None]
+        mask = self.allowed if index.whole else queries_of(self.allowed, index.at)
         if not self.complete.all():
             known = (self.computed[:, :-1] > 0)[:, None, None]  # [B, 1, 1, L]
             mask = known if mask is None else mask & known

@@ -80,7 +80,7 @@ class MaskedTransformer(CheckedModel):
         Args:
             ids, modality: int64 `[B, L]`.
             positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
-            attention_mask: bool `[B, 1, L, L]`, True where a query may see a key; None when every row is one sample
+            attention_mask: bool `[B, 1, L, L]` or `[B, 1, 1, L]`, True where a query may see a key; None when every row is one sample
                 without padding (the fast path). A query that may see nothing gets a zero attention output. Or the
                 `BlockMask` of a `Visibility`, which has the order of blocks in it.
             time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
@@ -347,7 +347,7 @@ def block_causal_mask(index: Tensor, block_length: int, allowed: Tensor | None) 
 
     Args:
         index: int64 `[B, L]`, position inside the sample.
-        allowed: bool `[B, 1, L, L]` that keeps samples and padding apart, or None for one sample per row.
+        allowed: bool `[B, 1, L or 1, L]` that keeps samples and padding apart, or None for one sample per row.
     """
     block = torch.div(index, block_length, rounding_mode="floor")  # [B, L]
     visible = (block[:, :, None] >= block[:, None, :])[:, None]  # [B, 1, L, L]

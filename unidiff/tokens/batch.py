@@ -259,15 +259,16 @@ class TokenBatch:
         return self.valid & (self.modality == modality)
 
     def attention_mask(self) -> Tensor | None:
-        """bool `[B, 1, L, L]`, see `visibility`."""
+        """bool `[B, 1, 1, L]` or `[B, 1, L, L]`, see `visibility` and `Visibility.dense`."""
         visible = self.visibility()
         return None if visible is None else visible.dense()
 
     def visibility(self) -> Visibility | None:
         """Which keys a query may see (same sample, both valid); None when every row is one sample without padding."""
-        if bool(self.valid.all()) and bool((self.sample_ids == self.sample_ids[:, :1]).all()):
-            return None
-        return Visibility(self.sample_ids.masked_fill(~self.valid, -1))
+        sample = self.sample_ids.masked_fill(~self.valid, -1)
+        alone = ((sample == sample.amax(1, keepdim=True)) | ~self.valid).all()
+        unpadded, alone = torch.stack([self.valid.all(), alone]).tolist()
+        return None if unpadded and alone else Visibility(sample, alone=alone)
 
     def replace(self, **changes: Tensor) -> TokenBatch:
         return replace(self, **changes)
