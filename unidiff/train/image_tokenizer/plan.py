@@ -70,7 +70,7 @@ def plan_tokenizer(config: ImageTokenizerConfig) -> TokenizerPlan:
     if height % factor or width % factor:
         raise ValueError(f"pictures of {width} x {height} pixels: factor {factor} must divide both sides")
     model.train()
-    weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    weights = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
     kept: dict[int, int] = {}  # bytes by where they are, alive until the backward pass
 
     def note(value: torch.Tensor) -> torch.Tensor:
