@@ -97,13 +97,23 @@ def test_dtypes(saved, tmp_path):
 @pytest.mark.parametrize("place", ["cpu", torch.device("cpu"), "auto", {"": "cpu"}, "disk"])
 def test_device_maps(saved, expected, tmp_path, place):
     pytest.importorskip("accelerate")
-    if place == "disk":
-        place = {"": "cpu", "blocks.0": "disk"}
-        with pytest.raises(ValueError, match="offload"):
-            UniDiffPipeline.from_pretrained(saved, device_map=place)
-        return
-    pipe = quiet(UniDiffPipeline.from_pretrained(saved, device_map=place))
+    kept = {"offload_folder": tmp_path} if place == "disk" else {}
+    if kept:
+        place = {name.partition(".")[0]: "cpu" for name in tiny_pipeline().transformer.state_dict()} | {
+            "blocks": "disk"
+        }
+    pipe = quiet(UniDiffPipeline.from_pretrained(saved, device_map=place, **kept))
+    assert bool(kept) == pipe.transformer.blocks[0].feed_forward.up.weight.is_meta
     assert torch.equal(pipe("a dog", generator=3).ids, expected)
+
+
+def test_maps_over_several_accelerators_are_refused(saved):
+    from unidiff.pipelines.folder import check_spread
+
+    model = tiny_pipeline().transformer
+    model.hf_device_map = {"embed_tokens": 0, "blocks.0": "cuda:1", "output_weight": "cpu"}
+    with pytest.raises(ValueError, match="over cuda:0, cuda:1; give one accelerator"):
+        check_spread(model)
 
 
 def test_offloading_goes_through_its_hooks(saved, expected, monkeypatch):

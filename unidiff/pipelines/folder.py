@@ -115,6 +115,8 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         scheduler: Any = None,
         variant: str | None = None,
         device_map: str | Mapping[str, Any] | torch.device | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | Path | None = None,
         quantization_config: Any = None,
         low_cpu_mem_usage: bool | None = None,
         use_safetensors: bool | None = None,
@@ -133,6 +135,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             variant: of the weight files, such as "fp16".
             device_map: a device for everything; or "auto", "balanced" or a mapping by accelerate, which keeps in host memory
                 or on disk what one accelerator does not hold.
+            max_memory, offload_folder: of such a map: bytes by device, and where to put what goes to disk.
             quantization_config: of diffusers, for the transformer; a `PipelineQuantizationConfig` names it "transformer".
             low_cpu_mem_usage: as in diffusers. use_safetensors: nothing else is read.
             tp_plan: "auto" spreads the transformer over the processes that `torchrun` started, see `spread`.
@@ -152,7 +155,8 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         check_value(subfolder, str | None, "subfolder")
         check_value(tp_plan, Literal["auto"] | None, "tp_plan")
         folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
-        placed = {"device_map": device_map} if _is_map(device_map) else {}
+        placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        placed = placed if _is_map(device_map) else {}
         asked = {"quantization_config": _of_transformer(quantization_config), "low_cpu_mem_usage": low_cpu_mem_usage}
         how = {option: value for option, value in {**placed, **asked, "variant": variant}.items() if value is not None}
         if not is_pipeline(folder) and is_released(folder):
@@ -182,7 +186,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         if tp_plan is not None:
             return pipe.to(spread(pipe.transformer).device)
         if placed:
-            _check_spread(pipe.transformer)
+            check_spread(pipe.transformer)
             pipe.images.to(pipe._execution_device)
         return pipe if device_map is None or placed else pipe.to(device_map)
 
@@ -286,7 +290,8 @@ def _is_map(device_map: Any) -> bool:
     return isinstance(device_map, Mapping) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def _check_spread(transformer: Any) -> None:
+def check_spread(transformer: Any) -> None:
+    """Raise `ValueError` where accelerate put a transformer on several accelerators: what passes share stays on one."""
     places = {
         str(torch.device(p)) for p in getattr(transformer, "hf_device_map", {}).values() if p not in ("cpu", "disk")
     }
