@@ -36,6 +36,7 @@ def pairs(folder, sizes, device):
     yield Pair("same", lambda: program_of_theirs.decode(tokens), lambda: tokens + 1)
     yield Pair("other", lambda: program_of_theirs.decode(tokens), lambda: (tokens + 1) * (tokens > 2))
     yield Pair("broken", lambda: 1 / 0, lambda: tokens)
+    yield Pair("dull", lambda: tokens * 0, lambda: tokens * 0)
     yield Pair("short", lambda: tokens[1:], lambda: tokens)
     import a_package_that_nobody_has  # noqa: F401
 
@@ -46,12 +47,13 @@ PEER = PeerSystem("Peer", ("code/program_of_theirs.py",), ("code", "elsewhere"),
 def test_pairs_are_held_against_each_other(checkout):
     said: list[str] = []
     name, found = compare(checkout, (*SYSTEMS, PEER), CPU, 2, SMALL, said.append)
-    assert name == "Peer" and said == ["Peer: same", "Peer: other", "Peer: broken", "Peer: short"]
+    assert name == "Peer" and said == ["Peer: same", "Peer: other", "Peer: broken", "Peer: dull", "Peer: short"]
     same, other, *rest = found
     assert (same.name, same.differing, same.tokens) == ("same", 0, 16) and other.differing == 3
     assert same.theirs > 0 and same.least <= same.times <= same.most
     assert [(c.name, c.skipped) for c in rest] == [
         ("broken", "skipped: ZeroDivisionError: division by zero"),
+        ("dull", "skipped: ValueError: their tokens are all the same, which shows nothing"),
         ("short", "skipped: ValueError: their tokens have shape (15,), ours (16,)"),
         ("the rest", "skipped: it needs the package 'a_package_that_nobody_has', which is not installed"),
     ]
@@ -72,7 +74,7 @@ def test_runs_take_turns(checkout):
     calls: list[str] = []
 
     def watched(folder, sizes, device):
-        note = lambda who: lambda: calls.append(who) or torch.zeros(1, dtype=torch.long)  # noqa: E731
+        note = lambda who: lambda: calls.append(who) or torch.arange(2)  # noqa: E731
         yield Pair("turns", note("theirs"), note("ours"))
 
     compare(checkout, (PeerSystem("Peer", PEER.marks, (), watched),), CPU, 3, SMALL)

@@ -31,8 +31,9 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 SEED = 0
-SHARPNESS = 4.0
-"""Deviation of the logits of random weights: wide enough that rounding decides nothing."""
+SHARPNESS, GUIDED = 4.0, 0.7
+"""Deviations of the logits of random weights, the second where guidance spreads them: wide enough that rounding decides
+nothing, and narrow enough that probabilities in float32 are not all 1."""
 
 
 def fast_dllm(folder: Path, sizes: Sizes, device: torch.device) -> Iterator[Pair]:
@@ -51,7 +52,7 @@ def fast_dllm(folder: Path, sizes: Sizes, device: torch.device) -> Iterator[Pair
         asked = partial(call, model, prompt, steps, sizes.answer, sizes.block, mask_id=mask)
 
         def theirs(asked: Callable[[], Any] = asked) -> Tensor:
-            # they compile attention, which on a CPU is slower
+            # they compile attention, for a GPU
             with torch.compiler.set_stance("force_eager" if device.type == "cpu" else "default"):
                 return asked()[0][:, sizes.prompt :]
 
@@ -70,8 +71,10 @@ def dllm_cache(folder: Path, sizes: Sizes, device: torch.device) -> Iterator[Pai
     asked = partial(asked, gen_length=sizes.answer, block_length=sizes.block, mask_id=ours.vocabulary.mask_id)
     yield Pair("answer, no cache", asked, ours.program(NoCache()))
     cache.dLLMCache.new_instance(prompt_interval_steps=25, gen_interval_steps=7, transfer_ratio=0.25)
-    hooks.register_cache_MMaDA(model, "model.transformer.blocks")  # the network above is of their MMaDA
-    upstream = AdaptiveCache(25, 7, 0.25, full_layers=(), compat="upstream")
+    hooks.register_cache_LLaDA(model, "model.transformer.blocks")
+    for block in model.model.transformer.blocks:  # the hook does not know an argument that this network gives
+        block.forward = partial(lambda forward, *given, block_mask=None, **more: forward(*given, **more), block.forward)
+    upstream = AdaptiveCache(25, 7, 0.25, full_layers=(0,), compat="upstream")
     yield Pair("answer, adaptive", asked, ours.program(upstream))
 
 
@@ -86,7 +89,7 @@ def lumina(folder: Path, sizes: Sizes, device: torch.device) -> Iterator[Pair]:
     config = _llada_config(sizes, text + codes, vocabulary.mask_id)
     module = importlib.import_module("model.modeling_llada")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
-        model = _drawn(network(module.LLaDAConfig(**config)), vocabulary.mask_id).to(device)
+        model = _drawn(network(module.LLaDAConfig(**config)), vocabulary.mask_id, GUIDED).to(device)
     own, _ = LUMINA.load(model.state_dict(), config, vocabulary=vocabulary)
     begins, ends, words = [text - 3, text - 4], [text - 5, text - 6], _prompt(sizes, torch.device("cpu"))[0]
     image = Span(
@@ -280,17 +283,17 @@ def _prompt(sizes: Sizes, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _drawn(model: Any, mask: int) -> Any:
+def _drawn(model: Any, mask: int, sharpness: float = SHARPNESS) -> Any:
     """The network with random weights that tell positions and tokens apart, and never speak for [MASK]."""
     generator = torch.Generator().manual_seed(SEED)
     rows = []  # matrices with a row for every id: the last one is the head
     for name, value in model.named_parameters():
         if value.ndim == 1:
-            value.copy_(1 + 0.1 * torch.randn(value.shape, generator=generator)) if "norm" in name else value.zero_()
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1 + (not name.endswith("bias")))
             continue
         value.copy_(torch.randn(value.shape, generator=generator) * value.shape[-1] ** -0.5)
         rows += [value] if value.shape[0] > mask else []
-    rows[-1] *= SHARPNESS
+    rows[-1] *= sharpness
     rows[-1][mask] = 0
     return model.eval().requires_grad_(False)
 
