@@ -20,13 +20,14 @@ class CaptionedPictures:
         captions: one for each picture.
         pictures: (start, stop) -> those pictures, float32 `[stop - start, 3, H, W]` in [0, 1].
         surprises: -log p(caption | picture) in nats where the world knows it. entropies: H(caption | picture).
-        seed: of everything that a metric draws. batch_size: rows at once; results do not depend on it.
+        distractors: captions of each that do not hold. seed: of everything that a metric draws. batch_size: rows at once; results do not depend on it.
     """
 
     captions: Sequence[str]
     pictures: Callable[[int, int], Tensor]
     surprises: Sequence[float] = ()
     entropies: Sequence[float] = ()
+    distractors: Sequence[Sequence[str]] = ()
     seed: int = 0
     batch_size: int = 64
 

@@ -33,6 +33,7 @@ from unidiff.worlds.emoji.language import (
     parse_caption,
 )
 from unidiff.worlds.emoji.oracle import Oracle
+from unidiff.worlds.emoji.retrieval import wrong_captions
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, get_profile, render_batch
 from unidiff.worlds.emoji.second_reader import compare_readers
 
@@ -40,6 +41,8 @@ SECOND = "second_reader"
 """Reads the pictures of `text_to_image` again, so it needs that task."""
 ALL_TASKS = (*TASKS, SECOND, "likelihood")
 """What runs where nothing is asked for; other metrics run when they are named."""
+DISTRACTORS = 10
+"""Wrong captions beside each right one, for metrics."""
 QUICK = 300
 """Cases per category."""
 PARTS = {"reader": len(KINDS), "text_to_image": len(CATEGORIES) + 1, "caption": len(KINDS)}
@@ -122,6 +125,10 @@ def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> Capti
         lambda start, stop: render_batch([scene for scene, _ in cases[start:stop]], profile),
         [-math.log(caption_distribution(scene)[caption]) for scene, caption in cases],
         [caption_entropy(scene) for scene, _ in cases],
+        [
+            wrong_captions(caption, scene, profile.names, DISTRACTORS, random.Random(f"retrieval|{seed}|{i}"))
+            for i, (scene, caption) in enumerate(cases)
+        ],
         *(seed, batch_size),
     )
 

@@ -251,36 +251,6 @@ def facts_correct(facts: Facts | None, scene: Scene | None) -> bool:
     return facts is not None and scene is not None and facts_hold(facts, scene) and facts_complete(facts, scene)
 
 
-def wrong_captions(caption: str, scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """`count` captions of the grammar that differ from a true one in one phrase (a name, number, size, place, relation or
-    background) and do not hold for the scene; fewer where there are no more.
-    """
-    facts, names = parse_caption(caption), sorted(default_atlas().names)
-    assert facts is not None
-    swaps: list[tuple[str, str]] = []
-    for name, n in facts.counts:
-        others = [other for other in names if other not in dict(facts.counts)]
-        for before, after in (
-            (counted(name, n), counted(other, n)) for other in rng.sample(others, min(count, len(others)))
-        ):
-            swaps.append((before, after))
-        swaps += [(counted(name, n), counted(name, other)) for other in NUMBERS]
-        swaps += [(sized(name, f"{facts.size} "), sized(name, f"{size} ")) for size in ("large", "small") if facts.size]
-    for group in (*ZONE_PHRASES.values(), *RELATIONS.values()):
-        for phrase in group:
-            if f" {phrase} " in f" {caption} ":
-                table = ZONE_PHRASES if group in ZONE_PHRASES.values() else RELATIONS
-                swaps += [(phrase, other) for options in table.values() for other in options]
-    swaps += [(facts.background, other) for other in BACKGROUNDS if facts.background is not None]
-    wrong = []
-    for before, after in swaps:
-        other = caption.replace(before, after, 1)
-        stated = parse_caption(other)
-        if stated is not None and not facts_hold(stated, scene) and other not in wrong:
-            wrong.append(other)
-    return rng.sample(wrong, min(count, len(wrong)))
-
-
 class _Phrases(NamedTuple):
     single: dict[str, str]  # "a dog face" -> name
     sized: dict[str, tuple[str, str]]  # "a small dog face" -> (name, size)
