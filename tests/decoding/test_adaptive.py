@@ -126,9 +126,11 @@ class Spy:
         return self
 
     def plan(self, state, candidates):
-        plan = self.policy.plan(state, candidates)
-        self.plans.append((plan, state.masked.clone(), state.ids.clone()))
-        return plan
+        self.then = state.masked.clone(), state.ids.clone()
+        return self.policy.plan(state, candidates)
+
+    def observe(self, state, plan):
+        self.plans.append((plan, *self.then))
 
     def select(self, layer, similarity):
         chosen = self.policy.select(layer, similarity)

@@ -97,11 +97,12 @@ class Spy:
         return self
 
     def plan(self, state, candidates):
-        plan = self.policy.plan(state, candidates)
-        self.passes.append(
-            (plan, candidates.clone(), state.ids.clone(), {s: p.clone() for s, p in state.max_logits.items()})
-        )
-        return plan
+        peaks = {s: p.clone() for s, p in state.max_logits.items()}
+        self.then = candidates.clone(), state.ids.clone(), peaks
+        return self.policy.plan(state, candidates)
+
+    def observe(self, state, plan):
+        self.passes.append((plan, *self.then))
 
 
 def test_the_schedule_of_full_passes(model) -> None:

@@ -3,9 +3,9 @@
 from unidiff.decoding.cache import NoCache, RefreshPolicy
 from unidiff.decoding.cache.config import CacheConfig
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.decoding.sampler import Sampler, SamplerOutput
+from unidiff.decoding.sampler import Sampler
 from unidiff.decoding.state import DecodeState, DecodeView
-from unidiff.decoding.stats import DecodeStats
+from unidiff.decoding.stats import DecodeStats, SamplerOutput
 
 __all__ = [
     "CacheConfig",

@@ -280,9 +280,9 @@ def check_request(
     callback: Any,
     record: Any,
     unconditional: Any,
-) -> tuple[TokenBatch, ...]:
-    """Raise `ValueError` unless a `Sampler` can be called with these; returns the unconditional batches."""
-    _check_batch("batch", batch, vocabulary)
+) -> tuple[TokenBatch, tuple[TokenBatch, ...]]:
+    """Raise `ValueError` unless a `Sampler` can be called with these; returns the batch on the CPU, and the unconditional ones."""
+    host = _check_batch("batch", batch, vocabulary)
     rows, length = batch.shape
     _check_tensor("seeds", seeds, _INTEGERS, (rows,), f"an int64 tensor [{rows}], one per row", plural=True)
     if condition is not None:
@@ -292,8 +292,7 @@ def check_request(
     _check_is("record", record, bool, "true or false")
     several = isinstance(unconditional, Sequence) and not isinstance(unconditional, str)
     others = tuple(unconditional) if several else () if unconditional is None else (unconditional,)
-    for other in others:
-        _check_batch("unconditional", other, vocabulary)
+    on_host = [_check_batch("unconditional", other, vocabulary) for other in others]
     if others and condition is not None:
         raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
     if max(1, len(others)) != 1 + len(config.guidance.further):
@@ -301,17 +300,18 @@ def check_request(
             f"guidance has {1 + len(config.guidance.further)} scales for {len(others)} unconditional batches; "
             "`Guidance.further` takes a scale for each after the first"
         )
-    for other in others:
+    for other in on_host:
         if other.shape != batch.shape:
             raise ValueError(f"unconditional has shape {other.shape}; expected {batch.shape}, that of the batch")
-        if not torch.equal(other.targets, batch.targets):
+        if not torch.equal(other.targets, host.targets):
             raise ValueError(
                 "unconditional has other targets than the batch; align the rows, for instance by left padding"
             )
-    return others
+    return host, others
 
 
-def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
+def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> TokenBatch:
+    """The batch on the CPU, brought in one go."""
     if not isinstance(batch, TokenBatch):
         raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")
     shape = tuple(getattr(batch.ids, "shape", ())[:2])
@@ -323,17 +323,16 @@ def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> None:
             raise ValueError(f"{name} {f.name} are on {value.device}; expected {batch.ids.device}, that of the ids")
     if len(shape) != 2 or not batch.ids.numel():
         raise ValueError(f"{name} has shape {shape}; expected at least one row of at least one token")
-    ends = [
-        *torch.where(batch.valid & batch.given, batch.ids, 0).aminmax(),
-        *torch.where(batch.valid, batch.modality, 0).aminmax(),
-    ]
-    low, high, first, last = torch.stack([end.long() for end in ends]).tolist()
+    host = batch.to("cpu")
+    low, high = map(int, torch.where(host.valid & host.given, host.ids, 0).aminmax())
+    first, last = map(int, torch.where(host.valid, host.modality, 0).aminmax())
     if not 0 <= low <= high < vocabulary.size:
         raise ValueError(
             f"{name} gives ids from {low} to {high}, but the vocabulary has ids 0 to {vocabulary.size - 1}"
         )
     if not 0 <= first <= last < len(Modality):
         raise ValueError(f"{name} has modalities from {first} to {last}; expected 0 (text) and 1 (image)")
+    return host
 
 
 def _check_tensor(

@@ -17,7 +17,7 @@ from unidiff.models.block import gather_rows
 from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
 from unidiff.models.store import FeatureStore, query_index
 from unidiff.schema import short_value
-from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class StreamedModel:
         self._uncond_masks = [nothing, *([nothing] * len(unconditional) if unconditional else uncond_masks)]
         self._layouts = [batch, *unconditional] if unconditional else [batch] * len(self._uncond_masks)
         self._joined: dict[tuple[int, ...], tuple[TokenBatch, Tensor | None]] = {}  # streams -> their rows and mask
+        self._visible: list[Visibility | None] = []  # of each stream
         self._features: dict[int, Tensor] = {}  # stream -> [B, L, D]
         # streams in which rows keep their difference from the conditional one in this pass -> rows that do not, bool [B]
         self._held: dict[int, Tensor | None] = {}
@@ -96,6 +97,9 @@ class StreamedModel:
         self.store: FeatureStore | None = None
         if self._policy.store is not None and self._partial is not None:
             self.store = self._partial.make_store(TokenBatch.cat(self._layouts), self._policy.store)
+        else:  # asked now, and not in the middle of a pass
+            own, *away = (layout.visibility() for layout in (batch, *unconditional))
+            self._visible = [own, *(away or [own] * len(uncond_masks))]
         self.stats = DecodeStats(store_bytes=0 if self.store is None else self.store.nbytes)
 
     def run(
@@ -181,9 +185,8 @@ class StreamedModel:
         by_layer = own.verify is not None or bool(own.full_layers)
         if by_layer and self.store is None:
             return own.by_whole_rows()
-        idle = not by_layer and own.query is not None and own.width is None and not bool(own.query.any())
-        nothing = own.width == 0 and own.fresh is None and not by_layer
-        return None if idle or nothing else own
+        nothing = own.width in (0, (0, 0)) and own.fresh is None and not by_layer
+        return None if nothing else own
 
     def _groups(self, plans: Mapping[int, CachePlan]) -> list[list[int]]:
         """Streams that can run in one call: plans that stack, and rows next to each other where there is a store."""
@@ -201,7 +204,12 @@ class StreamedModel:
         """The rows of some streams and their attention mask."""
         if streams not in self._joined:
             joined = TokenBatch.cat([self._layouts[s] for s in streams])
-            self._joined[streams] = joined, joined.attention_mask()
+            visible = [self._visible[s] for s in streams]
+            mask = None
+            if any(v is not None for v in visible):
+                alone = all(v is None or v.alone for v in visible)
+                mask = Visibility(joined.sample_ids.masked_fill(~joined.valid, -1), alone=alone).dense()
+            self._joined[streams] = joined, mask
         return self._joined[streams]
 
     def _keep(self, fresh: Tensor, plan: CachePlan, streams: list[int], rows: Tensor | None, at: Tensor | None) -> None:

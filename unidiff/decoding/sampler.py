@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time as wall
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor
 
 from unidiff.decoding import draw
 from unidiff.decoding.cache import NoCache, RefreshPolicy
+from unidiff.decoding.cache.base import PassRead, PlanSizes
 from unidiff.decoding.commit.ancestral import remdm_sigma
 from unidiff.decoding.commit.base import CommitRule, unsure_tokens
+from unidiff.decoding.complaint import complaint
 from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
+from unidiff.decoding.foretold import can_be_foretold, foretell
 from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
 from unidiff.decoding.state import (
+    BlockShares,
     Callback,
     DecodeState,
     DecodeView,
@@ -27,38 +31,13 @@ from unidiff.decoding.state import (
     PassWork,
     own_copy,
 )
-from unidiff.decoding.stats import DecodeStats
-from unidiff.models.denoiser import Denoiser
+from unidiff.decoding.stats import SamplerOutput
+from unidiff.models.denoiser import CachePlan, Denoiser
+from unidiff.models.store import FeatureStore
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
-UNUSABLE = "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
-_AT_ONCE = 256  # positions whose logits are looked at for a complaint
 _PATIENCE = 64  # passes in a row in which a policy may withhold every logit
 _WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation
-
-
-@dataclass(frozen=True)
-class SamplerOutput:
-    """A finished decode.
-
-    Attributes:
-        batch: the request with every target filled.
-        confidence: float32 `[B, L]`, probability of each decoded token when it was committed (guided, at temperature 1,
-            before filters); 1 at known tokens and end-of-text fill.
-        nfe: network evaluations of a row; a guided pass counts once per stream. seconds: wall-clock time.
-        trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
-        steps: passes of the loop, those that needed no forward included. stats: what the decode cost.
-        tokens_per_forward: float64 `[B]`, decoded tokens of a row (not what fills it up behind an end) per pass that it took part in.
-    """
-
-    batch: TokenBatch
-    confidence: Tensor
-    nfe: int
-    seconds: float
-    trajectory: list[Tensor] | None = None
-    steps: int = 0
-    stats: DecodeStats = field(default_factory=DecodeStats)
-    tokens_per_forward: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.double))
 
 
 class Sampler:
@@ -123,36 +102,37 @@ class Sampler:
                 the message says whether the model or a setting makes them so.
         """
         begun = wall.perf_counter()
-        others = check_request(self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional)
+        checked = self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional
+        host, others = check_request(*checked)
         # 1. hide the targets; open the progress of each modality, the guidance streams and the noise
-        request = Request(self, batch, seeds, condition, others)
-        state, model, policy = request.state, request.model, request.policy
+        request = Request(self, batch, host, seeds, condition, others)
+        state, policy, model = request.state, request.policy, request.open_model(condition, others)
+        if host is not batch and can_be_foretold(request):
+            request.foretold = foretell(self, Request(self, host, host, seeds.cpu(), condition, others))
         trajectory = [state.ids.clone()] if record else None
         while True:
             # 2. which positions may be filled now: blocks, order, and rules that need no look at the model
-            work = [self._begin(request, progress) for progress in state.progress.values()]
-            if not request.synchronise(work):  # the only host synchronisation of a pass
+            work = [self.begin(request, progress) for progress in state.progress.values()]
+            # 3. plan: what to recompute and where logits are wanted; the only host synchronisation of a pass
+            plan = request.plan(work)
+            if plan is None:
                 break
             busy = [w for w in work if w.width]
-            state.just_unmasked = torch.zeros_like(state.masked)
             if busy:
-                # 3. plan: what to recompute and where logits are wanted
-                request.open_streams(busy)
-                plan = policy.plan(state, torch.stack([w.candidates for w in busy]).any(0))
                 # 4. forward: features [B, L, D] of every guidance stream in use
                 shown = sum(w.width for w in busy)
                 model.run(state.ids, plan, state.streams, request.time(work), request.unfinished, shown)
                 state.nfe = model.stats.evaluations
                 # 5. logits, guidance, tokens, commit: each modality by its own rules
                 for w in busy:
-                    self._fill(request, w, plan.logits)
+                    self._fill(request, w, w.shown(plan.logits))
             # 6. remask: committed tokens become fresh work
             for w in work:
-                self._remask(request, w)
+                self.remask(request, w)
             # 7. close finished texts, move on, let policy and callback look
             request.end_pass()
-            if callback is not None:
-                state.heed(callback(state.step - 1, DecodeView(state)), self.vocabulary)
+            if callback is not None and state.heed(callback(state.step - 1, DecodeView(state)), self.vocabulary):
+                request.foretold = iter(())
             if busy:
                 policy.observe(state, plan)
             if trajectory is not None:
@@ -162,7 +142,7 @@ class Sampler:
         cost = trajectory, state.step, model.stats, tokens
         return SamplerOutput(state.batch, state.confidence, state.nfe, seconds, *cost)
 
-    def _begin(self, request: Request, progress: ModalityProgress) -> PassWork:
+    def begin(self, request: Request, progress: ModalityProgress) -> PassWork:
         """What one modality may fill in this pass, and all at once where the model does not matter."""
         state, rule = request.state, progress.rule
         now = progress.begin_pass(state.masked, request.waiting(progress))
@@ -174,16 +154,11 @@ class Sampler:
         scale = self.config.guidance.scale_at(progress.modality, time)
         return PassWork(progress, candidates, decided is not None, count, time, scale)
 
-    def _fill(self, request: Request, work: PassWork, shown: Tensor | None) -> None:
-        """Draw tokens at the candidates of one modality that the policy shows, `[B, L]`, and commit those that its rule picks."""
+    def _fill(self, request: Request, work: PassWork, targets: Tensor) -> None:
+        """Draw tokens at `targets` bool `[B, L]` of one modality, and commit those that its rule picks."""
         state, progress, rule = request.state, work.progress, work.progress.rule
         settings, modality, streams = progress.settings, progress.modality, request.streams_of(work)
-        targets = work.candidates
-        if shown is not None:
-            targets = targets & shown
-            progress.hold(work.candidates.any(1) & ~targets.any(1))
-        banned = self.banned[modality] = self.banned[modality].to(targets.device)
-        blend = draw.Blend(work.scale, self.config.guidance.further, banned if len(banned) else None)
+        blend = draw.Blend(work.scale, self.config.guidance.further, request.banned[modality])
         rows = request.unfinished if rule.adjusts is None else None  # what changes logits looks at all rows
         logits = request.model.logits(modality, targets, work.width, streams, blend.weights(len(streams)), rows)
         blend = replace(blend, scale=logits.select_rows(blend.scale))
@@ -207,7 +182,7 @@ class Sampler:
             pick = pick | (ahead & (confidence >= settings.flight_threshold))
         state.write(index, pick, choice.token + self.vocabulary.range_of(modality)[0], choice.probability)
 
-    def _remask(self, request: Request, work: PassWork) -> None:
+    def remask(self, request: Request, work: PassWork) -> None:
         """Mask committed tokens of one modality again, where its settings ask for it."""
         state, progress, settings = request.state, work.progress, work.progress.settings
         if settings.remask == "none" or state.finishing:
@@ -228,15 +203,27 @@ class Sampler:
 class Request:
     """Everything one call of the sampler owns: nothing of it lives in the sampler, the model or the process.
 
+    Args:
+        host: `batch` on the CPU. condition, others: see `Sampler`.
     Attributes:
+        store: of the model that `open_model` opens, where there is one.
         stream_of: unconditional stream of each modality with targets. further: those that are mixed in besides.
+        banned: by modality, int64, offsets of ids that may not be drawn; None for none.
         passes: int64 `[B]`, those in which the network ran for a row.
         is_finite: bool scalar, False once a model returned logits that cannot be used.
         unfinished: int64, rows that are not finished, and some that are so that their number takes few values; None for all.
+        foretold: what the passes to come would read, as far as it is known, and whether they read it nevertheless.
+        numbers: what the last pass read.
     """
 
     def __init__(
-        self, sampler: Sampler, batch: TokenBatch, seeds: Tensor, condition: Tensor | None, others: Sequence[TokenBatch]
+        self,
+        sampler: Sampler,
+        batch: TokenBatch,
+        host: TokenBatch,
+        seeds: Tensor,
+        condition: Tensor | None,
+        others: Sequence[TokenBatch],
     ) -> None:
         batch = own_copy(batch)  # nothing the caller does meanwhile reaches the decode
         config, vocabulary = sampler.config, sampler.vocabulary
@@ -244,43 +231,56 @@ class Request:
         self.policy = sampler.policy.start(batch, sampler.model)
         found: dict[Modality, ModalityProgress] = {}
         self._block_size: dict[Modality, int] = {}  # most positions of a block
-        uncond_masks: list[Tensor] = []
         self._most_passes = 0  # that may write: one per token, those of the plan, and one per token masked again
         for modality in Modality:
-            settings = config.of(modality)
-            progress = ModalityProgress(modality, settings, batch, sampler.rules.get(modality))
-            size = progress.targets.sum(1)
-            most, total, planned = torch.stack([size.max(), size.sum(), progress.shares.total.max()]).tolist()
-            if not most:
+            size = (host.targets & (host.modality == modality)).sum(1)
+            if not (most := int(size.max())):
                 continue
             start, stop = vocabulary.range_of(modality)
             if start == stop:
                 raise ValueError(f"the batch has {modality.name.lower()} targets, but the vocabulary has no such ids")
-            found[modality], self._block_size[modality] = progress, min(most, settings.block_length or most)
-            uncond_masks.append(config.guidance.uncond_mask(modality, batch, condition))
-            self._most_passes += total + planned + len(size) * settings.remask_budget
-        self.stream_of = {modality: number for number, modality in enumerate(found, 1)}
-        if len(found) == 2 and (others or bool((uncond_masks[0] == uncond_masks[1]).all())):  # one serves both
-            uncond_masks.pop()
-            self.stream_of = dict.fromkeys(found, 1)
-        guided = any(config.guidance.full_scale(modality) != 1 for modality in found)
-        if not guided and not config.guidance.further:  # no memory for unused streams
-            uncond_masks, others = [], ()
+            settings = config.of(modality)
+            found[modality] = progress = ModalityProgress(modality, settings, batch, sampler.rules.get(modality), host)
+            self._block_size[modality] = min(most, settings.block_length or most)
+            planned = BlockShares(settings.steps, size, settings.block_length, progress.rule.capped).total
+            self._most_passes += int(size.sum() + planned.max()) + len(size) * settings.remask_budget
+        # one unconditional stream serves both modalities unless each is hidden from the other
+        shared = bool(others) or condition is not None or config.guidance.hide != "other"
+        self.stream_of = {modality: 1 if shared else number for number, modality in enumerate(found, 1)}
         self.further = tuple(range(2, 1 + len(others)))
         self.state = DecodeState.start(batch.hide_targets(vocabulary), found)
         ends = [i for i in (vocabulary.specials.get("eos"), *config.ends) if i is not None]
-        fills = config.stop_at_eos and Modality.TEXT in found and bool(ends)
-        self._end_of_text = EndOfText(batch, ends, ends[0] if config.fill is None else config.fill) if fills else None
-        recorder = CudaRecorder(batch.ids.device) if sampler.graphs is True and batch.ids.is_cuda else sampler.graphs
-        graphs, peaks = PassGraphs(recorder) if callable(recorder) else None, self.state.max_logits
-        streams = sampler.model, vocabulary, batch, uncond_masks, self.policy, peaks, others, graphs
-        self.model = StreamedModel(*streams)
+        closes = config.stop_at_eos and Modality.TEXT in found and bool(ends)
+        samples = 1 + int(host.sample_ids.max())
+        own = (batch, samples, ends, ends[0] if config.fill is None else config.fill) if closes else None
+        self.end_of_text = None if own is None else EndOfText(*own)
+        self.banned = {m: banned.to(batch.ids.device) if len(banned) else None for m, banned in sampler.banned.items()}
         self.is_finite = torch.ones((), dtype=torch.bool, device=batch.ids.device)
         self.unfinished: Tensor | None = None
         self.passes = torch.zeros_like(seeds, device=batch.ids.device)
+        self.foretold: Iterator[tuple[Sequence[int], bool]] = iter(())
+        self.numbers: Sequence[int] = ()
+        self.store: FeatureStore | None = None
         self._wrote = 0  # passes that wrote tokens
         self._stalled = 0  # passes in a row that asked for logits and wrote nothing
         self._busy = False  # the coming pass asks for logits
+
+    def open_model(self, condition: Tensor | None, others: Sequence[TokenBatch]) -> StreamedModel:
+        """The model with a stream for each guidance condition."""
+        sampler, guidance, batch = self.sampler, self.sampler.config.guidance, self.state.batch
+        masks = {s: guidance.uncond_mask(m, batch, condition) for m, s in self.stream_of.items()}
+        if not any(map(self._guides, self.stream_of)):  # no memory for unused streams
+            masks, others = {}, ()
+        recorder = CudaRecorder(batch.ids.device) if sampler.graphs is True and batch.ids.is_cuda else sampler.graphs
+        graphs, peaks = PassGraphs(recorder) if callable(recorder) else None, self.state.max_logits
+        streams = sampler.model, sampler.vocabulary, batch, list(masks.values()), self.policy, peaks, others, graphs
+        self.model = StreamedModel(*streams)
+        self.store = self.model.store
+        return self.model
+
+    def _guides(self, modality: Modality) -> bool:
+        """Whether some pass guides a modality."""
+        return bool(self.further) or self.sampler.config.guidance.full_scale(modality) != 1
 
     def waiting(self, own: ModalityProgress) -> Tensor:
         """bool `[B]`: rows whose other modality goes first, or is behind, and is not complete."""
@@ -293,56 +293,89 @@ class Request:
                 return (state.masked & leader.targets).any(1) | leader.pending
         return torch.zeros_like(own.running)
 
-    def synchronise(self, work: Sequence[PassWork]) -> bool:
-        """Read the flags of a pass from the device in one go; False when nothing is left to do.
+    def plan(self, work: Sequence[PassWork]) -> CachePlan | None:
+        """What the coming pass computes, None when nothing is left to do. It is worked out on the device, and one read brings
+        all that the host has to know of it.
 
         Raises:
             ValueError: the last pass met logits that cannot be used.
             RuntimeError: a policy withholds every logit, pass after pass.
         """
-        state = self.state
-        alive = state.masked.any(1) if state.finishing else state.unfinished  # [B]
-        flags = [alive.sum(), self.is_finite, state.just_unmasked.any()]
-        for w in work:
-            flags += [w.candidates.sum(1).max(), (w.scale != 1).any()]
-        left, is_finite, wrote, *rest = torch.stack([f.long() for f in flags]).tolist()
+        if not work:
+            return None
+        known, asks = next(self.foretold, (None, True))
+        state, read = self.state, PassRead(None if asks else known)
+        alive = state.unfinished  # [B]
+        left = state.masked.any(1) if state.finishing else alive
+        wrote, streams = state.just_unmasked, state.streams
+        flags = read(3, lambda: [self.is_finite, left.sum(), wrote.any()])
+        answers = [self._open(w, read) for w in work]
+        self._open_streams(work)
+        state.just_unmasked, nowhere = torch.zeros_like(wrote), torch.zeros_like(wrote)
+        plan = self.policy.plan(state, sum((w.candidates for w in work), nowhere))
+        sizes = PlanSizes(read, plan, state.streams, state.batch.valid, alive, self.store)
+        self.numbers = read.read()
+        if known not in (None, self.numbers):
+            self.foretold = iter(())
+        is_finite, remaining, has_written = flags()
         if not is_finite:
-            raise ValueError(self._complaint())
+            raise ValueError(complaint(self, streams))
+        for w, answer in zip(work, answers, strict=True):
+            most, *guided = answer()
+            unit = math.ceil(self._block_size[w.progress.modality] / _WIDTHS)
+            w.width = min(unit * math.ceil(most / unit), state.masked.shape[1])
+            w.guided = w.guided and all(guided)
+        self._count_passes(has_written, remaining, any(w.width for w in work))
+        if not remaining:
+            return None
+        rows, unit = len(alive), math.ceil(len(alive) / _WIDTHS)
+        kept = unit * math.ceil(remaining / unit)
+        self.unfinished = (~left).long().argsort(stable=True)[:kept] if kept < rows else None
+        state.streams = tuple(sorted({0, *(s for w in work if w.width for s in self.streams_of(w))}))
+        return sizes.plan(state.streams)
+
+    def _open(self, work: PassWork, read: PassRead) -> Callable[[], Sequence[int]]:
+        """Which rows a modality and its guidance are busy in; asks for its most candidates in a row and whether it is guided."""
+        work.guided = self._guides(work.progress.modality)
+        work.rows = work.guided_rows = work.candidates.any(1)
+        numbers: list[Callable[[], Tensor]] = [lambda: work.candidates.sum(1).max()]
+        if work.guided and not self.further and self.sampler.config.guidance.mode != "constant":
+            work.guided_rows = work.rows & (work.scale != 1)
+            numbers.append(lambda: work.guided_rows.any())
+        return read(len(numbers), lambda: [number() for number in numbers])
+
+    def _count_passes(self, wrote: int, left: int, busy: bool) -> None:
+        """Raise for a decode that never ends."""
         self._stalled = 0 if wrote or not self._busy else self._stalled + 1
-        self._wrote += wrote
-        if self._wrote > self._most_passes + state.reopened:
+        self._wrote, self._busy = self._wrote + wrote, busy
+        if self._wrote > self._most_passes + self.state.reopened:
             raise ValueError(
                 f"more than {self._most_passes} passes wrote tokens, which no settings ask for; a cache policy of your own "
                 "writes in the state of the decode, which it may only read"
             )
-        for w, most, guided in zip(work, rest[::2], rest[1::2], strict=True):
-            unit = math.ceil(self._block_size[w.progress.modality] / _WIDTHS)
-            w.width = min(unit * math.ceil(most / unit), state.masked.shape[1])
-            w.guided = bool(guided) or bool(self.further)
-        self._busy = any(w.width for w in work)
         if left and self._stalled > _PATIENCE:
             raise RuntimeError(
                 f"nothing was decoded in {self._stalled} passes; the cache policy never asks for logits at the open positions"
             )
-        rows, unit = len(alive), math.ceil(len(alive) / _WIDTHS)
-        kept = unit * math.ceil(left / unit)
-        self.unfinished = (~alive).long().argsort(stable=True)[:kept] if kept < rows else None
-        return bool(left)
 
     def streams_of(self, work: PassWork) -> list[int]:
         """The conditional stream, and the unconditional ones that are mixed in for one modality."""
         return [0, self.stream_of[work.progress.modality], *self.further] if work.guided else [0]
 
-    def open_streams(self, work: Sequence[PassWork]) -> None:
-        """Tell the state which streams this pass mixes in, and bool `[B]` for each which rows have a use for it."""
-        users: dict[int, Tensor] = {}
+    def _open_streams(self, work: Sequence[PassWork]) -> None:
+        """Tell the state which streams this pass may mix in, and bool `[B]` for each which rows have a use for it."""
+        parts: dict[int, list[Tensor]] = {0: []}
         for w in work:
-            own = w.candidates.any(1)  # [B]
-            guided = own if self.further else own & (w.scale != 1)
             for stream in self.streams_of(w):
-                rows = guided if stream else own
-                users[stream] = users[stream] | rows if stream in users else rows
-        self.state.streams, self.state.users = tuple(sorted(users)), users
+                parts.setdefault(stream, []).append(w.guided_rows if stream else w.rows)
+        same: dict[tuple[int, ...], Tensor] = {}
+        users = {}
+        for stream, rows in sorted(parts.items()):
+            key = tuple(map(id, rows))
+            if key not in same:
+                same[key] = rows[0] if len(rows) == 1 else torch.stack(rows).any(0)
+            users[stream] = same[key]
+        self.state.streams, self.state.users = tuple(users), users
         self.passes = self.passes + users[0]
 
     def time(self, work: Sequence[PassWork]) -> Tensor:
@@ -356,41 +389,8 @@ class Request:
     def end_pass(self) -> None:
         """Close finished texts and move on."""
         state = self.state
-        if self._end_of_text is not None:
-            state.freeze(self._end_of_text.closed(state.ids, state.masked), self._end_of_text.fill)
+        if self.end_of_text is not None:
+            state.freeze(self.end_of_text.closed(state.ids, state.masked), self.end_of_text.fill)
         for progress in state.progress.values():
             progress.end_pass()
         state.step += 1
-
-    def _complaint(self) -> str:
-        """The sentence for a pass that met unusable logits: looks at each guidance stream alone, without settings."""
-        state, model, guidance = self.state, self.model, self.sampler.config.guidance
-        for modality, progress in state.progress.items():
-            start, stop = self.sampler.vocabulary.range_of(modality)
-            for stream in state.streams:
-                for features in model.features(stream)[progress.targets].split(_AT_ONCE):  # [n, D]
-                    logits = model.denoiser.head(features, start, stop)  # [n, V]
-                    top = logits.amax(-1)
-                    if bool((top.isnan() | (top == torch.inf)).any()):
-                        return UNUSABLE
-                    left = logits.index_fill(-1, self.sampler.banned[modality].to(logits.device), -torch.inf).amax(-1)
-                    if stream == 0 and bool((left == -torch.inf).any()):
-                        return (
-                            f"the model gives no {modality.name.lower()} id that may be emitted any probability at some position; "
-                            "check the weights, and what `forbid` excludes"
-                        )
-        blamed = []
-        if state.streams != (0,):
-            scales = {name: getattr(guidance, name) for name in ("scale", "text_scale", "image_scale")}
-            blamed = [f"guidance.{name} = {value:g}" for name, value in scales.items() if value is not None]
-            blamed += [f"guidance.further = {guidance.further}"] if guidance.further else []
-        for modality, progress in state.progress.items():
-            if (name := progress.rule.adjusts) is not None:
-                blamed.append(f"{modality.name.lower()}.{name} = {getattr(progress.settings, name):g}")
-        if not blamed:
-            return UNUSABLE
-        dtype = str(model.features(0).dtype).removeprefix("torch.")
-        return (
-            f"the settings take logits beyond what {dtype} holds, although the model's own are finite: "
-            f"{', '.join(blamed)}; lower them, or use a wider dtype"
-        )

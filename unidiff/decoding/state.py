@@ -48,6 +48,7 @@ class ModalityProgress:
 
     Args:
         own: a commit rule of the caller's own in place of the settings' choice of positions.
+        host: `batch` on the CPU, where the order of blocks is worked out.
     Attributes:
         targets: bool `[B, L]`, the modality's. rule: decides which of them a pass fills.
         blocks: int64 `[B, L]`, see `block_ids`. shares: their passes.
@@ -66,6 +67,7 @@ class ModalityProgress:
         settings: ModalityDecoding,
         batch: TokenBatch,
         own: CommitRule | RuleMaker | None = None,
+        host: TokenBatch | None = None,
     ) -> None:
         self.modality, self.settings = modality, settings
         self.targets = batch.targets & (batch.modality == modality)
@@ -77,7 +79,9 @@ class ModalityProgress:
         length, size = settings.block_length, self.targets.sum(1)
         self.blocks = torch.zeros_like(batch.ids)
         if length is not None:
-            self.blocks = block_ids(batch, self.targets, length, settings.block_order)
+            own_rows = batch if host is None else host
+            targets = own_rows.targets & (own_rows.modality == modality)
+            self.blocks = block_ids(own_rows, targets, length, settings.block_order).to(batch.ids.device)
         self.shares = BlockShares(settings.steps, size, length, rule.capped)
         self._joining = min(settings.blocks_in_flight, batch.shape[1]) - 1  # most blocks besides the current one
         zero = torch.zeros_like(size)
@@ -131,6 +135,13 @@ class ModalityProgress:
         return (self.block >= 0) & (self.step < self.steps)
 
     @property
+    def foretold(self) -> bool:
+        """Whether the rule, one of the named ones, fills numbers of positions that are known beforehand, and remasks as many."""
+        own, rule = self.settings, self.rule
+        known = rule.foretold and type(rule) is RULES[own.rule]
+        return known and own.remask != "confidence" and own.blocks_in_flight == 1
+
+    @property
     def in_block(self) -> Tensor:
         """bool `[B, L]`: targets of the blocks that running rows work on."""
         block, last = self.block[:, None], (self.block + self.joined)[:, None]
@@ -160,7 +171,8 @@ class PassWork:
         candidates: bool `[B, L]`, positions whose logits are asked for.
         decided: all candidates are filled whatever the model says (rules that do not look at confidences).
         quota: int64 `[B]`. time: float64 `[B]`. scale: guidance `[B]`.
-        width: most candidates in a row, rounded up so that few different shapes occur. guided: some row has scale != 1.
+        rows: bool `[B]`, those with candidates. guided_rows: those of them with scale != 1.
+        width: most candidates in a row, rounded up so that few different shapes occur. guided: there are guided rows.
     """
 
     progress: ModalityProgress
@@ -169,8 +181,22 @@ class PassWork:
     quota: Tensor
     time: Tensor
     scale: Tensor
+    rows: Tensor = field(init=False)
+    guided_rows: Tensor = field(init=False)
     width: int = 0
     guided: bool = False
+
+    def shown(self, logits: Tensor | None) -> Tensor:
+        """bool `[B, L]`: the candidates whose `logits` a policy shows, None for all; rows in which it shows none are held."""
+        if logits is None:
+            return self.candidates
+        shown = self.candidates & logits
+        self.progress.hold(self.rows & ~shown.any(1))
+        return shown
+
+    def foretold(self, shown: Tensor) -> Tensor:
+        """bool `[B, L]`: as many of the `shown` candidates as a rule fills whose numbers are known beforehand."""
+        return shown if self.decided else shown & (shown.long().cumsum(1) <= self.quota[:, None])
 
 
 @dataclass
@@ -186,8 +212,8 @@ class DecodeState:
         progress: one per modality that has targets.
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
         finishing: the next pass fills everything that is masked. reopened: tokens that callbacks masked again.
-        streams: guidance streams that the coming pass mixes in; 0 is the conditional one.
-        users: bool `[B]` per stream, rows that need it in the coming pass.
+        streams: guidance streams that the coming pass may mix in; 0 is the conditional one.
+        users: bool `[B]` per stream, rows that need it in the coming pass; one object where they are the same rows.
         max_logits: per stream `[B, L]`, the largest logit of a position in its modality's slice when the head last saw
             it, NaN where it never did; kept for policies that ask for it.
     """
@@ -230,12 +256,6 @@ class DecodeState:
             alive = alive | progress.pending
         return alive
 
-    def alike(self) -> list[bool]:
-        """Per stream of the coming pass, whether the same rows need it as the conditional one; read from the device."""
-        if self.streams == (0,):
-            return [True]
-        return torch.stack([(self.users[s] == self.users[0]).all() for s in self.streams]).tolist()
-
     def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> None:
         """Put tokens at the picked entries of an index `[B, n]`."""
         ids = torch.where(pick, token, self.ids.gather(1, index))
@@ -250,13 +270,18 @@ class DecodeState:
         self._put(where, mask_id, 0.0)
         self.masked = self.masked | where
 
+    def fill(self, where: Tensor, token: int) -> None:
+        """Put one token at masked positions."""
+        self._put(where, token, 1.0)
+        self.masked, self.just_unmasked = self.masked & ~where, self.just_unmasked | where
+
     def freeze(self, where: Tensor, token: int) -> None:
         """Fill masked positions at `where` for good, with a token that was not decoded."""
         self._put(where, token, 1.0)
         self.masked, self.frozen = self.masked & ~where, self.frozen | where
 
-    def heed(self, answer: object, vocabulary: Vocabulary) -> None:
-        """Do what a callback answers, see `Callback`; after a False nothing but one last pass follows.
+    def heed(self, answer: object, vocabulary: Vocabulary) -> bool:
+        """Do what a callback answers, see `Callback`; after a False nothing but one last pass follows. Whether it asked for a change.
 
         Raises:
             ValueError: ids of another shape or dtype, a change of a given token, or an id that its position cannot hold.
@@ -264,6 +289,7 @@ class DecodeState:
         if isinstance(answer, Mapping) and "ids" in answer and not self.finishing:
             self._rewrite(answer["ids"], vocabulary)
         self.finishing = self.finishing or declines(answer)
+        return self.finishing or isinstance(answer, Mapping)
 
     def _rewrite(self, ids: Any, vocabulary: Vocabulary) -> None:
         if not isinstance(ids, Tensor) or ids.shape != self.ids.shape or ids.dtype != torch.long:
@@ -294,21 +320,21 @@ class DecodeState:
 class EndOfText:
     """Finds masked text positions that lie behind a finished text: everything before its first end-of-text is known.
 
-    `ends` are the ids that end a text, inside its own packed sample only; `fill` is the id that follows.
+    `ends` are the ids that end a text, inside its own packed sample only, of which a row has at most `samples`; `fill` is
+    the id that follows.
     """
 
-    def __init__(self, batch: TokenBatch, ends: Sequence[int], fill: int) -> None:
-        self.fill = fill
-        self._ends = torch.tensor(tuple(ends), device=batch.ids.device)
+    def __init__(self, batch: TokenBatch, samples: int, ends: Sequence[int], fill: int) -> None:
+        self.fill, self._samples, self._ends = fill, samples, tuple(ends)
         self._text = batch.targets & (batch.modality == Modality.TEXT)
         self._sample = batch.sample_ids.clamp_min(0)  # padding has no targets, so its sample does not matter
-        self._samples = int(self._sample.max()) + 1
         self._place = torch.arange(batch.shape[1], device=batch.ids.device).expand(batch.shape)
 
     def closed(self, ids: Tensor, masked: Tensor) -> Tensor:
         """bool `[B, L]`: masked text behind a generated end-of-text before which the sample's text has no masked position."""
         waiting = masked & self._text
-        finished = self._text & ~masked & torch.isin(ids, self._ends) & (self._place < self._first(waiting))
+        ended = torch.stack([ids == end for end in self._ends]).any(0)
+        finished = self._text & ~masked & ended & (self._place < self._first(waiting))
         return waiting & (self._place > self._first(finished))
 
     def _first(self, where: Tensor) -> Tensor:

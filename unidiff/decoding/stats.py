@@ -1,9 +1,14 @@
-"""What a decode cost, counted where the work is done."""
+"""What a decode gave, and what it cost, counted where the work is done."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidiff.tokens import TokenBatch
 
 
 @dataclass
@@ -47,3 +52,27 @@ class DecodeStats:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data, the sum of all FLOPs included."""
         return {**asdict(self), "flops": self.flops}
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """A finished decode.
+
+    Attributes:
+        batch: the request with every target filled.
+        confidence: float32 `[B, L]`, probability of each decoded token when it was committed (guided, at temperature 1,
+            before filters); 1 at known tokens and end-of-text fill.
+        nfe: network evaluations of a row; a guided pass counts once per stream. seconds: wall-clock time.
+        trajectory: int64 `[B, L]` ids, all hidden first, then after each pass; None unless recorded.
+        steps: passes of the loop, those that needed no forward included. stats: what the decode cost.
+        tokens_per_forward: float64 `[B]`, decoded tokens of a row (not what fills it up behind an end) per pass that it took part in.
+    """
+
+    batch: TokenBatch
+    confidence: Tensor
+    nfe: int
+    seconds: float
+    trajectory: list[Tensor] | None = None
+    steps: int = 0
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    tokens_per_forward: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.double))

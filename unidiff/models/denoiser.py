@@ -30,7 +30,7 @@ class CachePlan:
         width: most `query` positions in a row where the caller knows it; saves reading it from the device. More than
             there are is padding, which changes nothing. A pair counts before and behind the border of a store that has one.
         compared, chosen: the same for what a layer compares (`query` and `verify` together) and for what it recomputes
-            after `select`.
+            after `select`. quota: how many of n compared positions that names at most, int64 `[B]` to `[B]`; None for all.
         fresh: bool `[B]`, rows that recompute all their positions, whatever `query` says of them. Rows that do much go
             apart from rows that do little, so that none of these pays for the padding.
         apart: how many rows are `fresh`, where the caller knows it.
@@ -50,6 +50,7 @@ class CachePlan:
     width: Width | None = None
     compared: Width | None = None
     chosen: Width | None = None
+    quota: Callable[[Tensor], Tensor] | None = None
     fresh: Tensor | None = None
     apart: int | None = None
     others: Mapping[int, CachePlan | None] = field(default_factory=dict)

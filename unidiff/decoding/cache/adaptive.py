@@ -42,6 +42,7 @@ class AdaptiveCache(Policy):
     """
 
     name = "adaptive"
+    foretold = True
     store = StoreOptions(outputs=True)
     prompt_interval: Annotated[int, Between(1)] = 50
     response_interval: Annotated[int, Between(1)] = 7

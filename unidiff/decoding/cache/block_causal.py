@@ -57,5 +57,5 @@ class BlockCausalCache(StoringPolicy):
         first_changed = torch.where(changed, self._blocks, far).amin(1, keepdim=True)  # [B, 1]
         right = notes.get("right", torch.zeros_like(valid)) & (self._blocks < first_changed)
         last_wanted = torch.where(candidates, self._blocks, -1).amax(1, keepdim=True)
-        query = valid & (self._blocks <= last_wanted) & ~right
+        query = valid & (self._blocks <= last_wanted) & ~right & rows.any()  # what nobody uses is not computed
         return StreamPlan(query, torch.zeros_like(rows), notes={"right": right | query, "ids": state.ids})

@@ -107,6 +107,7 @@ class PrefixCache(BlockRefresh):
     """
 
     name = "prefix"
+    foretold = True
 
     def region(self, state: DecodeState, block: Tensor) -> Tensor:
         return places(block) >= first_and_last(block)[0]
@@ -125,6 +126,7 @@ class DualCache(BlockRefresh):
     """
 
     name = "dual"
+    foretold = True
     # Only the block, everything every 8 passes. (Fast-dLLM, which refreshes once per block of 32, reports 1.3 and 3.5
     # points of GSM8K lost with LLaDA; not measured here.)
     auto: ClassVar[Mapping[str, Mapping[str, Any]]] = {"text": {"interval": 8}}
@@ -149,6 +151,7 @@ class VicinityCache(BlockRefresh):
     """
 
     name = "vicinity"
+    foretold = True
     warmup: Annotated[int, Between(0)] = 4
     look_back: Annotated[int, Between(0)] = 16
     look_ahead: Annotated[int, Between(0)] = 16

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import NoCache, Policy, RefreshPolicy, joined, plan_rows
+from unidiff.decoding.cache.base import Count, NoCache, Policy, RefreshPolicy, foretells, joined
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
 from unidiff.models.denoiser import CachePlan
@@ -36,7 +36,8 @@ class Part(NamedTuple):
     def view(self, state: DecodeState) -> DecodeState:
         """The decode as this part's policy sees it."""
         if self.apart and self.rows is not None:
-            state = replace(state, users={stream: rows & self.rows for stream, rows in state.users.items()})
+            made = {id(rows): rows & self.rows for rows in state.users.values()}
+            state = replace(state, users={stream: made[id(rows)] for stream, rows in state.users.items()})
         if self.modality is None:
             return state
         progress = {m: p for m, p in state.progress.items() if m == self.modality}
@@ -62,6 +63,7 @@ class Combined(Policy):
         asked = {policy.max_logits for policy in self.members}
         self.reads_shown = all(policy.reads_shown for policy in self.members)
         self.max_logits = next((kind for kind in ("everywhere", "candidates") if kind in asked), None)
+        self.foretold = all(map(foretells, self.members))
 
     def plan(self, state: DecodeState, candidates: Tensor) -> CachePlan:
         plans, shown = [], torch.zeros_like(candidates)
@@ -71,9 +73,9 @@ class Combined(Policy):
             shown = shown | (own if plans[-1].logits is None else own & plans[-1].logits)
         made: dict[tuple[int, ...], CachePlan | None] = {}
         found: dict[int, CachePlan | None] = {}
-        for stream, same in zip(state.streams, state.alike(), strict=True):
-            own_plans = [plan.of(stream) for plan in plans]
-            key = (0 if same else stream, *map(id, own_plans))  # streams that do the same share a plan and a call
+        for stream in state.streams:
+            own_plans, alike = [plan.of(stream) for plan in plans], state.users[stream] is state.users[0]
+            key = (0 if alike else stream, *map(id, own_plans))  # streams that do the same share a plan and a call
             if key not in made:
                 made[key] = self._merge(state, shown, stream, own_plans)
             found[stream] = made[key]
@@ -85,9 +87,9 @@ class Combined(Policy):
         No position does what a part asks that it is not in.
         """
         busy = state.users[stream]
-        query, verify = torch.zeros_like(shown), None
+        query, verify = torch.zeros_like(shown), torch.zeros_like(shown)
         layers: dict[int, Tensor | None] = {}  # bool [B], rows that a layer recomputes in full; None for all
-        held, evaluated = False, torch.zeros_like(busy)
+        held, evaluated, compared = False, torch.zeros_like(busy), list[tuple[Count | None, Tensor]]()
         for part, plan in zip(self._parts, plans, strict=True):
             held = held or plan is None or plan.rows is not None
             if plan is None:
@@ -103,7 +105,8 @@ class Combined(Policy):
             else:
                 query = query | where
             if plan.verify is not None:
-                verify = (plan.verify & where) | (torch.zeros_like(where) if verify is None else verify)
+                compared.append((plan.quota, plan.verify & where & busy[:, None]))
+                verify = verify | compared[-1][1]
             for number, layer in enumerate(plan.full_layers):
                 own = None if plan.full_rows is None else plan.full_rows[number]
                 if rows is not None:
@@ -115,10 +118,22 @@ class Combined(Policy):
         full_rows = None
         if any(rows is not None for rows in layers.values()):
             full_rows = torch.stack([torch.ones_like(busy) if r is None else r for _, r in sorted(layers.items())])
-        verify = None if verify is None else verify & busy[:, None]
-        made = plan_rows(state, query & busy[:, None], shown, None, verify, tuple(sorted(layers)))
-        made = made if made.full else replace(made, full_rows=full_rows)
-        return replace(made, rows=evaluated) if held and stream else made
+        query = query & busy[:, None]
+
+        def quota(_: Tensor) -> Tensor:
+            counts = [(take, (own & ~query).sum(1)) for take, own in compared]
+            return sum((n if take is None else take(n) for take, n in counts), torch.zeros_like(busy).long())
+
+        return CachePlan(
+            query,
+            shown,
+            False,
+            verify if compared else None,
+            tuple(sorted(layers)),
+            quota=quota,
+            full_rows=full_rows,
+            rows=evaluated if held and stream else None,
+        )
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """Each policy picks among the compared positions of its own part."""
@@ -257,7 +272,7 @@ class HeldGuidance(Policy):
                 "the policy inside of HeldGuidance is a HeldGuidance itself; give the policy that it holds"
             )
         self.store, self.max_logits = self.policy.store, self.policy.max_logits
-        self.append_only = self.policy.append_only
+        self.append_only, self.foretold = self.policy.append_only, foretells(self.policy)
 
     def renews(self, number: int) -> bool:
         """Whether a row's pass of this number, from 0, evaluates the unconditional streams."""
@@ -273,21 +288,16 @@ class HeldGuidance(Policy):
         self._passes = passes + state.users[0].long()
         if self.interval == 1 or state.streams == (0,):
             return self.policy.plan(state, candidates)
-        due = (passes % self.interval == 0) | (passes < self.warmup)
-        alive, none = state.unfinished, torch.zeros_like(due)
+        due, none = (passes % self.interval == 0) | (passes < self.warmup), torch.zeros_like(passes).bool()
         renewed = {s: state.users[s] & (due | ~self._known.get(s, none)) for s in state.streams if s}  # bool [B] each
-        flags = torch.stack([f for r in renewed.values() for f in (r.any(), (r | ~alive).all())]).tolist()
-        some, every = (dict(zip(renewed, values, strict=True)) for values in (flags[::2], flags[1::2]))
         self._known |= {s: self._known.get(s, none) | rows for s, rows in renewed.items()}
-        now = (0, *(s for s in renewed if some[s]))
-        users = {0: state.users[0], **{s: renewed[s] for s in now if s}}
-        own = self.policy.plan(replace(state, streams=now, users=users), candidates)
-        others: dict[int, CachePlan | None] = dict.fromkeys(renewed)
-        for s in now[1:]:
+        own = self.policy.plan(replace(state, users={0: state.users[0], **renewed}), candidates)
+        others: dict[int, CachePlan | None] = {}
+        for s, rows in renewed.items():
             plan = own.of(s)
-            if plan is not None and plan.full and not every[s]:  # nothing of the other rows may change
-                plan = CachePlan(torch.zeros_like(candidates), plan.logits, full=False, width=0, fresh=renewed[s])
-            others[s] = None if plan is None else replace(plan, rows=renewed[s], others={})
+            if plan is not None and plan.full:  # nothing of the other rows may change
+                plan = CachePlan(torch.zeros_like(candidates), plan.logits, False, fresh=rows)
+            others[s] = None if plan is None else replace(plan, rows=rows, others={})
         return own.with_streams(others)
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:

@@ -32,7 +32,7 @@ class IntervalCache(StoringPolicy):
     """
 
     name = "interval"
-    reads_shown = True
+    reads_shown = foretold = True
     auto: ClassVar[Mapping[str, Mapping[str, Any]]] = {"image": {"interval": 8}, "prompt": {"interval": 8}}
     interval: Annotated[int, Between(1)] = 20
     rotated: bool = True

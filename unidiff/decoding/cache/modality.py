@@ -33,7 +33,7 @@ class ModalityCache(StoringPolicy):
     """
 
     name = "modality"
-    whole_rows = reads_shown = True
+    whole_rows = reads_shown = foretold = True
     interval: Annotated[int, Between(1)] = 10
     joint: Annotated[int, Between(1)] = 1
     held: Literal["image", "text"] = "image"

@@ -17,7 +17,7 @@ class Ancestral(NamedRule):
     """A coin of `unmask_chance` for every position: the reverse process on a grid of times (MDLM, arXiv 2406.07524)."""
 
     name = "ancestral"
-    planned = blind = True
+    planned = blind = foretold = True
 
     @classmethod
     def check(cls, settings: ModalityDecoding) -> None:

@@ -75,11 +75,12 @@ class NamedRule:
         compares: it compares confidences, so that noise in their place means nothing. blind: the model's answers decide
             no position: `early` does.
         has_threshold: `ModalityDecoding.threshold` is what it goes by.
+        foretold: how many positions it fills in a pass does not depend on the model.
         adjusts: the setting by which it changes logits before tokens are drawn, if it does (`adjust`).
     """
 
     name = ""
-    planned = capped = has_threshold = blind = False
+    planned = capped = has_threshold = blind = foretold = False
     compares = True
     adjusts: str | None = None
 
@@ -168,7 +169,7 @@ class Quota(NamedRule):
     """The surest positions, as many as `schedule` says; random ones with confidence "random"."""
 
     name = "quota"
-    planned = capped = True
+    planned = capped = foretold = True
     compares = False
 
     def count(self, now: BlockPass) -> Tensor:

@@ -17,7 +17,7 @@ class FirstHitting(NamedRule):
     """Which position is next does not depend on the model, so logits are needed there alone."""
 
     name = "first_hitting"
-    blind = True
+    blind = foretold = True
 
     @classmethod
     def passes_of_a_block(cls, settings: ModalityDecoding, size: int, block: int) -> int | Fraction:
