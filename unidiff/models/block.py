@@ -96,9 +96,10 @@ def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     if interleaved:  # pairs are complex numbers
         pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos[..., ::2], signed_sin[..., 1::2])).flatten(-2).to(x.dtype)
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    turned = swapped.mul_(signed_sin) if swapped.dtype == signed_sin.dtype else swapped * signed_sin
-    return (x * cos).add_(turned).to(x.dtype)  # (a cos - b sin, b cos + a sin)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    swapped = wide.roll(x.shape[-1] // 2, dims=-1)
+    own = wide * cos if wide is x else wide.mul_(cos)
+    return own.add_(swapped.mul_(signed_sin)).to(x.dtype)  # (a cos - b sin, b cos + a sin)
 
 
 class HeadProjection(nn.Module):
