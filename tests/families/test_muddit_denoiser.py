@@ -9,7 +9,7 @@ from muddit_parts import tiny_clip, tiny_model
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
 from unidiff.models.denoiser import CachePlan
-from unidiff.models.store import StoreOptions
+from unidiff.models.store import StoreOptions, query_index
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary(49 + 20, (0, 48), (49, 49 + 16), 48, 49 + 19, {"bos": 46, "eos": 47})
@@ -78,6 +78,36 @@ def test_the_training_convention_is_a_thousand_times_the_hidden_share(monkeypatc
     monkeypatch.setattr(wrapped.model, "features", lambda *inputs: seen.append(inputs[-1]) or features(*inputs))
     wrapped.hidden(rows.ids, rows.modality, rows.positions)
     assert seen[0].tolist() == [750] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_first", [False, True])
+@pytest.mark.parametrize("downsample", [True, False])
+def test_features_that_are_asked_for_are_those_of_the_whole_pass(downsample, image_first):
+    """Codes alone, in any number, and with words among them."""
+    wrapped, rows = denoiser(downsample), batch(image_first=image_first)
+    given = rows.ids, rows.modality, rows.positions, None, TIME
+    whole = wrapped.hidden(*given)
+    for share in (0.05, 0.4, 1.0):
+        for among in (rows.modality == Modality.IMAGE, torch.ones_like(rows.given)):
+            wanted = query_index(some(rows, share) & among)
+            found, real = wrapped.hidden(*given, wanted), wanted < rows.shape[1]
+            expected = whole.gather(1, wanted.clamp_max(rows.shape[1] - 1)[..., None].expand(-1, -1, whole.shape[2]))
+            torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_texts_that_are_known_beforehand_are_encoded_once():
+    rows, read = batch(), []
+    texts = rows.ids[:, :10]
+    wrapped, plain = denoiser(prompts=torch.cat((EMPTY[None], texts.flip(0)))), denoiser()
+    encoder = wrapped.encoder
+    wrapped.encoder = lambda ids: read.append(ids) or encoder(ids)
+    for some_rows in ([0, 1, 2], [2, 0]):
+        part = rows.rows(some_rows)
+        given = part.ids, part.modality, part.positions, None, TIME[some_rows]
+        torch.testing.assert_close(wrapped.hidden(*given), plain.hidden(*given), atol=1e-5, rtol=1e-5)
+    assert len(read) == 1
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ class Traced(MudditDenoiser):
             self.read if given is None else lambda ids: TextFeatures(*map(torch.cat, zip(*given, strict=True)))
         )
         self.clip, self.texts, self.times, self.features = encoder, [], [], []
-        inner = self.model.features
+        inner, of_cells = self.model.features, self.model.features_of_cells
 
         def features(codes, text, pooled, micro, time):
             self.texts.append(TextFeatures(text, pooled))
@@ -240,6 +240,7 @@ class Traced(MudditDenoiser):
             return self.features[-1]
 
         self.model.features = features
+        self.model.features_of_cells = lambda *inputs: (features(*inputs[:-1]), of_cells(*inputs))[1]
 
     def read(self, ids: Tensor) -> TextFeatures:
         return self.clip(ids)

@@ -153,16 +153,33 @@ class MMDiT(CheckedModel):
         Raises:
             ValueError: a grid that cannot be halved, or batch sizes that do not fit.
         """
+        joined, length = self._tokens(codes, text, pooled, micro, time), text.shape[1]
+        words, image = joined[:, :length], joined[:, length:]
+        return MMDiTFeatures(plain_norm(words), self.grid(self.leave_cells(image), codes.shape[1:]))
+
+    def features_of_cells(
+        self, codes: Tensor, text: Tensor, pooled: Tensor, micro: Tensor, time: Tensor, cells: Tensor
+    ) -> Tensor:
+        """Features of the codes of some cells alone, int64 `[B, n]`: `[B, n, c, D]`. Of all other tokens the last block,
+        which has to be a single one, computes keys and values alone. N or more is padding, for any cell."""
+        left = cells.clamp_max(codes.shape[1] * codes.shape[2] // self.cell_side**2 - 1) + text.shape[1]
+        return self.leave_cells(self._tokens(codes, text, pooled, micro, time, left))
+
+    def _tokens(
+        self, codes: Tensor, text: Tensor, pooled: Tensor, micro: Tensor, time: Tensor, left: Tensor | None = None
+    ) -> Tensor:
+        """Tokens behind the blocks, all or those `left`, int64 `[B, n]`."""
         self._check_inputs(codes, text, pooled)
         # 1. the condition of all blocks, and both streams
         condition = self.condition(pooled, micro, time)  # vector [B, D]
         words, image = self.read_text(text), self.read_codes(self.cells(codes))  # [B, T, D], [B, N, D]
         # 2. blocks
         rotary = self.rotary(words.shape[1], codes.shape[1:], image.device)
-        joined = self.run_blocks(words, image, condition, [WholeView(rotary)] * self.num_blocks)
-        # 3. image tokens back to the grid of the codes
-        words, image = joined.split((words.shape[1], image.shape[1]), dim=1)
-        return MMDiTFeatures(plain_norm(words), self.grid(self.leave_cells(image), codes.shape[1:]))
+        views = [WholeView(rotary)] * self.num_blocks
+        if left is not None:
+            cos, sin = (x.expand(len(codes), -1, -1, -1) for x in (rotary.cos, rotary.signed_sin))
+            views[-1] = WholeView(rotary._replace(cos=cos, signed_sin=sin), left=left)
+        return self.run_blocks(words, image, condition, views)
 
     def make_store(
         self, rows: int, text_length: int, size: Sequence[int], options: StoreOptions | None = None

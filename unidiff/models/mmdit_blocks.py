@@ -22,6 +22,7 @@ from unidiff.models.block import (
     Streams,
     View,
     add_branch,
+    gather_rows,
     modulate,
 )
 
@@ -109,8 +110,8 @@ class SingleBlock(nn.Module):
         raise NotImplementedError("a single block has one branch")
 
     def forward(self, x: Tensor, condition: Condition, view: View) -> Tensor:
-        """`[B, T + N, D]` to the same."""
-        return _run((self,), (x,), condition, (view.attention,))[0]
+        """`[B, T + N, D]` to the same, of the tokens that go on."""
+        return _run((self,), (x,), condition, (view.attention,), view.left)[0]
 
 
 def _heads(size: int, num_heads: int) -> HeadProjection:
@@ -122,11 +123,14 @@ def _run(
     parts: Parts,
     condition: Condition,
     branches: Sequence[Callable[[Streams, Parts], Parts]],
+    left: Tensor | None = None,
 ) -> Parts:
-    """The branches of a block on the parts `[B, n, D]` of its streams."""
+    """The branches of a block on the parts `[B, n, D]` of its streams; of the only one to the tokens that are `left`."""
     modulations = [stream.ada_ln(condition) for stream in streams]
     for branch, compute in enumerate(branches):
         own = [m[branch] for m in modulations]
         entered = [modulate(plain_norm(x), m) for x, m in zip(parts, own, strict=True)]
-        parts = [add_branch(x, out, m) for x, m, out in zip(parts, own, compute(streams, entered), strict=True)]
+        added = compute(streams, entered)
+        parts = parts if left is None else [gather_rows(x, left) for x in parts]
+        parts = [add_branch(x, out, m) for x, m, out in zip(parts, own, added, strict=True)]
     return parts

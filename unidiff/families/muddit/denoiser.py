@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unidiff.models.block import Condition
+from unidiff.models.block import Condition, gather_rows
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.store import FeatureStore, StoreOptions
+from unidiff.models.store import FeatureStore, StoreOptions, query_index
 from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.weights.files import check_dtype, check_finite, check_tensor, load_torch
@@ -236,9 +236,8 @@ class MudditDenoiser:
         d = self.model.config.num_heads * self.model.config.head_dim
         layer = LayerFlops(*(2 * d * d,) * 4, 16 * d * d, 4 * d)  # double and single blocks alike
         layers, codes = (layer,) * self.model.num_blocks, self.model.cell_side**2
-        return DenoiserTraits(
-            self.vocabulary.size, d, layers, affine_head=True, timed=True, codes_per_token=codes, recordable=False
-        )
+        kinds = dict(affine_head=True, timed=True, narrows=len(self.model.single_blocks) > 0, recordable=False)
+        return DenoiserTraits(self.vocabulary.size, d, layers, codes_per_token=codes, **kinds)
 
     def hidden(
         self,
@@ -247,8 +246,10 @@ class MudditDenoiser:
         positions: Tensor,
         attention_mask: Tensor | None = None,
         time: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Features `[B, L, D]` for `head`; arguments as `MaskedTransformer.hidden`, `time` the sampler's diffusion time.
+        `wanted` saves work where all of it are codes.
 
         Raises:
             ValueError: padding or packed samples, rows of different layout, or an image span that is no whole grid.
@@ -256,8 +257,12 @@ class MudditDenoiser:
         rows = self._layout(modality, positions, attention_mask)
         codes = rows.image(ids) - self.vocabulary.image[0]
         text, moment = self._conditions(ids, rows, time)
-        out = self.model.features(codes, text.sequence, text.pooled, self._micro(rows, ids.device), moment)
-        return rows.join(out.text, out.image)
+        inputs = codes, text.sequence, text.pooled, self._micro(rows, ids.device), moment
+        if wanted is not None and self._only_codes(wanted, rows):
+            return self._codes_at(wanted, rows, inputs)
+        out = self.model.features(*inputs)
+        hidden = rows.join(out.text, out.image)
+        return hidden if wanted is None else gather_rows(hidden, wanted)
 
     def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """`[..., D]` to logits of the ids `[start, stop)`; `ValueError` unless they lie in one modality, whose head is used."""
@@ -307,6 +312,26 @@ class MudditDenoiser:
         rows, width = self._stored(), hidden.shape[-1] // self.model.cell_side**2
         codes = hidden[:, rows.count :].unflatten(-1, (-1, width))  # [B, N, c, D]
         return rows.join(hidden[:, : rows.count, :width], self.model.grid(codes, rows.size))
+
+    def _only_codes(self, wanted: Tensor, rows: _Rows) -> bool:
+        """Whether no position of a text is among them, as far as that is known without asking the device."""
+        if self.prompts is not None:
+            return True
+        words = (wanted >= rows.words.start) & (wanted < rows.words.stop)
+        return wanted.device.type == "cpu" and not bool(words.any())
+
+    def _codes_at(self, wanted: Tensor, rows: _Rows, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Features `[B, m, D]` at codes int64 `[B, m]`, from those of their cells alone."""
+        (batch, most), length = wanted.shape, max(rows.words.stop, rows.codes.stop)
+        asked = torch.zeros(batch, length + 1, dtype=torch.bool, device=wanted.device)
+        asked = asked.scatter(1, wanted.clamp_max(length), True)
+        cells = self.model.cells(rows.image(asked[:, :-1])).any(2)  # [B, N]
+        index = query_index(cells, min(most, cells.shape[1]))
+        found = self.model.features_of_cells(*inputs, index).flatten(1, 2)  # [B, n c, D]
+        count = self.model.cell_side**2
+        rank = (cells.long().cumsum(1) - 1)[..., None] * count + torch.arange(count, device=wanted.device)  # [B, N, c]
+        places = rows.join(rank.new_zeros(batch, rows.count), self.model.grid(rank, rows.size))  # [B, L]
+        return gather_rows(found, places.gather(1, wanted.clamp_max(length - 1)).clamp_min(0))
 
     def _stored(self) -> _Rows:
         if self._rows is None:
