@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,8 +152,8 @@ class MaskedTransformer(CheckedModel):
         inputs = {"modality": batch.modality, "cos": rotary.cos, "signed_sin": rotary.signed_sin}
         if grid_index is not None:
             inputs["grid_index"] = grid_index
-        heads = self.blocks[0].attention.num_kv_heads  # fewer than in the config where ranks share them
-        layout = StoreLayout(heads, c.head_dim, c.hidden_size, (2,) * c.num_layers)
+        own: Any = self.blocks[0].attention  # with fewer heads than in the config where processes share them
+        layout = StoreLayout(own.num_kv_heads, c.head_dim, c.hidden_size, (2,) * c.num_layers)
         like = self.embed_tokens.weight.new_empty(0, device=batch.ids.device)
         return FeatureStore(layout, batch.shape, like, options, allowed, inputs)
 

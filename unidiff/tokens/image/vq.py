@@ -215,7 +215,7 @@ class VQImageTokenizer:
         """Write config and weights (safetensors); other files in the folder stay.
 
         Raises ValueError: `folder` is a file or holds another model, or weights that hold NaN. OSError: a full disk."""
-        if self._coder is self.model:
+        if isinstance(self.model, CheckedModel):
             self.model.save_pretrained(folder)
         else:
             save_model(self.model, folder, self.model.save_pretrained)
