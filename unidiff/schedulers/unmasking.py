@@ -68,8 +68,13 @@ class UnmaskingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if mask_token_id is not None:
             whole(mask_token_id, "mask_token_id", 0, 2**31)
         own = SamplerConfig.from_dict(sampler) if isinstance(sampler, Mapping) else sampler
-        self.options = DecodeOptions(num_inference_steps, None, None, None, temperature, own)
-        self.options = replace(self.options, block_length=block_length, threshold=threshold)
+        self.options = DecodeOptions(
+            steps=num_inference_steps,
+            temperature=temperature,
+            sampler=own,
+            block_length=block_length,
+            threshold=threshold,
+        )
         self.sampler = self.options.apply(SamplerConfig(), drawn=modality == "image")
         self.changes = self.options != DecodeOptions()
         said = {"num_inference_steps": num_inference_steps, "temperature": temperature, "threshold": threshold}
@@ -148,13 +153,15 @@ class UnmaskingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 def _noise(generator: torch.Generator | Sequence[torch.Generator] | None, sample: Tensor) -> Tensor:
     """float64 `[uses, B, L]` in (0, 1)."""
-    rows, several = len(sample), isinstance(generator, list | tuple)
-    if several and len(generator) != rows:
-        raise ValueError(f"generator lists {len(generator)} for {rows} rows; give one per row")
+    several = isinstance(generator, list | tuple)
+    owners: list[Any] = [*generator] if isinstance(generator, list | tuple) else [generator]
+    counts = [1] * len(sample) if several else [len(sample)]
+    if len(owners) != len(counts):
+        raise ValueError(f"generator lists {len(owners)} for {len(sample)} rows; give one per row")
     drawn = [
         torch.rand(
             draw.REMASK + 1, count, sample.shape[1], dtype=torch.double, generator=own, device=own and own.device
         )
-        for own, count in (zip(generator, [1] * rows, strict=True) if several else [(generator, rows)])
+        for own, count in zip(owners, counts, strict=True)
     ]
     return torch.cat(drawn, 1).to(sample.device).clamp(2**-54, 1 - 2**-53)
