@@ -133,7 +133,7 @@ def download(url: str, out: IO[bytes], most: int | None = None, seconds: float |
         if isinstance(failure, Unreachable):
             raise failure
         local = isinstance(failure, OSError) and not isinstance(failure, URLError | FileNotFoundError)
-        if local and failure.filename is not None:
+        if local and getattr(failure, "filename", None) is not None:
             raise failure  # the file that is written, not the network
         if pause is None or not _may_pass(failure) or (end is not None and time.monotonic() + pause > end):
             gone = isinstance(failure, FileNotFoundError) or getattr(failure, "code", None) in _GONE

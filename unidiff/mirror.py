@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,10 @@ class _Mirror:
         for name in sorted(now, key=lambda name: now[name][1]):
             if self.known.get(name) != now[name]:
                 with suppress(FileNotFoundError):  # removed meanwhile: the next time sees it
-                    self._try(lambda name=name: self.system.put_file(str(self.place / name), f"{self.path}/{name}"))
+                    self._try(partial(self.system.put_file, str(self.place / name), f"{self.path}/{name}"))
         for name in self.known.keys() - now.keys():
             with suppress(FileNotFoundError):
-                self._try(lambda name=name: self.system.rm_file(f"{self.path}/{name}"))
+                self._try(partial(self.system.rm_file, f"{self.path}/{name}"))
         self.known = now
 
     def keep(self, every: float, over: threading.Event) -> None:

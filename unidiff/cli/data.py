@@ -32,8 +32,8 @@ def image(config: Config, settings: Settings = None) -> None:
 
     Writes into `out`: `model`, which `VQImageTokenizer.from_pretrained` loads, `report.json` (PSNR, SSIM, code usage on
     pictures that were not trained on), `reconstructions.png` (pictures above, their reconstructions below),
-    `metrics.jsonl` and `checkpoints`. The same command continues a run that was stopped or killed, bit for bit. The model
-    with the best PSNR is kept.
+    `report.html`, `metrics.jsonl`, `samples` and `checkpoints`. The same command continues a run that was stopped or killed, bit for bit. The model
+    with the best PSNR is kept. Works under torchrun, each process with a part of every batch.
     """
     set_up_process(os.environ)
     from unidiff.train.image_tokenizer.config import ImageTokenizerConfig
@@ -42,7 +42,7 @@ def image(config: Config, settings: Settings = None) -> None:
     from unidiff.train.image_tokenizer.trainer import train_image_tokenizer
 
     with local_folder(run.out) as place:
-        train_image_tokenizer(replace(run, out=str(place)))
+        train_image_tokenizer(replace(run, out=str(place)), os.environ)
 
 
 @tokenizer_app.command()

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Annotated, Any
 
 from unidiff.schema import Between, check_arguments, check_fields
+from unidiff.train.config import TrackerName
 
 Steps = Annotated[int, Between(1, 2**40)]
 Weight = Annotated[float, Between(0, 1e9)]
@@ -97,6 +98,8 @@ class ImageTokenizerConfig:
     validate_every: Steps = 500
     checkpoint_every: Steps = 500
     fallback: bool = False
+    trackers: list[TrackerName] = field(default_factory=list)  # where numbers and sheets go besides `metrics.jsonl`
+    project: str = "unidiff"  # in W&B and trackio
     device: str = "auto"
     threads: Annotated[int, Between(0, 1024)] = 0
     seed: Annotated[int, Between(0, 2**62)] = 0

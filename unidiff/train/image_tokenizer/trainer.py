@@ -15,18 +15,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.optim import AdamW
 
 from unidiff.config import dump_config, flat
 from unidiff.errors import read_json
-from unidiff.files import file_stamp, locked, replace_text, replacing, replacing_folder
+from unidiff.files import file_stamp, replace_text, replacing_folder
 from unidiff.pipelines.owned import check_replaceable, others_in_model
+from unidiff.pipelines.sheet import save_image
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of
-from unidiff.train.config import ScheduleConfig
+from unidiff.train.config import ParallelConfig, ScheduleConfig
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig, new_network
 from unidiff.train.image_tokenizer.data import Pictures, open_pictures
 from unidiff.train.image_tokenizer.losses import (
@@ -40,20 +43,33 @@ from unidiff.train.image_tokenizer.losses import (
 )
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
+from unidiff.train.run.distributed import Parallel, launch_of, lost_peer
 from unidiff.train.run.logs import Progress, RunLog, begin, take_steps
 from unidiff.train.run.resume import MARK, SETTINGS, check_run_folder, check_same, fitting, rate_notes
 from unidiff.world import WORLDS
 
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
-_FREE = ("out", "steps", "device", "threads", "log_every", "validate_every", "checkpoint_every", "fallback")
+_FREE = (
+    "out",
+    "steps",
+    "device",
+    "threads",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "fallback",
+    "trackers",
+    "project",
+)
 """Settings that may be others when a run goes on."""
 
 
-def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
+def train_image_tokenizer(config: ImageTokenizerConfig, environment: Mapping[str, str] | None = None) -> dict:
     """Train, or go on where the run in `config.out` stopped; returns the report that is also in `<out>/report.json`.
 
     `<out>/model` is the model with the best PSNR on the held-out pictures. SIGTERM and Ctrl-C end the run after the step,
-    with a checkpoint.
+    with a checkpoint. Processes that `torchrun` started, as `environment` says, share every batch; the result depends on their
+    number by rounding alone.
 
     Raises:
         ValueError: a setting that cannot work, too few pictures, a folder of another run or in use, or a damaged checkpoint.
@@ -65,13 +81,26 @@ def train_image_tokenizer(config: ImageTokenizerConfig) -> dict:
     check_run_folder(out, "out", start, (SETTINGS, "model", "report.json", "reconstructions.png"))
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
+    parallel = Parallel(pick_device(config.device), ParallelConfig(), launch_of(environment or {}))
+    try:
+        return _train(config, out, parallel)
+    except RuntimeError as error:
+        if parallel.size > 1 and lost_peer(error):
+            raise ValueError("another process of this run has ended; it says why") from error
+        raise
+    finally:
+        parallel.close()
+
+
+def _train(config: ImageTokenizerConfig, out: Path, parallel: Parallel) -> dict:
+    if config.batch_size % parallel.size:
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {parallel.size} processes")
     torch.manual_seed(config.seed)  # initial weights
-    model, average = _build(config, device)
+    model, average = _build(config, parallel.device)
     pictures = open_pictures(config.data, config.seed, VQImageTokenizer(model).factor)
     _check_batch(config, pictures.held_out.shape[-2:], VQImageTokenizer(model).factor)
-    with locked(out, "training"):
-        return _TokenizerRun(config, out, model.train(), average, pictures).go()
+    with parallel.locked(out, "training"):
+        return _TokenizerRun(config, out, model.train(), average, pictures, parallel).go()
 
 
 @dataclass
@@ -116,8 +145,10 @@ class _TokenizerRun:
     """Everything that changes from step to step. Steps of the encoder alone come first and count, too."""
 
     def __init__(
-        self, config: ImageTokenizerConfig, out: Path, model: Any, average: CodebookAverage | None, pictures: Pictures
-    ) -> None:
+        self, config: ImageTokenizerConfig, out: Path, model: Any, average: CodebookAverage | None, pictures: Pictures,
+        parallel: Parallel,
+    ) -> None:  # fmt: skip
+        self.parallel = parallel
         self.config, self.out, self.model, self.average, self.pictures = config, out, model, average, pictures
         self.device = next(model.parameters()).device
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -140,13 +171,17 @@ class _TokenizerRun:
         """To the last step or the next signal; the report of what was kept."""
         self._resume()
         self.stream = self.pictures.stream()
-        replace_text(self.out / SETTINGS, MARK + dump_config(self.config))
-        log = RunLog(self.out, self.step)
+        main, config = self.parallel.main, self.config
+        if main:
+            replace_text(self.out / SETTINGS, MARK + dump_config(config))
+        log = RunLog(self.out, self.step, config.trackers, config.project, asdict(config), silent=not main)
         side = self.pictures.held_out.shape[-1]
         codes = self.config.batch_size * (side // VQImageTokenizer(self.model).factor) ** 2
         self.model.train()
-        progress = Progress(self.total, self.step, codes, self.config.log_every, True)
-        take_steps(self, self.total, self.out, self.config.checkpoint_every, log, progress)
+        progress = Progress(self.total, self.step, codes, config.log_every, main)
+        take_steps(self, self.total, self.out, config.checkpoint_every, log, progress, self.parallel)
+        if not main:
+            return {}
         if (path := self.out / "report.json").is_file():
             return read_json(path, "the report of an image tokenizer")
         if self.step < self.total:
@@ -182,7 +217,11 @@ class _TokenizerRun:
         """One step of the whole tokenizer: values for the log, and the factor on the learning rate."""
         config, step = self.config, self.step - self.config.cells.steps
         # 1. reconstruct a batch, and the gradient of the loss
-        images = torch.stack(list(islice(self.stream, config.batch_size)))  # [B, 3, H, W]
+        batch = list(
+            islice(self.stream, config.batch_size)
+        )  # every process draws all of it, so that all know the position
+        own = len(batch) // self.parallel.size
+        images = torch.stack(batch[self.parallel.rank * own : (self.parallel.rank + 1) * own])  # [B, 3, H, W]
         images = images.to(self.device, memory_format=torch.channels_last)
         factor = learning_rate_factor(self.schedule, step, config.steps)
         for group in self.optimiser.param_groups:
@@ -190,44 +229,59 @@ class _TokenizerRun:
         result = vq_forward(self.model, images, config.loss, config.bf16)
         self.optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
+        loss, mse = self._share(result.loss.detach(), result.mse)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
-        if not self.guard.accepts(float(result.mse), self.step, norm):
+        if not self.guard.accepts(mse, self.step, norm):
             return {}, factor
         # 2. weights, then the codebook
         self.optimiser.step()
         revived = 0
         if self.average is not None and result.latents is not None:
             revive = step % 10 == 0 and step < config.revive_until * config.steps
-            revived = self.average.update(result.codes, result.latents, self.generator, revive)
-        values = {"loss": result.loss.item(), "psnr": psnr(self.guard.level), "revived": revived}
+            codes, latents = self.parallel.gather(result.codes), self.parallel.gather(result.latents)
+            revived = self.average.update(codes, latents, self.generator, revive)
+        values = {"loss": loss, "psnr": psnr(self.guard.level), "revived": revived}
         return values | {"codes": int(result.codes.unique().numel()), "grad_norm": norm}, factor
+
+    def _share(self, loss: Tensor, mse: Tensor) -> tuple[float, float]:
+        """Means of the gradients, the loss and the squared error over all processes."""
+        if self.parallel.size > 1:
+            parts = [p.grad for p in self.parameters if p.grad is not None]
+            numbers = torch.cat([*(part.flatten() for part in parts), loss.float()[None], mse.float()[None]])
+            numbers = self.parallel.sum(numbers) / self.parallel.size
+            for part, mean in zip(parts, numbers[:-2].split([part.numel() for part in parts]), strict=True):
+                part.copy_(mean.view_as(part))
+            loss, mse = numbers[-2], numbers[-1]
+        return float(loss), float(mse)
 
     def _validate(self, log: RunLog, progress: Progress) -> None:
         """Measure on the held-out pictures when it is time, and keep the best weights."""
         step = self.step - self.config.cells.steps
-        if step < 1 or (step % self.config.validate_every and self.step < self.total):
+        due = step >= 1 and (step % self.config.validate_every == 0 or self.step == self.total)
+        if not (due and self.parallel.main):
             return
         report = measure(self.model, self.pictures.held_out)
         self.model.train()
         log.write(self.step, "validation", report)
         progress.say(f"step {self.step} validation  " + "  ".join(f"{k} {v}" for k, v in report.items()))
+        sheet = reconstruction_sheet(self.model, self.pictures.held_out)
+        self.model.train()
+        save_image(sheet, self.out / "samples" / f"step-{self.step:08d}.png")
+        log.image(self.step, "samples", torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
         if report["psnr"] > self.best:
             self.best = report["psnr"]
             report |= self.found | {"step": step, "skipped_steps": self.guard.skipped, "seconds": self._seconds()}
-            self._save(report)
+            self._save(report, sheet)
         progress.restart_clock()
 
-    def _save(self, report: dict) -> None:
+    def _save(self, report: dict, sheet: Image.Image) -> None:
         """Replace `<out>/model` as a whole, then the sheet and the report."""
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise ValueError(f"weights are no numbers any more after step {self.step}; lower learning_rate")
         check_replaceable(self.out / "model", others_in_model, "model")
         with replacing_folder(self.out / "model") as temporary:
             self.model.save_pretrained(temporary)
-        sheet = reconstruction_sheet(self.model, self.pictures.held_out)
-        self.model.train()
-        with replacing(self.out / "reconstructions.png") as temporary:
-            sheet.save(temporary, format="PNG")
+        save_image(sheet, self.out / "reconstructions.png")
         replace_text(self.out / "report.json", json.dumps(report, indent=1) + "\n")
 
     def _seconds(self) -> float:
@@ -249,6 +303,9 @@ class _TokenizerRun:
         """Go on from the newest checkpoint, if there is one."""
         config, folder = self.config, self.out / "checkpoints"
         found = load_checkpoint(folder, "settings", config.fallback, "fallback=true")
+        self.parallel.agree(False)  # all have looked before one writes
+        if found is None and not self.parallel.main:
+            return
         if found is None:
             begin(self, self.out)  # a run that is killed early knows its own files again
             return
@@ -274,6 +331,8 @@ class _TokenizerRun:
         self.step, self.found, self.before = state.step, state.found, state.seconds
         self.guard.skipped, self.guard.level = state.skipped, math.inf if state.level is None else state.level
         self.best = -math.inf if state.best is None else state.best
+        if not self.parallel.main:
+            return
         print(f"resumed at step {self.step} from {folder}", flush=True)
         done, before = self.step - config.cells.steps, state.settings.get("steps")
         for note in rate_notes(self.schedule, config.learning_rate, done, before, config.steps) if done > 0 else []:

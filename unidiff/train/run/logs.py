@@ -312,20 +312,36 @@ class SteppedRun(Protocol):
         """Everything that the next step needs."""
 
 
+class Agreeing(Protocol):
+    """Processes that step together, as `unidiff.train.run.distributed.Parallel`."""
+
+    @property
+    def main(self) -> bool: ...
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]: ...
+
+
 def begin(run: SteppedRun, out: Path) -> None:
     """The checkpoint before the first step."""
     save_checkpoint(out / "checkpoints", run.checkpoint(), _KEPT)
 
 
-def take_steps(run: SteppedRun, last: int, out: Path, every: int, log: RunLog, progress: Progress) -> None:
+def take_steps(
+    run: SteppedRun, last: int, out: Path, every: int, log: RunLog, progress: Progress, together: Agreeing | None = None
+) -> None:
     """Step until `run.step` is `last` or a signal came; checkpoints every `every` steps and at the end.
 
     Args:
-        out: the run's folder. log, progress: closed at the end, however it comes.
+        out: the run's folder. log, progress: closed at the end, however it comes. together: processes that take the same
+            steps, of which the main one writes.
     """
-    with closing(log), closing(progress), stop_on_signals() as stopped:
+    with closing(log), closing(progress), stop_on_signals() as asked:
+        stopped = False
         while run.step < last and not stopped:
             run.advance(log, progress)
+            stopped = bool(asked) if together is None else together.agree(bool(asked))[0]
+            if together is not None and not together.main:
+                continue
             if run.step % every == 0 or run.step == last or stopped:
                 save_checkpoint(out / "checkpoints", run.checkpoint(), _KEPT)
     if stopped and run.step < last:
