@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from unidiff.process import exit_status, parsed, set_up_process
+from unidiff.errors import exit_status
+from unidiff.process import parsed, set_up_process
 
 
 def main() -> int:
@@ -32,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, failed=2))

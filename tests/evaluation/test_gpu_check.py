@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -18,9 +19,19 @@ import torch
 from unidiff.decoding import draw
 from unidiff.evaluation.benchmark import gpu_check
 from unidiff.evaluation.benchmark.gpu_check import DeviceCheck, Found, NotRun, Outcome, Place, page, run_checks, summary
-from unidiff.evaluation.benchmark.gpu_checks import CHECKS, fused_draw, gpu_tests, graphs, packing, rates, steps
+from unidiff.evaluation.benchmark.gpu_checks import (
+    CHECKS,
+    TRAINED,
+    fused_draw,
+    gpu_tests,
+    graphs,
+    packing,
+    rates,
+    steps,
+)
 from unidiff.evaluation.benchmark.measure import thread_count
 from unidiff.kernels.fused_draw import FusedDraw
+from unidiff.train.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Place(torch.device("cpu"), ROOT, tiny=True)
@@ -203,6 +214,15 @@ def test_the_page_stands_alone_and_fits_small_screens():
 def test_all_checks_fit_into_eight_minutes():
     assert sum(check.seconds for check in CHECKS) + 15 <= gpu_check.LIMIT == 480
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_the_command_starts_and_names_what_is_there(monkeypatch, tmp_path):
+    recipe = runpy.run_path(str(ROOT / "inference" / "gpu_check.py"))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cuda:9", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="'cuda:9' cannot be used here"):
+        recipe["main"]()
+    for name in TRAINED:
+        assert read_config(ROOT / "configs" / f"{name}.yaml", []).model
 
 
 @pytest.mark.slow
