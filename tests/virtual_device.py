@@ -8,7 +8,8 @@
 Every operation is done on a CPU tensor inside, so random numbers and results are those of the CPU. For the dispatcher the
 tensors are on `meta`, whose device guard does nothing; `tensor.device` and everything that names a device say `DEVICE`.
 
-Not there: autocast (it does nothing), Triton kernels, CUDA graphs and streams, `torch.Generator(device)`, pinned memory.
+Not there: autocast (it does nothing), Triton kernels, CUDA graphs and streams, `torch.Generator(device)`. Pinned
+memory is ordinary memory that is remembered as pinned.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PACKAGE = str(Path(unidiff.__file__).parent)
 aten = torch.ops.aten
 READS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
-    "is_nonzero", "equal", "bincount", "_linalg_check_errors",
+    "is_nonzero", "equal", "allclose", "bincount", "_linalg_check_errors",
 }  # fmt: skip
 """Operations whose result the host looks at, or whose size the device decides."""
 MOVES = {"_to_copy", "copy_", "copy"}
@@ -201,6 +202,10 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == Tensor.pin_memory:
+            made = args[0].clone()
+            made.pinned = True
+            return made
         if func in (torch.tensor, torch.as_tensor, torch.asarray):
             return _made_of(func, *args, **kwargs)
         if func == Tensor.data.__set__ and isinstance(args[0], VirtualTensor) != isinstance(args[1], VirtualTensor):  # type: ignore[attr-defined]
@@ -318,7 +323,7 @@ def _move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], t
         out = func(_inside(source), *args[1:], **plain)
         if kwargs.get("device") is None:
             to = from_there
-        if to and not from_there and not kwargs.get("non_blocking"):
+        if to and not from_there and not (kwargs.get("non_blocking") and hasattr(source, "pinned")):
             _upload("to the device")
         elif from_there and not to:
             _read("to the CPU")

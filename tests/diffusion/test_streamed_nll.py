@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unidiff.diffusion import gather_masked, masked_nll, streamed_nll
+from unidiff.diffusion.objective import head_parts, parts_loss
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -49,20 +50,27 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("unidiff.diffusion.streamed_nll.TILE_MULTIPLE", 8)
 
 
-@given(st.integers(1, 40), st.booleans(), st.sampled_from(["none", "right", "wrong"]), st.integers(0, 200))
+@given(st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 200))
 @settings(max_examples=40, deadline=None)
-def test_values_and_gradients_equal_the_plain_formula(count, bias, hint, seed):
+def test_values_and_gradients_equal_the_plain_formula(count, bias, weighed, seed):
     batch, masked = make_batch(seed)
     matrix = Matrix(6, bias, torch.float64, seed)
     hidden = torch.randn(*batch.shape, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     hidden.requires_grad_()
     weights = torch.rand(batch.shape, generator=torch.Generator().manual_seed(seed + 1)).double()
-    announced = {"none": None, "right": 3 * weights, "wrong": weights.flip(0)}[hint]
-    results = [masked_nll(hidden, h, masked, batch, VOCABULARY, count, announced) for h in (matrix, matrix.head)]
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
-    assert not results[0][~masked].any()
+    expected = masked_nll(hidden, matrix.head, masked, batch, VOCABULARY, count)
+    if weighed:
+        loss, nll = parts_loss(hidden, matrix, head_parts(masked, batch, VOCABULARY, count), weights)
+        assert not nll.requires_grad
+    else:
+        nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, count)
+        loss = (nll * weights).sum()
+    torch.testing.assert_close(nll, expected, rtol=1e-12, atol=1e-12)
+    assert not nll[~masked].any()
     if masked.any():
-        got, expected = (torch.autograd.grad((r * weights).sum(), [hidden, *matrix.leaves]) for r in results)
+        total = (expected * weights).sum()
+        torch.testing.assert_close(loss, total, rtol=1e-12, atol=1e-12)
+        got, expected = (torch.autograd.grad(3 * value, [hidden, *matrix.leaves]) for value in (loss, total))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -76,17 +84,12 @@ def test_gradcheck():
     matrix = Matrix(3, True, torch.float64)
     parts = parts_of(batch, masked, 4)
     real = torch.cat([p.real.reshape(-1) for p in parts])
-    ones = torch.ones(batch.shape[1], dtype=torch.float64)
 
     def scored(hidden, weight, bias):
         return streamed_nll.streamed_nll(hidden, weight, bias, parts)[real]
 
-    def summed(hidden, weight, bias):
-        return streamed_nll.streamed_nll(hidden, weight, bias, parts, ones)[real].sum()
-
     hidden = torch.randn(batch.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(scored, (hidden.requires_grad_(), matrix.weight, matrix.bias))
-    assert torch.autograd.gradcheck(summed, (hidden, matrix.weight, matrix.bias), nondet_tol=1e-10)
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
@@ -105,7 +108,7 @@ def test_a_transformer_gets_the_gradients_of_its_own_head(tie_head):
         torch.testing.assert_close(value, grads[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_announced_weights_save_the_second_set_of_logits(monkeypatch):
+def test_known_weights_save_the_second_set_of_logits(monkeypatch):
     batch, masked = make_batch(4)
     matrix = Matrix(4, True, torch.float64)
     hidden = torch.randn(*batch.shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -115,25 +118,29 @@ def test_announced_weights_save_the_second_set_of_logits(monkeypatch):
     linear = torch.nn.functional.linear
     monkeypatch.setattr(streamed_nll.F, "linear", lambda h, w, b=None: made.append(len(h) * len(w)) or linear(h, w, b))
     counts = []
-    for announced in (weights, None):
-        made.clear()
-        nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, 4, announced)
-        (nll * weights / 7).sum().backward()
-        counts.append(sum(made))
+    parts_loss(hidden, matrix, head_parts(masked, batch, VOCABULARY, 4), weights / 7)[0].backward()
+    counts.append(sum(made))
+    made.clear()
+    (masked_nll(hidden, matrix, masked, batch, VOCABULARY, 4) * weights / 7).sum().backward()
+    counts.append(sum(made))
     assert counts[1] == 2 * counts[0] > 0
 
 
-@pytest.mark.parametrize("hinted", [True, False])
-def test_bf16_autocast_stays_close_to_float32_and_keeps_float32_gradients(hinted):
+@pytest.mark.parametrize("weighed", [True, False])
+def test_bf16_autocast_stays_close_to_float32_and_keeps_float32_gradients(weighed):
     batch, masked = make_batch(5)
     matrix = Matrix(16, True, torch.float32)
     hidden = torch.randn(*batch.shape, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     out = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            hint = torch.ones(batch.shape) if hinted else None
-            nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, 8, hint)
-        out.append((nll, *torch.autograd.grad(nll.sum(), [hidden, matrix.weight])))
+            if weighed:
+                parts = head_parts(masked, batch, VOCABULARY, 8)
+                loss, nll = parts_loss(hidden, matrix, parts, torch.ones(batch.shape))
+            else:
+                nll = masked_nll(hidden, matrix, masked, batch, VOCABULARY, 8)
+                loss = nll.sum()
+        out.append((nll, *torch.autograd.grad(loss, [hidden, matrix.weight])))
     for exact, rounded in zip(*out, strict=True):
         assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
         error = (exact - rounded).detach().norm() / exact.detach().norm()

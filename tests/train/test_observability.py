@@ -45,8 +45,9 @@ def test_speed_counts_useful_work():
     meter = SpeedMeter(config, source, processes=2)
     hidden = torch.zeros(5, 2)
     hidden[0] = torch.tensor([10.0, 20.0])
-    empty = torch.zeros(TIME_BUCKETS, 2)
-    report = StepReport(1.0, 1.0, True, False, torch.zeros(5, 2), hidden, torch.zeros(5), empty)
+    sums = torch.stack([torch.zeros(5, 2), hidden, torch.zeros(5, 2)]).flatten()
+    loss, norm, finite, spike = ([value] for value in (1.0, 1.0, 1.0, 0.0))
+    report = StepReport(torch.tensor([*loss, *sums, *[0.0] * TIME_BUCKETS * 2, *norm, *finite, *spike]).double())
     meter.add(report, seconds=1.5, waited=0.2)
     meter.add(report, seconds=0.5, waited=0.0)
     values = meter.take()
@@ -99,7 +100,7 @@ def test_spikes_without_an_end_abort_the_run(tmp_path):
     settings = ["steps=20", "spike_factor=1.5", "max_bad_steps=3", "logging.every=1"]
     trainer = Trainer(tiny_config(tmp_path, *MIXED, *settings), tiny_table())
     trainer.step(1.0)
-    trainer.state.level = 1e-3
+    trainer.state.level.fill_(1e-3)
     with pytest.raises(TrainingAborted, match="3 steps in a row"):
         trainer.train()
     assert [s["step"] for s in lines(tmp_path, "skipped")] == [2, 3, 4]

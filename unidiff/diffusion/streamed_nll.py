@@ -4,11 +4,10 @@
 
 Two ways to the gradients, both without `[n, V]` for all n positions:
 
-- The caller says in advance what each position weighs in the loss. Then the forward pass makes the logits of one chunk of
-  positions, takes the gradients from them, and drops them: three matrix products, the number of the plain formula. The
-  backward pass scales what is there; should the weights turn out other than announced, it falls back to the second way.
-- Otherwise logits are made again in the backward pass. The vocabulary is the outer loop, the positions the inner one, so
-  that a tile of the weight gradient is finished while it is in cache.
+- `streamed_loss` knows what each position weighs. Its forward pass makes the logits of one chunk of positions, turns them into
+  gradients where they lie, and drops them: three matrix products, the number of the plain formula.
+- `streamed_nll` does not: logits are made again in the backward pass. The vocabulary is the outer loop, the positions the
+  inner one, so that a tile of the weight gradient is finished while it is in cache.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class LinearHead(Protocol):
 
 @dataclass(frozen=True)
 class HeadPart:
-    """Gathered positions that share one slice of the head, in chunks of one size: varying ones leak memory in bf16 on CPU.
+    """Gathered positions that share one slice of the head, in chunks of one of few sizes: varying ones leak memory in bf16 on CPU.
 
     Attributes:
         index: int64 `[chunks, count]`, rows of the hidden states; padding points at row 0.
@@ -57,27 +56,36 @@ class HeadPart:
     forbidden: tuple[int, ...]
 
 
-def streamed_nll(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[HeadPart], scale: Tensor | None = None
-) -> Tensor:
+def streamed_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[HeadPart]) -> Tensor:
     """-log softmax at the targets of every part, one after the other, flat `[sum of chunks * count]`.
 
     Args:
         hidden: `[N, D]`.
         weight, bias: of the whole head, `[V, D]` and `[V]` or None.
         parts: what to score; none gives an empty result whose gradients are zeros.
-        scale: `[N]`, up to one common factor what each row's result will be multiplied with in the loss. It makes training
-            faster and changes no result.
 
     Returns:
         float32 (float64 if `hidden` is); matmuls run in the autocast type where autocast is on, else in `hidden`'s.
         Gradients are once differentiable.
     """
+    return _StreamedNLL.apply(hidden, weight, bias, parts, _product_type(hidden))
+
+
+def streamed_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[HeadPart], scales: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The sum of scale * NLL, a scalar with gradients, and the NLLs as `streamed_nll` gives them, without.
+
+    Args:
+        scales: of each part, `[chunks, count]`, the weights of its positions; 0 on padding.
+    """
+    return _StreamedLoss.apply(hidden, weight, bias, parts, _product_type(hidden), scales)
+
+
+def _product_type(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    announced = scale is not None and torch.is_grad_enabled() and len(parts) > 0
-    return _StreamedNLL.apply(hidden, weight, bias, parts, dtype, scale if announced else None)
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
 class _Head(NamedTuple):
@@ -97,31 +105,15 @@ class _Head(NamedTuple):
 class _StreamedNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        parts: Sequence[HeadPart],
-        dtype: torch.dtype,
-        scale: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[HeadPart], dtype: torch.dtype
     ) -> Tensor:
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        head = _Head(weight, bias, dtype)
-        ctx.sums = None if scale is None else _Gradients(hidden, head, ctx.needs_input_grad, exact)
-        totals, values, scales = [], [], []
+        exact, head, totals, values = _exact(hidden), _Head(weight, bias, dtype), [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for part in parts:
-                total = torch.full(part.index.shape, -torch.inf, dtype=exact, device=hidden.device)  # log-sum-exp
-                if scale is None:
-                    nll = _by_tiles(hidden, head, part, total)
-                else:
-                    scales.append(scale.to(hidden.device)[part.index].to(exact).where(part.real, 0))  # [chunks, count]
-                    nll = _by_chunks(hidden, head, part, total, scales[-1], ctx.sums)
-                totals.append(total)
-                values.append(nll.reshape(-1))
+                totals.append(torch.full(part.index.shape, -torch.inf, dtype=exact, device=hidden.device))
+                values.append(_by_tiles(hidden, head, part, totals[-1]).reshape(-1))
         ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)), *totals)
         ctx.parts, ctx.dtype, ctx.has_bias = parts, dtype, bias is not None
-        ctx.scale = torch.cat([s.reshape(-1) for s in scales]) if scales else None
         return torch.cat(values) if values else hidden.new_zeros(0, dtype=exact)
 
     @staticmethod
@@ -129,13 +121,41 @@ class _StreamedNLL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *rest = ctx.saved_tensors
         bias, totals = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
+        return *_recomputed(ctx, hidden, _Head(weight, bias, ctx.dtype), totals, grad), None, None
+
+
+class _StreamedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: Sequence[HeadPart],
+        dtype: torch.dtype,
+        scales: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        exact, head = _exact(hidden), _Head(weight, bias, dtype)
+        sums = _Gradients(hidden, head, ctx.needs_input_grad, exact)
+        loss, values = hidden.new_zeros((), dtype=exact), [hidden.new_zeros(0, dtype=exact)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, scale in zip(parts, (scale.to(exact) for scale in scales), strict=True):
+                values.append(_by_chunks(hidden, head, part, scale, sums).reshape(-1))
+                loss += (values[-1] * scale.reshape(-1)).sum()
+        nll = torch.cat(values)
+        ctx.sums, ctx.dtype = sums, hidden.dtype
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         sums, ctx.sums = ctx.sums, None
-        if sums is not None:
-            grad = grad.where(torch.cat([part.real.reshape(-1) for part in ctx.parts]), 0)
-            factor = (grad * ctx.scale).sum() / (ctx.scale * ctx.scale).sum()
-            if torch.allclose(grad, factor * ctx.scale, rtol=1e-5, atol=0):  # not so where it is NaN
-                return *sums.scaled(factor, hidden.dtype), None, None, None
-        return *_recomputed(ctx, hidden, _Head(weight, bias, ctx.dtype), totals, grad), None, None, None
+        return *sums.scaled(grad, ctx.dtype), None, None, None
+
+
+def _exact(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _by_tiles(hidden: Tensor, head: _Head, part: HeadPart, total: Tensor) -> Tensor:
@@ -151,24 +171,24 @@ def _by_tiles(hidden: Tensor, head: _Head, part: HeadPart, total: Tensor) -> Ten
     return total - own
 
 
-def _by_chunks(hidden: Tensor, head: _Head, part: HeadPart, total: Tensor, scale: Tensor, sums: _Gradients) -> Tensor:
-    """As `_by_tiles`, positions outside; `sums` gains the gradients at the weights `scale` `[chunks, count]`."""
-    nll = torch.empty_like(total)
+def _by_chunks(hidden: Tensor, head: _Head, part: HeadPart, scale: Tensor, sums: _Gradients) -> Tensor:
+    """NLL `[chunks, count]`, positions outside; `sums` gains the gradients at the weights `scale` `[chunks, count]`."""
+    nll = torch.empty_like(scale)
+    weight = head.weight[part.start : part.stop].to(head.dtype)
+    bias = None if head.bias is None else head.bias[part.start : part.stop].to(head.dtype)
+    few = max(1, TILE_ELEMENTS // len(weight))  # positions whose probabilities are in cache together
     for chunk, index in enumerate(part.index):
         states = hidden[index].to(head.dtype)  # [count, D]
-        logits = states.new_empty(len(index), part.stop - part.start)  # [count, n]; the only ones
-        for low, high, tile, offset in head.tiles(part):
-            logits[:, low - part.start : high - part.start] = F.linear(states, tile, offset)
-        for low, high in _bounds(part):  # without an exact copy of all logits
-            piece = logits[:, low - part.start : high - part.start].to(total.dtype, copy=True)
-            total[chunk] = torch.logaddexp(total[chunk], _logsumexp(_ban(piece, part, low)))
-        nll[chunk] = total[chunk] - logits.gather(1, part.target[chunk][:, None])[:, 0].to(total.dtype)
-        grad_rows = torch.zeros(states.shape, dtype=total.dtype, device=hidden.device)
-        for low, high, tile, _ in head.tiles(part):
-            piece = _ban(logits[:, low - part.start : high - part.start].to(total.dtype, copy=True), part, low)
-            sums.add(piece, states, tile, part, chunk, low, total[chunk], scale[chunk], grad_rows)
-        sums.hidden.index_add_(0, index, grad_rows)
-        del logits
+        logits = F.linear(states, weight, bias)  # [count, n]; the only ones, and then the slopes
+        for rows in torch.arange(len(index)).split(few):
+            here = slice(int(rows[0]), int(rows[-1]) + 1)
+            exact = _ban(logits[here].to(scale.dtype), part, part.start)
+            target, real = part.target[chunk, here][:, None], part.real[chunk, here][:, None]
+            top, own = exact.amax(1), exact.gather(1, target)[:, 0]
+            chances = exact.softmax(1)
+            nll[chunk, here] = top - chances.amax(1).log() - own
+            logits[here] = chances.scatter_add_(1, target, -real.to(chances.dtype))
+        sums.add_chunk(logits, states, weight, part, index, scale[chunk][:, None])
     return nll
 
 
@@ -222,6 +242,21 @@ class _Gradients:
         if self.weight is not None:
             self.weight[low : low + len(tile)] += slope.T @ states
 
+    def add_chunk(
+        self, slope: Tensor, states: Tensor, weight: Tensor, part: HeadPart, index: Tensor, scale: Tensor
+    ) -> None:
+        """All of the slice `[count, n]` for one chunk at the rows `index`, each of which weighs `scale` `[count, 1]`."""
+        here = slice(part.start, part.stop)
+        self.hidden.index_add_(0, index, (slope @ weight).to(scale.dtype) * scale)
+        if self.bias is not None:
+            self.bias[here] += (scale.to(slope.dtype).T @ slope)[0].to(self.bias.dtype)
+        if self.weight is not None:
+            states = (states * scale).to(slope.dtype)
+            if self.weight.dtype == slope.dtype:
+                self.weight[here].addmm_(slope.T, states)
+            else:
+                self.weight[here] += slope.T @ states
+
     def scaled(self, factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """Everything times a number, or as it is; `hidden` in `dtype`."""
         for value in (self.hidden, self.weight, self.bias):
@@ -240,8 +275,9 @@ def _bounds(part: HeadPart) -> Iterator[tuple[int, int]]:
 
 def _ban(logits: Tensor, part: HeadPart, low: int) -> Tensor:
     """-inf for the forbidden ids of a tile that begins at `low`, in place."""
-    if banned := [f + part.start - low for f in part.forbidden if low <= f + part.start < low + logits.shape[1]]:
-        logits[:, banned] = -torch.inf
+    for column in part.forbidden:
+        if low <= column + part.start < low + logits.shape[1]:
+            logits[:, column + part.start - low] = -torch.inf
     return logits
 
 

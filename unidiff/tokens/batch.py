@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unidiff.schema import Index, Rows, check_fields, check_value, from_data
+from unidiff.tokens.transfer import moved
 from unidiff.tokens.visibility import Visibility
 
 
@@ -274,16 +275,8 @@ class TokenBatch:
         return replace(self, **changes)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same rows on another device, by one copy; itself where they are there."""
-        if (device := torch.device(device)).type == self.ids.device.type and device.index in (
-            None,
-            self.ids.device.index,
-        ):
-            return self
-        flags, numbers = (self.given, self.valid), (self.ids, self.modality, self.sample_ids)
-        moved = torch.stack([*numbers, *self.positions.unbind(-1), *(x.long() for x in flags)]).to(device)
-        ids, modality, sample_ids, *places, given, valid = moved.unbind()
-        return TokenBatch(ids, modality, given.bool(), valid.bool(), torch.stack(places, -1), sample_ids)
+        """In one copy, see `moved`."""
+        return moved(self, device)
 
     def rows(self, index: Tensor | slice | Sequence[int]) -> TokenBatch:
         """The chosen rows, in that order."""

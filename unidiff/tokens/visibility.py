@@ -62,7 +62,3 @@ class Visibility:
         rows, length = self.sample.shape
         allows = lambda row, head, query, key: self.allows(row, query, key)  # noqa: E731
         return create_block_mask(allows, rows, None, length, length, device=self.sample.device)
-
-    def to(self, device: torch.device) -> Visibility:
-        block, noisy = (None if x is None else x.to(device) for x in (self.block, self.noisy))
-        return Visibility(self.sample.to(device), block, noisy, self.alone)

@@ -80,9 +80,15 @@ class Optimisers:
         """Clip the gradients' global norm, over all shards, to `config.clip`; returns the norm before (0-d tensor)."""
         return whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
 
-    def step(self) -> None:
+    def step(self, taken: Tensor | None = None) -> None:
+        """Change the weights, unless `taken`, a bool scalar beside them, is False: fused AdamW finds that out on the device,
+        for others the host waits."""
+        if taken is not None and not all(o.defaults.get("fused") for o in self.optimisers.values()) and not bool(taken):
+            return
         with uncompiled(self.parameters) if self.low_bit else nullcontext():
             for optimiser in self.optimisers.values():
+                if taken is not None and optimiser.defaults.get("fused"):
+                    optimiser.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as GradScaler says it
                 optimiser.step()
 
     def zero_grad(self) -> None:
@@ -140,17 +146,25 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: float = 10.0) -> None:
-        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self.decay, self.warmup = decay, warmup
         self._source = dict(model.named_parameters())
         self.average: dict[str, Tensor] = {n: p.detach().clone().float() for n, p in self._source.items()}
+        self._updates = torch.zeros((), dtype=torch.float64, device=next(iter(self.average.values())).device)
+
+    @property
+    def updates(self) -> int:
+        """Updates done; the host waits for the device to say it."""
+        return int(self._updates)
 
     @torch.no_grad()
-    def update(self) -> float:
-        """Fold the current weights in; returns the decay used."""
-        decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
-        current = [local(p.detach()).float() for p in self._source.values()]
-        torch._foreach_lerp_([local(a) for a in self.average.values()], current, 1 - decay)
-        self.updates += 1
+    def update(self, taken: Tensor | None = None) -> Tensor:
+        """Fold the current weights in, unless `taken`, a bool scalar beside them, is False; returns the decay, a scalar."""
+        decay = ((1 + self._updates) / (self.warmup + self._updates)).clamp_max(self.decay)
+        one = torch.ones_like(decay) if taken is None else taken.double()
+        share = (one * (1 - decay)).float()
+        for average, source in zip(self.average.values(), self._source.values(), strict=True):
+            local(average).lerp_(local(source.detach()).float(), share)
+        self._updates += one
         return decay
 
     @torch.no_grad()
@@ -160,7 +174,7 @@ class EMA:
             raise ValueError(f"saved averages name other parameters: {sorted(set(average) ^ set(self.average))[:4]}")
         for name, value in average.items():
             self.average[name].copy_(value)
-        self.updates = updates
+        self._updates.fill_(updates)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

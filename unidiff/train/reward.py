@@ -15,7 +15,7 @@ targets, so that the last passes, which leave little to decide, count for little
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -24,10 +24,12 @@ from torch import Tensor
 
 from unidiff.decoding import CacheConfig, Sampler, SamplerConfig, SamplerOutput
 from unidiff.diffusion.noise import NoisyBatch, keyed_uniform, mask_tokens
-from unidiff.diffusion.objective import masked_nll
+from unidiff.diffusion.objective import head_parts, parts_nll
+from unidiff.diffusion.streamed_nll import HeadPart
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Positive, check_fields
-from unidiff.tokens import TokenBatch, Vocabulary
+from unidiff.tokens import TokenBatch, Visibility, Vocabulary
+from unidiff.tokens.transfer import moved
 from unidiff.train.build import merge_adapters
 from unidiff.train.config import Count, OptimiserConfig, Share, Steps, TrackerName
 from unidiff.train.data.tasks import rank_noise
@@ -147,6 +149,16 @@ def keep_share(model: MaskedTransformer, start: MaskedTransformer, share: float)
             weight.copy_(old.lerp(weight, share))
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Completions that go through a model together, with what the host knows of them."""
+
+    noisy: NoisyBatch
+    visible: Visibility | None
+    parts: tuple[HeadPart, ...]
+    count: Tensor  # int64 [B], targets
+
+
 class RewardTuner:
     """Trains `model` towards a reward. Its starting weights are kept as the reference.
 
@@ -185,53 +197,63 @@ class RewardTuner:
         """
         config = self.config
         # 1. completions
-        index = torch.arange(prompts.shape[0]).repeat_interleave(config.group)
+        index = moved(torch.arange(prompts.shape[0]).repeat_interleave(config.group), prompts.ids.device)
         rows = prompts.rows(index)
         keys = self.steps * len(index) + torch.arange(len(index))
         finished, seen = self.decode(rows, keys, None if condition is None else condition[index])
         # 2. rewards and advantages
-        rewards = self.reward(finished).to(torch.float32)
+        rewards = self.reward(finished).to(torch.float32).cpu()
         if rewards.shape != (len(index),) or not bool(rewards.isfinite().all()):
             raise ValueError(f"the reward gave shape {tuple(rewards.shape)}; expected ({len(index)},) finite numbers")
         grouped = rewards.view(-1, config.group)
-        advantage = advantages(grouped).flatten().to(finished.ids.device)  # [B]
-        # 3. the same masks for all models; the old model is the one that decoded
-        noisy = [self.state(finished, seen, keys, number) for number in range(config.masks)]
+        # 3. the same masks for all models, drawn on the host; the old model is the one that decoded
+        device = finished.ids.device
+        finished, seen = moved((finished, seen), "cpu")
+        states = [self._pieces(finished, self.state(finished, seen, keys, number)) for number in range(config.masks)]
+        states, advantage = moved((states, advantages(grouped).flatten()), device)
         with torch.no_grad():
-            old = [self._log_probs(self.model, finished, x) for x in noisy]
-            reference = [self._log_probs(self.reference, finished, x) for x in noisy]
+            old, reference = (
+                [[self._log_probs(model, piece) for piece in pieces] for pieces in states]
+                for model in (self.model, self.reference)
+            )
         # 4. an update for every mask
-        for x, old_logs, reference_logs in zip(noisy, old, reference, strict=True):
-            terms, norm = self._update(finished, x, old_logs, reference_logs, advantage)
+        for pieces, old_logs, reference_logs in zip(states, old, reference, strict=True):
+            numbers = self._update(pieces, old_logs, reference_logs, advantage)
         self.steps += 1
-        return RewardReport(
-            float(rewards.mean()), float(grouped.std(1, correction=0).mean()), float(terms.total),
-            float(terms.divergence), float(terms.clipped), float(norm),
-        )  # fmt: skip
+        spread = float(grouped.std(1, correction=0).mean())
+        return RewardReport(float(rewards.mean()), spread, *numbers.tolist())
 
     def _update(
-        self, finished: TokenBatch, noisy: NoisyBatch, old: Tensor, reference: Tensor, advantage: Tensor
-    ) -> tuple[PolicyTerms, Tensor]:
-        """One optimiser step; the loss and what it is made of, and the norm of the gradient."""
+        self, pieces: Sequence[_Piece], old: Sequence[Tensor], reference: Sequence[Tensor], advantage: Tensor
+    ) -> Tensor:
+        """One optimiser step; loss, divergence, clipped share and the norm of the gradient, `[4]`."""
         config = self.config
         self.optimisers.zero_grad()
         parts = []
-        for rows in self._pieces(len(advantage)):
-            y, x = finished.rows(rows), NoisyBatch(noisy.batch.rows(rows), noisy.masked[rows])
-            new = self._log_probs(self.model, y, x)
-            count = y.targets.sum(1).clamp_min(1) if config.states == "decoded" else None
-            terms = policy_terms(
-                new, old[rows], reference[rows], advantage[rows], x.masked, config.clip, config.beta, count
-            )
-            share = len(advantage[rows]) / len(advantage)
+        shares = advantage.split([len(piece.count) for piece in pieces])
+        for piece, old_logs, reference_logs, own in zip(pieces, old, reference, shares, strict=True):
+            new = self._log_probs(self.model, piece)
+            count = piece.count if config.states == "decoded" else None
+            masked = piece.noisy.masked
+            terms = policy_terms(new, old_logs, reference_logs, own, masked, config.clip, config.beta, count)
+            share = len(own) / len(advantage)
             (terms.total * share).backward()
-            parts.append([share * value.detach() for value in (terms.total, terms.divergence, terms.clipped)])
+            parts.append(share * torch.stack([terms.total.detach(), terms.divergence, terms.clipped]))
         norm = self.optimisers.clip()
         self.optimisers.step()
-        return PolicyTerms(*(torch.stack(column).sum() for column in zip(*parts, strict=True))), norm
+        return torch.cat([torch.stack(parts).sum(0), norm[None]])
 
-    def _pieces(self, count: int) -> list[slice]:
+    def _slices(self, count: int) -> list[slice]:
         return [slice(first, first + self.config.rows) for first in range(0, count, self.config.rows)]
+
+    def _pieces(self, finished: TokenBatch, noisy: NoisyBatch) -> list[_Piece]:
+        """Rows of the host that go through a model together."""
+        made = []
+        for rows in self._slices(len(noisy.masked)):
+            x, y, masked = noisy.batch.rows(rows), finished.rows(rows), noisy.masked[rows]
+            parts = head_parts(masked, y, self.vocabulary, self.config.chunk)
+            made.append(_Piece(NoisyBatch(x, masked), x.visibility(), parts, y.targets.sum(1).clamp_min(1)))
+        return made
 
     def decode(self, rows: TokenBatch, keys: Tensor, condition: Tensor | None) -> tuple[TokenBatch, Tensor | None]:
         """Finished rows, and the ids before each pass `[passes, B, L]` where states come from there."""
@@ -240,9 +262,10 @@ class RewardTuner:
         merge_adapters(model)
         if config.bf16:
             model = model.bfloat16()
-        seeds = (keyed_uniform(config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long().to(rows.ids.device)
+        seeds = (keyed_uniform(config.seed, keys, _SEED_STREAM, 1)[:, 0] * 2**40).long()
+        seeds = moved(seeds, rows.ids.device)
         record, outs = config.states == "decoded", []
-        for part in self._pieces(len(seeds)):
+        for part in self._slices(len(seeds)):
             sampler = Sampler(model.eval(), self.vocabulary, self.sampler, self.cache.build())
             hidden = None if condition is None else condition[part]
             outs.append(sampler(rows.rows(part), seeds[part], hidden, record=record))
@@ -262,16 +285,13 @@ class RewardTuner:
         rate = (config.low + (config.high - config.low) * u).to(device)
         return mask_tokens(finished, rate, self.vocabulary, noise)
 
-    def _log_probs(self, model: MaskedTransformer, finished: TokenBatch, noisy: NoisyBatch) -> Tensor:
+    def _log_probs(self, model: MaskedTransformer, piece: _Piece) -> Tensor:
         """`[B, L]`, of the completions' tokens where they are masked."""
-        parts = []
-        for rows in self._pieces(len(noisy.masked)):
-            x, y, masked = noisy.batch.rows(rows), finished.rows(rows), noisy.masked[rows]
-            time = masked.sum(1) / y.targets.sum(1).clamp_min(1)
-            with torch.autocast(x.ids.device.type, torch.bfloat16, enabled=self.config.bf16):
-                hidden = model.hidden(x.ids, x.modality, x.positions, x.attention_mask(), time.float())
-                parts.append(-masked_nll(hidden, model, masked, y, self.vocabulary, self.config.chunk))
-        return torch.cat(parts)
+        x, masked = piece.noisy.batch, piece.noisy.masked
+        mask = None if piece.visible is None else piece.visible.dense()
+        time = (masked.sum(1) / piece.count).float()
+        with torch.autocast(x.ids.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return -parts_nll(model.hidden(x.ids, x.modality, x.positions, mask, time), model, piece.parts)
 
 
 def decoded_states(outs: list[SamplerOutput]) -> Tensor:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.likelihood import without_eos_fill
-from unidiff.diffusion.noise import NoisyBatch, mask_tokens
-from unidiff.diffusion.objective import joint_elbo, masked_nll
+from unidiff.diffusion.objective import joint_elbo, parts_loss, parts_nll
 from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
+from unidiff.tokens.transfer import moved
 from unidiff.train.config import ObjectiveConfig, ParallelConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.cost.plan import TrainingRow, block_causal_pairs, model_size, row_flops
 from unidiff.train.data.source import TokenSource
-from unidiff.train.data.tasks import TaskBatch, TaskMixer
+from unidiff.train.data.tasks import HiddenBatch, TaskBatch, TaskMixer
 from unidiff.train.optim import EMA, Optimisers
 from unidiff.train.run.distributed import Parallel, local
 
@@ -29,7 +29,8 @@ _MEMORY = 0.98  # of the moving average of losses that spikes are measured again
 
 @dataclass(frozen=True)
 class TokenNLL:
-    """The forward pass of training and validation: -log p(x0 | x_t) at hidden positions, `[B, L]` nats."""
+    """The forward pass of training and validation: -log p(x0 | x_t) at hidden positions, `[B, L]` nats, each through its
+    modality's slice of the head."""
 
     model: MaskedTransformer
     vocabulary: Vocabulary
@@ -37,17 +38,27 @@ class TokenNLL:
     bf16: bool = False  # under autocast
     flex: bool = False  # masks of packed, padded or doubled rows are FlexAttention's
 
-    def __call__(self, noisy: NoisyBatch, clean: TaskBatch) -> Tensor:
-        x_t = noisy.batch
-        visible = clean.visible or x_t.visibility()
+    def ready(self, micro: TaskBatch, device: torch.device) -> HiddenBatch:
+        """A batch of the host as the step takes it, on the device: one copy."""
+        return moved(HiddenBatch.of(micro, self.vocabulary, self.chunk), device)
+
+    def __call__(self, batch: HiddenBatch) -> Tensor:
+        with self._autocast(batch):
+            return parts_nll(self._hidden(batch), self.model, batch.parts)
+
+    def loss(self, batch: HiddenBatch, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of weight * NLL over the hidden positions, divided by `normalizer`; and the NLLs, without gradients."""
+        with self._autocast(batch):
+            return parts_loss(self._hidden(batch), self.model, batch.parts, batch.clean.weight / normalizer)
+
+    def _autocast(self, batch: HiddenBatch) -> torch.autocast:
+        return torch.autocast(batch.clean.weight.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _hidden(self, batch: HiddenBatch) -> Tensor:
+        """Hidden states of x_t, `[B, L, D]`."""
+        x_t, visible = batch.noisy.batch, batch.visible
         mask = None if visible is None else visible.flex() if self.flex else visible.dense()
-        with torch.autocast(x_t.ids.device.type, torch.bfloat16, enabled=self.bf16):
-            # 2. transformer: hidden states of x_t
-            hidden = self.model.hidden(
-                x_t.ids, x_t.modality, x_t.positions, attention_mask=mask, time=clean.rate.float()
-            )  # [B, L, D]
-            # 3. NLL at hidden positions only, each through its modality's slice of the head
-            return masked_nll(hidden, self.model, noisy.masked, clean.batch, self.vocabulary, self.chunk, clean.weight)
+        return self.model.hidden(x_t.ids, x_t.modality, x_t.positions, mask, batch.clean.rate.float())
 
 
 @dataclass
@@ -62,7 +73,8 @@ class TrainState:
     bad_steps: int = 0  # consecutive steps skipped for a spike, or a loss or gradient that was not finite
     skipped: int = 0  # all such steps of the run
     spike_factor: float = 0.0  # a loss above this many times `level` is a spike; 0 allows all
-    level: float = 0.0  # moving average of the losses of steps taken; 0 before the first
+    level: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """Moving average of the losses of steps taken, where these are computed; 0 before the first."""
     parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
 
     @classmethod
@@ -81,30 +93,60 @@ class TrainState:
         return cls(token_nll, optimisers, ema, spike_factor=config.spike_factor, parallel=parallel)
 
     def __post_init__(self) -> None:
-        self.averaged_nll = self.parallel.forward(self.model, self.token_nll)  # its gradients, over processes
+        self.level = self.level.to(self.parallel.device)
+        self.averaged_loss = self.parallel.forward(self.model, self.token_nll.loss)  # its gradients, over processes
 
     @property
     def model(self) -> MaskedTransformer:
         return self.token_nll.model
 
+    def count(self, report: StepReport) -> None:
+        """Keep count of skipped steps, after each."""
+        self.bad_steps = 0 if report.taken else self.bad_steps + 1
+        self.skipped += not report.taken
+
     def finite(self) -> bool:
         """Whether weights and averages, of this process, hold neither NaN nor infinity."""
         held = [*self.model.parameters(), *self.ema.average.values()]
-        return all(bool(torch.isfinite(local(value.detach())).all()) for value in held)
+        return bool(torch.stack([torch.isfinite(local(value.detach())).all() for value in held]).all())
 
 
-@dataclass(frozen=True)
 class StepReport:
-    """Numbers of one step over all processes, on the CPU; tensors are float32."""
+    """Numbers of one step over all processes. They stay where they were computed until one is asked for.
 
-    loss: float
-    grad_norm: float  # before clipping
-    finite: bool  # False when loss or gradient was not, and the step therefore skipped
-    spike: bool  # True when the step was skipped for a loss far above the ones before
-    nll: Tensor  # [tasks, 2], summed nats at hidden positions per task and modality
-    hidden: Tensor  # [tasks, 2], how many there were
-    rows: Tensor  # [tasks]
-    by_time: Tensor  # [TIME_BUCKETS, 2], summed nats at hidden positions and their number, by mask rate
+    Args:
+        numbers: float64, all of them in the order of `_SHAPES`.
+
+    Attributes:
+        loss, grad_norm: the latter before clipping.
+        finite: False when loss or gradient was not, and the step therefore skipped.
+        spike: True when the step was skipped for a loss far above the ones before.
+        nll, hidden: `[tasks, 2]`, summed nats at hidden positions per task and modality, and how many there were.
+        rows: `[tasks]`. by_time: `[TIME_BUCKETS, 2]`, summed nats at hidden positions and their number, by mask rate.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    @staticmethod
+    def read(reports: Sequence[StepReport]) -> None:
+        """Bring the numbers of several steps to the host, which waits once."""
+        for report, numbers in zip(reports, torch.stack([r.numbers for r in reports]).cpu(), strict=True):
+            report.numbers = numbers
+
+    def _part(self, name: str) -> Tensor:
+        self.numbers = self.numbers.cpu()
+        parts = self.numbers.split([math.prod(shape) for shape in _SHAPES.values()])
+        return dict(zip(_SHAPES, parts, strict=True))[name].view(_SHAPES[name])
+
+    loss = property(lambda self: float(self._part("loss")))
+    grad_norm = property(lambda self: float(self._part("grad_norm")))
+    finite = property(lambda self: bool(self._part("finite")))
+    spike = property(lambda self: bool(self._part("spike")))
+    nll = property(lambda self: self._part("sums")[0])
+    hidden = property(lambda self: self._part("sums")[1])
+    rows = property(lambda self: self._part("sums")[2, :, 0])
+    by_time = property(lambda self: self._part("by_time"))
 
     @property
     def taken(self) -> bool:
@@ -112,59 +154,67 @@ class StepReport:
         return self.finite and not self.spike
 
 
+_SUMS, _BY_TIME = (3, len(TASKS), 2), (TIME_BUCKETS, 2)  # nll, hidden, rows per (task, modality)
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "loss": (),
+    "sums": _SUMS,
+    "by_time": _BY_TIME,
+    "grad_norm": (),
+    "finite": (),
+    "spike": (),
+}
+
+
 def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: float) -> StepReport:
     """One optimiser step over `batches` (more than one accumulate), as if they were a single batch.
 
     Args:
-        state: changed in place.
-        batches: equal-shaped mixed-task batches `[B, L]` on the model's device: this process's rows.
+        state: changed in place; its counts of skipped steps are left to `TrainState.count`.
+        batches: equal-shaped mixed-task batches `[B, L]` on the host: this process's rows.
         rate_factor: factor on the peak learning rate.
 
     The loss is sum of weight * NLL over hidden targets, divided by all valid targets of the step, hidden or not, those of
     all processes: gradients are averaged over processes, so each divides by the global number over how many they are.
+    The device decides whether the step is taken, so the host waits for nothing (with optimisers that cannot, once).
     """
-    device, parallel = batches[0].batch.ids.device, state.parallel
-    normalizer: Tensor = sum(b.batch.targets.sum() for b in batches)  # type: ignore[assignment]
+    parallel, device = state.parallel, state.parallel.device
+    # 1. hide: x_t, with exactly ceil(rate * targets) hidden per row
+    ready = [state.token_nll.ready(batch, device) for batch in batches]
+    normalizer: Tensor = sum(b.clean.batch.targets.sum() for b in ready)  # type: ignore[assignment]
     if parallel.size > 1:
         normalizer = parallel.sum(normalizer) / parallel.size
     loss = torch.zeros((), device=device)
-    sums = torch.zeros(3, len(TASKS), 2, device=device)  # nll, hidden, rows per (task, modality)
-    by_time = torch.zeros(TIME_BUCKETS, 2, device=device)
+    sums, by_time = torch.zeros(_SUMS, device=device), torch.zeros(_BY_TIME, device=device)
     state.optimisers.zero_grad()
-    for micro in batches:
-        with parallel.accumulating(last=micro is batches[-1]):
-            # 1. hide: x_t, with exactly ceil(rate * targets) hidden per row
-            noisy = mask_tokens(micro.batch, micro.rate, state.token_nll.vocabulary, micro.noise)
-            nll = state.averaged_nll(noisy, micro)  # steps 2 and 3
-            # 4. loss: weighted, normalised by the valid targets of the whole step
-            terms = joint_elbo(nll, micro.weight, micro.batch, normalizer=normalizer)
+    for micro in ready:
+        with parallel.accumulating(last=micro is ready[-1]):
+            # 2. transformer, 3. NLL at hidden positions, 4. loss: weighted, normalised by the targets of the whole step
+            part, nll = state.averaged_loss(micro, normalizer)
             # 5. backward
-            terms.total.backward()
-        loss += terms.total.detach()
-        _add_sums(sums, by_time, nll.detach(), noisy.masked, micro)
+            part.backward()
+        loss += part.detach()
+        _add_sums(sums, by_time, nll, micro)
+    numbers = parallel.sum(torch.cat([loss[None], sums.flatten(), by_time.flatten()])).double()
+    value = numbers[0] / parallel.size
     # 6. clip, and refuse to step on numbers that are not finite, or on a spike
-    numbers = parallel.sum(torch.cat([loss[None], sums.flatten(), by_time.flatten()]))
-    loss, by_time = numbers[0] / parallel.size, numbers[1 + sums.numel() :].view_as(by_time).cpu()
-    sums = numbers[1 : 1 + sums.numel()].view_as(sums).cpu()
     norm = state.optimisers.clip()
     state.optimisers.set_rate(rate_factor)
+    finite, limit = torch.isfinite(value) & torch.isfinite(norm), state.spike_factor * state.level
+    spike = finite & (limit > 0) & (value > limit)
+    taken = finite & ~spike
+    # 7. optimiser, 8. moving averages
+    state.optimisers.step(taken)
+    state.ema.update(taken)
+    level = torch.where(state.level > 0, _MEMORY * state.level + (1 - _MEMORY) * value, value)
+    state.level = torch.where(taken, level, state.level)
     state.step += 1
-    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    value, limit = float(loss), state.spike_factor * state.level
-    spike = finite and 0 < limit < value
-    if finite and not spike:
-        # 7. optimiser, 8. moving averages
-        state.optimisers.step()
-        state.ema.update()
-        state.level = _MEMORY * state.level + (1 - _MEMORY) * value if state.level else value
-        state.bad_steps = 0
-    else:
-        state.bad_steps += 1
-        state.skipped += 1
-    return StepReport(value, float(norm), finite, spike, sums[0], sums[1], sums[2, :, 0], by_time)
+    return StepReport(
+        torch.cat([value[None], numbers[1:], torch.stack([norm.double(), finite.double(), spike.double()])])
+    )
 
 
-def _add_sums(sums: Tensor, by_time: Tensor, nll: Tensor, masked: Tensor, micro: TaskBatch) -> None:
+def _add_sums(sums: Tensor, by_time: Tensor, nll: Tensor, batch: HiddenBatch) -> None:
+    micro, masked = batch.clean, batch.noisy.masked
     # packed rows have them per token
     task, rate = (x if x.ndim == 2 else x[:, None].expand_as(nll) for x in (micro.task, micro.rate))
     bucket = (rate * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1).flatten()  # [B * L]
@@ -228,13 +278,15 @@ def validate(
     was_training = model.training
     model.eval()
     report: dict[str, float] = {}
+    parts = []
     for task in scored:
-        parts = []
         for first in range(0, rows * draws, share * size):
             index = torch.arange(first + rank * share, first + (rank + 1) * share) % (rows * draws)
             scores = _score(token_nll, mixer, index, TASKS.index(task))
             parts.append(parallel.gather(scores) if parallel else scores)
-        text, image, words = torch.cat(parts)[: rows * draws].T.contiguous().cpu()  # [rows * draws] each
+    scores = torch.cat(parts).cpu().view(len(scored), -1, 3)[:, : rows * draws]
+    for task, own in zip(scored, scores, strict=True):
+        text, image, words = own.T.contiguous()  # [rows * draws] each
         total, name = text + image, _named(task)
         report[name] = float(total.mean())
         report[f"{name}_error"] = float(total.std() / math.sqrt(total.numel())) if total.numel() > 1 else math.inf
@@ -250,14 +302,12 @@ def validate(
 
 def _score(token_nll: TokenNLL, mixer: TaskMixer, index: Tensor, task: int) -> Tensor:
     """float64 nats `[rows, 3]`: text part, image part, and the text part up to the first EOS."""
-    vocabulary, device = token_nll.vocabulary, next(token_nll.model.parameters()).device
+    eos, device = token_nll.vocabulary.specials.get("eos"), next(token_nll.model.parameters()).device
     micro = mixer.of(index, task)
-    scored = mixer.ready(micro).to(device)  # [B, L] or [B, 2 L]
-    noisy = mask_tokens(scored.batch, scored.rate, vocabulary, scored.noise)
-    micro = micro.to(device)
-    nll = token_nll(noisy, scored)[:, -micro.batch.shape[1] :]  # [B, L]
-    eos = vocabulary.specials.get("eos")
     kept = micro.batch if eos is None else without_eos_fill(micro.batch, eos)
+    hidden = HiddenBatch.of(mixer.ready(micro), token_nll.vocabulary, token_nll.chunk)  # [B, L] or [B, 2 L]
+    micro, kept, hidden = moved((micro, kept, hidden), device)
+    nll = token_nll(hidden)[:, -micro.batch.shape[1] :]  # [B, L]
     terms, words = (joint_elbo(nll, micro.weight, batch) for batch in (micro.batch, kept))
     return torch.stack([part.double() for part in (terms.row_text, terms.row_image, words.row_text)], dim=1)
 

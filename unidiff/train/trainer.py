@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,17 @@ from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position,
 from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TrainState, report_names, train_step, validate
 
 _LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
+
+
+class _Step(NamedTuple):
+    """A step that was taken; what came of it may still be on the device."""
+
+    number: int
+    samples: int  # position in the data after it
+    report: StepReport
+    seconds: float
+    waited: float
+    tokens: int | None
 
 
 class TrainingAborted(RuntimeError):
@@ -102,6 +113,7 @@ class Trainer:
         self.best = score_of(self.checkpoints, self._scored)
         self._score: tuple[int, float] | None = None  # of the last validation, and its step
         self._saved_at = time.monotonic()
+        self._unread: list[_Step] = []
 
     @property
     def resumed(self) -> bool:
@@ -121,7 +133,7 @@ class Trainer:
             OSError: a full or read-only disk and the like, with the name of the file; the last checkpoint stays.
         """
         settings, state, report = self.config, self.state, {}
-        meter, overdue, stopped, began = TaskMeter(), False, False, state.step
+        meter, overdue, stopped, began, said = TaskMeter(), False, False, state.step, ""
         with ExitStack() as stack:
             stack.enter_context(self.parallel.locked(self.folder, "training"))
             log, progress = self._open_logs(stack)
@@ -133,15 +145,19 @@ class Trainer:
                 # 1. a step
                 factor = learning_rate_factor(settings.schedule, state.step, settings.steps)
                 step = self.step(factor)
-                self._guard(step, log)
-                meter.add(step)
-                progress.step(state.step, f"loss {step.loss:.4f}  lr x{factor:.3f}")
                 # 2. what is due now, on all ranks alike
                 last = state.step == settings.steps
                 waited, most = time.monotonic() - self._saved_at, 60 * settings.checkpoint.minutes
                 stopped, overdue = self.parallel.agree(bool(asked), 0 < most < waited)
                 validating = self._validation_rows > 0 and (_due(settings.logging.validate_every, state.step) or last)
-                if _due(settings.logging.every, state.step) or last:
+                logging = _due(settings.logging.every, state.step) or last
+                saving = _due(settings.checkpoint.every, state.step) or overdue or last or stopped
+                gives_up = state.bad_steps + len(self._unread) >= settings.max_bad_steps  # if all of these were skipped
+                if logging or validating or saving or gives_up or self.parallel.device.type == "cpu":
+                    self.settle(meter, log)
+                    said = f"loss {step.loss:.4f}  "
+                progress.step(state.step, f"{said}lr x{factor:.3f}")
+                if logging:
                     extra = {"lr_factor": factor, "seconds_per_step": progress.seconds_per_step}
                     extra |= {"skipped": float(state.skipped), "samples": float(self.state.samples)}
                     extra["data_skipped"] = float(sum(self.data_losses.counts().values()))
@@ -160,7 +176,7 @@ class Trainer:
                     with torch.no_grad():
                         log.image(state.step, "samples", sampler(model, state.step))
                 # 3. save
-                if _due(settings.checkpoint.every, state.step) or overdue or last or better or stopped:
+                if saving or better:
                     log.flush()
                     self.save()
                     self.export(self.folder / "model")
@@ -198,18 +214,18 @@ class Trainer:
         return log, progress
 
     def step(self, factor: float) -> StepReport:
-        """The next step, with `factor` on the peak learning rate."""
+        """The next step, with `factor` on the peak learning rate; `settle` takes note of it."""
         config, state, parallel, began = self.config, self.state, self.parallel, time.perf_counter()
         # dropout inside the model; ranks must not repeat each other's
         torch.manual_seed((config.seed * 1_000_003 + state.step + (parallel.rank << 40)) & 0x7FFFFFFFFFFFFFFF)
         firsts = range(state.samples, state.samples + config.rows_per_step, config.batch_size)
         slices = [parallel.rows(first, config.batch_size) for first in firsts]
-        batches = [self.mixer.batch(first, count).to(parallel.device) for first, count in slices]
+        batches = [self.mixer.batch(first, count) for first, count in slices]
         state.samples += config.rows_per_step
         waited = time.perf_counter() - began
         report = train_step(state, batches, factor)
         tokens = parallel.size * sum(int(b.batch.valid.sum()) for b in batches) if self._documents else None
-        self.speed.add(report, time.perf_counter() - began, waited, tokens)
+        self._unread.append(_Step(state.step, state.samples, report, time.perf_counter() - began, waited, tokens))
         return report
 
     def judge(self, report: dict[str, float]) -> bool:
@@ -221,19 +237,35 @@ class Trainer:
         self.best = min(self.best, report[name])
         return better
 
-    def _guard(self, step: StepReport, log: RunLog) -> None:
-        if step.taken:
+    def settle(self, meter: TaskMeter | None = None, log: RunLog | None = None) -> None:
+        """Take note of the steps since the last call; the host waits once, for all of them.
+
+        Raises:
+            TrainingAborted: `max_bad_steps` consecutive steps were skipped.
+        """
+        steps, self._unread, began = self._unread, [], time.perf_counter()
+        if not steps:
             return
+        StepReport.read([step.report for step in steps])
+        steps[-1] = steps[-1]._replace(seconds=steps[-1].seconds + time.perf_counter() - began)
         state, rows = self.state, self.config.rows_per_step
-        # the samples' numbers are their keys: the source gives the same rows for them again
-        numbers = {"first_sample": float(state.samples - rows), "sample_count": float(rows), "spike": float(step.spike)}
-        log.write(state.step, "skipped", numbers | {"loss": step.loss, "grad_norm": step.grad_norm})
-        if state.bad_steps >= self.config.max_bad_steps:
-            self.saver.wait()
-            raise TrainingAborted(
-                f"{state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
-                f"(step {state.step}); {_LOWER}"
-            )
+        for number, samples, report, seconds, waited, tokens in steps:
+            state.count(report)
+            self.speed.add(report, seconds, waited, tokens)
+            if meter is not None:
+                meter.add(report)
+            if report.taken:
+                continue
+            # the samples' numbers are their keys: the source gives the same rows for them again
+            lost = {"first_sample": float(samples - rows), "sample_count": float(rows), "spike": float(report.spike)}
+            if log is not None:
+                log.write(number, "skipped", lost | {"loss": report.loss, "grad_norm": report.grad_norm})
+            if state.bad_steps >= self.config.max_bad_steps:
+                self.saver.wait()
+                raise TrainingAborted(
+                    f"{state.bad_steps} steps in a row had a loss or gradient that is not finite, or a loss spike "
+                    f"(step {number}); {_LOWER}"
+                )
 
     @property
     def _validation_rows(self) -> int:
@@ -253,6 +285,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this very state; several processes may still be writing when this returns.
         Raises TrainingAborted where the weights are not finite, OSError for a full or read-only disk and the like."""
+        self.settle()
         state = self.state
         if self.parallel.agree(not state.finite())[0]:
             raise TrainingAborted(f"the weights are no longer finite at step {state.step}; {_LOWER}")

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidiff.diffusion.objective import masked_nll
+from unidiff.diffusion.objective import head_parts, parts_loss
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.process import clock, free_memory, timed
 from unidiff.tokens import Vocabulary
-from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
+from unidiff.train.config import ObjectiveConfig, ParallelConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.cost.plan import GIB, ModelSize, TrainingRow, make_plan, model_size, row_flops
 from unidiff.train.data.source import TokenTable
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.optim import EMA, Optimisers
+from unidiff.train.run.distributed import Parallel
 from unidiff.train.step import TokenNLL, TrainState, train_step
 
 _USED = 0.8  # of the free memory; allocators waste some
@@ -99,12 +100,12 @@ def measure_head(work: TrainingLoad, repeats: int = 3) -> HeadTiming:
     batch = _random_rows(work).batch(0, work.config.batch_size).batch.to(work.device)
     masked = (torch.arange(work.row.length, device=work.device) % 2 == 0).expand(batch.shape)
     hidden = torch.randn(*batch.shape, width, device=work.device, requires_grad=True)
-    ones = torch.ones(batch.shape, device=work.device)
+    parts, ones = head_parts(masked, batch, work.vocabulary, chunk), torch.ones(batch.shape, device=work.device)
 
     def streamed() -> None:
         with torch.autocast(work.device, torch.bfloat16, enabled=work.bf16):
-            nll = masked_nll(hidden, head, masked, batch, work.vocabulary, chunk, weight=ones)
-        nll.sum().backward()
+            loss, _ = parts_loss(hidden, head, parts, ones)
+        loss.backward()
 
     def dense() -> None:
         with torch.autocast(work.device, torch.bfloat16, enabled=work.bf16):
@@ -158,13 +159,14 @@ def measure_step(work: TrainingLoad, steps: int = 5, warmup: int = 1) -> StepTim
     optimisers = Optimisers(model, config.optimiser)
     watch = _Stopwatch(work.device, model, optimisers)
     token_nll = TokenNLL(model, work.vocabulary, config.objective.chunk, work.bf16)
-    state = TrainState(token_nll, optimisers, EMA(model, config.ema.decay))
+    parallel = Parallel(device, ParallelConfig())
+    state = TrainState(token_nll, optimisers, EMA(model, config.ema.decay), parallel=parallel)
     mixer = _random_rows(work)
     totals, splits, peaks = [], [], []
     _reset_peak(work.device)
     for step in range(warmup + steps):
         watch.start()
-        batch = mixer.batch(step * rows, rows).to(device)
+        batch = mixer.batch(step * rows, rows)
         watch.mark("data")
         train_step(state, [batch], 1.0)
         watch.mark("optimiser")

@@ -21,16 +21,17 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from unidiff.data.sources import MixtureSchedule
-from unidiff.diffusion.noise import keyed_bits, keyed_uniform
+from unidiff.diffusion.noise import NoisyBatch, keyed_bits, keyed_uniform, mask_tokens
+from unidiff.diffusion.objective import head_parts
+from unidiff.diffusion.streamed_nll import HeadPart
 from unidiff.models.trained_on import TASKS
-from unidiff.tokens import Modality, Span, TokenBatch, Visibility
+from unidiff.tokens import Modality, Span, TokenBatch, Visibility, Vocabulary
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenRows, TokenSource
@@ -58,10 +59,6 @@ class TaskBatch:
     weight: Tensor  # float32 [B, L]
     visible: Visibility | None = None
 
-    def to(self, device: torch.device) -> TaskBatch:
-        moved: dict[str, Any] = {n: value if value is None else value.to(device) for n, value in vars(self).items()}
-        return TaskBatch(**moved)
-
     @classmethod
     def cat(cls, parts: Sequence[TaskBatch]) -> TaskBatch:
         """Stack batches of any lengths along rows, with padding behind the shorter ones; all of one sample per row."""
@@ -74,6 +71,29 @@ class TaskBatch:
             for name, fill in (("noise", 1.0), ("weight", 0.0))
         )
         return cls(batch, task, rate, noise, weight)
+
+
+@dataclass(frozen=True)
+class HiddenBatch:
+    """A batch of mixed tasks as a step takes it. It is made on the host, which so knows how much is hidden, and then moved.
+
+    Attributes:
+        clean, noisy: before and after hiding.
+        visible: which keys a query may see; None for all.
+        parts: the hidden positions, gathered for the head.
+    """
+
+    clean: TaskBatch
+    noisy: NoisyBatch
+    visible: Visibility | None
+    parts: tuple[HeadPart, ...]
+
+    @classmethod
+    def of(cls, clean: TaskBatch, vocabulary: Vocabulary, chunk: int) -> HiddenBatch:
+        """With exactly ceil(rate * targets) hidden in each row, `chunk` positions at most in a part's chunk."""
+        noisy = mask_tokens(clean.batch, clean.rate, vocabulary, clean.noise)
+        visible = clean.visible or noisy.batch.visibility()
+        return cls(clean, noisy, visible, head_parts(noisy.masked, clean.batch, vocabulary, chunk))
 
 
 class TaskMixer:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer, coder_of
+from unidiff.tokens.transfer import moved
 from unidiff.train.image_tokenizer.config import CellCodes, VQLossWeights
 
 SAME = 0.97
@@ -150,7 +151,8 @@ class CellTrainer:
         rate = min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate
-        chosen = torch.randperm(len(self.cells), generator=self.generator)[: config.batch].to(self.cells.device)
+        chosen = torch.randperm(len(self.cells), generator=self.generator)[: config.batch]
+        chosen = moved(chosen, self.cells.device)
         with torch.autocast(self.cells.device.type, torch.bfloat16, enabled=self.bf16):
             views = _latents(self.model, self.cells[chosen].flatten(0, 1))
             views = views.unflatten(0, (len(chosen), -1))  # [n, views, d]
@@ -184,7 +186,7 @@ def place_codes(model: CellVQModel, cells: Tensor, flat: Tensor) -> dict:
     """
     views = torch.stack([_latents(model, view) for view in cells.unbind(1)], 1)  # [N, views, d]
     means = torch.cat([_latents(model, flat), F.normalize(views.mean(1), dim=-1)])
-    cosine = means @ means.T
+    cosine = (means @ means.T).cpu()
     kept: list[int] = []
     for number in range(len(means)):
         if not kept or number < len(flat) or float(cosine[number, kept].max()) < SAME:
@@ -192,7 +194,7 @@ def place_codes(model: CellVQModel, cells: Tensor, flat: Tensor) -> dict:
     size = len(model.codebook)
     if len(kept) > size:
         raise ValueError(f"{len(kept)} cells look different but there are {size} codes; raise model.codebook_size")
-    model.codebook[: len(kept)] = means[kept].to(model.codebook.dtype)
+    model.codebook[: len(kept)] = means[moved(torch.tensor(kept), means.device)].to(model.codebook.dtype)
     model.codebook[len(kept) :] = 0  # left over: at a right angle to everything, so nothing is encoded as one of them
     codes = (views @ model.codebook.float().T).argmax(-1)  # [N, views]
     shared = (codes == codes[:, :1]).all(1).float().mean()
@@ -239,8 +241,8 @@ class CodebookAverage:
         chosen = codes.reshape(-1)
         fit = (flat * self.model.codebook[chosen]).sum(-1)  # [N] cosine to the own code
         if not self.started:  # data initialisation: codes start on latents
-            self.started, revived = True, len(self.counts)
-            self._place(torch.ones_like(self.counts, dtype=torch.bool), flat, torch.zeros_like(fit), generator)
+            self.started, every = True, torch.ones_like(self.counts, dtype=torch.bool)
+            revived = self._place(every, flat, torch.zeros_like(fit), generator)
         else:
             ones = torch.ones(len(chosen), device=chosen.device)
             counts = torch.zeros_like(self.counts).index_add_(0, chosen, ones)
@@ -248,16 +250,20 @@ class CodebookAverage:
             self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
             self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
             dead = self.counts < self.revive_below * len(chosen) / len(self.counts)
-            revived = int(dead.sum()) if revive else 0
-            if revived:
-                self._place(dead, flat, fit, generator)
+            revived = self._place(dead, flat, fit, generator) if revive else 0
         self.model.codebook.copy_(F.normalize(self.sums, dim=-1).to(self.model.codebook.dtype))
         return revived
 
-    def _place(self, where: Tensor, flat: Tensor, fit: Tensor, generator: torch.Generator) -> None:
-        """Move the marked codes onto latents drawn by their misfit, with a share of use that lets them prove themselves."""
-        misfit = (1 - fit).clamp(min=1e-5).cpu()  # where the generator is
-        pick = torch.multinomial(misfit, int(where.sum()), replacement=True, generator=generator).to(flat.device)
+    def _place(self, where: Tensor, flat: Tensor, fit: Tensor, generator: torch.Generator) -> int:
+        """Move the marked codes onto latents drawn by their misfit, with a share of use that lets them prove themselves.
+        Returns how many there are; the host waits once."""
+        places, misfit = moved((where, (1 - fit).clamp(min=1e-5)), "cpu")  # where the generator is
+        places = places.nonzero()[:, 0]
+        if not len(places):
+            return 0
+        pick = torch.multinomial(misfit, len(places), replacement=True, generator=generator)
+        places, pick = moved((places, pick), flat.device)
         share = len(flat) / len(self.counts) * 0.3
-        self.sums[where] = flat[pick] * share
-        self.counts[where] = share
+        self.sums[places] = flat[pick] * share
+        self.counts[places] = share
+        return len(pick)

@@ -29,6 +29,7 @@ from unidiff.pipelines.sheet import save_image
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of
+from unidiff.tokens.transfer import moved
 from unidiff.train.config import ParallelConfig, ScheduleConfig
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig, new_network
 from unidiff.train.image_tokenizer.data import Pictures, open_pictures
@@ -150,7 +151,7 @@ class _TokenizerRun:
     ) -> None:  # fmt: skip
         self.parallel = parallel
         self.config, self.out, self.model, self.average, self.pictures = config, out, model, average, pictures
-        self.device = next(model.parameters()).device
+        self.device, self.codebook_size = next(model.parameters()).device, VQImageTokenizer(model).codebook_size
         self.generator = torch.Generator().manual_seed(config.seed)
         self.guard, self.step, self.total = SpikeGuard(), 0, config.cells.steps + config.steps
         self.schedule = ScheduleConfig(warmup=config.warmup_steps, floor=0.02)
@@ -222,7 +223,7 @@ class _TokenizerRun:
         )  # every process draws all of it, so that all know the position
         own = len(batch) // self.parallel.size
         images = torch.stack(batch[self.parallel.rank * own : (self.parallel.rank + 1) * own])  # [B, 3, H, W]
-        images = images.to(self.device, memory_format=torch.channels_last)
+        images = moved(images, self.device).contiguous(memory_format=torch.channels_last)
         factor = learning_rate_factor(self.schedule, step, config.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * factor
@@ -230,20 +231,23 @@ class _TokenizerRun:
         self.optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
         loss, mse = self._share(result.loss.detach(), result.mse)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
-        if not self.guard.accepts(mse, self.step, norm):
+        gradient = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        used = torch.zeros(self.codebook_size, device=self.device).index_fill_(0, result.codes.flatten(), 1.0).sum()
+        numbers = torch.stack([x.double() for x in (loss, mse, gradient, used)])
+        said, error, norm, codes = numbers.tolist()  # the one wait of a step
+        if not self.guard.accepts(error, self.step, norm):
             return {}, factor
         # 2. weights, then the codebook
         self.optimiser.step()
         revived = 0
         if self.average is not None and result.latents is not None:
             revive = step % 10 == 0 and step < config.revive_until * config.steps
-            codes, latents = self.parallel.gather(result.codes), self.parallel.gather(result.latents)
-            revived = self.average.update(codes, latents, self.generator, revive)
-        values = {"loss": loss, "psnr": psnr(self.guard.level), "revived": revived}
-        return values | {"codes": int(result.codes.unique().numel()), "grad_norm": norm}, factor
+            own, latents = self.parallel.gather(result.codes), self.parallel.gather(result.latents)
+            revived = self.average.update(own, latents, self.generator, revive)
+        values = {"loss": said, "psnr": psnr(self.guard.level), "revived": revived}
+        return values | {"codes": int(codes), "grad_norm": norm}, factor
 
-    def _share(self, loss: Tensor, mse: Tensor) -> tuple[float, float]:
+    def _share(self, loss: Tensor, mse: Tensor) -> tuple[Tensor, Tensor]:
         """Means of the gradients, the loss and the squared error over all processes."""
         if self.parallel.size > 1:
             parts = [p.grad for p in self.parameters if p.grad is not None]
@@ -252,7 +256,7 @@ class _TokenizerRun:
             for part, mean in zip(parts, numbers[:-2].split([part.numel() for part in parts]), strict=True):
                 part.copy_(mean.view_as(part))
             loss, mse = numbers[-2], numbers[-1]
-        return float(loss), float(mse)
+        return loss, mse
 
     def _validate(self, log: RunLog, progress: Progress) -> None:
         """Measure on the held-out pictures when it is time, and keep the best weights."""

@@ -72,7 +72,11 @@ _POSITION = {**_COUNTS, "level": Annotated[float, Between(0)]}
 
 def position(state: TrainState) -> dict[str, Any]:
     """Where a run stands, as `state.json` says: attributes of `state`, and the updates of its moving averages."""
-    return {"ema_updates": state.ema.updates, **{name: getattr(state, name) for name in _POSITION}}
+    return {
+        "ema_updates": state.ema.updates,
+        "level": float(state.level),
+        **{name: getattr(state, name) for name in _COUNTS},
+    }
 
 
 def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[str, Any]) -> CheckpointChoice | None:
@@ -103,8 +107,9 @@ def resume(state: TrainState, folder: Path, config: TrainConfig, facts: Mapping[
         state.model.load_state_dict(found.model)
         state.ema.load(found.ema, plain["ema_updates"])
         state.optimisers.load_state(found.optimiser)
-    for name in _POSITION:
+    for name in _COUNTS:
         setattr(state, name, plain[name])
+    state.level.fill_(plain["level"])
     if parallel.agree(not state.finite())[0]:
         raise ValueError(f"{where} holds weights that are not finite; delete it to go on from the one before")
     return choice._replace(notes=[*choice.notes, *notes])
