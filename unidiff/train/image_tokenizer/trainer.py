@@ -242,8 +242,8 @@ class _TokenizerRun:
         revived = 0
         if self.average is not None and result.latents is not None:
             revive = step % 10 == 0 and step < config.revive_until * config.steps
-            own, latents = self.parallel.gather(result.codes), self.parallel.gather(result.latents)
-            revived = self.average.update(own, latents, self.generator, revive)
+            chosen, latents = self.parallel.gather(result.codes), self.parallel.gather(result.latents)
+            revived = self.average.update(chosen, latents, self.generator, revive)
         values = {"loss": said, "psnr": psnr(self.guard.level), "revived": revived}
         return values | {"codes": int(codes), "grad_norm": norm}, factor
 
