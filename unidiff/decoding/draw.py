@@ -103,7 +103,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     The largest logit is taken off first: divided by a temperature near 0 it would be infinite, and the law NaN.
     """
     logits = logits.double()
-    return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)).softmax(-1)
+    return (logits - logits.amax(-1, keepdim=True)).div_(max(temperature, COLDEST)).softmax(-1)
 
 
 def confidence_of(p: Tensor, probability: Tensor, measure: str, noise: Tensor) -> Tensor:
@@ -209,11 +209,12 @@ def choose(
     columns = values.split(size, 2), is_real.split(size, 1), u.split(size, 1), noise.split(size, 1)
     for part, real_part, u_part, noise_part in zip(*columns, strict=True):
         logits = part[0] if blend is None else blend(part)  # [B, c, V]
-        p = logits.double().softmax(-1)
+        wide = logits.double()
+        p = wide.softmax(-1)
         if plain:
             token = inverse_cdf(p, u_part)
         else:
-            token = draw_tokens(logits, u_part, settings.temperature, settings.top_k, settings.top_p)
+            token = draw_tokens(wide, u_part, settings.temperature, settings.top_k, settings.top_p)
         probability = p.gather(-1, token[..., None])[..., 0]
         parts.append((token, probability, confidence_of(p, probability, settings.confidence, noise_part)))
         is_finite = is_finite & (logits.amax(-1).isfinite() | ~real_part).all()

@@ -29,18 +29,20 @@ class BlockShares:
     """
 
     def __init__(self, steps: int, size: Tensor, length: int | None, capped: bool) -> None:
-        self._size = size = size.clamp_min(1)
+        self._whole, self._size = length is None, (size := size.clamp_min(1))
         self._length = size if length is None else size.clamp_max(length)  # [B], tokens of a full block
         total = (size - 1).div(self._length, rounding_mode="floor").add(1).clamp_min(steps)
         self.total = torch.minimum(total, size) if capped else total
 
     def before(self, block: Tensor) -> Tensor:
         """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
+        if self._whole:
+            return torch.where(block > 0, self.total, 0)
         return self.total * torch.minimum(block * self._length, self._size) // self._size
 
     def own(self, block: Tensor) -> Tensor:
         """int64 `[B]`: passes of a block."""
-        return self.before(block + 1) - self.before(block)
+        return self.total if self._whole else self.before(block + 1) - self.before(block)
 
 
 class ModalityProgress:
@@ -137,8 +139,7 @@ class ModalityProgress:
     @property
     def foretold(self) -> bool:
         """Whether the rule, one of the named ones, fills numbers of positions that are known beforehand, and remasks as many."""
-        own, rule = self.settings, self.rule
-        known = rule.foretold and type(rule) is RULES[own.rule]
+        own, known = self.settings, self.rule.foretold and type(self.rule) is RULES[self.settings.rule]
         return known and own.remask != "confidence" and own.blocks_in_flight == 1
 
     @property
