@@ -69,8 +69,8 @@ def train_image_tokenizer(config: ImageTokenizerConfig, environment: Mapping[str
     """Train, or go on where the run in `config.out` stopped; returns the report that is also in `<out>/report.json`.
 
     `<out>/model` is the model with the best PSNR on the held-out pictures. SIGTERM and Ctrl-C end the run after the step,
-    with a checkpoint. Processes that `torchrun` started, as `environment` says, share every batch; the result depends on their
-    number by rounding alone.
+    with a checkpoint. Processes that `torchrun` started, as `environment` says, share every batch; each weighs the
+    loss by the edges of its own pictures.
 
     Raises:
         ValueError: a setting that cannot work, too few pictures, a folder of another run or in use, or a damaged checkpoint.
