@@ -9,7 +9,8 @@ from muddit_parts import tiny_clip, tiny_model
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.families.muddit.denoiser import MudditConditions, MudditDenoiser
 from unidiff.models.denoiser import CachePlan
-from unidiff.models.store import StoreOptions, query_index
+from unidiff.models.parts import query_index
+from unidiff.models.store import StoreOptions
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary(49 + 20, (0, 48), (49, 49 + 16), 48, 49 + 19, {"bos": 46, "eos": 47})

@@ -25,8 +25,8 @@ from unidiff.families.muddit.denoiser import MudditConditions
 from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout, muddit_sampler
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_sampler
 from unidiff.models import mmdit_blocks
-from unidiff.models.block import Norm
 from unidiff.models.mmdit import MMDiT
+from unidiff.models.parts import Norm
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image import conv

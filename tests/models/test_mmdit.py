@@ -6,9 +6,10 @@ import pytest
 import torch
 from muddit_parts import MODEL, tiny_model
 
-from unidiff.models.block import RotaryTables, WholeView, rotate
+from unidiff.models.block import WholeView
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.mmdit_blocks import axis_tables
+from unidiff.models.parts import RotaryTables, rotate
 
 
 def inputs(rows: int = 3, grid: tuple[int, int] = (4, 6), length: int = 5) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from unidiff.models.block import HeadProjection
 from unidiff.models.denoiser import CachePlan
-from unidiff.models.store import StoreOptions, query_index
+from unidiff.models.parts import query_index
+from unidiff.models.store import StoreOptions
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from unidiff.models.block import rotate
+from unidiff.models.parts import rotate
 from unidiff.models.transformer import rotary_tables
 
 

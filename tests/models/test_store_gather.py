@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unidiff.models.block import gather_rows
+from unidiff.models.parts import gather_rows
 
 LAYOUTS = {
     "whole": lambda rows: torch.randn(rows, 9, 8),

@@ -13,9 +13,9 @@ from torch import Tensor
 from unidiff.decoding.cache.base import NoCache, RefreshPolicy
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
-from unidiff.models.block import gather_rows
 from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
-from unidiff.models.store import FeatureStore, query_index
+from unidiff.models.parts import gather_rows, query_index
+from unidiff.models.store import FeatureStore
 from unidiff.schema import short_value
 from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary
 

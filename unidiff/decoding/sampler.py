@@ -15,7 +15,7 @@ from unidiff.decoding import draw
 from unidiff.decoding.cache import NoCache, RefreshPolicy
 from unidiff.decoding.cache.base import PassRead, PlanSizes
 from unidiff.decoding.commit.ancestral import remdm_sigma
-from unidiff.decoding.commit.base import CommitRule, unsure_tokens
+from unidiff.decoding.commit.base import CommitRule, RuleMaker, unsure_tokens
 from unidiff.decoding.complaint import complaint
 from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
 from unidiff.decoding.foretold import can_be_foretold, foretell
@@ -64,7 +64,7 @@ class Sampler:
         vocabulary: Vocabulary,
         config: SamplerConfig,
         policy: RefreshPolicy | None = None,
-        rules: Mapping[Modality, CommitRule] | None = None,
+        rules: Mapping[Modality, CommitRule | RuleMaker] | None = None,
         graphs: bool | Record = False,
     ) -> None:
         check_sampler(model, vocabulary, config, policy, rules, graphs)

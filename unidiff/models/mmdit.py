@@ -14,10 +14,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.models.block import SINUSOID, AdaLN, Condition, Norm, RotaryTables, View, WholeView, gather_rows, sinusoid
+from unidiff.models.block import SINUSOID, AdaLN, Condition, View, WholeView, sinusoid
 from unidiff.models.denoiser import CachePlan, PartialHidden, Select
 from unidiff.models.mmdit_blocks import NORM_EPS, DoubleBlock, SingleBlock, axis_tables, plain_norm
 from unidiff.models.partial import partial_pass
+from unidiff.models.parts import Norm, RotaryTables, gather_rows
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, TokenIndex
 from unidiff.schema import Depth, Index, Layers, Positive, Rows, Width
 from unidiff.weights.model import CheckedModel

@@ -12,19 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unidiff.models.block import (
-    AdaLN,
-    Condition,
-    FeedForward,
-    HeadProjection,
-    Parts,
-    RotaryTables,
-    Streams,
-    View,
-    add_branch,
-    gather_rows,
-    modulate,
-)
+from unidiff.models.block import AdaLN, Condition, HeadProjection, Parts, Streams, View, add_branch, modulate
+from unidiff.models.parts import FeedForward, RotaryTables, gather_rows
 
 NORM_EPS = 1e-6
 

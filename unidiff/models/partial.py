@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.models.block import Parts, Streams, View, WholeView, attended, gather_rows, joined, queries_of, rotate
+from unidiff.models.block import Parts, Streams, View, WholeView, attended, joined
 from unidiff.models.denoiser import CachePlan, LayerWork, PartialHidden, Select
+from unidiff.models.parts import gather_rows, queries_of, rotate
 from unidiff.models.store import FeatureStore, TokenIndex
 
 ATTENTION, FEED_FORWARD = range(2)  # branches of a block, in the order in which a store keeps their outputs
@@ -131,7 +132,7 @@ class UnevenView:
     known: TokenIndex
     compared: TokenIndex
     select: Select | None
-    left: None = None
+    left: Tensor | None = None
     index: TokenIndex = field(init=False)
     values: TokenIndex = field(init=False)
     asked: TokenIndex = field(init=False)

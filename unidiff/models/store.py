@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.models.block import RotaryTables, gather_rows, queries_of, rotate
+from unidiff.models.parts import RotaryTables, gather_rows, queries_of, query_index, rotate
 
 Width = int | tuple[int, int]
 """Most positions in a row; a pair where a row has tokens of two streams."""
@@ -68,15 +68,6 @@ class TokenIndex(NamedTuple):
             return wanted, TokenIndex(wanted)
         place = torch.searchsorted(self.at, wanted.contiguous()).clamp_max(self.width - 1)
         return place, TokenIndex(torch.where(self.at.gather(1, place) == wanted, wanted, length))
-
-
-def query_index(query: Tensor, width: int | None = None) -> Tensor:
-    """Positions of bool `[B, L]` as int64 `[B, n]`, ascending; L where a row has fewer than n."""
-    if width is None:
-        width = int(query.sum(1).max())
-    length = query.shape[1]
-    places = torch.where(query, torch.arange(length, device=query.device), length)  # [B, L]
-    return places.sort(dim=1).values[:, :width].contiguous()
 
 
 class FeatureStore:

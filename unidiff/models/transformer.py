@@ -16,19 +16,15 @@ from unidiff.models.block import (
     AttentionMask,
     Block,
     Condition,
-    FeedForward,
-    Norm,
-    RotaryTables,
     TimeEmbedding,
     View,
     WholeView,
-    gather_rows,
     modulate,
-    queries_of,
 )
 from unidiff.models.config import TransformerConfig
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.partial import partial_pass
+from unidiff.models.parts import FeedForward, Norm, RotaryTables, gather_rows, queries_of
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, TokenIndex
 from unidiff.tokens import Modality, TokenBatch
 from unidiff.weights.model import CheckedModel, built_from

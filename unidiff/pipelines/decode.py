@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unidiff.decoding import DecodeView, Sampler, SamplerConfig
 from unidiff.decoding.cache.config import choose_cache, no_cache
+from unidiff.decoding.commit.base import RuleMaker
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.families.layout import TASKS, DecodeRequest, TaskInputs
 from unidiff.pipelines.candidates import keep_best
@@ -32,7 +33,7 @@ from unidiff.pipelines.options import (
 )
 from unidiff.pipelines.output import UniDiffOutput, trajectory_of
 from unidiff.schedulers.rule import scheduled_options, with_scheduler
-from unidiff.tokens import TokenBatch
+from unidiff.tokens import Modality, TokenBatch
 from unidiff.tokens.text import all_have_holes, letters_note, notes_on, refuse_holes
 from unidiff.weights.model import HOOKS, bring
 
@@ -92,7 +93,8 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         raise ValueError(
             "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
         )
-    config, rules = options.apply(request.config, request.drawn), {}
+    config = options.apply(request.config, request.drawn)
+    rules: Mapping[Modality, RuleMaker] = {}
     if getattr(pipe.scheduler, "changes", True):
         config = scheduled_options(pipe.scheduler).apply(request.config, request.drawn)
         config, rules = with_scheduler(pipe.scheduler, options.apply(config, request.drawn))
@@ -126,7 +128,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
         watcher = StepWatcher(pipe, bar, options)
-        run = Sampler(model, layout.vocabulary, config, choice.policy, {**own_rules, **rules}, options.graphs)
+        run = Sampler(model, layout.vocabulary, config, choice.policy, dict(own_rules) | dict(rules), options.graphs)
         device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
         watcher.finish()

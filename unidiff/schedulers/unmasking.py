@@ -77,7 +77,11 @@ class UnmaskingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         )
         self.sampler = self.options.apply(SamplerConfig(), drawn=modality == "image")
         self.changes = self.options != DecodeOptions()
-        said = {"num_inference_steps": num_inference_steps, "temperature": temperature, "threshold": threshold}
+        said: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "temperature": temperature,
+            "threshold": threshold,
+        }
         said |= {"block_length": block_length, "sampler": own and own.to_dict(), "mask_token_id": mask_token_id}
         said["modality"] = None if modality == "image" else modality
         self.register_to_config(**{k: v for k, v in said.items() if v is not None})

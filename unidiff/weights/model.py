@@ -292,7 +292,7 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike[str], write: Ca
             raise ValueError(f"{kind}: {name} is on the meta device and has no values; load the weights first")
         if value.layout != torch.strided:
             raise ValueError(f"{kind}: {name} is sparse; call to_dense() on it before saving")
-        if type(value) is not torch.Tensor:
+        if hasattr(value, "__tensor_flatten__"):  # made of other tensors: quantised, or a shard
             raise ValueError(
                 f"{kind}: {name} is a {type(value).__name__}, of few bits or of one rank; save the plain model"
             )

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unidiff.models.block import Condition, gather_rows
+from unidiff.models.block import Condition
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
 from unidiff.models.mmdit import MMDiT
-from unidiff.models.store import FeatureStore, StoreOptions, query_index
+from unidiff.models.parts import gather_rows, query_index
+from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.weights.files import check_dtype, check_finite, check_tensor, load_torch
@@ -178,8 +179,7 @@ class _Rows(NamedTuple):
     size: tuple[int, int]
 
     @property
-    def count(self) -> int:
-        """T."""
+    def length(self) -> int:  # T
         return self.words.stop - self.words.start
 
     def text(self, x: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class MudditDenoiser:
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`. Its positions are the tokens of the blocks, the text's first."""
         rows = self._layout(batch.modality, batch.positions, batch.attention_mask())
-        store = self.model.make_store(len(batch.ids), rows.count, rows.size, options)
+        store = self.model.make_store(len(batch.ids), rows.length, rows.size, options)
         store.tokens_of = lambda where: self._to_tokens(where, rows)
         return store
 
@@ -310,8 +310,8 @@ class MudditDenoiser:
     def shifted(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """From the tokens of the blocks to every position of a row, see `PartialDenoiser.shifted`."""
         rows, width = self._stored(), hidden.shape[-1] // self.model.cell_side**2
-        codes = hidden[:, rows.count :].unflatten(-1, (-1, width))  # [B, N, c, D]
-        return rows.join(hidden[:, : rows.count, :width], self.model.grid(codes, rows.size))
+        codes = hidden[:, rows.length :].unflatten(-1, (-1, width))  # [B, N, c, D]
+        return rows.join(hidden[:, : rows.length, :width], self.model.grid(codes, rows.size))
 
     def _only_codes(self, wanted: Tensor, rows: _Rows) -> bool:
         """Whether no position of a text is among them, as far as that is known without asking the device."""
@@ -330,7 +330,7 @@ class MudditDenoiser:
         found = self.model.features_of_cells(*inputs, index).flatten(1, 2)  # [B, n c, D]
         count = self.model.cell_side**2
         rank = (cells.long().cumsum(1) - 1)[..., None] * count + torch.arange(count, device=wanted.device)  # [B, N, c]
-        places = rows.join(rank.new_zeros(batch, rows.count), self.model.grid(rank, rows.size))  # [B, L]
+        places = rows.join(rank.new_zeros(batch, rows.length), self.model.grid(rank, rows.size))  # [B, L]
         return gather_rows(found, places.gather(1, wanted.clamp_max(length - 1)).clamp_min(0))
 
     def _stored(self) -> _Rows:
@@ -344,8 +344,8 @@ class MudditDenoiser:
 
     def _to_positions(self, x: Tensor, rows: _Rows) -> Tensor:
         """`[B, T + N]` to `[B, L]`: the codes of a cell share its number."""
-        codes = x[:, rows.count :, None].expand(-1, -1, self.model.cell_side**2)
-        return rows.join(x[:, : rows.count], self.model.grid(codes, rows.size))
+        codes = x[:, rows.length :, None].expand(-1, -1, self.model.cell_side**2)
+        return rows.join(x[:, : rows.length], self.model.grid(codes, rows.size))
 
     def _conditions(self, ids: Tensor, rows: _Rows, time: Tensor | None) -> tuple[TextFeatures, Tensor]:
         """The texts as the network reads them, and `[B]` times in the checkpoint's convention."""
@@ -376,7 +376,7 @@ class MudditDenoiser:
 
     def _micro(self, rows: _Rows, device: torch.device) -> Tensor:
         if self._told is None:
-            self._told = self.told.micro(rows.size[0] * self.factor, rows.size[1] * self.factor, device)
+            self._told = self.told.micro(*(side * self.factor for side in rows.size), device)
         return self._told
 
     def _layout(self, modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> _Rows:
@@ -388,16 +388,16 @@ class MudditDenoiser:
 
 
 def _rows_of(modality: Tensor, positions: Tensor) -> _Rows:
-    codes = modality[0] != Modality.TEXT
-    sides = torch.where(codes[:, None], positions[0, :, 1:] + 1, 0).amax(0)
-    same, borders = (modality == modality[:1]).all().long(), (codes[1:] != codes[:-1]).sum()
-    numbers = torch.stack((same, borders, codes.sum(), codes[0].long(), *sides)).tolist()
+    drawn = modality[0] != Modality.TEXT
+    sides = torch.where(drawn[:, None], positions[0, :, 1:] + 1, 0).amax(0)
+    same, borders = (modality == modality[:1]).all().long(), (drawn[1:] != drawn[:-1]).sum()
+    numbers = torch.stack((same, borders, drawn.sum(), drawn[0].long(), *sides)).tolist()
     same, borders, count, codes_first, height, width = numbers
     if not same or borders > 1:
         raise ValueError(LAYOUT)
     if height * width != count or count == 0:
         raise ValueError(f"a row has {count} codes on a grid of {height}x{width}; expected one whole image")
-    length = modality.shape[1]
-    border = count if codes_first else length - count
-    first, second = slice(0, border), slice(border, length)
-    return _Rows(second, first, (height, width)) if codes_first else _Rows(first, second, (height, width))
+    border = count if codes_first else modality.shape[1] - count
+    parts = slice(0, border), slice(border, modality.shape[1])
+    words, codes = reversed(parts) if codes_first else parts
+    return _Rows(words, codes, (height, width))

@@ -156,7 +156,7 @@ class Parallel:
         register_fsdp_forward_method(model, "hidden")
         self._sharded = model
 
-    def forward(self, model: nn.Module, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self, model: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
         """`compute`, which calls `model`, such that gradients of its result are averaged over ranks."""
         if not self.grouped or self._sharded is not None:
             return compute
@@ -253,11 +253,11 @@ class Parallel:
 class _Compute(nn.Module):
     """What DDP wants: a module that owns the parameters and whose call makes the graph."""
 
-    def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, model: nn.Module, compute: Callable[..., Any]) -> None:
         super().__init__()
         self.model, self.compute = model, compute
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, *args: Any) -> Any:
         return self.compute(*args)
 
 
