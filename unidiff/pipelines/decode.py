@@ -242,12 +242,8 @@ class StepWatcher:
     """The sampler's callback: moves the progress bar, calls the user's callback, carries an interruption over."""
 
     def __init__(self, pipe: Any, bar: Any, options: DecodeOptions) -> None:
-        self.pipe, self.bar, self.callback, self.tensors = (
-            pipe,
-            bar,
-            options.callback_on_step_end,
-            options.callback_tensors,
-        )
+        self.pipe, self.bar = pipe, bar
+        self.callback, self.tensors = options.callback_on_step_end, options.callback_tensors
         self._done = 0
 
     def __call__(self, step: int, state: DecodeView) -> object:

@@ -17,11 +17,13 @@ def moved(value: T, device: torch.device | str) -> T:
     """`value` with every tensor in it on `device`: tensors, and dataclasses, tuples, lists and dicts of such.
 
     Several tensors travel as one buffer, in pinned memory where they go to an accelerator, so that the host waits for
-    nothing; on their way to the CPU it waits once. They share that memory afterwards.
+    nothing; on their way to the CPU it waits once. They share that memory afterwards. Where all is there it is `value` itself.
     """
     device, found = torch.device(device), dict[int, Tensor]()
     _each(value, lambda x: found.setdefault(id(x), x))
     here = {number: x for number, x in found.items() if device not in (x.device, torch.device(x.device.type))}
+    if not here:
+        return value
     if len({x.device for x in here.values()}) != 1:
         return _each(value, lambda x: x.to(device))
     sizes = [-(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED for x in here.values()]

@@ -75,9 +75,8 @@ class ClipText:
         self.end_id = end if isinstance(end, int) and end != 2 else self.mask_id - 1
         self.reads_masks = mask_embedding is not None
         if mask_embedding is not None:
-            row, width = mask_embedding.reshape(-1), table.weight.shape[1]
+            row, width, shape = mask_embedding.reshape(-1), table.weight.shape[1], tuple(mask_embedding.shape)
             if len(row) != width or not bool(torch.isfinite(row).all()):
-                shape = tuple(mask_embedding.shape)
                 raise ValueError(f"the mask embedding has shape {shape}; expected {width} finite numbers")
             grown = torch.cat((table.weight.detach(), row[None].to(table.weight)))
             encoder.set_input_embeddings(nn.Embedding.from_pretrained(grown, freeze=False))
@@ -88,8 +87,7 @@ class ClipText:
         or beside it; None for a dtype keeps the checkpoint's.
 
         Raises:
-            FileNotFoundError: no text encoder.
-            ValueError: weights that do not fit, or a row of another size.
+            FileNotFoundError: no text encoder. ValueError: weights that do not fit, or a row of another size.
         """
         from transformers import CLIPTextModelWithProjection
 
@@ -121,8 +119,7 @@ class ClipText:
         """int64 `[B, T]` to features. The pooled vector is that of the first end token, as CLIP's config defines it.
 
         Raises:
-            ValueError: more positions than the encoder has; on the CPU, where a look costs nothing, an unknown id, or [MASK]
-                without a mask embedding.
+            ValueError: too many positions; on the CPU, where a look costs nothing, an unknown id, or [MASK] without a row.
         """
         if ids.ndim != 2 or ids.shape[1] > self.length:
             raise ValueError(f"text ids have shape {tuple(ids.shape)}; expected [B, T] with T at most {self.length}")
@@ -376,7 +373,7 @@ class MudditDenoiser:
 
     def _micro(self, rows: _Rows, device: torch.device) -> Tensor:
         if self._told is None:
-            self._told = self.told.micro(*(side * self.factor for side in rows.size), device)
+            self._told = self.told.micro(rows.size[0] * self.factor, rows.size[1] * self.factor, device)
         return self._told
 
     def _layout(self, modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> _Rows:

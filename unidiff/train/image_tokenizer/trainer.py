@@ -50,18 +50,8 @@ from unidiff.train.run.resume import MARK, SETTINGS, check_run_folder, check_sam
 from unidiff.world import WORLDS
 
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more
-_FREE = (
-    "out",
-    "steps",
-    "device",
-    "threads",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "fallback",
-    "trackers",
-    "project",
-)
+_EVERY = ("log_every", "validate_every", "checkpoint_every")
+_FREE = ("out", "steps", "device", "threads", *_EVERY, "fallback", "trackers", "project")
 """Settings that may be others when a run goes on."""
 
 
