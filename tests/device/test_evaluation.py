@@ -84,6 +84,7 @@ def test_the_demo_is_drawn(pipe, tmp_path):
 
 def test_cache_profiles_are_the_same():
     small = tiny_pipeline()
+    small.transformer.double()  # correlations of small changes enlarge rounding
     expected, found, _ = on_both(small, lambda p: profile_pipeline(p, ["a dog", "two cats"], steps=3))
     assert expected.keys() == found.keys()
     for task, profile in expected.items():

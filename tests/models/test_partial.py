@@ -195,8 +195,8 @@ def test_stale_keys_are_those_of_earlier_passes(model, rotated, monkeypatch):
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     query, project = batch.valid, HeadProjection.forward
 
-    def stale(self, x: Tensor, rotary, asking=None):
-        q, k, v = project(self, x, rotary, asking=asking)
+    def stale(self, x: Tensor, rotary, asked=None, turns=None):
+        q, k, v = project(self, x, rotary, asked=asked, turns=turns)
         if id(self) in kept:
             k, v = (torch.where(query[..., None, None], *pair) for pair in zip((k, v), kept[id(self)], strict=True))
         kept[id(self)] = k, v

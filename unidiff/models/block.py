@@ -55,21 +55,25 @@ class HeadProjection(nn.Module):
             self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables | None = None, values: bool = True, asking: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: RotaryTables | None = None,
+        values: bool = True,
+        asked: Tensor | None = None,
+        turns: RotaryTables | None = None,
     ) -> tuple[Tensor, ...]:
         """Normed queries `[B, L, H, d]`, normed keys `[B, L, KV, d]`, both rotated by tables if any, and values (if asked).
 
-        Queries of the tokens `asking`, int64 `[B, m]`, alone; None for all.
+        Args:
+            asked: `[B, m, D]`, those of `x` that have queries, with tables of their own (`turns`); None or `x` itself for all.
         """
         heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
         stop = None if values else (heads + kv) * d
-        turns = rotary
-        if asking is not None:
-            q = self._rows(gather_rows(x, asking), 0, heads * d)
+        if asked is not None and asked is not x:
+            q = self._rows(asked, 0, heads * d)
             k, *v = self._rows(x, heads * d, stop).split((kv * d,) * (1 + values), dim=-1)
-            turns = None if rotary is None else rotary.at(asking)
         else:
-            projected = self._rows(x, 0, stop)
+            projected, turns = self._rows(x, 0, stop), rotary
             if rotary is not None and self.qk_norm == "none" and not torch.is_grad_enabled():
                 # half the kernels; gradients would need joining
                 both, *v = projected.unflatten(-1, (-1, d)).split((heads + kv, kv)[: 1 + values], dim=-2)
@@ -92,8 +96,8 @@ class HeadProjection(nn.Module):
 
     def _rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         linear = self.qkv
-        if type(linear) is not nn.Linear or "forward" in vars(linear) or linear._forward_pre_hooks:
-            return linear(x)[..., start:stop]  # an adapter, offloading or a shard is a part of it
+        if type(linear) is not nn.Linear or "forward" in vars(linear) or linear._forward_pre_hooks or linear._forward_hooks:
+            return linear(x)[..., start:stop]  # adapters, offloading, shards and hooks are parts of it
         bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
         return F.linear(x, self.qkv.weight[start:stop], bias)
 
@@ -253,16 +257,17 @@ class WholeView:
     left: Tensor | None = None
 
     def attention(self, streams: Streams, entered: Parts) -> Parts:
-        rotary = self.rotary
+        rotary, turns, asked = self.rotary, self.rotary, entered
+        if self.left is not None:
+            turns, asked = rotary.at(self.left), [gather_rows(h, self.left) for h in entered]
         if len(streams) == 1 and self.turns_keys:
-            q, k, v = streams[0].heads(entered[0], rotary, asking=self.left)
+            q, k, v = streams[0].heads(entered[0], rotary, asked=asked[0], turns=turns)
         else:
-            own = (stream.heads(h, asking=self.left) for stream, h in zip(streams, entered, strict=True))
+            own = (stream.heads(h, asked=part) for stream, h, part in zip(streams, entered, asked, strict=True))
             q, k, v = (joined(part) for part in zip(*own, strict=True))
-            q = rotate(q, rotary if self.left is None else rotary.at(self.left)).to(v.dtype)
+            q = rotate(q, turns).to(v.dtype)
             k = rotate(k, rotary).to(v.dtype) if self.turns_keys else k
-        entered = entered if self.left is None else [gather_rows(h, self.left) for h in entered]
-        return attended(streams, q, *self.seen(k, v), self.mask, entered)
+        return attended(streams, q, *self.seen(k, v), self.mask, asked)
 
     def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """From keys and values `[B, n, KV, d]` of this pass to those attended to, `[B, KV, L, d]`, all keys rotated."""

@@ -143,15 +143,14 @@ class UnevenView:
         self.asked = self.index
         if self.index.width:
             own, rotary, mask = self._own(h, self.index, streams), store.rotary(self.index), store.visible(self.index)
-            turns, wanted, place = rotary, self.plan.wanted, None
+            turns, wanted, asked = rotary, self.plan.wanted, own
             if wanted is not None and wanted.shape[1] < self.index.width and self.layer == store.layers - 1:
                 place, self.asked = self.index.narrowed(wanted, store.shape[1])
-                turns, mask = rotary.at(place), queries_of(mask, place)
-            found = (stream.heads(x, None, False, place) for stream, x in zip(streams, own, strict=True))
+                turns, mask, asked = rotary.at(place), queries_of(mask, place), [gather_rows(x, place) for x in own]
+            found = (stream.heads(x, None, False, h) for stream, x, h in zip(streams, own, asked, strict=True))
             q, k = (joined(part) for part in zip(*found, strict=True))
             store.write(self.layer, self.index, key=rotate(k, rotary).to(h.dtype) if store.options.rotated else k)
-            own = own if place is None else [gather_rows(x, place) for x in own]
-            mixed = attended(streams, rotate(q, turns).to(h.dtype), *store.seen(self.layer), mask, own)
+            mixed = attended(streams, rotate(q, turns).to(h.dtype), *store.seen(self.layer), mask, asked)
             self._keep(ATTENTION, mixed)
         return self._all(ATTENTION, entered)
 
