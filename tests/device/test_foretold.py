@@ -105,7 +105,7 @@ def test_what_a_callback_changes_is_not_foretold():
 
 @pytest.mark.parametrize("cache", ["none", "dual", "adaptive"])
 def test_recorded_passes_are_repeated_without_the_host(cache):
-    tape, settings = TapeRecorder(), ModalityDecoding(rule="quota", steps=8, block_length=9)
+    tape, settings = TapeRecorder(), ModalityDecoding(rule="quota", steps=16, block_length=9)
     batch = TokenBatch.cat([requests().rows(slice(1))] * 3)
     waits = waits_of(make_model(ENDLESS), batch, SamplerConfig(settings, settings), CACHES[cache], tape)
-    assert not any(waits) and tape.repeated > 2
+    assert not any(waits) and tape.repeated >= 2

@@ -210,7 +210,8 @@ class LetterTokenizer:
 
 def reports(device: Any, states: str, cache: CacheConfig, **changes: Any) -> list[RewardReport]:
     torch.manual_seed(0)
-    model = MaskedTransformer(VOCABULARY.size, hidden_size=32, num_layers=1, num_heads=2).double()  # AdamW enlarges rounding
+    model = MaskedTransformer(VOCABULARY.size, hidden_size=32, num_layers=1, num_heads=2)
+    model.double()  # AdamW enlarges rounding
     if changes.pop("lora", False):
         add_adapters(model, LoraConfig(rank=2, alpha=4.0))
     model.to(device)

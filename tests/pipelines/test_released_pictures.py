@@ -144,7 +144,7 @@ def test_what_a_family_cannot_do(pipes):
             given = inputs.get(task, () if task == "generate" else ("a fox",))
             with pytest.raises(ValueError, match=f"^{family} cannot do '{task}'; it does {can[family]}$"):
                 getattr(pipes[family], task)(*given)
-    with pytest.raises(ValueError, match="mmada draws pictures of one size"):
+    with pytest.raises(ValueError, match="mmada draws pictures of 6x6 pixels only"):
         pipes["mmada"].text_to_image("a fox", height=8, width=8)
 
 

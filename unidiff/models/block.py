@@ -96,7 +96,8 @@ class HeadProjection(nn.Module):
 
     def _rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         linear = self.qkv
-        if type(linear) is not nn.Linear or "forward" in vars(linear) or linear._forward_pre_hooks or linear._forward_hooks:
+        heard = linear._forward_pre_hooks or linear._forward_hooks
+        if type(linear) is not nn.Linear or "forward" in vars(linear) or heard:
             return linear(x)[..., start:stop]  # adapters, offloading, shards and hooks are parts of it
         bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
         return F.linear(x, self.qkv.weight[start:stop], bias)

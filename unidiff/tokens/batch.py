@@ -275,8 +275,8 @@ class TokenBatch:
         return replace(self, **changes)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """In one copy, see `moved`; itself where it is there."""
-        return self if self.ids.device == torch.device(device) else moved(self, device)
+        """In one copy, see `moved`; itself on the CPU if it is there."""
+        return self if self.ids.device.type == torch.device(device).type == "cpu" else moved(self, device)
 
     def rows(self, index: Tensor | slice | Sequence[int]) -> TokenBatch:
         """The chosen rows, in that order."""

@@ -20,6 +20,7 @@ def moved(value: T, device: torch.device | str) -> T:
     nothing; on their way to the CPU it waits once. They share that memory afterwards. Where all is there it is `value` itself.
     """
     device, found = torch.device(device), dict[int, Tensor]()
+    device = torch.device("cpu") if device.type == "cpu" else device  # there is one, whatever its number
     _each(value, lambda x: found.setdefault(id(x), x))
     here = {number: x for number, x in found.items() if device not in (x.device, torch.device(x.device.type))}
     if not here:
