@@ -48,7 +48,7 @@ def test_pictures_become_a_model_and_an_adapter(tmp_path):
             "steps=30", "batch_size=8", "warmup_steps=2", "threads=1")  # fmt: skip
     unidiff("encode", "tokens", "--shards", "raw", "--image-tokenizer", "codes/model", "--text-tokenizer", "words")
     manifest = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
-    assert manifest["grid"] == [4, 6] and manifest["text_length"] == 8
+    assert manifest["grid"] == [4, 6] and manifest["text_length"] == 16
     sizes = ["hidden_size=32", "num_layers=2", "num_heads=2", "ffn_size=64"]
     unidiff("train", "own", "data.train=tokens", "output=run", "steps=40", *TINY, *(f"model.{word}" for word in sizes),
             "logging.sweep_rows=4", "logging.validate_every=20", "logging.sample_every=20")  # fmt: skip
