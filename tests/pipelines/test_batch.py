@@ -114,3 +114,9 @@ def test_the_command_shares_a_file_among_processes(place, tmp_path):
     run_rows(tiny_pipeline(), LINES, tmp_path / "alone", place, seed=5)
     assert entries(tmp_path / "out") == entries(tmp_path / "alone")
     assert tiny_pipeline().image_size == SIZE
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(ValueError, match="holds no prompts; write one in each line"):
+        read_rows(tmp_path / "empty.txt")

@@ -24,11 +24,10 @@ def pictures():
     return torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("of", ["text", "image", "both"])
-@pytest.mark.parametrize("pmi", [False, True])
+@pytest.mark.parametrize(
+    "of, pmi", [("text", False), ("text", True), ("image", False), ("image", True), ("both", False)]
+)
 def test_a_row_scores_the_same_alone_and_in_any_batch(pipe, pictures, of, pmi):
-    if pmi and of == "both":
-        pytest.skip("there is nothing to compare with")
     together = pipe.score(pictures, TEXTS, of=of, pmi=pmi, samples=4)
     parts = pipe.score(pictures, TEXTS, of=of, pmi=pmi, samples=4, batch_size=2)
     torch.testing.assert_close(parts.to_tuple(), together.to_tuple())

@@ -33,6 +33,8 @@ def read_rows(path: Path) -> list[Row]:
     check_regular(path)
     with reading(path, "prompts (a text in UTF-8, one a line)"):
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{str(path)!r} holds no prompts; write one in each line")
     if path.suffix != ".jsonl":
         return [{"prompt": line.strip()} for line in lines]
     rows = []
