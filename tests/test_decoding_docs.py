@@ -40,7 +40,7 @@ def test_commands_exist():
     suites = re.findall(r"--suite ([\w.-]+)", TEXT)
     assert set(suites) <= {*SUITES, *WORLDS} and {"cpu-25m", "gpu-1.4b", "gpu-8b", "emoji"} <= set(suites)
     assert all(cache_named(name) for name in re.findall(r"--only ([\w-]+)", TEXT))
-    files = ("inference/benchmark.py", "inference/gpu_check.py", "unidiff/cli/tools.py")
+    files = ("inference/benchmark.py", "inference/gpu_check.py", "unidiff/cli/tools.py", "unidiff/cli/evaluation.py")
     source = "".join((DOCS.parent / file).read_text(encoding="utf-8") for file in files)
     for option in set(re.findall(r"(--(?!out|keep)[a-z][a-z-]+)", TEXT)):
         assert f'"{option}"' in source, option

@@ -202,7 +202,7 @@ def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
     assert "outcomes" not in data
 
     first, second, changes = (tmp_path / f"{name}.json" for name in ("first", "second", "changes"))
-    assert run("eval", "emoji", "--outcomes", "--json", first, "--model", model)[0] == 0
+    assert run("eval", model, "--suite", "emoji", "--outcomes", "--json", first)[0] == 0
     monkeypatch.setattr(Estimate, "share", classmethod(lambda cls, x, f=Estimate.share: f(not v for v in x)))
     status, out, _ = run("eval", "emoji", "--outcomes", "--json", second, "--against", first, "--model", model)
     assert status == 0 and "-0.500" in out

@@ -32,9 +32,10 @@ from unidiff.cli.common import (
 )
 from unidiff.cli.data import data_app, encode, shards, tokenizer_app
 from unidiff.cli.emoji import emoji_app
+from unidiff.cli.evaluation import eval_app
 from unidiff.cli.runs import configs_app, runs
 from unidiff.cli.tokens import change_app
-from unidiff.cli.tools import demo, eval_app, pack, profile_cache
+from unidiff.cli.tools import demo, pack, profile_cache
 from unidiff.cli.training import benchmark, finetune, plan, reward, train
 from unidiff.errors import exit_status, explain
 from unidiff.process import keep_freed_memory

@@ -49,12 +49,15 @@ class DecodeFlags(NamedTuple):
     """What every decoding command was given: keyword arguments for a task, and a call that loads the model."""
 
     options: Mapping[str, Any]
-    load: Callable[[], UniDiffPipeline]
+    load: Callable[..., UniDiffPipeline]  # another `model` may be named
     about: Mapping[str, str]  # name of the model, and how it computes
 
 
 def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `DecodeOptions` that have a flag, and those that name a model; it gets `DecodeFlags`."""
+    """Give a command the options of `DecodeOptions` that have a flag, and those that name a model; it gets `DecodeFlags`.
+
+    One of these that the command declares itself (`model` as an argument, for instance) keeps the place that it has there.
+    """
     hints, annotated = get_type_hints(command, include_extras=True), Annotated  # of a type that is only known now
     declared = inspect.signature(command).parameters
     wanted = {name: (name, hints[name], declared[name].default) for name in declared if name != "flags"}
@@ -63,10 +66,11 @@ def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
         note = annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]  # type: ignore[valid-type]
         wanted[option] = (own.name.strip("-").replace("-", "_"), note, own.default)
     places = {"model": (Model, "emoji"), "device": (Device, "auto"), "dtype": (Dtype, "float32")}
-    wanted |= {name: (name, *place) for name, place in places.items()}
+    wanted |= {name: (name, *place) for name, place in places.items() if name not in declared}
 
     def run(**values: Any) -> None:
-        asked = {option: values.pop(wanted[option][0]) for option in (*FLAGS, *places)}
+        asked = {option: values[wanted[option][0]] for option in (*FLAGS, *places)}
+        values = {name: value for name, value in values.items() if name in declared}
         place = {name: asked.pop(name) for name in places}
         flags = DecodeFlags(
             {n: v for n, v in asked.items() if v is not None},
@@ -141,7 +145,11 @@ def call(method: Any, *inputs: Any, **asked: Any) -> Any:
 
 def load_own_model(model: str, device: str, dtype: str, what: str) -> UniDiffPipeline:
     """A pipeline of unidiff's own models, for the command that `what` names. Raises `ValueError`: a released family."""
-    pipe = load_pipeline(model, device, dtype)
+    return check_own(load_pipeline(model, device, dtype), what)
+
+
+def check_own(pipe: UniDiffPipeline, what: str) -> UniDiffPipeline:
+    """The pipeline, for the command that `what` names. Raises `ValueError`: it is of a released family."""
     if not hasattr(pipe, "settings"):
         raise ValueError(f"{what} takes unidiff's own models, as training and `unidiff pack` write them; name one")
     return pipe
