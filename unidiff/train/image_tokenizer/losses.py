@@ -11,7 +11,7 @@ show nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +43,18 @@ def image_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1)), F.pad(x[..., 1:] - x[..., :-1], (0, 1))
 
 
-def reconstruction_loss(output: Tensor, target: Tensor, weights: VQLossWeights) -> Tensor:
-    """w1 |e| + w2 e^2 + wg |grad e|, each averaged with weight 1 + edge_focus * |grad target| (its local mean)."""
+Mean = Callable[[Tensor], Tensor]
+"""A number of this process to its mean over all processes, without a gradient."""
+
+
+def _of_one(value: Tensor) -> Tensor:
+    return value
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, weights: VQLossWeights, mean: Mean = _of_one) -> Tensor:
+    """w1 |e| + w2 e^2 + wg |grad e|, each averaged with weight 1 + edge_focus * |grad target| (its local mean).
+
+    The weights' sum is that of the pictures of all processes, so the mean of their losses is the loss of one process."""
     error = output.float() - target
     down, right = image_gradients(target)
     strength = (down.abs() + right.abs()).amax(1, keepdim=True).clamp(max=1.0)
@@ -52,7 +62,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, weights: VQLossWeights) 
     gradient_down, gradient_right = image_gradients(error)
     terms = weights.l1 * error.abs() + weights.l2 * error.square()
     terms = terms + weights.gradient * (gradient_down.abs() + gradient_right.abs())
-    return (terms * focus).mean() / focus.mean()
+    return (terms * focus).mean() / mean(focus.mean())
 
 
 def cycle_loss(model: CellVQModel, output: Tensor, codes: Tensor, temperature: float = 0.05) -> Tensor:
@@ -62,12 +72,12 @@ def cycle_loss(model: CellVQModel, output: Tensor, codes: Tensor, temperature: f
     return F.cross_entropy(cosine / temperature, codes.flatten())
 
 
-def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool) -> VQStep:
+def vq_forward(model: Any, images: Tensor, weights: VQLossWeights, bf16: bool, mean: Mean = _of_one) -> VQStep:
     """The forward and the loss of a step."""
     coder: Any = coder_of(model)
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
     done = coder.reconstruct(images, autocast)
-    loss = reconstruction_loss(done.output, images, weights) + weights.commitment * done.commitment
+    loss = reconstruction_loss(done.output, images, weights, mean) + weights.commitment * done.commitment
     if weights.cycle:
         with autocast:
             loss = loss + weights.cycle * cycle_loss(model, done.output, done.codes)

@@ -59,8 +59,8 @@ def train_image_tokenizer(config: ImageTokenizerConfig, environment: Mapping[str
     """Train, or go on where the run in `config.out` stopped; returns the report that is also in `<out>/report.json`.
 
     `<out>/model` is the model with the best PSNR on the held-out pictures. SIGTERM and Ctrl-C end the run after the step,
-    with a checkpoint. Processes that `torchrun` started, as `environment` says, share every batch; each weighs the
-    loss by the edges of its own pictures.
+    with a checkpoint. Processes that `torchrun` started, as `environment` says, share every batch: but for rounding,
+    their weights are those of one process.
 
     Raises:
         ValueError: a setting that cannot work, too few pictures, a folder of another run or in use, or a damaged checkpoint.
@@ -217,12 +217,13 @@ class _TokenizerRun:
         factor = learning_rate_factor(self.schedule, step, config.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * factor
-        result = vq_forward(self.model, images, config.loss, config.bf16)
+        result = vq_forward(self.model, images, config.loss, config.bf16, self.parallel.mean)
         self.optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
         loss, mse = self._share(result.loss.detach(), result.mse)
         gradient = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        used = torch.zeros(self.codebook_size, device=self.device).index_fill_(0, result.codes.flatten(), 1.0).sum()
+        chosen = self.parallel.gather(result.codes)
+        used = torch.zeros(self.codebook_size, device=self.device).index_fill_(0, chosen.flatten(), 1.0).sum()
         numbers = torch.stack([x.double() for x in (loss, mse, gradient, used)])
         said, error, norm, codes = numbers.tolist()  # the one wait of a step
         if not self.guard.accepts(error, self.step, norm):
@@ -232,7 +233,7 @@ class _TokenizerRun:
         revived = 0
         if self.average is not None and result.latents is not None:
             revive = step % 10 == 0 and step < config.revive_until * config.steps
-            chosen, latents = self.parallel.gather(result.codes), self.parallel.gather(result.latents)
+            latents = self.parallel.gather(result.latents)
             revived = self.average.update(chosen, latents, self.generator, revive)
         values = {"loss": said, "psnr": psnr(self.guard.level), "revived": revived}
         return values | {"codes": int(codes), "grad_norm": norm}, factor

@@ -186,6 +186,10 @@ class Parallel:
             dist.all_reduce(value)
         return value
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks; changes `value` where there are several."""
+        return value if self.size == 1 else self.sum(value) / self.size
+
     def gather(self, value: Tensor) -> Tensor:
         """`[n, ...]` of every rank, joined in the order of ranks: `[ranks * n, ...]`."""
         return value if self.size == 1 else torch.cat(self._all(value.contiguous()))
