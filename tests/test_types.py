@@ -35,10 +35,13 @@ def use(words: list[str]) -> list[str]:
     both = pipe.generate(steps=3, block_length={"text": 4}, return_dict=True)
     image = ModalityDecoding(steps=2, rule="quota")
     pipe.scheduler = UnmaskingScheduler(sampler=SamplerConfig(image=image, guidance=Guidance(2.0)), threshold=0.5)
+    images, texts, *_ = pipe(words, return_dict=False)
+    images, texts, *_ = pipe.text_to_image(words, return_dict=False)
+    first: list[str] = pipe.caption(images, return_dict=True).texts
     ids: Vocabulary = pipe.vocabulary
     rate: torch.Tensor = drawn.tokens_per_forward
     assert ids.size and rate.shape == drawn.seeds.shape and more.sequences.shape == more.ids.shape
-    return [*drawn.texts, *told.texts, *both.texts]
+    return [*drawn.texts, *told.texts, *both.texts, *texts, *first, str(pipe(words, return_dict=False)[0])]
 """
 WRONG = """
 from unidiff import ModalityDecoding, UniDiffPipeline
@@ -51,6 +54,9 @@ pipe.text_to_image(3)  # wrong
 pipe.caption("a.png", max_new_tokens="long")  # wrong
 pipe("a fox", stepz=4)  # wrong
 pipe.chat("hi", return_dict="no")  # wrong
+pipe("hi", return_dict="no")  # wrong
+pipe("hi", return_dict=False).images  # wrong
+pipe("hi", return_dict=len("a") > 1).images  # wrong
 pipe("a fox").pictures  # wrong
 pipe("a fox").texts.upper()  # wrong
 pipe.text_to_image("a fox", num_images_per_prompt="two")  # wrong

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 
 import torch
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
-from unidiff.families.layout import Grid, RowLayout, TaskInputs
+from unidiff.families.layout import RowLayout, TaskInputs
 from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
-from unidiff.pipelines.inputs import GivenPictures, ImageInputs, as_list, opened, size_of
-from unidiff.pipelines.options import CallKeywords, DecodeKeywords, flag, short, whole
+from unidiff.pipelines.inputs import PictureReader, as_list
+from unidiff.pipelines.options import CallInputs, CallKeywords, DecodeKeywords, flag, whole
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.score import score_of
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
@@ -23,10 +23,10 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer, between_holes
 
-_LONGEST_SIDE = 16_384
+Prompt: TypeAlias = str | Sequence[str] | None
 
 
-class UniDiffPipeline(PipelineFolder):
+class UniDiffPipeline(PictureReader, PipelineFolder):
     """One masked diffusion model over text and image tokens, with everything around it, of whatever family.
 
     All tasks are the same decode with other tokens known. They share the keyword arguments of `DecodeOptions`, and return a
@@ -101,16 +101,6 @@ class UniDiffPipeline(PipelineFolder):
         return self.layout.vocabulary
 
     @property
-    def image_inputs(self) -> ImageInputs:
-        """What reads pictures; `ValueError` for a model of text alone."""
-        return self._inputs(self.layout.grid)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels, the usual one where there are others; `ValueError` for a model of text alone."""
-        return self.image_inputs.size
-
-    @property
     def components(self) -> dict[str, Any]:
         """The arguments of the constructor: `type(pipe)(**pipe.components)` is the same pipeline again."""
         names = ("transformer", "image_tokenizer", "text_tokenizer", "scheduler")
@@ -128,9 +118,34 @@ class UniDiffPipeline(PipelineFolder):
             module.to(self.transformer.device, self.transformer.dtype)
         return self
 
+    @overload
     def __call__(
-        self, prompt: str | Sequence[str] | None = None, task: str | None = None, **inputs: Unpack[CallKeywords]
-    ) -> UniDiffOutput:
+        self,
+        prompt: Prompt = None,
+        task: str | None = None,
+        *,
+        return_dict: Literal[False],
+        **inputs: Unpack[CallInputs],
+    ) -> tuple[Any, ...]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: Prompt = None,
+        task: str | None = None,
+        *,
+        return_dict: Literal[True] = True,
+        **inputs: Unpack[CallInputs],
+    ) -> UniDiffOutput: ...
+
+    @overload
+    def __call__(
+        self, prompt: Prompt = None, task: str | None = None, *, return_dict: bool, **inputs: Unpack[CallInputs]
+    ) -> UniDiffOutput | tuple[Any, ...]: ...
+
+    def __call__(
+        self, prompt: Prompt = None, task: str | None = None, **inputs: Unpack[CallKeywords]
+    ) -> UniDiffOutput | tuple[Any, ...]:
         """The task that the inputs mean: `pipe("a dog")`, `pipe(image=picture)`, `pipe(image=picture, question="what?")`.
 
         A prompt alone: `text_to_image`, or `chat` with a model of text alone; `messages`: `chat`. A picture: `caption`; with
@@ -360,41 +375,3 @@ class UniDiffPipeline(PipelineFolder):
                 "max_text_tokens is for texts of unknown length, but text says its own; leave one of them out"
             )
         return whole(max_text_tokens, "max_text_tokens", 1, self.layout.most)
-
-    def _grid(self, height: int | None, width: int | None) -> Grid | None:
-        """Rows and columns of codes of a size in pixels; None where none was asked for."""
-        if height is None and width is None:
-            return None
-        usual = self.image_size
-        height, width = usual[0] if height is None else height, usual[1] if width is None else width
-        if not self.layout.sizes and (height, width) != usual:
-            only = f"{self.layout.family} draws pictures of {usual[0]}x{usual[1]} pixels only"
-            raise ValueError(
-                f"height is {short(height)} and width {short(width)}, but {only}; leave height and width out"
-            )
-        factor = self.images.factor
-        for name, side in (("height", height), ("width", width)):
-            whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
-        if height % factor or width % factor:
-            raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
-        return height // factor, width // factor
-
-    def _inputs(self, grid: Grid) -> ImageInputs:
-        if self.images is None:
-            raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")
-        factor = self.images.factor
-        return ImageInputs((grid[0] * factor, grid[1] * factor), factor)
-
-    def _read(self, image: Any, resize: bool, what: str = "image") -> GivenPictures:
-        """Pictures of the pipeline's size, or of their own where the family takes any."""
-        given, reader = opened(image, what), self.image_inputs
-        flag(resize, "resize")
-        if self.layout.any_size:
-            sizes = sorted({size_of(picture) for picture in given})
-            if len(sizes) > 1:
-                raise ValueError(
-                    f"the pictures have the sizes {sizes} (height, width); give those of one size at a time"
-                )
-            reader = self._inputs(self.layout.fit(*sizes[0]) if resize else self._grid(*sizes[0]) or self.layout.grid)
-        pixels = reader.images(given, resize)
-        return GivenPictures(given, reader, pixels, self.images.encode(pixels).cpu())

@@ -41,7 +41,7 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 
 @pytest.mark.golden
 @pytest.mark.skipif(not GOLDEN, reason="no golden set is there")
-@pytest.mark.parametrize("checkpoint", GOLDEN, ids=lambda c: f"{c.path.parent.name}/{c.path.stem}")
+@pytest.mark.parametrize("checkpoint", GOLDEN, ids=[f"{c.path.parent.name}/{c.path.stem}" for c in GOLDEN])
 def test_golden_round_trip(checkpoint, tmp_path):
     state = checkpoint.write(tmp_path / "released")
     convert(tmp_path / "released", tmp_path / "ours", vocabulary=checkpoint.vocabulary)

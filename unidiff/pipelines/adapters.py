@@ -9,10 +9,15 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
 
-from unidiff.hub import locate
+from unidiff.hub import Sought, locate
 from unidiff.schema import check_value
 from unidiff.weights.adapter import ADAPTER_FILES, peft_for, read_adapter
 from unidiff.weights.model import CheckedModel
+
+_ADAPTER = Sought(
+    "adapter", f"a folder or a hub model 'owner/name' with {' and '.join(ADAPTER_FILES)}", ADAPTER_FILES,
+    "load_lora_weights", embedded=False,
+)  # fmt: skip
 
 
 class PipelineAdapters(LoraBaseMixin):  # type: ignore[misc]
@@ -46,7 +51,7 @@ class PipelineAdapters(LoraBaseMixin):  # type: ignore[misc]
             raise ValueError(
                 f"{type(self.transformer).__name__} takes no adapters; they go onto a transformer of blocks"
             )
-        folder = locate(name, ADAPTER_FILES, **hub_options) / (subfolder or "")
+        folder = locate(name, _ADAPTER, **hub_options) / (subfolder or "")
         config, weights = read_adapter(folder, self.transformer)
         with warnings.catch_warnings(
             action="ignore"

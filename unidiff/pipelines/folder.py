@@ -16,7 +16,7 @@ from unidiff.errors import read_json
 from unidiff.families.checkpoint.small_memory import offload
 from unidiff.families.layout import RowLayout
 from unidiff.files import resolve_link
-from unidiff.hub import ALL_FILES, HUB_OPTIONS, locate
+from unidiff.hub import HUB_OPTIONS, RELEASED, locate
 from unidiff.models.parallel import spread
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.adapters import PipelineAdapters
@@ -154,7 +154,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             raise ValueError("use_safetensors is False; weights are read from safetensors files only, so leave it out")
         check_value(subfolder, str | None, "subfolder")
         check_value(tp_plan, Literal["auto"] | None, "tp_plan")
-        folder = locate(name, ALL_FILES, **hub_options) / (subfolder or "")
+        folder = locate(name, RELEASED, **hub_options) / (subfolder or "")
         placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         placed = placed if _is_map(device_map) else {}
         asked = {"quantization_config": _of_transformer(quantization_config), "low_cpu_mem_usage": low_cpu_mem_usage}

@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from unidiff.families.layout import Grid, RowLayout
 from unidiff.pictures import MAX_PIXELS, decode_picture, open_picture
-from unidiff.pipelines.options import kind_of
+from unidiff.pipelines.options import flag, kind_of, short, whole
 
 _KINDS = "a PIL image, a path or address of one, a numpy array or a torch tensor"
+_LONGEST_SIDE = 16_384
 _LEVELS = (1, 255, 65535)  # white, by the largest value of a mask of whole numbers
 
 
@@ -105,6 +107,61 @@ class GivenPictures(NamedTuple):
     reader: ImageInputs
     pixels: Tensor
     codes: Tensor
+
+
+class PictureReader:
+    """What a pipeline knows of the pictures that it is given and draws."""
+
+    layout: RowLayout
+    images: Any  # its image tokenizer, or None
+
+    @property
+    def image_inputs(self) -> ImageInputs:
+        """What reads pictures; `ValueError` for a model of text alone."""
+        return self._inputs(self.layout.grid)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, the usual one where there are others; `ValueError` for a model of text alone."""
+        return self.image_inputs.size
+
+    def _grid(self, height: int | None, width: int | None) -> Grid | None:
+        """Rows and columns of codes of a size in pixels; None where none was asked for."""
+        if height is None and width is None:
+            return None
+        usual = self.image_size
+        height, width = usual[0] if height is None else height, usual[1] if width is None else width
+        if not self.layout.sizes and (height, width) != usual:
+            only = f"{self.layout.family} draws pictures of {usual[0]}x{usual[1]} pixels only"
+            raise ValueError(
+                f"height is {short(height)} and width {short(width)}, but {only}; leave height and width out"
+            )
+        factor = self.images.factor
+        for name, side in (("height", height), ("width", width)):
+            whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
+        if height % factor or width % factor:
+            raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
+        return height // factor, width // factor
+
+    def _inputs(self, grid: Grid) -> ImageInputs:
+        if self.images is None:
+            raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")
+        factor = self.images.factor
+        return ImageInputs((grid[0] * factor, grid[1] * factor), factor)
+
+    def _read(self, image: Any, resize: bool, what: str = "image") -> GivenPictures:
+        """Pictures of the pipeline's size, or of their own where the family takes any."""
+        given, reader = opened(image, what), self.image_inputs
+        flag(resize, "resize")
+        if self.layout.any_size:
+            sizes = sorted({size_of(picture) for picture in given})
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"the pictures have the sizes {sizes} (height, width); give those of one size at a time"
+                )
+            reader = self._inputs(self.layout.fit(*sizes[0]) if resize else self._grid(*sizes[0]) or self.layout.grid)
+        pixels = reader.images(given, resize)
+        return GivenPictures(given, reader, pixels, self.images.encode(pixels).cpu())
 
 
 def as_list(value: Any, what: str) -> list[Any]:

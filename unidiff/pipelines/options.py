@@ -185,8 +185,8 @@ class DecodeOptions:
 OPTIONS = tuple(f.name for f in fields(DecodeOptions))
 
 
-class DecodeKeywords(TypedDict, total=False):
-    """`DecodeOptions` as keyword arguments, then what other libraries call them (`ALIASES`), for type checkers."""
+class DecodeInputs(TypedDict, total=False):
+    """`DecodeKeywords` without `return_dict`, by which the type of a result goes."""
 
     steps: int | None
     guidance_scale: float | None
@@ -202,7 +202,6 @@ class DecodeKeywords(TypedDict, total=False):
     graphs: bool | Record
     generator: RowGenerator
     output_type: str
-    return_dict: bool
     callback_on_step_end: Callable[..., Any] | None
     callback_on_step_end_tensor_inputs: Sequence[str] | None
     record_trajectory: bool
@@ -213,7 +212,13 @@ class DecodeKeywords(TypedDict, total=False):
     guidance_convention: str
 
 
-class CallKeywords(DecodeKeywords, total=False):
+class DecodeKeywords(DecodeInputs, total=False):
+    """`DecodeOptions` as keyword arguments, and what other libraries call them (`ALIASES`), for type checkers."""
+
+    return_dict: bool
+
+
+class CallInputs(DecodeInputs, total=False):
     """What `pipe(...)` takes besides: the arguments of all tasks."""
 
     messages: Any
@@ -230,6 +235,12 @@ class CallKeywords(DecodeKeywords, total=False):
     max_text_tokens: int | None
     resize: bool
     paste_back: bool
+
+
+class CallKeywords(CallInputs, total=False):
+    """All of `pipe(...)`."""
+
+    return_dict: bool
 
 
 class Alias(NamedTuple):

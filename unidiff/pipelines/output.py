@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -67,6 +67,10 @@ class UniDiffOutput(BaseOutput):
     cache: CacheConfig | None = None
     cache_note: str = ""
     notes: list[str] = field(default_factory=list)
+
+    if TYPE_CHECKING:  # what `return_dict=False` gives is read as a tuple
+
+        def __iter__(self) -> Iterator[Any]: ...
 
     @property
     def sequences(self) -> Tensor:

@@ -20,7 +20,7 @@ from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 
 from unidiff.errors import first_line, is_out_of_memory, plain, read_json, reading, reason_of
-from unidiff.files import filling_folder, resolve_link
+from unidiff.files import filling_folder, path_of, resolve_link
 from unidiff.schema import check_arguments, check_value
 from unidiff.weights.adapter import has_adapters
 from unidiff.weights.files import (
@@ -171,7 +171,11 @@ def load_checked(
     where = f"{class_name} at {str(source)!r}"
     for name in ("torch_dtype", "dtype"):
         check_model_dtype(kwargs.get(name))
+    if source is not None:
+        path_of(source)
     folder = Path(source or "") / (kwargs.get("subfolder") or "")
+    if folder.is_file():
+        raise FileNotFoundError(f"{where} is a file; name the folder that holds it, with config.json and weights")
     if folder.is_dir():
         _look_through(getattr(loader, "__self__", None), folder, where, types or {}, kwargs.get("variant"))
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())

@@ -18,7 +18,7 @@ from torch import Tensor
 from unidiff.families.checkpoint.load import CONSTANTS, RECORD, Record, find_part, load_released
 from unidiff.families.family import Released
 from unidiff.files import replacing_folder, resolve_link
-from unidiff.hub import ALL_FILES, locate
+from unidiff.hub import RELEASED, locate
 from unidiff.tokens import Vocabulary
 
 SHARD_SIZE = "5GB"
@@ -51,7 +51,7 @@ def convert(
     """
     place = Path(target)
     _check_empty(place)
-    root = Path(source) if Path(source).is_file() else locate(source, ALL_FILES)
+    root = Path(source) if Path(source).is_file() else locate(source, RELEASED)
     if root.is_dir() and _is_above(root.resolve(), place.resolve()):  # it would be copied into itself
         raise ValueError(f"{place} lies inside of {root}, which is to be converted; name a folder elsewhere")
     held = find_part(root, subfolder)

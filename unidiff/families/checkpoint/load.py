@@ -17,7 +17,7 @@ from unidiff.errors import DamagedFile, check_regular, json_name, plain, read_js
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
 from unidiff.families.checkpoint.keymap import KeyMap, KeyMismatch, assemble, strip_prefixes, unwrap
 from unidiff.families.family import FAMILIES, Family, Released, recognise
-from unidiff.hub import ALL_FILES, locate
+from unidiff.hub import RELEASED, locate
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, check_value, from_data
@@ -120,7 +120,7 @@ def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any
     """The file, or the folder with weights, behind a name; of a diffusers folder, its `transformer`."""
     path = Path(name)
     if path.is_dir() or not path.exists():
-        path = locate(name, ALL_FILES, **hub_options)
+        path = locate(name, RELEASED, **hub_options)
     if subfolder is not None:
         path = path / subfolder
         if not path.is_dir():
