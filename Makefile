@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-all gpu-check lint clean
+.PHONY: setup demo test test-lowest test-all gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -22,12 +22,30 @@ demo: setup
 # Two processes of one thread each: on two cores in half the time. The second one's report is shown when both are done.
 DEVICE := $(addprefix tests/device/test_,training.py image_tokenizers.py evaluation.py commands.py)
 HALF := tests/train tests/data tests/evaluation tests/worlds $(DEVICE)
-test: setup
+define FAST_TESTS
 	@log=$$(mktemp); export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(HALF) > $$log 2>&1 & half=$$!; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(HALF)); first=$$?; \
+	$(1)/bin/python -m pytest $(HALF) > $$log 2>&1 & half=$$!; \
+	$(1)/bin/python -m pytest $(addprefix --ignore=,$(HALF)); first=$$?; \
 	wait $$half; second=$$?; cat $$log; rm -f $$log; \
 	[ $$first -eq 0 ] && [ $$second -eq 0 ]
+endef
+
+test: setup
+	$(call FAST_TESTS,$(VENV))
+
+# The lowest version that pyproject.toml allows of each package it names, in an environment of its own; torch is several GB.
+LOWEST := .venv-lowest
+UV = $(LOWEST)/bin/uv pip
+$(LOWEST)/.installed: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(UV) compile --quiet --resolution lowest-direct --extra dev --python $(LOWEST)/bin/python pyproject.toml -o $(LOWEST)/versions.txt
+	$(UV) install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/versions.txt
+	$(UV) install --quiet --python $(LOWEST)/bin/python --no-deps -e .
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(call FAST_TESTS,$(LOWEST))
 
 test-all: setup
 	$(BIN)/python -m pytest -m 'slow or not slow'
@@ -42,4 +60,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) out build dist *.egg-info

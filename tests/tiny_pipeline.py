@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,11 @@ CORPUS = ["a dog on a red background", "two cats", "an owl above a fox", "what i
 
 
 def tiny_parts(
-    seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID, corpus: Sequence[str] = CORPUS
+    seed: int = 0,
+    text_length: int = TEXT_LENGTH,
+    grid: tuple[int, int] = GRID,
+    corpus: Sequence[str] = CORPUS,
+    **network: Any,
 ) -> tuple[MaskedTransformer, CellVQModel, TextTokenizer, PipelineSettings]:
     torch.manual_seed(seed)
     text = TextTokenizer.train(corpus, 320 if corpus is CORPUS else 1000)
@@ -27,7 +32,7 @@ def tiny_parts(
         torch.nn.init.normal_(convolution.weight, std=1.0)
     specials = {name: text.special(name) for name in ("eos", "caption", "question", "answer")}
     vocabulary = Vocabulary.unified(text.size, 16, specials)
-    transformer = MaskedTransformer(vocabulary.size, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32)
+    transformer = MaskedTransformer(vocabulary.size, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, **network)
     for parameter in transformer.parameters():
         if parameter.ndim > 1:  # branches start at zero; attention must matter here
             torch.nn.init.normal_(parameter, std=0.3)
@@ -35,9 +40,13 @@ def tiny_parts(
 
 
 def tiny_pipeline(
-    seed: int = 0, text_length: int = TEXT_LENGTH, grid: tuple[int, int] = GRID, corpus: Sequence[str] = CORPUS
+    seed: int = 0,
+    text_length: int = TEXT_LENGTH,
+    grid: tuple[int, int] = GRID,
+    corpus: Sequence[str] = CORPUS,
+    **network: Any,
 ) -> UniDiffPipeline:
-    transformer, image, text, settings = tiny_parts(seed, text_length, grid, corpus)
+    transformer, image, text, settings = tiny_parts(seed, text_length, grid, corpus, **network)
     pipe = UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
