@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 import torch
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
-from unidiff.families.layout import RowLayout, TaskInputs
+from unidiff.families.layout import Grid, RowLayout, TaskInputs
 from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
 from unidiff.pipelines.inputs import PictureReader, as_list
@@ -109,7 +109,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
 
     def sized(self, height: int, width: int) -> Self:
         """The same for pictures of another size in pixels; `ValueError` for one that the family does not draw."""
-        return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid(height, width)))  # type: ignore[type-var]
+        return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid_of(height, width)))  # type: ignore[type-var]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """See `DiffusionPipeline.to`; what else reads the rows follows the network."""
@@ -375,3 +375,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
                 "max_text_tokens is for texts of unknown length, but text says its own; leave one of them out"
             )
         return whole(max_text_tokens, "max_text_tokens", 1, self.layout.most)
+
+    def _grid(self, height: int | None, width: int | None) -> Grid | None:
+        """None where no size was asked for."""
+        return None if height is None and width is None else self._grid_of(height, width)

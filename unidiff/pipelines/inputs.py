@@ -125,10 +125,8 @@ class PictureReader:
         """(height, width) in pixels, the usual one where there are others; `ValueError` for a model of text alone."""
         return self.image_inputs.size
 
-    def _grid(self, height: int | None, width: int | None) -> Grid | None:
-        """Rows and columns of codes of a size in pixels; None where none was asked for."""
-        if height is None and width is None:
-            return None
+    def _grid_of(self, height: int | None, width: int | None) -> Grid:
+        """Rows and columns of codes of a size in pixels, of which one side may be left out."""
         usual = self.image_size
         height, width = usual[0] if height is None else height, usual[1] if width is None else width
         if not self.layout.sizes and (height, width) != usual:
@@ -159,7 +157,7 @@ class PictureReader:
                 raise ValueError(
                     f"the pictures have the sizes {sizes} (height, width); give those of one size at a time"
                 )
-            reader = self._inputs(self.layout.fit(*sizes[0]) if resize else self._grid(*sizes[0]) or self.layout.grid)
+            reader = self._inputs(self.layout.fit(*sizes[0]) if resize else self._grid_of(*sizes[0]))
         pixels = reader.images(given, resize)
         return GivenPictures(given, reader, pixels, self.images.encode(pixels).cpu())
 
