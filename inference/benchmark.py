@@ -1,6 +1,7 @@
 """Time caches against no cache: python inference/benchmark.py --suite cpu-25m --json out/cpu-25m.json
 
 Or our decodes against another program's: python inference/benchmark.py --against FOLDER
+Or a mixture of experts beside dense products: python inference/benchmark.py --mixture 1024
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from rich.table import Table
 
 from unidiff.errors import exit_status
 from unidiff.evaluation.benchmark.against import compare, comparison_table
-from unidiff.evaluation.benchmark.measure import thread_count
+from unidiff.evaluation.benchmark.measure import measure_mixture, thread_count
 from unidiff.evaluation.benchmark.random_weights import SUITES, SuiteOptions, run_suite
 from unidiff.evaluation.benchmark.result import check_path, tables, write
 from unidiff.evaluation.benchmark.systems import SYSTEMS
 from unidiff.evaluation.benchmark.trained import PARTS, TrainedOptions, run_trained
 from unidiff.evaluation.benchmark.trials import TARGETS, contrast_tables
+from unidiff.models.config import TransformerConfig
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import keep_freed_memory, parsed, pick_device
 from unidiff.world import WORLDS
@@ -43,6 +45,12 @@ def arguments() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a checkout of Fast-dLLM, dLLM-Cache, Lumina-DiMOO, UniDisc or diffusers, whose decodes are timed beside ours "
         "on the same random weights, in place of a suite. This runs the code in that folder: name only what you trust",
+    )
+    parser.add_argument(
+        "--mixture",
+        type=int,
+        metavar="WIDTH",
+        help="8 of 64 experts of this width, on 1,024 tokens in bf16, in place of a suite",
     )
     parser.add_argument("--only", **several, metavar="POLICY", help="compare this one; repeatable")
     parser.add_argument(
@@ -94,12 +102,27 @@ def compared(given: argparse.Namespace, say: Callable[[str], None]) -> Table:
     return comparison_table(system, found, about)
 
 
+def mixture(given: argparse.Namespace) -> str:
+    """The rate of a mixture of experts, and of dense products of as many operations."""
+    device = pick_device(given.device or "cpu")
+    shape = {"num_heads": 1, "rope": "1d", "num_experts": 64, "experts_per_token": 8, "expert_size": given.mixture}
+    with thread_count(given.threads):
+        config = TransformerConfig(1, hidden_size=given.mixture, **shape)
+        found = measure_mixture(config, 1024, torch.bfloat16, device, given.runs or 5)
+        about = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    rates = f"{found.mixture / 1e9:.0f} GFLOP/s, dense products {found.dense / 1e9:.0f} GFLOP/s"
+    return f"mixture of experts {rates}: {100 * found.share:.0f} % ({about}, median of {given.runs or 5} paired runs)"
+
+
 def main() -> None:
     parser, say = arguments(), Console(stderr=True).print
     given = parsed(parser)
     keep_freed_memory()
     if given.against:
         Console(width=110).print(compared(given, say))
+        return
+    if given.mixture:
+        Console(width=110).print(mixture(given))
         return
     if not (given.suite and given.json):
         parser.error("give --suite and --json, or --against with a folder")

@@ -23,6 +23,20 @@ VARIANTS = {
     "timed": dict(time_conditioning=True, time_tokens="image", sandwich_norm=True, attention_gate=False),
     "timed_all": dict(time_conditioning=True, num_kv_heads=1, tie_head=True),
     "causal": dict(attention="block_causal", block_length=3),
+    "experts": dict(
+        num_experts=6,
+        experts_per_token=2,
+        expert_size=8,
+        shared_expert_size=4,
+        dense_layers=(0,),
+        router="sigmoid",
+        router_bias="selection",
+        router_groups=3,
+        router_top_groups=2,
+        rope="1d",
+        rope_share=0.5,
+        head_size=8,
+    ),
 }
 OPTIONS = [StoreOptions(), StoreOptions(rotated=False), StoreOptions(outputs=True), StoreOptions(False, True)]
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from train_fixtures import MIXED, tiny_config, tiny_table
 
+from unidiff.models.transformer import MaskedTransformer
 from unidiff.train.cost.plan import TrainingRow, model_size, row_flops
-from unidiff.train.step import TIME_BUCKETS, SpeedMeter, StepReport, TaskMeter
+from unidiff.train.meters import SpeedMeter, TaskMeter
+from unidiff.train.step import TIME_BUCKETS, StepReport, train_step
 from unidiff.train.trainer import Trainer, TrainingAborted
 
 pytestmark = pytest.mark.training
@@ -37,6 +39,45 @@ def test_loss_by_mask_rate_adds_up_to_all_hidden_tokens(tmp_path):
     values = meter.take()
     keys = [k for k in values if k.startswith("nll_at/")]
     assert keys == [f"nll_at/{n / 5:.1f}-{(n + 1) / 5:.1f}" for n in range(5) if expected[n] > 0]
+
+
+EXPERTS = "model={hidden_size: 32, num_layers: 3, num_heads: 2, num_experts: 4, experts_per_token: 2, expert_size: 16, dense_layers: [0]}"
+
+
+def test_experts_are_watched_and_kept_equally_busy(tmp_path):
+    """The loss has the balance loss in it, shared out over micro-batches as their targets are; counts are those of real tokens."""
+    settings = ["precision=fp32", "steps=1", "accumulate=2", "batch_size=4", EXPERTS]
+    found = {}
+    for weight in (0.0, 0.5):
+        config = tiny_config(tmp_path / str(weight), *MIXED, *settings, f"objective.balance_weight={weight}")
+        trainer = Trainer(config, tiny_table())
+        batches = [trainer.mixer.batch(first, 4) for first in (0, 4)]
+        report = train_step(trainer.state, batches, 1.0)
+        found[weight] = report
+        assert report.loads.shape == (2 * 4,)
+        assert float(report.loads.sum()) == 2 * 2 * sum(int(b.batch.valid.sum()) for b in batches)
+        assert 0.9 < float(report.balance) < 4
+    assert found[0.5].loss == pytest.approx(found[0.0].loss + 0.5 * float(found[0.0].balance), rel=1e-5)
+    assert found[0.5].grad_norm != found[0.0].grad_norm
+    meter = TaskMeter(4)
+    meter.add(report)
+    meter.add(report)
+    values, loads = meter.take(), report.loads.view(2, 4)
+    assert values["router/balance"] == pytest.approx(float(report.balance))
+    assert values["router/busiest"] == pytest.approx(float((4 * loads / loads.sum(1, keepdim=True)).max()))
+    assert values["router/idle"] == float((loads == 0).double().mean())
+
+
+@pytest.mark.parametrize("more", [["activation_checkpointing=full"], ["lora.rank=2"], ["optimiser.name=muon"]])
+def test_a_model_with_experts_trains_and_is_exported(tmp_path, more):
+    if "lora.rank=2" in more:
+        pytest.importorskip("peft")
+    config = tiny_config(tmp_path, *MIXED, "steps=3", "checkpoint.export_dtype=float32", EXPERTS, *more)
+    trainer = Trainer(config, tiny_table())
+    trainer.train()
+    assert all(line["router/busiest"] >= 1 for line in lines(tmp_path, "train"))
+    loaded = MaskedTransformer.from_pretrained(tmp_path / "model")
+    assert loaded.blocks[1].feed_forward.experts.up.shape == (4, 32, 32)
 
 
 def test_speed_counts_useful_work():

@@ -12,6 +12,7 @@ import torch
 from unidiff.families.family import named_vocabulary
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch
+from unidiff.train.build import add_adapters
 from unidiff.train.config import LoraConfig, TaskConfig, read_config
 from unidiff.train.cost.plan import (
     GIB,
@@ -70,10 +71,14 @@ def test_eight_bits_of_state_are_counted_and_kept_whole():
 
 SANDWICH = dict(activation="gelu_tanh", qk_norm="width", qk_norm_type="layer_bias", sandwich_norm=True, ffn_bias=True)
 GROUPED = dict(activation="swiglu", qk_norm="head", qk_norm_type="layer", num_kv_heads=2)
+EXPERTS = ["model.activation=swiglu", "model.num_experts=4", "model.expert_size=24", "model.shared_expert_size=8"]
+MIXTURE = dict(num_experts=8, experts_per_token=3, expert_size=128, shared_expert_size=64, num_kv_heads=2)
 
 
 # On a CPU autocast leaves norms of bf16 values in bf16; a GPU makes float32 copies, which the plan counts.
-@pytest.mark.parametrize(("model", "bf16"), [({"activation": "gelu"}, True), (GROUPED, False), (SANDWICH, False)])
+@pytest.mark.parametrize(
+    ("model", "bf16"), [({"activation": "gelu"}, True), (GROUPED, False), (SANDWICH, False), (MIXTURE, False)]
+)
 def test_activations_are_what_autograd_keeps(model, bf16):
     # torch's RMS norm is composed of several operations on a CPU and fused on a GPU; its layer norm is fused on both
     settings = dict(hidden_size=64, num_heads=4, ffn_size=256, norm="layer") | model
@@ -125,6 +130,21 @@ def test_adapters_by_hand():
     assert config.lora == LoraConfig(rank=4)
     d, inner = 64, 128
     assert adapter_parameters(config) == 3 * 4 * ((d + 3 * d) + 2 * d + (d + inner) + (inner + d))
+    config = read_config(None, [*SMALL, *EXPERTS, "lora.rank=4"])
+    model = MaskedTransformer(9, **config.model)
+    pytest.importorskip("peft")
+    add_adapters(model, config.lora)
+    assert adapter_parameters(config) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_plan_says_how_much_works_for_a_token():
+    plan = make_plan(read_config(None, [*SMALL, *EXPERTS]), 1)
+    assert plan.size.total - plan.size.active == 3 * 3 * 3 * 64 * 24
+    assert f"{plan.size.active / 1e6:.1f} M active for a token" in next(
+        plan.lines(1, None, None)
+    )  # the other three of four are idle
+    muon = make_plan(read_config(None, [*SMALL, *EXPERTS, "optimiser.name=muon"]), 1)
+    assert plan.state_bytes - muon.state_bytes == 4 * plan.size.matrices  # stacked experts are left to AdamW
 
 
 def test_the_command_prints_what_fits_and_refuses_nonsense(capsys):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unidiff.models.config import TransformerConfig
+from unidiff.models.experts import MixtureOfExperts
 from unidiff.models.parts import FeedForward, Norm, RotaryTables, gather_rows, rotate
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class HeadProjection(nn.Module):
 
     Args:
         qk_norm: "none", "head" or "width", a norm of queries and keys of the kind `qk_norm_type`.
+        head_dim: features of a head; None for size / num_heads.
     """
 
     def __init__(
@@ -44,14 +46,15 @@ class HeadProjection(nn.Module):
         qk_norm_type: str = "rms",
         qk_norm_eps: float = 1e-6,
         bias: bool = False,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, size // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or size // num_heads
         self.qk_norm = qk_norm
-        kv_size = num_kv_heads * self.head_dim
-        self.qkv = nn.Linear(size, size + 2 * kv_size, bias=bias)
+        q_size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.qkv = nn.Linear(size, q_size + 2 * kv_size, bias=bias)
         if qk_norm != "none":
-            widths = (size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
+            widths = (q_size, kv_size) if qk_norm == "width" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (Norm(width, qk_norm_type, qk_norm_eps) for width in widths)
 
     def forward(
@@ -108,7 +111,7 @@ class Attention(HeadProjection):
 
     def __init__(self, size: int, *options: Any, out_bias: bool) -> None:
         super().__init__(size, *options)
-        self.out = nn.Linear(size, size, bias=out_bias)
+        self.out = nn.Linear(self.num_heads * self.head_dim, size, bias=out_bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -293,19 +296,21 @@ def joined(parts: Parts) -> Tensor:
 class Block(nn.Module):
     """x += gate . norm(attention(norm(x))); x += gate . norm(feed_forward(norm(x))); parts left out are identities.
 
-    A `Stream` of its own. The feed-forward is a slot: any module with the same call works.
+    A `Stream` of its own. The feed-forward is a slot: any module with the same call works, a mixture of experts in some layers.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int = 0) -> None:
         super().__init__()
         c, size = config, config.hidden_size
         qk_eps = c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps
         qkv_biased = c.linear_bias if c.qkv_bias is None else c.qkv_bias
-        heads = (c.num_heads, c.kv_heads, c.qk_norm, c.qk_norm_type, qk_eps, qkv_biased)
+        heads = (c.num_heads, c.kv_heads, c.qk_norm, c.qk_norm_type, qk_eps, qkv_biased, c.head_dim)
         self.attention_gate, self.dropout = c.attention_gate, c.dropout
         self.attention = Attention(size, *heads, out_bias=c.linear_bias)
         biased = c.linear_bias if c.ffn_bias is None else c.ffn_bias
-        self.feed_forward = FeedForward(size, c.inner_size, c.activation, biased)
+        self.feed_forward = (
+            MixtureOfExperts(c) if c.has_experts(layer) else FeedForward(size, c.inner_size, c.activation, biased)
+        )
         self.attention_norm, self.ffn_norm = (Norm(size, c.norm, c.norm_eps) for _ in range(2))
         self.attention_out_norm, self.ffn_out_norm = (
             Norm(size, c.norm, c.norm_eps) if c.sandwich_norm else None for _ in range(2)

@@ -19,14 +19,23 @@ class TransformerConfig:
         vocab_size: rows of the embedding and columns of the head.
         hidden_size, num_layers, num_heads: width, depth, heads.
         num_kv_heads: shared key/value heads (GQA); None for one per head.
+        head_size: features of a head; None for hidden_size / num_heads.
         ffn_size: inner width of the feed-forward; None for 4 D (GELU) or 8/3 D (SwiGLU, in multiples of 64).
         norm: "rms", "layer" (scale only) or "layer_bias"; `norm_eps` its epsilon.
         qk_norm: "none", "head" (each head) or "width" (before the head split); `qk_norm_type` as `norm`,
             `qk_norm_eps` its epsilon (None: `norm_eps`).
         activation: "swiglu", "gelu" (erf) or "gelu_tanh".
+        num_experts: of the mixture in the place of the feed-forward of every layer that is not in `dense_layers` (from 0); 0 for
+            none. Each token passes `experts_per_token` of them, SwiGLU networks of inner width `expert_size`, and, where
+            `shared_expert_size` is not 0, one more of that width.
+        router: "softmax" over all experts, or "sigmoid" of each. router_bias: a number per expert beside the scores: "none",
+            "selection" (in the choice alone) or "weights" (in the weights as well).
+        router_groups, router_top_groups: experts are chosen from so many of so many groups, the best ones.
+        router_normalised: the weights of the chosen ones add up to 1; then they are multiplied by `router_scale`.
         rope: "1d" (index) or "2d" (image tokens by row and column); `rope_theta` and `rope_linear_factor` as in
             `rotary_tables`. rope_grid: every image spans this many steps whatever its side: the factor of an image is
-            its side over `rope_grid`, and `rope_linear_factor` stays 1 (UniDisc, interleaved).
+            its side over `rope_grid`, and `rope_linear_factor` stays 1 (UniDisc, interleaved). rope_share: of a head's
+            features, the first ones, which are turned.
         modality_embedding: add a learned vector per modality to the input.
         image_embeddings: add a learned vector per image of a sample, at its tokens; how many images have one, 0 for none.
         grid_embeddings: add learned vectors per row and per column of an image, at its tokens; how many rows and columns
@@ -56,6 +65,7 @@ class TransformerConfig:
     num_layers: Depth = 6
     num_heads: Depth = 4
     num_kv_heads: Depth | None = None
+    head_size: Width | None = None
     ffn_size: Width | None = None
     norm: NormKind = "rms"
     norm_eps: Epsilon = 1e-6
@@ -63,10 +73,22 @@ class TransformerConfig:
     qk_norm_type: NormKind = "rms"
     qk_norm_eps: Epsilon | None = None
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    num_experts: Index = 0
+    experts_per_token: Depth = 1
+    expert_size: Width | None = None
+    shared_expert_size: Index = 0
+    dense_layers: tuple[Index, ...] = ()
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_bias: Literal["none", "selection", "weights"] = "none"
+    router_groups: Depth = 1
+    router_top_groups: Depth = 1
+    router_normalised: bool = True
+    router_scale: Positive = 1.0
     rope: Literal["1d", "2d"] = "2d"
     rope_theta: Positive = 1e4
     rope_linear_factor: Positive = 1.0
     rope_grid: Width | None = None
+    rope_share: Annotated[float, Between(0, 1)] = 1.0
     modality_embedding: bool = True
     image_embeddings: Index = 0
     grid_embeddings: Index = 0
@@ -88,11 +110,19 @@ class TransformerConfig:
     dropout: Annotated[float, Between(0, 1 - 2**-40)] = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, list):  # as plain data has them
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         check_fields(self, "MaskedTransformer")
-        unit = self.num_heads * (4 if self.rope == "2d" else 2)
-        if self.hidden_size % unit:
+        unit, turned = 4 if self.rope == "2d" else 2, self.head_dim * self.rope_share
+        if self.head_size is None and self.hidden_size % (self.num_heads * unit):
             raise ValueError(
-                f"hidden_size = {self.hidden_size} must be a multiple of {unit} for {self.num_heads} heads, rope {self.rope}"
+                f"hidden_size = {self.hidden_size} must be a multiple of {self.num_heads * unit} for {self.num_heads} heads, "
+                f"rope {self.rope}"
+            )
+        if self.rope_size % unit:
+            raise ValueError(
+                f"a head has {self.head_dim} features, {turned:g} of them turned by rope {self.rope}; expected a multiple of "
+                f"{unit} (head_size, rope_share)"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}")
@@ -102,6 +132,24 @@ class TransformerConfig:
             )
         if self.rope_grid is not None and (self.rope != "2d" or self.rope_linear_factor != 1):
             raise ValueError(f"rope_grid = {self.rope_grid} needs rope '2d' and rope_linear_factor 1")
+        if self.num_experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.expert_size is None:
+            raise ValueError(f"num_experts = {self.num_experts} needs expert_size, the inner width of one")
+        if self.activation != "swiglu" or self.ffn_bias or (self.linear_bias and self.ffn_bias is None):
+            raise ValueError("experts are SwiGLU networks without biases; set activation='swiglu' and ffn_bias=False")
+        if self.router_top_groups > self.router_groups or self.num_experts % self.router_groups:
+            raise ValueError(
+                f"router_groups = {self.router_groups} must divide num_experts = {self.num_experts}, and router_top_groups = "
+                f"{self.router_top_groups} be no more than that"
+            )
+        most = self.num_experts // self.router_groups * self.router_top_groups
+        if self.experts_per_token > most:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token}, but a token may choose from {most} experts"
+            )
 
     @cached_property
     def kv_heads(self) -> int:
@@ -109,7 +157,16 @@ class TransformerConfig:
 
     @cached_property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @cached_property
+    def rope_size(self) -> int:
+        """Features of a head that are turned."""
+        return int(self.head_dim * self.rope_share)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, from 0, has a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     @cached_property
     def inner_size(self) -> int:

@@ -2,7 +2,8 @@
 
 After Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053): `qkv` and `up` are split by their outputs, `out` and `down` by their
 inputs, so that a block needs two sums over the processes. Packed layers are put in an order in which each process has its
-own heads' queries, keys and values, and its own units' gates.
+own heads' queries, keys and values, and its own units' gates. Of a mixture, every process has its own experts and all tokens,
+so that a sum over the processes takes the place of sending tokens about.
 """
 
 from __future__ import annotations
@@ -15,12 +16,40 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import get_rank, get_world_size, init_process_group, is_initialized
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from unidiff.models.experts import Experts, MixtureOfExperts
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.process import pick_device
 
+
+class OwnExperts(ParallelStyle):
+    """Every process keeps its own of the stacked experts, and the sum of what all of them return is the output."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, _keep_own, output_fn=_add_up)  # type: ignore[arg-type]
+
+
+def _keep_own(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for key, value in list(module.named_parameters(recurse=False)):
+        own = distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(key, nn.Parameter(own, value.requires_grad))
+    assert isinstance(module, Experts)
+    module.first = mesh.get_local_rank() * (module.count // mesh.size())
+
+
+def _add_up(module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+    return DTensor.from_local(output, mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+
+
+STYLES: dict[str, type[ParallelStyle]] = {"columns": ColwiseParallel, "rows": RowwiseParallel, "experts": OwnExperts}
 PLAN = {"attention.qkv": "columns", "attention.out": "rows", "feed_forward.up": "columns", "feed_forward.down": "rows"}
+MIXTURE_PLAN = {
+    **{name: kind for name, kind in PLAN.items() if name.startswith("attention")},
+    **{f"feed_forward.shared.{name}": kind for name, kind in (("up", "columns"), ("down", "rows"))},
+    "feed_forward.experts": "experts",
+}
 
 
 def spread(model: MaskedTransformer, mesh: DeviceMesh | None = None) -> MaskedTransformer:
@@ -41,17 +70,30 @@ def spread(model: MaskedTransformer, mesh: DeviceMesh | None = None) -> MaskedTr
     c, size = model.settings, mesh.size()
     if c.qk_norm == "width":
         raise ValueError("a model with qk_norm='width' cannot be spread over processes: its norm spans all heads")
-    for name, count in (("num_heads", c.num_heads), ("num_kv_heads", c.kv_heads), ("feed-forward units", c.inner_size)):
+    parts = {"num_heads": c.num_heads, "num_kv_heads": c.kv_heads, "num_experts": c.num_experts}
+    dense = any(not c.has_experts(layer) for layer in range(c.num_layers))
+    parts |= {"feed-forward units": c.inner_size if dense else 0, "units of the shared expert": c.shared_expert_size}
+    for name, count in parts.items():
         if count % size:
             raise ValueError(f"the model has {count} {name}, which {size} processes cannot share evenly; start fewer")
-    styles = {"columns": ColwiseParallel, "rows": RowwiseParallel}
     for block in model.blocks:
         attention: Any = block.attention
         feed: Any = block.feed_forward
+        if mixed := isinstance(feed, MixtureOfExperts):
+            if not isinstance(feed.experts, Experts):
+                raise ValueError(
+                    "experts in few bits or with adapters cannot be spread over processes; load plain weights"
+                )
+            feed = feed.shared
         heads = [count * attention.head_dim for count in (attention.num_heads, *[attention.num_kv_heads] * 2)]
         _in_order(attention.qkv, heads, size)
-        _in_order(feed.up, [c.inner_size] * (feed.up.out_features // c.inner_size), size)
-        parallelize_module(block, mesh, {name: styles[kind]() for name, kind in PLAN.items()}, src_data_rank=None)
+        if feed is not None:
+            inner = feed.down.in_features
+            _in_order(feed.up, [inner] * (feed.up.out_features // inner), size)
+        plan = {name: STYLES[kind]() for name, kind in (MIXTURE_PLAN if mixed else PLAN).items()}
+        if feed is None:
+            plan = {name: style for name, style in plan.items() if ".shared." not in name}
+        parallelize_module(block, mesh, plan, src_data_rank=None)
         attention.num_heads, attention.num_kv_heads = attention.num_heads // size, attention.num_kv_heads // size
     model.mesh = mesh
     return model.to(_device(mesh))

@@ -88,7 +88,7 @@ class RotaryTables(NamedTuple):
     """cos and (-sin, sin) of every position's angles, `[B, L, 1, head_dim]`, shared by all layers and heads.
 
     RoFormer (Su et al. 2021), eq. 34: features i and i + d/2 of a head turn together by the angle position * theta^(-2i/d);
-    interleaved: features 2i and 2i + 1 do.
+    interleaved: features 2i and 2i + 1 do. Tables that are narrower than a head turn its first features.
     """
 
     cos: Tensor
@@ -106,6 +106,8 @@ class RotaryTables(NamedTuple):
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, L, H, d]` by the tables' angles; computed in the tables' dtype, returned in that of `x`."""
     cos, signed_sin, interleaved = tables
+    if (turned := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], tables), x[..., turned:]), dim=-1)
     if interleaved:  # pairs are complex numbers
         pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos[..., ::2], signed_sin[..., 1::2])).flatten(-2).to(x.dtype)

@@ -23,6 +23,7 @@ from unidiff.models.block import (
 )
 from unidiff.models.config import TransformerConfig
 from unidiff.models.denoiser import CachePlan, DenoiserTraits, LayerFlops, PartialHidden, Select
+from unidiff.models.experts import mixtures
 from unidiff.models.partial import partial_pass
 from unidiff.models.parts import FeedForward, Norm, RotaryTables, gather_rows, queries_of
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, TokenIndex
@@ -40,7 +41,7 @@ class MaskedTransformer(CheckedModel):
 
     _no_split_modules = _repeated_blocks = ("Block",)
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ("embed", "norm")  # their dtype is that of the features
+    _skip_layerwise_casting_patterns = ("embed", "norm", "router")  # the first have the dtype of the features
 
     @built_from(TransformerConfig)
     def __init__(self, config: TransformerConfig) -> None:
@@ -55,7 +56,7 @@ class MaskedTransformer(CheckedModel):
             nn.Embedding(c.grid_embeddings, size) if c.grid_embeddings else None for _ in range(2)
         )
         self.embed_time = TimeEmbedding(c.cond_dim) if c.time_conditioning else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
         self.final_norm = Norm(size, c.norm, c.norm_eps)
         self.final_ada_ln = AdaLN(c.cond_dim, size, branches=None) if c.time_conditioning else None
         self.output_weight = None if c.tie_head else nn.Parameter(torch.empty(c.vocab_size, size))
@@ -133,10 +134,18 @@ class MaskedTransformer(CheckedModel):
     def traits(self) -> DenoiserTraits:
         """See `PartialDenoiser`."""
         c, d = self.settings, self.settings.hidden_size
-        kv, matrices = c.head_dim * c.kv_heads, 3 if c.activation == "swiglu" else 2
-        layer = LayerFlops(2 * d * d, 2 * d * kv, 2 * d * kv, 2 * d * d, 2 * matrices * d * c.inner_size, 4 * d)
-        layers = (layer,) * c.num_layers
-        return DenoiserTraits(c.vocab_size, d, layers, True, c.block_length, c.timed, narrows=not c.shift)
+        q, kv, matrices = c.head_dim * c.num_heads, c.head_dim * c.kv_heads, 3 if c.activation == "swiglu" else 2
+        heads = 2 * d * q, 2 * d * kv, 2 * d * kv, 2 * d * q
+        dense, layers = 2 * matrices * d * c.inner_size, []
+        # of a mixture: the router, and the experts that a token passes
+        active = 2 * d * c.num_experts + 6 * d * (c.experts_per_token * (c.expert_size or 0) + c.shared_expert_size)
+        for layer in range(c.num_layers):
+            layers.append(LayerFlops(*heads, active if c.has_experts(layer) else dense, 4 * q))
+        known = {
+            "narrows": not c.shift,
+            "recordable": not c.num_experts,
+        }  # of experts, the host asks how many tokens each has
+        return DenoiserTraits(c.vocab_size, d, tuple(layers), True, c.block_length, c.timed, **known)
 
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`."""
@@ -169,7 +178,7 @@ class MaskedTransformer(CheckedModel):
             number = spans.number
             if c.rope_grid is not None:
                 factor = spans.side[..., None].to(dtype) / c.rope_grid
-        rotary = rotary_tables(positions, modality, c.head_dim, c.rope, c.rope_theta, factor, dtype)
+        rotary = rotary_tables(positions, modality, c.rope_size, c.rope, c.rope_theta, factor, dtype)
         if self.embed_image is None and self.embed_row is None:
             return rotary, None
         grid_index = torch.where((modality == Modality.IMAGE)[..., None], positions[..., 1:], 0)  # [B, L, 2]
@@ -271,6 +280,8 @@ class MaskedTransformer(CheckedModel):
                 nn.init.constant_(module.ffn_out_norm.weight, (2 * c.num_layers) ** -0.5)
             elif isinstance(module, (Attention, FeedForward)) and not (c.sandwich_norm or c.time_conditioning):
                 nn.init.zeros_(module.out.weight if isinstance(module, Attention) else module.down.weight)
+        for mixture in mixtures(self):
+            mixture.reset_experts(silent=not (c.sandwich_norm or c.time_conditioning))
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=0.02)
         for table in (self.embed_row, self.embed_column):
@@ -291,7 +302,7 @@ def rotary_tables(
 
     Args:
         positions, modality: as in `MaskedTransformer.hidden`.
-        head_dim: features per head; divisible by 4 for `kind="2d"`.
+        head_dim: features of a head that are turned; divisible by 4 for `kind="2d"`.
         kind: "1d": every token turns by its index. "2d": image tokens turn by row and column instead, in the
             interleaved layout [h0, w0, h1, w1, ...] of UniDisc, whose frequencies are theta^(-4i/head_dim).
         theta: base of the frequencies.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from unidiff.hub import Sought, locate
+from unidiff.models.experts import list_experts, stack_experts
 from unidiff.schema import check_value
 from unidiff.weights.adapter import ADAPTER_FILES, peft_for, read_adapter
 from unidiff.weights.model import CheckedModel
@@ -52,7 +53,7 @@ class PipelineAdapters(LoraBaseMixin):  # type: ignore[misc]
                 f"{type(self.transformer).__name__} takes no adapters; they go onto a transformer of blocks"
             )
         folder = locate(name, _ADAPTER, **hub_options) / (subfolder or "")
-        config, weights = read_adapter(folder, self.transformer)
+        config, weights = read_adapter(folder, self.transformer, self._ready_for)
         with warnings.catch_warnings(
             action="ignore"
         ):  # that there are several, and that few bits cannot be folded into
@@ -60,6 +61,17 @@ class PipelineAdapters(LoraBaseMixin):  # type: ignore[misc]
                 weights, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
             )
         self.transformer.eval().requires_grad_(False)
+
+    def _ready_for(self, names: Iterable[str]) -> None:
+        """Adapters of experts go onto layers of their own."""
+        if any(".experts." in name for name in names):
+            list_experts(self.transformer)
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters off again."""
+        super().unload_lora_weights()
+        if all(type(p.data).__name__ == "Tensor" and not p.is_meta for p in self.transformer.parameters()):
+            stack_experts(self.transformer)
 
     def fuse_lora(self, components: Sequence[str] = ("transformer",), **options: Any) -> None:
         """Fold the active adapters into the weights; `unfuse_lora` undoes it, `unload_lora_weights` then keeps their effect.

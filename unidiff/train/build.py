@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from unidiff.errors import read_json, reading
 from unidiff.files import replacing_folder
 from unidiff.models.config import TransformerConfig
+from unidiff.models.experts import list_experts, stack_experts
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.owned import check_replaceable, others_in_adapter
 from unidiff.schema import check_arguments
@@ -32,8 +33,10 @@ _LOOSE = ("attention", "block_length", "dropout", "grid_embeddings")  # what a p
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 _KEPT = ("mm", "addmm", *(f"_scaled_dot_product_{name}" for name in _ATTENTION))
 """What the backward pass does not compute again where recomputation is `selective`."""
-_PLACES = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
+_NETWORK = r"feed_forward\.(shared\.|experts\.\d+\.)?"  # of a layer, or one of a mixture's
+_PLACES = (r"attention\.qkv", r"attention\.out", rf"{_NETWORK}up", rf"{_NETWORK}down")
 LAYERS = dict(zip(LORA_TARGETS, _PLACES, strict=True))
+"""Regular expressions of their places in a block."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -139,7 +142,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put low-rank adapters of `config.rank` into every block and freeze all else. In place; rank 0 leaves the model as it is.
 
     The model keeps its class: peft replaces the layers, so training, averages and checkpoints know nothing of it. Fresh
-    adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator.
+    adapters change no output: one of their two factors is zero. The other is drawn from torch's global generator. Every expert
+    of a mixture gets its own, as a layer of its own.
 
     Raises:
         ValueError: peft is not installed, a target that no block has, or DoRA on weights with a row of zeros.
@@ -150,9 +154,11 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     if unknown := [name for name in names if name not in LAYERS]:
         raise ValueError(f"lora.targets has {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
     peft = peft_for("lora.rank is set")
+    if {"up", "down"} & set(names):
+        list_experts(model)
     if config.dora:
         _check_columns(model, names)
-    layers = "|".join(re.escape(LAYERS[name]) for name in names)
+    layers = "|".join(LAYERS[name] for name in names)
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_dora=config.dora,
         target_modules=rf"blocks\.\d+\.({layers})",
@@ -179,6 +185,8 @@ def merge_adapters(model: nn.Module) -> None:
         layer.merge()
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, layer.get_base_layer())
+    if adapted:
+        stack_experts(model)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
@@ -186,7 +194,7 @@ def merge_adapters(model: nn.Module) -> None:
 def _check_columns(model: nn.Module, names: list[str]) -> None:
     """DoRA divides by the length of every output's weights."""
     for name, layer in model.named_modules():
-        chosen = any(name.endswith("." + LAYERS[n]) for n in names)
+        chosen = any(re.search(rf"\.{LAYERS[n]}$", name) for n in names)
         if chosen and not layer.weight.is_meta and bool((layer.weight == 0).all(1).any()):
             raise ValueError(
                 f"lora.dora needs trained weights, {name} has outputs that are all zero; set checkpoint.init_from"

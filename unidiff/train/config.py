@@ -111,11 +111,17 @@ class TasksConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Modality weights of the training loss (validation always uses 1), and masked positions per call of the head, whose
-    fixed number keeps bf16 memory level on a CPU; nothing is dropped."""
+    fixed number keeps bf16 memory level on a CPU; nothing is dropped.
+
+    Args:
+        balance_weight: of the loss that keeps experts equally busy, see `unidiff.models.experts.balance_loss`; for models
+            with experts.
+    """
 
     text_weight: Amount = 1.0
     image_weight: Amount = 1.0
     chunk: Tokens = 1024
+    balance_weight: Amount = 0.01
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from unidiff.diffusion.likelihood import without_eos_fill
 from unidiff.diffusion.objective import joint_elbo, parts_loss, parts_nll
+from unidiff.models.experts import balance_loss, expert_loads, recorded_routings
 from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 from unidiff.tokens.transfer import moved
 from unidiff.train.config import ObjectiveConfig, ParallelConfig, TaskConfig, TasksConfig, TrainConfig
-from unidiff.train.cost.plan import TrainingRow, block_causal_pairs, model_size, row_flops
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import HiddenBatch, TaskBatch, TaskMixer
 from unidiff.train.optim import EMA, Optimisers
@@ -37,6 +37,7 @@ class TokenNLL:
     chunk: int  # masked positions per call of the head
     bf16: bool = False  # under autocast
     flex: bool = False  # masks of packed, padded or doubled rows are FlexAttention's
+    balance: float = 0.0  # weight of the experts' balance loss
 
     def ready(self, micro: TaskBatch, device: torch.device) -> HiddenBatch:
         """A batch of the host as the step takes it, on the device: one copy."""
@@ -46,10 +47,21 @@ class TokenNLL:
         with self._autocast(batch):
             return parts_nll(self._hidden(batch), self.model, batch.parts)
 
-    def loss(self, batch: HiddenBatch, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of weight * NLL over the hidden positions, divided by `normalizer`; and the NLLs, without gradients."""
-        with self._autocast(batch):
-            return parts_loss(self._hidden(batch), self.model, batch.parts, batch.clean.weight / normalizer)
+    def loss(self, batch: HiddenBatch, normalizer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of weight * NLL over the hidden positions, divided by `normalizer`; and without gradients the NLLs, and where
+        there are experts the balance loss and how many tokens each got, float32 `[1 + layers * E]`.
+
+        The balance loss of a batch counts as its targets do among those of the step.
+        """
+        with self._autocast(batch), recorded_routings(self.model) as routings:
+            loss, nll = parts_loss(self._hidden(batch), self.model, batch.parts, batch.clean.weight / normalizer)
+        if not routings:
+            return loss, nll, loss.new_zeros(0)
+        real = batch.noisy.batch.valid.flatten()
+        balance = balance_loss(routings, real) * (batch.clean.batch.targets.sum() / normalizer)
+        with torch.no_grad():
+            router = torch.cat([balance.detach()[None], expert_loads(routings, real).flatten()])
+        return loss + self.balance * balance if self.balance else loss, nll, router
 
     def _autocast(self, batch: HiddenBatch) -> torch.autocast:
         return torch.autocast(batch.clean.weight.device.type, torch.bfloat16, enabled=self.bf16)
@@ -88,7 +100,9 @@ class TrainState:
                 f"attention_kernel = 'flex' on {kind}: torch has no backward pass of FlexAttention there; use "
                 "attention_kernel=sdpa"
             )
-        token_nll = TokenNLL(model, vocabulary, config.objective.chunk, config.precision == "bf16", flex)
+        token_nll = TokenNLL(
+            model, vocabulary, config.objective.chunk, config.precision == "bf16", flex, config.objective.balance_weight
+        )
         optimisers, ema = Optimisers(model, config.optimiser), EMA(model, config.ema.decay, config.ema.warmup)
         return cls(token_nll, optimisers, ema, spike_factor=config.spike_factor, parallel=parallel)
 
@@ -123,6 +137,7 @@ class StepReport:
         spike: True when the step was skipped for a loss far above the ones before.
         nll, hidden: `[tasks, 2]`, summed nats at hidden positions per task and modality, and how many there were.
         rows: `[tasks]`. by_time: `[TIME_BUCKETS, 2]`, summed nats at hidden positions and their number, by mask rate.
+        balance: the experts' balance loss. loads: `[layers * E]`, tokens of each expert; empty without experts.
     """
 
     def __init__(self, numbers: Tensor) -> None:
@@ -136,7 +151,8 @@ class StepReport:
 
     def _part(self, name: str) -> Tensor:
         self.numbers = self.numbers.cpu()
-        parts = self.numbers.split([math.prod(shape) for shape in _SHAPES.values()])
+        sizes = [math.prod(shape) for shape in _SHAPES.values()]
+        parts = self.numbers[: sum(sizes)].split(sizes)
         return dict(zip(_SHAPES, parts, strict=True))[name].view(_SHAPES[name])
 
     loss = property(lambda self: float(self._part("loss")))
@@ -147,6 +163,12 @@ class StepReport:
     hidden = property(lambda self: self._part("sums")[1])
     rows = property(lambda self: self._part("sums")[2, :, 0])
     by_time = property(lambda self: self._part("by_time"))
+    balance = property(lambda self: self._router()[:1].sum())
+    loads = property(lambda self: self._router()[1:])
+
+    def _router(self) -> Tensor:
+        self.numbers = self.numbers.cpu()
+        return self.numbers[sum(math.prod(shape) for shape in _SHAPES.values()) :]
 
     @property
     def taken(self) -> bool:
@@ -183,19 +205,21 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
     normalizer: Tensor = sum(b.clean.batch.targets.sum() for b in ready)  # type: ignore[assignment]
     if parallel.size > 1:
         normalizer = parallel.sum(normalizer) / parallel.size
-    loss = torch.zeros((), device=device)
+    loss, router = torch.zeros((), device=device), torch.zeros((), device=device)
     sums, by_time = torch.zeros(_SUMS, device=device), torch.zeros(_BY_TIME, device=device)
     state.optimisers.zero_grad()
     for micro in ready:
         with parallel.accumulating(last=micro is ready[-1]):
             # 2. transformer, 3. NLL at hidden positions, 4. loss: weighted, normalised by the targets of the whole step
-            part, nll = state.averaged_loss(micro, normalizer)
+            part, nll, routed = state.averaged_loss(micro, normalizer)
             # 5. backward
             part.backward()
         loss += part.detach()
+        router = router + routed
         _add_sums(sums, by_time, nll, micro)
-    numbers = parallel.sum(torch.cat([loss[None], sums.flatten(), by_time.flatten()])).double()
-    value = numbers[0] / parallel.size
+    numbers = parallel.sum(torch.cat([loss[None], sums.flatten(), by_time.flatten(), router])).double()
+    value, (numbers, router) = numbers[0] / parallel.size, numbers.tensor_split([len(numbers) - len(router)])
+    router[:1] /= parallel.size
     # 6. clip, and refuse to step on numbers that are not finite, or on a spike
     norm = state.optimisers.clip()
     state.optimisers.set_rate(rate_factor)
@@ -209,7 +233,7 @@ def train_step(state: TrainState, batches: Sequence[TaskBatch], rate_factor: flo
     state.level = torch.where(taken, level, state.level)
     state.step += 1
     return StepReport(
-        torch.cat([value[None], numbers[1:], torch.stack([norm.double(), finite.double(), spike.double()])])
+        torch.cat([value[None], numbers[1:], torch.stack([norm.double(), finite.double(), spike.double()]), router])
     )
 
 
@@ -310,81 +334,3 @@ def _score(token_nll: TokenNLL, mixer: TaskMixer, index: Tensor, task: int) -> T
     nll = token_nll(hidden)[:, -micro.batch.shape[1] :]  # [B, L]
     terms, words = (joint_elbo(nll, micro.weight, batch) for batch in (micro.batch, kept))
     return torch.stack([part.double() for part in (terms.row_text, terms.row_image, words.row_text)], dim=1)
-
-
-class TaskMeter:
-    """Sums step reports between two log lines; per task and modality apart."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-
-    def add(self, report: StepReport) -> None:
-        if report.taken:
-            self._steps += 1
-            for name in ("loss", "grad_norm", "nll", "hidden", "rows", "by_time"):
-                value = torch.as_tensor(getattr(report, name), dtype=torch.float64)
-                self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call: `loss`, `grad_norm`, `share/<task>`, and nats per hidden token:
-        `nll/<task>/<modality>`, and `nll_at/<from>-<to>` by mask rate."""
-        if not self._steps:
-            return {}
-        sums, out = self._sums, {name: float(self._sums[name]) / self._steps for name in ("loss", "grad_norm")}
-        for number, task in enumerate(TASKS):
-            if sums["rows"][number] > 0:
-                out[f"share/{task}"] = float(sums["rows"][number] / sums["rows"].sum())
-            for column, modality in enumerate(("text", "image")):
-                if (count := float(sums["hidden"][number, column])) > 0:
-                    out[f"nll/{task}/{modality}"] = float(sums["nll"][number, column]) / count
-        for number, (nll, count) in enumerate(sums["by_time"].tolist()):
-            if count > 0:
-                out[f"nll_at/{number / TIME_BUCKETS:.1f}-{(number + 1) / TIME_BUCKETS:.1f}"] = nll / count
-        self._sums, self._steps = {}, 0
-        return out
-
-
-class SpeedMeter:
-    """How fast a run of so many processes goes between two log lines, and what it waits for."""
-
-    def __init__(self, config: TrainConfig, source: TokenSource, processes: int) -> None:
-        text, image = source.text_length, source.grid[0] * source.grid[1]
-        vocabulary, size = source.vocabulary, model_size(config.model, source.vocabulary.size)
-        block = config.model.get("block_length")
-        pairs = block_causal_pairs(text + image, block) if block else None
-        row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size, 0.0, pairs)
-        self._row_flops = row_flops(size, row).total  # without the head, whose share the masks decide
-        self._token_flops = tuple(6.0 * size.hidden_size * n for n in (vocabulary.text_size, vocabulary.image_size))
-        self._tokens, self._rows = config.rows_per_step * (text + image), config.rows_per_step
-        self._peak = config.logging.peak_tflops * 1e12 * processes
-        self._reset()
-
-    def _reset(self) -> None:
-        self._seconds, self._waited, self._done = 0.0, 0.0, 0  # the last in tokens
-        self._scored = torch.zeros(2, dtype=torch.float64)
-
-    def add(self, report: StepReport, seconds: float, waited: float, tokens: int | None = None) -> None:
-        """A step that took `seconds`, `waited` of them for its data.
-
-        Args:
-            tokens: of the step, over all processes, where rows have other lengths than pairs; attention is then counted as in
-                as many tokens of pairs.
-        """
-        self._done += self._tokens if tokens is None else tokens
-        self._seconds, self._waited = self._seconds + seconds, self._waited + waited
-        self._scored += report.hidden.double().sum(0)
-
-    def take(self) -> dict[str, float]:
-        """Since the last call: `tokens_per_second`; `data_wait`, the share of time without data; `tflops`, useful
-        10^12 operations per second of all processes; `mfu`, their share of the peak where `logging.peak_tflops` says it."""
-        if not self._done:
-            return {}
-        scored = sum(n * f for n, f in zip(self._scored.tolist(), self._token_flops, strict=True))
-        flops = (self._done / self._tokens * self._rows * self._row_flops + scored) / self._seconds
-        out = {"tokens_per_second": self._done / self._seconds, "tflops": flops / 1e12}
-        out["data_wait"] = self._waited / self._seconds
-        if self._peak:
-            out["mfu"] = flops / self._peak
-        self._reset()
-        return out

@@ -27,12 +27,13 @@ from unidiff.train.data.samples import sheet_sampler
 from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer
+from unidiff.train.meters import SpeedMeter, TaskMeter
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
 from unidiff.train.run.logs import Progress, RunLog, stop_on_signals
 from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as
-from unidiff.train.step import SpeedMeter, StepReport, TaskMeter, TrainState, report_names, train_step, validate
+from unidiff.train.step import StepReport, TrainState, report_names, train_step, validate
 
 _LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
@@ -133,7 +134,7 @@ class Trainer:
             OSError: a full or read-only disk and the like, with the name of the file; the last checkpoint stays.
         """
         settings, state, report = self.config, self.state, {}
-        meter, overdue, stopped, began, said = TaskMeter(), False, False, state.step, ""
+        meter, overdue, stopped, began, said = TaskMeter(state.model.settings.num_experts), False, False, state.step, ""
         with ExitStack() as stack:
             stack.enter_context(self.parallel.locked(self.folder, "training"))
             log, progress = self._open_logs(stack)

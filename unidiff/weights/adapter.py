@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,13 @@ def save_adapter(model: nn.Module, folder: Path, share: float = 1.0) -> None:
     save_file({f"{_PREFIX}{name}": value for name, value in weights.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
-def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(
+    folder: Path, model: nn.Module, ready: Callable[[Iterable[str]], None] = lambda names: None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings of `peft.LoraConfig`, and weights by their names in `model`, of a folder that `save_adapter` or peft wrote.
+
+    Args:
+        ready: called with these names before they are looked for in the model.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -68,6 +73,7 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[s
     for name, value in weights.items():
         check_dtype(f"{name} of {path}", value)
     check_finite(weights, str(path))
+    ready(weights)
     if bad := [name for name, value in weights.items() if not _fits(name, value, model)]:
         raise ValueError(f"{path} is for another model: {few(map(plain, bad))} fits no layer of this one")
     return {name: value for name, value in config.items() if name in known}, weights

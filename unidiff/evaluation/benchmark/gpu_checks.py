@@ -20,7 +20,7 @@ from torch import nn
 from unidiff.decoding import ModalityDecoding, SamplerOutput, draw
 from unidiff.errors import few
 from unidiff.evaluation.benchmark.gpu_check import DeviceCheck, Found, NotRun, Place
-from unidiff.evaluation.benchmark.measure import copy_bandwidth, matmul_peak, measure_steps, seconds_of
+from unidiff.evaluation.benchmark.measure import copy_bandwidth, matmul_peak, measure_mixture, measure_steps, seconds_of
 from unidiff.evaluation.benchmark.random_weights import (
     SUITES,
     RandomDecode,
@@ -30,6 +30,8 @@ from unidiff.evaluation.benchmark.random_weights import (
     random_model,
     request,
 )
+from unidiff.models.config import TransformerConfig
+from unidiff.models.experts import MixtureOfExperts
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import timed
@@ -94,6 +96,32 @@ def rates(place: Place) -> Found:
         rows.append({"what": f"{suite.peak_size}^2 matrices, {_name(dtype)}", "rate": rate, "unit": "TFLOP/s"})
     bandwidth = copy_bandwidth(suite.copy_bytes, place.device) / 1e9
     return Found([*rows, {"what": f"copy of {suite.copy_bytes >> 20} MiB", "rate": bandwidth, "unit": "GB/s"}])
+
+
+def mixture(place: Place) -> Found:
+    """A mixture of experts beside dense products of as many operations; and its answers by one product and by many."""
+    width, experts = (64, 8) if place.tiny else (1024, 64)
+    rows: list[dict[str, Any]] = []
+    for inner in (width // 2, width):
+        shape = {"hidden_size": width, "num_heads": width // 64, "num_experts": experts, "expert_size": inner}
+        config = TransformerConfig(1, **shape, experts_per_token=min(8, experts // 2))  # type: ignore[arg-type]
+        for tokens in (64,) if place.tiny else (64, 1024, 16384):
+            found = measure_mixture(config, tokens, torch.bfloat16, place.device)
+            named = {
+                "experts": f"{config.experts_per_token} of {experts}",
+                "width": f"{width} x {inner}",
+                "tokens": tokens,
+            }
+            rates = {"mixture": found.mixture / 1e12, "dense": found.dense / 1e12, "unit": "TFLOP/s"}
+            rows.append({**named, **rates, "share %": 100 * found.share})
+    with torch.device(place.device):
+        layer = MixtureOfExperts(config).to(torch.bfloat16)
+    layer.reset_experts(silent=False)
+    x = torch.randn(256, width, device=place.device).bfloat16()
+    with torch.no_grad():
+        one, many = (layer.experts(x, layer.router(x), grouped).float() for grouped in (True, False))
+    error = float((one - many).norm() / many.norm())
+    return Found(rows, "" if error < 0.02 else f"One product for all experts differs by {error:.2g} from many.")
 
 
 def fused_draw(place: Place) -> Found:
@@ -250,7 +278,8 @@ CHECKS: Sequence[DeviceCheck] = (
     DeviceCheck("steps-1.4b", "Full and cached passes of the 1.4B shape.", 30, partial(steps, "gpu-1.4b")),
     DeviceCheck("steps-8b", "Full and cached passes of the 8B shape.", 60, partial(steps, "gpu-8b")),
     DeviceCheck("packing", "Packed rows by FlexAttention and by a dense mask.", 45, packing),
-    DeviceCheck("dtypes", "Tokens of bf16 and of float32.", 60, dtypes),
+    DeviceCheck("mixture", "A mixture of experts beside dense products.", 10, mixture),
+    DeviceCheck("dtypes", "Tokens of bf16 and of float32.", 50, dtypes),
     DeviceCheck("training", "Steps of training.", 75, training),
 )
 

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import unidiff.decoding
@@ -23,11 +24,16 @@ from unidiff.decoding.row_decode import RowDecode, RowWork
 from unidiff.errors import read_json
 from unidiff.evaluation.report import sources_hash
 from unidiff.files import write_json
+from unidiff.models.config import TransformerConfig
 from unidiff.models.denoiser import CachePlan
+from unidiff.models.experts import MixtureOfExperts
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.process import timed
 from unidiff.tokens import TokenBatch
+
+LAYERS = ("qkv", "out", "up", "down")
+"""Names of the linear layers of a block."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,18 @@ class MatmulRates:
         return slow if low == high else slow + (fast - slow) * math.log(rows / low) / math.log(high / low)
 
 
+@dataclass(frozen=True)
+class MixtureRates:
+    """FLOP/s of the experts' products in a whole mixture (router, sorting and sums take time too), and of dense products."""
+
+    mixture: float
+    dense: float
+
+    @property
+    def share(self) -> float:
+        return self.mixture / self.dense
+
+
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Median time of a call, after one that does not count."""
     return median([timed(work, device)[1] for _ in range(repeats + 1)][1:])
@@ -63,16 +81,40 @@ def row_counts(length: int, block: int) -> list[int]:
 
 @torch.no_grad()
 def measure_rates(model: MaskedTransformer, rows: Sequence[int]) -> MatmulRates:
-    """Rates of the linear layers of all blocks, one after the other as in a pass, for ascending numbers of rows."""
-    blocks: list[Any] = list(model.blocks)
-    layers = [(b.attention.qkv, b.attention.out, b.feed_forward.up, b.feed_forward.down) for b in blocks]
-    weights = [layer.weight for of_block in layers for layer in of_block]
+    """Rates of the dense linear layers of all blocks, one after the other as in a pass, for ascending numbers of rows."""
+    named = (module for name, module in model.blocks.named_modules() if name.rpartition(".")[2] in LAYERS)
+    weights = [module.weight for module in named if isinstance(module, nn.Linear)]
     points = []
     for n in rows:
         inputs = {w.shape[1]: torch.randn(n, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
         seconds = seconds_of(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights], model.device)  # noqa: B023
         points.append((n, 2 * n * sum(w.numel() for w in weights) / seconds))
     return MatmulRates(tuple(points))
+
+
+@torch.no_grad()
+def measure_mixture(
+    config: TransformerConfig, tokens: int, dtype: torch.dtype, device: torch.device, runs: int = 5
+) -> MixtureRates:
+    """A mixture of experts on random tokens beside dense products of as many operations, in turn.
+
+    Args:
+        config: with experts. runs: of each; the median counts, after one that does not.
+    """
+    with torch.device(device):
+        mixture, x = MixtureOfExperts(config), torch.randn(tokens, config.hidden_size)
+    mixture.reset_experts(silent=False)
+    nn.init.normal_(mixture.router.weight, std=config.hidden_size**-0.5)
+    mixture, x = mixture.to(dtype), x.to(dtype)
+    inner = config.experts_per_token * (config.expert_size or 0) + config.shared_expert_size
+    up, down = (
+        torch.randn(*shape, device=device).to(dtype) for shape in ((2 * inner, x.shape[1]), (x.shape[1], inner))
+    )
+    between = torch.randn(tokens, inner, device=device).to(dtype)
+    works = lambda: mixture(x), lambda: (F.linear(x, up), F.linear(between, down))
+    seconds = [[timed(work, device)[1] for work in works] for _ in range(runs + 1)][1:]
+    flops = 6 * tokens * inner * x.shape[1]  # without the router
+    return MixtureRates(*(flops / median(own) for own in zip(*seconds, strict=True)))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from unidiff.models.experts import Router, list_experts
+
 BLOCKS = ("blocks.", "double_blocks.", "single_blocks.")
 PACKED = "qkv"  # caches take rows of these weights, so they stay sliceable and on the device
 KINDS = ("int8", "int4")
@@ -19,7 +21,7 @@ def quantise(model: M, kind: str = "int8", group_size: int = 32) -> M:
 
     The memory falls when it is done: the whole model has to be there first, and torchao's working copies come on top.
     Embeddings, norms and heads keep their dtype. "int4" stores packed queries, keys and values in int8, because caches
-    read rows of them, which int4's layout does not allow.
+    read rows of them, which int4's layout does not allow. Experts become linear layers of their own, routers keep their dtype.
 
     Args:
         model: a `MaskedTransformer` or `MMDiT`, on its device and in its dtype (bfloat16, say); changed in place.
@@ -36,6 +38,7 @@ def quantise(model: M, kind: str = "int8", group_size: int = 32) -> M:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError("int8 and int4 weights need torchao; pip install 'unidiff[quantise]'") from error
+    list_experts(model)
     layers = block_layers(model)
     if kind == "int4" and (odd := [n for n, m in layers.items() if m.in_features % group_size and PACKED not in n]):
         width = layers[odd[0]].in_features
@@ -51,7 +54,8 @@ def quantise(model: M, kind: str = "int8", group_size: int = 32) -> M:
 def offload(model: M, device: torch.device | str, folder: str | Path | None = None) -> M:
     """Keep most linear layers of all blocks in host memory, or on disk, and bring each to the device while it computes.
 
-    Packed queries, keys and values, embeddings, norms and heads stay on the device, so every cache works.
+    Packed queries, keys and values, embeddings, norms, routers and heads stay on the device, so every cache works. Of the
+    experts, those come that have a token to work on.
 
     Args:
         model: a `MaskedTransformer` or `MMDiT` on the CPU; changed in place. device: where to compute.
@@ -65,6 +69,7 @@ def offload(model: M, device: torch.device | str, folder: str | Path | None = No
         from accelerate import cpu_offload, disk_offload
     except ImportError as error:
         raise ImportError("offloading needs accelerate; pip install 'unidiff[offload]'") from error
+    list_experts(model)
     layers = {name: layer for name, layer in block_layers(model).items() if name.rpartition(".")[2] != PACKED}
     if away := [name for name, value in model.named_parameters() if value.device.type != "cpu"]:
         raise ValueError(f"{away[0]} is not on the CPU; offload a model that was loaded there")
@@ -81,8 +86,9 @@ def offload(model: M, device: torch.device | str, folder: str | Path | None = No
 
 
 def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside the blocks by name; `ValueError` for a model without any."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(BLOCKS)}
+    """The linear layers inside the blocks by name, without routers; `ValueError` for a model without any."""
+    modules = ((n, m) for n, m in model.named_modules() if n.startswith(BLOCKS) and not isinstance(m, Router))
+    found = {n: m for n, m in modules if isinstance(m, nn.Linear)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no blocks with linear layers; expected a denoiser of unidiff")
     return found

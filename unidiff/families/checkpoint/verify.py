@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unidiff.families.checkpoint.config_keys import section
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Config, Family, Release
+from unidiff.models.experts import idle_weights
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
@@ -34,7 +35,7 @@ class Description:
 
     Attributes:
         family: name. image_tokenizer: family of the codes that it reads. settings: of our model.
-        dtypes: number of parameters by dtype.
+        dtypes: number of parameters by dtype. active: how many of them a token passes; all without experts.
         weight_bytes: of weights and buffers, as stored or in the dtype asked for.
         tokens: length of the row that `pass_bytes` is for; None for an image tokenizer.
         pass_bytes: estimate of what one pass at batch 1 adds: the widest layer, and the logits of every token.
@@ -43,6 +44,7 @@ class Description:
     family: str
     image_tokenizer: str | None
     dtypes: Mapping[str, int]
+    active: int
     weight_bytes: int
     tokens: int | None
     pass_bytes: int
@@ -58,7 +60,8 @@ class Description:
         kinds = ", ".join(f"{name} {count / self.parameters:.0%}" for name, count in self.dtypes.items())
         out = {
             "family": self.family,
-            "parameters": f"{self.parameters:,}",
+            "parameters": f"{self.parameters:,}"
+            + (f", {self.active:,} active" if self.active < self.parameters else ""),
             "dtype": kinds if len(self.dtypes) > 1 else next(iter(self.dtypes), "none"),
             "memory": f"{gigabytes(self.weight_bytes)} of weights",
         }
@@ -89,6 +92,7 @@ def describe(name: str | Path, **options: Any) -> Description:
         released.family.name,
         released.family.image_tokenizer,
         dtypes=dict(dtypes.most_common()),
+        active=sum(dtypes.values()) - idle_weights(released.model),
         weight_bytes=sum(value.nbytes for value in released.model.state_dict().values()),
         tokens=tokens,
         pass_bytes=0 if tokens is None else pass_bytes(released.model, tokens),
@@ -117,8 +121,13 @@ def pass_bytes(model: nn.Module, tokens: int) -> int:
     """Rough memory of one forward pass at batch 1: residual, queries, keys, values, the inner layer, and all logits."""
     width = next(model.parameters()).element_size()
     if isinstance(model, MaskedTransformer):
-        c, first = model.config, cast(Any, model.blocks[0])
-        inner = first.feed_forward.up.weight.shape[0]
+        c = model.settings
+        inner = c.inner_size * (2 if c.activation == "swiglu" else 1)
+        if any(
+            map(c.has_experts, range(c.num_layers))
+        ):  # every token once per expert that it passes: input, inner layer, output
+            routed = c.experts_per_token * (2 * c.hidden_size + 2 * (c.expert_size or 0)) + 2 * c.shared_expert_size
+            inner = max(inner, routed)
         return tokens * (width * (6 * c.hidden_size + 2 * inner) + 4 * c.vocab_size)
     assert isinstance(model, MMDiT)
     c = model.config

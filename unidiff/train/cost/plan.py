@@ -22,6 +22,7 @@ from unidiff.diffusion.streamed_nll import TILE_ELEMENTS
 from unidiff.errors import first_line
 from unidiff.families.family import named_vocabulary
 from unidiff.models.config import TransformerConfig
+from unidiff.models.experts import idle_weights
 from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
@@ -36,7 +37,10 @@ class ModelSize:
     """Weights of a model by place."""
 
     total: int
-    block_linear: int  # of the linear layers inside all blocks, which every token passes through
+    active: int  # total without the experts that a token does not pass
+    block_linear: int  # of the linear layers inside all blocks, as many as one token passes through
+    matrices: int  # of two dimensions inside blocks
+    stacked: int  # of experts, which are stacked matrices
     pair_flops: int  # attention of one query to one key, all layers together, forward
     blocks: int  # everything inside blocks
     embedding: int  # of tokens and modalities
@@ -55,7 +59,10 @@ def model_size(settings: Mapping[str, Any], vocab_size: int) -> ModelSize:
     embeddings = [m.weight.numel() for m in (model.embed_tokens, model.embed_modality) if m is not None]
     outputs = [p.numel() for p in (model.output_weight, model.output_bias) if p is not None]
     return ModelSize(
-        total=sum(p.numel() for p in model.parameters()),
+        total=(total := sum(p.numel() for p in model.parameters())),
+        active=total - idle_weights(model),
+        matrices=sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2),
+        stacked=sum(p.numel() for p in model.blocks.parameters() if p.ndim == 3),
         block_linear=sum(layer.token for layer in model.traits.layers) // 2,  # a weight: a product and a sum per token
         pair_flops=sum(layer.pair for layer in model.traits.layers),
         blocks=sum(p.numel() for p in model.blocks.parameters()),
@@ -164,8 +171,9 @@ class Plan:
     def lines(self, gpus: int, memory: float | None, tflops: float | None) -> Iterator[str]:
         """The plan for a person. memory: GiB of one GPU. tflops: TFLOP/s that one GPU keeps up."""
         size, row, parts = self.size, self.row, self.flops
+        active = f", {size.active / 1e6:.1f} M active for a token" if size.active < size.total else ""
         yield (f"parameters   {size.total / 1e6:.1f} M: blocks {size.blocks / 1e6:.1f}, embeddings "
-               f"{size.embedding / 1e6:.1f}, head {size.head / 1e6:.1f}")  # fmt: skip
+               f"{size.embedding / 1e6:.1f}, head {size.head / 1e6:.1f}{active}")  # fmt: skip
         yield (f"rows         {row.text} text + {row.image} image tokens; {self.rows_per_step} rows, "
                f"{self.rows_per_step * row.length} tokens per step; {self.rows_per_gpu} rows per GPU and pass")  # fmt: skip
         shares = [100 * part / parts.total for part in (parts.blocks, parts.attention, parts.head)]
@@ -243,36 +251,49 @@ def state_bytes(config: TrainConfig, size: ModelSize) -> int:
     if config.lora.rank:
         trained = adapter_parameters(config)
         return 8 * size.total + round((12 + moments) * trained)  # frozen weights are averaged too
-    matrices = size.block_linear if config.optimiser.name == "muon" else 0
+    matrices = size.matrices if config.optimiser.name == "muon" else 0
     return 12 * size.total + round(moments * (size.total - matrices)) + 4 * matrices
 
 
 def adapter_parameters(config: TrainConfig) -> int:
-    """Weights of low-rank adapters on the four linear layers of every block."""
+    """Weights of low-rank adapters on the linear layers of every block, those of all experts among them."""
     c, rank = TransformerConfig(1, **config.model), config.lora.rank
-    d, kv, inner = c.hidden_size, c.head_dim * c.kv_heads, c.inner_size
-    up = 2 * inner if c.activation == "swiglu" else inner
-    shapes = {"qkv": (d, d + 2 * kv), "out": (d, d), "up": (d, up), "down": (inner, d)}
-    wanted: Sequence[str] = config.lora.targets or list(shapes)
-    per_block = sum(rank * sum(shapes[name]) + (shapes[name][1] if config.lora.dora else 0) for name in wanted)
-    return per_block * c.num_layers
+    d, q, kv = c.hidden_size, c.head_dim * c.num_heads, c.head_dim * c.kv_heads
+    wanted: Sequence[str] = config.lora.targets or ["qkv", "out", "up", "down"]
+
+    def weights(name: str, inputs: int, outputs: int) -> int:
+        return (rank * (inputs + outputs) + (outputs if config.lora.dora else 0)) if name in wanted else 0
+
+    def network(inner: int) -> int:
+        return weights("up", d, 2 * inner if c.activation == "swiglu" else inner) + weights("down", inner, d)
+
+    mixture = c.num_experts * network(c.expert_size or 0) + (
+        network(c.shared_expert_size) if c.shared_expert_size else 0
+    )
+    feed = sum(mixture if c.has_experts(layer) else network(c.inner_size) for layer in range(c.num_layers))
+    return feed + c.num_layers * (weights("qkv", d, q + 2 * kv) + weights("out", q, d))
 
 
 def block_activation_bytes(model: Mapping[str, Any], bf16: bool = True) -> int:
-    """Bytes that autograd keeps of one token in one block (fused attention and norms).
+    """Bytes that autograd keeps of one token in one block (fused attention and norms), a mean where blocks differ.
 
     The residual stream and the inputs of norms are float32, the inputs of matmuls bf16 under autocast.
     """
     low = 2 if bf16 else 4
     c = TransformerConfig(1, **model)
-    d, kv = c.hidden_size, c.head_dim * c.kv_heads
+    d, q, kv = c.hidden_size, c.head_dim * c.num_heads, c.head_dim * c.kv_heads
     norms = 2 * 4 * d  # residual stream before attention and before the feed-forward
     matmuls = 2 * low * d  # inputs of qkv and up
-    attention = low * (d + 2 * kv) + low * (d + kv) + low * d  # qkv (v is a view of it), rotated q and k, the output
+    attention = low * (q + 2 * kv) + low * (q + kv) + low * q  # qkv (v is a view of it), rotated q and k, the output
     if bf16 and c.qk_norm != "none":
-        attention += 4 * (d + kv)  # float32 copies of the two norms' inputs
+        attention += 4 * (q + kv)  # float32 copies of the two norms' inputs
     # gate, up, silu(gate), product | up, gelu(up)
-    feed_forward = low * c.inner_size * (4 if c.activation == "swiglu" else 2)
+    dense = low * c.inner_size * (4 if c.activation == "swiglu" else 2)
+    # scores | of each expert of a token: input, the same as above, output before and after it is brought back
+    mixture = 4 * (d + 2 * c.num_experts) + 4 * low * c.shared_expert_size
+    mixture += low * c.experts_per_token * (3 * d + 4 * (c.expert_size or 0))
+    mixed = sum(map(c.has_experts, range(c.num_layers)))
+    feed_forward = (mixed * mixture + (c.num_layers - mixed) * dense) // c.num_layers
     sandwich = 2 * 4 * d if c.sandwich_norm else 0
     dropout = 2 * d if c.dropout else 0  # bool masks
     return norms + matmuls + attention + feed_forward + sandwich + dropout
@@ -293,7 +314,8 @@ def _layout(
     low = 2 if config.precision == "bf16" else 0
     one_block = size.blocks // size.num_layers
     if mode == "ddp":
-        weights = state_bytes(config, size) + low * size.block_linear  # autocast's copies live until the backward pass
+        copied = size.matrices + size.stacked if size.stacked else size.block_linear
+        weights = state_bytes(config, size) + low * copied  # autocast's copies live until the backward pass
     else:
         gathered = 2 * 4 * one_block + 2 * 4 * (size.total - size.blocks)  # two blocks; embeddings, head, gradients
         weights = state_bytes(config, size) // (gpus // replicas) + gathered + low * one_block
