@@ -305,9 +305,8 @@ class Trainer:
         `device` None is the run's. `adapter`: where to write adapters, if there are any, before they are folded in."""
         average, adapted = {}, self.config.lora.rank > 0
         for name, value in self.state.ema.average.items():
-            full = whole(value)
+            full, kept = whole(value), torch.float32 if adapted else dtype
             if self.parallel.main:  # a copy where adapters will be folded in, which changes weights in place
-                kept = torch.float32 if adapted else dtype
                 average[name] = full.to(device or full.device, kept, copy=adapted)
         if not self.parallel.main:
             return None
