@@ -34,6 +34,7 @@ from unidiff.cli.data import data_app, encode, shards, tokenizer_app
 from unidiff.cli.emoji import emoji_app
 from unidiff.cli.evaluation import eval_app
 from unidiff.cli.runs import configs_app, runs
+from unidiff.cli.scoring import score
 from unidiff.cli.tokens import change_app
 from unidiff.cli.tools import demo, pack, profile_cache
 from unidiff.cli.training import benchmark, finetune, plan, reward, train
@@ -230,6 +231,7 @@ for command in (
     runs,
 ):
     app.command()(command)
+eval_app.command("score")(score)
 for group in (eval_app, data_app, tokenizer_app, configs_app, change_app, emoji_app):
     app.add_typer(group)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from unidiff.evaluation.networks.base import NamedNetwork
 from unidiff.world import World, later
 
 EMOJI = World(
@@ -16,3 +17,4 @@ EMOJI = World(
     pictures=later("unidiff.worlds.emoji.table:picture_source"),
     cells=later("unidiff.worlds.emoji.table:sprite_cells"),
 )
+READER = NamedNetwork("emoji", later("unidiff.worlds.emoji.features:load_reader"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.evaluation.benchmark.trials import REFERENCE, JudgedTasks
-from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures
+from unidiff.evaluation.metrics.base import CaptionedPictures, model_metrics
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.worlds.emoji.cases import (
@@ -24,6 +24,7 @@ from unidiff.worlds.emoji.cases import (
     question_cases,
     task_seed,
 )
+from unidiff.worlds.emoji.features import reader_network
 from unidiff.worlds.emoji.judge import TASKS, EmojiEval, PipelineModel, yardstick
 from unidiff.worlds.emoji.language import (
     caption_distribution,
@@ -77,7 +78,8 @@ def run_emoji_eval(
     """
     if per_task is not None and per_task < 1:
         raise ValueError(f"per_task is {per_task}; an evaluation needs at least one case")
-    known = (*TASKS, SECOND, *METRICS)
+    metrics = model_metrics()
+    known = (*TASKS, SECOND, *metrics)
     if unknown := [task for task in tasks if task not in known]:
         raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(known)}")
     if SECOND in tasks and "text_to_image" not in tasks:
@@ -97,9 +99,9 @@ def run_emoji_eval(
             progress("second reader")
             prompts, pictures = zip(*judge.drawn, strict=True)
             compare_readers(prompts, torch.stack(pictures), profile, report)
-        for name in (task for task in tasks if task in METRICS):
+        for name in (task for task in tasks if task in metrics):
             progress(name)
-            for key, value in METRICS[name].measure(pipe, captions(cases(name), seed, profile, batch_size)).items():
+            for key, value in metrics[name](pipe, captions(cases(name), seed, profile, batch_size)).items():
                 report.add(key, value)
     finally:
         pipe.set_progress_bar_config(**hidden_bar)
@@ -129,7 +131,7 @@ def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> Capti
             wrong_captions(caption, scene, profile.names, DISTRACTORS, random.Random(f"retrieval|{seed}|{i}"))
             for i, (scene, caption) in enumerate(cases)
         ],
-        *(seed, batch_size),
+        *(seed, batch_size, reader_network(profile)),
     )
 
 
