@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from unidiff.registry import Registry
+
+
+@dataclass(frozen=True)
+class TaskExample:
+    """What a person may ask of a model.
+
+    Args:
+        task: a method of the pipeline. words: its prompt, question or text. picture: a PIL image of the model's size.
+        hole: of the same size, white where to repaint.
+    """
+
+    task: str
+    words: str = ""
+    picture: Any = None
+    hole: Any = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class World:
         benchmark: () -> `JudgedTasks`, what the benchmark of decodes asks.
         reward: (pipe, seed, kinds) -> a reward of prompts and pictures, and prompts by number.
         pictures: (profile, kinds, seed) -> a picture by number, float32 `[3, H, W]` in [0, 1].
+        examples: (pipe) -> `TaskExample`s of what its models can do.
         cells: (profile, factor) -> every cell of every object on all backgrounds, and the cells of these alone.
     """
 
@@ -37,6 +53,7 @@ class World:
     reward: Callable[..., tuple[Any, Callable[[int], str]]]
     pictures: Callable[..., Callable[[int], Any]]
     cells: Callable[..., tuple[Any, Any]]
+    examples: Callable[[Any], Sequence[TaskExample]] = lambda pipe: ()
 
 
 def later(place: str) -> Callable[..., Any]:

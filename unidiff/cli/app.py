@@ -35,6 +35,7 @@ from unidiff.cli.emoji import emoji_app
 from unidiff.cli.evaluation import eval_app
 from unidiff.cli.runs import configs_app, runs
 from unidiff.cli.scoring import score
+from unidiff.cli.studio import studio
 from unidiff.cli.tokens import change_app
 from unidiff.cli.tools import demo, pack, profile_cache
 from unidiff.cli.training import benchmark, finetune, plan, reward, train
@@ -216,6 +217,7 @@ def inpaint(
 
 for command in (
     demo,
+    studio,
     info,
     pack,
     convert,

@@ -131,6 +131,8 @@ class Sampler:
                 self.remask(request, w)
             # 7. close finished texts, move on, let policy and callback look
             request.end_pass()
+            if callback is not None:
+                state.recomputed = plan.recomputed(state.batch.valid & bool(busy))
             if callback is not None and state.heed(callback(state.step - 1, DecodeView(state)), self.vocabulary):
                 request.foretold = iter(())
             if busy:

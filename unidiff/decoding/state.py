@@ -209,7 +209,7 @@ class DecodeState:
         masked: bool `[B, L]`, targets still masked. frozen: those that may not be masked again (end-of-text fill).
         just_unmasked: bool `[B, L]`, filled in the last pass.
         confidence: float32 `[B, L]`, probability of each decoded token when it was committed; 1 at known tokens
-            and end-of-text fill, 0 while masked.
+            and end-of-text fill, 0 while masked. recomputed: bool `[B, L]`, see `CachePlan.recomputed`; for callbacks.
         progress: one per modality that has targets.
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
         finishing: the next pass fills everything that is masked. reopened: tokens that callbacks masked again.
@@ -224,6 +224,7 @@ class DecodeState:
     frozen: Tensor
     just_unmasked: Tensor
     confidence: Tensor
+    recomputed: Tensor
     progress: dict[Modality, ModalityProgress] = field(default_factory=dict)
     step: int = 0
     nfe: int = 0
@@ -237,7 +238,7 @@ class DecodeState:
     def start(cls, hidden: TokenBatch, progress: dict[Modality, ModalityProgress]) -> DecodeState:
         """`hidden` is the request with every target masked."""
         nowhere = torch.zeros_like(hidden.given)
-        return cls(hidden, hidden.targets.clone(), nowhere, nowhere, (~hidden.targets).float(), progress)
+        return cls(hidden, hidden.targets.clone(), nowhere, nowhere, (~hidden.targets).float(), nowhere, progress)
 
     @property
     def ids(self) -> Tensor:
@@ -252,10 +253,7 @@ class DecodeState:
     @property
     def unfinished(self) -> Tensor:
         """bool `[B]`: rows that are not complete."""
-        alive = self.masked.any(1)
-        for progress in self.progress.values():
-            alive = alive | progress.pending
-        return alive
+        return torch.stack([self.masked.any(1), *(progress.pending for progress in self.progress.values())]).any(0)
 
     def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> None:
         """Put tokens at the picked entries of an index `[B, n]`."""
@@ -355,8 +353,7 @@ class DecodeView:
     """A decode after one of its passes, for callbacks. Tensors are copies, made when they are asked for: writing in them
     changes nothing, and a view that is kept does not change with the passes to come.
 
-    `open` are the targets still masked, `written` those filled in the last pass, `settled` those that may not be masked again;
-    the others are as in `DecodeState`.
+    `open`: targets still masked, `written`: filled in the last pass, `settled`: not to be masked again; others as in `DecodeState`.
     """
 
     __slots__ = ("_state",)
@@ -368,6 +365,7 @@ class DecodeView:
     settled: Tensor
     committed: Tensor
     confidence: Tensor
+    recomputed: Tensor
     step: int
     nfe: int
     finishing: bool

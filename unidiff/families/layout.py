@@ -28,6 +28,9 @@ DESCRIBE = "Please describe this image in detail."
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "edit", "generate", "chat", "complete", "infill")
 
 
+PLACES = ("words", "targets", "picture")
+
+
 @dataclass(frozen=True)
 class TaskInputs:
     """What a task was given, checked: plain values, one entry for each of B rows.
@@ -118,6 +121,13 @@ class DecodeRequest:
         """The row that was kept of every `count`, decoded, in the host's memory."""
         words, picture = self.words[::count].cpu(), self.picture[::count].cpu()
         return DecodeRequest(batch.to("cpu"), self.config, self.needs, words, picture)
+
+    def places(self, name: str) -> Tensor:
+        """A tensor of one's own: `words` or `targets`, bool `[B, L]`, or `picture`, int64 `[B, h, w]`, where its codes lie in rows."""
+        if name == "picture":
+            rows, length = self.batch.shape
+            return self.picture_ids(torch.arange(length, device=self.picture.device).repeat(rows, 1))
+        return (self.batch.targets if name == "targets" else self.words).clone()
 
     def text_ids(self, ids: Tensor, vocabulary: Vocabulary, ends: Sequence[int]) -> list[list[int]]:
         """The texts of rows `[B, L]` as the tokenizer's ids, each up to before its first end."""

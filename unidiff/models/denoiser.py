@@ -81,6 +81,12 @@ class CachePlan:
         """What a stream does; the conditional one is 0."""
         return self.others.get(stream, self)
 
+    def recomputed(self, valid: Tensor) -> Tensor:
+        """bool `[B, L]`: which of the `valid` positions every layer computes anew; what a layer chooses itself is not among them."""
+        if self.full or self.query is None:
+            return valid
+        return valid & (self.query if self.fresh is None else self.query | self.fresh[:, None])
+
     def working_rows(self) -> Tensor | None:
         """bool `[B]`: rows in which anything is recomputed; None where that is said of all."""
         if self.query is None or (self.full_layers and self.full_rows is None):

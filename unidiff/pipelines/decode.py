@@ -18,7 +18,7 @@ from unidiff.decoding import DecodeView, Sampler, SamplerConfig
 from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.commit.base import RuleMaker
 from unidiff.diffusion.noise import keyed_bits
-from unidiff.families.layout import TASKS, DecodeRequest, TaskInputs
+from unidiff.families.layout import PLACES, TASKS, DecodeRequest, TaskInputs
 from unidiff.pipelines.candidates import keep_best
 from unidiff.pipelines.options import (
     MOST_ROWS,
@@ -127,7 +127,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     # 4. decode
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
-        watcher = StepWatcher(pipe, bar, options)
+        watcher = StepWatcher(pipe, bar, options, request)
         run = Sampler(model, layout.vocabulary, config, choice.policy, dict(own_rules) | dict(rules), options.graphs)
         device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
@@ -241,8 +241,8 @@ def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any
 class StepWatcher:
     """The sampler's callback: moves the progress bar, calls the user's callback, carries an interruption over."""
 
-    def __init__(self, pipe: Any, bar: Any, options: DecodeOptions) -> None:
-        self.pipe, self.bar = pipe, bar
+    def __init__(self, pipe: Any, bar: Any, options: DecodeOptions, request: DecodeRequest) -> None:
+        self.pipe, self.bar, self.places = pipe, bar, request.places
         self.callback, self.tensors = options.callback_on_step_end, options.callback_tensors
         self._done = 0
 
@@ -254,7 +254,9 @@ class StepWatcher:
         self._done = self.bar.total - left
         answer = None
         if self.callback is not None:
-            tensors = {name: getattr(state, name) for name in self.tensors}  # copies
+            tensors = {
+                name: self.places(name) if name in PLACES else getattr(state, name) for name in self.tensors
+            }  # copies
             answer = self.callback(self.pipe, step, left / self.bar.total, tensors)
         return False if self.pipe.interrupt else answer
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 RowGenerator: TypeAlias = "int | torch.Generator | Sequence[int | torch.Generator] | None"
 OUTPUT_TYPES = ("pil", "pt", "np", "codes", "latent")
-CALLBACK_TENSORS = ("ids", "open", "confidence")
+USUAL_TENSORS = ("ids", "open", "confidence")
+CALLBACK_TENSORS = (*USUAL_TENSORS, "recomputed", "targets", "words", "picture")
 MOST_ROWS = 10_000  # of one call: results are kept in memory, so more than that is more likely a slip of the hand
 
 
@@ -68,7 +69,10 @@ class DecodeOptions:
         callback_on_step_end: `callback(pipe, step, t, tensors)` after each pass, with t the share still open. Returning False,
             or setting `pipe.interrupt`, fills the rest in one last pass; `{"ids": ids}` puts other tokens at what is decoded,
             or [MASK] to decode it again (`open` and `confidence` follow).
-        callback_on_step_end_tensor_inputs: which of `CALLBACK_TENSORS` it gets; all where it does not say so itself.
+        callback_on_step_end_tensor_inputs: which of `CALLBACK_TENSORS` it gets; `USUAL_TENSORS` where it does not say so
+            itself. All are of rows `[B, L]`, a row for each candidate: "ids" int64, "open" (still masked), "confidence",
+            "recomputed" (what the cache computed anew in this pass), "targets" (what is decoded at all), "words" (what the
+            text is read from); but "picture", int64 `[B, h, w]`: the places of the picture's codes in the row.
         record_trajectory: keep what the rows looked like after each pass.
 
     Raises:
@@ -131,7 +135,7 @@ class DecodeOptions:
         """Names of what the callback gets; one of diffusers' names them itself."""
         own = getattr(self.callback_on_step_end, "tensor_inputs", None)
         asked = own if isinstance(own, list | tuple) else self.callback_on_step_end_tensor_inputs
-        return CALLBACK_TENSORS if asked is None else asked
+        return USUAL_TENSORS if asked is None else asked
 
     def apply(self, config: SamplerConfig, drawn: bool = False) -> SamplerConfig:
         """Sampler settings with these options on top.

@@ -16,5 +16,6 @@ EMOJI = World(
     reward=later("unidiff.worlds.emoji.evaluation:oracle_reward"),
     pictures=later("unidiff.worlds.emoji.table:picture_source"),
     cells=later("unidiff.worlds.emoji.table:sprite_cells"),
+    examples=later("unidiff.worlds.emoji.examples:task_examples"),
 )
 READER = NamedNetwork("emoji", later("unidiff.worlds.emoji.features:load_reader"))
