@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-lowest test-all gpu-check lint clean
+.PHONY: setup demo test test-lowest test-all gpu-check docs lint clean
 
 setup: $(STAMP)
 
@@ -15,6 +16,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $(DOCS_STAMP)
 
 demo: setup
 	$(BIN)/unidiff demo --out out
@@ -47,12 +52,16 @@ $(LOWEST)/.installed: pyproject.toml
 test-lowest: $(LOWEST)/.installed
 	$(call FAST_TESTS,$(LOWEST))
 
-test-all: setup
+test-all: setup $(DOCS_STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 # On a GPU machine, at most 8 minutes; a second call goes on. Elsewhere tiny shapes show that the checks run.
 gpu-check: setup
 	$(BIN)/python inference/gpu_check.py --out out/gpu-check
+
+# The site, in out/site; a warning is an error. `$(BIN)/python -m mkdocs serve` shows it while you write.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

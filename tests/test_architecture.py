@@ -193,6 +193,8 @@ def test_a_prompt_crosses_few_files(prompt_trace):
 
 def test_the_page_names_what_exists():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [a-z ,;]+ \| ((?:`\w+`(?:, )?)+) \|$", page, re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == [set(rooms) for rooms in reversed(FLOORS)]
     named = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", page)
     assert len(named) > 30
     for file, name in named:

@@ -14,7 +14,8 @@ from unidiff.files import replacing
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _ANIMATED = {".gif": "GIF"}
 GAP = 12
-INK, PAPER, QUIET = (28, 30, 36), (255, 255, 255), (110, 114, 124)
+INK, PAPER, QUIET, EDGE = (28, 30, 36), (255, 255, 255), (110, 114, 124), (214, 217, 224)
+_PALE = 235  # pictures of at least this in a corner get an edge, or they would have none on paper
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def draw_sheet(
 
 
 def _draw_cell(cell: Cell, side: int, font_size: int, headed: bool) -> Image.Image:
-    """A cell by itself, with room above where any of its line has a heading."""
+    """A cell by itself, with room above where any of its line has a heading, and an edge around pale pictures."""
     pictures = [_scaled(image, side) for image in cell.images]
     font, line, width = ImageFont.load_default(font_size), font_size + 4, max(1, len(pictures)) * (side + 4) - 4
     words = [(part, INK) for part in _wrap(cell.text, font, width)]
@@ -63,7 +64,10 @@ def _draw_cell(cell: Cell, side: int, font_size: int, headed: bool) -> Image.Ima
     draw = ImageDraw.Draw(canvas)
     draw.text((0, 0), cell.heading, QUIET, ImageFont.load_default(font_size - 2))
     for number, picture in enumerate(pictures):
-        canvas.paste(picture, (number * (side + 4), top))
+        left = number * (side + 4)
+        canvas.paste(picture, (left, top))
+        if min(picture.getpixel((0, 0))) > _PALE:  # type: ignore[type-var]
+            draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=EDGE)
     for number, (part, colour) in enumerate(words):
         draw.text((0, bottom + 3 + number * line), part, colour, font)
     return canvas

@@ -24,6 +24,7 @@ from unidiff.errors import explain, few, first_line
 from unidiff.evaluation.benchmark.measure import Cells, machine
 from unidiff.evaluation.report import sources_hash
 from unidiff.files import check_writable, replace_text, write_json
+from unidiff.html_page import html_page
 
 LIMIT = 480.0
 """Seconds that all checks may take together."""
@@ -208,14 +209,8 @@ def _serve(pipe: Connection, runs: Mapping[str, Callable[[Place], Found]], place
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e24; --soft: #5c616b; --line: #d6d9e0; --paper: #fff }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ee; --soft: #a2a7b3; --line: #3a3e48; --paper: #15171c } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem;
-  color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 2rem 0 0 } p { margin: .3rem 0 } .soft { color: var(--soft) }
-div { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); overflow-wrap: normal }
-th { font-weight: 600; color: var(--soft) }
+body { max-width: 62rem } div { overflow-x: auto }
+th, td { border-bottom: 1px solid var(--line); overflow-wrap: normal } th { font-weight: 600; color: var(--soft) }
 """
 
 
@@ -223,7 +218,7 @@ def page(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> str:
     """All of it as one HTML file that needs no other."""
     by_status = {s: [o.name for o in outcomes if o.status == s] for s in ("passed", "failed", "not run")}
     counts = ", ".join(f"{len(names)} {status}" for status, names in by_status.items())
-    lines = [f"<h1>unidiff on {escape(str(about['device']))}</h1>", f"<p>Checks: {counts}.</p>"]
+    lines = [f"<p>Checks: {counts}.</p>"]
     if not about["cuda"]:
         lines.append("<p><b>No CUDA device was used: nothing on this page was run on a GPU.</b></p>")
     if about["tiny"]:
@@ -234,10 +229,7 @@ def page(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> str:
         spent = f", {outcome.seconds:.1f} s" if outcome.seconds else ""
         said = f"{escape(outcome.about)} <b>{outcome.status}{spent}.</b> {escape(outcome.reason)}"
         lines.append(f"<h2>{escape(outcome.name)}</h2><p>{said}</p>{_table(outcome.rows)}")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>unidiff: checks of a GPU</title><style>{_STYLE}</style>"
-    body = "\n".join(lines)
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    return html_page(f"unidiff on {about['device']}", lines, _STYLE)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

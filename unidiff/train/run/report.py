@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -20,6 +19,7 @@ import yaml
 from unidiff.config import flat
 from unidiff.errors import DamagedFile, reading
 from unidiff.files import LOCK, replace_text
+from unidiff.html_page import html_page, image_address
 
 METRICS, REPORT = "metrics.jsonl", "report.html"
 _LOG = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ _CHARTS = (  # title, kind of line, keys: the first that fits takes a key
     ("Throughput, tokens per second", "train", "tokens_per_second"),
     ("Seconds per step", "train", "seconds_per_step"),
 )
-_STYLE = """body{font:15px/1.5 sans-serif;color:#1c1e24;max-width:1160px;margin:24px auto;padding:0 16px}
-h1{font-size:24px}h2{font-size:18px;margin-top:32px}.charts{display:flex;flex-wrap:wrap;gap:8px}.charts svg{width:560px;height:auto}
-table{border-collapse:collapse}td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top}figure{margin:12px 0}
-figure img{max-width:100%}figcaption,.quiet{color:#6e727c}pre{background:#f5f5f7;padding:12px;overflow:auto}"""
+_STYLE = """
+.charts { display: flex; flex-wrap: wrap; gap: 8px } .charts svg { width: 560px; max-width: 100%; height: auto; background: #fff }
+figure { margin: 12px 0 } figcaption, .quiet { color: var(--soft) } div { overflow-x: auto }
+"""
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def _sheets(folder: Path) -> Iterator[str]:
     if found:
         yield "<h2>Samples</h2>"
     for path in reversed(found):
-        data = base64.b64encode(path.read_bytes()).decode()
-        yield f'<figure><figcaption>{path.stem}</figcaption><img src="data:image/png;base64,{data}" alt=""></figure>'
+        shown = image_address(path.read_bytes(), "png")
+        yield f'<figure><figcaption>{path.stem}</figcaption><img src="{shown}" alt="samples, {path.stem}"></figure>'
 
 
 def _shortened(path: Path, most: int = 4000) -> str:
@@ -216,7 +216,5 @@ def _shortened(path: Path, most: int = 4000) -> str:
 
 
 def _page(path: Path, title: str, parts: Sequence[str]) -> Path:
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    body = f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts)
-    replace_text(path, f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}\n</body></html>\n')
+    replace_text(path, html_page(title, parts, _STYLE))
     return path

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from unidiff.files import replace_text
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image, stack
 from unidiff.worlds.emoji.cases import caption_scenes, inpaint_cases, question_cases
+from unidiff.worlds.emoji.demo_page import Section, unmasking_of, write_page
 from unidiff.worlds.emoji.language import draw_caption
 from unidiff.worlds.emoji.scenes import LARGE, MEDIUM, SMALL, Profile, Scene, SceneObject, get_profile, render
-
-_STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1e24 }
-h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } p.cost { margin: 0 0 .8rem; color: #6e727c; font-size: .85rem }
-.grid { display: flex; flex-wrap: wrap; gap: 1.2rem } figure { margin: 0 }
-.images { display: flex; gap: 4px } img { width: 128px; image-rendering: pixelated; border-radius: 3px }
-figcaption { font-size: .92rem } figcaption small { display: block; color: #6e727c }
-"""
-
-
-class Section(NamedTuple):
-    """A title, its cells, and what they cost."""
-
-    title: str
-    cells: tuple[Cell, ...]
-    cost: str
-
-    def lines(self, per_line: int) -> list[tuple[Cell, ...]]:
-        """The cells in lines of at most `2 * per_line` pictures."""
-        pictures = max(len(cell.images) for cell in self.cells)
-        count = max(1, 2 * per_line // pictures)
-        return [self.cells[i : i + count] for i in range(0, len(self.cells), count)]
-
 
 # Sentences of the training grammar, each with one scene that it describes: background, size, and what is where.
 _DRAWN: tuple[tuple[Any, ...], ...] = (
@@ -96,10 +69,11 @@ def run_demo(pipe: UniDiffPipeline, out: str | Path, seed: int = 0) -> tuple[Pat
 
 def drawings(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """Text to image, with a true scene beside each."""
-    result = pipe.text_to_image(demo_prompts(), generator=seed)
+    result = pipe.text_to_image(demo_prompts(), generator=seed, record_trajectory=True)
     pairs = zip(result.images, PROMPTS, strict=True)
     cells = [Cell((image, picture_of(scene, profile)), prompt) for image, (prompt, scene) in pairs]
-    return _section("Text to image: drawn by the model, and a true scene beside it", cells, result)
+    title = "Text to image: drawn by the model, and a true scene beside it"
+    return _section(title, cells, ("drawn by the model", "a true scene"), result)
 
 
 def descriptions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -111,7 +85,7 @@ def descriptions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     truth = [draw_caption(scene, random.Random(f"demo caption|{seed}|{i}")) for i, scene in enumerate(scenes)]
     rows = zip(pictures, result.texts, truth, strict=True)
     cells = [Cell((picture,), text, f"a true caption: {said}") for picture, text, said in rows]
-    return _section("Captions: written by the model", cells, result)
+    return _section("Captions: written by the model", cells, ("described as",), result)
 
 
 def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -121,7 +95,7 @@ def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     result = pipe.answer(pictures, [case.question for case in cases], generator=seed)
     rows = zip(pictures, cases, result.texts, strict=True)
     cells = [Cell((p,), f"{case.question} {text}", f"true answer: {case.answer}") for p, case, text in rows]
-    return _section("Answers to questions", cells, result)
+    return _section("Answers to questions", cells, ("asked about",), result)
 
 
 def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -130,49 +104,26 @@ def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     pictures = [picture_of(case.scene, profile) for case in cases]
     masks = [profile.boxes([case.hole]).numpy() for case in cases]
     templates = [case.template(pipe.texts.encode) for case in cases]
-    result = pipe.inpaint(pictures, masks, templates, generator=seed)
+    result = pipe.inpaint(pictures, masks, templates, generator=seed, record_trajectory=True)
     torn = [Image.fromarray(np.where(m[..., None], np.uint8(128), np.asarray(p))) for m, p in zip(masks, pictures)]
     rows = zip(torn, result.images, pictures, result.texts, templates, strict=True)
     cells = [Cell(tuple(shown), text, f"from: {template}") for *shown, text, template in rows]
     title = "Joint inpainting: the hole, what the model made of picture and words together, and the original"
-    return _section(title, cells, result)
+    return _section(title, cells, ("with a hole", "completed by the model", "the original"), result)
 
 
 def inventions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """Picture and caption from nothing."""
     result = pipe.generate(num_images_per_prompt=8, generator=seed)
     cells = [Cell((image,), text) for image, text in zip(result.images, result.texts, strict=True)]
-    return _section("Joint generation: words and picture from nothing", cells, result)
+    return _section("Joint generation: words and picture from nothing", cells, ("invented",), result)
 
 
 def picture_of(scene: Scene, profile: Profile) -> Image.Image:
     return Image.fromarray(render(scene, profile))
 
 
-def _section(title: str, cells: list[Cell], result: Any) -> Section:
+def _section(title: str, cells: list[Cell], shows: tuple[str, ...], result: Any) -> Section:
     cost = f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
-    return Section(title, tuple(cells), cost)
-
-
-def write_page(sections: Sequence[Section], path: str | Path, title: str) -> None:
-    """One HTML page with its pictures in it, complete or not at all."""
-    said, parts = html.escape(title), []
-    for section in sections:
-        parts.append(f'<h2>{html.escape(section.title)}</h2>\n<p class="cost">{html.escape(section.cost)}</p>')
-        parts += ['<div class="grid">', *map(_figure, section.cells), "</div>"]
-    head = f'<meta charset="utf-8"><title>{said}</title><style>{_STYLE}</style>'
-    body = "\n".join([f"<h1>{said}</h1>", *parts])
-    replace_text(path, f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}\n</body></html>\n')
-
-
-def _figure(cell: Cell) -> str:
-    files = [io.BytesIO() for _ in cell.images]
-    for image, file in zip(cell.images, files, strict=True):
-        image.save(file, "PNG", optimize=True)
-    coded = [base64.b64encode(file.getvalue()).decode("ascii") for file in files]
-    images = "".join(f'<img alt="" src="data:image/png;base64,{data}">' for data in coded)
-    note = f"<small>{html.escape(cell.note)}</small>" if cell.note else ""
-    return (
-        f'<figure style="width:{len(files) * 132}px"><div class="images">{images}</div>'
-        f"<figcaption>{html.escape(cell.text)}{note}</figcaption></figure>"
-    )
+    way = unmasking_of(result, 4) if result.trajectory is not None else ()
+    return Section(title, tuple(cells), shows, cost, way)
