@@ -96,6 +96,25 @@ _DREAM_SETTINGS = {
     "shift": True,
 }
 _DREAM_VOCABULARY = {"size": 152064, "mask_id": 151666, "specials": {"eos": 151643, "pad": 151643}}
+_LLADA_MOE_SETTINGS = {  # kv heads and ids follow from the stated sizes of the weights
+    "vocab_size": 157184,
+    "hidden_size": 2048,
+    "num_layers": 16,
+    "num_heads": 16,
+    "num_kv_heads": 16,
+    "num_experts": 64,
+    "experts_per_token": 8,
+    "expert_size": 1024,
+    "shared_expert_size": 0,
+    "dense_layers": (),
+    "router": "softmax",
+    "router_normalised": False,
+    "qk_norm": "head",
+    "rope": "1d",
+    "rope_theta": 5e4,
+    "attention": "full",
+}
+_LING_IDS = {"size": 157184, "mask_id": 156895, "specials": {"eos": 156892, "pad": 156892}}
 _LUMINA_ROWS = named_vocabulary("lumina").size
 _MMADA_VOCABULARY = {
     "size": 134656,
@@ -215,6 +234,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     **dict.fromkeys(("llada-8b-base", "llada-8b-instruct", "llada-1.5"), _LLADA),
     "dream-7b": Published(_DREAM_SETTINGS, _DREAM_VOCABULARY),
+    **dict.fromkeys(("llada-moe-7b-a1b-base", "llada-moe-7b-a1b-instruct"), Published(_LLADA_MOE_SETTINGS, _LING_IDS)),
     "mmada-8b": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),
     "lumina-dimoo": Published({**_LLADA_SETTINGS, "vocab_size": _LUMINA_ROWS}, _LUMINA_VOCABULARY, _LUMINA_SAMPLING),
     "muddit": Published({**_MUDDIT_SETTINGS, "text_vocab_size": 49408}, _MUDDIT_VOCABULARY, _MUDDIT_SAMPLING),

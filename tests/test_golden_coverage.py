@@ -24,6 +24,7 @@ _SAMPLING = DECODING.format("reference_sampling")
 _LLADA = RELEASED.format("llada_golden")
 _MMADA = RELEASED.format("mmada_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
+_MOE = RELEASED.format("llada_moe_golden")
 _NAMES = "::test_every_weight_maps_both_ways"
 _TRACES = ("test_image_traces", "test_text_traces_through_the_sampler", "test_text_traces_with_noise")
 
@@ -89,6 +90,13 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
     "magvitv2": {
         "weights.safetensors": (f"families/test_magvit.py{_NAMES}",),
         "*puts.safetensors": (f"{RELEASED.format('magvit')}test_every_stored_tensor_matches_the_reference",),
+    },
+    "llada_moe": {
+        "weights.safetensors": (f"families/test_llada_moe_golden.py{_NAMES}",),
+        "forward.safetensors": (f"{_MOE}test_forward", f"{_MOE}test_variants"),
+        "variant_weights.safetensors": (f"{_MOE}test_variants",),
+        "traces.safetensors": (f"{_MOE}test_trace",),
+        "likelihood.safetensors": (f"{_MOE}test_likelihood",),
     },
     "ml_cache": {"*.safetensors": (f"{DECODING.format('max_logit_golden')}test_trace",)},
     "dllm_cache": {"*.safetensors": (f"{DECODING.format('adaptive_golden')}test_trace",)},
@@ -187,6 +195,6 @@ def test_every_set_of_the_root_is_compared(name: str):
 
 
 def test_the_table_is_whole():
-    assert len(COMPARED) == 10
+    assert len(COMPARED) == 11
     for name, reasons in REASONS.items():
         assert name.partition("/")[0] in COMPARED and all(reasons.values())

@@ -15,6 +15,7 @@ from torch import Tensor
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
+from unidiff.families.llada_moe import LLADA_MOE
 from unidiff.families.mdlm import MDLM
 from unidiff.families.mmada import MMADA, SPECIALS, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
@@ -67,6 +68,7 @@ DREAM_CONFIG = {
     "pad_token_id": 30,
     "eos_token_id": 30,
 }
+LLADA_MOE_CONFIG = LLADA_MOE.tiny.config
 MMADA_CONFIG = {
     "d_model": 32,
     "n_heads": 4,
@@ -155,6 +157,14 @@ def dream() -> TinyFamily:
     return TinyFamily("dream", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
 
 
+def llada_moe() -> TinyFamily:
+    """LLaDA with experts, loaded from stacked ones; a dense layer first, half of every head turned."""
+    model, vocabulary = LLADA_MOE.load(
+        LLADA_MOE.export(lively(LLADA_MOE.settings(LLADA_MOE_CONFIG)), {"experts": "stacked"}), LLADA_MOE_CONFIG
+    )
+    return TinyFamily("llada_moe", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
+
+
 def llada_rows(prompts: list[int], vocabulary: Vocabulary, answer: int = 12, seed: int = 5) -> TokenBatch:
     """Rows of prompts of the given lengths and a masked answer, aligned on the right."""
     length = max(prompts) + answer
@@ -227,7 +237,7 @@ def muddit() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
-    make.__name__: make for make in (unidisc, mdlm, llada, dream, mmada, lumina, muddit)
+    make.__name__: make for make in (unidisc, mdlm, llada, dream, llada_moe, mmada, lumina, muddit)
 }
 _MADE: dict[str, TinyFamily] = {}
 

@@ -15,6 +15,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 UNIDISC, LLADA = "families/test_defects_unidisc.py", "families/test_defects_llada.py"
 MUDDIT, MMADA = "families/test_defects_muddit.py", "families/test_defects_mmada_lumina.py"
+MOE, OWN_MOE = "families/test_llada_moe_golden.py", "families/test_llada_moe.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
@@ -68,6 +69,18 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "passes that write nothing run": (LLADA, "test_no_pass_is_made_when_nothing_is_left_to_write"),
         "ids are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
+    },
+    "LLaDA-MoE": {
+        "padding is visible": (MOE, "test_forward"),
+        "a config's normalised weights are ignored": (MOE, "test_variants"),
+        "the balance loss is that of hidden states": (
+            "models/test_experts.py",
+            "test_loads_and_the_loss_that_evens_them",
+        ),
+        "guidance without an attention mask raises": (LLADA, "test_guidance_needs_no_attention_mask"),
+        "ids of LLaDA-8B are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
+        "a config without partial_rotary_factor breaks": (OWN_MOE, "test_what_a_config_leaves_out"),
+        "no cache": (MOE, "test_a_cache_that_is_refreshed_in_every_pass_decodes_the_recorded_batch"),
     },
     "Fast-dLLM": {
         "attention masks are ignored": (

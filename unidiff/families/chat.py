@@ -1,4 +1,4 @@
-"""Rows of the text families: texts that go on, holes, and conversations in LLaDA's and Dream's templates.
+"""Rows of the text families: texts that go on, holes, and conversations in their families' templates.
 
 An answer ends before its first end-of-text or end of turn. Words never become marks: they are encoded on their own.
 """
@@ -28,7 +28,7 @@ class ChatTemplate:
         marks: ids by name; without any the tokenizer has none, and nothing is asked.
         opening: parts before the first turn. turn: parts of a turn. answer: parts that open the answer.
         system: what the system says where a conversation does not begin with it; None for nothing.
-        end: the mark that ends a turn.
+        end: the mark that ends a turn. roles: how roles are written, where it is not as ours.
         sampler: vocabulary to the family's sampler settings.
         spelled: how the released tokenizers spell the marks.
     """
@@ -41,6 +41,7 @@ class ChatTemplate:
     end: str = "eot"
     sampler: Callable[[Vocabulary], SamplerConfig] = lambda vocabulary: SamplerConfig()
     spelled: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class ChatLayout(TextLayout):
             if part.startswith("<"):
                 ids.append(self.template.marks[part[1:-1]])
             else:
-                ids += self.encode(part.replace("{role}", message["role"]).replace("{content}", message["content"]))
+                role = self.template.roles.get(message["role"], message["role"])
+                ids += self.encode(part.replace("{role}", role).replace("{content}", message["content"]))
         return ids
 
 
@@ -162,7 +164,7 @@ def chat_layout(template: ChatTemplate, family: str) -> Callable[[Any, Any], Cha
         ids = template.marks  # the released models'
         if set(template.spelled.values()) <= set(known):
             ids = {mark: known[word] for mark, word in template.spelled.items()}
-        elif max(ids.values()) >= vocabulary.text_size:
+        elif max(ids.values(), default=0) >= vocabulary.text_size:
             ids = {}
         config, own = template.sampler(vocabulary), replace(template, marks=ids)
         return ChatLayout(vocabulary, texts.encode, config, family=family, template=own)

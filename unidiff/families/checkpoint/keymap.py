@@ -17,7 +17,7 @@ from torch import Tensor
 from unidiff.errors import few, plain
 from unidiff.weights.files import AnyTensor, check_dtype, check_finite, in_memory
 
-_LAYER, _SEVERAL = re.compile(r"\.(\d+)\."), re.compile(r"\{(\w+(?:,\w+)+)\}")
+_LAYER, _SEVERAL = re.compile(r"\.(\d+)\."), re.compile(r"\{([\w.]+(?:,[\w.]+)+)\}")
 PREFIXES = ("module.", "_orig_mod.", "_orig_module.", "_fsdp_wrapped_module.")
 """What training programs put before the names of weights."""
 M = TypeVar("M", bound=torch.nn.Module)
@@ -28,16 +28,28 @@ class KeyMismatch(ValueError):
 
 
 class Entry(NamedTuple):
-    """One weight of ours and its shape, and the names in the checkpoint that it is (several are stacked along dim 0)."""
+    """One weight of ours and its shape, and the names in the checkpoint that it is.
+
+    Several are joined along `dim`. Matrices become a stack `[n, rows, columns]` of them, or of groups of them, along dim 0.
+    """
 
     ours: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     rows: tuple[int, ...] = ()  # of several
+    dim: int = 0
+
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """Shape of the parts when they are joined."""
+        if self.rows and self.dim == 0 and len(self.shape) == 3:
+            return self.shape[0] * self.shape[1], self.shape[2]
+        return self.shape
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Of each part."""
-        return [(rows, *self.shape[1:]) for rows in self.rows] or [self.shape]
+        before, after = self.joined[: self.dim], self.joined[self.dim + 1 :]
+        return [(*before, rows, *after) for rows in self.rows] or [self.shape]
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class KeyMap:
         copies: Mapping[str, str] = MappingProxyType({}),
         rows: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         layer: Callable[[int], str] = str,
+        dims: Mapping[str, int] = MappingProxyType({}),
     ) -> KeyMap:
         """One entry per weight of a model.
 
@@ -72,6 +85,7 @@ class KeyMap:
                 parameters. There `{i}` stands for a layer's number, and `{q,k,v}` for several of theirs that are one of ours.
             rows: how many each of several has, by name in the table; equal shares for others.
             layer: how they write the number of a layer.
+            dims: along which dimension several are joined, by name in the table; 0 for others.
 
         Raises:
             ValueError: a weight that the table does not name.
@@ -93,9 +107,12 @@ class KeyMap:
             at = 0 if number is None else int(number[1])
             theirs = theirs.replace("{i}", layer(at))
             parts = _parts(theirs)
-            shares = () if len(parts) == 1 else rows.get(ours, (len(value) // len(parts),) * len(parts))
             place = starts[ours.partition("{i}")[0]], at, order[ours]
-            found.append((place, Entry(name, tuple(value.shape), parts, shares)))
+            entry = Entry(name, tuple(value.shape), parts, (1,) * (len(parts) > 1), dims.get(ours, 0))
+            if len(parts) > 1:
+                equal = (entry.joined[entry.dim] // len(parts),) * len(parts)
+                entry = entry._replace(rows=rows.get(ours, equal))
+            found.append((place, entry))
         return cls([entry for _, entry in sorted(found, key=lambda pair: pair[0])], constants, copies)
 
     def names(self) -> list[str]:
@@ -128,7 +145,7 @@ class KeyMap:
                     f"checkpoint weight {copy!r} differs from {original!r}, though the config ties them; "
                     "set the tying off in the config, or load a checkpoint of this config"
                 )
-        return {e.ours: _place([theirs[name] for name in e.parts], e.shape, dtype, device) for e in self.entries}
+        return {e.ours: _place([theirs[name] for name in e.parts], e, dtype, device) for e in self.entries}
 
     def _check_names(self, theirs: Mapping[str, Any]) -> None:
         """Raise `KeyMismatch` unless `theirs` holds exactly the weights of these shapes."""
@@ -154,7 +171,8 @@ class KeyMap:
         theirs = {name: value.clone() for name, value in self.constants.items()}
         for entry in self.entries:
             value = ours[entry.ours]
-            theirs |= zip(entry.parts, value.split(entry.rows) if entry.rows else (value,), strict=True)
+            parts = value.view(entry.joined).split(entry.rows, entry.dim) if entry.rows else (value,)
+            theirs |= zip(entry.parts, parts, strict=True)
         return theirs | ({copy: theirs[name].clone() for copy, name in self.copies.items()} if copies else {})
 
 
@@ -166,8 +184,9 @@ def _parts(theirs: str) -> tuple[str, ...]:
 
 def qkv_rows(config: Any) -> tuple[int, int, int]:
     """Rows of queries, keys and values in a `MaskedTransformer` of these settings."""
-    shared = config["hidden_size"] // config["num_heads"] * (config["num_kv_heads"] or config["num_heads"])
-    return config["hidden_size"], shared, shared
+    head = config["head_size"] or config["hidden_size"] // config["num_heads"]
+    shared = head * (config["num_kv_heads"] or config["num_heads"])
+    return head * config["num_heads"], shared, shared
 
 
 def assemble(
@@ -184,9 +203,9 @@ def assemble(
 
 
 def _place(
-    parts: Sequence[AnyTensor], shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
+    parts: Sequence[AnyTensor], entry: Entry, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
-    """The parts of a weight stacked along dim 0. A tensor in memory that is one already is taken over as it is."""
+    """The parts of a weight joined. A tensor in memory that is one already is taken over as it is."""
     first, kinds = parts[0], {part.dtype for part in parts}
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"weights that belong together are stored as {sorted(map(str, kinds))}; give a dtype")
@@ -195,11 +214,11 @@ def _place(
         return in_memory(first).to(device=device, dtype=wanted, copy=not isinstance(first, Tensor))
     if device is None:
         device = first.device if isinstance(first, Tensor) else "cpu"
-    out, start = torch.empty(shape, dtype=wanted, device=device), 0
-    for part in parts:
-        out.narrow(0, start, part.shape[0]).copy_(in_memory(part))
-        start += part.shape[0]
-    return out
+    out, start = torch.empty(entry.joined, dtype=wanted, device=device), 0
+    for part, rows in zip(parts, entry.rows, strict=True):
+        out.narrow(entry.dim, start, rows).copy_(in_memory(part))
+        start += rows
+    return out.view(entry.shape)
 
 
 def unwrap(state: Mapping[str, Any]) -> Mapping[str, Any]:

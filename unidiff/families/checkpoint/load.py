@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from unidiff.errors import DamagedFile, check_regular, json_name, plain, read_json, reading
 from unidiff.families.checkpoint.config_keys import ConfigError, check_names
+from unidiff.families.checkpoint.expert_names import ExpertLayout
 from unidiff.families.checkpoint.keymap import KeyMap, KeyMismatch, assemble, strip_prefixes, unwrap
 from unidiff.families.family import FAMILIES, Family, Released, recognise
 from unidiff.hub import RELEASED, locate
@@ -38,7 +39,12 @@ CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
 RECORD = "released.json"
 CONSTANTS = "constants.safetensors"
-_SPELLING: Mapping[str, Any] = {"block_group_size": Depth | None, "fused": bool, "copies": bool}
+_SPELLING: Mapping[str, Any] = {
+    "block_group_size": Depth | None,
+    "fused": bool,
+    "copies": bool,
+    "experts": ExpertLayout,
+}
 _TRANSFORMERS: dict[str, Any] = {cls.__name__: cls for cls in (MaskedTransformer, MMDiT)}
 LARGEST_YAML = 2**22  # bytes
 LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
