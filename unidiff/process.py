@@ -59,6 +59,19 @@ def free_memory() -> int | None:
     return None
 
 
+def versions(device: object = "cpu") -> dict[str, str]:
+    """Versions of everything that decides about a result, and the name of the device."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    names = ("unidiff", "torch", "torchvision", "transformers", "diffusers", "numpy", "pillow")
+    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    place = torch.device(str(device))
+    return found | {"device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type}
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
 

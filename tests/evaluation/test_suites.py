@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
+from unidiff.evaluation.benchmark.measure import model_hash
 from unidiff.evaluation.suites.base import RESULTS, SUITES, Suite, run_benchmark
 from unidiff.pipelines.batch import MANIFEST
 from unidiff.pipelines.decode import row_seeds
@@ -186,6 +187,16 @@ def test_scorers_read_what_is_written_also_after_two_stops(name, pipe, place, tm
     ended = run(name, pipe, place, tmp_path / "parts", seed=3, batch_size=3, steps=2)
     trees = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (whole, ended)]
     assert trees[0] == trees[1]
+
+
+def test_the_manifest_says_what_was_run(pipe, place, tmp_path):
+    run("geneval2", pipe, place, tmp_path / "o", seed=3, steps=2)
+    head = json.loads((tmp_path / "o" / RESULTS / MANIFEST).read_text().splitlines()[0])
+    assert head["about"]["model_hash"] == model_hash(pipe) and head["about"]["benchmark"] == "geneval2"
+    assert head["options"] == {"steps": 2} and "samplers" in head["about"]["settings"]
+    assert head["versions"]["unidiff"] and head["seed"] == 3
+    with pytest.raises(ValueError, match="other prompts, options or weights"):
+        run("geneval2", tiny_pipeline(text_length=96, seed=1), place, tmp_path / "o", seed=3, steps=2)
 
 
 def test_processes_share_the_rows_and_the_last_one_writes(pipe, place, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.pipelines.batch import MANIFEST, read_rows, run_rows
@@ -85,7 +86,7 @@ def test_other_folders_and_files_are_refused(place, tmp_path):
     pipe, rows = tiny_pipeline(), [{"prompt": "a dog"}]
     run_rows(pipe, rows, tmp_path / "a", place)
     for changed in ({"seed": 1}, {"steps": 2}, {"about": {"model": "other"}}):
-        with pytest.raises(ValueError, match="other prompts or options"):
+        with pytest.raises(ValueError, match="other prompts, options or weights"):
             run_rows(pipe, rows, tmp_path / "a", place, **changed)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "000000.png").write_text("mine")
@@ -120,3 +121,19 @@ def test_a_file_without_prompts_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\n")
     with pytest.raises(ValueError, match="holds no prompts; write one in each line"):
         read_rows(tmp_path / "empty.txt")
+
+
+def test_the_manifest_says_which_options_and_versions(place, tmp_path, monkeypatch):
+    pipe, rows = tiny_pipeline(), [{"prompt": "a dog"}]
+    run_rows(pipe, rows, tmp_path / "a", place, seed=5, steps=2)
+    head, row = map(json.loads, (tmp_path / "a" / MANIFEST).read_text().splitlines())
+    assert (
+        head["options"] == {"steps": 2} and head["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    )
+    assert head["versions"]["device"] == "cpu" and row["seed"] == row_seeds(5, 1).tolist()[0]
+    monkeypatch.setattr("unidiff.pipelines.batch.versions", lambda device: {"torch": "other"})
+    for _ in range(2):
+        run_rows(pipe, rows, tmp_path / "a", place, seed=5, steps=2)
+    *_, last = map(json.loads, (tmp_path / "a" / MANIFEST).read_text().splitlines())
+    lines = (tmp_path / "a" / MANIFEST).read_text().splitlines()
+    assert last == {"versions": {"torch": "other"}} and len(lines) == 3  # it went on, and says with what, once

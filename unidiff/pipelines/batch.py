@@ -14,6 +14,7 @@ from unidiff.errors import check_regular, explain, reading
 from unidiff.files import beside
 from unidiff.pipelines.decode import row_seeds
 from unidiff.pipelines.sheet import save_image
+from unidiff.process import versions
 from unidiff.schema import check_value
 
 MANIFEST = "manifest.jsonl"
@@ -65,7 +66,8 @@ def run_rows(
 
     Rows come out the same in any batch and on any number of processes. Each is a line of `manifest.jsonl` when it is done:
     its number, arguments, seed, and `image` (a file beside it), `words` or `error`. One that was refused is tried again the
-    next time, and its last line counts.
+    next time, and its last line counts. The first line has the seed, the options, `about` and the versions of libraries;
+    where a run goes on with other versions, a line says so.
 
     Args:
         folder: where pictures that rows name lie.
@@ -79,7 +81,8 @@ def run_rows(
     digest = hashlib.sha256(
         json.dumps([rows, str(options), seed, about], sort_keys=True, default=str).encode()
     ).hexdigest()
-    done = _begun(out, {"rows": len(rows), "seed": seed, "about": about, "digest": digest})
+    head = {"rows": len(rows), "seed": seed, "about": about, "digest": digest, "options": options}
+    done = _begun(out, {**head, "versions": versions(pipe.device)})
     seeds = row_seeds(seed, len(rows)).tolist()
     own = [number for number in range(rank, len(rows), size)]
     todo, refused = [number for number in own if number not in done], 0
@@ -106,17 +109,22 @@ def _begun(out: Path, head: Mapping[str, Any]) -> set[int]:
     fresh.unlink()
     first, *lines = manifest.read_bytes().splitlines() or [b""]
     with reading(manifest, "the manifest of a batch"):
-        if json.loads(first).get("digest") != head["digest"]:
-            raise ValueError(f"{str(out)!r} holds results of other prompts or options; name another folder")
+        begun = json.loads(first)
+        if begun.get("digest") != head["digest"]:
+            raise ValueError(f"{str(out)!r} holds results of other prompts, options or weights; name another folder")
     if lines and not manifest.read_bytes().endswith(b"\n"):  # a process was killed while it wrote
         lines.pop()
         with open(manifest, "ab") as file:
             file.write(b"\n")
-    found = set()
+    found, last = set(), begun["versions"]
     for line in lines:
         with suppress(ValueError):
             entry = json.loads(line)
-            found |= set() if "error" in entry else {entry["number"]}
+            last = entry.get("versions", last)
+            found |= {entry["number"]} if "number" in entry and "error" not in entry else set()
+    if last != head["versions"]:
+        with open(manifest, "ab") as file:
+            file.write(json.dumps({"versions": head["versions"]}).encode() + b"\n")
     return found
 
 

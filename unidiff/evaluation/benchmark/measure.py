@@ -216,15 +216,21 @@ def _hash(data: Mapping[str, Any]) -> str:
 
 
 def model_hash(pipe: UniDiffPipeline) -> str:
-    """SHA-256 over weights, words and layout of a pipeline, without its sampler settings."""
+    """SHA-256 over weights, words and layout of a pipeline, without its sampler settings.
+
+    Weights that are not plain numbers in memory (offloaded, quantised) count by name and shape alone.
+    """
     digest = hashlib.sha256()
     for part in (pipe.transformer, pipe.image_tokenizer):
-        for name, tensor in sorted(part.state_dict().items()):
+        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            if not tensor.is_meta and type(tensor) in (torch.Tensor, nn.Parameter):
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     how = ("samplers", "num_candidates")
-    layout = {name: value for name, value in pipe.settings.to_dict().items() if name not in how}
-    config = {name: v for name, v in pipe.transformer.config.items() if not name.startswith("_")}  # not its folder
+    own = pipe.settings.to_dict() if hasattr(pipe, "settings") else {"family": pipe.layout.family}
+    layout = {name: value for name, value in own.items() if name not in how}
+    kept = pipe.transformer.config if hasattr(pipe.transformer, "config") else {}
+    config = {name: v for name, v in dict(kept).items() if not name.startswith("_")}  # not its folder
     words = sorted(pipe.text_tokenizer.get_vocab().items())
     digest.update(json.dumps([layout, config, words], sort_keys=True, default=str).encode())
     return digest.hexdigest()

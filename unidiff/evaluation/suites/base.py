@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unidiff.errors import check_regular, reading
+from unidiff.evaluation.benchmark.measure import model_hash
 from unidiff.files import locked, replace_text, replacing_folder
 from unidiff.pipelines.batch import MANIFEST, Row, run_rows
 from unidiff.registry import Registry
@@ -58,7 +59,13 @@ SUITES: Registry[Suite] = Registry(
 
 
 def run_benchmark(
-    suite: Suite, pipe: Any, prompts: Path, out: Path, pictures: Path | None = None, **options: Any
+    suite: Suite,
+    pipe: Any,
+    prompts: Path,
+    out: Path,
+    pictures: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Path | None:
     """Decode the rows of a benchmark and write what its scorer reads.
 
@@ -66,7 +73,9 @@ def run_benchmark(
 
     Args:
         prompts: the benchmark's own file. pictures: folder of the pictures that it asks about.
-        out: gets `rows` (a picture for each row and `manifest.jsonl` with arguments, seed and words), and `scorer`.
+        out: gets `rows` (a picture for each row and `manifest.jsonl`: first the hash of the model, settings, options and
+            versions, then arguments, seed and words of each row), and `scorer`.
+        about: what else must be the same to go on in `out`.
         options: of `run_rows`, which also names the processes.
 
     Returns:
@@ -84,7 +93,8 @@ def run_benchmark(
             f"{str(prompts)!r} holds no prompts of {suite.name}; name the file that the benchmark publishes"
         )
     options |= {"resize": True} if suite.reads else {}  # a benchmark's pictures have all sizes
-    refused = run_rows(pipe, rows, out / RESULTS, pictures or prompts.absolute().parent, **options)
+    about = {**(about or {}), "benchmark": suite.name, "model_hash": model_hash(pipe), "settings": own_settings(pipe)}
+    refused = run_rows(pipe, rows, out / RESULTS, pictures or prompts.absolute().parent, about=about, **options)
     if refused:
         raise ValueError(
             f"{refused} rows were refused; {str(out / RESULTS / MANIFEST)!r} says why: mend them and run again"
@@ -99,12 +109,20 @@ def run_benchmark(
     return folder
 
 
+def own_settings(pipe: Any) -> dict[str, Any]:
+    """Settings that a pipeline brings for its decodes, as data: what an option was not given for."""
+    if hasattr(pipe, "settings"):
+        kept = pipe.settings.to_dict()
+        return {name: kept[name] for name in ("samplers", "num_candidates") if name in kept}
+    return {"family": pipe.layout.family}
+
+
 def _results(folder: Path) -> dict[int, Result]:
     """Rows that were done, by number."""
     found = dict[int, Result]()
     for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()[1:]:
         entry: dict[str, Any] = json.loads(line) if line else {"error": ""}
-        if "error" not in entry:
+        if "number" in entry and "error" not in entry:
             picture = entry.get("image")
             found[entry["number"]] = Result(None if picture is None else folder / picture, entry["words"])
     return found
