@@ -133,12 +133,13 @@ def mask_count_nelbo(
     """
 
     def draws() -> Iterator[tuple[NoisyBatch, Tensor]]:
-        n = batch.targets.sum(1)
+        place = batch.targets.cumsum(1)  # 1 for the first target, wherever padding puts it
+        n = place[:, -1]
         for j in range(samples):
             u = keyed_uniform(seed, keys, (stream << 20) + j, batch.shape[1] + 1)  # [B, L + 1]
             k = 1 + torch.floor(n * ((j + u[:, 0]) / samples)).long()
             k = torch.minimum(k, n)  # rounding may reach n + 1; rows without targets have k = 0
-            yield mask_count(batch, k, vocabulary, u[:, 1:]), n / k.clamp_min(1)
+            yield mask_count(batch, k, vocabulary, u.gather(1, place)), n / k.clamp_min(1)
 
     return average_nelbo(score, batch, draws())
 

@@ -5,9 +5,9 @@ An answer ends before its first end-of-text or end of turn. Words never become m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, cast
 
 from unidiff.decoding.config import SamplerConfig
@@ -67,7 +67,7 @@ class TextLayout(RowLayout):
         return 128
 
     def complete(self, inputs: TaskInputs) -> DecodeRequest:
-        return self._go_on([self.encode(text) for text in inputs.texts or ()], inputs.longest)
+        return self._go_on([self._as_ids(text) for text in inputs.texts or ()], inputs.longest)
 
     def infill(self, inputs: TaskInputs) -> DecodeRequest:
         """End-of-text fills no hole, and holes are no blocks."""
@@ -85,7 +85,7 @@ class TextLayout(RowLayout):
         """Texts as they are, each behind its prompt (`turns`) if there is one."""
         prompts = inputs.turns or [""] * inputs.count
         rows = [
-            [Span.text(self.encode(prompt), True), Span.words(self.encode(text), self.vocabulary, read=True)]
+            [Span.text(self._as_ids(prompt), True), Span.words(self._as_ids(text), self.vocabulary, read=True)]
             for prompt, text in zip(prompts, inputs.texts or (), strict=True)
         ]
         return lay_out(rows, self.config, left=self.left)
@@ -99,6 +99,10 @@ class TextLayout(RowLayout):
     def never(self) -> tuple[int, ...]:
         """Ids that are never written: what the family's settings forbid, and marks that only prompts have."""
         return self.config.text.forbid
+
+    def _as_ids(self, text: str | Sequence[int]) -> Sequence[int]:
+        """Ids of a text; ids are taken as they are."""
+        return self.encode(text) if isinstance(text, str) else text
 
     def _go_on(self, prompts: Sequence[Sequence[int]], longest: int) -> DecodeRequest:
         hidden = Span.words([None] * longest, self.vocabulary, read=True)
@@ -137,23 +141,45 @@ class ChatLayout(TextLayout):
         if not isinstance(turn, str) and all(isinstance(part, int) for part in turn):
             return list(cast("list[int]", turn))
         said: list[object] = [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
-        messages = [{"role": m["role"], "content": m["content"].strip()} for m in cast("list[Message]", said)]
-        if self.template.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.template.system}, *messages]
-        turns = [part for message in messages for part in self._parts(self.template.turn, message)]
-        return [*self._parts(self.template.opening), *turns, *self._parts(self.template.answer)]
-
-    def _parts(
-        self, parts: Sequence[str], message: Message = MappingProxyType({"role": "", "content": ""})
-    ) -> list[int]:
         ids: list[int] = []
-        for part in parts:
-            if part.startswith("<"):
-                ids.append(self.template.marks[part[1:-1]])
-            else:
-                role = self.template.roles.get(message["role"], message["role"])
-                ids += self.encode(part.replace("{role}", role).replace("{content}", message["content"]))
+        for mark, words in self._pieces(cast("list[Message]", said)):
+            ids += [self.template.marks[mark]] if mark else self.encode(words)
         return ids
+
+    def written(self, messages: Sequence[Message], answer: bool = True) -> str:
+        """A conversation in the template as the released tokenizers spell it: `ids`, where they read the marks as such.
+
+        Args:
+            answer: it ends where the answer begins; else inside the last message, which is gone on with.
+        """
+        return "".join(self.template.spelled[mark] if mark else words for mark, words in self._pieces(messages, answer))
+
+    def spelled_ids(self, text: str) -> list[int]:
+        """Ids of a text as `written` makes it: what is spelled as a mark of the template is that mark."""
+        names = {word: name for name, word in self.template.spelled.items()}
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        return [i for p in parts for i in ([self.template.marks[names[p]]] if p in names else self.encode(p))]
+
+    def _pieces(self, messages: Sequence[Message], answer: bool = True) -> list[tuple[str, str]]:
+        """Names of marks, "" for words, and words."""
+        template = self.template
+        if template.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": template.system}, *messages]
+        parts = [(part, messages[0]) for part in template.opening]
+        for message in messages:
+            parts += [(part, message) for part in template.turn]
+        if answer:
+            parts += [(part, messages[0]) for part in template.answer]
+        else:  # without the end of the last message
+            parts = parts[: len(parts) - len(template.turn) + template.turn.index(f"<{template.end}>")]
+        return [self._filled(part, message) for part, message in parts]
+
+    def _filled(self, part: str, message: Message) -> tuple[str, str]:
+        """A part of the template with the words of a message: the name of a mark, or words behind ""."""
+        if part.startswith("<"):
+            return part[1:-1], ""
+        role = self.template.roles.get(message["role"], message["role"])
+        return "", part.replace("{role}", role).replace("{content}", message["content"].strip())
 
 
 def chat_layout(template: ChatTemplate, family: str) -> Callable[[Any, Any], ChatLayout]:
