@@ -19,7 +19,7 @@ from unidiff.evaluation.harness.asked import Context, without_marks
 from unidiff.evaluation.harness.model import HarnessModel
 from unidiff.evaluation.harness.settings import HarnessSettings
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lm_eval.unidiff")  # which the harness shows
 Found = TypeVar("Found")
 
 

@@ -76,13 +76,6 @@ class UniDiffLMM(lmms):
         return Context(without_marks(words), pictures)
 
 
-def manifest() -> Any:
-    """The entry point: what lmms-eval should know about the model."""
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    return ModelManifest("unidiff", simple_class_path=f"{__name__}.{UniDiffLMM.__name__}")
-
-
 def _parts(request: Any) -> tuple[Any, ...]:
     """Words, what makes pictures of a document, and where that is."""
     args = request.args
