@@ -56,12 +56,16 @@ def text(
 ) -> None:
     """Train the byte-level BPE on the generator's own captions, questions and answers."""
     from unidiff.tokens.text import TextTokenizer, words_of
-    from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
+    from unidiff.worlds.emoji.phrasing import normaliser, understood_words
+    from unidiff.worlds.emoji.scenes import SceneGenerator, default_atlas, get_profile
     from unidiff.worlds.emoji.table import corpus
 
     texts = list(corpus(SceneGenerator(get_profile(profile), seed), count))
     tokenizer = TextTokenizer.train(texts, vocab_size)
-    tokenizer.known_words = {word for line in texts for word in words_of(line)}
+    tokenizer.known_words = {word for line in texts for word in words_of(line)} | understood_words()
+    names = get_profile(profile).names
+    phrases = normaliser(names, default_atlas().characters[: len(names)])
+    tokenizer.tokenizer.backend_tokenizer.normalizer = phrases  # type: ignore[attr-defined]
     tokenizer.save_pretrained(out)
     typer.echo(f"{tokenizer.size} ids -> {out}")
 

@@ -188,7 +188,7 @@ class NativeLayout(RowLayout):
 
     def _caption(self, text: str, what: str = "prompt") -> list[Span]:
         """Words, hidden tokens in place of holes, end-of-text fill."""
-        ids = hidden_words(text.strip(), self.texts.encode, self.most)
+        ids = hidden_words(self.texts.normalised(text).strip(), self.texts.encode, self.most)
         if len(ids) > self.most:
             raise ValueError(
                 f"{what} {short(text)} has {len(ids)} tokens, but this model holds at most {self.most}; shorten it"
@@ -202,7 +202,7 @@ class NativeLayout(RowLayout):
 
     def _question(self, text: str, longest: int) -> list[Span]:
         """A known question and a hidden answer."""
-        words = self.texts.encode(text.strip())
+        words = self.texts.encode(self.texts.normalised(text).strip())
         head = [self._task["question"], *words, self._task["answer"]]
         free = self.settings.text_length - len(head)
         if free < 1:

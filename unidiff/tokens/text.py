@@ -8,6 +8,7 @@ Hugging Face's libraries are imported where they are used, so that the command l
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from unidiff.tokens.text_folder import check_same_kind, check_tokenizer_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HOLE_MARK = "\uf8ff"  # a private character that stands for a hole while a text is normalised
 MOST_TOKENS = 4096  # of a hole where the model sets no limit of its own
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -125,7 +127,8 @@ def unknown_words(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
     known, unknown = tokenizer.known_words, tokenizer.tokenizer.unk_token_id
     found = dict.fromkeys(word for text in texts for word in words_of(text))
     if known is not None:
-        return [word for word in found if word not in known]
+        meant = {word: tokenizer.normalised(word) for word in found if word not in known}
+        return [word for word, other in meant.items() if other not in known and other in (word, word.lower())]
     return [] if unknown is None else [word for word in found if unknown in tokenizer.encode(word)]
 
 
@@ -172,6 +175,13 @@ class TextTokenizer:
         if isinstance(tokenizer, type) or not hasattr(tokenizer, "get_vocab"):
             raise ValueError(f"the text tokenizer is {tokenizer!r:.80}; expected a Hugging Face tokenizer")
         self.tokenizer = tokenizer
+        self._normaliser: Any = None
+        if self.known_words is not None and (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            self._normaliser = backend.normalizer  # of what people type: texts in the model's own words need none
+        self._exact = tokenizer
+        if self._normaliser is not None:
+            self._exact = copy.deepcopy(tokenizer)
+            self._exact.backend_tokenizer.normalizer = None
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.size = 1 + max(self._vocabulary.values(), default=-1)  # the width of the text range in a `Vocabulary`
 
@@ -294,10 +304,28 @@ class TextTokenizer:
             self.tokenizer.save_pretrained(temporary)
             check_same_kind(folder, temporary)
 
-    def encode(self, text: str) -> list[int]:
-        """Text ids of a string, without special tokens; `ValueError` for lone surrogates and for no string."""
+    def normalised(self, text: str) -> str:
+        """What people type in the words that the model learned, holes kept; the text itself where the tokenizer has no
+        normaliser for that (one in `tokenizer.json` beside a list of known words)."""
+        if self._normaliser is None or HOLE_MARK in text:
+            return text
         _check_unicode(text)
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        holes = [hole[0].strip() for hole in _HOLE.finditer(text)]
+        marked = _HOLE.sub(lambda hole: hole[0].replace(hole[0].strip(), HOLE_MARK), text)
+        found = self._normaliser.normalize_str(marked)
+        if found.count(HOLE_MARK) != len(holes):
+            return text
+        for hole in holes:
+            found = found.replace(HOLE_MARK, hole, 1)
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Text ids of a string, without special tokens; `ValueError` for lone surrogates and for no string.
+
+        A normaliser of what people type is left out, see `normalised`.
+        """
+        _check_unicode(text)
+        return self._exact.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Iterable[int], keep_specials: bool = False) -> str:
         """The string behind text ids. Special tokens are dropped unless `keep_specials`.

@@ -46,10 +46,12 @@ class Atlas:
     Attributes:
         names: one unique English short name per sprite.
         pixels: uint8 `[N, S, S, 4]`, straight (not premultiplied) alpha.
+        characters: the emoji that they show, where the index has them.
     """
 
     names: tuple[str, ...]
     pixels: np.ndarray
+    characters: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: Path = ATLAS_FOLDER) -> Atlas:
@@ -62,13 +64,14 @@ class Atlas:
         with reading(index_path, "the index of an atlas", recipe):
             size, columns = int(index["sprite_size"]), int(index["columns"])
             names = tuple(s["name"].replace("’", "'") for s in index["sprites"])
+            characters = tuple(s.get("character", "") for s in index["sprites"])
             if size < 1 or columns < 1 or not names:
                 raise ValueError(f"{len(names)} sprites of {size} pixels in {columns} columns")
         sheet = np.asarray(decode_picture(image_path).convert("RGBA"))
         if sheet.shape[0] < -(-len(names) // columns) * size or sheet.shape[1] < min(columns, len(names)) * size:
             raise ValueError(f"{str(image_path)!r} has no room for {len(names)} sprites of {size} pixels; remake both")
         corners = [(i // columns * size, i % columns * size) for i in range(len(names))]
-        return cls(names, np.stack([sheet[top : top + size, left : left + size] for top, left in corners]))
+        return cls(names, np.stack([sheet[top : top + size, left : left + size] for top, left in corners]), characters)
 
     def scaled(self, size: int) -> np.ndarray:
         """float32 `[N, size, size, 4]` in [0, 1], premultiplied alpha, Lanczos-filtered from the full-size sprites."""

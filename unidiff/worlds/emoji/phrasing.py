@@ -1,0 +1,291 @@
+"""How people type, in the words of the scenes' grammar: a text normaliser for the embedded model's tokenizer.
+
+The model has learned captions and questions of one small grammar (`language.py`). The normaliser turns other wordings of the
+same thing into it: capitals, punctuation, missing articles, plurals, digits, other names of the objects, and the emoji
+characters themselves. It is a list of replacements of Hugging Face's `tokenizers`, kept in `tokenizer.json`; texts of the
+grammar come out as they went in.
+
+Other names follow the English keywords of the Unicode CLDR annotations (version 48), as far as they mean one object only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from unidiff.tokens.text import HOLE_MARK, words_of
+from unidiff.worlds.emoji.language import (
+    GROUND_PHRASES,
+    IRREGULAR,
+    NUMBERS,
+    OPENERS,
+    RELATIONS,
+    UNCOUNTED,
+    ZONE_PHRASES,
+    article,
+    plural,
+)
+from unidiff.worlds.emoji.scenes import BACKGROUNDS
+
+if TYPE_CHECKING:
+    from tokenizers.normalizers import Normalizer
+
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "dog face": ("dog", "doggy", "doggie", "puppy", "puppy dog", "hound"),
+    "cat face": ("cat", "kitty", "kitten", "kitty cat", "pussycat", "tomcat"),
+    "fox": ("fox face", "vixen"),
+    "bear": ("bear face", "grizzly", "grizzly bear"),
+    "panda": ("panda face", "panda bear"),
+    "koala": ("koala face", "koala bear"),
+    "tiger face": ("tiger",),
+    "lion": ("lion face",),
+    "cow face": ("cow", "calf"),
+    "pig face": ("pig", "piggy", "piglet"),
+    "frog": ("frog face", "toad"),
+    "monkey face": ("monkey",),
+    "chicken": ("hen", "chicken face"),
+    "penguin": ("penguin face",),
+    "owl": ("owl face",),
+    "honeybee": ("bee", "bumblebee", "honey bee", "bumble bee"),
+    "butterfly": (),
+    "lady beetle": ("beetle", "ladybug", "ladybird", "lady bug", "lady bird"),
+    "turtle": ("tortoise", "terrapin"),
+    "octopus": (),
+    "crab": (),
+    "tropical fish": ("fish",),
+    "spouting whale": ("whale",),
+    "cactus": (),
+    "evergreen tree": ("tree", "evergreen", "pine", "pine tree", "fir", "fir tree", "christmas tree", "conifer"),
+    "mushroom": ("toadstool", "fungus"),
+    "rose": (),
+    "sunflower": (),
+    "tulip": (),
+    "red apple": ("apple",),
+    "pear": (),
+    "lemon": (),
+    "banana": (),
+    "watermelon": ("water melon", "melon", "slice of watermelon"),
+    "grapes": ("grape", "bunch of grapes"),
+    "strawberry": (),
+    "cherries": ("cherry",),
+    "pineapple": (),
+    "carrot": (),
+    "ear of corn": ("corn", "maize", "corn cob", "corncob", "cob of corn", "corn on the cob"),
+    "croissant": (),
+    "cheese wedge": ("cheese", "wedge of cheese", "piece of cheese", "slice of cheese"),
+    "hamburger": ("burger", "cheeseburger"),
+    "pizza": ("slice of pizza", "pizza slice", "piece of pizza"),
+    "doughnut": ("donut",),
+    "birthday cake": ("cake", "piece of cake"),
+    "soft ice cream": ("ice cream", "icecream", "ice cream cone", "soft serve"),
+    "hot beverage": ("beverage", "coffee", "tea", "hot drink", "cup of coffee", "cup of tea", "mug of coffee"),
+    "soccer ball": ("ball", "football", "soccer"),
+    "basketball": ("basket ball",),
+    "automobile": ("car", "auto"),
+    "bus": ("school bus",),
+    "rocket": ("spaceship", "space ship", "space rocket", "rocket ship"),
+    "sailboat": ("boat", "sailing boat", "sail boat", "yacht", "sailing ship"),
+    "house": ("home", "cottage"),
+    "alarm clock": ("clock", "alarm"),
+    "key": (),
+    "light bulb": ("bulb", "lightbulb", "lamp"),
+    "wrapped gift": ("gift", "present", "wrapped present", "gift box", "birthday present", "birthday gift"),
+    "balloon": (),
+    "crown": (),
+    "guitar": (),
+    "bell": ("church bell",),
+    "teddy bear": ("teddy", "plush bear", "toy bear", "stuffed bear"),
+}
+_PLURALS = {"calf": "calves", "fungus": "fungi", "corn on the cob": "corn on the cob"}
+_SPELLINGS = {
+    "colou?rs?": "colour", "grey": "gray", "center": "centre", "big|huge|giant|enormous": "large",
+    "little|tiny|mini": "small", "upper": "top", "lower": "bottom", "violet": "purple", "backdrop": "background",
+    "1": "one", "2|a pair of|a couple of": "two", "3": "three", "4": "four", "5": "five", "&|[+]|plus": "and",
+    "beneath|underneath": "below", "what's": "what is", "where's": "where is", "left[- ]hand": "left", "right[- ]hand": "right",
+}  # fmt: skip
+_ASKS = r"(?:what|where|how|is|are|which|do|does|can)\b"
+_EDGE, _END = r"(?<![\w-])", r"(?![\w-])"
+_ONE, _MANY = (
+    0xE000,
+    0xE400,
+)  # private characters for one object and for several; that of a name stands at its place in the list
+Steps = Iterator[tuple[str, str]]
+"""Patterns of Oniguruma's syntax and what is put in their place, in order. `\\K` keeps what was found before it."""
+
+
+def understood_words() -> set[str]:
+    """All words of the other names, for the list of a tokenizer's known words."""
+    return {word for others in SYNONYMS.values() for other in others for word in words_of(other)}
+
+
+def normaliser(names: Sequence[str], characters: Sequence[str]) -> Normalizer:
+    """A normaliser to be kept in the tokenizer of a model of scenes.
+
+    Args:
+        names: of the objects, as the grammar has them. characters: their emoji, in the same order.
+    """
+    from tokenizers import Regex, normalizers
+
+    signs = _Signs(names)
+    steps = [normalizers.NFKC(), normalizers.Lowercase()]
+    groups = (_characters(signs, characters), _spelling(), _objects(signs), _questions(signs), _captions(signs))
+    for pattern, content in chain(*groups, signs.written_out()):
+        steps.append(normalizers.Replace(Regex(pattern), content))
+    return normalizers.Sequence(steps)
+
+
+class _Signs:
+    """One private character for an object, another for several of it, so that a pattern can say "any object"."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.one = [chr(_ONE + i) for i in range(len(names))]
+        self.many = [chr(_MANY + i) for i in range(len(names))]
+        kinds: dict[str, str] = {"mass": "", "vowel": "", "other": ""}
+        for name, sign in zip(names, self.one, strict=True):
+            kinds["mass" if name in UNCOUNTED else "vowel" if article(name).startswith("an ") else "other"] += sign
+        self.mass, self.vowel, self.other = (f"[{kind or chr(_MANY - 1)}]" for kind in kinds.values())
+        self.any_one, self.any_many = f"[{self.one[0]}-{self.one[-1]}]", f"[{self.many[0]}-{self.many[-1]}]"
+        self.any = f"[{self.one[0]}-{self.one[-1]}{self.many[0]}-{self.many[-1]}]"
+        self.counts = "|".join(word for n, word in NUMBERS.items() if n > 1)
+
+    def written_out(self) -> Steps:
+        for name, one, many in zip(self.names, self.one, self.many, strict=True):
+            yield one, name
+            yield many, plural(name)
+
+
+def _characters(signs: _Signs, characters: Sequence[str]) -> Steps:
+    """Spaces, quotes, what an emoji may carry, and emoji: two of the same are a number, different ones a list."""
+    yield r"\s+", " "
+    yield "[\u2018\u2019]", "'"
+    yield "[\ufe0e\ufe0f\u200d\U0001f3fb-\U0001f3ff]", ""
+    for character, one, many in zip(characters, signs.one, signs.many, strict=True):
+        sign = character.replace("\ufe0f", "")
+        for n in range(max(NUMBERS), 1, -1):
+            yield f"(?<!{sign})(?<!{sign} )(?:{sign} ?){{{n}}}(?!{sign})", f" {NUMBERS[n]} {many} "
+        yield sign, f" {one} "
+    yield f"{signs.any} \\K *(?=(?:(?:{signs.counts}) )?{signs.any})", "and "
+    yield " {2,}", " "
+    yield f"^ (?=(?:(?:{signs.counts}) )?{signs.any})", ""
+    yield f"{signs.any}\\K $", ""
+
+
+def _spelling() -> Steps:
+    """Other spellings and words for the same, requests, and the ends of sentences."""
+    for pattern, content in _SPELLINGS.items():
+        yield f"{_EDGE}(?:{pattern}){_END}", content
+    yield r"^please ", ""
+    yield r"^(?:draw|paint|show|generate|create|make|render)(?: me| us)? ", ""
+    yield (
+        r"^(?:an? |the )?(?:photo|photograph|drawing|painting|illustration|icon|emoji|sketch|scene) of ",
+        "a picture of ",
+    )
+    yield r"^(?=picture of )", "a "
+    yield r"^(?=image of )", "an "
+    yield r"[.!;]+ ?$", ""
+
+
+def _objects(signs: _Signs) -> Steps:
+    """Names and other names, the longest first, to the signs; as many as a number says."""
+    found: dict[str, str] = {}
+    for name, one, many in zip(signs.names, signs.one, signs.many, strict=True):
+        for other in SYNONYMS.get(name, ()):
+            found.setdefault(_plural(other), many)
+            found[other] = one
+    for name, one, many in zip(signs.names, signs.one, signs.many, strict=True):
+        found[plural(name)] = many
+        found[name] = one
+    for words in sorted({wording.count(" ") for wording in found}, reverse=True):
+        for sign in (*signs.many, *signs.one):
+            own = [wording for wording, meant in found.items() if meant == sign and wording.count(" ") == words]
+            if own:
+                yield f"{_EDGE}(?:{'|'.join(own)}){_END}", sign
+    yield f"{signs.any}\\K (?:emoji|icon)s?{_END}", ""
+    for one, many in zip(signs.one, signs.many, strict=True):
+        yield f"{_EDGE}(?:{signs.counts}) \\K{one}", many
+        yield f"(?:^(?:is|are) there|^do you see|^can you see)(?: an?| any| some|) \\K{many}", one
+
+
+def _questions(signs: _Signs) -> Steps:
+    """Questions of the grammar, which end with a question mark."""
+    shown = "(?:in|on) (?:the|this) (?:picture|image)"
+    yield (
+        rf"^(?:are there|do you see|can you see|is there)(?: an?| any| some|) (?=[{signs.vowel[1:-1]}])",
+        "is there an ",
+    )
+    yield (
+        rf"^(?:are there|do you see|can you see|is there)(?: an?| any| some|) (?=[{signs.other[1:-1]}])",
+        "is there a ",
+    )
+    yield rf"^(?:are there|do you see|can you see|is there)(?: an?| any| some|) (?=[{signs.mass[1:-1]}])", "is there "
+    yield rf"^(?:how many|is there) .*\K {shown}(?=\??$)", ""
+    yield rf"^how many {signs.any}\K(?: do you see| can you see|)(?= ?\??$)", " are there"
+    yield (
+        r"^what (?:is the (?:background colour|colour of the background)|colour is the background) ?\??$",
+        ("what colour is the background?"),
+    )
+    yield (
+        rf"^what (?:is|do you see|can you see|is shown|are) (?:this|that|it|here|{shown}) ?\??$",
+        "what is in the picture?",
+    )
+    yield rf"^where is (?:an? |)(?={signs.any_one})", "where is the "
+    yield rf"^{_ASKS}[^?]*\K$", "?"
+
+
+def _captions(signs: _Signs) -> Steps:
+    """Words that the grammar lacks, articles, lists, relations and backgrounds. Questions and `<mask>` stay as they are."""
+
+    def everywhere(pattern: str, condition: str = "") -> str:
+        """The pattern wherever it stands in a text that is no question and in which the condition holds at its start."""
+        return rf"(?:^(?!{_ASKS}){condition}|\G(?!^)).*?\K{pattern}"
+
+    size, noun = "(?:large |small )", rf"(?:an? |the |one |(?:{signs.counts}) )?(?:large |small )?{signs.any}"
+    phrases = (*OPENERS, *GROUND_PHRASES, *chain(*ZONE_PHRASES.values(), *RELATIONS.values()), "a and large small")
+    words = "|".join(sorted({*chain(*map(words_of, phrases)), *NUMBERS.values(), *BACKGROUNDS}))
+    for colour in BACKGROUNDS:  # `blue background, a fox`
+        yield rf"^(?:an? |the )?{colour} background(?:,| with|:) (?=.*{signs.any}).*\K$", f" on a {colour} background"
+        yield rf"^(?:an? |the )?{colour} background(?:,| with|:) (?=.*{signs.any})", ""
+    colours = "|".join(BACKGROUNDS)
+    yield everywhere(rf",? ?(?:in front of|over|in) (?:an? |the )?(?=(?:{colours}) background)"), " on a "
+    yield everywhere(rf" ?, (?:and )?(?:an? )?(?=(?:{colours}) background$)"), " on a "
+    yield everywhere(rf"{_EDGE}(?:on|against|with) \K(?:the )?(?=(?:{colours}) background)"), "a "
+    yield everywhere(rf", (?=(?:on|against|with|in|at|near|to|left of|right of|above|below|under){_END})"), " "
+    yield everywhere(rf"{_EDGE}(?:next to|beside|by|near|alongside|together with|with) (?={noun})"), "and "
+    yield everywhere(rf"{_EDGE}(?:over|atop) (?={noun})"), "above "
+    yield everywhere(rf"{_EDGE}on the (?=(?:left|right) of)"), "to the "
+    yield everywhere(rf"{signs.any} \K(?:is|are) "), ""
+    named, link = rf"(?=.*{signs.any})", "and|on|against|with|in|at|to|left|right|above|below|under|of"
+    yield everywhere(rf"{_EDGE}(?!(?:{words}){_END})[^\W_][\w'-]* ?", named), ""
+    yield everywhere(rf"{_EDGE}(?:an?|the) (?=(?:and|on|against|with|in|at){_END}|,|$)", named), ""
+    yield everywhere(rf"(?:^|a picture of |an image of )\K(?:(?:and|on|with|of|,) )+(?={noun})", named), ""
+    yield everywhere(rf"{signs.any}\K(?:,? (?:{link}))+ ?$", named), ""
+    yield everywhere(rf"{_EDGE}one (?={size}?{signs.any_one})"), "a "
+    yield everywhere(rf"{_EDGE}the (?={size}?{signs.any})"), ""
+    yield (
+        rf"(?<!{HOLE_MARK} )(?<!many )"
+        + "".join(f"(?<!{word} )" for word in NUMBERS.values())
+        + rf"(?={signs.any_many})",
+        "two ",
+    )
+    before = rf"(?<!{HOLE_MARK})(?<!{HOLE_MARK} )(?<!a )(?<!an )(?<!large )(?<!small )"
+    yield everywhere(rf"{before}(?={size}?{signs.any_one})"), "a "
+    yield everywhere(rf"{_EDGE}an (?={size}|{signs.other})"), "a "
+    yield everywhere(rf"{_EDGE}a (?={signs.vowel})"), "an "
+    yield everywhere(rf"{_EDGE}an? (?={size}?{signs.mass})"), ""
+    yield (
+        everywhere(
+            rf"(?:,| ,|, and) (?={noun}(?: (?:on|against|with|in|at|near|to) [^,{HOLE_MARK}]*)?$)", "(?!.* and )"
+        ),
+        " and ",
+    )
+    yield everywhere(r", and "), " and "
+
+
+def _plural(name: str) -> str:
+    """Of another name: `kitties`, `slices of pizza`."""
+    head, of, rest = name.partition(" of ")
+    regular = plural(head) if not re.search("[^aeiou]y$", head) or head in IRREGULAR else head[:-1] + "ies"
+    return _PLURALS.get(name, regular + of + rest)
