@@ -105,6 +105,12 @@ _SPELLINGS = {
     "1": "one", "2|a pair of|a couple of": "two", "3": "three", "4": "four", "5": "five", "&|[+]|plus": "and",
     "beneath|underneath": "below", "what's": "what is", "where's": "where is", "left[- ]hand": "left", "right[- ]hand": "right",
 }  # fmt: skip
+_HEARD = (
+    "please draw paint show generate create make render me us photo photograph drawing painting illustration icon icons emoji "
+    "emojis sketch scene next beside by alongside together front over atop color grey center big huge giant enormous little "
+    "tiny mini upper lower violet backdrop pair couple plus beneath underneath hand left-hand right-hand what's where's any "
+    "some do can you see it this that here shown are 1 2 3 4 5 & +"
+)  # words of the patterns below
 _ASKS = r"(?:what|where|how|is|are|which|do|does|can)\b"
 _EDGE, _END = r"(?<![\w-])", r"(?![\w-])"
 _ONE, _MANY = (
@@ -116,8 +122,8 @@ Steps = Iterator[tuple[str, str]]
 
 
 def understood_words() -> set[str]:
-    """All words of the other names, for the list of a tokenizer's known words."""
-    return {word for others in SYNONYMS.values() for other in others for word in words_of(other)}
+    """Words that the normaliser reads besides those of the grammar, for the list of a tokenizer's known words."""
+    return {*_HEARD.split(), *(word for others in SYNONYMS.values() for other in others for word in words_of(other))}
 
 
 def normaliser(names: Sequence[str], characters: Sequence[str]) -> Normalizer:
