@@ -9,8 +9,9 @@ import os
 import re
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPErrorProcessor
@@ -102,6 +103,14 @@ def local_path(where: str) -> str:
     return str(Path(unquote(parts.path)))
 
 
+class _Limits(NamedTuple):
+    """Of a download: bytes, when it has to be over, and who is told how far it is."""
+
+    most: int | None
+    end: float | None
+    told: Callable[[int], object]
+
+
 def fetch(url: str, most: int, seconds: float = 60.0) -> bytes:
     """The content of an http(s) address: at most `most` bytes within `seconds`; else raises `Unreachable`."""
     buffer = io.BytesIO()
@@ -109,7 +118,13 @@ def fetch(url: str, most: int, seconds: float = 60.0) -> bytes:
     return buffer.getvalue()
 
 
-def download(url: str, out: IO[bytes], most: int | None = None, seconds: float | None = None) -> None:
+def download(
+    url: str,
+    out: IO[bytes],
+    most: int | None = None,
+    seconds: float | None = None,
+    told: Callable[[int], object] = lambda size: None,
+) -> None:
     """Write the content of an address into an empty file; redirections stay with http and https.
 
     A fault that may pass (a silent or overloaded server, a connection that breaks) is tried again, from where it broke where
@@ -117,6 +132,7 @@ def download(url: str, out: IO[bytes], most: int | None = None, seconds: float |
 
     Args:
         most: bytes; None has no bound. seconds: for all of it; None has no bound but the server's silence.
+        told: called with how many bytes are there, after every piece.
 
     Raises:
         Unreachable: no answer, a refusal, an answer that is cut, too long or too slow; its beginning is in `out`.
@@ -126,7 +142,7 @@ def download(url: str, out: IO[bytes], most: int | None = None, seconds: float |
     out.truncate()
     for pause in (*PAUSES, None):
         try:
-            (_copy_from_store if in_store(url) else _copy)(url, out, most, end)
+            (_copy_from_store if in_store(url) else _copy)(url, out, _Limits(most, end, told))
             return
         except Exception as error:  # of the address, the network, the server or the library
             failure = error
@@ -157,7 +173,7 @@ def remote_stamp(url: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None:
+def _copy(url: str, out: IO[bytes], limits: _Limits) -> None:
     size = out.tell()
     with _open(url, "GET", size) as answer:
         if answer.status != 206:  # all of it, whatever was asked for
@@ -165,32 +181,33 @@ def _copy(url: str, out: IO[bytes], most: int | None, end: float | None) -> None
             out.truncate()
             size = 0
         while piece := answer.read1(_PIECE):
-            size = _put(url, out, piece, size, most, end)
+            size = _put(url, out, piece, size, limits)
         expected, begun = answer.headers.get("Content-Length", ""), answer.headers.get("Content-Range", "")
     whole = begun.rpartition("/")[2] if answer.status == 206 else expected
     if whole.isdigit() and size < int(whole):
         raise ConnectionError(f"the server sent {size} of {whole} bytes")
 
 
-def _copy_from_store(url: str, out: IO[bytes], most: int | None, end: float | None) -> None:
+def _copy_from_store(url: str, out: IO[bytes], limits: _Limits) -> None:
     system, path = open_store(url)
     whole, size = int(system.info(path)["size"]), out.tell()
     while size < whole:
         piece = system.cat_file(path, start=size, end=min(size + _RANGE, whole))
         if not piece:
             raise ConnectionError(f"the store gave {size} of {whole} bytes")
-        size = _put(url, out, piece, size, most, end)
+        size = _put(url, out, piece, size, limits)
 
 
-def _put(url: str, out: IO[bytes], piece: bytes, size: int, most: int | None, end: float | None) -> int:
+def _put(url: str, out: IO[bytes], piece: bytes, size: int, limits: _Limits) -> int:
     """Write a piece behind `size` bytes; how many there are then."""
     with writing("the temporary file of a download"):
         out.write(piece)
     size += len(piece)
-    if most is not None and size > most:
-        raise Unreachable(f"{url!r} is larger than {most / 2**20:.3g} MB; no such file is expected")
-    if end is not None and time.monotonic() > end:
+    if limits.most is not None and size > limits.most:
+        raise Unreachable(f"{url!r} is larger than {limits.most / 2**20:.3g} MB; no such file is expected")
+    if limits.end is not None and time.monotonic() > limits.end:
         raise Unreachable(f"{url!r} cannot be downloaded (it takes too long)")
+    limits.told(size)
     return size
 
 

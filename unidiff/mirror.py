@@ -69,6 +69,13 @@ def local_model(name: str) -> str:
     return str(pulled(name)) if in_store(name) else name
 
 
+def _bar(url: str, size: int) -> Any:
+    """Bytes and time left, on a terminal, of a download that takes longer than two seconds."""
+    from huggingface_hub.utils import tqdm
+
+    return tqdm(desc=url, total=size, unit="B", unit_scale=True, delay=2, disable=None)
+
+
 class _Mirror:
     """A folder in a store and its copy in `place`."""
 
@@ -80,15 +87,17 @@ class _Mirror:
 
     def pull(self) -> int:
         """Fetch everything; how many files that are."""
-        found = self._try(lambda: self.system.find(self.path) if self.system.exists(self.path) else [])
+        found = self._try(lambda: self.system.find(self.path, detail=True) if self.system.exists(self.path) else {})
         root, head = str(self.path).strip("/"), self.url[: self.url.index("://") + 3]
-        for name in found:
-            inner = name.strip("/").removeprefix(root).strip("/")
-            self.is_file = not inner
-            target = self.place / (inner or root.rpartition("/")[2])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
-                download(head + name.lstrip("/"), file)
+        with _bar(self.url, sum(entry.get("size") or 0 for entry in found.values())) as bar:
+            for name in found:
+                inner, before = name.strip("/").removeprefix(root).strip("/"), bar.n
+                self.is_file = not inner
+                target = self.place / (inner or root.rpartition("/")[2])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(target, "wb") as file:
+                    told = lambda size, before=before: bar.update(before + size - bar.n)  # noqa: E731
+                    download(head + name.lstrip("/"), file, told=told)
         self.known = self._now()
         return len(found)
 

@@ -35,7 +35,8 @@ class World:
         model: folder of the pipeline that ships with it.
         prompts: () -> sentences that its models can draw.
         demo: (pipe, folder, seed) -> the files it wrote; `demo_files` are their names.
-        evaluate: (pipe, seed, n, per_task, tasks, progress, options of every decode) -> `EvaluationReport`; `tasks` may name metrics.
+        evaluate: (pipe, seed, n, per_task, tasks, tick, options of every decode) -> `EvaluationReport`; `tasks` may name metrics,
+            and tick(more, total, what) is told how many cases are done, of how many, and what comes next.
         benchmark: () -> `JudgedTasks`, what the benchmark of decodes asks.
         reward: (pipe, seed, kinds) -> a reward of prompts and pictures, and prompts by number.
         pictures: (profile, kinds, seed) -> a picture by number, float32 `[3, H, W]` in [0, 1].

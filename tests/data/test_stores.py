@@ -162,3 +162,26 @@ def test_a_download_goes_on_where_it_broke(tmp_path, monkeypatch, parts):
     assert (tmp_path / "got").read_bytes() == Broken.content
     half = len(Broken.content) // 2
     assert handler.asked == [None, f"bytes={half}-", f"bytes={half + half // 2 if parts else half}-"]
+
+
+def test_a_download_tells_how_far_it_is(store, monkeypatch):
+    from huggingface_hub.utils import tqdm
+
+    store.pipe({"/bucket/m/a.bin": b"a" * 700, "/bucket/m/deep/b.bin": b"b" * 500, "/bucket/alone.bin": b"c" * 30})
+    shown, moves, begin = [], [], tqdm.__init__
+
+    def start(bar, **options):
+        shown.append(options)
+        begin(bar, **{**options, "disable": True})
+
+    def update(bar, more):
+        bar.n += more
+        moves.append(bar.n)
+
+    monkeypatch.setattr(tqdm, "__init__", start)
+    monkeypatch.setattr(tqdm, "update", update)
+    place = pulled("memory://bucket/m")
+    assert (place / "deep" / "b.bin").read_bytes() == b"b" * 500
+    assert moves == sorted(moves) and moves[-1] == shown[0]["total"] == 1200
+    assert shown[0]["delay"] == 2 and shown[0]["disable"] is None  # on a terminal, after two seconds
+    assert pulled("memory://bucket/alone.bin").read_bytes() == b"c" * 30 and moves[-1] == shown[1]["total"] == 30

@@ -119,10 +119,13 @@ def test_a_touched_token_is_noticed(pipe: UniDiffPipeline, monkeypatch: pytest.M
 
 
 def test_progress_is_told_and_the_bar_is_given_back(pipe: UniDiffPipeline, tmp_path: Path) -> None:
-    said: list[str] = []
+    said: list[tuple[int, int | None, str]] = []
     pipe.set_progress_bar_config(desc="mine")
-    report = run_emoji_eval(pipe, n=1, tasks=("generate", "likelihood"), steps=1, progress=said.append)
-    assert said == ["joint generation", "likelihood"]
+    tasks = ("text_to_image", "caption", "answer", "inpaint", "generate", "likelihood", "retrieval")
+    report = run_emoji_eval(pipe, n=1, tasks=tasks, steps=1, tick=lambda more, total=None, what="": said.append((more, total, what)))  # fmt: skip
+    assert [what for *_, what in said if what][-3:] == ["joint generation", "likelihood", "retrieval"]
+    totals = {total for _, total, _ in said if total is not None}
+    assert len(totals) == 1 and sum(more for more, *_ in said) == totals.pop()  # so the time left is right
     assert pipe._progress_bar_config == {"desc": "mine"}
     assert "oracle_true" not in report.values and "joint_agreement" in report.values
     report.save(tmp_path / "out.json")

@@ -25,7 +25,7 @@ def demo(pipe, folder, seed):
     return (path,)
 
 
-def evaluate(pipe, seed, n, progress, **options):
+def evaluate(pipe, seed, n, tick, **options):
     report = EvaluationReport(about={"seed": seed})
     report.add("drawn", Estimate.share([len(pipe.text_to_image(prompts(), steps=1).images) == 1] * n))
     return report

@@ -300,8 +300,9 @@ def height_and_width(size: str, flag: str) -> tuple[int, int]:
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar with the time left on a terminal, none elsewhere: call it with how many more are done, and of how many."""
+def bar(what: str) -> Iterator[Callable[..., None]]:
+    """A progress bar with the time left on a terminal, none elsewhere: call it with how many more are done, of how many (None:
+    as before), and what comes next where that is of interest."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -312,8 +313,18 @@ def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task(what, total=None)
-        yield lambda more, total: shown.update(task, advance=more, total=total)
+
+        def tick(more: int, total: int | None = None, now: str = "") -> None:
+            shown.update(task, advance=more, total=total, description=f"{what}: {now}" if now else None)
+
+        yield tick

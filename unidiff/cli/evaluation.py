@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from unidiff.cli.common import (
     MOST,
     DecodeFlags,
+    bar,
     check_outputs,
     check_own,
     shared_rows,
@@ -94,9 +95,8 @@ def evaluate(
     seed = options.pop("generator")
     options |= {"n": n} if n is not None else {"n": per_task or PER_TASK, "per_task": per_task or PER_TASK}
     options |= {"tasks": tuple(task)} if task else {}
-    with Console(stderr=True).status(suite) as status:
-        say = lambda what: status.update(f"{suite}: {what}")  # noqa: E731
-        result = world.evaluate(pipe, seed=seed, progress=say, **options)
+    with bar(suite) as tick:
+        result = world.evaluate(pipe, seed=seed, tick=tick, **options)
     if json_path is not None:
         result.save(json_path, outcomes)
     Console().print(result.table(f"{suite} scenes"))

@@ -85,15 +85,14 @@ def profile_cache(
     """Measure how little a model's features change from pass to pass, and recommend a cache."""
     check_folder(out, ["profile.json"])
     pipe = load_own_model(model, device, dtype, "profile-cache")
-    pipe.set_progress_bar_config(disable=True)
     from rich.console import Console
 
     from unidiff.evaluation.cache_profile import TASKS, profile_pipeline, summary, write
     from unidiff.world import WORLDS
 
     prompts = prompt or WORLDS.get_or_refuse(world, "--world").prompts()
-    with Console(stderr=True).status("profile") as status:
-        profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, status.update)
+    told = lambda what: pipe.set_progress_bar_config(desc=what)  # noqa: E731
+    profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, told)
     traits = pipe.transformer.traits
     table, advice = summary(profiles, traits)
     Console().print(table)

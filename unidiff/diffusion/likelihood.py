@@ -154,12 +154,18 @@ def nelbo_in_parts(
     stream: int = 0,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    tick: Callable[[int], object] = lambda rows: None,
 ) -> Nelbo:
-    """`mask_count_nelbo` of `batch_size` rows at a time on a device; results do not depend on either."""
+    """`mask_count_nelbo` of `batch_size` rows at a time on a device; results do not depend on either.
+
+    Args:
+        tick: called with how many more rows are done.
+    """
     parts = []
     for place in torch.arange(len(rows.ids)).split(batch_size):
         part, own = rows.rows(place).to(device), keys[place].to(device)
         parts.append(mask_count_nelbo(score, part, vocabulary, own, seed, samples, stream))
+        tick(len(place))
     return Nelbo.cat(parts)
 
 

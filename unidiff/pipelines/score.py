@@ -121,7 +121,9 @@ def score_of(
     judge = model_scorer(model, vocabulary, time=lambda share: share)
     if pmi:
         judge = _against_blind(judge, vocabulary, Modality.IMAGE if of == "text" else Modality.TEXT)
-    found = nelbo_in_parts(judge, batch, vocabulary, seeds, 0, samples, _STREAM, batch_size, pipe._execution_device)
+    how = 0, samples, _STREAM, batch_size, pipe._execution_device
+    with pipe.progress_bar(total=count) as bar:
+        found = nelbo_in_parts(judge, batch, vocabulary, seeds, *how, bar.update)
     bound, error = -found.total, found.error
     ends = bound - error, bound + error
     return ScoreOutput(bound, *ends, -found.text, -found.image, found.count_text, found.count_image, seeds)

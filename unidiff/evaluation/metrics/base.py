@@ -27,6 +27,7 @@ class CaptionedPictures:
         surprises: -log p(caption | picture) in nats where the world knows it. entropies: H(caption | picture).
         distractors: captions of each that do not hold. seed: of everything that a metric draws. batch_size: rows at once; results do not depend on it.
         network: features of the world's own reader.
+        tick: called with how many pictures have been gone through, `Metric.rounds` times each.
     """
 
     captions: Sequence[str]
@@ -37,6 +38,7 @@ class CaptionedPictures:
     seed: int = 0
     batch_size: int = 64
     network: FeatureNetwork | None = None
+    tick: Callable[[int], None] = lambda rows: None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Metric:
     Attributes:
         measure: for `unidiff eval WORLD --task NAME`. score: for `unidiff eval score NAME`; see `score_results`.
         made, against, network: what `score` reads, for messages; an empty text is what it does not take.
+        rounds: how often `measure` goes through all pictures and tells `tick`.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Metric:
     made: str = ""
     against: str = ""
     network: str = ""
+    rounds: int = 0
 
 
 METRICS: Registry[Metric] = Registry(

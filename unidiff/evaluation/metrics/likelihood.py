@@ -28,6 +28,7 @@ class RowLikelihood:
         score: see `unidiff.diffusion.likelihood.Scorer`. vocabulary: ids of the rows.
         seed: of the masks. samples: masks per row, each a forward pass.
         batch_size: rows per pass; results do not depend on it. device: of the model.
+        tick: called with how many more rows are done, of five times all of them.
     """
 
     score: Scorer
@@ -36,11 +37,12 @@ class RowLikelihood:
     samples: int = 8
     batch_size: int = 64
     device: torch.device | str = "cpu"
+    tick: Callable[[int], None] = lambda rows: None
 
     def nelbo(self, rows: TokenBatch, stream: int = 0) -> Nelbo:
         """NELBO of the targets of every row, by the mask-count estimator, keyed by row number."""
         own = self.seed, self.samples, stream, self.batch_size, self.device
-        return nelbo_in_parts(self.score, rows, self.vocabulary, torch.arange(rows.shape[0]), *own)
+        return nelbo_in_parts(self.score, rows, self.vocabulary, torch.arange(rows.shape[0]), *own, self.tick)
 
     def numbers(
         self, rows: TokenBatch, eos_id: int, surprises: Sequence[float] = (), entropies: Sequence[float] = ()
@@ -100,8 +102,8 @@ def likelihoods(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Es
     rows = captioned_rows(cases.captions, codes, encode, settings.vocabulary)
     device = next(pipe.transformer.parameters()).device
     score = model_scorer(pipe.transformer, settings.vocabulary)
-    judge = RowLikelihood(score, settings.vocabulary, cases.seed, batch_size=size, device=device)
+    judge = RowLikelihood(score, settings.vocabulary, cases.seed, batch_size=size, device=device, tick=cases.tick)
     return judge.numbers(rows, texts.eos_id + settings.vocabulary.text[0], cases.surprises, cases.entropies)
 
 
-LIKELIHOOD = Metric("likelihood", likelihoods)
+LIKELIHOOD = Metric("likelihood", likelihoods, rounds=5)

@@ -23,8 +23,9 @@ def retrieval(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Esti
         scores = pipe.score(
             picture, [caption, *wrong], of="text", samples=SAMPLES, generator=cases.seed + number, batch_size=size
         )
+        cases.tick(1)
         first.append(bool((scores.log_prob[0] > scores.log_prob[1:]).all()))
     return {"retrieval": Estimate.share(first)}
 
 
-RETRIEVAL = Metric("retrieval", retrieval)
+RETRIEVAL = Metric("retrieval", retrieval, rounds=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unidiff.evaluation.benchmark.trials import REFERENCE, JudgedTasks
-from unidiff.evaluation.metrics.base import CaptionedPictures, model_metrics
+from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures, model_metrics
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.worlds.emoji.cases import (
@@ -58,7 +58,7 @@ def run_emoji_eval(
     tasks: Sequence[str] = ALL_TASKS,
     batch_size: int = 64,
     profile: Profile | None = None,
-    progress: Callable[[str], None] = lambda what: None,
+    tick: Callable[..., None] = lambda more, total=None, what="": None,
     **options: Any,
 ) -> EvaluationReport:
     """Evaluate a pipeline on emoji scenes.
@@ -70,7 +70,8 @@ def run_emoji_eval(
         per_task: in place of `n`, at least so many cases of every task, spread evenly over its categories; the full
             yardstick has 2,000.
         tasks: some of `ALL_TASKS`, and names of metrics.
-        batch_size: rows per decode; results do not depend on it. progress: called with what is done next.
+        batch_size: rows per decode; results do not depend on it.
+        tick: called with how many more cases are done, of how many, and what comes next, see `World`.
         options: for every decode, for instance `steps`; by default the pipeline's own settings for each task.
 
     Raises:
@@ -89,9 +90,15 @@ def run_emoji_eval(
     hidden_bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**hidden_bar, "disable": True})
     cases = lambda task: n if per_task is None else -(-per_task // PARTS.get(task, 1))  # noqa: E731
+    measured = [task for task in tasks if task in metrics]
+    judged = [task for task in TASKS if task in tasks]
+    total = sum(PARTS.get(task, 1) * cases(task) for task in judged if task != "reader")
+    total += sum(METRICS[name].rounds * cases(name) for name in measured)
+    decoded = lambda out: tick(len(out.texts), total)  # noqa: E731
+    progress = lambda what: tick(0, total, what)  # noqa: E731
     try:
-        judge = EmojiEval(PipelineModel(pipe, batch_size, **options), profile, seed, n, progress)
-        for task in (task for task in TASKS if task in tasks):
+        judge = EmojiEval(PipelineModel(pipe, batch_size, decoded, **options), profile, seed, n, progress)
+        for task in judged:
             judge.n = cases(task)
             judge.run([task])
         report = judge.report
@@ -99,9 +106,10 @@ def run_emoji_eval(
             progress("second reader")
             prompts, pictures = zip(*judge.drawn, strict=True)
             compare_readers(prompts, torch.stack(pictures), profile, report)
-        for name in (task for task in tasks if task in metrics):
+        for name in measured:
             progress(name)
-            for key, value in metrics[name](pipe, captions(cases(name), seed, profile, batch_size)).items():
+            shown = replace(captions(cases(name), seed, profile, batch_size), tick=tick)
+            for key, value in metrics[name](pipe, shown).items():
                 report.add(key, value)
     finally:
         pipe.set_progress_bar_config(**hidden_bar)
