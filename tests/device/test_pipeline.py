@@ -10,7 +10,7 @@ import torch
 from device_cases import covering, on_both, same_outputs
 from pass_tape import TapeRecorder
 from tiny_pipeline import tiny_parts
-from virtual_device import DEVICE, VirtualTensor
+from virtual_device import DEVICE, VirtualTensor, virtual_device
 
 from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, SamplerConfig, draw
 from unidiff.decoding.cache import IntervalCache
@@ -246,3 +246,41 @@ def test_the_fused_draw_is_given_what_is_on_the_device(pipe, monkeypatch, drawn)
     expected, found, _ = on_both(pipe, call)
     same_outputs(expected, found)
     assert len(calls) == 4 and all(shape[1] == 2 for shape in calls)
+
+
+@pytest.mark.parametrize("places", [{"transformer": "cpu", "image_tokenizer": DEVICE}, {"transformer": DEVICE}])
+def test_parts_on_devices_of_their_own(tmp_path, places):
+    tiny().save_pretrained(tmp_path)
+    picture, mask = torch.rand(3, *tiny().image_size, generator=torch.manual_seed(3)), torch.eye(*tiny().image_size)
+
+    def results(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe("a dog", generator=1, output_type="pt", num_candidates=2)
+        told = pipe.caption(picture, generator=2)
+        filled = pipe.inpaint(picture, mask, "a dog", generator=3, output_type="pt", paste_back=True)
+        scores = pipe.score(picture, "a dog", samples=2)
+        return drawn.images, told.ids, filled.images, scores.log_prob
+
+    expected = results(tiny())
+    with virtual_device():
+        pipe = UniDiffPipeline.from_pretrained(tmp_path, device_map=places)
+        assert pipe.device == pipe.transformer.device == torch.device(places["transformer"])
+        assert pipe.images.device == torch.device(places.get("image_tokenizer", "cpu"))
+        found = [value.cpu() for value in results(pipe)]
+        with pytest.raises(ValueError, match="device mapping"):
+            pipe.to("cpu")
+        pipe.reset_device_map()
+        assert pipe.images.device == pipe.device == torch.device("cpu")
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_parts_on_no_devices(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    for places, said in (
+        ({"transformer": "cpu", "blocks.0": "cpu"}, "names 'blocks.0' beside parts of the pipeline"),
+        ({"transformer": "the attic"}, "expected a device for each part"),
+        ({"image_tokenizer": None}, "expected a device for each part"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            UniDiffPipeline.from_pretrained(tmp_path, device_map=places)

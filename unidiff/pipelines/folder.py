@@ -33,6 +33,7 @@ from unidiff.weights.files import stored_dtype, with_variant
 from unidiff.weights.model import check_save_options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PARTS = ("transformer", "image_tokenizer")  # that a device map places
 _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
@@ -133,8 +134,9 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             transformer, image_tokenizer, text_tokenizer, scheduler: a part to take instead of reading it; of a released family
                 that comes without tokenizers also where they are.
             variant: of the weight files, such as "fp16".
-            device_map: a device for everything; or "auto", "balanced" or a mapping by accelerate, which keeps in host memory
-                or on disk what one accelerator does not hold.
+            device_map: a device for everything; a device for each part, `{"transformer": "cuda:0", "image_tokenizer": "cuda:1"}`
+                (a part without one stays on the CPU); or "auto", "balanced" or a mapping of the transformer's modules by
+                accelerate, which keeps in host memory or on disk what one accelerator does not hold.
             max_memory, offload_folder: of such a map: bytes by device, and where to put what goes to disk.
             quantization_config: of diffusers, for the transformer; a `PipelineQuantizationConfig` names it "transformer".
             low_cpu_mem_usage: as in diffusers. use_safetensors: nothing else is read.
@@ -156,7 +158,8 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         check_value(tp_plan, Literal["auto"] | None, "tp_plan")
         folder = locate(name, RELEASED, **hub_options) / (subfolder or "")
         placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-        placed = placed if _is_map(device_map) else {}
+        by_part = _by_part(device_map)
+        placed = placed if _is_map(device_map) and not by_part else {}
         asked = {"quantization_config": _of_transformer(quantization_config), "low_cpu_mem_usage": low_cpu_mem_usage}
         how = {option: value for option, value in {**placed, **asked, "variant": variant}.items() if value is not None}
         if not is_pipeline(folder) and is_released(folder):
@@ -185,10 +188,17 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
         if tp_plan is not None:
             return pipe.to(spread(pipe.transformer).device)
+        if by_part:
+            return _place(pipe, by_part)
         if placed:
             check_spread(pipe.transformer)
             pipe.images.to(pipe._execution_device)
         return pipe if device_map is None or placed else pipe.to(device_map)
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are decoded."""
+        return self.transformer.device if self.hf_device_map else super().device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -283,6 +293,32 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             self.save_pretrained(Path(place) / "model", facts=facts, **options)
             send = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
             return send_folder(Path(place) / "model", repo_id, endpoint, token, private, **send)
+
+
+def _by_part(device_map: Any) -> dict[str, torch.device]:
+    """Devices by part of the pipeline; empty for what says no part. `ValueError` for parts beside modules, or no devices."""
+    named = device_map if isinstance(device_map, Mapping) and set(_PARTS) & set(device_map) else {}
+    if unknown := sorted(set(named) - set(_PARTS)):
+        raise ValueError(
+            f"device_map names {unknown[0]!r} beside parts of the pipeline; expected some of {list(_PARTS)}"
+        )
+    try:
+        return {name: torch.device(place) for name, place in named.items()}
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map is {dict(named)}; expected a device for each part, such as 'cuda:1'") from error
+
+
+def _place(pipe: Any, places: Mapping[str, torch.device]) -> Any:
+    """Put parts on their devices, in place. As in diffusers `pipe.to` is refused then, and `reset_device_map` undoes it."""
+    parts = {"transformer": pipe.transformer, "image_tokenizer": pipe.images}
+    if missing := [name for name in places if parts[name] is None]:
+        raise ValueError(f"device_map names {missing[0]!r}, which this pipeline does not have; leave it out")
+    for name, place in places.items():
+        parts[name].to(place)
+    for module in pipe.layout.modules.values():
+        module.to(pipe.transformer.device, pipe.transformer.dtype)
+    pipe.hf_device_map = {name: str(places.get(name, "cpu")) for name, part in parts.items() if part is not None}
+    return pipe
 
 
 def _is_map(device_map: Any) -> bool:
