@@ -16,6 +16,7 @@ from tiny_pipeline import tiny_pipeline
 
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.card import ModelFacts
+from unidiff.train.finetune import with_text_tokens
 
 REPO = "ann/foxes"
 
@@ -134,3 +135,27 @@ def test_a_hub_that_refuses_or_is_away_is_one_sentence(hub):
         with pytest.raises(ValueError, match="'ann/foxes' cannot be written on the hub") as caught:
             tiny_pipeline().push_to_hub(REPO, endpoint=place, token="hf_x")
         assert "\n" not in str(caught.value)
+
+
+def test_licences_come_from_the_card_of_the_model(tmp_path):
+    def card(folder):
+        return (folder / "README.md").read_text(encoding="utf-8")
+
+    emoji = UniDiffPipeline.from_pretrained("emoji")
+    emoji.save_pretrained(tmp_path / "emoji")
+    assert "license: apache-2.0" in card(tmp_path / "emoji")
+    assert "Weights: apache-2.0. Pictures it was trained on: scenes of Noto Color Emoji" in card(tmp_path / "emoji")
+    UniDiffPipeline.from_pipe(emoji).save_pretrained(tmp_path / "shared", facts=ModelFacts(license="mit"))
+    assert "Weights: mit. Pictures it was trained on: scenes of Noto" in card(tmp_path / "shared")
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "none")
+    assert "Weights: not stated. Pictures it was trained on: not stated." in card(tmp_path / "none")
+    for text, license in (
+        ("---\nlicense: cc0-1.0\n---\nMine.", "cc0-1.0"),
+        ("---\nlicense: [1\n---\n", ""),
+        ("Mine.", ""),
+    ):
+        (tmp_path / "none" / "README.md").write_text(text, encoding="utf-8")
+        assert UniDiffPipeline.from_pretrained(tmp_path / "none").origin.license == license
+    more = with_text_tokens(emoji, [" axolotl"])
+    assert more.origin == emoji.origin and more.origin.trained_on().trained_on() == more.origin.trained_on()

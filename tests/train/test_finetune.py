@@ -13,6 +13,7 @@ from tiny_pipeline import tiny_parts
 
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.card import ModelFacts
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.train.data.source import TokenTable
@@ -39,7 +40,11 @@ def base(tmp_path_factory):
     """A pipeline folder, and a token table for it whose captions name the picture."""
     folder = tmp_path_factory.mktemp("base")
     transformer, image, text, settings = tiny_parts()
-    UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings).save_pretrained(folder / "pipeline")
+    pipe, facts = (
+        UniDiffPipeline(transformer, VQImageTokenizer(image), text, settings),
+        ModelFacts(license="mit", artwork="my dogs"),
+    )
+    pipe.save_pretrained(folder / "pipeline", facts=facts)
     vocabulary, length = settings.vocabulary, settings.text_length
     kind = torch.arange(32) % 2
     captions = torch.full((32, length), vocabulary.specials["eos"])
@@ -82,6 +87,7 @@ def test_from_pipeline_to_pipeline(base, tmp_path, extra):
     assert changed == layers if extra else layers < changed
     assert (out / "adapter").is_dir() == bool(extra)
     card = (out / "pipeline" / "README.md").read_text()
+    assert "Weights: mit. Pictures it was trained on: my dogs; pictures of later training: not stated." in card
     assert "- `steps`: 6" in card and ("- `lora.rank`: 4" in card) == bool(extra) and str(base) not in card
     if extra:  # the adapter on the base is the merged pipeline
         before.load_lora_weights(out / "adapter")

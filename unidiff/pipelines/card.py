@@ -6,9 +6,9 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
@@ -49,6 +49,36 @@ class ModelFacts:
         check_fields(self, "ModelFacts.")
 
 
+class Origin(NamedTuple):
+    """What the card of the model that a pipeline comes from says of licences; "" where it says nothing."""
+
+    license: str = ""
+    artwork: str = ""
+
+    def completed(self, facts: ModelFacts | None = None) -> ModelFacts:
+        """Facts with the licences of the origin, where they state none themselves."""
+        facts = facts or ModelFacts()
+        return replace(facts, license=facts.license or self.license, artwork=facts.artwork or self.artwork)
+
+    def trained_on(self) -> Origin:
+        """Of a model that was trained on, with pictures that nobody described."""
+        known = not self.artwork or self.artwork.endswith(_LATER)
+        return self if known else self._replace(artwork=self.artwork + _LATER)
+
+
+_LATER = "; pictures of later training: not stated"
+
+
+def read_origin(folder: Path) -> Origin:
+    """From the metadata of a folder's card, whoever wrote it; a card that cannot be read says nothing."""
+    try:
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # hub metadata by hand: any YAML
+        return Origin()
+    found = {name: data.get(name) for name in Origin._fields}
+    return Origin(**{name: value for name, value in found.items() if isinstance(value, str)})
+
+
 def card_of(pipe: Any, facts: ModelFacts | None = None) -> bytes:
     """The card of a pipeline of unidiff's own models, with metadata that the hub reads (UTF-8)."""
     facts, settings = facts or ModelFacts(), pipe.settings
@@ -60,6 +90,7 @@ def card_of(pipe: Any, facts: ModelFacts | None = None) -> bytes:
     data = ModelCardData(
         library_name="unidiff",
         license=facts.license or None,
+        artwork=facts.artwork or None,
         pipeline_tag="any-to-any",
         tags=["unidiff", "diffusers", "masked-diffusion", "text-to-image", "image-to-text"],
         model_name=facts.name if found else None,

@@ -20,7 +20,7 @@ from unidiff.hub import HUB_OPTIONS, RELEASED, locate
 from unidiff.models.parallel import spread
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.adapters import PipelineAdapters
-from unidiff.pipelines.card import CARD, ModelFacts, card_of, send_folder, written_by_a_person
+from unidiff.pipelines.card import CARD, ModelFacts, Origin, card_of, read_origin, send_folder, written_by_a_person
 from unidiff.pipelines.options import check_keywords
 from unidiff.pipelines.owned import CODE, CODE_TEXT, INDEX, PIPELINE_CLASS, is_pipeline, read_settings, write_folder
 from unidiff.pipelines.released import LoadedParts, is_released, load_released_parts
@@ -86,6 +86,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
 
     _optional_components = ["scheduler"]  # noqa: RUF012 (as diffusers declares it)
     layout: RowLayout
+    origin = Origin()
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **changes: Any) -> Self:
@@ -101,7 +102,9 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             raise ValueError(f"from_pipe got a {type(pipeline).__name__}; expected a {cls.__name__}")
         parts = pipeline.components
         check_keywords(cls.from_pipe, changes, parts, cls)
-        return cls(**{**parts, **changes})
+        pipe = cls(**{**parts, **changes})
+        pipe.origin = pipeline.origin
+        return pipe
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -186,6 +189,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
             pipe = cls(*parts, scheduler=scheduler)  # type: ignore[call-arg]  # as of `UniDiffPipeline`
         except ValueError as error:
             raise ValueError(f"the parts in {str(folder)!r} do not fit together: {error}") from error
+        pipe.origin = read_origin(folder)
         if tp_plan is not None:
             return pipe.to(spread(pipe.transformer).device)
         if by_part:
@@ -241,7 +245,8 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         Args:
             max_shard_size: bytes, or text such as "5GB"; larger weights become several files. None: 10 GB.
             variant: a word in the names of the weight files, such as "fp16", to be named again when they are loaded.
-            facts: what the card says besides what the pipeline knows.
+            facts: what the card says besides what the pipeline knows. Licences that it does not state are those on the card of
+                the model that the pipeline was loaded from.
             options: diffusers' others, of which only the defaults are taken.
 
         Raises:
@@ -264,7 +269,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
                 json.dumps({**index, "_class_name": [CODE.stem, PIPELINE_CLASS]}, indent=2) + "\n"
             )
             (folder / CODE).write_text(CODE_TEXT, encoding="utf-8")
-            (folder / CARD).write_bytes(card_of(self, facts) if theirs is None else theirs)
+            (folder / CARD).write_bytes(card_of(self, self.origin.completed(facts)) if theirs is None else theirs)
 
         write_folder(save_directory, write)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unidiff.errors import read_json
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.card import ModelFacts
+from unidiff.pipelines.card import ModelFacts, read_origin
 from unidiff.pipelines.folder import load_tokenizers, load_transformer
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.owned import check_target, read_settings
@@ -59,7 +59,7 @@ def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) 
     if pipeline:
         settings = read_settings(folder)
         check_target(output / "pipeline")
-        tokenizers = load_tokenizers(folder)
+        tokenizers, origin = load_tokenizers(folder), read_origin(folder).trained_on()
 
     def check(source: TokenSource) -> None:
         if source.vocabulary.size != size:
@@ -77,7 +77,7 @@ def finetune(folder: Path, config: TrainConfig, environment: Mapping[str, str]) 
             blocks = DecodeOptions(block_length=transformer.config.block_length)
             after = replace(after, samplers={task: blocks.apply(s) for task, s in after.samplers.items()})
         pipe = UniDiffPipeline(transformer, *tokenizers, after)
-        pipe.save_pretrained(output / "pipeline", facts=ModelFacts(training=told(config)))
+        pipe.save_pretrained(output / "pipeline", facts=origin.completed(ModelFacts(training=told(config))))
 
     return train(config, environment, check, save_pipeline if pipeline else None)
 
@@ -134,7 +134,9 @@ def with_image_tokenizer(
     codes = code + start, old + start, overlap[code, old]
     settings = replace(pipe.settings, vocabulary=replace(vocabulary, size=size, image=(start, size)))
     transformer = _mixed(pipe.transformer, size, _same(0, 0, start), codes)
-    return UniDiffPipeline(transformer, tokenizer, pipe.texts, settings)
+    changed = UniDiffPipeline(transformer, tokenizer, pipe.texts, settings)
+    changed.origin = pipe.origin.trained_on()
+    return changed
 
 
 def code_overlap(old: VQImageTokenizer, new: VQImageTokenizer, images: Iterable[Tensor]) -> Tensor:
@@ -181,7 +183,9 @@ def with_text_tokens(pipe: UniDiffPipeline, tokens: Sequence[str]) -> UniDiffPip
         share = torch.full((len(pieces),), 1 / len(pieces))
         entries.append((torch.full_like(pieces, *more.encode(token)), pieces, share))
     settings = replace(pipe.settings, vocabulary=new)
-    return UniDiffPipeline(_mixed(pipe.transformer, new.size, *entries), pipe.images, more, settings)
+    changed = UniDiffPipeline(_mixed(pipe.transformer, new.size, *entries), pipe.images, more, settings)
+    changed.origin = pipe.origin
+    return changed
 
 
 Entries = tuple[Tensor, Tensor, Tensor]
