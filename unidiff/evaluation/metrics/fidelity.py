@@ -151,6 +151,7 @@ def drawn_features(pipe: UniDiffPipeline, cases: CaptionedPictures) -> tuple[Ten
         drawn = pipe.text_to_image(words, generator=seeds, output_type="pt").images
         made.append(network.features(drawn.float().cpu()).double())
         own.append(network.features(cases.pictures(start, start + len(words))).double())
+        cases.tick(len(words))
     return torch.cat(made), torch.cat(own)
 
 
@@ -163,6 +164,6 @@ def _drawn_kid(pipe: UniDiffPipeline, cases: CaptionedPictures) -> Numbers:
 
 
 _PICTURES, _NETWORK = "a folder of pictures", "a network of features"
-FID = Metric("fid", _drawn_fid, _fid, _PICTURES, "a folder of real pictures", _NETWORK)
-KID = Metric("kid", _drawn_kid, _kid, _PICTURES, "a folder of real pictures", _NETWORK)
+FID = Metric("fid", _drawn_fid, _fid, _PICTURES, "a folder of real pictures", _NETWORK, rounds=1)
+KID = Metric("kid", _drawn_kid, _kid, _PICTURES, "a folder of real pictures", _NETWORK, rounds=1)
 IS = Metric("is", None, _is, _PICTURES, "", "a network of classes")
