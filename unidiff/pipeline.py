@@ -107,6 +107,11 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
         own = {"settings": self.settings} if hasattr(self, "settings") else {"layout": self.layout}
         return {name: getattr(self, name) for name in names} | own
 
+    @property
+    def device(self) -> torch.device:
+        """Where rows are decoded."""
+        return self.transformer.device if self.hf_device_map else super().device
+
     def sized(self, height: int, width: int) -> Self:
         """The same for pictures of another size in pixels; `ValueError` for one that the family does not draw."""
         return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid_of(height, width)))  # type: ignore[type-var]

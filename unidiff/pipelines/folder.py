@@ -200,11 +200,6 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         return pipe if device_map is None or placed else pipe.to(device_map)
 
     @property
-    def device(self) -> torch.device:
-        """Where rows are decoded."""
-        return self.transformer.device if self.hf_device_map else super().device
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the transformer; image tokenizers stay in float32."""
         return self.transformer.dtype
