@@ -90,7 +90,7 @@ class HarnessModel:
             if (task := self._task(Context(""))) == "complete":
                 windows = list(self._windows(self._encode(text)))
             else:
-                windows = [("", self._encode(text.strip()))]
+                windows = [("", self._written(text))]
             for n, (known, words) in enumerate(windows):
                 seed = context.seed(self.settings.seed, n)
                 items.append(Item(len(items), task, Context(""), known, seed, words, text))
@@ -161,6 +161,10 @@ class HarnessModel:
             return self.layout.spelled_ids(text)
         return self.pipe.texts.encode(text)
 
+    def _written(self, text: str) -> Sequence[int]:
+        """Ids of a caption or an answer, as rows have them."""
+        return self._encode(self.pipe.texts.normalised(text).strip())
+
     def _cut(self, ids: Sequence[int], more: int) -> Sequence[int]:
         """The end of a context, as much as `max_length` leaves beside `more` tokens."""
         room = self.settings.max_length - more
@@ -174,12 +178,11 @@ class HarnessModel:
         if task == "complete":
             own, words = self._split(known, said)
             own = self._cut(own, len(words))
-        elif task == "known":  # a caption is stripped
-            words = self._split(known.lstrip(), said if known.strip() else said.lstrip())[1]
-            said = known + said
+        elif task == "known":
+            first, both = self._written(known), self._written(known + said)
+            words, said = both[len(first) :], known + said
         else:
-            said = said.strip()
-            words = self._encode(said)
+            words = self._written(said)
         if not words:
             raise ValueError(f"a continuation of {known[-40:]!r} has no words to score")
         return Item(number, task, context, own, context.seed(self.settings.seed), words, said)
