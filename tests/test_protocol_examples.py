@@ -33,6 +33,7 @@ def test_every_part_has_its_example(namespace: dict):
         "A refresh policy",
         "A schedule",
         "A metric",
+        "A metric of files, and a feature network",
         "A world",
         "A family",
         "A family of checkpoints",

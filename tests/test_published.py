@@ -1,0 +1,91 @@
+"""`docs/published.md`: every published number has its commands, which the real command line reads, and a tolerance that holds water."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from typing import Any
+
+import pytest
+import typer
+from doc_code import Block, blocks
+
+from unidiff.cli.app import app
+from unidiff.evaluation.metrics.base import METRICS
+from unidiff.evaluation.suites.base import SUITES
+
+NUMBERS = {
+    "UniDisc GenEval": 0.42,
+    "Muddit 512 GenEval": 0.61,
+    "Muddit 512 COCO CIDEr": 59.9,
+    "Muddit 512 VQAv2": 68,
+    "Muddit 1024 COCO CIDEr": 60.1,
+    "Muddit 1024 VQAv2": 70.2,
+    "Muddit 1024 MMMU": 28.7,
+    "MMaDA GenEval": 0.63,
+    "MMaDA DPG-Bench": 70,
+    "MMaDA VQAv2": 76.7,
+    "MMaDA MMMU": 30.2,
+    "Lumina-DiMOO GenEval": 0.88,
+    "Lumina-DiMOO DPG-Bench": 86,
+    "Lumina-DiMOO MMMU": 58.6,
+}
+"""As published."""
+TAGS = {"GenEval": (80, 99, 80, 94, 100, 100)}  # prompts of each tag
+CASES = {"VQAv2": 214_354, "MMMU": 847, "DPG-Bench": 1065}
+"""Cases behind a share; of MMMU's 900 those about one picture."""
+BLOCKS = blocks("published.md", "bash")
+
+
+def number_of(block: Block) -> tuple[str, float, float]:
+    found = re.fullmatch(r"# (.+): ([\d.]+) \+- ([\d.]+)", block.text.splitlines()[0])
+    assert found, block.text
+    return found[1], float(found[2]), float(found[3])
+
+
+def test_every_number_is_there():
+    assert {name: value for name, value, _ in map(number_of, BLOCKS)} == NUMBERS
+
+
+def parse(words: list[str]) -> dict:
+    """What `unidiff eval ...` would be called with; a word that it does not know raises."""
+    program: Any = typer.main.get_command(app)
+    program.commands["eval"].commands[words[1]].callback = lambda **values: values
+    return program.main(words, standalone_mode=False)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: number_of(block)[0])
+def test_the_command_line_reads_the_commands(block):
+    outs = []
+    for line in block.text.splitlines()[1:]:
+        program, *words = shlex.split(line)
+        assert program == "unidiff" and words[0] == "eval" and words[1] in ("run", "score")
+        params = parse(words)
+        if words[1] == "run":
+            suite = SUITES[params["suite"]]
+            assert suite.reads == (params["pictures"] is not None)
+            outs.append(params["out"])
+        else:
+            metric = METRICS[params["metric"]]
+            assert bool(metric.against) == (params["against"] is not None) and params["made"] in outs
+    assert len(outs) == 1
+
+
+def test_a_wrong_command_is_not_read():
+    with pytest.raises(Exception, match="No such option: --prompt"):
+        parse(["eval", "run", "geneval", "--prompt", "x"])
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: number_of(block)[0])
+def test_tolerances_are_those_of_the_number_of_cases(block):
+    name, value, tolerance = number_of(block)
+    kind = name.split()[-1]
+    if kind == "CIDEr":  # 5,000 pictures whose scores spread about as widely as their mean is high
+        least = 1.96 * value / math.sqrt(5000)
+    elif kind == "GenEval":  # the mean of six tags
+        least = 1.96 * math.sqrt(sum(value * (1 - value) / n for n in TAGS[kind])) / len(TAGS[kind])
+    else:
+        least = 196 * math.sqrt(value / 100 * (1 - value / 100) / CASES[kind])
+    assert 0.6 * least <= tolerance <= max(2.0 * least, 1.0)
+    assert kind != "VQAv2" or tolerance == 1  # another split
