@@ -22,6 +22,7 @@ BROUGHT = {
     "triton": "torch",
     "starlette": "gradio",
     "anyio": "gradio",
+    "tqdm": "huggingface_hub",
 }
 """Modules that come with what is asked for."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,8 @@ def score(
     from unidiff.evaluation.scoring import score_results
 
     quiet_libraries()
-    options = {"seed": seed, "resamples": resamples, "batch_size": batch_size, "device": str(pick_device(device))}
+    options: dict[str, Any] = {"seed": seed, "resamples": resamples, "batch_size": batch_size}
+    options["device"] = str(pick_device(device))
     with bar(metric) as tick:
         report = score_results(metric, made, against, network, **options, tick=tick)
     if json_path is not None:

@@ -57,8 +57,8 @@ def score_results(
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     results = Results(made, against, network, seed, resamples, batch_size, device, tick)
     report = EvaluationReport()
-    for key, value in chosen.score(results).items():
-        report.add(key, value)
+    for key, number in chosen.score(results).items():
+        report.add(key, number)
     cases = hashlib.sha256("\0".join(results.keys).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     report.about = {"yardstick": f"{chosen.name} of cases {cases}", "n": len(results.keys), "seed": seed}
     report.about |= {"made": _shown(made)} | ({} if against is None else {"against": _shown(against)})

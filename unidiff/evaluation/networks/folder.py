@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from unidiff.errors import reading
 from unidiff.evaluation.networks.base import FeatureNetwork
@@ -50,7 +50,7 @@ def folder_network(folder: Path, device: str = "cpu") -> FeatureNetwork:
     return FeatureNetwork(name, lambda pictures: pooled(encoder, pixels(pictures)), logits if classifies else None)
 
 
-def pooled(model: nn.Module, pixels: Tensor) -> Tensor:
+def pooled(model: Any, pixels: Tensor) -> Tensor:
     """One vector `[B, D]` for each picture: the model's own pooling, else its first token."""
     if hasattr(model, "get_image_features"):
         out = model.get_image_features(pixel_values=pixels)

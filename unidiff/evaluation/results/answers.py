@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def answers_file(path: Path, pattern: str) -> Path:
     return found[0]
 
 
-def read_entries(path: Path, kinds: dict[str, type], key: str | None = None) -> list[dict[str, Any]]:
+def read_entries(path: Path, kinds: Mapping[str, type], key: str | None = None) -> list[dict[str, Any]]:
     """The objects of a JSON list, JSON lines, or of the list that an object holds under `key`.
 
     Args:
@@ -39,9 +40,10 @@ def read_entries(path: Path, kinds: dict[str, type], key: str | None = None) -> 
         entries = list(read_lines(path, tuple(kinds)))
     else:
         data = read_json(path, "answers", (dict, list))
-        entries = data.get(key) if isinstance(data, dict) else data
-        if not isinstance(entries, list):
+        listed = data.get(key) if isinstance(data, dict) else data
+        if not isinstance(listed, list):
             raise ValueError(f"{str(path)!r} holds no list{f' under {key!r}' if key else ''}; name another file")
+        entries = listed
     for number, entry in enumerate(entries, 1):
         for name, kind in kinds.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
