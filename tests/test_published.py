@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import typer
 from doc_code import Block, blocks
 
 from unidiff.cli.app import app
+from unidiff.evaluation.harness.settings import HarnessSettings
 from unidiff.evaluation.metrics.base import METRICS
 from unidiff.evaluation.suites.base import SUITES
 
@@ -30,10 +33,12 @@ NUMBERS = {
     "Lumina-DiMOO GenEval": 0.88,
     "Lumina-DiMOO DPG-Bench": 86,
     "Lumina-DiMOO MMMU": 58.6,
+    "LLaDA 8B GSM8K": 79,
+    "LLaDA 8B dual GSM8K": 78,
 }
 """As published."""
 TAGS = {"GenEval": (80, 99, 80, 94, 100, 100)}  # prompts of each tag
-CASES = {"VQAv2": 214_354, "MMMU": 847, "DPG-Bench": 1065}
+CASES = {"VQAv2": 214_354, "MMMU": 847, "DPG-Bench": 1065, "GSM8K": 1319}
 """Cases behind a share; of MMMU's 900 those about one picture."""
 BLOCKS = blocks("published.md", "bash")
 
@@ -60,7 +65,10 @@ def test_the_command_line_reads_the_commands(block):
     outs = []
     for line in block.text.splitlines()[1:]:
         program, *words = shlex.split(line)
-        assert program == "unidiff" and words[0] == "eval" and words[1] in ("run", "score")
+        assert program == "unidiff" and words[0] == "eval" and words[1] in ("run", "score", "lm-eval")
+        if words[1] == "lm-eval":  # of another program; its settings are ours
+            outs.append(check_harness(words[2:]))
+            continue
         params = parse(words)
         if words[1] == "run":
             suite = SUITES[params["suite"]]
@@ -70,6 +78,18 @@ def test_the_command_line_reads_the_commands(block):
             metric = METRICS[params["metric"]]
             assert bool(metric.against) == (params["against"] is not None) and params["made"] in outs
     assert len(outs) == 1
+
+
+def check_harness(words: list[str]) -> str:
+    """The place of the results, once the harness's own reader and ours know every word."""
+    pytest.importorskip("lm_eval")
+    from lm_eval._cli.harness import HarnessCLI
+
+    with patch.object(sys, "argv", ["lm_eval", "run", "--model", "unidiff", *words]):
+        arguments = HarnessCLI().parse_args()
+    settings = HarnessSettings.of(**arguments.model_args)
+    assert settings.pretrained and arguments.tasks
+    return arguments.output_path
 
 
 def test_a_wrong_command_is_not_read():
