@@ -12,6 +12,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from unidiff.evaluation.harness.asked import Context
+from unidiff.evaluation.harness.model import HarnessModel
+from unidiff.evaluation.harness.settings import HarnessSettings
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.worlds.emoji.cases import question_cases
 from unidiff.worlds.emoji.scenes import get_profile, render_batch
@@ -83,7 +85,12 @@ def test_the_command_line_gives_what_direct_calls_give(place, tmp_path):
     questions = [row["question"] for row in rows]
     seeds = [Context(q, (p,)).seed(2) for q, p in zip(questions, pictures, strict=True)]
     own = pipe.answer(pictures, questions, 16, temperature=0.0, generator=seeds)
-    assert [sample["resps"][0][0] for sample in samples(out, "tiny_answers")] == own.texts
+    assert [sample["filtered_resps"] for sample in samples(out, "tiny_answers")] == own.texts
+    plain = HarnessModel(HarnessSettings.of(pretrained="emoji", draws=4, seed=2))
+    asked = [(Context(r["question"], (p,)), c) for r, p in zip(rows, pictures, strict=True) for c in r["choices"]]
+    scored = [value for _, (value, _) in sorted(plain.log_likelihoods(asked))]
+    losses = [float(pair[0]) for sample in samples(out, "tiny_choice") for pair in sample["filtered_resps"]]
+    assert losses == pytest.approx([-value for value in scored], rel=1e-3, abs=1e-4)
     results = json.loads(one(out, "*results.json").read_text())["results"]
     right = [text == row["answer"] for text, row in zip(own.texts, rows, strict=True)]
     assert results["tiny_answers"]["right,none"] == pytest.approx(sum(right) / len(right))
@@ -94,8 +101,6 @@ def test_losses_are_given_and_further_rounds_refused(tmp_path):
     from tiny_pipeline import SIZE, tiny_pipeline
 
     from unidiff.evaluation.harness.lmms_eval import UniDiffLMM
-    from unidiff.evaluation.harness.model import HarnessModel
-    from unidiff.evaluation.harness.settings import HarnessSettings
 
     pipe, shown = tiny_pipeline(), Image.new("RGB", SIZE[::-1], "red")
     lmm = UniDiffLMM(pipe, draws=4)
