@@ -115,6 +115,41 @@ _LLADA_MOE_SETTINGS = {  # kv heads and ids follow from the stated sizes of the 
     "attention": "full",
 }
 _LING_IDS = {"size": 157184, "mask_id": 156895, "specials": {"eos": 156892, "pad": 156892}}
+_LLADA2_SETTINGS = {
+    "vocab_size": 157184,
+    "hidden_size": 2048,
+    "num_layers": 20,
+    "num_heads": 16,
+    "num_kv_heads": 4,
+    "head_size": 128,
+    "ffn_size": 5120,
+    "norm_eps": 1e-6,
+    "num_experts": 256,
+    "experts_per_token": 8,
+    "expert_size": 512,
+    "shared_expert_size": 512,
+    "dense_layers": (0,),
+    "router": "sigmoid",
+    "router_bias": "selection",
+    "router_groups": 8,
+    "router_top_groups": 4,
+    "router_normalised": True,
+    "router_scale": 2.5,
+    "qk_norm": "head",
+    "rope": "1d",
+    "rope_theta": 6e5,
+    "rope_share": 0.5,
+    "attention": "block_causal",
+    "block_length": 32,
+}
+_LLADA2_SAMPLING = {
+    "block_length": 32,
+    "steps": 32,
+    "threshold": 0.95,
+    "edit_threshold": 0.9,
+    "edit_passes": 16,
+    "least": 1,
+}
 _LUMINA_ROWS = named_vocabulary("lumina").size
 _MMADA_VOCABULARY = {
     "size": 134656,
@@ -235,6 +270,7 @@ PUBLISHED: dict[str, Published] = {
     **dict.fromkeys(("llada-8b-base", "llada-8b-instruct", "llada-1.5"), _LLADA),
     "dream-7b": Published(_DREAM_SETTINGS, _DREAM_VOCABULARY),
     **dict.fromkeys(("llada-moe-7b-a1b-base", "llada-moe-7b-a1b-instruct"), Published(_LLADA_MOE_SETTINGS, _LING_IDS)),
+    **dict.fromkeys(("llada2.0-mini", "llada2.1-mini"), Published(_LLADA2_SETTINGS, _LING_IDS, _LLADA2_SAMPLING)),
     "mmada-8b": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),
     "lumina-dimoo": Published({**_LLADA_SETTINGS, "vocab_size": _LUMINA_ROWS}, _LUMINA_VOCABULARY, _LUMINA_SAMPLING),
     "muddit": Published({**_MUDDIT_SETTINGS, "text_vocab_size": 49408}, _MUDDIT_VOCABULARY, _MUDDIT_SAMPLING),

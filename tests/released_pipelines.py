@@ -84,14 +84,19 @@ def write_pictures(folder: Path, family: str) -> Vocabulary:
 
 
 def write_chat(folder: Path, family: str, marks: bool = True) -> TextTokenizer:
-    """LLaDA, Dream or MDLM beside a text tokenizer with the marks of its turns, or without; returns that."""
-    texts = TextTokenizer.train(CORPUS, 300, TURNS.get(family, ("eos",)) if marks else ("eos",))
+    """LLaDA, LLaDA-MoE, LLaDA2, Dream or MDLM beside a text tokenizer with the marks of its turns, or without; returns that."""
+    ling = family in ("llada-moe", "llada2")
+    turns = ("eos", "role", "end_role", "role_end") if ling else TURNS.get(family, ("eos",))
+    texts = TextTokenizer.train(CORPUS, 300, turns if marks else ("eos",))
     texts.save_pretrained(folder)
+    for path in folder.glob("tokenizer*.json") if ling else ():  # marks of another spelling
+        content = path.read_text(encoding="utf-8").replace("<|role|>", "<role>").replace("<|end_role|>", "</role>")
+        path.write_text(content, encoding="utf-8")
     size = texts.size + 1
     more = {
         "llada": {"embedding_size": size, "mask_token_id": size - 1},
         "dream": {"pad_token_id": 0, "mask_token_id": size - 1},
         "mdlm": {},
-    }[family]
+    }.get(family, {"mask_token_id": size - 1})
     write_model(folder, family, vocab_size=size, eos_token_id=0, **more)
     return texts

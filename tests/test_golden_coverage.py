@@ -24,6 +24,8 @@ _SAMPLING = DECODING.format("reference_sampling")
 _LLADA = RELEASED.format("llada_golden")
 _MMADA = RELEASED.format("mmada_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
+_LLADA2 = RELEASED.format("llada2_golden")
+_BLOCKS = ("test_forward", "test_a_cache_of_finished_blocks_is_exact", "test_a_mask_that_is_added_is_another_model")
 _MOE = RELEASED.format("llada_moe_golden")
 _NAMES = "::test_every_weight_maps_both_ways"
 _TRACES = ("test_image_traces", "test_text_traces_through_the_sampler", "test_text_traces_with_noise")
@@ -97,6 +99,12 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "variant_weights.safetensors": (f"{_MOE}test_variants",),
         "traces.safetensors": (f"{_MOE}test_trace",),
         "likelihood.safetensors": (f"{_MOE}test_likelihood",),
+    },
+    "llada2_mini": {
+        "weights.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),
+        "experts_stacked.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),
+        "forward.safetensors": tuple(f"{_LLADA2}{name}" for name in _BLOCKS),
+        "traces.safetensors": (f"{_LLADA2}test_upstreams_loop", f"{_LLADA2}test_the_sampler_decodes_the_recorded_runs"),
     },
     "ml_cache": {"*.safetensors": (f"{DECODING.format('max_logit_golden')}test_trace",)},
     "dllm_cache": {"*.safetensors": (f"{DECODING.format('adaptive_golden')}test_trace",)},
@@ -195,6 +203,6 @@ def test_every_set_of_the_root_is_compared(name: str):
 
 
 def test_the_table_is_whole():
-    assert len(COMPARED) == 11
+    assert len(COMPARED) == 12
     for name, reasons in REASONS.items():
         assert name.partition("/")[0] in COMPARED and all(reasons.values())

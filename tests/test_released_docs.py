@@ -43,7 +43,8 @@ def shelf(tmp_path_factory) -> Path:
     (shelf / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, shelf / "llamagen" / "vq_ds16_c2i.pt")
     write_folder(shelf / "muddit" / "512")
-    for family, name in (("llada", "llada-8b-instruct"), ("dream", "dream-7b"), ("mdlm", "mdlm")):
+    talkers = (("llada", "llada-8b-instruct"), ("llada2", "llada2.1-mini"), ("dream", "dream-7b"), ("mdlm", "mdlm"))
+    for family, name in talkers:
         write_chat(shelf / name, family)
     for family, name in (("mmada", "mmada-8b"), ("lumina", "lumina-dimoo")):
         convert(root / family, shelf / name, vocabulary=write_pictures(root / family, family))

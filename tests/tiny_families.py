@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
+from unidiff.families.llada2 import LLADA2, llada2_sampler
 from unidiff.families.llada_moe import LLADA_MOE
 from unidiff.families.mdlm import MDLM
 from unidiff.families.mmada import MMADA, SPECIALS, mmada_vocabulary
@@ -68,7 +69,7 @@ DREAM_CONFIG = {
     "pad_token_id": 30,
     "eos_token_id": 30,
 }
-LLADA_MOE_CONFIG = LLADA_MOE.tiny.config
+LLADA_MOE_CONFIG, LLADA2_CONFIG = LLADA_MOE.tiny.config, LLADA2.tiny.config
 MMADA_CONFIG = {
     "d_model": 32,
     "n_heads": 4,
@@ -165,6 +166,16 @@ def llada_moe() -> TinyFamily:
     return TinyFamily("llada_moe", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
 
 
+def llada2() -> TinyFamily:
+    """Block-causal, with experts and token editing: prompts of 3, 5 and 6 tokens, answers to the end of a block of 4."""
+    model, vocabulary = LLADA2.load(LLADA2.export(lively(LLADA2.settings(LLADA2_CONFIG))), LLADA2_CONFIG)
+    prompts = [Span.text(_ids(1, n, 0, 29, n)[0], True) for n in (3, 5, 6)]
+    rows = [[p, Span.masked_text(-p.size % 4 + 12, vocabulary)] for p in prompts]
+    config = llada2_sampler(vocabulary, 4, threshold=0.6, edit_threshold=0.3, edit_passes=2)
+    config = replace(config, guidance=Guidance(2.0), stop_at_eos=False)
+    return TinyFamily("llada2", model, vocabulary, TokenBatch.from_spans(rows, left=True), config)
+
+
 def llada_rows(prompts: list[int], vocabulary: Vocabulary, answer: int = 12, seed: int = 5) -> TokenBatch:
     """Rows of prompts of the given lengths and a masked answer, aligned on the right."""
     length = max(prompts) + answer
@@ -237,7 +248,7 @@ def muddit() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
-    make.__name__: make for make in (unidisc, mdlm, llada, dream, llada_moe, mmada, lumina, muddit)
+    make.__name__: make for make in (unidisc, mdlm, llada, dream, llada_moe, llada2, mmada, lumina, muddit)
 }
 _MADE: dict[str, TinyFamily] = {}
 

@@ -8,19 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.blocks import block_ids, halton_ranks
+from unidiff.decoding.blocks import block_ids, first_offset, halton_ranks
 from unidiff.decoding.config import BLOCK_ORDERS
 from unidiff.decoding.state import BlockShares, ModalityProgress
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 VOCABULARY = Vocabulary.unified(5, 4)
+FULL = [order for order in BLOCK_ORDERS if order != "aligned"]
 
 
 def image_batch(height: int, width: int) -> TokenBatch:
     return TokenBatch.from_spans([[Span.text([1, 2], True), Span.masked_image((height, width), VOCABULARY)]])
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.sampled_from(BLOCK_ORDERS))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.sampled_from(FULL))
 def test_every_block_is_full_but_the_last(height: int, width: int, length: int, order: str) -> None:
     batch = image_batch(height, width)
     blocks = block_ids(batch, batch.targets, length, order)[batch.targets]
@@ -126,3 +127,22 @@ def test_image_blocks_are_finished_one_after_another(order: str) -> None:
             now = blocks[hidden].min()
             assert hidden[blocks > now].all()
     assert out.steps == 8
+
+
+@given(st.integers(0, 9), st.integers(1, 20), st.integers(1, 7), st.integers(1, 25))
+def test_aligned_blocks_are_those_of_attention(prompt: int, tokens: int, length: int, steps: int) -> None:
+    """The first may be shorter, by what the prompt has of it; each has a share of the passes, and together all."""
+    rows = [[Span.text([1] * prompt, True), Span.masked_text(tokens, VOCABULARY)], [Span.masked_text(3, VOCABULARY)]]
+    batch = TokenBatch.from_spans(rows, left=True)
+    blocks, offset = block_ids(batch, batch.targets, length, "aligned"), first_offset(batch, batch.targets, length)
+    own = blocks[0][batch.targets[0]]
+    index = torch.arange(prompt, prompt + tokens) // length
+    assert torch.equal(own, index - index[0]) and int(offset[0]) == prompt % length and int(offset[1]) == 0
+    shares = BlockShares(steps, batch.targets.sum(1), length, False, offset)
+    counts = torch.bincount(own).tolist()
+    passes = [int(shares.own(torch.full((2,), n))[0]) for n in range(len(counts))]
+    assert sum(passes) == int(shares.total[0]) == max(steps, len(counts))
+    before = 0
+    for n, count in enumerate(counts):
+        assert int(shares.before(torch.full((2,), n))[0]) == sum(passes[:n]) == int(shares.total[0]) * before // tokens
+        before += count

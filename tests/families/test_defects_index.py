@@ -16,6 +16,7 @@ TESTS = Path(__file__).parents[1]
 UNIDISC, LLADA = "families/test_defects_unidisc.py", "families/test_defects_llada.py"
 MUDDIT, MMADA = "families/test_defects_muddit.py", "families/test_defects_mmada_lumina.py"
 MOE, OWN_MOE = "families/test_llada_moe_golden.py", "families/test_llada_moe.py"
+LLADA2, OWN_LLADA2 = "families/test_llada2_golden.py", "families/test_llada2.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
@@ -81,6 +82,28 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "ids of LLaDA-8B are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
         "a config without partial_rotary_factor breaks": (OWN_MOE, "test_what_a_config_leaves_out"),
         "no cache": (MOE, "test_a_cache_that_is_refreshed_in_every_pass_decodes_the_recorded_batch"),
+    },
+    "LLaDA2": {
+        "the table of blocks is added and hides nothing (released 2.1)": (
+            LLADA2,
+            "test_a_mask_that_is_added_is_another_model",
+        ),
+        "eager attention hides everything; masks of two dimensions are not block-causal": (LLADA2, "test_forward"),
+        "an end of text inside the prompt empties the answer": (
+            OWN_LLADA2,
+            "test_an_end_inside_the_prompt_ends_nothing",
+        ),
+        "early stop leaves masks in the block and goes on": (OWN_LLADA2, "test_an_early_end_ends_the_row"),
+        "[MASK] is written, uses up quota and stays": (LLADA2, "test_no_mask_is_proposed_and_none_is_left"),
+        "editing may mask a token again, or never end": (OWN_LLADA2, "test_editing_ends_and_masks_nothing"),
+        "a threshold of 0 switches editing off (diffusers)": (
+            LLADA2,
+            "test_the_sampler_decodes_the_recorded_runs",
+        ),
+        "2.1 stops before the edits have settled (diffusers)": (LLADA2, "test_the_sampler_decodes_the_recorded_runs"),
+        "2.0 stops after a block whatever the setting": (OWN_LLADA2, "test_an_early_end_ends_the_row"),
+        "no keys and values are kept between blocks": (LLADA2, "test_the_sampler_decodes_the_recorded_runs"),
+        "no batches of unequal prompts": (LLADA2, "test_rows_of_unequal_prompts_share_a_batch"),
     },
     "Fast-dLLM": {
         "attention masks are ignored": (

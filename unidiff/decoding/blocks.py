@@ -17,13 +17,24 @@ def block_ids(batch: TokenBatch, targets: Tensor, length: int, order: str = "seq
 
     Args:
         targets: bool `[B, L]`, those of one modality. length: positions per block.
-        order: `sequence`; `checkerboard`: cells with even row + column first; `coarse`: a coarse grid first, then finer
+        order: `sequence`; `aligned`: runs of `length` positions of the sample, numbered from that of the row's first target;
+            `checkerboard`: cells with even row + column first; `coarse`: a coarse grid first, then finer
             ones; `halton`: cells in the order in which the Halton sequence of bases 2 and 3 visits them.
     """
+    if order == "aligned":
+        run = torch.div(batch.positions[..., 0], length, rounding_mode="floor")
+        first = torch.where(targets, run, run.max()).amin(1, keepdim=True)
+        return (run - first).clamp_min(0)
     priority = _priority(batch, order)
     priority = torch.where(targets, priority, priority.max() + 1)  # the rest sorts behind
     rank = priority.argsort(dim=1, stable=True).argsort(1)  # place of each position in decoding order
     return rank // length
+
+
+def first_offset(batch: TokenBatch, targets: Tensor, length: int) -> Tensor:
+    """int64 `[B]`: positions of the first `aligned` block that stand before the row's first target."""
+    index = batch.positions[..., 0]
+    return torch.where(targets, index, index.max()).amin(1) % length
 
 
 def _priority(batch: TokenBatch, order: str) -> Tensor:

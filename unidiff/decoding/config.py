@@ -21,7 +21,7 @@ RULES: Registry[Any] = Registry(
 )
 """Commit rules by name, see `unidiff.decoding.commit.base.NamedRule`."""
 CONFIDENCES = ("probability", "margin", "entropy", "random")
-BLOCK_ORDERS = ("sequence", "checkerboard", "coarse", "halton")
+BLOCK_ORDERS = ("sequence", "aligned", "checkerboard", "coarse", "halton")
 REMASKING = ("none", "confidence", "remdm")
 GUIDANCE_MODES = ("constant", "ramp", "window")
 HIDES = ("given", "other", "text", "image")
@@ -48,7 +48,8 @@ class ModalityDecoding:
             confidence reaches `threshold`. `factor`: the longest prefix of the sorted confidences with
             c_r >= 1 - factor / (r + 1). `hierarchical`: as `threshold`, and the best position of every run of masked
             neighbours where it reaches `low_threshold`. `credit`: as `threshold`, after adding to the logits what a token has
-            earned by being the best in earlier passes, see `Credit`. `first_hitting`: one uniformly random position, the
+            earned by being the best in earlier passes, see `Credit`. `at_least`: a quota, or all above `threshold` where these
+            are more, see `AtLeast`. `first_hitting`: one uniformly random position, the
             exact law of the model. `ancestral`: each position by its own coin, the reverse process on a grid of times.
         schedule: share still masked after a share u of the steps, one of `unidiff.diffusion.schedules`: `linear` 1-u,
             `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps,
@@ -58,15 +59,19 @@ class ModalityDecoding:
         temperature: of the token draw; 0 takes the best token.
         choice_temperature: scale of the Gumbel noise on the ranking, multiplied by the remaining time.
         top_k, top_p: keep only the k best tokens, and the smallest set that reaches probability p.
-        threshold, factor, low_threshold, credit_decay, credit_power, credit_weight: see `rule`.
+        threshold, factor, low_threshold, credit_decay, credit_power, credit_weight, least_tokens, block_steps: see `rule`.
         block_length: tokens per block, decoded block after block; None for the whole span at once.
-        block_order: which tokens form a block: `sequence`, or for images `checkerboard`, `coarse` (coarse to fine) and
+        block_order: which tokens form a block: `sequence`, `aligned` (runs of positions counted from the first of the sample, as
+            block-causal attention counts them, so that the first and the last may be shorter), or for images `checkerboard`, `coarse` (coarse to fine) and
             `halton` (each block spread evenly over the picture, Besnier et al. 2025).
         blocks_in_flight: blocks that may be decoded at once. A block joins when `flight_share` of the one before it
             is decoded; until its turn comes, only tokens whose confidence reaches `flight_threshold` are committed in it.
         remask: `confidence`: tokens committed in earlier passes with a probability below `remask_threshold` are masked
             again, the least sure first, at most `remask_budget` times per row. `remdm`: ReMDM's law-preserving form
             for the `ancestral` rule, sigma_t = min(`remask_cap`, (1 - alpha_s) / alpha_t).
+        edit_threshold: tokens of the block that is decoded are replaced by what the model would say now, where its probability
+            is above this (token editing, LLaDA2.1); None for never. A block ends when a pass that began without masks changes
+            nothing, or after `edit_passes` of these.
         forbid: vocabulary ids that may never be emitted, besides [MASK] and the other modality's.
 
     Raises:
@@ -87,6 +92,8 @@ class ModalityDecoding:
     credit_decay: _Share = 0.8
     credit_power: _Size = 0.2
     credit_weight: _Strength = 0.7
+    least_tokens: _Count = 1
+    block_steps: _Passes | None = None
     block_length: _Count | None = None
     block_order: str = "sequence"
     blocks_in_flight: _Count = 1
@@ -96,6 +103,8 @@ class ModalityDecoding:
     remask_threshold: _Share = 0.0
     remask_budget: Annotated[int, Between(0, 100_000)] = 0
     remask_cap: _Share = 0.0
+    edit_threshold: _Share | None = None
+    edit_passes: Annotated[int, Between(0, 100_000)] = 16
     forbid: tuple[Index, ...] = ()
 
     def __post_init__(self) -> None:
@@ -112,6 +121,13 @@ class ModalityDecoding:
         rule.check(self)
         if self.blocks_in_flight > 1 and self.block_length is None:
             raise ValueError(f"blocks_in_flight is {self.blocks_in_flight}, but there is one block; set block_length")
+        if self.edit_threshold is not None:
+            clashes = {"remask": self.remask != "none", "blocks_in_flight": self.blocks_in_flight > 1}
+            clashes |= {"rule": not rule.looks(self) or rule.adjusts is not None}
+            if clash := next((name for name, found in clashes.items() if found), None):
+                raise ValueError(
+                    f"edit_threshold does not go with {clash} = {getattr(self, clash)!r}; leave one of them out"
+                )
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,7 @@ class SamplerConfig:
             one after the other; `level`: by progress, the modality with the greater decoded share waits for the other.
         stop_at_eos: a text row ends when every position before its first generated end-of-text is known;
             what follows is filled with end-of-text.
+        whole_blocks: an end of text counts when its block is complete and, with `edit_threshold`, no longer changed.
         ends: further ids that end a text, besides the vocabulary's `eos` (an end of turn, for instance).
         fill: what follows an end, where it is not end-of-text (UniDisc: padding).
     """
@@ -196,6 +213,7 @@ class SamplerConfig:
     guidance: Guidance = field(default_factory=Guidance)
     order: str = "together"
     stop_at_eos: bool = True
+    whole_blocks: bool = False
     ends: tuple[Index, ...] = ()
     fill: Index | None = None
 

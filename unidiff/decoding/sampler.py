@@ -18,19 +18,11 @@ from unidiff.decoding.commit.ancestral import remdm_sigma
 from unidiff.decoding.commit.base import CommitRule, RuleMaker, unsure_tokens
 from unidiff.decoding.complaint import complaint
 from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
+from unidiff.decoding.end_of_text import EndOfText
 from unidiff.decoding.foretold import can_be_foretold, foretell
 from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs, Record
-from unidiff.decoding.state import (
-    BlockShares,
-    Callback,
-    DecodeState,
-    DecodeView,
-    EndOfText,
-    ModalityProgress,
-    PassWork,
-    own_copy,
-)
+from unidiff.decoding.state import BlockShares, Callback, DecodeState, DecodeView, ModalityProgress, PassWork, own_copy
 from unidiff.decoding.stats import SamplerOutput
 from unidiff.models.denoiser import CachePlan, Denoiser
 from unidiff.models.store import FeatureStore
@@ -153,6 +145,8 @@ class Sampler:
         if state.finishing:
             decided = state.masked & progress.targets
         candidates = progress.active | progress.ahead if decided is None else decided
+        if progress.edits is not None and not state.finishing:
+            candidates = candidates | (progress.editable(state.masked) & ~state.frozen)
         scale = self.config.guidance.scale_at(progress.modality, time)
         return PassWork(progress, candidates, decided is not None, count, time, scale)
 
@@ -174,15 +168,18 @@ class Sampler:
             choice = rule.choose(blend(logits.values), index, own_real, u, order)
         choice = choice.scatter_rows(logits.rows, len(state.masked))
         request.is_finite &= choice.is_finite
-        pick = real
+        pick, token = real, choice.token + self.vocabulary.range_of(modality)[0]
         if not work.decided:
             confidence = score = choice.confidence
             if settings.choice_temperature:
                 score = draw.ranking(confidence, settings, work.time, noise(draw.CHOICE).gather(1, index))
             ahead = real & progress.ahead.gather(1, index)  # in blocks to come: by a threshold of their own
-            pick = rule.pick(confidence, score, real & ~ahead, work.quota, index)
+            known = ~real if progress.edits is None else real & ~state.masked.gather(1, index)
+            pick = rule.pick(confidence, score, real & ~ahead & ~known, work.quota, index)
             pick = pick | (ahead & (confidence >= settings.flight_threshold))
-        state.write(index, pick, choice.token + self.vocabulary.range_of(modality)[0], choice.probability)
+            if progress.edits is not None:
+                pick = pick | progress.edits.replaced(known, confidence, token != state.ids.gather(1, index))
+        state.write(index, pick, token, choice.probability)
 
     def remask(self, request: Request, work: PassWork) -> None:
         """Mask committed tokens of one modality again, where its settings ask for it."""
@@ -244,8 +241,9 @@ class Request:
             settings = config.of(modality)
             found[modality] = progress = ModalityProgress(modality, settings, batch, sampler.rules.get(modality), host)
             self._block_size[modality] = min(most, settings.block_length or most)
-            planned = BlockShares(settings.steps, size, settings.block_length, progress.rule.capped).total
-            self._most_passes += int(size.sum() + planned.max()) + len(size) * settings.remask_budget
+            planned = BlockShares(settings.steps, size, settings.block_length, progress.rule.capped).total + 1
+            again = len(size) * settings.remask_budget + progress.most_edits
+            self._most_passes += int(size.sum() + planned.max()) + again
         # one unconditional stream serves both modalities unless each is hidden from the other
         shared = bool(others) or condition is not None or config.guidance.hide != "other"
         self.stream_of = {modality: 1 if shared else number for number, modality in enumerate(found, 1)}
@@ -391,8 +389,10 @@ class Request:
     def end_pass(self) -> None:
         """Close finished texts and move on."""
         state = self.state
-        if self.end_of_text is not None:
-            state.freeze(self.end_of_text.closed(state.ids, state.masked), self.end_of_text.fill)
         for progress in state.progress.values():
             progress.end_pass()
+        if (end := self.end_of_text) is not None:
+            text, whole = state.progress[Modality.TEXT], self.sampler.config.whole_blocks
+            settled = text.settled(state.masked) if whole or text.edits is not None else None
+            state.freeze(end.closed(state.ids, state.masked, settled), end.fill)
         state.step += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.decoding.blocks import block_ids, joined_blocks
+from unidiff.decoding.blocks import block_ids, first_offset, joined_blocks
 from unidiff.decoding.commit.base import BlockPass, CommitRule, GuardedRule, NamedRule, RuleMaker
 from unidiff.decoding.config import RULES, ModalityDecoding
+from unidiff.decoding.edits import TokenEdits
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 
 
@@ -26,19 +27,24 @@ class BlockShares:
         steps: passes asked for. Rows with more blocks than that make one pass per block.
         size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
         capped: never more passes than tokens.
+        offset: int64 `[B]`, how many tokens the first block is shorter; None for none.
     """
 
-    def __init__(self, steps: int, size: Tensor, length: int | None, capped: bool) -> None:
+    def __init__(
+        self, steps: int, size: Tensor, length: int | None, capped: bool, offset: Tensor | None = None
+    ) -> None:
         self._whole, self._size = length is None, (size := size.clamp_min(1))
-        self._length = size if length is None else size.clamp_max(length)  # [B], tokens of a full block
-        total = (size - 1).div(self._length, rounding_mode="floor").add(1).clamp_min(steps)
+        self._offset = torch.zeros_like(size) if offset is None else offset
+        reach = size + self._offset  # as if the first block were whole
+        self._length = reach if length is None else reach.clamp_max(length)  # [B], tokens of a full block
+        total = (reach - 1).div(self._length, rounding_mode="floor").add(1).clamp_min(steps)
         self.total = torch.minimum(total, size) if capped else total
 
     def before(self, block: Tensor) -> Tensor:
         """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
         if self._whole:
             return torch.where(block > 0, self.total, 0)
-        return self.total * torch.minimum(block * self._length, self._size) // self._size
+        return self.total * torch.minimum((block * self._length - self._offset).clamp_min(0), self._size) // self._size
 
     def own(self, block: Tensor) -> Tensor:
         """int64 `[B]`: passes of a block."""
@@ -60,6 +66,7 @@ class ModalityProgress:
         active: bool `[B, L]`, positions of that block that may be filled in this pass. running: bool `[B]`, rows that
             take part in it.
         remasked: int64 `[B]`, how many tokens of the row were masked again.
+        edits: of the current block, where the settings ask for it.
         joined: int64 `[B]`, blocks in flight behind the current one. ahead: bool `[B, L]`, their masked positions.
     """
 
@@ -84,11 +91,14 @@ class ModalityProgress:
             own_rows = batch if host is None else host
             targets = own_rows.targets & (own_rows.modality == modality)
             self.blocks = block_ids(own_rows, targets, length, settings.block_order).to(batch.ids.device)
-        self.shares = BlockShares(settings.steps, size, length, rule.capped)
+        aligned = length is not None and settings.block_order == "aligned"
+        offset = first_offset(batch, self.targets, length) if aligned and length is not None else None
+        self.shares = BlockShares(settings.steps, size, length, rule.capped, offset)
         self._joining = min(settings.blocks_in_flight, batch.shape[1]) - 1  # most blocks besides the current one
         zero = torch.zeros_like(size)
         self.block = self.reached = zero - 1
         self.made = self.start = self.remasked = self.joined = zero
+        self.edits = None if settings.edit_threshold is None else TokenEdits.of(settings, zero)
         self.active = self.ahead = torch.zeros_like(self.targets)
         self.running = zero.bool()
 
@@ -106,6 +116,8 @@ class ModalityProgress:
         self.reached = torch.where(begun, block, self.reached)
         self.made = torch.where(begun, 0, self.made)
         self.start = torch.where(begun, remaining, self.start)
+        if self.edits is not None:
+            self.edits.begin_pass(begun)
         if self._joining > 0:
             share = self.settings.flight_share
             self.joined = joined_blocks(self.blocks, self.targets, own, block, self._joining, share)
@@ -117,6 +129,8 @@ class ModalityProgress:
         self.running = self.running & ~rows
 
     def end_pass(self) -> None:
+        if self.edits is not None:
+            self.edits.end_pass(self.running & ~self.active.any(1))
         self.made = self.made + (self.running & (self.block == self.reached)).long()
 
     @property
@@ -131,16 +145,32 @@ class ModalityProgress:
 
     @property
     def pending(self) -> Tensor:
-        """bool `[B]`: rows whose block has passes left although nothing may be masked (ReMDM may mask tokens again)."""
+        """bool `[B]`: rows whose block has passes left although nothing may be masked (ReMDM may mask tokens again, editing
+        replace them)."""
+        if self.edits is not None:
+            return (self.block >= 0) & self.edits.pending
         if self.settings.remask != "remdm":
             return torch.zeros_like(self.running)
         return (self.block >= 0) & (self.step < self.steps)
 
     @property
+    def most_edits(self) -> int:
+        """Most passes that only replace tokens, of all rows together."""
+        return 0 if self.edits is None else len(self.block) * (1 + int(self.blocks.max())) * self.settings.edit_passes
+
+    def editable(self, masked: Tensor) -> Tensor:
+        """bool `[B, L]`: decoded tokens of the current block."""
+        return self.in_block & ~masked
+
+    def settled(self, masked: Tensor) -> Tensor:
+        """bool `[B]`: rows whose current block is complete and no longer changed."""
+        return ~((masked & self.targets & (self.blocks == self.block[:, None])).any(1) | self.pending)
+
+    @property
     def foretold(self) -> bool:
         """Whether the rule, one of the named ones, fills numbers of positions that are known beforehand, and remasks as many."""
         own, known = self.settings, self.rule.foretold and type(self.rule) is RULES[self.settings.rule]
-        return known and own.remask != "confidence" and own.blocks_in_flight == 1
+        return known and self.edits is None and own.remask != "confidence" and own.blocks_in_flight == 1
 
     @property
     def in_block(self) -> Tensor:
@@ -314,34 +344,6 @@ class DecodeState:
     def _put(self, where: Tensor, token: int, confidence: float) -> None:
         self.batch = self.batch.replace(ids=torch.where(where, token, self.ids))
         self.confidence = torch.where(where, confidence, self.confidence)
-
-
-class EndOfText:
-    """Finds masked text positions that lie behind a finished text: everything before its first end-of-text is known.
-
-    `ends` are the ids that end a text, inside its own packed sample only, of which a row has at most `samples`; `fill` is
-    the id that follows.
-    """
-
-    def __init__(self, batch: TokenBatch, samples: int, ends: Sequence[int], fill: int) -> None:
-        self.fill, self._samples, self._ends = fill, samples, tuple(ends)
-        self._text = batch.targets & (batch.modality == Modality.TEXT)
-        self._sample = batch.sample_ids.clamp_min(0)  # padding has no targets, so its sample does not matter
-        self._place = torch.arange(batch.shape[1], device=batch.ids.device).expand(batch.shape)
-
-    def closed(self, ids: Tensor, masked: Tensor) -> Tensor:
-        """bool `[B, L]`: masked text behind a generated end-of-text before which the sample's text has no masked position."""
-        waiting = masked & self._text
-        ended = torch.stack([ids == end for end in self._ends]).any(0)
-        finished = self._text & ~masked & ended & (self._place < self._first(waiting))
-        return waiting & (self._place > self._first(finished))
-
-    def _first(self, where: Tensor) -> Tensor:
-        """Per position, the first place of its sample where the flag is set; L where it never is. int64 `[B, L]`."""
-        length = where.shape[1]
-        places = torch.where(where, self._place, length)
-        first = places.new_full((where.shape[0], self._samples), length)
-        return first.scatter_reduce(1, self._sample, places, "amin").gather(1, self._sample)
 
 
 def own_copy(batch: TokenBatch) -> TokenBatch:

@@ -253,7 +253,7 @@ class RowLayout:
 
     def need(self, task: str) -> None:
         """Raise `ValueError` unless the model does the task."""
-        if not hasattr(self, task):
+        if task not in self.tasks:
             raise ValueError(f"{self.family} cannot do {task!r}; it does {', '.join(self.tasks)}")
 
     def request(self, task: str, inputs: TaskInputs) -> DecodeRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -278,3 +278,8 @@ class PartialDenoiser(Denoiser, Protocol):
     def shifted(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """From the final hidden states `[B, L, D]` that a store keeps to the features that `head` takes."""
         ...
+
+
+def is_block_causal(model: Any) -> bool:
+    """Whether a denoiser says that a position sees its own block and earlier ones alone."""
+    return isinstance(model, PartialDenoiser) and model.traits.block_length is not None

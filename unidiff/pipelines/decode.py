@@ -19,6 +19,7 @@ from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.commit.base import RuleMaker
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.families.layout import PLACES, TASKS, DecodeRequest, TaskInputs
+from unidiff.models.denoiser import is_block_causal
 from unidiff.pipelines.candidates import keep_best
 from unidiff.pipelines.options import (
     MOST_ROWS,
@@ -118,7 +119,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     model, request, config, own_rules = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know
     condition, away = _guidance(task, request, inputs, config, options)
-    plain = options.cache is None and options.policy is None
+    plain = options.cache is options.policy is None and not is_block_causal(model)
     choice = no_cache() if plain else choose_cache(options.cache, options.policy, request.batch, config, model)
     notes = [note] if (note := layout.note(task)) else []
     if notes:

@@ -51,10 +51,11 @@ class DecodeOptions:
         temperature: of token draws, 0 takes the best token.
         sampler: a whole `SamplerConfig` in place of the task's default; the other arguments still apply on top, and then
             what the task itself needs (ids that are never written, ends of texts).
-        cache: what is kept between passes: "auto", "none" (the default), "prefix", "dual", "vicinity", "interval",
-            "adaptive", "max-logit", "modality", "block-causal", or a `CacheConfig`, which says what each costs and gains.
-            "auto" takes what suits the task and none where rows are too short to gain (`choose_cache`); results say what
-            was used. Every cache but "block-causal" trades some quality for speed.
+        cache: what is kept between passes: "auto", "none", "prefix", "dual", "vicinity", "interval", "adaptive", "max-logit",
+            "modality", "block-causal", or a `CacheConfig`, which says what each costs and gains. "auto" takes what suits the
+            task and none where rows are too short to gain (`choose_cache`); results say what was used. Every cache but
+            "block-causal" trades some quality for speed. Left out: "block-causal" for block-causal weights, for which it is
+            exact, and none for others.
         policy: a cache policy object of your own, in place of `cache`.
         block_length: tokens per block, for both modalities or as `{"text": 16, "image": 64}`.
         threshold: commit every token of at least this probability, at least one per pass: of text, in tasks that decode

@@ -176,9 +176,9 @@ def choose_cache(
 ) -> CacheChoice:
     """The cache of a call.
 
-    "auto" takes what is exact for the model, if anything is, and otherwise what is `suited` to each row, as
-    long as `expected_gain` reaches `LEAST_GAIN` for the row alone: what a row gets does not depend on the others. The note
-    tells which and by how much. Rows of one batch that differ are decoded together, each by its own policy.
+    None and "auto" take what is exact for the model, if anything is. Otherwise None takes nothing, and "auto" what is
+    `suited` to each row, as long as `expected_gain` reaches `LEAST_GAIN` for the row alone: what a row gets does not depend on
+    the others. The note tells which and by how much. Rows of one batch that differ are decoded together, each by its own policy.
 
     Args:
         cache: see `DecodeOptions`. policy: the caller's own.
@@ -191,18 +191,16 @@ def choose_cache(
         if cache is not None:
             raise ValueError("cache and policy both say what is kept between passes; give one of them")
         return CacheChoice(policy, None)
+    exact = exact_cache(model) if cache in (None, "auto") else None
+    if exact is not None:
+        return CacheChoice(exact.build(), exact, f"{exact.policy}: exact for these weights")
     if cache != "auto":
         named = CacheConfig() if cache is None else CacheConfig.of(cache)
         return CacheChoice(named.build(), named)
     none = no_cache()
     if not isinstance(model, PartialDenoiser):
         return replace(none, note=f"none: {type(model).__name__} computes whole rows only")
-    traits = model.traits
-    for name, own in CACHES.items():
-        if own.exact_for(traits):
-            exact = CacheConfig(name)
-            return CacheChoice(exact.build(), exact, f"{name}: exact for these weights")
-    if traits.block_length is not None:
+    if model.traits.block_length is not None:
         return replace(none, note="none: features of this model change with the time")
     rows = [_choose(row, config) for row in _shapes(batch)]
     found = list(dict.fromkeys(choice for choice, _ in rows))  # in the order of the rows
@@ -214,6 +212,13 @@ def choose_cache(
     counts = [order.count(i) for i in range(len(found))]
     note = "; ".join(f"{n} of {len(rows)} rows {notes[kind]}" for n, kind in zip(counts, found, strict=True))
     return CacheChoice(CacheByRow([own.build() for own in builds], order), builds[counts.index(max(counts))], note)
+
+
+def exact_cache(model: Any) -> CacheConfig | None:
+    """The cache that changes nothing for a model, if there is one."""
+    if not isinstance(model, PartialDenoiser):
+        return None
+    return next((CacheConfig(name) for name, own in CACHES.items() if own.exact_for(model.traits)), None)
 
 
 class DecodeShape(NamedTuple):
