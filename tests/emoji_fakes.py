@@ -1,4 +1,4 @@
-"""Models for tests of the evaluation: one that is always right, and one whose answers are moved to the next case."""
+"""Models for tests of the evaluation: always right, moved to the next case, or small and untrained."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unidiff.models.transformer import MaskedTransformer
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.settings import PipelineSettings
+from unidiff.tokens.image.vq import CellVQModel
+from unidiff.tokens.text import TextTokenizer
+from unidiff.worlds.emoji.asked import Drawn
 from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, InpaintCase, inpaint_cases, prompt_cases, question_cases
-from unidiff.worlds.emoji.judge import Drawn
 from unidiff.worlds.emoji.language import NUMBERS, ZONES, article, caption_distribution, draw_caption, plural
 from unidiff.worlds.emoji.oracle import Oracle
-from unidiff.worlds.emoji.scenes import BACKGROUNDS, Profile, SceneGenerator, render_batch
+from unidiff.worlds.emoji.scenes import BACKGROUNDS, Profile, SceneGenerator, get_profile, render_batch
+from unidiff.worlds.emoji.table import corpus, emoji_vocabulary
 
 
 def vocabulary_words(profile: Profile) -> list[str]:
@@ -76,3 +82,14 @@ class BlurredModel(PerfectModel):
 
     def reconstruct(self, images: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(images, 11, 1, 5, count_include_pad=False)
+
+
+def tiny_emoji_pipeline(image_size: int = 64) -> UniDiffPipeline:
+    """Untrained weights, and words of the emoji grammar."""
+    torch.manual_seed(0)
+    words = TextTokenizer.train(corpus(SceneGenerator(get_profile("cpu"), 0), 300), 400)
+    vocabulary = emoji_vocabulary(words, 64)
+    model = MaskedTransformer(vocab_size=vocabulary.size, hidden_size=32, num_layers=1, num_heads=2)
+    image = CellVQModel(codebook_size=64, encoder_width=16, encoder_depth=1, decoder_widths=(16,), decoder_depths=(1,))
+    grid = (image_size // 8, image_size // 8)
+    return UniDiffPipeline(model, image, words.tokenizer, PipelineSettings(vocabulary, text_length=40, grid=grid))

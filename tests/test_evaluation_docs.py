@@ -4,6 +4,7 @@ import re
 
 import pytest
 from doc_code import DOCS, blocks, run
+from emoji_fakes import tiny_emoji_pipeline
 from tiny_pipeline import tiny_pipeline
 
 from unidiff import hub
@@ -19,6 +20,10 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     scores = next(block for block in blocks("evaluation.md") if block.heading == "Likelihood")
     run(scores, "evaluation.md", {})
     assert capsys.readouterr().out.count("[3]") == 2
+    monkeypatch.chdir(tmp_path)
+    report = next(block for block in blocks("evaluation.md") if block.heading == "A report of a model")
+    run(report, "evaluation.md", {"pipe": tiny_emoji_pipeline()})
+    assert "n=4" in capsys.readouterr().out and (tmp_path / "small-report" / "report.html").is_file()
 
 
 def test_the_snippet_of_scores_runs(tmp_path, monkeypatch, capsys):

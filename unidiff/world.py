@@ -31,12 +31,13 @@ class World:
     """Scenes, words about them, and an exact reader. The `__init__` of its folder makes one, of `later` functions.
 
     Attributes:
-        name: of its model, of `unidiff eval NAME` and of the benchmark's suite.
+        name: of its model, of `unidiff eval MODEL --suite NAME` and of the benchmark's suite.
         model: folder of the pipeline that ships with it.
         prompts: () -> sentences that its models can draw.
         demo: (pipe, folder, seed) -> the files it wrote; `demo_files` are their names.
-        evaluate: (pipe, seed, n, per_task, tasks, tick, options of every decode) -> `EvaluationReport`; `tasks` may name metrics,
-            and tick(more, total, what) is told how many cases are done, of how many, and what comes next.
+        evaluate: (pipe, seed, n, per_task, tasks, batch_size, tick, kept, options of every decode) -> `EvaluationReport`;
+            `tasks` may name metrics, tick(more, total, what) is told how many cases are done, of how many, and what comes
+            next, and `kept` is a `KeptRows` of what is done already.
         benchmark: () -> `JudgedTasks`, what the benchmark of decodes asks.
         reward: (pipe, seed, kinds) -> a reward of prompts and pictures, and prompts by number.
         pictures: (profile, kinds, seed) -> a picture by number, float32 `[3, H, W]` in [0, 1].

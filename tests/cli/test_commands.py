@@ -186,8 +186,8 @@ def test_info_and_pack(run, tmp_path):
 def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
     from unidiff.evaluation.report import Estimate, EvaluationReport
 
-    def evaluate(pipe, seed, n, progress, **options):
-        progress("captions")
+    def evaluate(pipe, seed, n, tick, **options):
+        tick(0, 4, "captions")
         report = EvaluationReport(about={"seed": seed, "n": n, **options})
         report.add("categories.single_object", Estimate.share([True] * 3 + [False]))
         return report
@@ -198,7 +198,8 @@ def test_eval_emoji_writes_its_numbers(run, model, tmp_path, monkeypatch):
     data = json.loads((tmp_path / "made" / "r.json").read_text())
     assert status == 0 and "0.750" in out
     asked = {"num_candidates": 4, "guidance_scale": 1.0, "steps": 3}
-    assert data["about"] == {"seed": 5, "n": 7, **asked} and data["categories"]["single_object"] == 0.75
+    about = {"seed": 5, "n": 7, "batch_size": 64, "suite": "emoji", "model": model, "dtype": "float32"}
+    assert data["about"] == {**about, **asked} and data["categories"]["single_object"] == 0.75
     assert "outcomes" not in data
 
     first, second, changes = (tmp_path / f"{name}.json" for name in ("first", "second", "changes"))
@@ -249,6 +250,15 @@ MISTAKES = {
     "mask of another size": (["inpaint", "IN", "--mask", "SMALL", "-o", "OUT"], "8x8 pixels but the image is 24x16"),
     "all known": (["inpaint", "IN", "--text", "a dog", "-o", "OUT"], "nothing is left to decode"),
     "missing mask": (["inpaint", "IN", "--mask", "none.png", "-o", "OUT"], "'none.png' does not exist"),
+    "unknown suite": (["eval", "emoji", "--suite", "emojy"], "did you mean 'emoji'?"),
+    "suite without prompts": (["eval", "emoji", "--suite", "geneval"], "geneval needs --prompts"),
+    "public suite with cases": (
+        ["eval", "emoji", "--suite", "pope", "--prompts", "IN", "-o", "NEW", "--n", 3],
+        "--n does not go with pope",
+    ),
+    "prompts for a world": (["eval", "emoji", "--prompts", "IN"], "go with a public benchmark"),
+    "two counts of cases": (["eval", "emoji", "--n", 3, "--per-task", 3], "give one of them"),
+    "old model option": (["eval", "NEW", "--model", "emoji"], "write `unidiff eval emoji --suite NAME`"),
     "json ending": (["eval", "emoji", "--json", "x.txt"], "must end in .json"),
     "outcomes without a file": (["eval", "emoji", "--outcomes"], "--outcomes goes with --json"),
     "demo into a file": (["demo", "-o", "IN"], "is a file"),

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from unidiff.decoding import DecodeState, Guidance, ModalityDecoding, NoCache, Sampler, SamplerConfig
 from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
-from unidiff.evaluation.benchmark.result import scatter
+from unidiff.evaluation.benchmark.result import draw_panels
 from unidiff.evaluation.cache_profile import (
     FEATURES,
     LONGEST,
     TaskProfile,
     Watcher,
     advise,
-    heat_map,
+    heat_maps,
     pearson,
     profile_pipeline,
     segments_of,
@@ -195,14 +195,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_charts_say_what_they_cannot_draw():
     values = torch.tensor([[0.0, 1.0], [math.nan, 0.5]])
-    picture = heat_map(values, 0.0, 1.0, cell=10)
-    corners = [picture.getpixel((10 * x + 5, 10 * y + 5)) for y in (0, 1) for x in (0, 1)]
-    assert corners[0] == (8, 8, 32) and corners[1] == (252, 255, 164) and corners[2] == (236, 236, 236)
-    assert picture.size == (20, 20)
+    one, two = (heat_maps(dict.fromkeys(names, (values, 0.0, 1.0)), "all") for names in (("a",), ("a", "b")))
+    assert one.size == two.size and one.tobytes() != two.tobytes()
     with pytest.raises(ValueError, match="low < high"):
-        heat_map(values, 1.0, 1.0)
+        heat_maps({"a": (values, 1.0, 1.0)}, "all")
     with pytest.raises(ValueError, match="logarithmic"):
-        scatter({"a": [(0.0, 1.0)]}, "", "")
-    blank = scatter({}, "", "")
-    drawn = scatter({"a": [(1.0, 1.0), (2.0, math.nan), (10.0, 3.0)]}, "", "")
+        draw_panels({"all": {"a": [(0.0, 1.0)]}}, "", "")
+    blank = draw_panels({"all": {}}, "", "")
+    drawn = draw_panels({"all": {"a": [(1.0, 1.0), (2.0, math.nan), (10.0, 3.0)]}}, "", "")
     assert drawn.size == blank.size and drawn.tobytes() != blank.tobytes()
+    assert draw_panels({name: {"a": [(1.0, 1.0)]} for name in "abc"}, "", "").width > drawn.width

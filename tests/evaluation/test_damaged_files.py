@@ -16,7 +16,8 @@ from unidiff.evaluation.benchmark.random_weights import SuiteOptions
 from unidiff.evaluation.benchmark.result import check_path
 from unidiff.evaluation.benchmark.trained import TrainedOptions
 from unidiff.evaluation.benchmark.trials import Setting
-from unidiff.evaluation.report import Estimate, EvaluationReport, compare_reports
+from unidiff.evaluation.paired import compare_reports
+from unidiff.evaluation.report import Estimate, EvaluationReport
 
 WRONG: tuple[Any, ...] = (
     None,

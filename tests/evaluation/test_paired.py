@@ -12,7 +12,8 @@ import pytest
 from emoji_fakes import PerfectModel, ShuffledModel
 from rich.console import Console
 
-from unidiff.evaluation.report import Estimate, EvaluationReport, compare_reports, paired_interval
+from unidiff.evaluation.paired import compare_reports, paired_interval
+from unidiff.evaluation.report import Estimate, EvaluationReport
 from unidiff.worlds.emoji.judge import EmojiEval
 from unidiff.worlds.emoji.scenes import get_profile
 
@@ -106,6 +107,18 @@ def _reached(level: float) -> float:
     """Chance that u + .3 v < level for uniform u and v."""
     v = (np.arange(10_000) + 0.5) / 10_000
     return float(np.clip(level - 0.3 * v, 0, 1).mean())
+
+
+def test_intervals_are_those_of_a_direct_bootstrap():
+    rng = np.random.default_rng(4)
+    before, after = ([rng.random(n) < share for n in (30, 50)] for share in (0.5, 0.7))
+    means = []
+    for _ in range(4000):
+        drawn = [rng.integers(n, size=n) for n in (30, 50)]
+        both = [np.mean([p[d].mean() for p, d in zip(parts, drawn, strict=True)]) for parts in (before, after)]
+        means.append(both[1] - both[0])  # the same cases of both
+    direct = np.quantile(means, (0.025, 0.975))
+    assert paired_interval(before, after, 20_000) == pytest.approx(direct, abs=0.012)
 
 
 def test_counts_and_cases_are_resampled_alike():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +15,13 @@ from unidiff.cli.common import (
     MOST,
     DecodeFlags,
     bar,
+    check_folder,
     check_outputs,
     check_own,
     shared_rows,
     with_decode_flags,
 )
+from unidiff.files import locked
 from unidiff.world import WORLDS
 
 DEFAULT = "MODEL"
@@ -51,6 +56,12 @@ def evaluate(
         str | None,
         typer.Option(help="A world (emoji), or with --prompts a public benchmark; an unknown one lists them all."),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for report.html, report.json, CSV and what was drawn; run again, it goes on."
+        ),
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, max=MOST, help="Cases per category.")] = None,
     per_task: Annotated[
         int | None,
@@ -65,43 +76,118 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Only this task of the world or this metric; repeatable. An unknown one lists them all."),
     ] = None,
+    batch_size: BatchSize = 64,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts of a public benchmark, as `eval run` takes them.")
+    ] = None,
+    pictures: Pictures = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     outcomes: Annotated[
         bool, typer.Option("--outcomes", help="Keep what came out of every case in the JSON, for comparisons.")
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="Another evaluation of the same cases, with outcomes: print changes."),
+        typer.Option("--against", help="Another evaluation of the same cases (its --out or JSON): print changes."),
     ] = None,
     old_model: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
     *,
     flags: DecodeFlags,
 ) -> None:
-    """Draw, describe and answer on scenes of a world, read by an exact oracle."""
+    """Draw, describe and answer on the scenes of a world, read by an exact oracle; --out writes a report of it."""
     model, suite = model_and_suite(model, suite, old_model)
-    world = WORLDS.get_or_refuse(suite, "--suite")
-    check_outputs(json_file=json_path, inputs=(against,))
+    own = {"--n": n, "--per-task": per_task, "--task": task, "--json": json_path, "--against": against}
+    if suite not in WORLDS:
+        return _public(suite, prompts, out, pictures, batch_size, flags._replace(**_named(flags, model)), own)
+    if prompts is not None or pictures is not None:
+        raise ValueError(f"--prompts and --pictures go with a public benchmark; the suite {suite} draws its own cases")
+    before = None if against is None else _json_of(against)
+    check_outputs(json_file=json_path, inputs=(before,))
     if outcomes and json_path is None:
         raise ValueError("--outcomes goes with --json, which names the file to keep them in")
     if n is not None and per_task is not None:
         raise ValueError("--n (cases per category) and --per-task both say how many cases there are; give one of them")
+    options: dict[str, Any] = {name: value for name, value in flags.options.items() if name != "generator"}
+    count = n or per_task or PER_TASK
+    options |= {"n": count, "seed": flags.options["generator"]} | ({"per_task": count} if n is None else {})
+    options |= {"tasks": tuple(dict.fromkeys(task))} if task else {}
     from rich.console import Console
 
-    from unidiff.evaluation.report import EvaluationReport, compare_reports
+    from unidiff.evaluation.paired import compare_reports
+    from unidiff.evaluation.report import EvaluationReport
 
-    before = None if against is None else EvaluationReport.load(against)
+    other = None if before is None else EvaluationReport.load(before)
+    if out is not None:
+        _check_out(out, (before,))
     pipe = check_own(flags.load(model=model), f"--suite {suite}")
-    options: dict[str, Any] = dict(flags.options)
-    seed = options.pop("generator")
-    options |= {"n": n} if n is not None else {"n": per_task or PER_TASK, "per_task": per_task or PER_TASK}
-    options |= {"tasks": tuple(task)} if task else {}
-    with bar(suite) as tick:
-        result = world.evaluate(pipe, seed=seed, tick=tick, **options)
+    about = {"suite": suite, "model": model, "dtype": flags.about["dtype"]}
+    result = _evaluated(pipe, suite, out, about, options | {"batch_size": batch_size})
     if json_path is not None:
         result.save(json_path, outcomes)
     Console().print(result.table(f"{suite} scenes"))
-    if before is not None:
-        Console().print(compare_reports(before, result).table(f"compared with {against}"))
+    if other is not None:
+        Console().print(compare_reports(other, result).table(f"compared with {against}"))
+    if out is not None:
+        typer.echo(out / "report.html")
+
+
+def _evaluated(pipe: Any, suite: str, out: Path | None, about: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The report of a suite; with `out` its rows are kept there, and its files are written."""
+    from unidiff.evaluation.benchmark.measure import model_hash
+    from unidiff.evaluation.kept import KeptRows
+    from unidiff.evaluation.report_page import write_files
+    from unidiff.evaluation.suites.base import RESULTS, own_settings
+    from unidiff.process import versions
+
+    with bar(suite) as tick:
+        evaluate = partial(WORLDS[suite].evaluate, pipe, tick=tick, **options)
+        if out is None:
+            result = evaluate()
+            result.about |= about
+            return result
+        with locked(out, "evaluation"):
+            about |= {"model_hash": model_hash(pipe), "settings": own_settings(pipe)}
+            asked = {name: value for name, value in options.items() if name != "batch_size"}
+            result = evaluate(kept=KeptRows(out / RESULTS, about | {"options": asked}, pipe.device))
+            result.about |= about | {"versions": versions(pipe.device)}
+            write_files(result, out, f"Evaluation of {about['model']}")
+    return result
+
+
+def _check_out(out: Path, inputs: Sequence[Path | None]) -> None:
+    """Raise `ValueError` where the files of an evaluation cannot be written, or are of something else."""
+    from unidiff.evaluation.report_page import FILES
+
+    check_folder(out, FILES, inputs)
+    for name in FILES:
+        if (out / name).exists() and not (out / "rows").exists():
+            raise ValueError(f"{str(out / name)!r} is there and of another command; name another folder (--out)")
+
+
+def _named(flags: DecodeFlags, model: str) -> dict[str, Any]:
+    return {"load": partial(flags.load, model=model), "about": {**flags.about, "model": model}}
+
+
+def _public(
+    suite: str,
+    prompts: Path | None,
+    out: Path | None,
+    pictures: Path | None,
+    batch_size: int,
+    flags: DecodeFlags,
+    own: dict[str, Any],
+) -> None:
+    """`eval run` by the other spelling."""
+    from unidiff.evaluation.suites.base import SUITES
+
+    if suite not in SUITES:
+        near = difflib.get_close_matches(suite, [*WORLDS, *SUITES], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"--suite is {suite!r:.80}; expected one of {', '.join([*WORLDS, *SUITES])}{hint}")
+    if prompts is None or out is None:
+        raise ValueError(f"{suite} needs --prompts, the file that the benchmark publishes, and --out")
+    if given := [flag for flag, value in own.items() if value]:
+        raise ValueError(f"{given[0]} does not go with {suite}, whose own program scores it; leave it out")
+    run_public(suite, prompts, out, pictures, batch_size, flags)
 
 
 PER_TASK = 280
@@ -150,17 +236,24 @@ def run_public(
 
 @eval_app.command("compare")
 def compare(
-    before: Annotated[Path, typer.Argument(help="JSON of an evaluation, saved with --outcomes.")],
-    after: Annotated[Path, typer.Argument(help="JSON of another one of the same cases.")],
+    before: Annotated[Path, typer.Argument(help="An evaluation: its folder (--out), or its JSON with --outcomes.")],
+    after: Annotated[Path, typer.Argument(help="Another one of the same cases.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the differences to this file.")] = None,
 ) -> None:
     """Difference of two evaluations of the same cases, with paired bootstrap intervals."""
-    check_outputs(json_file=json_path, inputs=(before, after))
+    files = _json_of(before), _json_of(after)
+    check_outputs(json_file=json_path, inputs=files)
     from rich.console import Console
 
-    from unidiff.evaluation.report import EvaluationReport, compare_reports
+    from unidiff.evaluation.paired import compare_reports
+    from unidiff.evaluation.report import EvaluationReport
 
-    found = compare_reports(EvaluationReport.load(before), EvaluationReport.load(after))
+    found = compare_reports(*map(EvaluationReport.load, files))
     if json_path is not None:
         found.save(json_path)
     Console().print(found.table(f"{after} - {before}"))
+
+
+def _json_of(evaluation: Path) -> Path:
+    """The JSON of an evaluation that is named by its folder, or by the file itself."""
+    return evaluation / "report.json" if evaluation.is_dir() else evaluation

@@ -11,19 +11,19 @@ A decode without a cache is watched. For every pass, layer and segment of the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
+from unidiff.charts import chart_picture
 from unidiff.decoding import DecodeState, NoCache
 from unidiff.decoding.cache.combined import SEGMENTS
 from unidiff.decoding.cache.config import CacheConfig
@@ -33,15 +33,12 @@ from unidiff.models.denoiser import CachePlan, DenoiserTraits
 from unidiff.models.partial import cosine
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
+from unidiff.pipelines.sheet import save_image
 from unidiff.tokens import Modality
 
 FEATURES = ("K", "V", "AttnOut", "FFNOut")
 PAIRS = ("V with AttnOut", "V with FFNOut")
 _FEWEST = 3  # positions that a correlation needs
-UNKNOWN = (236, 236, 236)
-ANCHORS = ((8, 8, 32), (120, 28, 109), (237, 105, 37), (252, 255, 164))
-"""Colours of heat maps, from low to high: black - violet - orange - pale yellow, linear in between."""
 
 
 @dataclass(frozen=True)
@@ -334,21 +331,32 @@ def summary(profiles: dict[str, TaskProfile], traits: DenoiserTraits) -> tuple[T
 def _sheet(profile: TaskProfile, segment: int, title: str) -> Image.Image:
     """Heat maps with layers down and passes across, two in a line."""
     least = lambda values: min(0.9, float(values.nan_to_num(0.9).min()))  # noqa: E731
-    maps = [(f"cosine of {n}", v, least(v)) for n, v in zip(FEATURES, profile.similarity[:, segment], strict=True)]
+    maps = {f"cosine of {n}": (v, least(v)) for n, v in zip(FEATURES, profile.similarity[:, segment], strict=True)}
     related = zip(PAIRS, profile.correlation[:, segment], strict=True)
-    maps += [(f"correlation of changes, {name}", values, -1.0) for name, values in related]
-    cells = [Cell((heat_map(v.T, low, 1.0),), f"{name}: dark {low:.3g}, bright 1, grey: none") for name, v, low in maps]
-    side = max(300, *(cell.images[0].width for cell in cells))
-    lines = [cells[i : i + 2] for i in range(0, len(cells), 2)]
-    return draw_sheet(lines, side, f"{title}; down: layers, across: passes")
+    maps |= {f"correlation of changes, {name}": (values, -1.0) for name, values in related}
+    return heat_maps({name: (values.T, low, 1.0) for name, (values, low) in maps.items()}, title)
 
 
-def heat_map(values: Tensor, low: float, high: float, cell: int = 16) -> Image.Image:
-    """A matrix `[rows, columns]` in colours, from dark (`low`) to bright (`high`); NaN is grey, row 0 at the top; each
-    entry is `cell` pixels wide. Raises `ValueError`: `values` is no matrix, or `low` is not below `high`."""
-    if values.ndim != 2 or not low < high:
-        raise ValueError(f"heat_map needs a matrix and low < high; got shape {tuple(values.shape)}, {low} and {high}")
-    share = np.clip((values.double().numpy() - low) / (high - low), 0, 1) * (len(ANCHORS) - 1)
-    colours = np.stack([np.interp(share, range(len(ANCHORS)), c) for c in zip(*ANCHORS, strict=True)], -1)
-    colours = np.where(np.isnan(share)[..., None], UNKNOWN, colours).round().astype(np.uint8)
-    return Image.fromarray(colours.repeat(cell, 0).repeat(cell, 1))
+def heat_maps(maps: Mapping[str, tuple[Tensor, float, float]], title: str) -> Image.Image:
+    """Matrices `[layers, passes]` in colours between a lowest and a highest value, two in a line; NaN stays white.
+
+    Raises:
+        ValueError: values that are no matrix, or a lowest value that is not below the highest.
+    """
+    for values, low, high in maps.values():
+        if values.ndim != 2 or not low < high:
+            raise ValueError(f"a heat map needs a matrix and low < high; got {tuple(values.shape)}, {low} and {high}")
+    rows = -(-len(maps) // 2)
+
+    def draw(grid: Any) -> None:
+        for own, (name, (values, low, high)) in zip(grid.flat, maps.items(), strict=False):
+            drawn = own.imshow(values.double().numpy(), "inferno", vmin=low, vmax=high, aspect="auto")
+            own.set_title(name, fontsize=10)
+            own.figure.colorbar(drawn, ax=own)
+        for own in grid.flat[len(maps) :]:
+            own.set_axis_off()
+        grid.flat[0].figure.suptitle(title)
+        grid.flat[0].figure.supxlabel("pass")
+        grid.flat[0].figure.supylabel("layer")
+
+    return chart_picture(draw, 9, 2.4 * rows, (rows, 2))

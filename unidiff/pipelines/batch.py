@@ -78,29 +78,36 @@ def run_rows(
     Raises:
         ValueError: a folder that holds something else, or rows of other arguments.
     """
-    digest = hashlib.sha256(
-        json.dumps([rows, str(options), seed, about], sort_keys=True, default=str).encode()
-    ).hexdigest()
+    digest = digest_of(rows, str(options), seed, about)
     head = {"rows": len(rows), "seed": seed, "about": about, "digest": digest, "options": options}
-    done = _begun(out, {**head, "versions": versions(pipe.device)})
+    entries = begin_manifest(out, {**head, "versions": versions(pipe.device)}, "--prompts")
+    done = {entry["number"] for entry in entries if "error" not in entry}
     seeds = row_seeds(seed, len(rows)).tolist()
     own = [number for number in range(rank, len(rows), size)]
     todo, refused = [number for number in own if number not in done], 0
     tick(len(own) - len(todo), len(own))
     for numbers in _batches(todo, rows, batch_size):
         entries = _called(pipe, rows, numbers, seeds, out, folder, options)
-        with open(out / MANIFEST, "ab") as file:  # a whole batch at once: other processes write here too
-            file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        add_to_manifest(out, entries)
         refused += sum("error" in entry for entry in entries)
         tick(len(numbers), len(own))
     return refused
 
 
-def _begun(out: Path, head: Mapping[str, Any]) -> set[int]:
-    """Numbers of the rows that `out` has, which is begun where it is new or empty."""
+def begin_manifest(out: Path, head: Mapping[str, Any], made_by: str, alone: bool = False) -> list[dict[str, Any]]:
+    """What the manifest of `out` says is done, line by line; the folder and its manifest are begun where they are not there.
+
+    Args:
+        head: first line of a new manifest; its `digest` must be that of an old one, and where its `versions` are others, a
+            line says so. made_by: what fills the folder.
+        alone: no other process writes here, so a line that was cut off goes; else it is left, and read as nothing.
+
+    Raises:
+        ValueError: a folder that holds something else, or results of another digest.
+    """
     manifest = out / MANIFEST
     if out.exists() and not manifest.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
-        raise ValueError(f"{str(out)!r} is no folder that --prompts made; name a new one")
+        raise ValueError(f"{str(out)!r} is no folder that {made_by} made; name a new one")
     out.mkdir(parents=True, exist_ok=True)
     fresh = beside(manifest, "tmp")
     fresh.write_text(json.dumps(head, default=str) + "\n", encoding="utf-8")
@@ -113,19 +120,32 @@ def _begun(out: Path, head: Mapping[str, Any]) -> set[int]:
         if begun.get("digest") != head["digest"]:
             raise ValueError(f"{str(out)!r} holds results of other prompts, options or weights; name another folder")
     if lines and not manifest.read_bytes().endswith(b"\n"):  # a process was killed while it wrote
-        lines.pop()
+        cut = lines.pop()
         with open(manifest, "ab") as file:
-            file.write(b"\n")
-    found, last = set(), begun["versions"]
+            if alone:
+                file.truncate(manifest.stat().st_size - len(cut))
+            else:
+                file.write(b"\n")
+    found, last = [], begun["versions"]
     for line in lines:
         with suppress(ValueError):
             entry = json.loads(line)
             last = entry.get("versions", last)
-            found |= {entry["number"]} if "number" in entry and "error" not in entry else set()
+            found += [entry] if "versions" not in entry else []
     if last != head["versions"]:
-        with open(manifest, "ab") as file:
-            file.write(json.dumps({"versions": head["versions"]}).encode() + b"\n")
+        add_to_manifest(out, [{"versions": head["versions"]}])
     return found
+
+
+def add_to_manifest(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Lines of what is done, all at once: other processes may write here too."""
+    with open(out / MANIFEST, "ab") as file:
+        file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+
+
+def digest_of(*what: Any) -> str:
+    """SHA-256 over data, by which results are known again."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _batches(numbers: Sequence[int], rows: Sequence[Row], size: int) -> Iterator[list[int]]:

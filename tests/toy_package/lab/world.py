@@ -9,7 +9,7 @@ from unidiff.world import World
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.1), "blue": (0.1, 0.1, 0.9)}
 
 
-def evaluate(pipe, seed, n, per_task=None, tasks=(), progress=lambda what: None, **options):
+def evaluate(pipe, seed, n, per_task=None, tasks=(), batch_size=64, tick=lambda *_: None, kept=None, **options):
     """Is the picture of "a red fox" more red than anything else?"""
     words = [f"a fox on a {colour} background" for colour in COLOURS for _ in range(n)]
     means = pipe.text_to_image(words, generator=seed, output_type="pt", **options).images.mean((2, 3))  # [B, 3]

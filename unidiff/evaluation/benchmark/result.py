@@ -9,19 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Group
 from rich.table import Table
 
+from unidiff.charts import chart_picture
 from unidiff.evaluation.report import table_of
 from unidiff.files import check_writable, replacing, write_json
-from unidiff.pipelines.sheet import INK, PAPER, Cell, draw_sheet, save_image
+from unidiff.pipelines.sheet import save_image
 
 ENDINGS = (".json", ".csv", ".png")
 Point = tuple[float, float]
-LINE = (214, 217, 224)
-COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75))
-WIDTH, HEIGHT = 760, 480
 
 
 @dataclass
@@ -159,52 +157,35 @@ def plot(benchmark: Benchmark) -> Image.Image:
         elif row.policy == "none" or not row.bound_corrected:
             continue
         panels.setdefault(title, {}).setdefault(row.policy, []).append(point)
-    cells = [Cell((scatter(own, *names),), heading=title) for title, own in (panels or {whole: {}}).items()]
-    return draw_sheet([cells[i : i + 2] for i in range(0, len(cells), 2)], WIDTH)
+    return draw_panels(panels or {whole: {}}, *names)
 
 
-def scatter(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) -> Image.Image:
-    """Points (x, y) by series, joined from left to right, on a logarithmic x axis; those that are not finite are left out.
+def draw_panels(panels: Mapping[str, Mapping[str, Sequence[Point]]], x_name: str, y_name: str) -> Image.Image:
+    """A panel for every title, two in a line: points (x, y) by series, joined from left to right, on a logarithmic x axis.
+
+    Points that are not finite are left out.
 
     Raises:
         ValueError: an x that is not positive.
     """
-    kept = {n: sorted(p for p in points if all(map(math.isfinite, p))) for n, points in series.items()}
-    every = [p for points in kept.values() for p in points]
-    if any(x <= 0 for x, _ in every):
-        raise ValueError(f"the x axis is logarithmic, but the smallest x is {min(x for x, _ in every)}")
-    canvas = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    left, top, right, bottom = 70, 30, WIDTH - 190, HEIGHT - 60
-    (low, high), (floor, ceiling) = _range([math.log10(x) for x, _ in every]), _range([y for _, y in every])
+    for least in (x for series in panels.values() for points in series.values() for x, _ in points if x <= 0):
+        raise ValueError(f"the x axis is logarithmic, but the smallest x is {least}")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
 
-    def place(x: float, y: float) -> Point:
-        across = (math.log10(x) - low) / (high - low)
-        return left + across * (right - left), bottom - (y - floor) / (ceiling - floor) * (bottom - top)
+    def draw(grid: Any) -> None:
+        axes = [grid] if len(panels) == 1 else list(grid.flat)
+        for own in axes[len(panels) :]:
+            own.set_axis_off()
+        for own, (title, series) in zip(axes, panels.items(), strict=False):
+            own.set(title=title, xlabel=x_name, ylabel=y_name, xscale="log")
+            own.grid(alpha=0.3)
+            own.xaxis.set_major_formatter("{x:g}")
+            own.xaxis.set_minor_formatter("{x:g}")
+            for name, points in series.items():
+                kept = sorted(point for point in points if all(map(math.isfinite, point)))
+                own.plot([x for x, _ in kept], [y for _, y in kept], label=name, marker="o", markersize=4)
+            if series:
+                own.legend(fontsize=8)
 
-    for i in range(5):
-        x, y = 10 ** (low + (high - low) * i / 4), floor + (ceiling - floor) * i / 4
-        across, up = place(x, y)
-        draw.line((left, up, right, up), LINE)
-        draw.line((across, top, across, bottom), LINE)
-        draw.text((left - 6, up), f"{y:.3g}", INK, font, anchor="rm")
-        draw.text((across, bottom + 6), f"{x:.3g}", INK, font, anchor="ma")
-    draw.text(((left + right) / 2, bottom + 28), x_name, INK, font, anchor="ma")
-    draw.text((left, top - 8), y_name, INK, font, anchor="ls")
-    for number, (name, points) in enumerate(kept.items()):
-        colour, line = COLOURS[number % len(COLOURS)], top + 18 * number
-        dots = [place(*p) for p in points]
-        if len(dots) > 1:
-            draw.line(dots, colour, 2)
-        for across, up in dots:
-            draw.ellipse((across - 4, up - 4, across + 4, up + 4), colour)
-        draw.rectangle((right + 16, line + 2, right + 26, line + 12), colour)
-        draw.text((right + 32, line), name, INK, font)
-    return canvas
-
-
-def _range(values: Sequence[float]) -> Point:
-    """Lowest and highest with some room, never equal."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    room = 0.06 * (high - low) or 0.5
-    return low - room, high + room
+    return chart_picture(draw, 6.5 * columns, 4 * rows, (rows, columns))

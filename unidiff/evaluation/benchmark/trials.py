@@ -12,7 +12,8 @@ from rich.table import Table
 
 from unidiff.decoding import CacheConfig, SamplerConfig
 from unidiff.evaluation.benchmark.result import Benchmark
-from unidiff.evaluation.report import Estimate, EvaluationReport, paired_interval, table_of
+from unidiff.evaluation.paired import paired_interval
+from unidiff.evaluation.report import Estimate, EvaluationReport, table_of
 from unidiff.pipelines.options import DecodeOptions
 
 TARGETS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from unidiff.charts import inline_chart
 from unidiff.config import flat
 from unidiff.errors import DamagedFile, reading
 from unidiff.files import LOCK, replace_text
@@ -37,7 +37,7 @@ _CHARTS = (  # title, kind of line, keys: the first that fits takes a key
     ("Seconds per step", "train", "seconds_per_step"),
 )
 _STYLE = """
-.charts { display: flex; flex-wrap: wrap; gap: 8px } .charts svg { width: 560px; max-width: 100%; height: auto; background: #fff }
+.charts { display: flex; flex-wrap: wrap; gap: 8px } .charts svg { width: 560px; max-width: 100%; height: auto }
 figure { margin: 12px 0 } figcaption, .quiet { color: var(--soft) } div { overflow-x: auto }
 """
 
@@ -169,30 +169,21 @@ def charts(runs: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def _chart(title: str, curves: Sequence[tuple[str, list[tuple[int, float]]]]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
+    def draw(axes: Any) -> None:
+        for name, points in curves:
+            stride = max(1, len(points) // _POINTS)
+            steps, values = zip(*(*points[::stride], points[-1]), strict=True)
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 4 else "")
+        values = sorted(value for _, points in curves for _, value in points)
+        if len(values) > 50 and values[0] < values[-1] > 3 * values[-1 - len(values) // 50]:
+            axes.set_ylim(top=1.3 * values[-1 - len(values) // 50])  # a few first steps would press the rest flat
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend(fontsize=8, framealpha=0)
 
-    figure = Figure((7, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in curves:
-        stride = max(1, len(points) // _POINTS)
-        kept = [*points[::stride], points[-1]]
-        axes.plot(
-            [step for step, _ in kept], [value for _, value in kept], label=name, marker="." if len(kept) < 4 else ""
-        )
-    values = sorted(value for _, points in curves for _, value in points)
-    if len(values) > 50 and values[0] < values[-1] > 3 * values[-1 - len(values) // 50]:
-        axes.set_ylim(top=1.3 * values[-1 - len(values) // 50])  # a few first steps would press the rest flat
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(fontsize=8)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
+    return inline_chart(draw, 7, 3.4, title)
 
 
 def _sheets(folder: Path) -> Iterator[str]:

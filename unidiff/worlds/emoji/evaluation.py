@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from unidiff.evaluation.benchmark.trials import REFERENCE, JudgedTasks
+from unidiff.evaluation.kept import KeptRows
 from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures, model_metrics
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.pipeline import UniDiffPipeline
+from unidiff.worlds.emoji.asked import PipelineModel
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     caption_scenes,
@@ -25,7 +28,7 @@ from unidiff.worlds.emoji.cases import (
     task_seed,
 )
 from unidiff.worlds.emoji.features import reader_network
-from unidiff.worlds.emoji.judge import TASKS, EmojiEval, PipelineModel, yardstick
+from unidiff.worlds.emoji.judge import TASKS, EmojiEval, yardstick
 from unidiff.worlds.emoji.language import (
     caption_distribution,
     caption_entropy,
@@ -33,6 +36,7 @@ from unidiff.worlds.emoji.language import (
     facts_correct,
     parse_caption,
 )
+from unidiff.worlds.emoji.measures import measure_of
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.retrieval import wrong_captions
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, get_profile, render_batch
@@ -59,6 +63,7 @@ def run_emoji_eval(
     batch_size: int = 64,
     profile: Profile | None = None,
     tick: Callable[..., None] = lambda more, total=None, what="": None,
+    kept: KeptRows | None = None,
     **options: Any,
 ) -> EvaluationReport:
     """Evaluate a pipeline on emoji scenes.
@@ -72,6 +77,7 @@ def run_emoji_eval(
         tasks: some of `ALL_TASKS`, and names of metrics.
         batch_size: rows per decode; results do not depend on it.
         tick: called with how many more cases are done, of how many, and what comes next, see `World`.
+        kept: rows and numbers of the same evaluation that need not be made again.
         options: for every decode, for instance `steps`; by default the pipeline's own settings for each task.
 
     Raises:
@@ -94,23 +100,29 @@ def run_emoji_eval(
     judged = [task for task in TASKS if task in tasks]
     total = sum(PARTS.get(task, 1) * cases(task) for task in judged if task != "reader")
     total += sum(METRICS[name].rounds * cases(name) for name in measured)
-    decoded = lambda out: tick(len(out.texts), total)  # noqa: E731
     progress = lambda what: tick(0, total, what)  # noqa: E731
+    kept = kept or KeptRows()
+    model = PipelineModel(pipe, batch_size, kept=kept, tick=partial(tick, total=total), **options)
+    judge = EmojiEval(model, profile, seed, n, progress)
+    report = judge.report
     try:
-        judge = EmojiEval(PipelineModel(pipe, batch_size, decoded, **options), profile, seed, n, progress)
-        for task in judged:
-            judge.n = cases(task)
-            judge.run([task])
-        report = judge.report
-        if SECOND in tasks:
-            progress("second reader")
-            prompts, pictures = zip(*judge.drawn, strict=True)
-            compare_readers(prompts, torch.stack(pictures), profile, report)
-        for name in measured:
-            progress(name)
-            shown = replace(captions(cases(name), seed, profile, batch_size), tick=tick)
-            for key, value in metrics[name](pipe, shown).items():
-                report.add(key, value)
+        for task in (*judged, *(task for task in tasks if task == SECOND), *measured):
+            before = set(report.values)
+            if task in TASKS:
+                judge.n = cases(task)
+                judge.run([task])
+            elif task == SECOND:
+                progress("second reader")
+                prompts, pictures = zip(*judge.drawn, strict=True)
+                compare_readers(prompts, torch.stack(pictures), profile, report)
+            else:
+                progress(task)
+                known = kept.known(task)
+                shown = replace(captions(cases(task), seed, profile, batch_size), tick=tick)
+                for key, value in kept.numbers(task, partial(metrics[task], pipe, shown)).items():
+                    report.add(key, value)
+                tick(METRICS[task].rounds * cases(task) if known else 0)
+            report.measures |= {key: measure_of(task, key) for key in report.values.keys() - before - {"seconds"}}
     finally:
         pipe.set_progress_bar_config(**hidden_bar)
     report.about |= {"n": n} if per_task is None else {"n": None, "per_task": per_task}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,11 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.noise import keyed_bits
-from unidiff.evaluation.report import Estimate, EvaluationReport, sources_hash
-from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.output import UniDiffOutput
+from unidiff.evaluation.report import Estimate, EvaluationReport, JudgedCase, sources_hash
+from unidiff.worlds.emoji.asked import Drawn, PipelineModel, bytes_of, row_name
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     HELD_OUT,
-    InpaintCase,
     caption_scenes,
     inpaint_cases,
     prompt_cases,
@@ -28,9 +27,9 @@ from unidiff.worlds.emoji.cases import (
     scenes,
     task_seed,
 )
-from unidiff.worlds.emoji.language import facts_correct, parse_caption
+from unidiff.worlds.emoji.language import draw_caption, facts_correct, parse_caption, zone
 from unidiff.worlds.emoji.oracle import Oracle, Reading
-from unidiff.worlds.emoji.scenes import ATLAS_FOLDER, KINDS, Profile, Scene, render_batch
+from unidiff.worlds.emoji.scenes import ATLAS_FOLDER, KINDS, LARGE, Profile, Scene, render_batch
 
 TASKS = ("reader", "text_to_image", "caption", "answer", "inpaint", "generate")
 """Parts of the evaluation, each of which can be left out."""
@@ -93,13 +92,15 @@ class EmojiEval:
             cases = prompt_cases(category, self.n, self.seed, self.profile)
             self.progress(f"text-to-image, {category}")
             prompts = [c.prompt for c in cases]
-            images = self.model.text_to_image(prompts, self._seeds(category, len(cases)))
-            self.drawn += zip(prompts, (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).movedim(1, -1), strict=True)
+            seeds = self._seeds(category, len(cases))
+            images = self.model.text_to_image(prompts, seeds)
+            self.drawn += zip(prompts, bytes_of(images), strict=True)
             readings = self.oracle.read(images)
             if category == "background":
                 right = [r.background == c.facts.background for c, r in zip(cases, readings)]
             else:
                 right = [facts_correct(c.facts, r.scene) for c, r in zip(cases, readings)]
+            self._look("text_to_image", category, seeds, right, asked=prompts, seen=readings, drawn=images)
             score = self._share(HELD_OUT if category == HELD_OUT else f"categories.{category}", right)
             scores += [score] if category != HELD_OUT else []
             self._share(f"unreadable.{category}", [r.scene is None for r in readings])
@@ -114,8 +115,13 @@ class EmojiEval:
         for kind in KINDS:
             truth = caption_scenes(kind, self.n, self.seed, self.profile)
             self.progress(f"captions, {kind}")
-            texts = self.model.caption(render_batch(truth, self.profile), self._seeds(f"caption {kind}", len(truth)))
+            pictures, seeds = render_batch(truth, self.profile), self._seeds(f"caption {kind}", len(truth))
+            texts = self.model.caption(pictures, seeds)
             these = self._true(texts, truth)
+            known = [
+                draw_caption(scene, random.Random(f"true caption|{self.seed}|{i}")) for i, scene in enumerate(truth)
+            ]
+            self._look("caption", kind, seeds, these, wrote=texts, expected=known, given=pictures)
             self._share(f"captions.{kind}", these)
             right += these
         self._share("caption_exact", right)
@@ -125,8 +131,15 @@ class EmojiEval:
         cases = question_cases(self.n, self.seed, self.profile)
         self.progress("answers")
         pictures = render_batch([c.scene for c in cases], self.profile)
-        texts = self.model.answer(pictures, [c.question for c in cases], self._seeds("answer", len(cases)))
+        questions, known, seeds = (
+            [c.question for c in cases],
+            [c.answer for c in cases],
+            self._seeds("answer", len(cases)),
+        )
+        texts = self.model.answer(pictures, questions, seeds)
         right = [t.strip() == c.answer for t, c in zip(texts, cases)]
+        kinds = [c.kind for c in cases]
+        self._look("answer", kinds, seeds, right, asked=questions, wrote=texts, expected=known, given=pictures)
         self._share("answer_accuracy", right)
         common = 0
         for kind in sorted({c.kind for c in cases}):
@@ -141,23 +154,50 @@ class EmojiEval:
         self.progress("inpainting")
         pictures = render_batch([c.scene for c in cases], self.profile)
         masks = torch.stack([self.profile.boxes([c.hole]) for c in cases])
-        out = self.model.inpaint(pictures, masks, cases, self._seeds("inpaint", len(cases)))
+        seeds = self._seeds("inpaint", len(cases))
+        out = self.model.inpaint(pictures, masks, cases, seeds)
         readings, agrees = self._agreement(out)
         same = lambda o, hole: o.overlaps(hole) and o.name == hole.name  # noqa: E731
         there = [any(same(o, c.hole) for o in r.objects) for c, r in zip(cases, readings)]
         whole = [a and b and c for a, b, c in zip(there, agrees, out.untouched)]
+        torn = torch.where(masks[:, None], 0.5, pictures)
+        asked = [f"{c.before}\u2026{c.after}" if c.name else c.caption for c in cases]
+        kinds, known = (
+            ["a word hidden too" if c.name else "whole caption given" for c in cases],
+            [c.caption for c in cases],
+        )
+        shown = {"wrote": out.texts, "seen": readings, "expected": known, "given": torn, "drawn": out.images}
+        self._look("inpaint", kinds, seeds, whole, asked=asked, **shown)
         for key, values in (("", whole), ("_there", there), ("_agrees", agrees), ("_untouched", out.untouched)):
             self._share(f"inpainting{key}", values)
 
     def run_generate(self) -> None:
         """Pictures with captions from nothing: they agree, and are as varied as training scenes."""
         self.progress("joint generation")
-        readings, agrees = self._agreement(self.model.generate(self._seeds("joint", self.n)))
+        seeds = self._seeds("joint", self.n)
+        out = self.model.generate(seeds)
+        readings, agrees = self._agreement(out)
+        self._look("generate", "", seeds, agrees, wrote=out.texts, seen=readings, drawn=out.images)
         self._share("joint_agreement", agrees)
         truth = scenes("joint", KINDS, self.n, self.seed, self.profile)
         made = [r.scene for r in readings if r.scene is not None]
         self.report.add("joint_distinct", len(set(made)) / len(set(truth)))
         self.report.add("joint_entropy", object_entropy(made) / max(object_entropy(truth), 1e-9))
+
+    def _look(
+        self, task: str, category: str | Sequence[str], seeds: Sequence[int], right: Sequence[bool], **shown: Any
+    ) -> None:
+        """Note cases as a person looks at them; `given` and `drawn` are pictures, `seen` readings, the others words."""
+        shots = {word: bytes_of(shown.pop(word)).numpy() for word in ("given", "drawn") if word in shown}
+        words = {name: [describe(v) if name == "seen" else v for v in values] for name, values in shown.items()}
+        counts = Counter[str]()
+        for i, seed in enumerate(seeds):
+            own = category if isinstance(category, str) else category[i]
+            pictures = tuple((word, shot[i]) for word, shot in shots.items())
+            said = {name: values[i] for name, values in words.items()}
+            case = JudgedCase(task, own, counts[own], right[i], **said, pictures=pictures, row=row_name(task, seed))
+            self.report.cases.append(case)
+            counts[own] += 1
 
     def _share(self, key: str, right: Sequence[bool]) -> Estimate:
         estimate = Estimate.share(right)
@@ -177,6 +217,14 @@ class EmojiEval:
         return (keyed_bits(task_seed(task, self.seed), torch.arange(n), 0, 1)[:, 0] >> 2).abs().tolist()
 
 
+def describe(reading: Reading) -> str:
+    """What a reader saw, in words."""
+    named = [f"{'' if item.size == LARGE else 'small '}{item.name} ({zone(item)})" for item in reading.objects]
+    if reading.unreadable:
+        named.append(f"{reading.unreadable} unreadable {'part' if reading.unreadable == 1 else 'parts'}")
+    return f"{', '.join(named) or 'nothing'}; {reading.background or 'no'} background"
+
+
 def object_entropy(made: Sequence[Scene]) -> float:
     """Entropy in nats of the names of all objects in some scenes; 0 for none."""
     counts = Counter(item.name for scene in made for item in scene.objects)
@@ -189,84 +237,3 @@ def yardstick() -> str:
     names = ("scenes", "language", "oracle", "cases", "judge")
     files = [Path(__file__).with_name(f"{name}.py") for name in names]
     return sources_hash([*files, *(ATLAS_FOLDER / f"atlas.{kind}" for kind in ("json", "png"))])
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures float `[B, 3, H, W]` in [0, 1] and texts of some rows, and whether every given token came out as it went in."""
-
-    images: Tensor
-    texts: list[str]
-    untouched: list[bool]
-
-
-class PipelineModel:
-    """A pipeline, run in batches with its own settings for each task: all that EmojiEval asks of a model.
-
-    Pictures are float `[B, 3, H, W]` in [0, 1]; there is one seed per row.
-
-    Args:
-        batch_size: rows per decode; results do not depend on it. on_output: told what came out of every decode.
-        options: keyword arguments for every decode, for instance `steps`.
-    """
-
-    def __init__(
-        self,
-        pipe: UniDiffPipeline,
-        batch_size: int = 64,
-        on_output: Callable[[UniDiffOutput], Any] = lambda out: None,
-        **options: Any,
-    ) -> None:
-        self.pipe, self.batch_size, self.on_output = pipe, batch_size, on_output
-        self.options = {"output_type": "pt", **options}
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Through the image tokenizer and back."""
-        through = lambda part: self.pipe.images.decode(self.pipe.images.encode(part)).cpu()  # noqa: E731
-        return torch.cat([through(part) for part in images.split(self.batch_size)])
-
-    def text_to_image(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return self._decode(seeds, lambda p, **how: self.pipe.text_to_image(list(prompts[p]), **how)).images
-
-    def caption(self, images: Tensor, seeds: Sequence[int]) -> list[str]:
-        return self._decode(seeds, lambda p, **how: self.pipe.caption(images[p], **how)).texts
-
-    def answer(self, images: Tensor, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        return self._decode(seeds, lambda p, **how: self.pipe.answer(images[p], list(questions[p]), **how)).texts
-
-    def inpaint(self, images: Tensor, masks: Tensor, cases: Sequence[InpaintCase], seeds: Sequence[int]) -> Drawn:
-        """Repaint where `masks` (bool `[B, H, W]`) is True and fill the holes of the captions."""
-
-        def fill(p: slice, **how: Any) -> UniDiffOutput:
-            templates = [case.template(self.pipe.texts.encode) for case in cases[p]]
-            return self.pipe.inpaint(list(images[p]), list(masks[p]), templates, **how)
-
-        def untouched(p: slice, out: UniDiffOutput) -> Iterator[bool]:
-            kept = ~self.pipe.image_inputs.cells(masks[p])  # [B, h, w]
-            same = (out.codes == self.pipe.images.encode(images[p]).cpu()) | ~kept
-            for case, text, whole in zip(cases[p], out.texts, same.flatten(1).all(1).tolist(), strict=True):
-                yield whole and text.startswith(case.before.strip()) and text.endswith(case.after.strip())
-
-        return self._decode(seeds, fill, untouched)
-
-    def generate(self, seeds: Sequence[int]) -> Drawn:
-        """A picture and its caption for each seed, from nothing."""
-        call = lambda p, **how: self.pipe.generate(num_images_per_prompt=len(how["generator"]), **how)  # noqa: E731
-        return self._decode(seeds, call)
-
-    def _decode(
-        self,
-        seeds: Sequence[int],
-        call: Callable[..., UniDiffOutput],
-        untouched: Callable[[slice, UniDiffOutput], Iterator[bool]] = lambda p, out: (True for _ in out.texts),
-    ) -> Drawn:
-        """All rows, batch by batch; `call` takes the slice of the rows and the options of the decode."""
-        pictures, texts, whole = list[Tensor](), list[str](), list[bool]()
-        for start in range(0, len(seeds), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            out = call(part, generator=list(seeds[part]), **self.options)
-            self.on_output(out)
-            pictures.append(torch.as_tensor(out.images))
-            texts += out.texts
-            whole += untouched(part, out)
-        return Drawn(torch.cat(pictures), texts, whole)
