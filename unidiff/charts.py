@@ -24,7 +24,7 @@ def inline_chart(draw: Draw, width: float, height: float, words: str, panels: tu
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": words, "svg.fonttype": "none", **_colours(_INK)}):
+    with rc_context(_colours(_INK) | {"svg.hashsalt": words, "svg.fonttype": "none"}):
         figure = _drawn(draw, width, height, panels)
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     drawn = buffer.getvalue().replace(_INK, "currentColor")
@@ -51,6 +51,6 @@ def _drawn(draw: Draw, width: float, height: float, panels: tuple[int, int]) -> 
     return figure
 
 
-def _colours(ink: str) -> dict[str, Any]:
+def _colours(ink: str) -> Any:  # whose keys matplotlib's types list one by one
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     return dict.fromkeys(names, ink) | {"axes.spines.top": False, "axes.spines.right": False}

@@ -172,8 +172,8 @@ def _chart(title: str, curves: Sequence[tuple[str, list[tuple[int, float]]]]) ->
     def draw(axes: Any) -> None:
         for name, points in curves:
             stride = max(1, len(points) // _POINTS)
-            steps, values = zip(*(*points[::stride], points[-1]), strict=True)
-            axes.plot(steps, values, label=name, marker="." if len(steps) < 4 else "")
+            steps, shown = zip(*(*points[::stride], points[-1]), strict=True)
+            axes.plot(steps, shown, label=name, marker="." if len(steps) < 4 else "")
         values = sorted(value for _, points in curves for _, value in points)
         if len(values) > 50 and values[0] < values[-1] > 3 * values[-1 - len(values) // 50]:
             axes.set_ylim(top=1.3 * values[-1 - len(values) // 50])  # a few first steps would press the rest flat
