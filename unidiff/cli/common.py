@@ -321,7 +321,10 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+    if not console.is_terminal:  # rich would write an empty line
+        yield lambda *_: None
+        return
+    with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task(what, total=None)
 
         def tick(more: int, total: int | None = None, now: str = "") -> None:
