@@ -85,7 +85,7 @@ def test_the_command_line_gives_what_direct_calls_give(place, way, tmp_path):
         found = [float(pair[0][0]) for pair in sample["resps"]]
         assert found == pytest.approx(own, abs=1e-4)
     assert [sample["resps"][0][0] for sample in samples(out, "tiny_text")] == texts
-    assert [s["resps"][0][0] for s in samples(out, "tiny_rolling")] == pytest.approx(whole, abs=1e-4)
+    assert [float(s["resps"][0][0]) for s in samples(out, "tiny_rolling")] == pytest.approx(whole, abs=1e-4)
     results = json.loads(one(out, "results_*.json").read_text())
     right = [own.index(max(own)) == row["right"] for own, row in zip(scores, ROWS, strict=True)]
     assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
