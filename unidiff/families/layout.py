@@ -187,6 +187,7 @@ class RowLayout:
     sizes: ClassVar[bool] = False  # whether a pipeline may be made for pictures of one size or another
     all_words: ClassVar[bool] = False  # whether the text tokenizer has all text ids
     strengths: ClassVar[bool] = False  # whether a picture can be redrawn in a part of the steps
+    conversations: ClassVar[bool] = True  # whether `chat` knows what was said before, where there is one
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ class MMaDALayout(WordsAndPictures):
     text: SamplerConfig | None = None
     family: str = "mmada"
     final: ClassVar[tuple[str, ...]] = ("eot",)
+    conversations: ClassVar[bool] = False
 
     @classmethod
     def of(cls, released: Any, texts: Any) -> MMaDALayout:

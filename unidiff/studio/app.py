@@ -102,7 +102,7 @@ class _Page:
         with gr.Row(equal_height=True):
             about = HEAD.replace("{about}", views.escaped(about_model(studio.pipe, studio.model)))
             gr.HTML(about, padding=False, elem_classes="ud-plain")
-            dark = gr.Button("Light / dark", size="sm", scale=0, min_width=120, elem_id="ud-dark")
+            dark = gr.Button("◐", size="sm", scale=0, min_width=44, elem_id="ud-dark")
             dark.click(None, js=TOGGLE)
         forms = []
         with gr.Row(equal_height=False):
@@ -114,10 +114,12 @@ class _Page:
                 self._dial()
             with gr.Column(scale=6, min_width=330):
                 self._results()
+        self.earlier = gr.HTML(
+            "<p>Your results, the newest first</p>", padding=False, visible=False, elem_classes="ud-title"
+        )
         self.history = gr.Gallery(
-            label="Your results, the newest first", columns=8,
-            fit_columns=False, height=None, allow_preview=False, buttons=[],
-            object_fit="contain", interactive=False, elem_id="ud-history", format="png",
+            show_label=False, columns=8, fit_columns=False, allow_preview=False, buttons=[], visible=False,
+            object_fit="contain", interactive=False, elem_id="ud-history", format="png", height="auto",
         )  # fmt: skip
         for task, form in forms:
             self._wire(task, form)
@@ -150,38 +152,34 @@ class _Page:
         return form
 
     def _examples(self, task: StudioTask, form: dict[str, Any]) -> None:
-        fields = [form[name] for name in ("picture", "words") if name in form]
+        """Rows to click. What they put into a field is a plain value: after anything else gradio makes the field anew, without
+        what `fields` made of it. Into the editor it goes in the browser: what the server puts there is loaded again with
+        every change of the page, and takes strokes away."""
+        gr, names = self.gr, [name for name in ("picture", "words") if name in form]
         own = [example for example in self.examples if example.task == task.name]
-        if not own or not fields:
+        if not own or not names:
             return
-        if task.mask:
-            return self._painted_examples(task, form, own)
-        pictures = [[example_file(example.picture, self.folder)] if task.picture else [] for example in own]
-        rows = [
-            [*shown, *([example.words] if task.words else [])] for shown, example in zip(pictures, own, strict=True)
-        ]
-        labels = None if task.picture else [example.words or "from nothing" for example in own]
-        self.gr.Examples(
-            rows, fields, cache_examples=False, label="Examples", example_labels=labels, api_visibility="private",
-            examples_per_page=8, elem_id=f"ud-examples-{task.name}",
-        )  # fmt: skip
-
-    def _painted_examples(self, task: StudioTask, form: dict[str, Any], own: Sequence[Any]) -> None:
-        """Pictures with holes go into the editor in the browser: what the server puts there is loaded again with every change
-        of the page, and takes strokes away."""
-        gr = self.gr
-        shown, parts = [], []
+        parts, rows, values = list[Any](), list[list[str]](), list[list[str]]()
         for example in own:
-            part, both = painted_example(example)
-            shown.append([example_file(both, self.folder), example.words])
+            part, shown = painted_example(example) if task.picture else (None, None)
+            file = [] if shown is None else [example_file(shown, self.folder)]
             parts.append(part)
+            rows.append([*file, *([example.words] if task.words else [])])
+            values.append(rows[-1][task.mask :])
         chosen = gr.Dataset(
-            components=[gr.Image(visible=False), gr.Textbox(visible=False)], samples=shown, type="index",
-            headers=["Picture", "Caption"], label="Examples", elem_id=f"ud-examples-{task.name}",
+            components=[(gr.Image if name == "picture" else gr.Textbox)(visible=False) for name in names],
+            samples=rows, type="index", headers=[form[name].label for name in names], label="Examples",
+            sample_labels=None if task.picture else [example.words or "from nothing" for example in own],
+            elem_id=f"ud-examples-{task.name}",
         )  # fmt: skip
         load = LOAD_PAINTING.replace("EDITOR", f"ud-picture-{task.name}").replace("PARTS", json.dumps(parts))
-        words = [example.words for example in own]
-        chosen.click(lambda index: words[int(index)], chosen, form["words"], js=load, **_SILENT)
+        fields = [form[name] for name in names][task.mask :]
+
+        def put(index: int) -> Any:
+            row = values[index if isinstance(index, int) and 0 <= index < len(values) else 0]
+            return row if len(row) > 1 else row[0]
+
+        chosen.click(put, chosen, fields, js=load if task.mask else None, **_SILENT)
 
     def _dial(self) -> None:
         from unidiff.decoding.cache.config import CACHES
@@ -235,7 +233,7 @@ class _Page:
 
     @property
     def _outputs(self) -> list[Any]:
-        return [self.stage, self.status, self.cost, self.code, self.moment, self.stop, self.history]
+        return [self.stage, self.status, self.cost, self.code, self.moment, self.stop, self.history, self.earlier]
 
     def _wire(self, task: StudioTask, form: dict[str, Any]) -> None:
         """A form's buttons to a run, and its news to the page."""
@@ -304,7 +302,8 @@ class _Page:
             *(same if part is None else part for part in (shown.stage, shown.status, shown.cost, shown.code)),
             moment,
             gr.update(interactive=shown.busy),
-            same if shown.record is None else self._gallery(name),
+            same if shown.record is None else gr.update(value=self._gallery(name), visible=True),
+            same if shown.record is None else gr.update(visible=True),
         ]
 
     def _gallery(self, name: str) -> list[tuple[Any, str]]:

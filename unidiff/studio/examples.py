@@ -19,11 +19,14 @@ async (index) => {
   const part = PARTS[index], place = document.querySelector("#EDITOR .image-container");
   if (!part || !place) return index;
   const file = new File([await (await fetch(part.picture)).blob()], "example.png", { type: "image/png" });
-  const moved = new DataTransfer();
+  const editor = window.editor, moved = new DataTransfer();
+  if (editor && editor.set_tool) editor.set_tool("image");
   moved.items.add(file);
   place.dispatchEvent(new DragEvent("drop", { dataTransfer: moved, bubbles: true, cancelable: true }));
-  await new Promise((done) => setTimeout(done, 500));
-  const editor = window.editor, tool = editor && editor.tools && [...editor.tools.values()].find((own) => own.brush_textures);
+  for (let wait = 0; wait < 100 && !(editor && editor.current_tool === "draw"); wait++)
+    await new Promise((done) => setTimeout(done, 100));
+  await new Promise((done) => setTimeout(done, 200));
+  const tool = editor && editor.tools && [...editor.tools.values()].find((own) => own.brush_textures);
   if (!tool || !part.lines.length) return index;
   try {
     const brush = tool.brush_textures;

@@ -45,14 +45,22 @@ footer { display: none !important; }
   color: var(--body-text-color) !important; text-decoration: none !important; background: var(--background-fill-secondary); }
 .ud-file:hover { border-color: #6366f1; }
 #ud-dark { align-self: center; flex: none; height: 2.2rem; }
+#ud-dark { width: 2.6rem; padding: 0; font-size: 1.1rem; } #ud-dark + * { min-width: 0; }
+[id^="ud-examples-"] .gallery-item { white-space: normal; text-align: left; }
+[id^="ud-examples-"] td { text-align: left; }
 #ud-stop { align-self: stretch; }
-#ud-history .grid-wrap { max-height: none; } #ud-history button.thumbnail-item { aspect-ratio: 1; image-rendering: pixelated; }
+#ud-history, #ud-history .grid-wrap { max-height: none; min-height: 0; height: auto; }
+#ud-history .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
+#ud-history .thumbnail-item { aspect-ratio: 1; } #ud-history img { image-rendering: pixelated; }
+.ud-title p { margin: .6rem 0 0; font-weight: 600; font-size: .92rem; }
 #ud-status:not(:has(p)), #ud-cost:not(:has(div.ud-cost)), #ud-files:not(:has(a)) { display: none; }
 .ud-plain { padding: 0 !important; border: 0 !important; background: none !important; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   .ud-head h1 { font-size: 1.2rem; } .ud-logo { width: 36px; height: 36px; }
   .ud-figures { gap: 8px; }
+  .tab-container button { padding: 0 9px !important; font-size: .9rem; }
+  .gradio-container .row > *, .gradio-container .column { min-width: 0; }
 }
 """
 
@@ -72,7 +80,10 @@ def theme():
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
     hues = {"primary_hue": "indigo", "secondary_hue": "violet", "neutral_hue": "slate"}
     plain = {
-        "none": ("block_title_background_fill", "block_label_background_fill", "block_shadow"),
+        "none": (
+            *("block_title_background_fill", "block_label_background_fill", "block_shadow"),
+            *("block_title_background_fill_dark", "block_label_background_fill_dark"),
+        ),
         "0": ("block_title_padding",),
     }
     plain |= {"*neutral_600": ("block_title_text_color", "block_label_text_color")}

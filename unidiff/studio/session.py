@@ -76,20 +76,23 @@ class Studio:
         except Exception as error:
             yield Shown(status=views.says(sentence(error), "error"), busy=False)
             return
-        yield Shown(status=views.says(self._waiting(run), "busy"))
-        for news in run.events():
-            if isinstance(news, Moment):
-                status = views.says("the tokens are appearing ...", "busy")
-                yield Shown(views.stage(self.pipe, news), status, number=news.number)
-            elif news is None:
-                if run.left:
+        try:
+            yield Shown(status=views.says(self._waiting(run), "busy"))
+            for news in run.events():
+                if isinstance(news, Moment):
+                    status = views.says("the tokens are appearing ...", "busy")
+                    yield Shown(views.stage(self.pipe, news), status, number=news.number)
+                elif isinstance(news, Failed):
+                    yield Shown(status=views.says(sentence(news.error), "error"), busy=False)
+                elif isinstance(news, Finished):
+                    yield self._finished(visitor, task, arguments, form, news)
+                elif run.left:
                     yield Shown(status=views.says("stopped before it began"), busy=False)
                     return
-                yield Shown(status=views.says(self._waiting(run), "busy"))
-            elif isinstance(news, Failed):
-                yield Shown(status=views.says(sentence(news.error), "error"), busy=False)
-            else:
-                yield self._finished(visitor, task, arguments, form, news)
+                else:
+                    yield Shown(status=views.says(self._waiting(run), "busy"))
+        finally:
+            run.leave()
 
     def stop(self, name: str) -> None:
         """The visitor's run: what is open is filled in one last pass; one that waits is left."""

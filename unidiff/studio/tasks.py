@@ -195,7 +195,7 @@ def call_arguments(
     if task.words:
         text = _text(words, task)
         if text:
-            made[task.words] = _turns(said, text) if task.name == "chat" else text
+            made[task.words] = _turns(pipe, said, text) if task.name == "chat" else text
     if task.mask:
         if mask is not None:
             made["mask_image"] = mask
@@ -219,7 +219,10 @@ def _text(words: Any, task: StudioTask) -> str:
     return words.strip()
 
 
-def _turns(said: Sequence[Mapping[str, str]], text: str) -> list[dict[str, str]]:
+def _turns(pipe: Any, said: Sequence[Mapping[str, str]], text: str) -> str | list[dict[str, str]]:
+    """The conversation with its last words; these alone where the family knows no others."""
+    if not pipe.layout.conversations:
+        return text
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in said][-MOST_TURNS:]
     return [*turns, {"role": "user", "content": text}]
 
