@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-lowest test-all gpu-check docs lint clean
+.PHONY: setup demo test test-lowest browser test-all gpu-check docs lint clean
 
 setup: $(STAMP)
 
@@ -52,7 +52,16 @@ $(LOWEST)/.installed: pyproject.toml
 test-lowest: $(LOWEST)/.installed
 	$(call FAST_TESTS,$(LOWEST))
 
-test-all: setup $(DOCS_STAMP)
+# The page of the studio is tested in a browser; where none can be installed, these tests say so and are left out.
+browser: $(VENV)/.browser
+
+$(VENV)/.browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[dev,demo,browser]'
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| (apt-get update -qq && apt-get install -qq -y chromium) || echo "no chromium: the tests of the page are skipped"
+	touch $@
+
+test-all: browser $(DOCS_STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 # On a GPU machine, at most 8 minutes; a second call goes on. Elsewhere tiny shapes show that the checks run.

@@ -18,7 +18,7 @@ from unidiff.studio import views
 from unidiff.studio.examples import LOAD_PAINTING, example_file, painted_example, thumbnail
 from unidiff.studio.fields import painting_field, picture_field
 from unidiff.studio.guard import Guard
-from unidiff.studio.look import CSS, HEAD, TOGGLE, theme
+from unidiff.studio.look import CSS, HEAD, SCROLL, TOGGLE, theme
 from unidiff.studio.session import Form, Shown, Studio
 from unidiff.studio.tasks import (
     MOST_CANDIDATES,
@@ -258,6 +258,8 @@ class _Page:
         runs = [first, seeded.then(work, inputs, outputs, **own)]
         if "words" in form:
             runs.append(form["words"].submit(work, inputs, outputs, trigger_mode="multiple", **own))
+        for button in (form["go"], form["again"]):
+            button.click(None, js=SCROLL)  # a telephone shows the form and the result one below the other
         for run in runs:
             run.then(files, None, self.files, show_progress="hidden", concurrency_limit=2, api_visibility="private")
         if "anew" in form:

@@ -66,11 +66,11 @@ class Guard:
         await self.app(scope, _again(body, receive), send)
 
     def _own(self, name: str) -> bool:
-        """Whether a path lies in the server's own folder, wherever links lead."""
+        """Whether a path lies in the server's own folder, wherever links lead, decoded once more or not."""
         if "\0" in name:
             return False
         try:
-            return self.folder in Path(name).resolve().parents or self.folder in Path(unquote(name)).resolve().parents
+            return all(self.folder in Path(each).resolve().parents for each in (name, unquote(name)))
         except (OSError, ValueError, RuntimeError):
             return False
 

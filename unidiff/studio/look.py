@@ -1,7 +1,7 @@
 """How the page looks: colours for light and dark, one column on a telephone."""
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
 footer { display: none !important; }
 .ud-head { display: flex; align-items: center; gap: .9rem; padding: .4rem 0 .2rem; }
 .ud-head h1 { font-size: 1.45rem; font-weight: 700; letter-spacing: -.02em; margin: 0; }
@@ -56,10 +56,10 @@ footer { display: none !important; }
 #ud-status:not(:has(p)), #ud-cost:not(:has(div.ud-cost)), #ud-files:not(:has(a)) { display: none; }
 .ud-plain { padding: 0 !important; border: 0 !important; background: none !important; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
+  .gradio-container { padding: 0 !important; } .gradio-container > .main { padding: 10px !important; }
   .ud-head h1 { font-size: 1.2rem; } .ud-logo { width: 36px; height: 36px; }
   .ud-figures { gap: 8px; }
-  .tab-container button { padding: 0 9px !important; font-size: .9rem; }
+  .tab-wrapper button { padding: 0 7px !important; font-size: .88rem !important; }
   .gradio-container .row > *, .gradio-container .column { min-width: 0; }
 }
 """
@@ -69,6 +69,7 @@ HEAD = """
 <i class="o"></i><i></i><i></i></div><div><h1>unidiff studio</h1><p>{about}</p></div></div>
 """
 
+SCROLL = "() => { if (innerWidth < 700) document.querySelector('#ud-stage').scrollIntoView({ behavior: 'smooth' }); }"
 TOGGLE = "() => { document.body.classList.toggle('dark'); }"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unidiff.errors import few
 from unidiff.pipelines.options import one_of, short, whole
 
 MOST_LETTERS = 4000
@@ -232,10 +231,7 @@ def about_model(pipe: Any, name: str) -> str:
     millions = sum(weights.numel() for weights in pipe.transformer.parameters()) / 1e6
     size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
     pictures = "" if pipe.images is None else f", {pipe.image_size[1]} x {pipe.image_size[0]} pixels"
-    known = pipe.texts.known_words
-    words = (
-        ""
-        if known is None
-        else f"; it knows {len(known)} words, such as {few(sorted(known)[:: max(1, len(known) // 4)], 4)}"
-    )
+    known = [word for word in sorted(pipe.texts.known_words or ()) if len(word) > 3]
+    some = known[:: max(1, len(known) // 4)][:4]
+    words = f"; it knows {len(pipe.texts.known_words)} words, such as {', '.join(some)}" if some else ""
     return f"{name}: {pipe.layout.family}, {size} parameters{pictures}{words}"

@@ -124,5 +124,10 @@ class Visitors:
         if visitor is not None:
             visitor.leaves()
 
+    def newest(self) -> Visitor:
+        """Who was here last; `IndexError` where there is nobody."""
+        with self._lock:
+            return list(self._found.values())[-1]
+
     def __len__(self) -> int:
         return len(self._found)
