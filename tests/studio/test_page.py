@@ -8,17 +8,11 @@ import urllib.error
 import urllib.request
 
 import pytest
-from studio_cases import HOSTILE, png
+from studio_cases import HOSTILE
 
-gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'unidiff[demo]'")
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install 'unidiff[browser]'"
-)
-
-from unidiff.pipeline import UniDiffPipeline  # noqa: E402
-from unidiff.studio.app import build, launch_options  # noqa: E402
-from unidiff.studio.session import Studio  # noqa: E402
-from unidiff.world import WORLDS  # noqa: E402
+from unidiff.worlds.emoji.cases import question_cases
+from unidiff.worlds.emoji.demo import picture_of
+from unidiff.worlds.emoji.scenes import get_profile
 
 pytestmark = pytest.mark.slow
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -28,6 +22,12 @@ QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networki
 
 @pytest.fixture(scope="module")
 def page_address():
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'unidiff[demo]'")
+    from unidiff.pipeline import UniDiffPipeline
+    from unidiff.studio.app import build, launch_options
+    from unidiff.studio.session import Studio
+    from unidiff.world import WORLDS
+
     pipe = UniDiffPipeline.from_pretrained("emoji")
     pipe.set_progress_bar_config(disable=True)
     studio = Studio(pipe, "emoji")
@@ -42,10 +42,11 @@ def page_address():
 
 @pytest.fixture(scope="module")
 def browser():
+    play = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'unidiff[browser]'")
     if BROWSER is None:
         pytest.skip("no chromium is installed; `make browser` installs it where apt-get may")
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=BROWSER, args=QUIET.split())
+    with play.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=BROWSER, args=QUIET.split())
         yield opened
         opened.close()
 
@@ -134,12 +135,14 @@ def test_a_brush_and_open_words_are_completed_together(tab, page_address):
 def test_a_question_about_a_sent_picture(tab, tmp_path):
     page = tab()
     at(page, "Ask")
-    (tmp_path / "green.png").write_bytes(png((64, 64), "#2ca02c"))
-    page.locator("#ud-picture-answer input[type=file]").set_input_files(tmp_path / "green.png")
+    profile = get_profile("cpu")
+    case = next(case for case in question_cases(8, 7, profile) if case.kind == "colour")
+    picture_of(case.scene, profile).save(tmp_path / "scene.png")
+    page.locator("#ud-picture-answer input[type=file]").set_input_files(tmp_path / "scene.png")
     page.wait_for_selector("#ud-picture-answer img")
-    page.fill("#ud-words-answer textarea", "what colour is the background?")
+    page.fill("#ud-words-answer textarea", case.question)
     page.click("#ud-go-answer")
-    assert "green" in done(page)
+    assert done(page) == case.answer
 
 
 def test_a_run_is_stopped(tab):
@@ -194,7 +197,7 @@ def test_hostile_uploads_are_refused_in_the_page(name, tab, tmp_path):
             more.truncate(200 * 2**20)
     page.locator("#ud-picture-caption input[type=file]").set_input_files(file)
     said = page.wait_for_selector(".toast-body").inner_text()
-    assert words in said or "8 MB" in said or "Invalid file type" in said, said
+    assert words in said or "maximum allowed size of 8.0 Mb" in said or "Invalid file type" in said, said
     assert "Traceback" not in said and page.locator("#ud-picture-caption img").count() == 0
 
 
