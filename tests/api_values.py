@@ -333,6 +333,7 @@ OPTIONS: dict[str, tuple[list[Make], list[Make]]] = {
     "record_trajectory": (_values(False, True), _values("yes", 1, None, [], 0.0)),
     "guidance_hides": (_values(None, "given", "other", "text", "image"), _values("all", 5, "", [], b"text", True)),
     "num_candidates": (_values(None, 1, 2, 3), NOT_WHOLE),
+    "rank_by": (_values("agreement", "text", "image", "both", "each"), _values("best", None, 5, [], b"text", True)),
     "graphs": (_values(False, True), _values("yes", 5, [], {})),
 }
 COUNTS = (_values(1, 2, 3), [*NOT_WHOLE, *_values(None)])

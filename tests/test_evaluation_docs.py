@@ -17,9 +17,13 @@ TEXT = (DOCS / "evaluation.md").read_text(encoding="utf-8")
 def test_snippets_run(tmp_path, monkeypatch, capsys):
     tiny_pipeline(text_length=40).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(hub, "embedded_models", lambda: {"emoji": tmp_path / "model"})
-    scores = next(block for block in blocks("evaluation.md") if block.heading == "Likelihood")
-    run(scores, "evaluation.md", {})
-    assert capsys.readouterr().out.count("[3]") == 2
+    names = {}
+    headings = ("Likelihood", "Which text belongs to which picture", "The best of several")
+    for block in blocks("evaluation.md"):
+        if block.heading in headings:
+            run(block, "evaluation.md", names)
+    assert capsys.readouterr().out.count("[3]") == 3
+    assert names["gap"].value.shape == (2,) and names["pairs"].group.n == 1 and len(names["answers"].scores) == 2
     monkeypatch.chdir(tmp_path)
     report = next(block for block in blocks("evaluation.md") if block.heading == "A report of a model")
     run(report, "evaluation.md", {"pipe": tiny_emoji_pipeline()})

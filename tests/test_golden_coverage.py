@@ -27,6 +27,7 @@ _MUDDIT = RELEASED.format("muddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
 _BLOCKS = ("test_forward", "test_a_cache_of_finished_blocks_is_exact", "test_a_mask_that_is_added_is_another_model")
 _MOE = RELEASED.format("llada_moe_golden")
+_ESTIMATOR = "test_the_estimator_gives_the_stored_likelihood"
 _NAMES = "::test_every_weight_maps_both_ways"
 _TRACES = ("test_image_traces", "test_text_traces_through_the_sampler", "test_text_traces_with_noise")
 
@@ -61,7 +62,7 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "weights.safetensors": (f"families/test_llada_golden.py{_NAMES}",),
         "forward.safetensors": (f"{_LLADA}test_forward",),
         "traces.safetensors": (f"{_LLADA}test_every_stored_trace_is_a_case", f"{_LLADA}test_trace"),
-        "likelihood.safetensors": (f"{_LLADA}test_likelihood",),
+        "likelihood.safetensors": (f"{_LLADA}test_likelihood", f"{DIFFUSION.format('likelihood')}{_ESTIMATOR}"),
         "sampling.safetensors": (f"{_LLADA}test_sampling_units",),
     },
     "mmada": {
@@ -98,7 +99,7 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "forward.safetensors": (f"{_MOE}test_forward", f"{_MOE}test_variants"),
         "variant_weights.safetensors": (f"{_MOE}test_variants",),
         "traces.safetensors": (f"{_MOE}test_trace",),
-        "likelihood.safetensors": (f"{_MOE}test_likelihood",),
+        "likelihood.safetensors": (f"{_MOE}test_likelihood", f"{DIFFUSION.format('likelihood')}{_ESTIMATOR}"),
     },
     "llada2_mini": {
         "weights.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),

@@ -13,7 +13,7 @@ from unidiff.decoding import ModalityDecoding, SamplerConfig
 from unidiff.families.layout import TaskInputs
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.candidates import agreement
+from unidiff.pipelines.candidates import RANKERS, agreement
 from unidiff.pipelines.decode import candidate_seeds
 from unidiff.tokens import Modality, TokenBatch
 
@@ -47,6 +47,40 @@ def test_the_kept_row_is_the_candidate_that_agrees_best(pipe) -> None:
         assert torch.equal(kept.ids[row], all_of_it.ids[best])
         assert torch.equal(kept.trajectory.ids[-1][row], kept.ids[row])
         assert torch.equal(pipe.text_to_image(prompt, generator=[int(kept.seeds[row])]).ids[0], kept.ids[row])
+
+
+@pytest.mark.parametrize("of", ["text", "image", "both", "each"])
+def test_a_ranker_by_likelihood_keeps_what_score_prefers(pipe, of) -> None:
+    prompts, count = ["a dog", "two cats"], 3
+    kept = pipe.text_to_image(prompts, generator=[3, 4], num_candidates=count, rank_by=of)
+    for row, prompt in enumerate(prompts):
+        seeds = candidate_seeds(torch.tensor([3 + row]), count).tolist()
+        drawn = pipe.text_to_image([prompt] * count, generator=seeds)
+        request = pipe.layout.request("text_to_image", TaskInputs(count, [prompt] * count))
+        batch, same = request.batch.replace(ids=drawn.ids), torch.full((count,), 3 + row)
+        scores = RANKERS[of](pipe.transformer, pipe.vocabulary, batch, request.judged(), same)
+        assert scores.unique().numel() > 1
+        assert torch.equal(kept.codes[row], drawn.codes[int(scores.argmax())])
+        if of == "image":  # of given words, the score of the picture is that of `pipe.score`
+            own = pipe.score(texts=[prompt] * count, codes=drawn.codes, of=of, samples=8, generator=[3 + row] * count)
+            assert int(own.log_prob.argmax()) == int(scores.argmax())
+
+
+def test_candidates_are_ranked_by_a_function(pipe) -> None:
+    seen = []
+
+    def last(model, vocabulary, batch, words, seeds):
+        seen.append((words.shape, seeds.tolist()))
+        return torch.arange(len(words)).float()
+
+    kept = pipe.text_to_image(["a dog", "two cats"], generator=[3, 4], num_candidates=3, rank_by=last)
+    assert kept.seeds.tolist() == candidate_seeds(torch.tensor([3, 4]), 3)[2::3].tolist()
+    assert seen[0][1] == [3, 3, 3, 4, 4, 4]
+    for wrong in (lambda *given: torch.zeros(1), lambda *given: None, lambda *given: torch.full((6,), torch.nan)):
+        with pytest.raises(ValueError, match="rank_by gave"):
+            pipe.text_to_image(["a dog", "two cats"], generator=[3, 4], num_candidates=3, rank_by=wrong)
+    with pytest.raises(ValueError, match="rank_by is 'best'"):
+        pipe.text_to_image("a dog", rank_by="best")
 
 
 def test_a_picture_that_does_not_fit_itself_scores_less(pipe) -> None:

@@ -25,7 +25,7 @@ def pictures():
 
 
 @pytest.mark.parametrize(
-    "of, pmi", [("text", False), ("text", True), ("image", False), ("image", True), ("both", False)]
+    "of, pmi", [("text", False), ("text", True), ("image", False), ("image", True), ("both", False), ("each", False)]
 )
 def test_a_row_scores_the_same_alone_and_in_any_batch(pipe, pictures, of, pmi):
     together = pipe.score(pictures, TEXTS, of=of, pmi=pmi, samples=4)
@@ -59,12 +59,44 @@ def test_pmi_is_the_difference_that_sight_makes(pipe, pictures):
         assert not torch.allclose(pmi.log_prob, seen.log_prob)
 
 
+def test_each_is_the_sum_of_both_conditionals(pipe, pictures):
+    parts = [pipe.score(pictures, TEXTS, of=of, samples=4) for of in ("text", "image")]
+    each = pipe.score(pictures, TEXTS, of="each", samples=4)
+    torch.testing.assert_close((each.text, each.image), tuple(part.log_prob for part in parts))
+    torch.testing.assert_close(each.draws, parts[0].draws + parts[1].draws)
+    assert each.count_text.tolist() == parts[0].count_text.tolist() and each.count_image.tolist() == [6] * 3
+
+
+def test_codes_are_scored_as_they_were_drawn(pipe):
+    drawn = pipe.text_to_image(TEXTS, generator=[1, 2, 3], output_type="pt")
+    own = pipe.score(texts=TEXTS, codes=drawn.codes, of="image", samples=3)
+    request = pipe.layout.known(TaskInputs(3, TEXTS, codes=drawn.codes))
+    batch = request.batch.replace(given=~request.picture)
+    score = model_scorer(pipe.transformer, pipe.vocabulary)
+    expected = mask_count_nelbo(score, batch, pipe.vocabulary, own.seeds, samples=3, stream=11)
+    torch.testing.assert_close(own.log_prob, -expected.total)
+    with pytest.raises(ValueError, match="give one of them"):
+        pipe.score(drawn.images, TEXTS, codes=drawn.codes)
+
+
+def test_intervals_of_parts_and_differences(pipe, pictures):
+    found = pipe.score(pictures, TEXTS, of="both", samples=6)
+    torch.testing.assert_close(found.draws.mean(0), found.log_prob)
+    torch.testing.assert_close(found.text_draws.mean(0), found.text)
+    torch.testing.assert_close(found.bits_per_token_error, found.error / (found.count_text + 6) / math.log(2))
+    gap = found.difference([0, 0], [1, 0])
+    torch.testing.assert_close(gap.value[0], found.log_prob[0] - found.log_prob[1])
+    assert gap.low[0] < gap.value[0] < gap.high[0] and gap.low[1] == gap.high[1] == 0
+    assert float(gap.high[0] - gap.value[0]) < float(found.error[0] + found.error[1])
+    assert bool((found.text_error > 0).all() & (found.image_error > 0).all())
+
+
 def test_one_picture_goes_with_many_texts_and_equal_rows_are_hidden_alike(pipe, pictures):
     scores = pipe.score(pictures[0], ["a dog", "two cats", "a dog"], samples=4)
     assert scores.log_prob[0] == scores.log_prob[2] != scores.log_prob[1]
     apart = pipe.score(pictures[0], ["a dog", "two cats", "a dog"], samples=4, generator=[1, 2, 3])
     assert apart.log_prob[0] != apart.log_prob[2]
-    assert scores[0] is scores.log_prob and len(scores.to_tuple()) == 8
+    assert scores[0] is scores.log_prob and len(scores.to_tuple()) == 10
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +111,12 @@ def test_models_of_text_alone_score_texts_behind_prompts(pipelines, name):
     alone = pipe.score(texts="a hill", prompt="a red", samples=3)
     torch.testing.assert_close(both.log_prob[1], alone.log_prob[0], rtol=1e-4, atol=1e-4)
     assert int(both.count_text[0]) == len(pipe.layout.encode("two owls"))
+    seen = pipe.score(texts=["two owls", "a hill"], prompt=["a", "a red"], pmi=True, samples=3)
+    again = pipe.score(texts=["two owls", "two owls"], prompt=["a", "a red"], samples=3)
+    beside = pipe.score(texts=["two owls", "two owls"], prompt=["a", "a red"], pmi=True, samples=3)
+    torch.testing.assert_close(seen.log_prob[0], beside.log_prob[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen.log_prob[0], both.log_prob[0])  # less what the text has without the prompt
+    assert torch.isfinite(again.log_prob - beside.log_prob).all()
     with pytest.raises(ValueError, match="knows no pictures"):
         pipe.score(torch.zeros(3, 8, 8), "a")
 
@@ -102,6 +140,9 @@ def test_families_with_pictures_score_them_beside_words(pipelines, name):
         ({"texts": "a dog", "samples": 1}, "samples is 1"),
         ({"texts": "a dog", "prompt": "a"}, "models of text alone"),
         ({"texts": "a <mask> dog"}, "<mask>"),
+        ({"texts": "a dog", "codes": torch.zeros(2, 3)}, "codes are torch.float32"),
+        ({"texts": "a dog", "codes": [[1]]}, "codes are a list"),
+        ({"texts": "a dog", "codes": torch.full((1, 2, 3), 99)}, "must lie in"),
     ],
 )
 def test_bad_input_is_one_sentence(pipe: UniDiffPipeline, given, sentence):

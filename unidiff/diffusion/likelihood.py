@@ -6,9 +6,9 @@ the joint NELBO, one modality with the other given for a conditional one. The te
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,50 +43,108 @@ def model_scorer(
     return score
 
 
+def against_blind(score: Scorer, vocabulary: Vocabulary, unseen: Callable[[TokenBatch], Tensor]) -> Scorer:
+    """What sight of some tokens changes: -log p(x0_i | x_t) minus the same with `unseen(x_t)`, bool `[B, L]`, hidden as well.
+
+    Its NELBO is an estimate of minus the pointwise mutual information of targets and unseen tokens: the difference of two
+    bounds, by the same masks, so no bound itself.
+    """
+
+    def difference(x_t: TokenBatch, x0: TokenBatch, where: Tensor) -> Tensor:
+        return score(x_t, x0, where) - score(x_t.hide(unseen(x_t), vocabulary), x0, where)
+
+    return difference
+
+
 @dataclass(frozen=True)
 class Nelbo:
     """Estimated NELBO per row, in nats; divide by the counts for nats per token.
 
     Attributes:
-        text, image: float64 `[B]`, the parts of the two modalities; their sum bounds -log p(targets | given).
-        variance: float64 `[B]`, of the total, from the differences of draws in a row (Wolter 2007, Introduction to Variance
-            Estimation, 8.2), which is right for stratified draws too where there are some; NaN for a single draw.
-        count_text, count_image: int64 `[B]`, targets. samples: draws.
+        text_draws, image_draws: float64 `[samples, B]`, what each draw of masks gave for the targets of the two modalities.
+        count_text, count_image: int64 `[B]`, targets.
     """
 
-    text: Tensor
-    image: Tensor
-    variance: Tensor
+    text_draws: Tensor
+    image_draws: Tensor
     count_text: Tensor
     count_image: Tensor
-    samples: int
+
+    @property
+    def samples(self) -> int:
+        """Draws of each row."""
+        return len(self.text_draws)
+
+    @property
+    def draws(self) -> Tensor:
+        """float64 `[samples, B]`: both modalities together."""
+        return self.text_draws + self.image_draws
+
+    @property
+    def text(self) -> Tensor:
+        """float64 `[B]`, the part of the texts; with `image` it bounds -log p(targets | given)."""
+        return self.text_draws.mean(0)
+
+    @property
+    def image(self) -> Tensor:
+        """float64 `[B]`, the part of the pictures."""
+        return self.image_draws.mean(0)
 
     @property
     def total(self) -> Tensor:
+        """float64 `[B]`, the bound."""
         return self.text + self.image
 
     @property
+    def variance(self) -> Tensor:
+        """float64 `[B]`, of `total`; see `variance_of_mean`."""
+        return variance_of_mean(self.draws)
+
+    @property
     def error(self) -> Tensor:
-        """float64 `[B]`: half of the width of the 95 % interval of `total` (Student's t); NaN for a single draw."""
-        if self.samples < 2:
-            return torch.full_like(self.variance, torch.nan)
-        freedom = 2 * (self.samples - 1) ** 2 / (3 * self.samples - 4)  # of a mean of squared successive differences
-        return student_t95(freedom) * self.variance.sqrt()
+        """float64 `[B]`: half of the width of the 95 % interval of `total`; NaN for a single draw."""
+        return half_width(self.draws)
 
     def __add__(self, other: Nelbo) -> Nelbo:
         """Chain rule: the NELBO of one set of targets, then of another given the first, from as many draws."""
-        sums = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "samples"}
-        return Nelbo(**sums, samples=min(self.samples, other.samples))
+        return Nelbo(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     @classmethod
     def cat(cls, parts: Sequence[Nelbo]) -> Nelbo:
         """Rows of several estimates of as many draws, in the host's memory."""
-        names = [name for name in vars(parts[0]) if name != "samples"]
-        joined = {name: torch.cat([getattr(part, name).cpu() for part in parts]) for name in names}
-        return cls(**joined, samples=parts[0].samples)
+        names = vars(parts[0])
+        return cls(**{name: torch.cat([getattr(part, name).cpu() for part in parts], -1) for name in names})
 
 
-def student_t95(freedom: float) -> float:
+def variance_of_mean(draws: Tensor) -> Tensor:
+    """Variance of the mean over draws `[samples, ...]` from the differences of neighbours; NaN for a single draw.
+
+    Right for draws that are stratified in their order too (Wolter 2007, Introduction to Variance Estimation, 8.2).
+    """
+    number = len(draws)
+    if number < 2:
+        return torch.full_like(draws[0], torch.nan)
+    return draws.diff(dim=0).square().sum(0) / (2 * number * (number - 1))
+
+
+def half_width(draws: Tensor) -> Tensor:
+    """Half of the width of the 95 % interval of the mean over draws `[samples, ...]` (Student's t); NaN for a single draw.
+
+    Draws of two rows by the same masks may be subtracted first: the interval is then that of the difference. The degrees of
+    freedom are Satterthwaite's (1946), 2 (sum d^2)^2 / sum d^4 of the differences d of neighbours: draws that hide few
+    tokens weigh more than others and differ more, so that few of many draws may decide. At most those of equal draws.
+    """
+    number = len(draws)
+    if number < 2:
+        return torch.full_like(draws[0], torch.nan)
+    steps = draws.diff(dim=0)
+    steps = steps / steps.abs().amax(0).clamp_min(torch.finfo(draws.dtype).tiny)  # their size does not matter
+    second, fourth = steps.square().sum(0), steps.pow(4).sum(0)
+    freedom = (2 * second.square() / fourth.clamp_min(1)).clamp(1, 2 * (number - 1) ** 2 / (3 * number - 4))
+    return student_t95(freedom) * variance_of_mean(draws).sqrt()
+
+
+def student_t95(freedom: Tensor) -> Tensor:
     """The .975 quantile of Student's t, by its expansion around the normal one (Abramowitz and Stegun 1964, 26.7.5)."""
     z = 1.959963984540054
     terms = (
@@ -95,7 +153,7 @@ def student_t95(freedom: float) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return math.fsum((z, *(term / freedom**power for power, term in enumerate(terms, 1))))
+    return z + sum((term / freedom**power for power, term in enumerate(terms, 1)), torch.zeros_like(freedom))
 
 
 @torch.no_grad()
@@ -109,10 +167,7 @@ def average_nelbo(score: Scorer, batch: TokenBatch, draws: Iterable[tuple[NoisyB
         image.append(terms.row_image)
     if terms is None:
         raise ValueError("a NELBO needs at least one draw; ask for samples >= 1")
-    all_text, all_image = torch.stack(text), torch.stack(image)  # [samples, B]
-    number, steps = len(text), (all_text + all_image).diff(dim=0)  # [samples - 1, B]
-    variance = steps.square().sum(0) / (2 * number * (number - 1)) if number > 1 else all_text[0] * torch.nan
-    return Nelbo(all_text.mean(0), all_image.mean(0), variance, terms.count_text, terms.count_image, number)
+    return Nelbo(torch.stack(text), torch.stack(image), terms.count_text, terms.count_image)
 
 
 def mask_count_nelbo(
@@ -167,6 +222,31 @@ def nelbo_in_parts(
         parts.append(mask_count_nelbo(score, part, vocabulary, own, seed, samples, stream))
         tick(len(place))
     return Nelbo.cat(parts)
+
+
+SCORED: Mapping[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "text": lambda words, picture: (words,),
+    "image": lambda words, picture: (picture,),
+    "both": lambda words, picture: (words | picture,),
+    "each": lambda words, picture: (words, picture),
+}
+"""What a score is of: (words, picture), bool `[B, L]`, to sets of targets, each explained by all other tokens. `each` is
+log p(text | image) + log p(image | text), a pseudo-likelihood of two blocks (Besag 1975, The Statistician 24).
+"""
+
+
+SCORE_STREAM = 11
+"""Masks of scores: rows of one seed are hidden alike wherever they are scored."""
+
+
+def nelbo_of_parts(score: Scorer, rows: TokenBatch, parts: Sequence[Tensor], *args: Any, **more: Any) -> Nelbo:
+    """The sum over sets of targets of the NELBO of each given all other tokens, by the same draws.
+
+    Args:
+        parts: bool `[B, L]` each. The others: of `nelbo_in_parts`.
+    """
+    first, *others = (nelbo_in_parts(score, rows.replace(given=~part), *args, **more) for part in parts)
+    return sum(others, first)
 
 
 def without_eos_fill(batch: TokenBatch, eos_id: int) -> TokenBatch:

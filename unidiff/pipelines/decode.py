@@ -20,7 +20,7 @@ from unidiff.decoding.commit.base import RuleMaker
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.families.layout import PLACES, TASKS, DecodeRequest, TaskInputs
 from unidiff.models.denoiser import is_block_causal
-from unidiff.pipelines.candidates import keep_best
+from unidiff.pipelines.candidates import keep_best, ranker_of
 from unidiff.pipelines.options import (
     MOST_ROWS,
     OPTIONS,
@@ -135,7 +135,8 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         watcher.finish()
     # 5. of the candidates of a row, the one that agrees best with itself
     if count > 1:
-        out, best = keep_best(out, model, layout.vocabulary, request.judged(), count)
+        rank = ranker_of(options.rank_by)
+        out, best = keep_best(out, model, layout.vocabulary, request.judged(), count, rank, seeds)
         seeds = seeds[best.cpu()]
     # 6. back to words and pixels
     done = request.finished(out.batch, count)

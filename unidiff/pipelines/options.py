@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from unidiff.decoding import CacheConfig, ModalityDecoding, RefreshPolicy, SamplerConfig
     from unidiff.decoding.graphs import Record
+    from unidiff.pipelines.candidates import Ranker
 
 RowGenerator: TypeAlias = "int | torch.Generator | Sequence[int | torch.Generator] | None"
 OUTPUT_TYPES = ("pil", "pt", "np", "codes", "latent")
@@ -60,8 +61,9 @@ class DecodeOptions:
         block_length: tokens per block, for both modalities or as `{"text": 16, "image": 64}`.
         threshold: commit every token of at least this probability, at least one per pass: of text, in tasks that decode
             pictures alone of the image, or as `{"text": 0.9, "image": 0.5}`.
-        num_candidates: decodes of each row, of which the one whose words and picture agree best by the model's own
-            likelihoods is kept; costs that many times the time and memory.
+        num_candidates: decodes of each row, of which the best is kept; costs that many times the time and memory.
+        rank_by: which candidate is best by the model's own likelihoods: "agreement" of words and picture (few passes), or
+            "text", "image", "both" or "each" as for `score`; or a function, see `unidiff.pipelines.candidates.Ranker`.
         graphs: record the passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; without CUDA nothing
             changes. A `Record` in place of True records by other means.
         generator: None, an int, a torch.Generator, or a list with one of either per row.
@@ -91,6 +93,7 @@ class DecodeOptions:
     block_length: int | Mapping[str, int] | None = None
     threshold: float | Mapping[str, float] | None = None
     num_candidates: int | None = None
+    rank_by: str | Ranker = "agreement"
     graphs: bool | Record = False
     generator: RowGenerator = None
     output_type: str = "pil"
@@ -102,6 +105,7 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         from unidiff.decoding import CacheConfig, SamplerConfig
         from unidiff.decoding.cache.config import CACHES
+        from unidiff.pipelines.candidates import ranker_of
 
         for name in ("steps", "num_candidates"):
             if getattr(self, name) is not None:
@@ -121,6 +125,7 @@ class DecodeOptions:
         if isinstance(self.cache, str) or not isinstance(self.cache, CacheConfig | Mapping | None):
             names = ("auto", *CACHES)
             one_of(self.cache, "cache", names, " or a CacheConfig (for a policy object of your own there is policy=)")
+        ranker_of(self.rank_by)
         one_of(self.output_type, "output_type", OUTPUT_TYPES)
         wanted = self.callback_on_step_end_tensor_inputs
         if not isinstance(wanted, list | tuple | None) or not set(map(repr, wanted or ())) <= set(
@@ -204,6 +209,7 @@ class DecodeInputs(TypedDict, total=False):
     block_length: int | Mapping[str, int] | None
     threshold: float | Mapping[str, float] | None
     num_candidates: int | None
+    rank_by: str | Ranker
     graphs: bool | Record
     generator: RowGenerator
     output_type: str
@@ -307,6 +313,7 @@ FLAGS = {
         least=1,
         most=MOST_ROWS,
     ),
+    "rank_by": Flag("--rank-by", str, "Which candidate is best: agreement, text, image, both or each likelihood."),
     "generator": Flag("--seed", int, "The same seed gives the same result.", default=0),
 }
 

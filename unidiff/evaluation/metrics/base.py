@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +30,8 @@ class CaptionedPictures:
         distractors: captions of each that do not hold. seed: of everything that a metric draws. batch_size: rows at once; results do not depend on it.
         network: features of the world's own reader.
         tick: called with how many pictures have been gone through, `Metric.rounds` times each.
+        prompts: of pictures to be drawn. shows: (texts, pictures) -> whether each picture is what the text says.
+        options: of every decode. folder: where a metric that takes long keeps what it has, and goes on after a stop.
     """
 
     captions: Sequence[str]
@@ -39,6 +43,10 @@ class CaptionedPictures:
     batch_size: int = 64
     network: FeatureNetwork | None = None
     tick: Callable[[int], None] = lambda rows: None
+    prompts: Sequence[str] = ()
+    shows: Callable[[Sequence[str], Tensor], Sequence[bool]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

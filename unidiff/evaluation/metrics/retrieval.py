@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from unidiff.evaluation.matching import multiple_choice
 from unidiff.evaluation.metrics.base import CaptionedPictures, Metric
 from unidiff.evaluation.report import Estimate
 from unidiff.pipeline import UniDiffPipeline
 
-SAMPLES = 16
+SAMPLES = 8
+"""Draws of masks of each caption."""
 
 
 def retrieval(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Estimate | float]:
@@ -17,15 +21,17 @@ def retrieval(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Esti
     """
     if not any(cases.distractors):
         raise ValueError("retrieval needs captions that do not hold (distractors), and these cases have none")
-    first = []
-    for number, (caption, wrong) in enumerate(zip(cases.captions, cases.distractors, strict=True)):
-        picture, size = cases.pictures(number, number + 1), cases.batch_size
-        scores = pipe.score(
-            picture, [caption, *wrong], of="text", samples=SAMPLES, generator=cases.seed + number, batch_size=size
-        )
-        cases.tick(1)
-        first.append(bool((scores.log_prob[0] > scores.log_prob[1:]).all()))
-    return {"retrieval": Estimate.share(first)}
+    choices = [[caption, *wrong] for caption, wrong in zip(cases.captions, cases.distractors, strict=True)]
+    seeds = [cases.seed + number for number in range(len(choices))]
+    size = cases.batch_size
+    scores = list[list[float]]()
+    for start in range(0, len(choices), size):  # pictures are rendered a few at a time
+        part = slice(start, min(start + size, len(choices)))
+        pictures = list(cases.pictures(part.start, part.stop))
+        how: dict[str, Any] = {"samples": SAMPLES, "generator": seeds[part], "batch_size": size}
+        scores += multiple_choice(pipe, choices[part], pictures, **how).scores
+        cases.tick(len(pictures))
+    return {"retrieval": Estimate.share(all(own[0] > other for other in own[1:]) for own in scores)}
 
 
 RETRIEVAL = Metric("retrieval", retrieval, rounds=1)

@@ -21,6 +21,7 @@ from unidiff.pipeline import UniDiffPipeline
 from unidiff.worlds.emoji.asked import PipelineModel
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
+    HELD_OUT,
     caption_scenes,
     inpaint_cases,
     prompt_cases,
@@ -118,8 +119,10 @@ def run_emoji_eval(
             else:
                 progress(task)
                 known = kept.known(task)
-                shown = replace(captions(cases(task), seed, profile, batch_size), tick=tick)
-                for key, value in kept.numbers(task, partial(metrics[task], pipe, shown)).items():
+                folder = None if kept.folder is None else kept.folder / task
+                more = {"tick": tick, "options": options, "folder": folder}
+                given = replace(captions(cases(task), seed, profile, batch_size), **more)
+                for key, value in kept.numbers(task, partial(metrics[task], pipe, given)).items():
                     report.add(key, value)
                 tick(METRICS[task].rounds * cases(task) if known else 0)
             report.measures |= {key: measure_of(task, key) for key in report.values.keys() - before - {"seconds"}}
@@ -152,7 +155,15 @@ def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> Capti
             for i, (scene, caption) in enumerate(cases)
         ],
         *(seed, batch_size, reader_network(profile)),
+        prompts=[case.prompt for case in prompt_cases(HELD_OUT, n, seed, profile)],
+        shows=lambda texts, pictures: shown(texts, pictures, profile),
     )
+
+
+def shown(texts: Sequence[str], pictures: Tensor, profile: Profile) -> list[bool]:
+    """Whether the oracle reads the whole of each picture and finds in it what the text says."""
+    pairs = zip(texts, Oracle(profile).read(pictures), strict=True)
+    return [facts_correct(parse_caption(text), r.scene) for text, r in pairs]
 
 
 def oracle_reward(
@@ -164,13 +175,11 @@ def oracle_reward(
         seed: of the prompts. kinds: shares of the kinds of scenes that they are of; None for the profile's own.
     """
     profile = profile_of(pipe)
-    oracle = Oracle(profile)
     changes: dict[str, Any] = {} if kinds is None else {"kinds": tuple(kinds)}
     scenes = SceneGenerator(replace(profile, **changes), seed)
 
     def reward(texts: list[str], pictures: Tensor) -> Tensor:
-        pairs = zip(texts, oracle.read(pictures), strict=True)
-        return torch.tensor([float(facts_correct(parse_caption(text), r.scene)) for text, r in pairs])
+        return torch.tensor(shown(texts, pictures, profile), dtype=torch.float32)
 
     return reward, lambda number: draw_caption(scenes.scene(number), scenes.rng(number, "texts"))
 
