@@ -17,7 +17,7 @@ TEXT = (DOCS / "evaluation.md").read_text(encoding="utf-8")
 def test_snippets_run(tmp_path, monkeypatch, capsys):
     tiny_pipeline(text_length=40).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(hub, "embedded_models", lambda: {"emoji": tmp_path / "model"})
-    names = {}
+    names: dict = {}
     headings = ("Likelihood", "Which text belongs to which picture", "The best of several")
     for block in blocks("evaluation.md"):
         if block.heading in headings:
