@@ -135,8 +135,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         watcher.finish()
     # 5. of the candidates of a row, the one that agrees best with itself
     if count > 1:
-        rank = ranker_of(options.rank_by)
-        out, best = keep_best(out, model, layout.vocabulary, request.judged(), count, rank, seeds)
+        out, best = keep_best(out, model, layout.vocabulary, request.judged(), count, ranker_of(options.rank_by), seeds)
         seeds = seeds[best.cpu()]
     # 6. back to words and pixels
     done = request.finished(out.batch, count)

@@ -61,9 +61,8 @@ class DecodeOptions:
         block_length: tokens per block, for both modalities or as `{"text": 16, "image": 64}`.
         threshold: commit every token of at least this probability, at least one per pass: of text, in tasks that decode
             pictures alone of the image, or as `{"text": 0.9, "image": 0.5}`.
-        num_candidates: decodes of each row, of which the best is kept; costs that many times the time and memory.
-        rank_by: which candidate is best by the model's own likelihoods: "agreement" of words and picture (few passes), or
-            "text", "image", "both" or "each" as for `score`; or a function, see `unidiff.pipelines.candidates.Ranker`.
+        num_candidates: decodes of each row, of which the best is kept, at that many times the time and memory.
+        rank_by: the best by "agreement" of words and picture, by `score` of "text", "image", "both" or "each", or a `Ranker`.
         graphs: record the passes as CUDA graphs and replay them, see `unidiff.decoding.graphs`; without CUDA nothing
             changes. A `Record` in place of True records by other means.
         generator: None, an int, a torch.Generator, or a list with one of either per row.
