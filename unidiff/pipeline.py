@@ -35,16 +35,17 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
     word and the space before it, for most words) and three.
 
     Several tasks take:
-        prompt, question, text: one or several; a single one goes with all pictures, and a single picture with all texts.
-        image: one or several pictures of one size, paths or addresses, see `ImageInputs.images`.
-        resize: accept pictures of other sizes (a family that takes any brings them to the nearest that it was trained on).
-        mask_image: white where to repaint, as large as the picture, see `white_pixels`; a code is decoded again when any
-            of its pixels is white.
-        negative_prompt: what guidance leads away from, one for all or one each; "" for hidden words. Left out: what
-            `guidance_hides` says.
-        height, width: in pixels, where the family draws any size; `image_size` where left out.
-        num_images_per_prompt: rows for each entry, next to each other in the results.
-        max_text_tokens: longest text to write, its end included.
+
+    - `prompt`, `question`, `text`: one or several; a single one goes with all pictures, and a single picture with all texts.
+    - `image`: one or several pictures of one size, paths or addresses, see `ImageInputs.images`.
+    - `resize`: accept pictures of other sizes (a family that takes any brings them to the nearest that it was trained on).
+    - `mask_image`: white where to repaint, as large as the picture, see `white_pixels`; a code is decoded again when any
+      of its pixels is white.
+    - `negative_prompt`: what guidance leads away from, one for all or one each; "" for hidden words. Left out: what
+      `guidance_hides` says.
+    - `height`, `width`: in pixels, where the family draws any size; `image_size` where left out.
+    - `num_images_per_prompt`: rows for each entry, next to each other in the results.
+    - `max_text_tokens`: longest text to write, its end included.
 
     Args:
         transformer: the denoiser.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from unidiff import UniDiffPipeline
 from unidiff.decoding.cache import IntervalCache
 from unidiff.errors import exit_status
+from unidiff.files import replace_text
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_gif, save_image, stack
 from unidiff.process import parsed
@@ -103,6 +105,33 @@ def cache(pipe: UniDiffPipeline, path: Path) -> None:
     save_gif(frames, path, [400] * (len(frames) - 1) + [2000])
 
 
+def badge(name: str, said: str, path: Path) -> None:
+    """Two words in a row, as a small SVG that needs no other server."""
+    left, right = (10 + round(6.6 * len(word)) for word in (name, said))
+    replace_text(
+        path,
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" aria-label="{name}: {said}">'
+        f'<rect width="{left + right}" height="20" rx="4" fill="#3949ab"/><rect width="{left}" height="20" rx="4" fill="#4a4f5c"/>'
+        f'<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11" text-anchor="middle">'
+        f'<text x="{left / 2}" y="14">{name}</text><text x="{left + right / 2}" y="14">{said}</text></g></svg>\n',
+    )
+
+
+def badges(folder: Path) -> None:
+    """What pyproject.toml says: Python, PyTorch, licence, types."""
+    project = tomllib.loads((ASSETS.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch_floor = next(entry for entry in project["dependencies"] if entry.startswith("torch>="))
+    said = {
+        "python": project["requires-python"].removeprefix(">=") + "+",
+        "pytorch": torch_floor.removeprefix("torch>=") + "+",
+        "licence": project["license"],
+    }
+    if "Typing :: Typed" in project["classifiers"]:
+        said["typing"] = "typed"
+    for name, what in said.items():
+        badge(name, what, folder / f"badge-{name}.svg")
+
+
 MADE = {
     "demo.png": demo_rows,
     "joint.gif": joint,
@@ -117,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ASSETS)
     folder = parsed(parser).folder
+    badges(folder)
     pipe = UniDiffPipeline.from_pretrained("emoji")
     for name, make in MADE.items():
         make(pipe, folder / name)
