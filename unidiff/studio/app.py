@@ -44,7 +44,9 @@ def build(studio: Studio, examples: Sequence[Any] = ()) -> Any:
     Raises:
         ValueError: gradio is not installed.
     """
-    gr = import_extra("gradio", "unidiff studio needs gradio; install it with: pip install 'unidiff[demo]'")
+    import_extra("gradio", "unidiff studio needs gradio; install it with: pip install 'unidiff[demo]'")
+    import gradio as gr
+
     with gr.Blocks(title="unidiff studio", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         _Page(gr, studio, examples).lay_out()
 
@@ -237,7 +239,9 @@ class _Page:
 
     def _wire(self, task: StudioTask, form: dict[str, Any]) -> None:
         """A form's buttons to a run, and its news to the page."""
-        gr, studio, chat = self.gr, self.studio, form.get("chat")
+        import gradio as gr
+
+        studio, chat = self.studio, form.get("chat")
         names = [name for name in ("words", "picture", "longest") if name in form]
         keys = [{"picture": "sent"}.get(name, name) for name in names]
         inputs = [*(form[name] for name in names), *self.dial, self.seed]
@@ -272,7 +276,9 @@ class _Page:
 
     def _watch(self) -> None:
         """Stop, step back, and earlier results."""
-        gr, studio = self.gr, self.studio
+        import gradio as gr
+
+        studio = self.studio
 
         def stop(request: gr.Request) -> None:
             studio.stop(_name(request))
@@ -297,7 +303,8 @@ class _Page:
         done = shown.last is not None
         moment = same
         if done:
-            moment = gr.update(maximum=max(1, shown.last), value=shown.number, interactive=shown.last > 0)
+            last = shown.last or 0
+            moment = gr.update(maximum=max(1, last), value=shown.number, interactive=last > 0)
         elif shown.busy:
             moment = gr.update(interactive=False)
         return [

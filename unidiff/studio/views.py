@@ -83,7 +83,7 @@ def recomputed_map(moment: Moment) -> Image.Image | None:
     if not moment.picture.numel():
         return None
     fresh = _cells(moment.recomputed, moment)
-    return Image.fromarray(np.where(fresh[..., None], np.uint8(_FRESH), np.uint8(_KEPT)))
+    return Image.fromarray(np.where(fresh[..., None], _FRESH, _KEPT).astype(np.uint8))
 
 
 def stage(pipe: Any, moment: Moment, total: int | None = None, before: Moment | None = None, note: str = "") -> str:
