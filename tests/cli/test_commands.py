@@ -277,7 +277,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, model, picture, tmp_pa
     places = {"OUT": "out.png", "FOLDER": "folder.png", "TEXT": "text.png", "SMALL": "small.png", "NEW": "new"}
     filled = [str(tmp_path / places[str(a)]) if str(a) in places else str(a).replace("IN", picture) for a in arguments]
     before = sorted(tmp_path.rglob("*"))
-    takes_model = arguments[0] != "pack" and arguments[1] != "compare" and "--model" not in arguments
+    takes_model = arguments[0] != "pack" and arguments[1] != "compare" and not {"--model", "--suite"} & set(arguments)
     status, _, error = run(*filled, *(["--model", model] if takes_model else []))
     message = error.strip().splitlines()[-1]
     assert status == 1 and message.startswith("unidiff: ") and words in message
