@@ -322,7 +322,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
     )
     console = Console(stderr=True)
     if not console.is_terminal:  # rich would write an empty line
-        yield lambda *_: None
+        yield lambda *_, **__: None
         return
     with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task(what, total=None)

@@ -102,7 +102,7 @@ def run_emoji_eval(
     total += sum(METRICS[name].rounds * cases(name) for name in measured)
     progress = lambda what: tick(0, total, what)  # noqa: E731
     kept = kept or KeptRows()
-    model = PipelineModel(pipe, batch_size, kept=kept, tick=partial(tick, total=total), **options)
+    model = PipelineModel(pipe, batch_size, kept=kept, tick=lambda more: tick(more, total), **options)
     judge = EmojiEval(model, profile, seed, n, progress)
     report = judge.report
     try:
