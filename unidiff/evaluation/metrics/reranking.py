@@ -84,7 +84,7 @@ def gains(right: np.ndarray, scores: Mapping[str, np.ndarray]) -> dict[str, Esti
     `closes_*` has the interval of a ratio of means by the delta method (Oehlert 1992); NaN where the pictures of every prompt are
     all right or all wrong.
     """
-    one, best = right.mean(1), right.any(1)
+    one, best = right.mean(1), right.max(1)
     found: dict[str, Estimate | float] = {
         "reranking.one": Estimate.mean(one),
         "reranking.best": Estimate.share(list(best)),

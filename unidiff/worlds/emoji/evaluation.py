@@ -117,13 +117,13 @@ def run_emoji_eval(
                 compare_readers(prompts, torch.stack(pictures), profile, report)
             else:
                 progress(task)
-                known = kept.known(task)
+                finished = kept.known(task)
                 folder = None if kept.folder is None else kept.folder / task
-                more = {"tick": tick, "options": options, "folder": folder}
+                more: dict[str, Any] = {"tick": tick, "options": options, "folder": folder}
                 given = replace(captions(cases(task), seed, profile, batch_size), **more)
                 for key, value in kept.numbers(task, partial(metrics[task], pipe, given)).items():
                     report.add(key, value)
-                tick(METRICS[task].rounds * cases(task) if known else 0)
+                tick(METRICS[task].rounds * cases(task) if finished else 0)
             report.measures |= {key: measure_of(task, key) for key in report.values.keys() - before - {"seconds"}}
     finally:
         pipe.set_progress_bar_config(**hidden_bar)
