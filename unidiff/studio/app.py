@@ -135,7 +135,7 @@ class _Page:
         if task.picture:
             made = painting_field if task.mask else picture_field
             more = {} if task.mask else {"height": 300}
-            label = "Picture: paint what is to change" if task.mask else "Picture"
+            label = "Paint here" if task.mask else "Picture"
             form["picture"] = made(label=label, elem_id=f"ud-picture-{task.name}", **more)
         if task.words:
             form["words"] = gr.Textbox(
@@ -170,7 +170,7 @@ class _Page:
             values.append(rows[-1][task.mask :])
         chosen = gr.Dataset(
             components=[(gr.Image if name == "picture" else gr.Textbox)(visible=False) for name in names],
-            samples=rows, type="index", headers=[form[name].label for name in names], label="Examples",
+            samples=rows, type="index", headers=["Picture" if name == "picture" else task.label for name in names], label="Examples",
             sample_labels=None if task.picture else [example.words or "from nothing" for example in own],
             elem_id=f"ud-examples-{task.name}",
         )  # fmt: skip
