@@ -3,7 +3,8 @@
 Conventions of the family: those of LLaDA-MoE (a norm of each head, rotary on a part of it, no bias, the logit at a position
 predicts the token there); a router of sigmoids, whose bias only chooses; a token sees its own block of positions and earlier
 ones, blocks counted from the first token of the prompt. Nothing in a config tells 2.0 from 2.1, which differ in how they are
-decoded: 2.1 also replaces tokens of the current block (`llada2_sampler`).
+decoded: 2.1 also replaces tokens of the current block (`llada2_sampler`). The network of LLaDA2.0-Uni (arXiv 2604.20796) is the same
+with image codes behind the words, which share their [MASK] and their positions along the row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import ChatLayout, chat_layout
-from unidiff.families.checkpoint.config_keys import Argument, ConfigKeys, plain_rope_theta
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.expert_names import EXPERT_KEYS
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
@@ -26,6 +27,8 @@ from unidiff.tokens import Span, Vocabulary
 
 BLOCK = 32
 """Positions of a block of attention, of all released weights; in no config."""
+ARCHITECTURES = ("LLaDA2MoeModelLM",)
+MODEL_TYPES = ("llada2_moe", "llada2_moe_veomni")
 KEYS = ConfigKeys(
     "llada2",
     used={
@@ -48,6 +51,7 @@ KEYS = ConfigKeys(
         "first_k_dense_replace": Layers | None,
         "use_qk_norm": bool | None,
         "block_length": Rows | None,
+        "image_token_offset": Rows | None,
         "rope_theta": Positive | None,
         "partial_rotary_factor": Annotated[float, Between(0, 1)] | None,
         **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
@@ -81,9 +85,13 @@ KEYS = ConfigKeys(
 
 
 def llada2_vocabulary(config: Config) -> Vocabulary:
-    """Text ids only, with [MASK] inside the range."""
+    """Words with [MASK] among them, and from `image_token_offset` on, where a config has one, image codes."""
     KEYS.check(config)
-    return ling_vocabulary(config)
+    words = ling_vocabulary({**config, "vocab_size": config.get("image_token_offset") or config["vocab_size"]})
+    size, first = config["vocab_size"], words.size
+    if first > size:
+        raise ConfigError(f"config has image_token_offset = {first} of {size} ids; expected no more than that")
+    return Vocabulary(size, (0, first), (first, size), words.mask_id, specials=words.specials)
 
 
 def llada2_settings(config: Config) -> dict[str, Any]:
@@ -219,7 +227,7 @@ _TINY: dict[str, Any] = {
 LLADA2 = Family(
     name="llada2",
     keys=(r"^model\.layers\.0\.attention\.query_key_value\.weight$", r"\.mlp\.gate\.expert_bias$", EXPERT_KEYS),
-    fits=lambda config: config_names(config, "LLaDA2MoeModelLM", model_type="llada2_moe"),
+    fits=lambda config: config_names(config, *ARCHITECTURES) or config.get("model_type") in MODEL_TYPES,
     settings=llada2_settings,
     keymap=llada2_keymap,
     vocabulary=llada2_vocabulary,
