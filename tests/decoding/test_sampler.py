@@ -54,10 +54,13 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
             remask = "remdm" if remask != "none" else "none"
         elif remask == "remdm":
             remask = "confidence"
-        if rule in ("threshold", "factor", "hierarchical", "credit") and confidence == "random":
+        if rule in ("threshold", "factor", "hierarchical", "credit", "at_least") and confidence == "random":
             confidence = "margin"
         if rest["block_length"] is None or rule in ("first_hitting", "ancestral") or confidence == "random":
             rest["blocks_in_flight"] = 1
+        blind = rule in ("ancestral", "first_hitting", "credit") or confidence == "random"
+        if blind or remask != "none" or rest["blocks_in_flight"] > 1:
+            rest["edit_threshold"] = None
         return ModalityDecoding(rule=rule, remask=remask, schedule=schedule, confidence=confidence, **rest)
 
     return st.builds(
@@ -74,7 +77,7 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
         threshold=st.sampled_from([0.2, 0.9]),
         factor=st.sampled_from([0.5, 1.0]),
         block_length=st.sampled_from([None, 2, 3]),
-        block_order=st.sampled_from(BLOCK_ORDERS if modality == "image" else ["sequence"]),
+        block_order=st.sampled_from(BLOCK_ORDERS if modality == "image" else ["sequence", "aligned"]),
         blocks_in_flight=st.integers(1, 3),
         flight_share=st.sampled_from([0.0, 0.6]),
         flight_threshold=st.sampled_from([0.1, 0.5]),
@@ -82,6 +85,9 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
         remask_threshold=st.just(0.5),
         remask_budget=st.integers(0, 4),
         remask_cap=st.sampled_from([0.0, 0.4, 1.0]),
+        edit_threshold=st.sampled_from([None, 0.0, 0.3]),
+        edit_passes=st.integers(0, 3),
+        least_tokens=st.integers(1, 3),
         forbid=st.sampled_from([(), (0, TEXT_SIZE + 1)]),
     )
 
