@@ -11,7 +11,7 @@ Other names follow the English keywords of the Unicode CLDR annotations (version
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,34 @@ _HEARD = (
     "tiny mini upper lower violet backdrop pair couple plus beneath underneath hand left-hand right-hand what's where's any "
     "some do can you see it this that here shown are 1 2 3 4 5 & +"
 )  # words of the patterns below
+_LINKS = "next beside by near alongside together over atop front is are"
+_NATURAL = {
+    "frog": "green",
+    "evergreen tree": "green",
+    "cactus": "green",
+    "turtle": "green",
+    "pear": "green",
+    "watermelon": "green",
+    "automobile": "red",
+    "rose": "red",
+    "balloon": "red",
+    "strawberry": "red",
+    "cherries": "red",
+    "crab": "red",
+    "lady beetle": "red",
+    "mushroom": "red",
+    "lemon": "yellow",
+    "banana": "yellow",
+    "sunflower": "yellow",
+    "ear of corn": "yellow",
+    "cheese wedge": "yellow",
+    "key": "yellow",
+    "bell": "yellow",
+    "light bulb": "yellow",
+    "spouting whale": "blue",
+    "koala": "gray",
+    "grapes": "purple",
+}  # colours that the artwork has
 _ASKS = r"(?:what|where|how|is|are|which|do|does|can)\b"
 _EDGE, _END = r"(?<![\w-])", r"(?![\w-])"
 _ONE, _MANY = (
@@ -183,8 +211,13 @@ def _spelling() -> Steps:
     """Other spellings and words for the same, requests, and the ends of sentences."""
     for pattern, content in _SPELLINGS.items():
         yield f"{_EDGE}(?:{pattern}){_END}", content
-    yield r"^please ", ""
-    yield r"^(?:draw|paint|show|generate|create|make|render)(?: me| us)? ", ""
+    verb = "draw|paint|show|generate|create|make|render|give|get|have|see|do"
+    yield r"^(?:hi|hello|hey|ok)[,! ]+", ""
+    yield rf"^(?:please,? )?(?:can|could|may|would) (?:you|i|we) (?:please )?(?:{verb})(?: me| us)? ", ""
+    yield rf"^(?:please,? )?(?:i|we)(?: want|'d like| would like| need|'d love)(?: to (?:{verb}))? ", ""
+    yield rf"^(?:please,? )?(?:{verb})(?: me| us)? ", ""
+    yield r"^(?:please|let's see),? ", ""
+    yield r",?(?: please| thanks| thank you| for me)+[.!?]* ?$", ""
     yield (
         r"^(?:an? |the )?(?:photo|photograph|drawing|painting|illustration|icon|emoji|sketch|scene) of ",
         "a picture of ",
@@ -249,25 +282,55 @@ def _captions(signs: _Signs) -> Steps:
         return rf"(?:^(?!{_ASKS}){condition}|\G(?!^)).*?\K{pattern}"
 
     size, noun = "(?:large |small )", rf"(?:an? |the |one |(?:{signs.counts}) )?(?:large |small )?{signs.any}"
-    phrases = (*OPENERS, *GROUND_PHRASES, *chain(*ZONE_PHRASES.values(), *RELATIONS.values()), "a and large small")
-    words = "|".join(sorted({*chain(*map(words_of, phrases)), *NUMBERS.values(), *BACKGROUNDS}))
-    for colour in BACKGROUNDS:  # `blue background, a fox`
-        yield rf"^(?:an? |the )?{colour} background(?:,| with|:) (?=.*{signs.any}).*\K$", f" on a {colour} background"
-        yield rf"^(?:an? |the )?{colour} background(?:,| with|:) (?=.*{signs.any})", ""
     colours = "|".join(BACKGROUNDS)
-    yield everywhere(rf",? ?(?:in front of|over|in) (?:an? |the )?(?=(?:{colours}) background)"), " on a "
-    yield everywhere(rf" ?, (?:and )?(?:an? )?(?=(?:{colours}) background$)"), " on a "
+    phrases = (*OPENERS, *GROUND_PHRASES, *chain(*ZONE_PHRASES.values(), *RELATIONS.values()), "a and large small")
+    own = {*chain(*map(words_of, phrases)), *NUMBERS.values(), *BACKGROUNDS}
+    named, link = rf"(?=.*{signs.any})", "and|on|against|with|in|at|to|left|right|above|below|under|of"
+
+    def without_words_but(kept: Iterable[str]) -> tuple[str, str]:
+        return everywhere(rf"{_EDGE}(?!(?:{'|'.join(sorted(kept))}){_END})[^\W_][\w'-]* ?", named), ""
+
+    yield without_words_but({*own, *_LINKS.split()})
+    yield everywhere(r",?(?: of| in| on) the (?:picture|image)(?= (?:on|against|with) |,|$)", named), ""
+    # backgrounds: `blue background, a fox`, `on blue: a fox`, `a fox, blue background`
+    for colour in BACKGROUNDS:
+        first = rf"^(?:an? |the )?{colour} background(?:,|:| with) |^(?:on|against|with) (?:an? |the )?{colour}(?: background)?[,:] "
+        yield rf"(?:{first})(?=.*{signs.any}).*\K$", f" on a {colour} background"
+        yield rf"(?:{first})(?=.*{signs.any})", ""
+    yield everywhere(rf",? ?{_EDGE}(?:in front of|over|in) (?:an? |the )?(?=(?:{colours}) background)"), " on a "
+    yield everywhere(rf" ?, (?:and )?(?:an? )?(?=(?:{colours}) background{_END})"), " on a "
     yield everywhere(rf"{_EDGE}(?:on|against|with) \K(?:the )?(?=(?:{colours}) background)"), "a "
+    for one, colour in ((one, _NATURAL[n]) for n, one in zip(signs.names, signs.one, strict=True) if n in _NATURAL):
+        yield everywhere(rf"{_EDGE}{colour} (?={one})"), ""
+    # sizes and places: `a fox, small, top left`
+    for word in ("large", "small"):
+        yield rf"^(?:an? |the )?\K(?={signs.any_one},? {word}{_END})", f"{word} "
+        yield rf"^(?:an? |the )?{word} {signs.any_one}\K,? {word}{_END}", ""
+    for places_of, lead in (("left|right", "on"), ("centre|middle", "in"), ("(?:top|bottom)(?: left| right)?", "at")):
+        yield rf"^{noun}\K, (?:{lead} the )?(?=(?:{places_of})(?:,|$| on| against| with))", f" {lead} the "
+    # relations
+    for far, near, word in (("left", "right", "left of"), ("right", "left", "right of")):
+        yield rf"^{noun} \Kon the {far}(?: side)?(?:,? and|,) (?={noun} on the {near})", f"{word} "
+        yield rf"^{noun} {word} {noun}\K on the {near}(?: side)?", ""
+        yield everywhere(rf"on the {far}(?: side)? of (?={noun})"), f"to the {far} of "
+    for far, near, word in (
+        ("(?:on|at the) top", "(?:below|at the bottom)", "above"),
+        ("at the bottom", "(?:above|on top|at the top)", "below"),
+    ):
+        yield rf"^{noun} \K{far}(?:,? and|,) (?={noun} {near})", f"{word} "
+        yield rf"^{noun} {word} {noun}\K {near}", ""
     yield everywhere(rf", (?=(?:on|against|with|in|at|near|to|left of|right of|above|below|under){_END})"), " "
     yield everywhere(rf"{_EDGE}(?:next to|beside|by|near|alongside|together with|with) (?={noun})"), "and "
     yield everywhere(rf"{_EDGE}(?:over|atop) (?={noun})"), "above "
-    yield everywhere(rf"{_EDGE}on the (?=(?:left|right) of)"), "to the "
     yield everywhere(rf"{signs.any} \K(?:is|are) "), ""
-    named, link = rf"(?=.*{signs.any})", "and|on|against|with|in|at|to|left|right|above|below|under|of"
-    yield everywhere(rf"{_EDGE}(?!(?:{words}){_END})[^\W_][\w'-]* ?", named), ""
+    # what is left of words that were taken out
+    yield without_words_but(own)
     yield everywhere(rf"{_EDGE}(?:an?|the) (?=(?:and|on|against|with|in|at){_END}|,|$)", named), ""
     yield everywhere(rf"(?:^|a picture of |an image of )\K(?:(?:and|on|with|of|,) )+(?={noun})", named), ""
     yield everywhere(rf"{signs.any}\K(?:,? (?:{link}))+ ?$", named), ""
+    yield rf"^[ ,:;!?-]+{named}", ""
+    yield rf"^(?!{_ASKS}).*?\K[ ,:;!?-]+$", ""
+    # articles, numbers and lists
     yield everywhere(rf"{_EDGE}one (?={size}?{signs.any_one})"), "a "
     yield everywhere(rf"{_EDGE}the (?={size}?{signs.any})"), ""
     yield (
