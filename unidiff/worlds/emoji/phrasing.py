@@ -101,17 +101,17 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 _PLURALS = {"calf": "calves", "fungus": "fungi", "corn on the cob": "corn on the cob"}
 _SPELLINGS = {
     "colou?rs?": "colour", "grey": "gray", "center": "centre", "big|huge|giant|enormous": "large",
-    "little|tiny|mini": "small", "upper": "top", "lower": "bottom", "violet": "purple", "backdrop": "background",
+    "little|tiny|mini": "small", "upper": "top", "lower": "bottom", "violet": "purple", "backdrop|bg": "background", "centred|centered": "in the centre", "a trio of": "three",
     "1": "one", "2|a pair of|a couple of": "two", "3": "three", "4": "four", "5": "five", "&|[+]|plus": "and",
     "beneath|underneath": "below", "what's": "what is", "where's": "where is", "left[- ]hand": "left", "right[- ]hand": "right",
 }  # fmt: skip
 _HEARD = (
     "please draw paint show generate create make render me us photo photograph drawing painting illustration icon icons emoji "
     "emojis sketch scene next beside by alongside together front over atop color grey center big huge giant enormous little "
-    "tiny mini upper lower violet backdrop pair couple plus beneath underneath hand left-hand right-hand what's where's any "
+    "tiny mini upper lower violet backdrop pair couple plus beneath underneath hand left-hand right-hand what's where's any few several lots lot bunch trio bg centred centered "
     "some do can you see it this that here shown are 1 2 3 4 5 & +"
 )  # words of the patterns below
-_LINKS = "next beside by near alongside together over atop front is are"
+_LINKS = "few several some lots lot bunch next beside by near alongside together over atop front is are"
 _NATURAL = {
     "frog": "green",
     "evergreen tree": "green",
@@ -224,7 +224,8 @@ def _spelling() -> Steps:
     )
     yield r"^(?=picture of )", "a "
     yield r"^(?=image of )", "an "
-    yield r"[.!;]+ ?$", ""
+    yield r"^(?:an? |the )?(?:picture|image) (?:with|showing|that shows) ", "a picture of "
+    yield r",? next to each other|(?: [:;]-?[()D])+ ?$|[.!;]+ ?$", ""
 
 
 def _objects(signs: _Signs) -> Steps:
@@ -297,17 +298,17 @@ def _captions(signs: _Signs) -> Steps:
         first = rf"^(?:an? |the )?{colour} background(?:,|:| with) |^(?:on|against|with) (?:an? |the )?{colour}(?: background)?[,:] "
         yield rf"(?:{first})(?=.*{signs.any}).*\K$", f" on a {colour} background"
         yield rf"(?:{first})(?=.*{signs.any})", ""
-    yield everywhere(rf",? ?{_EDGE}(?:in front of|over|in) (?:an? |the )?(?=(?:{colours}) background)"), " on a "
+    yield everywhere(rf",? ?{_EDGE}(?:in front of|over|in|of) (?:an? |the )?(?=(?:{colours}) background)"), " on a "
     yield everywhere(rf" ?, (?:and )?(?:an? )?(?=(?:{colours}) background{_END})"), " on a "
     yield everywhere(rf"{_EDGE}(?:on|against|with) \K(?:the )?(?=(?:{colours}) background)"), "a "
     for one, colour in ((one, _NATURAL[n]) for n, one in zip(signs.names, signs.one, strict=True) if n in _NATURAL):
         yield everywhere(rf"{_EDGE}{colour} (?={one})"), ""
     # sizes and places: `a fox, small, top left`
     for word in ("large", "small"):
-        yield rf"^(?:an? |the )?\K(?={signs.any_one},? {word}{_END})", f"{word} "
-        yield rf"^(?:an? |the )?{word} {signs.any_one}\K,? {word}{_END}", ""
+        yield rf"^(?:an? |the )?\K(?={signs.any_one}(?:,? | [^,]*, ){word}{_END})", f"{word} "
+        yield rf"^(?:an? |the )?{word} {signs.any_one}[^,]*?\K,? {word}{_END}", ""
     for places_of, lead in (("left|right", "on"), ("centre|middle", "in"), ("(?:top|bottom)(?: left| right)?", "at")):
-        yield rf"^{noun}\K, (?:{lead} the )?(?=(?:{places_of})(?:,|$| on| against| with))", f" {lead} the "
+        yield rf"^{noun}\K,? (?:(?:at|in|on) the )?(?=(?:{places_of})(?:,|$| on| against| with))", f" {lead} the "
     # relations
     for far, near, word in (("left", "right", "left of"), ("right", "left", "right of")):
         yield rf"^{noun} \Kon the {far}(?: side)?(?:,? and|,) (?={noun} on the {near})", f"{word} "
@@ -323,6 +324,8 @@ def _captions(signs: _Signs) -> Steps:
     yield everywhere(rf"{_EDGE}(?:next to|beside|by|near|alongside|together with|with) (?={noun})"), "and "
     yield everywhere(rf"{_EDGE}(?:over|atop) (?={noun})"), "above "
     yield everywhere(rf"{signs.any} \K(?:is|are) "), ""
+    some = "an? few|several|some|lots of|an? lot of|an? bunch of|(?<!how )many"
+    yield everywhere(rf"{_EDGE}(?:{some}) (?={signs.any})"), ""
     # what is left of words that were taken out
     yield without_words_but(own)
     yield everywhere(rf"{_EDGE}(?:an?|the) (?=(?:and|on|against|with|in|at){_END}|,|$)", named), ""
@@ -331,6 +334,7 @@ def _captions(signs: _Signs) -> Steps:
     yield rf"^[ ,:;!?-]+{named}", ""
     yield rf"^(?!{_ASKS}).*?\K[ ,:;!?-]+$", ""
     # articles, numbers and lists
+    yield everywhere(rf"{signs.any}\K and (?={noun}(?:,| and) )"), ", "
     yield everywhere(rf"{_EDGE}one (?={size}?{signs.any_one})"), "a "
     yield everywhere(rf"{_EDGE}the (?={size}?{signs.any})"), ""
     yield (
