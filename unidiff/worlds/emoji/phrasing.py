@@ -101,8 +101,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 _PLURALS = {"calf": "calves", "fungus": "fungi", "corn on the cob": "corn on the cob"}
 _SPELLINGS = {
     "colou?rs?": "colour", "grey": "gray", "center": "centre", "big|huge|giant|enormous": "large",
-    "little|tiny|mini": "small", "upper": "top", "lower": "bottom", "violet": "purple", "backdrop|bg": "background", "centred|centered": "in the centre", "a trio of": "three",
-    "1": "one", "2|a pair of|a couple of": "two", "3": "three", "4": "four", "5": "five", "&|[+]|plus": "and",
+    "little|tiny|mini": "small", "upper": "top", "lower": "bottom", "violet": "purple", "backdrop|bg": "background", "centred|centered": "in the centre", "(?:a )?trio of": "three", r"\w+-(?=(?:red|green|blue|gray|yellow|purple)\b)": "",
+    "1x?": "one", "2x?|a pair of|a couple of": "two", "3x?": "three", "4x?": "four", "5x?": "five", "&|[+]|plus": "and",
     "beneath|underneath": "below", "what's": "what is", "where's": "where is", "left[- ]hand": "left", "right[- ]hand": "right",
 }  # fmt: skip
 _HEARD = (
@@ -211,12 +211,13 @@ def _spelling() -> Steps:
     """Other spellings and words for the same, requests, and the ends of sentences."""
     for pattern, content in _SPELLINGS.items():
         yield f"{_EDGE}(?:{pattern}){_END}", content
-    verb = "draw|paint|show|generate|create|make|render|give|get|have|see|do"
+    verb = "put|draw|paint|show|generate|create|make|render|give|get|have|see|do"
     yield r"^(?:hi|hello|hey|ok)[,! ]+", ""
-    yield rf"^(?:please,? )?(?:can|could|may|would) (?:you|i|we) (?:please )?(?:{verb})(?: me| us)? ", ""
+    yield rf"^(?:please,? )?(?:can|could|may|would) (?:you|u|i|we) (?:please )?(?:{verb})(?: me| us)? ", ""
     yield rf"^(?:please,? )?(?:i|we)(?: want|'d like| would like| need|'d love)(?: to (?:{verb}))? ", ""
     yield rf"^(?:please,? )?(?:{verb})(?: me| us)? ", ""
-    yield r"^(?:please|let's see),? ", ""
+    yield r"^(?:please|let's see),? |^there (?:is|are|should be) ", ""
+    yield r"[.] (?=\S)", ", "
     yield r",?(?: please| thanks| thank you| for me)+[.!?]* ?$", ""
     yield (
         r"^(?:an? |the )?(?:photo|photograph|drawing|painting|illustration|icon|emoji|sketch|scene) of ",
@@ -292,6 +293,9 @@ def _captions(signs: _Signs) -> Steps:
         return everywhere(rf"{_EDGE}(?!(?:{'|'.join(sorted(kept))}){_END})[^\W_][\w'-]* ?", named), ""
 
     yield without_words_but({*own, *_LINKS.split()})
+    some = "an? few|several|some|lots of|an? lot of|an? bunch of|(?<!how )many"
+    yield everywhere(rf"{_EDGE}(?:{some}) (?={signs.any})"), ""
+    yield everywhere(rf"{_EDGE}(?:{signs.counts}) \K(?:large|small) (?={signs.any})"), ""
     yield everywhere(r",?(?: of| in| on) the (?:picture|image)(?= (?:on|against|with) |,|$)", named), ""
     # backgrounds: `blue background, a fox`, `on blue: a fox`, `a fox, blue background`
     for colour in BACKGROUNDS:
@@ -301,6 +305,8 @@ def _captions(signs: _Signs) -> Steps:
     yield everywhere(rf",? ?{_EDGE}(?:in front of|over|in|of) (?:an? |the )?(?=(?:{colours}) background)"), " on a "
     yield everywhere(rf" ?, (?:and )?(?:an? )?(?=(?:{colours}) background{_END})"), " on a "
     yield everywhere(rf"{_EDGE}(?:on|against|with) \K(?:the )?(?=(?:{colours}) background)"), "a "
+    yield everywhere(rf"{signs.any}\K (?=(?:{colours}) background{_END})"), " on a "
+    yield everywhere(rf", (?=(?:{colours})$)"), " on "
     for one, colour in ((one, _NATURAL[n]) for n, one in zip(signs.names, signs.one, strict=True) if n in _NATURAL):
         yield everywhere(rf"{_EDGE}{colour} (?={one})"), ""
     # sizes and places: `a fox, small, top left`
@@ -309,6 +315,7 @@ def _captions(signs: _Signs) -> Steps:
         yield rf"^(?:an? |the )?{word} {signs.any_one}[^,]*?\K,? {word}{_END}", ""
     for places_of, lead in (("left|right", "on"), ("centre|middle", "in"), ("(?:top|bottom)(?: left| right)?", "at")):
         yield rf"^{noun}\K,? (?:(?:at|in|on) the )?(?=(?:{places_of})(?:,|$| on| against| with))", f" {lead} the "
+    yield rf"^{noun}\K,? (?:(?:at|in|on) the )?(?=(?:top|bottom) (?:left|right) corner{_END})", " in the "
     # relations
     for far, near, word in (("left", "right", "left of"), ("right", "left", "right of")):
         yield rf"^{noun} \Kon the {far}(?: side)?(?:,? and|,) (?={noun} on the {near})", f"{word} "
@@ -324,8 +331,6 @@ def _captions(signs: _Signs) -> Steps:
     yield everywhere(rf"{_EDGE}(?:next to|beside|by|near|alongside|together with|with) (?={noun})"), "and "
     yield everywhere(rf"{_EDGE}(?:over|atop) (?={noun})"), "above "
     yield everywhere(rf"{signs.any} \K(?:is|are) "), ""
-    some = "an? few|several|some|lots of|an? lot of|an? bunch of|(?<!how )many"
-    yield everywhere(rf"{_EDGE}(?:{some}) (?={signs.any})"), ""
     # what is left of words that were taken out
     yield without_words_but(own)
     yield everywhere(rf"{_EDGE}(?:an?|the) (?=(?:and|on|against|with|in|at){_END}|,|$)", named), ""
