@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures
+from unidiff.worlds.emoji.cases import wrong_captions
 from unidiff.worlds.emoji.evaluation import DISTRACTORS, captioned_scenes, captions
 from unidiff.worlds.emoji.language import facts_hold, parse_caption
-from unidiff.worlds.emoji.retrieval import wrong_captions
 from unidiff.worlds.emoji.scenes import get_profile
 
 PROFILE = get_profile("cpu")

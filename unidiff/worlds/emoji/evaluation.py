@@ -27,6 +27,7 @@ from unidiff.worlds.emoji.cases import (
     prompt_cases,
     question_cases,
     task_seed,
+    wrong_captions,
 )
 from unidiff.worlds.emoji.features import reader_network
 from unidiff.worlds.emoji.judge import TASKS, EmojiEval, yardstick
@@ -38,7 +39,6 @@ from unidiff.worlds.emoji.language import (
     parse_caption,
 )
 from unidiff.worlds.emoji.oracle import Oracle
-from unidiff.worlds.emoji.retrieval import wrong_captions
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, get_profile, render_batch
 from unidiff.worlds.emoji.second_reader import compare_readers
 
