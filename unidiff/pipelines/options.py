@@ -104,13 +104,12 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         from unidiff.decoding import CacheConfig, SamplerConfig
         from unidiff.decoding.cache.config import CACHES
-        from unidiff.pipelines.candidates import ranker_of
 
         for name in ("steps", "num_candidates"):
             if getattr(self, name) is not None:
                 whole(getattr(self, name), name, 1, MOST_ROWS)
-        for name in ("return_dict", "record_trajectory"):
-            flag(getattr(self, name), name)
+        flag(self.return_dict, "return_dict")
+        flag(self.record_trajectory, "record_trajectory")
         policy = lambda value: not isinstance(value, type) and callable(getattr(value, "start", None))  # noqa: E731
         for name, fits, expected in (
             ("sampler", lambda value: isinstance(value, SamplerConfig), "a SamplerConfig"),
@@ -122,18 +121,19 @@ class DecodeOptions:
             if value is not None and not fits(value):
                 raise ValueError(f"{name} is {short(value)}; expected {expected}")
         if isinstance(self.cache, str) or not isinstance(self.cache, CacheConfig | Mapping | None):
-            names = ("auto", *CACHES)
-            one_of(self.cache, "cache", names, " or a CacheConfig (for a policy object of your own there is policy=)")
-        ranker_of(self.rank_by)
+            more = " or a CacheConfig (for a policy object of your own there is policy=)"
+            one_of(self.cache, "cache", ("auto", *CACHES), more)
+        if self.rank_by != "agreement":
+            from unidiff.pipelines.candidates import ranker_of
+
+            ranker_of(self.rank_by)
         one_of(self.output_type, "output_type", OUTPUT_TYPES)
         wanted = self.callback_on_step_end_tensor_inputs
-        if not isinstance(wanted, list | tuple | None) or not set(map(repr, wanted or ())) <= set(
-            map(repr, CALLBACK_TENSORS)
-        ):
+        names = tuple(map(repr, CALLBACK_TENSORS))
+        if not isinstance(wanted, list | tuple | None) or not set(map(repr, wanted or ())) <= set(names):
             shown = list(wanted) if isinstance(wanted, list | tuple) else short(wanted)
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs is {shown!s:.80}; expected a list of some of {', '.join(CALLBACK_TENSORS)}"
-            )
+            expected = f"a list of some of {', '.join(CALLBACK_TENSORS)}"
+            raise ValueError(f"callback_on_step_end_tensor_inputs is {shown!s:.80}; expected {expected}")
 
     @property
     def callback_tensors(self) -> Sequence[str]:
