@@ -248,7 +248,8 @@ def compare(
     from unidiff.evaluation.paired import compare_reports
     from unidiff.evaluation.report import EvaluationReport
 
-    found = compare_reports(*map(EvaluationReport.load, files))
+    first, second = (EvaluationReport.load(file) for file in files)
+    found = compare_reports(first, second)
     if json_path is not None:
         found.save(json_path)
     Console().print(found.table(f"{after} - {before}"))

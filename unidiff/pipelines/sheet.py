@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -66,7 +66,8 @@ def _draw_cell(cell: Cell, side: int, font_size: int, headed: bool) -> Image.Ima
     for number, picture in enumerate(pictures):
         left = number * (side + 4)
         canvas.paste(picture, (left, top))
-        if min(picture.getpixel((0, 0))) > _PALE:  # type: ignore[type-var]
+        corner = cast("tuple[int, ...]", picture.getpixel((0, 0)))
+        if min(corner) > _PALE:
             draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=EDGE)
     for number, (part, colour) in enumerate(words):
         draw.text((0, bottom + 3 + number * line), part, colour, font)

@@ -87,6 +87,7 @@ class HarnessModel:
         items, owner = list[Item](), list[int]()
         for number, text in enumerate(texts):
             context = Context(text)
+            windows: list[tuple[Any, Sequence[int]]]
             if (task := self._task(Context(""))) == "complete":
                 windows = list(self._windows(self._encode(text)))
             else:

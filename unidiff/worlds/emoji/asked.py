@@ -93,7 +93,7 @@ class PipelineModel:
 
     def _drawn(self, task: str, seeds: Sequence[int], *how: Any) -> Drawn:
         rows = self._rows(task, seeds, *how)
-        pictures = torch.from_numpy(np.stack([row.picture for row in rows]))  # type: ignore[arg-type]
+        pictures = torch.from_numpy(np.stack([np.asarray(row.picture) for row in rows]))
         return Drawn(pictures.movedim(-1, 1) / 255, [row.words for row in rows], [row.untouched for row in rows])
 
     def _rows(
