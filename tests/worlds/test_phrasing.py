@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from unidiff.evaluation.metrics.base import METRICS
 from unidiff.tokens.text import TextTokenizer, unknown_words
 from unidiff.worlds.emoji import EMOJI
-from unidiff.worlds.emoji.language import caption_distribution, draw_question
+from unidiff.worlds.emoji.cases import phrasings
+from unidiff.worlds.emoji.evaluation import captions
+from unidiff.worlds.emoji.language import caption_distribution, draw_question, parse_caption
 from unidiff.worlds.emoji.phrasing import SYNONYMS, normaliser, understood_words
-from unidiff.worlds.emoji.scenes import SceneGenerator, default_atlas, get_profile
+from unidiff.worlds.emoji.scenes import SceneGenerator, default_atlas, get_profile, render_batch
 
 PROFILE = get_profile("cpu")
 FOLDER = (EMOJI.model or Path()) / "text_tokenizer"
@@ -105,3 +109,26 @@ def test_the_shipped_tokenizer_holds_this_normaliser(words, tmp_path):
     words.save_pretrained(tmp_path / "copy")
     again = TextTokenizer.from_pretrained(tmp_path / "copy")
     assert all(again.normalised(said) == SAID[said] for said in SAID)
+
+
+def test_phrasings_say_what_can_be_drawn(words):
+    every = phrasings()
+    assert len(every) >= 400
+    for text, facts in every.items():
+        assert facts and all(of.total >= 1 for of in facts), text
+        assert all(name in PROFILE.names for of in facts for name, _ in of.counts), text
+    read = [any(parse_caption(words.normalised(text)) == of for of in facts) for text, facts in every.items()]
+    assert sum(read) > 0.85 * len(read)  # to the letter; other orders of the same objects count as pictures only
+
+
+def test_the_metric_asks_for_pictures_of_phrasings():
+    scenes = SceneGenerator(PROFILE, seed=3)
+    said = list(phrasings())[:3]
+
+    class Fake:
+        def text_to_image(self, texts, generator, output_type):
+            assert texts == said and len(generator) == 3
+            return SimpleNamespace(images=render_batch([scenes.scene(0)] * 3, PROFILE))
+
+    found = METRICS["free_phrasing"].measure(Fake(), captions(3, 0, PROFILE))
+    assert found["free_phrasing"].value == 0 and found["free_phrasing"].n == 3

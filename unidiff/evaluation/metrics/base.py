@@ -31,6 +31,7 @@ class CaptionedPictures:
         network: features of the world's own reader.
         tick: called with how many pictures have been gone through, `Metric.rounds` times each.
         prompts: of pictures to be drawn. shows: (texts, pictures) -> whether each picture is what the text says.
+        phrasings: prompts as people write them.
         options: of every decode. folder: where a metric that takes long keeps what it has, and goes on after a stop.
     """
 
@@ -44,6 +45,7 @@ class CaptionedPictures:
     network: FeatureNetwork | None = None
     tick: Callable[[int], None] = lambda rows: None
     prompts: Sequence[str] = ()
+    phrasings: Sequence[str] = ()
     shows: Callable[[Sequence[str], Tensor], Sequence[bool]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None

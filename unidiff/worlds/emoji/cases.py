@@ -7,12 +7,15 @@ split's distribution (its held-out compositions never occur in training) under s
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, zip_longest
+from functools import cache
+from itertools import count, product, zip_longest
 
+from unidiff.errors import reading
 from unidiff.worlds.emoji.language import (
     NUMBERS,
     RELATIONS,
@@ -26,7 +29,7 @@ from unidiff.worlds.emoji.language import (
     parse_caption,
     sized,
 )
-from unidiff.worlds.emoji.scenes import BACKGROUNDS, KINDS, Profile, Scene, SceneGenerator, SceneObject
+from unidiff.worlds.emoji.scenes import ATLAS_FOLDER, BACKGROUNDS, KINDS, Profile, Scene, SceneGenerator, SceneObject
 
 CATEGORIES = ("single_object", "two_objects", "counting", "background", "position", "composition")
 HELD_OUT = "held_out_composition"
@@ -187,6 +190,28 @@ def _around(caption: str, phrase: str, other: str) -> tuple[str, str, str]:
         if not taken <= match.start() < taken + len(other):
             return caption[: match.start()], phrase, caption[match.end() :]
     raise ValueError(f"{phrase!r} is not in {caption!r}")
+
+
+@cache
+def phrasings() -> dict[str, tuple[Facts, ...]]:
+    """Prompts as people write them, and the facts that they may mean: a plural without a number is any from two to five."""
+    path = ATLAS_FOLDER / "phrasings.jsonl"
+    found = {}
+    with reading(path, "prompts as people write them"):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            numbers = [range(2, len(NUMBERS) + 1) if number == 0 else (number,) for number in row["counts"].values()]
+            relation = tuple(row["relation"]) if row.get("relation") else None
+            more = row.get("size"), row.get("zone"), relation, row.get("background")
+            found[row["text"]] = tuple(
+                Facts(tuple(zip(row["counts"], of, strict=True)), *more) for of in product(*numbers)
+            )
+    return found
+
+
+def stated(prompt: str) -> Sequence[Facts]:
+    """What a prompt may say: one of `phrasings`, or a caption of the grammar; nothing where it is neither."""
+    facts = parse_caption(prompt)
+    return phrasings().get(prompt, ()) if facts is None else (facts,)
 
 
 def wrong_captions(caption: str, scene: Scene, names: Sequence[str], count: int, rng: random.Random) -> list[str]:

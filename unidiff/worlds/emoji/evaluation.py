@@ -24,8 +24,10 @@ from unidiff.worlds.emoji.cases import (
     HELD_OUT,
     caption_scenes,
     inpaint_cases,
+    phrasings,
     prompt_cases,
     question_cases,
+    stated,
     task_seed,
     wrong_captions,
 )
@@ -36,7 +38,6 @@ from unidiff.worlds.emoji.language import (
     caption_entropy,
     draw_caption,
     facts_correct,
-    parse_caption,
 )
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, get_profile, render_batch
@@ -155,6 +156,7 @@ def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> Capti
         ],
         *(seed, batch_size, reader_network(profile)),
         prompts=[case.prompt for case in prompt_cases(HELD_OUT, n, seed, profile)],
+        phrasings=list(phrasings())[:n],
         shows=lambda texts, pictures: shown(texts, pictures, profile),
     )
 
@@ -162,7 +164,7 @@ def captions(n: int, seed: int, profile: Profile, batch_size: int = 64) -> Capti
 def shown(texts: Sequence[str], pictures: Tensor, profile: Profile) -> list[bool]:
     """Whether the oracle reads the whole of each picture and finds in it what the text says."""
     pairs = zip(texts, Oracle(profile).read(pictures), strict=True)
-    return [facts_correct(parse_caption(text), r.scene) for text, r in pairs]
+    return [any(facts_correct(facts, r.scene) for facts in stated(text)) for text, r in pairs]
 
 
 def oracle_reward(
@@ -283,6 +285,7 @@ _WORDS = {
     "shuffled_composition": "compositions judged by another prompt (a check of the judge)",
     "caption_nelbo": "NELBO of captions given the picture, nats",
     "caption_entropy": "entropy of captions given the picture, nats: the least that is possible",
+    "free_phrasing": "pictures of prompts as people write them",
     "caption_gap": "NELBO of captions above the entropy, nats",
     "caption_nelbo_words": "NELBO of captions without the end-of-text fill, nats",
     "image_nelbo": "NELBO of pictures given the caption, nats",
