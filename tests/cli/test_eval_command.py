@@ -59,6 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_twice_ends_with_the_same_files(model, tmp_path):
     tasks = ["--task", "caption", "--task", "inpaint", "--task", "likelihood"]
     words = ["eval", model, "--suite", "emoji", "--n", 2, "--batch-size", 2, "--steps", 1, *tasks, "--out"]
