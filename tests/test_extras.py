@@ -1,4 +1,4 @@
-"""What `pip install unidiff[...]` brings is what is imported: nothing is missing, and nothing is there for no reason."""
+"""What `pip install 'unidiff[...]'` brings is what is imported: nothing is missing, and nothing is there for no reason."""
 
 from __future__ import annotations
 

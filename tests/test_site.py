@@ -56,6 +56,14 @@ def test_the_site_lists_every_page():
     assert settings["theme"]["font"] is False and "site_url" not in settings
 
 
+def test_nobody_is_sent_to_the_package_of_the_same_name():
+    """PyPI's `unidiff` parses diffs; extras of an installed unidiff are fine."""
+    for page in MARKDOWN:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            bare = re.search(r"pip install '?unidiff(?![\[-])|^\s*unidiff\[[\w,-]+\]\s*$", line)
+            assert not bare, f"{page.name}: {line}"
+
+
 def printed(block: Block, name: str) -> str | None:
     """The text block that follows a block at once: what it prints."""
     lines = (DOCS / name).read_text(encoding="utf-8").splitlines()

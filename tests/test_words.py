@@ -71,6 +71,14 @@ def test_the_same_warning_shows_once(pipe):
     assert ["'ox'" in str(w.message) for w in seen] == [True, False]
 
 
+def test_a_warning_points_at_the_line_that_called(pipe):
+    calls = (lambda: pipe.text_to_image("a owl"), lambda: pipe("a owl"), lambda: notes_on(["a owl"], pipe.texts))
+    for call in calls:
+        with pytest.warns(UnknownWords) as seen:
+            call()
+        assert [warning.filename for warning in seen] == [__file__]
+
+
 def test_capitals_are_named_as_such(pipe):
     with pytest.warns(UnknownWords):
         note = pipe.text_to_image("A DOG").notes[0]

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -121,6 +123,15 @@ def import_extra(module: str, absent: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ValueError(absent) from error
+
+
+def warn(words: str, kind: type[Warning]) -> None:
+    """A warning at the line outside of this package that led to it."""
+    level, frame = 2, inspect.currentframe()
+    frame = frame and frame.f_back
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("unidiff", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(words, kind, stacklevel=level)
 
 
 def plain(name: object, most: int = 100) -> str:

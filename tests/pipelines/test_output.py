@@ -35,6 +35,14 @@ def test_trajectory_goes_from_hidden_to_the_result(pipe, recorded):
     assert steps.texts == [["a dog", "two cats"]] * 5
 
 
+def test_a_result_prints_as_one_line(pipe, recorded):
+    line = repr(recorded)
+    assert line.startswith(f"UniDiffOutput(images=[2 of {SIZE[1]}x{SIZE[0]}], texts=['a dog', 'two cats'], nfe=")
+    assert "\n" not in line and len(line) < 200 and "notes" not in line
+    shape = list(recorded.codes.shape)
+    assert f"images=Tensor{shape}" in repr(pipe("a dog", output_type="codes")).replace("[1, ", "[2, ")
+
+
 def test_recording_changes_nothing(pipe, recorded):
     plain = pipe.text_to_image(["a dog", "two cats"], steps=4, generator=0)
     assert torch.equal(plain.ids, recorded.ids) and plain.trajectory is None

@@ -74,6 +74,21 @@ def tab(browser, page_address):
     assert not outside
 
 
+def test_the_studio_starts_on_a_machine_that_is_slow_to_answer(monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'unidiff[demo]'")
+    from unidiff.studio.app import launch_options
+
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with gradio.Blocks(analytics_enabled=False) as page:
+        gradio.HTML("here")
+    page.launch(**launch_options(port=port), prevent_thread_lock=True, quiet=True)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+        assert answer.status == 200
+    page.close()
+
+
 def done(page) -> str:
     """Waits for a result; the words of the page about it."""
     page.wait_for_selector("#ud-files .ud-file")

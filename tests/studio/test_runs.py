@@ -273,6 +273,22 @@ def test_what_is_kept_is_bounded(studio, monkeypatch):
     assert run.left and len(visitors) == 2
 
 
+def test_a_character_of_several_tokens_is_shown_whole(pipe):
+    done = finished(Run(pipe, "text_to_image", {"prompt": "a 🦄 cat", "generator": 1, "steps": 2}))
+    shown = views.pieces(pipe, done.moments[-1])
+    assert "".join(piece.text for piece in shown).strip() == done.out.texts[0] == "a 🦄 cat"
+    moment = done.moments[-1]
+    last = next(
+        p
+        for p in moment.words.nonzero()[:, 0].tolist()
+        if pipe.texts.decode([int(moment.ids[p]) - pipe.vocabulary.text[0]]).endswith("\ufffd")
+    )
+    opened = moment.open.clone()
+    opened[last + 1] = True
+    cut = views.pieces(pipe, replace(moment, open=opened))
+    assert [piece.open for piece in cut].count(True) == 1 and any(piece.text.endswith("\ufffd") for piece in cut)
+
+
 def test_pieces_of_a_text(pipe):
     done = finished(Run(pipe, "generate", {"text": "a <mask:2> red", "generator": 1, "steps": 2}))
     for number, moment in enumerate(done.moments):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import secrets
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -18,6 +17,7 @@ from unidiff.decoding import DecodeView, Sampler, SamplerConfig
 from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.commit.base import RuleMaker
 from unidiff.diffusion.noise import keyed_bits
+from unidiff.errors import warn
 from unidiff.families.layout import PLACES, TASKS, DecodeRequest, TaskInputs
 from unidiff.models.denoiser import is_block_causal
 from unidiff.pipelines.candidates import keep_best, ranker_of
@@ -123,7 +123,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     choice = no_cache() if plain else choose_cache(options.cache, options.policy, request.batch, config, model)
     notes = [note] if (note := layout.note(task)) else []
     if notes:
-        warnings.warn(note, UntrainedTask, stacklevel=3)
+        warn(note, UntrainedTask)
     notes += [*notes_on(call.said, pipe.texts), *letters_note(call.said)]
     # 4. decode
     pipe.interrupt = False

@@ -27,7 +27,7 @@ class Trajectory:
     texts: list[list[str]]  # [S][B], open tokens as underscores
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UniDiffOutput(BaseOutput):
     """Results of B rows, by attribute, by name, or by number among those that are not None: `out.images`, `out["images"]`,
     `out[0]`; `out[0]` are the texts where there are no pictures.
@@ -72,6 +72,17 @@ class UniDiffOutput(BaseOutput):
 
         def __iter__(self) -> Iterator[Any]: ...
 
+    def __repr__(self) -> str:
+        """One line; `vars` and the attributes have all."""
+        said = {
+            "images": _brief(self.images),
+            "texts": repr(self.texts),
+            "nfe": self.nfe,
+            "seconds": f"{self.seconds:.2f}",
+        }
+        said |= {"notes": repr(self.notes)} if self.notes else {}
+        return f"UniDiffOutput({', '.join(f'{name}={value}' for name, value in said.items())})"
+
     @property
     def sequences(self) -> Tensor:
         """int64 `[B, L]`: `ids`, as transformers calls whole rows."""
@@ -102,6 +113,12 @@ class UniDiffOutput(BaseOutput):
         assert self.trajectory is not None
         frames, words = self.trajectory.frames, self.trajectory.texts[step][row]
         return Cell(() if frames is None else (Image.fromarray(frames[step, row].numpy()),), words)
+
+
+def _brief(images: Any) -> str:
+    if isinstance(images, list):
+        return f"[{len(images)} of {'x'.join(map(str, images[0].size))}]" if images else "[]"
+    return "None" if images is None else f"{type(images).__name__}{list(images.shape)}"
 
 
 def to_frames(images: Tensor, open_cells: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def launch_options(host: str = "127.0.0.1", port: int = 7860, share: bool = Fals
         "mcp_server": False,
         "enable_monitoring": False,
         "run_history": False,
+        "_frontend": False,  # gradio's look at its own page, which a busy machine or a proxy fails within seconds
         "footer_links": [],
         "inbrowser": False,
     }

@@ -47,24 +47,29 @@ def pieces(pipe: Any, moment: Moment, before: Moment | None = None) -> list[Piec
     """The tokens of a text, up to its first end."""
     start, end = pipe.vocabulary.text[0], pipe.vocabulary.specials.get("eos")
     places, shown, run = moment.words.nonzero()[:, 0].tolist(), list[Piece](), list[int]()
-    said = ""
+    said, cut = "", None
     for place in places:
         confidence = float(moment.confidence[place]) if bool(moment.targets[place]) else None
         fresh = bool(moment.recomputed[place])
         if bool(moment.open[place]):
-            run, said = [], ""
-            shown.append(Piece("", True, None, fresh, False))
+            shown += [*filter(None, [cut]), Piece("", True, None, fresh, False)]
+            run, said, cut = [], "", None
             continue
         token = int(moment.ids[place])
         if token == end:
             break
         run.append(token - start)
         whole = pipe.texts.decode([i for i in run if i < pipe.texts.size])
-        text, said = (whole.removeprefix(said) if whole.startswith(said) else pipe.texts.decode(run[-1:])), whole
+        text = whole.removeprefix(said) if whole.startswith(said) else pipe.texts.decode(run[-1:])
         if text:
             new = before is not None and bool(before.open[place])
-            shown.append(Piece(text, False, confidence, fresh, new))
-    return shown
+            piece = Piece(text, False, confidence, fresh, new)
+            if text.endswith("\ufffd"):  # a character of several tokens is shown with its last one
+                cut = piece
+                continue
+            shown.append(piece)
+        said, cut = whole, None
+    return [*shown, *filter(None, [cut])]
 
 
 def confidence_map(moment: Moment) -> Image.Image | None:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unidiff.errors import DamagedFile, few, reading, reason_of
+from unidiff.errors import DamagedFile, few, reading, reason_of, warn
 from unidiff.files import filling_folder, path_of, resolve_link
 from unidiff.schema import check_value
 from unidiff.tokens.text_folder import check_same_kind, check_tokenizer_folder
@@ -158,7 +157,7 @@ def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
     if known is not None and (bare := [text for text in texts if text.strip() and not words_of(text)]):
         notes.append(f"{bare[0][:40]!r} holds no words, so the result may show anything")
     for note in notes:
-        warnings.warn(note, UnknownWords, stacklevel=4)
+        warn(note, UnknownWords)
     return notes
 
 
