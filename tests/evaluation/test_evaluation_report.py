@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -82,3 +83,12 @@ def test_hash_depends_on_names_and_contents(tmp_path: Path) -> None:
     before = sources_hash([a, b])
     b.write_text("y")
     assert sources_hash([a, b]) != before
+
+
+def test_names_of_measures_are_whole_on_a_narrow_terminal() -> None:
+    console = Console(width=50, record=True, file=io.StringIO())
+    name = "unreadable.held_out_composition_with_a_long_name"
+    console.print(EvaluationReport(values={name: 0.5}, intervals={name: Estimate.share([True, False])}).table("t"))
+    lines = console.export_text().splitlines()
+    assert "…" not in "".join(lines)
+    assert "".join(line.split("│")[1].strip() for line in lines if "│" in line) == name

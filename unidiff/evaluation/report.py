@@ -200,7 +200,7 @@ def table_of(title: str, *heads: str, left: int = 1) -> Table:
     """A rich table without rows; the first `left` columns are words, the others numbers."""
     table = Table(title=title, title_justify="left")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number < left else "right")
+        table.add_column(head, justify="left" if number < left else "right", overflow="fold")  # nothing is cut off
     return table
 
 
