@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from unidiff.evaluation.metrics.base import METRICS
-from unidiff.tokens.text import TextTokenizer, unknown_words
+from unidiff.tokens.text import LONGEST_TYPED, TextTokenizer, unknown_words
 from unidiff.worlds.emoji import EMOJI
 from unidiff.worlds.emoji.cases import phrasings
 from unidiff.worlds.emoji.evaluation import captions
@@ -87,6 +88,27 @@ def test_other_names_are_of_one_object_and_no_name_of_another():
     every = [other for others in SYNONYMS.values() for other in others]
     assert set(SYNONYMS) == set(PROFILE.names)
     assert len(set(every)) == len(every) and not set(every) & set(PROFILE.names)
+
+
+@pytest.mark.parametrize(
+    "said", [" and \U0001f98a", "with lemon .is ", "grapes ? ,, the at the top", ". ,fox left of ?"]
+)
+def test_what_comes_out_stays_as_it_is(words, said):
+    assert words.normalised(once := words.normalised(said)) == once
+
+
+def test_private_characters_mean_no_object(words):
+    for sign in ("\ue000", "\ue400 on red", "a \uf8ff"):
+        assert words.normalised(sign) == sign
+        assert unknown_words([sign], words) == re.findall("[\ue000-\uf8ff]", sign)
+
+
+@pytest.mark.parametrize("unit", ["\U0001f98a", "\U0001f98a\U0001f34b", ",", "a ", "a fox, ", "and ", "x-"])
+def test_long_texts(words, unit):
+    """The patterns have a limit of their own, at which the library ends the process's call with no plain error."""
+    assert isinstance(words.normalised((unit * LONGEST_TYPED)[:LONGEST_TYPED]), str)
+    long = unit * 10_000
+    assert words.normalised(long) == long
 
 
 def test_text_is_stored_as_it_is(words):

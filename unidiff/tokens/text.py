@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HOLE_MARK = "\uf8ff"  # a private character that stands for a hole while a text is normalised
+LONGEST_TYPED = 1000  # characters that are normalised: the time grows with the square
+_PRIVATE = re.compile("[\ue000-\uf8ff]")  # a normaliser has signs of its own among them
 MOST_TOKENS = 4096  # of a hole where the model sets no limit of its own
 DEFAULT_SPECIALS = ("eos", "caption", "question", "answer")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -304,19 +306,19 @@ class TextTokenizer:
             check_same_kind(folder, temporary)
 
     def normalised(self, text: str) -> str:
-        """What people type in the words that the model learned, holes kept; the text itself where the tokenizer has no
-        normaliser for that (one in `tokenizer.json` beside a list of known words)."""
-        if self._normaliser is None or HOLE_MARK in text:
+        """What people type in the words that the model learned, holes kept; what comes out stays as it is. The text itself
+        without a normaliser (one in `tokenizer.json` beside a list of known words), if long, or with private characters."""
+        if self._normaliser is None or len(text) > LONGEST_TYPED or _PRIVATE.search(text):
             return text
         _check_unicode(text)
         holes = [hole[0].strip() for hole in _HOLE.finditer(text)]
-        marked = _HOLE.sub(lambda hole: hole[0].replace(hole[0].strip(), HOLE_MARK), text)
-        found = self._normaliser.normalize_str(marked)
-        if found.count(HOLE_MARK) != len(holes):
-            return text
-        for hole in holes:
-            found = found.replace(HOLE_MARK, hole, 1)
-        return found
+        found = _HOLE.sub(lambda hole: hole[0].replace(hole[0].strip(), HOLE_MARK), text)
+        for _ in range(8):  # what one pass takes out may leave something for the next
+            before, found = found, self._normaliser.normalize_str(found)
+            if found == before:
+                break
+        own = iter(holes)
+        return re.sub(HOLE_MARK, lambda _: next(own), found) if found.count(HOLE_MARK) == len(holes) else text
 
     def encode(self, text: str) -> list[int]:
         """Text ids of a string, without special tokens; `ValueError` for lone surrogates and for no string.
