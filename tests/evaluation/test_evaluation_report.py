@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from unidiff.evaluation.paired import compare_reports
 from unidiff.evaluation.report import Estimate, EvaluationReport, sources_hash
 
 
@@ -60,6 +62,23 @@ def test_report_nests_keys_and_is_written_whole(tmp_path: Path) -> None:
         "about": {"seed": 3},
     }
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_what_is_not_finite_is_null_and_comes_back_as_nan(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        report = EvaluationReport(about={"n": 3})
+        report.add("a", Estimate.mean([1.0, math.nan, 3.0]))
+        report.add("b", Estimate.mean([1.0, math.inf, 3.0]))
+        report.add("whole", Estimate.mean([1.0, 2.0, 3.0]))
+        report.save(tmp_path / "report.json", outcomes=True)
+        again = EvaluationReport.load(tmp_path / "report.json")
+        compare_reports(report, again, 10).save(tmp_path / "change.json")
+    for name in ("report.json", "change.json"):
+        text = (tmp_path / name).read_text()
+        assert "NaN" not in text and "Infinity" not in text
+    assert [math.isnan(x) for x in again.intervals["b"].cases[0]] == [False, True, False]
+    assert again.intervals["whole"].cases[0].tolist() == [1.0, 2.0, 3.0]
 
 
 def test_table_shows_every_number() -> None:

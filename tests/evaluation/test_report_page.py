@@ -72,6 +72,20 @@ def test_a_page_shows_failures_first_and_needs_no_other_file(tmp_path):
     assert "lower is better" in page and "4.250" in page and "seconds" not in page
 
 
+def test_words_on_a_page_are_escaped_once(tmp_path):
+    hostile = "<script>'&\"=1\n"
+    report = a_report()
+    picture = np.zeros((4, 4, 3), np.uint8)
+    report.cases = [JudgedCase(*[hostile] * 2, 1, False, *[hostile] * 4, ((hostile, picture),), hostile)]
+    report.measures = {key: Measure(hostile, hostile, True) for key in report.values}
+    report.about = {hostile: hostile, "suite": hostile}
+    write_files(report, tmp_path, hostile)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "&amp;lt;" not in page and "&amp;amp;" not in page
+    with open(tmp_path / "cases.csv", newline="") as file:
+        assert next(csv.DictReader(file))["wrote"] == hostile
+
+
 def test_a_page_without_cases_or_failures(tmp_path):
     report = a_report()
     report.cases = [replace(case, right=True) for case in report.cases[:3]]

@@ -119,6 +119,21 @@ def test_the_command(place, tmp_path, capsys):
     assert recipe(*words, "--outcomes") == 2 and "--outcomes goes with --json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a[/b]", "a[red]b", "a:fox:b"])
+def test_names_are_printed_as_they_are(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    for path in (f"{name}/made.json", "against.json"):
+        Path(path).write_text(json.dumps({"1": "a fox on a red background", "2": "two owls"}))
+    for way in ("one", "other"):
+        words = ["eval", "score", "cider", f"{name}/made.json", "--against", "against.json", "--device", "cpu"]
+        assert recipe(*words, "--json", f"{name}/{way}.json", "--outcomes") == 0
+        assert f"cider of {name}" in capsys.readouterr().out
+    assert recipe("eval", "compare", f"{name}/one.json", f"{name}/other.json") == 0
+    assert f"{name}/other.json - {name}" in capsys.readouterr().out
+
+
 def test_fid_of_a_world_is_a_task(tmp_path):
     pytest.importorskip("torch_fidelity")
     from unidiff import UniDiffPipeline

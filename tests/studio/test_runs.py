@@ -227,6 +227,13 @@ def test_errors_are_one_sentence_and_faults_of_ours_go_to_the_log(pipe, studio, 
     run.decode()
     assert isinstance(list(run.events())[-1], Failed)
 
+    def panics(*args, **more):  # as libraries in Rust do
+        raise BaseException("a limit is over")
+
+    pipe.transformer.hidden = panics
+    last = events(studio, "text_to_image", Form("a dog"))[-1]
+    assert "something went wrong in unidiff itself" in last.status and not last.busy
+
 
 def test_words_are_escaped_everywhere(studio):
     last = events(studio, "text_to_image", Form("<b>&<i>", steps=1))[-1]

@@ -20,6 +20,8 @@ from unidiff.pipelines.options import FLAGS, MOST_ROWS, OPTIONS, own_arguments
 from unidiff.process import pick_device
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.output import UniDiffOutput
 
@@ -299,11 +301,17 @@ def height_and_width(size: str, flag: str) -> tuple[int, int]:
     return int(sides[-1]), int(sides[0])
 
 
+def console(stderr: bool = False) -> Console:
+    """Where tables are printed; names of files and models come out as they are, whatever brackets and colons they have."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 @contextmanager
 def bar(what: str) -> Iterator[Callable[..., None]]:
     """A progress bar with the time left on a terminal, none elsewhere: call it with how many more are done, of how many (None:
     as before), and what comes next where that is of interest."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -314,17 +322,17 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    if not console.is_terminal:  # rich would write an empty line
+    errors = console(stderr=True)
+    if not errors.is_terminal:  # rich would write an empty line
         yield lambda *_, **__: None
         return
-    with Progress(*columns, console=console, transient=True) as shown:
+    with Progress(*columns, console=errors, transient=True) as shown:
         task = shown.add_task(what, total=None)
 
         def tick(more: int, total: int | None = None, now: str = "") -> None:

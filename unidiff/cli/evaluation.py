@@ -18,6 +18,7 @@ from unidiff.cli.common import (
     check_folder,
     check_outputs,
     check_own,
+    console,
     shared_rows,
     with_decode_flags,
 )
@@ -110,8 +111,6 @@ def evaluate(
     count = n or per_task or PER_TASK
     options |= {"n": count, "seed": flags.options["generator"]} | ({"per_task": count} if n is None else {})
     options |= {"tasks": tuple(dict.fromkeys(task))} if task else {}
-    from rich.console import Console
-
     from unidiff.evaluation.paired import compare_reports
     from unidiff.evaluation.report import EvaluationReport
 
@@ -123,9 +122,9 @@ def evaluate(
     result = _evaluated(pipe, suite, out, about, options | {"batch_size": batch_size})
     if json_path is not None:
         result.save(json_path, outcomes)
-    Console().print(result.table(f"{suite} scenes"))
+    console().print(result.table(f"{suite} scenes"))
     if other is not None:
-        Console().print(compare_reports(other, result).table(f"compared with {against}"))
+        console().print(compare_reports(other, result).table(f"compared with {against}"))
     if out is not None:
         typer.echo(out / "report.html")
 
@@ -243,8 +242,6 @@ def compare(
     """Difference of two evaluations of the same cases, with paired bootstrap intervals."""
     files = _json_of(before), _json_of(after)
     check_outputs(json_file=json_path, inputs=files)
-    from rich.console import Console
-
     from unidiff.evaluation.paired import compare_reports
     from unidiff.evaluation.report import EvaluationReport
 
@@ -252,7 +249,7 @@ def compare(
     found = compare_reports(first, second)
     if json_path is not None:
         found.save(json_path)
-    Console().print(found.table(f"{after} - {before}"))
+    console().print(found.table(f"{after} - {before}"))
 
 
 def _json_of(evaluation: Path) -> Path:

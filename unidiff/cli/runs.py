@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from unidiff.cli.common import check_files
+from unidiff.cli.common import check_files, console
 from unidiff.config import CONFIGS, named_config
 from unidiff.files import check_writable, replacing
 
@@ -51,7 +51,6 @@ def runs(
     if html is not None and html.suffix != ".html":
         raise ValueError(f"output {str(html)!r} (--html) must end in .html")
     check_files([] if html is None else [("--html", html)])
-    from rich.console import Console
     from rich.table import Column, Table
 
     from unidiff.train.run.report import differing, find_runs, write_comparison
@@ -74,13 +73,13 @@ def runs(
             said,
             written,
         )
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     if len(found) > 1 and (different := differing(found)):
         table = Table("setting", *map(str, range(1, len(found) + 1)), box=None, pad_edge=False)
         for name, values in different.items():
             table.add_row(name, *("" if value is None else json.dumps(value)[:40] for value in values))
-        console.print()
-        console.print(table)
+        shown.print()
+        shown.print(table)
     if html is not None:
         typer.echo(write_comparison(found, html))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unidiff.cli.common import Device, Seed, bar, check_outputs, quiet_libraries
+from unidiff.cli.common import Device, Seed, bar, check_outputs, console, quiet_libraries
 from unidiff.process import pick_device
 
 
@@ -38,8 +38,6 @@ def score(
     check_outputs(json_file=json_path, inputs=[path for path in (made, against) if path is not None])
     if outcomes and json_path is None:
         raise ValueError("--outcomes goes with --json, which names the file to keep them in")
-    from rich.console import Console
-
     from unidiff.evaluation.scoring import score_results
 
     quiet_libraries()
@@ -49,6 +47,6 @@ def score(
         report = score_results(metric, made, against, network, **options, tick=tick)
     if json_path is not None:
         report.save(json_path, outcomes)
-    Console().print(report.table(f"{metric} of {made}"))
+    console().print(report.table(f"{metric} of {made}"))
     for note in report.about["notes"]:
         typer.echo(note, err=True)

@@ -15,6 +15,7 @@ from unidiff.cli.common import (
     Steps,
     WorldName,
     check_folder,
+    console,
     height_and_width,
     load_own_model,
 )
@@ -85,8 +86,6 @@ def profile_cache(
     """Measure how little a model's features change from pass to pass, and recommend a cache."""
     check_folder(out, ["profile.json"])
     pipe = load_own_model(model, device, dtype, "profile-cache")
-    from rich.console import Console
-
     from unidiff.evaluation.cache_profile import TASKS, profile_pipeline, summary, write
     from unidiff.world import WORLDS
 
@@ -95,7 +94,7 @@ def profile_cache(
     profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, told)
     traits = pipe.transformer.traits
     table, advice = summary(profiles, traits)
-    Console().print(table)
+    console().print(table)
     for name, chosen in advice.items():
         options = ", ".join(f"{k}={v}" for k, v in chosen.cache.options.items())
         typer.echo(f"{name}: {chosen.cache.policy}{f' ({options})' if options else ''}; {chosen.reason}")

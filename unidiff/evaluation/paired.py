@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data, keys as in the reports with their dots; numbers that are not finite become None."""
         rows = {key: asdict(d) for key, d in self.differences.items()}
-        finite = {k: {name: None if v != v else v for name, v in row.items()} for k, row in rows.items()}
+        finite = {
+            k: {name: None if v is None or not math.isfinite(v) else v for name, v in row.items()}
+            for k, row in rows.items()
+        }
         return {"differences": finite, "about": dict(self.about)}
 
     def save(self, path: str | Path) -> None:
@@ -87,7 +91,10 @@ def compare_reports(
         raise ValueError("the evaluations have no number in common; evaluate the same tasks")
     for report, which in ((before, "first"), (after, "second")):
         if not any(e.cases for e in report.intervals.values()):
-            raise ValueError(f"the {which} evaluation was saved without the outcome of each case; save it with them")
+            raise ValueError(
+                f"the {which} evaluation was saved without the outcome of each case; save it with them (--outcomes), where its "
+                "metric scores case by case (bleu, fid, kid and is do not)"
+            )
     differences = {}
     for key in shared:
         a, b = before.values[key], after.values[key]

@@ -244,11 +244,11 @@ def _flat(node: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, floa
             yield before + key, math.nan if value is None else float(value)
 
 
-def _written(cases: np.ndarray) -> str | list[float]:
-    """Shares as a string of 0 and 1, means as numbers of float32 precision."""
+def _written(cases: np.ndarray) -> str | list[float | None]:
+    """Shares as a string of 0 and 1, means as numbers of float32 precision; None for what is not finite."""
     if cases.dtype == bool:
         return "".join("01"[c] for c in cases.tolist())
-    return [float(f"{x:.7g}") for x in cases.tolist()]
+    return [_finite(float(f"{x:.7g}")) for x in cases.tolist()]
 
 
 def _read(cases: Any) -> np.ndarray:
@@ -257,5 +257,5 @@ def _read(cases: Any) -> np.ndarray:
         if set(cases) - {"0", "1"}:
             raise ValueError("outcomes of a share are written with 0 and 1 only")
         return np.array([c == "1" for c in cases], bool)
-    check_value(cases, list[float], "outcomes of a mean")
+    check_value(cases, list[float | None], "outcomes of a mean")
     return np.array(cases, np.float64)

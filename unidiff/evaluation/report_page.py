@@ -87,7 +87,7 @@ def _write_html(report: EvaluationReport, path: Path, title: str) -> None:
     first = {_measure(report, key).task for key in report.values if _measure(report, key).headline}
     tasks = {task: keys for has in (True, False) for task, keys in tasks.items() if (task in first) is has}
     headlines = [key for key in report.values if _measure(report, key).headline]
-    links = "".join(f'<a href="#{_anchor(task)}">{_title(task)}</a>' for task in tasks)
+    links = "".join(f'<a href="#{_anchor(task)}">{html.escape(_title(task))}</a>' for task in tasks)
     parts = [
         f'<p class="soft">{html.escape(_lead(report.about))}</p>',
         f'<nav aria-label="tasks">{links}<a href="#settings">Settings</a></nav>',
@@ -96,7 +96,7 @@ def _write_html(report: EvaluationReport, path: Path, title: str) -> None:
         names = {key: _title(_measure(report, key).task) for key in headlines}
         parts += ['<section aria-label="summary">', _numbers(report, headlines, names, "Summary"), "</section>"]
     for task, keys in tasks.items():
-        parts += [f'<section id="{_anchor(task)}"><h2>{_title(task)}</h2>']
+        parts += [f'<section id="{_anchor(task)}"><h2>{html.escape(_title(task))}</h2>']
         parts += [_numbers_of_task(report, keys, task)]
         parts += [*_sheets([case for case in report.cases if case.task == task]), "</section>"]
     replace_text(path, html_page(title, [*parts, _settings(report.about)], _STYLE))
@@ -128,7 +128,7 @@ def _numbers_of_task(report: EvaluationReport, keys: Sequence[str], task: str) -
 
 
 def _title(task: str) -> str:
-    words = html.escape(task.replace("_", " ") or "numbers")
+    words = task.replace("_", " ") or "numbers"
     return words[:1].upper() + words[1:]
 
 

@@ -137,6 +137,8 @@ class Run:
             pass
         except Exception as error:  # whatever it is, the page says it
             self.news.put(Failed(error))
+        except BaseException as error:  # of a library in another language: the page must not wait for ever
+            self.news.put(Failed(RuntimeError(f"{type(error).__name__}: {error}")))
 
     def _look(self, pipe: Any, step: int, t: float, tensors: Mapping[str, Tensor]) -> bool | None:
         if self.left:
