@@ -20,7 +20,7 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 def a_report() -> EvaluationReport:
     """Numbers of two tasks, and 40 cases of one, of which every third is wrong."""
-    report = EvaluationReport(about={"model": "toy <b>", "seed": 3, "n": 20})
+    report = EvaluationReport(about={"model": "toy <b>", "seed": 3, "n": 20, "samplers": {"text": {"steps": 4}}})
     rng, shares = np.random.default_rng(0), []
     for category in ("one_fox", "two_foxes"):
         right = [number % 3 > 0 for number in range(20)]
@@ -69,6 +69,7 @@ def test_a_page_shows_failures_first_and_needs_no_other_file(tmp_path):
     assert page.count("<svg") == 1 and 'role="img"' in page and "two_foxes 0.650" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and "<script" not in page
     assert all(alt for alt in re.findall(r'<img [^>]*alt="([^"]*)"', page))
+    assert "<summary>Samplers</summary><pre>text.steps: 4</pre>" in page
     assert "lower is better" in page and "4.250" in page and "seconds" not in page
 
 

@@ -250,13 +250,21 @@ def _image(picture: np.ndarray, alt: str) -> str:
 
 
 def _settings(about: Mapping[str, Any]) -> str:
+    """Plain settings in a table; groups of them, which are long, folded below it."""
+    said = lambda value: html.escape(value if isinstance(value, str) else json.dumps(value, default=str))  # noqa: E731
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(name.replace("_", " ").replace(".", ": "))}</th>'
-        f"<td>{html.escape(value if isinstance(value, str) else json.dumps(value, default=str))}</td></tr>"
-        for name, value in flat(about).items()
+        f'<tr><th scope="row">{html.escape(name.replace("_", " "))}</th><td>{said(value)}</td></tr>'
+        for name, value in about.items()
+        if not isinstance(value, Mapping)
+    )
+    groups = "".join(
+        f"<details><summary>{html.escape(name.replace('_', ' ').capitalize())}</summary>"
+        f"<pre>{chr(10).join(f'{html.escape(key)}: {said(v)}' for key, v in flat(value).items())}</pre></details>"
+        for name, value in about.items()
+        if isinstance(value, Mapping)
     )
     files = (
         f'<p class="soft">{DATA} has all numbers and the outcome of every case, {NUMBERS} the numbers, {CASES} every '
         "case with its words, and rows/ what was drawn.</p>"
     )
-    return f'<section id="settings"><h2>Settings</h2><table class="settings">{rows}</table>{files}</section>'
+    return f'<section id="settings"><h2>Settings</h2><table class="settings">{rows}</table>{groups}{files}</section>'
