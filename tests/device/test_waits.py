@@ -333,6 +333,7 @@ MOST: Mapping[str, Waits] = {
     "mixed rows, a cache each": Waits(1, 0),
     "alike rows, block-causal": Waits(1, 0),
     "pass, ancestral rule": Waits(1, 0),
+    "pass, at_least rule": Waits(1, 0),
     "pass, credit rule": Waits(1, 0),
     "pass, factor rule": Waits(1, 0),
     "pass, first_hitting rule": Waits(1, 0),
@@ -342,6 +343,8 @@ MOST: Mapping[str, Waits] = {
     "pass, unidisc": Waits(0, 0),
     "pass, mdlm": Waits(1, 0),
     "pass, llada": Waits(1, 0),
+    "pass, llada_moe": Waits(3, 0),  # and in each of two layers of experts
+    "pass, llada2": Waits(3, 0),
     "pass, dream": Waits(1, 0),
     "pass, mmada": Waits(0, 0),
     "pass, lumina": Waits(0, 0),

@@ -47,11 +47,12 @@ def agreement(
     parts = words.sum(1).div(4, rounding_mode="floor").clamp(2, 4)  # [B]
     total = fit_score(score, vocabulary, batch, words, parts)
     written = (batch.targets & (batch.modality == Modality.TEXT)).any(1)  # [B], rows whose words were decoded
-    if bool(written.any()):
+    some, every = torch.stack([written.any(), written.all()]).tolist()  # read in one
+    if some:
         unseen = batch.modality == Modality.IMAGE
         blind = batch.hide(unseen, vocabulary)
         total = total - torch.where(written, fit_score(score, vocabulary, blind, words, parts), 0)
-    if not bool(written.all()):
+    if not every:
         drawn = batch.targets & (batch.modality == Modality.IMAGE) & ~written[:, None]
         part = batch.positions[..., 1] % 2 * 2 + batch.positions[..., 2] % 2  # [B, L]
         for number in range(4):
