@@ -85,6 +85,19 @@ def test_one_product_for_all_experts_is_the_same(settings):
     torch.testing.assert_close(layer.experts(x, routing, grouped=True), layer.experts(x, routing, grouped=False))
 
 
+@BOTH
+@torch.no_grad()
+def test_any_number_of_tokens(settings):
+    model = network(settings)
+    layer, x = mixtures(model)[0], inputs().float()
+    for listed in (False, True):
+        torch.testing.assert_close(layer(x[0]), layer(x[:1])[0])
+        for shape in ((0, 16), (2, 0, 16), (0, 3, 16)):
+            assert layer(torch.zeros(shape)).shape == shape
+        if not listed:
+            list_experts(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @BOTH
 @torch.no_grad()

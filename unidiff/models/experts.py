@@ -139,7 +139,7 @@ class MixtureOfExperts(nn.Module):
         self.routings: list[Routing] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        flat = x.flatten(0, -2)
+        flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat)
         if self.routings is not None:
             self.routings.append(routing)
@@ -186,7 +186,7 @@ class _ByExpert(NamedTuple):
         if shared:  # a grouped product leaves rows behind its last group as they were in memory
             there = torch.arange(len(out), device=out.device) < self.sizes.sum()
             out = torch.where(there[:, None], out, 0)
-        own = out.index_select(0, self.place.flatten()).view(*self.place.shape, -1)  # [n, k, D]
+        own = out.index_select(0, self.place.flatten()).view(*self.place.shape, out.shape[-1])  # [n, k, D]
         return torch.bmm(weights[:, None].to(out.dtype), own)[:, 0]
 
 
