@@ -79,9 +79,10 @@ def same(a: list[Tensor], b: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("threshold, steps", [(0.5, 4), (0.2, 8), (0.95, 5), (2.0, 3)])
 def test_block_refinement_commits_what_it_does_in_its_own_loop(threshold, steps):
-    model, scheduler = Known(drawn(sharp=3.0)), scheduler_of("BlockRefinementScheduler", threshold=threshold)
+    scheduler = scheduler_of("BlockRefinementScheduler", threshold=threshold, block_length=LENGTH)
+    model = Known(drawn(sharp=3.0))
     theirs = [torch.full((1, LENGTH), MASK)]
-    scheduler.set_timesteps(steps, block_length=LENGTH)
+    scheduler.set_timesteps(steps)
     for step in range(steps):
         if (theirs[-1] == MASK).any():
             theirs.append(scheduler.step(model(theirs[-1]), step, theirs[-1], mask_token_id=MASK).prev_sample)
@@ -158,8 +159,8 @@ def looped(model: Known, scheduler, steps: int, **more) -> list[Tensor]:
     [("quota", 5, 2.0), ("quota", 16, 2.0), ("threshold", 16, 0.3), ("threshold", 16, 0.05)],
 )
 def test_ours_steps_as_block_refinement_does(rule, steps, threshold):
-    theirs = scheduler_of("BlockRefinementScheduler", threshold=threshold)
-    theirs.set_timesteps(steps, block_length=LENGTH)
+    theirs = scheduler_of("BlockRefinementScheduler", threshold=threshold, block_length=LENGTH)
+    theirs.set_timesteps(steps)
     own = UnmaskingScheduler(MASK, "text", SamplerConfig(text=replace(GREEDY, rule=rule, threshold=threshold)))
     own.set_timesteps(steps)
     model = Known(drawn(sharp=3.0))

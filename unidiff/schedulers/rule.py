@@ -119,11 +119,12 @@ class ScheduledRows(NamedRule):
 
     def _begun(self, steps: int, size: int, logits: Tensor) -> Any:
         """A scheduler at the start of a block of `size` positions."""
-        kind, said = type(self._scheduler), {**self._scheduler.config, "mask_token_id": logits.shape[-1]}
+        kind = type(self._scheduler)
+        said = {**self._scheduler.config, "mask_token_id": logits.shape[-1], "block_length": size}
         new = kind(**{name: said[name] for name in inspect.signature(kind).parameters if name in said})
-        takes = inspect.signature(new.set_timesteps).parameters
-        own = {"block_length": size, "temperature": (self.settings.choice_temperature, 0)}
-        new.set_timesteps(steps, device=logits.device, **{name: own[name] for name in own if name in takes})
+        takes_temperature = "temperature" in inspect.signature(new.set_timesteps).parameters
+        own = {"temperature": (self.settings.choice_temperature, 0)} if takes_temperature else {}
+        new.set_timesteps(steps, device=logits.device, **own)
         return new
 
     def _step(self, row: int, logits: Tensor, size: int, step: int, seed: int) -> tuple[Tensor, Tensor]:
