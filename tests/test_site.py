@@ -172,7 +172,7 @@ def commands(name: str) -> list[str]:
 def test_the_training_of_the_readme_runs(tmp_path):
     """With fewer pictures and steps."""
     smaller = (
-        ("--count 2000", "--count 600"),
+        ("--count 1000", "--count 600"),
         ("steps=200", "steps=4 warmup_steps=1"),
         ("steps=300", "steps=4 data.validation_rows=16"),
     )
