@@ -121,6 +121,7 @@ def test_the_command(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["a[/b]", "a[red]b", "a:fox:b"])
 def test_names_are_printed_as_they_are(name, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("pycocoevalcap")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir(parents=True)

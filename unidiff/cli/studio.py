@@ -15,7 +15,7 @@ def studio(
         str, typer.Argument(help="Model folder, hub model owner/name, or the embedded 'emoji'.")
     ] = "emoji",
     host: Annotated[
-        str, typer.Option(help="Address to serve at; 0.0.0.0 opens the page to your network.")
+        str, typer.Option(help="Address to serve at; another one than 127.0.0.1 may open the page to your network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     share: Annotated[
