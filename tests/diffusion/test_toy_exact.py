@@ -224,10 +224,10 @@ def test_one_draw_variance_of_the_estimators_themselves(case):
 
 
 def test_intervals_hold_what_they_promise(case):
-    """2,000 estimates of 64 draws: their 95 % intervals hold the exact value in 92 to 98 %."""
+    """2,000 estimates of 128 draws: their 95 % intervals hold the exact value in 92 to 98 % (of 64: .935 to .982)."""
     toy, stored, scorer, moments = case
     batch = toy.batch([stored["estimator_variance"]["x0"]]).rows(torch.zeros(2000, dtype=torch.long))
-    found = mask_count_nelbo(scorer, batch, toy.vocabulary, torch.arange(2000), seed=3, samples=64)
+    found = mask_count_nelbo(scorer, batch, toy.vocabulary, torch.arange(2000), seed=3, samples=128)
     exact = moments.nelbo()[row_of(toy, stored["estimator_variance"]["x0"])]
     assert 0.92 <= float(((found.total - exact).abs() <= found.error).double().mean()) <= 0.98
 
