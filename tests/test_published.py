@@ -93,7 +93,7 @@ def check_harness(words: list[str]) -> str:
 
 
 def test_a_wrong_command_is_not_read():
-    with pytest.raises(Exception, match="No such option:? '?--prompt"):
+    with pytest.raises(Exception, match=r"No such option:? '?--prompt"):
         parse(["eval", "run", "geneval", "--prompt", "x"])
 
 
