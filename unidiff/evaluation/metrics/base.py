@@ -31,7 +31,7 @@ class CaptionedPictures:
         network: features of the world's own reader.
         tick: called with how many pictures have been gone through, `Metric.rounds` times each.
         prompts: of pictures to be drawn. shows: (texts, pictures) -> whether each picture is what the text says.
-        phrasings: prompts as people write them.
+        phrasings: prompts as people might write them.
         options: of every decode. folder: where a metric that takes long keeps what it has, and goes on after a stop.
     """
 

@@ -18,7 +18,7 @@ def free_phrasing(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, 
     """
     if cases.shows is None or not cases.phrasings:
         raise ValueError(
-            "free_phrasing needs prompts as people write them and a reader of pictures; these cases have none"
+            "free_phrasing needs prompts as people might write them and a reader of pictures; these cases have none"
         )
     right, seeds = list[bool](), row_seeds(cases.seed, len(cases.phrasings)).tolist()
     for start in range(0, len(seeds), cases.batch_size):

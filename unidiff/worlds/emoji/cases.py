@@ -194,10 +194,10 @@ def _around(caption: str, phrase: str, other: str) -> tuple[str, str, str]:
 
 @cache
 def phrasings() -> dict[str, tuple[Facts, ...]]:
-    """Prompts as people write them, and the facts that they may mean: a plural without a number is any from two to five."""
+    """Prompts as people might write them, and the facts that they may mean: a plural without a number is any from two to five."""
     path = ATLAS_FOLDER / "phrasings.jsonl"
     found = {}
-    with reading(path, "prompts as people write them"):
+    with reading(path, "prompts as people might write them"):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             numbers = [range(2, len(NUMBERS) + 1) if number == 0 else (number,) for number in row["counts"].values()]
             relation = tuple(row["relation"]) if row.get("relation") else None

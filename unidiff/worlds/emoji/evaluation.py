@@ -285,7 +285,7 @@ _WORDS = {
     "shuffled_composition": "compositions judged by another prompt (a check of the judge)",
     "caption_nelbo": "NELBO of captions given the picture, nats",
     "caption_entropy": "entropy of captions given the picture, nats: the least that is possible",
-    "free_phrasing": "pictures of prompts as people write them",
+    "free_phrasing": "pictures of prompts as people might write them",
     "caption_gap": "NELBO of captions above the entropy, nats",
     "caption_nelbo_words": "NELBO of captions without the end-of-text fill, nats",
     "image_nelbo": "NELBO of pictures given the caption, nats",
