@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 import torch
 
 from unidiff.families.chat import Turn, check_turns, words_of_turns
-from unidiff.families.layout import Grid, RowLayout, TaskInputs
+from unidiff.families.layout import RowLayout, TaskInputs
 from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
 from unidiff.pipelines.inputs import PictureReader, as_list
@@ -282,9 +282,10 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
         width: int | None = None,
         resize: bool = False,
         num_images_per_prompt: int = 1,
+        max_text_tokens: int | None = None,
         **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
-        """Change pictures as told.
+        """Change pictures as told, and answer in words as well where the family can (`layout.words_beside`).
 
         Args:
             prompt: what to change.
@@ -293,7 +294,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
             height, width: of the result; as the picture when left out.
 
         Raises:
-            ValueError: an empty prompt, a size together with a mask, or as for `caption`.
+            ValueError: an empty prompt, a size together with a mask, words of a family without, or as for `caption`.
         """
         said, given = texts_of(prompt, "prompt"), self._read(image, resize)
         columns: dict[str, Any] = {"image": given.codes, "prompt": said}
@@ -309,6 +310,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
             holes=rows.get("mask_image"),
             references=rows.get("reference"),
             grid=self._grid(height, width),
+            **self._beside("edit", max_text_tokens),
         )
         return TaskCall(inputs, num_images_per_prompt, said)
 
@@ -322,6 +324,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
+        prompt: str | Sequence[str] | None = None,
         **options: Unpack[DecodeKeywords],
     ) -> TaskCall:
         """Make a picture and its caption together, from nothing, from a few words, or from either one.
@@ -329,10 +332,19 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
         Args:
             text: None for a caption of unknown words, or captions with holes as for `inpaint`.
             image: None for pictures of unknown content, or known pictures.
+            prompt: what to answer in words and a picture (`layout.words_beside`), in place of text and image.
 
         Raises:
-            ValueError: text and image both known in full, or as for `inpaint`.
+            ValueError: text and image both known in full, or as for `inpaint`; a prompt that the family does not take.
         """
+        if prompt is not None:
+            if text is not None or image is not None:
+                raise ValueError("prompt is for words and a picture that are both new; leave text and image out")
+            told = texts_of(prompt, "prompt")
+            texts = columns_of(num_images_per_prompt, prompt=told)["prompt"]
+            more = self._beside("generate", max_text_tokens)
+            inputs = TaskInputs(len(texts), texts, grid=self._grid(height, width), **more)
+            return TaskCall(inputs, num_images_per_prompt, told)
         longest = self._longest(max_text_tokens, text)
         said = None if text is None else texts_of(text, "text", holes=True)
         flag(resize, "resize")
@@ -382,6 +394,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
             )
         return whole(max_text_tokens, "max_text_tokens", 1, self.layout.most)
 
-    def _grid(self, height: int | None, width: int | None) -> Grid | None:
-        """None where no size was asked for."""
-        return None if height is None and width is None else self._grid_of(height, width)
+    def _beside(self, task: str, asked: int | None) -> dict[str, Any]:
+        """Whether a task that is told what to make writes words beside the picture, and how many."""
+        usual = self.layout.usual_words(task, asked)
+        return {"told": True, "longest": self._longest(asked, usual=usual)} if usual or asked is not None else {}

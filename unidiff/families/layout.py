@@ -48,6 +48,7 @@ class TaskInputs:
     grid: Grid | None = None  # (rows, columns) of codes of the picture to draw, where the family draws any
     strength: float = 1.0  # share of the steps in which a picture is redrawn; less leaves more of it
     longest: int = LONGEST  # most tokens of a text to write
+    told: bool = False  # whether `texts` say what to answer in words and a picture together
 
     def picture(self, row: int, vocabulary: Vocabulary, grid: Grid | None, newline: int | None = None) -> Span:
         """The picture of a row, which is read back: codes with holes, or a grid of unknown ones; newline: see `Span`."""
@@ -218,6 +219,19 @@ class RowLayout:
     def most(self) -> int:
         """Most tokens of a text that may be asked for."""
         return MOST_TOKENS
+
+    @property
+    def words_beside(self) -> Mapping[str, int]:
+        """Of `generate` and `edit`, those that can answer a prompt in words and a picture together: tokens of the words where
+        nothing else is asked for, 0 for a picture alone then."""
+        return {}
+
+    def usual_words(self, task: str, asked: int | None) -> int:
+        """Of `words_beside`; `ValueError` where a task does not answer a prompt in words, but is to."""
+        if task not in self.words_beside and (asked is not None or task == "generate"):
+            wrong = "prompt" if task == "generate" else "max_text_tokens"
+            raise ValueError(f"{task} of {self.family} answers no prompt in words and a picture; leave {wrong} out")
+        return self.words_beside.get(task, 0)
 
     def check_parts(self, transformer: Any, images: Any, texts: Any) -> None:
         """Raise `ValueError` unless network and tokenizers (None for no pictures) have the ids of the vocabulary."""

@@ -329,7 +329,7 @@ _INPUTS: dict[str, tuple[set[str], set[str]]] = {
     "answer": ({"image", "question"}, set()),
     "caption": ({"image"}, set()),
     "inpaint": ({"image"}, {"mask_image", "text"}),
-    "generate": (set(), {"text", "image"}),
+    "generate": (set(), {"text", "image", "prompt"}),
     "edit": ({"image", "prompt"}, {"mask_image", "reference"}),
     **dict.fromkeys(("chat", "complete", "infill"), ({"prompt"}, set[str]())),
 }
@@ -347,9 +347,9 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
         given: inputs of the call that are not None, by name.
         task: asked for by name; then only checked.
     """
-    names = set(given)
+    names, by_name = set(given), {"edit", "generate"} if "prompt" in given else {"edit"}
     if task is None:
-        fits = [name for name, (needs, more) in _INPUTS.items() if needs <= names <= needs | more and name != "edit"]
+        fits = [n for n, (needs, more) in _INPUTS.items() if needs <= names <= needs | more and n not in by_name]
         if not fits:
             raise ValueError(
                 f"no task takes {' and '.join(sorted(names))} together; expected a prompt, an image (with a question, or "

@@ -141,6 +141,10 @@ class PictureReader:
             raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
         return height // factor, width // factor
 
+    def _grid(self, height: int | None, width: int | None) -> Grid | None:
+        """None where no size was asked for."""
+        return None if height is None and width is None else self._grid_of(height, width)
+
     def _inputs(self, grid: Grid) -> ImageInputs:
         if self.images is None:
             raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")
