@@ -135,7 +135,7 @@ def placed(row: TokenBatch, left: int, length: int) -> TokenBatch:
     n = row.shape[1]
     wide = row.pad_to(length)
     order = torch.cat([torch.arange(n, n + left), torch.arange(n), torch.arange(n + left, length)])
-    return TokenBatch(*(getattr(wide, name)[:, order] for name in TokenBatch.__dataclass_fields__))
+    return wide.each(lambda x: x[:, order])
 
 
 def case_of(number: int) -> Case:

@@ -28,6 +28,7 @@ def test_every_part_has_its_example(namespace: dict):
     headings = [block.heading for block in BLOCKS]
     parts = [
         "A backbone",
+        "An encoder without codes",
         "An image tokenizer",
         "A commit rule",
         "A refresh policy",

@@ -140,7 +140,7 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(model, options):
 
     def passes(rows: list[int], length: int) -> Tensor:
         part = batch.rows(rows)
-        part = TokenBatch(*(getattr(part, f)[:, :length] for f in part.__dataclass_fields__))
+        part = part.each(lambda x: x[:, :length])
         store = model.make_store(part, options)
         for step in range(4):
             changed = some_positions(batch, 0.4, 10 + step)[rows, :length]
@@ -263,7 +263,7 @@ def test_positions_never_computed_are_seen_by_nobody():
     store = model.make_store(batch)
     front = torch.arange(11)[None] < 5
     out = model.partial(batch.ids, CachePlan(front, full=False), store)
-    short = TokenBatch(*(getattr(batch, f)[:, :5] for f in batch.__dataclass_fields__))
+    short = batch.each(lambda x: x[:, :5])
     torch.testing.assert_close(out.hidden, whole(model, short.ids, short, TIME[:1]))
 
 

@@ -78,7 +78,7 @@ def test_flex_attention_equals_the_dense_mask(kv_heads):
 
 def test_flex_attention_of_doubled_rows_equals_the_dense_mask():
     batch = packed([[9, 7], [6]])
-    both = TokenBatch(**{name: torch.cat([value, value], 1) for name, value in vars(batch).items()})
+    both = batch.each(lambda x: torch.cat([x, x], 1))
     visible = block_visibility(batch, 3)
     model = network(attention="block_causal", block_length=3)
     with torch.no_grad():

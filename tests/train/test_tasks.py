@@ -25,7 +25,7 @@ def mixer(tmp_path, *overrides: str, seed: int = 0) -> TaskMixer:
 
 def flat(batch: TaskBatch) -> dict[str, torch.Tensor]:
     out = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("batch", "visible")}
-    return out | {f.name: getattr(batch.batch, f.name) for f in fields(batch.batch)}
+    return out | batch.batch.columns()
 
 
 def test_tasks_come_in_their_proportions(tmp_path):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from unidiff.diffusion.schedules import SCHEDULES
-from unidiff.models.denoiser import PartialDenoiser
+from unidiff.models.denoiser import PartialDenoiser, takes_features
 from unidiff.registry import Registry
 from unidiff.schema import Between, Index, check_fields, from_data
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.tokens.batch import CONTINUOUS
 
 RULES: Registry[Any] = Registry(
     "commit_rules", "unidiff.decoding.commit", lambda found: (hasattr(found, "early") and found.name) or None
@@ -290,6 +291,7 @@ def banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int
 
 
 def check_request(
+    model: Any,
     vocabulary: Vocabulary,
     config: SamplerConfig,
     batch: Any,
@@ -325,6 +327,11 @@ def check_request(
             raise ValueError(
                 "unconditional has other targets than the batch; align the rows, for instance by left padding"
             )
+    if any(rows.features is not None for rows in (host, *on_host)) and not takes_features(model):
+        raise ValueError(
+            f"the batch has continuous features, but {type(model).__name__} reads ids alone; its hidden needs an argument "
+            "`features`, see `Denoiser`"
+        )
     return host, others
 
 
@@ -333,7 +340,7 @@ def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> TokenBatch:
     if not isinstance(batch, TokenBatch):
         raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")
     shape = tuple(getattr(batch.ids, "shape", ())[:2])
-    for f, kind in zip(fields(TokenBatch), _KINDS, strict=True):
+    for f, kind in zip(fields(TokenBatch), _KINDS, strict=False):
         value, own = getattr(batch, f.name), (*shape, 3) if f.name == "positions" else shape
         expected = f"{kind} {list(own)}"
         _check_tensor(f"{name} {f.name}", value, (kind,), own, expected, plural=True)
@@ -341,8 +348,15 @@ def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> TokenBatch:
             raise ValueError(f"{name} {f.name} are on {value.device}; expected {batch.ids.device}, that of the ids")
     if len(shape) != 2 or not batch.ids.numel():
         raise ValueError(f"{name} has shape {shape}; expected at least one row of at least one token")
+    if (features := batch.features) is not None:
+        width = features.shape[-1:] if isinstance(features, Tensor) else ()
+        floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        _check_tensor(f"{name} features", features, floats, (*shape, *width), f"floats {[*shape, 'D']}", plural=True)
+        if features.device != batch.ids.device:
+            raise ValueError(f"{name} features are on {features.device}; expected {batch.ids.device}, that of the ids")
     host = batch.to("cpu")
-    low, high = map(int, torch.where(host.valid & host.given, host.ids, 0).aminmax())
+    known = host.valid & host.given if features is None else host.valid & host.given & (host.ids != CONTINUOUS)
+    low, high = map(int, torch.where(known, host.ids, 0).aminmax())
     first, last = map(int, torch.where(host.valid, host.modality, 0).aminmax())
     if not 0 <= low <= high < vocabulary.size:
         raise ValueError(

@@ -151,7 +151,8 @@ class StreamedModel:
                 kept = torch.cat([kept + i * len(ids) for i in range(len(group))])
                 rows, modality, positions, times = (x[kept] for x in (rows, modality, positions, times))
                 mask, at = (None if x is None else x[kept] for x in (mask, at))
-            fresh = self.denoiser.hidden(rows, modality, positions, mask, times, *(() if at is None else (at,)))
+            more = {name: x if kept is None else x[kept] for name, x in layout.continuous().items()}
+            fresh = self.denoiser.hidden(rows, modality, positions, mask, times, *(() if at is None else (at,)), **more)
             _check_features(fresh, rows if at is None else at)  # [n, L or m, D]
             self._keep(fresh, together, group, kept, at)
         full = all(p.full for p in plans.values())

@@ -137,7 +137,8 @@ class PassGraphs:
         asked = () if wanted is None else (wanted,)
 
         def work(ids: Tensor, time: Tensor, *asked: Tensor) -> Tensor:
-            return model.hidden(ids, layout.modality, layout.positions, mask, time, *asked)
+            more = layout.continuous()
+            return model.hidden(ids, layout.modality, layout.positions, mask, time, *asked, **more)
 
         return self(("hidden", place, *(x.shape[1] for x in asked)), work, ids, time, *asked).clone()
 

@@ -94,7 +94,7 @@ class Sampler:
                 the message says whether the model or a setting makes them so.
         """
         begun = wall.perf_counter()
-        checked = self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional
+        checked = self.model, self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional
         host, others = check_request(*checked)
         # 1. hide the targets; open the progress of each modality, the guidance streams and the noise
         request = Request(self, batch, host, seeds, condition, others)

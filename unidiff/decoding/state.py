@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -348,7 +348,7 @@ class DecodeState:
 
 def own_copy(batch: TokenBatch) -> TokenBatch:
     """The same batch in tensors of its own."""
-    return TokenBatch(*(getattr(batch, f.name).clone() for f in fields(batch)))
+    return batch.each(Tensor.clone)
 
 
 class DecodeView:

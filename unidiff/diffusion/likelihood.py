@@ -37,7 +37,8 @@ def model_scorer(
         if time is not None:
             unknown = x0.targets & (x_t.ids == x_t.mask_ids(vocabulary))
             moment = time(unknown.sum(1) / x0.targets.sum(1).clamp_min(1))
-        hidden = model.hidden(x_t.ids, x_t.modality, x_t.positions, x_t.attention_mask(), moment)
+        where_to_look = x_t.modality, x_t.positions, x_t.attention_mask()
+        hidden = model.hidden(x_t.ids, *where_to_look, moment, **x_t.continuous())
         return masked_nll(hidden, model.head, where, x0, vocabulary, count)
 
     return score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -175,7 +176,9 @@ class Denoiser(Protocol):
     ) -> Tensor:
         """ids, modality int64 `[B, L]`, positions int64 `[B, L, 3]`, mask bool `[B, 1, L, L]` -> `[B, L, D]`.
 
-        `time` float `[B]` is diffusion time; a model without time conditioning ignores it.
+        `time` float `[B]` is diffusion time; a model without time conditioning ignores it. A model that takes continuous
+        features has one more argument, `features` float `[B, L, D]`, which is given where a batch has them: the vectors to take
+        in place of an embedding where the id is `CONTINUOUS`.
         """
         ...
 
@@ -278,6 +281,12 @@ class PartialDenoiser(Denoiser, Protocol):
     def shifted(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """From the final hidden states `[B, L, D]` that a store keeps to the features that `head` takes."""
         ...
+
+
+def takes_features(model: Any) -> bool:
+    """Whether a denoiser takes vectors in place of tokens."""
+    known = inspect.signature(model.hidden).parameters.values()
+    return any(one.name == "features" or one.kind is one.VAR_KEYWORD for one in known)
 
 
 def is_block_causal(model: Any) -> bool:

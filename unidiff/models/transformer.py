@@ -28,7 +28,10 @@ from unidiff.models.partial import partial_pass
 from unidiff.models.parts import FeedForward, Norm, RotaryTables, gather_rows, queries_of
 from unidiff.models.store import FeatureStore, StoreLayout, StoreOptions, TokenIndex
 from unidiff.tokens import Modality, TokenBatch
+from unidiff.tokens.batch import CONTINUOUS
 from unidiff.weights.model import CheckedModel, built_from
+
+_OF_TOKENS = ("modality", "grid_index", "features")  # inputs of a store that `embed` takes
 
 
 class MaskedTransformer(CheckedModel):
@@ -71,6 +74,7 @@ class MaskedTransformer(CheckedModel):
         attention_mask: AttentionMask = None,
         time: Tensor | None = None,
         wanted: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states `[B, L, D]`, ready for `head`.
 
@@ -83,12 +87,16 @@ class MaskedTransformer(CheckedModel):
             time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
             wanted: int64 `[B, m]`, the only positions whose states are returned, `[B, m, D]`: of the others the last layer
                 computes keys and values alone. L or more is padding, for any position. Not with `shift`.
+            features: float `[B, L, D]`, taken in place of the embedding where an id is `CONTINUOUS`.
+
+        Raises:
+            ValueError: features of another width than the model's.
         """
         c = self.settings
         assert wanted is None or not c.shift
         # 1. embed
         rotary, grid_index = self.position_tables(positions, modality)
-        x = self.embed(ids, modality, grid_index)  # [B, L, D]
+        x = self.embed(ids, modality, grid_index, features)  # [B, L, D]
         # 2. what all layers share besides the rotary tables: visibility, condition
         if c.block_length is not None and (attention_mask is None or isinstance(attention_mask, Tensor)):
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
@@ -122,10 +130,10 @@ class MaskedTransformer(CheckedModel):
             if not index.whole:
                 own, inputs = (
                     own.gather(1, index.at.clamp_max(ids.shape[1] - 1)),
-                    store.inputs_at(index, *(name for name in ("modality", "grid_index") if name in inputs)),
+                    store.inputs_at(index, *(name for name in _OF_TOKENS if name in inputs)),
                 )
                 condition = None if condition is None else condition.at(index.at)
-            x = self.embed(own, inputs["modality"], inputs.get("grid_index"))  # [B, n, D]
+            x = self.embed(own, inputs["modality"], *(inputs.get(name) for name in _OF_TOKENS[1:]))  # [B, n, D]
             return self.run_blocks(x, condition, views)
 
         return partial_pass(run, plan, store, select)
@@ -157,6 +165,7 @@ class MaskedTransformer(CheckedModel):
         inputs = {"modality": batch.modality, "cos": rotary.cos, "signed_sin": rotary.signed_sin}
         if grid_index is not None:
             inputs["grid_index"] = grid_index
+        inputs |= batch.continuous()
         own: Any = self.blocks[0].attention  # with fewer heads than in the config where processes share them
         layout = StoreLayout(own.num_kv_heads, c.head_dim, c.hidden_size, (2,) * c.num_layers)
         like = self.embed_tokens.weight.new_empty(0, device=batch.ids.device)
@@ -194,9 +203,15 @@ class MaskedTransformer(CheckedModel):
             )
         return rotary, torch.cat([number[..., None], grid_index], -1)
 
-    def embed(self, ids: Tensor, modality: Tensor, grid_index: Tensor | None = None) -> Tensor:
-        """Input of the first layer `[B, L, D]`; `grid_index` as `position_tables` returns it."""
-        x = self.embed_tokens(ids)
+    def embed(
+        self, ids: Tensor, modality: Tensor, grid_index: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """Input of the first layer `[B, L, D]`; `grid_index` as `position_tables` returns it, `features` as of `hidden`."""
+        x = self.embed_tokens(ids if features is None else ids.clamp_min(0))
+        if features is not None:
+            if (width := features.shape[-1]) != x.shape[-1]:
+                raise ValueError(f"features are {width} wide, but the model {x.shape[-1]}; project them to its width")
+            x = torch.where((ids == CONTINUOUS)[..., None], features.to(x.dtype), x)
         if self.embed_modality is not None:
             x = x + self.embed_modality(modality)
         if grid_index is not None:
@@ -237,7 +252,8 @@ class MaskedTransformer(CheckedModel):
 
     def forward(self, batch: TokenBatch, time: Tensor | None = None) -> Tensor:
         """Logits over the whole vocabulary, `[B, L, V]`. For tests and small models; training slices the head."""
-        return self.head(self.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), time))
+        rows = batch.ids, batch.modality, batch.positions, batch.attention_mask()
+        return self.head(self.hidden(*rows, time, **batch.continuous()))
 
     def condition(self, modality: Tensor, time: Tensor | None) -> Condition | None:
         c = self.settings

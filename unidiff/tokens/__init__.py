@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unidiff.tokens.batch import Modality, Span, TokenBatch, Vocabulary
+    from unidiff.tokens.batch import Span, TokenBatch
     from unidiff.tokens.visibility import Visibility
+    from unidiff.tokens.vocabulary import Modality, Vocabulary
 
 __all__ = ["Modality", "Span", "TokenBatch", "Visibility", "Vocabulary"]
 

@@ -1,111 +1,21 @@
-"""The shared ids of text and image tokens (`Vocabulary`), and rows of both in one sequence (`Span`, `TokenBatch`)."""
+"""Rows of text and image tokens, and of continuous features, in one sequence (`Span`, `TokenBatch`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unidiff.schema import Index, Rows, check_fields, check_value, from_data
+from unidiff.schema import Index, check_fields, check_value
 from unidiff.tokens.transfer import moved
 from unidiff.tokens.visibility import Visibility
+from unidiff.tokens.vocabulary import Modality, Vocabulary
 
-
-class Modality(IntEnum):
-    """What a position holds. The values are also the rows of the modality embedding."""
-
-    TEXT = 0
-    IMAGE = 1
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """One shared id space for text tokens and image codes; a head restricted to a modality is the slice `text` or `image`.
-
-    Args:
-        size: rows of the embedding table and columns of the full head.
-        text: half-open id range `(start, stop)` of text tokens (end-of-text included, it is a target too).
-        image: half-open id range of image codes; code `c` has id `image[0] + c`. Empty `(n, n)` without images.
-        mask_id: the id that replaces a hidden text token.
-        image_mask_id: the id that replaces a hidden image code; `mask_id` where the family shares one [MASK].
-        specials: named ids, for instance `eos`, `bos`, `pad`, `boi`.
-    """
-
-    size: Rows
-    text: tuple[int, int]
-    image: tuple[int, int]
-    mask_id: int
-    image_mask_id: int | None = None
-    specials: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("text", "image"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        check_fields(self, "vocabulary")
-        for name, (start, stop) in (("text", self.text), ("image", self.image)):
-            if not 0 <= start <= stop <= self.size:
-                raise ValueError(f"{name} range ({start}, {stop}) must lie inside [0, {self.size}]")
-        if max(self.text[0], self.image[0]) < min(self.text[1], self.image[1]):
-            raise ValueError(f"text range {self.text} and image range {self.image} overlap; give them disjoint ids")
-        if self.text[0] == self.text[1] and self.image[0] == self.image[1]:
-            raise ValueError("vocabulary has neither text ids nor image codes; give one of the ranges some ids")
-        for name, value in {"mask_id": self.mask_id, "image_mask_id": self.image_mask, **self.specials}.items():
-            if not 0 <= value < self.size:
-                raise ValueError(f"{name} = {value} must lie inside [0, {self.size})")
-        object.__setattr__(self, "specials", MappingProxyType(dict(self.specials)))
-
-    @classmethod
-    def unified(cls, text_size: int, image_size: int, specials: Mapping[str, int] | None = None) -> Vocabulary:
-        """Text ids, then [MASK], then image codes: the layout of UniDisc and of unidiff's own models."""
-        start = text_size + 1
-        return cls(start + image_size, (0, text_size), (start, start + image_size), text_size, specials=specials or {})
-
-    @property
-    def image_mask(self) -> int:
-        """The id that hides an image code."""
-        return self.mask_id if self.image_mask_id is None else self.image_mask_id
-
-    @property
-    def text_size(self) -> int:
-        return self.text[1] - self.text[0]
-
-    @property
-    def image_size(self) -> int:
-        return self.image[1] - self.image[0]
-
-    def range_of(self, modality: Modality | int) -> tuple[int, int]:
-        """Half-open id range of a modality, which is also the slice of the head that may predict it."""
-        return self.text if modality == Modality.TEXT else self.image
-
-    def mask_of(self, modality: Modality | int) -> int:
-        """The [MASK] id of a modality."""
-        return self.mask_id if modality == Modality.TEXT else self.image_mask
-
-    def forbidden(self, modality: Modality | int) -> tuple[int, ...]:
-        """Offsets inside the modality's slice that may never be emitted: a [MASK] that lies in the slice."""
-        start, stop = self.range_of(modality)
-        masks = sorted({self.mask_id, self.image_mask})
-        return tuple(m - start for m in masks if start <= m < stop)
-
-    def to_dict(self) -> dict:
-        """Plain data for a config file; `from_dict` reads it back."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"text": list(self.text), "image": list(self.image), "specials": dict(self.specials)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping) -> Vocabulary:
-        """Inverse of `to_dict`; `ValueError` for unknown or missing keys, and values that do not fit (together)."""
-        return from_data(cls, data, "vocabulary")
-
-    def __reduce__(self) -> tuple:
-        """For copies and other processes, which cannot take the read-only `specials`."""
-        return Vocabulary.from_dict, (self.to_dict(),)
+CONTINUOUS = -1
+"""The id of a position that holds a vector of `TokenBatch.features` in place of a token."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +29,7 @@ class Span:
         newline: id that is laid after each row of an image (text, given); None for none.
         exists: False for padding inside a row: its places are counted, but nothing sees them.
         read: what a task reads back; see `read_mask`.
+        features: float `[n, D]` or `[h, w, D]`, vectors in place of tokens; see `continuous`.
     """
 
     ids: Tensor
@@ -127,6 +38,7 @@ class Span:
     newline: int | None = None
     exists: bool = True
     read: bool = False
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         known = isinstance(self.given, bool | Tensor) and isinstance(self.newline, int | None)
@@ -142,6 +54,8 @@ class Span:
             raise ValueError(
                 f"given has shape {tuple(self.given.shape)}; expected one bool, or bool {tuple(self.ids.shape)} as the ids"
             )
+        if self.features is not None and (self.given is not True or self.newline is not None):
+            raise ValueError("features are given, and have no newline; make their span with Span.continuous")
 
     @property
     def size(self) -> int:
@@ -155,6 +69,20 @@ class Span:
     @classmethod
     def image(cls, ids: Tensor, given: Tensor | bool = False) -> Span:
         return cls(_whole_numbers(ids, "image"), Modality.IMAGE, given)
+
+    @classmethod
+    def continuous(cls, features: Tensor, modality: Modality = Modality.TEXT) -> Span:
+        """Known vectors in place of the embeddings of tokens: float `[n, D]`, or as an image `[h, w, D]`, where D is the width of
+        the model. They may require gradients. `ValueError` for another shape or dtype.
+        """
+        dims = 3 if modality == Modality.IMAGE else 2
+        if not isinstance(features, Tensor) or not features.is_floating_point() or features.ndim != dims:
+            kind = (
+                f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            )
+            expected = "[h, w, D], a grid" if dims == 3 else "[n, D]"
+            raise ValueError(f"features of {modality.name.lower()} are {kind}; expected floats {expected}")
+        return cls(torch.full(features.shape[:-1], CONTINUOUS), modality, True, features=features)
 
     @classmethod
     def words(cls, ids: Sequence[int | None], vocabulary: Vocabulary, read: bool = False) -> Span:
@@ -206,6 +134,8 @@ class TokenBatch:
         valid: bool, False on *batch padding*, which attention and loss never see. (EOS fill of a text span is valid.)
         positions: int64 `[B, L, 3]`: (index in the sample, image row, image column). Rows and columns are 0 for text.
         sample_ids: int64, names the packed sample a token belongs to; -1 on padding. Attention stays inside a sample.
+        features: float `[B, L, D]`, the vectors that stand in place of an embedding where the id is `CONTINUOUS`; elsewhere they
+            do not matter. None without any. Hiding such a position puts [MASK] there, as in place of a token.
     """
 
     ids: Tensor
@@ -214,6 +144,7 @@ class TokenBatch:
     valid: Tensor
     positions: Tensor
     sample_ids: Tensor
+    features: Tensor | None = None
 
     @classmethod
     def from_spans(
@@ -244,7 +175,7 @@ class TokenBatch:
             raise ValueError(f"a row has {longest} tokens, more than the batch length {length}; shorten it")
         fills = (pad_id, *_FILLS)
         columns = [[_pad(r[column], length, fill, left) for r in laid] for column, fill in enumerate(fills)]
-        return cls(*map(torch.stack, columns))
+        return cls(*map(torch.stack, columns), features=_lay_out_features(rows, length, left))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -274,6 +205,19 @@ class TokenBatch:
     def replace(self, **changes: Tensor) -> TokenBatch:
         return replace(self, **changes)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """All tensors changed alike; their first two dimensions are rows and positions."""
+        return TokenBatch(**{name: change(value) for name, value in self.columns().items()})
+
+    def columns(self) -> dict[str, Tensor]:
+        """All tensors by name, in the order of the fields; `features` where there are any."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in held.items() if value is not None}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """`features` by name, as `Denoiser.hidden` takes them; empty without any."""
+        return {} if self.features is None else {"features": self.features}
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """In one copy, see `moved`; itself on the CPU if it is there."""
         return self if self.ids.device.type == torch.device(device).type == "cpu" else moved(self, device)
@@ -282,15 +226,15 @@ class TokenBatch:
         """The chosen rows, in that order."""
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.ids.device)
-        return TokenBatch(*(getattr(self, f.name)[index] for f in fields(self)))
+        return self.each(lambda x: x[index])
 
     def pad_to(self, length: int, pad_id: int = 0) -> TokenBatch:
         """Add batch padding on the right."""
         check_value(length, Index, "length")
         if length < self.shape[1]:
             raise ValueError(f"cannot pad {self.shape[1]} tokens to {length}")
-        columns = zip((getattr(self, f.name) for f in fields(self)), (pad_id, *_FILLS), strict=True)
-        return TokenBatch(*(torch.stack([_pad(row, length, fill) for row in column]) for column, fill in columns))
+        fills = zip(self.columns().items(), (pad_id, *_FILLS, 0), strict=False)
+        return TokenBatch(**{name: torch.stack([_pad(row, length, fill) for row in x]) for (name, x), fill in fills})
 
     @classmethod
     def cat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
@@ -301,7 +245,11 @@ class TokenBatch:
             raise ValueError("the list of batches is empty; give at least one")
         length = max(b.shape[1] for b in batches)
         padded = [b if b.shape[1] == length else b.pad_to(length) for b in batches]
-        return cls(*(torch.cat([getattr(b, f.name) for b in padded]) for f in fields(cls)))
+        held = next((b.features for b in padded if b.features is not None), None)
+        if held is not None:
+            none = held.new_zeros(1, 1, held.shape[-1])
+            padded = [b if b.features is not None else b.replace(features=none.expand(*b.shape, -1)) for b in padded]
+        return cls(**{name: torch.cat([getattr(b, name) for b in padded]) for name in padded[0].columns()})
 
     def mask_ids(self, vocabulary: Vocabulary) -> Tensor:
         """int64 `[B, L]`: the [MASK] id of each position."""
@@ -316,7 +264,7 @@ class TokenBatch:
         return self.hide(self.targets, vocabulary)
 
 
-_FILLS = (int(Modality.TEXT), True, False, 0, -1)  # of padding: all fields but the ids
+_FILLS = (int(Modality.TEXT), True, False, 0, -1)  # of padding: all fields behind the ids, but features
 
 
 def _check_rows(rows: Any, kind: Any, depth: int) -> None:
@@ -367,6 +315,22 @@ def _lay_out_row(samples: Sequence[Sequence[Span]]) -> tuple[Tensor, ...]:
             sample_ids.append(torch.full((n,), sample_id if span.exists else -1))
             start += n
     return tuple(torch.cat(column) for column in (ids, modality, given, valid, positions, sample_ids))
+
+
+def _lay_out_features(rows: Sequence[Sequence[Sequence[Span]]], length: int, left: bool) -> Tensor | None:
+    """float `[B, length, D]`: the vectors of spans at their places, 0 elsewhere; None where no span has any."""
+    laid = [[span for sample in row for span in sample] for row in rows]
+    held = [span.features for row in laid for span in row if span.features is not None]
+    if not held:
+        return None
+    if len(widths := sorted({x.shape[-1] for x in held})) > 1:
+        raise ValueError(f"features of one batch are {widths} wide; give all of them the width of the model")
+    wide = torch.cat([x.new_zeros(1).cpu() for x in held])  # of the widest dtype
+    parts = [
+        [wide.new_zeros(s.size, widths[0]) if s.features is None else s.features.flatten(0, -2).to(wide) for s in row]
+        for row in laid
+    ]
+    return torch.stack([_pad(torch.cat(row), length, 0, left) for row in parts])
 
 
 def _with_newlines(values: Tensor, span: Span, fill: int) -> Tensor:

@@ -18,14 +18,16 @@ def moved(value: T, device: torch.device | str) -> T:
 
     Several tensors travel as one buffer, in pinned memory where they go to an accelerator, so that the host waits for
     nothing; on their way to the CPU it waits once. They share that memory afterwards. Where all is there it is `value` itself.
+    Tensors with gradients travel alone.
     """
     device, found = torch.device(device), dict[int, Tensor]()
     device = torch.device("cpu") if device.type == "cpu" else device  # there is one, whatever its number
     _each(value, lambda x: found.setdefault(id(x), x))
-    here = {number: x for number, x in found.items() if device not in (x.device, torch.device(x.device.type))}
-    if not here:
+    away = {number: x for number, x in found.items() if device not in (x.device, torch.device(x.device.type))}
+    here = {number: x for number, x in away.items() if not x.requires_grad}
+    if not away:
         return value
-    if len({x.device for x in here.values()}) != 1:
+    if len({x.device for x in here.values()}) != 1 or not here:
         return _each(value, lambda x: x.to(device))
     sizes = [-(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED for x in here.values()]
     packed = torch.empty(sum(sizes), dtype=torch.uint8, device=next(iter(here.values())).device)
@@ -34,7 +36,7 @@ def moved(value: T, device: torch.device | str) -> T:
     pinned = packed.device.type == "cpu" and device.type != "mps"
     there = packed.pin_memory().to(device, non_blocking=True) if pinned else packed.to(device)
     rooms = dict(zip(here, there.split(sizes), strict=True))
-    return _each(value, lambda x: _seen_as(x, rooms[id(x)]) if id(x) in rooms else x)
+    return _each(value, lambda x: _seen_as(x, rooms[id(x)]) if id(x) in rooms else x.to(device))
 
 
 def _seen_as(x: Tensor, room: Tensor) -> Tensor:

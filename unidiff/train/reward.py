@@ -291,7 +291,8 @@ class RewardTuner:
         mask = None if piece.visible is None else piece.visible.dense()
         time = (masked.sum(1) / piece.count).float()
         with torch.autocast(x.ids.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return -parts_nll(model.hidden(x.ids, x.modality, x.positions, mask, time), model, piece.parts)
+            hidden = model.hidden(x.ids, x.modality, x.positions, mask, time, **x.continuous())
+            return -parts_nll(hidden, model, piece.parts)
 
 
 def decoded_states(outs: list[SamplerOutput]) -> Tensor:

@@ -70,7 +70,8 @@ class TokenNLL:
         """Hidden states of x_t, `[B, L, D]`."""
         x_t, visible = batch.noisy.batch, batch.visible
         mask = None if visible is None else visible.flex() if self.flex else visible.dense()
-        return self.model.hidden(x_t.ids, x_t.modality, x_t.positions, mask, batch.clean.rate.float())
+        rate = batch.clean.rate.float()
+        return self.model.hidden(x_t.ids, x_t.modality, x_t.positions, mask, rate, **x_t.continuous())
 
 
 @dataclass

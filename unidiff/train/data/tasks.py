@@ -293,7 +293,7 @@ def double_rows(micro: TaskBatch, block_length: int) -> TaskBatch:
     """
     batch = micro.batch
     clean = batch.replace(given=torch.ones_like(batch.given))
-    both = TokenBatch(**{name: torch.cat([value, getattr(batch, name)], 1) for name, value in vars(clean).items()})
+    both = TokenBatch(**{name: torch.cat([value, getattr(batch, name)], 1) for name, value in clean.columns().items()})
     return TaskBatch(
         both,
         task=micro.task.repeat(1, 2),
@@ -357,6 +357,7 @@ def pack_tasks(micro: TaskBatch, capacity: int) -> TaskBatch:
     sample_ids = rows * (int(batch.sample_ids.max()) + 1) + batch.sample_ids
     fills = {"ids": 0, "modality": int(Modality.TEXT), "given": True, "valid": False, "positions": 0}
     tokens = {name: packed(getattr(batch, name), fill) for name, fill in fills.items()}
+    tokens |= {name: packed(values, 0.0) for name, values in batch.continuous().items()}
     task, rate, noise = packed(micro.task, 0), packed(micro.rate, 0.0), packed(micro.noise, 1.0)
     return TaskBatch(
         TokenBatch(**tokens, sample_ids=packed(sample_ids, -1)), task, rate, noise, packed(micro.weight, 0.0)
