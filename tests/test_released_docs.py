@@ -12,6 +12,7 @@ from doc_code import DOCS, blocks, run
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
 from released_pipelines import write_chat, write_pictures, write_unidisc
+from siglip_parts import write_image_parts
 
 from unidiff.families.checkpoint.convert import convert
 from unidiff.families.family import FAMILIES as EVERY
@@ -43,6 +44,7 @@ def shelf(tmp_path_factory) -> Path:
     (shelf / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, shelf / "llamagen" / "vq_ds16_c2i.pt")
     write_folder(shelf / "muddit" / "512")
+    write_image_parts(shelf / "llada2.0-uni")
     talkers = (("llada", "llada-8b-instruct"), ("llada2", "llada2.1-mini"), ("dream", "dream-7b"), ("mdlm", "mdlm"))
     for family, name in talkers:
         write_chat(shelf / name, family)

@@ -43,7 +43,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
       of its pixels is white.
     - `negative_prompt`: what guidance leads away from, one for all or one each; "" for hidden words. Left out: what
       `guidance_hides` says.
-    - `height`, `width`: in pixels, where the family draws any size; `image_size` where left out.
+    - `height`, `width`: of the drawn picture in pixels, where the family draws any size; `image_size` where left out.
     - `num_images_per_prompt`: rows for each entry, next to each other in the results.
     - `max_text_tokens`: longest text to write, its end included.
 
@@ -115,7 +115,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
 
     def sized(self, height: int, width: int) -> Self:
         """The same for pictures of another size in pixels; `ValueError` for one that the family does not draw."""
-        return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid_of(height, width)))  # type: ignore[type-var]
+        return self.from_pipe(self, layout=replace(self.layout, fixed=self._grid(height, width)))  # type: ignore[type-var]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """See `DiffusionPipeline.to`; what else reads the rows follows the network."""

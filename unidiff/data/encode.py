@@ -25,7 +25,7 @@ from unidiff.errors import read_json, reading, writing
 from unidiff.files import locked, remove_leftovers, replace_text
 from unidiff.schema import Between, check_fields, from_data
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image.vq import ImageEncoder
+from unidiff.tokens.image.protocols import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 
 PROGRESS = "progress.json"

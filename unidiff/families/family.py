@@ -83,6 +83,8 @@ class Family:
         priority: of several families that fit a config, the highest is meant.
         releases: the published models, in the order of their size.
         unstated: settings that no publication states.
+        sections: names of further files of settings beside the config (`NAME.json`), each a section of it.
+        beside: lets a network know what else lies beside its folder, and reads nothing of it.
         layout: how the pipeline's tasks become rows of this family and are read back; None without a pipeline.
     """
 
@@ -106,6 +108,8 @@ class Family:
     priority: int = 0
     releases: tuple[Release, ...] = ()
     unstated: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+    beside: Callable[[nn.Module, Path], None] | None = None
     layout: Any = None
 
     def has_keys(self, names: Iterable[str], some: bool = False) -> bool:

@@ -21,6 +21,7 @@ from unidiff.errors import warn
 from unidiff.families.layout import PLACES, TASKS, DecodeRequest, TaskInputs
 from unidiff.models.denoiser import is_block_causal
 from unidiff.pipelines.candidates import keep_best, ranker_of
+from unidiff.pipelines.inputs import pasted
 from unidiff.pipelines.options import (
     MOST_ROWS,
     OPTIONS,
@@ -146,7 +147,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         written = (done.words & done.batch.targets).any(1).tolist()
         texts = [own if new else given.strip() for own, new, given in zip(texts, written, inputs.texts, strict=True)]
     return UniDiffOutput(
-        images=_pictures(pipe, call, codes, options.output_type),
+        images=_pictures(pipe, call, codes, options.output_type, seeds),
         texts=texts,
         codes=codes,
         text_ids=text_ids,
@@ -156,7 +157,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         tokens_per_forward=out.tokens_per_forward.cpu(),
         seconds=out.seconds,
         seeds=seeds,
-        trajectory=None if out.trajectory is None else trajectory_of(pipe, done, out.trajectory, config.ends),
+        trajectory=None if out.trajectory is None else trajectory_of(pipe, done, out.trajectory, config.ends, seeds),
         stats=out.stats,
         cache=choice.config,
         cache_note=choice.note,
@@ -225,14 +226,13 @@ def _guidance(
     return (None, away) if away else (request.condition(guidance.hide), None)
 
 
-def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str) -> Any:
-    """Pictures of codes `[B, h, w]` as `output_type` says; None for text alone."""
+def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str, seeds: Tensor) -> Any:
+    """Pictures of codes `[B, h, w]` as `output_type` says, their noise (if any) from `seeds` `[B]`; None for text alone."""
     if not call.pictures or output_type in ("codes", "latent"):
         return codes if call.pictures else None
-    images = pipe.images.decode(codes).cpu() if call.shown is None else call.shown  # [B, 3, H, W]
+    images = pipe.images.decode(codes, seeds).cpu() if call.shown is None else call.shown  # [B, 3, H, W]
     if call.paste is not None:
-        original, mask = call.paste
-        images = torch.where(mask[:, None], images, original)
+        images = pasted(images, *call.paste)
     if output_type == "pt":
         return images
     array = VaeImageProcessor.pt_to_numpy(images)  # [B, H, W, 3]

@@ -125,16 +125,20 @@ class PictureReader:
         """(height, width) in pixels, the usual one where there are others; `ValueError` for a model of text alone."""
         return self.image_inputs.size
 
-    def _grid_of(self, height: int | None, width: int | None) -> Grid:
-        """Rows and columns of codes of a size in pixels, of which one side may be left out."""
-        usual = self.image_size
+    def _grid_of(self, height: int | None, width: int | None, upscale: int = 1) -> Grid:
+        """Rows and columns of codes of a size in pixels, of which one side may be left out.
+
+        Args:
+            upscale: that of the image tokenizer, for pictures that are drawn.
+        """
+        usual = (self.image_size[0] * upscale, self.image_size[1] * upscale)
         height, width = usual[0] if height is None else height, usual[1] if width is None else width
         if not self.layout.sizes and (height, width) != usual:
             only = f"{self.layout.family} draws pictures of {usual[0]}x{usual[1]} pixels only"
             raise ValueError(
                 f"height is {short(height)} and width {short(width)}, but {only}; leave height and width out"
             )
-        factor = self.images.factor
+        factor = self.images.factor * upscale
         for name, side in (("height", height), ("width", width)):
             whole(side, name, 1, _LONGEST_SIDE, f", divided by {factor}")
         if height % factor or width % factor:
@@ -142,8 +146,9 @@ class PictureReader:
         return height // factor, width // factor
 
     def _grid(self, height: int | None, width: int | None) -> Grid | None:
-        """None where no size was asked for."""
-        return None if height is None and width is None else self._grid_of(height, width)
+        """Of pictures that are drawn; None where no size was asked for."""
+        upscale = 1 if self.images is None else self.images.upscale
+        return None if height is None and width is None else self._grid_of(height, width, upscale)
 
     def _inputs(self, grid: Grid) -> ImageInputs:
         if self.images is None:
@@ -164,6 +169,17 @@ class PictureReader:
             reader = self._inputs(self.layout.fit(*sizes[0]) if resize else self._grid_of(*sizes[0]))
         pixels = reader.images(given, resize)
         return GivenPictures(given, reader, pixels, self.images.encode(pixels).cpu())
+
+
+def pasted(images: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Drawn pictures `[B, 3, H, W]` with the original's pixels `[B, 3, h, w]` outside a mask `[B, h, w]`, both enlarged where
+    pictures are drawn larger than they are read.
+    """
+    size = images.shape[-2:]
+    if original.shape[-2:] != size:
+        original = F.interpolate(original, size, mode="bicubic", align_corners=False).clamp(0, 1)
+        mask = F.interpolate(mask[:, None].float(), size, mode="nearest")[:, 0] > 0
+    return torch.where(mask[:, None], images, original)
 
 
 def as_list(value: Any, what: str) -> list[Any]:

@@ -130,8 +130,10 @@ def to_frames(images: Tensor, open_cells: Tensor) -> Tensor:
     return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def trajectory_of(pipe: Any, done: DecodeRequest, states: Sequence[Tensor], ends: Sequence[int]) -> Trajectory:
-    """Pictures and words of every recorded state `[B, L]`; `ends`: ids that end a text."""
+def trajectory_of(
+    pipe: Any, done: DecodeRequest, states: Sequence[Tensor], ends: Sequence[int], seeds: Tensor
+) -> Trajectory:
+    """Pictures and words of every recorded state `[B, L]`; `ends`: ids that end a text. `seeds`: of the rows."""
     vocabulary = pipe.layout.vocabulary
     ids = torch.stack(list(states)).cpu()  # [S, B, L]
     pictures = done.picture_ids(ids)  # [S, B, h, w]
@@ -140,7 +142,7 @@ def trajectory_of(pipe: Any, done: DecodeRequest, states: Sequence[Tensor], ends
     codes = torch.where(hidden, pictures[-1:], pictures) - vocabulary.image[0]
     for now, cover in zip(codes, hidden, strict=True) if codes.numel() else ():
         if seen is None or not torch.equal(now, seen[0]):
-            seen = (now, pipe.images.decode(now).cpu())
+            seen = (now, pipe.images.decode(now, seeds).cpu())
         frames.append(to_frames(seen[1], cover))
     texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, ends)] for s in ids]
     return Trajectory(ids, torch.stack(frames) if frames else None, texts)

@@ -113,8 +113,10 @@ def save_converted(released: Released, folder: Path) -> None:
 
 def save_released(released: Released, folder: Path) -> None:
     """Write the released layout into an empty folder: `config.json` and safetensors, sharded above 5 GB."""
-    if released.config:
-        (folder / "config.json").write_text(json.dumps(released.config, indent=2) + "\n", encoding="utf-8")
+    apart = {name: released.config[name] for name in released.family.sections if name in released.config}
+    files = {"config": {name: value for name, value in released.config.items() if name not in apart}, **apart}
+    for name, content in files.items() if released.config else ():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     diffusers = str(released.config.get("_class_name", "")).endswith(("Transformer2DModel", "VQModel"))
     save_shards(released.state_dict(), folder, "diffusion_pytorch_model" if diffusers else "model")
 

@@ -105,6 +105,7 @@ def load_released(
         found = recognise(config, tensors) if family is None else FAMILIES.get_or_refuse(family, "family")
     except ValueError as error:
         raise ValueError(f"{beside or 'config=' if isinstance(error, ConfigError) else file}: {error}") from error
+    config = {**sections_beside(found, file.parent), **config}
     if found.default_config is None and not config:
         raise FileNotFoundError(f"{file.parent} holds no config.json, which {found.name} needs; add it or give config=")
     # 3. build and fill; a Lightning file's averaged weights have no names, its family gives them theirs
@@ -119,7 +120,15 @@ def load_released(
     network = model.model if isinstance(model, VQImageTokenizer) else model
     held = {name: tensors.get(name, tensors.get(name.removeprefix(found.prefix))) for name in found.constants}
     constants = {name: in_memory(value).clone() for name, value in held.items() if value is not None}
+    if found.beside is not None:
+        found.beside(network, file.parent)
     return Released(found, network, ids, config, found.spelling(tensors, config), constants)
+
+
+def sections_beside(family: Family, folder: Path) -> dict[str, Any]:
+    """The family's further files of settings that lie in a folder, by the name of their section."""
+    places = {name: folder / f"{name}.json" for name in family.sections}
+    return {name: read_json(path, "a JSON config") for name, path in places.items() if path.is_file()}
 
 
 def find_part(name: str | Path, subfolder: str | None = None, **hub_options: Any) -> Path:
@@ -262,6 +271,8 @@ def _load_converted(
         if unknown := sorted(constants.keys() - set(family.constants)):
             raise ValueError(f"{folder / record.constants} holds {unknown}; expected some of {list(family.constants)}")
         check_finite(constants, str(folder / record.constants))
+    if family.beside is not None:
+        family.beside(model, folder)
     return Released(family, model, ids, record.config, record.layout, constants)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from unidiff.families.checkpoint.config_keys import section
 from unidiff.families.checkpoint.load import load_released
-from unidiff.families.family import Config, Family, Release
+from unidiff.families.family import Config, Family, Release, Released
 from unidiff.models.experts import idle_weights
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.batch import Span, TokenBatch
-from unidiff.tokens.image.vq import VQImageTokenizer
+from unidiff.tokens.image.protocols import StoredPart
+from unidiff.tokens.image.vq import VQImageTokenizer, coder_of
 from unidiff.weights.files import build_on_meta
 
 DEFAULT_TOKENS = 1024
@@ -39,6 +40,7 @@ class Description:
         weight_bytes: of weights and buffers, as stored or in the dtype asked for.
         tokens: length of the row that `pass_bytes` is for; None for an image tokenizer.
         pass_bytes: estimate of what one pass at batch 1 adds: the widest layer, and the logits of every token.
+        beside: bytes of weights that are read when they are first needed, by name.
     """
 
     family: str
@@ -50,6 +52,7 @@ class Description:
     pass_bytes: int
     vocabulary: Vocabulary | None
     settings: Mapping[str, Any]
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -67,6 +70,9 @@ class Description:
         }
         if self.tokens is not None:
             out["memory"] += f" + about {gigabytes(self.pass_bytes)} for a pass over {self.tokens} tokens at batch 1"
+        out |= {
+            name: f"{gigabytes(size)} of weights, read when it is first needed" for name, size in self.beside.items()
+        }
         if (v := self.vocabulary) is not None:
             images = f", image codes {v.image[0]}-{v.image[1] - 1}" if v.image_size else ", no images"
             masks = f"{v.mask_id}" if v.image_mask == v.mask_id else f"{v.mask_id} and {v.image_mask}"
@@ -98,7 +104,13 @@ def describe(name: str | Path, **options: Any) -> Description:
         pass_bytes=0 if tokens is None else pass_bytes(released.model, tokens),
         vocabulary=released.vocabulary,
         settings=plain_settings(released.model),
+        beside={name: part.weight_bytes() for name, part in _parts_beside(released).items()},
     )
+
+
+def _parts_beside(released: Released) -> Mapping[str, StoredPart]:
+    """What an image tokenizer reads later."""
+    return {} if released.vocabulary is not None else coder_of(released.model).parts_beside()
 
 
 def plain_settings(model: Any) -> dict[str, Any]:
@@ -182,6 +194,7 @@ def verify(
     2. Its settings and id layout are those of the closest published model, and the stated number of parameters.
     3. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`Family.tiny`).
     4. One small pass of the checkpoint itself is finite and not constant.
+    5. What is read later (pixel decoders of an image tokenizer) can be read.
 
     Arguments and errors are those of `load_released`.
     """
@@ -208,6 +221,9 @@ def verify(
     alive = bool(torch.isfinite(values).all()) and float(values.std()) > 0
     detail = f"{values.numel()} values, mean {float(values.mean()):.4g}, deviation {float(values.std()):.4g}"
     checks.append(Check("a pass of this checkpoint", alive, detail))
+    for part, stored in _parts_beside(released).items():
+        size = sum(p.numel() for p in stored.load().parameters())
+        checks.append(Check(part, True, f"{size:,} parameters, all there and finite"))
     return Verification(family.name, None if closest is None else closest[0].name, tuple(checks))
 
 
@@ -236,8 +252,12 @@ def differences(
 @torch.no_grad()
 def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
     """What a `MaskedTransformer`, an `MMDiT` or an image tokenizer (without a vocabulary) says to one small fixed question:
-    logits of hidden tokens, or pixels; float32, flat, on the CPU.
+    logits of hidden tokens, or pixels (of one whose decoder draws noise, latents of a picture); float32, flat, on the CPU.
     """
+    if isinstance(model, VQImageTokenizer) and model.draws:
+        side = SIDE * model.factor
+        waves = torch.sin(torch.arange(3 * side * side).float()).reshape(1, 3, side, side) * 0.5 + 0.5
+        return model.model.latents(waves.to(model.device)).float().cpu().flatten()
     if isinstance(model, VQImageTokenizer):
         codes = torch.arange(SIDE * SIDE).reshape(1, SIDE, SIDE) * 7 % model.codebook_size
         return model.decode(codes).float().cpu().flatten()

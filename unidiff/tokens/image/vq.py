@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import isabstract
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,38 +18,10 @@ from torch import Tensor, nn
 from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
-from unidiff.schema import Between, Layers, Rows, Width, check_value
+from unidiff.schema import Between, Layers, Rows, Width
+from unidiff.tokens.image.protocols import ImageEncoder, PixelDecoder, StoredPart
+from unidiff.tokens.image.rows import RowDraws, check_codes, check_images, row_generators
 from unidiff.weights.model import HOOKS, CheckedModel, bring, load_checked, save_model
-
-
-class HasCodes(Protocol):
-    @property
-    @abstractmethod
-    def factor(self) -> int:
-        """Pixels per code along each side."""
-
-    @property
-    @abstractmethod
-    def codebook_size(self) -> int:
-        """Codes are in `[0, codebook_size)`."""
-
-
-@runtime_checkable
-class ImageEncoder(HasCodes, Protocol):
-    """Pixels to codes."""
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """float `[B, 3, H, W]` in [0, 1], H and W multiples of `factor` -> int64 codes `[B, H/factor, W/factor]`."""
-
-
-@runtime_checkable
-class PixelDecoder(HasCodes, Protocol):
-    """Codes to pixels; may be stochastic."""
-
-    @abstractmethod
-    def decode(self, codes: Tensor) -> Tensor:
-        """int64 codes `[B, h, w]` -> float `[B, 3, h * factor, w * factor]` in [0, 1]."""
 
 
 class ImageTokenizerModel(ImageEncoder, PixelDecoder):
@@ -57,6 +29,21 @@ class ImageTokenizerModel(ImageEncoder, PixelDecoder):
 
     Images and codes are checked before it sees them. It chooses its precision; pixels need not be clipped.
     """
+
+    draws: ClassVar[bool] = False  # whether decoding draws noise, see `draw`
+
+    @property
+    def upscale(self) -> int:
+        """Pixels along a side of a decoded picture, divided by those of a picture that is encoded to as many codes."""
+        return 1
+
+    def draw(self, codes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """`decode` with a generator for each row, for one that draws noise."""
+        return self.decode(codes)
+
+    def parts_beside(self) -> Mapping[str, StoredPart]:
+        """Networks that are read when they are first needed, by name."""
+        return {}
 
     @classmethod
     def network_class(cls) -> Any:
@@ -172,17 +159,21 @@ def coder_of(network: nn.Module) -> ImageTokenizerModel:
 
 
 class VQImageTokenizer:
-    """Images to codes and back, with `factor` pixels per code along each side and `codebook_size` codes.
+    """Images to codes and back: `factor` pixels per code along each side, `codebook_size` codes, and whether decoding `draws` noise.
 
     Args:
-        model: one of `IMAGE_TOKENIZERS`: a `CellVQModel`, a `ConvVQModel` (LlamaGen), an `LFQModel` (MAGVIT-v2), a diffusers
-            `VQModel`, ...
+        model: one of `IMAGE_TOKENIZERS`: a `CellVQModel`, a `ConvVQModel` (LlamaGen), a diffusers `VQModel`, ...
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._coder = coder_of(model)
         self.model: Any = model.eval()
-        self.factor, self.codebook_size = self._coder.factor, self._coder.codebook_size
+        self.factor, self.codebook_size, self.draws = self._coder.factor, self._coder.codebook_size, self._coder.draws
+
+    @property
+    def upscale(self) -> int:
+        """As of its network."""
+        return self._coder.upscale
 
     @property
     def device(self) -> torch.device:
@@ -206,10 +197,15 @@ class VQImageTokenizer:
         return self._coder.encode(images.to(self.device))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """int64 codes `[B, h, w]` -> float32 `[B, 3, h * factor, w * factor]` in [0, 1]; errors as of `check_codes`."""
+    def decode(self, codes: Tensor, generator: RowDraws = None) -> Tensor:
+        """int64 codes `[B, h, w]` -> float32 `[B, 3, h * s, w * s]` in [0, 1], s = factor * upscale.
+
+        Args:
+            generator: of the noise, where decoding draws some (`draws`); errors as of `row_generators` and `check_codes`.
+        """
         check_codes(codes, self.codebook_size)
-        return self._coder.decode(codes.to(self.device)).float().clamp(0, 1)
+        generators = row_generators(generator, len(codes)) if self.draws else ()
+        return self._coder.draw(codes.to(self.device), generators).float().clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights (safetensors); other files in the folder stay.
@@ -239,32 +235,6 @@ class VQImageTokenizer:
             raise ValueError(f"{path}: {error}") from error
         load = kind.network_class().from_pretrained
         return cls(load_checked(load, name, str(folder), torch_dtype=dtype, variant=variant)[0])
-
-
-def check_images(images: Tensor, factor: int) -> None:
-    """Raise `ValueError` unless `images` is float `[B, 3, H, W]` in [0, 1] with sides that `factor` divides."""
-    check_value(images, Tensor, "the batch of images")
-    if not images.is_floating_point():
-        raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1], so divide 8-bit values by 255")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 3, H, W] (RGB)")
-    height, width = images.shape[-2:]
-    if height % factor or width % factor or not height or not width:
-        raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}; resize or crop it")
-    low, high = images.amin().item(), images.amax().item()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(f"image values span [{low:.3g}, {high:.3g}]; expected finite values in [0, 1]")
-
-
-def check_codes(codes: Tensor, codebook_size: int) -> None:
-    """Raise `ValueError` unless `codes` is integer `[B, h, w]` with values below `codebook_size`."""
-    if not isinstance(codes, Tensor):
-        check_value(codes, Tensor, "the batch of codes")
-    if codes.ndim != 3 or codes.is_floating_point() or codes.is_complex() or not codes.numel():
-        raise ValueError(f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected int64 [B, h, w]")
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or high >= codebook_size:
-        raise ValueError(f"codes span [{low}, {high}]; expected values in [0, {codebook_size})")
 
 
 class ChannelNorm(nn.Module):

@@ -16,7 +16,8 @@ from unidiff.decoding.sampler import Sampler
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.sheet import Cell, draw_sheet, save_image
 from unidiff.tokens import Span, TokenBatch
-from unidiff.tokens.image.vq import PixelDecoder, VQImageTokenizer
+from unidiff.tokens.image.protocols import PixelDecoder
+from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import TrainConfig
 from unidiff.train.data.source import TokenRows, TokenSource

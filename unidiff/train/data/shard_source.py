@@ -20,7 +20,7 @@ from unidiff.data.sources import MixtureSchedule, expand_shards, parse_sources
 from unidiff.data.token_set import DOCUMENTS, PAIRS, DocumentRow, Row, RowKind, TokenRow, TokenSet, is_tokenised
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.tokens import Span, TokenBatch, Vocabulary
-from unidiff.tokens.image.vq import ImageEncoder
+from unidiff.tokens.image.protocols import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.data.source import TokenRows, TokenTable
 

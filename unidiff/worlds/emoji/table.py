@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unidiff.data.rows import caption_row, question_row
 from unidiff.tokens import Vocabulary
-from unidiff.tokens.image.vq import ImageEncoder
+from unidiff.tokens.image.protocols import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
 from unidiff.worlds.emoji.language import NUMBERS, caption_distribution, draw_question, plural, zone
 from unidiff.worlds.emoji.scenes import (
