@@ -102,6 +102,21 @@ def test_guidance_and_the_features_matter(images):
     assert images.upscale == 4 and images.decode(CODES, 0).shape == (2, 3, 16, 24)
 
 
+def test_pictures_on_the_way_are_previews_and_the_last_is_the_result(images):
+    images.model.choose_decoder("decoder", FlowSettings(steps=6))
+    preview = images.preview(CODES, 0)
+    images.model.choose_decoder("decoder", FlowSettings(steps=4, guidance_scale=1.0))
+    assert torch.equal(images.decode(CODES, 0), preview)
+    images.model.choose_decoder("decoder", FlowSettings(steps=6))
+    transformer, _, texts, settings = tiny_parts()
+    pipe = UniDiffPipeline(transformer, images, texts, settings)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe.text_to_image("a dog", steps=3, generator=5, record_trajectory=True, output_type="pt")
+    frames = drawn.trajectory.frames
+    assert torch.equal(frames[-1], (drawn.images * 255 + 0.5).to(torch.uint8).movedim(1, -1))
+    assert len(frames) == 4 and not torch.equal(frames[-1], frames[0])  # covered in grey
+
+
 def test_decoders_by_name(folder, tmp_path):
     images = load_released(folder / "image_tokenizer").images
     model = images.model

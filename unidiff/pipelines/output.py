@@ -142,7 +142,8 @@ def trajectory_of(
     codes = torch.where(hidden, pictures[-1:], pictures) - vocabulary.image[0]
     for now, cover in zip(codes, hidden, strict=True) if codes.numel() else ():
         if seen is None or not torch.equal(now, seen[0]):
-            seen = (now, pipe.images.decode(now, seeds).cpu())
+            draw = pipe.images.decode if torch.equal(now, codes[-1]) else pipe.images.preview
+            seen = (now, draw(now, seeds).cpu())
         frames.append(to_frames(seen[1], cover))
     texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, ends)] for s in ids]
     return Trajectory(ids, torch.stack(frames) if frames else None, texts)

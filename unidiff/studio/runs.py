@@ -174,7 +174,7 @@ class Run:
         elif bool(hidden.any()):
             codes = torch.where(hidden, codes[~hidden].mode().values, codes)
         with torch.no_grad():
-            images = self.pipe.images.decode(codes[None].to(self.pipe.transformer.device)).cpu()
+            images = self.pipe.images.preview(codes[None].to(self.pipe.transformer.device), 0).cpu()
         return to_frames(images, hidden[None])[0].numpy()
 
     def _finished(self, out: UniDiffOutput) -> Finished:

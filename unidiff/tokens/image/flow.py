@@ -7,7 +7,7 @@ guidance. With x_t = t x_1 + (1 - t) noise the network gives v = x_1 - noise (Li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from unidiff.schema import Between, Positive, check_fields
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t `[B, C, F, H, W]`, t as a scalar) to the velocity, of the same shape."""
+
+
+PREVIEW = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class FlowSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "decoder")
+
+    def quick(self) -> FlowSettings:
+        """For a preview: at most `PREVIEW` passes, without guidance."""
+        return replace(self, steps=min(self.steps, PREVIEW), guidance_scale=1.0)
 
 
 TURBO = FlowSettings(steps=8, guidance_scale=1.0, shift=1.0, fresh_noise=True)

@@ -221,15 +221,15 @@ class SiglipVQModel(CheckedModel, ImageTokenizerModel):
         """`draw` with fresh noise."""
         return self.draw(codes, row_generators(None, len(codes)))
 
-    def draw(self, codes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def draw(self, codes: Tensor, generators: Sequence[torch.Generator], quick: bool = False) -> Tensor:
         """Pictures float32 `[B, 3, h * factor * upscale, ...]`, one after the other, so that a row is the same in any batch.
 
         Raises:
             ValueError: no decoder lies beside the weights.
         """
         decoder = self.decoder().to(self.device)
-        side = self.factor * self.upscale
-        return torch.stack([decoder(row, side, g, self.flow) for row, g in zip(codes, generators, strict=True)])
+        side, flow = self.factor * self.upscale, self.flow.quick() if quick else self.flow
+        return torch.stack([decoder(row, side, g, flow) for row, g in zip(codes, generators, strict=True)])
 
     def decoder(self) -> FlowDecoder:
         """The chosen decoder, read at the first call; errors as of `draw`."""

@@ -37,8 +37,8 @@ class ImageTokenizerModel(ImageEncoder, PixelDecoder):
         """Pixels along a side of a decoded picture, divided by those of a picture that is encoded to as many codes."""
         return 1
 
-    def draw(self, codes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """`decode` with a generator for each row, for one that draws noise."""
+    def draw(self, codes: Tensor, generators: Sequence[torch.Generator], quick: bool = False) -> Tensor:
+        """`decode` with a generator for each row, for one that draws noise; `quick`: a preview, in a few passes of many."""
         return self.decode(codes)
 
     def parts_beside(self) -> Mapping[str, StoredPart]:
@@ -196,16 +196,23 @@ class VQImageTokenizer:
         check_images(images, self.factor)
         return self._coder.encode(images.to(self.device))
 
-    @torch.no_grad()
     def decode(self, codes: Tensor, generator: RowDraws = None) -> Tensor:
         """int64 codes `[B, h, w]` -> float32 `[B, 3, h * s, w * s]` in [0, 1], s = factor * upscale.
 
         Args:
             generator: of the noise, where decoding draws some (`draws`); errors as of `row_generators` and `check_codes`.
         """
+        return self._decode(codes, generator)
+
+    def preview(self, codes: Tensor, generator: RowDraws = None) -> Tensor:
+        """`decode`, by decoders that make many passes in a few: what pictures of half-finished rows look like."""
+        return self._decode(codes, generator, quick=True)
+
+    @torch.no_grad()
+    def _decode(self, codes: Tensor, generator: RowDraws, quick: bool = False) -> Tensor:
         check_codes(codes, self.codebook_size)
         generators = row_generators(generator, len(codes)) if self.draws else ()
-        return self._coder.draw(codes.to(self.device), generators).float().clamp(0, 1)
+        return self._coder.draw(codes.to(self.device), generators, quick).float().clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights (safetensors); other files in the folder stay.
