@@ -29,6 +29,7 @@ def test_every_part_has_its_example(namespace: dict):
     parts = [
         "A backbone",
         "An encoder without codes",
+        "Features of a released encoder",
         "An image tokenizer",
         "A commit rule",
         "A refresh policy",
