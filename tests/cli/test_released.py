@@ -11,6 +11,8 @@ from folder_trees import tree
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
 from safetensors.torch import load_file
+from shard_samples import write_samples
+from siglip_parts import write_image_parts
 from tiny_pipeline import tiny_parts, tiny_pipeline
 
 from unidiff.models.trained_on import TrainedOn
@@ -60,6 +62,25 @@ def test_verify_says_what_differs_and_fails(run, llada):
     status, out, _ = run("verify", llada, "--device", "cpu")
     assert status == 1 and "closest to llada" in out and "FAIL published settings" in out
     assert "ok   known answer" in out and "ok   a pass of this checkpoint" in out
+
+
+def test_an_image_tokenizer_with_decoders_beside_it(run, tmp_path):
+    """Codes of pictures in shards, by the converted tokenizer as by the released one."""
+    write_image_parts(tmp_path / "uni")
+    theirs, ours = tmp_path / "uni" / "image_tokenizer", tmp_path / "ours"
+    lines = table(run("info", theirs)[1])
+    assert lines["family"] == "siglip_vq" and "of weights, read when it is first needed" in lines["decoder-turbo"]
+    status, out, _ = run("verify", theirs, "--device", "cpu")
+    assert status == 0 and "ok   decoder: " in out and "ok   decoder-turbo: " in out
+    assert run("convert", theirs, ours)[1] == f"{ours}: siglip_vq in unidiff's layout\n"
+    write_samples(tmp_path / "raw", 4)
+    tiny_parts()[2].save_pretrained(tmp_path / "words")
+    given = ("--shards", tmp_path / "raw", "--text-tokenizer", tmp_path / "words", "--image-size", 8)
+    status, out, error = run("encode", tmp_path / "tokens", "--image-tokenizer", ours, *given)
+    assert status == 0 and "4 samples" in out, (out, error)
+    (theirs.parent / "vae" / "config.json").unlink()
+    status, out, error = run("info", theirs)
+    assert status == 1 and "vae/config.json does not exist, which" in error and error.count("\n") == 1
 
 
 def test_mistakes_are_one_sentence(run, llada, tmp_path):

@@ -146,7 +146,7 @@ NETWORK = ConfigKeys(
         "n_refiner_layers": Layers,
         "norm_eps": Epsilon,
         "qk_norm": bool,
-        **dict.fromkeys(("all_patch_size", "all_f_patch_size", "axes_dims", "axes_lens"), list[Depth] | list[Rows]),
+        **dict.fromkeys(("all_patch_size", "all_f_patch_size", "axes_dims", "axes_lens"), list[Rows]),
         **dict.fromkeys(("rope_theta", "t_scale"), Positive),
         "cap_feat_dim": Width,  # that of the features, whatever it says
     },
@@ -274,7 +274,7 @@ def _keymap(model: SiglipVQModel, spelling: Spelling) -> KeyMap:
 SIGLIP_VQ = Family(
     name="siglip_vq",
     keys=(r"(^|\.)visual\.blocks\.0\.attn\.qkv\.weight$", r"(^|\.)vqmodel\.quantize\.embedding\.weight$"),
-    fits=lambda config: {"vision_config", "vq_config"} <= config.keys() and "text_config" not in config,
+    fits=lambda config: {"vision_config", "vq_config"} <= config.keys(),
     settings=siglip_settings,
     keymap=_keymap,
     network=SiglipVQModel,
