@@ -44,7 +44,6 @@ def shelf(tmp_path_factory) -> Path:
     (shelf / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, shelf / "llamagen" / "vq_ds16_c2i.pt")
     write_folder(shelf / "muddit" / "512")
-    write_image_parts(shelf / "llada2.0-uni")
     talkers = (("llada", "llada-8b-instruct"), ("llada2", "llada2.1-mini"), ("dream", "dream-7b"), ("mdlm", "mdlm"))
     for family, name in talkers:
         write_chat(shelf / name, family)
@@ -52,6 +51,7 @@ def shelf(tmp_path_factory) -> Path:
         convert(root / family, shelf / name, vocabulary=write_pictures(root / family, family))
         for part in ("image_tokenizer", "tokenizer"):
             shutil.copytree(root / family / part, shelf / name / part)
+    write_image_parts(shelf / "llada2.0-uni")
     return root
 
 
