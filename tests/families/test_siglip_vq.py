@@ -279,3 +279,18 @@ def test_a_pipeline_draws_with_it(images):
     assert far.abs().mean() < 0.2  # the given picture, enlarged
     told = pipe.caption(given, 3, steps=2, generator=2)
     assert len(told.texts) == 1
+
+
+def test_a_pipeline_of_ones_own_finds_its_decoders(folder, images, tmp_path):
+    """Saved, with the decoder's folders put beside its parts."""
+    transformer, _, texts, settings = tiny_parts()
+    UniDiffPipeline(transformer, images, texts, settings).save_pretrained(tmp_path / "own")
+    bare = UniDiffPipeline.from_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="these weights only encode pictures"):
+        bare.images.decode(CODES, 0)
+    for part in ("decoder", "vae"):
+        shutil.copytree(folder / part, tmp_path / "own" / part)
+    shutil.copy(folder / "image_tokenizer" / "sigvq_embedding.pt", tmp_path / "own" / "image_tokenizer")
+    whole = UniDiffPipeline.from_pretrained(tmp_path / "own")
+    whole.images.model.choose_decoder("decoder", QUICK)
+    assert torch.equal(whole.images.decode(CODES, 0), images.decode(CODES, 0))

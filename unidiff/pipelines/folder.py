@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
 from unidiff.errors import read_json
+from unidiff.families.checkpoint.load import find_beside
 from unidiff.families.checkpoint.small_memory import offload
 from unidiff.families.layout import RowLayout
 from unidiff.files import resolve_link
@@ -41,6 +42,8 @@ def load_tokenizers(folder: Path, variant: str | None = None) -> tuple[VQImageTo
     """The tokenizers of a pipeline folder."""
     # Never in half precision: rounded weights move codes, and the transformer knows only those it was trained on.
     images = VQImageTokenizer.from_pretrained(folder / "image_tokenizer", variant=variant)
+    if images.draws:
+        find_beside(images.model, folder / "image_tokenizer")
     return images, TextTokenizer.from_pretrained(folder / "text_tokenizer")
 
 

@@ -120,9 +120,15 @@ def load_released(
     network = model.model if isinstance(model, VQImageTokenizer) else model
     held = {name: tensors.get(name, tensors.get(name.removeprefix(found.prefix))) for name in found.constants}
     constants = {name: in_memory(value).clone() for name, value in held.items() if value is not None}
-    if found.beside is not None:
-        found.beside(network, file.parent)
+    find_beside(network, file.parent)
     return Released(found, network, ids, config, found.spelling(tensors, config), constants)
+
+
+def find_beside(network: Any, folder: Path) -> None:
+    """Let a network from this folder know what else lies beside, see `Family.beside`."""
+    for family in FAMILIES.values():
+        if family.beside is not None and isinstance(network, family.network):
+            family.beside(network, folder)
 
 
 def sections_beside(family: Family, folder: Path) -> dict[str, Any]:
@@ -271,8 +277,7 @@ def _load_converted(
         if unknown := sorted(constants.keys() - set(family.constants)):
             raise ValueError(f"{folder / record.constants} holds {unknown}; expected some of {list(family.constants)}")
         check_finite(constants, str(folder / record.constants))
-    if family.beside is not None:
-        family.beside(model, folder)
+    find_beside(model, folder)
     return Released(family, model, ids, record.config, record.layout, constants)
 
 
