@@ -119,12 +119,16 @@ class ChatLayout(TextLayout):
 
     template: ChatTemplate = field(default_factory=ChatTemplate)
 
-    def chat(self, inputs: TaskInputs) -> DecodeRequest:
+    def check_marks(self) -> None:
+        """Raise `ValueError` for a tokenizer without marks of turns."""
         if not self.template.marks:
             raise ValueError(
                 f"the text tokenizer of this {self.family} has no marks for turns; give the one it was trained with "
                 "(text_tokenizer=), or use complete, which needs none"
             )
+
+    def chat(self, inputs: TaskInputs) -> DecodeRequest:
+        self.check_marks()
         return self._go_on([self.ids(turn) for turn in inputs.turns or ()], inputs.longest)
 
     @property

@@ -44,6 +44,7 @@ class TaskInputs:
     turns: Sequence[Any] | None = None  # questions and conversations of a chat
     codes: Tensor | None = None  # int64 [B, h, w], pictures; None for unknown ones
     holes: Tensor | None = None  # bool [B, h, w], codes to decode again
+    pictures: Sequence[Sequence[Any]] | None = None  # PIL pictures of each row, for a family that `reads_pixels`
     references: Tensor | None = None  # int64 [B, h', w'], further pictures of an edit
     grid: Grid | None = None  # (rows, columns) of codes of the picture to draw, where the family draws any
     strength: float = 1.0  # share of the steps in which a picture is redrawn; less leaves more of it
@@ -188,6 +189,7 @@ class RowLayout:
     sizes: ClassVar[bool] = False  # whether a pipeline may be made for pictures of one size or another
     all_words: ClassVar[bool] = False  # whether the text tokenizer has all text ids
     strengths: ClassVar[bool] = False  # whether a picture can be redrawn in a part of the steps
+    reads_pixels: ClassVar[bool] = False  # whether pictures are read as they are, several in a row, and none are drawn
     conversations: ClassVar[bool] = True  # whether `chat` knows what was said before, where there is one
 
     @property

@@ -49,6 +49,10 @@ class MaskedTransformer(CheckedModel):
     @built_from(TransformerConfig)
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self.build(config)
+
+    def build(self, config: TransformerConfig) -> None:
+        """Make the parts of the network; for constructors."""
         self.settings = c = config
         self.gradient_checkpointing = False  # `enable_gradient_checkpointing` sets it
         size = c.hidden_size

@@ -19,7 +19,6 @@ from unidiff.families.checkpoint.expert_names import ExpertLayout
 from unidiff.families.checkpoint.keymap import KeyMap, KeyMismatch, assemble, strip_prefixes, unwrap
 from unidiff.families.family import FAMILIES, Family, Released, recognise
 from unidiff.hub import RELEASED, locate
-from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, check_value, from_data
 from unidiff.tokens import Vocabulary
@@ -45,7 +44,6 @@ _SPELLING: Mapping[str, Any] = {
     "copies": bool,
     "experts": ExpertLayout,
 }
-_TRANSFORMERS: dict[str, Any] = {cls.__name__: cls for cls in (MaskedTransformer, MMDiT)}
 LARGEST_YAML = 2**22  # bytes
 LARGEST_COUNT = 10**6  # values of a YAML file with its aliases written out
 _TABLES = r"(vocab_embed\.embedding|wte\.weight|embed\.embeddings\.weight|quantize\.embedding\.weight)$"
@@ -300,13 +298,14 @@ def load_own(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a folder with a saved model")
     config = read_json(path, "a model's config")
-    name, known = config.get("_class_name"), {*_TRANSFORMERS, *IMAGE_TOKENIZERS}
+    networks = {cls.__name__: cls for cls in (family.network for family in FAMILIES.values() if family.vocabulary)}
+    name, known = config.get("_class_name"), {*networks, *IMAGE_TOKENIZERS}
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{path} describes a {name!r}; expected one of {sorted(known)}")
     try:
         if name in IMAGE_TOKENIZERS:
             IMAGE_TOKENIZERS[name].check_config(config)
-        model = build_on_meta(_TRANSFORMERS.get(name) or IMAGE_TOKENIZERS[name].network_class(), config)
+        model = build_on_meta(networks.get(name) or IMAGE_TOKENIZERS[name].network_class(), config)
         where = folder
         return assemble(model, KeyMap.of(model), open_checkpoint(weight_file(folder, variant=variant)), dtype, device)
     except DamagedFile:
