@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from unidiff.families.checkpoint.config_keys import section
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Config, Family, Release, Released
+from unidiff.families.llada_v.network import VisionLanguageTransformer
 from unidiff.models.experts import idle_weights
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
@@ -265,16 +267,27 @@ def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
     if isinstance(model, MMDiT):
         return _mmdit(model).float().cpu().flatten()
     assert isinstance(model, MaskedTransformer)
-    batch = _question(vocabulary).to(model.device)
+    seen = _seen(model) if isinstance(model, VisionLanguageTransformer) else []
+    batch = _question(vocabulary, seen).to(model.device)
     c = model.config
     time = torch.full((1,), 0.5, device=model.device) if c.time_conditioning and c.constant_time is None else None
-    hidden = model.hidden(batch.ids, batch.modality, batch.positions, batch.attention_mask(), time)
+    rows = batch.ids, batch.modality, batch.positions, batch.attention_mask()
+    hidden = model.hidden(*rows, time, **batch.continuous())
     logits = model.head(hidden[batch.targets], *vocabulary.text)  # [targets, text ids]
     return logits.float().cpu().flatten()
 
 
-def _question(vocabulary: Vocabulary) -> TokenBatch:
-    """A row of text, every third token hidden, and where there are codes an image with every other one hidden."""
+def _seen(model: VisionLanguageTransformer) -> list[Span]:
+    """A picture of one tile, which no resizing changes."""
+    side = model.settings.tile_side
+    place = torch.arange(side)
+    pixels = (7 * place[:, None, None] + 3 * place[:, None] + 50 * torch.arange(3)) % 256  # [side, side, 3]
+    return model.spans([Image.fromarray(pixels.to(torch.uint8).numpy())])[0]
+
+
+def _question(vocabulary: Vocabulary, seen: Sequence[Span] = ()) -> TokenBatch:
+    """A row of text, every third token hidden, and where there are codes an image with every other one hidden; behind what is
+    `seen`."""
     start, stop = vocabulary.text
     ids = start + torch.arange(TEXT_TOKENS) * 5 % (stop - start)
     hidden = torch.arange(TEXT_TOKENS) % 3 == 2
@@ -283,7 +296,7 @@ def _question(vocabulary: Vocabulary) -> TokenBatch:
         places = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE)
         codes, holes = vocabulary.image[0] + places * 3 % vocabulary.image_size, places % 2 == 1
         spans.append(Span.image(torch.where(holes, vocabulary.image_mask, codes), ~holes))
-    return TokenBatch.from_spans([tuple(spans)])
+    return TokenBatch.from_spans([(*seen, *spans)])
 
 
 def _mmdit(model: MMDiT) -> Tensor:

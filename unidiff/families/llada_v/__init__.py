@@ -193,8 +193,8 @@ LLADA_V = Family(
     network=VisionLanguageTransformer,
     vocabulary=llada_v_vocabulary,
     vocabularies={"llada-v": llada_v_vocabulary(CONFIG)},
-    releases=(Release("llada-v", CONFIG),),
-    tiny=Tiny(_TINY, (0.0, 0.0, 0.0, 0.0)),
+    releases=(Release("llada-v", CONFIG, 8_450_000_000, 3e-3),),  # 16.9 GB in bfloat16
+    tiny=Tiny(_TINY, (0.0263758, 0.639158, -0.341738, 0.438149)),
     spelling=lambda names, config: copied_head(names, bool(config.get("tie_word_embeddings")), "lm_head.weight"),
     layout=LladaVLayout.of,
 )
