@@ -18,7 +18,7 @@ from unidiff.tokens.text import TextTokenizer
 CORPUS = ["a red fox on a hill", "two owls"]
 LUMINA = ("eos", "newline", "answer_pad", "boi", "eoi", "uncondition", "answer", "end_answer")
 TURNS = {
-    "llada": ("eos", "startoftext", "start_header_id", "end_header_id", "eot_id"),
+    **dict.fromkeys(("llada", "llada-v"), ("eos", "startoftext", "start_header_id", "end_header_id", "eot_id")),
     "dream": ("eos", "im_start", "im_end"),
 }
 
@@ -84,7 +84,7 @@ def write_pictures(folder: Path, family: str) -> Vocabulary:
 
 
 def write_chat(folder: Path, family: str, marks: bool = True) -> TextTokenizer:
-    """LLaDA, LLaDA-MoE, LLaDA2, Dream or MDLM beside a text tokenizer with the marks of its turns, or without; returns that."""
+    """LLaDA, LLaDA-V, LLaDA-MoE, LLaDA2, Dream or MDLM beside a text tokenizer with the marks of its turns, or without; returns that."""
     ling = family in ("llada-moe", "llada2")
     turns = ("eos", "role", "end_role", "role_end") if ling else TURNS.get(family, ("eos",))
     texts = TextTokenizer.train(CORPUS, 300, turns if marks else ("eos",))

@@ -8,15 +8,14 @@ from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 
 import torch
 
-from unidiff.families.chat import Turn, check_turns, words_of_turns
 from unidiff.families.layout import RowLayout, TaskInputs
 from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
-from unidiff.pipelines.inputs import PictureReader, as_list
-from unidiff.pipelines.options import CallInputs, CallKeywords, DecodeKeywords, flag, whole
+from unidiff.pipelines.options import CallInputs, CallKeywords, DecodeKeywords, flag
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.score import score_of
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
+from unidiff.pipelines.words import WordTasks
 from unidiff.schedulers.unmasking import UnmaskingScheduler
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary
@@ -26,7 +25,7 @@ from unidiff.tokens.text import TextTokenizer, between_holes
 Prompt: TypeAlias = str | Sequence[str] | None
 
 
-class UniDiffPipeline(PictureReader, PipelineFolder):
+class UniDiffPipeline(WordTasks, PipelineFolder):
     """One masked diffusion model over text and image tokens, with everything around it, of whatever family.
 
     All tasks are the same decode with other tokens known. They share the keyword arguments of `DecodeOptions`, and return a
@@ -188,30 +187,6 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
         return TaskCall(inputs, num_images_per_prompt, [*said, *(away or ())])
 
     @task_method
-    def caption(
-        self, image: Any, max_text_tokens: int | None = None, resize: bool = False, **options: Unpack[DecodeKeywords]
-    ) -> TaskCall:
-        """Describe pictures; `ValueError` for one of another size, dtype or range, or an option out of range."""
-        longest, given = self._longest(max_text_tokens), self._read(image, resize)
-        return TaskCall(TaskInputs(len(given.codes), codes=given.codes, longest=longest), shown=given.pixels)
-
-    @task_method
-    def answer(
-        self,
-        image: Any,
-        question: str | Sequence[str],
-        max_text_tokens: int | None = None,
-        resize: bool = False,
-        **options: Unpack[DecodeKeywords],
-    ) -> TaskCall:
-        """Answer questions about pictures; `ValueError` as for `caption`, for a question that is empty or too long."""
-        said, longest = texts_of(question, "question"), self._longest(max_text_tokens)
-        given = self._read(image, resize)
-        rows = columns_of(1, image=given.pixels, codes=given.codes, question=said)
-        inputs = TaskInputs(len(rows["question"]), rows["question"], codes=rows["codes"], longest=longest)
-        return TaskCall(inputs, said=said, shown=rows["image"])
-
-    @task_method
     def inpaint(
         self,
         image: Any,
@@ -354,45 +329,7 @@ class UniDiffPipeline(PictureReader, PipelineFolder):
         inputs = TaskInputs(len(rows["rows"]), rows.get("text"), codes=rows.get("image"), grid=grid, longest=longest)
         return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()))
 
-    @task_method
-    def chat(
-        self, messages: Turn | Sequence[Turn], max_text_tokens: int | None = None, **options: Unpack[DecodeKeywords]
-    ) -> TaskCall:
-        """Answer in words, of at most 128 tokens where nothing else is asked for.
-
-        Args:
-            messages: a question, a conversation (messages `{"role": ..., "content": ...}`), or several of either.
-        """
-        several = as_list(messages, "message")
-        turns = check_turns([several] if all(isinstance(message, Mapping) for message in several) else several)
-        inputs = TaskInputs(len(turns), turns=turns, longest=self._longest(max_text_tokens, usual=128))
-        return TaskCall(inputs, said=words_of_turns(turns), pictures=False)
-
-    @task_method
-    def complete(
-        self, prompt: str | Sequence[str], max_text_tokens: int | None = None, **options: Unpack[DecodeKeywords]
-    ) -> TaskCall:
-        """Go on with texts as they are (base models), by at most 128 tokens where nothing else is asked for."""
-        said = texts_of(prompt, "prompt", holes=True)
-        inputs = TaskInputs(len(said), said, longest=self._longest(max_text_tokens, usual=128))
-        return TaskCall(inputs, said=said, pictures=False)
-
-    @task_method
-    def infill(self, text: str | Sequence[str], **options: Unpack[DecodeKeywords]) -> TaskCall:
-        """Fill `<mask>` holes in texts; `ValueError` for a text without, or an option out of range."""
-        said = texts_of(text, "text", holes=True)
-        return TaskCall(TaskInputs(len(said), said), said=between_holes(said), pictures=False)
-
     score = score_of
-
-    def _longest(self, max_text_tokens: int | None, text: Any = None, usual: int | None = None) -> int:
-        if max_text_tokens is None:
-            return usual or self.layout.longest
-        if text is not None:
-            raise ValueError(
-                "max_text_tokens is for texts of unknown length, but text says its own; leave one of them out"
-            )
-        return whole(max_text_tokens, "max_text_tokens", 1, self.layout.most)
 
     def _beside(self, task: str, asked: int | None) -> dict[str, Any]:
         """Whether a task that is told what to make writes words beside the picture, and how many."""

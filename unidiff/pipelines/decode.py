@@ -331,7 +331,8 @@ _INPUTS: dict[str, tuple[set[str], set[str]]] = {
     "inpaint": ({"image"}, {"mask_image", "text"}),
     "generate": (set(), {"text", "image", "prompt"}),
     "edit": ({"image", "prompt"}, {"mask_image", "reference"}),
-    **dict.fromkeys(("chat", "complete", "infill"), ({"prompt"}, set[str]())),
+    "chat": ({"prompt"}, {"image"}),
+    **dict.fromkeys(("complete", "infill"), ({"prompt"}, set[str]())),
 }
 _NAMES = ("prompt", "image", "question", "mask_image", "text", "reference")
 _CALLED = {"chat": "messages", "infill": "text"}  # what these call the prompt
@@ -347,7 +348,7 @@ def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
         given: inputs of the call that are not None, by name.
         task: asked for by name; then only checked.
     """
-    names, by_name = set(given), {"edit", "generate"} if "prompt" in given else {"edit"}
+    names, by_name = set(given), {"edit", "generate", "chat"} if "prompt" in given else {"edit"}
     if task is None:
         fits = [n for n, (needs, more) in _INPUTS.items() if needs <= names <= needs | more and n not in by_name]
         if not fits:
@@ -391,8 +392,7 @@ def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any
         if text is not None:
             raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
         prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters
-    given = {**{name: inputs.get(name) for name in _NAMES}, "prompt": prompt}
-    known = {name: value for name, value in given.items() if value is not None}
+    known = {n: v for n, v in {**{n: inputs.get(n) for n in _NAMES}, "prompt": prompt}.items() if v is not None}
     chosen = choose_task(known, task)
     if chosen in _CALLED:
         known[_CALLED[chosen]] = known.pop("prompt")
