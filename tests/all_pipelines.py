@@ -12,11 +12,11 @@ from tiny_pipeline import tiny_pipeline
 from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
 
-FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "dream", "mdlm", "muddit")
+FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "llada-v", "dream", "mdlm", "muddit")
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
-    """By family, each of `FAMILIES`; all but `native` take 6 x 6 pixels, and Muddit 8 x 8."""
+    """By family, each of `FAMILIES`; all but `native` take 6 x 6 pixels (LLaDA-V others too), and Muddit 8 x 8."""
     made: dict[str, Any] = {"native": tiny_pipeline()}
     write_unidisc(folder / "unidisc")
     made["unidisc"] = UniDiffPipeline.from_pretrained(folder / "unidisc")
@@ -27,7 +27,7 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             ours, image_tokenizer=theirs / "image_tokenizer", text_tokenizer=theirs / "tokenizer"
         )
     made["lumina"] = made["lumina"].sized(6, 6)
-    for family in ("llada", "dream", "mdlm"):
+    for family in ("llada", "llada-v", "dream", "mdlm"):
         write_chat(folder / family, family)
         made[family] = UniDiffPipeline.from_pretrained(folder / family)
     (folder / "muddit").mkdir()

@@ -82,6 +82,18 @@ _LLADA_SAMPLING = {
     "remasking": "low_confidence",
 }
 _LLADA = Published(_LLADA_SETTINGS, _LLADA_VOCABULARY, _LLADA_SAMPLING)
+_LLADA_V = Published(
+    {
+        **_LLADA_SETTINGS,
+        **{"vision_size": 1152, "vision_layers": 26, "vision_heads": 16, "vision_ffn_size": 4304},
+        **{"tile_side": 384, "patch_side": 14, "largest_grid": 6, "most_tiles": 4},
+    },
+    {
+        **{"size": 126464, "mask_id": 126336},
+        "specials": {"bos": 126080, "eos": 126081, "start_header": 126346, "end_header": 126347, "eot": 126348},
+    },
+    _LLADA_SAMPLING,
+)
 _DREAM_SETTINGS = {
     **_LLADA_SETTINGS,
     "vocab_size": 152064,
@@ -268,6 +280,7 @@ PUBLISHED: dict[str, Published] = {
         {"size": 50258, "text": (0, 50257), "image": (50257, 50257), "mask_id": 50257},
     ),
     **dict.fromkeys(("llada-8b-base", "llada-8b-instruct", "llada-1.5"), _LLADA),
+    "llada-v": _LLADA_V,
     "dream-7b": Published(_DREAM_SETTINGS, _DREAM_VOCABULARY),
     **dict.fromkeys(("llada-moe-7b-a1b-base", "llada-moe-7b-a1b-instruct"), Published(_LLADA_MOE_SETTINGS, _LING_IDS)),
     **dict.fromkeys(("llada2.0-mini", "llada2.1-mini"), Published(_LLADA2_SETTINGS, _LING_IDS, _LLADA2_SAMPLING)),

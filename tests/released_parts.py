@@ -69,7 +69,18 @@ class GoldenCheckpoint:
         return state
 
 
-BUILT_SETS = ("unidisc", "mdlm", "llada", "mmada", "ml_cache", "dllm_cache", "muddit", "llamagen_vq", "magvitv2")
+BUILT_SETS = (
+    "unidisc",
+    "mdlm",
+    "llada",
+    "llada_v",
+    "mmada",
+    "ml_cache",
+    "dllm_cache",
+    "muddit",
+    "llamagen_vq",
+    "magvitv2",
+)
 """Golden sets with checkpoints of families that are built; the others wait for theirs, whatever is in them."""
 
 
@@ -86,6 +97,19 @@ def golden_checkpoints() -> list[GoldenCheckpoint]:
     return found
 
 
+def llada_v_config(full: Mapping[str, Any]) -> dict[str, Any]:
+    """Upstream's config of a golden set of LLaDA-V, and what of its tower no released config states."""
+    marks = ("mask", "bos", "eos", "eot", "start_header", "end_header")
+    ids = {f"{name}_token_id": full["tokens"][name] for name in marks}
+    mm = {name: value for name, value in full["mm"].items() if name not in ("image_mean", "image_std")}
+    vision = {
+        name: value
+        for name, value in full["vision"].items()
+        if name not in ("num_hidden_layers_note", "tokens_per_side")
+    }
+    return {"model_type": "llava_llada", **full["model"], **ids, **mm, "vision_config": vision}
+
+
 def _golden(path: Path) -> GoldenCheckpoint:
     """The config is a section called as the file, or `model_config`, or `model`; else the upstream keys of the whole."""
     full = json.loads((path.parent / "config.json").read_text())
@@ -99,6 +123,8 @@ def _golden(path: Path) -> GoldenCheckpoint:
             {"eos": ids["eos"]},
         )
         return GoldenCheckpoint(path, {**full["model"], "new_vocab_size": layout[0]}, mmada_vocabulary(*layout))
+    if "mm" in full:  # LLaDA-V
+        return GoldenCheckpoint(path, llada_v_config(full))
     if "tokens" in full:  # Lumina
         ids, config = full["tokens"], full["model_config"]
         start, size = ids["vocab_offset"], config["vocab_size"]

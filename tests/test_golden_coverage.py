@@ -26,6 +26,7 @@ _MMADA = RELEASED.format("mmada_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
 _BLOCKS = ("test_forward", "test_a_cache_of_finished_blocks_is_exact", "test_a_mask_that_is_added_is_another_model")
+_LLADA_V = RELEASED.format("llada_v_golden")
 _MOE = RELEASED.format("llada_moe_golden")
 _ESTIMATOR = "test_the_estimator_gives_the_stored_likelihood"
 _NAMES = "::test_every_weight_maps_both_ways"
@@ -100,6 +101,12 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "variant_weights.safetensors": (f"{_MOE}test_variants",),
         "traces.safetensors": (f"{_MOE}test_trace",),
         "likelihood.safetensors": (f"{_MOE}test_likelihood", f"{DIFFUSION.format('likelihood')}{_ESTIMATOR}"),
+    },
+    "llada_v": {
+        "weights.safetensors": (f"families/test_llada_v_golden.py{_NAMES}",),
+        "images.safetensors": (f"{_LLADA_V}test_pictures",),
+        "forward.safetensors": (f"{_LLADA_V}test_forward",),
+        "trace_*.safetensors": (f"{_LLADA_V}test_upstreams_loop",),
     },
     "llada2_mini": {
         "weights.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),
@@ -204,6 +211,6 @@ def test_every_set_of_the_root_is_compared(name: str):
 
 
 def test_the_table_is_whole():
-    assert len(COMPARED) == 12
+    assert len(COMPARED) == 13
     for name, reasons in REASONS.items():
         assert name.partition("/")[0] in COMPARED and all(reasons.values())

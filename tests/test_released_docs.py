@@ -24,6 +24,7 @@ FAMILIES = [
     "UniDisc",
     "MDLM",
     "LLaDA",
+    "LLaDA-V",
     "Dream",
     "MMaDA",
     "Lumina-DiMOO",
@@ -44,7 +45,13 @@ def shelf(tmp_path_factory) -> Path:
     (shelf / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, shelf / "llamagen" / "vq_ds16_c2i.pt")
     write_folder(shelf / "muddit" / "512")
-    talkers = (("llada", "llada-8b-instruct"), ("llada2", "llada2.1-mini"), ("dream", "dream-7b"), ("mdlm", "mdlm"))
+    talkers = (
+        ("llada", "llada-8b-instruct"),
+        ("llada-v", "llada-v"),
+        ("llada2", "llada2.1-mini"),
+        ("dream", "dream-7b"),
+        ("mdlm", "mdlm"),
+    )
     for family, name in talkers:
         write_chat(shelf / name, family)
     for family, name in (("mmada", "mmada-8b"), ("lumina", "lumina-dimoo")):
@@ -66,7 +73,7 @@ def test_the_snippet_of_a_family_runs(family: str, shelf: Path, monkeypatch: pyt
     made = [value for name, value in space.items() if name.startswith(("picture", "pixels"))]
     for pixels in made:
         assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1
-    assert made or family in ("The pipeline", "MDLM", "LLaDA", "Dream")
+    assert made or family in ("The pipeline", "MDLM", "LLaDA", "LLaDA-V", "Dream")
 
 
 def test_every_snippet_belongs_to_a_family():

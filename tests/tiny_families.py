@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
+from PIL import Image
 from reference.batches import llada_batch, lumina_batch, lumina_pair, mdlm_batch, unidisc_batch
 from reference.mmada_prompts import MMaDAPrompts, mmada_batch
 from torch import Tensor
@@ -17,6 +18,8 @@ from unidiff.families.dream import DREAM
 from unidiff.families.llada import LLADA
 from unidiff.families.llada2 import LLADA2, llada2_sampler
 from unidiff.families.llada_moe import LLADA_MOE
+from unidiff.families.llada_v import LLADA_V
+from unidiff.families.llada_v.rows import PICTURE, LladaVLayout
 from unidiff.families.mdlm import MDLM
 from unidiff.families.mmada import MMADA, SPECIALS, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
@@ -24,6 +27,7 @@ from unidiff.families.unidisc import UNIDISC
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
+M = TypeVar("M", bound=MaskedTransformer)
 STEPS = 6
 UNIDISC_CONFIG = {
     "model": {
@@ -101,7 +105,11 @@ class TinyFamily:
 
 def lively(kwargs: dict[str, Any], seed: int = 0) -> MaskedTransformer:
     """A network whose every weight is random, norms and biases too, in float64."""
-    model = MaskedTransformer(**kwargs).double().eval()
+    return lively_weights(MaskedTransformer(**kwargs), seed)
+
+
+def lively_weights(model: M, seed: int = 0) -> M:
+    model = model.double().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -156,6 +164,21 @@ def dream() -> TinyFamily:
     """As LLaDA, but the logits at a token predict the next one."""
     model, vocabulary = DREAM.load(DREAM.export(lively(DREAM.settings(DREAM_CONFIG))), DREAM_CONFIG)
     return TinyFamily("dream", model, vocabulary, llada_rows([3, 5, 6], vocabulary), _decoding(temperature=0.0))
+
+
+def llada_v() -> TinyFamily:
+    """LLaDA that sees: prompts with one picture, with two and without, before answers of 12."""
+    model, vocabulary = LLADA_V.load(
+        LLADA_V.export(lively_weights(LLADA_V.make(LLADA_V.tiny.config))), LLADA_V.tiny.config
+    )
+    noise = [torch.randint(0, 256, (h, w, 3), generator=torch.Generator().manual_seed(h)) for h, w in ((9, 5), (4, 16))]
+    shown = [Image.fromarray(pixels.to(torch.uint8).numpy()) for pixels in noise]
+    layout = LladaVLayout(vocabulary, str.split, SamplerConfig(), network=model)
+    prompts = [[1, PICTURE, 2, 3], [4, PICTURE, 5, PICTURE], [6, 7]]
+    with torch.no_grad():
+        rows = [layout.prompt(ids, shown[: ids.count(PICTURE)]) for ids in prompts]
+    rows = [[*row, Span.masked_text(12, vocabulary)] for row in rows]
+    return TinyFamily("llada_v", model, vocabulary, TokenBatch.from_spans(rows, left=True), _decoding(temperature=0.0))
 
 
 def llada_moe() -> TinyFamily:
@@ -248,7 +271,7 @@ def muddit() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
-    make.__name__: make for make in (unidisc, mdlm, llada, dream, llada_moe, llada2, mmada, lumina, muddit)
+    make.__name__: make for make in (unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, mmada, lumina, muddit)
 }
 _MADE: dict[str, TinyFamily] = {}
 

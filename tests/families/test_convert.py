@@ -20,6 +20,7 @@ FAMILIES_OF_SETS = {
     "mdlm": {"mdlm"},
     "llada": {"llada"},
     "dllm_cache": {"llada"},
+    "llada_v": {"llada-v"},
     "mmada": {"mmada"},
     "ml_cache": {"lumina"},
     "muddit": {"muddit", "meissonic", "vq_model"},

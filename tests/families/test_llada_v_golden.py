@@ -14,6 +14,7 @@ import torch
 from golden import absent_set, golden_cases, golden_folders
 from PIL import Image
 from reference import llada_v_decoding as reference
+from released_parts import llada_v_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,14 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def upstream(folder: Path) -> dict[str, Any]:
-    """A config as a released folder has it."""
-    config = read_config(folder)
-    ids = {f"{name}_token_id": i for name, i in config["tokens"].items()}
-    ids = {name: i for name, i in ids.items() if name in {f"{n}_token_id" for n in ("mask", "bos", "eos", "eot")}}
-    tokens = config["tokens"]
-    ids |= {f"{n}_token_id": tokens[n] for n in ("start_header", "end_header")}
-    mm = {name: value for name, value in config["mm"].items() if name not in ("image_mean", "image_std")}
-    return {"model_type": "llava_llada", **config["model"], **ids, **mm, "vision_config": config["vision"]}
+    return llada_v_config(read_config(folder))
 
 
 @lru_cache(maxsize=1)

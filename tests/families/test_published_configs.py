@@ -19,6 +19,7 @@ from unidiff.decoding.cache import MaxLogitCache
 from unidiff.families.checkpoint.verify import closest_release, differences
 from unidiff.families.family import FAMILIES, Family, Release, named_vocabulary
 from unidiff.families.llada.rows import llada_sampler
+from unidiff.families.llada_v.rows import llada_v_sampler
 from unidiff.families.lumina import lumina_image_sampler
 from unidiff.families.mmada import MMaDALayout
 from unidiff.families.muddit.denoiser import MudditConditions
@@ -233,6 +234,9 @@ def test_defaults_of_the_tasks_are_the_published_ones():
     words, chat = PUBLISHED["llada-8b-instruct"].sampling, llada_sampler(ids_of("llada-8b-instruct"))
     assert chat.text.steps == words["steps"] and chat.text.temperature == words["temperature"]
     assert chat.guidance.scale == 1 + words["cfg_scale"]
+    seen, talk = PUBLISHED["llada-v"].sampling, llada_v_sampler(ids_of("llada-v"))
+    assert (talk.text.steps, talk.text.block_length) == (seen["steps"], seen["block_length"]) == (128, 128)
+    assert talk.text.temperature == seen["temperature"] and talk.guidance.scale == 1 + seen["cfg_scale"]
 
 
 def test_group_norms_of_the_image_tokenizers_have_32_groups_and_epsilon_1e_6():

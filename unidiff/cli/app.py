@@ -119,8 +119,9 @@ def caption(
             refused[number] = error
     pipe = flags.load() if pictures else None
     if pipe is not None:
-        inputs = pipe.image_inputs  # refuses once for all where the model knows no pictures
-        for number in () if pipe.layout.any_size else list(pictures):
+        pixels = pipe.layout.reads_pixels
+        inputs = None if pixels else pipe.image_inputs  # refuses once for all where the model knows no pictures
+        for number in () if pipe.layout.any_size or inputs is None else list(pictures):
             try:
                 inputs.images(pictures[number], resize)
             except ValueError as error:
@@ -163,16 +164,22 @@ def _captions(
 def answer(
     image: Picture,
     questions: Annotated[list[str], typer.Argument(help="Questions about it.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="A further picture that the questions are about, where the model reads several."),
+    ] = None,
     max_text_tokens: Longest = None,
     resize: Resize = False,
     *,
     flags: DecodeFlags,
 ) -> None:
     """Answer questions about a picture."""
-    picture = open_image(image)
+    picture, others = open_image(image), [open_image(path) for path in more or ()]
     pipe = flags.load()
+    if others and not pipe.layout.reads_pixels:
+        raise ValueError(f"{pipe.layout.family} reads one picture at a time; leave --image out")
     asked = {"max_text_tokens": max_text_tokens, "resize": resize, **flags.options}
-    result = call(pipe.answer, picture, questions, **asked)
+    result = call(pipe.answer, [[picture, *others]] if others else picture, questions, **asked)
     say_notes(result)
     for question, words in zip(questions, result.texts, strict=True):
         typer.echo(words if len(questions) == 1 else f"{question} {words}")

@@ -90,8 +90,10 @@ def brushed(layers: Sequence[bytes]) -> np.ndarray | None:
 def fitted(picture: Image.Image, pipe: Any) -> Image.Image:
     """The picture at the size that the model takes: scaled to cover it, the centre kept.
 
-    A picture whose pixels were repeated to make it larger comes back exactly.
+    A picture whose pixels were repeated to make it larger comes back exactly. As it is where the model reads any.
     """
+    if pipe.layout.reads_pixels:
+        return picture
     height, width = model_size(picture, pipe)
     if picture.size == (width, height):
         return picture
