@@ -15,7 +15,7 @@ from unidiff.pipelines.options import CallInputs, CallKeywords, DecodeKeywords, 
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.score import score_of
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
-from unidiff.pipelines.words import WordTasks
+from unidiff.pipelines.tasks.words import WordTasks
 from unidiff.schedulers.unmasking import UnmaskingScheduler
 from unidiff.schema import check_value
 from unidiff.tokens import Vocabulary

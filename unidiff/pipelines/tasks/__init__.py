@@ -1,0 +1,1 @@
+"""The tasks of `UniDiffPipeline`, by what they give."""
