@@ -124,7 +124,8 @@ def test_sampling_with_guidance(golden):
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         times.append(float(t))
-        return guided_velocity(velocity(0, x, t), velocity(1, x, t), usual.guidance_scale)
+        pairs = zip(velocity(0, x, t), velocity(1, x, t), strict=True)  # picture by picture
+        return torch.stack([guided_velocity(cond, uncond, usual.guidance_scale) for cond, uncond in pairs])
 
     z, at = stored["z"], stored["guided_velocity_times"]
     torch.testing.assert_close(velocity(0, z, at), stored["unguided_velocity"], **CLOSE)

@@ -21,9 +21,8 @@ from unidiff.schema import Between, Positive, check_fields
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t `[B, C, F, H, W]`, t as a scalar) to the velocity, of the same shape."""
-
-
 PREVIEW = 4
+"""Passes of a preview."""
 
 
 @dataclass(frozen=True)
