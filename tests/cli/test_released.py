@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from folder_trees import tree
 from muddit_parts import write_folder
+from PIL import Image
 from released_parts import tiny_weights, write_tiny
 from safetensors.torch import load_file
 from shard_samples import write_samples
@@ -16,6 +18,8 @@ from siglip_parts import write_image_parts
 from tiny_pipeline import tiny_parts, tiny_pipeline
 
 from unidiff.models.trained_on import TrainedOn
+from unidiff.pipeline import UniDiffPipeline
+from unidiff.pipelines.released import load_images
 
 
 @pytest.fixture
@@ -81,6 +85,26 @@ def test_an_image_tokenizer_with_decoders_beside_it(run, tmp_path):
     (theirs.parent / "vae" / "config.json").unlink()
     status, out, error = run("info", theirs)
     assert status == 1 and "vae/config.json does not exist, which" in error and error.count("\n") == 1
+
+
+def test_the_pixel_decoder_is_chosen_on_the_command_line(run, tmp_path):
+    write_image_parts(tmp_path / "uni")
+    transformer, _, texts, settings = tiny_parts()
+    images = load_images(tmp_path / "uni")
+    UniDiffPipeline(transformer, images, texts, settings).save_pretrained(tmp_path / "own")
+    for part in ("decoder", "decoder-turbo", "vae"):
+        shutil.copytree(tmp_path / "uni" / part, tmp_path / "own" / part)
+    shutil.copy(tmp_path / "uni" / "image_tokenizer" / "sigvq_embedding.pt", tmp_path / "own" / "image_tokenizer")
+    given = ("generate", "a dog", "--model", tmp_path / "own", "--device", "cpu", "--steps", 2, "--seed", 3)
+    made = {}
+    for name in ("decoder", "decoder-turbo"):
+        out = tmp_path / f"{name}.png"
+        assert run(*given, "--out", out, "--pixel-decoder", name, "--pixel-steps", 2)[0] == 0
+        made[name] = Image.open(out)
+        assert made[name].size == (12, 8)  # 3 x 2 codes of 4 x 4 pixels
+    assert made["decoder"].tobytes() != made["decoder-turbo"].tobytes()
+    status, _, error = run(*given, "--out", tmp_path / "x.png", "--pixel-decoder", "fast")
+    assert status == 1 and "the decoder is 'fast'; expected one of ['decoder', 'decoder-turbo']" in error
 
 
 def test_mistakes_are_one_sentence(run, llada, tmp_path):

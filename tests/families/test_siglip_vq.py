@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,17 @@ def test_decoders_by_name(folder, tmp_path):
     assert model.flow == TURBO and model.decoder() is not first
     with pytest.raises(ValueError, match=r"the decoder is 'fast'; expected one of \['decoder', 'decoder-turbo'\]"):
         model.choose_decoder("fast")
+    images.decode_with(steps=3)
+    assert model.flow == replace(TURBO, steps=3)
+    images.decode_with("decoder")
+    assert model.flow == FlowSettings()
+    with pytest.raises(
+        ValueError, match="a CellVQModel has one way to decode; leave the pixel decoder and its steps out"
+    ):
+        VQImageTokenizer(tiny_parts()[1]).decode_with("decoder")
     alone = load_released(copied(folder, tmp_path / "turbo", "decoder")).model
     assert alone.decoders == ("decoder-turbo",) and alone.flow == TURBO
+    model.decoder()
     images.to(torch.float64)  # what was read moves with the tokenizer
     assert {p.dtype for p in model.decoder().parameters()} == {torch.float64}
 

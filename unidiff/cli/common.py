@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or the embedded 'emoji'.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: how the model computes.")]
+PixelDecoder = Annotated[
+    str | None, typer.Option(help="What draws the picture, where a model has several: decoder or decoder-turbo.")
+]
+PixelSteps = Annotated[int | None, typer.Option(min=1, max=1000, help="Passes of the pixel decoder; default: its own.")]
 WorldName = Annotated[str, typer.Option("--world", help="Whose scenes to show.")]
 Seed = Annotated[int, typer.Option(help=FLAGS["generator"].help)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg or webp); several get numbers.")]
@@ -68,6 +72,7 @@ def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
         note = annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]  # type: ignore[valid-type]
         wanted[option] = (own.name.strip("-").replace("-", "_"), note, own.default)
     places = {"model": (Model, "emoji"), "device": (Device, "auto"), "dtype": (Dtype, "float32")}
+    places |= {"pixel_decoder": (PixelDecoder, None), "pixel_steps": (PixelSteps, None)}
     wanted |= {name: (name, *place) for name, place in places.items() if name not in declared}
 
     def run(**values: Any) -> None:
@@ -77,7 +82,7 @@ def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
         flags = DecodeFlags(
             {n: v for n, v in asked.items() if v is not None},
             partial(load_pipeline, **place),
-            {name: place[name] for name in ("model", "dtype")},
+            {name: value for name, value in place.items() if value is not None and name != "device"},
         )
         command(**values, flags=flags)
 
@@ -100,7 +105,13 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> UniDiffPipeline:
+def load_pipeline(
+    model: str,
+    device: str = "auto",
+    dtype: str = "float32",
+    pixel_decoder: str | None = None,
+    pixel_steps: int | None = None,
+) -> UniDiffPipeline:
     """A pipeline on its device; `FileNotFoundError` or `ValueError` where it cannot be."""
     quiet_libraries()
     from unidiff.pipeline import UniDiffPipeline
@@ -111,6 +122,10 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "float32") -> U
     for kind in (UnknownWords, UntrainedTask):
         warnings.simplefilter("ignore", kind)  # `say_notes` says it
     pipe = UniDiffPipeline.from_pretrained(model, dtype=dtype).to(place)
+    if (pixel_decoder, pixel_steps) != (None, None):
+        if pipe.images is None:
+            raise ValueError(f"{pipe.layout.family} knows no pictures; leave --pixel-decoder and --pixel-steps out")
+        pipe.images.decode_with(pixel_decoder, pixel_steps)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipe
 

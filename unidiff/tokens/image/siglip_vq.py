@@ -7,6 +7,7 @@ codes say, by a `FlowDecoder`, whose weights lie beside and are read when the fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -29,6 +30,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+NO_DECODER = (
+    "these weights only encode pictures: no pixel decoder lies beside them; put decoder (or decoder-turbo), vae and "
+    "image_tokenizer/sigvq_embedding.pt into one folder"
+)
 _AT_ONCE = 2048  # latents that are compared with all codes at once
 Level = Annotated[float, Between(-10, 10)]
 
@@ -217,6 +222,14 @@ class SiglipVQModel(CheckedModel, ImageTokenizerModel):
         self._loaded = {held: decoder for held, decoder in self._loaded.items() if held == name}
         self.decoder_name, self.flow = name, settings or self._decoders[name].settings
 
+    def decode_with(self, name: str | None = None, steps: int | None = None) -> None:
+        if not self._decoders:
+            raise ValueError(NO_DECODER)
+        if name is not None:
+            self.choose_decoder(name)
+        if steps is not None:
+            self.flow = replace(self.flow, steps=steps)
+
     def decode(self, codes: Tensor) -> Tensor:
         """`draw` with fresh noise."""
         return self.draw(codes, row_generators(None, len(codes)))
@@ -234,10 +247,7 @@ class SiglipVQModel(CheckedModel, ImageTokenizerModel):
     def decoder(self) -> FlowDecoder:
         """The chosen decoder, read at the first call; errors as of `draw`."""
         if not self._decoders:
-            raise ValueError(
-                "these weights only encode pictures: no pixel decoder lies beside them; put decoder (or decoder-turbo), vae "
-                "and image_tokenizer/sigvq_embedding.pt into one folder"
-            )
+            raise ValueError(NO_DECODER)
         name = self.decoder_name
         if name not in self._loaded:
             self._loaded[name] = self._decoders[name].load()

@@ -45,6 +45,14 @@ class ImageTokenizerModel(ImageEncoder, PixelDecoder):
         """Networks that are read when they are first needed, by name."""
         return {}
 
+    def decode_with(self, name: str | None = None, steps: int | None = None) -> None:
+        """Decode with another of several decoders, or in another number of passes, from now on; None for what is chosen.
+
+        Raises:
+            ValueError: no such decoder, or none to choose from.
+        """
+        raise ValueError(f"a {type(self).__name__} has one way to decode; leave the pixel decoder and its steps out")
+
     @classmethod
     def network_class(cls) -> Any:
         """What is saved and loaded: this class itself, or the class of another library that it adapts."""
@@ -203,6 +211,10 @@ class VQImageTokenizer:
             generator: of the noise, where decoding draws some (`draws`); errors as of `row_generators` and `check_codes`.
         """
         return self._decode(codes, generator)
+
+    def decode_with(self, name: str | None = None, steps: int | None = None) -> None:
+        """As of its network."""
+        self._coder.decode_with(name, steps)
 
     def preview(self, codes: Tensor, generator: RowDraws = None) -> Tensor:
         """`decode`, by decoders that make many passes in a few: what pictures of half-finished rows look like."""
