@@ -71,7 +71,11 @@ def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:
         kind = own.kind if own.default is not None else own.kind | None
         note = annotated[kind, typer.Option(own.name, min=own.least, max=own.most, help=own.help)]  # type: ignore[valid-type]
         wanted[option] = (own.name.strip("-").replace("-", "_"), note, own.default)
-    places = {"model": (Model, "emoji"), "device": (Device, "auto"), "dtype": (Dtype, "float32")}
+    places: dict[str, tuple[Any, Any]] = {
+        "model": (Model, "emoji"),
+        "device": (Device, "auto"),
+        "dtype": (Dtype, "float32"),
+    }
     places |= {"pixel_decoder": (PixelDecoder, None), "pixel_steps": (PixelSteps, None)}
     wanted |= {name: (name, *place) for name, place in places.items() if name not in declared}
 
