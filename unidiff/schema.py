@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from unidiff.errors import json_name
@@ -187,3 +190,42 @@ def short_value(value: object) -> str:
         return f"{json_name(value)} that is too large to show"
     shown = " ".join(shown.split())
     return shown if len(shown) <= 120 else f"{shown[:100]}... ({json_name(value)})"
+
+
+_HASH = re.compile(r"[0-9a-f]{40,}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """`name = old value, here new value` for each of `names` (None: all) whose values are not the same plain data."""
+    names = sorted({*old, *new}) if names is None else names
+    pairs = [
+        (name, *(json.loads(json.dumps([side[name]] if name in side else [])) for side in (old, new))) for name in names
+    ]
+    return [f"{name} = {_brief(a)}, here {_brief(b)}" for name, a, b in pairs if a != b]
+
+
+def listed(changed: Sequence[str], most: int = 8) -> str:
+    """The first of some differences for a message, and how many more there are."""
+    return "; ".join(changed[:most]) + (f"; and {len(changed) - most} more" if len(changed) > most else "")
+
+
+def check_same(
+    old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, setting: str, names: Iterable[str] | None = None
+) -> None:
+    """Raise ValueError, with both values, where a run is not the one that an earlier one in its `folder` was.
+
+    Args:
+        setting: what a person names another folder by. names: what is compared (None: all).
+    """
+    if changed := differences(old, new, names):
+        raise ValueError(
+            f"the run in {str(folder)!r} has {listed(changed)}; use the same to continue it, or another {setting}"
+        )
+
+
+def _brief(given: Sequence[Any]) -> str:
+    """The value in a list, or that there is none."""
+    if not given:
+        return "not given"
+    text = _HASH.sub(lambda found: f"{found[0][:12]}...", json.dumps(given[0], ensure_ascii=False))
+    return text if len(text) <= 60 else f"{text[:57]}..."

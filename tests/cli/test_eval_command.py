@@ -85,7 +85,10 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_files(model, tmp_path):
     assert about["suite"] == "emoji" and about["model"] == str(model) and len(about["model_hash"]) == 64
 
     other = run(tmp_path / "whole", None, "--seed", 1)
-    assert other.returncode == 1 and "holds results of other prompts, options or weights" in other.stderr
+    assert (
+        other.returncode == 1
+        and "has seed = 0, here 1; use the same to continue it, or another folder (--out)" in other.stderr
+    )
     assert contents(tmp_path / "whole") == expected
 
 

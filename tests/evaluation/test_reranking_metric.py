@@ -64,7 +64,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(cases):
         range(len(WORDS))
     )
     assert measure(pipe, replace(cases, folder=None)) == whole
-    with pytest.raises(ValueError, match="name another folder"):
+    with pytest.raises(ValueError, match="seed = 3, here 4; use the same"):
         measure(pipe, replace(cases, seed=4))
     with pytest.raises(ValueError, match="needs prompts"):
         measure(pipe, replace(cases, shows=None))

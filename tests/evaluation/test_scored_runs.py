@@ -36,7 +36,10 @@ def run(name: str, pipe: Any, place: Path, out: Path, prompts: Any) -> Path:
     lines = isinstance(prompts, list)
     path = out.parent / f"{name}_questions.json"
     path.write_text("\n".join(map(json.dumps, prompts)) if lines else json.dumps(prompts))
-    assert run_benchmark(SUITES[name], pipe, path, out, place if SUITES[name].reads else None, steps=2) is not None
+    assert (
+        run_benchmark(SUITES[name], pipe, path, out, place if SUITES[name].needs_pictures else None, steps=2)
+        is not None
+    )
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import json
 import re
 import subprocess
@@ -15,6 +17,7 @@ from PIL import Image
 from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.evaluation.benchmark.measure import model_hash
+from unidiff.evaluation.scoring import score_results
 from unidiff.evaluation.suites.base import RESULTS, SUITES, Suite, run_benchmark
 from unidiff.pipelines.batch import MANIFEST
 from unidiff.pipelines.decode import row_seeds
@@ -60,12 +63,34 @@ def place(tmp_path_factory) -> Path:
         {"id": "validation_Art_Theory_2", "image": names[1], **openly},
     ]
     (folder / "mmmu").write_text(lines(rows))
+    two = "Is it a dog? Please answer yes or no.\tYes\nIs it two cats? Please answer yes or no.\tNo\n"
+    for task, texts, pictures in (
+        ("existence", "", ""),
+        ("artwork", "questions_answers_YN", "images"),
+        ("OCR", "", ""),
+    ):
+        for own, name in ((pictures, f"{task}1.jpg"), (pictures, f"{task}2.png")):
+            (folder / "mme" / task / own).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 40), (0, len(task), 90)).save(folder / "mme" / task / own / name)
+            (folder / "mme" / task / texts).mkdir(exist_ok=True)
+            (folder / "mme" / task / texts / name).with_suffix(".txt").write_text(two + "\n")
+    (folder / "mme" / "eval_tool").mkdir()
+    (folder / "mme" / "eval_tool" / "readme.txt").write_text("how to score")
+    gqa = {str(70 + i): {"imageId": name[:-4], "question": "a dog?", "answer": "yes"} for i, name in enumerate(names)}
+    (folder / "gqa").write_text(json.dumps(gqa))
+    shown = base64.b64encode((folder / "pictures" / names[0]).read_bytes()).decode()
+    columns = ("index", "question", "hint", "A", "B", "C", "answer", "category", "image", "l2-category")
+    with open(folder / "mmbench", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerows([columns, (5, 'a "dog"?', "in\nit", "yes", "no", "", "A", "c", shown, "l")])
+        writer.writerow((1_000_005, 'a "dog"?', "in\nit", "no", "yes", "", "B", "c", 5, "l"))
+        writer.writerow((7, "two?", "", "a dog", "two", "an owl", "B", "d", shown, "l"))
     return folder
 
 
 def run(name: str, pipe: Any, place: Path, out: Path, **more: Any) -> Path | None:
     suite = SUITES[name]
-    return run_benchmark(suite, pipe, place / name, out, place / "pictures" if suite.reads else None, **more)
+    return run_benchmark(suite, pipe, place / name, out, place / "pictures" if suite.needs_pictures else None, **more)
 
 
 def rows_of(out: Path) -> dict[int, dict]:
@@ -146,6 +171,55 @@ def mmmu(out: Path, place: Path) -> None:
     assert first["answer"] == "B" and isinstance(first["response"], str)
 
 
+def mme(out: Path, place: Path) -> None:
+    """calculation.py: a file of each task, two lines for a picture, four parts with tabs between them, yes or no third."""
+    assert sorted(p.name for p in out.iterdir()) == ["OCR.txt", "artwork.txt", "existence.txt"]
+    answers = [entry["words"] for _, entry in sorted(rows_of(out.parent).items())]
+    for task, first in (("existence", 0), ("artwork", 4), ("OCR", 8)):  # in the scorer's own order
+        lines = (out / f"{task}.txt").read_text(encoding="utf-8").split("\n")
+        assert lines.pop() == "" and len(lines) == 4
+        for n in range(0, 4, 2):
+            names = set()
+            for k, line in enumerate(lines[n : n + 2]):
+                name, question, right, answer = line.split("\t")
+                assert right.lower() in ("yes", "no") and question.endswith("Please answer yes or no.")
+                assert answer == " ".join(answers[first + n + k].split())
+                names.add(name)
+            assert len(names) == 1 and names <= {f"{task}1.jpg", f"{task}2.png"}
+    report = score_results("mme", out.parent)
+    assert 0 <= report.values["mme_task.artwork"] <= 200 and report.about["n"] == 6 and len(report.about["notes"]) == 2
+
+
+def gqa(out: Path, place: Path) -> None:
+    """eval.py --tier gqa: a list with a prediction for every question, which is compared as it is."""
+    predictions = {p["questionId"]: p["prediction"] for p in json.loads((out / "gqa_predictions.json").read_text())}
+    assert list(predictions) == list(json.loads((place / "gqa").read_text()))
+    words = [entry["words"] for _, entry in sorted(rows_of(out.parent).items())]
+    assert [*predictions.values()] == [" ".join(w.split()).rstrip(".").lower() for w in words]
+    right = [answer == "yes" for answer in predictions.values()]
+    assert score_results("gqa", out.parent, place / "gqa").values == {"gqa_accuracy": sum(right) / 2}
+
+
+def mmbench(out: Path, place: Path) -> None:
+    """image_mcq.py: a table with tabs, named MODEL_DATASET.tsv, whose index and question are the dataset's."""
+    with open(out / "unidiff_mmbench.tsv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file, delimiter="\t"))
+    with open(place / "mmbench", encoding="utf-8", newline="") as file:
+        asked = list(csv.DictReader(file, delimiter="\t"))
+    for line, question, (_, entry) in zip(lines, asked, sorted(rows_of(out.parent).items()), strict=True):
+        picture = question.pop("image")
+        assert line == {**question, "prediction": entry["words"]} and int(line["index"]) % 1_000_000 in (5, 7)
+        shown = out.parent / "pictures" / entry["arguments"]["image"]
+        index = picture if len(picture) < 65 else question["index"]
+        assert shown == out.parent / "pictures" / f"{index}.jpg"
+        assert shown.read_bytes() == (place / "pictures" / "COCO_val2014_000000000007.jpg").read_bytes()
+        assert "\nA. " in entry["arguments"]["question"] and ("\nC. an owl\n" in entry["arguments"]["question"]) == (
+            question["C"] != ""
+        )
+    report = score_results("mmbench", out.parent)
+    assert report.about["n"] == 2 and report.about["rows"] == 3 and 0 <= report.values["mmbench_category.c"] <= 1
+
+
 READERS: dict[str, Callable[[Path, Path], None]] = {
     "geneval": geneval,
     "geneval2": geneval2,
@@ -156,6 +230,9 @@ READERS: dict[str, Callable[[Path, Path], None]] = {
     "vqav2": vqav2,
     "pope": pope,
     "mmmu": mmmu,
+    "mme": mme,
+    "gqa": gqa,
+    "mmbench": mmbench,
 }
 
 
@@ -184,6 +261,8 @@ def test_scorers_read_what_is_written_also_after_two_stops(name, pipe, place, tm
             run(name, pipe, place, tmp_path / "parts", seed=3, batch_size=1, steps=2, tick=stop)
         except Stop:
             assert not (tmp_path / "parts" / "scorer").exists()
+            with open(tmp_path / "parts" / RESULTS / MANIFEST, "ab") as file:
+                file.write(b'{"number": 0, "wor')  # killed while it wrote
     ended = run(name, pipe, place, tmp_path / "parts", seed=3, batch_size=3, steps=2)
     trees = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (whole, ended)]
     assert trees[0] == trees[1]
@@ -195,7 +274,7 @@ def test_the_manifest_says_what_was_run(pipe, place, tmp_path):
     assert head["about"]["model_hash"] == model_hash(pipe) and head["about"]["benchmark"] == "geneval2"
     assert head["options"] == {"steps": 2} and "samplers" in head["about"]["settings"]
     assert head["versions"]["unidiff"] and head["seed"] == 3
-    with pytest.raises(ValueError, match="other prompts, options or weights"):
+    with pytest.raises(ValueError, match=r"model_hash = \"[0-9a-f]{12}\.\.\.\", here"):
         run("geneval2", tiny_pipeline(text_length=96, seed=1), place, tmp_path / "o", seed=3, steps=2)
 
 
@@ -229,23 +308,69 @@ def bad(name: str, text: str, place: Path, tmp_path: Path) -> tuple[Suite, Path]
         ("vqav2", '{"questions": []}', "has no 'data_subtype'"),
         ("pope", '{"question_id": 1, "image": 3, "text": "a", "label": "no"}', "no 'image'"),
         ("mmmu", "[]", "line 1"),
+        ("mme", "", "holds no questions of MME"),
+        ("gqa", '{"7": {"question": "a?"}}', "'7' has no imageId"),
+        ("gqa", '{"7": {"question": "a?", "imageId": "../n"}}', "no name of a file"),
+        ("mmbench", "index\tquestion\n1\ta", "has no column 'image'"),
+        ("mmbench", "index\timage\tquestion\tA\tB\n1\t9\ta?\tx\ty", "the picture of row '9', which has none"),
+        ("mmbench", "index\timage\tquestion\tA\tB\nx\t9\ta?\tx\ty", "the index 'x'"),
+        ("mmbench", "index\timage\tquestion\tA\tB\n1\t9\ta?\tx", "a row 2 of another length"),
+        ("mmbench", "index\timage\tquestion\tA\tB\n1\t" + "?" * 65 + "\ta?\tx\ty", "the picture of index 1"),
     ],
 )
 def test_bad_prompts_are_one_sentence(pipe, place, tmp_path, name, text, sentence):
     suite, path = bad(name, text, place, tmp_path)
     with pytest.raises(ValueError, match=sentence) as error:
-        run_benchmark(suite, pipe, path, tmp_path / "o", place / "pictures" if suite.reads else None)
+        run_benchmark(suite, pipe, path, tmp_path / "o", place / "pictures" if suite.needs_pictures else None)
     assert "\n" not in str(error.value) and not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("Is it?\tYes\n", "two lines"),
+        ("Is it?\tYes\nIs it?\tmaybe\n", "two lines"),
+        ("a?\tYes\nb?\tNo", "not there: 1"),
+    ],
+)
+def test_bad_folders_of_mme_are_one_sentence(pipe, tmp_path, text, sentence):
+    (tmp_path / "mme" / "count").mkdir(parents=True)
+    (tmp_path / "mme" / "count" / "1.txt").write_text(text)
+    with pytest.raises(ValueError, match=sentence) as error:
+        run_benchmark(SUITES["mme"], pipe, tmp_path / "mme", tmp_path / "o")
+    assert "1.txt" in str(error.value) and not (tmp_path / "o").exists()
+
+
+def test_pictures_of_another_table_are_refused(pipe, place, tmp_path):
+    (tmp_path / "o" / "pictures").mkdir(parents=True)
+    (tmp_path / "o" / "pictures" / "5.jpg").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"another picture than .* name another folder"):
+        run("mmbench", pipe, place, tmp_path / "o")
+    assert (tmp_path / "o" / "pictures" / "5.jpg").read_bytes() == b"mine"
+    with pytest.raises(ValueError, match="pictures beside its questions; leave pictures out"):
+        run_benchmark(SUITES["mmbench"], pipe, place / "mmbench", tmp_path / "o", tmp_path)
+
+
 def test_missing_pictures_are_named(pipe, place, tmp_path):
-    with pytest.raises(ValueError, match="rows were refused"):
+    with pytest.raises(ValueError, match=r"2 rows were refused, row 0 because .*COCO_val2014.*does not exist; mend"):
         run_benchmark(SUITES["pope"], pipe, place / "pope", tmp_path / "o", tmp_path)
     assert "COCO_val2014" in rows_of(tmp_path / "o")[0]["error"]
     with pytest.raises(ValueError, match="name their folder"):
         run_benchmark(SUITES["pope"], pipe, place / "pope", tmp_path / "o")
     with pytest.raises(ValueError, match="leave pictures out"):
         run_benchmark(SUITES["geneval"], pipe, place / "geneval", tmp_path / "o", tmp_path)
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_written(pipe, place, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe.layout), "tasks", property(lambda self: ("caption",)))
+        with pytest.raises(ValueError, match="cannot do 'text_to_image'; it does caption"):
+            run("geneval", pipe, place, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "o" / "scorer").mkdir(parents=True)
+    with pytest.raises(ValueError, match="of a run whose rows are gone; remove it, or name another folder"):
+        run("geneval", pipe, place, tmp_path / "o")
+    assert not (tmp_path / "o" / RESULTS).exists()
 
 
 @pytest.mark.slow

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_pipeline import SIZE, tiny_pipeline
 
-from unidiff.pipelines.batch import MANIFEST, read_rows, run_rows
+from unidiff.errors import DamagedFile
+from unidiff.pipelines.batch import MANIFEST, begin_manifest, read_rows, run_rows
 from unidiff.pipelines.decode import row_seeds
 
 LINES = [
@@ -85,9 +87,18 @@ def test_rows_are_the_same_in_any_batch_and_after_a_stop(place, tmp_path):
 def test_other_folders_and_files_are_refused(place, tmp_path):
     pipe, rows = tiny_pipeline(), [{"prompt": "a dog"}]
     run_rows(pipe, rows, tmp_path / "a", place)
-    for changed in ({"seed": 1}, {"steps": 2}, {"about": {"model": "other"}}):
-        with pytest.raises(ValueError, match="other prompts, options or weights"):
+    for changed, said in (
+        ({"seed": 1}, "seed = 0, here 1"),
+        ({"steps": 2}, "steps = not given, here 2"),
+        ({"about": {"model": "other", "dtype": "x"}}, 'dtype = not given, here "x"; model = not given, here "other"'),
+    ):
+        with pytest.raises(ValueError) as caught:
             run_rows(pipe, rows, tmp_path / "a", place, **changed)
+        assert f"a' has {said}; use the same to continue it, or another folder (--out)" in str(caught.value)
+    with pytest.raises(
+        ValueError, match=r"has prompts_hash = \"[0-9a-f]{12}\.\.\.\", here \"[0-9a-f]{12}\.\.\.\"; use"
+    ):
+        run_rows(pipe, [{"prompt": "two cats"}], tmp_path / "a", place)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "000000.png").write_text("mine")
     with pytest.raises(ValueError, match="name a new one"):
@@ -103,6 +114,70 @@ def test_other_folders_and_files_are_refused(place, tmp_path):
         with pytest.raises(ValueError, match=said) as caught:
             read_rows(tmp_path / "bad.jsonl")
         assert "\n" not in str(caught.value)
+
+
+def test_whatever_differs_from_the_run_in_a_folder_is_named(tmp_path):
+    asked = {"seed": 1, "about": {"model": "a", "settings": {"text": {"steps": 8}}}, "options": {"cache": "dual"}}
+    begin_manifest(tmp_path / "o", asked, "a test", "cpu")
+    assert begin_manifest(tmp_path / "o", json.loads(json.dumps(asked)), "a test", "cpu") == []
+    before = (tmp_path / "o" / MANIFEST).read_bytes()
+    for names, value in (
+        (("seed",), 2),
+        (("about", "model"), "b"),
+        (("about", "settings", "text", "steps"), 16),
+        (("options", "cache"), None),
+        (("options", "more"), 3.5),
+    ):
+        other = json.loads(json.dumps(asked))
+        place = other
+        for name in names[:-1]:
+            place = place[name]
+        old = json.dumps(place[names[-1]]) if names[-1] in place else "not given"
+        place[names[-1]] = value
+        said = f"{'.'.join(names[1:] or names)} = {old}, here {json.dumps(value)}; use the same"
+        with pytest.raises(ValueError) as caught:
+            begin_manifest(tmp_path / "o", other, "a test", "cpu")
+        assert f"'{tmp_path / 'o'}' has {said}" in str(caught.value)
+        del place[names[-1]]
+        if old != "not given":
+            with pytest.raises(ValueError, match="here not given; use the same"):
+                begin_manifest(tmp_path / "o", other, "a test", "cpu")
+    assert (tmp_path / "o" / MANIFEST).read_bytes() == before and len(list((tmp_path / "o").iterdir())) == 1
+    for damage in (b"", b"[]\n", b"{}\n", b"\xff\n"):
+        (tmp_path / "o" / MANIFEST).write_bytes(damage)
+        with pytest.raises(DamagedFile, match="cannot be read as the manifest of a batch"):
+            begin_manifest(tmp_path / "o", asked, "a test", "cpu")
+
+
+def test_what_a_person_should_know_of_rows_is_said_and_kept(place, tmp_path):
+    pipe, said = tiny_pipeline(), []
+    pipe.texts.known_words = ["a", "dog", "two", "cats", "an", "owl", "what", "is", "it"]
+    rows = [
+        {"prompt": "a dog"},
+        {"prompt": "a yak"},
+        {"image": "p.png", "question": "what lynx?"},
+        {"text": "an owl <mask>"},
+        {"prompt": "an owl <mask> yak"},
+        {"prompt": "a <mask"},
+    ]
+    for size in (1, 8):
+        run_rows(pipe, rows, tmp_path / str(size), place, batch_size=size, say=said.append)
+    lines = [(tmp_path / size / MANIFEST).read_text().splitlines()[1:] for size in "18"]
+    assert sorted(lines[0]) == sorted(lines[1])
+    notes = {entry["number"]: entry.get("notes") for entry in map(json.loads, lines[0])}
+    assert [bool(notes[n]) for n in range(len(rows))] == [False, True, True, False, True, False]
+    assert len(notes[1]) == 1 and "does not know the word 'yak'" in notes[1][0] and notes[1] == notes[4]
+    assert len(said) == 2 and "\n" not in said[0]
+    assert said[0].startswith("3 of 6 rows") and "does not know the words 'yak', 'lynx'" in said[0]
+    quiet = []
+    run_rows(pipe, rows[:1], tmp_path / "c", place, say=quiet.append)
+    assert not quiet
+    untrained = {"prompt": "a dog", "task": "text_to_image"}
+    few = tiny_pipeline()
+    few.layout = replace(few.layout, settings=replace(few.settings, tasks=("caption",)))
+    run_rows(few, [untrained], tmp_path / "d", place, say=quiet.append)
+    assert len(quiet) == 1 and "was not trained for text_to_image" in quiet[0]
+    assert "was not trained" in json.loads((tmp_path / "d" / MANIFEST).read_text().splitlines()[1])["notes"][0]
 
 
 def test_the_command_shares_a_file_among_processes(place, tmp_path):

@@ -189,6 +189,7 @@ def shared_rows(flags: DecodeFlags, batch_size: int) -> Iterator[tuple[UniDiffPi
     pipe.set_progress_bar_config(disable=True)
     options = {**flags.options, "batch_size": batch_size, "about": flags.about, "rank": rank, "size": size}
     options["seed"] = options.pop("generator")
+    options |= {} if rank else {"say": say_note}
     with bar("rows") as tick:
         yield pipe, {**options, "tick": tick}
 
@@ -206,10 +207,15 @@ def many(prompts: Path, out: Path, batch_size: int, flags: DecodeFlags) -> None:
         raise typer.Exit(1)
 
 
+def say_note(note: str) -> None:
+    """A note, on stderr."""
+    typer.echo(f"unidiff: note: {note}", err=True)
+
+
 def say_notes(result: Any) -> None:
     """What the result notes, on stderr."""
     for note in result.notes:
-        typer.echo(f"unidiff: note: {note}", err=True)
+        say_note(note)
 
 
 def report(result: UniDiffOutput, out: Path, gif: Path | None, filmstrip: Path | None) -> None:

@@ -12,7 +12,10 @@ from unidiff.process import pick_device
 
 
 def score(
-    metric: Annotated[str, typer.Argument(help="fid, kid, is, clipscore, cider, bleu, vqa, pope, mmmu, perplexity.")],
+    metric: Annotated[
+        str,
+        typer.Argument(help="fid, kid, is, clipscore, cider, bleu, vqa, gqa, pope, mme, mmbench, mmmu, perplexity."),
+    ],
     made: Annotated[
         Path, typer.Argument(help="What a model made: a folder of pictures, a file of captions or answers.")
     ],

@@ -23,7 +23,7 @@ from unidiff.data.shards import ImagePreprocess, ShardSource
 from unidiff.data.tar import ShardWriter
 from unidiff.errors import read_json, reading, writing
 from unidiff.files import locked, remove_leftovers, replace_text
-from unidiff.schema import Between, check_fields, from_data
+from unidiff.schema import Between, check_fields, differences, from_data, listed
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.protocols import ImageEncoder
 from unidiff.tokens.text import TextTokenizer
@@ -67,6 +67,7 @@ class _Progress:
     cut_captions: int = 0
     long_questions: int = 0
     bad_questions: int = 0
+    asked: dict[str, Any] = field(default_factory=dict)
 
     def save(self, out: Path) -> None:
         replace_text(out / PROGRESS, json.dumps(asdict(self), indent=1))
@@ -109,8 +110,8 @@ def encode_shards(
     settings, out = settings or EncodeSettings(), Path(out)
     encoder = _Encoder(image_tokenizer, text_tokenizer, settings, on_batch)
     source = _open(shards, settings, allow_missing)
-    fingerprint = _fingerprint(source.shards, settings, image_tokenizer, text_tokenizer)
-    fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing))
+    fingerprint, asked = _identity(source.shards, settings, image_tokenizer, text_tokenizer)
+    fresh = _Progress(fingerprint, source_stamps(source.shards, allow_missing), asked=asked)
     if done := _finished(out, fresh, again):
         return done
     with locked(out, "encoding"):
@@ -257,15 +258,30 @@ def _open(shards: str | Sequence[str], settings: EncodeSettings, allow_missing: 
     return ShardSource(shards, **wanted, workers=settings.workers, allow_missing=allow_missing, announce=False)
 
 
-def _fingerprint(shards: list[str], settings: EncodeSettings, image: ImageEncoder, text: TextTokenizer) -> str:
+def _identity(
+    shards: list[str], settings: EncodeSettings, image: ImageEncoder, text: TextTokenizer
+) -> tuple[str, dict[str, Any]]:
+    """The fingerprint of a run, and what it is of: settings, and hashes of the rest."""
     # A probe picture stands for the image tokenizer's weights, whatever its class.
     probe = torch.rand(1, 3, *settings.sides, generator=torch.Generator().manual_seed(0))
     kept = asdict(settings)
     added = {"documents": settings.documents, "image_width": settings.image_width}  # folders from before there were any
     for name in ("workers", *(name for name, value in added.items() if not value)):
         del kept[name]
-    parts = [shards, kept, image.encode(probe).tolist(), sorted(text.tokenizer.get_vocab().items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    codes, words = image.encode(probe).tolist(), sorted(text.tokenizer.get_vocab().items())
+    hashed = {"shards_hash": shards, "image_tokenizer_hash": codes, "text_tokenizer_hash": words}
+    asked = {**kept, "shards": len(shards), **{name: _hash(value) for name, value in hashed.items()}}
+    return _hash([shards, kept, codes, words])[:16], asked
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _another(done: TokenManifest | _Progress, fresh: _Progress) -> str:
+    """How a run is another one than that of a folder, in words."""
+    changed = differences(done.asked, fresh.asked) if done.asked else []
+    return listed(changed) if changed else "shards, settings or tokenizers"
 
 
 def _finished(out: Path, fresh: _Progress, again: bool) -> TokenManifest | None:
@@ -274,7 +290,7 @@ def _finished(out: Path, fresh: _Progress, again: bool) -> TokenManifest | None:
         return None
     manifest = TokenManifest.load(str(out))
     if manifest.fingerprint != fresh.fingerprint:
-        raise ValueError(f"{str(out)!r} holds token shards of another run (shards, settings or tokenizers); {_AGAIN}")
+        raise ValueError(f"{str(out)!r} holds token shards of another run ({_another(manifest, fresh)}); {_AGAIN}")
     if not manifest.sources:
         _LOG.warning("%s is from before unidiff noted what it was made from; whether that changed is unknown", out)
     problem = _problem(out, manifest, fresh)
@@ -302,7 +318,7 @@ def _resume(out: Path, fresh: _Progress, again: bool) -> _Progress:
     if not progress.shards and not any(out.glob("*.tar")):
         return fresh
     if progress.fingerprint != fresh.fingerprint:
-        raise ValueError(f"{str(out)!r} holds an unfinished run of other shards, settings or tokenizers; {_AGAIN}")
+        raise ValueError(f"{str(out)!r} holds a part of another run ({_another(progress, fresh)}); {_AGAIN}")
     problem = _problem(out, progress, fresh)
     if problem and not again:
         raise ValueError(f"{str(out)!r} holds an unfinished run that no longer fits: {problem}; {_AGAIN}")

@@ -43,7 +43,7 @@ class TokenManifest:
     questions: int = 0  # pairs in all
     cut_captions: int = 0  # those that were too long
     long_questions: int = 0  # pairs left out because they did not fit
-    fingerprint: str = ""  # of sources, settings and tokenizers
+    fingerprint: str = ""  # of `asked` and the sources
     skipped: dict[str, Any] = field(default_factory=dict)  # `SkipReport.state_dict()` of the encoding run
     kind: Literal["pairs", "documents"] = "pairs"
     sources: dict[str, Stamp] = field(default_factory=dict)  # of the raw shards when they were read, by name
@@ -52,6 +52,7 @@ class TokenManifest:
     tokenizers: dict[str, str] = field(
         default_factory=dict
     )  # folders or hub names of `image` and `text`, where it was told
+    asked: dict[str, Any] = field(default_factory=dict)  # settings, and hashes of shards' names and tokenizers
 
     def __post_init__(self) -> None:
         check_fields(self, "")

@@ -13,9 +13,8 @@ from PIL import Image
 from unidiff.errors import reading
 from unidiff.evaluation.benchmark.measure import Cells
 from unidiff.evaluation.report import Estimate
-from unidiff.pipelines.batch import MANIFEST, add_to_manifest, begin_manifest, digest_of
+from unidiff.pipelines.batch import MANIFEST, add_to_manifest, begin_manifest
 from unidiff.pipelines.sheet import save_image
-from unidiff.process import versions
 from unidiff.schema import from_data
 
 
@@ -47,8 +46,7 @@ class KeptRows:
         self.folder = folder
         self._lines = dict[str, _Line]()
         if folder is not None:
-            head = {"about": about, "digest": digest_of(about), "versions": versions(device)}
-            entries = begin_manifest(folder, head, "an evaluation", alone=True)
+            entries = begin_manifest(folder, about or {}, "an evaluation", device, alone=True)
             with reading(folder / MANIFEST, "the rows of an evaluation"):
                 kept = [from_data(_Line, entry, "a line") for entry in entries]
             self._lines = {line.row: line for line in kept}

@@ -17,6 +17,7 @@ from unidiff.pipelines.decode import columns_of, row_seeds, texts_of
 from unidiff.pipelines.inputs import as_list
 from unidiff.pipelines.options import RowGenerator, flag, kind_of, one_of, whole
 from unidiff.tokens import Modality
+from unidiff.tokens.text import notes_on
 
 _NATS_PER_BIT = math.log(2)
 
@@ -120,7 +121,8 @@ def score_of(
     resize: bool = False,
     codes: Tensor | None = None,
 ) -> ScoreOutput:
-    """How likely the model finds texts and pictures, in nats, each row with a 95 % interval.
+    """How likely the model finds texts and pictures, in nats, each row with a 95 % interval; words that it does not know are
+    named in a warning.
 
     The mask-count bound: the mean NLL over random orders of generation, with counts of masked tokens spread evenly.
 
@@ -161,6 +163,7 @@ def score_of(
         raise ValueError("pmi is of one modality beside the other; give images and texts, and of='text' or 'image'")
     said = None if texts is None else texts_of(texts, "text")
     asked = None if prompt is None else texts_of(prompt, "prompt", empty=True)
+    notes_on([*(said or ()), *(asked or ())], pipe.texts)
     rows = columns_of(1, image=seen, text=said, prompt=asked)
     count = len(next(iter(rows.values())))
     several = isinstance(generator, list | tuple)

@@ -151,14 +151,14 @@ def _listed(words: Sequence[str]) -> str:
     return f"the word{'s' if len(words) > 1 else ''} {few([short(word) for word in words], _LISTED)}"
 
 
-def notes_on(texts: Iterable[str], tokenizer: TextTokenizer) -> list[str]:
-    """Notes for a result, also given as a warning of Python's, which shows the same one once."""
+def notes_on(texts: Iterable[str], tokenizer: TextTokenizer, warned: bool = True) -> list[str]:
+    """Notes for a result; where `warned`, they are also given as warnings of Python's, which shows the same one once."""
     texts, known, notes = list(texts), tokenizer.known_words, list[str]()
     if words := unknown_words(texts, tokenizer):
         notes.append(note_on(words, known))
     if known is not None and (bare := [text for text in texts if text.strip() and not words_of(text)]):
         notes.append(f"{bare[0][:40]!r} holds no words, so the result may show anything")
-    for note in notes:
+    for note in notes if warned else ():
         warn(note, UnknownWords)
     return notes
 

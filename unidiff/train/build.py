@@ -19,11 +19,10 @@ from unidiff.models.config import TransformerConfig
 from unidiff.models.experts import list_experts, stack_experts
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.owned import check_replaceable, others_in_adapter
-from unidiff.schema import check_arguments
+from unidiff.schema import check_arguments, differences
 from unidiff.tokens import Vocabulary
 from unidiff.train.config import LORA_TARGETS, LoraConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
-from unidiff.train.run.resume import differences
 from unidiff.weights.adapter import peft_for, save_adapter
 from unidiff.weights.files import check_dtype, check_finite, check_shapes, open_checkpoint
 

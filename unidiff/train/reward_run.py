@@ -20,13 +20,14 @@ from unidiff.files import locked
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.card import ModelFacts
 from unidiff.pipelines.options import DecodeOptions
+from unidiff.schema import check_same
 from unidiff.tokens import TokenBatch
 from unidiff.train.build import add_adapters, export_adapter, merge_adapters
 from unidiff.train.config import LoraConfig
 from unidiff.train.reward import RewardConfig, RewardTuner, keep_share
 from unidiff.train.run.checkpoint import RunCheckpoint, load_checkpoint
 from unidiff.train.run.logs import Progress, RunLog, take_steps
-from unidiff.train.run.resume import check_same, fitting
+from unidiff.train.run.resume import fitting
 
 PictureReward = Callable[[list[str], Tensor], Tensor]
 """Texts and float pictures `[B, 3, H, W]` in [0, 1] to a number each."""

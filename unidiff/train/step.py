@@ -286,8 +286,8 @@ def validate(
     it is trained: every block by its own rate, given clean blocks before it.
 
     `joint_nelbo` uses one shared rate over text and image and bounds -log p(text, image); the others are conditional, over
-    their targets only, and there are none of captions and answers of a block-causal model. `*_words` leaves the EOS fill
-    beyond the first EOS out. `*_error` is the standard error over rows.
+    their targets only, and there are none of captions and answers of a block-causal model. `*_words` does not count the EOS
+    fill beyond the first EOS, which the model sees all the same. `*_error` is the standard error over rows.
 
     Args:
         rows, draws: rows scored, and masks per row; `rows` must not exceed the source for each row to count once.

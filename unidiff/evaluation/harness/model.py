@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unidiff.diffusion.likelihood import model_scorer, nelbo_in_parts
+from unidiff.diffusion.likelihood import SCORE_STREAM, model_scorer, nelbo_in_parts
 from unidiff.evaluation.harness.asked import Context, Item, Wish
 from unidiff.evaluation.harness.settings import HarnessSettings
 from unidiff.families.chat import ChatLayout, TextLayout
@@ -20,7 +20,6 @@ from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.process import pick_device
 
-STREAM = 11  # of the masks of `pipe.score`, which hides the same tokens
 Found = TypeVar("Found")
 
 
@@ -241,7 +240,7 @@ class HarnessModel:
         model = self.layout.prepared(self.pipe, request, request.config, seeds).model
         judge, batch = model_scorer(model, vocabulary, time=lambda share: share), request.batch.replace(given=~targets)
         single = len(items[0].words) == 1  # any draw hides it
-        own = seeds, 0, 1 if single else self.settings.draws, STREAM, len(items), self.device
+        own = seeds, 0, 1 if single else self.settings.draws, SCORE_STREAM, len(items), self.device
         found = nelbo_in_parts(judge, batch, vocabulary, *own)
         if single or self.settings.draws > 1:
             self.half_widths += [0.0] * len(items) if single else found.error.tolist()

@@ -1,4 +1,5 @@
-"""Answers to questions about pictures: VQA accuracy (Antol et al. 2015) and POPE (Li et al. 2023), by their scorers' rules."""
+"""Answers to questions about pictures: VQA accuracy (Antol et al. 2015), GQA (Hudson and Manning 2019) and POPE (Li et al. 2023),
+by their scorers' rules."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from unidiff.evaluation.report import Estimate
 from unidiff.evaluation.resampling import bootstrap, percentile_interval
 from unidiff.evaluation.results.answers import answers_file, read_entries
 from unidiff.evaluation.results.base import Results
+from unidiff.evaluation.suites.gqa import questions
 
 RESAMPLES = 10_000
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -153,5 +155,34 @@ def _pope(results: Results) -> Numbers:
     return pope_numbers([says_yes(answer["answer"]) for answer in made], labels, resamples, results.seed)
 
 
+def _gqa(results: Results) -> Numbers:
+    made = read_entries(
+        answers_file(results.path("made"), "*_predictions.json"), {"questionId": str, "prediction": str}
+    )
+    asked = {
+        number: entry for number, entry in questions(results.path("against")).items() if entry.get("isBalanced", True)
+    }
+    answers = {entry["questionId"]: entry["prediction"] for entry in made}
+    if len(answers) < len(made):
+        raise ValueError("a question is answered twice; expected one answer for each")
+    if missing := [number for number in asked if number not in answers]:
+        raise ValueError(
+            f"{len(missing)} questions have no answer: {few(missing)}; name the questions of the same split"
+        )
+    scores: dict[str, list[bool]] = defaultdict(list)
+    for number, entry in asked.items():
+        if not isinstance(entry.get("answer"), str):
+            raise ValueError(
+                f"question {number} has no right answer in its file; only GQA's own server knows those of the test"
+            )
+        scores["gqa_accuracy"].append(answers[number] == entry["answer"])
+        if isinstance(types := entry.get("types"), dict):
+            kind = "open" if types.get("structural") == "query" else "binary"
+            scores[f"gqa_kind.{kind}"].append(scores["gqa_accuracy"][-1])
+        results.keys.append(number)
+    return {key: Estimate.share(of) for key, of in scores.items()}
+
+
+GQA = Metric("gqa", None, _gqa, "answers of a model (GQA)", "the file of GQA's questions, with answers")
 VQA = Metric("vqa", None, _vqa, "answers of a model (VQAv2)", "annotations of VQAv2 with ten answers of people")
 POPE = Metric("pope", None, _pope, "answers of a model (POPE)", "the file of POPE's questions, with labels")

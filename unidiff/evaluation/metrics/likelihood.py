@@ -51,8 +51,10 @@ class RowLikelihood:
 
         Args:
             rows: see `captioned_rows`.
-            eos_id: vocabulary id of end-of-text. `*_words` leaves the fill behind the first one out, as if the caption's
-                length were known, so it may lie below the entropy.
+            eos_id: vocabulary id of end-of-text. `*_words` scores rows without the fill behind the first one, which the
+                model does not see there either, as if the caption's length were known; so it may lie below the entropy.
+                A model whose training never cut the fill (`crop_fill` is 0) never saw such rows. For it these numbers say
+                how much it depends on the fill, and may lie above those of whole rows: do not compare it by them.
             surprises, entropies: see `CaptionedPictures`; without them there is no floor to compare with.
         """
         mean = lambda values: Estimate.mean(values.numpy())  # noqa: E731

@@ -18,7 +18,6 @@ from unidiff.evaluation.report import Z95, Estimate
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.batch import add_to_manifest, begin_manifest, digest_of
 from unidiff.pipelines.decode import candidate_seeds, row_seeds
-from unidiff.process import versions
 
 COUNT, SAMPLES, PROMPTS = 4, 4, 16
 """Pictures of a prompt, draws of masks of a score, prompts of a decode."""
@@ -50,10 +49,13 @@ def reranking(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Esti
 def begun(pipe: UniDiffPipeline, cases: CaptionedPictures) -> list[dict[str, Any]]:
     """Rows that were done in an earlier run of the same model, prompts, seed and options."""
     assert cases.folder is not None
-    model = model_hash(pipe)
-    digest = digest_of(list(cases.prompts), cases.seed, COUNT, SAMPLES, model, sorted(cases.options.items()))
-    head = {"seed": cases.seed, "model": model, "digest": digest, "versions": versions(pipe.device)}
-    return begin_manifest(cases.folder, head, "reranking", alone=True)
+    asked = {
+        "model_hash": model_hash(pipe),
+        "prompts": len(cases.prompts),
+        "prompts_hash": digest_of(list(cases.prompts)),
+    }
+    asked |= {"seed": cases.seed, "pictures": COUNT, "draws": SAMPLES, "options": dict(cases.options)}
+    return begin_manifest(cases.folder, asked, "reranking", pipe.device, alone=True)
 
 
 def drawn(pipe: UniDiffPipeline, cases: CaptionedPictures, numbers: Sequence[int]) -> list[dict[str, Any]]:

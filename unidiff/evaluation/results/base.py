@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from unidiff.errors import reading
 from unidiff.evaluation.networks.base import NetworkSource
 from unidiff.evaluation.suites.base import RESULTS
 from unidiff.pictures import PictureSource
-from unidiff.pipelines.batch import MANIFEST
+from unidiff.pipelines.batch import MANIFEST, read_manifest
 
 Source = str | Path | Sequence[PictureSource]
 """A folder or file, or pictures themselves (paths, PIL images, ...)."""
@@ -61,16 +60,13 @@ def finished_rows(folder: Path) -> list[dict[str, Any]] | None:
     folder = folder / RESULTS if (folder / RESULTS / MANIFEST).is_file() else folder
     if not (folder / MANIFEST).is_file():
         return None
-    found: dict[int, dict[str, Any]] = {}
+    head, entries = read_manifest(folder)
+    if "rows" not in head:  # of `unidiff eval MODEL`, whose pictures are those of any folder
+        return None
+    found = {number: {**entry, "folder": folder} for number, entry in entries.items() if "error" not in entry}
     with reading(folder / MANIFEST, "the manifest of a batch"):
-        head, *lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
-        for line in filter(None, lines):
-            entry = json.loads(line)
-            if "number" in entry and "error" not in entry:
-                found[entry["number"]] = {**entry, "folder": folder}
-        rows = int(json.loads(head)["rows"])
-    if len(found) < rows:
-        raise ValueError(
-            f"{str(folder)!r} has {len(found)} of {rows} rows; finish the run first, with the same command"
-        )
-    return [found[number] for number in range(rows)]
+        rows = range(int(head["rows"]))
+    if missing := [number for number in rows if number not in found]:
+        done = len(rows) - len(missing)
+        raise ValueError(f"{str(folder)!r} has {done} of {len(rows)} rows; finish the run first, with the same command")
+    return [found[number] for number in rows]

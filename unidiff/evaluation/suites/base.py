@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unidiff.errors import check_regular, reading
 from unidiff.evaluation.benchmark.measure import model_hash
 from unidiff.files import locked, replace_text, replacing_folder
-from unidiff.pipelines.batch import MANIFEST, Row, run_rows
+from unidiff.pipelines.batch import MANIFEST, Row, read_manifest, run_rows
 from unidiff.registry import Registry
 from unidiff.schema import check_value
 
@@ -43,7 +43,9 @@ class Suite:
         rows: the calls for a file (or folder) of prompts as the benchmark publishes it; names of pictures are relative to
             the folder that holds them.
         export: see `Export`. scorer: how to score what is written, one sentence.
-        reads: whether it is about given pictures, whose folder has to be named.
+        reads: whether it is about given pictures.
+        own_pictures: (prompts, folder of the run) -> the folder of these pictures, where the prompts come with them; else
+            it has to be named.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Suite:
     export: Export
     scorer: str
     reads: bool = False
+    own_pictures: Callable[[Path, Path], Path] | None = None
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether the folder of the pictures has to be named."""
+        return self.reads and self.own_pictures is None
 
 
 SUITES: Registry[Suite] = Registry(
@@ -82,28 +90,40 @@ def run_benchmark(
         The folder for the scorer; None where rows of other processes are missing.
 
     Raises:
-        ValueError: prompts in another layout, rows that were refused, or a missing folder of pictures.
+        ValueError: prompts in another layout, a task that the model cannot do, rows that were refused, a missing folder of
+            pictures, or a folder that holds something else.
     """
-    if suite.reads != (pictures is not None):
-        need = "asks about pictures; name their folder" if suite.reads else "is drawn from words; leave pictures out"
+    if suite.needs_pictures != (pictures is not None):
+        none = "has its pictures beside its questions" if suite.reads else "is drawn from words"
+        need = "asks about pictures; name their folder" if suite.needs_pictures else f"{none}; leave pictures out"
         raise ValueError(f"{suite.name} {need} (--pictures)")
     rows = suite.rows(prompts)
     if not rows:
         raise ValueError(
             f"{str(prompts)!r} holds no prompts of {suite.name}; name the file that the benchmark publishes"
         )
+    for task in dict.fromkeys(row["task"] for row in rows):
+        pipe.layout.need(task)
+    folder = out / "scorer"
+    if folder.exists() and not (out / RESULTS / MANIFEST).exists():
+        raise ValueError(f"{str(folder)!r} is of a run whose rows are gone; remove it, or name another folder (--out)")
     options |= {"resize": True} if suite.reads else {}  # a benchmark's pictures have all sizes
     about = {**(about or {}), "benchmark": suite.name, "model_hash": model_hash(pipe), "settings": own_settings(pipe)}
+    if suite.own_pictures is not None:
+        pictures = suite.own_pictures(prompts, out)
     refused = run_rows(pipe, rows, out / RESULTS, pictures or prompts.absolute().parent, about=about, **options)
     if refused:
+        first = next(entry for _, entry in sorted(read_manifest(out / RESULTS)[1].items()) if "error" in entry)
         raise ValueError(
-            f"{refused} rows were refused; {str(out / RESULTS / MANIFEST)!r} says why: mend them and run again"
+            f"{refused} rows were refused, row {first['number']} because {first['error']}; mend them and run again "
+            f"({str(out / RESULTS / MANIFEST)!r} has all reasons)"
         )
-    found = _results(out / RESULTS)
+    entries = read_manifest(out / RESULTS)[1]
+    found = {number: _result(out / RESULTS, entry) for number, entry in entries.items() if "error" not in entry}
     if len(found) < len(rows):
         return None
     with locked(out, "benchmark"):
-        if not (folder := out / "scorer").exists():  # a scorer's own files may lie in it by now
+        if not folder.exists():  # a scorer's own files may lie in it by now
             with replacing_folder(folder) as fresh:
                 suite.export(prompts, [found[number] for number in range(len(rows))], fresh)
     return folder
@@ -117,15 +137,8 @@ def own_settings(pipe: Any) -> dict[str, Any]:
     return {"family": pipe.layout.family}
 
 
-def _results(folder: Path) -> dict[int, Result]:
-    """Rows that were done, by number."""
-    found = dict[int, Result]()
-    for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()[1:]:
-        entry: dict[str, Any] = json.loads(line) if line else {"error": ""}
-        if "number" in entry and "error" not in entry:
-            picture = entry.get("image")
-            found[entry["number"]] = Result(None if picture is None else folder / picture, entry["words"])
-    return found
+def _result(folder: Path, entry: Mapping[str, Any]) -> Result:
+    return Result(folder / entry["image"] if "image" in entry else None, entry["words"])
 
 
 def put_picture(result: Result, path: Path) -> None:
@@ -163,6 +176,20 @@ def _with_keys(entry: Any, keys: Sequence[str], place: str) -> dict[str, Any]:
     if missing := [key for key in keys if key not in entry]:
         raise ValueError(f"{place} has no {missing[0]!r}; expected the benchmark's own file, with {', '.join(keys)}")
     return dict(entry)
+
+
+def check_entries(path: Path, entries: Sequence[Mapping[str, Any]], kinds: Mapping[str, type]) -> None:
+    """Raise `ValueError` unless every entry has values of these kinds."""
+    for number, entry in enumerate(entries, 1):
+        for key, kind in kinds.items():
+            if not isinstance(entry.get(key), kind) or isinstance(entry.get(key), bool):
+                raise ValueError(f"{str(path)!r}: entry {number} has no {key!r} of kind {kind.__name__}")
+
+
+def with_choices(words: str, choices: Mapping[str, str]) -> str:
+    """A question of which one of several answers, by letter, is right."""
+    lines = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
+    return f"{words}\n{lines}\nAnswer with the letter of the right option."
 
 
 def write_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unidiff.evaluation.suites.base import Result, Suite, read_lines, read_object, write_lines
+from unidiff.evaluation.suites.base import (
+    Result,
+    Suite,
+    check_entries,
+    read_lines,
+    read_object,
+    with_choices,
+    write_lines,
+)
 from unidiff.files import write_json
 from unidiff.pipelines.batch import Row
-
-
-def _named(path: Path, entries: Sequence[dict[str, Any]], kinds: dict[str, type]) -> None:
-    """Raise `ValueError` unless every entry has values of these kinds and names files without folders."""
-    for number, entry in enumerate(entries, 1):
-        for key, kind in kinds.items():
-            if not isinstance(entry.get(key), kind) or isinstance(entry.get(key), bool):
-                raise ValueError(f"{str(path)!r}: entry {number} has no {key!r} of kind {kind.__name__}")
 
 
 def _coco(path: Path) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def _coco(path: Path) -> list[dict[str, Any]]:
     entries = read_object(path, ("images",))["images"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{str(path)!r} has no list of images; name a captions_*.json of COCO")
-    _named(path, entries, {"id": int, "file_name": str})
+    check_entries(path, entries, {"id": int, "file_name": str})
     return sorted(entries, key=lambda entry: entry["id"])
 
 
@@ -51,7 +51,7 @@ def _vqa(path: Path) -> tuple[str, list[dict[str, Any]]]:
     split, entries = str(data["data_subtype"]), data["questions"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{str(path)!r} has no list of questions; name a v2_OpenEnded_*_questions.json")
-    _named(path, entries, {"question_id": int, "image_id": int, "question": str})
+    check_entries(path, entries, {"question_id": int, "image_id": int, "question": str})
     return split.replace("test-dev", "test"), entries
 
 
@@ -80,7 +80,7 @@ VQAV2 = Suite(
 
 def _pope(path: Path) -> list[dict[str, Any]]:
     entries = list(read_lines(path, ("question_id", "image", "text", "label")))
-    _named(path, entries, {"image": str, "text": str})
+    check_entries(path, entries, {"image": str, "text": str})
     return entries
 
 
@@ -104,7 +104,7 @@ _MARK = re.compile(r"<image \d+>")
 def _mmmu(path: Path) -> list[dict[str, Any]]:
     """Questions of MMMU as JSON lines: id, question, options, answer, question_type and the file of the picture."""
     entries = list(read_lines(path, ("id", "question", "options", "answer", "question_type", "image")))
-    _named(path, entries, {"id": str, "question": str, "options": list, "image": str})
+    check_entries(path, entries, {"id": str, "question": str, "options": list, "image": str})
     for entry in entries:
         if entry["question_type"] not in ("multiple-choice", "open"):
             raise ValueError(
@@ -128,8 +128,7 @@ def _mmmu_question(entry: dict[str, Any]) -> str:
     words = _MARK.sub("", entry["question"]).strip()
     if entry["question_type"] != "multiple-choice":
         return f"{words}\nAnswer with a word or a short phrase."
-    choices = "\n".join(f"{letter}. {option}" for letter, option in _choices(entry).items())
-    return f"{words}\n{choices}\nAnswer with the letter of the right option."
+    return with_choices(words, _choices(entry))
 
 
 def _write_mmmu(path: Path, results: Sequence[Result], folder: Path) -> None:

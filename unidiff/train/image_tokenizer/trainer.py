@@ -27,7 +27,7 @@ from unidiff.files import file_stamp, replace_text, replacing_folder
 from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.pipelines.sheet import save_image
 from unidiff.process import free_memory, pick_device
-from unidiff.schema import from_data
+from unidiff.schema import check_same, from_data
 from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of
 from unidiff.tokens.transfer import moved
 from unidiff.train.config import ParallelConfig, ScheduleConfig
@@ -46,7 +46,7 @@ from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import RunCheckpoint, holds_checkpoints, load_checkpoint
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer
 from unidiff.train.run.logs import Progress, RunLog, begin, take_steps
-from unidiff.train.run.resume import MARK, SETTINGS, check_run_folder, check_same, fitting, rate_notes
+from unidiff.train.run.resume import MARK, SETTINGS, check_run_folder, fitting, rate_notes
 from unidiff.world import WORLDS
 
 _MOST_CELLS = 2**24  # of a batch; torch draws from no more

@@ -17,7 +17,7 @@ from unidiff.errors import reading
 from unidiff.models.config import TransformerConfig
 from unidiff.models.trained_on import FORMER_TASKS
 from unidiff.pipelines.owned import check_replaceable, others_in_adapter, others_in_model
-from unidiff.schema import Between, check_value
+from unidiff.schema import Between, check_value, differences, listed
 from unidiff.train.config import ScheduleConfig, TrainConfig, leaves
 from unidiff.train.data.shard_source import DocumentTokens, WeightedShards
 from unidiff.train.data.source import TokenSource, TokenTable
@@ -140,36 +140,12 @@ def compare(state: Mapping[str, Any], config: TrainConfig, facts: Mapping[str, A
         notes.append(f"steps was {before['steps']}, here {config.steps}: the phases of data.curriculum move with it")
     if not changed:
         return notes
-    listed = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
     if config.checkpoint.changed == "allow":
-        return [f"going on from {where}, which was made with {listed}", *notes]
+        return [f"going on from {where}, which was made with {listed(changed)}", *notes]
     raise ValueError(
-        f"{where} was made with {listed}: set it back, choose another output=, or go on with the new value with "
+        f"{where} was made with {listed(changed)}: set it back, choose another output=, or go on with the new value with "
         "checkpoint.changed=allow"
     )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    """`name = old value, here new value` for each of `names` (None: all) whose values are not the same plain data."""
-    names = sorted({*old, *new}) if names is None else names
-    pairs = [(name, *(json.loads(json.dumps(side.get(name))) for side in (old, new))) for name in names]
-    return [f"{name} = {_short(a)}, here {_short(b)}" for name, a, b in pairs if a != b]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def check_same(
-    old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, setting: str, names: Iterable[str] | None = None
-) -> None:
-    """Raise ValueError, with both values, where a run is not the one that wrote the checkpoints in its `folder`; `setting`
-    is what a person names another folder by, `names` are those that are compared (None: all)."""
-    if changed := differences(old, new, names):
-        raise ValueError(
-            f"the run in {str(folder)!r} has {changed[0]}; use the same to continue it, or another {setting}"
-        )
 
 
 @contextmanager

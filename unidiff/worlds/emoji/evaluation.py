@@ -258,6 +258,7 @@ def ask(model: PipelineModel, pipe: UniDiffPipeline, task: str, rows: int, seed:
     return model.inpaint(render_batch([c.scene for c in torn], profile), masks, torn, seeds)
 
 
+_UNFILLED = "of rows without the end-of-text fill (training may never have shown such rows)"
 _WORDS = {
     "oracle_true": "true scenes read exactly by the oracle",
     "oracle_reconstruction": "objects read in the image tokenizer's reconstructions",
@@ -287,9 +288,14 @@ _WORDS = {
     "caption_entropy": "entropy of captions given the picture, nats: the least that is possible",
     "free_phrasing": "pictures of prompts as people might write them",
     "caption_gap": "NELBO of captions above the entropy, nats",
-    "caption_nelbo_words": "NELBO of captions without the end-of-text fill, nats",
+    "caption_nelbo_words": f"NELBO of captions, nats, {_UNFILLED}",
     "image_nelbo": "NELBO of pictures given the caption, nats",
     "joint_nelbo": "joint NELBO, nats",
+    "joint_nelbo_text": "joint NELBO, the part of the captions, nats",
+    "joint_nelbo_image": "joint NELBO, the part of the pictures, nats",
+    "joint_nelbo_words": f"joint NELBO, nats, {_UNFILLED}",
+    "joint_nelbo_text_words": f"joint NELBO, the part of the captions, nats, {_UNFILLED}",
+    "joint_nelbo_image_words": f"joint NELBO, the part of the pictures, nats, {_UNFILLED}",
     "readers.second_true": "true scenes read exactly by the second reader",
     "readers.same_judgement": "drawings that both readers judge alike",
     "readers.same_scene": "drawings that both readers read alike",
