@@ -80,6 +80,7 @@ BUILT_SETS = (
     "muddit",
     "llamagen_vq",
     "magvitv2",
+    "mmada_parallel",
 )
 """Golden sets with checkpoints of families that are built; the others wait for theirs, whatever is in them."""
 
@@ -125,6 +126,12 @@ def _golden(path: Path) -> GoldenCheckpoint:
         return GoldenCheckpoint(path, {**full["model"], "new_vocab_size": layout[0]}, mmada_vocabulary(*layout))
     if "mm" in full:  # LLaDA-V
         return GoldenCheckpoint(path, llada_v_config(full))
+    if "tokens" in full and "cases" in full:  # MMaDA-Parallel: A has Lumina's ids, M MMaDA's
+        ids, config = full["tokens"], full["model"]
+        size, start = config["vocab_size"], ids.get("image_offset", ids.get("text_tokenizer_len"))
+        vocabulary = Vocabulary(size, (0, start), (start, start + ids["codebook_size"]), ids["mask"])
+        own = {"architectures": ["LLaDAForMultiModalGeneration"]} if "image_offset" in ids else {"new_vocab_size": size}
+        return GoldenCheckpoint(path, {**config, **own}, vocabulary)
     if "tokens" in full:  # Lumina
         ids, config = full["tokens"], full["model_config"]
         start, size = ids["vocab_offset"], config["vocab_size"]

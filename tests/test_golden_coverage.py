@@ -25,6 +25,7 @@ _LLADA = RELEASED.format("llada_golden")
 _MMADA = RELEASED.format("mmada_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
+_PARALLEL = RELEASED.format("parallel_golden")
 _BLOCKS = ("test_forward", "test_a_cache_of_finished_blocks_is_exact", "test_a_mask_that_is_added_is_another_model")
 _LLADA_V = RELEASED.format("llada_v_golden")
 _MOE = RELEASED.format("llada_moe_golden")
@@ -113,6 +114,12 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "experts_stacked.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),
         "forward.safetensors": tuple(f"{_LLADA2}{name}" for name in _BLOCKS),
         "traces.safetensors": (f"{_LLADA2}test_upstreams_loop", f"{_LLADA2}test_the_sampler_decodes_the_recorded_runs"),
+    },
+    "mmada_parallel": {
+        "*/weights.safetensors": (f"families/test_parallel_golden.py{_NAMES}",),
+        "*/forward.safetensors": (f"{_PARALLEL}test_forward",),
+        "*/paint_masks.safetensors": (f"{_PARALLEL}test_crops_and_masks",),
+        "*.safetensors": (f"{_PARALLEL}test_model_a", f"{_PARALLEL}test_model_m"),
     },
     "ml_cache": {"*.safetensors": (f"{DECODING.format('max_logit_golden')}test_trace",)},
     "dllm_cache": {"*.safetensors": (f"{DECODING.format('adaptive_golden')}test_trace",)},
@@ -211,6 +218,6 @@ def test_every_set_of_the_root_is_compared(name: str):
 
 
 def test_the_table_is_whole():
-    assert len(COMPARED) == 13
+    assert len(COMPARED) == 14
     for name, reasons in REASONS.items():
         assert name.partition("/")[0] in COMPARED and all(reasons.values())

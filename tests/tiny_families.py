@@ -15,14 +15,16 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.dream import DREAM
+from unidiff.families.layout import TaskInputs
 from unidiff.families.llada import LLADA
 from unidiff.families.llada2 import LLADA2, llada2_sampler
 from unidiff.families.llada_moe import LLADA_MOE
 from unidiff.families.llada_v import LLADA_V
 from unidiff.families.llada_v.rows import PICTURE, LladaVLayout
 from unidiff.families.mdlm import MDLM
-from unidiff.families.mmada import MMADA, SPECIALS, mmada_vocabulary
+from unidiff.families.mmada import MMADA, SPECIALS, MMaDALayout, mmada_vocabulary
 from unidiff.families.muddit.denoiser import MudditDenoiser
+from unidiff.families.parallel import JointSettings
 from unidiff.families.unidisc import UNIDISC
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Span, TokenBatch, Vocabulary
@@ -226,6 +228,18 @@ def mmada() -> TinyFamily:
     return TinyFamily("mmada", model, vocabulary, batch, _decoding(), other)
 
 
+def parallel() -> TinyFamily:
+    """MMaDA's network as MMaDA-Parallel-M: prompts of 1, 2 and 4 words; 2 x 2 codes and six words are decoded together."""
+    vocabulary = mmada_vocabulary(60, 41, 16, 40, {name: 20 + i for i, name in enumerate(SPECIALS)})
+    model, _ = MMADA.load(MMADA.export(lively(MMADA.settings(MMADA_CONFIG))), MMADA_CONFIG, vocabulary=vocabulary)
+    joint = JointSettings(STEPS, max(2, STEPS // 2), 1.0, text_guidance=1.0)
+    layout = MMaDALayout(vocabulary, lambda text: [int(word) for word in text.split()], side=2, joint=joint)
+    codes = _ids(3, 4, 0, 16, 4).view(3, 2, 2)
+    request = layout.edit(TaskInputs(3, ["1", "2 3", "4 5 6 7"], codes=codes, told=True, longest=6))
+    config = replace(request.config, stop_at_eos=False)
+    return TinyFamily("parallel", model, vocabulary, request.batch, config, request.unconditional[0])
+
+
 def lumina_vocabulary() -> Vocabulary:
     return Vocabulary(60, (0, 36), (36, 60), 35, specials={"eos": 34, **LUMINA_IDS})
 
@@ -271,7 +285,8 @@ def muddit() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
-    make.__name__: make for make in (unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, mmada, lumina, muddit)
+    make.__name__: make
+    for make in (unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, mmada, parallel, lumina, muddit)
 }
 _MADE: dict[str, TinyFamily] = {}
 

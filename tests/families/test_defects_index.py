@@ -18,6 +18,7 @@ MUDDIT, MMADA = "families/test_defects_muddit.py", "families/test_defects_mmada_
 MOE, OWN_MOE = "families/test_llada_moe_golden.py", "families/test_llada_moe.py"
 LLADA2, OWN_LLADA2 = "families/test_llada2_golden.py", "families/test_llada2.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
+PARALLEL = "families/test_parallel.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
 # system: what upstream does wrong: (module, test)
@@ -70,6 +71,18 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "passes that write nothing run": (LLADA, "test_no_pass_is_made_when_nothing_is_left_to_write"),
         "ids are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
+    },
+    "MMaDA-Parallel": {
+        "words may be codes or [MASK]": (PARALLEL, "test_words_are_text_only_and_a_mask_is_never_said"),
+        "the stream without the picture holds it": (PARALLEL, "test_rows_of_guidance_are_made_anew"),
+        "streams see other words": (PARALLEL, "test_all_streams_see_the_same_words"),
+        "words are guided the wrong way": (PARALLEL, "test_words_are_guided_away_from_no_prompt"),
+        "known codes count as hidden": (PARALLEL, "test_known_codes_do_not_count_among_those_that_stay_hidden"),
+        "the last code is random": (PARALLEL, "test_the_last_code_is_decoded"),
+        "temperature 0 draws": (PARALLEL, "test_codes_are_not_drawn_at_temperature_0"),
+        "numbers are cut off by rounding": (PARALLEL, "test_numbers_are_not_cut_off_by_rounding"),
+        "another mark than in training": (PARALLEL, "test_a_new_picture_begins_as_in_training"),
+        "padding is visible": ("families/test_parallel_golden.py", "test_forward"),
     },
     "LLaDA-MoE": {
         "padding is visible": (MOE, "test_forward"),

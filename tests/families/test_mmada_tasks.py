@@ -126,7 +126,6 @@ def test_a_callers_settings_lose_nothing_that_a_task_needs():
         ("inpaint", dict(texts=["a <mask>"], codes=CODES[:1, :1]), "codes have shape"),
         ("text_to_image", dict(texts=["a " * 5]), "needs 7 tokens and 6 fit; shorten it"),
         ("inpaint", dict(codes=CODES), "needs the caption of the picture"),
-        ("chat", dict(turns=[[1, 2]]), "answers one question at a time"),
     ],
 )
 def test_errors_are_one_clear_sentence(task, given, message):

@@ -96,6 +96,7 @@ def arguments_of(family: str, task: str) -> dict[str, Argument]:
             "mask_image": Argument([lambda s: None, *MASKS], NOT_MASKS),
             "reference": Argument([lambda s: None, lambda s: s.picture], NOT_PICTURES[1:]),
             "num_images_per_prompt": _COUNT,
+            **longest,
         },
         "chat": {"messages": _TURNS, "max_text_tokens": Argument(_constant(1, 3), NOT_WHOLE, True)},
         "complete": {
@@ -105,6 +106,10 @@ def arguments_of(family: str, task: str) -> dict[str, Argument]:
         "infill": {"text": Argument(HOLES, [*NOT_TEXTS, *_constant(None, *BAD_HOLES, "no holes")], True)},
     }
     own = dict(table[task])
+    if family in ("mmada", "lumina") and task == "generate":  # a prompt, which a picture and words answer
+        own = {"prompt": _WORDS, "num_images_per_prompt": _COUNT, **longest}
+    if family == "mmada":
+        own.pop("reference", None)
     if task == "inpaint":
         own |= {"text": _FILLED, "paste_back": _FLAG, "num_images_per_prompt": _COUNT}
     if task == "text_to_image":
@@ -231,7 +236,6 @@ _CLASH = (  # right values that do not go together
     "give one of them",
     "one size at a time",
     "a size together with a mask",
-    "answers one question at a time",
     "give either the size",
     "one for each as [B, H, W]",
     "run them apart",

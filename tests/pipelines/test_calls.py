@@ -127,7 +127,6 @@ def test_unknown_arguments_name_the_method_and_the_nearest_name(pipes, family, t
 @pytest.mark.parametrize(
     ("family", "task", "wrong", "near"),
     [
-        ("native", "generate", "prompt", "text"),
         ("native", "text_to_image", "text", "prompt"),
         ("native", "inpaint", "mask", "mask_image"),
         ("muddit", "inpaint", "mask", "mask_image"),
@@ -161,7 +160,12 @@ CALLS = {  # of each task that writes words
     "caption": lambda pipe, picture, **more: pipe.caption(picture, 3, **more),
     "answer": lambda pipe, picture, **more: pipe.answer(picture, "a", 3, **more),
     "inpaint": lambda pipe, picture, **more: pipe.inpaint(picture, None, "a <mask>", **more),
-    "generate": lambda pipe, picture, **more: pipe.generate("a <mask>", **more),
+    "generate": lambda pipe, picture, **more: (
+        pipe.generate(prompt="a", max_text_tokens=3, **more)
+        if pipe.layout.words_beside
+        else pipe.generate("a <mask>", **more)
+    ),
+    "edit": lambda pipe, picture, **more: pipe.edit(picture, "a", max_text_tokens=3, **more),
     "chat": lambda pipe, picture, **more: pipe.chat("a", 3, **more),
     "complete": lambda pipe, picture, **more: pipe.complete("a", 3, **more),
     "infill": lambda pipe, picture, **more: pipe.infill("a <mask>", **more),

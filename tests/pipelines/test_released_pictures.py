@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -133,17 +134,15 @@ def test_what_unidiffs_own_models_do_with_options(pipes, family, tmp_path):
 
 def test_what_a_family_cannot_do(pipes):
     can = {
-        "mmada": "text_to_image, caption, answer, inpaint, chat",
-        "lumina": "text_to_image, caption, answer, inpaint, edit",
+        "mmada": "text_to_image, caption, answer, inpaint, edit, generate, chat",
+        "lumina": "text_to_image, caption, answer, inpaint, edit, generate",
     }
-    for family, tasks, inputs in (
-        ("mmada", ("generate", "edit", "complete", "infill"), {"edit": (None, "blue")}),
-        ("lumina", ("generate", "chat", "complete", "infill"), {}),
-    ):
+    for family, tasks in (("mmada", ("complete", "infill")), ("lumina", ("chat", "complete", "infill"))):
         for task in tasks:
-            given = inputs.get(task, () if task == "generate" else ("a fox",))
             with pytest.raises(ValueError, match=f"^{family} cannot do '{task}'; it does {can[family]}$"):
-                getattr(pipes[family], task)(*given)
+                getattr(pipes[family], task)("a fox")
+        with pytest.raises(ValueError, match=f"{family} makes a picture and words together as a prompt tells"):
+            pipes[family].generate()
     with pytest.raises(ValueError, match="mmada draws pictures of 6x6 pixels only"):
         pipes["mmada"].text_to_image("a fox", height=8, width=8)
 
@@ -153,8 +152,42 @@ def test_mmada_answers_without_a_picture(pipes):
     told = pipe.chat(["a fox?", "two owls on a hill?"], 4, generator=1)
     assert told.images is None and told.codes.shape == (2, 0, 0) and max(map(len, told.text_ids)) <= 4
     assert pipe.chat("a fox?", 4, generator=[int(told.seeds[0])]).text_ids[0] == told.text_ids[0]
-    with pytest.raises(ValueError, match="mmada answers one question at a time"):
-        pipe.chat([{"role": "user", "content": "a fox?"}])
+    talk = pipe.chat([{"role": "user", "content": "a fox?"}], 4, generator=[int(told.seeds[0])])
+    assert talk.text_ids[0] == told.text_ids[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_and_words_answer_together(pipes, family):
+    """Of a picture and a prompt, or of a prompt alone; each row by itself; with a cache for each segment."""
+    pipe, prompts = pipes[family], ["make it red", "a red fox on a hill, and two owls"]
+    picture = Image.new("RGB", (6, 6), (200, 30, 40))
+    parts = CacheConfig("interval", segments={"text": "dual", "prompt": "interval"})
+    for more in ({}, {"cache": parts}, {"guidance_scale": 2.0}):
+        for call in (partial(pipe.edit, picture), lambda prompts, **own: pipe.generate(prompt=prompts, **own)):
+            both = call(prompts, max_text_tokens=5, steps=4, generator=3, **more)
+            assert len(both.texts) == len(both.images) == 2 and both.codes.shape == (2, 3, 3)
+            assert max(map(len, both.text_ids)) <= 5 and both.texts[0] not in prompts
+            alone = call(prompts[1], max_text_tokens=5, steps=4, generator=[int(both.seeds[1])], **more)
+            assert torch.equal(alone.codes[0], both.codes[1]) and alone.text_ids[0] == both.text_ids[1]
+    again = pipe("make it red", task="generate", max_text_tokens=5, steps=4, generator=1)
+    assert again.codes.shape == (1, 3, 3) and len(again.text_ids[0]) <= 5
+    painted = pipe.edit(picture, prompts, mask_image=_left(), max_text_tokens=5, **QUICK)
+    codes = pipe.images.encode(pipe.image_inputs.images(picture))[0]
+    assert all(torch.equal(row[:, 1:], codes[:, 1:]) for row in painted.codes)
+    best = pipe.generate(prompt="a fox", max_text_tokens=4, num_candidates=3, **QUICK)
+    assert len(best.texts) == 1
+    if family == "lumina":
+        assert pipe.edit(picture, "make it red", **QUICK).texts == ["make it red"]  # as Lumina-DiMOO does
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defects_are_asked_for_by_name(pipes, family):
+    pipe = pipes[family]
+    wrong = pipe.from_pipe(pipe, layout=replace(pipe.layout, compat="upstream"))
+    wrong.set_progress_bar_config(disable=True)
+    one, other = (p.generate(prompt="a fox", max_text_tokens=4, steps=4, generator=2) for p in (pipe, wrong))
+    assert one.codes.shape == other.codes.shape and not torch.equal(one.confidences, other.confidences)
+    assert len(other.texts) == 1
 
 
 def test_lumina_draws_and_reads_any_size(pipes):

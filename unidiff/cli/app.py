@@ -1,4 +1,4 @@
-"""The command line: `unidiff generate | caption | answer | inpaint | demo | eval | info | pack | convert | ...`."""
+"""The command line: `unidiff generate | caption | answer | inpaint | edit | demo | eval | info | pack | convert | ...`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from unidiff import __version__
 from unidiff.cli.checkpoints import convert, info, verify
 from unidiff.cli.common import (
     MOST,
+    Beside,
     DecodeFlags,
     Filmstrip,
     Gif,
@@ -74,13 +75,15 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="With --prompts: rows of one decode.")] = 16,
+    max_text_tokens: Beside = None,
     *,
     flags: DecodeFlags,
 ) -> None:
     """Draw pictures from words, or picture and words together."""
     texts = text or []
     if prompts is not None:
-        if texts or negative is not None or count != 1 or gif or filmstrip or out == Path("unidiff.png"):
+        own = (negative, max_text_tokens, gif, filmstrip)
+        if texts or any(value is not None for value in own) or count != 1 or out == Path("unidiff.png"):
             raise ValueError(
                 "--prompts goes with --out FOLDER and --batch-size; write texts and negatives into its file"
             )
@@ -90,9 +93,12 @@ def generate(
     if negative is not None and not known:
         raise ValueError("--negative goes with texts that are known in full; leave it out where words are made up")
     pipe = flags.load()
+    told = known and max_text_tokens is not None  # words and a picture that answer
     result = call(
-        pipe.text_to_image if known else pipe.generate,
-        *([texts] if texts else []),
+        pipe.text_to_image if known and not told else pipe.generate,
+        *([texts] if texts and not told else []),
+        prompt=texts if told else None,
+        max_text_tokens=max_text_tokens,
         num_images_per_prompt=count,
         negative_prompt=negative,
         **flags.options,
@@ -215,6 +221,44 @@ def inpaint(
         mask_image=mask,
         text=text,
         paste_back=paste_back,
+        resize=resize,
+        num_images_per_prompt=count if count > 1 else None,
+        **flags.options,
+        record_trajectory=gif is not None or filmstrip is not None,
+    )
+    report(result, out, gif, filmstrip)
+
+
+@app.command()
+@with_decode_flags
+def edit(
+    image: Picture,
+    prompt: Annotated[str, typer.Argument(help="What to change.")],
+    reference: Annotated[str | None, typer.Option(help="A further picture: a style, a subject.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Picture of the same size, white where it may change.")] = None,
+    max_text_tokens: Beside = None,
+    out: Out = Path("unidiff.png"),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST, help="Results to make.")] = 1,
+    resize: Resize = False,
+    gif: Gif = None,
+    filmstrip: Filmstrip = None,
+    *,
+    flags: DecodeFlags,
+) -> None:
+    """Change a picture as told, and answer in words too where the model does."""
+    read = tuple(map(file_of, (image, reference, mask)))
+    check_outputs(out, filmstrip, gif, count=count, inputs=read)
+    picture, further = open_image(image), None if reference is None else open_image(reference)
+    if mask is not None:
+        open_image(mask)  # read again in its own mode; a mistake shows before the model is loaded
+    pipe = flags.load()
+    result = call(
+        pipe.edit,
+        picture,
+        prompt,
+        reference=further,
+        mask_image=mask,
+        max_text_tokens=max_text_tokens,
         resize=resize,
         num_images_per_prompt=count if count > 1 else None,
         **flags.options,

@@ -39,6 +39,12 @@ Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an anim
 Filmstrip = Annotated[Path | None, typer.Option(help="Also write the decode as a strip of pictures (PNG).")]
 Resize = Annotated[bool, typer.Option("--resize", help="Accept pictures of any size: resize and crop the centre.")]
 Longest = Annotated[int | None, typer.Option("--max-text-tokens", help="Longest text to write, in tokens.")]
+Beside = Annotated[
+    int | None,
+    typer.Option(
+        "--max-text-tokens", help="Answer in words beside the picture, of at most so many tokens, where the model does."
+    ),
+]
 MOST = MOST_ROWS
 Steps = Annotated[int | None, typer.Option(help=FLAGS["steps"].help)]
 Guidance = Annotated[float | None, typer.Option(help=FLAGS["guidance_scale"].help)]

@@ -1,34 +1,32 @@
-"""What a decode is asked for: settings, one set per modality, and checks of what a sampler is made and called with."""
+"""What a decode is asked for: settings, one set per modality."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from unidiff.diffusion.schedules import SCHEDULES
-from unidiff.models.denoiser import PartialDenoiser, takes_features
 from unidiff.registry import Registry
 from unidiff.schema import Between, Index, check_fields, from_data
-from unidiff.tokens import Modality, TokenBatch, Vocabulary
-from unidiff.tokens.batch import CONTINUOUS
+from unidiff.tokens import Modality, TokenBatch
 
 RULES: Registry[Any] = Registry(
     "commit_rules", "unidiff.decoding.commit", lambda found: (hasattr(found, "early") and found.name) or None
 )
 """Commit rules by name, see `unidiff.decoding.commit.base.NamedRule`."""
+NOISES = ("gumbel", "normal")
+GUIDANCE_DEFECTS = ("late", "inverted")
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 BLOCK_ORDERS = ("sequence", "aligned", "checkerboard", "coarse", "halton")
 REMASKING = ("none", "confidence", "remdm")
 GUIDANCE_MODES = ("constant", "ramp", "window")
 HIDES = ("given", "other", "text", "image")
 ORDERS = ("together", "text_first", "image_first", "level")
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-_KINDS = (torch.int64, torch.int64, torch.bool, torch.bool, torch.int64, torch.int64)  # of a batch's fields
 # Bounds that no decode has a use to pass: work that never ends, or numbers that overflow float32
 _Passes = Annotated[int, Between(1, 100_000)]
 _Count = Annotated[int, Between(1)]
@@ -50,7 +48,7 @@ class ModalityDecoding:
             c_r >= 1 - factor / (r + 1). `hierarchical`: as `threshold`, and the best position of every run of masked
             neighbours where it reaches `low_threshold`. `credit`: as `threshold`, after adding to the logits what a token has
             earned by being the best in earlier passes, see `Credit`. `at_least`: a quota, or all above `threshold` where these
-            are more, see `AtLeast`. `first_hitting`: one uniformly random position, the
+            are more, see `AtLeast`. `timed`: a quota by a clock that also runs in passes which fill nothing, see `Timed`. `first_hitting`: one uniformly random position, the
             exact law of the model. `ancestral`: each position by its own coin, the reverse process on a grid of times.
         schedule: share still masked after a share u of the steps, one of `unidiff.diffusion.schedules`: `linear` 1-u,
             `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps,
@@ -58,9 +56,12 @@ class ModalityDecoding:
         confidence: what ranks positions: `probability` of the chosen token, `margin` between the best two, `entropy`
             (negative), or `random`. Always from the guided logits before temperature and filters.
         temperature: of the token draw; 0 takes the best token.
-        choice_temperature: scale of the Gumbel noise on the ranking, multiplied by the remaining time.
+        choice_temperature: scale of the noise on the ranking, multiplied by the remaining time. choice_noise: its law, `gumbel`
+            or `normal`.
         top_k, top_p: keep only the k best tokens, and the smallest set that reaches probability p.
         threshold, factor, low_threshold, credit_decay, credit_power, credit_weight, least_tokens, block_steps: see `rule`.
+        own_passes, first_pass: of `timed`: in how many of its `steps` passes something is filled, spread evenly from this share
+            of them on; None for all.
         block_length: tokens per block, decoded block after block; None for the whole span at once.
         block_order: which tokens form a block: `sequence`, `aligned` (runs of positions counted from the first of the sample, as
             block-causal attention counts them, so that the first and the last may be shorter), or for images `checkerboard`, `coarse` (coarse to fine) and
@@ -85,6 +86,7 @@ class ModalityDecoding:
     confidence: str = "probability"
     temperature: Annotated[float, Between(0, float("inf"))] = 1.0
     choice_temperature: _Size = 0.0
+    choice_noise: str = "gumbel"
     top_k: _Count | None = None
     top_p: _Share | None = None
     threshold: float = 0.9
@@ -95,6 +97,8 @@ class ModalityDecoding:
     credit_weight: _Strength = 0.7
     least_tokens: _Count = 1
     block_steps: _Passes | None = None
+    own_passes: _Passes | None = None
+    first_pass: _Share = 0.0
     block_length: _Count | None = None
     block_order: str = "sequence"
     blocks_in_flight: _Count = 1
@@ -114,6 +118,7 @@ class ModalityDecoding:
         if self.schedule not in SCHEDULES:
             _one_of("schedule", self.schedule, ("fixed", *SCHEDULES))
         _one_of("confidence", self.confidence, CONFIDENCES)
+        _one_of("choice_noise", self.choice_noise, NOISES)
         _one_of("block_order", self.block_order, BLOCK_ORDERS)
         _one_of("remask", self.remask, REMASKING)
         if self.top_p == 0:
@@ -144,7 +149,9 @@ class Guidance:
             or generated; for joint generation), or the given `text` or `image`. A `condition` passed to the sampler wins.
         text_scale, image_scale: s for one modality where it differs.
         further: s of the second, third, ... unconditional rows, where the sampler is given several: every one adds
-            (s - 1) (cond - uncond). Constant over time.
+            (s - 1) (cond - uncond). Constant over time, and not for a modality whose own scale is 1.
+        defects: of reference programs, to reproduce their runs. `late`: the unconditional streams see the words that the pass
+            has written. `inverted`: text is guided by 2 - s in place of s.
     """
 
     scale: _Strength = 1.0
@@ -154,10 +161,13 @@ class Guidance:
     text_scale: _Strength | None = None
     image_scale: _Strength | None = None
     further: tuple[_Strength, ...] = ()
+    defects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _tuples(self, "window", "further")
+        _tuples(self, "window", "further", "defects")
         check_fields(self, "guidance")
+        for defect in self.defects:
+            _one_of("guidance defect", defect, GUIDANCE_DEFECTS)
         _one_of("guidance mode", self.mode, GUIDANCE_MODES)
         _one_of("guidance hide", self.hide, HIDES)
         object.__setattr__(self, "further", tuple(float(s) for s in self.further))
@@ -168,7 +178,20 @@ class Guidance:
     def full_scale(self, modality: Modality) -> float:
         """s of a modality at full strength; 1 means that it is never guided."""
         own = self.text_scale if modality == Modality.TEXT else self.image_scale
-        return self.scale if own is None else own
+        full = self.scale if own is None else own
+        return 2 - full if modality == Modality.TEXT and "inverted" in self.defects else full
+
+    def guides(self, modality: Modality) -> bool:
+        """Whether some pass guides a modality."""
+        own = self.text_scale if modality == Modality.TEXT else self.image_scale
+        return self.full_scale(modality) != 1 or (own is None and bool(self.further))
+
+    def turns(self, streams: Sequence[int], work: Sequence[Any]) -> list[tuple[Sequence[int], Sequence[Any]]]:
+        """The streams of a pass, and what is filled once they are evaluated: all at once, or words `late` before the others."""
+        if "late" not in self.defects or len(streams) == 1:
+            return [(streams, work)]
+        words = [w for w in work if w.progress.modality == Modality.TEXT]
+        return [((0,), words), ([s for s in streams if s], [w for w in work if w not in words])]
 
     def scale_at(self, modality: Modality, time: Tensor) -> Tensor:
         """s `[B]` at diffusion time t `[B]` (1 = all masked); 1 means off."""
@@ -247,149 +270,3 @@ def _tuples(settings: object, *names: str) -> None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r:.80}; expected one of {', '.join(allowed)}")
-
-
-def _check_is(name: str, value: object, kind: Any, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} is {_name(value)}; expected {expected}")
-
-
-def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, rules: Any, graphs: Any) -> None:
-    """Raise `ValueError` unless a `Sampler` can be made of these."""
-    _check_methods("model", model, ("hidden", "head"), "see `Denoiser`")
-    _check_is("vocabulary", vocabulary, Vocabulary, "a Vocabulary")
-    _check_is("config", config, SamplerConfig, "a SamplerConfig (SamplerConfig.from_dict reads plain data)")
-    if policy is not None:
-        _check_methods("policy", policy, ("start", "plan"), "see `RefreshPolicy`; CacheConfig(name).build() makes one")
-    _check_is("rules", rules, Mapping | None, "a mapping or nothing (null)")
-    for modality, rule in (rules or {}).items():
-        if not callable(rule) and not hasattr(rule, "start"):
-            raise ValueError(f"rules has {rule!r} as a rule; expected a function, see `CommitRule`")
-        if not isinstance(modality, Modality):
-            raise ValueError(f"rules has the key {modality!r}; expected Modality.TEXT or Modality.IMAGE")
-    if not isinstance(graphs, bool) and not callable(graphs):
-        raise ValueError(f"graphs is {_name(graphs)}; expected true or false, or a `Record`")
-    if isinstance(model, PartialDenoiser) and model.traits.ids < vocabulary.size:
-        raise ValueError(
-            f"the model has {model.traits.ids} ids, the vocabulary {vocabulary.size}; give the vocabulary that the "
-            "model was made for"
-        )
-    _check_ids("ends", config.ends, vocabulary)
-    (start, stop), masks = vocabulary.text, (vocabulary.mask_id, vocabulary.image_mask)
-    if config.fill is not None and (not start <= config.fill < stop or config.fill in masks):
-        raise ValueError(f"fill is id {config.fill}; expected a text id from {start} to {stop - 1} that is not [MASK]")
-
-
-def banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...]) -> Tensor:
-    """Offsets in the modality's slice that may not be emitted, int64."""
-    _check_ids("forbid", forbid, vocabulary)
-    start, stop = vocabulary.range_of(modality)
-    offsets = {i - start for i in forbid if start <= i < stop} | set(vocabulary.forbidden(modality))
-    if stop > start and len(offsets) == stop - start:
-        raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
-    return torch.tensor(sorted(offsets), dtype=torch.long)
-
-
-def check_request(
-    model: Any,
-    vocabulary: Vocabulary,
-    config: SamplerConfig,
-    batch: Any,
-    seeds: Any,
-    condition: Any,
-    callback: Any,
-    record: Any,
-    unconditional: Any,
-) -> tuple[TokenBatch, tuple[TokenBatch, ...]]:
-    """Raise `ValueError` unless a `Sampler` can be called with these; returns the batch on the CPU, and the unconditional ones."""
-    host = _check_batch("batch", batch, vocabulary)
-    rows, length = batch.shape
-    _check_tensor("seeds", seeds, _INTEGERS, (rows,), f"an int64 tensor [{rows}], one per row", plural=True)
-    if condition is not None:
-        _check_tensor("condition", condition, (torch.bool,), (rows, length), f"a bool tensor {batch.shape}")
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback is {_name(callback)}; expected a function of (step, state)")
-    _check_is("record", record, bool, "true or false")
-    several = isinstance(unconditional, Sequence) and not isinstance(unconditional, str)
-    others = tuple(unconditional) if several else () if unconditional is None else (unconditional,)
-    on_host = [_check_batch("unconditional", other, vocabulary) for other in others]
-    if others and condition is not None:
-        raise ValueError("condition and unconditional both say what the unconditional stream sees; give one of them")
-    if max(1, len(others)) != 1 + len(config.guidance.further):
-        raise ValueError(
-            f"guidance has {1 + len(config.guidance.further)} scales for {len(others)} unconditional batches; "
-            "`Guidance.further` takes a scale for each after the first"
-        )
-    for other in on_host:
-        if other.shape != batch.shape:
-            raise ValueError(f"unconditional has shape {other.shape}; expected {batch.shape}, that of the batch")
-        if not torch.equal(other.targets, host.targets):
-            raise ValueError(
-                "unconditional has other targets than the batch; align the rows, for instance by left padding"
-            )
-    if any(rows.features is not None for rows in (host, *on_host)) and not takes_features(model):
-        raise ValueError(
-            f"the batch has continuous features, but {type(model).__name__} reads ids alone; its hidden needs an argument "
-            "`features`, see `Denoiser`"
-        )
-    return host, others
-
-
-def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> TokenBatch:
-    """The batch on the CPU, brought in one go."""
-    if not isinstance(batch, TokenBatch):
-        raise ValueError(f"{name} is {_name(batch)}; expected a TokenBatch")
-    shape = tuple(getattr(batch.ids, "shape", ())[:2])
-    for f, kind in zip(fields(TokenBatch), _KINDS, strict=False):
-        value, own = getattr(batch, f.name), (*shape, 3) if f.name == "positions" else shape
-        expected = f"{kind} {list(own)}"
-        _check_tensor(f"{name} {f.name}", value, (kind,), own, expected, plural=True)
-        if value.device != batch.ids.device:
-            raise ValueError(f"{name} {f.name} are on {value.device}; expected {batch.ids.device}, that of the ids")
-    if len(shape) != 2 or not batch.ids.numel():
-        raise ValueError(f"{name} has shape {shape}; expected at least one row of at least one token")
-    if (features := batch.features) is not None:
-        width = features.shape[-1:] if isinstance(features, Tensor) else ()
-        floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        _check_tensor(f"{name} features", features, floats, (*shape, *width), f"floats {[*shape, 'D']}", plural=True)
-        if features.device != batch.ids.device:
-            raise ValueError(f"{name} features are on {features.device}; expected {batch.ids.device}, that of the ids")
-    host = batch.to("cpu")
-    known = host.valid & host.given if features is None else host.valid & host.given & (host.ids != CONTINUOUS)
-    low, high = map(int, torch.where(known, host.ids, 0).aminmax())
-    first, last = map(int, torch.where(host.valid, host.modality, 0).aminmax())
-    if not 0 <= low <= high < vocabulary.size:
-        raise ValueError(
-            f"{name} gives ids from {low} to {high}, but the vocabulary has ids 0 to {vocabulary.size - 1}"
-        )
-    if not 0 <= first <= last < len(Modality):
-        raise ValueError(f"{name} has modalities from {first} to {last}; expected 0 (text) and 1 (image)")
-    return host
-
-
-def _check_tensor(
-    name: str, value: Any, kinds: Sequence[torch.dtype], shape: tuple[int, ...], expected: str, plural: bool = False
-) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} {'are' if plural else 'is'} {_name(value)}; expected {expected}")
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        kind = "on the meta device, without values" if value.is_meta else str(value.layout).removeprefix("torch.")
-        raise ValueError(f"{name} is a tensor {kind}; expected a plain one (`.to_dense()`, or real values)")
-    if value.dtype not in kinds or value.shape != shape:
-        found = f"shape {tuple(value.shape)} and dtype {value.dtype}"
-        raise ValueError(f"{name} {'have' if plural else 'has'} {found}; expected {expected}")
-
-
-def _check_ids(name: str, ids: Sequence[int], vocabulary: Vocabulary) -> None:
-    if outside := [i for i in ids if not 0 <= i < vocabulary.size]:
-        raise ValueError(f"{name} names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
-
-
-def _check_methods(name: str, value: object, methods: Sequence[str], hint: str) -> None:
-    if missing := [m for m in methods if not hasattr(value, m)]:
-        raise ValueError(f"{name} is {_name(value)} without {' and '.join(missing)}; {hint}")
-
-
-def _name(value: object) -> str:
-    shown = repr(value) if isinstance(value, bool | int | float | str | type(None)) else f"a {type(value).__name__}"
-    return shown if len(shown) < 80 else f"{shown[:77]}..."

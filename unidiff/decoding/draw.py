@@ -126,7 +126,8 @@ def ranking(confidence: Tensor, settings: ModalityDecoding, time: Tensor, u: Ten
     if not settings.choice_temperature:
         return confidence
     base = confidence.log() if settings.confidence == "probability" else confidence
-    return base + settings.choice_temperature * time[:, None] * gumbel(u)
+    noise = gumbel(u) if settings.choice_noise == "gumbel" else torch.special.ndtri(u)
+    return base + settings.choice_temperature * time[:, None] * noise
 
 
 @dataclass(frozen=True)

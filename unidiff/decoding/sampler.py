@@ -14,10 +14,11 @@ from torch import Tensor
 from unidiff.decoding import draw
 from unidiff.decoding.cache import NoCache, RefreshPolicy
 from unidiff.decoding.cache.base import PassRead, PlanSizes
+from unidiff.decoding.checks import banned_offsets, check_request, check_sampler
 from unidiff.decoding.commit.ancestral import remdm_sigma
 from unidiff.decoding.commit.base import CommitRule, RuleMaker, unsure_tokens
 from unidiff.decoding.complaint import complaint
-from unidiff.decoding.config import SamplerConfig, banned_offsets, check_request, check_sampler
+from unidiff.decoding.config import SamplerConfig
 from unidiff.decoding.end_of_text import EndOfText
 from unidiff.decoding.foretold import can_be_foretold, foretell
 from unidiff.decoding.forward import StreamedModel
@@ -111,13 +112,14 @@ class Sampler:
                 break
             busy = [w for w in work if w.width]
             if busy:
-                # 4. forward: features [B, L, D] of every guidance stream in use
-                shown = sum(w.width for w in busy)
-                model.run(state.ids, plan, state.streams, request.time(work), request.unfinished, shown)
+                shown, time = sum(w.width for w in busy), request.time(work)
+                for streams, part in self.config.guidance.turns(state.streams, busy):
+                    # 4. forward: features [B, L, D] of every guidance stream in use
+                    model.run(state.ids, plan, streams, time, request.unfinished, shown)
+                    # 5. logits, guidance, tokens, commit: each modality by its own rules
+                    for w in part:
+                        self._fill(request, w, w.shown(plan.logits))
                 state.nfe = model.stats.evaluations
-                # 5. logits, guidance, tokens, commit: each modality by its own rules
-                for w in busy:
-                    self._fill(request, w, w.shown(plan.logits))
             # 6. remask: committed tokens become fresh work
             for w in work:
                 self.remask(request, w)
@@ -144,7 +146,7 @@ class Sampler:
         decided = rule.early(now, count, partial(request.noise, state.step))
         if state.finishing:
             decided = state.masked & progress.targets
-        candidates = progress.active | progress.ahead if decided is None else decided
+        candidates = rule.looked_at(progress.active | progress.ahead, count) if decided is None else decided
         if progress.edits is not None and not state.finishing:
             candidates = candidates | (progress.editable(state.masked) & ~state.frozen)
         scale = self.config.guidance.scale_at(progress.modality, time)
@@ -172,7 +174,7 @@ class Sampler:
         if not work.decided:
             confidence = score = choice.confidence
             if settings.choice_temperature:
-                score = draw.ranking(confidence, settings, work.time, noise(draw.CHOICE).gather(1, index))
+                score = rule.rank(confidence, work.time, noise(draw.CHOICE).gather(1, index))
             ahead = real & progress.ahead.gather(1, index)  # in blocks to come: by a threshold of their own
             known = ~real if progress.edits is None else real & ~state.masked.gather(1, index)
             pick = rule.pick(confidence, score, real & ~ahead & ~known, work.quota, index)
@@ -269,7 +271,7 @@ class Request:
         """The model with a stream for each guidance condition."""
         sampler, guidance, batch = self.sampler, self.sampler.config.guidance, self.state.batch
         masks = {s: guidance.uncond_mask(m, batch, condition) for m, s in self.stream_of.items()}
-        if not any(map(self._guides, self.stream_of)):  # no memory for unused streams
+        if not any(map(guidance.guides, self.stream_of)):  # no memory for unused streams
             masks, others = {}, ()
         recorder = CudaRecorder(batch.ids.device) if sampler.graphs is True and batch.ids.is_cuda else sampler.graphs
         graphs, peaks = PassGraphs(recorder) if callable(recorder) else None, self.state.max_logits
@@ -277,10 +279,6 @@ class Request:
         self.model = StreamedModel(*streams)
         self.store = self.model.store
         return self.model
-
-    def _guides(self, modality: Modality) -> bool:
-        """Whether some pass guides a modality."""
-        return bool(self.further) or self.sampler.config.guidance.full_scale(modality) != 1
 
     def waiting(self, own: ModalityProgress) -> Tensor:
         """bool `[B]`: rows whose other modality goes first, or is behind, and is not complete."""
@@ -336,7 +334,7 @@ class Request:
 
     def _open(self, work: PassWork, read: PassRead) -> Callable[[], Sequence[int]]:
         """Which rows a modality and its guidance are busy in; asks for its most candidates in a row and whether it is guided."""
-        work.guided = self._guides(work.progress.modality)
+        work.guided = self.sampler.config.guidance.guides(work.progress.modality)
         work.rows = work.guided_rows = work.candidates.any(1)
         numbers: list[Callable[[], Tensor]] = [lambda: work.candidates.sum(1).max()]
         if work.guided and not self.further and self.sampler.config.guidance.mode != "constant":

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.base import CommitRule
+from unidiff.decoding.commit.base import CommitRule, RuleMaker
 from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.batch import read_mask
@@ -69,16 +69,23 @@ class TaskNeeds:
     ends: tuple[int, ...] = ()  # further ids that end a text
     fill: int | None = None  # see `SamplerConfig`
     stop_at_eos: bool = True  # whether a text ends at its end; False where every hole is filled
+    text_scale: float | None = (
+        None  # guidance of words, where a scale for all is given and none for them; None for that
+    )
 
     @lru_cache(maxsize=256)  # noqa: B019  # checking settings anew takes longer than a small model's rows do
     def keep_in(self, config: SamplerConfig) -> SamplerConfig:
         """The settings with what the task needs."""
+        guidance = config.guidance
+        if self.text_scale is not None and guidance.text_scale is None:
+            guidance = replace(guidance, text_scale=self.text_scale)
         return replace(
             config,
             text=replace(config.text, forbid=tuple(sorted({*config.text.forbid, *self.forbid}))),
             ends=tuple(dict.fromkeys((*config.ends, *self.ends))),
             fill=config.fill if self.fill is None else self.fill,
             stop_at_eos=self.stop_at_eos,
+            guidance=guidance,
         )
 
 
@@ -132,9 +139,10 @@ class DecodeRequest:
         return (self.batch.targets if name == "targets" else self.words).clone()
 
     def text_ids(self, ids: Tensor, vocabulary: Vocabulary, ends: Sequence[int]) -> list[list[int]]:
-        """The texts of rows `[B, L]` as the tokenizer's ids, each up to before its first end."""
+        """The texts of rows `[B, L]` as the tokenizer's ids, each up to before its first end; a [MASK] left by `compat` is none."""
         stop, start = {*ends, vocabulary.specials.get("eos")}, vocabulary.text[0]
-        texts = [row[chosen].tolist() for row, chosen in zip(ids, self.words, strict=True)]
+        words = self.words & (ids != vocabulary.mask_id)
+        texts = [row[chosen].tolist() for row, chosen in zip(ids, words, strict=True)]
         return [[i - start for i in row[: next((n for n, i in enumerate(row) if i in stop), None)]] for row in texts]
 
     def picture_ids(self, ids: Tensor) -> Tensor:
@@ -173,12 +181,17 @@ def unseen(row: Sequence[Span], vocabulary: Vocabulary) -> list[Span]:
 
 
 class Prepared(NamedTuple):
-    """What decodes a request, see `RowLayout.prepared`; rules: commit rules of the family's own, by modality."""
+    """What decodes a request, see `RowLayout.prepared`.
+
+    Args:
+        rules: commit rules of the family's own, by modality. vocabulary: what may be drawn, where it is not the layout's.
+    """
 
     model: Any
     request: DecodeRequest
     config: SamplerConfig
-    rules: Mapping[Modality, CommitRule] = MappingProxyType({})
+    rules: Mapping[Modality, CommitRule | RuleMaker] = MappingProxyType({})
+    vocabulary: Vocabulary | None = None
 
 
 class RowLayout:

@@ -2,7 +2,9 @@
 
     prompt      <system> ... </system><user> words </user>        pictures go before the last id of the prompt
     picture     boi, then each row of codes and a newline, eoi
-    answer      answer, a picture or text, /answer
+    answer      answer, a picture, text, or a picture and then text, /answer
+
+MMaDA-Parallel-A has the same weights' names, sizes and ids, and answers in a picture and words together.
 
 The reference decodes one row at a time; here rows of any lengths and sizes go together, padded on the left.
 """
@@ -19,7 +21,8 @@ from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.layout import DecodeRequest, Encode, Grid, TaskInputs, TaskNeeds, lay_out
 from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
-from unidiff.families.llada.rows import WordsAndPictures, llada_sampler
+from unidiff.families.llada.rows import llada_sampler
+from unidiff.families.parallel import A_DEFECTS, AnswersTogether, JointSettings, overwritten
 from unidiff.tokens import Span, Vocabulary
 
 UNIT, FACTOR = 32, 16  # pixels: of a crop's steps, of a code
@@ -72,7 +75,7 @@ def lumina_image_sampler(steps: int = 64, guidance: float = 4.0, image_guidance:
 
 
 @dataclass(frozen=True)
-class LuminaLayout(WordsAndPictures):
+class LuminaLayout(AnswersTogether):
     """Pictures of any size from words, edits, and questions about pictures; a caption is an answer.
 
     Args:
@@ -82,6 +85,8 @@ class LuminaLayout(WordsAndPictures):
         systems: what the system says before drawing, editing and answering.
         pixels: side of the largest square that pictures of other shapes are brought to.
         fixed: rows and columns of codes of every picture; None for any.
+        joint: settings of a picture and words that are decoded together.
+        compat: defects of MMaDA-Parallel-A's program in these: "upstream" for all, or names of `parallel.DEFECTS`.
     """
 
     vocabulary: Vocabulary
@@ -93,10 +98,13 @@ class LuminaLayout(WordsAndPictures):
     systems: tuple[str, str, str] = (DRAW, EDIT, ASK)
     pixels: int = 1024
     fixed: Grid | None = None
+    joint: JointSettings = field(default_factory=JointSettings)
+    compat: str | Sequence[str] | None = None
     family: str = "lumina"
     sizes: ClassVar[bool] = True
     nothing: ClassVar[tuple[str, ...]] = ("uncondition",)
     final: ClassVar[tuple[str, ...]] = ("end_answer", "answer_pad")
+    known_defects: ClassVar[tuple[str, ...]] = A_DEFECTS
 
     @classmethod
     def of(cls, released: Any, texts: Any) -> LuminaLayout:
@@ -116,8 +124,12 @@ class LuminaLayout(WordsAndPictures):
     def fit(self, height: int, width: int) -> Grid:
         return lumina_grid(height, width, self.pixels)
 
+    @property
+    def words_beside(self) -> Mapping[str, int]:
+        return {"generate": 256, "edit": 0}
+
     def edit(self, inputs: TaskInputs) -> DecodeRequest:
-        """Guided in two directions: without the words and without the input pictures."""
+        """Guided in two directions: without the words and without the input pictures. Told, words are answered as well."""
         assert inputs.codes is not None  # the pipeline gives them
         if inputs.holes is not None and inputs.grid is not None:
             raise ValueError("give either the size of a new picture, or a mask of the one that is changed")
@@ -125,6 +137,8 @@ class LuminaLayout(WordsAndPictures):
         if inputs.holes is None:
             height, width = inputs.codes.shape[1:]
             inputs = replace(inputs, codes=None, grid=inputs.grid or (height, width))
+        if inputs.told:
+            return self.together(inputs, pictures)
         nothing, streams = [self.vocabulary.specials["uncondition"]], []
         for number, text in enumerate(inputs.texts or ()):
             words, shown = self._words(text), [part[number] for part in pictures]
@@ -133,6 +147,23 @@ class LuminaLayout(WordsAndPictures):
             streams.append([[*self._prompt(self.systems[1], said, seen), *answer] for said, seen in prompts])
         rows, *others = map(list, zip(*streams, strict=True))
         return lay_out(rows, self.edits, others=others, left=True, drawn=True)
+
+    def together(self, inputs: TaskInputs, pictures: Sequence[Tensor] = ()) -> DecodeRequest:
+        """Words stand behind the picture."""
+        s, streams, prompts = self.vocabulary.specials, [], []
+        for number, text in enumerate(inputs.texts or ()):
+            words, shown = self._words(text), [part[number] for part in pictures]
+            said: list[tuple[Words, Sequence[Tensor]]] = [(words, shown), ([s["uncondition"]], shown), (words, ())]
+            fronts = [self._prompt(self.systems[1], *own, silent=True) for own in said[: 3 if shown else 2]]
+            begin, image, end = self._answer(number, inputs)
+            hidden = Span.words([None] * inputs.longest, self.vocabulary, read=True)
+            back = [replace(end, ids=end.ids[:1]), hidden, replace(end, ids=end.ids[1:])]  # eoi, words, /answer
+            prompts.append(fronts[1:])
+            streams.append([[*front, begin, image, *back] for front in fronts])
+        rows, *others = map(list, zip(*streams, strict=True))
+        config = self.joint.sampler("linear", "normal", self.defects, bool(pictures))
+        request = lay_out(rows, config, self.needs(config, s["answer_pad"]), others, left=True)
+        return overwritten(request, list(zip(*prompts, strict=True))) if "overwritten" in self.defects else request
 
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.codes is not None and inputs.texts is not None  # the pipeline gives both
@@ -153,11 +184,13 @@ class LuminaLayout(WordsAndPictures):
         image = inputs.picture(number, self.vocabulary, grid, s["newline"])
         return [Span.text([s["answer"], s["boi"]], True), image, Span.text([s["eoi"], s["end_answer"]], True)]
 
-    def _prompt(self, system: str, words: Words, pictures: Sequence[Tensor] = (), read: bool = False) -> list[Span]:
+    def _prompt(
+        self, system: str, words: Words, pictures: Sequence[Tensor] = (), read: bool = False, silent: bool = False
+    ) -> list[Span]:
         """The template with pictures (codes `[h, w]`) before its last id.
 
         Args:
-            read: the picture is read back, not the words.
+            read: the picture is read back, not the words. silent: neither is.
         """
         s, last = self.vocabulary.specials, self._mark("</user>")
         front = [*self._mark("<system>"), *self.encode(system), *self._mark("</system>"), *self._mark("<user>")]
@@ -165,7 +198,7 @@ class LuminaLayout(WordsAndPictures):
         for picture in pictures:
             codes = Span.codes(picture, self.vocabulary, newline=s["newline"], read=read)
             shown += [Span.text([s["boi"]], True), codes, Span.text([s["eoi"]], True)]
-        said = Span.words(words, self.vocabulary, read=not read)
+        said = Span.words(words, self.vocabulary, read=not read and not silent)
         return [Span.text(front, True), said, Span.text(last[:-1], True), *shown, Span.text(last[-1:], True)]
 
     def _mark(self, name: str) -> list[int]:
@@ -196,7 +229,7 @@ LUMINA = Family(
     vocabulary=lambda config: LUMINA_VOCABULARY,
     vocabularies={"lumina": LUMINA_VOCABULARY},
     image_tokenizer="vq_model",
-    releases=(Release("lumina-dimoo", _CONFIG, *EIGHT_BILLION),),
+    releases=(Release("lumina-dimoo", _CONFIG, *EIGHT_BILLION), Release("mmada-parallel-a", _CONFIG, *EIGHT_BILLION)),
     tiny=Tiny(
         {"architectures": ["LLaDAForMultiModalGeneration"], **TINY_CONFIG},
         (0.0689936, 0.748344, 0.741017, 0.978048),

@@ -3,6 +3,8 @@
     picture     <t2i> bos words eos soi codes eoi          padded on the left
     question    <mmu> soi codes eoi bos words answer       filled with eos, which is real: visible and a target
     chat        bos words answer
+    both        <interleave> soi codes eoi bos words eos soi codes eoi bos answer       a picture is changed, MMaDA-Parallel-M
+                <t2it> soi zeros eoi ...                                                a new one; zeros are id 0, not code 0
 
 Code c is id offset + c with offset 126349 in the 8B checkpoints, the number of text ids: declared here, never found
 from a tokenizer's length. Text and images share one [MASK]. Images are squares of MAGVIT-v2 codes. Questions are put into
@@ -12,26 +14,44 @@ the chat template.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, cast
+
+import torch
+from torch import Tensor
 
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.diffusion.schedules import get_schedule
+from unidiff.families.chat import Message, Turn
 from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.layout import DecodeRequest, Encode, Grid, TaskInputs, TaskNeeds, lay_out, square_side
 from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
-from unidiff.families.llada.rows import WordsAndPictures, llada_sampler
+from unidiff.families.llada.rows import llada_sampler
+from unidiff.families.parallel import M_DEFECTS, AnswersTogether, JointSettings
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
 
 SPECIALS: Mapping[str, int] = {
     **dict(bos=126080, eos=126081, soi=126084, eoi=126085, sov=126086, eov=126087, t2i=126088, mmu=126089),
-    **dict(t2v=126090, v2v=126091, lvg=126092, ipad=126093, r2i=126094),
+    **dict(t2v=126090, v2v=126091, lvg=126092, ipad=126093, r2i=126094, interleave=126095, t2it=126096),
     **dict(start_header=126346, end_header=126347, eot=126348),
 }
 # upstream's LLaDA fields of the 8B checkpoints
 _FIELDS = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "rope_theta", "rms_norm_eps")
 RELEASED: Mapping[str, Any] = {**{name: CONFIG[name] for name in _FIELDS}, "new_vocab_size": 134656}
+
+
+THINK = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. The reasoning "
+    "process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer here\n"
+)
+"""What the models were taught to think at, MMaDA-8B-MixCoT the longest: it stands before the question."""
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """The reasoning of an answer, and what is said behind it; no reasoning where the text has no `</think>`."""
+    thought, mark, answer = text.rpartition("</think>")
+    return (thought.replace("<think>", "", 1).strip(), answer.strip()) if mark else ("", text.strip())
 
 
 def mmada_vocabulary(
@@ -80,7 +100,7 @@ def image_config(settings: ImageSettings) -> SamplerConfig:
 
 
 @dataclass(frozen=True)
-class MMaDALayout(WordsAndPictures):
+class MMaDALayout(AnswersTogether):
     """Pictures from words, questions about pictures, and text alone; a caption is an answer.
 
     Args:
@@ -88,6 +108,9 @@ class MMaDALayout(WordsAndPictures):
         text_length: tokens of a caption, bos and eos included.
         side: rows and columns of a picture (512 pixels: 32).
         image, text: settings; None for upstream's.
+        joint: settings of words and a picture that are decoded together.
+        thinking: whether questions ask for the reasoning first, see `THINK`.
+        compat: defects of MMaDA-Parallel-M's program: "upstream" for all, or names of `parallel.DEFECTS`.
     """
 
     vocabulary: Vocabulary
@@ -96,9 +119,12 @@ class MMaDALayout(WordsAndPictures):
     side: int = 32
     image: ImageSettings | None = None
     text: SamplerConfig | None = None
+    joint: JointSettings = field(default_factory=lambda: JointSettings(image_steps=30, guidance=3.5))
+    thinking: bool = False
+    compat: str | Sequence[str] | None = None
     family: str = "mmada"
     final: ClassVar[tuple[str, ...]] = ("eot",)
-    conversations: ClassVar[bool] = False
+    known_defects: ClassVar[tuple[str, ...]] = M_DEFECTS
 
     @classmethod
     def of(cls, released: Any, texts: Any) -> MMaDALayout:
@@ -119,20 +145,65 @@ class MMaDALayout(WordsAndPictures):
             rows.append([front, picture, asked, self._hidden(inputs)])
         return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), self._ends()))
 
+    @property
+    def words_beside(self) -> Mapping[str, int]:
+        return {"generate": 255, "edit": 255}  # and bos
+
+    def edit(self, inputs: TaskInputs) -> DecodeRequest:
+        """A picture changed as told, and words; guided away from no picture and no words."""
+        assert inputs.codes is not None  # the pipeline gives them
+        if inputs.references is not None:
+            raise ValueError(f"{self.family} changes one picture; leave reference out")
+        return self.together(inputs if inputs.holes is not None else replace(inputs, codes=None), [inputs.codes])
+
+    def together(self, inputs: TaskInputs, pictures: Sequence[Tensor] = ()) -> DecodeRequest:
+        """Words stand behind the picture. One that is not there is id 0 for every code, as in training."""
+        s, v = self.vocabulary.specials, self.vocabulary
+        mark = "interleave" if pictures else "t2i" if "other_mark" in self.defects else "t2it"
+        if mark not in s:
+            raise ValueError(f"the ids of this {self.family} name no {mark!r}; load the released checkpoint again")
+        nothing = Span.image(torch.zeros(self.grid, dtype=torch.long), True)
+        front, between = Span.text([s[mark], s["soi"]], True), Span.text([s["eoi"]], True)
+        rows, away = [], []
+        for number, text in enumerate(inputs.texts or ()):
+            words = [s["bos"], *self.encode(text), s["eos"]]
+            blank = Span.text([s["bos"], *[s["eos"]] * (len(words) - 1)], True)
+            shown = Span.codes(pictures[0][number], v) if pictures else nothing
+            hidden, image = Span.words([None] * inputs.longest, v, read=True), inputs.picture(number, v, self.grid)
+            answer = [Span.text([s["soi"]], True), image, Span.text([s["eoi"], s["bos"]], True), hidden]
+            rows.append([front, shown, between, Span.text(words, True), *answer])
+            away.append([front, nothing, between, blank, *answer])
+        config = self.joint.sampler("fixed", "gumbel", self.defects)
+        return lay_out(rows, config, self.needs(config), others=[away], left=True)
+
     def chat(self, inputs: TaskInputs) -> DecodeRequest:
-        if not all(isinstance(turn, str) for turn in inputs.turns or ()):
-            raise ValueError("mmada answers one question at a time; give strings, not conversations")
-        rows = [[Span.text(self.ids(str(turn)), True), self._hidden(inputs)] for turn in inputs.turns or ()]
+        rows = [[Span.text(self.conversation(turn), True), self._hidden(inputs)] for turn in inputs.turns or ()]
         return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), self._ends()))
 
     def ids(self, question: str) -> list[int]:
-        """A question in the chat template, with bos."""
+        """A question about a picture in the template, with bos; the turn ends by letters, as in training (`<eot_id>`)."""
+        asked = self._turn("user", f"{self._asked(question)}<eot_id>")
+        return [self.vocabulary.specials["bos"], *asked, *self._turn("assistant", "")]
+
+    def conversation(self, turn: Turn) -> list[int]:
+        """A question or a conversation in the template, up to where the answer begins; ids are taken as they are."""
+        if not isinstance(turn, str) and all(isinstance(part, int) for part in turn):
+            return list(cast("Sequence[int]", turn))
+        said = [{"role": "user", "content": turn}] if isinstance(turn, str) else cast("Sequence[Message]", turn)
         s = self.vocabulary.specials
         ids = [s["bos"]]
-        # "<eot_id>" is upstream's spelling
-        for role, words in (("user", f"\n{question}<eot_id>"), ("assistant", "\n")):
-            ids += [s["start_header"], *self.encode(role), s["end_header"], *self.encode(words)]
-        return ids
+        for number, message in enumerate(said, 1):
+            words = message["content"].strip()
+            ids += self._turn(message["role"], self._asked(words) if number == len(said) else words)
+            ids.append(s["eot"])
+        return [*ids, *self._turn("assistant", "")]
+
+    def _turn(self, role: str, words: str) -> list[int]:
+        s = self.vocabulary.specials
+        return [s["start_header"], *self.encode(role), s["end_header"], *self.encode(f"\n{words}")]
+
+    def _asked(self, question: str) -> str:
+        return f"{THINK}{question}" if self.thinking else question
 
     def _words(self, text: str) -> list[int | None]:
         words = super()._words(text)
@@ -166,7 +237,9 @@ MMADA = Family(
     vocabulary=lambda config: mmada_vocabulary(),
     vocabularies={"mmada": mmada_vocabulary()},
     image_tokenizer="magvit",
-    releases=(Release("mmada-8b", RELEASED, *EIGHT_BILLION),),
+    releases=tuple(
+        Release(name, RELEASED, *EIGHT_BILLION) for name in ("mmada-8b", "mmada-8b-mixcot", "mmada-parallel-m")
+    ),
     tiny=Tiny(
         {**TINY_CONFIG, "new_vocab_size": 40},
         (0.0315275, 0.731748, 0.736357, 0.731374),

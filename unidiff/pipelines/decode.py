@@ -117,7 +117,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     if HOOKS & vars(pipe.transformer).keys():
         bring(pipe.transformer)
     request = request.repeated(count, pipe._execution_device)  # [B * count, L]
-    model, request, config, own_rules = layout.prepared(pipe, request, config, seeds)
+    model, request, config, own_rules, drawn = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know
     condition, away = _guidance(task, request, inputs, config, options)
     plain = options.cache is options.policy is None and not is_block_causal(model)
@@ -130,7 +130,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     pipe.interrupt = False
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
         watcher = StepWatcher(pipe, bar, options, request)
-        run = Sampler(model, layout.vocabulary, config, choice.policy, dict(own_rules) | dict(rules), options.graphs)
+        run = Sampler(model, drawn or layout.vocabulary, config, choice.policy, {**own_rules, **rules}, options.graphs)
         device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
         watcher.finish()

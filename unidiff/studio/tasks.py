@@ -194,7 +194,8 @@ def call_arguments(
     if task.words:
         text = _text(words, task)
         if text:
-            made[task.words] = _turns(pipe, said, text) if task.name == "chat" else text
+            told = task.name in pipe.layout.words_beside  # a prompt, which words and a picture answer
+            made["prompt" if told else task.words] = _turns(pipe, said, text) if task.name == "chat" else text
     if task.mask:
         if mask is not None:
             made["mask_image"] = mask

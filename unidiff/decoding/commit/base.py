@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.draw import ORDER, Choice, choose
+from unidiff.decoding.draw import ORDER, Choice, choose, ranking
 from unidiff.diffusion.schedules import get_schedule
 
 TOKENS_PER_PASS = 3
@@ -139,6 +139,14 @@ class NamedRule:
         """
         return None
 
+    def looked_at(self, candidates: Tensor, count: Tensor) -> Tensor:
+        """bool `[B, L]`: those candidates, where confidences decide, whose logits are asked for; `count` [B] are to be filled."""
+        return candidates
+
+    def rank(self, confidence: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        """Scores `[B, n]`: confidences with the choice noise of the settings, from the time `[B]` before the pass and uniforms."""
+        return ranking(confidence, self.settings, time, u)
+
     def adjust(self, logits: Tensor, index: Tensor, is_real: Tensor) -> Tensor:
         """Logits `[B, n, V]` at the positions of an index `[B, n]` as tokens are drawn from them."""
         return logits
@@ -206,6 +214,7 @@ class GuardedRule(NamedRule):
         super().__init__(named.settings, named.targets)
         self.planned, self.capped, self.adjusts = named.planned, named.capped, named.adjusts
         self.count, self.adjust, self.forget = named.count, named.adjust, named.forget  # type: ignore[method-assign]
+        self.looked_at, self.rank = named.looked_at, named.rank  # type: ignore[method-assign]
         self._own = own
 
     def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:

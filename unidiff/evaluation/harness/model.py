@@ -152,7 +152,7 @@ class HarnessModel:
         for task in ("complete", "chat"):
             if task in tasks:
                 return task
-        if "generate" not in tasks:
+        if "generate" not in tasks or "generate" in self.layout.words_beside:  # which answers a prompt
             raise ValueError(f"{family} needs a picture in every request, and this task has none; use another")
         return "known"
 
