@@ -12,7 +12,7 @@ from tiny_pipeline import tiny_pipeline
 from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
 
-FAMILIES = ("native", "unidisc", "mmada", "lumina", "llada", "llada-v", "dream", "mdlm", "muddit")
+FAMILIES = ("native", "unidisc", "mmada", "dynin", "lumina", "llada", "llada-v", "dream", "mdlm", "muddit")
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
@@ -20,13 +20,13 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
     made: dict[str, Any] = {"native": tiny_pipeline()}
     write_unidisc(folder / "unidisc")
     made["unidisc"] = UniDiffPipeline.from_pretrained(folder / "unidisc")
-    for family in ("mmada", "lumina"):
+    for family in ("mmada", "dynin", "lumina"):
         theirs, ours = folder / family / "theirs", folder / family / "ours"
         convert(theirs, ours, vocabulary=write_pictures(theirs, family))
         made[family] = UniDiffPipeline.from_pretrained(
             ours, image_tokenizer=theirs / "image_tokenizer", text_tokenizer=theirs / "tokenizer"
         )
-    made["lumina"] = made["lumina"].sized(6, 6)
+    made |= {family: made[family].sized(6, 6) for family in ("dynin", "lumina")}
     for family in ("llada", "llada-v", "dream", "mdlm"):
         write_chat(folder / family, family)
         made[family] = UniDiffPipeline.from_pretrained(folder / family)

@@ -269,6 +269,24 @@ _VQ_SETTINGS = {
     "force_upcast": True,
 }
 
+_DYNIN_VOCABULARY = {
+    **_MMADA_VOCABULARY,
+    "size": 138752,
+    "others": {"speech": (134541, 134541 + 4096)},
+    "specials": {
+        **_MMADA_VOCABULARY["specials"],
+        **{"i2i": 126095, "s2t": 126096, "soa": 126097, "eoa": 126098, "t2s": 126099, "v2t": 126100},
+        **{"s2s": 126101, "v2s": 126102, "ti2ti": 126103, "t2ti": 126104, "think": 126105, "end_think": 126106},
+    },
+}
+_DYNIN_SAMPLING = {
+    "max_text_len": 128,
+    "guidance_scale": 3.5,
+    "timesteps": 20,
+    "temperature": 1.0,
+    "edit_timesteps": 64,
+}
+
 PUBLISHED: dict[str, Published] = {
     "unidisc-1.4b": _unidisc(2048, 24, 16, 16384, "2d"),
     "unidisc-1.4b-512": _unidisc(2048, 24, 16, 16384, "2d", 2.0),
@@ -290,6 +308,7 @@ PUBLISHED: dict[str, Published] = {
     "mmada-8b-mixcot": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),
     "mmada-parallel-m": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),
     "mmada-parallel-a": Published({**_LLADA_SETTINGS, "vocab_size": _LUMINA_ROWS}, _LUMINA_VOCABULARY),
+    "dynin-omni": Published({**_LLADA_SETTINGS, "vocab_size": 138752}, _DYNIN_VOCABULARY, _DYNIN_SAMPLING),
     "lumina-dimoo": Published({**_LLADA_SETTINGS, "vocab_size": _LUMINA_ROWS}, _LUMINA_VOCABULARY, _LUMINA_SAMPLING),
     "muddit": Published({**_MUDDIT_SETTINGS, "text_vocab_size": 49408}, _MUDDIT_VOCABULARY, _MUDDIT_SAMPLING),
     "meissonic": Published({**_MUDDIT_SETTINGS, "text_vocab_size": None}, _MUDDIT_VOCABULARY, _MUDDIT_SAMPLING),

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unidiff.families.dynin import dynin_vocabulary
 from unidiff.families.family import FAMILIES
 from unidiff.families.image_tokenizers import LLAMAGEN_KEYS
 from unidiff.families.mmada import mmada_vocabulary
@@ -75,6 +76,7 @@ BUILT_SETS = (
     "llada",
     "llada_v",
     "mmada",
+    "dynin",
     "ml_cache",
     "dllm_cache",
     "muddit",
@@ -126,6 +128,13 @@ def _golden(path: Path) -> GoldenCheckpoint:
         return GoldenCheckpoint(path, {**full["model"], "new_vocab_size": layout[0]}, mmada_vocabulary(*layout))
     if "mm" in full:  # LLaDA-V
         return GoldenCheckpoint(path, llada_v_config(full))
+    if "speech_codebook_size" in full.get("tokens", {}):  # Dynin-Omni, as MMaDA; the sizes tell it apart
+        ids = full["tokens"]
+        rows = {name: ids[name] for name in ("new_vocab_size", "llm_vocab_size", "codebook_size")}
+        sizes = ids["new_vocab_size"], ids["image_token_offset"], ids["codebook_size"], ids["speech_codebook_size"]
+        return GoldenCheckpoint(
+            path, {**full["model"], **rows}, dynin_vocabulary(*sizes, ids["mask"], {"eos": ids["eos"]})
+        )
     if "tokens" in full and "cases" in full:  # MMaDA-Parallel: A has Lumina's ids, M MMaDA's
         ids, config = full["tokens"], full["model"]
         size, start = config["vocab_size"], ids.get("image_offset", ids.get("text_tokenizer_len"))

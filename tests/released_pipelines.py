@@ -10,6 +10,7 @@ import torch
 from released_parts import write_tiny
 from safetensors.torch import save_file
 
+from unidiff.families.dynin import SPECIALS as DYNIN
 from unidiff.families.family import FAMILIES
 from unidiff.families.mmada import SPECIALS as MMADA
 from unidiff.tokens import Vocabulary
@@ -70,17 +71,20 @@ def write_model(folder: Path, family: str, **changes: int) -> None:
 
 
 def write_pictures(folder: Path, family: str) -> Vocabulary:
-    """MMaDA (3 x 3 codes) or Lumina-DiMOO with 16 codes of 2 x 2 pixels; returns the id layout, which no config holds."""
+    """MMaDA or Dynin-Omni (3 x 3 codes, and 4 speech codes), or Lumina-DiMOO, with 16 codes of 2 x 2 pixels; returns the id
+    layout, which no config holds."""
     texts = TextTokenizer.train(CORPUS, 300)
     texts.save_pretrained(folder / "tokenizer")
-    first, names = texts.size, MMADA if family == "mmada" else LUMINA
+    first, names = texts.size, {"mmada": MMADA, "dynin": DYNIN}.get(family, LUMINA)
     specials = {"eos": first, **{name: first + i for i, name in enumerate(names)}}
     start = first + len(names) + 1
-    size = start + 16
-    more = {"new_vocab_size": size, "num_vq_tokens": 9} if family == "mmada" else {}
+    speech = 4 if family == "dynin" else 0
+    size = start + 16 + speech
+    more = {} if family == "lumina" else {"new_vocab_size": size, "num_vq_tokens": 9}
     write_model(folder, family, vocab_size=size, embedding_size=size, mask_token_id=start - 1, **more)
     write_tiny(folder / "image_tokenizer", FAMILIES[family].image_tokenizer or "")
-    return Vocabulary(size, (0, start), (start, size), start - 1, specials=specials)
+    others = {"speech": (size - speech, size)} if speech else {}
+    return Vocabulary(size, (0, start), (start, start + 16), start - 1, specials=specials, others=others)
 
 
 def write_chat(folder: Path, family: str, marks: bool = True) -> TextTokenizer:

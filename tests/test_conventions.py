@@ -111,6 +111,7 @@ def weight(pipe):
 def convention(pipe):
     for name, added in (
         ("mmada", 1),
+        ("dynin-omni", 1),
         ("unidisc", 1),
         ("lumina-dimoo", 1),
         ("llada", 1),

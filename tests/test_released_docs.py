@@ -27,6 +27,7 @@ FAMILIES = [
     "LLaDA-V",
     "Dream",
     "MMaDA",
+    "Dynin-Omni",
     "Lumina-DiMOO",
     "Muddit and Meissonic",
     "Image tokenizers",
@@ -54,7 +55,7 @@ def shelf(tmp_path_factory) -> Path:
     )
     for family, name in talkers:
         write_chat(shelf / name, family)
-    for family, name in (("mmada", "mmada-8b"), ("lumina", "lumina-dimoo")):
+    for family, name in (("mmada", "mmada-8b"), ("dynin", "dynin-omni"), ("lumina", "lumina-dimoo")):
         convert(root / family, shelf / name, vocabulary=write_pictures(root / family, family))
         for part in ("image_tokenizer", "tokenizer"):
             shutil.copytree(root / family / part, shelf / name / part)
@@ -102,9 +103,10 @@ def test_the_table_lists_every_release_with_the_memory_of_its_weights():
 def test_names_in_the_text_exist():
     """Modules and compat switches that the page tells of."""
     from unidiff.decoding.cache import AdaptiveCache, MaxLogitCache
+    from unidiff.families.dynin.rows import DyninLayout
     from unidiff.families.muddit.rows import MudditLayout
 
-    for thing in (AdaptiveCache, MaxLogitCache, MudditLayout):
+    for thing in (AdaptiveCache, MaxLogitCache, DyninLayout, MudditLayout):
         assert thing.__name__ in TEXT
     for path in re.findall(r"`((?:tests|unidiff)/[\w/]+\.py)`", TEXT):
         assert (DOCS.parent / path).is_file(), path

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.families.dream import DREAM
+from unidiff.families.dynin import DYNIN, dynin_vocabulary
+from unidiff.families.dynin import SPECIALS as DYNIN_SPECIALS
+from unidiff.families.dynin.rows import DyninLayout
 from unidiff.families.layout import TaskInputs
 from unidiff.families.llada import LLADA
 from unidiff.families.llada2 import LLADA2, llada2_sampler
@@ -240,6 +243,18 @@ def parallel() -> TinyFamily:
     return TinyFamily("parallel", model, vocabulary, request.batch, config, request.unconditional[0])
 
 
+def dynin() -> TinyFamily:
+    """Pictures of 2 x 2 codes that are changed and answered in words, by instructions of three lengths."""
+    vocabulary = dynin_vocabulary(70, 49, 16, 3, 48, {name: 10 + i for i, name in enumerate(DYNIN_SPECIALS)})
+    config = {**MMADA_CONFIG, "new_vocab_size": 70}
+    model, _ = DYNIN.load(DYNIN.export(lively(DYNIN.settings(config))), config, vocabulary=vocabulary)
+    layout = DyninLayout(vocabulary, lambda text: [int(i) for i in text.split()], text_length=6)
+    codes = _ids(3, 4, 0, 16).view(3, 2, 2)
+    inputs = TaskInputs(3, ["1 2", "3 4 5", "6"], codes=codes, told=True, longest=6)
+    request = layout.edit(inputs)
+    return TinyFamily("dynin", model, vocabulary, request.batch, _decoding(), request.unconditional[0])
+
+
 def lumina_vocabulary() -> Vocabulary:
     return Vocabulary(60, (0, 36), (36, 60), 35, specials={"eos": 34, **LUMINA_IDS})
 
@@ -286,7 +301,7 @@ def muddit() -> TinyFamily:
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
     make.__name__: make
-    for make in (unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, mmada, parallel, lumina, muddit)
+    for make in (unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, mmada, parallel, dynin, lumina, muddit)
 }
 _MADE: dict[str, TinyFamily] = {}
 

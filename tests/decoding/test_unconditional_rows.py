@@ -68,6 +68,40 @@ def test_prompts_of_other_lengths_see_their_own_positions_only(model) -> None:
     assert batch.shape[1] == 15 and torch.equal(padded.batch.ids[:, 2:], plain.batch.ids)
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+def test_what_an_unconditional_row_is_given_stays(model, policy) -> None:
+    """Targets of the batch may be known there: what is decoded at them does not reach it."""
+    spans = [Span.text([1, 2, 3], True), Span.masked_text(3, VOCABULARY), Span.masked_image((3, 3), VOCABULARY)]
+    batch, seeds = TokenBatch.from_spans([spans, spans[1:]], left=True), torch.arange(2)
+    known = batch.targets & (torch.arange(batch.shape[1]) % 2 == 0)
+    ids = torch.where(known, torch.where(batch.modality == 1, VOCABULARY.image[0] + 2, 4), batch.ids)
+    other = batch.replace(ids=ids, given=batch.given | known)
+    seen = []
+
+    class Watched:
+        def hidden(self, ids, *rest):
+            seen.append(ids)
+            return model.hidden(ids, *rest)
+
+        def head(self, *about):
+            return model.head(*about)
+
+    sampler = Sampler(Watched(), VOCABULARY, CONFIG, policy if policy.store is None else None)
+    out = sampler(batch, seeds, unconditional=other)
+    assert not (out.batch.ids == VOCABULARY.mask_id).any()
+    for rows in seen:
+        assert len(rows) == 4 and torch.equal(rows[2:][known], ids[known])
+        assert torch.equal(rows[2:][batch.targets & ~known], rows[:2][batch.targets & ~known])
+    for row in range(2):
+        alone = [b.rows(slice(row, row + 1)) for b in (batch, other)]
+        own = Sampler(model, VOCABULARY, CONFIG, policy)
+        together, single = (
+            own(batch, seeds, unconditional=other),
+            own(alone[0], seeds[row : row + 1], unconditional=alone[1]),
+        )
+        assert torch.equal(together.batch.ids[row], single.batch.ids[0])
+
+
 def test_rows_that_do_not_fit_are_refused(model) -> None:
     batch = TokenBatch.from_spans([[Span.text([1], True), Span.masked_text(2, VOCABULARY)]])
     sampler, seeds = Sampler(model, VOCABULARY, CONFIG), torch.tensor([0])

@@ -16,7 +16,7 @@ from unidiff.families.checkpoint.verify import answer
 from unidiff.families.family import FAMILIES
 from unidiff.models.transformer import MaskedTransformer
 
-LLADA_LIKE = ("llada", "mmada", "lumina")
+LLADA_LIKE = ("llada", "mmada", "dynin", "lumina")
 # the whole config of a released 8B folder, besides sizes and ids: nothing of it is in the way
 LLADA_8B = {
     **{"activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "attention_dropout": 0.0},

@@ -22,6 +22,7 @@ FAMILIES_OF_SETS = {
     "dllm_cache": {"llada"},
     "llada_v": {"llada-v"},
     "mmada": {"mmada"},
+    "dynin": {"dynin"},
     "ml_cache": {"lumina"},
     "muddit": {"muddit", "meissonic", "vq_model"},
     "llamagen_vq": {"llamagen"},

@@ -19,6 +19,7 @@ MOE, OWN_MOE = "families/test_llada_moe_golden.py", "families/test_llada_moe.py"
 LLADA2, OWN_LLADA2 = "families/test_llada2_golden.py", "families/test_llada2.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 PARALLEL = "families/test_parallel.py"
+OWN_DYNIN = "families/test_dynin.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
 # system: what upstream does wrong: (module, test)
@@ -194,6 +195,27 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "the image loss counts the marks": (OWN_MMADA, "test_image_loss_leaves_the_marks_out"),
         "long prompts are cut silently": (OWN_MMADA, "test_questions_and_texts_too_long_are_refused_not_cut"),
+    },
+    "Dynin-Omni": {
+        "codes stay masked in the unconditional rows of a picture": (
+            OWN_DYNIN,
+            "test_codes_of_the_unconditional_rows_are_those_that_were_decoded",
+        ),
+        "the unconditional rows of an edit have its words": (OWN_DYNIN, "test_edits_are_guided_away_from_no_words"),
+        "counts of all codes, noise that falls cumulatively": (
+            OWN_DYNIN,
+            "test_how_many_codes_stay_and_the_noise_of_the_ranking",
+        ),
+        "a picture beside words is drawn in the first pass": (
+            OWN_DYNIN,
+            "test_a_picture_beside_words_takes_all_its_steps",
+        ),
+        "words beside a picture stand otherwise than in training": (
+            OWN_DYNIN,
+            "test_words_beside_a_picture_stand_as_in_training",
+        ),
+        "rows of a batch have to be aligned": (OWN_DYNIN, "test_rows_need_not_be_aligned"),
+        "long prompts are cut silently": (OWN_DYNIN, "test_what_does_not_fit_is_refused"),
     },
     "Lumina-DiMOO": {
         "a just-revealed token is not recomputed": (

@@ -52,13 +52,17 @@ def test_a_config_that_only_keys_or_only_a_person_can_place(folder):
     state = tiny_weights("llada")
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"may be those of llada or lumina or mmada, which only a config\.json"):
+    with pytest.raises(
+        ValueError, match=r"may be those of dynin or llada or lumina or mmada, which only a config\.json"
+    ):
         load_released(folder)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json, which llada needs"):
         load_released(folder, family="llada")
     assert load_released(folder, family="llada", config=LLADA).family.name == "llada"
     (folder / "config.json").write_text(json.dumps({"hidden": 3}))
-    with pytest.raises(ValueError, match=r"those of llada or lumina or mmada, but its config has no marks .*\(hidden"):
+    with pytest.raises(
+        ValueError, match=r"those of dynin or llada or lumina or mmada, but its config has no marks .*\(hidden"
+    ):
         load_released(folder)
     with pytest.raises(ValueError, match=r"family is 'gpt'; expected one of"):
         load_released(folder, family="gpt")
@@ -205,11 +209,11 @@ def test_a_wrong_family(tmp_path):
     write_tiny(tmp_path, "llada")
     (tmp_path / "config.json").write_text(json.dumps(FAMILIES["unidisc"].tiny.config))
     with pytest.raises(
-        ValueError, match=r"config describes unidisc, but the weights are those of llada or lumina or mmada"
+        ValueError, match=r"config describes unidisc, but the weights are those of dynin or llada or lumina or mmada"
     ):
         load_released(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLADA))
-    with pytest.raises(ValueError, match=r"as mdlm: .*; the weights may be those of llada or lumina or mmada"):
+    with pytest.raises(ValueError, match=r"as mdlm: .*; the weights may be those of dynin or llada or lumina or mmada"):
         load_released(tmp_path, family="mdlm")
 
 

@@ -17,7 +17,9 @@ from reference.llada_decoding import LladaSettings
 
 from unidiff.decoding.cache import MaxLogitCache
 from unidiff.families.checkpoint.verify import closest_release, differences
+from unidiff.families.dynin.rows import DyninLayout
 from unidiff.families.family import FAMILIES, Family, Release, named_vocabulary
+from unidiff.families.layout import TaskInputs
 from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.llada_v.rows import llada_v_sampler
 from unidiff.families.lumina import lumina_image_sampler
@@ -190,7 +192,7 @@ def rows_of(model: torch.nn.Module) -> int:
 def test_codebooks_fit_the_vocabularies():
     codes = {name: empty(name).codebook_size for name in ("llamagen-vq-16", "magvitv2")}
     assert named_vocabulary("unidisc-vq16").image_size == codes["llamagen-vq-16"] == 16384
-    for name in ("unidisc-magvit", "mmada"):
+    for name in ("unidisc-magvit", "mmada", "dynin"):
         assert named_vocabulary(name).image_size == codes["magvitv2"] == 8192
     assert [empty(n).factor for n in ("llamagen-vq-16", "llamagen-vq-8", "magvitv2")] == [16, 8, 16]
 
@@ -229,6 +231,13 @@ def test_defaults_of_the_tasks_are_the_published_ones():
     assert ours.image.choice_temperature == unidisc["r_temp"]
     rows = UniDiscLayout(ids_of("unidisc-1.4b"), str.split)
     assert (rows.text_length, rows.side**2) == (128, 256)
+    dynin, omni = PUBLISHED["dynin-omni"].sampling, DyninLayout(ids_of("dynin-omni"), str.split)
+    pictures = omni.request("text_to_image", TaskInputs(1, ["a fox"])).config
+    edits = omni.request("edit", TaskInputs(1, ["a fox"], codes=torch.zeros(1, 2, 2, dtype=torch.long))).config
+    assert omni.text_length == dynin["max_text_len"] and (omni.side**2, omni.seen**2) == (1024, 441)
+    for ours, steps in ((pictures, dynin["timesteps"]), (edits, dynin["edit_timesteps"])):
+        assert ours.image.steps == steps and ours.guidance.scale == 1 + dynin["guidance_scale"]
+        assert ours.image.choice_temperature == dynin["temperature"]
     lumina, picture = PUBLISHED["lumina-dimoo"].sampling, lumina_image_sampler()
     assert picture.image.steps == lumina["timesteps"] and picture.guidance.scale == 1 + lumina["cfg_scale"]
     words, chat = PUBLISHED["llada-8b-instruct"].sampling, llada_sampler(ids_of("llada-8b-instruct"))
@@ -264,6 +273,27 @@ def test_the_closest_release_is_found():
     changed = {**model.config, "norm_eps": 1e-5}
     release, found = closest_release(FAMILIES["unidisc"], changed)
     assert release.name == "unidisc-small" and [str(d) for d in found] == ["norm_eps is 1e-05, published 1e-06"]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("folder", golden_cases("dynin"), ids=lambda f: getattr(f, "name", "absent"))
+def test_ids_of_dynin_are_those_that_the_set_records(folder):
+    stored = json.loads((folder / "config.json").read_text())["released_reference"]
+    vocabulary, sampling = PUBLISHED["dynin-omni"].vocabulary, PUBLISHED["dynin-omni"].sampling
+    codes = (stored["image_token_offset"], stored["image_token_offset"] + stored["codebook_size"])
+    speech = (stored["speech_token_offset"], stored["speech_token_offset"] + stored["speech_codebook_size"])
+    assert vocabulary["size"] == stored["new_vocab_size"] and vocabulary["image"] == codes
+    assert vocabulary["mask_id"] == stored["mask"] and vocabulary["text"] == (0, stored["text_tokenizer_len"])
+    assert vocabulary["others"] == {"speech": speech}
+    marks = {"start_header": 126346, "end_header": 126347, "eot": 126348, "bos": stored["bos"], "eos": stored["eos"]}
+    assert set(stored["reserved"].values()) | set(marks.values()) == set(vocabulary["specials"].values())
+    drawn, layout = stored["t2i"], DyninLayout(ids_of("dynin-omni"), str.split)
+    assert {name: drawn[name] for name in ("guidance_scale", "timesteps", "temperature")} == {
+        name: sampling[name] for name in ("guidance_scale", "timesteps", "temperature")
+    }
+    assert layout.side**2 == drawn["num_vq_tokens"] and layout.seen**2 == stored["i2i"]["num_vq_tokens"]
+    assert layout.cuts == (drawn["prefix_cut"], stored["i2i"]["prefix_cut"])
+    assert sampling["edit_timesteps"] == stored["i2i"]["timesteps_actually_used"]
 
 
 @pytest.mark.golden

@@ -18,13 +18,13 @@ def released(folder: Path, kind: str):
     if kind == "muddit":
         write_folder(folder / "512")
         return UniDiffPipeline.from_pretrained(folder / "512").sized(8, 8)
-    if kind in ("mmada", "lumina"):
+    if kind in ("mmada", "dynin", "lumina"):
         return UniDiffPipeline(*load_released_parts(folder, vocabulary=write_pictures(folder, kind)))
     write_chat(folder, kind)
     return UniDiffPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["mmada", "lumina", "llada", "dream", "muddit"])
+@pytest.mark.parametrize("kind", ["mmada", "dynin", "lumina", "llada", "dream", "muddit"])
 def test_released_pipelines(tmp_path, kind):
     pipe = released(tmp_path, kind)
     if kind == "lumina":

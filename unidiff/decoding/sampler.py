@@ -87,8 +87,8 @@ class Sampler:
                 False fills the rest in one last pass; see `Callback` for what it may change. What it raises ends the decode.
             record: keep the ids after each pass.
             unconditional: the rows of the unconditional stream where they are not `batch` with tokens hidden, of the same
-                shape and targets. Several for guidance in several directions: `guidance.scale` is for the first, `further`
-                for the others.
+                shape and targets, or fewer, where what is given stays. Several for guidance in several directions:
+                `guidance.scale` is for the first, `further` for the others.
 
         Raises:
             ValueError: an argument of another kind or shape, ids outside the vocabulary, or logits that cannot be drawn from;

@@ -18,7 +18,7 @@ from unidiff.models.transformer import MaskedTransformer
 from unidiff.registry import Registry
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
-from unidiff.weights.files import build_on_meta
+from unidiff.weights.files import AnyTensor, build_on_meta, in_memory
 
 Config = Mapping[str, Any]
 Spelling = Mapping[str, Any]
@@ -66,6 +66,7 @@ class Family:
     Args:
         name: short name.
         keys: regular expressions; weights are this family's when each finds some name (without prefixes).
+        rows: rows of released weights, by the ends of their names, that tell it from others with the same keys.
         fits: whether a config is this family's.
         settings: arguments of `network` for an upstream configuration. `ConfigError`: an option that is not built.
         keymap: the names of a network's weights, in one of the spellings that occur.
@@ -80,6 +81,7 @@ class Family:
         default_config: config for weights of these names where none is given; None where it takes one.
         averaged: whether the averaged weights of a Lightning file are taken, which have an order and no names.
         constants: released names of buffers that the architecture fixes.
+        carried: regular expressions; weights of these names are of parts that no task here runs. They are kept as they are.
         priority: of several families that fit a config, the highest is meant.
         releases: the published models, in the order of their size.
         unstated: settings that no publication states.
@@ -95,6 +97,7 @@ class Family:
     keymap: Callable[[Any, Spelling], KeyMap]
     tiny: Tiny
     network: Any = MaskedTransformer
+    rows: Mapping[str, int] = field(default_factory=dict)
     vocabulary: Callable[[Config], Vocabulary] | None = None
     vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict)
     chosen_vocabulary: bool = False
@@ -105,6 +108,7 @@ class Family:
     default_config: Callable[[Iterable[str]], Config] | None = None
     averaged: bool = False
     constants: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     priority: int = 0
     releases: tuple[Release, ...] = ()
     unstated: tuple[str, ...] = ()
@@ -116,6 +120,16 @@ class Family:
         """Whether weights of these names are this family's, or with `some` may be a part of them."""
         names = list(names)
         return (any if some else all)(any(re.search(mark, name) for name in names) for mark in self.keys)
+
+    def has_rows(self, weights: Mapping[str, Any]) -> bool:
+        """Whether weights, by name, have the numbers of rows that only this family's released ones have."""
+        first = {name: tuple(getattr(value, "shape", ()))[:1] for name, value in weights.items()}
+        own = [(rows,) in [first[n] for n in first if n.endswith(end)] for end, rows in self.rows.items()]
+        return bool(own) and all(own)
+
+    def carries(self, name: str) -> bool:
+        """Whether a weight of this name is kept as it is."""
+        return any(re.search(pattern, name) for pattern in self.carried)
 
     def make(self, config: Config, **more: Any) -> Any:
         """The network of an upstream configuration, with fresh weights; `more` settings win."""
@@ -141,6 +155,7 @@ class Family:
             ValueError: a config that is not built, or weights left over, missing, misshaped or not finite.
         """
         weights = strip_prefixes(unwrap(state), (*PREFIXES, *filter(None, [self.prefix])))
+        weights = {name: value for name, value in weights.items() if not self.carries(name)}
         if not config and self.default_config is not None:
             config = self.default_config(weights)
         config = config or {}
@@ -183,6 +198,7 @@ class Released:
         vocabulary: id layout; None for an image tokenizer. config: upstream's configuration.
         spelling: what else the released names of the weights need.
         constants: buffers that the architecture fixes, as the checkpoint stored them, under released names.
+        carried: weights of parts that no task here runs, as they are stored, under released names; not read before they are needed.
         folder: of the whole checkpoint, for families that have more parts in it.
     """
 
@@ -193,6 +209,7 @@ class Released:
     spelling: Spelling = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     folder: Path | None = None
+    carried: Mapping[str, AnyTensor] = field(default_factory=dict)
 
     @property
     def images(self) -> VQImageTokenizer | None:
@@ -202,7 +219,11 @@ class Released:
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under released names; constants only where the checkpoint held them."""
         weights = self.family.export(self.model, self.spelling)
-        return {n: v for n, v in weights.items() if n not in self.family.constants} | dict(self.constants)
+        return {n: v for n, v in weights.items() if n not in self.family.constants} | self.kept()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the checkpoint held besides the network's own weights, under released names."""
+        return dict(self.constants) | {name: in_memory(value) for name, value in self.carried.items()}
 
 
 def config_names(config: Config, *architectures: str, model_type: str | None = None) -> bool:
@@ -254,15 +275,17 @@ def named_vocabulary(name: str) -> Vocabulary:
     return layouts[name]
 
 
-def recognise(config: Config, names: Iterable[str]) -> Family:
-    """The family of a config (may be empty) and of weight names without prefixes.
+def recognise(config: Config, names: Iterable[str] | Mapping[str, Any]) -> Family:
+    """The family of a config (may be empty) and of weights, by name, or their names alone, without prefixes.
 
     Raises:
         ValueError: none, a config and weights of different families, or several that only a config tells apart.
     """
-    names = list(names)
+    weights, names = names if isinstance(names, Mapping) else {}, list(names)
     by_keys = [family for family in FAMILIES.values() if family.has_keys(names)]
-    by_config = fitting(config)
+    by_config, by_rows = fitting(config), [family for family in by_keys if family.has_rows(weights)]
+    if by_rows and all(found.priority < by_rows[0].priority for found in by_config):
+        return _only(by_rows)
     if both := [family for family in by_config if family in by_keys]:
         return _only(both)
     if not by_keys and (part := [family for family in by_config if family.has_keys(names, some=True)]):

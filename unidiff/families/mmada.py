@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from unidiff.families.chat import Message, Turn
 from unidiff.families.family import Family, Release, Tiny, config_names
 from unidiff.families.layout import DecodeRequest, Encode, Grid, TaskInputs, TaskNeeds, lay_out, square_side
 from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
-from unidiff.families.llada.rows import llada_sampler
+from unidiff.families.llada.rows import WordsAndPictures, llada_sampler
 from unidiff.families.parallel import M_DEFECTS, AnswersTogether, JointSettings
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
@@ -65,9 +65,9 @@ def mmada_vocabulary(
     return Vocabulary(size, (0, offset), (offset, offset + codebook_size), mask_id, specials=specials)
 
 
-def mmada_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`MaskedTransformer` arguments for LLaDA's fields and `new_vocab_size`; those left out are the 8B checkpoints'."""
-    fields = {**RELEASED, **config}
+def mmada_settings(config: Mapping[str, Any], released: Mapping[str, Any] = RELEASED) -> dict[str, Any]:
+    """`MaskedTransformer` arguments for LLaDA's fields and `new_vocab_size`; those left out are the `released` ones."""
+    fields = {**released, **config}
     return llada_settings({**fields, "embedding_size": fields["new_vocab_size"]})
 
 
@@ -100,17 +100,15 @@ def image_config(settings: ImageSettings) -> SamplerConfig:
 
 
 @dataclass(frozen=True)
-class MMaDALayout(AnswersTogether):
-    """Pictures from words, questions about pictures, and text alone; a caption is an answer.
+class MMaDARows(WordsAndPictures):
+    """Pictures from words, questions about pictures, and conversations; a caption is an answer.
 
     Args:
         vocabulary: of the model. encode: text to ids without special ones.
         text_length: tokens of a caption, bos and eos included.
         side: rows and columns of a picture (512 pixels: 32).
         image, text: settings; None for upstream's.
-        joint: settings of words and a picture that are decoded together.
         thinking: whether questions ask for the reasoning first, see `THINK`.
-        compat: defects of MMaDA-Parallel-M's program: "upstream" for all, or names of `parallel.DEFECTS`.
     """
 
     vocabulary: Vocabulary
@@ -119,15 +117,12 @@ class MMaDALayout(AnswersTogether):
     side: int = 32
     image: ImageSettings | None = None
     text: SamplerConfig | None = None
-    joint: JointSettings = field(default_factory=lambda: JointSettings(image_steps=30, guidance=3.5))
     thinking: bool = False
-    compat: str | Sequence[str] | None = None
-    family: str = "mmada"
     final: ClassVar[tuple[str, ...]] = ("eot",)
-    known_defects: ClassVar[tuple[str, ...]] = M_DEFECTS
+    usual: ClassVar[ImageSettings] = ImageSettings()
 
     @classmethod
-    def of(cls, released: Any, texts: Any) -> MMaDALayout:
+    def of(cls, released: Any, texts: Any) -> Self:
         """Of a loaded model, with the size of its config."""
         side = square_side(released.config.get("num_vq_tokens", 1024))
         return cls(released.vocabulary, texts.encode, side=side)
@@ -144,37 +139,6 @@ class MMaDALayout(AnswersTogether):
             front, asked = Span.text([s["mmu"], s["soi"]], True), Span.text([s["eoi"], *self.ids(question)], True)
             rows.append([front, picture, asked, self._hidden(inputs)])
         return lay_out(rows, self._answers(inputs.longest), TaskNeeds(self._never(), self._ends()))
-
-    @property
-    def words_beside(self) -> Mapping[str, int]:
-        return {"generate": 255, "edit": 255}  # and bos
-
-    def edit(self, inputs: TaskInputs) -> DecodeRequest:
-        """A picture changed as told, and words; guided away from no picture and no words."""
-        assert inputs.codes is not None  # the pipeline gives them
-        if inputs.references is not None:
-            raise ValueError(f"{self.family} changes one picture; leave reference out")
-        return self.together(inputs if inputs.holes is not None else replace(inputs, codes=None), [inputs.codes])
-
-    def together(self, inputs: TaskInputs, pictures: Sequence[Tensor] = ()) -> DecodeRequest:
-        """Words stand behind the picture. One that is not there is id 0 for every code, as in training."""
-        s, v = self.vocabulary.specials, self.vocabulary
-        mark = "interleave" if pictures else "t2i" if "other_mark" in self.defects else "t2it"
-        if mark not in s:
-            raise ValueError(f"the ids of this {self.family} name no {mark!r}; load the released checkpoint again")
-        nothing = Span.image(torch.zeros(self.grid, dtype=torch.long), True)
-        front, between = Span.text([s[mark], s["soi"]], True), Span.text([s["eoi"]], True)
-        rows, away = [], []
-        for number, text in enumerate(inputs.texts or ()):
-            words = [s["bos"], *self.encode(text), s["eos"]]
-            blank = Span.text([s["bos"], *[s["eos"]] * (len(words) - 1)], True)
-            shown = Span.codes(pictures[0][number], v) if pictures else nothing
-            hidden, image = Span.words([None] * inputs.longest, v, read=True), inputs.picture(number, v, self.grid)
-            answer = [Span.text([s["soi"]], True), image, Span.text([s["eoi"], s["bos"]], True), hidden]
-            rows.append([front, shown, between, Span.text(words, True), *answer])
-            away.append([front, nothing, between, blank, *answer])
-        config = self.joint.sampler("fixed", "gumbel", self.defects)
-        return lay_out(rows, config, self.needs(config), others=[away], left=True)
 
     def chat(self, inputs: TaskInputs) -> DecodeRequest:
         rows = [[Span.text(self.conversation(turn), True), self._hidden(inputs)] for turn in inputs.turns or ()]
@@ -206,19 +170,26 @@ class MMaDALayout(AnswersTogether):
         return f"{THINK}{question}" if self.thinking else question
 
     def _words(self, text: str) -> list[int | None]:
-        words = super()._words(text)
-        if len(words) + 2 > self.text_length:
-            raise ValueError(f"the text needs {len(words) + 2} tokens and {self.text_length} fit; shorten it")
+        return self._fitting(super()._words(text), self.text_length)
+
+    def _fitting(self, words: list[int | None], most: int) -> list[int | None]:
+        """The words; `ValueError` where they are more than `most` with bos and eos."""
+        if len(words) + 2 > most:
+            raise ValueError(f"the text needs {len(words) + 2} tokens and {most} fit; shorten it")
         return words
 
     def _row(self, words: Sequence[int | None], number: int, inputs: TaskInputs) -> list[Span]:
         s, v = self.vocabulary.specials, self.vocabulary
         front, between = Span.text([s["t2i"], s["bos"]], True), Span.text([s["eos"], s["soi"]], True)
-        image = inputs.picture(number, v, self.grid)
-        return [front, Span.words(words, v, read=True), between, image, Span.text([s["eoi"]], True)]
+        end = Span.text([s["eoi"]], True)
+        return [front, Span.words(words, v, read=True), between, self._image(number, inputs), end]
+
+    def _image(self, number: int, inputs: TaskInputs) -> Span:
+        """The picture to draw of a row."""
+        return inputs.picture(number, self.vocabulary, self.grid)
 
     def _drawing(self) -> SamplerConfig:
-        return image_config(self.image or ImageSettings())
+        return image_config(self.image or self.usual)
 
     def _answers(self, length: int) -> SamplerConfig:
         if self.text is not None:
@@ -227,6 +198,52 @@ class MMaDALayout(AnswersTogether):
 
     def _hidden(self, inputs: TaskInputs) -> Span:
         return Span.words([None] * inputs.longest, self.vocabulary, read=True)
+
+
+@dataclass(frozen=True)
+class MMaDALayout(AnswersTogether, MMaDARows):
+    """Besides, words and a picture together.
+
+    Args:
+        joint: settings of words and a picture that are decoded together.
+        compat: defects of MMaDA-Parallel-M's program: "upstream" for all, or names of `parallel.DEFECTS`.
+    """
+
+    joint: JointSettings = field(default_factory=lambda: JointSettings(image_steps=30, guidance=3.5))
+    compat: str | Sequence[str] | None = None
+    family: str = "mmada"
+    known_defects: ClassVar[tuple[str, ...]] = M_DEFECTS
+
+    @property
+    def words_beside(self) -> Mapping[str, int]:
+        return {"generate": 255, "edit": 255}  # and bos
+
+    def edit(self, inputs: TaskInputs) -> DecodeRequest:
+        """A picture changed as told, and words; guided away from no picture and no words."""
+        assert inputs.codes is not None  # the pipeline gives them
+        if inputs.references is not None:
+            raise ValueError(f"{self.family} changes one picture; leave reference out")
+        return self.together(inputs if inputs.holes is not None else replace(inputs, codes=None), [inputs.codes])
+
+    def together(self, inputs: TaskInputs, pictures: Sequence[Tensor] = ()) -> DecodeRequest:
+        """Words stand behind the picture. One that is not there is id 0 for every code, as in training."""
+        s, v = self.vocabulary.specials, self.vocabulary
+        mark = "interleave" if pictures else "t2i" if "other_mark" in self.defects else "t2it"
+        if mark not in s:
+            raise ValueError(f"the ids of this {self.family} name no {mark!r}; load the released checkpoint again")
+        nothing = Span.image(torch.zeros(self.grid, dtype=torch.long), True)
+        front, between = Span.text([s[mark], s["soi"]], True), Span.text([s["eoi"]], True)
+        rows, away = [], []
+        for number, text in enumerate(inputs.texts or ()):
+            words = [s["bos"], *self.encode(text), s["eos"]]
+            blank = Span.text([s["bos"], *[s["eos"]] * (len(words) - 1)], True)
+            shown = Span.codes(pictures[0][number], v) if pictures else nothing
+            hidden, image = Span.words([None] * inputs.longest, v, read=True), inputs.picture(number, v, self.grid)
+            answer = [Span.text([s["soi"]], True), image, Span.text([s["eoi"], s["bos"]], True), hidden]
+            rows.append([front, shown, between, Span.text(words, True), *answer])
+            away.append([front, nothing, between, blank, *answer])
+        config = self.joint.sampler("fixed", "gumbel", self.defects)
+        return lay_out(rows, config, self.needs(config), others=[away], left=True)
 
 
 MMADA = Family(

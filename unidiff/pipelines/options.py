@@ -270,7 +270,7 @@ ALIASES = {
 }
 GUIDANCE_CONVENTIONS = {  # what is added to a paper's guidance scale: s of uncond + s (cond - uncond) is ours
     **dict.fromkeys(("diffusers", "unidiff", "amused", "meissonic", "muddit", "llada2-uni"), 0),
-    **dict.fromkeys(("llada", "mmada", "unidisc", "lumina-dimoo"), 1),
+    **dict.fromkeys(("llada", "mmada", "dynin-omni", "unidisc", "lumina-dimoo"), 1),
 }
 _SCALES = ("guidance_scale", "image_guidance_scale")
 

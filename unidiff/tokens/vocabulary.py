@@ -28,6 +28,8 @@ class Vocabulary:
         mask_id: the id that replaces a hidden text token.
         image_mask_id: the id that replaces a hidden image code; `mask_id` where the family shares one [MASK].
         specials: named ids, for instance `eos`, `bos`, `pad`, `boi`.
+        others: half-open id ranges of further codes that the network has rows for and that no task reads or draws, by name
+            (`speech`).
     """
 
     size: Rows
@@ -36,6 +38,7 @@ class Vocabulary:
     mask_id: int
     image_mask_id: int | None = None
     specials: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("text", "image"):
@@ -45,6 +48,11 @@ class Vocabulary:
         for name, (start, stop) in (("text", self.text), ("image", self.image)):
             if not 0 <= start <= stop <= self.size:
                 raise ValueError(f"{name} range ({start}, {stop}) must lie inside [0, {self.size}]")
+        for name, (start, stop) in self.others.items():
+            if not max(self.text[1], self.image[1]) <= start < stop <= self.size:
+                raise ValueError(
+                    f"{name} range ({start}, {stop}) must lie behind text and image, inside [0, {self.size}]"
+                )
         if max(self.text[0], self.image[0]) < min(self.text[1], self.image[1]):
             raise ValueError(f"text range {self.text} and image range {self.image} overlap; give them disjoint ids")
         if self.text[0] == self.text[1] and self.image[0] == self.image[1]:
@@ -52,7 +60,8 @@ class Vocabulary:
         for name, value in {"mask_id": self.mask_id, "image_mask_id": self.image_mask, **self.specials}.items():
             if not 0 <= value < self.size:
                 raise ValueError(f"{name} = {value} must lie inside [0, {self.size})")
-        object.__setattr__(self, "specials", MappingProxyType(dict(self.specials)))
+        for name in ("specials", "others"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @classmethod
     def unified(cls, text_size: int, image_size: int, specials: Mapping[str, int] | None = None) -> Vocabulary:
@@ -90,7 +99,9 @@ class Vocabulary:
     def to_dict(self) -> dict:
         """Plain data for a config file; `from_dict` reads it back."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"text": list(self.text), "image": list(self.image), "specials": dict(self.specials)}
+        others = {name: list(ids) for name, ids in values.pop("others").items()}
+        more = {"others": others} if others else {}
+        return values | {"text": list(self.text), "image": list(self.image), "specials": dict(self.specials)} | more
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Vocabulary:

@@ -102,10 +102,10 @@ def save_converted(released: Released, folder: Path) -> None:
     """Write the model as `save_pretrained` does, and the record of its origin, into an empty folder."""
     model: Any = released.model
     model.save_pretrained(folder)
-    if released.constants:
-        save_file({name: value.contiguous() for name, value in released.constants.items()}, folder / CONSTANTS)
+    if kept := released.kept():
+        save_file({name: value.contiguous() for name, value in kept.items()}, folder / CONSTANTS)
     ids = None if released.vocabulary is None else released.vocabulary.to_dict()
-    constants = CONSTANTS if released.constants else None
+    constants = CONSTANTS if kept else None
     record = Record(released.family.name, released.config, released.spelling, constants=constants)
     content = json.dumps({**asdict(record), "vocabulary": ids}, indent=2, sort_keys=True)
     (folder / RECORD).write_text(content + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from unidiff.schema import Depth, check_value, from_data
 from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import IMAGE_TOKENIZERS, VQImageTokenizer
 from unidiff.weights.files import (
+    AnyTensor,
     StoredTensor,
     build_on_meta,
     check_finite,
@@ -119,7 +120,9 @@ def load_released(
     held = {name: tensors.get(name, tensors.get(name.removeprefix(found.prefix))) for name in found.constants}
     constants = {name: in_memory(value).clone() for name, value in held.items() if value is not None}
     find_beside(network, file.parent)
-    return Released(found, network, ids, config, found.spelling(tensors, config), constants)
+    carried = {name: cast_later(value, dtype) for name, value in tensors.items() if found.carries(name)}
+    check_carried(carried, str(file))
+    return Released(found, network, ids, config, found.spelling(tensors, config), constants, carried=carried)
 
 
 def find_beside(network: Any, folder: Path) -> None:
@@ -269,14 +272,30 @@ def _load_converted(
     if isinstance(model, MaskedTransformer) and ids is not None and ids.size != model.config["vocab_size"]:
         rows = model.config["vocab_size"]
         raise ValueError(f"{folder / RECORD} has {ids.size} ids, but the model {rows}; convert it again")
-    constants = {}
+    constants, carried = {}, {}
     if record.constants:
-        constants = {name: in_memory(value) for name, value in open_checkpoint(folder / record.constants).items()}
+        kept = open_checkpoint(folder / record.constants)
+        carried = {name: cast_later(value, dtype) for name, value in kept.items() if family.carries(name)}
+        constants = {name: in_memory(value) for name, value in kept.items() if name not in carried}
         if unknown := sorted(constants.keys() - set(family.constants)):
             raise ValueError(f"{folder / record.constants} holds {unknown}; expected some of {list(family.constants)}")
         check_finite(constants, str(folder / record.constants))
+        check_carried(carried, str(folder / record.constants))
     find_beside(model, folder)
-    return Released(family, model, ids, record.config, record.layout, constants)
+    return Released(family, model, ids, record.config, record.layout, constants, carried=carried)
+
+
+def cast_later(value: AnyTensor, dtype: torch.dtype | None) -> AnyTensor:
+    """A weight in another dtype (None keeps its own), cast when it is read; whole numbers stay."""
+    if dtype is None or not value.dtype.is_floating_point:
+        return value
+    return StoredTensor(value.shape, dtype, lambda: in_memory(value).to(dtype))
+
+
+def check_carried(carried: Mapping[str, AnyTensor], where: str) -> None:
+    """`check_finite` of weights that are not kept in memory, one after the other."""
+    for name, value in carried.items():
+        check_finite({name: in_memory(value)}, where)
 
 
 def load_own(

@@ -29,7 +29,7 @@ from unidiff.weights.files import build_on_meta
 DEFAULT_TOKENS = 1024
 LONGEST_TOKENS = 2**24  # lengths above it are a config's way of saying "no limit"
 TEXT_TOKENS, SIDE = 12, 4
-_IDS = ("size", "text", "image", "mask_id", "image_mask_id")
+_IDS = ("size", "text", "image", "mask_id", "image_mask_id", "others")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Description:
         dtypes: number of parameters by dtype. active: how many of them a token passes; all without experts.
         weight_bytes: of weights and buffers, as stored or in the dtype asked for.
         tokens: length of the row that `pass_bytes` is for; None for an image tokenizer.
+        carried: number of the weights of parts that no task runs, by part.
         pass_bytes: estimate of what one pass at batch 1 adds: the widest layer, and the logits of every token.
         beside: bytes of weights that are read when they are first needed, by name.
     """
@@ -55,6 +56,7 @@ class Description:
     vocabulary: Vocabulary | None
     settings: Mapping[str, Any]
     beside: Mapping[str, int] = field(default_factory=dict)
+    carried: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -79,6 +81,10 @@ class Description:
             images = f", image codes {v.image[0]}-{v.image[1] - 1}" if v.image_size else ", no images"
             masks = f"{v.mask_id}" if v.image_mask == v.mask_id else f"{v.mask_id} and {v.image_mask}"
             out["vocabulary"] = f"{v.size} ids: text {v.text[0]}-{v.text[1] - 1}{images}, [MASK] {masks}"
+            more = [f"ids {start}-{stop - 1} of {name}" for name, (start, stop) in v.others.items()]
+            more += [f"{count} weights of {part}" for part, count in self.carried.items()]
+            if more:
+                out["in no task"] = ", ".join(more)
         return out | ({"image tokenizer": self.image_tokenizer} if self.image_tokenizer else {})
 
 
@@ -107,6 +113,7 @@ def describe(name: str | Path, **options: Any) -> Description:
         vocabulary=released.vocabulary,
         settings=plain_settings(released.model),
         beside={name: part.weight_bytes() for name, part in _parts_beside(released).items()},
+        carried=Counter(name.partition(".")[0] for name in released.carried),
     )
 
 

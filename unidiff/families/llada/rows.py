@@ -72,6 +72,8 @@ class WordsAndPictures(RowLayout, ABC):
     """Marks that stand for no words, where guidance leads away from none."""
     final: ClassVar[tuple[str, ...]]
     """Marks that end an answer."""
+    described: ClassVar[str] = DESCRIBE
+    """The question that a caption answers."""
 
     def text_to_image(self, inputs: TaskInputs) -> DecodeRequest:
         """Also the holes of given pictures: inside (inpainting) or around (outpainting)."""
@@ -95,7 +97,7 @@ class WordsAndPictures(RowLayout, ABC):
         return lay_out(rows, config, needs, left=True)
 
     def caption(self, inputs: TaskInputs) -> DecodeRequest:
-        return self.answer(replace(inputs, texts=[DESCRIBE] * inputs.count))
+        return self.answer(replace(inputs, texts=[self.described] * inputs.count))
 
     @abstractmethod
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
