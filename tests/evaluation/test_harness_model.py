@@ -200,6 +200,26 @@ def test_answers_about_pictures_are_those_of_the_pipeline(pipelines, family):
     assert together[0][0] != together[2][0] and all(value < 0 for value, _ in together)
 
 
+def test_questions_about_several_pictures(pipelines):
+    pipe = pipelines["llada-v"]
+    shown, questions = [(picture(0), picture(1, (9, 4))), (picture(2),)], ["a fox?", "owls?"]
+    contexts = [Context(q, p) for q, p in zip(questions, shown, strict=True)]
+    model = model_of(pipe, batch_size=2)
+    told = in_order(model.write([(context, {"max_new_tokens": 4, "temperature": 0}) for context in contexts]))
+    seeds = [context.seed(0) for context in contexts]
+    assert model.sees and told == pipe.answer(list(map(list, shown)), questions, 4, generator=seeds).texts
+    pairs = [
+        (contexts[0], "ab"),
+        (contexts[1], "ab"),
+        (Context("a fox?", shown[0][:1]), "ab"),
+        (Context("", shown[1]), "ab"),
+    ]
+    together = in_order(model.log_likelihoods(pairs))
+    alone = in_order(model_of(pipe, batch_size=1).log_likelihoods(pairs))
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
+    assert len({value for value, _ in together}) == 4
+
+
 @pytest.mark.parametrize("family", ["native", "unidisc"])
 def test_captions_are_scored_beside_pictures_and_alone(pipelines, family):
     pipe = pipelines[family]

@@ -17,6 +17,7 @@ UNIDISC, LLADA = "families/test_defects_unidisc.py", "families/test_defects_llad
 MUDDIT, MMADA = "families/test_defects_muddit.py", "families/test_defects_mmada_lumina.py"
 MOE, OWN_MOE = "families/test_llada_moe_golden.py", "families/test_llada_moe.py"
 LLADA2, OWN_LLADA2 = "families/test_llada2_golden.py", "families/test_llada2.py"
+OWN_LLADA_V = "families/test_llada_v.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 PARALLEL = "families/test_parallel.py"
 OWN_DYNIN = "families/test_dynin.py"
@@ -96,6 +97,12 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "ids of LLaDA-8B are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
         "a config without partial_rotary_factor breaks": (OWN_MOE, "test_what_a_config_leaves_out"),
         "no cache": (MOE, "test_a_cache_that_is_refreshed_in_every_pass_decodes_the_recorded_batch"),
+    },
+    "LLaDA-V": {
+        "two rows raise": (OWN_LLADA_V, "test_rows_of_a_batch_are_the_rows_alone"),
+        "forward with embeddings raises": (OWN_LLADA_V, "test_features_go_through_forward_in_batches"),
+        "end-of-text is never written": (OWN_LLADA_V, "test_end_of_text_ends_an_answer_but_for_upstream"),
+        "a line of pixels leaves nothing of the map": (OWN_LLADA_V, "test_tiles_of_any_picture"),
     },
     "LLaDA2": {
         "the table of blocks is added and hides nothing (released 2.1)": (

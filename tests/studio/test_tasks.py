@@ -30,7 +30,7 @@ def test_a_model_has_the_tabs_that_its_family_can_do(pipelines):
 def test_every_tab_of_every_family_gives_a_result(pipelines, family):
     pipe = pipelines[family]
     studio = Studio(pipe, family)
-    picture = b"" if pipe.images is None else png(Image.new("RGB", (40, 40), "red"))
+    picture = b"" if pipe.images is None and not pipe.layout.reads_pixels else png(Image.new("RGB", (40, 40), "red"))
     layer = Image.new("RGBA", (40, 40))
     layer.paste("white", (0, 0, 20, 40))
     for task in studio.tasks:

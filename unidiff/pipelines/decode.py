@@ -71,7 +71,7 @@ def task_method(
     @wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> UniDiffOutput:
         named = own_names(kwargs)
-        check_keywords(method, named, OPTIONS)
+        check_keywords(method, named, OPTIONS, type(self))
         options = DecodeOptions(**{name: named.pop(name) for name in OPTIONS if name in named})
         self.layout.need(method.__name__)
         try:

@@ -49,7 +49,7 @@ class HarnessModel:
     @property
     def sees(self) -> bool:
         """Whether the model knows pictures."""
-        return self.pipe.images is not None
+        return self.pipe.images is not None or self.layout.reads_pixels
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +140,7 @@ class HarnessModel:
 
     def _task(self, context: Context) -> str:
         tasks, family, wanted = self.layout.tasks, self.layout.family, self.settings.task
-        if len(context.pictures) > 1:
+        if len(context.pictures) > 1 and not self.layout.reads_pixels:
             raise ValueError(
                 f"a request has {len(context.pictures)} pictures, and {family} takes one; use another task"
             )
@@ -205,11 +205,16 @@ class HarnessModel:
 
     def _place(self, item: Item) -> tuple[object, ...]:
         """What rows of one batch share: the task, and the size of pictures where they keep their own."""
-        return item.task, item.context.pictures[0].size if item.context.pictures and self.layout.any_size else None
+        sized = item.context.pictures and self.layout.any_size and not self.layout.reads_pixels
+        return item.task, item.context.pictures[0].size if sized else None
+
+    def _answers(self, item: Item) -> bool:
+        """Whether what is scored is an answer of a row of its task."""
+        return item.task in ("answer", "chat") or (item.task == "caption" and self.layout.reads_pixels)
 
     def _score_key(self, item: Item) -> object:
         """Equal numbers of words where rows hold answers of one length, and one draw is all there is of a single word."""
-        equal = item.task in ("answer", "chat") or self.settings.check_greedy
+        equal = self._answers(item) or self.settings.check_greedy
         return *self._place(item), len(item.words) if equal else len(item.words) == 1
 
     def _in_batches(
@@ -253,7 +258,7 @@ class HarnessModel:
         if task == "complete":
             request = layout.known(TaskInputs(count, [i.words for i in items], turns=[i.known for i in items]))  # type: ignore[misc]
             return request, request.words
-        if task in ("answer", "chat"):
+        if self._answers(items[0]):
             length = len(items[0].words)
             request = layout.request(task, self._inputs(items, length))
             if bool((request.words.sum(1) != length).any()):
@@ -271,7 +276,9 @@ class HarnessModel:
         task, contexts = items[0].task, [item.context.words for item in items]
         if task == "chat":
             return {"messages": contexts, "max_text_tokens": longest}
-        shown = {"image": [item.context.pictures[0] for item in items], "max_text_tokens": longest, "resize": True}
+        several = self.layout.reads_pixels
+        images = [list(item.context.pictures) if several else item.context.pictures[0] for item in items]
+        shown = {"image": images, "max_text_tokens": longest, "resize": True}
         return shown | ({"question": contexts} if task == "answer" else {})
 
     def _inputs(self, items: Sequence[Item], longest: int | None) -> TaskInputs:

@@ -78,17 +78,17 @@ class Tiling:
         n = self.patches
         whole = parts.view(rows, columns, n, n, -1).transpose(1, 2).reshape(rows * n, columns * n, -1)
         if width / height > columns / rows:
-            cut = (rows * n - int(height * (columns * n / width))) // 2
+            cut = (rows * n - max(1, int(height * (columns * n / width)))) // 2  # of a line, something is left
             whole = whole[cut : rows * n - cut]
         else:
-            cut = (columns * n - int(width * (rows * n / height))) // 2
+            cut = (columns * n - max(1, int(width * (rows * n / height)))) // 2
             whole = whole[:, cut : columns * n - cut]
         if self.most is None:
             return whole
         times = math.sqrt(whole.shape[0] * whole.shape[1] / (self.most * n**2))
         if times <= _LEAST_REDUCTION:
             return whole
-        size = int(whole.shape[0] // times), int(whole.shape[1] // times)
+        size = max(1, int(whole.shape[0] // times)), max(1, int(whole.shape[1] // times))
         return F.interpolate(whole.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
 
 
