@@ -70,7 +70,7 @@ class SiglipVQModel(CheckedModel, ImageTokenizerModel):
     places counted row by row. Only with `merge_size` 1 is the code at (i, j) that of the patch at (i, j). Weights were trained
     with one of the two orders, so the released value has to be kept.
 
-    It always computes in float32 or float64: rounded activations move codes.
+    It always computes in float32 or float64: rounded activations move codes. The defaults are the sizes of GLM-Image's.
 
     Args:
         patch_size: pixels of a patch along each side. merge_size: see above; sides of pictures are multiples of both together.
