@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from released_parts import write_tiny
+from released_pipelines import write_pictures
 from safetensors.torch import save_file
 
 from unidiff.families.checkpoint import verify as module
@@ -67,6 +68,18 @@ def test_descriptions_read_no_weight(family, tmp_path, monkeypatch):
     save_file({n: v for n, v in state.items() if n != name}, tmp_path / "a" / "model.safetensors")
     with pytest.raises(ValueError, match="1 missing"):
         describe(tmp_path / "a", vocabulary=vocabulary)
+
+
+def test_the_image_tokenizer_beside_a_denoiser_is_described_with_it(tmp_path):
+    vocabulary = write_pictures(tmp_path, "mmada")
+    found = describe(tmp_path, vocabulary=vocabulary)
+    own = describe(tmp_path / "image_tokenizer")
+    assert (
+        found.images == own
+        and found.lines()["image tokenizer"] == f"magvit, {own.weight_bytes / 1e6:.1f} MB of weights in float32"
+    )
+    (tmp_path / "image_tokenizer" / "config.json").write_text("{}")
+    assert describe(tmp_path, vocabulary=vocabulary).lines()["image tokenizer"] == "magvit"
 
 
 def test_memory_of_a_pass_is_of_the_right_size(tmp_path):

@@ -11,7 +11,14 @@ import torch
 from transformers import Qwen2Tokenizer
 
 from unidiff.errors import read_json
-from unidiff.families.checkpoint.load import PIPELINE_PARTS, RECORD, find_config, load_released, read_config
+from unidiff.families.checkpoint.load import (
+    IMAGE_PLACES,
+    PIPELINE_PARTS,
+    RECORD,
+    find_config,
+    load_released,
+    read_config,
+)
 from unidiff.families.family import FAMILIES, fitting
 from unidiff.families.layout import RowLayout
 from unidiff.pipelines.settings import PipelineSettings
@@ -19,7 +26,6 @@ from unidiff.tokens import Vocabulary
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
-IMAGE_PLACES = ("image_tokenizer", "vqvae", "magvitv2", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt")
 TEXT_PLACES = ("text_tokenizer", "tokenizer", ".")
 
 

@@ -37,6 +37,8 @@ from unidiff.weights.files import (
 ENTRIES = ("ema", "model", "state_dict")  # of a file that holds more than weights
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 PIPELINE_PARTS = ("transformer", "vqvae")
+IMAGE_PLACES = ("image_tokenizer", "vqvae", "magvitv2", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt")
+"""Where image tokenizers lie beside the weights of a denoiser."""
 RECORD = "released.json"
 CONSTANTS = "constants.safetensors"
 _SPELLING: Mapping[str, Any] = {

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unidiff.families.checkpoint.config_keys import section
-from unidiff.families.checkpoint.load import load_released
+from unidiff.families.checkpoint.load import IMAGE_PLACES, PIPELINE_PARTS, find_part, load_released
 from unidiff.families.family import Config, Family, Release, Released
 from unidiff.families.llada_v.network import VisionLanguageTransformer
+from unidiff.hub import HUB_OPTIONS
 from unidiff.models.experts import idle_weights
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
@@ -44,6 +45,7 @@ class Description:
         carried: number of the weights of parts that no task runs, by part.
         pass_bytes: estimate of what one pass at batch 1 adds: the widest layer, and the logits of every token.
         beside: bytes of weights that are read when they are first needed, by name.
+        images: of the image tokenizer that lies beside the weights of a denoiser, which a pipeline reads in float32.
     """
 
     family: str
@@ -56,6 +58,7 @@ class Description:
     vocabulary: Vocabulary | None
     settings: Mapping[str, Any]
     beside: Mapping[str, int] = field(default_factory=dict)
+    images: Description | None = None
     carried: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,11 @@ class Description:
             more += [f"{count} weights of {part}" for part, count in self.carried.items()]
             if more:
                 out["in no task"] = ", ".join(more)
+        if self.images is not None:
+            held = {
+                "image tokenizer": f"{self.images.family}, {gigabytes(self.images.weight_bytes)} of weights in float32"
+            }
+            return out | held | {n: v for n, v in self.images.lines().items() if n in self.images.beside}
         return out | ({"image tokenizer": self.image_tokenizer} if self.image_tokenizer else {})
 
 
@@ -113,8 +121,22 @@ def describe(name: str | Path, **options: Any) -> Description:
         vocabulary=released.vocabulary,
         settings=plain_settings(released.model),
         beside={name: part.weight_bytes() for name, part in _parts_beside(released).items()},
+        images=_images_beside(released, name, options),
         carried=Counter(name.partition(".")[0] for name in released.carried),
     )
+
+
+def _images_beside(released: Released, name: str | Path, options: Mapping[str, Any]) -> Description | None:
+    """That of the image tokenizer beside a denoiser; None without one that can be read, which loading a pipeline tells more of."""
+    if released.family.image_tokenizer is None:
+        return None
+    hub = {option: value for option, value in options.items() if option in HUB_OPTIONS}
+    folder = find_part(name, options.get("subfolder"), **hub)
+    root = folder.parent if folder.is_file() or folder.name == PIPELINE_PARTS[0] else folder
+    try:
+        return next((describe(root / p, dtype=torch.float32) for p in IMAGE_PLACES if (root / p).exists()), None)
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def _parts_beside(released: Released) -> Mapping[str, StoredPart]:
