@@ -215,8 +215,7 @@ class DefectiveTimed(Timed):
         return super().count(now)
 
     def planned_rest(self, now: BlockPass) -> Tensor:
-        counted = "all_counted" in self.wrong.defects and self.wrong.positions is not None
-        if counted:
+        if "all_counted" in self.wrong.defects and self.wrong.positions is not None:
             now = now._replace(start=self.wrong.positions)
         if "rounded" not in self.wrong.defects or self.settings.schedule not in ("linear", "cosine"):
             return super().planned_rest(now)

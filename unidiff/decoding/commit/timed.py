@@ -63,10 +63,10 @@ class Timed(Quota):
 
     def planned_rest(self, now: BlockPass) -> Tensor:
         """int64 `[B]`: how many the schedule leaves after the pass."""
-        done = now.step + 1
+        done, steps = now.step + 1, now.steps.clamp_min(1)
         if self.settings.schedule == "fixed":
-            return now.start - done * (now.start // now.steps) - torch.minimum(done, now.start % now.steps)
-        left = get_schedule(self.settings.schedule).rate_after(done.double() / now.steps)
+            return now.start - done * (now.start // steps) - torch.minimum(done, now.start % steps)
+        left = get_schedule(self.settings.schedule).rate_after((done.double() / steps).clamp_max(1))
         return (now.start * left + 1e-9).floor().long()
 
     def early(self, now: BlockPass, count: Tensor, noise: object) -> None:
