@@ -274,7 +274,7 @@ _DYNIN_VOCABULARY = {
     "size": 138752,
     "others": {"speech": (134541, 134541 + 4096)},
     "specials": {
-        **_MMADA_VOCABULARY["specials"],
+        **{name: i for name, i in _MMADA_VOCABULARY["specials"].items() if name not in ("interleave", "t2it")},
         **{"i2i": 126095, "s2t": 126096, "soa": 126097, "eoa": 126098, "t2s": 126099, "v2t": 126100},
         **{"s2s": 126101, "v2s": 126102, "ti2ti": 126103, "t2ti": 126104, "think": 126105, "end_think": 126106},
     },

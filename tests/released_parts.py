@@ -113,6 +113,25 @@ def llada_v_config(full: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": "llava_llada", **full["model"], **ids, **mm, "vision_config": vision}
 
 
+# what the sets call marks of Lumina-DiMOO
+_LUMINA = {
+    "boa": "answer",
+    "answer_start": "answer",
+    "eoa": "end_answer",
+    "answer_end": "end_answer",
+    "pad": "answer_pad",
+}
+
+
+def _marks(ids: Mapping[str, Any], family: str) -> dict[str, int]:
+    """Special ids of a set by the family's names; of Lumina-DiMOO 0 for those that the set has not."""
+    given = {**ids.get("reserved", {}), **{name: i for name, i in ids.items() if isinstance(i, int)}}
+    plain = {name.strip("<|>[]").replace("/", "end_").removesuffix("_id").lower(): i for name, i in given.items()}
+    named = {_LUMINA.get(name, name): i for name, i in plain.items()} if family == "lumina" else plain
+    wanted = FAMILIES[family].vocabulary({}).specials
+    return {name: named.get(name, 0) for name in wanted if name in named or family == "lumina"}
+
+
 def _golden(path: Path) -> GoldenCheckpoint:
     """The config is a section called as the file, or `model_config`, or `model`; else the upstream keys of the whole."""
     full = json.loads((path.parent / "config.json").read_text())
@@ -123,7 +142,7 @@ def _golden(path: Path) -> GoldenCheckpoint:
             ids["image_token_offset"],
             ids["codebook_size"],
             ids["mask"],
-            {"eos": ids["eos"]},
+            _marks(ids, "mmada"),
         )
         return GoldenCheckpoint(path, {**full["model"], "new_vocab_size": layout[0]}, mmada_vocabulary(*layout))
     if "mm" in full:  # LLaDA-V
@@ -132,19 +151,21 @@ def _golden(path: Path) -> GoldenCheckpoint:
         ids = full["tokens"]
         rows = {name: ids[name] for name in ("new_vocab_size", "llm_vocab_size", "codebook_size")}
         sizes = ids["new_vocab_size"], ids["image_token_offset"], ids["codebook_size"], ids["speech_codebook_size"]
-        return GoldenCheckpoint(
-            path, {**full["model"], **rows}, dynin_vocabulary(*sizes, ids["mask"], {"eos": ids["eos"]})
-        )
+        vocabulary = dynin_vocabulary(*sizes, ids["mask"], _marks(ids, "dynin"))
+        return GoldenCheckpoint(path, {**full["model"], **rows}, vocabulary)
     if "tokens" in full and "cases" in full:  # MMaDA-Parallel: A has Lumina's ids, M MMaDA's
         ids, config = full["tokens"], full["model"]
         size, start = config["vocab_size"], ids.get("image_offset", ids.get("text_tokenizer_len"))
-        vocabulary = Vocabulary(size, (0, start), (start, start + ids["codebook_size"]), ids["mask"])
+        marks = _marks(ids, "lumina" if "image_offset" in ids else "mmada")
+        codes = (start, start + ids["codebook_size"])
+        vocabulary = Vocabulary(size, (0, start), codes, ids["mask"], specials=marks)
         own = {"architectures": ["LLaDAForMultiModalGeneration"]} if "image_offset" in ids else {"new_vocab_size": size}
         return GoldenCheckpoint(path, {**config, **own}, vocabulary)
     if "tokens" in full:  # Lumina
         ids, config = full["tokens"], full["model_config"]
         start, size = ids["vocab_offset"], config["vocab_size"]
-        vocabulary = Vocabulary(size, (0, start), (start, start + ids["codebook_size"]), ids["mask"])
+        codes, marks = (start, start + ids["codebook_size"]), _marks(ids, "lumina")
+        vocabulary = Vocabulary(size, (0, start), codes, ids["mask"], specials=marks)
         return GoldenCheckpoint(path, {"architectures": ["LLaDAForMultiModalGeneration"], **config}, vocabulary)
     if path.stem in full or "model_config" in full:
         return GoldenCheckpoint(path, full.get(path.stem, full.get("model_config")))

@@ -231,7 +231,7 @@ def test_defaults_of_the_tasks_are_the_published_ones():
     assert ours.image.choice_temperature == unidisc["r_temp"]
     rows = UniDiscLayout(ids_of("unidisc-1.4b"), str.split)
     assert (rows.text_length, rows.side**2) == (128, 256)
-    dynin, omni = PUBLISHED["dynin-omni"].sampling, DyninLayout(ids_of("dynin-omni"), str.split)
+    dynin, omni = PUBLISHED["dynin-omni"].sampling, DyninLayout(ids_of("dynin-omni"), lambda text: [5])
     pictures = omni.request("text_to_image", TaskInputs(1, ["a fox"])).config
     edits = omni.request("edit", TaskInputs(1, ["a fox"], codes=torch.zeros(1, 2, 2, dtype=torch.long))).config
     assert omni.text_length == dynin["max_text_len"] and (omni.side**2, omni.seen**2) == (1024, 441)

@@ -81,6 +81,10 @@ class UniDiscLayout(RowLayout):
     def of(cls, released: Any, texts: Any) -> UniDiscLayout:
         """Of a loaded model, with the sizes of its config."""
         model, packed = released.config.get("config", released.config)["model"], unidisc_interleaved(released.config)
+        if packed and "image" not in released.vocabulary.specials:
+            raise ValueError(
+                "the ids of this unidisc name no mark of pictures, which its interleaved rows have; it draws none"
+            )
         side = square_side(1024 if packed else model.get("img_length", 256))
         length = 128 if packed else model.get("txt_length", 128)
         return cls(released.vocabulary, texts.encode, side, length, packed)
