@@ -2,6 +2,7 @@
 
 Or our decodes against another program's: python inference/benchmark.py --against FOLDER
 Or a mixture of experts beside dense products: python inference/benchmark.py --mixture 1024
+Or a picture block after block, as LLaDA2.0-Uni draws: python inference/benchmark.py --block-picture 32
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from unidiff.errors import exit_status
 from unidiff.evaluation.benchmark.against import compare, comparison_table
+from unidiff.evaluation.benchmark.block_pictures import BlockPicture, measure_block_picture, picture_table
 from unidiff.evaluation.benchmark.measure import measure_mixture, thread_count
 from unidiff.evaluation.benchmark.random_weights import SUITES, SuiteOptions, run_suite
 from unidiff.evaluation.benchmark.result import check_path, tables, write
@@ -51,6 +53,13 @@ def arguments() -> argparse.ArgumentParser:
         type=int,
         metavar="WIDTH",
         help="8 of 64 experts of this width, on 1,024 tokens in bf16, in place of a suite",
+    )
+    parser.add_argument(
+        "--block-picture",
+        type=int,
+        metavar="SIDE",
+        help="a guided picture of SIDE x SIDE codes by a reduced LLaDA2.0-Uni, with the exact cache and in its program's ways, "
+        "in place of a suite",
     )
     parser.add_argument("--only", **several, metavar="POLICY", help="compare this one; repeatable")
     parser.add_argument(
@@ -114,6 +123,15 @@ def mixture(given: argparse.Namespace) -> str:
     return f"mixture of experts {rates}: {100 * found.share:.0f} % ({about}, median of {given.runs or 5} paired runs)"
 
 
+def block_picture(given: argparse.Namespace) -> Table:
+    """The exact cache beside the program's loop and its "Sprint"."""
+    device, picture, runs = pick_device(given.device or "cpu"), BlockPicture(given.block_picture), given.runs or 3
+    with thread_count(given.threads):
+        found = measure_block_picture(picture, device, runs)
+        where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return picture_table(picture, found, f"float32, {where}, median of {runs} paired runs")
+
+
 def main() -> None:
     parser, say = arguments(), Console(stderr=True).print
     given = parsed(parser)
@@ -123,6 +141,9 @@ def main() -> None:
         return
     if given.mixture:
         Console(width=110).print(mixture(given))
+        return
+    if given.block_picture:
+        Console(width=110).print(block_picture(given))
         return
     if not (given.suite and given.json):
         parser.error("give --suite and --json, or --against with a folder")

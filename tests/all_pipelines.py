@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from muddit_parts import write_folder
-from released_pipelines import write_chat, write_pictures, write_unidisc
+from released_pipelines import write_chat, write_pictures, write_uni, write_unidisc
 from tiny_pipeline import tiny_pipeline
 
 from unidiff.families.checkpoint.convert import convert
 from unidiff.pipeline import UniDiffPipeline
 
-FAMILIES = ("native", "unidisc", "mmada", "dynin", "lumina", "llada", "llada-v", "dream", "mdlm", "muddit")
+FAMILIES = (
+    *("native", "unidisc", "mmada", "dynin", "lumina", "llada", "llada-v", "llada-moe", "llada2", "llada2-uni"),
+    *("dream", "mdlm", "muddit"),
+)
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
@@ -27,9 +30,11 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             ours, image_tokenizer=theirs / "image_tokenizer", text_tokenizer=theirs / "tokenizer"
         )
     made |= {family: made[family].sized(6, 6) for family in ("dynin", "lumina")}
-    for family in ("llada", "llada-v", "dream", "mdlm"):
+    for family in ("llada", "llada-v", "llada-moe", "llada2", "dream", "mdlm"):
         write_chat(folder / family, family)
         made[family] = UniDiffPipeline.from_pretrained(folder / family)
+    write_uni(folder / "llada2-uni")
+    made["llada2-uni"] = UniDiffPipeline.from_pretrained(folder / "llada2-uni").sized(6, 6)
     (folder / "muddit").mkdir()
     write_folder(folder / "muddit" / "512")
     made["muddit"] = UniDiffPipeline.from_pretrained(folder / "muddit" / "512").sized(8, 8)

@@ -286,6 +286,14 @@ _DYNIN_SAMPLING = {
     "temperature": 1.0,
     "edit_timesteps": 64,
 }
+_UNI_IDS = {
+    "size": 173568,
+    "text": (0, 157184),
+    "image": (157184, 173568),
+    "mask_id": 156895,
+    "specials": {"eos": 156892, "pad": 156892, "soi": 156901, "eoi": 156902, "boi": 156904},
+}
+_UNI_SAMPLING = {"block_length": 32, "steps": 16, "threshold": 0.95, "guidance": 4.0, "rescale": 0.7, "edit_steps": 8}
 
 PUBLISHED: dict[str, Published] = {
     "unidisc-1.4b": _unidisc(2048, 24, 16, 16384, "2d"),
@@ -304,6 +312,7 @@ PUBLISHED: dict[str, Published] = {
     "dream-7b": Published(_DREAM_SETTINGS, _DREAM_VOCABULARY),
     **dict.fromkeys(("llada-moe-7b-a1b-base", "llada-moe-7b-a1b-instruct"), Published(_LLADA_MOE_SETTINGS, _LING_IDS)),
     **dict.fromkeys(("llada2.0-mini", "llada2.1-mini"), Published(_LLADA2_SETTINGS, _LING_IDS, _LLADA2_SAMPLING)),
+    "llada2.0-uni": Published({**_LLADA2_SETTINGS, "vocab_size": 173568}, _UNI_IDS, _UNI_SAMPLING),
     "mmada-8b": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),
     "mmada-8b-mixcot": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),
     "mmada-parallel-m": Published({**_LLADA_SETTINGS, "vocab_size": 134656}, _MMADA_VOCABULARY),

@@ -87,6 +87,29 @@ def write_pictures(folder: Path, family: str) -> Vocabulary:
     return Vocabulary(size, (0, start), (start, start + 16), start - 1, specials=specials, others=others)
 
 
+UNI = ("eos", "image", "slash_image", "boi", "uncondition", "role", "end_role", "role_end")
+
+
+def write_uni(folder: Path, sides: int = 8) -> TextTokenizer:
+    """LLaDA2.0-Uni with 16 codes of 2 x 2 pixels and marks for that many rows and columns, in blocks of 4 tokens."""
+    names = (*UNI, *(f"reserved_token_{side}" for side in range(1, sides + 1)))
+    TextTokenizer.train(CORPUS, 320, names).save_pretrained(folder)
+    spelled = {"slash_image": "<|/image|>", "end_role": "</role>"} | {
+        n: f"<{n}>" for n in ("boi", "uncondition", "role")
+    }
+    for path in folder.glob("tokenizer*.json"):
+        content = path.read_text(encoding="utf-8")
+        for name, word in spelled.items():
+            content = content.replace(f"<|{name}|>", word)
+        path.write_text(content, encoding="utf-8")
+    texts = TextTokenizer.from_pretrained(folder)
+    first = texts.size + 1
+    ids = {"vocab_size": first + 16, "image_token_offset": first, "mask_token_id": first - 1, "eos_token_id": 0}
+    write_model(folder, "llada2-uni", **ids)
+    write_tiny(folder / "image_tokenizer", "vq_model")
+    return texts
+
+
 def write_chat(folder: Path, family: str, marks: bool = True) -> TextTokenizer:
     """LLaDA, LLaDA-V, LLaDA-MoE, LLaDA2, Dream or MDLM beside a text tokenizer with the marks of its turns, or without; returns that."""
     ling = family in ("llada-moe", "llada2")

@@ -26,6 +26,8 @@ _MMADA = RELEASED.format("mmada_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
 _PARALLEL = RELEASED.format("parallel_golden")
+_UNI = RELEASED.format("llada2_uni_golden")
+_UNI_IMAGES = RELEASED.format("llada2_uni_images_golden")
 _BLOCKS = ("test_forward", "test_a_cache_of_finished_blocks_is_exact", "test_a_mask_that_is_added_is_another_model")
 _LLADA_V = RELEASED.format("llada_v_golden")
 _MOE = RELEASED.format("llada_moe_golden")
@@ -113,7 +115,23 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "weights.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),
         "experts_stacked.safetensors": (f"families/test_llada2_golden.py{_NAMES}",),
         "forward.safetensors": tuple(f"{_LLADA2}{name}" for name in _BLOCKS),
-        "traces.safetensors": (f"{_LLADA2}test_upstreams_loop", f"{_LLADA2}test_the_sampler_decodes_the_recorded_runs"),
+        "traces.safetensors": (
+            f"{_LLADA2}test_compat_gives_every_record",
+            f"{_LLADA2}test_the_sampler_decodes_the_recorded_runs",
+        ),
+    },
+    "llada2_uni": {
+        "weights.safetensors": (f"families/test_llada2_uni_golden.py{_NAMES}",),
+        "forward.safetensors": (f"{_UNI}test_forward",),
+        "image_tokenizer_weights.safetensors": (f"families/test_llada2_uni_images_golden.py{_NAMES}",),
+        "image_tokenizer.safetensors": tuple(
+            f"{_UNI_IMAGES}{name}" for name in ("test_pictures_to_codes", "test_features_of_codes")
+        ),
+        "decoder_flow.safetensors": tuple(
+            f"{_UNI_IMAGES}test_sampling_with_{what}" for what in ("guidance", "fresh_noise")
+        ),
+        "trace_*sprint*.safetensors": (f"{_UNI}test_trace", f"{_UNI}test_sprint_keeps_the_recorded_positions"),
+        "trace_*.safetensors": (f"{_UNI}test_trace",),
     },
     "mmada_parallel": {
         "*/weights.safetensors": (f"families/test_parallel_golden.py{_NAMES}",),

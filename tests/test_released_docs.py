@@ -11,7 +11,7 @@ import torch
 from doc_code import DOCS, blocks, run
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
-from released_pipelines import write_chat, write_pictures, write_unidisc
+from released_pipelines import write_chat, write_pictures, write_uni, write_unidisc
 from siglip_parts import write_image_parts
 
 from unidiff.families.checkpoint.convert import convert
@@ -55,6 +55,7 @@ def shelf(tmp_path_factory) -> Path:
     )
     for family, name in talkers:
         write_chat(shelf / name, family)
+    write_uni(shelf / "llada2.0-uni")
     for family, name in (("mmada", "mmada-8b"), ("dynin", "dynin-omni"), ("lumina", "lumina-dimoo")):
         convert(root / family, shelf / name, vocabulary=write_pictures(root / family, family))
         for part in ("image_tokenizer", "tokenizer"):
@@ -104,9 +105,13 @@ def test_names_in_the_text_exist():
     """Modules and compat switches that the page tells of."""
     from unidiff.decoding.cache import AdaptiveCache, MaxLogitCache
     from unidiff.families.dynin.rows import DyninLayout
+    from unidiff.families.llada2.rows import BlockChatLayout
+    from unidiff.families.llada2_uni import LLaDA2UniLayout
+    from unidiff.families.llada_moe import LLaDAMoELayout
     from unidiff.families.muddit.rows import MudditLayout
 
-    for thing in (AdaptiveCache, MaxLogitCache, DyninLayout, MudditLayout):
+    layouts = (BlockChatLayout, LLaDA2UniLayout, LLaDAMoELayout, DyninLayout, MudditLayout)
+    for thing in (AdaptiveCache, MaxLogitCache, *layouts):
         assert thing.__name__ in TEXT
     for path in re.findall(r"`((?:tests|unidiff)/[\w/]+\.py)`", TEXT):
         assert (DOCS.parent / path).is_file(), path

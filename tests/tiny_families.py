@@ -21,6 +21,8 @@ from unidiff.families.dynin.rows import DyninLayout
 from unidiff.families.layout import TaskInputs
 from unidiff.families.llada import LLADA
 from unidiff.families.llada2 import LLADA2, llada2_sampler
+from unidiff.families.llada2_uni import LLADA2_UNI
+from unidiff.families.llada2_uni.rows import uni_image_sampler
 from unidiff.families.llada_moe import LLADA_MOE
 from unidiff.families.llada_v import LLADA_V
 from unidiff.families.llada_v.rows import PICTURE, LladaVLayout
@@ -30,7 +32,7 @@ from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.families.parallel import JointSettings
 from unidiff.families.unidisc import UNIDISC
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Span, TokenBatch, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 M = TypeVar("M", bound=MaskedTransformer)
 STEPS = 6
@@ -204,6 +206,21 @@ def llada2() -> TinyFamily:
     return TinyFamily("llada2", model, vocabulary, TokenBatch.from_spans(rows, left=True), config)
 
 
+def llada2_uni() -> TinyFamily:
+    """Pictures of 2 x 4 codes behind prompts of 3, 5 and 6 tokens, guided with rescaling, away from shorter ones."""
+    config = LLADA2_UNI.tiny.config
+    model, vocabulary = LLADA2_UNI.load(LLADA2_UNI.export(lively(LLADA2_UNI.settings(config))), config)
+    rows: list[list[list[Span]]] = [[], []]
+    for n in (3, 5, 6):
+        rest = [Span.masked_image((2, 4), vocabulary), Span.masked_image((1, -n % 4 or 4), vocabulary)]
+        prompt, none = (Span.text(_ids(1, size, 0, 29, n)[0], True) for size in (n, 2))
+        padding = Span(torch.full((n - 2,), vocabulary.mask_id), Modality.TEXT, True, exists=False)
+        rows[0].append([prompt, *rest])
+        rows[1].append([padding, none, *rest])
+    batch, other = (TokenBatch.from_spans(stream, left=True) for stream in rows)
+    return TinyFamily("llada2_uni", model, vocabulary, batch, uni_image_sampler(4, 3, 2.0, threshold=0.6), other)
+
+
 def llada_rows(prompts: list[int], vocabulary: Vocabulary, answer: int = 12, seed: int = 5) -> TokenBatch:
     """Rows of prompts of the given lengths and a masked answer, aligned on the right."""
     length = max(prompts) + answer
@@ -301,7 +318,10 @@ def muddit() -> TinyFamily:
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
     make.__name__: make
-    for make in (unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, mmada, parallel, dynin, lumina, muddit)
+    for make in (
+        *(unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, llada2_uni, mmada, parallel, dynin, lumina),
+        muddit,
+    )
 }
 _MADE: dict[str, TinyFamily] = {}
 

@@ -16,8 +16,7 @@ from unidiff.decoding.commit.base import progress, quota, slack_of, take_best, u
 from unidiff.decoding.commit.factor import factor_count
 from unidiff.decoding.commit.threshold import above_threshold
 from unidiff.decoding.config import RULES, ModalityDecoding
-from unidiff.decoding.draw import choose
-from unidiff.decoding.forward import gather_positions
+from unidiff.decoding.draw import choose, gather_positions
 from unidiff.diffusion.schedules import SCHEDULES, get_schedule
 
 

@@ -18,6 +18,7 @@ MUDDIT, MMADA = "families/test_defects_muddit.py", "families/test_defects_mmada_
 MOE, OWN_MOE = "families/test_llada_moe_golden.py", "families/test_llada_moe.py"
 LLADA2, OWN_LLADA2 = "families/test_llada2_golden.py", "families/test_llada2.py"
 OWN_LLADA_V = "families/test_llada_v.py"
+UNI, OWN_UNI = "families/test_llada2_uni_golden.py", "families/test_llada2_uni.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 PARALLEL = "families/test_parallel.py"
 OWN_DYNIN = "families/test_dynin.py"
@@ -95,6 +96,10 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "guidance without an attention mask raises": (LLADA, "test_guidance_needs_no_attention_mask"),
         "ids of LLaDA-8B are written into the program": (LLADA, "test_ids_are_where_the_vocabulary_says"),
+        "[MASK] is written and uses up quota": (
+            OWN_MOE,
+            "test_with_compat_mask_is_written_as_the_program_writes_it",
+        ),
         "a config without partial_rotary_factor breaks": (OWN_MOE, "test_what_a_config_leaves_out"),
         "no cache": (MOE, "test_a_cache_that_is_refreshed_in_every_pass_decodes_the_recorded_batch"),
     },
@@ -125,6 +130,25 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "2.0 stops after a block whatever the setting": (OWN_LLADA2, "test_an_early_end_ends_the_row"),
         "no keys and values are kept between blocks": (LLADA2, "test_the_sampler_decodes_the_recorded_runs"),
         "no batches of unequal prompts": (LLADA2, "test_rows_of_unequal_prompts_share_a_batch"),
+    },
+    "LLaDA2.0-Uni": {
+        "answers may hold image codes and [MASK]": (
+            UNI,
+            "test_without_compat_pictures_are_the_same_and_answers_are_words",
+        ),
+        "padding is seen once the pruned prefix is in use": (OWN_UNI, "test_a_row_of_a_batch_is_the_row_alone"),
+        "importance is NaN where anything is pinned": (UNI, "test_sprint_keeps_the_recorded_positions"),
+        "no prefix is kept from block to block": (OWN_UNI, "test_tokens_of_a_large_picture"),
+        "an edit without the picture's direction computes it": (
+            OWN_UNI,
+            "test_edits_pay_for_the_directions_that_they_use",
+        ),
+        "long unconditional prompts lose their beginning": (
+            OWN_UNI,
+            "test_what_guidance_leads_away_from_may_be_longer_than_the_prompt",
+        ),
+        "batches of one row": (OWN_UNI, "test_a_row_of_a_batch_is_the_row_alone"),
+        "blocks behind the picture are decoded": (OWN_UNI, "test_rows_end_with_the_block_of_the_last_code"),
     },
     "Fast-dLLM": {
         "attention masks are ignored": (

@@ -60,7 +60,9 @@ def test_what_a_config_leaves_out():
     assert (settings["block_length"], settings["rope_share"], settings["router_groups"]) == (32, 1.0, 1)
     assert settings["shared_expert_size"] == 0 and settings["dense_layers"] == ()
     assert LLADA2.vocabulary(CONFIG).mask_id == 156895  # in no config
-    assert recognise({}, formula_weights(LLADA2)) is LLADA2
+    with pytest.raises(ValueError, match=r"llada2 or llada2-uni, which only a config\.json tells apart"):
+        recognise({}, formula_weights(LLADA2))
+    assert recognise(TINY, formula_weights(LLADA2)) is LLADA2
 
 
 def test_the_sampler_has_upstreams_defaults():

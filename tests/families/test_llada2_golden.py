@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from golden import absent_set, golden_cases, golden_folders
-from reference import llada2_decoding as reference
 from reference.batches import llada_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from unidiff.decoding import Sampler, SamplerConfig
 from unidiff.decoding.cache import BlockCausalCache, NoCache
-from unidiff.families.llada2 import LLADA2, llada2_sampler, llada2_settings
+from unidiff.families.layout import TaskInputs
+from unidiff.families.llada2 import LLADA2, llada2_sampler
+from unidiff.families.llada2.rows import BlockChatLayout
+from unidiff.families.llada2.soft_blocks import SoftBlocks
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.experts import mixtures, recorded_routings
 from unidiff.models.transformer import MaskedTransformer, block_causal_mask
 from unidiff.tokens import TokenBatch, Vocabulary
-from unidiff.weights.files import build_on_meta
 
 pytestmark = pytest.mark.golden
 LOGITS = dict(atol=2e-4, rtol=0.0)
@@ -127,30 +130,19 @@ def test_a_cache_of_finished_blocks_is_exact(folder):
     torch.testing.assert_close(last, model(llada_batch(ids))[:, start:], **CLOSE)
 
 
-def biased(folder: Path) -> MaskedTransformer:
-    """The same weights without blocks, for masks of one's own."""
-    model, _ = load(folder)
-    twin = build_on_meta(
-        MaskedTransformer, {**llada2_settings(settings_of(folder)), "attention": "full", "block_length": None}
-    )
-    twin.load_state_dict(model.state_dict(), assign=True)
-    return twin.eval()
-
-
-def soft_logits(model: MaskedTransformer, ids: Tensor, block: int) -> Tensor:
+def soft_logits(model: MaskedTransformer, ids: Tensor) -> Tensor:
     """With the table of blocks added to the scores as 0 and 1, so that nothing is hidden."""
-    batch = llada_batch(ids)
-    mask = block_causal_mask(batch.positions[..., 0], block, None).float()
-    return model.head(model.hidden(batch.ids, batch.modality, batch.positions, mask))
+    batch, soft = llada_batch(ids), SoftBlocks(model)
+    return soft.head(soft.hidden(batch.ids, batch.modality, batch.positions))
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @torch.no_grad()
 def test_a_mask_that_is_added_is_another_model(folder):
     """What the file of the released LLaDA2.1 is reported to do; here blocks are blocks."""
-    stored, block = tensors(folder, "forward"), read_config(folder)["block_length"]
+    stored = tensors(folder, "forward")
     ids = stored["input_ids"].long()[:1]
-    soft = soft_logits(biased(folder), ids, block)
+    soft = soft_logits(load(folder)[0], ids)
     torch.testing.assert_close(soft, stored["soft_bias.logits"], **LOGITS)
     assert float((soft - stored["logits"][:1]).abs().max()) > 10
 
@@ -164,37 +156,6 @@ def case_params() -> list:
 def own_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     stored = tensors(folder, "traces")
     return {key.partition(".")[2]: stored[key] for key in list(stored) if key.partition(".")[0] == name}
-
-
-@pytest.mark.parametrize(("folder", "name"), case_params())
-@torch.no_grad()
-def test_upstreams_loop(folder, name):
-    """Written anew with its quirks, it gives every record."""
-    model, _ = load(folder)
-    case, own = read_config(folder)["cases"][name], own_tensors(folder, name)
-    block, twin = case["settings"]["block_length"], biased(folder) if case["soft_bias"] else None
-    forward = (lambda ids: soft_logits(twin, ids, block)) if twin is not None else (lambda ids: model(llada_batch(ids)))
-    logits: list[Tensor] = []
-
-    def noted(ids: Tensor) -> Tensor:
-        out = forward(ids)
-        logits.append(out[0, -block:])
-        return out
-
-    edits = case["version"] == "2.1"
-    trace = reference.generate(noted, own["prompt"].long(), case["settings"], case["mask_id"], case["eos_id"], edits)
-    assert len(trace.block) == case["forwards"] == len(own["block"])
-    assert trace.block == own["block"].tolist() and trace.step == own["step"].tolist()
-    assert torch.equal(trace.canvas.int(), own["canvas"]) and torch.equal(trace.output.int(), own["output"])
-    assert torch.equal(torch.stack(trace.written), own["written"].bool())
-    assert torch.equal(torch.stack(trace.edited), own["edited"].bool())
-    fed = own["input_ids"].long()
-    assert torch.equal(torch.where(fed < 0, -1, torch.stack(trace.inputs)), fed)
-    moved = (own["written"] + own["edited"]).bool()
-    assert torch.equal(torch.stack(trace.x0)[moved].int(), own["x0"][moved])
-    torch.testing.assert_close(torch.stack(trace.prob), own["prob"], **CLOSE)
-    if "logits" in own:
-        torch.testing.assert_close(torch.stack(logits), own["logits"], atol=1e-3, rtol=0)
 
 
 def request(folder: Path, name: str) -> tuple[TokenBatch, SamplerConfig, Vocabulary, dict[str, Tensor]]:
@@ -215,6 +176,51 @@ def request(folder: Path, name: str) -> tuple[TokenBatch, SamplerConfig, Vocabul
     given = place < len(own["prompt"])
     ids = torch.where(given, torch.nn.functional.pad(own["prompt"].long(), (0, int((~given).sum()))), case["mask_id"])
     return llada_batch(ids[None], given[None]), config, vocabulary, own
+
+
+@pytest.mark.parametrize(("folder", "name"), case_params())
+@torch.no_grad()
+def test_compat_gives_every_record(folder, name):
+    """The sampler in the ways of the program, through the layout: [MASK] written where it is the best token, blocks that hide
+    nothing where the file had it so. Proposals, probabilities and logits of every pass are the model's."""
+    model, _ = load(folder)
+    case, own = read_config(folder)["cases"][name], own_tensors(folder, name)
+    batch, config, vocabulary, _ = request(folder, name)
+    layout = BlockChatLayout(
+        vocabulary, list, config, paced=True, compat="upstream", soft_blocks=case["soft_bias"], family="llada2"
+    )
+    prompt, block = own["prompt"].tolist(), case["settings"]["block_length"]
+    asked = layout.complete(TaskInputs(1, [prompt], longest=case["settings"]["gen_length"]))
+    assert torch.equal(asked.batch.ids, batch.ids) and torch.equal(asked.batch.given, batch.given)
+    seeds = torch.zeros(1, dtype=torch.long)
+    made = layout.prepared(SimpleNamespace(transformer=model), asked, config, seeds)
+    fed, written, edited = own["input_ids"].long(), own["written"].bool(), own["edited"].bool()
+    for policy in (made.policy or NoCache(), *(() if case["soft_bias"] else (BlockCausalCache(),))):
+        out = Sampler(made.model, vocabulary, made.config, policy)(made.request.batch, seeds, record=True)
+        assert out.steps == case["forwards"] == len(fed)
+        states = torch.cat(out.trajectory)
+        assert torch.equal(torch.where(fed < 0, -1, states[: len(fed)]), fed)
+        answer = out.batch.ids[0, len(prompt) :][: case["settings"]["gen_length"]].tolist()
+        answer = answer[: answer.index(case["eos_id"]) + 1] if case["eos_id"] in answer else answer
+        assert answer == own["output"].tolist()
+        reached = own["canvas"] != case["mask_id"]
+        assert torch.equal(states[-1][reached].int(), own["canvas"][reached])
+    for number, (before, after) in enumerate(pairwise(states)):
+        place = slice(int(own["block"][number]) * block, (int(own["block"][number]) + 1) * block)
+        x0, known = own["x0"][number].long(), case["mask_id"]
+        moved = written[number] | edited[number]
+        fill = after[place] != torch.where(moved, x0, before[place])  # behind an end of text, after the last pass
+        assert not bool(fill.any()) or (number + 1 == len(fed) and bool((after[place][fill] == case["eos_id"]).all()))
+        assert bool((before[place][written[number]] == known).all())
+        ids = before[None, : place.stop]
+        logits = (soft_logits(model, ids) if case["soft_bias"] else model(llada_batch(ids)))[0, place]
+        proposed = logits.softmax(-1).max(-1)
+        assert torch.equal(proposed.indices[moved], x0[moved])
+        torch.testing.assert_close(proposed.values, own["prob"][number], **CLOSE)
+        if "logits" in own:
+            torch.testing.assert_close(logits, own["logits"][number], atol=1e-3, rtol=0)
+    steps = [sum(own["block"][:n] == own["block"][n]) for n in range(len(fed))]
+    assert own["step"].tolist() == [int(n) for n in steps]
 
 
 SAMPLED = [p for p in case_params() if p.values[1] not in ("mask_proposed", "edit_soft_bias")]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from reference.batches import llada_batch
+from reference.llada_decoding import LladaCompat, LladaSettings, generate
 from safetensors.torch import save_file
+from tiny_families import family
+from torch import Tensor
 
+from unidiff.decoding import ModalityDecoding, Sampler
 from unidiff.families.checkpoint.convert import convert
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.checkpoint.verify import describe, formula_weights, verify
 from unidiff.families.family import FAMILIES, recognise
+from unidiff.families.llada.rows import as_upstream, llada_sampler
 from unidiff.families.llada_moe import CONFIG, LING_CHAT, LLADA_MOE, llada_moe_settings
 
 TINY = LLADA_MOE.tiny.config
@@ -75,6 +82,57 @@ def test_a_folder_is_described_verified_and_converted_both_ways(tmp_path, layout
     assert again.spelling == {"experts": layout}
     back = again.state_dict()
     assert set(back) == set(weights) and all(torch.equal(back[n], v) for n, v in weights.items())
+
+
+class Hesitant:
+    """The tiny model, to which [MASK] appeals more; changes nothing of it."""
+
+    def __init__(self, by: float) -> None:
+        self.inner, self.by = family("llada_moe").model, by
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+    def hidden(self, *args) -> Tensor:
+        return self.inner.hidden(*args)
+
+    def head(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        logits = self.inner.head(hidden, start, stop)
+        logits[..., TINY["mask_token_id"] - start] += self.by
+        return logits
+
+
+@pytest.mark.parametrize("steps", [6, 9, 12])
+def test_with_compat_mask_is_written_as_the_program_writes_it(steps):
+    """It uses up quota; what a block has left competes with the tokens of the blocks to come, and may be left at the end."""
+    model, vocabulary, left = Hesitant(4.0), family("llada_moe").vocabulary, set()
+    for seed in range(3):
+        prompt = torch.randint(0, 29, (1, 5), generator=torch.Generator().manual_seed(seed))
+        asked = LladaSettings(steps=steps, gen_length=12, block_length=4)
+        theirs = generate(model, vocabulary, prompt, asked, LladaCompat.of("LLaDA", "none")).ids
+        config = replace(as_upstream(llada_sampler(vocabulary, steps, 4)), stop_at_eos=False)
+        given = torch.arange(17) < 5
+        batch = llada_batch(torch.nn.functional.pad(prompt, (0, 12)), given[None])
+        ours = Sampler(model, vocabulary, config)(batch, torch.zeros(1).long(), record=True).trajectory
+        changed = [
+            [s for n, s in enumerate(states) if not n or not torch.equal(s, states[n - 1])] for states in (ours, theirs)
+        ]
+        assert len(changed[0]) == len(changed[1])
+        assert all(torch.equal(a, b) for a, b in zip(*changed, strict=True))
+        left.add(int((ours[-1] == vocabulary.mask_id).sum()))
+    assert max(left) > 0
+    plain = Sampler(model, vocabulary, llada_sampler(vocabulary, steps, 4))(batch, torch.zeros(1).long())
+    assert not bool((plain.batch.ids == vocabulary.mask_id).any())
+
+
+def test_what_mask_does_not_go_with():
+    for settings, words in (
+        ({"rule": "threshold"}, "writes_mask goes with rule='at_least'"),
+        ({"schedule": "cosine"}, "writes_mask goes with rule='at_least'"),
+        ({"schedule": "fixed", "remask": "confidence"}, "does not go with remask"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ModalityDecoding(writes_mask=True, **settings)
 
 
 def test_turns_are_written_in_capitals():

@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from unidiff.decoding import Guidance, ModalityDecoding, Sampler, SamplerConfig
 from unidiff.decoding.cache import BlockCausalCache, DualCache, IntervalCache, PrefixCache
-from unidiff.families.llada_moe import LLADA_MOE
+from unidiff.families.layout import TaskInputs
+from unidiff.families.llada.rows import as_upstream, llada_sampler
+from unidiff.families.llada_moe import LLADA_MOE, LLaDAMoELayout
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.experts import mixtures, recorded_routings
 from unidiff.models.store import StoreOptions
@@ -170,6 +173,8 @@ def test_trace(folder, name):
             assert torch.equal(alone.batch.ids.int(), own[f"alone_{row}"])
     idle = sum(bool((a == b).all()) for a, b in pairwise(trace))
     assert out.steps == case["forward_passes"] - idle
+    upstream = Sampler(model, vocabulary, as_upstream(config))(batch, torch.zeros(len(prompt)).long(), record=True)
+    assert torch.equal(torch.stack(upstream.trajectory), ours)  # no record has [MASK] as the best token
     # 2. what the model says of every recorded state
     tolerance = dict(atol=5e-4 if scale else 2e-4, rtol=0.0)
     for number, (before, after) in enumerate(pairwise(trace)):
@@ -191,6 +196,31 @@ def test_trace(folder, name):
                 both = seen.repeat(2, 1)
                 assert torch.equal(inputs[both].int(), own["mid_model_input"][both])
                 torch.testing.assert_close(raw[both], own["mid_raw_logits"][both], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_with_compat_padding_is_seen(folder):
+    """As the released file has it, which drops the attention mask."""
+    model, vocabulary = plain(folder)
+    stored, settings = tensors(folder, "traces"), read_config(folder)["cases"]["batch"]["settings"]
+    prompt, seen = stored["batch.prompt"].long(), stored["batch.attention_mask"].bool()
+    prompts = [row[kept].tolist() for row, kept in zip(prompt, seen, strict=True)]
+    config = llada_sampler(vocabulary, settings["steps"], settings["block_length"])
+    layout = LLaDAMoELayout(vocabulary, list, config, paced=True, family="llada-moe", compat="upstream")
+    asked = layout.complete(TaskInputs(2, prompts, longest=settings["gen_length"]))
+    first = stored["batch.trace"][0].long()
+    assert torch.equal(asked.batch.ids, first) and bool(asked.batch.valid.all())
+    ignored = model(llada_batch(first))
+    torch.testing.assert_close(model(asked.batch), ignored, **LOGITS)
+    short = int(seen.sum(1).argmin())
+    row = torch.nn.functional.pad(seen, (0, settings["gen_length"]), value=True)
+    kept = model(llada_batch(first, attended=row))
+    assert float((kept - ignored)[short][row[short]].abs().max()) > 1
+    made = layout.prepared(SimpleNamespace(transformer=model), asked, config, torch.zeros(2))
+    assert made.config.text.writes_mask and made.config.text.forbid == ()
+    with pytest.raises(ValueError, match="compat = 'old'"):
+        LLaDAMoELayout(vocabulary, list, config, compat="old")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

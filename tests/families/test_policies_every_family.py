@@ -33,6 +33,7 @@ OTHERS = {
     "NoCache",
     "BlockCausalCache",
     "CacheByRow",
+    "SprintCache",
 }  # no cache, other weights, or other policies
 POLICIES = [name for name in (*LAZY, "SegmentCache", "HeldGuidance") if name in policies.__all__]
 EVERY = pytest.mark.parametrize("name", FAMILIES)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig, draw
 from unidiff.decoding.commit import base
-from unidiff.decoding.forward import gather_positions
+from unidiff.decoding.draw import gather_positions
 from unidiff.families.family import named_vocabulary
 from unidiff.families.unidisc import UNIDISC
 from unidiff.families.unidisc.rows import unidisc_interleaved, unidisc_sampler

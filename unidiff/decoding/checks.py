@@ -1,4 +1,4 @@
-"""Checks of what a sampler is made and called with."""
+"""What a sampler is made and called with, and what a model answers: checks, and the sentence for logits that cannot be used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,50 @@ from torch import Tensor
 
 from unidiff.decoding.config import SamplerConfig
 from unidiff.models.denoiser import PartialDenoiser, takes_features
+from unidiff.schema import short_value
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.tokens.batch import CONTINUOUS
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _KINDS = (torch.int64, torch.int64, torch.bool, torch.bool, torch.int64, torch.int64)  # of a batch's fields
+UNUSABLE = "the model returned NaN or infinite logits; check the weights and the dtype (float16 may overflow)"
+_AT_ONCE = 256  # positions whose logits are looked at for a complaint
+
+
+def complaint(request: Any, streams: Sequence[int]) -> str:
+    """The sentence for a pass of a `Request` that met unusable logits: looks at each guidance stream alone, without settings."""
+    state, model, sampler = request.state, request.model, request.sampler
+    guidance = sampler.config.guidance
+    for modality, progress in state.progress.items():
+        start, stop = sampler.vocabulary.range_of(modality)
+        for stream in streams:
+            for features in model.features(stream)[progress.targets].split(_AT_ONCE):  # [n, D]
+                logits = model.denoiser.head(features, start, stop)  # [n, V]
+                top = logits.amax(-1)
+                if bool((top.isnan() | (top == torch.inf)).any()):
+                    return UNUSABLE
+                banned = request.banned[modality]
+                left = (logits if banned is None else logits.index_fill(-1, banned, -torch.inf)).amax(-1)
+                if stream == 0 and bool((left == -torch.inf).any()):
+                    return (
+                        f"the model gives no {modality.name.lower()} id that may be emitted any probability at some position; "
+                        "check the weights, and what `forbid` excludes"
+                    )
+    blamed = []
+    if len(streams) > 1:
+        scales = {name: getattr(guidance, name) for name in ("scale", "text_scale", "image_scale")}
+        blamed = [f"guidance.{name} = {value:g}" for name, value in scales.items() if value is not None]
+        blamed += [f"guidance.further = {guidance.further}"] if guidance.further else []
+    for modality, progress in state.progress.items():
+        if (name := progress.rule.adjusts) is not None:
+            blamed.append(f"{modality.name.lower()}.{name} = {getattr(progress.settings, name):g}")
+    if not blamed:
+        return UNUSABLE
+    dtype = str(model.features(0).dtype).removeprefix("torch.")
+    return (
+        f"the settings take logits beyond what {dtype} holds, although the model's own are finite: "
+        f"{', '.join(blamed)}; lower them, or use a wider dtype"
+    )
 
 
 def _check_is(name: str, value: object, kind: Any, expected: str) -> None:
@@ -47,16 +86,6 @@ def check_sampler(model: Any, vocabulary: Any, config: Any, policy: Any, rules: 
     (start, stop), masks = vocabulary.text, (vocabulary.mask_id, vocabulary.image_mask)
     if config.fill is not None and (not start <= config.fill < stop or config.fill in masks):
         raise ValueError(f"fill is id {config.fill}; expected a text id from {start} to {stop - 1} that is not [MASK]")
-
-
-def banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...]) -> Tensor:
-    """Offsets in the modality's slice that may not be emitted, int64."""
-    _check_ids("forbid", forbid, vocabulary)
-    start, stop = vocabulary.range_of(modality)
-    offsets = {i - start for i in forbid if start <= i < stop} | set(vocabulary.forbidden(modality))
-    if stop > start and len(offsets) == stop - start:
-        raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
-    return torch.tensor(sorted(offsets), dtype=torch.long)
 
 
 def check_request(
@@ -149,9 +178,24 @@ def _check_tensor(
         raise ValueError(f"{name} {'have' if plural else 'has'} {found}; expected {expected}")
 
 
-def _check_ids(name: str, ids: Sequence[int], vocabulary: Vocabulary) -> None:
-    if outside := [i for i in ids if not 0 <= i < vocabulary.size]:
-        raise ValueError(f"{name} names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")
+def check_features(features: Any, ids: Tensor) -> None:
+    """Raise `ValueError` unless a model returned features `[B, L, D]` for ids `[B, L]`."""
+    good = isinstance(features, Tensor) and features.is_floating_point()
+    if not good or features.ndim != 3 or features.shape[:2] != ids.shape:
+        raise ValueError(f"the model's hidden returned {_kind(features)}; expected floats {[*ids.shape, 'D']}")
+
+
+def check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
+    """Raise `ValueError` unless a model's head returned a logit for each of the ids from `start` to before `stop`."""
+    shape = [*features.shape[:-1], stop - start]
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or list(logits.shape) != shape:
+        raise ValueError(
+            f"the model's head returned {_kind(logits)} for the ids {start} to {stop - 1}; expected floats {shape}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else short_value(value)
 
 
 def _check_methods(name: str, value: object, methods: Sequence[str], hint: str) -> None:
@@ -162,3 +206,19 @@ def _check_methods(name: str, value: object, methods: Sequence[str], hint: str) 
 def _name(value: object) -> str:
     shown = repr(value) if isinstance(value, bool | int | float | str | type(None)) else f"a {type(value).__name__}"
     return shown if len(shown) < 80 else f"{shown[:77]}..."
+
+
+def banned_offsets(vocabulary: Vocabulary, modality: Modality, forbid: tuple[int, ...], masks: bool = True) -> Tensor:
+    """Offsets in the modality's slice that may not be emitted, int64; [MASK] among them where `masks` says so."""
+    _check_ids("forbid", forbid, vocabulary)
+    start, stop = vocabulary.range_of(modality)
+    offsets = {i - start for i in forbid if start <= i < stop}
+    offsets |= set(vocabulary.forbidden(modality)) if masks else set()
+    if stop > start and len(offsets) == stop - start:
+        raise ValueError(f"every {modality.name.lower()} id is forbidden; leave at least one to emit")
+    return torch.tensor(sorted(offsets), dtype=torch.long)
+
+
+def _check_ids(name: str, ids: Sequence[int], vocabulary: Vocabulary) -> None:
+    if outside := [i for i in ids if not 0 <= i < vocabulary.size]:
+        raise ValueError(f"{name} names id {outside[0]}, but the vocabulary has ids 0 to {vocabulary.size - 1}")

@@ -48,7 +48,8 @@ class ModalityDecoding:
             c_r >= 1 - factor / (r + 1). `hierarchical`: as `threshold`, and the best position of every run of masked
             neighbours where it reaches `low_threshold`. `credit`: as `threshold`, after adding to the logits what a token has
             earned by being the best in earlier passes, see `Credit`. `at_least`: a quota, or all above `threshold` where these
-            are more, see `AtLeast`. `timed`: a quota by a clock that also runs in passes which fill nothing, see `Timed`. `first_hitting`: one uniformly random position, the
+            are more, see `AtLeast`. `timed`: a quota by a clock that also runs in passes which fill nothing, see `Timed`. `even_share`: an even share in
+            every pass left, and all above `threshold`, see `EvenShare`. `first_hitting`: one uniformly random position, the
             exact law of the model. `ancestral`: each position by its own coin, the reverse process on a grid of times.
         schedule: share still masked after a share u of the steps, one of `unidiff.diffusion.schedules`: `linear` 1-u,
             `cosine` cos(pi u/2), `square` 1-u^2, `root` 1-sqrt(u), `arccos` acos(u) 2/pi, ...; `fixed` commits n // steps,
@@ -75,6 +76,9 @@ class ModalityDecoding:
             is above this (token editing, LLaDA2.1); None for never. A block ends when a pass that began without masks changes
             nothing, or after `edit_passes` of these.
         forbid: vocabulary ids that may never be emitted, besides [MASK] and the other modality's.
+        writes_mask: [MASK] may be drawn as well, as the programs of LLaDA and LLaDA2.0 do: it uses up quota, and its position stays
+            hidden. What is hidden when the passes of a block are over is left so (`at_least`), or competes with
+            the blocks to come (`quota` by the schedule `fixed`). For comparisons with these programs.
 
     Raises:
         ValueError: a value outside its range; the message names it.
@@ -111,6 +115,7 @@ class ModalityDecoding:
     edit_threshold: _Share | None = None
     edit_passes: Annotated[int, Between(0, 100_000)] = 16
     forbid: tuple[Index, ...] = ()
+    writes_mask: bool = False
 
     def __post_init__(self) -> None:
         _tuples(self, "forbid")
@@ -127,6 +132,12 @@ class ModalityDecoding:
         rule.check(self)
         if self.blocks_in_flight > 1 and self.block_length is None:
             raise ValueError(f"blocks_in_flight is {self.blocks_in_flight}, but there is one block; set block_length")
+        fixed = (self.rule, self.schedule) == ("quota", "fixed")
+        if self.writes_mask and not fixed and self.rule not in ("at_least", "even_share"):
+            fault = f"not rule={self.rule!r} by schedule={self.schedule!r}"
+            raise ValueError(f"writes_mask goes with rule='at_least', or 'quota' by schedule='fixed', {fault}")
+        if self.writes_mask and (self.remask != "none" or self.blocks_in_flight > 1):
+            raise ValueError("writes_mask does not go with remask or blocks_in_flight; leave one of them out")
         if self.edit_threshold is not None:
             clashes = {"remask": self.remask != "none", "blocks_in_flight": self.blocks_in_flight > 1}
             clashes |= {"rule": not rule.looks(self) or rule.adjusts is not None}
@@ -149,9 +160,14 @@ class Guidance:
             or generated; for joint generation), or the given `text` or `image`. A `condition` passed to the sampler wins.
         text_scale, image_scale: s for one modality where it differs.
         further: s of the second, third, ... unconditional rows, where the sampler is given several: every one adds
-            (s - 1) (cond - uncond). Constant over time, and not for a modality whose own scale is 1.
+            (s - 1) (cond - uncond). Constant over time, and not for a modality whose own scale is 1. The last ones cost
+            nothing where they are 1.
         defects: of reference programs, to reproduce their runs. `late`: the unconditional streams see the words that the pass
             has written. `inverted`: text is guided by 2 - s in place of s.
+        chained: each of these directions begins at the rows before, not at the conditional ones (InstructPix2Pix, arXiv
+            2211.09800, eq. 3): it adds (s - 1) (uncond before - uncond).
+        rescale: share of the guided logits that is brought to the standard deviation, over all ids, of the conditional ones
+            (Lin et al. 2024, arXiv 2305.08891, eq. 15 and 16); 0 leaves them as they are.
     """
 
     scale: _Strength = 1.0
@@ -162,6 +178,8 @@ class Guidance:
     image_scale: _Strength | None = None
     further: tuple[_Strength, ...] = ()
     defects: tuple[str, ...] = ()
+    chained: bool = False
+    rescale: _Share = 0.0
 
     def __post_init__(self) -> None:
         _tuples(self, "window", "further", "defects")
@@ -175,6 +193,12 @@ class Guidance:
         if self.window[0] > self.window[1]:
             raise ValueError(f"guidance window is {self.window}; expected (start, stop) with 0 <= start <= stop <= 1")
 
+    @property
+    def directions(self) -> tuple[float, ...]:
+        """`further` without the last ones that are off."""
+        used = max((n for n, scale in enumerate(self.further, 1) if scale != 1), default=0)
+        return self.further[:used]
+
     def full_scale(self, modality: Modality) -> float:
         """s of a modality at full strength; 1 means that it is never guided."""
         own = self.text_scale if modality == Modality.TEXT else self.image_scale
@@ -184,7 +208,7 @@ class Guidance:
     def guides(self, modality: Modality) -> bool:
         """Whether some pass guides a modality."""
         own = self.text_scale if modality == Modality.TEXT else self.image_scale
-        return self.full_scale(modality) != 1 or (own is None and bool(self.further))
+        return self.full_scale(modality) != 1 or (own is None and bool(self.directions))
 
     def turns(self, streams: Sequence[int], work: Sequence[Any]) -> list[tuple[Sequence[int], Sequence[Any]]]:
         """The streams of a pass, and what is filled once they are evaluated: all at once, or words `late` before the others."""

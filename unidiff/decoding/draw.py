@@ -131,6 +131,26 @@ def ranking(confidence: Tensor, settings: ModalityDecoding, time: Tensor, u: Ten
 
 
 @dataclass(frozen=True)
+class PositionLogits:
+    """Logits of one modality where they were asked for."""
+
+    index: Tensor  # int64 [B, n], positions in the row
+    is_real: Tensor  # bool [B, n], False on padding of the index
+    values: Tensor  # float32 or float64 [streams, R, n, V] over the modality's slice, conditional stream first
+    rows: Tensor | None = None  # int64 [R], whose values these are; None for all
+
+    def select_rows(self, of_all: Tensor) -> Tensor:
+        """`[B, ...]` to `[R, ...]`."""
+        return of_all if self.rows is None else of_all[self.rows]
+
+
+def gather_positions(targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The target positions `[B, L]` of each row as an index `[B, count]` in ascending order, and which entries are real."""
+    index = (~targets).long().argsort(dim=1, stable=True)[:, :count]
+    return index, targets.gather(1, index)
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was drawn at n positions per row.
 
@@ -160,20 +180,24 @@ class Blend:
     """How the logits of the guidance streams become those that tokens are drawn from.
 
     uncond + s (cond - uncond), written so that s = 1 returns cond bit by bit, and (s_k - 1) (cond - uncond_k) for every
-    further unconditional stream; -inf of cond stays.
+    further unconditional stream, or (s_k - 1) (uncond_k-1 - uncond_k) where they are chained; -inf of cond stays.
 
     Attributes:
         scale: s `[B]` of the first unconditional stream. further: s_k of the others.
-        banned: int64, indices of tokens that may not be drawn; None for none.
+        banned: int64, indices of tokens that may not be drawn; None for none. chained: see `Guidance`.
     """
 
     scale: Tensor
     further: Sequence[float] = ()
     banned: Tensor | None = None
+    chained: bool = False
 
     def weights(self, streams: int) -> Tensor:
         """`[S, B]`: the guided logits are this sum of those of `streams` streams."""
         extra = [self.scale - 1, *(torch.full_like(self.scale, s - 1) for s in self.further)][: streams - 1]
+        if self.chained and extra:
+            after = [*extra[1:], torch.zeros_like(self.scale)]
+            return torch.stack([1 + extra[0], *(b - a for a, b in zip(extra, after, strict=True))])
         return torch.stack([1 + sum(extra, torch.zeros_like(self.scale)), *(-e for e in extra)])
 
     def __call__(self, values: Sequence[Tensor] | Tensor) -> Tensor:
@@ -182,10 +206,22 @@ class Blend:
         if len(values) > 1:
             s = self.scale.to(cond.dtype)[:, None, None]
             mixed = torch.where(s == 1, cond, cond + (s - 1) * (cond - values[1]))
-            for other, extra in zip(values[2:], self.further, strict=True):
-                mixed = mixed + (extra - 1) * (cond - other)
+            for k, (other, extra) in enumerate(zip(values[2:], self.further, strict=True), 1):
+                mixed = mixed + (extra - 1) * ((values[k] if self.chained else cond) - other)
             mixed = torch.where(cond == -torch.inf, cond, mixed)
         return mixed if self.banned is None else mixed.index_fill(-1, self.banned, -torch.inf)
+
+
+def spread_ratio(logits: Tensor, weights: Tensor) -> Tensor:
+    """`[B, n]`: standard deviation of the conditional logits over that of the mixed ones (arXiv 2305.08891, eq. 15), 1 in rows that
+    mix nothing in.
+
+    Args:
+        logits: `[S, B, n, V]` over all ids, conditional first. weights: `[S, B]`, of the sum.
+    """
+    mixed = (logits * weights.to(logits.dtype)[..., None, None]).sum(0)
+    ratio = logits[0].std(-1) / (mixed.std(-1) + 1e-6)
+    return ratio.masked_fill((weights[1:] == 0).all(0)[:, None], 1.0)
 
 
 def choose(

@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import time as wall
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding.cache.base import NoCache, RefreshPolicy
+from unidiff.decoding.cache.sprint import PruningPolicy, keys_seen_by
+from unidiff.decoding.checks import check_features, check_head
+from unidiff.decoding.draw import CHUNK, PositionLogits, gather_positions, spread_ratio
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
 from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
 from unidiff.models.parts import gather_rows, query_index
 from unidiff.models.store import FeatureStore
-from unidiff.schema import short_value
 from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary
-
-
-@dataclass(frozen=True)
-class PositionLogits:
-    """Logits of one modality where they were asked for."""
-
-    index: Tensor  # int64 [B, n], positions in the row
-    is_real: Tensor  # bool [B, n], False on padding of the index
-    values: Tensor  # float32 or float64 [streams, R, n, V] over the modality's slice, conditional stream first
-    rows: Tensor | None = None  # int64 [R], whose values these are; None for all
-
-    def select_rows(self, of_all: Tensor) -> Tensor:
-        """`[B, ...]` to `[R, ...]`."""
-        return of_all if self.rows is None else of_all[self.rows]
-
-
-def gather_positions(targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The target positions `[B, L]` of each row as an index `[B, count]` in ascending order, and which entries are real."""
-    index = (~targets).long().argsort(dim=1, stable=True)[:, :count]
-    return index, targets.gather(1, index)
 
 
 class StreamedModel:
@@ -91,12 +72,16 @@ class StreamedModel:
         self._narrow: dict[int, Tensor] = {}  # stream -> [B, L + 1, D], the same of some positions, with a spare one
         self._widest = 0  # positions whose logits a recorded pass showed
         self._targets: Tensor | None = None  # int64 [B, m], all positions whose features are ever read
-        self._narrows = self._traits is not None and self._traits.narrows and self._policy.max_logits != "everywhere"
+        self._pruning = self._policy if isinstance(self._policy, PruningPolicy) else None
+        everywhere = self._policy.max_logits == "everywhere" or self._pruning is not None
+        self._narrows = self._traits is not None and self._traits.narrows and not everywhere
         if self._narrows and not self._policy.reads_shown:
             self._targets = query_index(batch.targets)
         self.store: FeatureStore | None = None
         if self._policy.store is not None and self._partial is not None:
             self.store = self._partial.make_store(TokenBatch.cat(self._layouts), self._policy.store)
+            if self._pruning is not None:
+                self._pruning.open(self.store)
         else:  # asked now, and not in the middle of a pass
             own, *away = (layout.visibility() for layout in (batch, *unconditional))
             self._visible = [own, *(away or [own] * len(uncond_masks))]
@@ -153,7 +138,7 @@ class StreamedModel:
                 mask, at = (None if x is None else x[kept] for x in (mask, at))
             more = {name: x if kept is None else x[kept] for name, x in layout.continuous().items()}
             fresh = self.denoiser.hidden(rows, modality, positions, mask, times, *(() if at is None else (at,)), **more)
-            _check_features(fresh, rows if at is None else at)  # [n, L or m, D]
+            check_features(fresh, rows if at is None else at)  # [n, L or m, D]
             self._keep(fresh, together, group, kept, at)
         full = all(p.full for p in plans.values())
         self.stats.full_passes += full and bool(plans)
@@ -244,7 +229,9 @@ class StreamedModel:
         n, size = len(streams), len(self._layout.ids)
         store = self.store.narrow(streams[0] * size, (streams[-1] + 1) * size)
         select = self._policy.select
-        if self._graphs is not None and recordable(plan):
+        if self._pruning is not None:
+            store.keys_seen = keys_seen_by([self._pruning.keys_seen(stream) for stream in streams])
+        if self._graphs is not None and recordable(plan) and self._pruning is None:
             work, apart = self._graphs.partial(self._partial, ids, plan, store, times, select, tuple(streams)), 0
         else:
             out = self._partial.partial(ids, plan, store, times, select)
@@ -261,6 +248,13 @@ class StreamedModel:
                 known = self._features.get(stream)
                 features = features.clone() if known is None else torch.where(rows[:, None, None], features, known)
             self._features[stream] = features
+            if self._pruning is not None:
+                own = store.narrow(i * size, (i + 1) * size)
+                self._pruning.keep(stream, ids[i * size : (i + 1) * size], own, self._every_logit)
+
+    def _every_logit(self, features: Tensor) -> Tensor:
+        """Logits over all ids, `[..., D]` to `[..., V]`."""
+        return self.denoiser.head(features, 0, self._vocabulary.size)
 
     def _whole_work(self, wanted: Tensor | None) -> tuple[LayerWork, ...]:
         """Every position in every layer, behind the last one those of int64 `[B, m]`."""
@@ -292,6 +286,7 @@ class StreamedModel:
         streams: Sequence[int],
         weights: Tensor | None = None,
         unfinished: Tensor | None = None,
+        rescale: float = 0.0,
     ) -> PositionLogits:
         """The head of `modality`, at the target positions `[B, L]` only (at most `count` per row).
 
@@ -300,6 +295,7 @@ class StreamedModel:
                 that sum comes back as the only stream, from one call of the head.
             unfinished: int64 `[R]`, the only rows with target positions; None for all. A policy that looks at the largest
                 logits gets all.
+            rescale: see `Guidance`; the logits of every stream come multiplied by what this takes.
         """
         index, is_real = gather_positions(targets, count)
         rows = None if self._policy.max_logits is not None else unfinished
@@ -307,10 +303,13 @@ class StreamedModel:
         affine = self._traits is not None and self._traits.affine_head
         own = self._features[0]  # stands in for a stream that no row has used so far: none uses it now
         features = [self._moved(s) if affine and s in self._held else self._features.get(s, own) for s in streams]
-        if affine and weights is not None and self._policy.max_logits is None:
-            weights = weights if rows is None else weights[:, rows]
-            values = self._head(modality, features, taken, weights, rows)  # [1, R, n, V]
-            return PositionLogits(index, is_real, values, rows)
+        mix = weights if weights is None or rows is None else weights[:, rows]
+        spread = None
+        if rescale and mix is not None and len(features) > 1:
+            spread = (rescale * self._spread(features, taken, mix, rows) + (1 - rescale))[..., None]  # [R, n, 1]
+        if affine and mix is not None and self._policy.max_logits is None:
+            values = self._head(modality, features, taken, mix, rows)  # [1, R, n, V]
+            return PositionLogits(index, is_real, values if spread is None else values * spread, rows)
         values = self._head(modality, features, taken, rows=rows)  # [S, R, n, V]
         if held := [] if affine else [i for i, s in enumerate(streams) if s in self._held]:
             beside = self._head(modality, [self._beside[streams[i]] for i in held], taken, rows=rows)
@@ -322,7 +321,20 @@ class StreamedModel:
                 values[i] = kept
         if self._policy.max_logits is not None:
             self._note_max_logits(modality, index, is_real, values, streams, weights)
-        return PositionLogits(index, is_real, values, rows)
+        return PositionLogits(index, is_real, values if spread is None else values * spread, rows)
+
+    def _spread(self, features: Sequence[Tensor], index: Tensor, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """`[R, n]`: standard deviation over all ids of the conditional logits over that of the mixed ones, 1 in rows that mix
+        nothing in. Of a part of the positions at a time, since all ids are many."""
+        picked = torch.stack([gather_rows(f if rows is None else f[rows], index) for f in features])  # [S, R, n, D]
+        width = max(1, CHUNK // (len(picked) * picked.shape[1] * self._vocabulary.size))
+        parts = []
+        for part in picked.split(width, dim=2):
+            parts.append(spread_ratio(self._every_logit(part), weights))
+            self.stats.head_tokens += part[..., 0].numel()
+            if self._traits is not None:
+                self.stats.head_flops += self._traits.head_flops(part[..., 0].numel(), self._vocabulary.size)
+        return torch.cat(parts, -1)
 
     def _moved(self, stream: int) -> Tensor:
         """Features of a held stream, moved as the conditional ones since it was evaluated: cond - (cond then - uncond then).
@@ -348,7 +360,7 @@ class StreamedModel:
             picked = (picked.to(wide) * weights.to(wide)[..., None, None]).sum(0, keepdim=True).to(picked.dtype)
         tokens = len(picked) * index.numel()
         logits = self.denoiser.head(picked, start, stop)
-        _check_head(logits, picked, start, stop)
+        check_head(logits, picked, start, stop)
         self.stats.head_tokens += tokens
         if self._traits is not None:
             self.stats.head_flops += self._traits.head_flops(tokens, stop - start)
@@ -378,23 +390,3 @@ class StreamedModel:
             if stream and weights is not None:
                 fresh = fresh & (weights[i] != 0)[:, None]
             self._max_logits[stream] = known.scatter(1, index, torch.where(fresh, peak, known.gather(1, index)))
-
-
-def _check_features(features: Any, ids: Tensor) -> None:
-    """Raise `ValueError` unless a model returned features `[B, L, D]` for ids `[B, L]`."""
-    good = isinstance(features, Tensor) and features.is_floating_point()
-    if not good or features.ndim != 3 or features.shape[:2] != ids.shape:
-        raise ValueError(f"the model's hidden returned {_kind(features)}; expected floats {[*ids.shape, 'D']}")
-
-
-def _check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
-    """Raise `ValueError` unless a model's head returned a logit for each of the ids from `start` to before `stop`."""
-    shape = [*features.shape[:-1], stop - start]
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or list(logits.shape) != shape:
-        raise ValueError(
-            f"the model's head returned {_kind(logits)} for the ids {start} to {stop - 1}; expected floats {shape}"
-        )
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else short_value(value)

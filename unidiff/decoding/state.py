@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,45 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.decoding.blocks import block_ids, first_offset, joined_blocks
+from unidiff.decoding.blocks import BlockShares, block_ids, first_offset, joined_blocks
 from unidiff.decoding.commit.base import BlockPass, CommitRule, GuardedRule, NamedRule, RuleMaker
 from unidiff.decoding.config import RULES, ModalityDecoding
 from unidiff.decoding.edits import TokenEdits
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
-
-
-class BlockShares:
-    """How the passes of a modality are shared out over its blocks: in proportion to their sizes, row by row.
-
-    Passes before a block are the share of `total` that is due to the tokens before it, rounded down. So every block gets at
-    least one pass and no more than its share rounded up, and all of them together get `total`, int64 `[B]`.
-
-    Args:
-        steps: passes asked for. Rows with more blocks than that make one pass per block.
-        size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
-        capped: never more passes than tokens.
-        offset: int64 `[B]`, how many tokens the first block is shorter; None for none.
-    """
-
-    def __init__(
-        self, steps: int, size: Tensor, length: int | None, capped: bool, offset: Tensor | None = None
-    ) -> None:
-        self._whole, self._size = length is None, (size := size.clamp_min(1))
-        self._offset = torch.zeros_like(size) if offset is None else offset
-        reach = size + self._offset  # as if the first block were whole
-        self._length = reach if length is None else reach.clamp_max(length)  # [B], tokens of a full block
-        total = (reach - 1).div(self._length, rounding_mode="floor").add(1).clamp_min(steps)
-        self.total = torch.minimum(total, size) if capped else total
-
-    def before(self, block: Tensor) -> Tensor:
-        """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
-        if self._whole:
-            return torch.where(block > 0, self.total, 0)
-        return self.total * torch.minimum((block * self._length - self._offset).clamp_min(0), self._size) // self._size
-
-    def own(self, block: Tensor) -> Tensor:
-        """int64 `[B]`: passes of a block."""
-        return self.total if self._whole else self.before(block + 1) - self.before(block)
 
 
 class ModalityProgress:
@@ -99,6 +65,7 @@ class ModalityProgress:
         self.block = self.reached = zero - 1
         self.made = self.start = self.remasked = self.joined = zero
         self.edits = None if settings.edit_threshold is None else TokenEdits.of(settings, zero)
+        self._over = zero  # blocks whose passes are all made; more than 0 with `writes_mask` alone
         self.active = self.ahead = torch.zeros_like(self.targets)
         self.running = zero.bool()
 
@@ -106,16 +73,22 @@ class ModalityProgress:
         """Find the block each row works on: the lowest with a masked position. Rows in `waiting` `[B]` pause."""
         own = masked & self.targets & ~waiting[:, None]
         none = torch.iinfo(torch.long).max
-        block = torch.where(own, self.blocks, none).amin(1)  # [B]
+        block = torch.where(own & (self.blocks >= self._over[:, None]), self.blocks, none).amin(1)  # [B]
         pending = self.pending & ~waiting
         block = torch.where(pending, self.block, block)
         self.active = own & (self.blocks == block[:, None])
+        late = self.settings.writes_mask and self.rule.planned  # what earlier blocks have left is filled besides
+        if late:
+            stays = (own & (self.blocks <= self.block[:, None])).any(1) & (self.block >= self._over)
+            block = torch.where(stays, self.block, block)
+            self.active = own & (self.blocks <= block[:, None]) & (block != none)[:, None]
         self.running = self.active.any(1) | pending
         self.block = torch.where(self.running, block, self.block)
         begun, remaining = self.running & (block > self.reached), self.active.sum(1)
         self.reached = torch.where(begun, block, self.reached)
         self.made = torch.where(begun, 0, self.made)
-        self.start = torch.where(begun, remaining, self.start)
+        size = (self.active & (self.blocks == block[:, None])).sum(1) if late else remaining
+        self.start = torch.where(begun, size, self.start)
         if self.edits is not None:
             self.edits.begin_pass(begun)
         if self._joining > 0:
@@ -132,6 +105,17 @@ class ModalityProgress:
         if self.edits is not None:
             self.edits.end_pass(self.running & ~self.active.any(1))
         self.made = self.made + (self.running & (self.block == self.reached)).long()
+
+    def given_up(self, masked: Tensor) -> Tensor:
+        """bool `[B, L]`: what stays masked because the passes of its block are made (`writes_mask`)."""
+        own, limit = masked & self.targets, self.settings.block_steps
+        if not self.rule.planned and limit is None:
+            return own & False
+        done = self.running & (self.made >= (self.steps if self.rule.planned else limit))
+        self._over = torch.where(done, self.block + 1, self._over)
+        if self.rule.planned:  # with the last block
+            return own & (self._over > self.blocks.where(self.targets, -1).amax(1))[:, None]
+        return own & (self.blocks < self._over[:, None])
 
     @property
     def step(self) -> Tensor:
@@ -170,7 +154,8 @@ class ModalityProgress:
     def foretold(self) -> bool:
         """Whether the rule, one of the named ones, fills numbers of positions that are known beforehand, and remasks as many."""
         own, known = self.settings, self.rule.foretold and type(self.rule) is RULES[self.settings.rule]
-        return known and self.edits is None and own.remask != "confidence" and own.blocks_in_flight == 1
+        plain = self.edits is None and not own.writes_mask and own.blocks_in_flight == 1
+        return known and plain and own.remask != "confidence"
 
     @property
     def in_block(self) -> Tensor:
@@ -241,6 +226,7 @@ class DecodeState:
         confidence: float32 `[B, L]`, probability of each decoded token when it was committed; 1 at known tokens
             and end-of-text fill, 0 while masked. recomputed: bool `[B, L]`, see `CachePlan.recomputed`; for callbacks.
         progress: one per modality that has targets.
+        exists: bool `[B, L]`, tokens of any stream; the unconditional rows may be longer than those of the batch.
         step: passes begun, counting those that needed no forward. nfe: network evaluations, guidance streams counted.
         finishing: the next pass fills everything that is masked. reopened: tokens that callbacks masked again.
         streams: guidance streams that the coming pass may mix in; 0 is the conditional one.
@@ -255,6 +241,7 @@ class DecodeState:
     just_unmasked: Tensor
     confidence: Tensor
     recomputed: Tensor
+    exists: Tensor
     progress: dict[Modality, ModalityProgress] = field(default_factory=dict)
     step: int = 0
     nfe: int = 0
@@ -265,10 +252,16 @@ class DecodeState:
     max_logits: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, hidden: TokenBatch, progress: dict[Modality, ModalityProgress]) -> DecodeState:
-        """`hidden` is the request with every target masked."""
-        nowhere = torch.zeros_like(hidden.given)
-        return cls(hidden, hidden.targets.clone(), nowhere, nowhere, (~hidden.targets).float(), nowhere, progress)
+    def start(
+        cls, hidden: TokenBatch, progress: dict[Modality, ModalityProgress], others: Sequence[Tensor] = ()
+    ) -> DecodeState:
+        """`hidden` is the request with every target masked; others: bool `[B, L]`, tokens of the unconditional rows."""
+        nowhere, exists = torch.zeros_like(hidden.given), hidden.valid
+        for valid in others:
+            exists = exists | valid
+        return cls(
+            hidden, hidden.targets.clone(), nowhere, nowhere, (~hidden.targets).float(), nowhere, exists, progress
+        )
 
     @property
     def ids(self) -> Tensor:
@@ -285,14 +278,17 @@ class DecodeState:
         """bool `[B]`: rows that are not complete."""
         return torch.stack([self.masked.any(1), *(progress.pending for progress in self.progress.values())]).any(0)
 
-    def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor) -> None:
-        """Put tokens at the picked entries of an index `[B, n]`."""
+    def write(self, index: Tensor, pick: Tensor, token: Tensor, confidence: Tensor, mask_id: int = -1) -> None:
+        """Put tokens at the picked entries of an index `[B, n]`; where [MASK] is written, a position is masked."""
+        hidden = pick & (token == mask_id)
+        confidence = confidence.masked_fill(hidden, 0.0)
         ids = torch.where(pick, token, self.ids.gather(1, index))
         sure = torch.where(pick, confidence.float(), self.confidence.gather(1, index))
         self.batch = self.batch.replace(ids=self.ids.scatter(1, index, ids))
         self.confidence = self.confidence.scatter(1, index, sure)
-        filled = torch.zeros_like(self.masked).scatter(1, index, pick)
-        self.masked, self.just_unmasked = self.masked & ~filled, self.just_unmasked | filled
+        nowhere = torch.zeros_like(self.masked)
+        filled, again = nowhere.scatter(1, index, pick), nowhere.scatter(1, index, hidden)
+        self.masked, self.just_unmasked = (self.masked & ~filled) | again, self.just_unmasked | filled
 
     def mask_again(self, where: Tensor, mask_id: int) -> None:
         """Committed tokens at `where` bool `[B, L]` become masked."""
@@ -307,6 +303,10 @@ class DecodeState:
     def freeze(self, where: Tensor, token: int) -> None:
         """Fill masked positions at `where` for good, with a token that was not decoded."""
         self._put(where, token, 1.0)
+        self.masked, self.frozen = self.masked & ~where, self.frozen | where
+
+    def leave(self, where: Tensor) -> None:
+        """Positions bool `[B, L]` stay masked for good."""
         self.masked, self.frozen = self.masked & ~where, self.frozen | where
 
     def heed(self, answer: object, vocabulary: Vocabulary) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from unidiff.decoding.cache.base import RefreshPolicy
 from unidiff.decoding.commit.base import CommitRule, RuleMaker
 from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
@@ -185,6 +186,7 @@ class Prepared(NamedTuple):
 
     Args:
         rules: commit rules of the family's own, by modality. vocabulary: what may be drawn, where it is not the layout's.
+        policy: its cache, where the caller asks for none.
     """
 
     model: Any
@@ -192,6 +194,13 @@ class Prepared(NamedTuple):
     config: SamplerConfig
     rules: Mapping[Modality, CommitRule | RuleMaker] = MappingProxyType({})
     vocabulary: Vocabulary | None = None
+    policy: RefreshPolicy | None = None
+
+
+def check_compat(value: object) -> None:
+    """Raise `ValueError` unless a layout's `compat` is None or "upstream"."""
+    if value not in (None, "upstream"):
+        raise ValueError(f"compat = {value!r:.80}; expected None or 'upstream'")
 
 
 class RowLayout:

@@ -7,15 +7,20 @@ add up to 1. Its configs say `model_type` "llada", as LLaDA's do; the names of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from unidiff.families.chat import ChatTemplate, chat_layout
+from torch import Tensor
+
+from unidiff.decoding.config import SamplerConfig
+from unidiff.families.chat import ChatLayout, ChatTemplate, chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.expert_names import EXPERT_KEYS, expert_dims, expert_layout, expert_names
 from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head, special_ids, text_vocabulary
-from unidiff.families.llada.rows import llada_sampler
+from unidiff.families.layout import DecodeRequest, Prepared, check_compat
+from unidiff.families.llada.rows import as_upstream, llada_sampler
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
 from unidiff.tokens import Vocabulary
@@ -153,6 +158,41 @@ LING_CHAT = ChatTemplate(
     sampler=llada_sampler,
     spelled={"role": "<role>", "end_role": "</role>", "role_end": "<|role_end|>"},
 )
+
+
+@dataclass(frozen=True)
+class LLaDAMoELayout(ChatLayout):
+    """LLaDA's rows.
+
+    Args:
+        compat: None, or "upstream" for the released program: it drops the attention mask, so that padding before the shorter
+            prompts of a batch is seen; any id may be written, [MASK] too, which uses up quota.
+    """
+
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        check_compat(self.compat)
+
+    def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
+        if self.compat is None:
+            return super().prepared(pipe, request, config, seeds)
+        return Prepared(pipe.transformer, request, as_upstream(config))
+
+    def _go_on(self, prompts: Sequence[Sequence[int]], longest: int) -> DecodeRequest:
+        if self.compat is not None:
+            ids, most = self.vocabulary.specials, max(map(len, prompts))
+            pad = ids.get("pad", ids.get("eos", 0))
+            prompts = [[*[pad] * (most - len(prompt)), *prompt] for prompt in prompts]
+        return super()._go_on(prompts, longest)
+
+
+def llada_moe_layout(released: Any, texts: Any) -> LLaDAMoELayout:
+    """The layout of a loaded model and its tokenizer."""
+    made = chat_layout(LING_CHAT, "llada-moe")(released, texts)
+    return LLaDAMoELayout(**{f.name: getattr(made, f.name) for f in fields(made)})
+
+
 # What its paper states, and what follows from the stated sizes: 14.71 GB in all and 12.88 GB of experts, in bfloat16
 CONFIG: dict[str, Any] = {
     **dict(
@@ -182,5 +222,5 @@ LLADA_MOE = Family(
     unstated=("norm_eps", "rope_share", "ffn_size"),
     tiny=Tiny(_TINY, (0.02807, 0.639869, 0.331912, -0.194533)),
     spelling=llada_moe_spelling,
-    layout=chat_layout(LING_CHAT, "llada-moe"),
+    layout=llada_moe_layout,
 )

@@ -62,12 +62,16 @@ def _even(
     work = [LayerWork(n, n, n)] * (last + 1)
     if not n:
         return PartialHidden(store.hidden[:, :0], index.at, tuple(work))
-    shared = store.rotary(index), store.visible(index), store.options.rotated
-    views = [EvenView(*shared, store=store, layer=layer, index=index, asked=index) for layer in range(last + 1)]
+    rotary, visible, rotated = store.rotary(index), store.visible(index), store.options.rotated
+    masks = [store.visible_in(layer, index, visible) for layer in range(last + 1)]
+    views = [
+        EvenView(rotary, mask, rotated, store=store, layer=layer, index=index, asked=index)
+        for layer, mask in enumerate(masks)
+    ]
     if wanted is not None and wanted.shape[1] < n:
         left, asked = index.narrowed(wanted, store.shape[1])
         work[last] = LayerWork(n, n, asked.width)
-        views[last] = replace(views[last], mask=queries_of(shared[1], left), left=left, asked=asked)
+        views[last] = replace(views[last], mask=queries_of(masks[last], left), left=left, asked=asked)
     x = run(rows, store, index, views)
     store.write_hidden(asked, x)
     return PartialHidden(x, asked.at, tuple(work))

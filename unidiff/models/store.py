@@ -70,6 +70,13 @@ class TokenIndex(NamedTuple):
         return place, TokenIndex(torch.where(self.at.gather(1, place) == wanted, wanted, length))
 
 
+class KeysSeen(NamedTuple):
+    """Keys that all queries of a row see in each layer, in place of what they may see, in some rows."""
+
+    rows: Tensor  # bool [B]
+    keys: Tensor  # bool [layers, B, L]
+
+
 class FeatureStore:
     """Features of B rows of one layout; every tensor has a spare position L that takes the padding of an index.
 
@@ -90,6 +97,7 @@ class FeatureStore:
         computed: int64 `[B, L + 1]`, the pass that computed a position, from 1; 0 for never.
         passes: int64 `[B]`. complete: bool `[B]`, rows without a position that was never computed; known without asking
             the device.
+        keys_seen: of the coming pass, where a cache says which; None for none.
         tokens_of: from flags of positions in the rows `[B, L]` to those of the tokens that are kept, where these differ.
     """
 
@@ -117,6 +125,7 @@ class FeatureStore:
         self.passes = torch.zeros(rows, dtype=torch.long, device=device)
         self.complete = np.zeros(rows, dtype=np.bool_)
         self.tokens_of: Callable[[Tensor], Tensor] = lambda where: where
+        self.keys_seen: KeysSeen | None = None
         self._first_output = list(accumulate((0, *layout.branches)))
         self.everywhere = TokenIndex(torch.arange(length, device=device).expand(rows, length), layout.border, True)
         self._flat: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # of this pass: (id of an index, use) -> both
@@ -160,7 +169,7 @@ class FeatureStore:
     def _layout_of(self, rows: slice | Tensor) -> FeatureStore:
         part = object.__new__(FeatureStore)
         part.options, part.layout, part._first_output = self.options, self.layout, self._first_output
-        part.tokens_of = self.tokens_of
+        part.tokens_of, part.keys_seen = self.tokens_of, None
         part.everywhere = self.everywhere._replace(at=self.everywhere.at[rows])
         part.inputs = {name: table[rows] for name, table in self.inputs.items()}
         part.allowed = None if self.allowed is None else self.allowed[rows]
@@ -221,6 +230,15 @@ class FeatureStore:
             known = (self.computed[:, :-1] > 0)[:, None, None]  # [B, 1, 1, L]
             mask = known if mask is None else mask & known
         return mask
+
+    def visible_in(self, layer: int, index: TokenIndex, mask: Tensor | None) -> Tensor | None:
+        """`visible` as one layer has it, where a cache names the keys that are seen."""
+        if self.keys_seen is None:
+            return mask
+        own = self.keys_seen.keys[layer, :, None, None]  # [B, 1, 1, L]
+        if mask is None:
+            mask = torch.ones_like(own)
+        return torch.where(self.keys_seen.rows[:, None, None, None], own, mask)
 
     def begin(self, index: TokenIndex) -> None:
         """Count a pass that computes the positions of an index."""

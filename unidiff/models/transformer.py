@@ -87,7 +87,8 @@ class MaskedTransformer(CheckedModel):
             positions: int64 `[B, L, 3]`: (index in the sample, image row, image column).
             attention_mask: bool `[B, 1, L, L]` or `[B, 1, 1, L]`, True where a query may see a key; None when every row is one sample
                 without padding (the fast path). A query that may see nothing gets a zero attention output. Or the
-                `BlockMask` of a `Visibility`, which has the order of blocks in it.
+                `BlockMask` of a `Visibility`, which has the order of blocks in it. Or floats `[B, 1, L, L]` that are added to the
+                scores of attention, in place of any order of blocks.
             time: float `[B]`; needed with `time_conditioning` unless `constant_time` is set, ignored without.
             wanted: int64 `[B, m]`, the only positions whose states are returned, `[B, m, D]`: of the others the last layer
                 computes keys and values alone. L or more is padding, for any position. Not with `shift`.
@@ -102,7 +103,8 @@ class MaskedTransformer(CheckedModel):
         rotary, grid_index = self.position_tables(positions, modality)
         x = self.embed(ids, modality, grid_index, features)  # [B, L, D]
         # 2. what all layers share besides the rotary tables: visibility, condition
-        if c.block_length is not None and (attention_mask is None or isinstance(attention_mask, Tensor)):
+        masked = isinstance(attention_mask, Tensor) and not attention_mask.is_floating_point()
+        if c.block_length is not None and (attention_mask is None or masked):
             attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
         condition = self.condition(modality, time)
         # 3. layers and final norm

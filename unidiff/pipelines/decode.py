@@ -117,21 +117,21 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     if HOOKS & vars(pipe.transformer).keys():
         bring(pipe.transformer)
     request = request.repeated(count, pipe._execution_device)  # [B * count, L]
-    model, request, config, own_rules, drawn = layout.prepared(pipe, request, config, seeds)
+    model, request, config, own_rules, drawn, own_policy = layout.prepared(pipe, request, config, seeds)
     # 3. what guidance leads away from, what is kept between passes, what a person should know
     condition, away = _guidance(task, request, inputs, config, options)
-    plain = options.cache is options.policy is None and not is_block_causal(model)
-    choice = no_cache() if plain else choose_cache(options.cache, options.policy, request.batch, config, model)
+    policy = options.policy or (own_policy if options.cache is None else None)
+    plain = options.cache is policy is None and not is_block_causal(model)
+    choice = no_cache() if plain else choose_cache(options.cache, policy, request.batch, config, model)
     notes = [note] if (note := layout.note(task)) else []
     if notes:
         warn(note, UntrainedTask)
     notes += [*notes_on(call.said, pipe.texts), *letters_note(call.said)]
     # 4. decode
-    pipe.interrupt = False
+    pipe.interrupt, device = False, request.batch.ids.device
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
         watcher = StepWatcher(pipe, bar, options, request)
         run = Sampler(model, drawn or layout.vocabulary, config, choice.policy, {**own_rules, **rules}, options.graphs)
-        device = request.batch.ids.device
         out = run(request.batch, seeds.to(device), condition, watcher, options.record_trajectory, away)
         watcher.finish()
     # 5. of the candidates of a row, the one that agrees best with itself

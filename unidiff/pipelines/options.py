@@ -44,7 +44,7 @@ class DecodeOptions:
     """Keyword arguments that every task of every family takes, as far as its weights allow; None keeps the model's own.
 
     Args:
-        steps: passes per modality.
+        steps: passes per modality; those of a block at most where the family's own settings count these (LLaDA2).
         guidance_scale: classifier-free guidance, 1 is off.
         guidance_hides: what the unconditional pass does not see: `given` tokens, the `other` modality, or given `text` or
             `image`.
@@ -53,7 +53,7 @@ class DecodeOptions:
         sampler: a whole `SamplerConfig` in place of the task's default; the other arguments still apply on top, and then
             what the task itself needs (ids that are never written, ends of texts).
         cache: what is kept between passes: "auto", "none", "prefix", "dual", "vicinity", "interval", "adaptive", "max-logit",
-            "modality", "block-causal", or a `CacheConfig`, which says what each costs and gains. "auto" takes what suits the
+            "modality", "sprint", "block-causal", or a `CacheConfig`, which says what each costs and gains. "auto" takes what suits the
             task and none where rows are too short to gain (`choose_cache`); results say what was used. Every cache but
             "block-causal" trades some quality for speed. Left out: "block-causal" for block-causal weights, for which it is
             exact, and none for others.
@@ -272,7 +272,7 @@ GUIDANCE_CONVENTIONS = {  # what is added to a paper's guidance scale: s of unco
     **dict.fromkeys(("diffusers", "unidiff", "amused", "meissonic", "muddit", "llada2-uni"), 0),
     **dict.fromkeys(("llada", "mmada", "dynin-omni", "unidisc", "lumina-dimoo"), 1),
 }
-_SCALES = ("guidance_scale", "image_guidance_scale")
+_SCALES: Mapping[str, Mapping[str, int]] = {"guidance_scale": {}, "image_guidance_scale": {"llada2-uni": 1}}
 
 
 def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def own_names(given: Mapping[str, Any]) -> dict[str, Any]:
     if (convention := given.pop("guidance_convention", None)) is not None:
         one_of(convention, "guidance_convention", tuple(GUIDANCE_CONVENTIONS))
         added = GUIDANCE_CONVENTIONS[convention]
-        given |= {name: _plus(given[name], added) for name in _SCALES if name in given}
+        given |= {n: _plus(given[n], own.get(convention, added)) for n, own in _SCALES.items() if n in given}
     for name, value in given.items():
         own, added = ALIASES.get(name, Alias(name))
         if own in spelt and value is not None and named[own] is not None:

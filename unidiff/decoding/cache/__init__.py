@@ -8,6 +8,7 @@ from unidiff.decoding.cache.combined import CacheByRow, HeldGuidance, SegmentCac
 from unidiff.decoding.cache.interval import IntervalCache
 from unidiff.decoding.cache.max_logit import MaxLogitCache
 from unidiff.decoding.cache.modality import ModalityCache
+from unidiff.decoding.cache.sprint import SprintCache
 
 __all__ = [
     "AdaptiveCache",
@@ -23,5 +24,6 @@ __all__ = [
     "PrefixCache",
     "RefreshPolicy",
     "SegmentCache",
+    "SprintCache",
     "VicinityCache",
 ]

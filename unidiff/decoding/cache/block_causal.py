@@ -52,7 +52,7 @@ class BlockCausalCache(StoringPolicy):
 
     def plan_stream(self, state: DecodeState, candidates: Tensor, stream: int, rows: Tensor) -> StreamPlan:
         """See `Policy`. All rows go on together: what is right of a row is known by place, not by pass."""
-        notes, valid, far = self.past(state, stream).notes, state.batch.valid, torch.iinfo(torch.long).max
+        notes, valid, far = self.past(state, stream).notes, state.exists, torch.iinfo(torch.long).max
         changed = (state.ids != notes.get("ids", state.ids)) & valid
         first_changed = torch.where(changed, self._blocks, far).amin(1, keepdim=True)  # [B, 1]
         right = notes.get("right", torch.zeros_like(valid)) & (self._blocks < first_changed)

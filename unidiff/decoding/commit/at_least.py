@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,13 @@ class AtLeast(NamedRule):
             raise ValueError(
                 f"block_steps is {settings.block_steps}, but there are no blocks; set block_length, or least_tokens"
             )
+
+    @classmethod
+    def in_steps(cls, settings: ModalityDecoding, steps: int, schedule: str) -> ModalityDecoding:
+        """So many passes of a block at most, where the settings count these."""
+        if settings.block_steps is None:
+            return super().in_steps(settings, steps, schedule)
+        return replace(settings, block_steps=steps)
 
     def count(self, now: BlockPass) -> Tensor:
         own = self.settings

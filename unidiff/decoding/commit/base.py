@@ -162,6 +162,10 @@ class NamedRule:
         """See `CommitRule`: bool `[B, n]`."""
         return take_best(score, is_real, count, self.ranking_slack)
 
+    def picked(self, choice: Choice, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
+        """`pick`, for rules that need more of what was drawn."""
+        return self.pick(choice.confidence, score, is_real, count, index)
+
     @property
     def slack(self) -> Slack | None:
         """Of the confidences that thresholds apply to."""
@@ -181,6 +185,9 @@ class Quota(NamedRule):
     compares = False
 
     def count(self, now: BlockPass) -> Tensor:
+        if self.settings.writes_mask:  # as planned, also where [MASK] was written in place of tokens
+            share, rest = now.start // now.steps, now.start % now.steps
+            return torch.minimum(share + (now.step < rest).long(), now.remaining)
         return quota(self.settings.schedule, now.start, now.remaining, now.step, now.steps)
 
     def early(self, now: BlockPass, count: Tensor, noise: Callable[[int], Tensor]) -> Tensor | None:

@@ -49,6 +49,11 @@ def llada_sampler(
     return SamplerConfig(text=text, guidance=Guidance(scale=1 + guidance, hide="given"))
 
 
+def as_upstream(config: SamplerConfig) -> SamplerConfig:
+    """Settings of a text as the programs of LLaDA, LLaDA-MoE and LLaDA2 have them: every id may be written, [MASK] too."""
+    return replace(config, text=replace(config.text, writes_mask=True, forbid=()))
+
+
 LLADA_CHAT = ChatTemplate(
     marks={"bos": 126080, "start_header": 126346, "end_header": 126347, "eot": 126348},
     opening=("<bos>",),

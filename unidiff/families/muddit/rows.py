@@ -31,6 +31,7 @@ from unidiff.families.layout import (
     RowLayout,
     TaskInputs,
     TaskNeeds,
+    check_compat,
     hidden_words,
     lay_out,
 )
@@ -160,8 +161,7 @@ class MeissonicLayout(RowLayout):
     strengths: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.compat not in (None, "upstream"):
-            raise ValueError(f"compat = {self.compat!r:.80}; expected None or 'upstream'")
+        check_compat(self.compat)
 
     @classmethod
     def of(cls, released: Any, texts: Any) -> RowLayout:

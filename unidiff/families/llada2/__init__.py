@@ -9,24 +9,18 @@ with image codes behind the words, which share their [MASK] and their positions 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-from unidiff.decoding.config import ModalityDecoding, SamplerConfig
-from unidiff.families.chat import ChatLayout, chat_layout
 from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
 from unidiff.families.checkpoint.expert_names import EXPERT_KEYS
 from unidiff.families.checkpoint.keymap import KeyMap
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
-from unidiff.families.layout import DecodeRequest, TaskNeeds, lay_out
-from unidiff.families.llada_moe import LING_CHAT, ling_vocabulary, llada_moe_spelling, mixture_keymap
+from unidiff.families.llada2.rows import BLOCK, llada2_layout, llada2_sampler
+from unidiff.families.llada_moe import ling_vocabulary, llada_moe_spelling, mixture_keymap
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Depth, Epsilon, Index, Layers, Positive, Rows, Width
-from unidiff.tokens import Span, Vocabulary
+from unidiff.tokens import Vocabulary
 
-BLOCK = 32
-"""Positions of a block of attention, of all released weights; in no config."""
 ARCHITECTURES = ("LLaDA2MoeModelLM",)
 MODEL_TYPES = ("llada2_moe", "llada2_moe_veomni")
 KEYS = ConfigKeys(
@@ -142,67 +136,6 @@ def llada2_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     return mixture_keymap(model, spelling, NAMES, copies)
 
 
-def llada2_sampler(
-    vocabulary: Vocabulary,
-    block_length: int = BLOCK,
-    steps: int = 32,
-    threshold: float = 0.95,
-    least: int | None = None,
-    edit_threshold: float | None = None,
-    edit_passes: int = 16,
-    stop_early: bool = True,
-) -> SamplerConfig:
-    """The decoding of LLaDA2.0, or with `edit_threshold` (0.9 upstream, for quality 0.5) that of LLaDA2.1.
-
-    Marks that only occur in prompts are never emitted.
-
-    Args:
-        steps: passes of a block at most. threshold: all tokens above it are written, if these are as many as the quota.
-        least: the quota of every pass, in place of that of `steps` (2.1: `num_to_transfer`, 1).
-        edit_passes: over a block without masks (`max_post_steps`).
-        stop_early: end at the first end of text; otherwise only when a block is complete (2.0 without `eos_early_stop`).
-    """
-    kept = vocabulary.specials.get("eos")
-    marks = tuple(sorted({i for i in vocabulary.specials.values() if i != kept}))
-    quota: dict[str, Any] = {"block_steps": steps}
-    if edit_threshold is not None:
-        quota = {"edit_threshold": edit_threshold, "edit_passes": edit_passes, "least_tokens": least or 1}
-    elif least is not None:
-        quota = {"least_tokens": least}
-    text = ModalityDecoding(
-        rule="at_least", threshold=threshold, temperature=0.0, block_length=block_length, block_order="aligned",
-        forbid=marks, **quota,
-    )  # fmt: skip
-    return SamplerConfig(text=text, whole_blocks=not stop_early)
-
-
-@dataclass(frozen=True)
-class BlockChatLayout(ChatLayout):
-    """Answers to the end of their last block of attention, of which the tokens asked for are read. No holes are filled: a block
-    does not see what stands behind it."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return tuple(task for task in super().tasks if task != "infill")
-
-    def _go_on(self, prompts: Sequence[Sequence[int]], longest: int) -> DecodeRequest:
-        block, rows = self.config.text.block_length or 1, []
-        for prompt in prompts:
-            hidden = [Span.words([None] * longest, self.vocabulary, read=True)]
-            if rest := -(len(prompt) + longest) % block:
-                hidden.append(Span.words([None] * rest, self.vocabulary))
-            rows.append([Span.text(prompt, True), *hidden])
-        return lay_out(rows, self.config, TaskNeeds(self.never, self.ends), left=self.left)
-
-
-def llada2_layout(released: Any, texts: Any) -> BlockChatLayout:
-    """The layout of a loaded model and its tokenizer, in blocks of the model's attention."""
-    made = chat_layout(LING_CHAT, "llada2")(released, texts)
-    config = llada2_sampler(released.vocabulary, released.model.settings.block_length)
-    parts = {name: getattr(made, name) for name in ("vocabulary", "encode", "family", "template")}
-    return BlockChatLayout(config=config, paced=True, **parts)
-
-
 CONFIG: dict[str, Any] = {
     **dict(model_type="llada2_moe", architectures=["LLaDA2MoeModelLM"], hidden_size=2048, num_hidden_layers=20),
     **dict(num_attention_heads=16, num_key_value_heads=4, head_dim=128, intermediate_size=5120, vocab_size=157184),
@@ -237,3 +170,5 @@ LLADA2 = Family(
     spelling=llada_moe_spelling,
     layout=llada2_layout,
 )
+
+__all__ = ["LLADA2", "llada2_keymap", "llada2_layout", "llada2_sampler", "llada2_settings", "llada2_vocabulary"]
