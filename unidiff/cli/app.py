@@ -125,11 +125,11 @@ def caption(
             refused[number] = error
     pipe = flags.load() if pictures else None
     if pipe is not None:
-        pixels = pipe.layout.reads_pixels
-        inputs = None if pixels else pipe.image_inputs  # refuses once for all where the model knows no pictures
-        for number in () if pipe.layout.any_size or inputs is None else list(pictures):
+        if not pipe.layout.reads_pixels:
+            pipe.image_size  # noqa: B018  # refuses once for all where the model knows no pictures
+        for number in () if pipe.layout.any_size else list(pictures):
             try:
-                inputs.images(pictures[number], resize)
+                pipe.image_inputs.images(pictures[number], resize)
             except ValueError as error:
                 refused[number] = ValueError(f"{images[number]!r}: {error}")
                 del pictures[number]

@@ -35,7 +35,7 @@ class UniDiffOutput(BaseOutput):
     Attributes:
         images: PIL images, a float tensor `[B, 3, H, W]`, a float array `[B, H, W, 3]` or int64 codes `[B, h, w]`, as
             `output_type` says. For captions and answers, the pictures that were given, at the model's size. None where
-            there are no pictures (chat and other text alone).
+            there are no pictures (chat and other text alone), or a row may have several (LLaDA-V).
         texts: the caption, answer or prompt of each row, up to its first end-of-text.
         codes: int64 `[B, h, w]`, image codes.
         text_ids: the text ids behind `texts`.

@@ -175,7 +175,8 @@ class TokenBatch:
             raise ValueError(f"a row has {longest} tokens, more than the batch length {length}; shorten it")
         fills = (pad_id, *_FILLS)
         columns = [[_pad(r[column], length, fill, left) for r in laid] for column, fill in enumerate(fills)]
-        return cls(*map(torch.stack, columns), features=_lay_out_features(rows, length, left))
+        made = cls(*map(torch.stack, columns))
+        return replace(made, features=_lay_out_features(rows, length, left))
 
     @property
     def shape(self) -> tuple[int, int]:

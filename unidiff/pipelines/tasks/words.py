@@ -79,7 +79,7 @@ class WordTasks(PictureReader):
         """
         several = as_list(messages, "message")
         turns = check_turns([several] if all(isinstance(message, Mapping) for message in several) else several)
-        longest, shown = self._longest(max_text_tokens, usual=128), None
+        longest, shown = self._longest(max_text_tokens, usual=128), dict[str, Any]()
         if image is not None:
             if not self.layout.reads_pixels:
                 raise ValueError(
@@ -87,7 +87,7 @@ class WordTasks(PictureReader):
                 )
             shown = columns_of(1, messages=turns, image=pictures_of_rows(image))
             turns = shown["messages"]
-        inputs = TaskInputs(len(turns), turns=turns, pictures=shown and shown["image"], longest=longest)
+        inputs = TaskInputs(len(turns), turns=turns, pictures=shown.get("image"), longest=longest)
         return TaskCall(inputs, said=words_of_turns(turns), pictures=False)
 
     @task_method
