@@ -11,6 +11,7 @@ from all_pipelines import FAMILIES as PIPELINES
 from all_pipelines import make_pipelines
 from device_cases import moved, on_both, plainly, same_outputs
 from muddit_parts import tiny_clip, tiny_model
+from PIL import Image
 from released_parts import write_tiny
 from tiny_families import FAMILIES, STEPS, TinyFamily, family
 from virtual_device import DEVICE, VirtualTensor, virtual_device
@@ -90,6 +91,12 @@ def pipes(tmp_path_factory):
 def calls(pipe: Any) -> dict[str, list[dict[str, Any]]]:
     """Arguments of every task that a pipeline can do, several where they differ in kind."""
     pictured: dict[str, list[dict[str, Any]]] = {}
+    if pipe.layout.reads_pixels:
+        shown = [Image.effect_noise(size, 90) for size in ((9, 5), (4, 16), (7, 7))]
+        pictured = {
+            "caption": [{"image": shown, "max_text_tokens": 4}],
+            "answer": [{"image": [shown[:2], shown[2]], "question": ["a", "b c?"], "max_text_tokens": 4}],
+        }
     if pipe.images is not None:
         size = pipe.image_size
         pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
