@@ -23,6 +23,7 @@ _MDLM = DIFFUSION.format("mdlm")
 _SAMPLING = DECODING.format("reference_sampling")
 _LLADA = RELEASED.format("llada_golden")
 _MMADA = RELEASED.format("mmada_golden")
+_DYNIN = RELEASED.format("dynin_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
 _PARALLEL = RELEASED.format("parallel_golden")
@@ -77,6 +78,14 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "losses.safetensors": (f"{_MMADA}test_losses_and_gradients",),
         "t2i_*.safetensors": (f"{_MMADA}test_image_traces",),
         "mmu_*.safetensors": tuple(f"{_MMADA}{name}" for name in _TRACES[1:]),
+    },
+    "dynin": {
+        "weights.safetensors": (f"{_DYNIN}test_every_weight_maps_both_ways",),
+        "forward.safetensors": (f"{_DYNIN}test_forward",),
+        "prompts.safetensors": (f"{_DYNIN}test_prompts",),
+        "t2i_*.safetensors": (f"{_DYNIN}test_pictures",),
+        "i2i_*.safetensors": (f"{_DYNIN}test_pictures",),
+        "ti2ti_*.safetensors": (f"{_DYNIN}test_words_and_pictures_together",),
     },
     "muddit": {
         "transformer_cases.safetensors": ("models/test_mmdit_golden.py::test_forward_matches_the_reference",),
@@ -236,6 +245,6 @@ def test_every_set_of_the_root_is_compared(name: str):
 
 
 def test_the_table_is_whole():
-    assert len(COMPARED) == 15
+    assert len(COMPARED) == 16
     for name, reasons in REASONS.items():
         assert name.partition("/")[0] in COMPARED and all(reasons.values())

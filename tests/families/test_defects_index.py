@@ -245,6 +245,7 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
             OWN_DYNIN,
             "test_words_beside_a_picture_stand_as_in_training",
         ),
+        "[MASK] is written, uses up quota and stays": (OWN_DYNIN, "test_no_mask_is_drawn"),
         "rows of a batch have to be aligned": (OWN_DYNIN, "test_rows_need_not_be_aligned"),
         "long prompts are cut silently": (OWN_DYNIN, "test_what_does_not_fit_is_refused"),
     },

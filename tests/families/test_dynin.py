@@ -14,7 +14,7 @@ from reference.dynin_tape import Spy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidiff.decoding import Sampler
+from unidiff.decoding import Guidance, Sampler
 from unidiff.decoding.cache import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, NoCache, SegmentCache
 from unidiff.decoding.draw import RowNoise
 from unidiff.families.checkpoint.convert import convert
@@ -277,6 +277,24 @@ def test_words_beside_a_picture_stand_as_in_training():
     own = request_of(ROWS, "edit", **given)
     assert own.batch.given[0, own.words[0].nonzero()[0, 0] - 1]  # bos
     assert own.needs.stop_at_eos and not request_of(UPSTREAM, "edit", **given).needs.stop_at_eos
+
+
+def test_no_mask_is_drawn(model):
+    """Upstream: [MASK] is among the ids of words; it uses up quota, and its place stays masked."""
+    given = {"texts": TEXTS, "codes": CODES, "told": True, "longest": PART}
+    loud = MaskedTransformer(**DYNIN.settings(FIELDS)).eval()
+    loud.load_state_dict(model.state_dict())
+    request = request_of(ROWS, "edit", **given)
+    with torch.no_grad():
+        batch = request.batch
+        direction = loud.hidden(batch.ids, batch.modality, batch.positions)[batch.targets].mean(0)
+        loud.output_weight[VOCABULARY.mask_id] = 20 * direction
+    for layout, left in ((ROWS, False), (UPSTREAM, True)):
+        request = request_of(layout, "edit", **given)
+        out = decode_request(loud, layout, request, config=replace(request.config, guidance=Guidance()))
+        assert bool((out.output.batch.ids[request.words] == VOCABULARY.mask_id).any()) is left
+        assert VOCABULARY.mask_id not in {i for words in out.texts for i in words}
+        assert out.codes.min() >= 0
 
 
 def test_rows_need_not_be_aligned(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from reference.mmada_prompts import mmada_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unidiff.decoding.commit.base import Quota
 from unidiff.families.dynin import DYNIN, SPECIALS, dynin_vocabulary
 from unidiff.families.dynin.rows import DyninLayout
 from unidiff.families.dynin.upstream import UpstreamQuota
@@ -218,6 +220,50 @@ def check_pictures(stored: dict[str, Tensor], tape: Tape, passes: int) -> None:
             assert torch.equal(unknown & ~own.picked, kept)
         known = sampled
     assert all(torch.equal(own.picked, own.masked) for own in tape.passes[-1:])
+
+
+@pytest.mark.parametrize(("folder", "name"), cases("ti2ti"))
+def test_words_and_pictures_together(folder, name):
+    """Upstream's program in the one sampler; the default is another layout and draws the picture in several passes."""
+    (model, vocabulary), stored = load(folder), load_file(folder / f"{name}.safetensors")
+    case = settings_of(folder)["cases"][name]
+    layout, request = request_of(folder, name, stored)
+    usual = request.config
+    config = replace(
+        usual,
+        text=replace(usual.text, steps=case["timesteps_text"]),
+        guidance=replace(usual.guidance, scale=1 + case["guidance_scale"]),
+    )
+    text, image = (where[0].nonzero()[:, 0] for where in (request.words, request.picture))
+    drawn = stored["noise.text_exponential"], stored["noise.image_exponential"]
+    tapes = {
+        m: Tape(places, noise, Quota)
+        for m, places, noise in zip((Modality.TEXT, Modality.IMAGE), (text, image), drawn, strict=True)
+    }
+    out, seen = taped_run(model, layout, request, config, tapes)
+    assert torch.equal(out.batch.ids[request.batch.valid], stored["final_ids"].long()[request.batch.valid])
+    passes, streams = len(stored["cond_input"]), 2 if "uncond_input" in stored else 1
+    assert len(seen) == passes and passes * streams == case["forward_passes"] == out.nfe
+    (drawing,) = tapes[Modality.IMAGE].passes
+    assert stored["image.passes"].tolist() == [0] and bool(drawing.picked.all())
+    torch.testing.assert_close(drawing.logits, stored["image.guided_logits"][0], **GUIDED)
+    written = tapes[Modality.TEXT].passes
+    torch.testing.assert_close(written[0].logits, stored["text.guided_logits_first"], **GUIDED)
+    present = torch.full_like(stored["text.proposal"][0], vocabulary.mask_id)
+    for number, own in enumerate(written):
+        proposed = torch.where(own.masked, own.token.to(present.dtype), present)
+        assert torch.equal(proposed, stored["text.proposal"][number])
+        sure = torch.where(own.masked, own.probability.float(), 0.0)
+        torch.testing.assert_close(sure, stored["text.confidence"][number], **SHARES)
+        assert torch.equal(own.picked, stored["text.committed"][number])
+        assert torch.equal(own.picked.sum(1), stored["text.plan"][:, number].long())
+        present = torch.where(own.picked, proposed, present)
+    assert len(written) == stored["text.plan"].shape[1] == len(stored["text.proposal"])
+    inputs = [stored["cond_input"], *([stored["uncond_input"]] if streams == 2 else [])]
+    valid = torch.cat([request.batch.valid, *(rows.valid for rows in request.unconditional[: streams - 1])])
+    for number, ids in enumerate(seen):
+        expected = torch.cat([stream[number] for stream in inputs]).long()
+        assert torch.equal(ids[valid], expected[valid]), number
 
 
 @SETS

@@ -124,9 +124,10 @@ class DyninLayout(MMaDARows):
             [self._told(n, inputs, self._instruction(text)) for n, text in enumerate(texts)]
             for texts in (cast(Sequence[str], inputs.texts), [""] * inputs.count)
         )
-        config = self.both or both_config(image_steps=1 if self.compat else 18)
-        needs = TaskNeeds(self._never(), self._ends())
+        config, needs = self.both or both_config(), TaskNeeds(self._never(), self._ends())
         if self.compat is not None:
+            text = replace(config.text, writes_mask=True)
+            config = replace(config, text=text, image=replace(config.image, steps=1))
             needs = TaskNeeds(stop_at_eos=False)
         return lay_out(rows, config, needs, others=[away], left=True)
 
