@@ -55,7 +55,7 @@ def shelf(tmp_path_factory) -> Path:
     )
     for family, name in talkers:
         write_chat(shelf / name, family)
-    write_uni(shelf / "llada2.0-uni")
+    write_uni(shelf / "llada2.0-uni", 32)
     for family, name in (("mmada", "mmada-8b"), ("dynin", "dynin-omni"), ("lumina", "lumina-dimoo")):
         convert(root / family, shelf / name, vocabulary=write_pictures(root / family, family))
         for part in ("image_tokenizer", "tokenizer"):
