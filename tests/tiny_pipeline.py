@@ -32,7 +32,8 @@ def tiny_parts(
         torch.nn.init.normal_(convolution.weight, std=1.0)
     specials = {name: text.special(name) for name in ("eos", "caption", "question", "answer")}
     vocabulary = Vocabulary.unified(text.size, 16, specials)
-    transformer = MaskedTransformer(vocabulary.size, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, **network)
+    sizes = dict(hidden_size=16, num_layers=1, num_heads=2, ffn_size=32) | network
+    transformer = MaskedTransformer(vocabulary.size, **sizes)
     for parameter in transformer.parameters():
         if parameter.ndim > 1:  # branches start at zero; attention must matter here
             torch.nn.init.normal_(parameter, std=0.3)

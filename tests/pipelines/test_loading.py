@@ -162,6 +162,23 @@ def test_regions_are_compiled(expected):
     assert torch.equal(pipe("a dog", generator=3).ids, expected) and seen
 
 
+@pytest.mark.parametrize("cache", ["dual", "prefix", "max-logit"])
+def test_layers_share_one_compiled_program_beside_a_cache(cache):
+    counts = []
+    for layers in (2, 9):  # more layers than dynamo compiles programs of one function, by its default
+        torch.compiler.reset()
+        seen = []
+        torch.manual_seed(0)
+        pipe = tiny_pipeline(num_layers=layers)
+        plain = pipe("a dog", generator=3, cache=cache).ids
+        pipe.transformer.compile_repeated_blocks(
+            backend=lambda graph, inputs, seen=seen: seen.append(1) or graph.forward
+        )
+        assert torch.equal(pipe("a dog", generator=3, cache=cache).ids, plain)
+        counts.append(len(seen))
+    assert 0 < counts[0] == counts[1]
+
+
 def test_gradients_with_checkpointing_are_the_same():
     batch = tuple(torch.arange(18).view(2, 9) if i == 0 else torch.zeros(2, 9, dtype=torch.long) for i in range(2))
     positions = torch.arange(9)[:, None].expand(2, 9, 3)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from unidiff.models.block import Parts, Streams, View, WholeView, attended, joined
 from unidiff.models.denoiser import CachePlan, LayerWork, PartialHidden, Select
 from unidiff.models.parts import gather_rows, queries_of, rotate
-from unidiff.models.store import FeatureStore, TokenIndex
+from unidiff.models.store import FeatureStore, LayerFeatures, TokenIndex
 
 ATTENTION, FEED_FORWARD = range(2)  # branches of a block, in the order in which a store keeps their outputs
 
@@ -63,9 +63,11 @@ def _even(
     if not n:
         return PartialHidden(store.hidden[:, :0], index.at, tuple(work))
     rotary, visible, rotated = store.rotary(index), store.visible(index), store.options.rotated
+    for use in () if index.whole else ("heads", "write")[: 1 + store.options.outputs]:
+        store.place(index, use)  # before the first layer, so that all layers find the same
     masks = [store.visible_in(layer, index, visible) for layer in range(last + 1)]
     views = [
-        EvenView(rotary, mask, rotated, store=store, layer=layer, index=index, asked=index)
+        EvenView(rotary, mask, rotated, kept=store.layer(layer), index=index, asked=index)
         for layer, mask in enumerate(masks)
     ]
     if wanted is not None and wanted.shape[1] < n:
@@ -81,24 +83,23 @@ def _even(
 class EvenView(WholeView):
     """`View` of a pass that computes the same positions, of one index, in every layer; branches of those that are asked for."""
 
-    store: FeatureStore
-    layer: int
+    kept: LayerFeatures
     index: TokenIndex
     asked: TokenIndex
 
     def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.store.write(self.layer, self.index, key, value)
-        return self.store.seen(self.layer)
+        self.kept.write(self.index, key, value)
+        return self.kept.seen()
 
     def attention(self, streams: Streams, entered: Parts) -> Parts:
-        return self._kept(ATTENTION, super().attention(streams, entered))
+        return self._keep(ATTENTION, super().attention(streams, entered))
 
     def feed_forward(self, streams: Streams, entered: Parts) -> Parts:
-        return self._kept(FEED_FORWARD, super().feed_forward(streams, entered))
+        return self._keep(FEED_FORWARD, super().feed_forward(streams, entered))
 
-    def _kept(self, branch: int, outputs: Parts) -> Parts:
-        if self.store.options.outputs:
-            self.store.write_output(self.layer, branch, self.asked, joined(outputs))
+    def _keep(self, branch: int, outputs: Parts) -> Parts:
+        if self.kept.outputs:
+            self.kept.write_output(branch, self.asked, joined(outputs))
         return outputs
 
 
@@ -137,9 +138,13 @@ class UnevenView:
     compared: TokenIndex
     select: Select | None
     left: Tensor | None = None
+    kept: LayerFeatures = field(init=False)
     index: TokenIndex = field(init=False)
     values: TokenIndex = field(init=False)
     asked: TokenIndex = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = self.store.layer(self.layer)
 
     def attention(self, streams: Streams, entered: Parts) -> Parts:
         store, h = self.store, joined(entered)  # [B, L, D]
@@ -153,8 +158,8 @@ class UnevenView:
                 turns, mask, asked = rotary.at(place), queries_of(mask, place), [gather_rows(x, place) for x in own]
             found = (stream.heads(x, None, False, h) for stream, x, h in zip(streams, own, asked, strict=True))
             q, k = (joined(part) for part in zip(*found, strict=True))
-            store.write(self.layer, self.index, key=rotate(k, rotary).to(h.dtype) if store.options.rotated else k)
-            mixed = attended(streams, rotate(q, turns).to(h.dtype), *store.seen(self.layer), mask, asked)
+            self.kept.write(self.index, key=rotate(k, rotary).to(h.dtype) if store.options.rotated else k)
+            mixed = attended(streams, rotate(q, turns).to(h.dtype), *self.kept.seen(), mask, asked)
             self._keep(ATTENTION, mixed)
         return self._all(ATTENTION, entered)
 
@@ -175,12 +180,12 @@ class UnevenView:
         if rows is True or verify is None or self.select is None:
             self.index = self.values
             if self.values.width:
-                store.write(self.layer, self.values, value=self._values(streams, h))
+                self.kept.write(self.values, value=self._values(streams, h))
             return
         self.values = self.compared if wanted is self.query else store.index(verify | wanted, h.shape[1])
         fresh = self._values(streams, h)  # [B, n, KV, d]
-        similarity = cosine(fresh.flatten(2), store.values_at(self.layer, self.values))
-        store.write(self.layer, self.values, value=fresh)
+        similarity = cosine(fresh.flatten(2), self.kept.values_at(self.values))
+        self.kept.write(self.values, value=fresh)
         spread = similarity.new_full((len(h), h.shape[1] + 1), torch.nan).scatter(1, self.values.at, similarity)[:, :-1]
         chosen = self.select(self.layer, torch.where(verify & ~wanted, spread, torch.nan))
         self.index = store.index(wanted if chosen is None else wanted | (chosen & verify), width)
@@ -195,10 +200,10 @@ class UnevenView:
         return x.split((index.split, x.shape[1] - index.split), dim=1) if len(streams) > 1 else (x,)
 
     def _keep(self, branch: int, outputs: Parts) -> None:
-        self.store.write_output(self.layer, branch, self.asked, joined(outputs))
+        self.kept.write_output(branch, self.asked, joined(outputs))
 
     def _all(self, branch: int, entered: Parts) -> Parts:
-        kept = self.store.all_outputs(self.layer, branch)
+        kept = self.kept.all_outputs(branch)
         return kept.split([h.shape[1] for h in entered], dim=1) if len(entered) > 1 else (kept,)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -50,12 +50,17 @@ class StoreLayout:
     interleaved: bool = False  # see `RotaryTables`
 
 
-class TokenIndex(NamedTuple):
-    """Some positions of each row."""
+@dataclass(frozen=True, eq=False)
+class TokenIndex:
+    """Some positions of each row.
+
+    A handful of indices serve all layers and tensors of a pass, so what they mean in memory is worked out once: `places`.
+    """
 
     at: Tensor  # int64 [B, n], ascending in each stream; L on padding
     split: int = 0  # how many of them are of the first stream
     whole: bool = False  # all positions of every row
+    places: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -128,7 +133,6 @@ class FeatureStore:
         self.keys_seen: KeysSeen | None = None
         self._first_output = list(accumulate((0, *layout.branches)))
         self.everywhere = TokenIndex(torch.arange(length, device=device).expand(rows, length), layout.border, True)
-        self._flat: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # of this pass: (id of an index, use) -> both
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,10 +174,9 @@ class FeatureStore:
         part = object.__new__(FeatureStore)
         part.options, part.layout, part._first_output = self.options, self.layout, self._first_output
         part.tokens_of, part.keys_seen = self.tokens_of, None
-        part.everywhere = self.everywhere._replace(at=self.everywhere.at[rows])
+        part.everywhere = TokenIndex(self.everywhere.at[rows], self.layout.border, True)
         part.inputs = {name: table[rows] for name, table in self.inputs.items()}
         part.allowed = None if self.allowed is None else self.allowed[rows]
-        part._flat = {}
         return part
 
     @property
@@ -205,7 +208,7 @@ class FeatureStore:
             return x
         if not index.at.numel() or not x.is_contiguous():
             return gather_rows(x, index.at)
-        return x.view(-1, x.shape[-1]).index_select(0, self._place(index.at, "read")).view(*index.at.shape, -1)
+        return x.view(-1, x.shape[-1]).index_select(0, self.place(index, "read")).view(*index.at.shape, -1)
 
     def inputs_at(self, index: TokenIndex, *names: str) -> dict[str, Tensor]:
         """Inputs, all or those of some names, at the positions of an index: `[B, n, ...]` each."""
@@ -243,35 +246,20 @@ class FeatureStore:
     def begin(self, index: TokenIndex) -> None:
         """Count a pass that computes the positions of an index."""
         self.passes += 1
-        self._flat.clear()
         if index.whole:
             self.computed[:, :-1] = self.passes[:, None]
             self.complete[:] = True
         else:
             self.computed.scatter_(1, index.at, self.passes[:, None].expand_as(index.at))
 
-    def write(self, layer: int, index: TokenIndex, key: Tensor | None = None, value: Tensor | None = None) -> None:
-        """Replace keys or values `[B, n, KV, d]` of one layer."""
-        for kept, fresh in ((self.key, key), (self.value, value)):
-            if fresh is None:
-                continue
-            fresh = fresh.transpose(1, 2)  # [B, KV, n, d]
-            if index.whole:
-                kept[layer, :, :, :-1] = fresh
-            else:
-                flat = kept[layer].view(-1, self.layout.head_dim)
-                flat.index_copy_(0, self._place(index.at, "heads"), fresh.reshape(-1, self.layout.head_dim))
-
     def write_hidden(self, index: TokenIndex, hidden: Tensor) -> None:
-        self._put(self.hidden, index, hidden)
+        self.put_rows(self.hidden, index, hidden)
 
-    def write_output(self, layer: int, branch: int, index: TokenIndex, fresh: Tensor) -> None:
-        """Keep an output `[B, n, D]` of a layer's branch."""
-        self._put(self.outputs[self._first_output[layer] + branch], index, fresh)
-
-    def all_outputs(self, layer: int, branch: int) -> Tensor:
-        """`[B, L, D]`: the kept outputs of a layer's branch."""
-        return self.outputs[self._first_output[layer] + branch, :, :-1]
+    def layer(self, number: int) -> LayerFeatures:
+        """What is kept of one layer, in the same memory."""
+        first, stop = self._first_output[number : number + 2]
+        outputs = tuple(self.outputs[first:stop]) if self.options.outputs else ()
+        return LayerFeatures(self, self.key[number], self.value[number], outputs)
 
     def keys(self, layer: int) -> Tensor:
         """`[B, KV, L, d]`, rotated or not as the options say."""
@@ -281,41 +269,72 @@ class FeatureStore:
         """`[B, KV, L, d]`."""
         return self.value[layer, :, :, :-1]
 
-    def seen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
-        keys = self.keys(layer)
-        if not self.options.rotated:
-            keys = rotate(keys.transpose(1, 2), self.rotary(self.everywhere)).to(keys.dtype).transpose(1, 2)
-        return keys, self.values(layer)
-
-    def values_at(self, layer: int, index: TokenIndex) -> Tensor:
-        """`[B, n, KV d]` at the positions of an index; anything on its padding."""
-        rows, heads = self.value.shape[1:3]
-        flat = self.value[layer].view(-1, self.layout.head_dim).index_select(0, self._place(index.at, "heads"))
-        return flat.view(rows, heads, -1, self.layout.head_dim).transpose(1, 2).flatten(2)
-
-    def _put(self, kept: Tensor, index: TokenIndex, fresh: Tensor) -> None:
+    def put_rows(self, kept: Tensor, index: TokenIndex, fresh: Tensor) -> None:
         """Write `[B, n, D]` into `[B, L + 1, D]`."""
         if index.whole:
             kept[:, :-1] = fresh
         else:
             width = kept.shape[-1]
-            kept.view(-1, width).index_copy_(0, self._place(index.at, "write"), fresh.reshape(-1, width))
+            kept.view(-1, width).index_copy_(0, self.place(index, "write"), fresh.reshape(-1, width))
 
-    def _place(self, index: Tensor, use: str) -> Tensor:
-        """The flat form of an index `[B, n]`: to `read` from B x L, to `write` to B x (L + 1), or over all `heads`.
-
-        A handful of indices serve all layers and tensors of a pass, so what is worked out is kept until the next one.
-        """
-        known = self._flat.get((id(index), use))
+    def place(self, index: TokenIndex, use: str) -> Tensor:
+        """The flat form of an index `[B, n]`: to `read` from B x L, to `write` to B x (L + 1), or over all `heads`."""
+        known = index.places.get(use)
         if known is None:
             rows, length = self.shape
-            at, places = index[:, None], length + 1  # [B, 1, n]
+            at, places = index.at[:, None], length + 1  # [B, 1, n]
             count = 1
             if use == "read":
                 at, places = at.clamp_max(length - 1), length
             elif use == "heads":
                 count = self.key.shape[2]
-            start = torch.arange(rows * count, device=index.device).view(rows, count, 1) * places
-            known = self._flat[id(index), use] = index, (at + start).flatten()  # the index stays alive with its id
-        return known[1]
+            start = torch.arange(rows * count, device=at.device).view(rows, count, 1) * places
+            known = index.places[use] = (at + start).flatten()
+        return known
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFeatures:
+    """What a store keeps of one layer. A compiled layer knows its tensors by shape, so that all layers share one program.
+
+    Attributes:
+        key, value: `[B, KV, L + 1, d]`. outputs: `[B, L + 1, D]` of each branch, or none.
+    """
+
+    store: FeatureStore
+    key: Tensor
+    value: Tensor
+    outputs: tuple[Tensor, ...]
+
+    def write(self, index: TokenIndex, key: Tensor | None = None, value: Tensor | None = None) -> None:
+        """Replace keys or values `[B, n, KV, d]`."""
+        for kept, fresh in ((self.key, key), (self.value, value)):
+            if fresh is None:
+                continue
+            fresh = fresh.transpose(1, 2)  # [B, KV, n, d]
+            if index.whole:
+                kept[:, :, :-1] = fresh
+            else:
+                size = kept.shape[-1]
+                kept.view(-1, size).index_copy_(0, self.store.place(index, "heads"), fresh.reshape(-1, size))
+
+    def write_output(self, branch: int, index: TokenIndex, fresh: Tensor) -> None:
+        """Keep an output `[B, n, D]` of a branch."""
+        self.store.put_rows(self.outputs[branch], index, fresh)
+
+    def all_outputs(self, branch: int) -> Tensor:
+        """`[B, L, D]`: the kept outputs of a branch."""
+        return self.outputs[branch][:, :-1]
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
+        keys, store = self.key[:, :, :-1], self.store
+        if not store.options.rotated:
+            keys = rotate(keys.transpose(1, 2), store.rotary(store.everywhere)).to(keys.dtype).transpose(1, 2)
+        return keys, self.value[:, :, :-1]
+
+    def values_at(self, index: TokenIndex) -> Tensor:
+        """`[B, n, KV d]` at the positions of an index; anything on its padding."""
+        rows, heads, _, size = self.value.shape
+        flat = self.value.view(-1, size).index_select(0, self.store.place(index, "heads"))
+        return flat.view(rows, heads, -1, size).transpose(1, 2).flatten(2)
