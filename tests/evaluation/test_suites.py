@@ -18,8 +18,8 @@ from tiny_pipeline import SIZE, tiny_pipeline
 
 from unidiff.evaluation.benchmark.measure import model_hash
 from unidiff.evaluation.scoring import score_results
-from unidiff.evaluation.suites.base import RESULTS, SUITES, Suite, run_benchmark
-from unidiff.pipelines.batch import MANIFEST
+from unidiff.evaluation.suites.base import RESULTS, SUITES, Suite, asked_rows, run_benchmark
+from unidiff.pipelines.batch import MANIFEST, run_rows
 from unidiff.pipelines.decode import row_seeds
 
 HEIGHT, WIDTH = SIZE
@@ -371,6 +371,23 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(pipe, place, tmp
     with pytest.raises(ValueError, match="of a run whose rows are gone; remove it, or name another folder"):
         run("geneval", pipe, place, tmp_path / "o")
     assert not (tmp_path / "o" / RESULTS).exists()
+    run_rows(pipe, [{"prompt": "a dog"}], tmp_path / "rows", place, steps=2)
+    with pytest.raises(ValueError, match=r"rows of `unidiff generate --prompts`; name another folder"):
+        run("geneval", pipe, place, tmp_path / "rows")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((ValueError, OSError)):
+        run("geneval", pipe, place, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_answers_of_a_run_that_is_not_finished_are_not_scored(pipe, place, tmp_path):
+    for name in ("gqa", "mme", "mmbench", "mmmu"):
+        suite = SUITES[name]
+        rows = asked_rows(suite, place / name, tmp_path / name, place / "pictures" if suite.needs_pictures else None)
+        run_rows(pipe, rows, tmp_path / name / RESULTS, tmp_path / "none")  # no picture is there
+        against = place / "gqa" if name == "gqa" else None
+        with pytest.raises(ValueError, match=f"has 0 of {len(rows)} rows; finish the run first"):
+            score_results(name, tmp_path / name, against)
 
 
 @pytest.mark.slow

@@ -155,8 +155,10 @@ def _evaluated(pipe: Any, suite: str, out: Path | None, about: dict[str, Any], o
 def _check_out(out: Path, inputs: Sequence[Path | None]) -> None:
     """Raise `ValueError` where the files of an evaluation cannot be written, or are of something else."""
     from unidiff.evaluation.report_page import FILES
+    from unidiff.evaluation.suites.base import check_no_rows
 
     check_folder(out, FILES, inputs)
+    check_no_rows(out)
     for name in FILES:
         if (out / name).exists() and not (out / "rows").exists():
             raise ValueError(f"{str(out / name)!r} is there and of another command; name another folder (--out)")
@@ -224,9 +226,10 @@ def run_public(
     suite: str, prompts: Path, out: Path, pictures: Path | None, batch_size: int, flags: DecodeFlags
 ) -> None:
     """Decode for a public benchmark and say where the scorer's folder is."""
-    from unidiff.evaluation.suites.base import SUITES, run_benchmark
+    from unidiff.evaluation.suites.base import SUITES, asked_rows, run_benchmark
 
     found = SUITES.get_or_refuse(suite, "the benchmark")
+    asked_rows(found, prompts, out, pictures)  # mistakes show before a model is loaded
     with shared_rows(flags, batch_size) as (pipe, options):
         folder = run_benchmark(found, pipe, prompts, out, pictures, **options)
     if folder is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from unidiff.errors import few, reading
 from unidiff.evaluation.metrics.base import Metric, Numbers
 from unidiff.evaluation.report import Estimate
-from unidiff.evaluation.results.base import Results
+from unidiff.evaluation.results.base import Results, scorer_folder
 from unidiff.evaluation.suites.mme import COGNITION, PERCEPTION
 
 
@@ -43,8 +43,7 @@ def _pictures(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def _mme(results: Results) -> Numbers:
-    folder = results.path("made")
-    folder = folder / "scorer" if (folder / "scorer").is_dir() else folder
+    folder = scorer_folder(results.path("made"))
     scores: dict[str, list[float]] = {}
     for task in (*PERCEPTION, *COGNITION):
         if (path := folder / f"{task}.txt").is_file():

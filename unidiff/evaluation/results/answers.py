@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff.errors import check_regular, read_json, reading
+from unidiff.evaluation.results.base import scorer_folder
 from unidiff.evaluation.suites.base import read_lines
 
 
@@ -14,12 +15,12 @@ def answers_file(path: Path, pattern: str) -> Path:
     """The file that `pattern` finds in a folder of `unidiff eval run`, or `path` itself where it is a file.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: a folder with none or several of them.
+        FileNotFoundError: nothing there. ValueError: a folder with none or several of them, or a run that is not finished.
     """
     if not path.is_dir():
         check_regular(path)
         return path
-    found = sorted(path.glob(pattern)) or sorted((path / "scorer").glob(pattern))
+    found = sorted(path.glob(pattern)) or sorted(scorer_folder(path).glob(pattern))
     if len(found) != 1:
         raise ValueError(f"{str(path)!r} holds {len(found)} files of answers ({pattern}); name the file itself")
     return found[0]
@@ -59,7 +60,7 @@ def read_mmmu(path: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: no such folder. ValueError: no such files in it, or other things in them.
     """
-    files = sorted(path.glob("*/output.json")) or sorted((path / "scorer").glob("*/output.json"))
+    files = sorted(path.glob("*/output.json")) or sorted(scorer_folder(path).glob("*/output.json"))
     if not files:
         raise FileNotFoundError(f"{str(path)!r} has no CATEGORY/output.json, as `unidiff eval run mmmu` writes them")
     kinds = {"id": str, "question_type": str, "response": str, "all_choices": list, "index2ans": dict}

@@ -70,3 +70,14 @@ def finished_rows(folder: Path) -> list[dict[str, Any]] | None:
         done = len(rows) - len(missing)
         raise ValueError(f"{str(folder)!r} has {done} of {len(rows)} rows; finish the run first, with the same command")
     return [found[number] for number in rows]
+
+
+def scorer_folder(folder: Path) -> Path:
+    """Where a run of `unidiff eval run` put the files for a scorer; another folder itself.
+
+    Raises:
+        ValueError: a run that is not finished.
+    """
+    if (folder / RESULTS / MANIFEST).is_file():
+        finished_rows(folder)
+    return folder / "scorer" if (folder / "scorer").is_dir() else folder

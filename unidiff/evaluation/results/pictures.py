@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unidiff.errors import plain
 from unidiff.evaluation.networks.base import FeatureNetwork
 from unidiff.evaluation.results.base import Source, finished_rows
 from unidiff.pictures import PictureSource, as_rgb, decode_picture
@@ -131,8 +132,12 @@ def extract(pictures: PictureSet, network: FeatureNetwork, part: str, batch_size
     rows: list[Tensor] = []
     tick(0, len(pictures))
     for batch in pictures.batches(batch_size, network.size):
-        with torch.inference_mode():
-            found = call(batch)
+        first = pictures.names[sum(map(len, rows))]
+        try:
+            with torch.inference_mode():
+                found = call(batch)
+        except ValueError as error:
+            raise ValueError(f"{plain(first)!r} of {pictures.where!r}: {error}") from error
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(batch):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"the network {network.name} gives {shape} for {len(batch)} pictures; expected [B, D]")

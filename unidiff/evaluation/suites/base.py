@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from unidiff.errors import check_regular, reading
 from unidiff.evaluation.benchmark.measure import model_hash
-from unidiff.files import locked, replace_text, replacing_folder
+from unidiff.files import check_writable, locked, replace_text, replacing_folder
 from unidiff.pipelines.batch import MANIFEST, Row, read_manifest, run_rows
 from unidiff.registry import Registry
 from unidiff.schema import check_value
@@ -93,20 +93,9 @@ def run_benchmark(
         ValueError: prompts in another layout, a task that the model cannot do, rows that were refused, a missing folder of
             pictures, or a folder that holds something else.
     """
-    if suite.needs_pictures != (pictures is not None):
-        none = "has its pictures beside its questions" if suite.reads else "is drawn from words"
-        need = "asks about pictures; name their folder" if suite.needs_pictures else f"{none}; leave pictures out"
-        raise ValueError(f"{suite.name} {need} (--pictures)")
-    rows = suite.rows(prompts)
-    if not rows:
-        raise ValueError(
-            f"{str(prompts)!r} holds no prompts of {suite.name}; name the file that the benchmark publishes"
-        )
+    rows, folder = asked_rows(suite, prompts, out, pictures), out / "scorer"
     for task in dict.fromkeys(row["task"] for row in rows):
         pipe.layout.need(task)
-    folder = out / "scorer"
-    if folder.exists() and not (out / RESULTS / MANIFEST).exists():
-        raise ValueError(f"{str(folder)!r} is of a run whose rows are gone; remove it, or name another folder (--out)")
     options |= {"resize": True} if suite.reads else {}  # a benchmark's pictures have all sizes
     about = {**(about or {}), "benchmark": suite.name, "model_hash": model_hash(pipe), "settings": own_settings(pipe)}
     if suite.own_pictures is not None:
@@ -127,6 +116,32 @@ def run_benchmark(
             with replacing_folder(folder) as fresh:
                 suite.export(prompts, [found[number] for number in range(len(rows))], fresh)
     return folder
+
+
+def asked_rows(suite: Suite, prompts: Path, out: Path, pictures: Path | None = None) -> list[Row]:
+    """The rows of a benchmark, once all is checked that can be without a model; arguments and errors as of `run_benchmark`."""
+    if suite.needs_pictures != (pictures is not None):
+        none = "has its pictures beside its questions" if suite.reads else "is drawn from words"
+        need = "asks about pictures; name their folder" if suite.needs_pictures else f"{none}; leave pictures out"
+        raise ValueError(f"{suite.name} {need} (--pictures)")
+    rows = suite.rows(prompts)
+    if not rows:
+        raise ValueError(
+            f"{str(prompts)!r} holds no prompts of {suite.name}; name the file that the benchmark publishes"
+        )
+    check_writable(out / RESULTS / MANIFEST, "--out")
+    if (out / "scorer").exists() and not (out / RESULTS / MANIFEST).exists():
+        raise ValueError(
+            f"{str(out / 'scorer')!r} is of a run whose rows are gone; remove it, or name another folder (--out)"
+        )
+    check_no_rows(out)
+    return rows
+
+
+def check_no_rows(out: Path) -> None:
+    """Raise `ValueError` where a folder holds rows of another command, which does not put them into a folder of their own."""
+    if (out / MANIFEST).exists():
+        raise ValueError(f"{str(out)!r} holds rows of `unidiff generate --prompts`; name another folder (--out)")
 
 
 def own_settings(pipe: Any) -> dict[str, Any]:

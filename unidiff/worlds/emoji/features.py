@@ -38,7 +38,7 @@ class ReaderFeatures:
         height, width = pictures.shape[2:]
         if height != width or height not in self.readers:
             sizes = " or ".join(f"{size} x {size}" for size in self.readers)
-            raise ValueError(f"the network emoji reads pictures of {sizes}, and one is {width} x {height}")
+            raise ValueError(f"the network emoji reads pictures of {sizes}, and this one is {width} x {height}")
         return self.readers[height]
 
     @staticmethod
