@@ -13,13 +13,14 @@ from torch import Tensor
 
 from unidiff.decoding import Sampler, SamplerOutput
 from unidiff.decoding.cache import AdaptiveCache, DualCache, IntervalCache, MaxLogitCache, NoCache, SegmentCache
+from unidiff.decoding.cache.config import choose_cache
 from unidiff.families.layout import DecodeRequest
 from unidiff.families.llada import LLADA
 from unidiff.families.lumina import MARKS, LuminaLayout
 from unidiff.families.mmada import MMADA, SPECIALS, THINK, MMaDALayout, mmada_vocabulary, split_thought
 from unidiff.families.parallel import A_DEFECTS, DEFECTS, M_DEFECTS, JointSettings, WholeTable
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.tokens import Modality, Vocabulary
+from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
 NAMES = ("eos", "newline", "answer_pad", "boi", "eoi", "uncondition", "answer", "end_answer")
 IDS_A = {name: 30 + i for i, name in enumerate(NAMES)}
@@ -194,6 +195,31 @@ def test_rows_of_a_batch_are_the_rows_alone(variant, task, policy):
         for places in ("words", "picture"):
             own, other = getattr(request, places)[row], getattr(one, places)[0]
             assert torch.equal(together.batch.ids[row, own], alone.batch.ids[0, other])
+
+
+@BOTH
+def test_rows_of_a_batch_are_the_rows_alone_with_every_defect(variant):
+    layout = replace(LAYOUTS[variant], compat="upstream")
+    together = run(variant, both := request_for(variant, "edit", layout), layout)
+    for row in range(2):
+        given = {n: v[row : row + 1] if isinstance(v, Tensor) else v for n, v in GIVEN[variant]["edit"].items()}
+        one = request_for(variant, "edit", layout, texts=TEXTS[row : row + 1], **given)
+        alone = run(variant, one, layout, seeds=(1 + row,))
+        for places in ("words", "picture"):
+            own, other = getattr(both, places)[row], getattr(one, places)[0]
+            assert torch.equal(together.batch.ids[row, own], alone.batch.ids[0, other])
+
+
+@BOTH
+@pytest.mark.parametrize("pictured", [True, False])
+def test_a_large_row_gets_a_cache_for_each_segment(variant, pictured):
+    """Of "auto", for the sizes of the released models."""
+    joint = LuminaLayout(VOCABULARY_A, encode).joint if variant == "A" else MMaDALayout(VOCABULARY_M, encode).joint
+    spans = [Span.text(torch.ones(40, dtype=torch.long), True), Span.image(torch.full((32, 32), 41), True)]
+    hidden = [Span.image(torch.full((32, 32), 29)), Span.masked_text(256, VOCABULARY_A)]
+    batch = TokenBatch.from_spans([[*(spans if pictured else spans[:1]), *hidden]])
+    choice = choose_cache("auto", None, batch, joint.sampler("linear", "normal", pictured=pictured), model_of(variant))
+    assert choice.config is not None and set(choice.config.segments) >= {"text", "image"}, choice.note
 
 
 @BOTH

@@ -475,6 +475,9 @@ def test_the_command_line_edits_and_answers(folder, tmp_path):
         assert Image.open(line[line.index("-o") + 1]).size == (6, 6) and ".png: " in done.stdout
     told = CliRunner().invoke(app, ["info", str(ours)])
     assert told.exit_code == 0 and ("lumina" if is_a(folder) else "mmada") in told.stdout
+    checked = CliRunner().invoke(app, ["verify", str(ours)])
+    assert all(f"ok   {what}" in checked.stdout for what in ("weights", "known answer", "a pass of this checkpoint"))
+    assert "FAIL published settings" in checked.stdout  # those of 8 billion parameters
     back = convert(ours, tmp_path / "back")
     assert back.endswith("in the released layout")
     again, stored = (

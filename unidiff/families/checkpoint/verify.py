@@ -237,7 +237,8 @@ def verify(
     if closest is not None:
         release, others = closest
         shown = "; ".join(map(str, others[:5])) + ("; ..." if len(others) > 5 else "")
-        detail = f"{len(others)} differ from {release.name}: {shown}" if others else f"as {release.name}"
+        alike = " or ".join(other.name for other in family.releases if other.config == release.config)
+        detail = f"{len(others)} differ from {release.name}: {shown}" if others else f"as {alike}"
         checks.append(Check("published settings", not others, detail))
         if release.parameters is not None:
             off = abs(count - release.parameters) / release.parameters
