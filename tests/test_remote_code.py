@@ -158,7 +158,9 @@ def test_models_and_image_tokenizers(tmp_path, marker):
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["llada", "mmada", "lumina", "dream", "unidisc", "mdlm", "llamagen", "magvit"])
+@pytest.mark.parametrize(
+    "family", ["llada", "mmada", "dynin", "lumina", "dream", "unidisc", "mdlm", "llamagen", "magvit"]
+)
 def test_released_folders(tmp_path, marker, family):
     folder = tmp_path / family
     write_tiny(folder, family)

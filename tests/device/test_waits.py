@@ -348,6 +348,7 @@ MOST: Mapping[str, Waits] = {
     "pass, llada2": Waits(3, 0),
     "pass, dream": Waits(1, 0),
     "pass, mmada": Waits(0, 0),
+    "pass, dynin": Waits(1, 0),
     "pass, parallel": Waits(1, 0),
     "pass, lumina": Waits(0, 0),
     "pass, muddit": Waits(1, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -62,10 +63,17 @@ def cases(kind: str) -> list[Any]:
     return [pytest.param(f, n, id=f"{f.name}-{n}") for f, n in names] or [absent_set("dynin", None)]
 
 
+class AnyShape(DyninLayout):
+    """Pictures are lines of codes: rows tell their number alone."""
+
+    def check_shapes(self, inputs: TaskInputs) -> None:
+        pass
+
+
 def layout_of(folder: Path, **more: Any) -> DyninLayout:
     """Texts are ids with spaces between."""
     vocabulary, length = vocabulary_of(folder), settings_of(folder)["max_text_len"]
-    return DyninLayout(vocabulary, lambda text: [int(i) for i in text.split()], length, **more)
+    return AnyShape(vocabulary, lambda text: [int(i) for i in text.split()], length, **more)
 
 
 @SETS
@@ -131,10 +139,8 @@ def words_in(row: Tensor, vocabulary: Vocabulary) -> str:
 
 
 def codes_in(ids: Tensor, vocabulary: Vocabulary, count: int) -> Tensor:
-    """Codes `[B, side, side]` of the first picture of rows, which begins behind the mark of the task and soi."""
-    side = round(count**0.5)
-    assert side * side == count
-    return (ids[:, 2 : 2 + count].long() - vocabulary.image[0]).unflatten(1, (side, side))
+    """Codes `[B, 1, n]` of the first picture of rows, which begins behind the mark of the task and soi."""
+    return (ids[:, 2 : 2 + count].long() - vocabulary.image[0])[:, None]
 
 
 def same_rows(own: Tensor, valid: Tensor, ids: Tensor, visible: Tensor) -> None:
@@ -150,12 +156,11 @@ def request_of(folder: Path, name: str, stored: dict[str, Tensor]) -> tuple[Dyni
     config, vocabulary = settings_of(folder), vocabulary_of(folder)
     case, task = config["cases"][name], name.partition("_")[0]
     cut = case.get("prefix_cut", 0)
-    codes = config["num_vq_tokens"]
-    layout = layout_of(folder, compat="upstream", cuts=(cut, cut), side=round(codes**0.5))
+    layout = layout_of(folder, compat="upstream", cuts=(cut, cut))
     ids = stored["input_ids"]
-    given: dict[str, Any] = {"texts": [words_in(row, vocabulary) for row in ids]}
+    given: dict[str, Any] = {"texts": [words_in(row, vocabulary) for row in ids], "grid": (1, config["num_vq_tokens"])}
     if task != "t2i":
-        given |= {"codes": codes_in(ids, vocabulary, config["num_source_tokens"]), "grid": (layout.side, layout.side)}
+        given |= {"codes": codes_in(ids, vocabulary, config["num_source_tokens"])}
     if task == "ti2ti":
         given |= {"told": True, "longest": config["text_part"]}
     method = "text_to_image" if task == "t2i" else "edit"
@@ -191,6 +196,10 @@ def test_pictures(folder, name):
     assert len(seen) == len(tape.passes) == passes == case["forward_passes"]
     final = out.batch.ids[request.picture].view(len(count), -1) - vocabulary.image[0]
     assert torch.equal(final, stored["final_codes"].long())
+    frozen = [
+        (rows.given & request.picture).sum(1).tolist() for rows in request.unconditional if case["guidance_scale"]
+    ]
+    assert frozen in ([], [[case.get("frozen_codes_in_uncond", 0)] * len(count)])
     check_pictures(stored, tape, passes)
     rule = UpstreamQuota(config.image, request.batch.targets, count)
     for number in range(passes):
@@ -271,17 +280,19 @@ def test_the_command_line_runs_its_tasks(folder, tmp_path, run):
     """A checkpoint of the size of the golden set, found by the sizes that its config names."""
     config, vocabulary = settings_of(folder), vocabulary_of(folder)
     sizes = {name: config["tokens"][name] for name in ("new_vocab_size", "llm_vocab_size", "codebook_size")}
-    fields = {**config["model"], **sizes, "num_vq_tokens": config["num_vq_tokens"]}
+    side = math.isqrt(config["num_vq_tokens"])
+    fields = {**config["model"], **sizes, "num_vq_tokens": side * side}
     write_golden_pipeline(tmp_path / "model", folder / "weights.safetensors", fields, vocabulary)
     few = ("--model", tmp_path / "model", "--steps", 2)
     status, out, _ = run("info", tmp_path / "model")
     assert status == 0 and "dynin" in out and "of speech" in out
     status, _, error = run("generate", "w3 w4", *few, "--out", tmp_path / "fox.png")
     assert status == 0, error
-    side = round(config["num_vq_tokens"] ** 0.5) * 2
-    assert Image.open(tmp_path / "fox.png").size == (side, side)
-    for command in (("caption", tmp_path / "fox.png"), ("answer", tmp_path / "fox.png", "w5 w6")):
-        status, _, error = run(*command, *few, "--max-text-tokens", 4)
+    assert Image.open(tmp_path / "fox.png").size == (2 * side, 2 * side)
+    for command in ("caption",), ("answer", "w5 w6"), ("edit", "w7"):
+        out = ("--out", tmp_path / "blue.png") if command[0] == "edit" else ()
+        status, _, error = run(command[0], tmp_path / "fox.png", *command[1:], *few, *out, "--max-text-tokens", 4)
         assert status == 0, error
+    assert Image.open(tmp_path / "blue.png").size == (2 * side, 2 * side)
     status, _, error = run("verify", tmp_path / "model")
     assert status == 1 and "known answer" in error + _

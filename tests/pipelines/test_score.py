@@ -121,7 +121,7 @@ def test_models_of_text_alone_score_texts_behind_prompts(pipelines, name):
         pipe.score(torch.zeros(3, 8, 8), "a")
 
 
-@pytest.mark.parametrize("name", ["unidisc", "mmada", "lumina", "muddit"])
+@pytest.mark.parametrize("name", ["unidisc", "mmada", "dynin", "lumina", "muddit"])
 def test_families_with_pictures_score_them_beside_words(pipelines, name):
     pipe, pictures = pipelines[name], torch.rand(2, 3, *pipelines[name].image_size)
     both = pipe.score(pictures, ["a hill", "two owls"], of="image", samples=4)

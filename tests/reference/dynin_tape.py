@@ -13,7 +13,7 @@ from torch import Tensor
 from unidiff.decoding import Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.commit.base import NamedRule
 from unidiff.decoding.config import ModalityDecoding
-from unidiff.decoding.draw import Choice, ranking
+from unidiff.decoding.draw import Choice
 from unidiff.families.layout import DecodeRequest
 from unidiff.tokens import Modality
 
@@ -62,12 +62,11 @@ class TapedRule(NamedRule):
         self._rule, self._tape = tape.make(settings, targets), tape
 
     def count(self, now: Any) -> Tensor:
-        self._now = now
         return self._rule.count(now)
 
     def choose(self, logits: Tensor, index: Tensor, is_real: Tensor, u: Tensor, noise: Tensor) -> Choice:
         tape, number = self._tape, len(self._tape.passes)
-        slot = self._slots(index)
+        slot = self._slot = self._slots(index)
         p = logits.softmax(-1)
         drawn = tape.exponential[number].gather(1, slot[..., None].expand(p.shape))
         token = (p / drawn).argmax(-1)
@@ -75,12 +74,16 @@ class TapedRule(NamedRule):
         self._drawn = logits, token, sure
         return Choice(token, sure, sure, torch.ones((), dtype=torch.bool))
 
+    def looked_at(self, candidates: Tensor, count: Tensor) -> Tensor:
+        return self._rule.looked_at(candidates, count)
+
+    def rank(self, confidence: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        tape = self._tape
+        drawn = u if tape.uniform is None else tape.uniform[len(tape.passes)].double()
+        return self._rule.rank(confidence, time, drawn if tape.uniform is None else drawn.gather(1, self._slot))
+
     def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
-        tape, slot = self._tape, self._slots(index)
-        if tape.uniform is not None:
-            time = 1 - self._now.step.double() / self.settings.steps
-            u = tape.uniform[len(tape.passes)].double().gather(1, slot)
-            score = ranking(confidence, self.settings, time, u)
+        tape, slot = self._tape, self._slot
         picked = self._rule.pick(confidence, score, is_real, count, index)
         size = (len(slot), len(tape.places) + 1)  # one more for what is not real
         put = torch.where(is_real, slot, len(tape.places))

@@ -98,8 +98,9 @@ def check_request(
     callback: Any,
     record: Any,
     unconditional: Any,
-) -> tuple[TokenBatch, tuple[TokenBatch, ...]]:
-    """Raise `ValueError` unless a `Sampler` can be called with these; returns the batch on the CPU, and the unconditional ones."""
+) -> tuple[TokenBatch, tuple[TokenBatch, ...], list[TokenBatch]]:
+    """Raise `ValueError` unless a `Sampler` can be called with these; returns the batch on the CPU, the unconditional ones, and
+    those on the CPU."""
     host = _check_batch("batch", batch, vocabulary)
     rows, length = batch.shape
     _check_tensor("seeds", seeds, _INTEGERS, (rows,), f"an int64 tensor [{rows}], one per row", plural=True)
@@ -130,7 +131,7 @@ def check_request(
             f"the batch has continuous features, but {type(model).__name__} reads ids alone; its hidden needs an argument "
             "`features`, see `Denoiser`"
         )
-    return host, others
+    return host, others, on_host
 
 
 def _check_batch(name: str, batch: Any, vocabulary: Vocabulary) -> TokenBatch:

@@ -90,12 +90,12 @@ class Sampler:
         """
         begun = wall.perf_counter()
         checked = self.model, self.vocabulary, self.config, batch, seeds, condition, callback, record, unconditional
-        host, others = check_request(*checked)
+        host, others, known = check_request(*checked)
         # 1. hide the targets; open the progress of each modality, the guidance streams and the noise
         request = Request(self, batch, host, seeds, condition, others)
         state, policy, model = request.state, request.policy, request.open_model(condition, others)
         if host is not batch and can_be_foretold(request):
-            request.foretold = foretell(self, Request(self, host, host, seeds.cpu(), condition, others))
+            request.foretold = foretell(self, Request(self, host, host, seeds.cpu(), condition, known))
         trajectory = [state.ids.clone()] if record else None
         while True:
             # 2. which positions may be filled now: blocks, order, and rules that need no look at the model

@@ -83,12 +83,12 @@ class DyninLayout(MMaDARows):
         return with_prefix(request, self.cuts[0] - padding)
 
     def answer(self, inputs: TaskInputs) -> DecodeRequest:
-        self._square(inputs)
+        self.check_shapes(inputs)
         return super().answer(inputs)
 
     def edit(self, inputs: TaskInputs) -> DecodeRequest:
         assert inputs.codes is not None and inputs.texts is not None  # the pipeline gives both
-        self._square(inputs)
+        self.check_shapes(inputs)
         if inputs.references is not None:
             raise ValueError(f"{self.family} changes a picture by words alone; leave reference out")
         if inputs.holes is not None and inputs.grid is not None:
@@ -116,7 +116,8 @@ class DyninLayout(MMaDARows):
         ready = super().prepared(pipe, request, config, seeds)
         if self.compat is None or not request.drawn or config.image.rule != "quota":
             return ready
-        return ready._replace(rules={Modality.IMAGE: UpstreamOrder(request.picture.sum(1))})
+        timed = replace(config, image=replace(config.image, rule="timed"))
+        return ready._replace(config=timed, rules={Modality.IMAGE: UpstreamOrder(request.picture.sum(1))})
 
     def _answered(self, inputs: TaskInputs) -> DecodeRequest:
         """Words and a picture together; as the model was trained, or as upstream's program takes it."""
@@ -179,10 +180,10 @@ class DyninLayout(MMaDARows):
         return self._fitting(hidden_words(text, self.encode), self.text_length + 1)
 
     def _image(self, number: int, inputs: TaskInputs) -> Span:
-        self._square(inputs)
+        self.check_shapes(inputs)
         return inputs.picture(number, self.vocabulary, None if inputs.codes is not None else inputs.grid or self.grid)
 
-    def _square(self, inputs: TaskInputs) -> None:
+    def check_shapes(self, inputs: TaskInputs) -> None:
         """Raise `ValueError` for pictures that are no squares."""
         shapes = [tuple(inputs.codes.shape[1:])] if inputs.codes is not None else []
         for height, width in [*shapes, *([inputs.grid] if inputs.grid is not None else [])]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unidiff.decoding.commit.base import BlockPass, NamedRule, Quota
+from unidiff.decoding.commit.base import BlockPass, NamedRule
+from unidiff.decoding.commit.timed import Timed
 from unidiff.decoding.config import ModalityDecoding
+from unidiff.decoding.draw import ranking
 from unidiff.diffusion.schedules import get_schedule
 from unidiff.families.layout import DecodeRequest
 
@@ -41,29 +43,24 @@ class UpstreamOrder:
         return UpstreamQuota(settings, targets, self.positions)
 
 
-class UpstreamQuota(Quota):
-    """`quota` by the counts of the program. The noise of pass s of S has the temperature T times the product of 1 - (k + 1) / S
-    over all k from 0 to s, where `quota` has T (1 - s / S).
+class UpstreamQuota(Timed):
+    """`timed` by the counts of the program. The noise of pass s of S has the temperature T times the product of 1 - (k + 1) / S
+    over all k from 0 to s.
     """
-
-    foretold = False
 
     def __init__(self, settings: ModalityDecoding, targets: Tensor, positions: Tensor) -> None:
         super().__init__(settings, targets)
-        self._positions, self.step = positions.to(targets.device), torch.zeros_like(positions)
+        self.positions, self.step = positions.to(targets.device), torch.zeros_like(positions)
 
     def count(self, now: BlockPass) -> Tensor:
         self.step = now.step
         done = ((now.step + 1).double() / self.settings.steps).float()
         share = get_schedule(self.settings.schedule).masked_share(done.double()).float()
-        keep = torch.minimum(now.remaining - 1, (self._positions * share).floor().long()).clamp_min(1)
+        keep = torch.minimum(now.remaining - 1, (self.positions * share).floor().long()).clamp_min(1)
         return torch.where(now.step + 1 >= now.steps, now.remaining, now.remaining - keep).clamp_min(0)
 
-    def pick(self, confidence: Tensor, score: Tensor, is_real: Tensor, count: Tensor, index: Tensor) -> Tensor:
-        if self.settings.choice_temperature:
-            certain, ratio = confidence.log(), self.temperature / (1 - self.step / self.settings.steps)
-            score = confidence.clamp_min(1e-20).log() + ratio[:, None] * (score - certain)
-        return super().pick(confidence, score, is_real, count, index)
+    def rank(self, confidence: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        return ranking(confidence.clamp_min(1e-20), self.settings, self.temperature, u)
 
     @property
     def temperature(self) -> Tensor:
