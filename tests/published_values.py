@@ -294,6 +294,16 @@ _UNI_IDS = {
     "specials": {"eos": 156892, "pad": 156892, "soi": 156901, "eoi": 156902, "boi": 156904},
 }
 _UNI_SAMPLING = {"block_length": 32, "steps": 16, "threshold": 0.95, "guidance": 4.0, "rescale": 0.7, "edit_steps": 8}
+_DDIT_SETTINGS = {
+    "vocab_size": 32100,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_heads": 24,
+    "head_dim": 64,
+    "text_dim": 4096,
+}
 
 PUBLISHED: dict[str, Published] = {
     "unidisc-1.4b": _unidisc(2048, 24, 16, 16384, "2d"),
@@ -320,6 +330,7 @@ PUBLISHED: dict[str, Published] = {
     "dynin-omni": Published({**_LLADA_SETTINGS, "vocab_size": 138752}, _DYNIN_VOCABULARY, _DYNIN_SAMPLING),
     "lumina-dimoo": Published({**_LLADA_SETTINGS, "vocab_size": _LUMINA_ROWS}, _LUMINA_VOCABULARY, _LUMINA_SAMPLING),
     "muddit": Published({**_MUDDIT_SETTINGS, "text_vocab_size": 49408}, _MUDDIT_VOCABULARY, _MUDDIT_SAMPLING),
+    "ddit": Published(_DDIT_SETTINGS, {"size": 32100, "text": (0, 32100), "image": (32100, 32100), "mask_id": 32099}),
     "meissonic": Published({**_MUDDIT_SETTINGS, "text_vocab_size": None}, _MUDDIT_VOCABULARY, _MUDDIT_SAMPLING),
     "llamagen-vq-16": _llamagen((1, 1, 2, 2, 4)),
     "llamagen-vq-8": _llamagen((1, 2, 2, 4)),

@@ -25,6 +25,7 @@ _LLADA = RELEASED.format("llada_golden")
 _MMADA = RELEASED.format("mmada_golden")
 _DYNIN = RELEASED.format("dynin_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
+_DDIT = RELEASED.format("ddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
 _PARALLEL = RELEASED.format("parallel_golden")
 _UNI = RELEASED.format("llada2_uni_golden")
@@ -98,6 +99,15 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "vqvae.safetensors": (f"{_MUDDIT}test_vq_model",),
         "text_encoder.safetensors": (f"{_MUDDIT}test_question_pipelines",),
         "transformer*.safetensors": (f"models/test_mmdit_golden.py{_NAMES}",),
+    },
+    "ddit": {
+        "transformer.safetensors": (f"families/test_ddit_golden.py{_NAMES}",),
+        "text_encoder.safetensors": (f"{_DDIT}test_forward",),
+        "vae.safetensors": (f"{_DDIT}test_pictures",),
+        "forward.safetensors": (f"{_DDIT}test_forward",),
+        "losses.safetensors": (f"{_DDIT}test_times", f"{_DDIT}test_losses_and_gradients"),
+        "t2i.safetensors": (f"{_DDIT}test_schedules", f"{_DDIT}test_pictures"),
+        "i2t.safetensors": (f"{_DDIT}test_words",),
     },
     "llamagen_vq": {
         "weights.safetensors": (f"families/test_llamagen.py{_NAMES}_from_every_entry",),
@@ -245,6 +255,6 @@ def test_every_set_of_the_root_is_compared(name: str):
 
 
 def test_the_table_is_whole():
-    assert len(COMPARED) == 16
+    assert len(COMPARED) == 17
     for name, reasons in REASONS.items():
         assert name.partition("/")[0] in COMPARED and all(reasons.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddit_parts import write_folder as write_dual
 from doc_code import DOCS, blocks, run
 from muddit_parts import write_folder
 from released_parts import tiny_weights, write_tiny
@@ -30,6 +31,7 @@ FAMILIES = [
     "Dynin-Omni",
     "Lumina-DiMOO",
     "Muddit and Meissonic",
+    "D-DiT",
     "Image tokenizers",
 ]
 
@@ -46,6 +48,7 @@ def shelf(tmp_path_factory) -> Path:
     (shelf / "llamagen" / "model.safetensors").unlink()
     torch.save({"model": tiny_weights("llamagen")}, shelf / "llamagen" / "vq_ds16_c2i.pt")
     write_folder(shelf / "muddit" / "512")
+    write_dual(shelf / "ddit")
     talkers = (
         ("llada", "llada-8b-instruct"),
         ("llada-v", "llada-v"),
@@ -104,13 +107,14 @@ def test_the_table_lists_every_release_with_the_memory_of_its_weights():
 def test_names_in_the_text_exist():
     """Modules and compat switches that the page tells of."""
     from unidiff.decoding.cache import AdaptiveCache, MaxLogitCache
+    from unidiff.families.ddit.rows import DualLayout
     from unidiff.families.dynin.rows import DyninLayout
     from unidiff.families.llada2.rows import BlockChatLayout
     from unidiff.families.llada2_uni import LLaDA2UniLayout
     from unidiff.families.llada_moe import LLaDAMoELayout
     from unidiff.families.muddit.rows import MudditLayout
 
-    layouts = (BlockChatLayout, LLaDA2UniLayout, LLaDAMoELayout, DyninLayout, MudditLayout)
+    layouts = (BlockChatLayout, LLaDA2UniLayout, LLaDAMoELayout, DyninLayout, MudditLayout, DualLayout)
     for thing in (AdaptiveCache, MaxLogitCache, *layouts):
         assert thing.__name__ in TEXT
     for path in re.findall(r"`((?:tests|unidiff)/[\w/]+\.py)`", TEXT):

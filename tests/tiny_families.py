@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from muddit_parts import CLIP, MODEL, tiny_clip, tiny_model
+from ddit_parts import MODEL as DUAL
+from ddit_parts import T5
+from muddit_parts import CLIP, MODEL, lively_, tiny_clip, tiny_model
 from PIL import Image
 from reference.batches import llada_batch, lumina_batch, lumina_pair, mdlm_batch, unidisc_batch
 from reference.mmada_prompts import MMaDAPrompts, mmada_batch
 from torch import Tensor
+from transformers import T5Config, T5EncoderModel
 
 from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig
+from unidiff.families.ddit.denoiser import DualDenoiser, T5Text
 from unidiff.families.dream import DREAM
 from unidiff.families.dynin import DYNIN, dynin_vocabulary
 from unidiff.families.dynin import SPECIALS as DYNIN_SPECIALS
@@ -31,6 +35,7 @@ from unidiff.families.mmada import MMADA, SPECIALS, MMaDALayout, mmada_vocabular
 from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.families.parallel import JointSettings
 from unidiff.families.unidisc import UNIDISC
+from unidiff.models.dual_mmdit import DualMMDiT
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -316,11 +321,27 @@ def muddit() -> TinyFamily:
     return TinyFamily("muddit", model, vocabulary, batch, _decoding(block_length=None))
 
 
+def ddit() -> TinyFamily:
+    """The words of D-DiT: ten, half of them known, in front of pictures of 3 x 4 patches; rows of one layout."""
+    model = lively_(DualMMDiT(vocab_size=40, **DUAL), 1)
+    vocabulary = Vocabulary(40, (0, 40), (40, 40), 39, specials={"eos": 1})
+    torch.manual_seed(0)
+    encoder = T5Text(T5EncoderModel(T5Config(vocab_size=44, **T5)))
+    g = torch.Generator().manual_seed(4)
+    words, pictures = _ids(3, 10, 2, 39), torch.randn(3, 3, 4, 4, generator=g)
+    known = torch.arange(10) < 5
+    rows = [[Span.text(w, known), Span.continuous(p, Modality.IMAGE)] for w, p in zip(words, pictures, strict=True)]
+    batch = TokenBatch.from_spans(rows).hide_targets(vocabulary)
+    config = replace(_decoding(block_length=None), guidance=Guidance(2.0, hide="text"))
+    return TinyFamily("ddit", DualDenoiser(model, encoder, vocabulary), vocabulary, batch, config)
+
+
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
     make.__name__: make
     for make in (
         *(unidisc, mdlm, llada, llada_v, dream, llada_moe, llada2, llada2_uni, mmada, parallel, dynin, lumina),
         muddit,
+        ddit,
     )
 }
 _MADE: dict[str, TinyFamily] = {}

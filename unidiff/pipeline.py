@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 
 import torch
 
 from unidiff.families.layout import RowLayout, TaskInputs
-from unidiff.pipelines.decode import TaskCall, call_task, columns_of, task_method, texts_of
+from unidiff.pipelines.decode import TaskCall, call_task, columns_of, decode, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
+from unidiff.pipelines.latents.decode import decode_latents
 from unidiff.pipelines.options import CallInputs, CallKeywords, DecodeKeywords, flag
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.score import score_of
@@ -76,7 +77,9 @@ class UniDiffPipeline(WordTasks, PipelineFolder):
         super().__init__()
         check_value(transformer, torch.nn.Module, "transformer")
         images, texts = image_tokenizer, text_tokenizer
-        if images is not None and not isinstance(images, VQImageTokenizer):
+        if layout is not None and layout.latents:
+            images = layout.pictures(images)
+        elif images is not None and not isinstance(images, VQImageTokenizer):
             images = VQImageTokenizer(images)
         self.images: Any = images
         self.texts = texts if isinstance(texts, TextTokenizer) else TextTokenizer(texts)
@@ -162,6 +165,11 @@ class UniDiffPipeline(WordTasks, PipelineFolder):
             inputs: the arguments of that method.
         """
         return call_task(self, prompt, task, inputs)
+
+    @property
+    def decoder(self) -> Callable[..., UniDiffOutput]:
+        """What decodes the rows of a task: of families whose pictures are latents a loop of its own."""
+        return decode_latents if self.layout.latents else decode
 
     @task_method
     def text_to_image(

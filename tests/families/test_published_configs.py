@@ -28,6 +28,7 @@ from unidiff.families.muddit.denoiser import MudditConditions
 from unidiff.families.muddit.rows import MeissonicLayout, MudditLayout, muddit_sampler
 from unidiff.families.unidisc.rows import UniDiscLayout, unidisc_sampler
 from unidiff.models import mmdit_blocks
+from unidiff.models.dual_mmdit import DualMMDiT
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.parts import Norm
 from unidiff.models.transformer import MaskedTransformer
@@ -186,6 +187,8 @@ def rows_of(model: torch.nn.Module) -> int:
     """Rows of the embedding table(s): one for both modalities, or CLIP's with [MASK] and the codes' apart."""
     if isinstance(model, MaskedTransformer):
         return model.embed_tokens.num_embeddings
+    if isinstance(model, DualMMDiT):
+        return model.config.vocab_size
     return 49408 + 1 + model.config.vocab_size
 
 

@@ -88,6 +88,8 @@ class Family:
         sections: names of further files of settings beside the config (`NAME.json`), each a section of it.
         beside: lets a network know what else lies beside its folder, and reads nothing of it.
         layout: how the pipeline's tasks become rows of this family and are read back; None without a pipeline.
+        examine: looks at what lies beside the weights, for an id layout: by what was looked at, whether it holds, and the details.
+        latents: pictures of a folder and a loaded network as latents, see `PictureLatents`; None for families with codes.
     """
 
     name: str
@@ -115,6 +117,8 @@ class Family:
     sections: tuple[str, ...] = ()
     beside: Callable[[nn.Module, Path], None] | None = None
     layout: Any = None
+    examine: Callable[[Path, Vocabulary], Mapping[str, tuple[bool, str]]] | None = None
+    latents: Callable[[Path, Any], Any] | None = None
 
     def has_keys(self, names: Iterable[str], some: bool = False) -> bool:
         """Whether weights of these names are this family's, or with `some` may be a part of them."""

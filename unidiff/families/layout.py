@@ -146,6 +146,17 @@ class DecodeRequest:
         texts = [row[chosen].tolist() for row, chosen in zip(ids, words, strict=True)]
         return [[i - start for i in row[: next((n for n, i in enumerate(row) if i in stop), None)]] for row in texts]
 
+    def read_words(
+        self, texts: Any, vocabulary: Vocabulary, given: Sequence[str] | None, ends: Sequence[int]
+    ) -> tuple[list[list[int]], list[str]]:
+        """Text ids and texts of decoded rows, by a text tokenizer; texts that were known come back as they were `given`."""
+        text_ids = self.text_ids(self.batch.ids, vocabulary, ends)
+        found = [texts.decode([i for i in words if i < texts.size]).strip() for words in text_ids]
+        if given is None:
+            return text_ids, found
+        written = (self.words & self.batch.targets).any(1).tolist()
+        return text_ids, [own if new else old.strip() for own, new, old in zip(found, written, given, strict=True)]
+
     def picture_ids(self, ids: Tensor) -> Tensor:
         """Ids of the pictures of rows `[..., B, L]`: int64 `[..., B, h, w]`, with h = w = 0 where there are none."""
         if not bool(self.picture.any()):
@@ -210,6 +221,7 @@ class RowLayout:
     vocabulary: Vocabulary  # its ids
     sizes: ClassVar[bool] = False  # whether a pipeline may be made for pictures of one size or another
     all_words: ClassVar[bool] = False  # whether the text tokenizer has all text ids
+    latents: ClassVar[bool] = False  # whether pictures are continuous latents, drawn by flow matching, and no codes
     strengths: ClassVar[bool] = False  # whether a picture can be redrawn in a part of the steps
     reads_pixels: ClassVar[bool] = False  # whether pictures are read as they are, several in a row, and none are drawn
     conversations: ClassVar[bool] = True  # whether `chat` knows what was said before, where there is one
@@ -267,6 +279,10 @@ class RowLayout:
         if not least <= texts.size <= vocabulary.text_size + 1:  # with or without [MASK]; others leave ids unused
             fault = f"the text tokenizer has {texts.size} ids, but the model {vocabulary.text_size}"
             raise ValueError(f"{fault}; give the one it was trained with")
+
+    def pictures(self, images: Any) -> Any:
+        """Of a family with `latents`: the `PictureLatents` of a network, or themselves."""
+        return images
 
     def candidates(self, task: str) -> int:
         """Decodes of each row of a task, of which the best is kept, where nothing else is asked for."""

@@ -253,9 +253,10 @@ class View(Protocol):
 
 @dataclass
 class WholeView:
-    """`View` of a pass over all tokens; the tables fit its keys, the mask its queries as in `attend`. `left`: of one stream."""
+    """`View` of a pass over all tokens; the tables (None: no positions) fit its keys, the mask its queries as in `attend`.
+    `left`: of one stream."""
 
-    rotary: RotaryTables
+    rotary: RotaryTables | None
     mask: AttentionMask = None
     turns_keys: bool = True
     left: Tensor | None = None
@@ -263,14 +264,15 @@ class WholeView:
     def attention(self, streams: Streams, entered: Parts) -> Parts:
         rotary, turns, asked = self.rotary, self.rotary, entered
         if self.left is not None:
-            turns, asked = rotary.at(self.left), [gather_rows(h, self.left) for h in entered]
+            turns = None if rotary is None else rotary.at(self.left)
+            asked = [gather_rows(h, self.left) for h in entered]
         if len(streams) == 1 and self.turns_keys:
             q, k, v = streams[0].heads(entered[0], rotary, asked=asked[0], turns=turns)
         else:
             own = (stream.heads(h, asked=part) for stream, h, part in zip(streams, entered, asked, strict=True))
             q, k, v = (joined(part) for part in zip(*own, strict=True))
-            q = rotate(q, turns).to(v.dtype)
-            k = rotate(k, rotary).to(v.dtype) if self.turns_keys else k
+            q = q if turns is None else rotate(q, turns).to(v.dtype)
+            k = rotate(k, rotary).to(v.dtype) if self.turns_keys and rotary is not None else k
         return attended(streams, q, *self.seen(k, v), self.mask, asked)
 
     def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

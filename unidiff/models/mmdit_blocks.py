@@ -46,10 +46,10 @@ def plain_norm(x: Tensor) -> Tensor:
 class TokenStream(nn.Module):
     """A `Stream` of a double block: adaLN, projections, output projection, feed-forward."""
 
-    def __init__(self, size: int, num_heads: int) -> None:
+    def __init__(self, size: int, num_heads: int, qk_norm: str = "head") -> None:
         super().__init__()
         self.ada_ln = AdaLN(size, size, branches=2)
-        self.heads = _heads(size, num_heads)
+        self.heads = _heads(size, num_heads, qk_norm)
         self.out = nn.Linear(size, size)
         self.feed_forward = FeedForward(size, 4 * size, "gelu_tanh", bias=True)
 
@@ -63,12 +63,12 @@ class TokenStream(nn.Module):
 class DoubleBlock(nn.Module):
     """Two streams with weights of their own and one attention over [text, image].
 
-    x += gate out(attention); x += gate ff(norm(x)).
+    x += gate out(attention); x += gate ff(norm(x)). `qk_norm`: see `HeadProjection`.
     """
 
-    def __init__(self, size: int, num_heads: int) -> None:
+    def __init__(self, size: int, num_heads: int, qk_norm: str = "head") -> None:
         super().__init__()
-        self.text, self.image = TokenStream(size, num_heads), TokenStream(size, num_heads)
+        self.text, self.image = TokenStream(size, num_heads, qk_norm), TokenStream(size, num_heads, qk_norm)
 
     def forward(self, text: Tensor, image: Tensor, condition: Condition, view: View) -> tuple[Tensor, Tensor]:
         """Both streams to the same."""
@@ -103,8 +103,8 @@ class SingleBlock(nn.Module):
         return _run((self,), (x,), condition, (view.attention,), view.left)[0]
 
 
-def _heads(size: int, num_heads: int) -> HeadProjection:
-    return HeadProjection(size, num_heads, num_heads, "head", "rms", NORM_EPS, bias=True)
+def _heads(size: int, num_heads: int, qk_norm: str = "head") -> HeadProjection:
+    return HeadProjection(size, num_heads, num_heads, qk_norm, "rms", NORM_EPS, bias=True)
 
 
 def _run(

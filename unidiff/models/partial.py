@@ -155,11 +155,14 @@ class UnevenView:
             turns, wanted, asked = rotary, self.plan.wanted, own
             if wanted is not None and wanted.shape[1] < self.index.width and self.layer == store.layers - 1:
                 place, self.asked = self.index.narrowed(wanted, store.shape[1])
-                turns, mask, asked = rotary.at(place), queries_of(mask, place), [gather_rows(x, place) for x in own]
+                turns = None if rotary is None else rotary.at(place)
+                mask, asked = queries_of(mask, place), [gather_rows(x, place) for x in own]
             found = (stream.heads(x, None, False, h) for stream, x, h in zip(streams, own, asked, strict=True))
             q, k = (joined(part) for part in zip(*found, strict=True))
-            self.kept.write(self.index, key=rotate(k, rotary).to(h.dtype) if store.options.rotated else k)
-            mixed = attended(streams, rotate(q, turns).to(h.dtype), *self.kept.seen(), mask, asked)
+            turned = rotary is not None and store.options.rotated
+            self.kept.write(self.index, key=rotate(k, rotary).to(h.dtype) if turned else k)
+            q = q if turns is None else rotate(q, turns).to(h.dtype)
+            mixed = attended(streams, q, *self.kept.seen(), mask, asked)
             self._keep(ATTENTION, mixed)
         return self._all(ATTENTION, entered)
 

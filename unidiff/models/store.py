@@ -218,8 +218,10 @@ class FeatureStore:
             found[name] = self.gather(x.reshape(*self.shape, -1), index).view(*index.at.shape, *x.shape[2:])
         return found
 
-    def rotary(self, index: TokenIndex) -> RotaryTables:
-        """The tables at the positions of an index."""
+    def rotary(self, index: TokenIndex) -> RotaryTables | None:
+        """The tables at the positions of an index; None for a model without any."""
+        if "cos" not in self.inputs:
+            return None
         found = self.inputs if index.whole else self.inputs_at(index, "cos", "signed_sin")
         return RotaryTables(found["cos"], found["signed_sin"], self.layout.interleaved)
 
@@ -329,8 +331,8 @@ class LayerFeatures:
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values of all positions, `[B, KV, L, d]`."""
         keys, store = self.key[:, :, :-1], self.store
-        if not store.options.rotated:
-            keys = rotate(keys.transpose(1, 2), store.rotary(store.everywhere)).to(keys.dtype).transpose(1, 2)
+        if not store.options.rotated and (tables := store.rotary(store.everywhere)) is not None:
+            keys = rotate(keys.transpose(1, 2), tables).to(keys.dtype).transpose(1, 2)
         return keys, self.value[:, :, :-1]
 
     def values_at(self, index: TokenIndex) -> Tensor:

@@ -75,7 +75,7 @@ def task_method(
         options = DecodeOptions(**{name: named.pop(name) for name in OPTIONS if name in named})
         self.layout.need(method.__name__)
         try:
-            out = decode(self, method.__name__, method(self, *args, **named), options)
+            out = self.decoder(self, method.__name__, method(self, *args, **named), options)
         finally:
             self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         return out if options.return_dict else out.to_tuple()
@@ -141,13 +141,9 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     # 6. back to words and pixels
     done = request.finished(out.batch, count)
     codes = done.picture_ids(done.batch.ids) - layout.vocabulary.image[0]  # [B, h, w]
-    text_ids = done.text_ids(done.batch.ids, layout.vocabulary, config.ends)
-    texts = [pipe.texts.decode([i for i in words if i < pipe.texts.size]).strip() for words in text_ids]
-    if inputs.texts is not None:  # texts that were known come back as they were given
-        written = (done.words & done.batch.targets).any(1).tolist()
-        texts = [own if new else given.strip() for own, new, given in zip(texts, written, inputs.texts, strict=True)]
+    text_ids, texts = done.read_words(pipe.texts, layout.vocabulary, inputs.texts, config.ends)
     return UniDiffOutput(
-        images=_pictures(pipe, call, codes, options.output_type, seeds),
+        images=pictures_of(pipe, call, codes, options.output_type, seeds),
         texts=texts,
         codes=codes,
         text_ids=text_ids,
@@ -226,7 +222,7 @@ def _guidance(
     return (None, away) if away else (request.condition(guidance.hide), None)
 
 
-def _pictures(pipe: Any, call: TaskCall, codes: Tensor, output_type: str, seeds: Tensor) -> Any:
+def pictures_of(pipe: Any, call: TaskCall, codes: Tensor, output_type: str, seeds: Tensor) -> Any:
     """Pictures of codes `[B, h, w]` as `output_type` says, their noise (if any) from `seeds` `[B]`; None for text alone."""
     if not call.pictures or output_type in ("codes", "latent"):
         return codes if call.pictures else None

@@ -37,7 +37,7 @@ class UniDiffOutput(BaseOutput):
             `output_type` says. For captions and answers, the pictures that were given, at the model's size. None where
             there are no pictures (chat and other text alone), or a row may have several (LLaDA-V).
         texts: the caption, answer or prompt of each row, up to its first end-of-text.
-        codes: int64 `[B, h, w]`, image codes.
+        codes: int64 `[B, h, w]`, image codes; float `[B, C, H, W]` of a family whose pictures are latents of an autoencoder.
         text_ids: the text ids behind `texts`.
         ids: int64 `[B, L]`, the whole rows in the shared vocabulary.
         confidences: float32 `[B, L]`, probability of each decoded token when it was committed; 1 where known.

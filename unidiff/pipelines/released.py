@@ -23,6 +23,7 @@ from unidiff.families.family import FAMILIES, fitting
 from unidiff.families.layout import RowLayout
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens import Vocabulary
+from unidiff.tokens.image.latents import PictureLatents
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 
@@ -41,7 +42,7 @@ class LoadedParts(NamedTuple):
     """Everything a pipeline is made of, in the order of its arguments."""
 
     transformer: Any
-    image_tokenizer: VQImageTokenizer | None
+    image_tokenizer: VQImageTokenizer | PictureLatents | None
     text_tokenizer: TextTokenizer
     settings: PipelineSettings | None = None
     layout: RowLayout | None = None
@@ -65,9 +66,13 @@ def load_released_parts(
     if family.layout is None:
         others = ", ".join(name for name, other in FAMILIES.items() if other.layout is not None)
         raise ValueError(f"{family.name} has no pipeline (only {others}); load it with unidiff.families.load_released")
-    if family.image_tokenizer is None and image_tokenizer is not None:
+    images: Any
+    if family.latents is not None:
+        images = family.latents(folder if image_tokenizer is None else Path(image_tokenizer), released.model)
+    elif family.image_tokenizer is None and image_tokenizer is not None:
         raise ValueError(f"{family.name} knows no pictures; leave image_tokenizer out")
-    images = None if family.image_tokenizer is None else load_images(folder, image_tokenizer)
+    else:
+        images = None if family.image_tokenizer is None else load_images(folder, image_tokenizer)
     texts = load_texts(folder, text_tokenizer)
     layout = family.layout(replace(released, folder=folder), texts)
     return LoadedParts(released.model, images, texts, layout=layout)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unidiff.diffusion.schedules import Schedule
 
 TokenWeight = Literal["elbo", "inverse_rate", "softmin", "ce"]
+NetworkName = Literal["masked", "dual"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 LoraTarget = Literal["qkv", "out", "up", "down"]
 TRACKERS, LORA_TARGETS = get_args(TrackerName), get_args(LoraTarget)
@@ -235,6 +236,8 @@ class TrainConfig:
     """One file, one run. `model` holds `MaskedTransformer` arguments; `vocab_size` comes from the data.
 
     Args:
+        network: what is trained: `masked`, a `MaskedTransformer`, or `dual`, a `DualTransformer`, whose arguments `model` holds
+            then: flow matching of image latents beside masked text (docs/dual.md).
         attention_kernel: of packed, padded or doubled rows: `sdpa` with a mask of every pair of tokens, or `flex`
             (FlexAttention), which skips what no query may see; CUDA only, since torch has no backward of it for CPUs.
         activation_checkpointing: what the backward pass computes again: `none`, `selective` (all but matrix products and
@@ -250,6 +253,7 @@ class TrainConfig:
     accumulate: Count = 1  # such passes per step
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
+    network: NetworkName = "masked"
     threads: Annotated[int, Between(0, 1024)] = 0
     compile: bool = False  # `torch.compile` every block
     attention_kernel: Literal["sdpa", "flex"] = "sdpa"

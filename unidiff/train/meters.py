@@ -17,10 +17,11 @@ class TaskMeter:
 
     Args:
         experts: how many a layer with a mixture has.
+        drawn: what is measured at image positions, for the names of numbers.
     """
 
-    def __init__(self, experts: int = 0) -> None:
-        self._experts = experts
+    def __init__(self, experts: int = 0, drawn: str = "nll") -> None:
+        self._experts, self._kinds = experts, ("nll", drawn)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -44,9 +45,9 @@ class TaskMeter:
                 out[f"share/{task}"] = float(sums["rows"][number] / sums["rows"].sum())
             for column, modality in enumerate(("text", "image")):
                 if (count := float(sums["hidden"][number, column])) > 0:
-                    out[f"nll/{task}/{modality}"] = float(sums["nll"][number, column]) / count
+                    out[f"{self._kinds[column]}/{task}/{modality}"] = float(sums["nll"][number, column]) / count
         for number, (nll, count) in enumerate(sums["by_time"].tolist()):
-            if count > 0:
+            if count > 0 and self._kinds[1] == "nll":
                 out[f"nll_at/{number / TIME_BUCKETS:.1f}-{(number + 1) / TIME_BUCKETS:.1f}"] = nll / count
         if self._experts:
             loads = sums["loads"].view(-1, self._experts)
@@ -62,15 +63,18 @@ class SpeedMeter:
 
     def __init__(self, config: TrainConfig, source: TokenSource, processes: int) -> None:
         text, image = source.text_length, source.grid[0] * source.grid[1]
+        self._tokens, self._rows = config.rows_per_step * (text + image), config.rows_per_step
+        self._row_flops, self._token_flops = 0.0, (0.0, 0.0)  # not counted for other networks
+        self._peak = config.logging.peak_tflops * 1e12 * processes
+        self._reset()
+        if config.network != "masked":
+            return
         vocabulary, size = source.vocabulary, model_size(config.model, source.vocabulary.size)
         block = config.model.get("block_length")
         pairs = block_causal_pairs(text + image, block) if block else None
         row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size, 0.0, pairs)
         self._row_flops = row_flops(size, row).total  # without the head, whose share the masks decide
         self._token_flops = tuple(6.0 * size.hidden_size * n for n in (vocabulary.text_size, vocabulary.image_size))
-        self._tokens, self._rows = config.rows_per_step * (text + image), config.rows_per_step
-        self._peak = config.logging.peak_tflops * 1e12 * processes
-        self._reset()
 
     def _reset(self) -> None:
         self._seconds, self._waited, self._done = 0.0, 0.0, 0  # the last in tokens
@@ -94,9 +98,10 @@ class SpeedMeter:
             return {}
         scored = sum(n * f for n, f in zip(self._scored.tolist(), self._token_flops, strict=True))
         flops = (self._done / self._tokens * self._rows * self._row_flops + scored) / self._seconds
-        out = {"tokens_per_second": self._done / self._seconds, "tflops": flops / 1e12}
+        out = {"tokens_per_second": self._done / self._seconds}
+        out |= {"tflops": flops / 1e12} if self._row_flops else {}
         out["data_wait"] = self._waited / self._seconds
-        if self._peak:
+        if self._peak and self._row_flops:
             out["mfu"] = flops / self._peak
         self._reset()
         return out

@@ -17,7 +17,7 @@ from unidiff.errors import import_extra
 from unidiff.train.config import OptimiserConfig, ScheduleConfig
 from unidiff.train.run.distributed import local, whole
 
-_INSIDE_BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+\.")
+_INSIDE_BLOCK = re.compile(r"(^|[._])(blocks?|layers)\.\d+\.")
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -38,7 +38,7 @@ def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float
 class Optimisers:
     """One or two torch optimisers that step together. Every parameter belongs to exactly one.
 
-    Muon takes the matrices inside blocks (names with `blocks.N.` or `layers.N.`); AdamW takes the rest, with weight decay
+    Muon takes the matrices inside blocks (names with `block.N.`, `blocks.N.` or `layers.N.`); AdamW takes the rest, with weight decay
     on matrices only, never on norms, biases and embeddings' one-dimensional companions. With `state_bits` 8, AdamW's moments
     are torchao's (see `_adamw_8bit`) and Muon's stay in 32 bits.
     """

@@ -19,6 +19,7 @@ from unidiff.pipelines.pack import pack_pipeline
 from unidiff.train.config import TokenizerConfig, TrainConfig
 from unidiff.train.data.datasets import noted_tokenizers, open_sources
 from unidiff.train.data.source import TokenSource
+from unidiff.train.dual_pipeline import check_dual_target, pack_dual
 from unidiff.train.trainer import train
 
 PIPELINE, DECODING = "pipeline", "decoding.json"
@@ -53,12 +54,15 @@ def _pretrain(config: TrainConfig, environment: Mapping[str, str]) -> int:
     if not (config.tokenizer.image and config.tokenizer.text):
         return train(config, environment)
     target = Path(config.output) / PIPELINE
-    check_target(target)
+    (check_dual_target if config.network == "dual" else check_target)(target)
     return train(config, environment, finish=lambda: _save_pipeline(config, target))
 
 
 def _save_pipeline(config: TrainConfig, target: Path) -> None:
     best, last = (Path(config.output) / name for name in ("model-best", "model"))
+    if config.network == "dual":
+        pack_dual(best if best.is_dir() else last, config.tokenizer.image, config.tokenizer.text, target)
+        return
     pipe = pack_pipeline(
         best if best.is_dir() else last, config.tokenizer.image, config.tokenizer.text, target,
         dtype=getattr(torch, config.checkpoint.export_dtype),

@@ -91,9 +91,7 @@ class TrainState:
     parallel: Parallel = field(default_factory=lambda: Parallel(torch.device("cpu"), ParallelConfig()))
 
     @classmethod
-    def of(
-        cls, model: MaskedTransformer, vocabulary: Vocabulary, config: TrainConfig, parallel: Parallel
-    ) -> TrainState:
+    def of(cls, token_nll: TokenNLL, config: TrainConfig, parallel: Parallel) -> TrainState:
         """A fresh training. Raises ValueError where the device cannot train with the attention kernel."""
         flex, kind = config.attention_kernel == "flex", parallel.device.type
         if flex and kind != "cuda":
@@ -101,9 +99,7 @@ class TrainState:
                 f"attention_kernel = 'flex' on {kind}: torch has no backward pass of FlexAttention there; use "
                 "attention_kernel=sdpa"
             )
-        token_nll = TokenNLL(
-            model, vocabulary, config.objective.chunk, config.precision == "bf16", flex, config.objective.balance_weight
-        )
+        model = token_nll.model
         optimisers, ema = Optimisers(model, config.optimiser), EMA(model, config.ema.decay, config.ema.warmup)
         return cls(token_nll, optimisers, ema, spike_factor=config.spike_factor, parallel=parallel)
 

@@ -20,7 +20,7 @@ from unidiff.models.trained_on import TASKS, TrainedOn
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.process import pick_device
-from unidiff.train.build import add_adapters, build_model, check_start, export_adapter, merge_adapters, set_up_blocks
+from unidiff.train.build import add_adapters, check_start, export_adapter, merge_adapters, set_up_blocks
 from unidiff.train.config import TrainConfig, check_config
 from unidiff.train.data.datasets import DataLosses, open_documents, open_sources
 from unidiff.train.data.samples import sheet_sampler
@@ -28,12 +28,13 @@ from unidiff.train.data.shard_source import DocumentTokens
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskMixer
 from unidiff.train.meters import SpeedMeter, TaskMeter
+from unidiff.train.networks import NETWORKS, Network
 from unidiff.train.optim import learning_rate_factor
 from unidiff.train.run.checkpoint import CheckpointSaver, RunCheckpoint, pointed_name, score_of, settle
 from unidiff.train.run.distributed import Parallel, launch_of, lost_peer, whole
 from unidiff.train.run.logs import Progress, RunLog, stop_on_signals
 from unidiff.train.run.resume import MARK, check_run_folder, facts_of, position, resume, scored_as
-from unidiff.train.step import StepReport, TrainState, report_names, train_step, validate
+from unidiff.train.step import StepReport, TrainState, train_step
 
 _LOWER = "run again with a lower optimiser.lr and checkpoint.changed=allow: it continues from the last checkpoint"
 
@@ -90,24 +91,21 @@ class Trainer:
             data.document_share, data.pack,
         )  # fmt: skip
         check_start(config.checkpoint.init_from, source)
-        model = build_model(config, source.vocabulary.size)
+        self.network: Network = NETWORKS[config.network]
+        model = self.network.build(config, source)
         set_up_blocks(model, config.activation_checkpointing, config.compile)
         self.parallel.prepare(model)
-        self.state = TrainState.of(model, source.vocabulary, config, self.parallel)
+        self.state = TrainState.of(self.network.loss(model, source.vocabulary, config), config, self.parallel)
         self._documents = documents is not None
         self.speed = SpeedMeter(config, source, self.parallel.size)
         self.data_losses = DataLosses(self.folder, [source, validation, documents])
         own = json.dumps(facts_of(config, source, documents)) if self.parallel.main else ""
         self.facts: dict[str, Any] = json.loads(self.parallel.collect(own)[0])
-        best, rows = config.checkpoint.best, validation if self._validation_rows else None
-        known = set() if rows is None else report_names(rows, self.block_length)
-        if best == "auto":
-            wanted = {"generate": "joint_nelbo"} | {task: f"{task}_nelbo" for task in TASKS[1:]}
-            trained = (wanted[task] for task in TASKS if getattr(config.tasks, task).weight > 0)
-            best = next((name for name in trained if name in known), "")
+        known = (
+            self.network.report_names(validation, self.block_length) if validation and self._validation_rows else set()
+        )
+        best = self.network.judged_by(config, known)
         self._judged_by, self._scored = best, scored_as(config, best, validation)
-        if best and best not in known:
-            raise ValueError(f"checkpoint.best = {best!r} is not in the validation report; it has {sorted(known)}")
         self._choice = resume(self.state, self.checkpoints, config, self.facts)
         settings = config.checkpoint
         self.saver = CheckpointSaver(self.checkpoints, settings.keep, settings.background, self.parallel)
@@ -134,7 +132,8 @@ class Trainer:
             OSError: a full or read-only disk and the like, with the name of the file; the last checkpoint stays.
         """
         settings, state, report = self.config, self.state, {}
-        meter, overdue, stopped, began, said = TaskMeter(state.model.settings.num_experts), False, False, state.step, ""
+        meter = TaskMeter(state.model.settings.num_experts, self.network.drawn)
+        overdue, stopped, began, said = False, False, state.step, ""
         with ExitStack() as stack:
             stack.enter_context(self.parallel.locked(self.folder, "training"))
             log, progress = self._open_logs(stack)
@@ -277,9 +276,9 @@ class Trainer:
         """The report of `validate` on the averaged weights."""
         assert self.validation is not None
         draws, rows = self.config.logging.validation_draws, self._validation_rows
-        batch_size = min(self.config.batch_size, rows * draws)
         with self.state.ema.applied():
-            report = validate(self.state.token_nll, self.validation, rows, draws, batch_size, self.parallel)
+            size = (rows, draws, min(self.config.batch_size, rows * draws))
+            report = self.network.validate(self.state.token_nll, self.validation, *size, self.parallel)
             self.parallel.rest()
         return report
 
@@ -311,9 +310,10 @@ class Trainer:
         if not self.parallel.main:
             return None
         with torch.device("meta"):  # neither memory nor random draws
-            model = MaskedTransformer.from_config(dict(self.model.config))
+            model = type(self.model).from_config(dict(self.model.config))
             add_adapters(model, self.config.lora)
-        model.load_state_dict(average, assign=True)
+        fixed = {n: x.to(device or x.device) for n, x in self.model.named_buffers() if n in model.state_dict()}
+        model.load_state_dict(average | fixed, assign=True)
         if adapted and adapter is not None:
             export_adapter(model, adapter)
         merge_adapters(model)
@@ -396,5 +396,5 @@ def _due(every: int, step: int) -> bool:
 
 
 def _validation_line(step: int, report: dict[str, float]) -> str:
-    shown = [name for name in report if name.endswith(("_nelbo", "_nelbo_text", "_nelbo_image"))]
+    shown = [name for name in report if name.endswith(("_nelbo", "_nelbo_text", "_nelbo_image", "flow_loss"))]
     return f"step {step} validation  " + "  ".join(f"{name} {report[name]:.3f}" for name in shown)

@@ -22,6 +22,7 @@ from unidiff.hub import RELEASED, locate
 from unidiff.tokens import Vocabulary
 
 SHARD_SIZE = "5GB"
+_DIFFUSERS = ("Transformer2DModel", "VQModel", "SD3JointModelFlexible")  # ends of class names
 
 
 def convert(
@@ -117,7 +118,7 @@ def save_released(released: Released, folder: Path) -> None:
     files = {"config": {name: value for name, value in released.config.items() if name not in apart}, **apart}
     for name, content in files.items() if released.config else ():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    diffusers = str(released.config.get("_class_name", "")).endswith(("Transformer2DModel", "VQModel"))
+    diffusers = str(released.config.get("_class_name", "")).endswith(_DIFFUSERS)
     save_shards(released.state_dict(), folder, "diffusion_pytorch_model" if diffusers else "model")
 
 

@@ -19,6 +19,7 @@ from unidiff.families.checkpoint.expert_names import ExpertLayout
 from unidiff.families.checkpoint.keymap import KeyMap, KeyMismatch, assemble, strip_prefixes, unwrap
 from unidiff.families.family import FAMILIES, Family, Released, recognise
 from unidiff.hub import RELEASED, locate
+from unidiff.models.dual_transformer import DualTransformer
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Depth, check_value, from_data
 from unidiff.tokens import Vocabulary
@@ -319,7 +320,8 @@ def load_own(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a folder with a saved model")
     config = read_json(path, "a model's config")
-    networks = {cls.__name__: cls for cls in (family.network for family in FAMILIES.values() if family.vocabulary)}
+    released = (family.network for family in FAMILIES.values() if family.vocabulary)
+    networks = {cls.__name__: cls for cls in (*released, DualTransformer)}
     name, known = config.get("_class_name"), {*networks, *IMAGE_TOKENIZERS}
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{path} describes a {name!r}; expected one of {sorted(known)}")

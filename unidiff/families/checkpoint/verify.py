@@ -18,6 +18,7 @@ from unidiff.families.checkpoint.load import IMAGE_PLACES, PIPELINE_PARTS, find_
 from unidiff.families.family import Config, Family, Release, Released
 from unidiff.families.llada_v.network import VisionLanguageTransformer
 from unidiff.hub import HUB_OPTIONS
+from unidiff.models.dual_mmdit import DualMMDiT
 from unidiff.models.experts import idle_weights
 from unidiff.models.mmdit import MMDiT
 from unidiff.models.transformer import MaskedTransformer
@@ -172,8 +173,10 @@ def pass_bytes(model: nn.Module, tokens: int) -> int:
             routed = c.experts_per_token * (2 * c.hidden_size + 2 * (c.expert_size or 0)) + 2 * c.shared_expert_size
             inner = max(inner, routed)
         return tokens * (width * (6 * c.hidden_size + 2 * inner) + 4 * c.vocab_size)
-    assert isinstance(model, MMDiT)
     c = model.config
+    if isinstance(model, DualMMDiT):
+        return tokens * (width * 16 * c.num_heads * c.head_dim + 4 * c.vocab_size)
+    assert isinstance(model, MMDiT)
     return tokens * (width * 16 * c.num_heads * c.head_dim + 4 * max(c.codebook_size, c.text_vocab_size or 0))
 
 
@@ -225,7 +228,7 @@ def verify(
     2. Its settings and id layout are those of the closest published model, and the stated number of parameters.
     3. The family's arithmetic on this machine gives the recorded numbers of a tiny model (`Family.tiny`).
     4. One small pass of the checkpoint itself is finite and not constant.
-    5. What is read later (pixel decoders of an image tokenizer) can be read.
+    5. What is read later (pixel decoders of an image tokenizer) can be read, and what lies beside the weights is as it should be.
 
     Arguments and errors are those of `load_released`.
     """
@@ -256,6 +259,10 @@ def verify(
     for part, stored in _parts_beside(released).items():
         size = sum(p.numel() for p in stored.load().parameters())
         checks.append(Check(part, True, f"{size:,} parameters, all there and finite"))
+    if family.examine is not None and released.vocabulary is not None:
+        part = find_part(name, options.get("subfolder"))
+        found_beside = family.examine(part if part.is_dir() else part.parent, released.vocabulary)
+        checks += [Check(what, *result) for what, result in found_beside.items()]
     return Verification(family.name, None if closest is None else closest[0].name, tuple(checks))
 
 
@@ -283,7 +290,7 @@ def differences(
 
 @torch.no_grad()
 def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
-    """What a `MaskedTransformer`, an `MMDiT` or an image tokenizer (without a vocabulary) says to one small fixed question:
+    """What a `MaskedTransformer`, `MMDiT`, `DualMMDiT` or image tokenizer (without a vocabulary) says to a small fixed question:
     logits of hidden tokens, or pixels (of one whose decoder draws noise, latents of a picture); float32, flat, on the CPU.
     """
     if isinstance(model, VQImageTokenizer) and model.draws:
@@ -296,6 +303,8 @@ def answer(model: Any, vocabulary: Vocabulary | None) -> Tensor:
     assert vocabulary is not None
     if isinstance(model, MMDiT):
         return _mmdit(model).float().cpu().flatten()
+    if isinstance(model, DualMMDiT):
+        return _dual(model).float().cpu().flatten()
     assert isinstance(model, MaskedTransformer)
     seen = _seen(model) if isinstance(model, VisionLanguageTransformer) else []
     batch = _question(vocabulary, seen).to(model.device)
@@ -339,6 +348,14 @@ def _mmdit(model: MMDiT) -> Tensor:
     micro = torch.tensor([[512.0, 512.0, 0.0, 0.0, 6.0]], device=device)
     out = model(codes, text.to(model.dtype), pooled.to(model.dtype), micro, torch.tensor([0.5], device=device))
     return out.image if out.text is None else torch.cat((out.image.flatten().float(), out.text.flatten().float()))
+
+
+def _dual(model: DualMMDiT) -> Tensor:
+    c, device, side = model.config, model.device, SIDE * model.config.patch_size
+    wave = lambda *shape: torch.sin(torch.arange(math.prod(shape), device=device).float()).reshape(1, *shape)  # noqa: E731
+    latents, text = wave(c.in_channels, side, side), wave(TEXT_TOKENS, c.text_dim)
+    out = model(latents.to(model.dtype), text.to(model.dtype), torch.tensor([500.0], device=device))
+    return torch.cat((out.image.flatten().float(), model.text_head(out.text).flatten()))
 
 
 def formula_weights(family: Family) -> dict[str, Tensor]:

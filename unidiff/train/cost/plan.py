@@ -210,7 +210,11 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
 
 
 def declared_vocabulary(config: TrainConfig) -> Vocabulary:
-    """The layout that `data.vocabulary` names. Raises ValueError when it or `data.grid` is not set."""
+    """The layout that `data.vocabulary` names. Raises ValueError when it or `data.grid` is not set, or for another network."""
+    if config.network != "masked":
+        raise ValueError(
+            f"network is {config.network!r}; costs are counted of masked transformers alone (network=masked)"
+        )
     if not config.data.vocabulary or not config.data.grid:
         raise ValueError(
             "the config declares no data.vocabulary and data.grid; set both, for instance data.vocabulary=unidisc-vq16 data.grid=16"

@@ -1,0 +1,1 @@
+"""Decoding of families whose pictures are continuous latents."""
