@@ -33,13 +33,13 @@ def write_tokenizer(
     save_file(weights, folder / "model.safetensors")
 
 
-def write_decoder(folder: Path, codes: int, names: tuple[str, ...] = ("decoder",), features: bool = True) -> None:
-    """Decoders and autoencoder (two pixels for a latent), and the features of so many codes, in a folder of LLaDA2.0-Uni."""
+def write_decoder(folder: Path, names: tuple[str, ...] = ("decoder",), width: int = WIDTH) -> None:
+    """Decoders for features of a width, and an autoencoder (two pixels for a latent), in a folder of LLaDA2.0-Uni."""
     torch.manual_seed(1)
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps({"_class_name": "ZImageTransformer2DModel", **NETWORK}))
-        network = ZImageTransformer2DModel(**NETWORK)
+        network = ZImageTransformer2DModel(**{**NETWORK, "cap_feat_dim": width})
         weights = {
             n.replace("cap_embedder.", "semantic_embedder."): torch.randn_like(v) * 0.2
             for n, v in network.state_dict().items()
@@ -54,12 +54,6 @@ def write_decoder(folder: Path, codes: int, names: tuple[str, ...] = ("decoder",
         shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False, **levels,
     )  # fmt: skip
     vae.save_pretrained(folder / "vae")
-    if features:
-        made = CodeFeatures(codes, WIDTH)
-        torch.save(
-            {n: torch.randn_like(v) for n, v in made.state_dict().items()},
-            folder / "image_tokenizer" / "sigvq_embedding.pt",
-        )
 
 
 def write_image_parts(folder: Path, names: tuple[str, ...] = ("decoder", "decoder-turbo"), **pixels: Any) -> None:
@@ -67,4 +61,7 @@ def write_image_parts(folder: Path, names: tuple[str, ...] = ("decoder", "decode
     config = dict(FAMILIES["siglip_vq"].tiny.config)
     given = {**config.pop(PREPROCESSOR), **pixels}
     write_tokenizer(folder / "image_tokenizer", config, given, tiny_weights("siglip_vq"))
-    write_decoder(folder, config["vq_config"]["num_embeddings"], names)
+    write_decoder(folder, names)
+    features = CodeFeatures(config["vq_config"]["num_embeddings"], WIDTH).state_dict()
+    drawn = {name: torch.randn_like(value) for name, value in features.items()}
+    torch.save(drawn, folder / "image_tokenizer" / "sigvq_embedding.pt")
