@@ -142,3 +142,14 @@ def draw_and_describe(root, image_folder):
     assert isinstance(described.texts[0], str)
     answered = pipeline.answer(photograph, "what is it?", generator=[0])
     assert isinstance(answered.texts[0], str)
+
+
+def test_shards_of_the_emoji_world_say_their_size(tmp_path):
+    from typer.testing import CliRunner
+
+    from unidiff.cli.emoji import emoji_app
+    from unidiff.data.collect import size_of
+
+    result = CliRunner().invoke(emoji_app, ["shards", str(tmp_path / "raw"), "--count", "2"])
+    assert result.exit_code == 0, result.output
+    assert size_of([str(tmp_path / "raw")]) == (64, 64)

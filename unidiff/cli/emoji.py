@@ -33,6 +33,7 @@ def shards(
     per_shard: Count = 1000,
 ) -> None:
     """Write raw webdataset shards."""
+    from unidiff.data.collect import write_note
     from unidiff.data.tar import ShardWriter
     from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
     from unidiff.worlds.emoji.table import raw_samples
@@ -44,6 +45,8 @@ def shards(
     with ShardWriter(out, per_shard) as writer:
         for key, members in track(raw_samples(scenes, count), "scenes", total=count):
             writer.write(key, members)
+    side = scenes.profile.image_size
+    write_note(out, (side, side), writer.written)
 
 
 @emoji_app.command()

@@ -92,6 +92,13 @@ def noted(shards: Sequence[str]) -> ShardsNote | None:
     return from_data(ShardsNote, read_json(path, "a note on shards"), repr(str(path)))
 
 
+def write_note(folder: Path, *about: Any) -> ShardsNote:
+    """Write `shards.json`, of the fields of `ShardsNote`, into the folder of the shards."""
+    note = ShardsNote(*about)
+    write_json(folder / NOTE, asdict(note))
+    return note
+
+
 def size_of(shards: str | Sequence[str]) -> tuple[int, int]:
     """(height, width) of the pictures of raw shards: as their note says, else 256 x 256, to which they are cut."""
     note = noted(expand_shards(shards))
@@ -141,9 +148,7 @@ def make_shards(
                     on_samples(len(batch), total)
         if not number:
             raise ValueError(f"{str(source)!r} holds no usable sample; {skipped.brief()}")
-        note = ShardsNote(settings.size, writer.written, asdict(settings), skipped.state_dict())
-        write_json(out / NOTE, asdict(note))
-    return note
+        return write_note(out, settings.size, writer.written, asdict(settings), skipped.state_dict())
 
 
 def _sample(record: _Record, settings: ShardSettings, source: str) -> dict[str, Any] | Skip:
