@@ -132,6 +132,13 @@ def test_cases_per_task_are_spread_over_the_categories(pipe: UniDiffPipeline) ->
         compare_reports(report, whole)
 
 
+def test_metrics_alone_are_of_a_seed_too(pipe: UniDiffPipeline) -> None:
+    one, other = (run_emoji_eval(pipe, seed, n=2, tasks=("retrieval",)) for seed in (1, 2))
+    assert one.about["seed"] == 1 and one.about["profile"] == "cpu" and one.about["yardstick"]
+    with pytest.raises(ValueError, match="differ in seed "):
+        compare_reports(one, other)
+
+
 def test_bad_input_is_named(pipe: UniDiffPipeline) -> None:
     with pytest.raises(ValueError, match="unknown task 'dancing'"):
         run_emoji_eval(pipe, tasks=("dancing",))

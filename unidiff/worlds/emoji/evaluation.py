@@ -106,6 +106,7 @@ def run_emoji_eval(
     model = PipelineModel(pipe, batch_size, kept=kept, tick=lambda more: tick(more, total), **options)
     judge = EmojiEval(model, profile, seed, n, progress)
     report = judge.report
+    report.about |= {"seed": seed, "profile": profile.name, "yardstick": yardstick()}  # also of metrics alone
     try:
         for task in (*judged, *(task for task in tasks if task == SECOND), *measured):
             before = set(report.values)
@@ -315,5 +316,6 @@ def measure_of(task: str, key: str) -> Measure:
     group, _, last = key.rpartition(".")
     plain = last.replace("_", " ")
     words = _WORDS.get(key) or (f"{plain}: pictures that cannot be read" if group == "unreadable" else plain)
-    better = "lower" if key.startswith(_LOWER) or "nelbo" in key else "" if key in _NEITHER else "higher"
+    neither = key in _NEITHER or key.endswith("_words")
+    better = "" if neither else "lower" if key.startswith(_LOWER) or "nelbo" in key else "higher"
     return Measure(task, words, key in _HEADLINES, better)
