@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from golden import golden_folders
 from golden_pipelines import write_golden_pipeline
 from PIL import Image
-from released_parts import golden_checkpoints
+from released_parts import GoldenCheckpoint, golden_checkpoints
 
 from unidiff.pipeline import UniDiffPipeline
 
@@ -19,8 +20,22 @@ NO_QUESTIONS = {"m"}  # sets without the marks of questions
 def cases() -> list:
     """One checkpoint of each set that is there."""
     found = {c.path.parent.name: c for c in golden_checkpoints() if c.path.parent.name not in WHOLE}
+    found |= {c.path.parent.name: c for c in with_experts()}
     params = [pytest.param(c, id=name) for name, c in found.items()]
     return params or [pytest.param(None, marks=pytest.mark.skip(reason="no golden set is there"))]
+
+
+def with_experts() -> list[GoldenCheckpoint]:
+    """LLaDA-MoE's and LLaDA2's checkpoints, whose sets hold other weights besides."""
+    found = []
+    for name in ("llada_moe", "llada2_mini"):
+        for folder in golden_folders(name):
+            if (folder / "weights.safetensors").exists():
+                stored = json.loads((folder / "config.json").read_text())
+                more = {key: stored[key] for key in ("mask_token_id", "block_length") if key in stored}
+                config = {**stored["model"], **stored.get("token_ids", {}), **more}
+                found.append(GoldenCheckpoint(folder / "weights.safetensors", config))
+    return found
 
 
 def interleaved() -> list:
