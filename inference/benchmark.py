@@ -129,7 +129,8 @@ def block_picture(given: argparse.Namespace) -> Table:
     with thread_count(given.threads):
         found = measure_block_picture(picture, device, runs)
         where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    return picture_table(picture, found, f"float32, {where}, median of {runs} paired runs")
+    kind = "processor" if device.type == "cpu" else "wall-clock"
+    return picture_table(picture, found, f"float32, {where}, {kind} seconds, median of {runs} paired runs")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from released_pipelines import write_network
@@ -20,9 +21,13 @@ from unidiff.tokens import Vocabulary
 
 
 def write_golden_pipeline(
-    folder: Path, weights: Path, config: Mapping[str, Any], vocabulary: Vocabulary | None
+    folder: Path,
+    weights: Path,
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary | None,
+    words: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """A converted folder with everything that a pipeline needs; words are `w0`, `w1`, ... for the ids of text."""
+    """A converted folder with everything that a pipeline needs; words are `w0`, `w1`, ... for the ids of text, and some of their own."""
     theirs = folder.parent / f"{folder.name}_released"
     theirs.mkdir(parents=True)
     (theirs / "config.json").write_text(json.dumps(config))
@@ -31,16 +36,16 @@ def write_golden_pipeline(
     shutil.rmtree(theirs)
     vocabulary = vocabulary or load_released(folder, device="meta").vocabulary
     assert vocabulary is not None
-    write_words(folder / "tokenizer", vocabulary)
+    write_words(folder / "tokenizer", vocabulary, words)
     if vocabulary.image_size:
         tiny = FAMILIES["vq_model"].tiny.config
         write_network(folder / "image_tokenizer", "vq_model", {**tiny, "num_vq_embeddings": vocabulary.image_size})
 
 
-def write_words(folder: Path, vocabulary: Vocabulary) -> None:
+def write_words(folder: Path, vocabulary: Vocabulary, own: Mapping[str, int] = MappingProxyType({})) -> None:
     """A tokenizer that knows one word for each id of text; others are the first one."""
     start, stop = vocabulary.text
-    words = {f"w{i}": i for i in range(stop - start)}
+    words = {f"w{i}": i for i in range(stop - start) if i not in own.values()} | dict(own)
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.WordPiece()

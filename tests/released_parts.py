@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from unidiff.families.dynin import dynin_vocabulary
 from unidiff.families.family import FAMILIES
 from unidiff.families.image_tokenizers import LLAMAGEN_KEYS
+from unidiff.families.llada2_uni.rows import MARKS, NUMBER
 from unidiff.families.mmada import mmada_vocabulary
 from unidiff.tokens import Vocabulary
 
@@ -55,11 +56,14 @@ class Payload:
 
 @dataclass(frozen=True)
 class GoldenCheckpoint:
-    """A reference checkpoint: its weight file, upstream's config, and the id layout where the config implies none."""
+    """A reference checkpoint: its weight file, upstream's config, the id layout where the config implies none, and ids of words that
+    a tokenizer has to know.
+    """
 
     path: Path
     config: Mapping[str, Any]
     vocabulary: Vocabulary | None = None
+    words: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, folder: Path) -> dict[str, Tensor]:
         """A released folder with it; returns the weights."""
@@ -75,6 +79,9 @@ BUILT_SETS = (
     "mdlm",
     "llada",
     "llada_v",
+    "llada_moe",
+    "llada2_mini",
+    "llada2_uni",
     "mmada",
     "dynin",
     "ml_cache",
@@ -132,6 +139,14 @@ def _marks(ids: Mapping[str, Any], family: str) -> dict[str, int]:
     return {name: named.get(name, 0) for name in wanted if name in named or family == "lumina"}
 
 
+def _uni_words(ids: Mapping[str, Any]) -> dict[str, int]:
+    """Marks of LLaDA2.0-Uni's tokenizer; the set has those of roles as ids of whole turns, and one for a number of rows or columns."""
+    system, assistant = ids["system"], ids["assistant"]
+    marks = {MARKS[name]: ids[name] for name in ("soi", "eoi", "boi")}
+    marks |= {MARKS["uncondition"]: ids["uncondition"][0], MARKS["role"]: system[0], MARKS["end_role"]: assistant[-1]}
+    return marks | {NUMBER.format(32): ids["height_token"]}  # pictures of the usual size
+
+
 def _golden(path: Path) -> GoldenCheckpoint:
     """The config is a section called as the file, or `model_config`, or `model`; else the upstream keys of the whole."""
     full = json.loads((path.parent / "config.json").read_text())
@@ -145,6 +160,12 @@ def _golden(path: Path) -> GoldenCheckpoint:
             _marks(ids, "mmada"),
         )
         return GoldenCheckpoint(path, {**full["model"], "new_vocab_size": layout[0]}, mmada_vocabulary(*layout))
+    if "token_ids" in full:  # LLaDA2
+        ids = {name: i for name, i in full["token_ids"].items() if name.endswith("_token_id")}
+        config = {**full["model"], **ids, "block_length": full["block_length"]}
+        return GoldenCheckpoint(path, config, words=_uni_words(full["token_ids"]) if "soi" in full["token_ids"] else {})
+    if "mask_token_id" in full:  # LLaDA-MoE
+        return GoldenCheckpoint(path, {**full["model"], "mask_token_id": full["mask_token_id"]})
     if "mm" in full:  # LLaDA-V
         return GoldenCheckpoint(path, llada_v_config(full))
     if "speech_codebook_size" in full.get("tokens", {}):  # Dynin-Omni, as MMaDA; the sizes tell it apart

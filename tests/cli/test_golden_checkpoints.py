@@ -49,7 +49,8 @@ def interleaved() -> list:
 @pytest.mark.golden
 @pytest.mark.parametrize("checkpoint", cases())
 def test_a_family_runs_a_task(checkpoint, tmp_path, run):
-    write_golden_pipeline(tmp_path / "model", checkpoint.path, checkpoint.config, checkpoint.vocabulary)
+    own = checkpoint.vocabulary, checkpoint.words
+    write_golden_pipeline(tmp_path / "model", checkpoint.path, checkpoint.config, *own)
     few = ("--model", tmp_path / "model", "--steps", 2)
     tasks = UniDiffPipeline.from_pretrained(tmp_path / "model").layout.tasks
     if "text_to_image" in tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
@@ -12,10 +13,10 @@ from torch import nn
 
 from unidiff.decoding import Guidance, ModalityDecoding, RefreshPolicy, Sampler, SamplerConfig
 from unidiff.decoding.cache import BlockCausalCache, SprintCache
+from unidiff.evaluation.benchmark.against import spent as seconds_of
 from unidiff.evaluation.report import table_of
 from unidiff.models.experts import mixtures
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.process import timed
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 
@@ -108,7 +109,9 @@ class TimedPicture(NamedTuple):
 
 
 def measure_block_picture(picture: BlockPicture, device: torch.device, runs: int = 3) -> dict[str, TimedPicture]:
-    """All ways, run after run in turn, behind a picture of one block of each to warm up. The first is the program's loop."""
+    """All ways, run after run in turn, behind a picture of one block of each to warm up. The first is the program's loop. On a CPU
+    the processor's seconds, which other programs disturb less than a clock.
+    """
     model, config = picture.network().to(device), picture.config()
     batch, other = (rows.to(device) for rows in picture.rows())
     seeds = torch.zeros(1, dtype=torch.long)
@@ -120,10 +123,10 @@ def measure_block_picture(picture: BlockPicture, device: torch.device, runs: int
         Sampler(model, VOCABULARY, small.config(), policy)(warm, seeds, unconditional=beside)
     for _ in range(runs):
         for name, policy in picture.ways().items():
-            sampler = Sampler(model, VOCABULARY, config, policy)
-            out, seconds = timed(lambda: sampler(batch, seeds, unconditional=other), device)  # noqa: B023
-            spent[name].append(seconds)
-            stats[name] = out.stats
+            sampler, done = Sampler(model, VOCABULARY, config, policy), list[Any]()
+            draw = partial(sampler, batch, seeds, unconditional=other)
+            spent[name].append(seconds_of(lambda: done.append(draw()), device))  # noqa: B023
+            stats[name] = done[0].stats
     return {
         name: TimedPicture(median(own), tuple(own), stats[name].model_tokens, stats[name].evaluations)
         for name, own in spent.items()
