@@ -165,7 +165,9 @@ CALLS = {  # of each task that writes words
         if pipe.layout.words_beside
         else pipe.generate("a <mask>", **more)
     ),
-    "edit": lambda pipe, picture, **more: pipe.edit(picture, "a", max_text_tokens=3, **more),
+    "edit": lambda pipe, picture, **more: pipe.edit(
+        picture, "a", max_text_tokens=3 if "edit" in pipe.layout.words_beside else None, **more
+    ),
     "chat": lambda pipe, picture, **more: pipe.chat("a", 3, **more),
     "complete": lambda pipe, picture, **more: pipe.complete("a", 3, **more),
     "infill": lambda pipe, picture, **more: pipe.infill("a <mask>", **more),
