@@ -252,6 +252,8 @@ class SamplerConfig:
         stop_at_eos: a text row ends when every position before its first generated end-of-text is known;
             what follows is filled with end-of-text.
         whole_blocks: an end of text counts when its block is complete and, with `edit_threshold`, no longer changed.
+        first_end: tokens behind an end that was written are left out from then on, also while tokens before it are masked, so
+            that passes are spent on these alone.
         ends: further ids that end a text, besides the vocabulary's `eos` (an end of turn, for instance).
         fill: what follows an end, where it is not end-of-text (UniDisc: padding).
     """
@@ -262,6 +264,7 @@ class SamplerConfig:
     order: str = "together"
     stop_at_eos: bool = True
     whole_blocks: bool = False
+    first_end: bool = False
     ends: tuple[Index, ...] = ()
     fill: Index | None = None
 

@@ -27,10 +27,17 @@ class EndOfText:
         """bool `[B, L]`: masked text behind a generated end-of-text before which the sample's text has no masked position;
         only in rows bool `[B]` that are `settled`, where it matters."""
         waiting = masked & self._text
-        ended = torch.stack([ids == end for end in self._ends]).any(0)
-        finished = self._text & ~masked & ended & (self._place < self._first(waiting))
+        finished = self._written(ids, masked) & (self._place < self._first(waiting))
         closed = waiting & (self._place > self._first(finished))
         return closed if settled is None else closed & settled[:, None]
+
+    def behind(self, ids: Tensor, masked: Tensor) -> Tensor:
+        """bool `[B, L]`: masked text behind a generated end-of-text, whatever is masked before that."""
+        return masked & self._text & (self._place > self._first(self._written(ids, masked)))
+
+    def _written(self, ids: Tensor, masked: Tensor) -> Tensor:
+        """bool `[B, L]`: generated ends."""
+        return self._text & ~masked & torch.stack([ids == end for end in self._ends]).any(0)
 
     def _first(self, where: Tensor) -> Tensor:
         """Per position, the first place of its sample where the flag is set; L where it never is. int64 `[B, L]`."""

@@ -13,6 +13,7 @@ from unidiff.decoding import draw
 from unidiff.decoding.blocks import BlockShares
 from unidiff.decoding.cache.base import PassRead, PlanSizes
 from unidiff.decoding.checks import complaint
+from unidiff.decoding.commit.base import BlockPass
 from unidiff.decoding.end_of_text import EndOfText
 from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs
@@ -208,6 +209,15 @@ class Request:
             users[stream] = same[key]
         self.state.streams, self.state.users = tuple(users), users
         self.passes = self.passes + users[0]
+
+    def before_end(self, progress: ModalityProgress, now: BlockPass) -> BlockPass:
+        """The pass without what stands behind the first end that was written, where the settings ask for that."""
+        state, end = self.state, self.end_of_text
+        if end is None or not self.sampler.config.first_end or progress.modality != Modality.TEXT:
+            return now
+        behind = end.behind(state.ids, state.masked)
+        progress.ahead = progress.ahead & ~behind
+        return now._replace(active=now.active & ~behind)
 
     def time(self, work: Sequence[PassWork]) -> Tensor:
         """Diffusion time `[B]` for time-conditioned models: that of the row's modality which is furthest behind.

@@ -135,12 +135,12 @@ class Sampler:
     def begin(self, request: Request, progress: ModalityProgress) -> PassWork:
         """What one modality may fill in this pass, and all at once where the model does not matter."""
         state, rule = request.state, progress.rule
-        now = progress.begin_pass(state.masked, request.waiting(progress))
+        now = request.before_end(progress, progress.begin_pass(state.masked, request.waiting(progress)))
         time, count = progress.time(state.masked), rule.count(now)  # [B]
         decided = rule.early(now, count, partial(request.noise, state.step))
         if state.finishing:
             decided = state.masked & progress.targets
-        candidates = rule.looked_at(progress.active | progress.ahead, count) if decided is None else decided
+        candidates = rule.looked_at(now.active | progress.ahead, count) if decided is None else decided
         if progress.edits is not None and not state.finishing:
             candidates = candidates | (progress.editable(state.masked) & ~state.frozen)
         scale = self.config.guidance.scale_at(progress.modality, time)

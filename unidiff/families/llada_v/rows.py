@@ -26,8 +26,9 @@ SYSTEM = (
 
 
 def llada_v_sampler(vocabulary: Vocabulary, steps: int = 128, block_length: int = 128, **more: Any) -> SamplerConfig:
-    """LLaDA's decoding with the settings of upstream's demonstration: all tokens of an answer are one block."""
-    return llada_sampler(vocabulary, steps, block_length, **more)
+    """LLaDA's decoding with the settings of upstream's demonstration: all tokens of an answer are one block, and once its end is
+    written, the passes are for what stands before it."""
+    return replace(llada_sampler(vocabulary, steps, block_length, **more), first_end=True)
 
 
 LLADA_V_CHAT = replace(LLADA_CHAT, system=SYSTEM, sampler=llada_v_sampler)
