@@ -169,8 +169,10 @@ def test_several_pictures_are_squares_unless_told_otherwise(pipe):
     assert [s.size for s in replace(layout, squares=True).prompt("a", PICTURES[:1])][1:3] == [n, 1]
     looks.clear()
     layout.prompt("a", [PICTURES[0], PICTURES[0], PICTURES[1]])
-    hook.remove()
     assert len(looks) == 2
+    pipe.answer(PICTURES[0], ["a fox?", "owls?", "a hill?"], 2, generator=0)
+    hook.remove()
+    assert len(looks) == 3
 
 
 CACHES: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from functools import lru_cache
@@ -225,8 +224,8 @@ class Network:
         self.number += 1
         # of a pass that computes nothing, the library keeps the last features; upstream adds what it kept to the new tokens
         x = self.model.embed(ids, self.batch.modality, None, self.batch.features)
-        for layer, branch in itertools.product(range(self.store.layers), range(2)):
-            x = x + self.store.all_outputs(layer, branch)
+        for kept in self.store.outputs:  # of both branches of every layer
+            x = x + kept[:, :-1]
         return self.model.head(self.model.final_norm(x)[0, self.start :])
 
     def _select(self, layer: int, similarity: Tensor) -> Tensor:

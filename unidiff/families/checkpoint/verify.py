@@ -321,7 +321,7 @@ def _seen(model: VisionLanguageTransformer) -> list[Span]:
     side = model.settings.tile_side
     place = torch.arange(side)
     pixels = (7 * place[:, None, None] + 3 * place[:, None] + 50 * torch.arange(3)) % 256  # [side, side, 3]
-    return model.spans([Image.fromarray(pixels.to(torch.uint8).numpy())])[0]
+    return model.spans(Image.fromarray(pixels.to(torch.uint8).numpy()))
 
 
 def _question(vocabulary: Vocabulary, seen: Sequence[Span] = ()) -> TokenBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +102,9 @@ class VisionLanguageTransformer(MaskedTransformer):
         places = tiling.joined(torch.stack(parts), *size)  # [h, w, D]
         return [whole, torch.cat([places, self.newline.expand(len(places), 1, width)], 1)]
 
-    def spans(self, pictures: Sequence[Image.Image], square: bool = False) -> list[list[Span]]:
-        """`see` of each picture as spans of a row; the same picture is looked at once."""
-        seen: dict[int, list[Span]] = {}
-        for picture in pictures:
-            if id(picture) not in seen:
-                grids = self.see(picture, square)
-                seen[id(picture)] = [Span.continuous(grid, Modality.IMAGE) for grid in grids]
-        return [seen[id(picture)] for picture in pictures]
+    def spans(self, picture: Image.Image, square: bool = False) -> list[Span]:
+        """`see` as spans of a row."""
+        return [Span.continuous(grid, Modality.IMAGE) for grid in self.see(picture, square)]
 
 
 def _tower(config: VisionLanguageConfig) -> nn.Module:

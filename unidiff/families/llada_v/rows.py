@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -45,7 +45,7 @@ class LladaVLayout(ChatLayout):
         compat: None, or "upstream": end-of-text is never written, so that only the end of a turn ends an answer.
     """
 
-    network: VisionLanguageTransformer | None = None
+    network: VisionLanguageTransformer | None = field(default=None, repr=False)
     squares: bool | None = None
     compat: str | None = None
     reads_pixels: ClassVar[bool] = True
@@ -80,18 +80,24 @@ class LladaVLayout(ChatLayout):
         self.check_marks()
         assert inputs.turns is not None  # the pipeline gives them
         shown = inputs.pictures or [()] * inputs.count
-        rows = []
+        rows, seen = [], dict[tuple[int, bool], list[Span]]()
         for turn, pictures in zip(inputs.turns, shown, strict=True):
             answer = Span.words([None] * inputs.longest, self.vocabulary, read=True)
-            rows.append([*self.prompt(turn, pictures), answer])
+            rows.append([*self.prompt(turn, pictures, seen), answer])
         return lay_out(rows, self._paced(inputs.longest), TaskNeeds(self.never, self.ends), left=self.left)
 
-    def prompt(self, turn: Turn, pictures: Sequence[Image.Image] = ()) -> list[Span]:
+    def prompt(
+        self,
+        turn: Turn,
+        pictures: Sequence[Image.Image] = (),
+        seen: dict[tuple[int, bool], list[Span]] | None = None,
+    ) -> list[Span]:
         """A conversation up to where the answer begins, with its pictures.
 
         Args:
             turn: see `ids`; of ids `PICTURE` stands for a picture. Words of a conversation may say where pictures go, by
                 `<image>`; without they stand before the first thing the user says.
+            seen: pictures that were looked at, by `id` and whether as squares; others are added.
 
         Raises:
             ValueError: as many places as there are not pictures.
@@ -110,9 +116,12 @@ class LladaVLayout(ChatLayout):
             return [Span.text(ids, True)]
         assert self.network is not None  # `of` gives it
         square = len(pictures) > 1 if self.squares is None else self.squares
+        seen = {} if seen is None else seen
         spans, start = list[Span](), 0
-        for place, seen in zip(places, self.network.spans(pictures, square), strict=True):
-            spans += [Span.text(ids[start:place], True), *seen]
+        for place, picture in zip(places, pictures, strict=True):
+            if (key := (id(picture), square)) not in seen:
+                seen[key] = self.network.spans(picture, square)
+            spans += [Span.text(ids[start:place], True), *seen[key]]
             start = place + 1
         return [span for span in (*spans, Span.text(ids[start:], True)) if span.size]
 
