@@ -256,9 +256,9 @@ def verify(
     alive = bool(torch.isfinite(values).all()) and float(values.std()) > 0
     detail = f"{values.numel()} values, mean {float(values.mean()):.4g}, deviation {float(values.std()):.4g}"
     checks.append(Check("a pass of this checkpoint", alive, detail))
-    for part, stored in _parts_beside(released).items():
+    for beside, stored in _parts_beside(released).items():
         size = sum(p.numel() for p in stored.load().parameters())
-        checks.append(Check(part, True, f"{size:,} parameters, all there and finite"))
+        checks.append(Check(beside, True, f"{size:,} parameters, all there and finite"))
     if family.examine is not None and released.vocabulary is not None:
         part = find_part(name, options.get("subfolder"))
         found_beside = family.examine(part if part.is_dir() else part.parent, released.vocabulary)
