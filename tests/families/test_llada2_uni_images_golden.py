@@ -5,6 +5,7 @@ the sampler of the pixel decoder with its guidance. Every stored tensor is compa
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,17 @@ import diffusers.schedulers.scheduling_flow_match_euler_discrete as diffusers_sc
 import pytest
 import torch
 from golden import golden_cases
+from golden_pipelines import write_golden_pipeline
+from released_parts import golden_checkpoints
 from safetensors.torch import load_file
-from siglip_parts import write_tokenizer
+from siglip_parts import write_decoder, write_tokenizer
 from torch import Tensor
 
 from unidiff.families.checkpoint.convert import convert
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.family import Released
 from unidiff.families.siglip_vq import SIGLIP_VQ, load_features
+from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens.image.flow import TURBO, FlowSettings, doubled, flow_states, guided_velocity
 
 pytestmark = pytest.mark.golden
@@ -153,3 +157,25 @@ def test_sampling_with_fresh_noise(golden, monkeypatch):
     torch.testing.assert_close(last, stored["turbo.result"].float(), **CLOSE)
     torch.testing.assert_close(torch.tensor(times), stored["turbo.times"], **CLOSE)
     assert next(noise, None) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::unidiff.tokens.text.UnknownWords")
+@pytest.mark.parametrize("golden", FOLDERS)
+def test_the_whole_set_draws_pictures(golden, tmp_path):
+    """Network and image tokenizer of the set with a small decoder for its features: words to codes to pixels, row by row."""
+    found = next(one for one in golden_checkpoints() if one.path == golden / "weights.safetensors")
+    write_golden_pipeline(tmp_path / "model", found.path, found.config, found.vocabulary, found.words)
+    shutil.rmtree(tmp_path / "model" / "image_tokenizer")
+    write(golden, tmp_path / "model" / "image_tokenizer")
+    features = load_features(tmp_path / "model" / "image_tokenizer" / "sigvq_embedding.pt")
+    write_decoder(tmp_path / "model", width=features.prior_token_embedding.embedding_dim)
+    pipe = UniDiffPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.images.decode_with("decoder", 2)
+    side = 32 * pipe.images.factor * pipe.images.upscale  # the set has one mark, that of 32 rows or columns
+    few: dict[str, Any] = {"steps": 1, "output_type": "pt", "guidance_scale": 1.0}
+    drawn = pipe.text_to_image(["w1 w2", "w3"], generator=0, height=side, width=side, **few)
+    assert drawn.images.shape == (2, 3, side, side) and drawn.codes.shape == (2, 32, 32)
+    alone = pipe.text_to_image("w3", generator=[int(drawn.seeds[1])], **few)
+    assert torch.equal(alone.codes[0], drawn.codes[1]) and torch.equal(alone.images[0], drawn.images[1])
