@@ -178,7 +178,9 @@ class Sampler:
             pick = pick | (ahead & (confidence >= settings.flight_threshold))
             if progress.edits is not None:
                 pick = pick | progress.edits.replaced(known, confidence, token != state.ids.gather(1, index))
-        stays = self.vocabulary.mask_of(modality) if settings.writes_mask else -1  # the id that leaves a position masked
+        stays = (
+            self.vocabulary.mask_of(modality) if settings.writes_mask else -1
+        )  # the id that leaves a position masked
         state.write(index, pick, token, choice.probability, stays)
 
     def remask(self, request: Request, work: PassWork) -> None:
