@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -47,12 +48,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
         ValueError: an unknown or ill-typed model setting, or weights that do not fit or are not finite.
         FileNotFoundError: `init_from` holds no safetensors file.
     """
-    known = {field.name for field in fields(TransformerConfig)} - {"vocab_size"}
-    if unknown := sorted(set(config.model) - known):
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean model.{near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-        hint = "it comes from the data, leave it out" if unknown[0] == "vocab_size" else hint
-        raise ValueError(f"model.{unknown[0]} is unknown; {hint}")
+    check_names(config, {field.name for field in fields(TransformerConfig)}, ("vocab_size",))
     check_arguments(TransformerConfig, config.model, "model.")
     torch.manual_seed(config.seed)
     model = MaskedTransformer(vocab_size=vocab_size, **config.model)
@@ -66,6 +62,16 @@ def build_model(config: TrainConfig, vocab_size: int) -> MaskedTransformer:
     model = model.float().train()
     add_adapters(model, config.lora)
     return model
+
+
+def check_names(config: TrainConfig, known: Collection[str], of_data: Collection[str]) -> None:
+    """Raise `ValueError` for a setting of the model that there is not (`known`), or that comes from the data."""
+    names = set(known) - set(of_data)
+    if unknown := sorted(set(config.model) - names):
+        near = difflib.get_close_matches(unknown[0], names, 1)
+        hint = f"did you mean model.{near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+        hint = "it comes from the data, leave it out" if unknown[0] in of_data else hint
+        raise ValueError(f"model.{unknown[0]} is unknown; {hint}")
 
 
 def _load_start(model: MaskedTransformer, folder: Path) -> None:

@@ -11,6 +11,7 @@ s is logit-normal where the picture alone is drawn; where text is hidden too (`g
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unidiff.decoding.flow import row_normals
 from unidiff.diffusion.flow import TRAIN_STEPS, flow_error, logit_normal, noisy_latents
 from unidiff.diffusion.noise import NoisyBatch, mask_tokens
 from unidiff.diffusion.objective import head_parts, joint_elbo, parts_loss, parts_nll
@@ -28,6 +30,7 @@ from unidiff.schema import check_arguments
 from unidiff.tokens import Modality
 from unidiff.tokens.image.vq import QuantizedAutoencoder, VQImageTokenizer
 from unidiff.tokens.transfer import moved
+from unidiff.train.build import check_names
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import TaskBatch, TaskMixer
@@ -55,10 +58,8 @@ def build_dual(config: TrainConfig, source: TokenSource) -> DualTransformer:
             tokenizer of other data or without code vectors.
         FileNotFoundError: no image tokenizer.
     """
-    own = {"vocab_size": "data", "codebook_size": "image tokenizer", "code_dim": "image tokenizer", "grid": "data"}
-    for name, origin in own.items():
-        if name in config.model:
-            raise ValueError(f"model.{name} comes from the {origin}; leave it out")
+    settings = list(inspect.signature(DualTransformer.__init__).parameters)[1:]
+    check_names(config, settings, ("vocab_size", "codebook_size", "code_dim", "grid"))
     _check_settings(config)
     check_arguments(DualTransformer.__init__, config.model, "model.")
     if not config.tokenizer.image:
@@ -208,11 +209,13 @@ def validate_dual(
     report: dict[str, float] = {}
     side, channels = model.config.grid, model.config.code_dim
     for task in ("text_to_image", "caption", *(("answer",) if source.has_questions else ())):
-        generator, values = torch.Generator().manual_seed(VALIDATION_SEED), []
+        values = []
         for first in range(0, rows * draws, batch_size):
             micro = mixer.of(torch.arange(first, min(first + batch_size, rows * draws)), TASKS.index(task))
             batch = token_nll.ready(micro, device)
-            noise = torch.randn(len(micro.rate), channels, side, side, generator=generator).to(device)
+            noise = row_normals(VALIDATION_SEED + first + torch.arange(len(micro.rate)), (channels, side, side)).to(
+                device
+            )
             scores = token_nll(batch, noise[batch.present]).float()
             if task == "text_to_image":
                 values.append(scores[:, -side * side :].mean(1).cpu())
