@@ -167,7 +167,7 @@ def pipes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spaces(tmp_path_factory):
-    sizes = {"native": (16, 24), "muddit": (8, 8)}
+    sizes = {"native": (16, 24), "muddit": (8, 8), "ddit": (8, 8)}
     folder = tmp_path_factory.mktemp("values")
     return {family: Space(sizes.get(family, (6, 6)), folder / family) for family in FAMILIES}
 

@@ -155,7 +155,7 @@ def test_pipelines_and_vocabularies_can_be_copied(pipes):
     assert again.text_to_image("a dog", generator=1).ids.equal(pipe.text_to_image("a dog", generator=1).ids)
 
 
-PICTURES = {"native": (24, 16), "muddit": (8, 8)}
+PICTURES = {"native": (24, 16), "muddit": (8, 8), "ddit": (8, 8)}
 CALLS = {  # of each task that writes words
     "caption": lambda pipe, picture, **more: pipe.caption(picture, 3, **more),
     "answer": lambda pipe, picture, **more: pipe.answer(picture, "a", 3, **more),
