@@ -108,10 +108,10 @@ class ModalityProgress:
 
     def given_up(self, masked: Tensor) -> Tensor:
         """bool `[B, L]`: what stays masked because the passes of its block are made (`writes_mask`)."""
-        own, limit = masked & self.targets, self.settings.block_steps
-        if not self.rule.planned and limit is None:
+        own, limit = masked & self.targets, self.steps if self.rule.planned else self.settings.block_steps
+        if limit is None:
             return own & False
-        done = self.running & (self.made >= (self.steps if self.rule.planned else limit))
+        done = self.running & (self.made >= limit)
         self._over = torch.where(done, self.block + 1, self._over)
         if self.rule.planned:  # with the last block
             return own & (self._over > self.blocks.where(self.targets, -1).amax(1))[:, None]

@@ -103,9 +103,9 @@ class MaskedTransformer(CheckedModel):
         rotary, grid_index = self.position_tables(positions, modality)
         x = self.embed(ids, modality, grid_index, features)  # [B, L, D]
         # 2. what all layers share besides the rotary tables: visibility, condition
-        masked = isinstance(attention_mask, Tensor) and not attention_mask.is_floating_point()
-        if c.block_length is not None and (attention_mask is None or masked):
-            attention_mask = block_causal_mask(positions[..., 0], c.block_length, attention_mask)
+        own = attention_mask if isinstance(attention_mask, Tensor) else None
+        if c.block_length is not None and (attention_mask is None or (own is not None and not own.is_floating_point())):
+            attention_mask = block_causal_mask(positions[..., 0], c.block_length, own)
         condition = self.condition(modality, time)
         # 3. layers and final norm
         views = [WholeView(rotary, attention_mask)] * len(self.blocks)
