@@ -127,7 +127,7 @@ def block_picture(given: argparse.Namespace) -> Table:
     """The exact cache beside the program's loop and its "Sprint"."""
     device, picture, runs = pick_device(given.device or "cpu"), BlockPicture(given.block_picture), given.runs or 3
     with thread_count(given.threads):
-        found = measure_block_picture(picture, device, runs)
+        found = measure_block_picture(picture, device, runs, tuple(given.only or ()))
         where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     kind = "processor" if device.type == "cpu" else "wall-clock"
     return picture_table(picture, found, f"float32, {where}, {kind} seconds, median of {runs} paired runs")

@@ -31,3 +31,5 @@ def test_what_cannot_be_drawn_is_refused():
         BlockPicture(words=4, away=9)
     with pytest.raises(ValueError, match="side is 0"):
         BlockPicture(side=0)
+    with pytest.raises(ValueError, match="unknown way 'dual'; expected some of upstream"):
+        measure_block_picture(BlockPicture(2, 4, 2, 4, 2, layers=1), torch.device("cpu"), 1, ("dual",))

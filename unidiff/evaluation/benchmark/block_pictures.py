@@ -108,21 +108,30 @@ class TimedPicture(NamedTuple):
     evaluations: int
 
 
-def measure_block_picture(picture: BlockPicture, device: torch.device, runs: int = 3) -> dict[str, TimedPicture]:
+def measure_block_picture(
+    picture: BlockPicture, device: torch.device, runs: int = 3, only: tuple[str, ...] = ()
+) -> dict[str, TimedPicture]:
     """All ways, run after run in turn, behind a picture of one block of each to warm up. The first is the program's loop. On a CPU
     the processor's seconds, which other programs disturb less than a clock.
+
+    Args:
+        only: ways besides the first; all when empty. `ValueError` for one that is not known.
     """
+    names = list(picture.ways())
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"unknown way {unknown[0]!r}; expected some of {', '.join(names)}")
+    ways = {name: policy for name, policy in picture.ways().items() if not only or name in (names[0], *only)}
     model, config = picture.network().to(device), picture.config()
     batch, other = (rows.to(device) for rows in picture.rows())
     seeds = torch.zeros(1, dtype=torch.long)
-    spent: dict[str, list[float]] = {name: [] for name in picture.ways()}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
     stats: dict[str, Any] = {}
     small = BlockPicture(1, picture.words, picture.away, picture.block, 2, picture.guidance, picture.layers)
     warm, beside = (rows.to(device) for rows in small.rows())
-    for policy in picture.ways().values():
+    for policy in ways.values():
         Sampler(model, VOCABULARY, small.config(), policy)(warm, seeds, unconditional=beside)
     for _ in range(runs):
-        for name, policy in picture.ways().items():
+        for name, policy in ways.items():
             sampler, done = Sampler(model, VOCABULARY, config, policy), list[Any]()
             draw = partial(sampler, batch, seeds, unconditional=other)
             spent[name].append(seconds_of(lambda: done.append(draw()), device))  # noqa: B023
