@@ -120,7 +120,7 @@ def arguments_of(family: str, task: str) -> dict[str, Argument]:
 
 def options_of(family: str, task: str) -> dict[str, Argument]:
     options = {name: Argument(*values) for name, values in OPTIONS.items()}
-    if task in ("chat", "complete", "infill"):
+    if task in ("chat", "complete", "infill") or family == "llada-v":
         options["num_candidates"] = Argument(_constant(None, 1), OPTIONS["num_candidates"][1])
     return options
 

@@ -12,7 +12,7 @@ from unidiff.families.chat import Turn, check_turns, words_of_turns
 from unidiff.families.layout import TaskInputs
 from unidiff.pipelines.decode import TaskCall, columns_of, task_method, texts_of
 from unidiff.pipelines.inputs import ImageInputs, PictureReader, as_list, opened, size_of
-from unidiff.pipelines.options import DecodeKeywords, whole
+from unidiff.pipelines.options import DecodeKeywords, flag, whole
 from unidiff.tokens.text import between_holes
 
 
@@ -29,6 +29,7 @@ class WordTasks(PictureReader):
         """
         longest = self._longest(max_text_tokens)
         if self.layout.reads_pixels:
+            flag(resize, "resize")
             seen = pictures_of_rows(image)
             return TaskCall(TaskInputs(len(seen), pictures=seen, longest=longest), pictures=False)
         given = self._read(image, resize)
@@ -50,6 +51,7 @@ class WordTasks(PictureReader):
         """
         said, longest = texts_of(question, "question"), self._longest(max_text_tokens)
         if self.layout.reads_pixels:
+            flag(resize, "resize")
             rows = columns_of(1, image=pictures_of_rows(image), question=said)
             inputs = TaskInputs(len(rows["question"]), rows["question"], pictures=rows["image"], longest=longest)
             return TaskCall(inputs, said=said, pictures=False)
