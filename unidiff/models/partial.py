@@ -159,8 +159,8 @@ class UnevenView:
                 mask, asked = queries_of(mask, place), [gather_rows(x, place) for x in own]
             found = (stream.heads(x, None, False, h) for stream, x, h in zip(streams, own, asked, strict=True))
             q, k = (joined(part) for part in zip(*found, strict=True))
-            turned = rotary is not None and store.options.rotated
-            self.kept.write(self.index, key=rotate(k, rotary).to(h.dtype) if turned else k)
+            turned = rotate(k, rotary).to(h.dtype) if rotary is not None and store.options.rotated else k
+            self.kept.write(self.index, key=turned)
             q = q if turns is None else rotate(q, turns).to(h.dtype)
             mixed = attended(streams, q, *self.kept.seen(), mask, asked)
             self._keep(ATTENTION, mixed)

@@ -44,11 +44,13 @@ def pack_dual(model: str | Path, image_tokenizer: str | Path, text_tokenizer: st
     images, texts = VQImageTokenizer.from_pretrained(image_tokenizer), TextTokenizer.from_pretrained(text_tokenizer)
     if texts.size + 1 != network.config.vocab_size or images.codebook_size != network.config.codebook_size:
         raise ValueError("the tokenizers have other sizes than the model; give those that encoded its data")
-    special = lambda name: (texts.special(name),)  # noqa: E731
+    caption, question, answer = ((texts.special(name),) for name in ("caption", "question", "answer"))
     settings = DualTexts(
         trained.text_length,
         trained.text_length,
-        *map(special, ("caption", "question", "answer")),
+        caption,
+        question,
+        answer,
         hidden=True,
         trained=_tasks(trained),
         scale=scaled_vectors(images)[1],

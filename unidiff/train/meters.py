@@ -74,7 +74,10 @@ class SpeedMeter:
         pairs = block_causal_pairs(text + image, block) if block else None
         row = TrainingRow(text, image, vocabulary.text_size, vocabulary.image_size, 0.0, pairs)
         self._row_flops = row_flops(size, row).total  # without the head, whose share the masks decide
-        self._token_flops = tuple(6.0 * size.hidden_size * n for n in (vocabulary.text_size, vocabulary.image_size))
+        self._token_flops = (
+            6.0 * size.hidden_size * vocabulary.text_size,
+            6.0 * size.hidden_size * vocabulary.image_size,
+        )
 
     def _reset(self) -> None:
         self._seconds, self._waited, self._done = 0.0, 0.0, 0  # the last in tokens

@@ -173,11 +173,11 @@ def pass_bytes(model: nn.Module, tokens: int) -> int:
             routed = c.experts_per_token * (2 * c.hidden_size + 2 * (c.expert_size or 0)) + 2 * c.shared_expert_size
             inner = max(inner, routed)
         return tokens * (width * (6 * c.hidden_size + 2 * inner) + 4 * c.vocab_size)
-    c = model.config
-    if isinstance(model, DualMMDiT):
-        return tokens * (width * 16 * c.num_heads * c.head_dim + 4 * c.vocab_size)
-    assert isinstance(model, MMDiT)
-    return tokens * (width * 16 * c.num_heads * c.head_dim + 4 * max(c.codebook_size, c.text_vocab_size or 0))
+    assert isinstance(model, (MMDiT, DualMMDiT))
+    own = model.config
+    dual = isinstance(model, DualMMDiT)
+    logits = own.vocab_size if dual else max(own.codebook_size, own.text_vocab_size or 0)
+    return tokens * (width * 16 * own.num_heads * own.head_dim + 4 * logits)
 
 
 def gigabytes(count: int) -> str:

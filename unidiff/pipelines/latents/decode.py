@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unidiff.decoding import Guidance, NoCache, Sampler, SamplerConfig, SamplerOutput
+from unidiff.decoding import Guidance, NoCache, RefreshPolicy, Sampler, SamplerConfig, SamplerOutput
 from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.flow import FlowDraw, guided, row_normals
 from unidiff.decoding.state import DecodeState
@@ -64,6 +64,7 @@ def decode_latents(pipe: Any, task: str, call: TaskCall, options: DecodeOptions)
         batch = request.batch if out is None else out.batch
         latents = run.draw(flow, batch.ids).float().cpu()
     else:
+        assert inputs.codes is not None, "words are about a picture that is given"
         latents = inputs.codes
     # 5. back to words and pixels
     done = request.finished(request.batch if out is None else out.batch, 1)
@@ -101,7 +102,7 @@ def _refuse(family: str, options: DecodeOptions, drawn: bool, written: bool) -> 
     if not drawn:
         return
     no_steps = {"threshold": options.threshold, "block_length": options.block_length} if not written else {}
-    others = {"cache": None if options.cache == "none" else options.cache, "policy": options.policy}
+    others: dict[str, Any] = {"cache": None if options.cache == "none" else options.cache, "policy": options.policy}
     others |= {"record_trajectory": options.record_trajectory or None, "guidance_hides": options.guidance_hides}
     for name, value in {**no_steps, **others}.items():
         if value is not None:
@@ -148,7 +149,8 @@ class _Run:
             watcher = StepWatcher(self.pipe, bar, options, self.request)
             if flow is not None:
                 config = replace(self.config, guidance=Guidance())
-                model, choice, policy = _Joint(self, flow), no_cache(), _EveryRow()
+                model, choice = _Joint(self, flow), no_cache()
+                policy: RefreshPolicy | None = _EveryRow()
             elif layout.compat is not None:
                 out = layout.written(self.pipe.transformer, batch, self.config, self.seeds, options.record_trajectory)
                 watcher.finish()
