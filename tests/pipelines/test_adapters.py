@@ -115,7 +115,7 @@ def test_a_reload_in_another_process_is_bit_identical(adapters, tmp_path):
 @pytest.mark.parametrize("cache", [None, *CACHES])
 def test_every_cache_sees_the_adapter(adapters, cache):
     """Layer by layer, rows of the packed projection are computed apart: the adapter is a part of those too."""
-    network = {"attention": "block_causal", "block_length": 4} if cache == "block-causal" else {}
+    network = {"attention": "block_causal", "block_length": 4} if cache in ("block-causal", "sprint") else {}
     base, beside, merged = (tiny_pipeline(**network) for _ in range(3))
     for pipe in (beside, merged):
         pipe.load_lora_weights(adapters[0])

@@ -22,7 +22,7 @@ TALK = [
 ]
 
 
-@pytest.fixture(scope="module", params=sorted(TURNS))
+@pytest.fixture(scope="module", params=["dream", "llada"])  # families of texts alone
 def pipe(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_chat(folder, request.param)

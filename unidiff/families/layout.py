@@ -139,10 +139,12 @@ class DecodeRequest:
             return self.picture_ids(torch.arange(length, device=self.picture.device).repeat(rows, 1))
         return (self.batch.targets if name == "targets" else self.words).clone()
 
-    def text_ids(self, ids: Tensor, vocabulary: Vocabulary, ends: Sequence[int]) -> list[list[int]]:
-        """The texts of rows `[B, L]` as the tokenizer's ids, each up to before its first end; a [MASK] left by `compat` is none."""
+    def text_ids(
+        self, ids: Tensor, vocabulary: Vocabulary, ends: Sequence[int], masks: bool = False
+    ) -> list[list[int]]:
+        """The texts of rows `[B, L]` as the tokenizer's ids, each up to before its first end; a [MASK] is one with `masks`."""
         stop, start = {*ends, vocabulary.specials.get("eos")}, vocabulary.text[0]
-        words = self.words & (ids != vocabulary.mask_id)
+        words = self.words if masks else self.words & (ids != vocabulary.mask_id)
         texts = [row[chosen].tolist() for row, chosen in zip(ids, words, strict=True)]
         return [[i - start for i in row[: next((n for n, i in enumerate(row) if i in stop), None)]] for row in texts]
 

@@ -145,7 +145,7 @@ def trajectory_of(
             draw = pipe.images.decode if torch.equal(now, codes[-1]) else pipe.images.preview
             seen = (now, draw(now, seeds).cpu())
         frames.append(to_frames(seen[1], cover))
-    texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, ends)] for s in ids]
+    texts = [[_shown_words(pipe, row) for row in done.text_ids(s, vocabulary, ends, masks=True)] for s in ids]
     return Trajectory(ids, torch.stack(frames) if frames else None, texts)
 
 
