@@ -88,10 +88,11 @@ def check_passes(out: SamplerOutput, config: SamplerConfig) -> None:
             blocks = -(-targets // min(decoding.block_length or targets, targets)) if targets else 0
             planned = max(decoding.steps, blocks) if targets else 0
             most = {"quota": min(planned, targets), "ancestral": planned}.get(decoding.rule, targets)
-            assert made <= most + (decoding.remask_budget if decoding.remask == "confidence" else 0)
+            shorter = decoding.block_order == "aligned"  # the first block may be, and there is one more
+            assert made <= most + shorter + (decoding.remask_budget if decoding.remask == "confidence" else 0)
             early = modality == Modality.TEXT and config.stop_at_eos
             if decoding.rule == "quota" and decoding.remask == "none" and decoding.blocks_in_flight == 1 and not early:
-                assert made == most
+                assert most <= made <= most + shorter
 
 
 @pytest.mark.parametrize("cases", [20, pytest.param(1000, marks=pytest.mark.slow)])

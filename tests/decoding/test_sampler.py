@@ -54,7 +54,10 @@ def modality_settings(modality: str) -> st.SearchStrategy[ModalityDecoding]:
             remask = "remdm" if remask != "none" else "none"
         elif remask == "remdm":
             remask = "confidence"
-        if rule in ("threshold", "factor", "hierarchical", "credit", "at_least") and confidence == "random":
+        if (
+            rule in ("threshold", "factor", "hierarchical", "credit", "at_least", "even_share")
+            and confidence == "random"
+        ):
             confidence = "margin"
         if rest["block_length"] is None or rule in ("first_hitting", "ancestral") or confidence == "random":
             rest["blocks_in_flight"] = 1

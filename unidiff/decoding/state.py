@@ -124,8 +124,8 @@ class ModalityProgress:
 
     @property
     def steps(self) -> Tensor:
-        """int64 `[B]`: passes planned for the current block."""
-        return self.shares.own(self.block.clamp_min(0))
+        """int64 `[B]`: passes planned for the current block; 1 for rows without targets."""
+        return self.shares.own(self.block.clamp_min(0)).clamp_min(1)
 
     @property
     def pending(self) -> Tensor:
