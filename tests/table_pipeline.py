@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,13 +69,16 @@ class TableLayout(RowLayout):
         return Span.words(words, self.vocabulary, read=True), picture
 
 
+DIGITS = SimpleNamespace(unk_token_id=None)  # a tokenizer that knows all there is
+
+
 @dataclass(frozen=True)
 class TablePipeline:
     """What `pipe.score` asks of a pipeline that is given texts and codes `[B, 1, n]`."""
 
     transformer: PairOfTables
     images: str = "codes"
-    texts: str = "digits"
+    texts: Any = field(default_factory=lambda: SimpleNamespace(known_words=None, tokenizer=DIGITS))
     _execution_device: str = "cpu"
     layout: TableLayout = field(init=False)
 
