@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -81,6 +83,17 @@ def moved(batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(moved(part) for part in batch)
     return None if batch is None else batch.to(DEVICE)
+
+
+def moved_model(model: Any) -> Any:
+    """A copy on the virtual device; a denoiser that is no module has a network and an encoder of texts, which move."""
+    if isinstance(model, torch.nn.Module):
+        return copy.deepcopy(model).to(DEVICE)
+    encoder = copy.deepcopy(model.encoder)
+    encoder.encoder.to(DEVICE)
+    own = {"model": copy.deepcopy(model.model).to(DEVICE), "encoder": encoder}
+    prompt = getattr(model, "empty_prompt", None)
+    return replace(model, **own, **({} if prompt is None else {"empty_prompt": prompt.to(DEVICE)}))
 
 
 def covering(

@@ -17,7 +17,7 @@ from unidiff.pipeline import UniDiffPipeline
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "unidiff"
 MOST_FILES, MOST_LINES, MOST_LINES_IN_ALL = 16, 400, 52_700  # this holds what is reached
-MOST_FILES_OF_A_PROMPT, DEEPEST = 27, 10
+MOST_FILES_OF_A_PROMPT, DEEPEST = 28, 10  # one is the copy to the device that many small tensors share
 # from the cellar up; everything else at the root of the package is the cellar
 FLOORS = (
     ("tokens", "kernels"),

@@ -9,11 +9,10 @@ import pytest
 import torch
 from all_pipelines import FAMILIES as PIPELINES
 from all_pipelines import make_pipelines
-from device_cases import moved, on_both, plainly, same_outputs
-from muddit_parts import tiny_clip, tiny_model
+from device_cases import moved, moved_model, on_both, plainly, same_outputs
 from PIL import Image
 from released_parts import write_tiny
-from tiny_families import FAMILIES, STEPS, TinyFamily, family
+from tiny_families import FAMILIES, family
 from virtual_device import DEVICE, VirtualTensor, virtual_device
 
 from unidiff.decoding import NoCache, RefreshPolicy, Sampler
@@ -22,7 +21,6 @@ from unidiff.families.checkpoint.load import load_released
 from unidiff.families.checkpoint.small_memory import offload
 from unidiff.families.checkpoint.verify import answer
 from unidiff.families.family import FAMILIES as RELEASED
-from unidiff.families.muddit.denoiser import MudditDenoiser
 from unidiff.tokens import Vocabulary
 
 SEEDS = torch.tensor([3, 4, 5])
@@ -46,23 +44,13 @@ TALK = [
 ]
 
 
-def moved_model(tiny: TinyFamily) -> Any:
-    if tiny.name != "muddit":
-        return copy.deepcopy(tiny.model).to(DEVICE)
-    empty = torch.tensor([46, 47, *[0] * 8], device=DEVICE)
-    text = tiny_clip()
-    text.encoder.to(DEVICE)
-    parts = tiny_model().to(DEVICE), text
-    return MudditDenoiser(*parts, tiny.vocabulary, STEPS, empty_prompt=empty)
-
-
 def check_decode(name: str, policy: RefreshPolicy) -> None:
     tiny = family(name)
     with plainly():
         sampler = Sampler(tiny.model, tiny.vocabulary, tiny.config, policy)
         expected = sampler(tiny.batch, SEEDS, record=True, unconditional=tiny.unconditional)
     with virtual_device():
-        there = Sampler(moved_model(tiny), tiny.vocabulary, tiny.config, policy)
+        there = Sampler(moved_model(tiny.model), tiny.vocabulary, tiny.config, policy)
         found = there(moved(tiny.batch), SEEDS.to(DEVICE), record=True, unconditional=moved(tiny.unconditional))
         assert found.batch.ids.device == DEVICE and found.nfe == expected.nfe
         for a, b in zip(expected.trajectory, found.trajectory, strict=True):
@@ -118,7 +106,9 @@ def calls(pipe: Any) -> dict[str, list[dict[str, Any]]]:
                 {"prompt": ["a", "b c"], **short},
                 {"prompt": "a", "num_images_per_prompt": 2, **short},
             ]
-        if pipe.layout.family == "lumina":
+        if pipe.layout.family == "llada2-uni":  # edits whole pictures
+            pictured["edit"] = [{"image": pictures, "prompt": ["a", "b"]}, {"image": pictures, "prompt": "a"}]
+        elif pipe.layout.family == "lumina":
             pictured["edit"] += [{"image": pictures, "prompt": "a", "reference": pictures, "image_guidance_scale": 2.0}]
         else:
             pictured["edit"] += [{"image": pictures, "prompt": "a", "max_text_tokens": 4}]

@@ -23,7 +23,8 @@ from unidiff.pipeline import UniDiffPipeline
 from unidiff.tokens.image.vq import VQImageTokenizer
 
 TASKS = ("text_to_image", "caption", "answer", "inpaint", "generate", "generate from words", "generate from a picture")
-SIMPLE = [name for name in CACHES if name not in ("none", "block-causal", "vicinity", "adaptive")]
+CAUSAL = ("block-causal", "sprint")  # for models that attend block after block
+SIMPLE = [name for name in CACHES if name not in ("none", *CAUSAL, "vicinity", "adaptive")]
 KEPT: dict[str, Any] = {
     "none": None,
     "auto": "auto",

@@ -21,6 +21,7 @@ from unidiff.decoding.state import DecodeState, ModalityProgress, PassWork, own_
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import FeatureStore
 from unidiff.tokens import Modality, TokenBatch
+from unidiff.tokens.transfer import moved
 
 _PATIENCE = 64  # passes in a row in which a policy may withhold every logit
 _WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation
@@ -82,8 +83,8 @@ class Request:
         own = (batch, samples, ends, ends[0] if config.fill is None else config.fill) if closes else None
         self.end_of_text = None if own is None else EndOfText(*own)
         self.banned, self.banned_last = (
-            {m: banned.to(batch.ids.device) if len(banned) else None for m, banned in own.items()}
-            for own in (sampler.banned, sampler.banned_last)
+            {m: banned if len(banned) else None for m, banned in own.items()}
+            for own in moved((sampler.banned, sampler.banned_last), batch.ids.device)
         )
         self.is_finite = torch.ones((), dtype=torch.bool, device=batch.ids.device)
         self.unfinished: Tensor | None = None

@@ -21,6 +21,7 @@ from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.batch import read_mask
 from unidiff.tokens.text import MOST_TOKENS, split_holes
+from unidiff.tokens.transfer import moved
 
 Grid = tuple[int, int]
 Encode = Callable[[str], Sequence[int]]
@@ -122,8 +123,8 @@ class DecodeRequest:
     def repeated(self, count: int, device: torch.device | str) -> DecodeRequest:
         """Each row `count` times in a row, on a device."""
         tries = torch.arange(len(self.batch.ids)).repeat_interleave(count)
-        words, picture = self.words[tries].to(device), self.picture[tries].to(device)
-        seen = None if self.always_seen is None else self.always_seen[tries].to(device)
+        seen = None if self.always_seen is None else self.always_seen[tries]
+        words, picture, seen = moved((self.words[tries], self.picture[tries], seen), device)
         batch, *others = (rows.rows(tries).to(device) for rows in (self.batch, *self.unconditional))
         return replace(self, batch=batch, words=words, picture=picture, unconditional=tuple(others), always_seen=seen)
 

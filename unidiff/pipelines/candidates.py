@@ -18,6 +18,7 @@ from unidiff.decoding.commit.base import ROUNDING
 from unidiff.diffusion.likelihood import SCORE_STREAM, SCORED, fit_score, model_scorer, nelbo_of_parts
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
+from unidiff.tokens.transfer import moved
 
 Ranker = Callable[[Denoiser, Vocabulary, TokenBatch, Tensor, Tensor], Tensor]
 """(model, vocabulary, complete rows, words to compare with the picture, bool `[B, L]`, seeds, int64 `[B]`, equal for the
@@ -118,7 +119,7 @@ def keep_best(
     """
     rows = len(words)
     own = torch.zeros(rows, dtype=torch.long) if seeds is None else seeds[::count].repeat_interleave(count)
-    scores = rank(model, vocabulary, out.batch, words, own.to(words.device))
+    scores = rank(model, vocabulary, out.batch, words, moved(own, words.device))
     if not isinstance(scores, Tensor) or scores.shape != (rows,) or bool(scores.isnan().any()):
         found = str(list(scores.shape)) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"rank_by gave {found} for {rows} rows; expected a tensor [{rows}] of scores without NaN")

@@ -122,17 +122,16 @@ class DualDenoiser:
         Raises:
             ValueError: padding or packed samples, or rows of different layout.
         """
-        length, size = _layout(modality, positions, attention_mask)
+        length, size, some, every = _layout(ids, modality, positions, attention_mask)
         words = self.encoder(ids[:, :length])
         vector = self.model.time_features(torch.zeros(len(ids), device=ids.device))
-        shown = (ids[:, length:] == CONTINUOUS).all(1)  # [B]
-        if features is None or not bool(shown.any()):
+        if features is None or not some:
             return self._run(words, self.model.null_image.expand(len(ids), -1, -1), vector, ids.shape[1])
         image = self.model.read(features[:, length:].unflatten(1, size))
         out = self._run(words, image, vector, ids.shape[1])
-        if bool(shown.all()):
+        if every:
             return out
-        hidden = (~shown).nonzero()[:, 0]
+        hidden = (ids[:, length:] != CONTINUOUS).any(1).nonzero()[:, 0]
         none = self.model.null_image.expand(len(hidden), -1, -1)
         return out.index_copy(0, hidden, self._run(words[hidden], none, vector[hidden], ids.shape[1]))
 
@@ -148,8 +147,8 @@ class DualDenoiser:
 
     def make_store(self, batch: TokenBatch, options: StoreOptions | None = None) -> FeatureStore:
         """See `PartialDenoiser`; `ValueError` for rows without pictures, or in which guidance hides them."""
-        length, size = _layout(batch.modality, batch.positions, batch.attention_mask())
-        if batch.features is None or not bool((batch.ids[:, length:] == CONTINUOUS).all()):
+        length, size, _, every = _layout(batch.ids, batch.modality, batch.positions, batch.attention_mask())
+        if batch.features is None or not every:
             raise ValueError("caches of this family need rows with a picture; leave cache out")
         tokens = self.model.read(batch.features[:, length:].unflatten(1, size))
         store = self.model.make_store(len(batch.ids), length, tokens.shape[1], options)
@@ -179,15 +178,17 @@ class DualDenoiser:
         return hidden
 
 
-def _layout(modality: Tensor, positions: Tensor, attention_mask: Tensor | None) -> tuple[int, tuple[int, int]]:
-    """Tokens of the text of all rows, and rows and columns of patches behind it; (0, 0) for none."""
-    drawn = modality[0] == Modality.IMAGE
-    length, same = int((~drawn).sum()), bool((modality == modality[:1]).all())
-    if attention_mask is not None or not same or bool(drawn[:length].any()) or not length:
+def _layout(
+    ids: Tensor, modality: Tensor, positions: Tensor, attention_mask: Tensor | None
+) -> tuple[int, tuple[int, int], bool, bool]:
+    """Tokens of the text of all rows, rows and columns of patches behind it ((0, 0) for none), and whether some and whether
+    all pictures are shown. The device is read once."""
+    drawn = modality[0] == Modality.IMAGE  # [L]
+    shown = ((ids == CONTINUOUS) | ~drawn).all(1)  # [B]
+    same, ordered = (modality == modality[:1]).all(), (drawn[1:] >= drawn[:-1]).all()
+    size = torch.where(drawn[:, None], positions[0, :, 1:] + 1, 0).amax(0)  # [2]
+    facts = torch.stack([(~drawn).sum(), same, ordered, *size, shown.any(), shown.all()])
+    length, alike, text_first, height, width, some, every = facts.tolist()
+    if attention_mask is not None or not (alike and text_first and length) or height * width != len(drawn) - length:
         raise ValueError(LAYOUT)
-    if length == len(drawn):
-        return length, (0, 0)
-    height, width = (positions[0, length:, 1:].amax(0) + 1).tolist()
-    if height * width != len(drawn) - length:
-        raise ValueError(LAYOUT)
-    return length, (height, width)
+    return length, (height, width), bool(some), bool(every)
