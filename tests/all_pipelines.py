@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ddit_parts import write_folder as write_dual
 from muddit_parts import write_folder
 from released_pipelines import write_chat, write_pictures, write_uni, write_unidisc
 from tiny_pipeline import tiny_pipeline
@@ -14,12 +15,12 @@ from unidiff.pipeline import UniDiffPipeline
 
 FAMILIES = (
     *("native", "unidisc", "mmada", "dynin", "lumina", "llada", "llada-v", "llada-moe", "llada2", "llada2-uni"),
-    *("dream", "mdlm", "muddit"),
+    *("dream", "mdlm", "muddit", "ddit"),
 )
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
-    """By family, each of `FAMILIES`; all but `native` take 6 x 6 pixels (LLaDA-V others too), and Muddit 8 x 8."""
+    """By family, each of `FAMILIES`; all but `native` take 6 x 6 pixels (LLaDA-V others too), and Muddit and D-DiT 8 x 8."""
     made: dict[str, Any] = {"native": tiny_pipeline()}
     write_unidisc(folder / "unidisc")
     made["unidisc"] = UniDiffPipeline.from_pretrained(folder / "unidisc")
@@ -38,6 +39,8 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
     (folder / "muddit").mkdir()
     write_folder(folder / "muddit" / "512")
     made["muddit"] = UniDiffPipeline.from_pretrained(folder / "muddit" / "512").sized(8, 8)
+    write_dual(folder / "ddit")
+    made["ddit"] = UniDiffPipeline.from_pretrained(folder / "ddit")
     for pipe in made.values():
         pipe.set_progress_bar_config(disable=True)
     return made

@@ -246,6 +246,8 @@ _CLASH = (  # right values that do not go together
     "fit; shorten it",
     "dim everywhere",
     "text_length",
+    "does not rank its decodes",
+    "is for words",  # where a picture is drawn by flow matching
 )
 
 
@@ -262,7 +264,8 @@ def check_result(call: Call, pipe: Any, result: Any, space: Space) -> None:
         if kind == "pil":
             assert all(image.size == space.size[::-1] and image.mode == "RGB" for image in result.images), str(call)
         elif kind in ("codes", "latent"):
-            assert result.images.dtype == torch.int64 and result.images.ndim == 3
+            form = (torch.float32, 4) if call.family == "ddit" else (torch.int64, 3)  # latents, or codes
+            assert (result.images.dtype, result.images.ndim) == form, str(call)
         else:
             shape = (rows, 3, *space.size) if kind == "pt" else (rows, *space.size, 3)
             assert tuple(result.images.shape) == shape and result.images.min() >= 0 and result.images.max() <= 1
@@ -275,7 +278,12 @@ def check_result(call: Call, pipe: Any, result: Any, space: Space) -> None:
         pixels = pipe.image_inputs.images(call.given["image"], True)
         codes = pipe.images.encode(pixels).repeat_interleave(rows // len(pixels), 0)
         cells = pipe.image_inputs.cells(torch.from_numpy(space.white)[None])[0]
-        assert torch.equal(result.codes[:, ~cells], codes[:, ~cells].cpu()), f"{call}: a given code changed"
+        assert _same(result.codes[..., ~cells], codes[..., ~cells].cpu()), f"{call}: a given code changed"
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether codes are equal, or latents but for rounding."""
+    return torch.allclose(a, b, rtol=0, atol=1e-4 if a.is_floating_point() else 0)
 
 
 def _expected_rows(call: Call) -> int:
@@ -304,7 +312,7 @@ def check_alone(call: Call, pipe: Any, result: Any) -> None:
     alone = getattr(pipe, call.task)(**given)
     assert alone.texts[0] == result.texts[-1], f"{call}: the row alone says something else"
     if hasattr(result, "codes"):
-        assert torch.equal(alone.codes[0], result.codes[-1]), f"{call}: the row alone is another picture"
+        assert _same(alone.codes[0], result.codes[-1]), f"{call}: the row alone is another picture"
 
 
 def walk(numbers: range, pipes: dict[str, Any], spaces: dict[str, Space]) -> tuple[int, int]:

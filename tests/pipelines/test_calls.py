@@ -14,6 +14,7 @@ from unidiff.decoding import ModalityDecoding, SamplerConfig
 from unidiff.families.layout import TaskNeeds
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines import decode
+from unidiff.pipelines.latents import decode as latents
 from unidiff.tokens.text import MOST_TOKENS, all_have_holes, split_holes
 
 
@@ -179,9 +180,13 @@ def test_a_callers_sampler_keeps_what_each_task_needs(pipes, family, monkeypatch
     """Forbidden ids, ends, fill and stopping come after the caller's settings."""
     pipe, asked, needed = pipes[family], [], []
     make, keep = decode.Sampler, TaskNeeds.keep_in
-    monkeypatch.setattr(
-        decode, "Sampler", lambda model, ids, config, *rest: asked.append(config) or make(model, ids, config, *rest)
-    )
+
+    def watched(model, ids, config, *rest, **more):
+        asked.append(config)
+        return make(model, ids, config, *rest, **more)
+
+    for path in (decode, latents):
+        monkeypatch.setattr(path, "Sampler", watched)
     monkeypatch.setattr(TaskNeeds, "keep_in", lambda self, config: needed.append(self) or keep(self, config))
     few = ModalityDecoding(steps=2, forbid=(3,))
     own = SamplerConfig(few, ModalityDecoding(steps=2), ends=(4,), stop_at_eos=False)

@@ -104,7 +104,7 @@ def pipelines(tmp_path_factory):
     return make_pipelines(tmp_path_factory.mktemp("families"))
 
 
-@pytest.mark.parametrize("name", ["llada", "dream", "mdlm"])
+@pytest.mark.parametrize("name", ["llada", "llada-moe", "llada2", "llada-v", "dream", "mdlm"])
 def test_models_of_text_alone_score_texts_behind_prompts(pipelines, name):
     pipe = pipelines[name]
     both = pipe.score(texts=["two owls", "a hill"], prompt=["a", "a red"], samples=3)
@@ -128,6 +128,14 @@ def test_families_with_pictures_score_them_beside_words(pipelines, name):
     alone = pipe.score(pictures[1], "two owls", of="image", samples=4)
     torch.testing.assert_close(both.log_prob[1], alone.log_prob[0], rtol=1e-4, atol=1e-4)
     assert both.count_image.unique().tolist() == [both.count_image[0]] and bool((both.log_prob < 0).all())
+
+
+@pytest.mark.parametrize("name, sentence", [("ddit", "are latents"), ("llada2-uni", "cannot do 'inpaint'")])
+def test_families_without_scores_say_so(pipelines, name, sentence):
+    picture = torch.rand(3, *pipelines[name].image_size)
+    for given in ({"texts": "a hill"}, {"images": picture}, {"images": picture, "texts": "a hill", "of": "text"}):
+        with pytest.raises(ValueError, match=sentence):
+            pipelines[name].score(**given)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,13 @@ class DualLayout(RowLayout):
         """A picture and its words together: the text has hidden words while the picture is noise."""
         return self._both(inputs)
 
+    def known(self, inputs: TaskInputs) -> DecodeRequest:
+        """Raise `ValueError`: its pictures are no tokens, so rows have no likelihood of tokens."""
+        raise ValueError(
+            f"scores are of models whose pictures are tokens, and those of {self.family} are latents; "
+            "score with a model of another family"
+        )
+
     def _both(self, inputs: TaskInputs) -> DecodeRequest:
         texts = inputs.texts
         if texts is None:
