@@ -15,12 +15,14 @@ from unidiff.pipeline import UniDiffPipeline
 
 FAMILIES = (
     *("native", "unidisc", "mmada", "dynin", "lumina", "llada", "llada-v", "llada-moe", "llada2", "llada2-uni"),
-    *("dream", "mdlm", "muddit", "ddit"),
+    *("dream", "mdlm", "muddit"),
 )
+EVERY = (*FAMILIES, "ddit")
+"""With the family that draws by flow matching, which takes no trajectories and no caches where it draws."""
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
-    """By family, each of `FAMILIES`; all but `native` take 6 x 6 pixels (LLaDA-V others too), and Muddit and D-DiT 8 x 8."""
+    """By family, each of `EVERY`; all but `native` take 6 x 6 pixels (LLaDA-V others too), and Muddit and D-DiT 8 x 8."""
     made: dict[str, Any] = {"native": tiny_pipeline()}
     write_unidisc(folder / "unidisc")
     made["unidisc"] = UniDiffPipeline.from_pretrained(folder / "unidisc")

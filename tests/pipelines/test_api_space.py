@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from all_pipelines import FAMILIES, make_pipelines
+from all_pipelines import EVERY, make_pipelines
 from api_values import (
     BAD_HOLES,
     COUNTS,
@@ -143,7 +143,7 @@ class Call:
 
 def make_call(number: int, pipes: dict[str, Any], spaces: dict[str, Space]) -> Call:
     rng = random.Random(number)
-    family = rng.choice(FAMILIES)
+    family = rng.choice(EVERY)
     task = rng.choice(pipes[family].layout.tasks)
     own, options = arguments_of(family, task), options_of(family, task)
     both = own | options
@@ -169,7 +169,7 @@ def pipes(tmp_path_factory):
 def spaces(tmp_path_factory):
     sizes = {"native": (16, 24), "muddit": (8, 8), "ddit": (8, 8)}
     folder = tmp_path_factory.mktemp("values")
-    return {family: Space(sizes.get(family, (6, 6)), folder / family) for family in FAMILIES}
+    return {family: Space(sizes.get(family, (6, 6)), folder / family) for family in EVERY}
 
 
 def attempt(call: Call, pipe: Any) -> Any:

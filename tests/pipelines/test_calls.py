@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from all_pipelines import FAMILIES, make_pipelines
+from all_pipelines import EVERY, make_pipelines
 from PIL import Image
 
 from unidiff.decoding import ModalityDecoding, SamplerConfig
@@ -175,7 +175,7 @@ CALLS = {  # of each task that writes words
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_callers_sampler_keeps_what_each_task_needs(pipes, family, monkeypatch):
     """Forbidden ids, ends, fill and stopping come after the caller's settings."""
     pipe, asked, needed = pipes[family], [], []
