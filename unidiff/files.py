@@ -68,17 +68,20 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 @contextmanager
-def replacing_folder(target: str | Path) -> Iterator[Path]:
+def replacing_folder(target: str | Path, flush: bool = True) -> Iterator[Path]:
     """An empty folder beside `target` to fill; it takes the place of `target` when the block ends well, else it goes.
 
     Everything that was in `target` is gone then: callers make sure that it may go. Between the two renames the old folder
     is kept aside, and comes back when the second one fails. The rest is as with `replacing`.
+
+    Args:
+        flush: wait until every file is on the disk; False for thousands of files that a command can make again.
     """
     target = resolve_link(target)
     aside = beside(target, "old")
     with _scratch_folder(target, target) as temporary:
         yield temporary
-        for file in temporary.rglob("*"):
+        for file in temporary.rglob("*") if flush else ():
             if file.is_file():
                 flush_to_disk(file)
         _keep_mode(target, temporary)
