@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 
 import torch
 
-from unidiff.families.layout import RowLayout, TaskInputs
+from unidiff.families.layout import Grid, RowLayout, TaskInputs
 from unidiff.pipelines.decode import TaskCall, call_task, columns_of, decode, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
 from unidiff.pipelines.latents.decode import decode_latents
@@ -338,6 +338,12 @@ class UniDiffPipeline(WordTasks, PipelineFolder):
         return TaskCall(inputs, num_images_per_prompt, between_holes(said or ()))
 
     score = score_of
+
+    def _grid(self, height: int | None, width: int | None) -> Grid | None:
+        """Rows and columns of codes of a picture to draw; None where no size was asked for."""
+        if height is None and width is None:
+            return None
+        return self._grid_of(height, width, 1 if self.images is None else self.images.upscale)
 
     def _beside(self, task: str, asked: int | None) -> dict[str, Any]:
         """Whether a task that is told what to make writes words beside the picture, and how many."""

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from unidiff.families.checkpoint.load import load_released
 from unidiff.families.image_tokenizers import MAGVIT, MAGVIT_RELEASED
 from unidiff.tokens.image.conv import LFQModel, bit_values, lfq_codes, lfq_vectors
-from unidiff.tokens.image.vq import ImageEncoder, PixelDecoder, VQImageTokenizer
+from unidiff.tokens.image.protocols import ImageEncoder, PixelDecoder
+from unidiff.tokens.image.vq import VQImageTokenizer
 
 TINY = {
     "codebook_dim": 5,

@@ -22,9 +22,9 @@ from unidiff.families.siglip_vq import SIGLIP_VQ, load_decoder, siglip_settings
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.released import load_images
 from unidiff.tokens.image.flow import TURBO, FlowSettings
-from unidiff.tokens.image.rows import row_generators
+from unidiff.tokens.image.protocols import ImageEncoder, PixelDecoder
 from unidiff.tokens.image.siglip_vq import SiglipVQModel
-from unidiff.tokens.image.vq import ImageEncoder, PixelDecoder, VQImageTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer, row_generators
 
 QUICK = FlowSettings(steps=2)
 CODES = torch.arange(12).reshape(2, 2, 3)

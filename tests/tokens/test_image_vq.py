@@ -9,7 +9,8 @@ import torch
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
-from unidiff.tokens.image.vq import CellVQModel, ImageEncoder, PixelDecoder, VQImageTokenizer
+from unidiff.tokens.image.protocols import ImageEncoder, PixelDecoder
+from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer
 
 
 def cell_model(factor: int = 4) -> CellVQModel:

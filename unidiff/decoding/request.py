@@ -21,7 +21,7 @@ from unidiff.decoding.state import DecodeState, ModalityProgress, PassWork, own_
 from unidiff.models.denoiser import CachePlan
 from unidiff.models.store import FeatureStore
 from unidiff.tokens import Modality, TokenBatch
-from unidiff.tokens.transfer import moved
+from unidiff.tokens.batch import moved
 
 _PATIENCE = 64  # passes in a row in which a policy may withhold every logit
 _WIDTHS = 8  # different gather widths per modality; varying shapes cost memory and recompilation

@@ -19,9 +19,8 @@ from unidiff.decoding.cache.base import RefreshPolicy
 from unidiff.decoding.commit.base import CommitRule, RuleMaker
 from unidiff.decoding.config import SamplerConfig
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
-from unidiff.tokens.batch import read_mask
+from unidiff.tokens.batch import moved, read_mask
 from unidiff.tokens.text import MOST_TOKENS, split_holes
-from unidiff.tokens.transfer import moved
 
 Grid = tuple[int, int]
 Encode = Callable[[str], Sequence[int]]

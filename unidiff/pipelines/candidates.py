@@ -18,7 +18,7 @@ from unidiff.decoding.commit.base import ROUNDING
 from unidiff.diffusion.likelihood import SCORE_STREAM, SCORED, fit_score, model_scorer, nelbo_of_parts
 from unidiff.models.denoiser import Denoiser
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
-from unidiff.tokens.transfer import moved
+from unidiff.tokens.batch import moved
 
 Ranker = Callable[[Denoiser, Vocabulary, TokenBatch, Tensor, Tensor], Tensor]
 """(model, vocabulary, complete rows, words to compare with the picture, bool `[B, L]`, seeds, int64 `[B]`, equal for the

@@ -145,11 +145,6 @@ class PictureReader:
             raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}")
         return height // factor, width // factor
 
-    def _grid(self, height: int | None, width: int | None) -> Grid | None:
-        """Of pictures that are drawn; None where no size was asked for."""
-        upscale = 1 if self.images is None else self.images.upscale
-        return None if height is None and width is None else self._grid_of(height, width, upscale)
-
     def _inputs(self, grid: Grid) -> ImageInputs:
         if self.images is None:
             raise ValueError(f"{self.layout.family} knows no pictures; it does {', '.join(self.layout.tasks)}")

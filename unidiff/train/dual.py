@@ -28,8 +28,8 @@ from unidiff.models.dual_transformer import DualTransformer
 from unidiff.models.trained_on import TASKS
 from unidiff.schema import check_arguments
 from unidiff.tokens import Modality
+from unidiff.tokens.batch import moved
 from unidiff.tokens.image.vq import QuantizedAutoencoder, VQImageTokenizer
-from unidiff.tokens.transfer import moved
 from unidiff.train.build import check_names
 from unidiff.train.config import ObjectiveConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.data.source import TokenSource

@@ -29,7 +29,7 @@ from unidiff.diffusion.streamed_nll import HeadPart
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.schema import Between, Positive, check_fields
 from unidiff.tokens import TokenBatch, Visibility, Vocabulary
-from unidiff.tokens.transfer import moved
+from unidiff.tokens.batch import moved
 from unidiff.train.build import merge_adapters
 from unidiff.train.config import Count, OptimiserConfig, Share, Steps, TrackerName
 from unidiff.train.data.tasks import rank_noise

@@ -15,7 +15,7 @@ from unidiff.models.experts import balance_loss, expert_loads, recorded_routings
 from unidiff.models.trained_on import TASKS
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
-from unidiff.tokens.transfer import moved
+from unidiff.tokens.batch import moved
 from unidiff.train.config import ObjectiveConfig, ParallelConfig, TaskConfig, TasksConfig, TrainConfig
 from unidiff.train.data.source import TokenSource
 from unidiff.train.data.tasks import HiddenBatch, TaskBatch, TaskMixer

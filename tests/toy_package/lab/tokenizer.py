@@ -4,7 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from unidiff.tokens.image.vq import ImageTokenizerModel
+from unidiff.tokens.image.protocols import ImageTokenizerModel
 from unidiff.weights.model import CheckedModel
 
 

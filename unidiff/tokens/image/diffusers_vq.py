@@ -13,7 +13,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from unidiff.schema import Between, Rows, Width, check_arguments
-from unidiff.tokens.image.vq import Reconstruction, TrainableTokenizer
+from unidiff.tokens.image.protocols import Reconstruction, TrainableTokenizer
 
 _LEVELS = 16  # of resolutions
 # what it takes for granted; a place in a list of blocks costs seconds to build, so lists are short

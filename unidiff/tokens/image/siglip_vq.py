@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from unidiff.schema import Between, Depth, Epsilon, Rows, Width
 from unidiff.tokens.image.flow import FlowDecoder, FlowSettings
-from unidiff.tokens.image.protocols import StoredPart
-from unidiff.tokens.image.rows import row_generators
-from unidiff.tokens.image.vq import ImageTokenizerModel
+from unidiff.tokens.image.protocols import ImageTokenizerModel, StoredPart
+from unidiff.tokens.image.vq import row_generators
 from unidiff.weights.model import CheckedModel
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]

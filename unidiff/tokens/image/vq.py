@@ -1,14 +1,13 @@
-"""What an image tokenizer is, `VQImageTokenizer`, the one interface over all, and `CellVQModel`, the embedded model's own."""
+"""`VQImageTokenizer`, the one interface over all image tokenizers, and `CellVQModel`, the embedded model's own."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from inspect import isabstract
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,86 +17,13 @@ from torch import Tensor, nn
 from unidiff.errors import plain, read_json
 from unidiff.files import path_of
 from unidiff.registry import Registry
-from unidiff.schema import Between, Layers, Rows, Width
-from unidiff.tokens.image.protocols import ImageEncoder, PixelDecoder, StoredPart
-from unidiff.tokens.image.rows import RowDraws, check_codes, check_images, row_generators
+from unidiff.schema import Between, Layers, Rows, Width, check_value
+from unidiff.tokens.image.protocols import ImageTokenizerModel, Reconstruction, TrainableTokenizer
 from unidiff.weights.model import HOOKS, CheckedModel, bring, load_checked, save_model
 
-
-class ImageTokenizerModel(ImageEncoder, PixelDecoder):
-    """The network of an image tokenizer, an entry of `IMAGE_TOKENIZERS`: a `CheckedModel` of this class in a module beside this.
-
-    Images and codes are checked before it sees them. It chooses its precision; pixels need not be clipped.
-    """
-
-    draws: ClassVar[bool] = False  # whether decoding draws noise, see `draw`
-
-    @property
-    def upscale(self) -> int:
-        """Pixels along a side of a decoded picture, divided by those of a picture that is encoded to as many codes."""
-        return 1
-
-    def draw(self, codes: Tensor, generators: Sequence[torch.Generator], quick: bool = False) -> Tensor:
-        """`decode` with a generator for each row, for one that draws noise; `quick`: a preview, in a few passes of many."""
-        return self.decode(codes)
-
-    def parts_beside(self) -> Mapping[str, StoredPart]:
-        """Networks that are read when they are first needed, by name."""
-        return {}
-
-    def decode_with(self, name: str | None = None, steps: int | None = None) -> None:
-        """Decode with another of several decoders, or in another number of passes, from now on; None for what is chosen.
-
-        Raises:
-            ValueError: no such decoder, or none to choose from.
-        """
-        raise ValueError(f"a {type(self).__name__} has one way to decode; leave the pixel decoder and its steps out")
-
-    @classmethod
-    def network_class(cls) -> Any:
-        """What is saved and loaded: this class itself, or the class of another library that it adapts."""
-        return cls
-
-    @classmethod
-    def adapt(cls, network: nn.Module) -> Any:
-        """An instance for a network of `network_class`."""
-        return network
-
-    @classmethod
-    def check_config(cls, config: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for a config that no such network has, where its own constructor does not."""
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """A training step's forward."""
-
-    output: Tensor  # images [B, 3, H, W], not clipped
-    codes: Tensor  # int64 [B, h, w]
-    commitment: Tensor  # scalar, small where latents lie near their codes
-    latents: Tensor | None = None  # [B, d, h, w] without gradient, for a codebook of averages
-
-
-class TrainableTokenizer(ImageTokenizerModel):
-    """A network that `train_image_tokenizer` can train.
-
-    Attributes:
-        kind: its name in the configs of runs (`model.kind`); "" for one that is only loaded.
-        has_cell_codes: a code is a function of one cell of pixels, and its vector a row of the buffer `codebook`, of unit
-            length, that training keeps as the average of the latents.
-    """
-
-    kind: ClassVar[str] = ""
-    has_cell_codes: ClassVar[bool] = False
-
-    @classmethod
-    def maker(cls) -> Callable[..., Any]:
-        """Makes a fresh network (torch's global generator) from the other settings of `model`."""
-        return cls
-
-    @abstractmethod
-    def reconstruct(self, images: Tensor, autocast: AbstractContextManager) -> Reconstruction:
-        """Encode and decode `[B, 3, H, W]` under `autocast`, quantise in float32, with gradients for all weights."""
+_LARGEST = (1 << 62) - 1
+RowDraws = torch.Generator | int | Tensor | Sequence[int | torch.Generator] | None
+"""Where rows take their noise from, see `row_generators`."""
 
 
 class Quantized(NamedTuple):
@@ -223,8 +149,10 @@ class VQImageTokenizer:
     @torch.no_grad()
     def _decode(self, codes: Tensor, generator: RowDraws, quick: bool = False) -> Tensor:
         check_codes(codes, self.codebook_size)
-        generators = row_generators(generator, len(codes)) if self.draws else ()
-        return self._coder.draw(codes.to(self.device), generators, quick).float().clamp(0, 1)
+        codes = codes.to(self.device)
+        if self.draws:
+            return self._coder.draw(codes, row_generators(generator, len(codes)), quick).float().clamp(0, 1)
+        return self._coder.decode(codes).float().clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights (safetensors); other files in the folder stay.
@@ -254,6 +182,61 @@ class VQImageTokenizer:
             raise ValueError(f"{path}: {error}") from error
         load = kind.network_class().from_pretrained
         return cls(load_checked(load, name, str(folder), torch_dtype=dtype, variant=variant)[0])
+
+
+def check_images(images: Tensor, factor: int) -> None:
+    """Raise `ValueError` unless `images` is float `[B, 3, H, W]` in [0, 1] with sides that `factor` divides."""
+    check_value(images, Tensor, "the batch of images")
+    if not images.is_floating_point():
+        raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1], so divide 8-bit values by 255")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 3, H, W] (RGB)")
+    height, width = images.shape[-2:]
+    if height % factor or width % factor or not height or not width:
+        raise ValueError(f"image size {height}x{width} must be a positive multiple of {factor}; resize or crop it")
+    low, high = images.amin().item(), images.amax().item()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"image values span [{low:.3g}, {high:.3g}]; expected finite values in [0, 1]")
+
+
+def check_codes(codes: Tensor, codebook_size: int) -> None:
+    """Raise `ValueError` unless `codes` is integer `[B, h, w]` with values below `codebook_size`."""
+    if not isinstance(codes, Tensor):
+        check_value(codes, Tensor, "the batch of codes")
+    if codes.ndim != 3 or codes.is_floating_point() or codes.is_complex() or not codes.numel():
+        raise ValueError(f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected int64 [B, h, w]")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"codes span [{low}, {high}]; expected values in [0, {codebook_size})")
+
+
+def row_generators(generator: RowDraws, rows: int) -> list[torch.Generator]:
+    """A generator on the CPU for each row, so that a row's noise does not depend on the other rows or on the device.
+
+    Args:
+        generator: None for fresh noise; a torch generator, or an int that stands for one, which draws a seed for each row; or
+            one entry for each row, a seed (int64 `[B]` or a list) or a generator.
+
+    Raises:
+        ValueError: another kind of thing, or a list of another length.
+    """
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    elif isinstance(generator, int) and not isinstance(generator, bool):
+        generator = torch.Generator().manual_seed(generator)
+    if isinstance(generator, torch.Generator):
+        drawn = [int(torch.randint(_LARGEST, (), generator=generator, device=generator.device)) for _ in range(rows)]
+        return [torch.Generator().manual_seed(seed) for seed in drawn]
+    entries = generator.tolist() if isinstance(generator, Tensor) else generator
+    if not isinstance(entries, list | tuple) or len(entries) != rows:
+        given = f"{len(entries)} entries" if isinstance(entries, list | tuple) else f"a {type(entries).__name__}"
+        raise ValueError(
+            f"generator is {given} for {rows} rows; expected an int, a torch.Generator, or one of them per row"
+        )
+    if bad := [entry for entry in entries if isinstance(entry, bool) or not isinstance(entry, int | torch.Generator)]:
+        raise ValueError(f"generator lists a {type(bad[0]).__name__}; expected ints and torch.Generators")
+    return [e if isinstance(e, torch.Generator) else torch.Generator().manual_seed(e) for e in entries]
 
 
 class ChannelNorm(nn.Module):

@@ -128,7 +128,8 @@ def new_network(settings: Mapping[str, Any]) -> Any:
 
 
 def _maker(kind: Any) -> Callable[..., Any]:
-    from unidiff.tokens.image.vq import IMAGE_TOKENIZERS, TrainableTokenizer
+    from unidiff.tokens.image.protocols import TrainableTokenizer
+    from unidiff.tokens.image.vq import IMAGE_TOKENIZERS
 
     found = [cls for cls in IMAGE_TOKENIZERS.values() if issubclass(cls, TrainableTokenizer) and cls.kind]
     makers = {cls.kind: cls.maker() for cls in found}

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from unidiff.tokens.batch import moved
 from unidiff.tokens.image.vq import CellVQModel, VQImageTokenizer, coder_of
-from unidiff.tokens.transfer import moved
 from unidiff.train.image_tokenizer.config import CellCodes, VQLossWeights
 
 SAME = 0.97

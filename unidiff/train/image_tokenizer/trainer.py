@@ -28,8 +28,9 @@ from unidiff.pipelines.owned import check_replaceable, others_in_model
 from unidiff.pipelines.sheet import save_image
 from unidiff.process import free_memory, pick_device
 from unidiff.schema import check_same, from_data
-from unidiff.tokens.image.vq import TrainableTokenizer, VQImageTokenizer, coder_of
-from unidiff.tokens.transfer import moved
+from unidiff.tokens.batch import moved
+from unidiff.tokens.image.protocols import TrainableTokenizer
+from unidiff.tokens.image.vq import VQImageTokenizer, coder_of
 from unidiff.train.config import ParallelConfig, ScheduleConfig
 from unidiff.train.image_tokenizer.config import ImageTokenizerConfig, new_network
 from unidiff.train.image_tokenizer.data import Pictures, open_pictures
