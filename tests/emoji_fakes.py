@@ -18,7 +18,8 @@ from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, InpaintCase, inpain
 from unidiff.worlds.emoji.language import NUMBERS, ZONES, article, caption_distribution, draw_caption, plural
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.scenes import BACKGROUNDS, Profile, SceneGenerator, get_profile, render_batch
-from unidiff.worlds.emoji.table import corpus, emoji_vocabulary
+from unidiff.worlds.emoji.table import EmojiScenes
+from unidiff.worlds.scene_rows import corpus, scene_vocabulary
 
 
 def vocabulary_words(profile: Profile) -> list[str]:
@@ -87,8 +88,8 @@ class BlurredModel(PerfectModel):
 def tiny_emoji_pipeline(image_size: int = 64) -> UniDiffPipeline:
     """Untrained weights, and words of the emoji grammar."""
     torch.manual_seed(0)
-    words = TextTokenizer.train(corpus(SceneGenerator(get_profile("cpu"), 0), 300), 400)
-    vocabulary = emoji_vocabulary(words, 64)
+    words = TextTokenizer.train(corpus(EmojiScenes(SceneGenerator(get_profile("cpu"), 0)), 300), 400)
+    vocabulary = scene_vocabulary(words, 64)
     model = MaskedTransformer(vocab_size=vocabulary.size, hidden_size=32, num_layers=1, num_heads=2)
     image = CellVQModel(codebook_size=64, encoder_width=16, encoder_depth=1, decoder_widths=(16,), decoder_depths=(1,))
     grid = (image_size // 8, image_size // 8)

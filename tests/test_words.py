@@ -120,10 +120,11 @@ def test_long_lists_are_cut(pipe):
 @pytest.mark.slow
 def test_the_embedded_model_knows_its_language(run):
     from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
-    from unidiff.worlds.emoji.table import corpus
+    from unidiff.worlds.emoji.table import EmojiScenes
+    from unidiff.worlds.scene_rows import corpus
 
     pipe = UniDiffPipeline.from_pretrained("emoji")
-    assert not unknown_words(corpus(SceneGenerator(get_profile("cpu"), 9), 5000), pipe.texts)
+    assert not unknown_words(corpus(EmojiScenes(SceneGenerator(get_profile("cpu"), 9)), 5000), pipe.texts)
     assert unknown_words(["a chair beside A fox"], pipe.texts) == ["chair", "beside", "A"]
     status, out, _ = run("info")
     assert status == 0 and "knows:" in out and " octopuses, " in out

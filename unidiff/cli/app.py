@@ -34,6 +34,7 @@ from unidiff.cli.common import (
 from unidiff.cli.data import data_app, encode, shards, tokenizer_app
 from unidiff.cli.emoji import emoji_app
 from unidiff.cli.evaluation import eval_app
+from unidiff.cli.faces import faces_app
 from unidiff.cli.fashion import fashion_app
 from unidiff.cli.harness import PASSED_ON, lm_eval
 from unidiff.cli.runs import configs_app, runs
@@ -288,7 +289,7 @@ for command in (
     app.command()(command)
 eval_app.command("score")(score)
 eval_app.command("lm-eval", context_settings=PASSED_ON)(lm_eval)
-for group in (eval_app, data_app, tokenizer_app, configs_app, change_app, emoji_app, fashion_app):
+for group in (eval_app, data_app, tokenizer_app, configs_app, change_app, emoji_app, faces_app, fashion_app):
     app.add_typer(group)
 
 

@@ -1,20 +1,14 @@
-"""Emoji scenes as training data: raw samples for webdataset shards, and pre-tokenised tables for the trainer."""
+"""Emoji scenes as training data: what is said about each, and the cells of their sprites."""
 
 from __future__ import annotations
 
-import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from unidiff.data.rows import caption_row, question_row
-from unidiff.tokens import Vocabulary
-from unidiff.tokens.image.protocols import ImageEncoder
-from unidiff.tokens.text import TextTokenizer
 from unidiff.worlds.emoji.language import NUMBERS, caption_distribution, draw_question, plural, zone
 from unidiff.worlds.emoji.scenes import (
     BACKGROUNDS,
@@ -23,11 +17,9 @@ from unidiff.worlds.emoji.scenes import (
     SceneGenerator,
     SceneObject,
     get_profile,
-    render,
     render_batch,
 )
 
-TASK_SPECIALS = ("eos", "caption", "question", "answer")
 NOTICEABLE = 24
 """A cell shows an object if some pixel differs from some background by more than so many of 255 levels."""
 
@@ -74,27 +66,20 @@ def _lookup(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"how many {plural(item.name)} are there?", NUMBERS[count]
 
 
-def corpus(scenes: SceneGenerator, count: int) -> Iterator[str]:
-    """Captions, questions and answers of `count` scenes, for training a text tokenizer."""
-    for index in range(count):
-        captions, questions = scene_texts(scenes, index, scenes.scene(index), 1, QuestionMix(1))
-        yield from (*captions, *questions[0])
+class EmojiScenes:
+    """A `SceneSource` of emoji scenes."""
 
+    def __init__(self, scenes: SceneGenerator, questions: QuestionMix = QuestionMix()) -> None:
+        self.scenes, self.questions = scenes, questions
 
-def raw_samples(scenes: SceneGenerator, count: int) -> Iterator[tuple[str, dict]]:
-    """`(key, members)` for a shard writer: a PNG, one caption, and questions with answers in the json."""
-    for index in range(count):
-        scene, key, buffer = scenes.scene(index), f"{index:09d}", io.BytesIO()
-        (caption,), questions = scene_texts(scenes, index, scene, 1, QuestionMix(2))
-        Image.fromarray(render(scene, scenes.profile)).save(buffer, format="PNG")
-        metadata = {"key": key, "caption": caption, "qa": [list(q) for q in questions]}
-        yield key, {"png": buffer.getvalue(), "txt": caption, "json": metadata}
+    def pictures(self, start: int, stop: int) -> Tensor:
+        return render_batch([self.scenes.scene(number) for number in range(start, stop)], self.scenes.profile)
 
+    def texts(self, number: int, captions: int) -> tuple[list[str], list[tuple[str, str]]]:
+        return scene_texts(self.scenes, number, self.scenes.scene(number), captions, self.questions)
 
-def emoji_vocabulary(text: TextTokenizer, codebook_size: int) -> Vocabulary:
-    """Text ids, [MASK], image codes; the task tokens are text ids."""
-    specials = {name: text.special(name) for name in TASK_SPECIALS}
-    return Vocabulary.unified(text.size, codebook_size, specials)
+    def level(self, number: int) -> int:
+        return len(self.scenes.scene(number).objects)
 
 
 def picture_source(profile_name: str, kinds: tuple[float, ...], seed: int) -> Callable[[int], Tensor]:
@@ -126,34 +111,3 @@ def sprite_cells(profile_name: str, factor: int) -> tuple[Tensor, Tensor]:
             shown = (own - flat).abs().flatten(1).amax(1) > NOTICEABLE / 255
             cells.append(own[shown])
     return torch.cat(cells), flat
-
-
-def token_rows(
-    scenes: SceneGenerator,
-    start: int,
-    count: int,
-    image: ImageEncoder,
-    text: TextTokenizer,
-    text_length: int,
-    captions: int = 4,
-    questions: QuestionMix = QuestionMix(),
-) -> dict[str, Tensor]:
-    """Tensors of a token table for scenes `start .. start + count`: codes, captions, questions, answer_start, levels.
-
-    Raises:
-        ValueError: a caption or question that does not fit `text_length`.
-    """
-    drawn = [scenes.scene(start + i) for i in range(count)]
-    codes = torch.cat([image.encode(render_batch(drawn[i : i + 256], scenes.profile)) for i in range(0, count, 256)])
-    found: dict[str, list] = {"captions": [], "questions": [], "answer_start": []}
-    for number, scene in enumerate(drawn, start):
-        said, asked = scene_texts(scenes, number, scene, captions, questions)
-        rows = [caption_row(text, caption, text_length) for caption in said]
-        answers = [row for q, a in asked if (row := question_row(text, q, a, text_length)) is not None]
-        if any(row.cut for row in rows) or len(answers) < len(asked):
-            raise ValueError(f"scene {number} needs more than {text_length} text tokens; raise text_length")
-        found["captions"].append([row.ids for row in rows])
-        found["questions"].append([row.ids for row in answers])
-        found["answer_start"].append([row.answer_start for row in answers])
-    levels = torch.tensor([len(scene.objects) for scene in drawn])
-    return {"codes": codes, "levels": levels, **{name: torch.tensor(rows) for name, rows in found.items()}}
