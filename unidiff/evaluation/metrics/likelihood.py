@@ -91,7 +91,15 @@ def captioned_rows(
 
 
 def likelihoods(pipe: UniDiffPipeline, cases: CaptionedPictures) -> dict[str, Estimate | float]:
-    """The likelihoods of a pipeline's model. Raises `ValueError`: a caption that does not fit the model's text span."""
+    """The likelihoods of a pipeline's model.
+
+    Raises:
+        ValueError: a caption that does not fit the model's text span, or a model of another family.
+    """
+    if not hasattr(pipe, "settings"):
+        raise ValueError(
+            f"likelihoods are of unidiff's own masked models, this one is of {pipe.layout.family}; leave them out"
+        )
     settings, texts, size, n = pipe.settings, pipe.texts, cases.batch_size, len(cases.captions)
     codes = torch.cat([pipe.images.encode(cases.pictures(i, min(i + size, n))).cpu() for i in range(0, n, size)])
 

@@ -80,11 +80,16 @@ class PipelineModel:
 
         def untouched(p: Numbers, out: UniDiffOutput) -> Iterator[bool]:
             kept = ~self.pipe.image_inputs.cells(masks[p])  # [B, h, w]
-            same = (out.codes == self.pipe.images.encode(images[p]).cpu()) | ~kept
+            same = (out.codes == self._codes(images[p])) | ~kept
             for i, text, whole in zip(p, out.texts, same.flatten(1).all(1).tolist(), strict=True):
                 yield whole and text.startswith(cases[i].before.strip()) and text.endswith(cases[i].after.strip())
 
         return self._drawn("inpaint", seeds, fill, untouched)
+
+    def _codes(self, images: Tensor) -> Tensor:
+        """int64 `[B, h, w]`; of a model of latents, the codes that these are nearest to."""
+        encoded = self.pipe.images.encode(images)
+        return (self.pipe.images.codes(encoded) if self.pipe.layout.latents else encoded).cpu()
 
     def generate(self, seeds: Sequence[int]) -> Drawn:
         """A picture and its caption for each seed, from nothing."""

@@ -60,7 +60,7 @@ def run_emoji_eval(
     seed: int = 0,
     n: int = QUICK,
     per_task: int | None = None,
-    tasks: Sequence[str] = ALL_TASKS,
+    tasks: Sequence[str] | None = None,
     batch_size: int = 64,
     profile: Profile | None = None,
     tick: Callable[..., None] = lambda more, total=None, what="": None,
@@ -75,7 +75,7 @@ def run_emoji_eval(
         n: cases of every category, and of every task without categories.
         per_task: in place of `n`, at least so many cases of every task, spread evenly over its categories; the full
             yardstick has 2,000.
-        tasks: some of `ALL_TASKS`, and names of metrics.
+        tasks: some of `ALL_TASKS`, and names of metrics; by default `usual_tasks`, and the report says which are left out.
         batch_size: rows per decode; results do not depend on it.
         tick: called with how many more cases are done, of how many, and what comes next, see `World`.
         kept: rows and numbers of the same evaluation that need not be made again.
@@ -88,6 +88,8 @@ def run_emoji_eval(
         raise ValueError(f"per_task is {per_task}; an evaluation needs at least one case")
     metrics = model_metrics()
     known = (*TASKS, SECOND, *metrics)
+    left_out = [] if tasks is not None else [task for task in ALL_TASKS if task not in usual_tasks(pipe)]
+    tasks = usual_tasks(pipe) if tasks is None else tasks
     if unknown := [task for task in tasks if task not in known]:
         raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(known)}")
     if SECOND in tasks and "text_to_image" not in tasks:
@@ -107,6 +109,7 @@ def run_emoji_eval(
     judge = EmojiEval(model, profile, seed, n, progress)
     report = judge.report
     report.about |= {"seed": seed, "profile": profile.name, "yardstick": yardstick()}  # also of metrics alone
+    report.about |= {"left_out": ", ".join(left_out)} if left_out else {}
     try:
         for task in (*judged, *(task for task in tasks if task == SECOND), *measured):
             before = set(report.values)
@@ -134,6 +137,12 @@ def run_emoji_eval(
     report.about["parameters"] = sum(p.numel() for p in pipe.transformer.parameters())
     report.add("seconds", perf_counter() - start)
     return report
+
+
+def usual_tasks(pipe: UniDiffPipeline) -> tuple[str, ...]:
+    """Those of `ALL_TASKS` that a pipeline can do: what its layout offers, and likelihoods where its pictures are codes."""
+    able = {"reader", *pipe.layout.tasks} | ({SECOND} if "text_to_image" in pipe.layout.tasks else set())
+    return tuple(t for t in ALL_TASKS if t in able or (t == "likelihood" and not pipe.layout.latents))
 
 
 def captioned_scenes(n: int, seed: int, profile: Profile) -> list[tuple[Scene, str]]:
