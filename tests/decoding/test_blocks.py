@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unidiff.decoding import ModalityDecoding, Sampler, SamplerConfig
-from unidiff.decoding.blocks import BlockShares, block_ids, first_offset, halton_ranks
+from unidiff.decoding.blocks import block_ids, first_offset, halton_ranks
+from unidiff.decoding.commit.base import BlockShares
 from unidiff.decoding.config import BLOCK_ORDERS
 from unidiff.decoding.state import ModalityProgress
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary

@@ -16,7 +16,7 @@ def can_be_foretold(request: Any) -> bool:
     progress, store = request.state.progress.values(), request.store
     # a stream that skips passes does not see every token that was masked again
     plain = store is None or (not store.layout.border and all(p.settings.remask == "none" for p in progress))
-    known = plain and request.end_of_text is None and foretells(request.policy)
+    known = plain and request.end_of_text is None and (request.policy is None or foretells(request.policy))
     return known and all(p.foretold for p in progress)
 
 

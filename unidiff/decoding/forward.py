@@ -11,11 +11,10 @@ from torch import Tensor
 
 from unidiff.decoding.cache.base import NoCache, RefreshPolicy
 from unidiff.decoding.cache.sprint import PruningPolicy, keys_seen_by
-from unidiff.decoding.checks import check_features, check_head
 from unidiff.decoding.draw import CHUNK, PositionLogits, gather_positions, spread_ratio
 from unidiff.decoding.graphs import PassGraphs, recordable
 from unidiff.decoding.stats import DecodeStats
-from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser
+from unidiff.models.denoiser import CachePlan, Denoiser, LayerWork, PartialDenoiser, check_features, check_head
 from unidiff.models.parts import gather_rows, query_index
 from unidiff.models.store import FeatureStore
 from unidiff.tokens import Modality, TokenBatch, Visibility, Vocabulary

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unidiff.decoding import draw
-from unidiff.decoding.blocks import BlockShares
-from unidiff.decoding.cache.base import PassRead, PlanSizes
-from unidiff.decoding.checks import complaint
-from unidiff.decoding.commit.base import BlockPass
+from unidiff.decoding.commit.base import BlockPass, BlockShares
+from unidiff.decoding.complaint import complaint
 from unidiff.decoding.end_of_text import EndOfText
 from unidiff.decoding.forward import StreamedModel
 from unidiff.decoding.graphs import CudaRecorder, PassGraphs
 from unidiff.decoding.state import DecodeState, ModalityProgress, PassWork, own_copy
 from unidiff.models.denoiser import CachePlan
-from unidiff.models.store import FeatureStore
+from unidiff.models.store import FeatureStore, Width
 from unidiff.tokens import Modality, TokenBatch
 from unidiff.tokens.batch import moved
 
@@ -55,7 +54,7 @@ class Request:
         batch = own_copy(batch)  # nothing the caller does meanwhile reaches the decode
         config, vocabulary = sampler.config, sampler.vocabulary
         self.sampler, self.noise = sampler, draw.RowNoise(seeds.clone(), batch.valid)
-        self.policy = sampler.policy.start(batch, sampler.model)
+        self.policy = None if sampler.policy is None else sampler.policy.start(batch, sampler.model)
         found: dict[Modality, ModalityProgress] = {}
         self._block_size: dict[Modality, int] = {}  # most positions of a block
         self._most_passes = 0  # that may write: one per token, those of the plan, and one per token masked again
@@ -140,7 +139,8 @@ class Request:
         answers = [self._open(w, read) for w in work]
         self._open_streams(work)
         state.just_unmasked, nowhere = torch.zeros_like(wrote), torch.zeros_like(wrote)
-        plan = self.policy.plan(state, sum((w.candidates for w in work), nowhere))
+        candidates = sum((w.candidates for w in work), nowhere)
+        plan = CachePlan(logits=candidates) if self.policy is None else self.policy.plan(state, candidates)
         sizes = PlanSizes(read, plan, state.streams, state.batch.valid, alive, self.store)
         self.numbers = read.read()
         if known not in (None, self.numbers):
@@ -240,3 +240,132 @@ class Request:
             settled = text.settled(state.masked) if whole or text.edits is not None else None
             state.freeze(end.closed(state.ids, state.masked, settled), end.fill)
         state.step += 1
+
+
+Sized = Callable[[], CachePlan | None]
+"""A plan with its sizes, once they are read; None where it evaluates no row."""
+
+
+class PassRead:
+    """Numbers that the host has to know of a pass: asked by whoever needs them, and read from the device together.
+
+    Args:
+        known: their values in the order of asking, where they are known beforehand: nothing is worked out or read then.
+    """
+
+    def __init__(self, known: Sequence[int] | None = None) -> None:
+        self._asked: list[Tensor] = []
+        self._count = 0
+        self.values = known
+
+    def __call__(self, count: int, numbers: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[int]]:
+        """Ask for `count` int64 or bool scalars; the answer has their values after `read`."""
+        start, self._count = self._count, self._count + count
+        if self.values is None:
+            self._asked += numbers()
+        return lambda: self._known()[start : start + count]
+
+    def read(self) -> Sequence[int]:
+        """All values; waits for the device, unless they are known."""
+        if self.values is None:
+            self.values = torch.stack([x.long() for x in self._asked]).tolist()
+        return self.values
+
+    def _known(self) -> Sequence[int]:
+        assert self.values is not None, "numbers of a pass are used before they are read"
+        return self.values
+
+
+class PlanSizes:
+    """The sizes of what the streams of a pass do, which a policy says on the device alone.
+
+    Args:
+        read: asked for them. plan: a policy's, for `streams`.
+        valid: bool `[B, L]`. alive: bool `[B]`, rows that are not complete.
+        store: counts what a query means in it, where there is one.
+    """
+
+    def __init__(
+        self,
+        read: PassRead,
+        plan: CachePlan,
+        streams: Sequence[int],
+        valid: Tensor,
+        alive: Tensor,
+        store: FeatureStore | None,
+    ) -> None:
+        self._read, self._valid, self._alive, self._store = read, valid, alive, store
+        self._asked: dict[int, Sized] = {}  # by identity: streams that share a plan do so afterwards
+        self._plans = {stream: plan.of(stream) for stream in streams}
+        for stream, own in self._plans.items():
+            if own is not None and id(own) not in self._asked:
+                sized = self._ask(own)
+                self._asked[id(own)] = self._ask_same(own, sized, plan) if stream else sized
+
+    def plan(self, streams: Sequence[int]) -> CachePlan:
+        """After the read: what those of the streams do that are in use."""
+        made = {key: sized() for key, sized in self._asked.items()}
+        return CachePlan.joined({stream: made.get(id(self._plans[stream])) for stream in streams})
+
+    def _ask(self, plan: CachePlan) -> Sized:
+        """A full plan where every row that is alive recomputes everything; otherwise `plan` with its sizes."""
+        read, rows, query, verify, fresh = self._read, plan.rows, plan.query, plan.verify, plan.fresh
+        evaluated = None if rows is None else read(1, lambda: [rows.any()])
+        if plan.full or query is None or plan.width is not None:
+            return lambda: None if evaluated is not None and not evaluated()[0] else plan
+
+        def numbers() -> list[Tensor]:
+            whole = (query == self._valid).all(1) if fresh is None else fresh
+            own = self._counts(query)
+            found = [(self._alive & ~whole).any(), *(n.max() for n in own)]
+            if fresh is not None:
+                found.append(fresh.sum())
+            if verify is not None:
+                compared = verify & ~query
+                more = self._counts(compared)
+                most = None if plan.quota is None else plan.quota(compared.sum(1))
+                some = more if most is None else [torch.minimum(n, most) for n in more]
+                found += [compared.any(), *((n + m).max() for extra in (more, some) for n, m in zip(own, extra))]
+            return found
+
+        parts = 2 if self._store is not None and self._store.layout.border else 1
+        answer = read(1 + parts + (fresh is not None) + (1 + 2 * parts) * (verify is not None), numbers)
+
+        def sized() -> CachePlan | None:
+            values = iter(answer())
+
+            def width() -> Width:
+                return next(values) if parts == 1 else (next(values), next(values))
+
+            if evaluated is not None and not evaluated()[0]:
+                return None
+            if not next(values):
+                return CachePlan(logits=plan.logits, rows=rows)
+            own, apart = width(), 0 if fresh is None else next(values)
+            known = replace(plan, width=own, fresh=fresh if apart else None, apart=apart or None, others={})
+            if verify is None or not next(values):
+                return replace(known, verify=None)
+            return replace(known, compared=width(), chosen=width())
+
+        return sized
+
+    def _ask_same(self, own: CachePlan, sized: Sized, first: CachePlan) -> Sized:
+        """Streams whose layers recompute positions of their own run together where these are the same."""
+        masks = [(getattr(own, name), getattr(first, name)) for name in ("query", "verify", "full_rows")]
+        if not own.full_layers and own.verify is None:
+            return sized
+        if own.full_layers != first.full_layers or any((a is None) != (b is None) for a, b in masks):
+            return sized
+        same = self._read(1, lambda: [torch.stack([(a == b).all() for a, b in masks if a is not None]).all()])
+
+        def joined() -> CachePlan | None:
+            made, like = sized(), self._asked[id(first)]()
+            if made is None or like is None or made.full or not same()[0]:
+                return made
+            return replace(like, rows=own.rows, logits=own.logits)
+
+        return joined
+
+    def _counts(self, where: Tensor) -> list[Tensor]:
+        """int64 `[B]`, of each part of a row."""
+        return [where.sum(1)] if self._store is None else self._store.counts(self._store.tokens_of(where))

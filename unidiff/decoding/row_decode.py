@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 
-from unidiff.decoding.blocks import BlockShares
+from unidiff.decoding.commit.base import BlockShares
 from unidiff.models.denoiser import DenoiserTraits, LayerWork
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Modality

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidiff.decoding.blocks import BlockShares, block_ids, first_offset, joined_blocks
-from unidiff.decoding.commit.base import BlockPass, CommitRule, GuardedRule, NamedRule, RuleMaker
+from unidiff.decoding.blocks import block_ids, first_offset, joined_blocks
+from unidiff.decoding.commit.base import BlockPass, BlockShares, CommitRule, GuardedRule, NamedRule, RuleMaker
 from unidiff.decoding.config import RULES, ModalityDecoding
 from unidiff.decoding.edits import TokenEdits
 from unidiff.tokens import Modality, TokenBatch, Vocabulary

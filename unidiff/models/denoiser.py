@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff.models.store import FeatureStore, StoreOptions, Width
+from unidiff.schema import short_value
 from unidiff.tokens import TokenBatch
 
 Select = Callable[[int, Tensor], Tensor | None]
@@ -77,6 +78,14 @@ class CachePlan:
         None leaves a stream out of the pass: it keeps its difference from the conditional logits.
         """
         return replace(self, others=dict(others))
+
+    @staticmethod
+    def joined(plans: Mapping[int, CachePlan | None]) -> CachePlan:
+        """The plan of all streams: that of the conditional one, with those of the others where they differ."""
+        first = plans[0]
+        assert first is not None  # no policy leaves the conditional stream out
+        others = {stream: plan for stream, plan in plans.items() if plan is not first}
+        return first.with_streams(others) if others else first
 
     def of(self, stream: int) -> CachePlan | None:
         """What a stream does; the conditional one is 0."""
@@ -292,3 +301,23 @@ def takes_features(model: Any) -> bool:
 def is_block_causal(model: Any) -> bool:
     """Whether a denoiser says that a position sees its own block and earlier ones alone."""
     return isinstance(model, PartialDenoiser) and model.traits.block_length is not None
+
+
+def check_features(features: Any, ids: Tensor) -> None:
+    """Raise `ValueError` unless a model returned features `[B, L, D]` for ids `[B, L]`."""
+    good = isinstance(features, Tensor) and features.is_floating_point()
+    if not good or features.ndim != 3 or features.shape[:2] != ids.shape:
+        raise ValueError(f"the model's hidden returned {_kind(features)}; expected floats {[*ids.shape, 'D']}")
+
+
+def check_head(logits: Any, features: Tensor, start: int, stop: int) -> None:
+    """Raise `ValueError` unless a model's head returned a logit for each of the ids from `start` to before `stop`."""
+    shape = [*features.shape[:-1], stop - start]
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or list(logits.shape) != shape:
+        raise ValueError(
+            f"the model's head returned {_kind(logits)} for the ids {start} to {stop - 1}; expected floats {shape}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else short_value(value)

@@ -6,7 +6,7 @@ cache says in `plan_stream` what the rows of one stream recompute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork, moments
 from unidiff.decoding.state import DecodeState
 from unidiff.models.denoiser import CachePlan, DenoiserTraits
-from unidiff.models.store import FeatureStore, StoreOptions, Width
+from unidiff.models.store import StoreOptions
 from unidiff.schema import check_value, field_types
 from unidiff.tokens import TokenBatch
 
@@ -160,7 +160,7 @@ class Policy:
                 made[key] = plan, StreamPast(past.passes + rows.long(), seen, own.notes)
             found[stream] = made[key]
         self._past |= {stream: past for stream, (_, past) in found.items()}
-        return joined({stream: plan for stream, (plan, _) in found.items()})
+        return CachePlan.joined({stream: plan for stream, (plan, _) in found.items()})
 
     def select(self, layer: int, similarity: Tensor) -> Tensor | None:
         """Positions bool `[B, L]` that a layer recomputes besides the query, given how alike new and stored values are
@@ -212,143 +212,6 @@ class StoringPolicy(Policy):
 def foretells(policy: RefreshPolicy) -> bool:
     """Whether a policy is `Policy.foretold`. Its own class has to say so: what inherits from it may do anything."""
     return bool(getattr(policy, "__dict__", {}).get("foretold", vars(type(policy)).get("foretold", False)))
-
-
-def joined(plans: dict[int, CachePlan | None]) -> CachePlan:
-    """The plan of all streams: that of the conditional one, with those of the others where they differ."""
-    first = plans[0]
-    assert first is not None  # no policy leaves the conditional stream out
-    others = {stream: plan for stream, plan in plans.items() if plan is not first}
-    return first.with_streams(others) if others else first
-
-
-Sized = Callable[[], CachePlan | None]
-"""A plan with its sizes, once they are read; None where it evaluates no row."""
-
-
-class PassRead:
-    """Numbers that the host has to know of a pass: asked by whoever needs them, and read from the device together.
-
-    Args:
-        known: their values in the order of asking, where they are known beforehand: nothing is worked out or read then.
-    """
-
-    def __init__(self, known: Sequence[int] | None = None) -> None:
-        self._asked: list[Tensor] = []
-        self._count = 0
-        self.values = known
-
-    def __call__(self, count: int, numbers: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[int]]:
-        """Ask for `count` int64 or bool scalars; the answer has their values after `read`."""
-        start, self._count = self._count, self._count + count
-        if self.values is None:
-            self._asked += numbers()
-        return lambda: self._known()[start : start + count]
-
-    def read(self) -> Sequence[int]:
-        """All values; waits for the device, unless they are known."""
-        if self.values is None:
-            self.values = torch.stack([x.long() for x in self._asked]).tolist()
-        return self.values
-
-    def _known(self) -> Sequence[int]:
-        assert self.values is not None, "numbers of a pass are used before they are read"
-        return self.values
-
-
-class PlanSizes:
-    """The sizes of what the streams of a pass do, which a policy says on the device alone.
-
-    Args:
-        read: asked for them. plan: a policy's, for `streams`.
-        valid: bool `[B, L]`. alive: bool `[B]`, rows that are not complete.
-        store: counts what a query means in it, where there is one.
-    """
-
-    def __init__(
-        self,
-        read: PassRead,
-        plan: CachePlan,
-        streams: Sequence[int],
-        valid: Tensor,
-        alive: Tensor,
-        store: FeatureStore | None,
-    ) -> None:
-        self._read, self._valid, self._alive, self._store = read, valid, alive, store
-        self._asked: dict[int, Sized] = {}  # by identity: streams that share a plan do so afterwards
-        self._plans = {stream: plan.of(stream) for stream in streams}
-        for stream, own in self._plans.items():
-            if own is not None and id(own) not in self._asked:
-                sized = self._ask(own)
-                self._asked[id(own)] = self._ask_same(own, sized, plan) if stream else sized
-
-    def plan(self, streams: Sequence[int]) -> CachePlan:
-        """After the read: what those of the streams do that are in use."""
-        made = {key: sized() for key, sized in self._asked.items()}
-        return joined({stream: made.get(id(self._plans[stream])) for stream in streams})
-
-    def _ask(self, plan: CachePlan) -> Sized:
-        """A full plan where every row that is alive recomputes everything; otherwise `plan` with its sizes."""
-        read, rows, query, verify, fresh = self._read, plan.rows, plan.query, plan.verify, plan.fresh
-        evaluated = None if rows is None else read(1, lambda: [rows.any()])
-        if plan.full or query is None or plan.width is not None:
-            return lambda: None if evaluated is not None and not evaluated()[0] else plan
-
-        def numbers() -> list[Tensor]:
-            whole = (query == self._valid).all(1) if fresh is None else fresh
-            own = self._counts(query)
-            found = [(self._alive & ~whole).any(), *(n.max() for n in own)]
-            if fresh is not None:
-                found.append(fresh.sum())
-            if verify is not None:
-                compared = verify & ~query
-                more = self._counts(compared)
-                most = None if plan.quota is None else plan.quota(compared.sum(1))
-                some = more if most is None else [torch.minimum(n, most) for n in more]
-                found += [compared.any(), *((n + m).max() for extra in (more, some) for n, m in zip(own, extra))]
-            return found
-
-        parts = 2 if self._store is not None and self._store.layout.border else 1
-        answer = read(1 + parts + (fresh is not None) + (1 + 2 * parts) * (verify is not None), numbers)
-
-        def sized() -> CachePlan | None:
-            values = iter(answer())
-
-            def width() -> Width:
-                return next(values) if parts == 1 else (next(values), next(values))
-
-            if evaluated is not None and not evaluated()[0]:
-                return None
-            if not next(values):
-                return CachePlan(logits=plan.logits, rows=rows)
-            own, apart = width(), 0 if fresh is None else next(values)
-            known = replace(plan, width=own, fresh=fresh if apart else None, apart=apart or None, others={})
-            if verify is None or not next(values):
-                return replace(known, verify=None)
-            return replace(known, compared=width(), chosen=width())
-
-        return sized
-
-    def _ask_same(self, own: CachePlan, sized: Sized, first: CachePlan) -> Sized:
-        """Streams whose layers recompute positions of their own run together where these are the same."""
-        masks = [(getattr(own, name), getattr(first, name)) for name in ("query", "verify", "full_rows")]
-        if not own.full_layers and own.verify is None:
-            return sized
-        if own.full_layers != first.full_layers or any((a is None) != (b is None) for a, b in masks):
-            return sized
-        same = self._read(1, lambda: [torch.stack([(a == b).all() for a, b in masks if a is not None]).all()])
-
-        def joined() -> CachePlan | None:
-            made, like = sized(), self._asked[id(first)]()
-            if made is None or like is None or made.full or not same()[0]:
-                return made
-            return replace(like, rows=own.rows, logits=own.logits)
-
-        return joined
-
-    def _counts(self, where: Tensor) -> list[Tensor]:
-        """int64 `[B]`, of each part of a row."""
-        return [where.sum(1)] if self._store is None else self._store.counts(self._store.tokens_of(where))
 
 
 def check_settings(policy: Any) -> None:

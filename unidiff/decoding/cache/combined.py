@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from unidiff.decoding.cache.base import Count, NoCache, Policy, RefreshPolicy, foretells, joined
+from unidiff.decoding.cache.base import Count, NoCache, Policy, RefreshPolicy, foretells
 from unidiff.decoding.row_decode import RowDecode, RowMoment, RowWork
 from unidiff.decoding.state import DecodeState
 from unidiff.models.denoiser import CachePlan
@@ -79,7 +79,7 @@ class Combined(Policy):
             if key not in made:
                 made[key] = self._merge(state, shown, stream, own_plans)
             found[stream] = made[key]
-        return joined(found)
+        return CachePlan.joined(found)
 
     def _merge(self, state: DecodeState, shown: Tensor, stream: int, plans: list[CachePlan | None]) -> CachePlan | None:
         """One plan of what all parts recompute in the rows that have a use for the stream, None where all leave it out.

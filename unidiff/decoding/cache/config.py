@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from unidiff.decoding.cache.base import NoCache, Policy, RefreshPolicy, expected_passes
+from unidiff.decoding.cache.base import Policy, RefreshPolicy, expected_passes
 from unidiff.decoding.cache.combined import SEGMENTS, CacheByRow, HeldGuidance, SegmentCache
 from unidiff.decoding.config import RULES, SamplerConfig
 from unidiff.decoding.row_decode import RowDecode, TokenRun
@@ -168,7 +168,7 @@ class CacheChoice:
 @once
 def no_cache() -> CacheChoice:
     """For a call that says nothing of a cache."""
-    return CacheChoice(NoCache(), CacheConfig())
+    return CacheChoice(None, CacheConfig())
 
 
 def choose_cache(

@@ -66,6 +66,40 @@ class BlockPass(NamedTuple):
     steps: Tensor
 
 
+class BlockShares:
+    """How the passes of a modality are shared out over its blocks: in proportion to their sizes, row by row.
+
+    Passes before a block are the share of `total` that is due to the tokens before it, rounded down. So every block gets at
+    least one pass and no more than its share rounded up, and all of them together get `total`, int64 `[B]`.
+
+    Args:
+        steps: passes asked for. Rows with more blocks than that make one pass per block.
+        size: int64 `[B]`, targets of the row. length: tokens per block, None for all in one.
+        capped: never more passes than tokens.
+        offset: int64 `[B]`, how many tokens the first block is shorter; None for none.
+    """
+
+    def __init__(
+        self, steps: int, size: Tensor, length: int | None, capped: bool, offset: Tensor | None = None
+    ) -> None:
+        self._whole, self._size = length is None, (size := size.clamp_min(1))
+        self._offset = torch.zeros_like(size) if offset is None else offset
+        reach = size + self._offset  # as if the first block were whole
+        self._length = reach if length is None else reach.clamp_max(length)  # [B], tokens of a full block
+        total = (reach - 1).div(self._length, rounding_mode="floor").add(1).clamp_min(steps)
+        self.total = torch.minimum(total, size) if capped else total
+
+    def before(self, block: Tensor) -> Tensor:
+        """int64 `[B]`: passes of all blocks before `block`, or `total` where there is no such block."""
+        if self._whole:
+            return torch.where(block > 0, self.total, 0)
+        return self.total * torch.minimum((block * self._length - self._offset).clamp_min(0), self._size) // self._size
+
+    def own(self, block: Tensor) -> Tensor:
+        """int64 `[B]`: passes of a block."""
+        return self.total if self._whole else self.before(block + 1) - self.before(block)
+
+
 class NamedRule:
     """A commit rule that settings call by `name`; one object serves one modality of one request.
 
