@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden import golden_cases
+from golden_pipelines import write_golden_llada_v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from released_parts import llada_v_config
 from released_pipelines import write_chat
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file
 
 from unidiff import UniDiffPipeline
 from unidiff.decoding import NoCache
@@ -306,29 +302,11 @@ def test_layers_may_stay_off_the_device(wide):
     torch.testing.assert_close(answer(offload(model, "cpu"), vocabulary), before)
 
 
-def write_words(folder: Path, tokens: dict[str, int], size: int) -> None:
-    """A tokenizer of words `w0`, `w1`, ... with the marks where a golden set has them."""
-    names = {"bos": "<|startoftext|>", "start_header": "<|start_header_id|>", "end_header": "<|end_header_id|>"}
-    names |= {"eot": "<|eot_id|>", "eos": "<eos>", "mask": "<|mask|>"}
-    words = {tokens[name]: word for name, word in names.items()}
-    table = {words.get(i, f"w{i}"): i for i in range(size)}
-    made = Tokenizer(models.WordLevel(table, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    marks = [word for name, word in names.items() if name != "eos"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<eos>", pad_token="<eos>", additional_special_tokens=marks
-    ).save_pretrained(folder)
-
-
 @pytest.mark.golden
 @pytest.mark.parametrize("folder", golden_cases("llada_v", having="weights.safetensors"))
 def test_commands_on_a_checkpoint_of_golden_size(folder, tmp_path, run):
-    config = json.loads((folder / "config.json").read_text())
     place = tmp_path / "released"
-    place.mkdir()
-    (place / "config.json").write_text(json.dumps(llada_v_config(config)))
-    save_file(dict(load_file(folder / "weights.safetensors")), place / "model.safetensors")
-    write_words(place, config["tokens"], config["model"]["vocab_size"])
+    write_golden_llada_v(place, folder)
     files = []
     for number, shown in enumerate(PICTURES[:2]):
         files.append(tmp_path / f"{number}.png")

@@ -10,6 +10,7 @@ import torch
 from train_fixtures import TINY
 
 from unidiff import UniDiffPipeline
+from unidiff.evaluation.benchmark.measure import model_hash
 from unidiff.tokens.image.vq import VQImageTokenizer
 from unidiff.tokens.text import TextTokenizer
 from unidiff.train.config import read_config
@@ -66,6 +67,15 @@ def test_what_a_pipeline_can_do(folder: Path):
     dual, masked = UniDiffPipeline.from_pretrained(folder), UniDiffPipeline.from_pretrained("emoji")
     assert usual_tasks(masked) == ALL_TASKS
     assert usual_tasks(dual) == tuple(task for task in ALL_TASKS if task != "likelihood")
+
+
+def test_the_encoder_that_was_trained_too_counts(folder: Path):
+    pipe = UniDiffPipeline.from_pretrained(folder)
+    before, parts = model_hash(pipe), (pipe.transformer, pipe.text_encoder)
+    report = run_emoji_eval(pipe, n=1, tasks=("caption",), steps=1)
+    assert report.about["parameters"] == sum(p.numel() for part in parts for p in part.parameters())
+    next(pipe.text_encoder.parameters()).data.add_(1)
+    assert model_hash(pipe) != before
 
 
 def test_likelihoods_of_a_dual_model_are_refused(folder: Path):

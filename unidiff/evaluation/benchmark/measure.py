@@ -221,7 +221,7 @@ def model_hash(pipe: UniDiffPipeline) -> str:
     Weights that are not plain numbers in memory (offloaded, quantised) count by name and shape alone.
     """
     digest = hashlib.sha256()
-    for part in (pipe.transformer, pipe.image_tokenizer):
+    for part in (pipe.transformer, pipe.image_tokenizer, *pipe.layout.modules.values()):
         for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             if not tensor.is_meta and type(tensor) in (torch.Tensor, nn.Parameter):

@@ -134,7 +134,8 @@ def run_emoji_eval(
         pipe.set_progress_bar_config(**hidden_bar)
     report.about |= {"n": n} if per_task is None else {"n": None, "per_task": per_task}
     report.about |= {name: value for name, value in options.items() if isinstance(value, int | float | str)}
-    report.about["parameters"] = sum(p.numel() for p in pipe.transformer.parameters())
+    networks = torch.nn.ModuleList([pipe.transformer, *pipe.layout.modules.values()])
+    report.about["parameters"] = sum(p.numel() for p in networks.parameters())
     report.add("seconds", perf_counter() - start)
     return report
 
