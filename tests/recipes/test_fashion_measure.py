@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from doc_code import blocks
 from fashion_files import tiny_files
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
@@ -138,65 +140,32 @@ def test_what_is_wrong_is_one_sentence(prepared: Path, run, tmp_path: Path):
     assert status == 1 and "expected train or test" in err and not (tmp_path / "p").exists()
 
 
+TINY = {
+    "fashion pictures": "--source .",
+    "tokenizer image": "steps=20 validate_every=20 model.encoder_width=32 model.decoder_widths=[32,16] "
+    "model.decoder_depths=[1,1] model.codebook_size=32 device=cpu threads=1",
+    "train fashion": "steps=4 batch_size=4 model.hidden_size=32 model.num_layers=1 model.num_heads=2 model.ffn_size=64 "
+    "logging.sweep_rows=0 logging.trackers=[] data.validation_rows=8 device=cpu threads=1",
+    "generate --prompts": "--steps 2",
+    "fashion measure": f"--source . {' '.join(QUICK)}",
+}
+"""What makes the commands of the page small."""
+
+
 @pytest.mark.slow
-def test_the_whole_way_of_the_page(tmp_path: Path):
-    """Every command of docs/photographs.md, as processes, on tiny files."""
+def test_the_whole_way_of_the_page(tmp_path: Path, monkeypatch, run):
+    """Every command of docs/photographs.md, the last one as a process, on tiny files."""
+    pytest.importorskip("torch_fidelity")
     tiny_files(tmp_path, 96, 20)
-
-    def unidiff(*words: object) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "unidiff", *map(str, words)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for split in ("train", "test"):
-        unidiff("fashion", "pictures", f"{split}_pictures", "--source", ".", "--split", split)
-        unidiff("shards", f"{split}_pictures", split, "--size", "28")
-    unidiff(
-        "tokenizer", "image", "fashion_tokenizer", "out=codes", "data.shards=[train]", "steps=20", "validate_every=20",
-        "model.encoder_width=32", "model.decoder_widths=[32,16]", "model.codebook_size=32", "device=cpu", "threads=1",
-    )  # fmt: skip
-    unidiff("tokenizer", "text", "words", "--shards", "train", "--vocab-size", "400")
-    for split in ("train", "test"):
-        unidiff(
-            "encode", f"tokens/{split}", "--shards", split, "--image-tokenizer", "codes/model",
-            "--text-tokenizer", "words", "--text-length", "16",
-        )  # fmt: skip
-    unidiff(
-        "train", "fashion", "output=run", "data.train=tokens/train", "data.validation=tokens/test", "steps=4",
-        "batch_size=4", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.ffn_size=64",
-        "logging.sweep_rows=0", "data.validation_rows=8", "device=cpu", "threads=1",
-    )  # fmt: skip
-    for name, prompts in (("drawn", "prompts.txt"), ("said", "pictures.jsonl")):
-        unidiff(
-            "generate",
-            "--prompts",
-            f"test_pictures/{prompts}",
-            "--out",
-            name,
-            "--model",
-            "run/pipeline",
-            "--steps",
-            "2",
-        )
-    unidiff(
-        "fashion",
-        "measure",
-        "run/pipeline",
-        "--source",
-        ".",
-        "--drawn",
-        "drawn",
-        "--said",
-        "said",
-        "--out",
-        "found",
-        *QUICK,
-    )
-    values = EvaluationReport.load(tmp_path / "found" / "report.json").values
+    monkeypatch.chdir(tmp_path)
+    lines = [shlex.split(line) for block in blocks("photographs.md", "bash") for line in block.text.splitlines()]
+    assert len(lines) > 10 and all(program == "unidiff" for program, *_ in lines)
+    commands = [[*words, *shlex.split(TINY.get(" ".join(words[:2]), ""))] for _, *words in lines]
+    for words in commands[:-1]:
+        status, _, err = run(*words)
+        assert status == 0, f"{words}: {err}"
+    last = [sys.executable, "-m", "unidiff", *commands[-1]]
+    done = subprocess.run(last, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    values = EvaluationReport.load(tmp_path / "runs" / "fashion_measured" / "report.json").values
     assert {key.split(".")[0] for key in values} == set(PARTS)
