@@ -147,7 +147,7 @@ def draw_and_describe(root, image_folder):
 def test_shards_of_the_emoji_world_say_their_size(tmp_path):
     from typer.testing import CliRunner
 
-    from unidiff.cli.emoji import emoji_app
+    from unidiff.cli.recipes.emoji import emoji_app
     from unidiff.data.collect import size_of
 
     result = CliRunner().invoke(emoji_app, ["shards", str(tmp_path / "raw"), "--count", "2"])

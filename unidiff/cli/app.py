@@ -32,11 +32,11 @@ from unidiff.cli.common import (
     with_decode_flags,
 )
 from unidiff.cli.data import data_app, encode, shards, tokenizer_app
-from unidiff.cli.emoji import emoji_app
 from unidiff.cli.evaluation import eval_app
-from unidiff.cli.faces import faces_app
-from unidiff.cli.fashion import fashion_app
 from unidiff.cli.harness import PASSED_ON, lm_eval
+from unidiff.cli.recipes.emoji import emoji_app
+from unidiff.cli.recipes.faces import faces_app
+from unidiff.cli.recipes.fashion import fashion_app
 from unidiff.cli.runs import configs_app, runs
 from unidiff.cli.scoring import score
 from unidiff.cli.studio import studio

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unidiff.cli.scenes import Seed, Split, world_commands
+from unidiff.cli.recipes.scenes import Seed, Split, world_commands
 from unidiff.files import check_writable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unidiff.cli.scenes import Seed, Split, world_commands
+from unidiff.cli.recipes.scenes import Seed, Split, world_commands
 
 if TYPE_CHECKING:
     from unidiff.tokens.text import TextTokenizer
