@@ -19,7 +19,8 @@ from unidiff.train.pretrain import pretrain
 from unidiff.worlds.emoji import EMOJI
 from unidiff.worlds.emoji.evaluation import ALL_TASKS, run_emoji_eval, usual_tasks
 from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
-from unidiff.worlds.emoji.table import QuestionMix, emoji_vocabulary, token_rows
+from unidiff.worlds.emoji.table import EmojiScenes, QuestionMix
+from unidiff.worlds.scene_rows import scene_vocabulary, token_rows
 
 SIZES = (
     "model={num_layers: 1, num_heads: 2, head_dim: 8, text_size: 8, text_layers: 1, text_heads: 2, text_ffn_size: 8}"
@@ -33,8 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = Path(EMOJI.model) / "image_tokenizer", Path(EMOJI.model) / "text_tokenizer"
     images, words = VQImageTokenizer.from_pretrained(parts[0]), TextTokenizer.from_pretrained(parts[1])
     for name, seed in (("train", 0), ("validation", 1)):
-        rows = token_rows(SceneGenerator(get_profile("cpu"), seed), 0, 16, images, words, 24, 1, QuestionMix(1, 0, 0))
-        TokenTable(rows, emoji_vocabulary(words, images.codebook_size)).save(out / f"{name}.safetensors")
+        scenes = EmojiScenes(SceneGenerator(get_profile("cpu"), seed), QuestionMix(1, 0, 0))
+        rows = token_rows(scenes, 0, 16, images, words, 24, 1)
+        TokenTable(rows, scene_vocabulary(words, images.codebook_size)).save(out / f"{name}.safetensors")
     own = [line for line in TINY if not line.startswith("model=")]
     own += [
         "network=dual",
