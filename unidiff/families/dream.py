@@ -12,8 +12,9 @@ from typing import Any
 
 from unidiff.decoding.config import ModalityDecoding, SamplerConfig
 from unidiff.families.chat import ChatTemplate, chat_layout
-from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
-from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
+from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.checkpoint.llama import LLAMA_KEYS, llama_keymap, llama_settings
 from unidiff.families.family import (
     Config,
     Family,
@@ -26,7 +27,7 @@ from unidiff.families.family import (
     text_vocabulary,
 )
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
+from unidiff.schema import Epsilon, Width
 from unidiff.tokens import Vocabulary
 
 # upstream's fields of the 7B checkpoints
@@ -38,19 +39,10 @@ RELEASED: Mapping[str, Any] = {
 KEYS = ConfigKeys(
     "dream",
     used={
-        "hidden_size": Argument("hidden_size", Width),
-        "num_hidden_layers": Argument("num_layers", Depth),
-        "num_attention_heads": Argument("num_heads", Depth),
+        **LLAMA_KEYS,
         "intermediate_size": Argument("ffn_size", Width),
-        "vocab_size": Argument("vocab_size", Rows),
         "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-6),
-        "num_key_value_heads": Depth | None,
         "head_dim": Width | None,
-        "rope_theta": Positive | None,
-        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
-        "tie_word_embeddings": Argument("tie_head", bool | None, False),
-        "max_position_embeddings": Index | None,
-        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
     },
     fixed={  # first the value that is built
         "hidden_act": ("silu",),
@@ -83,33 +75,15 @@ def dream_settings(config: Config) -> dict[str, Any]:
     return {
         **taken,
         "num_kv_heads": config.get("num_key_value_heads") or taken["num_heads"],
-        "norm": "rms",
-        "activation": "swiglu",
-        "rope": "1d",
-        "rope_theta": plain_rope_theta(config, RELEASED["rope_theta"]),
-        "modality_embedding": False,
+        **llama_settings(config, RELEASED["rope_theta"]),
         "qkv_bias": True,
         "shift": True,
     }
 
 
-NAMES = {
-    "embed_tokens": "model.embed_tokens",
-    "blocks.{i}.attention.qkv": "model.layers.{i}.self_attn.{q,k,v}_proj",
-    "blocks.{i}.attention.out": "model.layers.{i}.self_attn.o_proj",
-    "blocks.{i}.feed_forward.up": "model.layers.{i}.mlp.{gate,up}_proj",
-    "blocks.{i}.feed_forward.down": "model.layers.{i}.mlp.down_proj",
-    "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
-    "blocks.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
-    "final_norm": "model.norm",
-    "output_weight": "lm_head.weight",
-}
-
-
 def dream_keymap(model: MaskedTransformer, spelling: Spelling) -> KeyMap:
     """Names of a network with `dream_settings`."""
-    copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.config["tie_head"] else {}
-    return KeyMap.of(model, NAMES, copies=copies, rows={"blocks.{i}.attention.qkv": qkv_rows(model.config)})
+    return llama_keymap(model)
 
 
 def dream_sampler(steps: int = 512, temperature: float = 0.2, top_p: float | None = 0.95) -> SamplerConfig:

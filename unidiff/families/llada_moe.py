@@ -15,14 +15,15 @@ from torch import Tensor
 
 from unidiff.decoding.config import SamplerConfig
 from unidiff.families.chat import ChatLayout, ChatTemplate, chat_layout
-from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
 from unidiff.families.checkpoint.expert_names import EXPERT_KEYS, expert_dims, expert_layout, expert_names
 from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
+from unidiff.families.checkpoint.llama import LLAMA_KEYS, LLAMA_NAMES, llama_settings
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head, special_ids, text_vocabulary
 from unidiff.families.layout import DecodeRequest, Prepared, check_compat
 from unidiff.families.llada.rows import as_upstream, llada_sampler
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.schema import Between, Depth, Epsilon, Index, Positive, Rows, Width
+from unidiff.schema import Between, Depth, Epsilon, Index, Width
 from unidiff.tokens import Vocabulary
 
 RELEASED_ROWS = 157184
@@ -32,26 +33,17 @@ Share = Annotated[float, Between(-1, 1)]
 KEYS = ConfigKeys(
     "llada-moe",
     used={
-        "hidden_size": Argument("hidden_size", Width),
-        "num_hidden_layers": Argument("num_layers", Depth),
-        "num_attention_heads": Argument("num_heads", Depth),
-        "vocab_size": Argument("vocab_size", Rows),
+        **LLAMA_KEYS,
         "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-5),
         "num_experts": Argument("num_experts", Depth),
         "num_experts_per_tok": Argument("experts_per_token", Depth),
         "expert_intermediate_size": Argument("expert_size", Width),
         "shared_expert_intermediate_size": Argument("shared_expert_size", Index | None, 0),
         "norm_topk_prob": Argument("router_normalised", bool | None, False),
-        "tie_word_embeddings": Argument("tie_head", bool | None, False),
         "dense_intermediate_size": Index | None,
-        "num_key_value_heads": Depth | None,
         "moe_layer_freq": list[Annotated[int, Between(0, 1)]] | Annotated[int, Between(0, 1)] | None,
         **dict.fromkeys(("moe_router_enable_expert_bias", "qk_layernorm"), bool | None),
-        "rope_theta": Positive | None,
         "partial_rotary_factor": Share | None,
-        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
-        "max_position_embeddings": Index | None,
-        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
     },
     fixed={  # first the value that is built
         "hidden_act": ("silu",),
@@ -96,32 +88,20 @@ def llada_moe_settings(config: Config) -> dict[str, Any]:
         "dense_layers": tuple(i for i, one in enumerate(mixed) if not one),
         "router": "softmax",
         "router_bias": "weights" if config.get("moe_router_enable_expert_bias") else "none",
-        "norm": "rms",
+        **llama_settings(config, 5e4),
         "qk_norm": "head" if config.get("qk_layernorm") is not False else "none",
-        "activation": "swiglu",
-        "rope": "1d",
-        "rope_theta": plain_rope_theta(config, 5e4),
         "rope_share": 1.0 if share is None or share < 0 else float(share),  # -1 is upstream's way to leave it out
-        "modality_embedding": False,
     }
 
 
 NAMES = {
-    "embed_tokens": "model.embed_tokens",
-    "blocks.{i}.attention.qkv": "model.layers.{i}.self_attn.{q,k,v}_proj",
-    "blocks.{i}.attention.out": "model.layers.{i}.self_attn.o_proj",
+    **LLAMA_NAMES,
     "blocks.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
     "blocks.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
-    "blocks.{i}.feed_forward.up": "model.layers.{i}.mlp.{gate,up}_proj",
-    "blocks.{i}.feed_forward.down": "model.layers.{i}.mlp.down_proj",
     "blocks.{i}.feed_forward.router": "model.layers.{i}.mlp.gate",
     "blocks.{i}.feed_forward.router.bias": "model.layers.{i}.mlp.expert_bias",
     "blocks.{i}.feed_forward.shared.up": "model.layers.{i}.shared_expert.{gate,up}_proj",
     "blocks.{i}.feed_forward.shared.down": "model.layers.{i}.shared_expert.down_proj",
-    "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
-    "blocks.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
-    "final_norm": "model.norm",
-    "output_weight": "lm_head.weight",
 }
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from unidiff.families.chat import chat_layout
-from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
 from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
+from unidiff.families.checkpoint.llama import llama_settings
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, copied_head, special_ids, text_vocabulary
 from unidiff.families.llada.rows import LLADA_CHAT
 from unidiff.models.transformer import MaskedTransformer
@@ -97,12 +98,8 @@ def llada_settings(config: Config) -> dict[str, Any]:
         "vocab_size": _rows(config),
         "num_kv_heads": kv_heads,
         "ffn_size": int(config.get("mlp_ratio", MLP_RATIO) * taken["hidden_size"]) if ffn_size is None else ffn_size,
-        "norm": "rms",
+        **llama_settings(config, 1e4),
         "qk_norm": "width" if config.get("attention_layer_norm") else "none",
-        "activation": "swiglu",
-        "rope": "1d",
-        "rope_theta": plain_rope_theta(config, 1e4),
-        "modality_embedding": False,
         "head_bias": taken["linear_bias"] and not taken["tie_head"],
     }
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
 from unidiff.families.checkpoint.expert_names import EXPERT_KEYS
 from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.checkpoint.llama import LLAMA_KEYS, llama_settings
 from unidiff.families.family import Config, Family, Release, Spelling, Tiny, config_names
 from unidiff.families.llada2.rows import BLOCK, llada2_layout, llada2_sampler
 from unidiff.families.llada_moe import ling_vocabulary, llada_moe_spelling, mixture_keymap
@@ -26,13 +27,10 @@ MODEL_TYPES = ("llada2_moe", "llada2_moe_veomni")
 KEYS = ConfigKeys(
     "llada2",
     used={
-        "hidden_size": Argument("hidden_size", Width),
-        "num_hidden_layers": Argument("num_layers", Depth),
-        "num_attention_heads": Argument("num_heads", Depth),
+        **LLAMA_KEYS,
         "num_key_value_heads": Argument("num_kv_heads", Depth),
         "head_dim": Argument("head_size", Width | None, None),
         "intermediate_size": Argument("ffn_size", Width),
-        "vocab_size": Argument("vocab_size", Rows),
         "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-6),
         "num_experts": Argument("num_experts", Depth),
         "num_experts_per_tok": Argument("experts_per_token", Depth),
@@ -40,17 +38,12 @@ KEYS = ConfigKeys(
         "n_group": Argument("router_groups", Depth | None, 1),
         "topk_group": Argument("router_top_groups", Depth | None, 1),
         "routed_scaling_factor": Argument("router_scale", Positive | None, 1.0),
-        "tie_word_embeddings": Argument("tie_head", bool | None, False),
         "num_shared_experts": Index | None,
         "first_k_dense_replace": Layers | None,
         "use_qk_norm": bool | None,
         "block_length": Rows | None,
         "image_token_offset": Rows | None,
-        "rope_theta": Positive | None,
         "partial_rotary_factor": Annotated[float, Between(0, 1)] | None,
-        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
-        "max_position_embeddings": Index | None,
-        **{f"{name}_token_id": Index | None for name in ("mask", "eos", "pad", "bos")},
     },
     fixed={  # first the value that is built
         "hidden_act": ("silu",),
@@ -99,13 +92,9 @@ def llada2_settings(config: Config) -> dict[str, Any]:
         "router": "sigmoid",
         "router_bias": "selection",
         "router_normalised": taken["experts_per_token"] > 1,
-        "norm": "rms",
+        **llama_settings(config, 6e5),
         "qk_norm": "none" if config.get("use_qk_norm") is False else "head",
-        "activation": "swiglu",
-        "rope": "1d",
-        "rope_theta": plain_rope_theta(config, 6e5),
         "rope_share": 1.0 if share is None else float(share),
-        "modality_embedding": False,
         "attention": "block_causal",
         "block_length": config.get("block_length") or BLOCK,
     }

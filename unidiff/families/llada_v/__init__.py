@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys, plain_rope_theta
-from unidiff.families.checkpoint.keymap import KeyMap, qkv_rows
+from unidiff.families.checkpoint.config_keys import Argument, ConfigError, ConfigKeys
+from unidiff.families.checkpoint.keymap import KeyMap
+from unidiff.families.checkpoint.llama import LLAMA_KEYS, LLAMA_NAMES, llama_keymap, llama_settings
 from unidiff.families.family import (
     Config,
     Family,
@@ -27,7 +28,7 @@ from unidiff.families.llada import ROWS_8B
 from unidiff.families.llada.rows import LLADA_CHAT
 from unidiff.families.llada_v.network import VisionLanguageTransformer
 from unidiff.families.llada_v.rows import LladaVLayout
-from unidiff.schema import Depth, Epsilon, Index, Positive, Rows, Width
+from unidiff.schema import Depth, Epsilon, Index, Rows, Width
 from unidiff.tokens import Vocabulary
 
 SELECTED = -2
@@ -38,22 +39,14 @@ KNOWN = {"mask": 126336, "eos": 126081, **LLADA_CHAT.marks}
 KEYS = ConfigKeys(
     "llada-v",
     used={
-        "hidden_size": Argument("hidden_size", Width),
-        "num_hidden_layers": Argument("num_layers", Depth),
-        "num_attention_heads": Argument("num_heads", Depth),
+        **LLAMA_KEYS,
         "intermediate_size": Argument("ffn_size", Width),
-        "vocab_size": Argument("vocab_size", Rows),
         "rms_norm_eps": Argument("norm_eps", Epsilon, 1e-5),
-        "tie_word_embeddings": Argument("tie_head", bool | None, False),
-        "num_key_value_heads": Depth | None,
-        "rope_theta": Positive | None,
-        **dict.fromkeys(("rope_scaling", "rope_parameters"), Any),  # `plain_rope_theta` looks at these
         "vision_config": Mapping[str, Any] | None,
         **dict.fromkeys(("mm_vision_tower", "image_aspect_ratio"), str | None),
         "image_grid_pinpoints": Any,
         "mm_vision_select_layer": int | None,
         "mm_hidden_size": Width | None,
-        "max_position_embeddings": Index | None,
         **{f"{name}_token_id": Index | None for name in SPECIALS},
     },
     fixed={  # first the value that is built
@@ -120,41 +113,27 @@ def llada_v_settings(config: Config) -> dict[str, Any]:
         "most_tiles": None if most[1] is None else int(most[1]),
         "largest_grid": int(largest[1]),
         "num_kv_heads": config.get("num_key_value_heads") or taken["num_heads"],
-        "norm": "rms",
-        "activation": "swiglu",
-        "rope": "1d",
-        "rope_theta": plain_rope_theta(config, 5e5),
-        "modality_embedding": False,
+        **llama_settings(config, 5e5),
     }
 
 
-_LAYER = "model.layers.{i}."
 _VISION = "model.vision_tower.vision_tower.vision_model."
 _SEEN = "encoder.layers.{i}."
 _PARTS = ("layer_norm1", "layer_norm2", *(f"self_attn.{k}_proj" for k in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 NAMES = {
-    "embed_tokens": "model.embed_tokens",
-    "blocks.{i}.attention.qkv": _LAYER + "self_attn.{q,k,v}_proj",
-    "blocks.{i}.attention.out": _LAYER + "self_attn.o_proj",
-    "blocks.{i}.feed_forward.up": _LAYER + "mlp.{gate,up}_proj",
-    "blocks.{i}.feed_forward.down": _LAYER + "mlp.down_proj",
-    "blocks.{i}.attention_norm": _LAYER + "input_layernorm",
-    "blocks.{i}.ffn_norm": _LAYER + "post_attention_layernorm",
-    "final_norm": "model.norm",
+    **LLAMA_NAMES,
     "vision.embeddings.patch_embedding": _VISION + "embeddings.patch_embedding",
     "vision.embeddings.position_embedding": _VISION + "embeddings.position_embedding",
     **{f"vision.{_SEEN}{part}": f"{_VISION}{_SEEN}{part}" for part in _PARTS},
     "vision.post_layernorm": _VISION + "post_layernorm",
     "projector.{i}": "model.mm_projector.{i}",
     "newline": "model.image_newline",
-    "output_weight": "lm_head.weight",
 }
 
 
 def llada_v_keymap(model: VisionLanguageTransformer, spelling: Spelling) -> KeyMap:
     """Names of a network with `llada_v_settings`."""
-    copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.config["tie_head"] else {}
-    return KeyMap.of(model, NAMES, copies=copies, rows={"blocks.{i}.attention.qkv": qkv_rows(model.config)})
+    return llama_keymap(model, NAMES)
 
 
 CONFIG: dict[str, Any] = {
