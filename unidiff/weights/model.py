@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -141,6 +141,25 @@ def built_from(config_class: type) -> Callable[[Callable[..., None]], Callable[.
         return register_to_config(__init__)
 
     return decorate
+
+
+def load_text_encoder(
+    kind: Any, folder: Path, dtype: torch.dtype | None, types: Mapping[str, Any], expected: str, **more: Any
+) -> Any:
+    """The `text_encoder` of a released folder, of a class of transformers; None for a dtype keeps the checkpoint's.
+
+    Args:
+        types: what keys of its config have to be, besides `dtype`. expected: the folder, for the message. more: handed on to `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no text encoder. ValueError: as of `load_checked`.
+    """
+    if not (folder / "text_encoder").is_dir():
+        raise FileNotFoundError(f"{folder} has no text_encoder; name {expected}")
+    kinds = dict.fromkeys(("dtype", "torch_dtype"), Literal["float64", "float32", "float16", "bfloat16"] | None)
+    more |= dict(dtype="auto" if dtype is None else dtype, local_files_only=True, trust_remote_code=False)
+    source = str(folder / "text_encoder")
+    return load_checked(kind.from_pretrained, kind.__name__, source, types={**kinds, **types}, **more)[0]
 
 
 def load_checked(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.schema import Depth, Epsilon, Rows, Width
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.tokens.batch import CONTINUOUS
-from unidiff.weights.model import load_checked
+from unidiff.weights.model import load_text_encoder
 
 LAYOUT = (
     "this network takes rows of a text and then one picture, or of a text, without padding; decode other rows apart"
@@ -35,7 +35,6 @@ T5_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), Width),
     "layer_norm_epsilon": Epsilon,
     "feed_forward_proj": str,
-    **dict.fromkeys(("dtype", "torch_dtype"), Literal["float64", "float32", "float16", "bfloat16"] | None),
 }
 """Types of the keys of T5's config."""
 
@@ -62,18 +61,8 @@ class T5Text:
         """
         from transformers import T5EncoderModel
 
-        if not (folder / "text_encoder").is_dir():
-            raise FileNotFoundError(f"{folder} has no text_encoder; name a D-DiT folder with T5's encoder in it")
-        encoder, _ = load_checked(
-            T5EncoderModel.from_pretrained,
-            "T5EncoderModel",
-            str(folder / "text_encoder"),
-            types=T5_TYPES,
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        return cls(encoder)
+        expected = "a D-DiT folder with T5's encoder in it"
+        return cls(load_text_encoder(T5EncoderModel, folder, dtype, T5_TYPES, expected))
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:

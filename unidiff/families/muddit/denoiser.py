@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from unidiff.models.store import FeatureStore, StoreOptions
 from unidiff.schema import Between, Depth, Epsilon, Index, Rows, Width, check_fields
 from unidiff.tokens import Modality, TokenBatch, Vocabulary
 from unidiff.weights.files import check_dtype, check_finite, check_tensor, load_torch
-from unidiff.weights.model import load_checked
+from unidiff.weights.model import load_text_encoder
 
 LAYOUT = "this network takes rows of one layout without padding; decode rows of other lengths apart"
 MASK_EMBEDDING = "mask_token_embedding.pth"
@@ -36,7 +36,6 @@ CLIP_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), Depth),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), Index | None),
     "eos_token_id": Index,  # the pooled vector is that of this token
-    **dict.fromkeys(("dtype", "torch_dtype"), Literal["float64", "float32", "float16", "bfloat16"] | None),
     "layer_norm_eps": Epsilon,
     "hidden_act": str,
     "attention_dropout": Annotated[float, Between(0, 1)],
@@ -91,18 +90,9 @@ class ClipText:
         """
         from transformers import CLIPTextModelWithProjection
 
-        if not (folder / "text_encoder").is_dir():
-            raise FileNotFoundError(f"{folder} has no text_encoder; name a Muddit or Meissonic folder")
-        encoder, _ = load_checked(
-            CLIPTextModelWithProjection.from_pretrained,
-            "CLIPTextModelWithProjection",
-            str(folder / "text_encoder"),
-            types=CLIP_TYPES,
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",  # a config may name a kernel on the hub, which is code of others
-        )
+        own = CLIPTextModelWithProjection, folder, dtype, CLIP_TYPES, "a Muddit or Meissonic folder"
+        # a config may name a kernel on the hub, which is code of others
+        encoder = load_text_encoder(*own, attn_implementation="sdpa")
         places = (folder / MASK_EMBEDDING, folder.parent / MASK_EMBEDDING)
         row = next((_read_row(place) for place in places if os.path.lexists(place)), None)
         try:
