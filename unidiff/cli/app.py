@@ -96,17 +96,22 @@ def generate(
         raise ValueError("--negative goes with texts that are known in full; leave it out where words are made up")
     pipe = flags.load()
     told = known and max_text_tokens is not None  # words and a picture that answer
-    result = call(
+    _draw(
         pipe.text_to_image if known and not told else pipe.generate,
         *([texts] if texts and not told else []),
         prompt=texts if told else None,
         max_text_tokens=max_text_tokens,
         num_images_per_prompt=count,
         negative_prompt=negative,
-        **flags.options,
-        record_trajectory=gif is not None or filmstrip is not None,
+        to=(out, gif, filmstrip),
+        flags=flags,
     )
-    report(result, out, gif, filmstrip)
+
+
+def _draw(task: Any, *given: Any, to: tuple[Path, Path | None, Path | None], flags: DecodeFlags, **asked: Any) -> None:
+    """Call a task, and write its pictures, an animation and a film strip of the decode."""
+    record = any(way is not None for way in to[1:])
+    report(call(task, *given, **asked, **flags.options, record_trajectory=record), *to)
 
 
 @app.command()
@@ -217,7 +222,7 @@ def inpaint(
     if mask is not None:
         open_image(mask)  # read again in its own mode; a mistake shows before the model is loaded
     pipe = flags.load()
-    result = call(
+    _draw(
         pipe.inpaint,
         picture,
         mask_image=mask,
@@ -225,10 +230,9 @@ def inpaint(
         paste_back=paste_back,
         resize=resize,
         num_images_per_prompt=count if count > 1 else None,
-        **flags.options,
-        record_trajectory=gif is not None or filmstrip is not None,
+        to=(out, gif, filmstrip),
+        flags=flags,
     )
-    report(result, out, gif, filmstrip)
 
 
 @app.command()
@@ -254,7 +258,7 @@ def edit(
     if mask is not None:
         open_image(mask)  # read again in its own mode; a mistake shows before the model is loaded
     pipe = flags.load()
-    result = call(
+    _draw(
         pipe.edit,
         picture,
         prompt,
@@ -263,10 +267,9 @@ def edit(
         max_text_tokens=max_text_tokens,
         resize=resize,
         num_images_per_prompt=count if count > 1 else None,
-        **flags.options,
-        record_trajectory=gif is not None or filmstrip is not None,
+        to=(out, gif, filmstrip),
+        flags=flags,
     )
-    report(result, out, gif, filmstrip)
 
 
 for command in (
