@@ -9,13 +9,14 @@ from typing import Any, Literal, Self, TypeAlias, Unpack, overload
 import torch
 
 from unidiff.families.layout import Grid, RowLayout, TaskInputs
-from unidiff.pipelines.decode import TaskCall, call_task, columns_of, decode, task_method, texts_of
+from unidiff.pipelines.decode import TaskCall, columns_of, decode, task_method, texts_of
 from unidiff.pipelines.folder import PipelineFolder
 from unidiff.pipelines.latents.decode import decode_latents
 from unidiff.pipelines.options import CallInputs, CallKeywords, DecodeKeywords, flag
 from unidiff.pipelines.output import UniDiffOutput
 from unidiff.pipelines.score import score_of
 from unidiff.pipelines.settings import NativeLayout, PipelineSettings
+from unidiff.pipelines.tasks.choose import call_task
 from unidiff.pipelines.tasks.words import WordTasks
 from unidiff.schedulers.unmasking import UnmaskingScheduler
 from unidiff.schema import check_value

@@ -15,9 +15,9 @@ from unidiff.decoding import CacheConfig, Guidance, ModalityDecoding, NoCache, S
 from unidiff.decoding.cache import CacheByRow
 from unidiff.decoding.cache.config import LEAST_GAIN, OVERHEAD_TOKENS, choose_cache, suited
 from unidiff.models.transformer import MaskedTransformer
-from unidiff.pipelines.decode import choose_task
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.settings import TASKS
+from unidiff.pipelines.tasks.choose import choose_task
 from unidiff.tokens import Span, TokenBatch, Vocabulary
 
 HEIGHT, WIDTH = SIZE

@@ -7,7 +7,7 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from unidiff.families.layout import RowLayout
-from unidiff.pipelines.decode import choose_task
+from unidiff.pipelines.tasks.choose import choose_task
 
 
 class Both(RowLayout):

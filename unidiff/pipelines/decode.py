@@ -18,7 +18,7 @@ from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.commit.base import RuleMaker
 from unidiff.diffusion.noise import keyed_bits
 from unidiff.errors import warn
-from unidiff.families.layout import PLACES, TASKS, DecodeRequest, TaskInputs
+from unidiff.families.layout import PLACES, DecodeRequest, TaskInputs
 from unidiff.models.denoiser import is_block_causal
 from unidiff.pipelines.candidates import keep_best, ranker_of
 from unidiff.pipelines.inputs import pasted
@@ -29,14 +29,13 @@ from unidiff.pipelines.options import (
     RowGenerator,
     check_keywords,
     kind_of,
-    one_of,
     own_names,
     whole,
 )
 from unidiff.pipelines.output import UniDiffOutput, trajectory_of
 from unidiff.schedulers.rule import scheduled_options, with_scheduler
 from unidiff.tokens import Modality, TokenBatch
-from unidiff.tokens.text import all_have_holes, letters_note, notes_on, refuse_holes
+from unidiff.tokens.text import letters_note, notes_on, refuse_holes
 from unidiff.weights.model import HOOKS, bring
 
 P = ParamSpec("P")
@@ -95,17 +94,12 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         raise ValueError(
             "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
         )
-    config = options.apply(request.config, request.drawn)
-    rules: Mapping[Modality, RuleMaker] = {}
-    if getattr(pipe.scheduler, "changes", True):
-        config = scheduled_options(pipe.scheduler).apply(request.config, request.drawn)
-        config, rules = with_scheduler(pipe.scheduler, options.apply(config, request.drawn))
+    config, rules = settings_of(pipe, request, options)
     if rules and options.threshold is not None:
         kind = type(pipe.scheduler).__name__
         raise ValueError(
             f"threshold is {kind}'s own: pipe.scheduler = {kind}.from_config(pipe.scheduler.config, threshold=...)"
         )
-    config = request.needs.keep_in(config)
     # 2. a seed for each row, several candidates of each
     count = layout.candidates(task) if options.num_candidates is None else options.num_candidates
     if count > 1 and not call.pictures:
@@ -123,10 +117,7 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
     policy = options.policy or (own_policy if options.cache is None else None)
     plain = options.cache is policy is None and not is_block_causal(model)
     choice = no_cache() if plain else choose_cache(options.cache, policy, request.batch, config, model)
-    notes = [note] if (note := layout.note(task)) else []
-    if notes:
-        warn(note, UntrainedTask)
-    notes += [*notes_on(call.said, pipe.texts), *letters_note(call.said)]
+    notes = notes_of(pipe, task, call)
     # 4. decode
     pipe.interrupt, device = False, request.batch.ids.device
     with pipe.progress_bar(total=int(request.batch.targets.sum())) as bar:
@@ -159,6 +150,25 @@ def decode(pipe: Any, task: str, call: TaskCall, options: DecodeOptions) -> UniD
         cache_note=choice.note,
         notes=notes,
     )
+
+
+def settings_of(
+    pipe: Any, request: DecodeRequest, options: DecodeOptions
+) -> tuple[SamplerConfig, Mapping[Modality, RuleMaker]]:
+    """The task's settings, those of the scheduler and of the caller on top, then what the task needs; and the scheduler's rules."""
+    config = options.apply(request.config, request.drawn)
+    rules: Mapping[Modality, RuleMaker] = {}
+    if getattr(pipe.scheduler, "changes", True):
+        config = scheduled_options(pipe.scheduler).apply(request.config, request.drawn)
+        config, rules = with_scheduler(pipe.scheduler, options.apply(config, request.drawn))
+    return request.needs.keep_in(config), rules
+
+
+def notes_of(pipe: Any, task: str, call: TaskCall) -> list[str]:
+    """What a person should know of a call; warns of a task that was never trained."""
+    if note := pipe.layout.note(task):
+        warn(note, UntrainedTask)
+    return [*filter(None, [note]), *notes_on(call.said, pipe.texts), *letters_note(call.said)]
 
 
 def row_seeds(generator: RowGenerator, rows: int, per_entry: int = 1) -> Tensor:
@@ -317,80 +327,3 @@ def check_rows(rows: int) -> None:
             f"this call would decode {rows} rows (num_images_per_prompt and num_candidates multiply); expected at most "
             f"{MOST_ROWS}, so make several calls"
         )
-
-
-# what a task needs, and what it takes besides, in the order of choice; the last ones by name, or with a model of text alone
-_INPUTS: dict[str, tuple[set[str], set[str]]] = {
-    "text_to_image": ({"prompt"}, set()),
-    "answer": ({"image", "question"}, set()),
-    "caption": ({"image"}, set()),
-    "inpaint": ({"image"}, {"mask_image", "text"}),
-    "generate": (set(), {"text", "image", "prompt"}),
-    "edit": ({"image", "prompt"}, {"mask_image", "reference"}),
-    "chat": ({"prompt"}, {"image"}),
-    **dict.fromkeys(("complete", "infill"), ({"prompt"}, set[str]())),
-}
-_NAMES = ("prompt", "image", "question", "mask_image", "text", "reference")
-_CALLED = {"chat": "messages", "infill": "text"}  # what these call the prompt
-
-
-def choose_task(given: Mapping[str, Any], task: str | None = None) -> str:
-    """The task of a call, one of `TASKS`.
-
-    A prompt: text_to_image. A picture and a question: answer. A picture with a mask or with text: inpaint. A picture alone:
-    caption. Text alone, or nothing at all: generate.
-
-    Args:
-        given: inputs of the call that are not None, by name.
-        task: asked for by name; then only checked.
-    """
-    names, by_name = set(given), {"edit", "generate", "chat"} if "prompt" in given else {"edit"}
-    if task is None:
-        fits = [n for n, (needs, more) in _INPUTS.items() if needs <= names <= needs | more and n not in by_name]
-        if not fits:
-            raise ValueError(
-                f"no task takes {' and '.join(sorted(names))} together; expected a prompt, an image (with a question, or "
-                "with a mask_image and text), text, or nothing; a prompt with an image needs mask_image, strength or "
-                "task='edit' besides"
-            )
-        return fits[0]
-    one_of(task, "task", TASKS)
-    needs, more = _INPUTS[task]
-    if not needs <= names <= needs | more:
-        raise ValueError(
-            f"task {task!r} was given {sorted(names)}; it needs {sorted(needs) or 'nothing'} and takes {sorted(more)} besides"
-        )
-    return task
-
-
-def call_task(pipe: Any, prompt: Any, task: str | None, inputs: Mapping[str, Any]) -> Any:
-    """Call the method of `pipe` that the inputs mean; arguments and errors as of `choose_task`.
-
-    As with diffusers' pipelines, a prompt may guide a picture that is repainted (mask_image) or redrawn (strength).
-    """
-    inputs = own_names(inputs)
-    messages, text, redrawn = (inputs.pop("messages", None), inputs.get("text"), False)
-    if inputs.get("image") is not None and prompt is not None and task is None:
-        redrawn = inputs.get("mask_image") is not None or inputs.get("strength") is not None
-    if messages is not None:
-        if prompt is not None or task not in (None, "chat"):
-            raise ValueError("messages are all that chat is given; leave out prompt, and other tasks")
-        prompt, task = messages, "chat"
-    elif redrawn and "inpaint" in pipe.layout.tasks:
-        if text is not None:
-            raise ValueError("prompt and text both hold words; give one of them")
-        prompt, task, inputs = None, "inpaint", {**inputs, "text": prompt}
-    elif redrawn:
-        task = "edit"
-    if task is None and prompt is not None and pipe.images is None and "chat" in pipe.layout.tasks:
-        task = "chat"
-    if prompt is not None and task is None and all_have_holes(texts_of(prompt, "prompt", holes=True), "prompt"):
-        if text is not None:
-            raise ValueError("prompt and text both hold words; give captions with <mask> holes as text alone")
-        prompt, inputs = None, {**inputs, "text": prompt}  # words with holes are filled, not drawn as letters
-    known = {n: v for n, v in {**{n: inputs.get(n) for n in _NAMES}, "prompt": prompt}.items() if v is not None}
-    chosen = choose_task(known, task)
-    if chosen in _CALLED:
-        known[_CALLED[chosen]] = known.pop("prompt")
-    options = {name: value for name, value in inputs.items() if name not in _NAMES}
-    return getattr(pipe, chosen)(**known, **options)

@@ -15,15 +15,12 @@ from unidiff.decoding.cache.config import choose_cache, no_cache
 from unidiff.decoding.flow import FlowDraw, guided, row_normals
 from unidiff.decoding.state import DecodeState
 from unidiff.decoding.stats import DecodeStats
-from unidiff.errors import warn
 from unidiff.families.layout import DecodeRequest
 from unidiff.models.denoiser import CachePlan
-from unidiff.pipelines.decode import StepWatcher, TaskCall, UntrainedTask, check_rows, pictures_of, row_seeds
+from unidiff.pipelines.decode import StepWatcher, TaskCall, check_rows, notes_of, pictures_of, row_seeds, settings_of
 from unidiff.pipelines.options import DecodeOptions
 from unidiff.pipelines.output import UniDiffOutput, trajectory_of
-from unidiff.schedulers.rule import scheduled_options, with_scheduler
 from unidiff.tokens import Modality
-from unidiff.tokens.text import letters_note, notes_on
 from unidiff.weights.model import HOOKS, bring
 
 
@@ -38,11 +35,7 @@ def decode_latents(pipe: Any, task: str, call: TaskCall, options: DecodeOptions)
         raise ValueError(
             "nothing is left to decode: text and picture are known in full; hide words with <mask> or paint a mask"
         )
-    config = options.apply(request.config, request.drawn)
-    if getattr(pipe.scheduler, "changes", True):
-        config = scheduled_options(pipe.scheduler).apply(request.config, request.drawn)
-        config = with_scheduler(pipe.scheduler, options.apply(config, request.drawn))[0]
-    config = request.needs.keep_in(config)
+    config, _ = settings_of(pipe, request, options)
     _refuse(layout.family, options, drawn, written)
     # 2. a seed for each row
     check_rows(inputs.count)
@@ -51,10 +44,7 @@ def decode_latents(pipe: Any, task: str, call: TaskCall, options: DecodeOptions)
         bring(pipe.transformer)
     request = request.repeated(1, pipe._execution_device)
     # 3. what a person should know
-    notes = [note] if (note := layout.note(task)) else []
-    if notes:
-        warn(note, UntrainedTask)
-    notes += [*notes_on(call.said, pipe.texts), *letters_note(call.said)]
+    notes = notes_of(pipe, task, call)
     # 4. words, the picture, or both
     pipe.interrupt = False
     run = _Run(pipe, request, config, options, seeds)
