@@ -27,7 +27,7 @@ _DYNIN = RELEASED.format("dynin_golden")
 _MUDDIT = RELEASED.format("muddit_golden")
 _DDIT = RELEASED.format("ddit_golden")
 _LLADA2 = RELEASED.format("llada2_golden")
-_PARALLEL = RELEASED.format("parallel_golden")
+_PARALLEL, _PARALLEL_DECODES = (RELEASED.format(f"parallel_{what}golden") for what in ("", "decodes_"))
 _UNI = RELEASED.format("llada2_uni_golden")
 _UNI_IMAGES = RELEASED.format("llada2_uni_images_golden")
 _BLOCKS = ("test_forward", "test_a_cache_of_finished_blocks_is_exact", "test_a_mask_that_is_added_is_another_model")
@@ -156,7 +156,7 @@ COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
         "*/weights.safetensors": (f"families/test_parallel_golden.py{_NAMES}",),
         "*/forward.safetensors": (f"{_PARALLEL}test_forward",),
         "*/paint_masks.safetensors": (f"{_PARALLEL}test_crops_and_masks",),
-        "*.safetensors": (f"{_PARALLEL}test_model_a", f"{_PARALLEL}test_model_m"),
+        "*.safetensors": (f"{_PARALLEL_DECODES}test_model_a", f"{_PARALLEL_DECODES}test_model_m"),
     },
     "ml_cache": {"*.safetensors": (f"{DECODING.format('max_logit_golden')}test_trace",)},
     "dllm_cache": {"*.safetensors": (f"{DECODING.format('adaptive_golden')}test_trace",)},

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -360,36 +361,16 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-class _Module:
-    """What `torch.privateuseone` has to answer."""
-
-    @staticmethod
-    def get_amp_supported_dtype() -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def device_count() -> int:
-        return 1
-
-    @staticmethod
-    def current_device() -> int:
-        return 0
-
-    @staticmethod
-    def manual_seed_all(seed: int) -> None:
-        """The device has no random numbers of its own."""
-
-    @staticmethod
-    def _lazy_init() -> None:
-        pass
-
-    @staticmethod
-    def _is_in_bad_fork() -> bool:
-        return False
+_MODULE = SimpleNamespace(
+    get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+    is_available=lambda: True,
+    device_count=lambda: 1,
+    current_device=lambda: 0,
+    manual_seed_all=lambda seed: None,  # the device has no random numbers of its own
+    _lazy_init=lambda: None,
+    _is_in_bad_fork=lambda: False,
+)
+"""What `torch.privateuseone` has to answer."""
 
 
 @contextmanager
@@ -397,10 +378,10 @@ def virtual_device() -> Iterator[Ledger]:
     """Inside, tensors may be made on or moved to `DEVICE`; gives the counts of what the host waited for."""
     ledger = Ledger()
     with ExitStack() as stack:
-        stack.enter_context(patch.object(torch, DEVICE.type, _Module, create=True))
+        stack.enter_context(patch.object(torch, DEVICE.type, _MODULE, create=True))
         name = f"torch.{DEVICE.type}"  # only this one: what is imported meanwhile stays imported
-        stack.callback(sys.modules.__setitem__ if name in sys.modules else sys.modules.pop, name, _Module)
-        sys.modules[name] = _Module  # type: ignore[assignment]
+        stack.callback(sys.modules.__setitem__ if name in sys.modules else sys.modules.pop, name, _MODULE)
+        sys.modules[name] = _MODULE  # type: ignore[assignment]
         _ledgers.append(ledger)
         stack.callback(_ledgers.remove, ledger)
         stack.enter_context(_Calls())

@@ -20,7 +20,7 @@ LLADA2, OWN_LLADA2 = "families/test_llada2_golden.py", "families/test_llada2.py"
 OWN_LLADA_V = "families/test_llada_v.py"
 UNI, OWN_UNI = "families/test_llada2_uni_golden.py", "families/test_llada2_uni.py"
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
-PARALLEL = "families/test_parallel.py"
+PARALLEL = "families/test_parallel_defects.py"
 OWN_DYNIN = "families/test_dynin.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
