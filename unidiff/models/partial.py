@@ -124,9 +124,12 @@ def _uneven(
 class UnevenView:
     """`View` of a pass in which every layer computes positions of its own.
 
+    A compiled layer sees nothing of the layer's number, so that all layers share one program; `select` alone is told it.
+
     Attributes:
         query, known: bool `[B, L]`, what every layer computes, and its index. compared: index of `query` and what the plan
             verifies.
+        refreshed: see `CachePlan.refreshed_in`. wanted: int64 `[B, m]`, all that goes on behind the last layer; else None.
         index, values: where this layer renewed keys and values; asked: what it computed altogether.
     """
 
@@ -139,12 +142,15 @@ class UnevenView:
     select: Select | None
     left: Tensor | None = None
     kept: LayerFeatures = field(init=False)
+    refreshed: Tensor | bool = field(init=False)
+    wanted: Tensor | None = field(init=False)
     index: TokenIndex = field(init=False)
     values: TokenIndex = field(init=False)
     asked: TokenIndex = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kept = self.store.layer(self.layer)
+        self.kept, self.refreshed = self.store.layer(self.layer), self.plan.refreshed_in(self.layer)
+        self.wanted = self.plan.wanted if self.layer == self.store.layers - 1 else None
 
     def attention(self, streams: Streams, entered: Parts) -> Parts:
         store, h = self.store, joined(entered)  # [B, L, D]
@@ -152,9 +158,9 @@ class UnevenView:
         self.asked = self.index
         if self.index.width:
             own, rotary, mask = self._own(h, self.index, streams), store.rotary(self.index), store.visible(self.index)
-            turns, wanted, asked = rotary, self.plan.wanted, own
-            if wanted is not None and wanted.shape[1] < self.index.width and self.layer == store.layers - 1:
-                place, self.asked = self.index.narrowed(wanted, store.shape[1])
+            turns, asked = rotary, own
+            if self.wanted is not None and self.wanted.shape[1] < self.index.width:
+                place, self.asked = self.index.narrowed(self.wanted, store.shape[1])
                 turns = None if rotary is None else rotary.at(place)
                 mask, asked = queries_of(mask, place), [gather_rows(x, place) for x in own]
             found = (stream.heads(x, None, False, h) for stream, x, h in zip(streams, own, asked, strict=True))
@@ -174,7 +180,7 @@ class UnevenView:
 
     def _choose(self, streams: Streams, h: Tensor) -> None:
         """New values, and from them which positions to recompute."""
-        store, plan, rows = self.store, self.plan, self.plan.refreshed_in(self.layer)
+        store, plan, rows = self.store, self.plan, self.refreshed
         wanted, width, verify = self.query, plan.chosen, plan.verify
         self.values = store.everywhere if rows is True else self.known
         if isinstance(rows, Tensor):  # these rows in full, the others as in any layer
