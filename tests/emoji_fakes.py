@@ -13,7 +13,7 @@ from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.settings import PipelineSettings
 from unidiff.tokens.image.vq import CellVQModel
 from unidiff.tokens.text import TextTokenizer
-from unidiff.worlds.emoji.asked import Drawn
+from unidiff.worlds.asked import Drawn
 from unidiff.worlds.emoji.cases import CATEGORIES, HELD_OUT, InpaintCase, inpaint_cases, prompt_cases, question_cases
 from unidiff.worlds.emoji.language import NUMBERS, ZONES, article, caption_distribution, draw_caption, plural
 from unidiff.worlds.emoji.oracle import Oracle

@@ -32,7 +32,7 @@ class Sought(NamedTuple):
     """What `locate` looks for, and how its messages call that."""
 
     noun: str = "model"
-    expected: str = "a folder, a hub model 'owner/name', or 'emoji'"
+    expected: str = "a folder, a hub model 'owner/name', or an embedded model: 'emoji', 'faces'"
     patterns: Sequence[str] = SAFE_FILES
     """Files to download from the hub."""
     caller: str = "from_pretrained"
@@ -44,7 +44,7 @@ MODEL, RELEASED = Sought(), Sought(patterns=ALL_FILES)
 
 
 def locate(name: str | Path, sought: Sought = MODEL, **hub_options: Any) -> Path:
-    """The folder behind a folder name, the name of an embedded model (`emoji`) or a hub name (`owner/model`).
+    """The folder behind a folder name, the name of an embedded model (`emoji`, `faces`) or a hub name (`owner/model`).
 
     A name that looks like a path is never looked up on the network.
 

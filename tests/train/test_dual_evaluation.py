@@ -17,9 +17,10 @@ from unidiff.train.config import read_config
 from unidiff.train.data.source import TokenTable
 from unidiff.train.pretrain import pretrain
 from unidiff.worlds.emoji import EMOJI
-from unidiff.worlds.emoji.evaluation import ALL_TASKS, run_emoji_eval, usual_tasks
+from unidiff.worlds.emoji.evaluation import ALL_TASKS, run_emoji_eval
 from unidiff.worlds.emoji.scenes import SceneGenerator, get_profile
 from unidiff.worlds.emoji.table import EmojiScenes, QuestionMix
+from unidiff.worlds.judging import usual_tasks
 from unidiff.worlds.scene_rows import scene_vocabulary, token_rows
 
 SIZES = (
@@ -67,8 +68,8 @@ def test_the_command_measures_what_a_dual_model_can_do(run, folder: Path, tmp_pa
 
 def test_what_a_pipeline_can_do(folder: Path):
     dual, masked = UniDiffPipeline.from_pretrained(folder), UniDiffPipeline.from_pretrained("emoji")
-    assert usual_tasks(masked) == ALL_TASKS
-    assert usual_tasks(dual) == tuple(task for task in ALL_TASKS if task != "likelihood")
+    assert usual_tasks(masked, ALL_TASKS) == ALL_TASKS
+    assert usual_tasks(dual, ALL_TASKS) == tuple(task for task in ALL_TASKS if task != "likelihood")
 
 
 def test_the_encoder_that_was_trained_too_counts(folder: Path):

@@ -13,7 +13,7 @@ from unidiff.evaluation.paired import compare_reports
 from unidiff.evaluation.report import EvaluationReport
 from unidiff.families.layout import hidden_words
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.worlds.emoji.asked import PipelineModel
+from unidiff.worlds.asked import PipelineModel
 from unidiff.worlds.emoji.cases import inpaint_cases, prompt_cases
 from unidiff.worlds.emoji.evaluation import profile_of, run_emoji_eval
 from unidiff.worlds.emoji.scenes import get_profile, render_batch

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from unidiff.pipeline import UniDiffPipeline
     from unidiff.pipelines.output import UniDiffOutput
 
-Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or the embedded 'emoji'.")]
+Model = Annotated[str, typer.Option(help="Model folder, hub model owner/name, or the embedded 'emoji' or 'faces'.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: how the model computes.")]
 PixelDecoder = Annotated[
     str | None, typer.Option(help="What draws the picture, where a model has several: decoder or decoder-turbo.")
 ]
 PixelSteps = Annotated[int | None, typer.Option(min=1, max=1000, help="Passes of the pixel decoder; default: its own.")]
-WorldName = Annotated[str, typer.Option("--world", help="Whose scenes to show.")]
+WorldName = Annotated[
+    str | None, typer.Option("--world", help="Whose scenes to show; default: those of the embedded model.")
+]
 Seed = Annotated[int, typer.Option(help=FLAGS["generator"].help)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (png, jpg or webp); several get numbers.")]
 Gif = Annotated[Path | None, typer.Option(help="Also write the decode as an animated GIF.")]
@@ -63,6 +65,13 @@ class DecodeFlags(NamedTuple):
     options: Mapping[str, Any]
     load: Callable[..., UniDiffPipeline]  # another `model` may be named
     about: Mapping[str, str]  # name of the model, and how it computes
+
+
+def world_of(model: str | None) -> str:
+    """The world whose scenes a model draws where nothing else is said: an embedded model has the name of its world."""
+    from unidiff.world import WORLDS
+
+    return model if model is not None and model in WORLDS else "emoji"
 
 
 def with_decode_flags(command: Callable[..., None]) -> Callable[..., None]:

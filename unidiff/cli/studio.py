@@ -12,7 +12,7 @@ from unidiff.world import WORLDS
 
 def studio(
     model: Annotated[
-        str, typer.Argument(help="Model folder, hub model owner/name, or the embedded 'emoji'.")
+        str, typer.Argument(help="Model folder, hub model owner/name, or the embedded 'emoji' or 'faces'.")
     ] = "emoji",
     host: Annotated[
         str, typer.Option(help="Address to serve at; another one than 127.0.0.1 may open the page to your network.")

@@ -10,7 +10,6 @@ import typer
 from unidiff.cli.common import (
     Device,
     Dtype,
-    Model,
     Seed,
     Steps,
     WorldName,
@@ -18,20 +17,24 @@ from unidiff.cli.common import (
     console,
     height_and_width,
     load_own_model,
+    world_of,
 )
 from unidiff.world import WORLDS
 
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.html.")] = Path("out"),
-    world: WorldName = "emoji",
+    world: WorldName = None,
     seed: Seed = 0,
-    model: Model = "emoji",
+    model: Annotated[
+        str | None, typer.Option(help="Model folder, hub model owner/name, or an embedded one; default: the world's.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Show everything the model does on one sheet: demo.png and demo.html."""
-    shown = WORLDS.get_or_refuse(world, "--world")
+    shown = WORLDS.get_or_refuse(world or world_of(model), "--world")
+    model = model or (shown.name if shown.model else "emoji")
     check_folder(out, list(shown.demo_files))
     pipe = load_own_model(model, device, dtype, "the demo")
     for path in shown.demo(pipe, out, seed):
@@ -66,7 +69,9 @@ def pack(
 
 
 def profile_cache(
-    model: Annotated[str, typer.Argument(help="Model folder, hub model owner/name, or the embedded 'emoji'.")],
+    model: Annotated[
+        str, typer.Argument(help="Model folder, hub model owner/name, or the embedded 'emoji' or 'faces'.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and heat maps.")] = Path(
         "out/profile-cache"
     ),
@@ -78,7 +83,7 @@ def profile_cache(
     ] = None,
     keep: Annotated[float, typer.Option(help="Cosine down to which a feature counts as unchanged.")] = 0.95,
     steps: Steps = None,
-    world: WorldName = "emoji",
+    world: WorldName = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -87,9 +92,8 @@ def profile_cache(
     check_folder(out, ["profile.json"])
     pipe = load_own_model(model, device, dtype, "profile-cache")
     from unidiff.evaluation.cache_profile import TASKS, profile_pipeline, summary, write
-    from unidiff.world import WORLDS
 
-    prompts = prompt or WORLDS.get_or_refuse(world, "--world").prompts()
+    prompts = prompt or WORLDS.get_or_refuse(world or world_of(model), "--world").prompts()
     told = lambda what: pipe.set_progress_bar_config(desc=what)  # noqa: E731
     profiles = profile_pipeline(pipe, prompts, task or TASKS, steps, seed, keep, told)
     traits = pipe.transformer.traits

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unidiff.cli.common import Device
+from unidiff.cli.common import Device, world_of
 from unidiff.config import load_config, top_keys
 from unidiff.files import check_writable, file_stamp, replace_text
 from unidiff.process import pick_device, set_up_process
@@ -204,7 +204,7 @@ def reward(
     check_places(output, model)
     pipe = UniDiffPipeline.from_pretrained(model).to(pick_device(device))
     if prompts is None:
-        rewarded, asked = WORLDS["emoji"].reward(pipe, _ORACLE_SEED + seed, options["kinds"])
+        rewarded, asked = WORLDS[world_of(model)].reward(pipe, _ORACLE_SEED + seed, options["kinds"])
     else:
         rewarded, asked = reward_of(reward), prompts_of(prompts)
     about = {name: str(value) for name, value in options.items() if name not in _FREE}

@@ -130,7 +130,7 @@ class PipelineFolder(PipelineAdapters, DiffusionPipeline):
         tp_plan: str | None = None,
         **hub_options: Any,
     ) -> Self:
-        """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`), of any family, strictly.
+        """Load a folder, a hub model `owner/name`, or an embedded model (`"emoji"`, `"faces"`), of any family, strictly.
 
         Args:
             name: where.

@@ -16,6 +16,7 @@ from functools import cache
 from itertools import count, product, zip_longest
 
 from unidiff.errors import reading
+from unidiff.worlds.asked import HoledCaption
 from unidiff.worlds.emoji.language import (
     NUMBERS,
     RELATIONS,
@@ -64,7 +65,7 @@ class QuestionCase:
 
 
 @dataclass(frozen=True)
-class InpaintCase:
+class InpaintCase(HoledCaption):
     """A picture of two objects, the one to be repainted (`hole`), and the caption, which names it.
 
     `before, name, after` is the caption around the name of the *visible* object, which is hidden too; `name` is empty
@@ -77,14 +78,6 @@ class InpaintCase:
     before: str
     name: str
     after: str
-
-    def template(self, encode: Callable[[str], Sequence[int]]) -> str:
-        """The caption with as many hidden tokens as the name has in its place; `encode` gives the ids of a text."""
-        if not self.name:
-            return self.caption
-        parts = (self.caption, self.before.removesuffix(" "), self.after)
-        whole, before, after = (len(encode(part)) for part in parts)
-        return f"{self.before}<mask:{whole - before - after}>{self.after}"
 
 
 _CATEGORIES: dict[str, tuple[tuple[str, ...], Callable[[Facts], bool]]] = {

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.pipelines.sheet import Cell, draw_sheet, save_image, stack
+from unidiff.pipelines.sheet import Cell
+from unidiff.worlds.demo_page import Section, section_of, write_demo
 from unidiff.worlds.emoji.cases import caption_scenes, inpaint_cases, question_cases
-from unidiff.worlds.emoji.demo_page import Section, unmasking_of, write_page
 from unidiff.worlds.emoji.language import draw_caption
 from unidiff.worlds.emoji.scenes import LARGE, MEDIUM, SMALL, Profile, Scene, SceneObject, get_profile, render
 
@@ -61,10 +61,7 @@ def run_demo(pipe: UniDiffPipeline, out: str | Path, seed: int = 0) -> tuple[Pat
         raise ValueError(f"the demo needs square pictures with a side that 8 divides; the model draws {width}x{height}")
     profile = get_profile("cpu", image_size=height)  # what the embedded model was trained on
     sections = [make(pipe, profile, seed) for make in (drawings, descriptions, answers, completions, inventions)]
-    png, page = Path(out) / "demo.png", Path(out) / "demo.html"
-    save_image(stack([draw_sheet(s.lines(4), title=s.title) for s in sections]), png)
-    write_page(sections, page, title="unidiff demo")
-    return png, page
+    return write_demo(sections, out)
 
 
 def drawings(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -73,7 +70,7 @@ def drawings(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     pairs = zip(result.images, PROMPTS, strict=True)
     cells = [Cell((image, picture_of(scene, profile)), prompt) for image, (prompt, scene) in pairs]
     title = "Text to image: drawn by the model, and a true scene beside it"
-    return _section(title, cells, ("drawn by the model", "a true scene"), result)
+    return section_of(title, cells, ("drawn by the model", "a true scene"), result)
 
 
 def descriptions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -85,7 +82,7 @@ def descriptions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     truth = [draw_caption(scene, random.Random(f"demo caption|{seed}|{i}")) for i, scene in enumerate(scenes)]
     rows = zip(pictures, result.texts, truth, strict=True)
     cells = [Cell((picture,), text, f"a true caption: {said}") for picture, text, said in rows]
-    return _section("Captions: written by the model", cells, ("described as",), result)
+    return section_of("Captions: written by the model", cells, ("described as",), result)
 
 
 def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -95,7 +92,7 @@ def answers(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     result = pipe.answer(pictures, [case.question for case in cases], generator=seed)
     rows = zip(pictures, cases, result.texts, strict=True)
     cells = [Cell((p,), f"{case.question} {text}", f"true answer: {case.answer}") for p, case, text in rows]
-    return _section("Answers to questions", cells, ("asked about",), result)
+    return section_of("Answers to questions", cells, ("asked about",), result)
 
 
 def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
@@ -109,21 +106,15 @@ def completions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     rows = zip(torn, result.images, pictures, result.texts, templates, strict=True)
     cells = [Cell(tuple(shown), text, f"from: {template}") for *shown, text, template in rows]
     title = "Joint inpainting: the hole, what the model made of picture and words together, and the original"
-    return _section(title, cells, ("with a hole", "completed by the model", "the original"), result)
+    return section_of(title, cells, ("with a hole", "completed by the model", "the original"), result)
 
 
 def inventions(pipe: UniDiffPipeline, profile: Profile, seed: int) -> Section:
     """Picture and caption from nothing."""
     result = pipe.generate(num_images_per_prompt=8, generator=seed)
     cells = [Cell((image,), text) for image, text in zip(result.images, result.texts, strict=True)]
-    return _section("Joint generation: words and picture from nothing", cells, ("invented",), result)
+    return section_of("Joint generation: words and picture from nothing", cells, ("invented",), result)
 
 
 def picture_of(scene: Scene, profile: Profile) -> Image.Image:
     return Image.fromarray(render(scene, profile))
-
-
-def _section(title: str, cells: list[Cell], shows: tuple[str, ...], result: Any) -> Section:
-    cost = f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
-    way = unmasking_of(result, 4) if result.trajectory is not None else ()
-    return Section(title, tuple(cells), shows, cost, way)

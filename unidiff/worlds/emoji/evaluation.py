@@ -6,8 +6,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,10 +13,10 @@ from torch import Tensor
 
 from unidiff.evaluation.benchmark.trials import REFERENCE, JudgedTasks
 from unidiff.evaluation.kept import KeptRows
-from unidiff.evaluation.metrics.base import METRICS, CaptionedPictures, model_metrics
+from unidiff.evaluation.metrics.base import CaptionedPictures
 from unidiff.evaluation.report import EvaluationReport, Measure
 from unidiff.pipeline import UniDiffPipeline
-from unidiff.worlds.emoji.asked import PipelineModel
+from unidiff.worlds.asked import PipelineModel
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     HELD_OUT,
@@ -42,6 +40,7 @@ from unidiff.worlds.emoji.language import (
 from unidiff.worlds.emoji.oracle import Oracle
 from unidiff.worlds.emoji.scenes import KINDS, Profile, Scene, SceneGenerator, get_profile, render_batch
 from unidiff.worlds.emoji.second_reader import compare_readers
+from unidiff.worlds.judging import Examination, examine
 
 SECOND = "second_reader"
 """Reads the pictures of `text_to_image` again, so it needs that task."""
@@ -75,7 +74,7 @@ def run_emoji_eval(
         n: cases of every category, and of every task without categories.
         per_task: in place of `n`, at least so many cases of every task, spread evenly over its categories; the full
             yardstick has 2,000.
-        tasks: some of `ALL_TASKS`, and names of metrics; by default `usual_tasks`, and the report says which are left out.
+        tasks: some of `ALL_TASKS`, and names of metrics; by default all that the pipeline can do, and the report says which are left out.
         batch_size: rows per decode; results do not depend on it.
         tick: called with how many more cases are done, of how many, and what comes next, see `World`.
         kept: rows and numbers of the same evaluation that need not be made again.
@@ -84,66 +83,25 @@ def run_emoji_eval(
     Raises:
         ValueError: an unknown task, n or per_task below 1, or a pipeline whose pictures fit no profile.
     """
-    if per_task is not None and per_task < 1:
-        raise ValueError(f"per_task is {per_task}; an evaluation needs at least one case")
-    metrics = model_metrics()
-    known = (*TASKS, SECOND, *metrics)
-    left_out = [] if tasks is not None else [task for task in ALL_TASKS if task not in usual_tasks(pipe)]
-    tasks = usual_tasks(pipe) if tasks is None else tasks
-    if unknown := [task for task in tasks if task not in known]:
-        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(known)}")
-    if SECOND in tasks and "text_to_image" not in tasks:
+    if tasks is not None and SECOND in tasks and "text_to_image" not in tasks:
         raise ValueError("the task second_reader reads the pictures of text_to_image again; ask for both")
-    profile = profile or profile_of(pipe)
-    start = perf_counter()
-    hidden_bar = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**hidden_bar, "disable": True})
-    cases = lambda task: n if per_task is None else -(-per_task // PARTS.get(task, 1))  # noqa: E731
-    measured = [task for task in tasks if task in metrics]
-    judged = [task for task in TASKS if task in tasks]
-    total = sum(PARTS.get(task, 1) * cases(task) for task in judged if task != "reader")
-    total += sum(METRICS[name].rounds * cases(name) for name in measured)
-    progress = lambda what: tick(0, total, what)  # noqa: E731
-    kept = kept or KeptRows()
-    model = PipelineModel(pipe, batch_size, kept=kept, tick=lambda more: tick(more, total), **options)
-    judge = EmojiEval(model, profile, seed, n, progress)
-    report = judge.report
-    report.about |= {"seed": seed, "profile": profile.name, "yardstick": yardstick()}  # also of metrics alone
-    report.about |= {"left_out": ", ".join(left_out)} if left_out else {}
-    try:
-        for task in (*judged, *(task for task in tasks if task == SECOND), *measured):
-            before = set(report.values)
-            if task in TASKS:
-                judge.n = cases(task)
-                judge.run([task])
-            elif task == SECOND:
-                progress("second reader")
-                prompts, pictures = zip(*judge.drawn, strict=True)
-                compare_readers(prompts, torch.stack(pictures), profile, report)
-            else:
-                progress(task)
-                finished = kept.known(task)
-                folder = None if kept.folder is None else kept.folder / task
-                more: dict[str, Any] = {"tick": tick, "options": options, "folder": folder}
-                given = replace(captions(cases(task), seed, profile, batch_size), **more)
-                for key, value in kept.numbers(task, partial(metrics[task], pipe, given)).items():
-                    report.add(key, value)
-                tick(METRICS[task].rounds * cases(task) if finished else 0)
-            report.measures |= {key: measure_of(task, key) for key in report.values.keys() - before - {"seconds"}}
-    finally:
-        pipe.set_progress_bar_config(**hidden_bar)
-    report.about |= {"n": n} if per_task is None else {"n": None, "per_task": per_task}
-    report.about |= {name: value for name, value in options.items() if isinstance(value, int | float | str)}
-    networks = torch.nn.ModuleList([pipe.transformer, *pipe.layout.modules.values()])
-    report.about["parameters"] = sum(p.numel() for p in networks.parameters())
-    report.add("seconds", perf_counter() - start)
-    return report
+    chosen = profile or profile_of(pipe)
 
+    def read_again(judge: EmojiEval) -> None:
+        judge.progress("second reader")
+        prompts, pictures = zip(*judge.drawn, strict=True)
+        compare_readers(prompts, torch.stack(pictures), chosen, judge.report)
 
-def usual_tasks(pipe: UniDiffPipeline) -> tuple[str, ...]:
-    """Those of `ALL_TASKS` that a pipeline can do: what its layout offers, and likelihoods where its pictures are codes."""
-    able = {"reader", *pipe.layout.tasks} | ({SECOND} if "text_to_image" in pipe.layout.tasks else set())
-    return tuple(t for t in ALL_TASKS if t in able or (t == "likelihood" and not pipe.layout.latents))
+    of = Examination(
+        lambda model, progress: EmojiEval(model, chosen, seed, n, progress),
+        tuple(task for task in TASKS if task != "reader"),
+        PARTS,
+        lambda count: captions(count, seed, chosen, batch_size),
+        measure_of,
+        ALL_TASKS,
+        {SECOND: read_again},
+    )
+    return examine(pipe, of, n, per_task, tasks, batch_size, tick, kept, options)
 
 
 def captioned_scenes(n: int, seed: int, profile: Profile) -> list[tuple[Scene, str]]:

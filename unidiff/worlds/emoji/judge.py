@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidiff.diffusion.noise import keyed_bits
-from unidiff.evaluation.report import Estimate, EvaluationReport, JudgedCase, sources_hash
-from unidiff.worlds.emoji.asked import Drawn, PipelineModel, bytes_of, row_name
+from unidiff.evaluation.report import Estimate, EvaluationReport, sources_hash
+from unidiff.worlds.asked import Drawn, PipelineModel, bytes_of
 from unidiff.worlds.emoji.cases import (
     CATEGORIES,
     HELD_OUT,
@@ -30,13 +28,14 @@ from unidiff.worlds.emoji.cases import (
 from unidiff.worlds.emoji.language import draw_caption, facts_correct, parse_caption, zone
 from unidiff.worlds.emoji.oracle import Oracle, Reading
 from unidiff.worlds.emoji.scenes import ATLAS_FOLDER, KINDS, LARGE, Profile, Scene, render_batch
+from unidiff.worlds.judging import Judging
 
 TASKS = ("reader", "text_to_image", "caption", "answer", "inpaint", "generate")
 """Parts of the evaluation, each of which can be left out."""
 
 
 @dataclass
-class EmojiEval:
+class EmojiEval(Judging):
     """One evaluation: who is judged, on what, and what came out.
 
     Args:
@@ -54,21 +53,24 @@ class EmojiEval:
     report: EvaluationReport = field(default_factory=EvaluationReport)
     drawn: list[tuple[str, Tensor]] = field(default_factory=list, init=False)
 
+    tasks = TASKS
+
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n is {self.n}; an evaluation needs at least one case")
         self.oracle = Oracle(self.profile)
 
+    def about(self) -> dict[str, Any]:
+        return {"profile": self.profile.name, "yardstick": yardstick()}
+
+    def describe(self, reading: Reading) -> str:
+        return describe(reading)
+
+    def seed_of(self, task: str) -> int:
+        return task_seed(task, self.seed)
+
     def run(self, tasks: Sequence[str] = TASKS) -> EvaluationReport:
-        """Run the named parts; each adds its numbers to the report."""
-        if unknown := [t for t in tasks if t not in TASKS]:
-            raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}")
-        start = time.perf_counter()
-        self.report.about |= {"seed": self.seed, "n": self.n, "profile": self.profile.name, "yardstick": yardstick()}
-        for task in tasks:
-            getattr(self, f"run_{task}")()
-        self.report.add("seconds", self.report.values.get("seconds", 0.0) + time.perf_counter() - start)
-        return self.report
+        return super().run(tasks)
 
     def run_reader(self) -> None:
         """The oracle on true pictures and on what is left of them after the tokenizer."""
@@ -77,9 +79,9 @@ class EmojiEval:
         pictures = render_batch(truth, self.profile)
         rebuilt = self.model.reconstruct(pictures)
         seen, kept = self.oracle.read(pictures), self.oracle.read(rebuilt)
-        self._share("oracle_true", [r.scene == s for r, s in zip(seen, truth)])
-        self._share("oracle_reconstruction", [item in r.objects for r, s in zip(kept, truth) for item in s.objects])
-        self._share("oracle_reconstruction_scene", [r.scene == s for r, s in zip(kept, truth)])
+        self.share("oracle_true", [r.scene == s for r, s in zip(seen, truth)])
+        self.share("oracle_reconstruction", [item in r.objects for r, s in zip(kept, truth) for item in s.objects])
+        self.share("oracle_reconstruction_scene", [r.scene == s for r, s in zip(kept, truth)])
         errors = (rebuilt.clamp(0, 1) - pictures).square().mean(1)  # [B, H, W]
         inside = torch.stack([self.profile.boxes(s.objects) for s in truth])
         for key, own in (("reconstruction_psnr", errors), ("sprite_psnr", errors[inside])):
@@ -92,7 +94,7 @@ class EmojiEval:
             cases = prompt_cases(category, self.n, self.seed, self.profile)
             self.progress(f"text-to-image, {category}")
             prompts = [c.prompt for c in cases]
-            seeds = self._seeds(category, len(cases))
+            seeds = self.seeds(category, len(cases))
             images = self.model.text_to_image(prompts, seeds)
             self.drawn += zip(prompts, bytes_of(images), strict=True)
             readings = self.oracle.read(images)
@@ -100,13 +102,13 @@ class EmojiEval:
                 right = [r.background == c.facts.background for c, r in zip(cases, readings)]
             else:
                 right = [facts_correct(c.facts, r.scene) for c, r in zip(cases, readings)]
-            self._look("text_to_image", category, seeds, right, asked=prompts, seen=readings, drawn=images)
-            score = self._share(HELD_OUT if category == HELD_OUT else f"categories.{category}", right)
+            self.look("text_to_image", category, seeds, right, asked=prompts, seen=readings, drawn=images)
+            score = self.share(HELD_OUT if category == HELD_OUT else f"categories.{category}", right)
             scores += [score] if category != HELD_OUT else []
-            self._share(f"unreadable.{category}", [r.scene is None for r in readings])
+            self.share(f"unreadable.{category}", [r.scene is None for r in readings])
             if category == "composition" and self.n > 1:
                 swapped = zip([*cases[1:], cases[0]], readings)
-                self._share("shuffled_composition", [facts_correct(c.facts, r.scene) for c, r in swapped])
+                self.share("shuffled_composition", [facts_correct(c.facts, r.scene) for c, r in swapped])
         self.report.add("text_to_image", Estimate.average(scores))
 
     def run_caption(self) -> None:
@@ -115,16 +117,16 @@ class EmojiEval:
         for kind in KINDS:
             truth = caption_scenes(kind, self.n, self.seed, self.profile)
             self.progress(f"captions, {kind}")
-            pictures, seeds = render_batch(truth, self.profile), self._seeds(f"caption {kind}", len(truth))
+            pictures, seeds = render_batch(truth, self.profile), self.seeds(f"caption {kind}", len(truth))
             texts = self.model.caption(pictures, seeds)
             these = self._true(texts, truth)
             known = [
                 draw_caption(scene, random.Random(f"true caption|{self.seed}|{i}")) for i, scene in enumerate(truth)
             ]
-            self._look("caption", kind, seeds, these, wrote=texts, expected=known, given=pictures)
-            self._share(f"captions.{kind}", these)
+            self.look("caption", kind, seeds, these, wrote=texts, expected=known, given=pictures)
+            self.share(f"captions.{kind}", these)
             right += these
-        self._share("caption_exact", right)
+        self.share("caption_exact", right)
 
     def run_answer(self) -> None:
         """Answers, word for word; and how far the best constant answer of each kind of question gets."""
@@ -134,19 +136,13 @@ class EmojiEval:
         questions, known, seeds = (
             [c.question for c in cases],
             [c.answer for c in cases],
-            self._seeds("answer", len(cases)),
+            self.seeds("answer", len(cases)),
         )
         texts = self.model.answer(pictures, questions, seeds)
         right = [t.strip() == c.answer for t, c in zip(texts, cases)]
         kinds = [c.kind for c in cases]
-        self._look("answer", kinds, seeds, right, asked=questions, wrote=texts, expected=known, given=pictures)
-        self._share("answer_accuracy", right)
-        common = 0
-        for kind in sorted({c.kind for c in cases}):
-            of_kind = [i for i, c in enumerate(cases) if c.kind == kind]
-            self._share(f"answers.{kind}", [right[i] for i in of_kind])
-            common += Counter(cases[i].answer for i in of_kind).most_common(1)[0][1]
-        self.report.add("answer_baseline", common / len(cases))
+        self.look("answer", kinds, seeds, right, asked=questions, wrote=texts, expected=known, given=pictures)
+        self.answered(kinds, known, right)
 
     def run_inpaint(self) -> None:
         """Holes: the repainted picture and the completed caption agree, and nothing given was touched."""
@@ -154,7 +150,7 @@ class EmojiEval:
         self.progress("inpainting")
         pictures = render_batch([c.scene for c in cases], self.profile)
         masks = torch.stack([self.profile.boxes([c.hole]) for c in cases])
-        seeds = self._seeds("inpaint", len(cases))
+        seeds = self.seeds("inpaint", len(cases))
         out = self.model.inpaint(pictures, masks, cases, seeds)
         readings, agrees = self._agreement(out)
         same = lambda o, hole: o.overlaps(hole) and o.name == hole.name  # noqa: E731
@@ -167,42 +163,22 @@ class EmojiEval:
             [c.caption for c in cases],
         )
         shown = {"wrote": out.texts, "seen": readings, "expected": known, "given": torn, "drawn": out.images}
-        self._look("inpaint", kinds, seeds, whole, asked=asked, **shown)
+        self.look("inpaint", kinds, seeds, whole, asked=asked, **shown)
         for key, values in (("", whole), ("_there", there), ("_agrees", agrees), ("_untouched", out.untouched)):
-            self._share(f"inpainting{key}", values)
+            self.share(f"inpainting{key}", values)
 
     def run_generate(self) -> None:
         """Pictures with captions from nothing: they agree, and are as varied as training scenes."""
         self.progress("joint generation")
-        seeds = self._seeds("joint", self.n)
+        seeds = self.seeds("joint", self.n)
         out = self.model.generate(seeds)
         readings, agrees = self._agreement(out)
-        self._look("generate", "", seeds, agrees, wrote=out.texts, seen=readings, drawn=out.images)
-        self._share("joint_agreement", agrees)
+        self.look("generate", "", seeds, agrees, wrote=out.texts, seen=readings, drawn=out.images)
+        self.share("joint_agreement", agrees)
         truth = scenes("joint", KINDS, self.n, self.seed, self.profile)
         made = [r.scene for r in readings if r.scene is not None]
         self.report.add("joint_distinct", len(set(made)) / len(set(truth)))
         self.report.add("joint_entropy", object_entropy(made) / max(object_entropy(truth), 1e-9))
-
-    def _look(
-        self, task: str, category: str | Sequence[str], seeds: Sequence[int], right: Sequence[bool], **shown: Any
-    ) -> None:
-        """Note cases as a person looks at them; `given` and `drawn` are pictures, `seen` readings, the others words."""
-        shots = {word: bytes_of(shown.pop(word)).numpy() for word in ("given", "drawn") if word in shown}
-        words = {name: [describe(v) if name == "seen" else v for v in values] for name, values in shown.items()}
-        counts = Counter[str]()
-        for i, seed in enumerate(seeds):
-            own = category if isinstance(category, str) else category[i]
-            pictures = tuple((word, shot[i]) for word, shot in shots.items())
-            said = {name: values[i] for name, values in words.items()}
-            case = JudgedCase(task, own, counts[own], right[i], **said, pictures=pictures, row=row_name(task, seed))
-            self.report.cases.append(case)
-            counts[own] += 1
-
-    def _share(self, key: str, right: Sequence[bool]) -> Estimate:
-        estimate = Estimate.share(right)
-        self.report.add(key, estimate)
-        return estimate
 
     def _true(self, texts: Sequence[str], truth: Sequence[Scene | None]) -> list[bool]:
         """Whether each text is a caption of its scene."""
@@ -212,9 +188,6 @@ class EmojiEval:
         """What is on the pictures, and whether the texts say so."""
         readings = self.oracle.read(out.images)
         return readings, self._true(out.texts, [r.scene for r in readings])
-
-    def _seeds(self, task: str, n: int) -> list[int]:
-        return (keyed_bits(task_seed(task, self.seed), torch.arange(n), 0, 1)[:, 0] >> 2).abs().tolist()
 
 
 def describe(reading: Reading) -> str:

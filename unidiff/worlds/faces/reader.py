@@ -119,7 +119,7 @@ def _rows_of(group: tuple[str, ...]) -> slice:
     """The rows of the artwork that the layers of a group reach."""
     if "background" in group or "skin" in group:
         return slice(0, SIDE)
-    reach = torch.stack([default_layers().reach(name) for name in group if name in ORDER]).any(0)  # [16]
+    reach = torch.stack([default_layers().touched(name).any(1) for name in group if name in ORDER]).any(0)  # [16]
     touched = reach.nonzero()[:, 0].tolist()
     return slice(touched[0], touched[-1] + 1)
 

@@ -129,10 +129,10 @@ class Layers:
             found.append(len(self._places) if value == NONE else self._places[layer, value, colour])
         return found
 
-    def reach(self, layer: str) -> Tensor:
-        """bool `[16]`: the rows in which any value of a layer shows something."""
+    def touched(self, layer: str) -> Tensor:
+        """bool `[16, 16]`: the pixels in which any value of a layer shows something."""
         own = [place for (name, _, _), place in self._places.items() if name == layer]
-        return (self.rgba[own][..., 3] > 0).any(-1).any(0)
+        return (self.rgba[own][..., 3] > 0).any(0)
 
     def compose(self, faces: Sequence[Face], rows: slice = slice(0, SIDE)) -> Tensor:
         """Pictures at the size of the artwork: float32 `[N, 3, 16, 16]` in the 256 steps of a picture file, or some rows of them."""

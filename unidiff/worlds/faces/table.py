@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from unidiff.worlds.faces.cells import FACTOR, face_tokenizer
 from unidiff.worlds.faces.language import choices, draw_question, worded
-from unidiff.worlds.faces.scenes import NONE, FaceGenerator, render_batch
+from unidiff.worlds.faces.scenes import NONE, FaceGenerator, default_layers, render_batch
 
 
 class FaceScenes:
@@ -36,3 +38,19 @@ def picture_source(profile: str, kinds: tuple[float, ...], seed: int) -> Callabl
     """Faces for an image tokenizer: a picture by number, float32 `[3, 64, 64]` in [0, 1]. There is one profile and one kind."""
     faces = FaceGenerator(seed, "all")
     return lambda number: render_batch([faces.face(number)])[0]
+
+
+def face_cells(profile: str, factor: int) -> tuple[Tensor, Tensor]:
+    """Every cell of every face on all backgrounds, float `[cells, backgrounds, 3, 8, 8]` in [0, 1], and the backgrounds alone.
+
+    Raises:
+        ValueError: `factor` is not 8.
+    """
+    if factor != FACTOR:
+        raise ValueError(f"faces are made of cells of {FACTOR} pixels, and factor is {factor}")
+    table, grounds = face_tokenizer().cells, default_layers().grounds  # [K, 4, d, d], [G, 3]
+    shown = table[len(grounds) :, None]  # [K - G, 1, 4, d, d]
+    cells = torch.where(shown[:, :, 3:] > 0.5, shown[:, :, :3], grounds[:, :, None, None])
+    step = FACTOR // cells.shape[-1]
+    flat = grounds[:, :, None, None].expand(-1, -1, FACTOR, FACTOR).contiguous()
+    return cells.repeat_interleave(step, 3).repeat_interleave(step, 4), flat

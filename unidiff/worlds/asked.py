@@ -1,4 +1,4 @@
-"""A pipeline as EmojiEval asks it: batches of rows, each with its own seed, of which the finished ones may be kept."""
+"""A pipeline as the evaluation of a world asks it: batches of rows, each with its own seed, of which the finished ones may be kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,26 @@ from torch import Tensor
 from unidiff.evaluation.kept import DecodedRow, KeptRows
 from unidiff.pipeline import UniDiffPipeline
 from unidiff.pipelines.output import UniDiffOutput
-from unidiff.worlds.emoji.cases import InpaintCase
 
 Numbers = Sequence[int]
 """Places of some rows among all."""
+
+
+class HoledCaption:
+    """A caption with a part of it hidden: `before`, `name` and `after` are its parts, and `name` is empty where all of it is given."""
+
+    caption: str
+    before: str
+    name: str
+    after: str
+
+    def template(self, encode: Callable[[str], Sequence[int]]) -> str:
+        """The caption with as many hidden tokens as the name has in its place; `encode` gives the ids of a text."""
+        if not self.name:
+            return self.caption
+        parts = (self.caption, self.before.removesuffix(" "), self.after)
+        whole, before, after = (len(encode(part)) for part in parts)
+        return f"{self.before}<mask:{whole - before - after}>{self.after}"
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Drawn:
 
 
 class PipelineModel:
-    """A pipeline, run in batches with its own settings for each task: all that EmojiEval asks of a model.
+    """A pipeline, run in batches with its own settings for each task: all that an evaluation asks of a model.
 
     Pictures are float `[B, 3, H, W]` in [0, 1], what is drawn in the 256 steps of a picture file, so that what is judged is
     what can be looked at. There is one seed per row.
@@ -71,7 +87,7 @@ class PipelineModel:
         call = lambda p, **how: self.pipe.answer(images[p], [questions[i] for i in p], **how)  # noqa: E731
         return [row.words for row in self._rows("answer", seeds, call, drawn=False)]
 
-    def inpaint(self, images: Tensor, masks: Tensor, cases: Sequence[InpaintCase], seeds: Sequence[int]) -> Drawn:
+    def inpaint(self, images: Tensor, masks: Tensor, cases: Sequence[HoledCaption], seeds: Sequence[int]) -> Drawn:
         """Repaint where `masks` (bool `[B, H, W]`) is True and fill the holes of the captions."""
 
         def fill(p: Numbers, **how: Any) -> UniDiffOutput:

@@ -1,4 +1,4 @@
-"""The demo's page: sections of pictures with words, and how some of them appeared, in one HTML file."""
+"""The page of a world's demo: sections of pictures with words, and how some of them appeared, in one HTML file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from unidiff.files import replace_text
 from unidiff.html_page import html_page, image_address
-from unidiff.pipelines.sheet import Cell
+from unidiff.pipelines.sheet import Cell, draw_sheet, save_image, stack
 
 _SIDE = 128  # pixels of a picture on the page
 _STYLE = f"""
@@ -59,6 +59,21 @@ def unmasking_of(result: Any, rows: int) -> tuple[Unmasking, ...]:
         Unmasking(tuple(Image.fromarray(frame[b].numpy()) for frame in way.frames), tuple(t[b] for t in way.texts))
         for b in range(min(rows, len(result.texts)))
     )
+
+
+def section_of(title: str, cells: Sequence[Cell], shows: tuple[str, ...], result: Any) -> Section:
+    """A section of a `UniDiffOutput`, with how its first rows appeared where that was recorded."""
+    cost = f"{len(result.texts)} rows, {result.nfe} forward passes, {result.seconds:.1f} s"
+    way = unmasking_of(result, 4) if result.trajectory is not None else ()
+    return Section(title, tuple(cells), shows, cost, way)
+
+
+def write_demo(sections: Sequence[Section], out: str | Path) -> tuple[Path, Path]:
+    """`demo.png` and `demo.html` in a folder; returns their paths."""
+    png, page = Path(out) / "demo.png", Path(out) / "demo.html"
+    save_image(stack([draw_sheet(s.lines(4), title=s.title) for s in sections]), png)
+    write_page(sections, page, title="unidiff demo")
+    return png, page
 
 
 def write_page(sections: Sequence[Section], path: str | Path, title: str) -> None:
