@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from unidiff.schema import Between, Rows
-from unidiff.tokens.image.vq import ImageTokenizerModel
+from unidiff.tokens.image.protocols import ImageTokenizerModel
 from unidiff.weights.model import CheckedModel
 
 _SPREAD = 0.02  # of a colour that counts as the ground's own, in units of full intensity
