@@ -75,7 +75,7 @@ def plan(
     """Say what a run would need before it is started: memory per GPU, operations, days, and how to spread it.
 
     No data and no GPU is needed. The config of a transformer must declare data.vocabulary and data.grid, that of an image
-    tokenizer data.image_size.
+    tokenizer data.image_size. That of a dual model names tokenizer.image, too.
     """
     for name, value in (("memory", memory), ("tflops", tflops)):
         if value is not None and not 0 < value < 1e12:
@@ -87,9 +87,9 @@ def plan(
         lines = plan_tokenizer(load_config(ImageTokenizerConfig, config, settings or [])).lines(gpus, memory, tflops)
     else:
         run = read_config(config, settings or [])
-        from unidiff.train.cost.plan import make_plan
+        from unidiff.train.networks import NETWORKS
 
-        lines = make_plan(run, gpus).lines(gpus, memory, tflops)
+        lines = NETWORKS[run.network].plan(run, gpus).lines(gpus, memory, tflops)
     for line in lines:
         typer.echo(line)
 

@@ -27,7 +27,7 @@ from unidiff.diffusion.streamed_nll import HeadPart
 from unidiff.models.dual_transformer import DualTransformer
 from unidiff.models.trained_on import TASKS
 from unidiff.schema import check_arguments
-from unidiff.tokens import Modality
+from unidiff.tokens import Modality, Vocabulary
 from unidiff.tokens.batch import moved
 from unidiff.tokens.image.vq import QuantizedAutoencoder, VQImageTokenizer
 from unidiff.train.build import check_names
@@ -51,7 +51,16 @@ def scaled_vectors(images: VQImageTokenizer) -> tuple[Tensor, float]:
 
 
 def build_dual(config: TrainConfig, source: TokenSource) -> DualTransformer:
-    """The model of `config.model` for the data, drawn from `config.seed`.
+    """The model of `config.model` for the data, drawn from `config.seed`; raises as `dual_arguments`."""
+    arguments, vectors = dual_arguments(config, source.vocabulary, source.grid)
+    torch.manual_seed(config.seed)
+    model = DualTransformer(**arguments)
+    model.code_vectors.copy_(vectors)
+    return model.float().train()
+
+
+def dual_arguments(config: TrainConfig, vocabulary: Vocabulary, grid: tuple[int, int]) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of the `DualTransformer` of a run on data of these ids and rows and columns of codes, and its code vectors.
 
     Raises:
         ValueError: an unknown or ill-typed model setting, a setting of masked models that a dual one has not, an image
@@ -65,18 +74,15 @@ def build_dual(config: TrainConfig, source: TokenSource) -> DualTransformer:
     if not config.tokenizer.image:
         raise ValueError("network = 'dual' needs tokenizer.image, the folder of the image tokenizer of the data")
     vectors, _ = scaled_vectors(VQImageTokenizer.from_pretrained(config.tokenizer.image))
-    if len(vectors) != source.vocabulary.image_size:
+    if len(vectors) != vocabulary.image_size:
         raise ValueError(
-            f"the image tokenizer has {len(vectors)} codes, the data {source.vocabulary.image_size}; point tokenizer.image at "
+            f"the image tokenizer has {len(vectors)} codes, the data {vocabulary.image_size}; point tokenizer.image at "
             "its own"
         )
-    torch.manual_seed(config.seed)
-    if source.grid[0] != source.grid[1] or source.vocabulary.text[0] != 0:
+    if grid[0] != grid[1] or vocabulary.text[0] != 0:
         raise ValueError("a dual model learns from square pictures and data whose text ids start at 0")
     found = dict(zip(("codebook_size", "code_dim"), vectors.shape, strict=True))  # by name: see `register_to_config`
-    model = DualTransformer(vocab_size=source.vocabulary.text_size + 1, grid=source.grid[0], **found, **config.model)
-    model.code_vectors.copy_(vectors)
-    return model.float().train()
+    return {"vocab_size": vocabulary.text_size + 1, "grid": grid[0], **found, **config.model}, vectors
 
 
 def _check_settings(config: TrainConfig) -> None:

@@ -9,6 +9,8 @@ from unidiff.models.trained_on import TASKS
 from unidiff.tokens import Vocabulary
 from unidiff.train.build import build_model
 from unidiff.train.config import TrainConfig
+from unidiff.train.cost.dual import plan_dual
+from unidiff.train.cost.plan import Plan, make_plan
 from unidiff.train.data.source import TokenSource
 from unidiff.train.dual import DualNLL, build_dual, dual_report_names, validate_dual
 from unidiff.train.step import TokenNLL, report_names, validate
@@ -19,12 +21,14 @@ class Network(NamedTuple):
 
     `fallback`: the number of the validation report that a run is judged by, if it is there; otherwise the NELBO of what is trained.
     `drawn`: what the loss of image positions is called in logs.
+    `plan`: what a run on so many GPUs would cost.
     """
 
     build: Callable[[TrainConfig, TokenSource], Any]
     loss: Callable[[Any, Vocabulary, TrainConfig], TokenNLL]
     report_names: Callable[[TokenSource, int], set[str]]
     validate: Callable[..., dict[str, float]]
+    plan: Callable[[TrainConfig, int], Plan]
     fallback: str = ""
     drawn: str = "nll"
 
@@ -56,8 +60,12 @@ def _dual_loss(model: Any, vocabulary: Vocabulary, config: TrainConfig) -> Token
 
 NETWORKS = {
     "masked": Network(
-        lambda config, source: build_model(config, source.vocabulary.size), _masked_loss, report_names, validate
+        lambda config, source: build_model(config, source.vocabulary.size),
+        _masked_loss,
+        report_names,
+        validate,
+        make_plan,
     ),
-    "dual": Network(build_dual, _dual_loss, dual_report_names, validate_dual, "flow_loss", "squared_error"),
+    "dual": Network(build_dual, _dual_loss, dual_report_names, validate_dual, plan_dual, "flow_loss", "squared_error"),
 }
 """By `TrainConfig.network`."""

@@ -195,26 +195,26 @@ class Plan:
 
 def make_plan(config: TrainConfig, gpus: int) -> Plan:
     """Count a run. Raises ValueError without a declared vocabulary and grid, or for a batch that the GPUs cannot share."""
-    if not 1 <= gpus <= 2**20:
-        raise ValueError(f"--gpus is {gpus}; expected a number from 1 to {2**20}")
-    if config.batch_size % gpus:
-        raise ValueError(f"batch_size = {config.batch_size} must be a multiple of the {gpus} GPUs; it counts all rows")
-    vocabulary = declared_vocabulary(config)
+    rows, vocabulary = rows_per_gpu(config, gpus), declared_vocabulary(config)
     size = model_size(config.model, vocabulary.size)
     row = row_shape(config, vocabulary)
-    rows = config.batch_size // gpus
     ways = [(mode, replicas, again) for mode, replicas in _modes(config, gpus) for again in (False, True)]
     layouts = tuple(_layout(config, size, row, rows, gpus, *way) for way in ways)
     state = state_bytes(config, size)
     return Plan(size, row, row_flops(size, row), config.rows_per_step, rows, config.steps, state, layouts)
 
 
+def rows_per_gpu(config: TrainConfig, gpus: int) -> int:
+    """Rows of one pass. Raises ValueError for a batch that the GPUs cannot share."""
+    if not 1 <= gpus <= 2**20:
+        raise ValueError(f"--gpus is {gpus}; expected a number from 1 to {2**20}")
+    if config.batch_size % gpus:
+        raise ValueError(f"batch_size = {config.batch_size} must be a multiple of the {gpus} GPUs; it counts all rows")
+    return config.batch_size // gpus
+
+
 def declared_vocabulary(config: TrainConfig) -> Vocabulary:
-    """The layout that `data.vocabulary` names. Raises ValueError when it or `data.grid` is not set, or for another network."""
-    if config.network != "masked":
-        raise ValueError(
-            f"network is {config.network!r}; costs are counted of masked transformers alone (network=masked)"
-        )
+    """The layout that `data.vocabulary` names. Raises ValueError when it or `data.grid` is not set."""
     if not config.data.vocabulary or not config.data.grid:
         raise ValueError(
             "the config declares no data.vocabulary and data.grid; set both, for instance data.vocabulary=unidisc-vq16 data.grid=16"

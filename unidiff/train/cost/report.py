@@ -26,8 +26,13 @@ def measure_training(
 ) -> dict[str, Any]:
     """Time the head and, unless `head_only`, `steps` steps of a run of random tokens; plain data of all that is said.
 
-    Raises ValueError without a declared vocabulary and grid, or for a device that is not there.
+    Raises ValueError without a declared vocabulary and grid, for another network, or for a device that is not there.
     """
+    if config.network != "masked":
+        raise ValueError(
+            f"network is {config.network!r}; steps are timed of masked transformers alone (network=masked), and "
+            "`unidiff plan` counts the operations of this one"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     work = TrainingLoad(config, declared_vocabulary(config), pick_device(config.device).type)
