@@ -63,8 +63,7 @@ def _even(
     if not n:
         return PartialHidden(store.hidden[:, :0], index.at, tuple(work))
     rotary, visible, rotated = store.rotary(index), store.visible(index), store.options.rotated
-    for use in () if index.whole else ("heads", "write")[: 1 + store.options.outputs]:
-        store.place(index, use)  # before the first layer, so that all layers find the same
+    _place(store, index, *("heads", "write")[: 1 + store.options.outputs])
     masks = [store.visible_in(layer, index, visible) for layer in range(last + 1)]
     views = [
         EvenView(rotary, mask, rotated, kept=store.layer(layer), index=index, asked=index)
@@ -77,6 +76,12 @@ def _even(
     x = run(rows, store, index, views)
     store.write_hidden(asked, x)
     return PartialHidden(x, asked.at, tuple(work))
+
+
+def _place(store: FeatureStore, index: TokenIndex, *uses: str) -> None:
+    """Work out what an index means in memory before the first layer, so that all layers find the same and share one program."""
+    for use in () if index.whole else uses:
+        store.place(index, use)
 
 
 @dataclass(kw_only=True)
@@ -111,6 +116,8 @@ def _uneven(
     query = torch.ones_like(everywhere.at, dtype=torch.bool) if plan.query is None else plan.query
     compared = known if plan.verify is None else store.index(plan.verify | query, plan.compared)
     store.begin(known)
+    for index in (known, compared):
+        _place(store, index, "read", "heads", "write")
     views = [UnevenView(store, layer, plan, query, known, compared, select) for layer in range(store.layers)]
     x = run(None, store, everywhere, views)
     if (working := plan.working_rows()) is not None:  # with the time, hidden states of the others would change
