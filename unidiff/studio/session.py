@@ -11,7 +11,7 @@ from unidiff.errors import explain
 from unidiff.studio import views
 from unidiff.studio.runs import Failed, Finished, Moment, Run, Worker
 from unidiff.studio.snippets import snippet
-from unidiff.studio.tasks import BY_NAME, Dial, StudioTask, call_arguments, tasks_of
+from unidiff.studio.tasks import Dial, StudioTask, call_arguments, tasks_of
 from unidiff.studio.uploads import Sent
 from unidiff.studio.visitors import StudioResult, Visitor, Visitors
 
@@ -162,10 +162,3 @@ def sentence(error: Exception) -> str:
 def _whole(value: Any) -> Any:
     """A whole number that came as a float; anything else is left to its check."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def task_named(name: str) -> StudioTask:
-    """The tab of a task; `ValueError` for one that there is not."""
-    if name not in BY_NAME:
-        raise ValueError(f"task is {name!r:.40}; expected one of {', '.join(BY_NAME)}")
-    return BY_NAME[name]

@@ -1,4 +1,4 @@
-"""Rows of text and image tokens, and of continuous features, in one sequence (`Span`, `TokenBatch`), and how they travel (`moved`)."""
+"""Rows of text and image tokens and of continuous features (`Span`, `TokenBatch`), and how tensors travel (`moved`)."""
 
 from __future__ import annotations
 

@@ -149,7 +149,8 @@ def load_text_encoder(
     """The `text_encoder` of a released folder, of a class of transformers; None for a dtype keeps the checkpoint's.
 
     Args:
-        types: what keys of its config have to be, besides `dtype`. expected: the folder, for the message. more: handed on to `from_pretrained`.
+        types: what keys of its config have to be, besides `dtype`. expected: the folder, for the message.
+        more: handed on to `from_pretrained`.
 
     Raises:
         FileNotFoundError: no text encoder. ValueError: as of `load_checked`.
