@@ -165,7 +165,7 @@ def test_regions_are_compiled(expected):
 @pytest.mark.parametrize("cache", ["dual", "prefix", "max-logit", "adaptive"])
 def test_layers_share_one_compiled_program_beside_a_cache(cache):
     counts = []
-    for layers in (3, 9):  # a first, a last and one between; more than dynamo compiles programs of one function, by its default
+    for layers in (3, 9):  # more layers than dynamo compiles programs of one function, by its default
         torch.compiler.reset()
         seen = []
         torch.manual_seed(0)
