@@ -87,11 +87,11 @@ def released_config(model: DualMMDiT, **more: Any) -> dict[str, Any]:
     )
 
 
-def write_folder(folder: Path, texts: list[str] = TEXTS, length: int = 20) -> None:
-    """Tiny random parts in the released layout; pictures of 8 x 8 pixels, texts of `length` tokens."""
+def write_folder(folder: Path, texts: list[str] = TEXTS, length: int = 20, **changes: Any) -> None:
+    """Tiny random parts in the released layout; pictures of 8 x 8 pixels, texts of `length` tokens; `changes` of the network."""
     tokenizer = TextTokenizer.train(texts, 300)
     size = tokenizer.size + 1
-    model = lively_(DualMMDiT(vocab_size=size, **MODEL))
+    model = lively_(DualMMDiT(vocab_size=size, **{**MODEL, **changes}))
     (folder / "transformer").mkdir(parents=True)
     config = released_config(model, eos_token_id=tokenizer.special("eos"))
     (folder / "transformer" / "config.json").write_text(json.dumps(config))

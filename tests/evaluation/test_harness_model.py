@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from all_pipelines import make_pipelines
@@ -14,6 +15,7 @@ from PIL import Image
 from unidiff.evaluation.harness.asked import Context, Wish, without_marks
 from unidiff.evaluation.harness.model import HarnessModel
 from unidiff.evaluation.harness.settings import HarnessSettings
+from unidiff.families.layout import TaskInputs
 
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -198,6 +200,35 @@ def test_answers_about_pictures_are_those_of_the_pipeline(pipelines, family):
     alone = in_order(model_of(pipe, batch_size=1).log_likelihoods(pairs))
     assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
     assert together[0][0] != together[2][0] and all(value < 0 for value, _ in together)
+
+
+def test_words_about_latents_are_written_and_scored_but_not_without_a_picture(pipelines):
+    pipe = pipelines["ddit"]
+    fox, shown = " red fox", [picture(n, (8, 8)) for n in range(2)]
+    pairs = [(Context(words, (p,)), fox) for words in ("a fox?", "") for p in shown]
+    pairs.append((Context("a fox?", (shown[0],)), " two owls on blue"))
+    together = in_order(model_of(pipe, batch_size=4).log_likelihoods(pairs))
+    alone = in_order(model_of(pipe, batch_size=1).log_likelihoods(pairs))
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
+    assert len({value for value, _ in together}) == 5 and all(value < 0 for value, _ in together)
+    [(_, (one, _))] = model_of(pipe, draws=1).log_likelihoods([(Context("a fox?", (shown[0],)), "a")])
+    pixels = torch.tensor(np.asarray(shown[0])).movedim(-1, 0)[None] / 255
+    request = pipe.layout.request("answer", TaskInputs(1, ["a fox?"], codes=pipe.images.encode(pixels), longest=1))
+    rows, model = request.batch, pipe.layout.denoiser(pipe.transformer)
+    hidden = model.hidden(rows.ids, rows.modality, rows.positions, features=rows.features)
+    logits = model.head(hidden[request.words])  # of the only word; [MASK] is none
+    logits = logits.index_fill(1, torch.tensor(pipe.vocabulary.mask_id), -torch.inf)
+    assert one == pytest.approx(float(logits.detach().log_softmax(-1)[0, pipe.texts.encode("a")[0]]), abs=1e-4)
+    contexts = [Context("a fox?", (p,)) for p in shown]
+    told = in_order(model_of(pipe).write([(c, {"max_new_tokens": 3, "temperature": 0}) for c in contexts]))
+    own = pipe.answer(shown, "a fox?", 3, temperature=0.0, generator=[c.seed(0) for c in contexts]).texts
+    assert told == [text.strip() for text in own]
+    for ask in (
+        lambda model: model.log_likelihoods([(Context("a"), " fox")]),
+        lambda model: model.rolling(["two owls"]),
+    ):
+        with pytest.raises(ValueError, match="those of ddit are latents"):
+            list(ask(model_of(pipe)))
 
 
 def test_questions_about_several_pictures(pipelines):

@@ -15,6 +15,7 @@ from unidiff import UniDiffPipeline
 from unidiff.decoding import cache as policies
 from unidiff.families.checkpoint.convert import convert
 from unidiff.families.checkpoint.load import load_released
+from unidiff.families.checkpoint.small_memory import quantise
 from unidiff.families.checkpoint.verify import describe
 from unidiff.families.ddit import DDIT
 from unidiff.families.ddit.upstream import substituted, write_words
@@ -56,6 +57,15 @@ def test_all_context_projections_of_the_last_block_are_taken(folder: Path):
         assert weights[f"transformer_blocks.{last}.attn.add_{kind}_proj.bias"].shape == (width,)
     back = DDIT.export(model)
     assert all(torch.equal(back[name], value) for name, value in weights.items())
+
+
+def test_half_precision_needs_no_autocast(folder: Path, pipe: Any):
+    """Upstream's network raises there: its features of the time are float32 whatever its weights."""
+    half = UniDiffPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    exact, near = (p.text_to_image(PROMPTS, generator=[3, 4], steps=3, output_type="pt").codes for p in (pipe, half))
+    assert float((near.float() - exact).norm() / exact.norm()) < 0.1
+    assert half.caption(picture(), generator=[1], steps=4).texts
 
 
 def test_options_that_upstream_drops_are_refused(folder: Path, tmp_path: Path):
@@ -249,16 +259,14 @@ def test_the_command_line(run: Any, folder: Path, tmp_path: Path):
     assert "ok   known answer" in out and "ok   a pass of this checkpoint" in out
 
 
-@pytest.mark.parametrize("kind", ["int8"])
-def test_weights_of_few_bits(folder: Path, kind: str):
-    pytest.importorskip("torchao")
-    from unidiff.families import quantise
-
-    pipe = UniDiffPipeline.from_pretrained(folder)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_of_few_bits(tmp_path: Path, kind: str):
+    pytest.importorskip("torchao", reason="the extra `quantise` (torchao) is not installed")
+    write_folder(tmp_path / "wide", head_dim=16)  # a width that groups of 32 divide
+    pipe = UniDiffPipeline.from_pretrained(tmp_path / "wide")
     pipe.set_progress_bar_config(disable=True)
     before = pipe.text_to_image(PROMPTS[0], generator=0, steps=2, output_type="pt").codes
     quantise(pipe.transformer, kind)
     after = pipe.text_to_image(PROMPTS[0], generator=0, steps=2, output_type="pt").codes
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(before, after, atol=0.3, rtol=0.1)
+    assert 0 < float((after - before).norm() / before.norm()) < (0.05 if kind == "int8" else 0.3)
     assert pipe.caption(picture(), generator=[1], steps=4, cache="interval").texts

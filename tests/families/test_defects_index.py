@@ -22,6 +22,7 @@ UNI, OWN_UNI = "families/test_llada2_uni_golden.py", "families/test_llada2_uni.p
 OWN_MUDDIT, OWN_MMADA = "families/test_muddit.py", "families/test_mmada.py"
 PARALLEL = "families/test_parallel_defects.py"
 OWN_DYNIN = "families/test_dynin.py"
+OWN_DDIT = "families/test_ddit.py"
 POLICIES, ADAPTIVE, SAMPLER = "decoding/test_policies.py", "decoding/test_adaptive.py", "decoding/test_sampler.py"
 
 # system: what upstream does wrong: (module, test)
@@ -259,6 +260,27 @@ DEFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "early stop raises NameError": (MMADA, "test_stopping_early_fills_what_is_left"),
         "codes of a given image are dropped": (MMADA, "test_every_code_of_a_given_image_is_seen"),
         "arguments are changed in place": (MMADA, "test_inputs_are_not_changed"),
+    },
+    "D-DiT": {
+        'draws of "unmask?" and "which token?" are one race in float32': (
+            OWN_DDIT,
+            "test_float32_races_make_rare_tokens_rarer",
+        ),
+        "a prediction is used again only while no row of the batch changed": (
+            OWN_DDIT,
+            "test_the_reference_uses_a_prediction_again_only_while_no_row_changed",
+        ),
+        "the last evaluation takes the best token of what is left": (
+            OWN_DDIT,
+            "test_the_reference_way_to_write_is_a_switch",
+        ),
+        "settings of SD3.5 are dropped silently": (OWN_DDIT, "test_options_that_upstream_drops_are_refused"),
+        "released weights of the last block do not load on current diffusers": (
+            OWN_DDIT,
+            "test_all_context_projections_of_the_last_block_are_taken",
+        ),
+        "half precision raises outside autocast": (OWN_DDIT, "test_half_precision_needs_no_autocast"),
+        "pictures and words are never drawn together": (OWN_DDIT, "test_picture_and_words_together"),
     },
     "image tokenizers": {
         "LlamaGen VQ overflows in float16": (

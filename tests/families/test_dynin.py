@@ -23,9 +23,9 @@ from unidiff.families.checkpoint.small_memory import quantise
 from unidiff.families.checkpoint.verify import describe
 from unidiff.families.dynin import DYNIN, RELEASED, SPECIALS, dynin_vocabulary, has_speech
 from unidiff.families.dynin.rows import DyninLayout, both_config
-from unidiff.families.dynin.upstream import UpstreamQuota
 from unidiff.families.family import recognise
 from unidiff.families.mmada import ImageSettings, image_config
+from unidiff.families.upstream_order import UpstreamQuota
 from unidiff.models.transformer import MaskedTransformer
 from unidiff.tokens import Modality, Vocabulary
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from unidiff.decoding.commit.base import Quota
 from unidiff.families.dynin import DYNIN, SPECIALS, dynin_vocabulary
 from unidiff.families.dynin.rows import DyninLayout
-from unidiff.families.dynin.upstream import UpstreamQuota
 from unidiff.families.layout import DecodeRequest, TaskInputs
 from unidiff.families.mmada import ImageSettings, image_config
+from unidiff.families.upstream_order import UpstreamQuota
 from unidiff.tokens import Modality, Vocabulary
 
 pytestmark = pytest.mark.golden

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from golden import golden_cases
+from reference.dynin_tape import Tape, taped_run
 from reference.mmada_prompts import MMaDAPrompts, PromptRows, mmada_batch
 from reference.mmada_sampling import generate_codes, generate_text
 from reference.mmada_training import answer_loss, image_loss, mask_answers, mask_image, training_mask
 from safetensors.torch import load_file
 
 from unidiff.decoding.commit.base import quota, take_best
+from unidiff.families.layout import DecodeRequest, TaskNeeds
 from unidiff.families.llada.rows import llada_sampler
-from unidiff.families.mmada import MMADA, ImageSettings, mmada_vocabulary
+from unidiff.families.mmada import MMADA, ImageSettings, MMaDALayout, image_config, mmada_vocabulary
+from unidiff.tokens import Modality
 
 pytestmark = pytest.mark.golden
 NAMES = {
@@ -275,6 +279,34 @@ def test_image_traces(golden):
         seen = torch.cat([b.valid for b in rows])  # padding queries: see the forward test
         torch.testing.assert_close(logits[seen], first[seen], atol=1e-4, rtol=0)
         stored.all_seen()
+
+
+def test_image_traces_through_the_sampler(golden):
+    """`compat="upstream"`: the counts and the noise of the program, in the package's own decode."""
+    layout = MMaDALayout(golden.vocabulary, lambda text: [], compat="upstream")
+    for name, case in golden.config["t2i_cases"].items():
+        stored = golden.read(f"t2i_{name}")
+        batch = mmada_batch(stored["input_ids"], golden.vocabulary, stored["attention_mask"])
+        away = mmada_batch(stored["uncond_input_ids"], golden.vocabulary, stored["uncond_attention_mask"])
+        settings = ImageSettings(case["timesteps"], case["guidance_scale"], case["temperature"], case["noise_schedule"])
+        config, picture = image_config(settings), batch.modality == Modality.IMAGE
+        away = away.replace(ids=torch.where(picture, batch.ids, away.ids), given=away.given | (picture & batch.given))
+        request = DecodeRequest(batch, config, TaskNeeds(), ~picture, picture, (away,), drawn=True)
+        pipe, places = SimpleNamespace(transformer=golden.model), picture[0].nonzero()[:, 0]
+        maker = layout.prepared(pipe, request, config, torch.zeros(len(batch.ids))).rules[Modality.IMAGE]
+        exponential = stored["noise.sample_exp"].unflatten(1, (len(batch.ids), len(places)))
+        tape = Tape(places, exponential, maker.start, stored["noise.mask_uniform"])
+        out, seen = taped_run(golden.model, layout, request, config, {Modality.IMAGE: tape})
+        assert len(seen) == len(tape.passes) == case["timesteps"]
+        codes = out.batch.ids[picture].view(len(batch.ids), -1) - golden.vocabulary.image[0]
+        assert torch.equal(codes, stored["final_codes"]), name
+        valid = torch.cat([batch.valid, away.valid][: len(seen[0]) // len(codes)])
+        for number, (ids, own) in enumerate(zip(seen, tape.passes, strict=True)):
+            assert torch.equal(ids[valid], stored["model_input_trace"][number][valid]), (name, number)
+            sure = torch.where(own.masked, stored["selected_probs"][number], 0.0)
+            torch.testing.assert_close(own.probability.float(), sure, atol=1e-4, rtol=0)
+            if number + 1 < len(seen):
+                assert torch.equal(own.masked & ~own.picked, stored["masking"][number]), (name, number)
 
 
 def test_text_traces_through_the_sampler(golden):

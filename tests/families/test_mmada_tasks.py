@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from decode_layout import decode, request_of
 from reference.mmada_prompts import QUESTION, MMaDAPrompts, mmada_batch
 
 from unidiff.decoding import Sampler
+from unidiff.families.layout import TaskInputs
 from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.mmada import MMADA, SPECIALS, ImageSettings, MMaDALayout, image_config, mmada_vocabulary
 from unidiff.models.transformer import MaskedTransformer
@@ -131,3 +135,18 @@ def test_a_callers_settings_lose_nothing_that_a_task_needs():
 def test_errors_are_one_clear_sentence(task, given, message):
     with pytest.raises(ValueError, match=message):
         request_of(ROWS, task, **given)
+
+
+def test_the_order_of_the_program_comes_back_with_compat(model):
+    """Three of four codes in two passes: half of the three are left, and in the program half of all four."""
+    codes, kept = torch.arange(4).view(1, 2, 2), {}
+    for compat in (None, "upstream", "picture_order"):
+        layout = replace(ROWS, compat=compat, image=ImageSettings(steps=2, schedule="linear", guidance=0.0))
+        request = layout.request("inpaint", TaskInputs(1, ["a"], codes=codes, holes=codes > 0))
+        ready = layout.prepared(SimpleNamespace(transformer=model), request, request.config, torch.tensor([1]))
+        sampler = Sampler(model, VOCABULARY, ready.config, rules=dict(ready.rules))
+        out = sampler(ready.request.batch, torch.tensor([1]), record=True)
+        kept[compat] = [int((ids == VOCABULARY.mask_id).sum()) for ids in out.trajectory]
+    assert kept == {None: [3, 1, 0], "upstream": [3, 2, 0], "picture_order": [3, 2, 0]}
+    with pytest.raises(ValueError, match="compat is 'order'; expected None, 'upstream', or some of"):
+        replace(ROWS, compat="order")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,35 @@ def test_few_bits_change_answers_little(model, kind, share, error):
         model.blocks[0].attention(h, values=False), small.blocks[0].attention(h, values=False), strict=True
     ):
         assert float((a - b).norm() / a.norm()) < 0.05  # rows of packed weights, which caches read
+
+
+WIDE: dict[str, Any] = {  # of tiny configs, as groups of 32 need it
+    **dict.fromkeys(("d_model", "hidden_size", "mlp_hidden_size", "intermediate_size", "dense_intermediate_size"), 64),
+    **dict.fromkeys(("expert_intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size"), 32),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "cond_dim"), 32),
+    "axes_dims_rope": [8, 12, 12],
+}
+
+
+def widened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tiny config with wide layers; that of a tower of pictures stays."""
+    wide = {name: value if name == "vision_config" else WIDE.get(name, value) for name, value in config.items()}
+    return wide | ({"model": widened(config["model"])} if "model" in config else {})
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("family", [name for name, entry in FAMILIES.items() if entry.layout])
+def test_every_family_takes_few_bits(family, kind):
+    pytest.importorskip("torchao", reason="the extra `quantise` (torchao) is not installed")
+    entry = FAMILIES[family]
+    torch.manual_seed(0)
+    one = entry.make(widened(entry.tiny.config)).bfloat16().eval()
+    for value in one.parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.1)
+    vocabulary = entry.tiny.vocabulary or entry.vocabulary(entry.tiny.config)
+    first, second = answer(one, vocabulary), answer(quantise(copy.deepcopy(one), kind), vocabulary)
+    assert 0 < float((first - second).norm() / first.norm()) < (0.1 if kind == "int8" else 0.35)
 
 
 def test_kinds_and_widths_that_do_not_exist(model):

@@ -24,10 +24,11 @@ from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
 from unidiff.diffusion.schedules import get_schedule
 from unidiff.families.chat import Message, Turn
 from unidiff.families.family import Family, Release, Tiny, config_names
-from unidiff.families.layout import DecodeRequest, Encode, Grid, TaskInputs, TaskNeeds, lay_out, square_side
+from unidiff.families.layout import DecodeRequest, Encode, Grid, Prepared, TaskInputs, TaskNeeds, lay_out, square_side
 from unidiff.families.llada import CONFIG, EIGHT_BILLION, LLADA_NAMES, TINY_CONFIG, llada_settings
 from unidiff.families.llada.rows import WordsAndPictures, llada_sampler
 from unidiff.families.parallel import M_DEFECTS, AnswersTogether, JointSettings
+from unidiff.families.upstream_order import in_upstream_order
 from unidiff.schema import Between, check_fields
 from unidiff.tokens import Span, Vocabulary
 
@@ -206,7 +207,7 @@ class MMaDALayout(AnswersTogether, MMaDARows):
 
     Args:
         joint: settings of words and a picture that are decoded together.
-        compat: defects of MMaDA-Parallel-M's program: "upstream" for all, or names of `parallel.DEFECTS`.
+        compat: defects of MMaDA's program and MMaDA-Parallel-M's: "upstream" for all, or names of `parallel.DEFECTS`.
     """
 
     joint: JointSettings = field(default_factory=lambda: JointSettings(image_steps=30, guidance=3.5))
@@ -217,6 +218,10 @@ class MMaDALayout(AnswersTogether, MMaDARows):
     @property
     def words_beside(self) -> Mapping[str, int]:
         return {"generate": 255, "edit": 255}  # and bos
+
+    def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
+        ready = super().prepared(pipe, request, config, seeds)
+        return in_upstream_order(ready, request) if "picture_order" in self.defects else ready
 
     def edit(self, inputs: TaskInputs) -> DecodeRequest:
         """A picture changed as told, and words; guided away from no picture and no words."""

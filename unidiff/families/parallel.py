@@ -34,12 +34,13 @@ DEFECTS: Mapping[str, str] = MappingProxyType(
         "one_left": "the last code is not decoded but random",
         "always_drawn": "codes are drawn at temperature 0 too",
         "rounded": "how many stay hidden is rounded in float32 (codes) and without care for rounding (words)",
+        "picture_order": "codes of a picture alone are committed by the counts and the noise of `unidiff.families.upstream_order`",
         "other_mark": "a picture without another one to change begins as one of text-to-image, and not as in training",
     }
 )
 """What `compat` may name, or all of them as "upstream"."""
 A_DEFECTS = ("any_id", "overwritten", "late", "all_counted", "one_left", "rounded")
-M_DEFECTS = ("any_id", "inverted", "all_counted", "always_drawn", "rounded", "other_mark")
+M_DEFECTS = ("any_id", "inverted", "all_counted", "always_drawn", "rounded", "picture_order", "other_mark")
 _Guided = Annotated[float, Between(0, 1e6)]
 _Temperature = Annotated[float, Between(0, 1e30)]
 _Passes = Annotated[int, Between(1, 100_000)]

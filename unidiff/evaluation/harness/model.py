@@ -210,7 +210,8 @@ class HarnessModel:
 
     def _answers(self, item: Item) -> bool:
         """Whether what is scored is an answer of a row of its task."""
-        return item.task in ("answer", "chat") or (item.task == "caption" and self.layout.reads_pixels)
+        continuous = self.layout.reads_pixels or self.layout.latents
+        return item.task in ("answer", "chat") or (item.task == "caption" and continuous)
 
     def _score_key(self, item: Item) -> object:
         """Equal numbers of words where rows hold answers of one length, and one draw is all there is of a single word."""

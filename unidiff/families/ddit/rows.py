@@ -22,7 +22,17 @@ from unidiff.decoding import Guidance, ModalityDecoding, SamplerConfig, SamplerO
 from unidiff.errors import read_json
 from unidiff.families.ddit.denoiser import DualDenoiser, T5Text
 from unidiff.families.ddit.upstream import substituted, written
-from unidiff.families.layout import DecodeRequest, Encode, Grid, RowLayout, TaskInputs, TaskNeeds, hidden_words, lay_out
+from unidiff.families.layout import (
+    DecodeRequest,
+    Encode,
+    Grid,
+    Prepared,
+    RowLayout,
+    TaskInputs,
+    TaskNeeds,
+    hidden_words,
+    lay_out,
+)
 from unidiff.schema import Index, Rows, check_fields, from_data
 from unidiff.tokens import Modality, Span, TokenBatch, Vocabulary
 from unidiff.tokens.image.latents import AutoencoderLatents, CodeLatents
@@ -140,6 +150,10 @@ class DualLayout(RowLayout):
     def denoiser(self, model: Any) -> DualDenoiser:
         """A network as the sampler asks it."""
         return DualDenoiser(model, self.encoder, self.vocabulary)
+
+    def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
+        """See `RowLayout.prepared`."""
+        return Prepared(self.denoiser(pipe.transformer), request, config)
 
     @property
     def grid(self) -> Grid:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from unidiff.decoding.cache.base import Compat
 from unidiff.decoding.config import Guidance, ModalityDecoding, SamplerConfig
-from unidiff.families.dynin.upstream import UpstreamOrder, with_prefix
+from unidiff.families.dynin.upstream import with_prefix
 from unidiff.families.layout import DecodeRequest, Grid, Prepared, TaskInputs, TaskNeeds, hidden_words, lay_out
 from unidiff.families.llada.rows import llada_sampler
 from unidiff.families.mmada import ImageSettings, MMaDARows, image_config
-from unidiff.tokens import Modality, Span
+from unidiff.families.upstream_order import in_upstream_order
+from unidiff.tokens import Span
 
 Words = Sequence[int | None]
 
@@ -114,10 +115,7 @@ class DyninLayout(MMaDARows):
 
     def prepared(self, pipe: Any, request: DecodeRequest, config: SamplerConfig, seeds: Tensor) -> Prepared:
         ready = super().prepared(pipe, request, config, seeds)
-        if self.compat is None or not request.drawn or config.image.rule != "quota":
-            return ready
-        timed = replace(config, image=replace(config.image, rule="timed"))
-        return ready._replace(config=timed, rules={Modality.IMAGE: UpstreamOrder(request.picture.sum(1))})
+        return ready if self.compat is None else in_upstream_order(ready, request)
 
     def _answered(self, inputs: TaskInputs) -> DecodeRequest:
         """Words and a picture together; as the model was trained, or as upstream's program takes it."""
