@@ -112,9 +112,14 @@ def task_shares(config: TrainConfig) -> tuple[float, float]:
 def watch(arguments: Mapping[str, Any], text: int, shown: float, bf16: bool, again: bool) -> WatchedPass:
     """The mean row of a pass, a share `shown` of which have pictures; with `again` blocks are computed again in the backward
     pass."""
-    passes = [_watch(arguments, text, picture, bf16, again) for picture in (True, False)]
-    mean = [shown * one + (1 - shown) * other for one, other in zip(*passes, strict=True)]
-    return WatchedPass(*mean[:3], max(one.shared for one in passes))
+    with_picture, without = (_watch(arguments, text, picture, bf16, again) for picture in (True, False))
+    mean = lambda one, other: shown * one + (1 - shown) * other  # noqa: E731
+    return WatchedPass(
+        mean(with_picture.linear, without.linear),
+        mean(with_picture.attention, without.attention),
+        mean(with_picture.kept, without.kept),
+        max(with_picture.shared, without.shared),
+    )
 
 
 def _watch(arguments: Mapping[str, Any], text: int, picture: bool, bf16: bool, again: bool) -> WatchedPass:
@@ -143,8 +148,8 @@ def _watch(arguments: Mapping[str, Any], text: int, picture: bool, bf16: bool, a
             counts = {str(name): count for name, count in flops.get_flop_counts()["Global"].items()}
             pairs = sum(counts.get(name, 0) for name in _ATTENTION)
             found.append((sum(counts.values()) - pairs, pairs, sum(size for size, _ in kept.values())))
-    row = [(second - first) / few for first, second in zip(*found, strict=True)]
-    return WatchedPass(*row, found[0][2] - few * row[2])
+    linear, attention, kept_of_row = ((second - first) / few for first, second in zip(*found, strict=True))
+    return WatchedPass(linear, attention, kept_of_row, found[0][2] - few * kept_of_row)
 
 
 def _fused_flops(query: Any, key: Any, value: Any, *others: Any, **options: Any) -> int:
