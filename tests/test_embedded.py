@@ -22,7 +22,7 @@ def pipe() -> UniDiffPipeline:
 
 
 def test_assets_are_small_and_attributed() -> None:
-    files = [p for p in ATLAS_FOLDER.parent.rglob("*") if p.is_file()]
+    files = [p for p in ATLAS_FOLDER.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 24 * MEGABYTE
     assert not [p for p in files if p.suffix in {".pt", ".bin", ".pkl", ".ckpt"}]
     text = (ATLAS_FOLDER / "ATTRIBUTION.md").read_text(encoding="utf-8")
