@@ -16,11 +16,11 @@ from unidiff.files import replacing
 from unidiff.recipes.fashion.photographs import CLASSES
 
 FEATURES = 128
-_BATCH, _RATE = 128, 1e-3
+_BATCH = 128
 
 
 class LinearClassifier(nn.Module):
-    """Logits that are sums over pixels: multinomial logistic regression.
+    """Logits that are sums over pixels, white as 0: multinomial logistic regression.
 
     Args:
         shape: (rows, columns) of the pictures.
@@ -32,7 +32,7 @@ class LinearClassifier(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Grey pictures float32 `[B, H, W]` in [0, 1] to logits `[B, classes]`."""
-        return self.head(pictures.flatten(1))
+        return self.head(1 - pictures.flatten(1))
 
 
 class ConvClassifier(nn.Module):
@@ -50,13 +50,16 @@ class ConvClassifier(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Grey pictures float32 `[B, H, W]` in [0, 1] to `[B, FEATURES]`, none negative."""
-        x = F.max_pool2d(F.relu(self.conv1(pictures[:, None])), 2)
+        x = F.max_pool2d(F.relu(self.conv1(1 - pictures[:, None])), 2)  # the white ground is 0, as padding is
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return F.relu(self.lift(x.flatten(1)))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Grey pictures `[B, H, W]` in [0, 1] to logits `[B, classes]`."""
         return self.head(self.features(pictures))
+
+
+_RATES: dict[type, float] = {LinearClassifier: 3e-3, ConvClassifier: 1e-3}
 
 
 def trained(
@@ -90,7 +93,7 @@ def trained(
             network.load_state_dict(load_file(path))
         tick(steps)
         return network.eval()
-    optimiser = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=1e-2)
+    optimiser = torch.optim.AdamW(network.parameters(), _RATES[kind], weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
