@@ -188,26 +188,36 @@ class FashionMeasures:
         return found
 
     def pictures(self) -> Numbers:
-        """What the model draws: the class that the classifier sees, attributes by the rules, FID, and what can be learnt."""
-        made, said, prompts = self.made
-        known = [place for place, own in enumerate(said) if own is not None]
-        if not known:
-            raise ValueError(f"no prompt of {str(self.drawn)!r} names a class; draw those of prompts.txt")
-        labels = torch.tensor([said[place].label for place in known])  # type: ignore[union-attr]
-        own, real, count = made[known], _grey(self.test.pixels), len(known)
-        true = torch.from_numpy(self.test.labels)
-        first, first_labels = _grey(self.training.pixels[:count]), torch.from_numpy(self.training.labels[:count])
-        levels = self.thresholds.levels(own.double().numpy(), labels.numpy())
-        self.sheets[SHEET] = _by_class(own, labels.tolist(), [prompts[place] for place in known])
+        """What the model draws: the class that the classifiers see, attributes by the rules, FID, and that of training pictures."""
+        own, labels, said, prompts = self._told()
+        real, first = _grey(self.test.pixels), _grey(self.training.pixels[: len(own)])
+        self.sheets[SHEET] = _by_class(own, labels.tolist(), prompts)
         return {
             "right": _right(self.conv, own, labels),
             "right_linear": _right(self._classifier(LinearClassifier), own, labels),
-            **_words([said[place] for place in known], levels),
+            **_words(said, self.thresholds.levels(own.double().numpy(), labels.numpy())),
             "fid": frechet_distance(self._features(own), self._features(real), seed=self.seed),
             "fid_of_training": frechet_distance(self._features(first), self._features(real), seed=self.seed),
-            "learnt_from_drawn": _right(self._classifier(ConvClassifier, own, labels), real, true),
-            "learnt_from_as_many_real": _right(self._classifier(ConvClassifier, first, first_labels), real, true),
         }
+
+    def learnt(self) -> Numbers:
+        """What classifiers of drawn pictures alone see on the test photographs, and those of as many training photographs."""
+        own, labels, _, _ = self._told()
+        real, true = _grey(self.test.pixels), torch.from_numpy(self.test.labels)
+        first = _grey(self.training.pixels[: len(own)]), torch.from_numpy(self.training.labels[: len(own)])
+        return {
+            "from_drawn": _right(self._classifier(ConvClassifier, own, labels), real, true),
+            "from_as_many_real": _right(self._classifier(ConvClassifier, *first), real, true),
+        }
+
+    def _told(self) -> tuple[Tensor, Tensor, list[Statement], list[str]]:
+        """Drawn pictures whose prompts name a class, the classes, what the prompts say, and the prompts."""
+        made, said, prompts = self.made
+        known = [(place, own) for place, own in enumerate(said) if own is not None]
+        if not known:
+            raise ValueError(f"no prompt of {str(self.drawn)!r} names a class; draw those of prompts.txt")
+        places, labels = [place for place, _ in known], torch.tensor([own.label for _, own in known])
+        return made[places], labels, [own for _, own in known], [prompts[place] for place in places]
 
     def copies(self) -> Numbers:
         """Distances (root mean square over pixels) to the nearest training photograph, of drawn pictures and of test ones.
@@ -240,6 +250,7 @@ PARTS: Mapping[str, Callable[[FashionMeasures], Numbers]] = {
     "likelihood": FashionMeasures.likelihood,
     "captions": FashionMeasures.captions,
     "pictures": FashionMeasures.pictures,
+    "learnt": FashionMeasures.learnt,
     "copies": FashionMeasures.copies,
 }
 
