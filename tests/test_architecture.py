@@ -16,7 +16,7 @@ from unidiff.pipeline import UniDiffPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "unidiff"
-MOST_FILES, MOST_LINES, MOST_LINES_IN_ALL = 16, 400, 55_420  # this holds what is reached
+MOST_FILES, MOST_LINES, MOST_LINES_IN_ALL = 16, 400, 55_500  # this holds what is reached
 MOST_FILES_OF_A_PROMPT, DEEPEST = 22, 10
 # from the cellar up; everything else at the root of the package is the cellar
 FLOORS = (
