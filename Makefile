@@ -26,7 +26,7 @@ demo: setup
 
 # Two processes of one thread each: on two cores in half the time. The second one's report is shown when both are done.
 DEVICE := $(addprefix tests/device/test_,training.py image_tokenizers.py evaluation.py commands.py)
-HALF := tests/train tests/data tests/evaluation tests/worlds $(DEVICE)
+HALF := tests/train tests/data tests/evaluation tests/worlds tests/recipes tests/cli tests/tokens $(DEVICE)
 define FAST_TESTS
 	@log=$$(mktemp); export OMP_NUM_THREADS=1; \
 	$(1)/bin/python -m pytest $(HALF) > $$log 2>&1 & half=$$!; \
